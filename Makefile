@@ -1,0 +1,63 @@
+# Two commands, each with its own set-up in .venv, made once and again when what it is made from changes:
+#
+#   make digits [ARGS="--num-epochs 5"]    trains on the handwritten digits
+#   make test                              lints, type-checks, runs every test
+#
+# Another interpreter: make test PYTHON=python3.12
+
+PYTHON ?= python3
+ARGS ?=
+
+bin := .venv/bin
+pinned := pyproject.toml $(wildcard constraints/*.txt)
+
+.NOTPARALLEL:
+.PHONY: digits test lint format clean
+
+digits: .venv/.digits
+	@$(bin)/distaff fit digits $(ARGS)
+
+test: lint
+	$(bin)/pytest
+
+lint: .venv/.test
+	$(bin)/ruff format --check
+	$(bin)/ruff check
+	$(bin)/ty check src
+
+format: .venv/.test
+	$(bin)/ruff format
+	$(bin)/ruff check --fix
+
+clean:
+	rm -rf .venv .cache .pytest_cache .ruff_cache .hypothesis dist
+	find src tests -name __pycache__ -prune -exec rm -rf {} +
+
+# The extra `test` holds the other two, so that neither command installs what the other has installed.
+.venv/.test: extras := test
+.venv/.test: $(pinned)
+	@$(install)
+	@touch .venv/.test .venv/.digits
+
+.venv/.digits: extras := digits,plots
+.venv/.digits: $(pinned)
+	@$(install)
+	@touch .venv/.digits
+
+# A .venv whose interpreter is gone, or that was left half made, is made again.
+define install
+set -e; \
+if ! $(bin)/python -m pip --version >/dev/null 2>&1; then \
+	$(PYTHON) -c '$(new_enough)'; \
+	echo "Making .venv"; \
+	$(PYTHON) -m venv --clear .venv; \
+fi; \
+pins=constraints/$$($(bin)/python -c '$(pins_of)').txt; \
+echo "Installing distaff[$(extras)] with $$pins"; \
+$(bin)/python -m pip install -q --disable-pip-version-check -c $$pins -e '.[$(extras)]'
+endef
+
+new_enough := import sys; v = sys.version_info; v >= (3, 11) or \
+	sys.exit("Distaff needs Python 3.11 or newer, and $(PYTHON) is %d.%d. \
+	Name another: make PYTHON=python3.12 ..." % v[:2])
+pins_of := import sys; print("py311" if sys.version_info < (3, 12) else "py312")

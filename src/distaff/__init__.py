@@ -1,0 +1,39 @@
+"""Distaff: a training framework for JAX. Write a model and a loss; Distaff holds the loop."""
+
+from __future__ import annotations
+
+from distaff import callbacks, checkpoint, data, loggers, metrics, optim, tasks
+from distaff.callbacks import Callback, EarlyStopping, StepInfo, StopTraining
+from distaff.errors import DistaffError
+from distaff.monitor import Monitor
+from distaff.optim import OptimizerConfig
+from distaff.state import TrainState
+from distaff.step import Context, EvalStep, TrainStep, train_step
+from distaff.trainer import TrainerModule
+from distaff.trainer_config import Best, TrainerConfig, TrainResult
+
+__all__ = [
+    "Best",
+    "Callback",
+    "Context",
+    "DistaffError",
+    "EarlyStopping",
+    "EvalStep",
+    "Monitor",
+    "OptimizerConfig",
+    "StepInfo",
+    "StopTraining",
+    "TrainResult",
+    "TrainState",
+    "TrainStep",
+    "TrainerConfig",
+    "TrainerModule",
+    "callbacks",
+    "checkpoint",
+    "data",
+    "loggers",
+    "metrics",
+    "optim",
+    "tasks",
+    "train_step",
+]

@@ -1,0 +1,8 @@
+"""Checkpoints: the whole state of a run, written in the background, whole or absent."""
+
+from distaff.checkpoint.memory import MemoryStore
+from distaff.checkpoint.protocol import NullStore, Store
+from distaff.checkpoint.retention import expired
+from distaff.checkpoint.store import CheckpointStore, find
+
+__all__ = ["CheckpointStore", "MemoryStore", "NullStore", "Store", "expired", "find"]

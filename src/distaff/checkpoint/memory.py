@@ -1,0 +1,73 @@
+"""Checkpoints in the host's memory, for runs that write no files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distaff.errors import CheckpointError
+from distaff.typing import PyTree
+
+
+class MemoryStore:
+    """Keeps the newest and the best checkpoint of one run, and nothing on disk."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[dict[str, PyTree], dict[str, Any]]] = {}
+
+    def save(self, step: int, tree: Mapping[str, PyTree], info: Mapping[str, Any]) -> None:
+        """Copies the arrays to the host; a step that is kept already is left as it is."""
+        if step not in self._kept:
+            self._kept[step] = (jax.tree.map(_copied, dict(tree)), dict(info))
+        wanted = (step, info.get("best_step"))
+        self._kept = {kept: value for kept, value in self._kept.items() if kept in wanted}
+
+    def steps(self) -> tuple[int, ...]:
+        """Returns the steps kept, ascending."""
+        return tuple(sorted(self._kept))
+
+    def latest(self) -> int | None:
+        """Returns the newest step."""
+        return max(self._kept, default=None)
+
+    def best(self) -> int | None:
+        """Returns the step of the best model."""
+        newest = self.latest()
+        return None if newest is None else self.info(newest).get("best_step")
+
+    def info(self, step: int) -> dict[str, Any]:
+        """Returns what was saved beside the arrays."""
+        return self._entry(step)[1]
+
+    def load(self, step: int, abstract: Mapping[str, PyTree]) -> dict[str, PyTree]:
+        """Returns the members of the state that `abstract` names."""
+        arrays = self._entry(step)[0]
+        return {name: jax.tree.map(_restored, arrays[name]) for name in abstract}
+
+    def wait(self) -> None:
+        """Returns at once."""
+
+    def close(self) -> None:
+        """Returns at once."""
+
+    def _entry(self, step: int) -> tuple[dict[str, PyTree], dict[str, Any]]:
+        if step not in self._kept:
+            raise CheckpointError(
+                f"No checkpoint of step {step} is in memory; there are {list(self.steps())}."
+            )
+        return self._kept[step]
+
+
+def _copied(leaf: Any) -> Any:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return leaf.copy()
+    return np.array(leaf)
+
+
+def _restored(leaf: Any) -> jax.Array:
+    # Copied, because the next step donates what is returned here.
+    return leaf.copy() if isinstance(leaf, jax.Array) else jnp.array(leaf)

@@ -1,0 +1,155 @@
+"""ArrayLoader: batches from arrays in memory, in an order that a resumed run finds again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from distaff.data.loader import num_examples
+from distaff.errors import BatchError, ConfigError, nearest
+from distaff.typing import Batch, PyTree
+
+
+class ArrayLoader:
+    """A loader over arrays in memory.
+
+    Every `iter()` is one epoch with an order of its own, a function of `(seed, epoch)` alone.
+    Breaking out of a loop abandons the rest of that epoch: the next `iter()` begins a new one at
+    its first batch. Only `set_state` makes the next `iter()` begin in the middle. Both
+    `get_state` and `set_state` take the same time at any position.
+
+    64-bit numbers are kept in 32 bits, as JAX would hold them (see `jax_enable_x64`).
+
+    Args:
+        arrays: a pytree of arrays `[examples, ...]`.
+        batch_size: examples in a batch.
+        shuffle: whether each epoch has a new order.
+        seed: makes the orders, not negative.
+        remainder: what becomes of a last batch that is short: `"keep"` yields it at its own size,
+            `"drop"` leaves it out. By default it is dropped when shuffled, since other examples
+            fall away in each epoch, and kept when not, since an evaluation counts all of them.
+
+    Raises:
+        BatchError: the arrays disagree in length, hold no examples, or fewer than one whole batch
+            where a short one is dropped.
+        ConfigError: an option is out of range.
+
+    >>> loader = ArrayLoader({"x": np.arange(5.0)}, batch_size=2)
+    >>> [batch["x"].tolist() for batch in loader]
+    [[0.0, 1.0], [2.0, 3.0], [4.0]]
+    """
+
+    def __init__(
+        self,
+        arrays: PyTree,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        remainder: Literal["keep", "drop"] | None = None,
+    ) -> None:
+        remainder = remainder or ("drop" if shuffle else "keep")
+        if remainder not in ("keep", "drop"):
+            raise ConfigError(
+                f"Unknown remainder {remainder!r}. {nearest(remainder, ('keep', 'drop'))}"
+            )
+        if batch_size < 1 or seed < 0:
+            raise ConfigError(
+                "batch_size must be at least 1, and seed not negative; "
+                f"got batch_size={batch_size}, seed={seed}."
+            )
+        self.num_examples = num_examples(arrays)
+        self.batch_size = batch_size
+        self._shuffle = shuffle
+        self._seed = seed
+        self._drop = remainder == "drop"
+        if self.num_examples < (batch_size if self._drop else 1):
+            raise BatchError(
+                f"The arrays must fill at least one batch; they hold {self.num_examples} examples, "
+                f"batch_size is {batch_size}, and remainder is {remainder!r}. Give more examples, "
+                "lower batch_size, or keep the short batch with remainder='keep'."
+            )
+        self._arrays = jax.tree.map(_as_held_by_jax, arrays)
+        self._position = (0, 0)
+        self._start = (0, 0)
+
+    @property
+    def arrays(self) -> PyTree:
+        """The arrays `[examples, ...]` that the batches are taken from; do not write to them."""
+        return self._arrays
+
+    def __len__(self) -> int:
+        whole, rest = divmod(self.num_examples, self.batch_size)
+        return whole + (rest > 0 and not self._drop)
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch, start = self._start
+        self._start = (epoch + 1, 0)
+        order = self._order(epoch)
+        for batch in range(start, len(self)):
+            self._position = (epoch, batch + 1)
+            yield self._gather(order, batch)
+        self._position = self._start = (epoch + 1, 0)
+
+    def peek(self) -> Batch:
+        """Returns the first batch that the next epoch, or the rest of a resumed one, hands out."""
+        epoch, batch = self._start
+        if batch == len(self):
+            epoch, batch = epoch + 1, 0
+        return self._gather(self._order(epoch), batch)
+
+    def get_state(self) -> dict[str, int]:
+        """Returns the position after the last batch handed out, and what its order depends on."""
+        epoch, batch = self._position
+        return {"epoch": epoch, "batch": batch, **self._identity()}
+
+    def set_state(self, state: Mapping[str, int]) -> None:
+        """Goes to a position; the next `iter()` yields the rest of that epoch.
+
+        Args:
+            state: what `get_state` returned, of a loader made with the same arguments.
+
+        Raises:
+            BatchError: the state was saved by a loader with other data or options.
+        """
+        identity = self._identity()
+        saved = {name: state.get(name) for name in identity}
+        if saved != identity or not {"epoch", "batch"} <= set(state):
+            raise BatchError(
+                "A position can be restored only in a loader like the one that saved it; "
+                f"saved: {dict(state)}, this loader: {identity}. Make the loader with the saved "
+                "options and data, or start a new run."
+            )
+        epoch, batch = int(state["epoch"]), int(state["batch"])
+        if epoch < 0 or not 0 <= batch <= len(self):
+            raise BatchError(
+                f"An epoch of this loader has {len(self)} batches; the saved position is "
+                f"epoch={epoch}, batch={batch}. The state was not made by get_state."
+            )
+        self._position = self._start = (epoch, batch)
+
+    def _identity(self) -> dict[str, int]:
+        return {
+            "num_examples": self.num_examples,
+            "batch_size": self.batch_size,
+            "shuffle": int(self._shuffle),
+            "seed": self._seed,
+            "drop": int(self._drop),
+        }
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if self._shuffle:
+            return np.random.default_rng([self._seed, epoch]).permutation(self.num_examples)
+        return np.arange(self.num_examples)
+
+    def _gather(self, order: np.ndarray, batch: int) -> Batch:
+        rows = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+        return jax.tree.map(lambda array: array[rows], self._arrays)
+
+
+def _as_held_by_jax(leaf: Any) -> np.ndarray:
+    array = np.asarray(leaf)
+    return array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)

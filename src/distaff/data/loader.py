@@ -1,0 +1,213 @@
+"""The Loader protocol, and the few questions that are asked of every loader and batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from itertools import islice
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+
+from distaff.data.stream import Stream
+from distaff.errors import BatchError, ConfigError, leaf_name
+from distaff.typing import Batch
+
+_NOT_NUMBERS = "OSUTMm"
+
+
+@runtime_checkable
+class Loader(Protocol):
+    """Yields batches, epoch by epoch, and knows its position.
+
+    A batch is any pytree of arrays with one leading axis: `[batch, ...]`. Each batch is made of
+    fresh arrays, never of a buffer that is filled again. One iteration runs at a time.
+
+    A loader may also have `__len__`, the number of batches in an epoch, and `peek()`, which
+    returns the first batch to come without handing it out.
+    """
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yields the batches of the next epoch, or after `set_state` the rest of that epoch.
+
+        An epoch without batches leaves the state as it is.
+        """
+        ...
+
+    def get_state(self) -> dict[str, int]:
+        """Returns the position after the last batch that was handed out, fit for JSON."""
+        ...
+
+    def set_state(self, state: Mapping[str, int]) -> None:
+        """Goes to a position: the next `iter()` yields exactly what was left of that epoch.
+
+        That may be nothing, where the last batch of the epoch had been handed out.
+        """
+        ...
+
+
+def as_loader(data: Any, *, name: str = "data") -> Loader:
+    """Returns a loader as it is, and any other iterable of batches wrapped in a `Stream`.
+
+    Args:
+        data: a loader, an iterable of batches, or a function that returns one.
+        name: what the error calls it, such as `"train"`.
+
+    Returns:
+        The loader.
+
+    Raises:
+        BatchError: the value is no iterable of batches, for example the arrays themselves.
+    """
+    if isinstance(data, Loader):
+        return data
+    arrays_in_a_tuple = isinstance(data, tuple) and {hasattr(item, "shape") for item in data} == {
+        True
+    }
+    if hasattr(data, "shape") or isinstance(data, Mapping) or arrays_in_a_tuple:
+        raise BatchError(
+            f"The {name} loader must yield batches; got {type(data).__name__}, which looks like "
+            f"the whole data set. Write data.ArrayLoader({name}, batch_size=...)."
+        )
+    if isinstance(data, str | bytes) or not (isinstance(data, Iterable) or callable(data)):
+        raise BatchError(
+            f"The {name} loader must be an iterable of batches; got {type(data).__name__}. "
+            "Write data.ArrayLoader(arrays, batch_size=...) for arrays in memory."
+        )
+    return Stream(data)
+
+
+def num_batches(loader: Loader) -> int | None:
+    """Returns the number of batches in an epoch, or None where the loader does not know it."""
+    try:
+        return len(loader) if isinstance(loader, Sized) else None
+    except TypeError:
+        return None
+
+
+def num_examples(batch: Batch) -> int:
+    """Returns the length of the leading axis that all leaves of a batch share.
+
+    Only `shape` and `dtype` are read: NumPy and JAX arrays, tracers and
+    `jax.ShapeDtypeStruct` will do.
+
+    Args:
+        batch: a pytree of arrays `[batch, ...]`.
+
+    Returns:
+        The number of examples.
+
+    Raises:
+        BatchError: there is no leaf, or one that is not an array of numbers, has no axis, or
+            has another length.
+
+    >>> num_examples({"image": np.zeros((32, 8, 8, 1)), "label": np.zeros(32)})
+    32
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(batch)
+    if not leaves:
+        raise BatchError(
+            f"A batch must hold at least one array [batch, ...]; got {type(batch).__name__} "
+            "without leaves. Yield for example {'image': images, 'label': labels}."
+        )
+    shapes = {leaf_name(path): _array_shape(leaf_name(path), leaf) for path, leaf in leaves}
+    first, *others = shapes
+    for other in others:
+        if shapes[other][0] != shapes[first][0]:
+            raise BatchError(
+                "All leaves of a batch must have the same leading length; "
+                f"{other!r} has shape {shapes[other]}, {first!r} has shape {shapes[first]}. "
+                "Yield one row per example in every leaf."
+            )
+    return shapes[first][0]
+
+
+def first_batch(loader: Loader, *, name: str = "data") -> Batch:
+    """Returns the first batch to come; the loader stays where it is.
+
+    Args:
+        loader: the loader to look into.
+        name: what the error calls it, such as `"train"`.
+
+    Returns:
+        The batch.
+
+    Raises:
+        BatchError: the loader is empty.
+    """
+    peek = getattr(loader, "peek", None)
+    batch = peek() if peek else _peek_and_return(loader)
+    if batch is None:
+        raise _empty(name)
+    return batch
+
+
+def epoch_of(
+    loader: Loader, steps_per_epoch: int | None = None, *, name: str = "data"
+) -> Iterator[Batch]:
+    """Yields the batches of one epoch.
+
+    Args:
+        loader: where they come from.
+        steps_per_epoch: exactly this many batches, which go on where the last ones stopped, and
+            start again where the loader runs out: a cut for infinite streams. None: what the
+            loader calls an epoch.
+        name: what the error calls the loader, such as `"train"`.
+
+    Yields:
+        Batches.
+
+    Raises:
+        BatchError: the loader is empty.
+        ConfigError: `steps_per_epoch` is less than 1.
+    """
+    if steps_per_epoch is not None:
+        if steps_per_epoch < 1:
+            raise ConfigError(f"steps_per_epoch must be at least 1; got {steps_per_epoch}.")
+        loader.set_state(loader.get_state())
+    missing = steps_per_epoch
+    while missing != 0:
+        before, taken = loader.get_state(), 0
+        for batch in islice(loader, missing):
+            taken += 1
+            yield batch
+        # What is left of a resumed epoch may be empty; then the loader has moved on.
+        if not taken and loader.get_state() == before:
+            raise _empty(name)
+        missing = 0 if missing is None else missing - taken
+
+
+def _peek_and_return(loader: Loader) -> Batch | None:
+    state = loader.get_state()
+    batch = next(iter(loader), None)
+    if batch is None:
+        # A resumed epoch may have nothing left: look into the one after it.
+        batch = next(iter(loader), None)
+    loader.set_state(state)
+    return batch
+
+
+def _array_shape(name: str, leaf: Any) -> tuple[int, ...]:
+    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        raise BatchError(
+            f"All leaves of a batch must be arrays [batch, ...]; {name!r} is of type "
+            f"{type(leaf).__name__}. Write numpy.asarray([...]) around the values of all examples."
+        )
+    if isinstance(leaf.dtype, np.dtype) and leaf.dtype.kind in _NOT_NUMBERS:
+        raise BatchError(
+            f"All leaves of a batch must hold numbers; {name!r} has dtype {leaf.dtype}. "
+            "Encode it as numbers, or leave it out."
+        )
+    if not leaf.shape:
+        raise BatchError(
+            f"All leaves of a batch must have a leading axis [batch, ...]; {name!r} is a scalar. "
+            "Repeat it for every example, or leave it out."
+        )
+    return tuple(leaf.shape)
+
+
+def _empty(name: str) -> BatchError:
+    return BatchError(
+        f"The {name} loader must yield at least one batch in an epoch; it yields none. "
+        "Check its source, its filters, and whether an iterator was already used up."
+    )

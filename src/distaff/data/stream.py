@@ -1,0 +1,162 @@
+"""Stream: any iterable of batches as a loader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from typing import Any
+
+import jax
+import numpy as np
+
+from distaff.errors import BatchError
+from distaff.typing import Batch
+
+_EPOCH_END = object()
+
+
+class Stream:
+    """A loader over any iterable of batches: a list, a generator function, a torch-style loader.
+
+    Every `iter()` is one epoch: the source is iterated anew (a generator function is called
+    anew), and breaking out of a loop abandons the rest of that epoch. A one-shot iterator cannot
+    start anew: it goes on where it stopped, and holds one epoch in all.
+
+    Arrays are copied before they are handed out, because a source may refill its buffer while the
+    device still reads it. JAX arrays are handed out as they are.
+
+    `set_state` reads all batches up to the position, those of earlier epochs too, since their
+    order may come from a random generator that the source advances. This takes as long as reading
+    them did; `ArrayLoader` resumes at once. It is exact where a source that is made anew yields
+    the same batches again.
+
+    Args:
+        source: an iterable of batches, or a function without arguments that returns one.
+        length: number of batches in an epoch; `len(source)` where it is not given.
+
+    Raises:
+        BatchError: the source is neither.
+    """
+
+    def __init__(
+        self,
+        source: Iterable[Batch] | Callable[[], Iterable[Batch]],
+        *,
+        length: int | None = None,
+    ) -> None:
+        if not isinstance(source, Iterable) and not callable(source):
+            raise BatchError(
+                "A Stream needs an iterable of batches, or a function that returns one; "
+                f"got {type(source).__name__}."
+            )
+        self._source = source
+        self._length = length
+        self._epoch = 0
+        self._batch = 0
+        self._line = self._read()
+        self._ahead: list[Any] = []
+        self._resumed = False
+
+    def __len__(self) -> int:
+        if self._length is not None:
+            return self._length
+        if isinstance(self._source, Sized):
+            return len(self._source)
+        raise TypeError("The length of this Stream is unknown: pass length=... to Stream.")
+
+    def __iter__(self) -> Iterator[Batch]:
+        one_shot = isinstance(self._source, Iterator)
+        if self._batch and not self._resumed and not one_shot:
+            self._epoch, self._batch = self._epoch + 1, 0
+            self._line, self._ahead = self._read(), []
+        self._resumed = False
+        while (item := self._pull()) is not _EPOCH_END:
+            yield jax.tree.map(_own, item)
+
+    def peek(self) -> Batch | None:
+        """Returns the next batch in line, which stays in line, or None where there is none."""
+        while not self._ahead or self._ahead[-1] is _EPOCH_END:
+            item = next(self._line, None)
+            if item is None:
+                return None
+            self._ahead.append(item)
+        return jax.tree.map(_own, self._ahead[-1])
+
+    def get_state(self) -> dict[str, int]:
+        """Returns the position after the last batch that was handed out."""
+        return {"epoch": self._epoch, "batch": self._batch}
+
+    def set_state(self, state: Mapping[str, int]) -> None:
+        """Reads on to a position; the next `iter()` yields the rest of that epoch.
+
+        The present position costs nothing: the running iteration is continued.
+
+        Args:
+            state: what `get_state` returned.
+
+        Raises:
+            BatchError: the position lies behind, or the source does not reach it.
+        """
+        if set(state) != {"epoch", "batch"}:
+            raise BatchError(
+                f"The state of a Stream has the keys 'epoch' and 'batch'; got {dict(state)}. "
+                "It was saved by another kind of loader: resume with that one."
+            )
+        target = (int(state["epoch"]), int(state["batch"]))
+        here = (self._epoch, self._batch)
+        if target < here:
+            raise BatchError(
+                f"A Stream cannot go back from (epoch, batch) = {here} to {target}, since its "
+                "source may have changed meanwhile. Make a new Stream, or use data.ArrayLoader."
+            )
+        while here < target:
+            last, here = here, self._skip()
+            if here > target or here == last:
+                raise BatchError(
+                    f"The source ends at (epoch, batch) = {last}, before the saved position "
+                    f"{target}. Resume with the data that the run was started with."
+                )
+        self._resumed = True
+
+    def _skip(self) -> tuple[int, int]:
+        self._pull()
+        return self._epoch, self._batch
+
+    def _pull(self) -> Any:
+        item = self._ahead.pop(0) if self._ahead else next(self._line, _EPOCH_END)
+        if item is not _EPOCH_END:
+            self._batch += 1
+        elif self._batch:
+            self._epoch, self._batch = self._epoch + 1, 0
+        return item
+
+    def _read(self) -> Iterator[Any]:
+        """Yields the batches of all epochs, with a mark after each epoch."""
+        while True:
+            empty = True
+            for batch in self._open():
+                empty = False
+                yield batch
+            if empty and (self._epoch or self._batch):
+                raise BatchError(
+                    f"The {type(self._source).__name__} has no batches for epoch {self._epoch}: it "
+                    "can be iterated only once. Pass a list, a function that returns a new "
+                    "generator, or the number of batches in an epoch (steps_per_epoch)."
+                )
+            if empty:
+                return
+            yield _EPOCH_END
+
+    def _open(self) -> Iterable[Batch]:
+        if isinstance(self._source, Iterable):
+            return self._source
+        batches = self._source()
+        if not isinstance(batches, Iterable):
+            raise BatchError(
+                "The function given to a Stream must return an iterable of batches; "
+                f"it returned {type(batches).__name__}. Did it return instead of yield?"
+            )
+        return batches
+
+
+def _own(leaf: Any) -> Any:
+    return leaf if isinstance(leaf, jax.Array) else np.array(leaf)

@@ -1,0 +1,74 @@
+"""The exceptions Distaff raises, and the two phrases every message is built from.
+
+Each message states the rule, then the offending values by name, then the remedy.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+
+
+class DistaffError(Exception):
+    """Base class of every error that Distaff raises on purpose."""
+
+
+class ConfigError(DistaffError, ValueError):
+    """An option is unknown, out of range, or contradicts another."""
+
+
+class BatchError(DistaffError, ValueError):
+    """A batch, or the loader that yields it, does not have the agreed form."""
+
+
+class LossError(DistaffError, ValueError):
+    """A loss or a metric returned by the user's function has the wrong form."""
+
+
+class StateError(DistaffError, ValueError):
+    """A train state is used before it is complete, or with a member it does not have."""
+
+
+class MetricError(DistaffError, ValueError):
+    """A metric is unknown, or two metrics of one name cannot be merged."""
+
+
+class CheckpointError(DistaffError, ValueError):
+    """A checkpoint is missing, unreadable, or belongs to another model."""
+
+
+class RunDirectoryError(DistaffError, OSError):
+    """The directory of a run cannot be created or written."""
+
+
+class MissingExtraError(DistaffError, ImportError):
+    """A feature needs an optional package that is not installed."""
+
+
+class NonFiniteError(DistaffError, FloatingPointError):
+    """The loss became NaN or infinite during training."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Returns a sentence that lists the known names, the closest one first.
+
+    Args:
+        name: the name that was not found.
+        known: all names that would have been accepted.
+
+    Returns:
+        `"Did you mean 'adamw'? Known: 'adam', 'adamw'."`; no question where nothing is close.
+    """
+    names = sorted(set(known))
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    listed = ", ".join(repr(known_name) for known_name in names) or "none"
+    question = f"Did you mean {close[0]!r}? " if close else ""
+    return f"{question}Known: {listed}."
+
+
+def leaf_name(path: tuple[Any, ...]) -> str:
+    """Returns the path of a pytree leaf as users write it: `params/Dense_0/kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/") or "(the whole tree)"

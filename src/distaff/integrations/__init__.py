@@ -1,0 +1,1 @@
+"""One file per third party, each found by string and imported by nobody."""

@@ -1,0 +1,332 @@
+"""matplotlib: learning curves, the confusion matrix, and the sheet of worst mistakes.
+
+Figures are made without pyplot: no window, no display, and nothing to close.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from distaff.errors import BatchError, ConfigError, MetricError, RunDirectoryError
+
+# M. Okabe and K. Ito, Color Universal Design, 2008, https://jfly.uni-koeln.de/color/: distinct
+# to readers of every kind of colour vision.
+BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+GREY = "#666666"
+SPLIT_COLORS = {"train": BLUE, "val": VERMILION, "test": GREEN}
+
+RIGHT_COLORS = LinearSegmentedColormap.from_list("right", ["#ffffff", "#b5d6ea"])
+WRONG_COLORS = LinearSegmentedColormap.from_list("wrong", ["#fdebdc", "#f0975a"])
+
+
+def learning_curves(
+    history: Mapping[str, Sequence[tuple[int, float]]], best_epoch: int | None = None
+) -> Figure:
+    """Draws one panel per metric, with the splits in it as lines.
+
+    A loss has a logarithmic axis where it is positive and spans a factor of ten. What is not finite
+    is left out of its line.
+
+    Args:
+        history: `(epoch, value)` pairs by name, `{"train/loss": [(1, 2.3), (2, 0.9)]}`; what comes
+            before the first slash is the split, the rest is the metric.
+        best_epoch: the epoch to mark; None marks none.
+
+    Returns:
+        The figure.
+
+    Raises:
+        MetricError: there is no series, one has no slash in its name, or none has `best_epoch`.
+    """
+    panels = _panels(history)
+    epochs = sorted({epoch for series in history.values() for epoch, _ in series})
+    if best_epoch is not None and best_epoch not in epochs:
+        raise MetricError(
+            f"best_epoch is an epoch of the history; got {best_epoch}, the history has {epochs}."
+        )
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(max(5.0, 4.4 * columns), 3.4 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes, (metric, splits) in zip(grid.flat, panels.items(), strict=False):
+        _draw_metric(axes, metric, splits, best_epoch)
+        if epochs:
+            axes.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
+    for axes in grid.flat[len(panels) :]:
+        axes.remove()
+    return figure
+
+
+def confusion_matrix(labels: Any, predictions: Any, class_names: Sequence[str]) -> Figure:
+    """Draws how many examples of each class were taken for each class.
+
+    Right answers are blue, mistakes orange, each shaded on a scale of its own, so that a few
+    mistakes show beside many right answers. A cell without a number counts nothing.
+
+    Args:
+        labels: the true classes, int `[n]`: the rows.
+        predictions: the predicted classes, int `[n]`: the columns.
+        class_names: a name for each class, in the order of their numbers.
+
+    Returns:
+        The figure, with the accuracy in its title.
+
+    Raises:
+        BatchError: a shape or a class number does not fit.
+    """
+    labels = _classes("labels", labels, len(class_names))
+    predictions = _classes("predictions", predictions, len(class_names))
+    _check_lengths(labels=labels, predictions=predictions)
+    classes = len(class_names)
+    counts = np.zeros((classes, classes), int)
+    np.add.at(counts, (labels, predictions), 1)
+
+    cell = min(0.46, 14 / classes)
+    side = max(3.6, cell * classes + 1.4)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(_cell_colors(counts))
+    font_size = min(10.0, 72 * cell * 0.36)
+    for row, column in np.argwhere(counts):
+        text = str(counts[row, column])
+        axes.text(column, row, text, ha="center", va="center", fontsize=font_size)
+    names = [str(name) for name in class_names]
+    turn = 90 if max(map(len, names)) > 3 else 0
+    axes.set_xticks(range(classes), names, rotation=turn, fontsize=font_size, parse_math=False)
+    axes.set_yticks(range(classes), names, fontsize=font_size, parse_math=False)
+    axes.set_xticks(np.arange(classes - 1) + 0.5, minor=True)
+    axes.set_yticks(np.arange(classes - 1) + 0.5, minor=True)
+    axes.grid(which="minor", color="#dddddd", linewidth=0.6)
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_color("#bbbbbb")
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    right, total = int(counts.trace()), len(labels)
+    axes.set_title(f"accuracy {right / total:.4f} ({right} of {total})", fontsize=11)
+    return figure
+
+
+def worst_mistakes(
+    images: Any, labels: Any, probabilities: Any, class_names: Sequence[str], count: int = 24
+) -> Figure:
+    """Shows the pictures that the model got wrong, the most confident mistake first.
+
+    Cells left over show the right answers of least confidence, in another colour.
+
+    Args:
+        images: `[n, height, width]`, or with 1 or 3 channels as the last axis. Black is the lowest
+            value in all of them, white the highest.
+        labels: the true classes, int `[n]`.
+        probabilities: of each class, float `[n, classes]`.
+        class_names: a name for each class, in the order of their numbers.
+        count: cells to fill.
+
+    Returns:
+        The figure; each cell is titled by the true class, the predicted one, and its probability.
+
+    Raises:
+        BatchError: a shape, a class number or a probability does not fit.
+        ConfigError: `count` is less than 1.
+    """
+    if count < 1:
+        raise ConfigError(f"count is at least 1; got {count}.")
+    images = _pictures(images)
+    labels = _classes("labels", labels, len(class_names))
+    probabilities = _probabilities(probabilities, len(class_names))
+    _check_lengths(images=images, labels=labels, probabilities=probabilities)
+    predictions, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
+    wrong = predictions != labels
+    # Mistakes first, by falling confidence; then right answers, by rising confidence.
+    shown = np.lexsort((np.where(wrong, -confidence, confidence), ~wrong))[:count]
+
+    names = [str(name) for name in class_names]
+    captions = []
+    for row in shown:
+        true, predicted = names[labels[row]], names[predictions[row]]
+        words = (f"true {true}", f"→ {predicted}") if wrong[row] else (f"right {true}",)
+        captions.append((*words, f"({confidence[row]:.2f})"))
+    # Nine-point type fits about twenty letters above a picture.
+    lines = 1 if max(len(" ".join(caption)) for caption in captions) <= 20 else 2
+
+    columns = min(6, len(shown))
+    rows = -(-len(shown) // columns)
+    size = (max(4.5, 1.5 * columns), (1.55 + 0.15 * lines) * rows + 0.3)
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(_mistakes_title(wrong, shown), fontsize=11)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes, row, caption in zip(grid.flat, shown, captions, strict=False):
+        color = VERMILION if wrong[row] else BLUE
+        axes.imshow(images[row], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        text = (" " if lines == 1 else "\n").join((caption[0], " ".join(caption[1:])))
+        axes.set_title(text, fontsize=9, color=color, parse_math=False)
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set(color=color, linewidth=1.5)
+    for axes in grid.flat[len(shown) :]:
+        axes.remove()
+    return figure
+
+
+def save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Writes a figure as PNG, 150 dots per inch; the file is whole or absent, never partial.
+
+    Args:
+        figure: what to write.
+        path: the file; an older one is replaced, a missing directory is made.
+
+    Raises:
+        RunDirectoryError: the file cannot be written.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            figure.savefig(file, format="png", dpi=150)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise RunDirectoryError(
+            f"The figure {path} cannot be written: {error}. Choose a directory that you may "
+            "write to, on a disk that has room."
+        ) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+def _panels(
+    history: Mapping[str, Sequence[tuple[int, float]]],
+) -> dict[str, dict[str, Sequence[tuple[int, float]]]]:
+    """Returns the series by metric, then by split, in the order of the history."""
+    panels: dict[str, dict[str, Sequence[tuple[int, float]]]] = {}
+    for name, series in history.items():
+        split, slash, metric = name.partition("/")
+        if not slash:
+            raise MetricError(
+                f"A series is named by split and metric, such as 'train/loss'; got {name!r}."
+            )
+        panels.setdefault(metric, {})[split] = series
+    if not panels:
+        raise MetricError("Learning curves need at least one series; the history is empty.")
+    return panels
+
+
+def _draw_metric(
+    axes: Axes,
+    metric: str,
+    splits: Mapping[str, Sequence[tuple[int, float]]],
+    best_epoch: int | None,
+) -> None:
+    """Draws the lines of one metric, and the value of each at the best epoch."""
+    finite = np.array([])
+    for split, series in splits.items():
+        epochs, values = np.array(series, float).reshape(-1, 2).T
+        values = np.where(np.isfinite(values), values, np.nan)
+        finite = np.append(finite, values[~np.isnan(values)])
+        color = SPLIT_COLORS.get(split, PURPLE)
+        marker = "o" if len(epochs) <= 40 else ""
+        at_best = values[epochs == best_epoch]
+        label = f"{split} ({at_best[-1]:.4f})" if len(at_best) else split
+        axes.plot(epochs, values, color=color, linewidth=1.6, marker=marker, ms=3, label=label)
+        axes.plot(epochs[epochs == best_epoch], at_best, "o", color=color, ms=7, mec="white")
+    if best_epoch is not None:
+        axes.axvline(best_epoch, color=GREY, linewidth=0.9, linestyle="--", zorder=0)
+    if "loss" in metric and len(finite) and 0 < 10 * finite.min() < finite.max():
+        axes.set_yscale("log")
+    if not len(finite):
+        note = axes.text(0.5, 0.5, "no finite value", transform=axes.transAxes, ha="center")
+        note.set(color=GREY, backgroundcolor="white")
+        axes.set_yticks([])
+    axes.set_title(metric, fontsize=11)
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.grid(color="#e6e6e6", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    title = None if best_epoch is None else f"best epoch: {best_epoch}"
+    axes.legend(edgecolor="none", fontsize=9, title=title, title_fontsize=9, alignment="left")
+
+
+def _cell_colors(counts: np.ndarray) -> np.ndarray:
+    """Returns the colours of a confusion matrix, `[classes, classes, 4]`."""
+    diagonal = np.eye(len(counts), dtype=bool)
+    mistakes = np.where(diagonal, 0, counts)
+    share_right = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    share_worst = mistakes / max(mistakes.max(), 1)
+    colors = np.where(diagonal[..., None], RIGHT_COLORS(share_right), WRONG_COLORS(share_worst))
+    return np.where((counts == 0)[..., None], 1.0, colors)
+
+
+def _mistakes_title(wrong: np.ndarray, shown: np.ndarray) -> str:
+    """Returns what the sheet shows, in one sentence."""
+    mistakes, total = int(wrong.sum()), len(wrong)
+    if not mistakes:
+        return f"No mistake in {total} examples; shown: right answers of least confidence"
+    noun = "mistake" if mistakes == 1 else "mistakes"
+    rest = "" if wrong[shown].all() else "; then right answers of least confidence"
+    part = f", the worst {len(shown)}" if mistakes > len(shown) else ""
+    return f"{mistakes} {noun} in {total} examples{part}{rest}"
+
+
+def _classes(name: str, values: Any, classes: int) -> np.ndarray:
+    """Returns class numbers as an int array `[n]`."""
+    array = np.asarray(values)
+    if array.ndim != 1 or not len(array) or not np.issubdtype(array.dtype, np.integer):
+        raise BatchError(
+            f"{name} are class numbers, a non-empty int array [n]; got {array.dtype} of shape "
+            f"{array.shape}."
+        )
+    if array.min() < 0 or array.max() >= classes:
+        raise BatchError(
+            f"{name} are class numbers in 0..{classes - 1}, one for each of {classes} class_names; "
+            f"got {array.min()}..{array.max()}. Name every class."
+        )
+    return array
+
+
+def _probabilities(values: Any, classes: int) -> np.ndarray:
+    """Returns probabilities as a float array `[n, classes]`."""
+    array = np.asarray(values).astype(float)
+    if array.ndim != 2 or array.shape[1] != classes:
+        raise BatchError(
+            f"probabilities have the shape [n, classes] with {classes} class_names; got "
+            f"{array.shape}."
+        )
+    if not ((array >= 0) & (array <= 1 + 1e-3)).all():
+        raise BatchError(
+            f"probabilities are in [0, 1]; got {array.min():g}..{array.max():g}. "
+            "Turn logits into probabilities with jax.nn.softmax."
+        )
+    return array
+
+
+def _pictures(values: Any) -> np.ndarray:
+    """Returns pictures scaled to [0, 1], `[n, height, width]` or `[n, height, width, 3]`."""
+    array = np.asarray(values).astype(float)
+    if array.ndim == 4 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if not array.size or not (array.ndim == 3 or (array.ndim == 4 and array.shape[-1] == 3)):
+        raise BatchError(
+            "images have the shape [n, height, width], [n, height, width, 1] or "
+            f"[n, height, width, 3]; got {np.shape(values)}."
+        )
+    low, high = array.min(), array.max()
+    return (array - low) / (high - low) if high > low else np.zeros_like(array)
+
+
+def _check_lengths(**arrays: np.ndarray) -> None:
+    """Checks that the arrays have one length."""
+    if len({len(array) for array in arrays.values()}) > 1:
+        listed = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
+        raise BatchError(f"All arrays have one length, that of their first axis; got {listed}.")

@@ -1,0 +1,123 @@
+"""Metrics as lines of JSON: the file every tool can read, with no dependency."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from distaff.errors import MetricError, RunDirectoryError
+from distaff.loggers.protocol import JSON
+from distaff.typing import Scalars
+
+_OWN_NAMES = ("step", "epoch", "time")
+
+
+class JsonlLogger:
+    """Appends one line of strict JSON to a file per call of `log_metrics`.
+
+    A line is `{"step": 60, "epoch": 3, "time": 1767225600.0, "train/loss": 0.31}`. JSON has no NaN
+    and no infinity: they are written as the strings `"nan"`, `"inf"` and `"-inf"`, which Python's
+    `float` reads back. The file and its directory are made by the first line, and a run that goes
+    on appends. The configuration and the status have files of their own in a run directory, so that
+    every line here is a row of one table.
+
+    Args:
+        path: the file, or a function that gives it, called when the file is opened: the directory
+            of a run has its name only once training starts.
+        clock: gives the Unix time in seconds.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | Callable[[], str | os.PathLike[str]],
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._locate = partial(Path, path) if isinstance(path, str | os.PathLike) else path
+        self._path = Path()
+        self._clock = clock
+        self._file: BinaryIO | None = None
+
+    def log_metrics(self, metrics: Scalars, *, step: int, epoch: int) -> None:
+        """Writes one line; it is in the file when the call returns.
+
+        Raises:
+            MetricError: a metric is not a number, or has the name of a column of the logger's own.
+            RunDirectoryError: the file cannot be written.
+        """
+        row: dict[str, Any] = {"step": int(step), "epoch": int(epoch), "time": self._clock()}
+        for name, value in metrics.items():
+            if name in _OWN_NAMES:
+                raise MetricError(
+                    f"The names {', '.join(_OWN_NAMES)} are the log's own columns; a metric is "
+                    f"named {name!r}. Rename it, for example to 'train/{name}'."
+                )
+            row[name] = _strict(name, value)
+        self._write(json.dumps(row, allow_nan=False).encode() + b"\n")
+
+    def log_config(self, config: Mapping[str, JSON]) -> None:
+        """Does nothing: see the class."""
+
+    def close(self, status: str) -> None:
+        """Closes the file. Metrics logged afterwards open it again."""
+        file, self._file = self._file, None
+        if file is None:
+            return
+        try:
+            file.close()
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _write(self, line: bytes) -> None:
+        try:
+            if self._file is None:
+                self._path = Path(self._locate())
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self._path.open("a+b")
+                _drop_torn_line(self._file)
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> RunDirectoryError:
+        return RunDirectoryError(
+            f"The metrics of a run are appended to a file; {str(self._path)!r} cannot be written: "
+            f"{error.strerror or error}. Free space there, or choose a directory you may write to."
+        )
+
+
+def _strict(name: str, value: Any) -> JSON:
+    """Returns a number, or an array of one number per run, as strict JSON."""
+    try:
+        numbers = np.asarray(value, dtype=np.float64).tolist()
+    except (TypeError, ValueError) as error:
+        raise MetricError(
+            f"A logged metric is a number; {name!r} is {value!r}. Log what `compute` returns."
+        ) from error
+    return _without_nan(numbers)
+
+
+def _without_nan(numbers: Any) -> JSON:
+    if isinstance(numbers, list):
+        return [_without_nan(number) for number in numbers]
+    return numbers if math.isfinite(numbers) else str(numbers)
+
+
+def _drop_torn_line(file: BinaryIO) -> None:
+    """Cuts off a last line without an end, which a run killed while writing leaves behind."""
+    end = file.seek(0, os.SEEK_END)
+    if end == 0:
+        return
+    file.seek(end - 1)
+    if file.read(1) != b"\n":
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)

@@ -1,0 +1,202 @@
+"""The loop: a generator of events, to be read from top to bottom.
+
+    on_training_start
+    for each epoch:
+        for each batch:                                              train_epoch
+            state, window = step(state, window, batch)               on_step_end
+            at each log boundary: read the window before this one
+        on_training_epoch_end                                        on_epoch_end
+        every n-th epoch:
+            eval_model
+            on_validation_epoch_end                                  on_validation_end
+            save_metrics
+            is_new_model_better
+            save_model                                               on_checkpoint
+    on_training_end
+
+On the left what the trainer does, each line an override point; on the right the events that
+callbacks see. `epochs` yields the events of a run, `steps` those of one epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from distaff import metrics as metrics_lib
+from distaff.callbacks import StepInfo
+from distaff.data import Loader, num_examples
+from distaff.metrics import Metric
+from distaff.state import TrainState
+from distaff.step import NEVER, Window
+from distaff.typing import Batch
+
+
+class StepEnd(NamedTuple):
+    """One completed optimizer update.
+
+    Attributes:
+        step: completed updates so far.
+        state: the new train state.
+        metrics: this step's metrics, on the device.
+        examples: the batch size.
+    """
+
+    step: int
+    state: TrainState
+    metrics: Mapping[str, Metric]
+    examples: int
+
+
+class WindowEnd(NamedTuple):
+    """The steps since the previous log line, read from the device.
+
+    Attributes:
+        step: the last step of the window.
+        metrics: merged metrics, on the host.
+        first_bad_step: the first step whose loss was not finite; None if all were.
+    """
+
+    step: int
+    metrics: dict[str, Metric]
+    first_bad_step: int | None
+
+
+def steps(
+    program: Callable[[TrainState, Window, Batch], tuple[TrainState, Window, Any]],
+    state: TrainState,
+    batches: Iterable[Batch],
+    *,
+    step: int,
+    empty: Window,
+    log_every: int,
+    stopping: Callable[[], bool],
+) -> Iterator[StepEnd | WindowEnd]:
+    """Trains on the batches of one epoch.
+
+    A window is closed at every multiple of `log_every` in the global step, and at the end; it is
+    read when the next one closes, so that the device never waits for the host.
+
+    Args:
+        program: a windowed step (`distaff.step.windowed`), compiled; the state is donated to it.
+        state: the state to start from; it is not usable afterwards.
+        batches: what is left of the epoch.
+        step: completed updates so far.
+        empty: the window before its first step.
+        log_every: steps per window.
+        stopping: asked after each step; True ends the epoch there.
+
+    Yields:
+        A `StepEnd` for each batch, a `WindowEnd` for each window.
+    """
+    window, closed = empty, None
+    for batch in batches:
+        with jax.transfer_guard_device_to_host("disallow"):
+            state, window, metrics = program(state, window, batch)
+        step += 1
+        yield StepEnd(step, state, metrics, num_examples(batch))
+        if step % log_every == 0:
+            if closed is not None:
+                yield _read(*closed)
+            closed, window = (step, _sent(window)), empty
+        if stopping():
+            break
+    if closed is not None:
+        yield _read(*closed)
+    if window is not empty:
+        yield _read(step, window)
+
+
+def _sent(window: Window) -> Window:
+    for leaf in jax.tree.leaves(window):
+        leaf.copy_to_host_async()
+    return window
+
+
+def _read(step: int, window: Window) -> WindowEnd:
+    first_bad_step = int(window.first_bad_step)
+    return WindowEnd(
+        step,
+        metrics_lib.to_host(window.metrics),
+        None if first_bad_step == NEVER else first_bad_step,
+    )
+
+
+class Plan(NamedTuple):
+    """The shape of a run.
+
+    Attributes:
+        train_loader: yields the batches of one epoch each time it is iterated.
+        val_loader: validated on; None for a run without validation.
+        steps_per_epoch: where to cut epochs; None for the train loader's own.
+        first_epoch: the first epoch to train, counted from 1.
+        last_epoch: the last one, included.
+        check_val_every_n_epoch: epochs between validations, and between checkpoints.
+    """
+
+    train_loader: Loader
+    val_loader: Loader | None
+    steps_per_epoch: int | None
+    first_epoch: int
+    last_epoch: int
+    check_val_every_n_epoch: int
+
+
+class Run(Protocol):
+    """What the loop asks of a trainer: its override points, and where it stands."""
+
+    stop_reason: str | None
+    best_metrics: dict[str, Any] | None
+
+    def info(self, metrics: Mapping[str, Any], is_best: bool = False) -> StepInfo: ...
+    def on_training_start(self) -> None: ...
+    def train_epoch(self, train_loader: Loader, epoch: int) -> dict[str, Any]: ...
+    def on_training_epoch_end(self, epoch: int, metrics: dict[str, Any]) -> None: ...
+    def eval_model(self, loader: Loader, prefix: str) -> dict[str, Any]: ...
+    def on_validation_epoch_end(
+        self, epoch: int, metrics: dict[str, Any], val_loader: Loader
+    ) -> None: ...
+    def save_metrics(self, name: str, metrics: Mapping[str, Any]) -> None: ...
+    def is_new_model_better(
+        self, new_metrics: Mapping[str, Any], old_metrics: Mapping[str, Any] | None
+    ) -> bool: ...
+    def save_model(self, metrics: Mapping[str, Any], is_best: bool) -> None: ...
+    def end_epoch(self, epoch: int, metrics: dict[str, Any], is_best: bool) -> None: ...
+
+
+def epochs(run: Run, plan: Plan) -> Iterator[tuple[str, StepInfo]]:
+    """Runs the epochs of a plan; see the top of this file.
+
+    Args:
+        run: the trainer. Its `stop_reason` is looked at after each epoch's work is saved.
+        plan: loaders and epochs.
+
+    Yields:
+        The name of an event and what callbacks are told.
+    """
+    run.on_training_start()
+    yield "on_training_start", run.info({})
+    for epoch in range(plan.first_epoch, plan.last_epoch + 1):
+        metrics = run.train_epoch(plan.train_loader, epoch)
+        if run.stop_reason:
+            break
+        run.on_training_epoch_end(epoch, metrics)
+        yield "on_epoch_end", run.info(metrics)
+        is_best = False
+        if epoch % plan.check_val_every_n_epoch == 0:
+            validation: dict[str, Any] = {}
+            if plan.val_loader is not None:
+                validation = run.eval_model(plan.val_loader, "val/")
+                run.on_validation_epoch_end(epoch, validation, plan.val_loader)
+                yield "on_validation_end", run.info(validation)
+                run.save_metrics(f"val_epoch_{epoch:04d}", validation)
+                is_best = run.is_new_model_better(validation, run.best_metrics)
+            run.save_model(validation, is_best)
+            yield "on_checkpoint", run.info(validation, is_best)
+            metrics = {**metrics, **validation}
+        run.end_epoch(epoch, metrics, is_best)
+        if run.stop_reason:
+            break
+    yield "on_training_end", run.info({})

@@ -1,0 +1,282 @@
+"""Metrics as mergeable accumulators: exact over uneven batches, windows, hosts and restarts.
+
+A metric is a small pytree with three abilities: an empty one (`empty_like`), `merge`, and
+`compute`. A loss function may return, by name, any of
+
+* an array `[batch, ...]`: one value per example, averaged over the examples;
+* `Mean.per_example(...)`, `Sum.per_example(...)`, ...: one value per example, reduced that way;
+* a scalar: taken as the mean over its batch;
+* a metric: taken as it is.
+
+Only the first two can be masked, so only they let evaluation pad a short last batch.
+The form follows `clu.metrics` (empty / merge / compute); the arithmetic is in float32 on the device
+for one window of steps and in float64 on the host across windows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distaff.errors import LossError, MetricError
+
+
+def _pytree(cls: type) -> type:
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+
+
+def _namespace(array: Any) -> Any:
+    return jnp if isinstance(array, jax.Array) else np
+
+
+class Metric(ABC):
+    """What every accumulator can do. The order of merging changes no result but that of `Last`."""
+
+    @abstractmethod
+    def merge(self, other: Self) -> Self:
+        """Returns the metric over the examples of both."""
+
+    @abstractmethod
+    def compute(self) -> Any:
+        """Returns the value, NaN where nothing was accumulated."""
+
+    @abstractmethod
+    def empty_like(self) -> Self:
+        """Returns the neutral element of `merge`, with this one's shapes and dtypes."""
+
+    @classmethod
+    @abstractmethod
+    def reduce(cls, mask: jax.Array, *values: jax.Array) -> Self:
+        """Returns the metric over the examples whose `mask` `[batch]` is true."""
+
+
+@_pytree
+class PerExample:
+    """Values per example, `[batch, ...]`, and how they are to be reduced."""
+
+    values: tuple[jax.Array, ...]
+    metric: type[Metric] = dataclasses.field(metadata={"static": True})
+
+    def reduce(self, mask: jax.Array) -> Metric:
+        """Returns the metric over the examples whose `mask` `[batch]` is true."""
+        return self.metric.reduce(mask, *self.values)
+
+
+def _masked(mask: jax.Array, values: jax.Array, otherwise: Any) -> jax.Array:
+    mask = mask.reshape(mask.shape + (1,) * (values.ndim - mask.ndim))
+    return jnp.where(mask, values, jnp.asarray(otherwise, values.dtype))
+
+
+def _floating(values: Any) -> jax.Array:
+    values = jnp.asarray(values)
+    return values if jnp.issubdtype(values.dtype, jnp.floating) else values.astype(jnp.float32)
+
+
+@_pytree
+class Mean(Metric):
+    """A weighted mean, kept as the sum of weighted values and the sum of weights."""
+
+    total: Any
+    weight: Any
+
+    @classmethod
+    def per_example(cls, values: Any, weight: Any = None) -> PerExample:
+        """Declares values per example whose weighted mean is wanted.
+
+        Args:
+            values: `[batch, ...]`, each the mean over its own weight.
+            weight: `[batch]`, such as the number of tokens; 1 without.
+        """
+        values = _floating(values)
+        weight = jnp.ones(values.shape[:1], values.dtype) if weight is None else _floating(weight)
+        return PerExample((values, weight), cls)
+
+    @classmethod
+    def reduce(cls, mask: jax.Array, *values: jax.Array) -> Self:
+        value, weight = values
+        kept = _masked(mask, weight, 0)
+        spread = kept.reshape(kept.shape + (1,) * (value.ndim - 1))
+        return cls(jnp.sum(_masked(mask, value, 0) * spread, axis=0), jnp.sum(kept))
+
+    def merge(self, other: Self) -> Self:
+        return type(self)(self.total + other.total, self.weight + other.weight)
+
+    def compute(self) -> Any:
+        numpy = _namespace(self.total)
+        weight = numpy.where(self.weight == 0, 1, self.weight)
+        return numpy.where(self.weight == 0, float("nan"), self.total / weight)
+
+    def empty_like(self) -> Self:
+        return type(self)(jnp.zeros_like(self.total), jnp.zeros_like(self.weight))
+
+
+@_pytree
+class Sum(Metric):
+    """A sum over examples: counts, confusion matrices, tokens seen."""
+
+    total: Any
+
+    @classmethod
+    def per_example(cls, values: Any) -> PerExample:
+        """Declares values per example, `[batch, ...]`, whose sum is wanted."""
+        return PerExample((_floating(values),), cls)
+
+    @classmethod
+    def reduce(cls, mask: jax.Array, *values: jax.Array) -> Self:
+        return cls(jnp.sum(_masked(mask, values[0], 0), axis=0))
+
+    def merge(self, other: Self) -> Self:
+        return type(self)(self.total + other.total)
+
+    def compute(self) -> Any:
+        return self.total
+
+    def empty_like(self) -> Self:
+        return type(self)(jnp.zeros_like(self.total))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Extreme(Metric):
+    value: Any
+
+    @classmethod
+    def per_example(cls, values: Any) -> PerExample:
+        """Declares values per example, `[batch, ...]`, whose extreme is wanted."""
+        return PerExample((_floating(values),), cls)
+
+    @classmethod
+    @abstractmethod
+    def _neutral(cls) -> float: ...
+
+    def compute(self) -> Any:
+        numpy = _namespace(self.value)
+        return numpy.where(self.value == self._neutral(), float("nan"), self.value)
+
+    def empty_like(self) -> Self:
+        return type(self)(jnp.full_like(self.value, self._neutral()))
+
+
+@_pytree
+class Min(_Extreme):
+    """The smallest value."""
+
+    @classmethod
+    def _neutral(cls) -> float:
+        return float("inf")
+
+    @classmethod
+    def reduce(cls, mask: jax.Array, *values: jax.Array) -> Self:
+        return cls(jnp.min(_masked(mask, values[0], cls._neutral()), axis=0))
+
+    def merge(self, other: Self) -> Self:
+        return type(self)(_namespace(self.value).minimum(self.value, other.value))
+
+
+@_pytree
+class Max(_Extreme):
+    """The largest value."""
+
+    @classmethod
+    def _neutral(cls) -> float:
+        return float("-inf")
+
+    @classmethod
+    def reduce(cls, mask: jax.Array, *values: jax.Array) -> Self:
+        return cls(jnp.max(_masked(mask, values[0], cls._neutral()), axis=0))
+
+    def merge(self, other: Self) -> Self:
+        return type(self)(_namespace(self.value).maximum(self.value, other.value))
+
+
+@_pytree
+class Last(Metric):
+    """The value of the last step, such as a learning rate or a gradient norm."""
+
+    value: Any
+    count: Any = 1
+
+    @classmethod
+    def reduce(cls, mask: jax.Array, *values: jax.Array) -> Self:
+        raise MetricError("Last belongs to a step, not to an example; return Last(value) itself.")
+
+    def merge(self, other: Self) -> Self:
+        numpy = _namespace(other.value)
+        return type(self)(
+            numpy.where(other.count == 0, self.value, other.value), self.count + other.count
+        )
+
+    def compute(self) -> Any:
+        return _namespace(self.value).where(self.count == 0, float("nan"), self.value)
+
+    def empty_like(self) -> Self:
+        return type(self)(jnp.zeros_like(self.value), jnp.zeros_like(self.count))
+
+
+Metrics = Mapping[str, Metric]
+"""Metrics of one step, window, epoch or evaluation, by name."""
+
+
+def declare(name: str, value: Any, num_examples: int) -> Metric | PerExample:
+    """Brings one value that a step returned into its accumulating form.
+
+    Args:
+        name: its name, for the error.
+        value: an array `[batch, ...]`, a scalar, a metric, or `PerExample`.
+        num_examples: the batch size.
+
+    Raises:
+        LossError: an array is neither a scalar nor one value per example.
+    """
+    if isinstance(value, Metric | PerExample):
+        return value
+    array = _floating(value)
+    if array.ndim == 0:
+        weight = jnp.asarray(num_examples, array.dtype)
+        return Mean(array * weight, weight)
+    if array.shape[0] != num_examples:
+        raise LossError(
+            f"A metric is a scalar, or has one entry per example (shape [{num_examples}, ...]); "
+            f"{name!r} has shape {array.shape}. Reduce it, or wrap it: metrics.Sum({name})."
+        )
+    return Mean.per_example(array)
+
+
+def merge(first: Metrics, second: Metrics) -> dict[str, Metric]:
+    """Merges two sets of metrics name by name.
+
+    Raises:
+        MetricError: the two do not hold the same names, or a name changed its kind.
+    """
+    if first.keys() != second.keys():
+        raise MetricError(
+            "Every step must return the same metrics. "
+            f"One returned {sorted(first)}, another {sorted(second)}."
+        )
+    for name in first:
+        if type(first[name]) is not type(second[name]):
+            kinds = f"{type(first[name]).__name__} and {type(second[name]).__name__}"
+            raise MetricError(f"A metric keeps its kind; {name!r} was {kinds}.")
+    return {name: first[name].merge(second[name]) for name in first}
+
+
+def to_host(metrics: Metrics) -> dict[str, Metric]:
+    """Fetches metrics from the device in one transfer, in float64 so that merging stays exact."""
+    fetched = jax.device_get(dict(metrics))
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), fetched)
+
+
+def compute(metrics: Metrics, prefix: str = "") -> dict[str, float | np.ndarray]:
+    """Computes host metrics: Python floats, or float64 arrays for those that are not one number.
+
+    Args:
+        metrics: as `to_host` gives them.
+        prefix: put before each name: `compute(m, "val/")` gives `{"val/loss": ...}`.
+    """
+    values = {prefix + name: np.asarray(metric.compute()) for name, metric in metrics.items()}
+    return {name: value.item() if value.ndim == 0 else value for name, value in values.items()}

@@ -1,0 +1,116 @@
+"""From what a user passes as `optimizer` to an Optax transformation and its learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+import optax
+
+from distaff.errors import ConfigError
+from distaff.optim import catalog
+from distaff.optim.config import OptimizerConfig
+from distaff.optim.masks import decay_mask
+from distaff.optim.schedules import make_schedule
+from distaff.typing import Schedule
+
+OptimizerLike: TypeAlias = (
+    OptimizerConfig
+    | optax.GradientTransformation
+    | Callable[[int], OptimizerConfig | optax.GradientTransformation]
+)
+"""The forms of an optimizer: a config, the transformation itself, a function of `total_steps`."""
+
+
+class Optimizer(NamedTuple):
+    """An optimizer ready for a train state.
+
+    Attributes:
+        tx: the Optax transformation; its `update` accepts any keyword argument.
+        schedule: the learning rate by optimizer step; None where it is not known.
+    """
+
+    tx: optax.GradientTransformationExtraArgs
+    schedule: Schedule | None
+
+
+def build_optimizer(optimizer: OptimizerLike, total_steps: int | None) -> Optimizer:
+    """Makes the optimizer of a run.
+
+    A config becomes the chain `clip_value` → `clip_norm` → optimizer, so that momentum and second
+    moments see the clipped gradient, and weight decay is never clipped.
+
+    Args:
+        optimizer: an `OptimizerConfig`; an `optax.GradientTransformation`, taken as it is; or a
+            function `f(total_steps)` that returns one of the two.
+        total_steps: optimizer steps of the whole run; None where they are not known.
+
+    Returns:
+        The transformation and, for a config, its schedule.
+
+    Raises:
+        ConfigError: `optimizer` has none of the three forms, or needs the number of steps and it
+            is not known, or its warm-up is not shorter than the run.
+    """
+    if isinstance(optimizer, OptimizerConfig):
+        return _from_config(optimizer, total_steps)
+    if isinstance(optimizer, optax.GradientTransformation):
+        return Optimizer(optax.with_extra_args_support(optimizer), schedule=None)
+    _check_factory(optimizer)
+    if total_steps is None:
+        raise ConfigError(
+            "A function of the number of steps was given as optimizer, and the number of steps is "
+            "not known because the loader has no length. Pass steps_per_epoch to train_model."
+        )
+    made = optimizer(total_steps)
+    if not isinstance(made, OptimizerConfig | optax.GradientTransformation):
+        raise ConfigError(
+            "A function given as optimizer must return an OptimizerConfig or an "
+            f"optax.GradientTransformation, and {optimizer!r} returned {made!r}."
+        )
+    return build_optimizer(made, total_steps)
+
+
+def _from_config(config: OptimizerConfig, total_steps: int | None) -> Optimizer:
+    schedule = make_schedule(config, total_steps)
+    transforms = []
+    if config.clip_value is not None:
+        transforms.append(optax.clip(config.clip_value))
+    if config.clip_norm is not None:
+        transforms.append(optax.clip_by_global_norm(config.clip_norm))
+    transforms.extend(_with_decay(config, schedule))
+    return Optimizer(optax.with_extra_args_support(optax.chain(*transforms)), schedule)
+
+
+def _with_decay(config: OptimizerConfig, schedule: Schedule) -> list[optax.GradientTransformation]:
+    function = catalog.optimizers()[config.name]
+    rate = config.learning_rate if config.name in catalog.FIXED_RATE else schedule
+    decay = config.weight_decay
+    mask_argument = catalog.mask_argument(config.name)
+    if mask_argument is not None:
+        masked_decay = {"weight_decay": decay, mask_argument: decay_mask}
+        return [function(rate, **masked_decay, **config.options)]
+    optimizer = function(rate, **config.options)
+    if decay == 0:
+        return [optimizer]
+    if config.name in catalog.DECAY_IN_GRADIENT:
+        return [optax.add_decayed_weights(decay, decay_mask), optimizer]
+    return [
+        optimizer,
+        optax.add_decayed_weights(lambda step: -schedule(step) * decay, decay_mask),
+    ]
+
+
+def _check_factory(optimizer: object) -> None:
+    for name, function in catalog.optimizers().items():
+        if optimizer is function:
+            raise ConfigError(
+                f"optimizer is Optax's function {name!r} itself, which would take the number of "
+                f"steps for its learning rate. Call it, or pass OptimizerConfig({name!r})."
+            )
+    if not callable(optimizer):
+        hint = f" Did you mean OptimizerConfig({optimizer!r})?" * isinstance(optimizer, str)
+        raise ConfigError(
+            "optimizer must be an OptimizerConfig, an optax.GradientTransformation, or a function "
+            f"of total_steps that returns one of the two, and is {optimizer!r}.{hint}"
+        )

@@ -1,0 +1,92 @@
+"""Learning-rate schedules over the real number of optimizer steps."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from distaff.errors import ConfigError
+from distaff.optim.config import OptimizerConfig
+from distaff.typing import Schedule
+
+_ENDLESS = {"constant", "inverse_sqrt"}
+_ONE_CYCLE_RISE = 25.0
+_ONE_CYCLE_RISE_SHARE = 0.3
+
+
+def make_schedule(config: OptimizerConfig, total_steps: int | None) -> Schedule:
+    """Makes the learning rate a function of the optimizer step.
+
+    The first `warmup_steps` steps rise linearly from 0 to where the schedule starts; the schedule
+    then has the rest of the run. With peak `p`, end `e` (`p * end_fraction`) and `n` steps left:
+
+    * constant: `p`.
+    * cosine: from `p` to `e` along half a cosine (Loshchilov & Hutter 2017, arXiv:1608.03983).
+    * linear: from `p` to `e` along a line.
+    * exponential: from `p` to `e` by the same factor at each step.
+    * inverse_sqrt: `p * sqrt(w / max(step, w))` with `w = max(warmup_steps, 1)` and `step` counted
+      from the start of the run (Vaswani et al. 2017, arXiv:1706.03762, section 5.3).
+    * one_cycle: from `p / 25` to `p` in 0.3 `n` steps, then to `e`, both along half a cosine
+      (Smith & Topin 2018, arXiv:1708.07120).
+
+    Args:
+        config: the schedule's name, peak, end and warm-up.
+        total_steps: optimizer steps of the whole run; None where they are not known.
+
+    Returns:
+        A function of the number of completed steps, an int or an array of shape `[]`.
+
+    Raises:
+        ConfigError: the warm-up is not shorter than the run, or the schedule needs the length of
+            the run and it is not known.
+    """
+    if total_steps is None and config.schedule not in _ENDLESS:
+        raise ConfigError(
+            f"The schedule {config.schedule!r} needs the number of steps of the run, which is not "
+            "known because the loader has no length. Pass steps_per_epoch to train_model, or use "
+            "schedule='constant' or 'inverse_sqrt'."
+        )
+    if total_steps is not None and total_steps <= config.warmup_steps:
+        raise ConfigError(
+            f"The warm-up must be shorter than the run: warmup_steps is {config.warmup_steps}, and "
+            f"the run has {total_steps} optimizer steps. Lower warmup_steps or train longer."
+        )
+    after_warmup = _after_warmup(config, (total_steps or 0) - config.warmup_steps)
+    if config.warmup_steps == 0:
+        return after_warmup
+    start = config.learning_rate
+    if config.schedule == "one_cycle":
+        start /= _ONE_CYCLE_RISE
+    warmup = optax.linear_schedule(0.0, start, config.warmup_steps)
+    return optax.join_schedules([warmup, after_warmup], [config.warmup_steps])
+
+
+def _after_warmup(config: OptimizerConfig, num_steps: int) -> Schedule:
+    peak, end_fraction = config.learning_rate, config.end_fraction
+    match config.schedule:
+        case "constant":
+            return optax.constant_schedule(peak)
+        case "cosine":
+            return optax.cosine_decay_schedule(peak, num_steps, alpha=end_fraction)
+        case "linear":
+            return optax.linear_schedule(peak, peak * end_fraction, num_steps)
+        case "exponential":
+            return optax.exponential_decay(peak, num_steps, decay_rate=end_fraction)
+        case "inverse_sqrt":
+            return _inverse_sqrt_schedule(peak, config.warmup_steps)
+        case "one_cycle":
+            summit = int(_ONE_CYCLE_RISE_SHARE * num_steps)
+            return optax.piecewise_interpolate_schedule(
+                "cosine", peak / _ONE_CYCLE_RISE, {summit: _ONE_CYCLE_RISE, num_steps: end_fraction}
+            )
+
+
+def _inverse_sqrt_schedule(peak: float, warmup_steps: int) -> Schedule:
+    knee = max(warmup_steps, 1)
+
+    def schedule(steps_after_warmup: jax.typing.ArrayLike) -> jax.Array:
+        step = jnp.maximum(steps_after_warmup + warmup_steps, knee)
+        return peak * jnp.sqrt(knee / step)
+
+    return schedule

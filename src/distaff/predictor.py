@@ -1,0 +1,229 @@
+"""Predictor: a model and its state, and what they are good for without any training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeVar
+
+import jax
+
+from distaff import checkpoint
+from distaff.checkpoint import CheckpointStore, Store
+from distaff.config import from_json
+from distaff.data import as_loader, epoch_of, num_batches
+from distaff.display import Display, make_display
+from distaff.display.model_table import model_table
+from distaff.errors import BatchError, StateError
+from distaff.evaluate import predict
+from distaff.execution import Compiled, Eager, Execution
+from distaff.models import Variables, as_model, rebuild
+from distaff.record import example_from, read_record
+from distaff.state import TrainState
+from distaff.step import Context
+from distaff.trainer_config import TrainerConfig, make_config
+from distaff.typing import Batch, Key, Params, PyTree
+
+T = TypeVar("T")
+
+_INPUT_NAMES = ("image", "images", "x", "input", "inputs", "tokens", "features")
+
+
+class Predictor:
+    """A model with its state: it is initialised, bound, asked for predictions, and loaded.
+
+    Args:
+        model: an unbound `flax.linen.Module`.
+        **options: see `TrainerConfig`.
+    """
+
+    Config: ClassVar[type[TrainerConfig]] = TrainerConfig
+    state_class: ClassVar[type[TrainState]] = TrainState
+
+    def __init__(self, model: Any, **options: Any) -> None:
+        self.config = make_config(self.Config, options, type(self).__name__)
+        self.model = as_model(model)
+        self.display: Display = make_display(self.config.enable_progress_bar)
+        self.execution: Execution = Eager() if self.config.debug else Compiled()
+        self.state: TrainState | None = None
+        self.step, self.epoch = 0, 0
+
+        def predict_step(state: TrainState, batch: Batch) -> PyTree:
+            return self.predict_fn(state.params, batch, Context(state, train=False))
+
+        self._predict_step = self.execution.program(predict_step)
+
+    def set_up(self, example_batch: Batch) -> None:
+        """Calls the initialising methods in their order."""
+        self.init_model(example_batch)
+
+    def print_tabulate(self, example_batch: Batch) -> None:
+        """Shows the model's arrays as a table; it is also written into the run directory."""
+        rows = self.model.layers(jax.random.key(0), *self.model_inputs(example_batch))
+        self.table = model_table(rows, type(self.model.module).__name__)
+        self.display.print(self.table)
+
+    def init_model(self, example_batch: Batch) -> None:
+        """Makes the state before training: variables and root key, no optimizer yet."""
+        init_key, root_key = jax.random.split(jax.random.key(self.config.seed))
+        variables = self.run_model_init(example_batch, init_key)
+        self.state = self.state_class.create(
+            apply_fn=self.model.apply_fn, rng=root_key, **variables._asdict()
+        )
+
+    def run_model_init(self, example_batch: Batch, key: Key) -> Variables:
+        """Returns the model's initial variables. Override it for a model with other arguments.
+
+        Args:
+            example_batch: a batch like those of training.
+            key: source of the initial parameters.
+        """
+
+        def init(key: Key, batch: Batch) -> Variables:
+            return self.model.init(key, *self.model_inputs(batch))
+
+        return self.execution.program(init)(key, example_batch)
+
+    def model_inputs(self, batch: Batch) -> tuple[Any, ...]:
+        """Returns what of a batch the model is called with. Override it for other batches.
+
+        By default the entry `image`, `images`, `x`, `input`, `inputs`, `tokens` or `features` of a
+        dict, the first item of a tuple or list, or the batch itself if it is one array.
+
+        Args:
+            batch: a batch, each leaf `[batch, ...]`.
+
+        Returns:
+            The positional arguments of the model's forward pass.
+
+        Raises:
+            BatchError: none of these is there.
+        """
+        if isinstance(batch, Mapping):
+            for name in _INPUT_NAMES:
+                if name in batch:
+                    return (batch[name],)
+        elif isinstance(batch, tuple | list):
+            return (batch[0],)
+        elif hasattr(batch, "shape"):
+            return (batch,)
+        held = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+        raise BatchError(
+            f"The model's input is looked for in a batch under the names {list(_INPUT_NAMES)}; "
+            f"this batch holds {held}. Override model_inputs(self, batch) to return it."
+        )
+
+    def predict_fn(self, params: Params, batch: Batch, ctx: Context) -> PyTree:
+        """Returns the outputs for a batch, each `[batch, ...]`. Override it to predict otherwise.
+
+        Args:
+            params: the model's parameters.
+            batch: a batch; labels are not needed.
+            ctx: as in `loss_fn`, with `ctx.train` False.
+        """
+        return ctx.apply(params, *self.model_inputs(batch))
+
+    def predict(self, loader: Any) -> PyTree:
+        """Gathers the outputs of `predict_fn` over a loader, in its order.
+
+        Args:
+            loader: any iterable of batches; one pass of it is read.
+
+        Returns:
+            NumPy arrays `[examples, ...]`, in the structure of one batch's outputs.
+
+        Raises:
+            StateError: the model has no parameters yet.
+            BatchError: the loader is empty, or an output has no batch axis.
+        """
+        return predict(self._predict_step, self.ready_state(), self._pass(loader, "predict"))
+
+    def bind_model(self) -> Any:
+        """Returns the model with its variables inside: `bound(x, train=False)` for Flax Linen.
+
+        Raises:
+            StateError: the model has no parameters yet.
+        """
+        state = self.ready_state()
+        return self.model.bind(Variables(state.params, state.batch_stats, state.collections))
+
+    def tracker(
+        self, iterable: Iterable[T], *, description: str, total: int | None = None
+    ) -> Iterator[T]:
+        """Wraps an evaluation or a prediction, to show how far it is.
+
+        Args:
+            iterable: what is gone through.
+            description: what is done, such as `"val"`.
+            total: number of items, where it is known.
+        """
+        return self.display.track(iterable, description, total)
+
+    @classmethod
+    def load_from_checkpoint(
+        cls, path: str | Path, model: Any = None, *, example_batch: Batch = None, **options: Any
+    ) -> Self:
+        """Loads a trained model, ready for `predict`, `eval_model` and `bind_model`.
+
+        The folder is only read, and nothing is imported by a name that it holds.
+
+        Args:
+            path: a run directory (its best checkpoint is taken, else its newest), or one
+                checkpoint folder. It may have been moved.
+            model: the module; without it, one whose class is imported already is rebuilt from its
+                recorded hyperparameters.
+            example_batch: a batch like those of training; needed only where they are not nested
+                dicts, tuples and lists.
+            **options: options of the trainer that shall differ from the recorded ones; nothing is
+                drawn unless `enable_progress_bar=True` is among them.
+
+        Raises:
+            CheckpointError: nothing whole is there, or it is of another model.
+        """
+        directory, step = checkpoint.find(path)
+        record = read_record(directory.parent / "config.json")
+        if model is None:
+            model = rebuild(record["model"])
+        if example_batch is None:
+            example_batch = example_from(record["example_batch"])
+        recorded = vars(from_json(cls.Config, record["options"]))
+        trainer = cls(model, **{**recorded, "enable_progress_bar": False, **options})
+        trainer.set_up(example_batch)
+        weights = ("step", "params", "batch_stats", "collections", "rng")
+        trainer.restore(CheckpointStore(directory), step, weights)
+        return trainer
+
+    def restore(self, store: Store, step: int, members: Iterable[str]) -> None:
+        """Replaces members of the state by those of a checkpoint.
+
+        Args:
+            store: where the checkpoint is.
+            step: which one.
+            members: names of the state's members.
+
+        Raises:
+            CheckpointError: it cannot be read, or is of another model.
+        """
+        state = self.ready_state()
+        self.state = state.replace(**store.load(step, {n: getattr(state, n) for n in members}))
+        info = store.info(step)
+        self.step, self.epoch = info["step"], info["epoch"]
+
+    def ready_state(self) -> TrainState:
+        """Returns the state.
+
+        Raises:
+            StateError: there is none yet.
+        """
+        if self.state is None:
+            raise StateError(
+                "The model has no parameters yet. Call train_model first, give the trainer an "
+                "example_batch, or use load_from_checkpoint."
+            )
+        return self.state
+
+    def _pass(self, loader: Any, name: str) -> Iterator[Batch]:
+        """Goes once through a loader, with its progress shown."""
+        loader = as_loader(loader, name=name)
+        batches = epoch_of(loader, name=name)
+        return self.tracker(batches, description=name, total=num_batches(loader))

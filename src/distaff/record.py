@@ -1,0 +1,78 @@
+"""A run's record: `config.json`, which says what was trained, and on batches of what form."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from distaff.config import to_json
+from distaff.errors import CheckpointError
+from distaff.typing import Batch
+
+
+def make_record(**parts: Any) -> dict[str, Any]:
+    """Returns a run's record as strict JSON.
+
+    Args:
+        **parts: whatever determines the run, by name; `model`, `options` and `example_batch`
+            are read back by `load_from_checkpoint`.
+    """
+    form = _batch_form(parts.pop("example_batch"))
+    return {"distaff": version("distaff"), **to_json(parts), "example_batch": form}
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Reads a run's record.
+
+    Raises:
+        CheckpointError: it is missing, is no JSON, or lacks an entry.
+    """
+    remedy = "Pass the path of a run directory, or of a checkpoint inside one."
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"Cannot read {path}, the run's record: {error}. {remedy}") from error
+    missing = [
+        name
+        for name in ("model", "options", "example_batch")
+        if not isinstance(record, dict) or name not in record
+    ]
+    if missing:
+        raise CheckpointError(f"{path} is no record of a run: it lacks {missing}. {remedy}")
+    return record
+
+
+def _batch_form(batch: Batch) -> Any:
+    """Returns shapes and dtypes of a batch of nested dicts, tuples and lists; None for others."""
+    if isinstance(batch, Mapping):
+        return {str(name): _batch_form(value) for name, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return [_batch_form(value) for value in batch]
+    if hasattr(batch, "shape"):
+        return {"$array": {"shape": list(batch.shape), "dtype": str(batch.dtype)}}
+    return None
+
+
+def example_from(form: Any) -> Batch:
+    """Makes a batch of zeros from a recorded form.
+
+    Raises:
+        CheckpointError: the form was not recorded, or is none.
+    """
+    if isinstance(form, Mapping) and "$array" in form:
+        array = form["$array"]
+        return np.zeros([1, *array["shape"][1:]], jnp.dtype(array["dtype"]))
+    if isinstance(form, Mapping):
+        return {name: example_from(value) for name, value in form.items()}
+    if isinstance(form, list):
+        return tuple(example_from(value) for value in form)
+    raise CheckpointError(
+        "The run's batches are not nested dicts, tuples and lists of arrays, so their form is not "
+        "recorded. Pass example_batch=... to load_from_checkpoint."
+    )

@@ -1,0 +1,168 @@
+"""Recording: what a run leaves behind, and the one place that opens and closes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console, RenderableType
+
+from distaff.checkpoint import CheckpointStore, MemoryStore, NullStore, Store
+from distaff.loggers import JsonlLogger, Logger, ManyLoggers
+from distaff.run_directory import RunDirectory
+
+
+class Recording(Protocol):
+    """The outlets of a run. Nothing is written before `open`."""
+
+    logger: Logger
+    store: Store
+    path: Path | None
+
+    def open(self, record: Mapping[str, Any], texts: Mapping[str, RenderableType]) -> None:
+        """Starts to record.
+
+        Args:
+            record: the run's resolved configuration.
+            texts: what to keep as text files, by file name.
+        """
+        ...
+
+    def save_metrics(self, name: str, metrics: Mapping[str, Any]) -> None:
+        """Writes metrics under a name of their own."""
+        ...
+
+    def close(self, status: str, **facts: Any) -> None:
+        """Finishes checkpoints and loggers, and notes how the run ended."""
+        ...
+
+
+class NullRecording:
+    """Writes no file: checkpoints stay in memory, and loggers of the user's own are still served.
+
+    Args:
+        loggers: the user's loggers.
+    """
+
+    def __init__(self, loggers: Sequence[Logger] = ()) -> None:
+        self.logger: Logger = ManyLoggers(*loggers)
+        self.store: Store = MemoryStore()
+        self.path: Path | None = None
+
+    def open(self, record: Mapping[str, Any], texts: Mapping[str, RenderableType]) -> None:
+        """Hands the configuration to the loggers."""
+        self.logger.log_config(record)
+
+    def save_metrics(self, name: str, metrics: Mapping[str, Any]) -> None:
+        """Does nothing."""
+
+    def close(self, status: str, **facts: Any) -> None:
+        """Closes the loggers."""
+        self.logger.close(status)
+
+
+class DirectoryRecording:
+    """Records a run in a directory of its own; see `RunDirectory` for what it holds.
+
+    Args:
+        directory: where. It is reserved by `open`.
+        loggers: the user's loggers, beside `metrics.jsonl`.
+        keep_last: newest checkpoints to keep, beside the best.
+    """
+
+    def __init__(
+        self, directory: RunDirectory, loggers: Sequence[Logger] = (), *, keep_last: int = 1
+    ) -> None:
+        self.directory = directory
+        self.logger: Logger = ManyLoggers(
+            JsonlLogger(lambda: directory.path / "metrics.jsonl"), *loggers
+        )
+        self.store: Store = NullStore()
+        self._keep_last = keep_last
+        self._closing = ExitStack()
+
+    @property
+    def path(self) -> Path | None:
+        """The run's directory, once it is open."""
+        return self.directory.path if self.directory.created else None
+
+    def open(self, record: Mapping[str, Any], texts: Mapping[str, RenderableType]) -> None:
+        """Reserves the directory, and writes configuration, environment and status.
+
+        Raises:
+            RunDirectoryError: it cannot be written.
+        """
+        self.directory.check_writable()
+        path = self.directory.create()
+        self.directory.write_json("config.json", record)
+        self.directory.write_environment()
+        self.directory.set_status("running")
+        for name, content in texts.items():
+            self.directory.write_text(name, _plain(content))
+        self._closing.enter_context(self.directory.open_log())
+        self.store = CheckpointStore(path / "checkpoints", keep_last=self._keep_last)
+        self.logger.log_config(record)
+
+    def save_metrics(self, name: str, metrics: Mapping[str, Any]) -> None:
+        """Writes `metrics/<name>.json`, whole or not at all."""
+        self.directory.write_json(f"metrics/{name}.json", metrics)
+
+    def close(self, status: str, **facts: Any) -> None:
+        """Finishes checkpoints, loggers and log file in this order, then writes the status.
+
+        Raises:
+            CheckpointError: the last checkpoint could not be written; the status is then `failed`.
+        """
+        try:
+            with self._closing as closing:
+                closing.callback(self.logger.close, status)
+                closing.callback(self.store.close)
+        except BaseException:
+            self.directory.set_status("failed", **facts)
+            raise
+        self.directory.set_status(status, **facts)
+
+
+def make_recording(
+    root: str | None, name: str, loggers: Sequence[Logger], *, keep_last: int
+) -> Recording:
+    """Returns the recording of a run below `root`, or one that writes nothing if that is None."""
+    if root is None:
+        return NullRecording(loggers)
+    return DirectoryRecording(RunDirectory(root, name), loggers, keep_last=keep_last)
+
+
+@contextmanager
+def recorded(
+    recording: Recording,
+    record: Mapping[str, Any],
+    texts: Mapping[str, RenderableType],
+    outcome: Callable[[], tuple[str, dict[str, Any]]],
+) -> Iterator[None]:
+    """Opens a recording, and closes it whatever happens.
+
+    Args:
+        recording: what to open.
+        record: the run's resolved configuration.
+        texts: what to keep as text files, by file name.
+        outcome: gives status and facts of a run that came to its end.
+    """
+    recording.open(record, texts)
+    try:
+        yield
+    except BaseException as error:
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        _, facts = outcome()
+        recording.close(status, **facts, error=f"{type(error).__name__}: {error}")
+        raise
+    status, facts = outcome()
+    recording.close(status, **facts)
+
+
+def _plain(content: RenderableType) -> str:
+    console = Console(width=140, color_system=None, force_terminal=False)
+    with console.capture() as capture:
+        console.print(content)
+    return capture.get()

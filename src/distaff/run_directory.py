@@ -1,0 +1,312 @@
+"""The directory of one run: `<root>/<name>/0001`, whose files are whole or absent."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import platform
+import secrets
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Generator
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from distaff import config
+from distaff.errors import ConfigError, RunDirectoryError, StateError, nearest
+
+STATUSES = ("running", "finished", "stopped", "interrupted", "failed")
+
+_PACKAGES = ("distaff", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+_REMEDIES = {
+    errno.EEXIST: "Move that file away, or choose another root.",
+    errno.ENOTDIR: "Move that file away, or choose another root.",
+    errno.ENOSPC: "Free some space, or choose a root on another disk.",
+    errno.EDQUOT: "Free some space, or choose a root on another disk.",
+    errno.ENOENT: "Check the path.",
+}
+_LOG_LINE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+# Never writable by everybody, whatever the umask.
+_DIRECTORY_MODE, _FILE_MODE = 0o775, 0o664
+
+
+class RunDirectory:
+    """The place of a run's files; nothing is written before `create`.
+
+    A run called "digits" is put in `runs/digits/0001`, the next one in `runs/digits/0002`; none is
+    overwritten. It holds `config.json`, `env.json`, `status.json`, `metrics.jsonl`,
+    `metrics/*.json`, `checkpoints/step_00001200/` and `log.txt`.
+
+    Args:
+        root: the directory that holds all runs.
+        name: the run's name: one path component, or several joined by "/".
+
+    Raises:
+        ConfigError: the name is not such a path.
+    """
+
+    def __init__(self, root: Path | str = "runs", name: str = "run") -> None:
+        self._parent = Path(root) / _checked(name)
+        self._path: Path | None = None
+
+    @classmethod
+    def open(cls, path: Path | str) -> RunDirectory:
+        """Returns the run that a directory already holds.
+
+        Args:
+            path: the directory of the run, such as `runs/digits/0001`.
+
+        Raises:
+            RunDirectoryError: there is no such directory.
+        """
+        if not Path(path).is_dir():
+            raise RunDirectoryError(
+                f"An existing run must be a directory; {str(path)!r} is not. Check the path."
+            )
+        run = cls()
+        run._path = Path(path)
+        return run
+
+    @property
+    def created(self) -> bool:
+        """Whether the directory exists, so that files can be written."""
+        return self._path is not None
+
+    @property
+    def path(self) -> Path:
+        """The directory of this run.
+
+        Raises:
+            StateError: it is not created yet.
+        """
+        if self._path is None:
+            raise StateError(
+                f"A run's path is known once it is created; the run below {str(self._parent)!r} "
+                f"is not. Call create() first."
+            )
+        return self._path
+
+    def check_writable(self) -> None:
+        """Tries whether `create` can succeed, and leaves nothing behind.
+
+        Raises:
+            RunDirectoryError: a file is in the way, or the file system refuses.
+        """
+        nearest_existing = (self._path or self._parent).absolute()
+        while not os.path.lexists(nearest_existing):
+            nearest_existing = nearest_existing.parent
+        with _explained(nearest_existing):
+            os.rmdir(tempfile.mkdtemp(prefix=".distaff-", dir=nearest_existing))
+
+    def create(self) -> Path:
+        """Reserves the next version, or returns the one that this object has reserved before.
+
+        Returns:
+            The new, empty directory.
+
+        Raises:
+            RunDirectoryError: it cannot be created.
+        """
+        if self._path is None:
+            with _explained(self._parent):
+                self._path = _next_version(self._parent)
+        return self._path
+
+    def write_json(self, name: str, value: Any) -> Path:
+        """Writes a value as `config.to_json` records it; the file is whole or as it was.
+
+        Args:
+            name: the file relative to the run, such as `metrics/test.json`.
+            value: anything that `config.to_json` takes.
+
+        Returns:
+            The file.
+
+        Raises:
+            RunDirectoryError: it cannot be written.
+            StateError: the run is not created yet.
+        """
+        return self.write_text(name, config.dumps(config.to_json(value)))
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Writes a text in UTF-8; the file is whole or as it was.
+
+        Args:
+            name: the file relative to the run.
+            text: its new content.
+
+        Returns:
+            The file.
+
+        Raises:
+            RunDirectoryError: it cannot be written.
+            StateError: the run is not created yet.
+        """
+        target = self.path / _checked(name)
+        with _explained(target):
+            target.parent.mkdir(_DIRECTORY_MODE, parents=True, exist_ok=True)
+            _replace(target, text)
+        return target
+
+    def read_json(self, name: str) -> Any:
+        """Returns the parsed content of a JSON file.
+
+        Args:
+            name: the file relative to the run.
+
+        Raises:
+            RunDirectoryError: it is absent or is not JSON.
+            StateError: the run is not created yet.
+        """
+        target = self.path / _checked(name)
+        try:
+            with _explained(target, "read"):
+                return json.loads(target.read_bytes())
+        except ValueError as error:
+            raise RunDirectoryError(
+                f"A file of a run must be JSON; {str(target)!r} is not: {error}. Remove it."
+            ) from error
+
+    def write_environment(self) -> Path:
+        """Writes `env.json`: versions, platform, devices, processes, command line, commit."""
+        return self.write_json("env.json", _environment())
+
+    def set_status(self, status: str, **facts: Any) -> None:
+        """Writes `status.json`: the status, when the run started and ended, and further facts.
+
+        Args:
+            status: "running", "finished", "stopped", "interrupted" or "failed".
+            **facts: what to record beside it, such as `step` and `epoch`.
+
+        Raises:
+            ConfigError: the status is unknown.
+            RunDirectoryError: it cannot be written.
+        """
+        if status not in STATUSES:
+            raise ConfigError(f"A run has no status {status!r}. {nearest(status, STATUSES)}")
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        started = now
+        with contextlib.suppress(RunDirectoryError):  # no status yet
+            started = self.read_json("status.json")["started"]
+        ended = None if status == "running" else now
+        self.write_json(
+            "status.json", {"status": status, "started": started, "ended": ended, **facts}
+        )
+
+    @contextlib.contextmanager
+    def open_log(self) -> Generator[logging.Logger]:
+        """Appends what the logger `distaff` says to `log.txt`, from level INFO, while in the block.
+
+        Yields:
+            The logger.
+
+        Raises:
+            RunDirectoryError: `log.txt` cannot be written.
+        """
+        target = self.path / "log.txt"
+        with _explained(target):
+            target.touch(_FILE_MODE)
+            handler = logging.FileHandler(target, encoding="utf-8", errors="backslashreplace")
+        formatter = logging.Formatter(_LOG_LINE, datefmt="%Y-%m-%dT%H:%M:%SZ")
+        formatter.converter = time.gmtime
+        handler.setFormatter(formatter)
+        logger = logging.getLogger("distaff")
+        level = logger.level
+        logger.setLevel(level or logging.INFO)
+        logger.addHandler(handler)
+        try:
+            yield logger
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+            handler.close()
+
+
+def _checked(name: str) -> str:
+    parts = name.split("/")
+    if not name.isprintable() or "\\" in name or {"", ".", ".."} & set(parts):
+        raise ConfigError(
+            f"A name within a run directory must be simple path components joined by '/', "
+            f"without '..', but it is {name!r}. For example: 'digits' or 'sweep/digits'."
+        )
+    return name
+
+
+@contextlib.contextmanager
+def _explained(path: Path, verb: str = "written") -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        remedy = _REMEDIES.get(error.errno or 0, "Choose another root, or change its permissions.")
+        raise RunDirectoryError(
+            f"A run directory must be one that can be {verb}; {str(path)!r} cannot: "
+            f"{error.strerror or error}. {remedy}"
+        ) from error
+
+
+def _next_version(parent: Path) -> Path:
+    parent.mkdir(parents=True, exist_ok=True)
+    taken = [int(entry) for entry in os.listdir(parent) if entry.isascii() and entry.isdecimal()]
+    version = max(taken, default=0) + 1
+    while True:
+        path = parent / f"{version:04d}"
+        try:
+            os.mkdir(path, _DIRECTORY_MODE)  # atomic: one of two processes gets this version
+        except FileExistsError:
+            version += 1
+        else:
+            return path
+
+
+def _replace(target: Path, text: str) -> None:
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, _FILE_MODE)
+        with open(descriptor, "wb") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(descriptor)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _environment() -> dict[str, Any]:
+    devices = jax.devices()
+    return {
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "platform": platform.platform(),
+        "devices": {"kind": devices[0].device_kind, "count": len(devices)},
+        "processes": jax.process_count(),
+        "argv": sys.argv,
+        "git": _git(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git() -> dict[str, Any] | None:
+    """Returns the commit of the working directory, and whether tracked files differ from it."""
+    command = ["git", "--no-optional-locks", "describe", "--always", "--exclude=*", "--abbrev=40"]
+    try:
+        described = subprocess.run(
+            [*command, "--dirty"], capture_output=True, text=True, timeout=5, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": described.removesuffix("-dirty"), "dirty": described.endswith("-dirty")}

@@ -1,0 +1,203 @@
+"""TrainState: all that one training step may change, as one immutable pytree."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Self, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from distaff.errors import StateError, leaf_name, nearest
+from distaff.typing import Key, Params, PyTree
+
+
+def static(**kwargs: Any) -> Any:
+    """Declares a member that is part of the program rather than an array of the state.
+
+    A static member is compared when a compiled step is looked up: changing it compiles anew.
+    It must be hashable.
+    """
+    return dataclasses.field(metadata={"static": True}, **kwargs)
+
+
+@dataclass_transform(
+    kw_only_default=True, frozen_default=True, field_specifiers=(static, dataclasses.field)
+)
+class _FrozenPyTree:
+    """Makes each subclass a frozen keyword-only dataclass that JAX knows as a pytree."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+        fields = dataclasses.fields(cls)
+        jax.tree_util.register_dataclass(
+            cls,
+            data_fields=[f.name for f in fields if not f.metadata.get("static", False)],
+            meta_fields=[f.name for f in fields if f.metadata.get("static", False)],
+        )
+
+
+class TrainState(_FrozenPyTree):
+    """The state of training: `step` counts the completed optimizer updates of the whole state.
+
+    Subclass it to carry more; each annotated member becomes part of the pytree:
+
+    >>> class StateWithEpoch(TrainState):
+    ...     epoch: jax.Array
+
+    `apply_gradients` changes `step`, `params` and `opt_state`; any other member changes only by
+    `replace`, or by a keyword argument of `apply_gradients`.
+
+    Args:
+        step: number of completed updates, int32 scalar.
+        params: the arrays that the optimizer changes.
+        opt_state: the optimizer's own state; None until there is an optimizer.
+        batch_stats: running statistics of normalisation layers; None for a model without them.
+        collections: every other mutable variable of the model, by collection name; None without.
+        rng: the root key. A step uses `jax.random.fold_in(rng, step)`, so it never changes.
+        apply_fn: the model's forward pass, `apply_fn(variables, *inputs)`.
+        tx: the Optax optimizer.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: PyTree = None
+    batch_stats: PyTree = None
+    collections: Mapping[str, PyTree] | None = None
+    rng: Key | None = None
+    apply_fn: Callable[..., Any] | None = static(default=None)
+    tx: optax.GradientTransformationExtraArgs | None = static(default=None)
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        params: Params,
+        tx: optax.GradientTransformation | None = None,
+        apply_fn: Callable[..., Any] | None = None,
+        **members: Any,
+    ) -> Self:
+        """Makes the state before the first step.
+
+        Args:
+            params: initial parameters.
+            tx: any Optax optimizer; None for a state that is only evaluated.
+            apply_fn: the model's forward pass, such as `model.apply`.
+            **members: any other member, by name.
+
+        Returns:
+            A state with `step` 0 and the optimizer's initial state.
+
+        Raises:
+            StateError: a keyword is not a member of this class.
+        """
+        cls._check_members(members, reserved=("opt_state",))
+        if tx is not None:
+            tx = optax.with_extra_args_support(tx)
+        return cls(
+            **{"step": jnp.zeros((), jnp.int32), **members},
+            params=params,
+            opt_state=None if tx is None else tx.init(params),
+            apply_fn=apply_fn,
+            tx=tx,
+        )
+
+    def replace(self, **members: Any) -> Self:
+        """Returns a copy with the named members changed.
+
+        Raises:
+            StateError: a keyword is not a member of this class.
+        """
+        self._check_members(members)
+        return dataclasses.replace(self, **members)
+
+    def apply_gradients(
+        self,
+        *,
+        grads: Params,
+        value: jax.Array | None = None,
+        value_fn: Callable[[Params], jax.Array] | None = None,
+        optimizer_args: Mapping[str, Any] | None = None,
+        **members: Any,
+    ) -> Self:
+        """Returns the state after one optimizer update.
+
+        Args:
+            grads: gradient of the loss, with the structure of `params`.
+            value: the loss, a scalar. Handed on with `grad=grads` to optimizers that ask for it
+                (`optax.contrib.reduce_on_plateau`, line searches, learned optimizers).
+            value_fn: the loss as a function of the parameters, for line searches.
+            optimizer_args: further keyword arguments of the optimizer's `update`.
+            **members: other members of the state, with their new values.
+
+        Returns:
+            A new state: `step + 1`, new `params` and `opt_state`.
+
+        Raises:
+            StateError: there is no optimizer, `grads` is shaped unlike `params`, or a keyword is
+                not a member of this class.
+        """
+        if self.tx is None:
+            raise StateError(
+                "apply_gradients needs an optimizer, and this state has none (tx=None). "
+                "Create it with TrainState.create(params=..., tx=optax.adam(1e-3))."
+            )
+        self._check_members(members, reserved=("step", "params", "opt_state"))
+        _check_gradients(grads, self.params)
+        offered = {"value": value, "value_fn": value_fn, **(optimizer_args or {})}
+        extra_args = {name: arg for name, arg in offered.items() if arg is not None}
+        updates, opt_state = self.tx.update(
+            grads, self.opt_state, self.params, grad=grads, **extra_args
+        )
+        return dataclasses.replace(
+            self,
+            step=self.step + 1,
+            params=optax.apply_updates(self.params, updates),
+            opt_state=opt_state,
+            **members,
+        )
+
+    def arrays(self) -> dict[str, PyTree]:
+        """Returns the members that hold arrays, by name: what a checkpoint keeps."""
+        fields = dataclasses.fields(self)
+        return {
+            f.name: getattr(self, f.name) for f in fields if not f.metadata.get("static", False)
+        }
+
+    @classmethod
+    def _check_members(cls, members: Mapping[str, Any], reserved: tuple[str, ...] = ()) -> None:
+        known = [f.name for f in dataclasses.fields(cls) if f.name not in reserved]
+        for name in members:
+            if name not in known:
+                raise StateError(
+                    f"{cls.__name__} has no member {name!r} to set here. {nearest(name, known)} "
+                    f"To add a member, subclass it: class MyState({cls.__name__}): {name}: ..."
+                )
+
+
+def _check_gradients(grads: Params, params: Params) -> None:
+    if jax.tree.structure(grads) == jax.tree.structure(params):
+        return
+    got = {leaf_name(path) for path, _ in jax.tree.leaves_with_path(grads)}
+    expected = {leaf_name(path) for path, _ in jax.tree.leaves_with_path(params)}
+    raise StateError(
+        "grads must have the structure of params. "
+        f"Missing: {sorted(expected - got) or 'none'}; "
+        f"unexpected: {sorted(got - expected) or 'none'}. "
+        "Differentiate the loss with respect to state.params."
+    )
+
+
+def owned(state: PyTree) -> PyTree:
+    """Returns a copy in which each leaf has a buffer of its own, so that all can be donated."""
+    return jax.tree.map(lambda leaf: leaf.copy(), state)
+
+
+@jax.jit
+def all_finite(tree: PyTree) -> jax.Array:
+    """Returns whether every float in a tree is a number: a bool scalar."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.array([jnp.isfinite(leaf).all() for leaf in leaves]).all()

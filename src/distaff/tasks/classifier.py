@@ -1,0 +1,64 @@
+"""Classification: one label per example."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from distaff.errors import BatchError, LossError
+from distaff.monitor import Monitor
+from distaff.step import Context
+from distaff.trainer import TrainerModule
+from distaff.typing import Batch, Params
+
+_LABEL_NAMES = ("label", "labels", "y", "target", "targets")
+
+
+class Classifier(TrainerModule):
+    """Trains a model that returns logits `[batch, classes]`, by softmax cross-entropy.
+
+    Batches are dicts with `label` (or `labels`, `y`, `target`, `targets`), int `[batch]`, beside
+    the model's input, or tuples `(input, label)`. The best model is the one with the highest
+    `val/accuracy`. `predict` returns the logits.
+
+    Args:
+        model: as for `TrainerModule`, as every other argument.
+    """
+
+    monitor = Monitor("val/accuracy", mode="max")
+
+    def labels(self, batch: Batch) -> jax.Array:
+        """Returns the labels of a batch, int `[batch]`. Override it for other batches.
+
+        Raises:
+            BatchError: no labels are found.
+        """
+        if isinstance(batch, Mapping):
+            for name in _LABEL_NAMES:
+                if name in batch:
+                    return batch[name]
+        elif isinstance(batch, tuple | list) and len(batch) == 2:
+            return batch[1]
+        held = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+        raise BatchError(
+            f"Labels are looked for in a batch under the names {list(_LABEL_NAMES)}; this batch "
+            f"holds {held}. Override labels(self, batch) to return them."
+        )
+
+    def loss_fn(self, params: Params, batch: Batch, ctx: Context) -> Any:
+        """Returns the cross-entropy `[batch]`, and the accuracy."""
+        logits = ctx.apply(params, *self.model_inputs(batch))
+        labels = self.labels(batch)
+        if logits.ndim != 2 or labels.ndim != 1:
+            raise LossError(
+                "A Classifier's model returns logits [batch, classes] for labels [batch]; got "
+                f"logits {logits.shape} and labels {labels.shape}."
+            )
+        if not jnp.issubdtype(labels.dtype, jnp.integer):
+            raise LossError(f"Labels are class indices, of an int dtype; got {labels.dtype}.")
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return loss, {"accuracy": logits.argmax(axis=-1) == labels}

@@ -1,0 +1,120 @@
+"""The contract that every loader must keep, as tests to inherit."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from typing import Any
+
+import jax
+import numpy as np
+
+from distaff.data import Loader, first_batch, num_batches, num_examples
+from distaff.typing import Batch
+
+
+class LoaderContract:
+    """Tests for a loader: subclass it under pytest and say how the loader is made.
+
+    class TestMyLoader(LoaderContract):
+        def make_loader(self):
+            return MyLoader(...)
+    """
+
+    def make_loader(self) -> Loader:
+        """Returns a new loader at its start; all of them alike, with 3 to 20 batches an epoch."""
+        raise NotImplementedError
+
+    def test_loader_follows_the_protocol(self) -> None:
+        """It can be iterated, and has `get_state` and `set_state`."""
+        assert isinstance(self.make_loader(), Loader)
+
+    def test_epochs_have_one_number_of_batches(self) -> None:
+        """Every epoch is as long as the first, and as `len` where there is one."""
+        loader = self.make_loader()
+        counts = [len(list(loader)) for _ in range(3)]
+        assert counts[0] >= 3, f"the contract needs at least 3 batches, got {counts[0]}"
+        assert len(set(counts)) == 1, f"epochs of different lengths: {counts}"
+        assert num_batches(loader) in (None, counts[0])
+
+    def test_batches_have_one_leading_length(self) -> None:
+        """All leaves of a batch agree in their leading axis, which is not empty."""
+        assert all(num_examples(batch) > 0 for batch in self.make_loader())
+
+    def test_new_loaders_yield_equal_batches(self) -> None:
+        """The order depends on how the loader was made, and on nothing else."""
+        assert_batches_equal(_epochs(self.make_loader(), 2), _epochs(self.make_loader(), 2))
+
+    def test_state_is_json(self) -> None:
+        """The state holds Python ints, and survives JSON."""
+        loader = self.make_loader()
+        for _ in loader:
+            state = loader.get_state()
+            assert json.loads(json.dumps(state)) == state
+            assert all(type(value) is int for value in state.values()), state
+
+    def test_state_resumes_exactly_at_every_position(self) -> None:
+        """What is left of the epoch and all later epochs are those of an uninterrupted run."""
+        length = len(list(self.make_loader()))
+        for epoch in range(2):
+            for position in range(length + 1):
+                loader = self.make_loader()
+                _epochs(loader, epoch)
+                running = iter(loader)
+                list(islice(running, position))
+                state = json.loads(json.dumps(loader.get_state()))
+                resumed = self.make_loader()
+                resumed.set_state(state)
+                assert resumed.get_state() == state
+                assert_batches_equal(list(resumed), list(running))
+                assert_batches_equal(_epochs(resumed, 2), _epochs(loader, 2))
+
+    def test_state_set_to_where_it_is_continues(self) -> None:
+        """`set_state(get_state())` goes on with the running epoch."""
+        loader, whole = self.make_loader(), list(self.make_loader())
+        start = list(islice(loader, 2))
+        loader.set_state(loader.get_state())
+        assert_batches_equal(start + list(loader), whole)
+
+    def test_break_abandons_the_epoch(self) -> None:
+        """After a loop is broken off, the next one sees a whole epoch."""
+        loader = self.make_loader()
+        length = len(list(loader))
+        next(iter(loader))
+        assert len(list(loader)) == length
+        loader.set_state(loader.get_state())
+        next(iter(loader))
+        assert len(list(loader)) == length
+
+    def test_first_batch_is_not_consumed(self) -> None:
+        """Looking at the first batch changes neither the state nor what follows."""
+        loader = self.make_loader()
+        state = loader.get_state()
+        assert_batches_equal(first_batch(loader), next(iter(self.make_loader())))
+        assert loader.get_state() == state
+        assert_batches_equal(_epochs(loader, 2), _epochs(self.make_loader(), 2))
+
+    def test_batches_are_fresh_arrays(self) -> None:
+        """A batch keeps its values, and its memory, while later ones are made."""
+        loader = self.make_loader()
+        kept, copies = [], []
+        for batch in _epochs(loader, 2):
+            kept.append(batch)
+            copies.append(jax.tree.map(np.array, batch))
+        assert_batches_equal(kept, copies)
+        leaves = [leaf for leaf in jax.tree.leaves(kept) if isinstance(leaf, np.ndarray)]
+        for position, leaf in enumerate(leaves):
+            for other in leaves[:position]:
+                assert not np.shares_memory(leaf, other), "two batches share one buffer"
+
+
+def assert_batches_equal(actual: Any, expected: Any) -> None:
+    """Raises AssertionError, with the difference, where two pytrees of arrays are not equal."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for left, right in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert left.dtype == right.dtype
+        np.testing.assert_array_equal(left, right)
+
+
+def _epochs(loader: Loader, count: int) -> list[Batch]:
+    return [batch for _ in range(count) for batch in loader]

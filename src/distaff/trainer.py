@@ -1,0 +1,309 @@
+"""TrainerModule: the class a user subclasses. It assembles the rooms below, and delegates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import closing
+from typing import Any
+
+from distaff import loop
+from distaff import metrics as metrics_lib
+from distaff.data import Loader, as_loader, epoch_of, first_batch, num_batches
+from distaff.errors import ConfigError, LossError
+from distaff.evaluate import Evaluator
+from distaff.monitor import Monitor
+from distaff.optim import build_optimizer
+from distaff.record import make_record
+from distaff.recording import recorded
+from distaff.state import all_finite, owned
+from distaff.step import Context, EvalFn, EvalStep, StepFn, empty_window, measured, windowed
+from distaff.step import train_step as make_train_step
+from distaff.trainer_config import Best, TrainResult
+from distaff.training import Training
+from distaff.typing import Batch, Params
+
+
+class TrainerModule(Training):
+    """Trains a model: subclass it and write `loss_fn`.
+
+    >>> class Regression(TrainerModule):
+    ...     def loss_fn(self, params, batch, ctx):
+    ...         return jnp.square(ctx.apply(params, batch["x"]) - batch["y"])
+
+    Every public method is an override point. The constructor calls `print_tabulate`,
+    `init_logger`, `create_functions`, `create_jitted_functions` and `init_model`, in this order, if
+    it is given an `example_batch`; otherwise `train_model` does, with its first batch.
+
+    Args:
+        model: an unbound `flax.linen.Module`.
+        example_batch: a batch like those of training.
+        **options: `optimizer`, `loggers` and `callbacks`, see `Training`, and the options of
+            `TrainerConfig`.
+
+    Raises:
+        ConfigError: an option is unknown or out of range, or the model is no module.
+    """
+
+    monitor: Monitor = Monitor("val/loss")
+
+    def __init__(self, model: Any, *, example_batch: Batch = None, **options: Any) -> None:
+        super().__init__(model, **options)
+        if example_batch is not None:
+            self.set_up(example_batch)
+
+    def set_up(self, example_batch: Batch) -> None:
+        """Calls the initialising methods in their order; see the class."""
+        self.example_batch = example_batch
+        self.print_tabulate(example_batch)
+        self.recording = self.init_logger()
+        train_step, eval_step = self.create_functions()
+        self.create_jitted_functions(train_step, eval_step)
+        super().set_up(example_batch)
+
+    def loss_fn(self, params: Params, batch: Batch, ctx: Context) -> Any:
+        """Returns `loss` or `(loss, metrics)` for a batch. This is the method to write.
+
+        Args:
+            params: what the loss is differentiated with respect to.
+            batch: a batch of the loader, each leaf `[batch, ...]`.
+            ctx: `ctx.apply(params, ...)` is the forward pass; `ctx.rng`, `ctx.train`, `ctx.state`.
+
+        Returns:
+            The loss, one number per example `[batch]` or a scalar; metrics by name, as
+            `distaff.metrics` describes.
+        """
+        raise LossError(
+            f"{type(self).__name__} has no loss. Define loss_fn(self, params, batch, ctx), or "
+            "override create_functions."
+        )
+
+    def create_functions(self) -> tuple[StepFn, EvalFn]:
+        """Returns the pure functions `train_step` and `eval_step`. Override it to write your own.
+
+        Returns:
+            `train_step(state, batch) -> (state, metrics)` and `eval_step(state, batch) -> metrics`,
+            with metrics as `distaff.metrics` describes.
+        """
+        return make_train_step(self.loss_fn), EvalStep(self.loss_fn)
+
+    def create_jitted_functions(self, train_step: StepFn, eval_step: EvalFn) -> None:
+        """Makes programs of the pure functions; nothing compiles before its first call."""
+        self.train_step = self.execution.program(train_step, donate=0)
+        self.eval_step = self.execution.program(eval_step)
+        self._measured_step = self.execution.part(measured(train_step))
+        self._train_program = self.execution.program(windowed(self._measured_step), donate=0)
+        self._evaluator = Evaluator(eval_step, self.execution)
+
+    def init_optimizer(self, total_steps: int | None) -> None:
+        """Gives the state its optimizer, right before training.
+
+        Args:
+            total_steps: optimizer steps of the run, which schedules are stretched over; None if
+                the loader has no length.
+
+        Raises:
+            ConfigError: the optimizer does not fit the run.
+        """
+        tx, self.schedule = build_optimizer(self.optimizer, total_steps)
+        state = self.ready_state()
+        self.state = owned(state.replace(tx=tx, opt_state=tx.init(state.params)))
+
+    def train_model(
+        self,
+        train_loader: Any,
+        val_loader: Any = None,
+        test_loader: Any = None,
+        *,
+        num_epochs: int,
+        steps_per_epoch: int | None = None,
+    ) -> TrainResult:
+        """Trains, validates, keeps the best model, and tests it.
+
+        All that can be checked is checked before anything is written. A second call goes on
+        training, in a run directory of its own.
+
+        Args:
+            train_loader: a loader, or any iterable of batches.
+            val_loader: validated on every `check_val_every_n_epoch` epochs.
+            test_loader: tested on once, at the end, with the best weights.
+            num_epochs: epochs to train.
+            steps_per_epoch: cuts epochs of this many steps; needed for a loader without length
+                under a schedule that depends on it.
+
+        Returns:
+            How it ended. The trainer holds the best weights afterwards.
+
+        Raises:
+            DistaffError: any bad input, by its kind; `NonFiniteError` for a NaN loss.
+        """
+        train = as_loader(train_loader, name="train")
+        val = None if val_loader is None else as_loader(val_loader, name="val")
+        test = None if test_loader is None else as_loader(test_loader, name="test")
+        if num_epochs < 1:
+            raise ConfigError(f"num_epochs is at least 1; got {num_epochs}.")
+        last_epoch = self.epoch + num_epochs
+        every = self.config.check_val_every_n_epoch
+        plan = loop.Plan(train, val, steps_per_epoch, self.epoch + 1, last_epoch, every)
+        self._prepare(plan, test)
+        record = self._record(num_epochs=num_epochs, steps_per_epoch=steps_per_epoch)
+        with (
+            closing(self.display),
+            recorded(self.recording, record, {"model.txt": self.table}, self.outcome),
+        ):
+            self.begin(plan)
+            for event, info in loop.epochs(self, plan):
+                self.callbacks.emit(event, info)
+            metrics = self._finish(test)
+        status, facts = self.outcome()
+        return TrainResult(status=status, **facts, metrics=metrics, path=self.recording.path)
+
+    def train_epoch(self, train_loader: Loader, epoch: int) -> dict[str, Any]:
+        """Trains on the batches of one epoch.
+
+        Returns:
+            Their metrics, averaged over the epoch, as `train/...`.
+
+        Raises:
+            NonFiniteError: the loss is NaN or infinite.
+        """
+        total = None
+        self.begin_epoch(epoch)
+        for event in loop.steps(
+            self._train_program,
+            self.ready_state(),
+            epoch_of(train_loader, self.plan.steps_per_epoch, name="train"),
+            step=self.step,
+            empty=self._empty_window,
+            log_every=self.config.log_every_n_steps,
+            stopping=lambda: self.stop_reason is not None,
+        ):
+            if isinstance(event, loop.StepEnd):
+                self.after_step(event)
+            else:
+                self.after_window(event)
+                total = event.metrics if total is None else metrics_lib.merge(total, event.metrics)
+        return metrics_lib.compute(total or {}, "train/")
+
+    def eval_model(self, loader: Any, prefix: str = "") -> dict[str, Any]:
+        """Evaluates the model over a loader: every example once, nothing changed.
+
+        Args:
+            loader: any iterable of batches; the first is the largest.
+            prefix: put before each metric's name: `"val/"` gives `val/loss`.
+
+        Returns:
+            Metrics by name; floats, or arrays for those that are not one number.
+        """
+        batches = self._pass(loader, prefix.rstrip("/") or "evaluate")
+        return metrics_lib.compute(self._evaluator(self.ready_state(), batches), prefix)
+
+    def save_metrics(self, name: str, metrics: Mapping[str, Any]) -> None:
+        """Writes metrics to `metrics/<name>.json` in the run directory."""
+        self.recording.save_metrics(name, metrics)
+
+    def is_new_model_better(
+        self, new_metrics: Mapping[str, Any], old_metrics: Mapping[str, Any] | None
+    ) -> bool:
+        """Tells whether the model just validated is the best so far, by `monitor`.
+
+        Args:
+            new_metrics: of the model just validated.
+            old_metrics: of the best one; None at first.
+        """
+        old = None if old_metrics is None else self.monitor.value(old_metrics)
+        return self.monitor.better(self.monitor.value(new_metrics), old)
+
+    def save_model(self, metrics: Mapping[str, Any], is_best: bool) -> None:
+        """Hands the whole state to the checkpoint store, which writes in the background.
+
+        Args:
+            metrics: of the validation before it.
+            is_best: whether it is the best model so far.
+
+        Raises:
+            NonFiniteError: a parameter is NaN or infinite; such a model is never kept.
+        """
+        state = self.ready_state()
+        if not all_finite(state.params):
+            raise self.not_finite("A parameter", self.step)
+        if is_best:
+            self.best = Best(self.step, self.epoch, dict(metrics))
+        self.recording.store.save(
+            self.step,
+            state.arrays(),
+            {
+                "step": self.step,
+                "epoch": self.epoch,
+                "metrics": dict(metrics),
+                "best_step": None if self.best is None else self.best.step,
+                "callbacks": [callback.get_state() for callback in self.callbacks.callbacks],
+            },
+        )
+
+    def load_model(self) -> None:
+        """Loads the best checkpoint of this run, whole; the newest where none is the best."""
+        store = self.recording.store
+        store.wait()
+        step = self.best.step if self.best else store.latest()
+        if step is not None and step != self.step:
+            self.restore(store, step, tuple(self.ready_state().arrays()))
+
+    def on_training_start(self) -> None:
+        """Called before the first step."""
+
+    def on_training_epoch_end(self, epoch: int, metrics: dict[str, Any]) -> None:
+        """Called after each training epoch; what is added to `metrics` is logged."""
+
+    def on_validation_epoch_end(
+        self, epoch: int, metrics: dict[str, Any], val_loader: Loader
+    ) -> None:
+        """Called after each validation; what is added to `metrics` is logged and can be monitored."""
+
+    def _prepare(self, plan: loop.Plan, test_loader: Loader | None) -> None:
+        """Makes all that a run needs and checks it; nothing is written."""
+        batch = first_batch(plan.train_loader, name="train")
+        if self.state is None:
+            self.set_up(batch)
+        elif self.recording.path is not None:
+            self.recording = self.init_logger()
+        steps_per_epoch = plan.steps_per_epoch or num_batches(plan.train_loader)
+        num_epochs = plan.last_epoch - plan.first_epoch + 1
+        self.init_optimizer(None if steps_per_epoch is None else steps_per_epoch * num_epochs)
+        state = self.ready_state()
+        _, metrics = self.execution.shapes(self._measured_step, state, batch)
+        self._empty_window = empty_window(metrics)
+        if plan.val_loader is not None:
+            val_batch = first_batch(plan.val_loader, name="val")
+            self._check_monitor(self._evaluator.shapes(state, val_batch))
+        if test_loader is not None:
+            first_batch(test_loader, name="test")
+
+    def _record(self, **arguments: Any) -> dict[str, Any]:
+        """Returns what determines this run, as strict JSON."""
+        return make_record(
+            trainer=type(self),
+            model=self.model.module,
+            optimizer=self.optimizer,
+            monitor=self.monitor,
+            options=self.config,
+            example_batch=self.example_batch,
+            **arguments,
+        )
+
+    def _check_monitor(self, metrics: Mapping[str, Any]) -> None:
+        """Checks that the monitored metric exists, unless an override may add or ignore it."""
+        override_points = ("on_validation_epoch_end", "eval_model", "is_new_model_better")
+        if all(getattr(type(self), n) is getattr(TrainerModule, n) for n in override_points):
+            self.monitor.check(f"val/{name}" for name in metrics)
+
+    def _finish(self, test_loader: Loader | None) -> dict[str, Any]:
+        """Keeps the last state, loads the best, and tests it."""
+        self.save_model({}, is_best=False)
+        self.load_model()
+        metrics = {**self.last_metrics, **(self.best_metrics or {})}
+        if test_loader is not None:
+            test_metrics = self.eval_model(test_loader, "test/")
+            self.save_metrics("test", test_metrics)
+            self.recording.logger.log_metrics(test_metrics, step=self.step, epoch=self.epoch)
+            metrics.update(test_metrics)
+        return metrics

@@ -1,0 +1,94 @@
+"""The options every trainer has, and what a run returns."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from distaff.errors import ConfigError, nearest
+
+C = TypeVar("C", bound="TrainerConfig")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """The options of every trainer; a subclass of the trainer may add its own.
+
+    Args:
+        name: the folder of its runs, `<root>/<name>/<version>`; by default the class's name.
+        root: the folder of all runs; None to write nothing.
+        seed: of the parameters, dropout, and every other random number of the model.
+        check_val_every_n_epoch: epochs between validations, and between checkpoints.
+        log_every_n_steps: steps per line of training metrics in the log.
+        keep_last: newest checkpoints to keep, beside the best.
+        enable_progress_bar: False draws nothing.
+        debug: run every step as plain Python, so that breakpoints and prints work.
+
+    Raises:
+        ConfigError: an option is out of its range.
+    """
+
+    name: str = ""
+    root: str | None = "runs"
+    seed: int = 42
+    check_val_every_n_epoch: int = 1
+    log_every_n_steps: int = 50
+    keep_last: int = 1
+    enable_progress_bar: bool = True
+    debug: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("check_val_every_n_epoch", "log_every_n_steps", "keep_last"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is at least 1; got {getattr(self, name)}.")
+
+
+def make_config(cls: type[C], options: dict[str, Any], owner: str) -> C:
+    """Makes a trainer's options from keyword arguments.
+
+    Raises:
+        ConfigError: an option is unknown; the nearest one is named.
+    """
+    known = [field.name for field in dataclasses.fields(cls)]
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"{owner} has no option {name!r}. {nearest(name, known)}")
+    return cls(**options)
+
+
+class Best(NamedTuple):
+    """The best model so far.
+
+    Attributes:
+        step: completed optimizer updates.
+        epoch: completed epochs.
+        metrics: its validation metrics, as `val/...`.
+    """
+
+    step: int
+    epoch: int
+    metrics: dict[str, Any]
+
+
+class TrainResult(NamedTuple):
+    """How a run ended.
+
+    Attributes:
+        status: `"finished"`, or `"stopped"` if a callback stopped it.
+        reason: why it was stopped; empty otherwise.
+        step: completed optimizer updates.
+        epoch: completed epochs.
+        metrics: of the last training epoch (`train/`), the best validation (`val/`) and the test
+            (`test/`).
+        best: the best model; None without validation.
+        path: the run directory; None if nothing is written.
+    """
+
+    status: str
+    reason: str
+    step: int
+    epoch: int
+    metrics: dict[str, Any]
+    best: Best | None
+    path: Path | None

@@ -1,0 +1,140 @@
+"""Training: where a run stands, and who is told of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from distaff import loop
+from distaff.callbacks import Callback, Callbacks, StepInfo
+from distaff.data import num_batches
+from distaff.errors import NonFiniteError
+from distaff.loggers import Logger
+from distaff.metrics import compute
+from distaff.optim import OptimizerConfig, OptimizerLike
+from distaff.predictor import Predictor
+from distaff.recording import NullRecording, Recording, make_recording
+from distaff.trainer_config import Best
+from distaff.typing import Schedule
+
+
+class Training(Predictor):
+    """A model in training: its step, epoch and best result, its display, loggers and callbacks.
+
+    Args:
+        model: an unbound `flax.linen.Module`.
+        optimizer: an `OptimizerConfig`, an Optax transformation, or a function of the total number
+            of steps that returns one.
+        loggers: loggers of your own, beside the run directory's.
+        callbacks: code of your own at the six events of a run.
+        **options: see `TrainerConfig`.
+    """
+
+    plan: loop.Plan
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        optimizer: OptimizerLike | None = None,
+        loggers: Sequence[Logger] = (),
+        callbacks: Iterable[Callback] = (),
+        **options: Any,
+    ) -> None:
+        super().__init__(model, **options)
+        self.optimizer: OptimizerLike = OptimizerConfig() if optimizer is None else optimizer
+        self.loggers, self.callbacks = tuple(loggers), Callbacks(callbacks)
+        self.recording: Recording = NullRecording()
+        self.best: Best | None = None
+        self.schedule: Schedule | None = None
+        self.last_metrics: dict[str, Any] = {}
+
+    def init_logger(self) -> Recording:
+        """Returns where metrics, checkpoints and configuration go; nothing is written yet."""
+        name = self.config.name or type(self).__name__.lower()
+        root, keep_last = self.config.root, self.config.keep_last
+        return make_recording(root, name, self.loggers, keep_last=keep_last)
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Why a callback wants the run to end; None while none does."""
+        return self.callbacks.stop_reason
+
+    @property
+    def best_metrics(self) -> dict[str, Any] | None:
+        """Validation metrics of the best model; None before the first."""
+        return None if self.best is None else self.best.metrics
+
+    def info(self, metrics: Mapping[str, Any], is_best: bool = False) -> StepInfo:
+        """Returns what callbacks are told."""
+        return StepInfo(self.step, self.epoch, self.ready_state(), metrics, is_best)
+
+    def begin(self, plan: loop.Plan) -> None:
+        """Counts a new run."""
+        self.plan, self._first_step, self._reached = plan, self.step, (self.step, self.epoch)
+        self.best, self.callbacks.stop_reason = None, None
+        self.display.start(plan.last_epoch, plan.steps_per_epoch or num_batches(plan.train_loader))
+        self.display.compiling("the training step")
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Counts a new epoch."""
+        self.epoch = epoch
+        self._epoch_start = time.perf_counter()
+
+    def after_step(self, event: loop.StepEnd) -> None:
+        """Takes over the new state, and tells display and callbacks."""
+        if self.step == self._first_step:
+            self.display.running()
+        self.state, self.step = event.state, event.step
+        self._reached = (self.step, self.epoch)
+        self.display.advance(event.step, self.epoch, event.examples)
+        if self.callbacks.watches_steps:
+            self.callbacks.emit("on_step_end", self.info(event.metrics))
+
+    def after_window(self, event: loop.WindowEnd) -> None:
+        """Logs the metrics of a window as `step/...`.
+
+        Raises:
+            NonFiniteError: a loss in it was not finite.
+        """
+        if event.first_bad_step is not None:
+            raise self.not_finite("The loss", event.first_bad_step)
+        metrics = compute(event.metrics, "step/")
+        self.display.update({n: v for n, v in metrics.items() if np.ndim(v) == 0})
+        if self.schedule is not None:
+            updates = event.step - self._first_step
+            metrics["step/learning_rate"] = float(self.schedule(updates - 1))
+        self.recording.logger.log_metrics(metrics, step=event.step, epoch=self.epoch)
+
+    def end_epoch(self, epoch: int, metrics: dict[str, Any], is_best: bool) -> None:
+        """Logs the metrics of an epoch and its validation, and shows them as one line."""
+        self.last_metrics = metrics
+        self.recording.logger.log_metrics(metrics, step=self.step, epoch=epoch)
+        seconds = time.perf_counter() - self._epoch_start
+        shown = {name: value for name, value in metrics.items() if np.ndim(value) == 0}
+        self.display.epoch_line(epoch, self.plan.last_epoch, self.step, shown, seconds, is_best)
+
+    def outcome(self) -> tuple[str, dict[str, Any]]:
+        """Returns the status of a run that came to its end, and where it stands."""
+        status = "stopped" if self.stop_reason else "finished"
+        step, epoch = self._reached
+        facts = {"reason": self.stop_reason or "", "step": step, "epoch": epoch}
+        return status, {**facts, "best": self.best}
+
+    def not_finite(self, what: str, step: int) -> NonFiniteError:
+        """Returns the error for a number that is none."""
+        store = self.recording.store
+        store.wait()
+        good = store.latest()
+        kept = "There is no checkpoint yet."
+        if good is not None:
+            place = self.recording.path or "memory"
+            kept = f"The last good checkpoint is of step {good}, in {place}."
+        return NonFiniteError(
+            f"{what} became NaN or infinite at step {step} (epoch {self.epoch}). {kept} "
+            "Lower the learning rate, clip gradients (OptimizerConfig(clip_norm=1.0)), look for "
+            "NaN in the data, or find the operation with JAX_DEBUG_NANS=1."
+        )

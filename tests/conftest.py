@@ -1,0 +1,36 @@
+"""How every test runs: on eight simulated CPU devices, strictly, and in a directory of its own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Read when JAX is imported. With fewer threads than twice the devices, steps that nobody waits for
+# deadlock in the CPU backend's collectives.
+os.environ["NPROC"] = str(max(16, os.cpu_count() or 1))
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".cache" / "jax")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+import jax
+import pytest
+
+# Set here, not in the environment: a process that a test starts sees one device, as a user does.
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True)
+def own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps `runs/` and whatever else a test writes out of the checkout."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def strict_dtypes():
+    """Refuses implicit promotion between dtypes, for code that calls neither Adam nor a pooling.
+
+    Not for every test: Optax's bias correction and Flax's `avg_pool` mix int32 with floats.
+    """
+    with jax.numpy_dtype_promotion("strict"):
+        yield

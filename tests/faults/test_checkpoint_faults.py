@@ -1,0 +1,124 @@
+"""What is left of a run when a save fails, or the process dies in the middle of it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from distaff.checkpoint import CheckpointStore
+from distaff.errors import CheckpointError
+
+SAVE_AND_START_ANOTHER = """
+import sys, jax.numpy as jnp
+from distaff.checkpoint import CheckpointStore
+
+store = CheckpointStore(sys.argv[1])
+store.save(1, {"x": jnp.full(4, 1.0)}, {"best_step": 1})
+store.wait()
+store.save(2, {"x": jnp.arange(2.0**26)}, {"best_step": 2})
+print("saving", flush=True)
+sys.stdin.read()
+"""
+
+SAVE_ON_SIXTEEN_DEVICES_AND_LEAVE = """
+import sys, jax, jax.numpy as jnp
+from distaff.checkpoint import CheckpointStore
+
+mesh = jax.make_mesh((16,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+state = {"x": jax.device_put(jnp.arange(2.0**20), rows), "tuple": (jnp.int32(3),)}
+CheckpointStore(sys.argv[1]).save(1, state, {"epoch": 1})
+"""
+
+
+def start(script: str, directory: Path, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", script, str(directory)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
+    )
+
+
+def save(store: CheckpointStore, step: int) -> None:
+    store.save(step, {"x": jnp.full(3, float(step))}, {"best_step": step})
+    store.wait()
+
+
+def test_kill_during_a_save_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
+    with start(SAVE_AND_START_ANOTHER, tmp_path) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "saving\n"
+        process.kill()
+    assert any(path.name.startswith("step_00000002.") for path in tmp_path.iterdir())
+    with CheckpointStore(tmp_path) as store:
+        assert (store.steps(), store.best()) == ((1,), 1)
+        loaded = store.load(1, {"x": np.zeros(4, np.float32)})
+        np.testing.assert_array_equal(loaded["x"], np.ones(4))
+        save(store, 2)
+    assert store.steps() == (2,)
+
+
+def test_save_that_no_one_waits_for_is_whole_and_loads_on_other_devices(tmp_path: Path) -> None:
+    flags = "--xla_force_host_platform_device_count=16"
+    with start(SAVE_ON_SIXTEEN_DEVICES_AND_LEAVE, tmp_path, XLA_FLAGS=flags) as process:
+        errors = process.communicate()[1]
+    assert process.returncode == 0, errors
+    abstract = {"x": jax.ShapeDtypeStruct((2**20,), jnp.float32), "tuple": (jnp.int32(0),)}
+    loaded = CheckpointStore(tmp_path).load(1, abstract)
+    np.testing.assert_array_equal(loaded["x"], np.arange(2.0**20))
+    assert loaded["x"].devices() == {jax.local_devices()[0]}
+    assert int(loaded["tuple"][0]) == 3
+
+
+def test_save_does_not_replace_what_is_in_the_way(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep_last=2)
+    save(store, 1)
+    (tmp_path / "step_00000002").write_text("in the way")
+    with pytest.raises(CheckpointError, match=r"step_00000002 is there and is no whole checkpoint"):
+        save(store, 2)
+    save(store, 3)
+    assert store.steps() == (1, 3)
+
+
+def test_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file")
+    with pytest.raises(CheckpointError, match=r"checkpoints/step_00000001 was not written: .*"):
+        save(CheckpointStore(tmp_path / "checkpoints"), 1)
+
+
+@pytest.mark.parametrize("how", ["save", "wait", "close"])
+def test_error_of_the_background_write_surfaces_at_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    class FullDisk:
+        def result(self) -> None:
+            raise OSError("No space left on device")
+
+    store = CheckpointStore(tmp_path)
+    save(store, 1)
+    with monkeypatch.context() as patched:
+        patched.setattr("distaff.checkpoint.store.ocp.save_async", lambda *_, **__: FullDisk())
+        store.save(2, {"x": jnp.ones(1)}, {})
+    with pytest.raises(CheckpointError, match=r"step_00000002 was not written: No space left"):
+        store.save(3, {"x": jnp.ones(1)}, {}) if how == "save" else getattr(store, how)()
+    store.close()
+    assert store.steps() == (1,)
+
+
+def test_truncated_file_is_reported_with_the_path(tmp_path: Path) -> None:
+    with CheckpointStore(tmp_path) as store:
+        store.save(1, {"x": jnp.arange(2.0**16)}, {})
+    data = max((tmp_path / "step_00000001").rglob("*"), key=lambda path: path.stat().st_size)
+    os.truncate(data, data.stat().st_size // 2)
+    with pytest.raises(CheckpointError, match=r"step_00000001 cannot be read"):
+        store.load(1, {"x": np.zeros(2**16, np.float32)})

@@ -1,0 +1,384 @@
+"""Holds the house against the code: who may import whom, how long things are, what an import costs.
+
+Every rule is a function from the sources by module name to what breaks it, and is tried on small
+houses that break it, so that a rule which has gone blind is noticed.
+"""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+import pytest
+
+SOURCES = Path(__file__).parents[1] / "src"
+
+# A room imports only from rooms that stand before it. "distaff" is the package's own __init__.py.
+ROOMS = (
+    *("typing", "errors", "_optional"),
+    *("state", "metrics", "monitor", "cadence", "history", "config", "run_directory", "execution"),
+    *("models", "data", "optim", "parallel", "zoo"),
+    *("step", "accumulate", "precision", "fuse", "loggers", "display", "checkpoint", "callbacks"),
+    *("evaluate", "loop", "recording", "inference"),
+    *("trainer_config", "trainer", "tasks", "distaff"),
+    *("tune", "inspect", "cli"),
+    *("integrations", "testing"),
+)
+
+CORE = {"jax", "flax", "optax", "orbax", "numpy", "rich", "tyro"}
+ROOMS_THAT_MAY_IMPORT = {
+    "tyro": {"cli"},
+    "orbax": {"checkpoint"},
+    "rich": {"display", "cli", "inspect"},
+    "pytest": {"testing"},
+}
+NOWHERE = {"tensorflow", "pickle", "cloudpickle", "dill", "marshal", "shelve"}
+
+# What a user may not have. None in sys.modules makes an import fail as a missing package does.
+OPTIONAL = (
+    *("matplotlib", "sklearn", "pandas", "torch", "tensorflow", "wandb", "mlflow", "optuna", "ray"),
+    *("grain", "tensorboard", "tensorboardX", "equinox", "jaxtyping", "beartype", "hypothesis"),
+    *("pytest", "_pytest"),
+)
+WITHOUT_OPTIONAL = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL!r}))\n"
+
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 50
+MAX_CLASS_LINES = 300
+MAX_NESTING = 3
+MAX_PARAMETERS = 8
+
+House: TypeAlias = Mapping[str, str]
+FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
+BLOCK = (
+    ast.If,
+    ast.For,
+    ast.AsyncFor,
+    ast.While,
+    ast.With,
+    ast.AsyncWith,
+    ast.Try,
+    ast.TryStar,
+    ast.Match,
+)
+
+parse = cache(ast.parse)
+
+
+def module_name(path: Path) -> str:
+    """Returns the dotted name of a file, such as `distaff.data.arrays`."""
+    parts = path.relative_to(SOURCES).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+HOUSE = {module_name(path): path.read_text() for path in sorted(SOURCES.rglob("*.py"))}
+
+
+class Import(NamedTuple):
+    """One name that a module imports, at whatever depth: in a function, under TYPE_CHECKING."""
+
+    source: str
+    target: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.line} imports {self.target}"
+
+
+def imports(house: House) -> Iterator[Import]:
+    """Yields every import; the target of `from a import b` is `a.b` where that is a module."""
+    for name, source in house.items():
+        for node in ast.walk(parse(source)):
+            if isinstance(node, ast.Import):
+                yield from (Import(name, alias.name, node.lineno) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                module = "." * node.level + (node.module or "")
+                members = [f"{module}.{alias.name}" for alias in node.names]
+                for target in {member if member in house else module for member in members}:
+                    yield Import(name, target, node.lineno)
+
+
+def room(module: str) -> str:
+    """Returns the room of a module of Distaff."""
+    return ".".join(module.split(".")[:2]).removeprefix("distaff.")
+
+
+def layer_violations(house: House) -> list[str]:
+    """Imports between rooms that do not point up the list, and rooms that are not in it."""
+    found = [f"{name}: {room(name)!r} is not in ROOMS" for name in house if room(name) not in ROOMS]
+    for edge in imports(house):
+        target = room(edge.target)
+        if edge.target.startswith("."):
+            found.append(f"{edge}, which is relative")
+        elif target == "integrations" and edge.target.startswith("distaff"):
+            found.append(f"{edge}, which is found by string only")
+        elif edge.target.split(".")[0] == "distaff" and room(edge.source) != target:
+            allowed = ROOMS[: ROOMS.index(room(edge.source))] if room(edge.source) in ROOMS else ()
+            found += [] if target in allowed else [f"{edge}, which stands below it"]
+    return found
+
+
+def cycle_violations(house: House) -> list[str]:
+    """Modules that import each other, directly or around a corner."""
+    graph: dict[str, set[str]] = {name: set() for name in house}
+    for edge in imports(house):
+        if edge.target in house:
+            graph[edge.source].add(edge.target)
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return [" imports ".join(reversed(error.args[1]))]
+    return []
+
+
+def third_party_violations(house: House) -> list[str]:
+    """Third parties outside the core's list, or outside the room that may import them."""
+    found = []
+    guests: dict[str, set[str]] = {}
+    for edge in imports(house):
+        package = edge.target.split(".")[0]
+        rooms = ROOMS_THAT_MAY_IMPORT.get(package, {room(edge.source)})
+        if package in NOWHERE:
+            found.append(f"{edge}, which nothing may")
+        elif package in {"distaff", *sys.stdlib_module_names} or edge.target.startswith("."):
+            continue
+        elif room(edge.source) == "integrations":
+            guests.setdefault(edge.source, set()).update({package} - CORE)
+        elif package not in CORE | ROOMS_THAT_MAY_IMPORT.keys():
+            found.append(f"{edge}, which is not in the core")
+        elif room(edge.source) not in rooms:
+            found.append(f"{edge}, which only {sorted(rooms)} may")
+    several = {name: sorted(packages) for name, packages in guests.items() if len(packages) > 1}
+    return found + [f"{name} wraps more than one: {packages}" for name, packages in several.items()]
+
+
+def nesting(node: ast.AST) -> int:
+    """Returns how deep the blocks of a function stand in each other; an `elif` adds nothing."""
+    deepest = 0
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (*FUNCTION, ast.ClassDef)):
+            continue
+        is_elif = isinstance(node, ast.If) and node.orelse == [child] and isinstance(child, ast.If)
+        deepest = max(deepest, nesting(child) + (isinstance(child, BLOCK) and not is_elif))
+    return deepest
+
+
+def sizes(node: ast.AST) -> Iterator[tuple[str, int, int]]:
+    """Yields what is measured of a class or function, its size, and the most it may be."""
+    if isinstance(node, ast.ClassDef):
+        yield "lines", node.end_lineno - node.lineno + 1, MAX_CLASS_LINES
+    elif isinstance(node, FUNCTION):
+        body = node.body[1:] if ast.get_docstring(node) else node.body
+        named = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        parameters = [argument for argument in named if argument.arg not in ("self", "cls")]
+        yield "lines", node.end_lineno - body[0].lineno + 1 if body else 0, MAX_FUNCTION_LINES
+        yield "parameters", len(parameters), MAX_PARAMETERS
+        yield "levels of nesting", nesting(node), MAX_NESTING
+
+
+def size_violations(house: House) -> list[str]:
+    """Files, classes and functions that are larger than a reader can hold."""
+    found = []
+    for name, source in house.items():
+        lines = len(source.splitlines())
+        found += [f"{name}: {lines} lines"] if lines > MAX_FILE_LINES else []
+        for node in ast.walk(parse(source)):
+            over = [(what, size) for what, size, most in sizes(node) if size > most]
+            found += [f"{name}:{node.lineno} {node.name}: {size} {what}" for what, size in over]
+    return found
+
+
+def documented(node: ast.ClassDef, classes: Mapping[str, ast.ClassDef]) -> set[str]:
+    """Returns the methods that a class, or a base of it in the house, documents."""
+    names = {method.name for method in public(node.body) if ast.get_docstring(method)}
+    bases = [ast.unparse(base).split("[")[0].split(".")[-1] for base in node.bases]
+    return names.union(*(documented(classes[base], classes) for base in bases if base in classes))
+
+
+def public(body: list[ast.stmt]) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:
+    """Yields the public classes and functions of a body, without overloads and setters."""
+    for node in body:
+        if isinstance(node, (*FUNCTION, ast.ClassDef)) and not node.name.startswith("_"):
+            decorators = {ast.unparse(item).split(".")[-1] for item in node.decorator_list}
+            if not decorators & {"overload", "setter"}:
+                yield node
+
+
+def docstring_violations(house: House) -> list[str]:
+    """Public classes, functions and methods that do not say what they are.
+
+    An override has the docstring of its base class.
+    """
+    trees = {name: parse(source) for name, source in house.items()}
+    classes = {
+        node.name: node
+        for tree in trees.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+    }
+    found = []
+    for name, tree in trees.items():
+        for node in public(tree.body):
+            missing = [] if ast.get_docstring(node) else [node]
+            if isinstance(node, ast.ClassDef):
+                known = documented(node, classes)
+                missing += [method for method in public(node.body) if method.name not in known]
+            found += [f"{name}:{each.lineno} {each.name} has no docstring" for each in missing]
+    return found
+
+
+RULES = (
+    layer_violations,
+    cycle_violations,
+    third_party_violations,
+    size_violations,
+    docstring_violations,
+)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_house_keeps_rule(rule: Callable[[House], list[str]]) -> None:
+    assert len(HOUSE) > 10
+    assert rule(HOUSE) == []
+
+
+GOOD = {
+    "distaff.typing": "import jax",
+    "distaff.errors": "from distaff.typing import Key",
+    "distaff.data": "from distaff.data import arrays",
+    "distaff.data.arrays": "from distaff import errors\nimport numpy.typing",
+    "distaff.display": "from rich.table import Table",
+    "distaff.integrations.wandb": "import wandb.sdk, numpy\nfrom distaff.data import arrays",
+    "distaff.loop": "def f(a, b, c, d, e, g, h, i):\n    '''F.'''\n"
+    "    if a:\n        for b in c:\n            with d:\n                e()\n"
+    "            def g():\n                while h:\n                    i()\n"
+    "    elif b:\n        pass\n    elif c:\n        while d:\n            pass\n",
+    "distaff.metrics": "class Metric:\n    'M.'\n    def merge(self):\n        'Merges.'",
+    "distaff.testing": "import pytest\nclass _Hidden:\n    def f(self): pass\n"
+    "class Sum(metrics.Metric[int]):\n    'S.'\n"
+    "class Mean(Sum):\n    'M.'\n    def merge(self): pass",
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rules_accept_good_house(rule: Callable[[House], list[str]]) -> None:
+    assert rule(GOOD) == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "name", "source", "complaint"),
+    [
+        (layer_violations, "distaff.utils", "", "'utils' is not in ROOMS"),
+        (layer_violations, "distaff.metrics", "import distaff.loop", "below it"),
+        (layer_violations, "distaff.metrics", "from distaff import loop", "below it"),
+        (layer_violations, "distaff.metrics", "from distaff.data.arrays import f", "below it"),
+        (layer_violations, "distaff.metrics", "from distaff import TrainState", "below it"),
+        (
+            layer_violations,
+            "distaff.metrics",
+            "if TYPE_CHECKING:\n    import distaff.cli",
+            "below it",
+        ),
+        (layer_violations, "distaff.metrics", "def f():\n    import distaff.trainer", "below it"),
+        (layer_violations, "distaff.data.stream", "from .arrays import f", "relative"),
+        (layer_violations, "distaff.cli", "import distaff.integrations.wandb", "by string"),
+        (
+            layer_violations,
+            "distaff.integrations.a",
+            "from distaff.integrations import wandb",
+            "by string",
+        ),
+        (
+            cycle_violations,
+            "distaff.data.arrays",
+            "from distaff.data import f",
+            "imports distaff.data",
+        ),
+        (
+            cycle_violations,
+            "distaff.typing",
+            "def f():\n    import distaff.errors",
+            "distaff.typing",
+        ),
+        (third_party_violations, "distaff.cli", "import pandas", "not in the core"),
+        (third_party_violations, "distaff.cli", "from torch import nn", "not in the core"),
+        (third_party_violations, "distaff.loop", "def f():\n    from rich import text", "only"),
+        (third_party_violations, "distaff.tasks", "from orbax.checkpoint import v1", "only"),
+        (third_party_violations, "distaff.config", "import tyro", "only ['cli'] may"),
+        (third_party_violations, "distaff.data", "import pytest", "only ['testing'] may"),
+        (third_party_violations, "distaff.checkpoint", "import pickle", "nothing may"),
+        (third_party_violations, "distaff.integrations.tf", "import tensorflow", "nothing may"),
+        (third_party_violations, "distaff.integrations.ab", "import a, b", "['a', 'b']"),
+        (size_violations, "distaff.data", "x = 1\n" * 401, "distaff.data: 401 lines"),
+        (size_violations, "distaff.data", "class C:" + "\n    x = 1" * 300, "C: 301 lines"),
+        (
+            size_violations,
+            "distaff.data",
+            "def f():\n    '''F.'''" + "\n    x = 1" * 51,
+            "f: 51 lines",
+        ),
+        (
+            size_violations,
+            "distaff.data",
+            "def f(a, b, c, d, *, e, g, h, i, j): pass",
+            "f: 9 parameters",
+        ),
+        (
+            size_violations,
+            "distaff.data",
+            "def f():\n if a:\n  for b in c:\n   try:\n    x()\n   except E:\n    if d: pass",
+            "f: 4 levels",
+        ),
+        (docstring_violations, "distaff.data", "def f(): pass", "f has no docstring"),
+        (docstring_violations, "distaff.data", "class C:\n  'C.'\n  def f(self): pass", "f has no"),
+        (
+            docstring_violations,
+            "distaff.data",
+            "class C(Metric):\n  'C.'\n  def f(self): pass",
+            "f has no",
+        ),
+    ],
+)
+def test_rule_catches(
+    rule: Callable[[House], list[str]], name: str, source: str, complaint: str
+) -> None:
+    (found,) = rule({**GOOD, name: source})
+    assert complaint in found
+
+
+def run_python(code: str) -> str:
+    """Runs code in a new interpreter that may keep its bytecode, and returns what it printed."""
+    finished = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": ""},
+        timeout=120,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def test_core_imports_without_optional_packages() -> None:
+    core = [name for name in HOUSE if room(name) not in ("integrations", "testing")]
+    run_python(WITHOUT_OPTIONAL + "\n".join(f"import {name}" for name in core))
+
+
+def test_optional_package_is_missing_when_blocked() -> None:
+    with pytest.raises(AssertionError, match=r"ModuleNotFoundError: .*sklearn"):
+        run_python(WITHOUT_OPTIONAL + "from sklearn.datasets import load_digits")
+
+
+def test_import_of_distaff_adds_little() -> None:
+    code = (
+        "import time, jax, flax.linen, optax; from orbax.checkpoint import v1\n"
+        "start = time.perf_counter(); import distaff; print(time.perf_counter() - start)"
+    )
+    assert min(float(run_python(code)) for _ in range(3)) <= 0.3

@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import sklearn.metrics
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+
+from distaff.errors import BatchError, ConfigError, MetricError, RunDirectoryError
+from distaff.integrations import matplotlib as figures
+
+NAN = float("nan")
+HISTORY = {
+    "train/loss": [(1, 2.0), (2, 0.5), (3, 0.01)],
+    "val/loss": [(1, 1.5), (3, NAN)],
+    "train/accuracy": [(1, 0.2), (2, 0.8), (3, 0.9)],
+    "val/accuracy": [(1, 0.3), (3, 0.7)],
+}
+
+
+def _lines(axes) -> dict[str, list[tuple[float, float]]]:
+    return {
+        line.get_label(): list(zip(*line.get_data(), strict=True))
+        for line in axes.lines
+        if not line.get_label().startswith("_")
+    }
+
+
+def test_learning_curves_draws_one_panel_per_metric_with_both_splits():
+    loss, accuracy = figures.learning_curves(HISTORY).axes
+    assert (loss.get_title(), accuracy.get_title()) == ("loss", "accuracy")
+    assert (loss.get_yscale(), accuracy.get_yscale()) == ("log", "linear")
+    assert _lines(accuracy) == {
+        "train": HISTORY["train/accuracy"],
+        "val": HISTORY["val/accuracy"],
+    }
+    np.testing.assert_equal(_lines(loss)["val"], HISTORY["val/loss"])
+
+
+def test_learning_curves_marks_the_best_epoch():
+    axes = figures.learning_curves(HISTORY, best_epoch=3).axes[1]
+    assert set(_lines(axes)) == {"train (0.9000)", "val (0.7000)"}
+    assert axes.get_legend().get_title().get_text() == "best epoch: 3"
+    marks = [line.get_data() for line in axes.lines if line.get_label().startswith("_")]
+    assert ([3.0], [0.9]) in [(list(x), list(y)) for x, y in marks]
+    assert [3, 3] in [list(x) for x, _ in marks]
+
+
+def test_learning_curves_stays_linear_within_a_factor_of_ten():
+    (axes,) = figures.learning_curves({"val/loss": [(1, 0.5), (2, 0.1)]}).axes
+    assert axes.get_yscale() == "linear"
+
+
+@pytest.mark.parametrize("value", [NAN, float("inf"), -1.0, 0.0])
+def test_learning_curves_draws_a_single_epoch_of_any_value(value, tmp_path):
+    figure = figures.learning_curves({"val/loss": [(1, value), (1, 100.0)]}, best_epoch=1)
+    figures.save(figure, tmp_path / "curves.png")
+    (axes,) = figure.axes
+    assert axes.get_yscale() == "linear"
+    assert list(axes.get_xticks()) == [1]
+
+
+def test_learning_curves_says_where_nothing_is_finite():
+    (axes,) = figures.learning_curves({"val/loss": [(1, NAN)]}).axes
+    assert [text.get_text() for text in axes.texts] == ["no finite value"]
+
+
+@pytest.mark.parametrize(
+    ("history", "best_epoch", "message"),
+    [
+        ({}, None, "empty"),
+        ({"loss": [(1, 1.0)]}, None, "'train/loss'; got 'loss'"),
+        ({"val/loss": [(1, 1.0)]}, 7, r"got 7, the history has \[1\]"),
+    ],
+)
+def test_learning_curves_refuses_bad_history(history, best_epoch, message):
+    with pytest.raises(MetricError, match=message):
+        figures.learning_curves(history, best_epoch)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=40))
+@settings(deadline=None, max_examples=10)
+def test_confusion_matrix_counts_as_sklearn_does(pairs):
+    labels, predictions = np.array(pairs).T
+    (axes,) = figures.confusion_matrix(labels, predictions, ["a", "b", "c", "d"]).axes
+    counts = np.zeros((4, 4), int)
+    for text in axes.texts:
+        column, row = text.get_position()
+        counts[row, column] = int(text.get_text())
+    expected = sklearn.metrics.confusion_matrix(labels, predictions, labels=range(4))
+    np.testing.assert_array_equal(counts, expected)
+    accuracy = sklearn.metrics.accuracy_score(labels, predictions)
+    assert axes.get_title().startswith(f"accuracy {accuracy:.4f} ")
+
+
+def test_confusion_matrix_shows_one_mistake_beside_many_right_answers():
+    labels, predictions = [0] * 99 + [1], [0] * 100
+    (axes,) = figures.confusion_matrix(labels, predictions, ["cat", "$dog$"]).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", "$dog$"]
+    colors = np.asarray(axes.images[0].get_array())
+    assert tuple(colors[0, 0]) == figures.RIGHT_COLORS(1.0)
+    assert tuple(colors[1, 0]) == figures.WRONG_COLORS(1.0)
+    assert (colors[[0, 1], [1, 1]] == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("labels", "predictions", "message"),
+    [
+        ([0, 1], [0], r"labels \(2,\), predictions \(1,\)"),
+        ([0, 2], [0, 1], r"labels .* in 0\.\.1, .* got 0\.\.2"),
+        ([0, 1], [-1, 1], r"predictions .* got -1\.\.1"),
+        ([0.0, 1.0], [0, 1], "labels .* got float64"),
+        ([], [], "non-empty"),
+    ],
+)
+def test_confusion_matrix_refuses_bad_classes(labels, predictions, message):
+    with pytest.raises(BatchError, match=message):
+        figures.confusion_matrix(labels, predictions, ["a", "b"])
+
+
+def _sheet(labels, probabilities, count=24) -> Figure:
+    images = np.arange(len(labels), dtype=np.float32)[:, None, None, None] * np.ones((1, 2, 2, 1))
+    return figures.worst_mistakes(images, labels, probabilities, ["3", "8"], count)
+
+
+PROBABILITIES = np.array([[0.9, 0.1], [0.3, 0.7], [0.6, 0.4], [0.05, 0.95], [0.2, 0.8]])
+
+
+def test_worst_mistakes_come_first_then_the_least_confident_right_answers():
+    figure = _sheet([1, 1, 0, 0, 0], PROBABILITIES)
+    shown = [int(round(axes.images[0].get_array()[0, 0] * 4)) for axes in figure.axes]
+    assert shown == [3, 0, 4, 2, 1]
+    assert [axes.get_title() for axes in figure.axes] == [
+        "true 3 → 8 (0.95)",
+        "true 8 → 3 (0.90)",
+        "true 3 → 8 (0.80)",
+        "right 3 (0.60)",
+        "right 8 (0.70)",
+    ]
+    edges = [to_rgba(axes.spines["left"].get_edgecolor()) for axes in figure.axes]
+    assert edges == [to_rgba(figures.VERMILION)] * 3 + [to_rgba(figures.BLUE)] * 2
+    title = figure.get_suptitle()
+    assert title == "3 mistakes in 5 examples; then right answers of least confidence"
+
+
+def test_worst_mistakes_shows_no_more_than_count():
+    figure = _sheet([1, 1, 0, 0, 0], PROBABILITIES, count=2)
+    assert [axes.get_title() for axes in figure.axes] == ["true 3 → 8 (0.95)", "true 8 → 3 (0.90)"]
+    assert figure.get_suptitle() == "3 mistakes in 5 examples, the worst 2"
+
+
+def test_worst_mistakes_says_that_none_is_wrong():
+    figure = _sheet([0, 1, 0, 1, 1], PROBABILITIES)
+    assert figure.get_suptitle().startswith("No mistake in 5 examples")
+    assert figure.axes[0].get_title() == "right 3 (0.60)"
+
+
+def test_worst_mistakes_breaks_long_captions_and_shows_colour():
+    images = np.zeros((1, 2, 2, 3), np.uint8)
+    images[0, 0, 0, 1] = 200
+    figure = figures.worst_mistakes(images, [0], [[0.1, 0.9]], ["automobile", "airplane"])
+    assert figure.axes[0].get_title() == "true automobile\n→ airplane (0.90)"
+    np.testing.assert_array_equal(figure.axes[0].images[0].get_array()[0, 0], [0, 1, 0])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"images": np.zeros((3, 2))}, BatchError, r"images .* got \(3, 2\)"),
+        ({"images": np.zeros((2, 2, 2))}, BatchError, r"images \(2, 2, 2\), labels \(3,\)"),
+        ({"labels": [0, 1, 5]}, BatchError, r"labels .* got 0\.\.5"),
+        ({"probabilities": np.ones((3, 4))}, BatchError, r"2 class_names; got \(3, 4\)"),
+        ({"probabilities": np.full((3, 2), -2.5)}, BatchError, "got -2.5.*softmax"),
+        ({"probabilities": np.full((3, 2), NAN)}, BatchError, "got nan"),
+        ({"count": 0}, ConfigError, "count .* got 0"),
+    ],
+)
+def test_worst_mistakes_refuses_bad_input(change, error, message):
+    good = {
+        "images": np.zeros((3, 2, 2)),
+        "labels": [0, 1, 1],
+        "probabilities": np.full((3, 2), 0.5),
+        "class_names": ["3", "8"],
+    }
+    with pytest.raises(error, match=message):
+        figures.worst_mistakes(**good | change)
+
+
+def test_save_writes_a_png_and_makes_its_directory(tmp_path):
+    path = tmp_path / "figures" / "curves.png"
+    figures.save(figures.learning_curves(HISTORY), path)
+    assert path.read_bytes().startswith(b"\x89PNG\r\n")
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_save_keeps_the_old_file_when_drawing_fails(tmp_path):
+    class Torn(Figure):
+        def savefig(self, file, **options):
+            file.write(b"half a picture")
+            raise OSError(28, "No space left on device")
+
+    path = tmp_path / "curves.png"
+    path.write_bytes(b"old")
+    with pytest.raises(RunDirectoryError, match=r"curves\.png.*No space left"):
+        figures.save(Torn(), path)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_save_refuses_a_directory_that_is_a_file(tmp_path):
+    (tmp_path / "figures").write_text("")
+    with pytest.raises(RunDirectoryError, match="cannot be written"):
+        figures.save(Figure(), tmp_path / "figures" / "curves.png")
+
+
+def test_figures_never_import_pyplot():
+    program = "import sys, distaff.integrations.matplotlib; sys.exit('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
