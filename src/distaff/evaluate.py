@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import numpy as np
@@ -66,8 +67,10 @@ class Evaluator:
     def _accumulating(
         self, state: TrainState, batch: Batch, mask: jax.Array | None
     ) -> dict[str, Metric]:
-        extra = () if mask is None else (mask,)
-        return accumulating(self._eval_step(state, batch, *extra), num_examples(batch))
+        # Only an `EvalStep` is ever given a mask; see `_padded`.
+        step: Any = self._eval_step
+        metrics = step(state, batch) if mask is None else step(state, batch, mask)
+        return accumulating(metrics, num_examples(batch))
 
     def _padded(
         self, state: TrainState, batch: Batch, full_size: int

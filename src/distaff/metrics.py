@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Self, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,11 @@ import numpy as np
 
 from distaff.errors import LossError, MetricError
 
+C = TypeVar("C", bound=type)
 
-def _pytree(cls: type) -> type:
+
+@dataclass_transform(frozen_default=True)
+def _pytree(cls: C) -> C:
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
 
 
@@ -271,12 +274,16 @@ def to_host(metrics: Metrics) -> dict[str, Metric]:
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), fetched)
 
 
-def compute(metrics: Metrics, prefix: str = "") -> dict[str, float | np.ndarray]:
-    """Computes host metrics: Python floats, or float64 arrays for those that are not one number.
+def compute(metrics: Metrics, prefix: str = "") -> dict[str, Any]:
+    """Computes host metrics, the loss first.
 
     Args:
         metrics: as `to_host` gives them.
         prefix: put before each name: `compute(m, "val/")` gives `{"val/loss": ...}`.
+
+    Returns:
+        Python floats, or float64 arrays for those that are not one number.
     """
-    values = {prefix + name: np.asarray(metric.compute()) for name, metric in metrics.items()}
+    names = sorted(metrics, key=lambda name: (name != "loss", name))
+    values = {prefix + name: np.asarray(metrics[name].compute()) for name in names}
     return {name: value.item() if value.ndim == 0 else value for name, value in values.items()}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,13 +14,19 @@ from distaff.checkpoint import CheckpointStore, MemoryStore, NullStore, Store
 from distaff.loggers import JsonlLogger, Logger, ManyLoggers
 from distaff.run_directory import RunDirectory
 
+_log = logging.getLogger("distaff")
+
 
 class Recording(Protocol):
     """The outlets of a run. Nothing is written before `open`."""
 
     logger: Logger
     store: Store
-    path: Path | None
+
+    @property
+    def path(self) -> Path | None:
+        """The run's directory, once it is open; None for a run without."""
+        ...
 
     def open(self, record: Mapping[str, Any], texts: Mapping[str, RenderableType]) -> None:
         """Starts to record.
@@ -49,7 +56,11 @@ class NullRecording:
     def __init__(self, loggers: Sequence[Logger] = ()) -> None:
         self.logger: Logger = ManyLoggers(*loggers)
         self.store: Store = MemoryStore()
-        self.path: Path | None = None
+
+    @property
+    def path(self) -> Path | None:
+        """None."""
+        return None
 
     def open(self, record: Mapping[str, Any], texts: Mapping[str, RenderableType]) -> None:
         """Hands the configuration to the loggers."""
@@ -104,6 +115,7 @@ class DirectoryRecording:
         self._closing.enter_context(self.directory.open_log())
         self.store = CheckpointStore(path / "checkpoints", keep_last=self._keep_last)
         self.logger.log_config(record)
+        _log.info("run %s", path)
 
     def save_metrics(self, name: str, metrics: Mapping[str, Any]) -> None:
         """Writes `metrics/<name>.json`, whole or not at all."""
@@ -115,6 +127,7 @@ class DirectoryRecording:
         Raises:
             CheckpointError: the last checkpoint could not be written; the status is then `failed`.
         """
+        _log.info("%s at step %s", status, facts.get("step"))
         try:
             with self._closing as closing:
                 closing.callback(self.logger.close, status)
@@ -139,26 +152,25 @@ def recorded(
     recording: Recording,
     record: Mapping[str, Any],
     texts: Mapping[str, RenderableType],
-    outcome: Callable[[], tuple[str, dict[str, Any]]],
-) -> Iterator[None]:
+    outcome: Callable[[], dict[str, Any]],
+) -> Generator[None]:
     """Opens a recording, and closes it whatever happens.
 
     Args:
         recording: what to open.
         record: the run's resolved configuration.
         texts: what to keep as text files, by file name.
-        outcome: gives status and facts of a run that came to its end.
+        outcome: gives `status`, and facts, of a run that came to its end.
     """
     recording.open(record, texts)
     try:
         yield
     except BaseException as error:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        _, facts = outcome()
-        recording.close(status, **facts, error=f"{type(error).__name__}: {error}")
+        reason = f"{type(error).__name__}: {error}"
+        recording.close(**{**outcome(), "status": status, "reason": reason})
         raise
-    status, facts = outcome()
-    recording.close(status, **facts)
+    recording.close(**outcome())
 
 
 def _plain(content: RenderableType) -> str:

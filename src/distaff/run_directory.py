@@ -222,11 +222,14 @@ class RunDirectory:
         logger = logging.getLogger("distaff")
         level = logger.level
         logger.setLevel(level or logging.INFO)
+        # The display shows the same to whoever watches; the root logger would repeat it.
+        propagate, logger.propagate = logger.propagate, False
         logger.addHandler(handler)
         try:
             yield logger
         finally:
             logger.removeHandler(handler)
+            logger.propagate = propagate
             logger.setLevel(level)
             handler.close()
 

@@ -31,8 +31,8 @@ class _FrozenPyTree:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        dataclasses.dataclass(frozen=True, kw_only=True)(cls)
-        fields = dataclasses.fields(cls)
+        dataclass: Any = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+        fields = dataclasses.fields(dataclass)
         jax.tree_util.register_dataclass(
             cls,
             data_fields=[f.name for f in fields if not f.metadata.get("static", False)],
@@ -97,8 +97,9 @@ class TrainState(_FrozenPyTree):
         cls._check_members(members, reserved=("opt_state",))
         if tx is not None:
             tx = optax.with_extra_args_support(tx)
+        members = {"step": jnp.zeros((), jnp.int32), **members}
         return cls(
-            **{"step": jnp.zeros((), jnp.int32), **members},
+            **members,
             params=params,
             opt_state=None if tx is None else tx.init(params),
             apply_fn=apply_fn,

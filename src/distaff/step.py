@@ -20,8 +20,8 @@ from distaff.models import Variables, model_of
 from distaff.state import TrainState
 from distaff.typing import Batch, Key, Params
 
-StepFn = Callable[[TrainState, Batch], tuple[TrainState, Mapping[str, Any]]]
-"""`(state, batch) -> (state, metrics)`."""
+StepFn = Callable[[TrainState, Batch], tuple[TrainState, Any]]
+"""`(state, batch) -> (state, metrics)`, metrics a mapping by name."""
 
 EvalFn = Callable[[TrainState, Batch], Mapping[str, Any]]
 """`(state, batch) -> metrics`."""

@@ -154,8 +154,7 @@ class TrainerModule(Training):
             for event, info in loop.epochs(self, plan):
                 self.callbacks.emit(event, info)
             metrics = self._finish(test)
-        status, facts = self.outcome()
-        return TrainResult(status=status, **facts, metrics=metrics, path=self.recording.path)
+        return self.result(metrics)
 
     def train_epoch(self, train_loader: Loader, epoch: int) -> dict[str, Any]:
         """Trains on the batches of one epoch.
@@ -257,7 +256,7 @@ class TrainerModule(Training):
     def on_validation_epoch_end(
         self, epoch: int, metrics: dict[str, Any], val_loader: Loader
     ) -> None:
-        """Called after each validation; what is added to `metrics` is logged and can be monitored."""
+        """Called after each validation; what is added to `metrics` is logged, or monitored."""
 
     def _prepare(self, plan: loop.Plan, test_loader: Loader | None) -> None:
         """Makes all that a run needs and checks it; nothing is written."""
@@ -306,4 +305,5 @@ class TrainerModule(Training):
             self.save_metrics("test", test_metrics)
             self.recording.logger.log_metrics(test_metrics, step=self.step, epoch=self.epoch)
             metrics.update(test_metrics)
+        self.show_result(metrics)
         return metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -17,8 +18,10 @@ from distaff.metrics import compute
 from distaff.optim import OptimizerConfig, OptimizerLike
 from distaff.predictor import Predictor
 from distaff.recording import NullRecording, Recording, make_recording
-from distaff.trainer_config import Best
+from distaff.trainer_config import Best, TrainResult
 from distaff.typing import Schedule
+
+_log = logging.getLogger("distaff")
 
 
 class Training(Predictor):
@@ -115,14 +118,43 @@ class Training(Predictor):
         self.recording.logger.log_metrics(metrics, step=self.step, epoch=epoch)
         seconds = time.perf_counter() - self._epoch_start
         shown = {name: value for name, value in metrics.items() if np.ndim(value) == 0}
+        values = " ".join(f"{name} {value:.6g}" for name, value in shown.items())
+        _log.info("epoch %d/%d step %d %s", epoch, self.plan.last_epoch, self.step, values)
         self.display.epoch_line(epoch, self.plan.last_epoch, self.step, shown, seconds, is_best)
 
-    def outcome(self) -> tuple[str, dict[str, Any]]:
-        """Returns the status of a run that came to its end, and where it stands."""
-        status = "stopped" if self.stop_reason else "finished"
-        step, epoch = self._reached
-        facts = {"reason": self.stop_reason or "", "step": step, "epoch": epoch}
-        return status, {**facts, "best": self.best}
+    def result(self, metrics: dict[str, Any]) -> TrainResult:
+        """Returns how a run that came to its end stands."""
+        return TrainResult(
+            status="stopped" if self.stop_reason else "finished",
+            reason=self.stop_reason or "",
+            step=self._reached[0],
+            epoch=self._reached[1],
+            metrics=metrics,
+            best=self.best,
+            path=self.recording.path,
+        )
+
+    def outcome(self) -> dict[str, Any]:
+        """Returns what `result` does, as it is written into the run's status."""
+        facts = self.result(self.last_metrics)._asdict()
+        del facts["path"]
+        return {**facts, "best": None if self.best is None else self.best._asdict()}
+
+    def show_result(self, metrics: Mapping[str, Any]) -> None:
+        """Shows the metrics of a finished run as a table of splits."""
+        titles = {"train": f"train, epoch {self._reached[1]}", "test": "test"}
+        if self.best is not None:
+            titles = {**titles, "val": f"val, epoch {self.best.epoch} (best)"}
+        rows: dict[str, dict[str, float]] = {}
+        for split in ("train", "val", "test"):
+            found = {
+                name.removeprefix(f"{split}/"): value
+                for name, value in metrics.items()
+                if name.startswith(f"{split}/") and np.ndim(value) == 0
+            }
+            if found:
+                rows[titles.get(split, split)] = found
+        self.display.table(rows)
 
     def not_finite(self, what: str, step: int) -> NonFiniteError:
         """Returns the error for a number that is none."""

@@ -22,7 +22,7 @@ from distaff.checkpoint import CheckpointStore
 store = CheckpointStore(sys.argv[1])
 store.save(1, {"x": jnp.full(4, 1.0)}, {"best_step": 1})
 store.wait()
-store.save(2, {"x": jnp.arange(2.0**26)}, {"best_step": 2})
+store.save(2, {"x": jnp.arange(2.0**25)}, {"best_step": 2})
 print("saving", flush=True)
 sys.stdin.read()
 """

@@ -51,7 +51,8 @@ class Config:
     rates: Sequence[float] = ()
     scales: Mapping[str, float] = dataclasses.field(default_factory=dict)
     anything: Any = None
-    length: int | float | str = 0
+    length: float | int | str = 0
+    level: Literal[1, 2] = 1
     shuffle: bool = False
     root: Path = Path("runs")
     color: Color = Color.RED
@@ -202,6 +203,7 @@ def test_to_json_is_the_same_in_every_process():
         ({"names": "abc"}, "names must be list[str]"),
         ({"scales": {"a": None}}, "scales.a must be float"),
         ({"color": "GREEN"}, "color must be Color"),
+        ({"level": True}, "level must be"),
         ({"color": {}}, "color must be Color"),
         ({"anything": {"$dtype": "int8"}}, "Pass the object that this describes"),
         ({"derived": 1}, "'derived' does not"),

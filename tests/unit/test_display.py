@@ -181,7 +181,7 @@ def test_terminal_display_shows_position_metrics_rate_and_time_left(terminal, cl
     display.running()
     display.update({"train/loss": 0.25, "train/accuracy": 0.9})
     bar, numbers = last_frame(display, terminal).splitlines()[:2]
-    assert bar.split() == ["━" * 4 + "─" * 46, "3:29", "left"]
+    assert bar.split() == ["━" * 4 + "─" * 40, "3:29", "left"]
     assert numbers == ("epoch  2/20  step  41/460  loss 0.2500  accuracy 0.9000     128 examples/s")
 
 

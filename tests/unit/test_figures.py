@@ -8,6 +8,7 @@ import pytest
 import sklearn.metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
@@ -23,12 +24,17 @@ HISTORY = {
 }
 
 
-def _lines(axes) -> dict[str, list[tuple[float, float]]]:
-    return {
-        line.get_label(): list(zip(*line.get_data(), strict=True))
-        for line in axes.lines
-        if not line.get_label().startswith("_")
-    }
+def _points(line) -> list[tuple[float, float]]:
+    return [tuple(point) for point in line.get_xydata().tolist()]
+
+
+def _lines(axes: Axes) -> dict[str, list[tuple[float, float]]]:
+    lines, labels = axes.get_legend_handles_labels()
+    return {label: _points(line) for line, label in zip(lines, labels, strict=True)}
+
+
+def _pixels(axes: Axes) -> np.ndarray:
+    return np.asarray(axes.images[0].get_array())
 
 
 def test_learning_curves_draws_one_panel_per_metric_with_both_splits():
@@ -45,10 +51,13 @@ def test_learning_curves_draws_one_panel_per_metric_with_both_splits():
 def test_learning_curves_marks_the_best_epoch():
     axes = figures.learning_curves(HISTORY, best_epoch=3).axes[1]
     assert set(_lines(axes)) == {"train (0.9000)", "val (0.7000)"}
-    assert axes.get_legend().get_title().get_text() == "best epoch: 3"
-    marks = [line.get_data() for line in axes.lines if line.get_label().startswith("_")]
-    assert ([3.0], [0.9]) in [(list(x), list(y)) for x, y in marks]
-    assert [3, 3] in [list(x) for x, _ in marks]
+    legend = axes.get_legend()
+    assert legend is not None
+    assert legend.get_title().get_text() == "best epoch: 3"
+    drawn = [_points(line) for line in axes.lines]
+    assert [(3, 0.9)] in drawn
+    assert [(3, 0.7)] in drawn
+    assert [(3, 0), (3, 1)] in drawn
 
 
 def test_learning_curves_stays_linear_within_a_factor_of_ten():
@@ -62,7 +71,8 @@ def test_learning_curves_draws_a_single_epoch_of_any_value(value, tmp_path):
     figures.save(figure, tmp_path / "curves.png")
     (axes,) = figure.axes
     assert axes.get_yscale() == "linear"
-    assert list(axes.get_xticks()) == [1]
+    low, high = axes.get_xlim()
+    assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [1]
 
 
 def test_learning_curves_says_where_nothing_is_finite():
@@ -91,7 +101,7 @@ def test_confusion_matrix_counts_as_sklearn_does(pairs):
     counts = np.zeros((4, 4), int)
     for text in axes.texts:
         column, row = text.get_position()
-        counts[row, column] = int(text.get_text())
+        counts[int(row), int(column)] = int(text.get_text())
     expected = sklearn.metrics.confusion_matrix(labels, predictions, labels=range(4))
     np.testing.assert_array_equal(counts, expected)
     accuracy = sklearn.metrics.accuracy_score(labels, predictions)
@@ -102,7 +112,7 @@ def test_confusion_matrix_shows_one_mistake_beside_many_right_answers():
     labels, predictions = [0] * 99 + [1], [0] * 100
     (axes,) = figures.confusion_matrix(labels, predictions, ["cat", "$dog$"]).axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", "$dog$"]
-    colors = np.asarray(axes.images[0].get_array())
+    colors = _pixels(axes)
     assert tuple(colors[0, 0]) == figures.RIGHT_COLORS(1.0)
     assert tuple(colors[1, 0]) == figures.WRONG_COLORS(1.0)
     assert (colors[[0, 1], [1, 1]] == 1).all()
@@ -133,7 +143,7 @@ PROBABILITIES = np.array([[0.9, 0.1], [0.3, 0.7], [0.6, 0.4], [0.05, 0.95], [0.2
 
 def test_worst_mistakes_come_first_then_the_least_confident_right_answers():
     figure = _sheet([1, 1, 0, 0, 0], PROBABILITIES)
-    shown = [int(round(axes.images[0].get_array()[0, 0] * 4)) for axes in figure.axes]
+    shown = [round(_pixels(axes)[0, 0] * 4) for axes in figure.axes]
     assert shown == [3, 0, 4, 2, 1]
     assert [axes.get_title() for axes in figure.axes] == [
         "true 3 → 8 (0.95)",
@@ -165,7 +175,7 @@ def test_worst_mistakes_breaks_long_captions_and_shows_colour():
     images[0, 0, 0, 1] = 200
     figure = figures.worst_mistakes(images, [0], [[0.1, 0.9]], ["automobile", "airplane"])
     assert figure.axes[0].get_title() == "true automobile\n→ airplane (0.90)"
-    np.testing.assert_array_equal(figure.axes[0].images[0].get_array()[0, 0], [0, 1, 0])
+    np.testing.assert_array_equal(_pixels(figure.axes[0])[0, 0], [0, 1, 0])
 
 
 @pytest.mark.parametrize(
@@ -200,8 +210,8 @@ def test_save_writes_a_png_and_makes_its_directory(tmp_path):
 
 def test_save_keeps_the_old_file_when_drawing_fails(tmp_path):
     class Torn(Figure):
-        def savefig(self, file, **options):
-            file.write(b"half a picture")
+        def savefig(self, fname, **options):
+            fname.write(b"half a picture")
             raise OSError(28, "No space left on device")
 
     path = tmp_path / "curves.png"
@@ -219,5 +229,7 @@ def test_save_refuses_a_directory_that_is_a_file(tmp_path):
 
 
 def test_figures_never_import_pyplot():
-    program = "import sys, distaff.integrations.matplotlib; sys.exit('matplotlib.pyplot' in sys.modules)"
+    program = (
+        "import sys, distaff.integrations.matplotlib; sys.exit('matplotlib.pyplot' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -10,6 +10,7 @@ import re
 import stat
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from threading import Barrier
@@ -109,14 +110,18 @@ def test_run_directory_accepts_only_names_below_the_root(tmp_path_factory, name)
 
 
 @pytest.mark.parametrize("obstacle", ["runs", "runs/digits"])
-def test_check_writable_names_a_file_in_the_way(tmp_path, obstacle):
+@pytest.mark.parametrize("kind", ["file", "dangling link"])
+def test_check_writable_names_a_file_in_the_way(tmp_path, obstacle, kind):
     path = tmp_path / obstacle
     path.parent.mkdir(exist_ok=True)
-    path.write_text("precious")
+    if kind == "file":
+        path.write_text("precious")
+    else:
+        path.symlink_to("nowhere")
     before = everything_below(tmp_path)
     run = RunDirectory(tmp_path / "runs", "digits")
     for attempt in (run.check_writable, run.create):
-        with pytest.raises(RunDirectoryError, match="Move that file away") as caught:
+        with pytest.raises(RunDirectoryError, match="Move that file away|Check the path") as caught:
             attempt()
         assert "runs" in str(caught.value)
     assert not run.created
@@ -254,8 +259,10 @@ def test_write_environment_records_the_commit_and_whether_it_is_changed(run, tmp
     assert recorded() is None
 
 
-def test_open_log_writes_only_while_it_is_open(run):
+def test_open_log_writes_in_utc_only_while_it_is_open(run, monkeypatch):
+    monkeypatch.setattr(logging.Formatter, "converter", lambda *_: time.gmtime(0))
     logger = logging.getLogger("distaff")
+    logger.setLevel(logging.NOTSET)
     before = (logger.level, list(logger.handlers))
     with contextlib.suppress(RuntimeError), run.open_log() as opened:
         assert opened is logger
@@ -264,4 +271,4 @@ def test_open_log_writes_only_while_it_is_open(run):
     logger.warning("too late")
     assert (logger.level, logger.handlers) == before
     line = (run.path / "log.txt").read_text()
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:]{8}Z INFO distaff\.loop: step 3\n", line)
+    assert re.fullmatch(r"20\d\d-\d\d-\d\dT[\d:]{8}Z INFO distaff\.loop: step 3\n", line)

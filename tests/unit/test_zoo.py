@@ -20,7 +20,7 @@ def pictures() -> jax.Array:
 
 def test_cnn_has_the_documented_parameters_and_statistics(pictures):
     variables = CNN().init(jax.random.key(0), pictures, train=False)
-    assert _size(variables["params"]) == CNN_PARAMETERS
+    assert _size(variables["params"]) == 30_762
     shapes = jax.tree.map(jnp.shape, variables["batch_stats"])
     assert shapes == {
         f"BatchNorm_{block}": {"mean": (features,), "var": (features,)}
@@ -63,11 +63,14 @@ def test_cnn_refuses_pictures_without_channels():
 
 def test_mlp_is_linear_relu_linear(pictures):
     outputs, variables = MLP([5, 2]).init_with_output(jax.random.key(0), pictures)
-    params = variables["params"]
+    params = jax.tree.map(np.asarray, variables["params"])
     assert set(variables) == {"params"}
     assert _size(params) == (64 * 5 + 5) + (5 * 2 + 2)
-    hidden = pictures.reshape(4, 64) @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"]
-    expected = jnp.maximum(hidden, 0) @ params["Dense_1"]["kernel"] + params["Dense_1"]["bias"]
+    hidden = (
+        np.asarray(pictures).reshape(4, 64) @ params["Dense_0"]["kernel"]
+        + params["Dense_0"]["bias"]
+    )
+    expected = np.maximum(hidden, 0) @ params["Dense_1"]["kernel"] + params["Dense_1"]["bias"]
     np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-6)
 
 

@@ -19,7 +19,7 @@ def model_table(rows: Sequence[LayerRow], title: str) -> Table:
         title: shown above.
 
     Returns:
-        A table with the columns path, output, collection, shape, dtype, parameters, bytes.
+        A table with the columns path, shape, dtype, parameters, bytes, and the module's output.
     """
     table = Table(title=title, title_justify="left", title_style="bold", show_footer=True, box=None)
     parameters = sum(math.prod(shape) for shape, _ in _arrays(rows, "params"))
@@ -29,11 +29,11 @@ def model_table(rows: Sequence[LayerRow], title: str) -> Table:
     table.add_column("dtype")
     table.add_column("parameters", footer=f"{parameters:,}", justify="right")
     table.add_column("bytes", footer=_readable(size), justify="right")
-    table.add_column("module → output", style="dim")
+    table.add_column("output", style="dim")
     for row in rows:
-        module = f"{row.kind} → {row.output}"
+        output = row.output
         if not row.variables:
-            table.add_row(row.path or "(model)", "", "", "", "", module)
+            table.add_row(row.path or row.kind, "", "", "", "", output)
         for collection, name, shape, dtype in row.variables:
             trained = collection == "params"
             path = "/".join(part for part in (row.path, name) if part)
@@ -43,9 +43,9 @@ def model_table(rows: Sequence[LayerRow], title: str) -> Table:
                 str(dtype),
                 f"{math.prod(shape):,}" if trained else "",
                 _readable(_bytes(shape, dtype)),
-                module,
+                output,
             )
-            module = ""
+            output = ""
     return table
 
 

@@ -18,7 +18,7 @@ from distaff.typing import Scalars
 T = TypeVar("T")
 
 _REFRESH_PER_SECOND = 4
-_STATUS_WIDTH = 28
+_STATUS_WIDTH = 34
 _MAX_WIDTH = 100
 
 

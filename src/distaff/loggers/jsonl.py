@@ -15,7 +15,7 @@ import numpy as np
 
 from distaff.errors import MetricError, RunDirectoryError
 from distaff.loggers.protocol import JSON
-from distaff.typing import Scalars
+from distaff.typing import Values
 
 _OWN_NAMES = ("step", "epoch", "time")
 
@@ -46,7 +46,7 @@ class JsonlLogger:
         self._clock = clock
         self._file: BinaryIO | None = None
 
-    def log_metrics(self, metrics: Scalars, *, step: int, epoch: int) -> None:
+    def log_metrics(self, metrics: Values, *, step: int, epoch: int) -> None:
         """Writes one line; it is in the file when the call returns.
 
         Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from distaff.loggers.protocol import JSON, Logger
-from distaff.typing import Scalars
+from distaff.typing import Values
 
 
 class ManyLoggers:
@@ -18,7 +18,7 @@ class ManyLoggers:
     def __init__(self, *loggers: Logger) -> None:
         self.loggers = loggers
 
-    def log_metrics(self, metrics: Scalars, *, step: int, epoch: int) -> None:
+    def log_metrics(self, metrics: Values, *, step: int, epoch: int) -> None:
         """Records the metrics in every logger."""
         for logger in self.loggers:
             logger.log_metrics(metrics, step=step, epoch=epoch)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from distaff.loggers.protocol import JSON
-from distaff.typing import Scalars
+from distaff.typing import Values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +15,7 @@ class Record:
 
     step: int
     epoch: int
-    metrics: Scalars
+    metrics: Values
 
 
 class MemoryLogger:
@@ -37,7 +37,7 @@ class MemoryLogger:
         self.config: Mapping[str, JSON] | None = None
         self.status: str | None = None
 
-    def log_metrics(self, metrics: Scalars, *, step: int, epoch: int) -> None:
+    def log_metrics(self, metrics: Values, *, step: int, epoch: int) -> None:
         """Appends a record."""
         self.records.append(Record(step=step, epoch=epoch, metrics=dict(metrics)))
 

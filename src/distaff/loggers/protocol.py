@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeAlias
 
-from distaff.typing import Scalars
+from distaff.typing import Values
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 """A value that strict JSON can hold."""
@@ -14,7 +14,7 @@ JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON
 class Logger(Protocol):
     """Receives what a run measures. It never changes the run, and never reads from it."""
 
-    def log_metrics(self, metrics: Scalars, *, step: int, epoch: int) -> None:
+    def log_metrics(self, metrics: Values, *, step: int, epoch: int) -> None:
         """Records metrics.
 
         Args:
@@ -40,7 +40,7 @@ class Logger(Protocol):
 class NullLogger:
     """Records nothing."""
 
-    def log_metrics(self, metrics: Scalars, *, step: int, epoch: int) -> None:
+    def log_metrics(self, metrics: Values, *, step: int, epoch: int) -> None:
         """Does nothing."""
 
     def log_config(self, config: Mapping[str, JSON]) -> None:

@@ -28,7 +28,7 @@ class LayerRow(NamedTuple):
     Attributes:
         path: the module's path, such as `Conv_0`; empty for the whole model.
         kind: the module's class name.
-        output: shapes and dtypes of what it returns, such as `float32[64, 8, 8, 32]`.
+        output: shapes and dtypes of what it returns, such as `float32[64,8,8,32]`.
         variables: its own arrays, not its children's: collection, name, shape and dtype.
     """
 

@@ -40,7 +40,7 @@ class LinenModel:
 
     def init(self, key: Key, *inputs: Any) -> Variables:
         """Makes the variables for inputs shaped like these, as in training."""
-        return _split(self.module.init(_streams(key), *inputs, **self._mode(None, True)))
+        return _split(self._init(key, *inputs))
 
     def apply(
         self, variables: Variables, *inputs: Any, train: bool, key: Key | None, **kwargs: Any
@@ -78,7 +78,7 @@ class LinenModel:
 
         def init(key: Key, *inputs: Any) -> Any:
             with nn.intercept_methods(record):
-                return self.module.init(_streams(key), *inputs, **self._mode(None, True))
+                return self._init(key, *inputs)
 
         variables = jax.eval_shape(init, key, *inputs)
         rows.setdefault((), (type(self.module).__name__, ""))
@@ -87,6 +87,10 @@ class LinenModel:
             LayerRow("/".join(path), kind, output, tuple(owned.get(path, ())))
             for path, (kind, output) in sorted(rows.items(), key=lambda row: len(row[0]) > 0)
         ]
+
+    def _init(self, key: Key, *inputs: Any) -> Any:
+        mode: dict[str, Any] = self._mode(None, True)
+        return self.module.init(_streams(key), *inputs, **mode)
 
     def _mode(self, method: Callable[..., Any] | str | None, train: bool) -> dict[str, bool]:
         if method is None:
@@ -122,7 +126,7 @@ def _split(collections: Mapping[str, Any]) -> Variables:
 
 def _describe(outputs: Any) -> str:
     leaves = [leaf for leaf in jax.tree.leaves(outputs) if hasattr(leaf, "shape")]
-    return ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves)
+    return ", ".join(f"{leaf.dtype}{list(leaf.shape)}".replace(" ", "") for leaf in leaves)
 
 
 def _by_module(variables: Any, modules: set[tuple[str, ...]]) -> dict[tuple[str, ...], list[Any]]:

@@ -26,9 +26,11 @@ def rebuild(record: Any) -> nn.Module:
     Raises:
         CheckpointError: the class is not imported, or a hyperparameter cannot be rebuilt.
     """
-    name = record.get("$class") if isinstance(record, Mapping) else None
+    name = str(record.get("$class")) if isinstance(record, Mapping) else "None"
     remedy = "Pass the module itself: load_from_checkpoint(path, model=...)."
-    known = {f"{cls.__module__}:{cls.__qualname__}": cls for cls in _subclasses(nn.Module)}
+    known: dict[str, Any] = {
+        f"{cls.__module__}:{cls.__qualname__}": cls for cls in _subclasses(nn.Module)
+    }
     if name not in known:
         raise CheckpointError(
             f"The model was recorded as {name!r}, and no module class of that name is imported. "
@@ -64,7 +66,7 @@ def _value(recorded: Any, name: str, remedy: str) -> Any:
     return {key: _value(item, name, remedy) for key, item in recorded.items()}
 
 
-def _subclasses(cls: type) -> Iterator[type]:
+def _subclasses(cls: type[nn.Module]) -> Iterator[type[nn.Module]]:
     for subclass in cls.__subclasses__():
         yield subclass
         yield from _subclasses(subclass)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 
+from distaff.errors import ConfigError
+
 
 class MLP(nn.Module):
     """Linear layers with a ReLU between each and the next.
@@ -26,7 +28,12 @@ class MLP(nn.Module):
 
         Returns:
             Outputs before any activation, `[batch, features[-1]]`.
+
+        Raises:
+            ConfigError: there are no features.
         """
+        if not self.features:
+            raise ConfigError("MLP(features=...) has at least one layer; got ().")
         *hidden, outputs = self.features
         x = x.reshape(x.shape[0], -1)
         for features in hidden:

@@ -1,0 +1,107 @@
+"""The recipe `digits`: real data, from the pixels to the pictures of a finished run."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from distaff import _optional, data, tasks
+from distaff.loggers import MemoryLogger
+from distaff.optim import OptimizerConfig
+from distaff.trainer_config import TrainResult
+from distaff.zoo import CNN
+
+_SPLITS = ("train", "val", "test")
+
+
+def _default_optimizer() -> OptimizerConfig:
+    return OptimizerConfig("adamw", learning_rate=3e-3, warmup_steps=50, weight_decay=1e-3)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Digits:
+    """Trains a small CNN on the 1,797 handwritten digits of scikit-learn.
+
+    Args:
+        num_epochs: epochs to train.
+        batch_size: examples per step.
+        seed: of the parameters, dropout, and the order of the examples.
+        features: channels of the CNN's blocks.
+        dropout: fraction of the last block's values dropped in training.
+        optimizer: the optimizer and its schedule.
+        root: the folder of all runs.
+        figures: whether to draw learning curves, confusion matrix and worst mistakes.
+        progress_bar: whether to show anything while training.
+    """
+
+    num_epochs: int = 20
+    batch_size: int = 64
+    seed: int = 0
+    features: tuple[int, ...] = (32, 32, 64)
+    dropout: float = 0.5
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=_default_optimizer)
+    root: str = "runs"
+    figures: bool = True
+    progress_bar: bool = True
+
+    def run(self) -> TrainResult:
+        """Trains, validates, tests, draws, and prints where everything is.
+
+        Raises:
+            DistaffError: an option is refused, or an extra is missing.
+        """
+        # Looked for first: a missing package must not be noticed after the training.
+        plots = _optional.load("matplotlib", extra="plots") if self.figures else None
+        train, val, test = data.digits(self.batch_size, self.seed)
+        history = MemoryLogger()
+        trainer = tasks.Classifier(
+            CNN(features=self.features, dropout=self.dropout),
+            optimizer=self.optimizer,
+            loggers=[history],
+            name="digits",
+            root=self.root,
+            seed=self.seed,
+            enable_progress_bar=self.progress_bar,
+        )
+        result = trainer.train_model(train, val, test, num_epochs=self.num_epochs)
+        path = Path(str(result.path))
+        if plots is not None:
+            best_epoch = None if result.best is None else result.best.epoch
+            curves = plots.learning_curves(_series(history), best_epoch)
+            plots.save(curves, path / "figures" / "learning_curves.png")
+            _draw_test(plots, trainer, test, path / "figures")
+        trainer.display.print(_written(path))
+        metrics = result.metrics
+        print(
+            f"test/accuracy={metrics['test/accuracy']:.4f} test/loss={metrics['test/loss']:.4f} "
+            f"run={path}"
+        )
+        return result
+
+
+def _series(history: MemoryLogger) -> dict[str, list[tuple[int, float]]]:
+    series: dict[str, list[tuple[int, float]]] = {}
+    for record in history.records:
+        for name, value in record.metrics.items():
+            if name.startswith(("train/", "val/")):
+                series.setdefault(name, []).append((record.epoch, value))
+    return series
+
+
+def _draw_test(plots, trainer: tasks.Classifier, test: data.ArrayLoader, folder: Path) -> None:
+    probabilities = np.asarray(jax.nn.softmax(trainer.predict(test)))
+    images, labels = test.arrays["image"], test.arrays["label"]
+    names = [str(digit) for digit in range(probabilities.shape[1])]
+    confusion = plots.confusion_matrix(labels, probabilities.argmax(axis=1), names)
+    plots.save(confusion, folder / "confusion_matrix.png")
+    mistakes = plots.worst_mistakes(images, labels, probabilities, names)
+    plots.save(mistakes, folder / "worst_mistakes.png")
+
+
+def _written(path: Path) -> str:
+    files = [path / name for name in ("config.json", "metrics.jsonl", "model.txt", "log.txt")]
+    files += sorted((path / "figures").glob("*.png")) + sorted((path / "checkpoints").iterdir())
+    return "written:\n" + "\n".join(f"  {file}" for file in files)
