@@ -23,11 +23,11 @@ SOURCES = Path(__file__).parents[1] / "src"
 # A room imports only from rooms that stand before it. "distaff" is the package's own __init__.py.
 ROOMS = (
     *("typing", "errors", "_optional"),
-    *("state", "metrics", "monitor", "cadence", "history", "config", "run_directory", "execution"),
-    *("models", "data", "optim", "parallel", "zoo"),
+    *("state", "metrics", "monitor", "cadence", "config", "record", "run_directory", "execution"),
+    *("models", "data", "optim", "parallel", "zoo", "trainer_config"),
     *("step", "accumulate", "precision", "fuse", "loggers", "display", "checkpoint", "callbacks"),
-    *("evaluate", "loop", "recording", "inference"),
-    *("trainer_config", "trainer", "tasks", "distaff"),
+    *("events", "evaluate", "loop", "recording"),
+    *("predictor", "training", "trainer", "tasks", "distaff"),
     *("tune", "inspect", "cli"),
     *("integrations", "testing"),
 )

@@ -20,48 +20,17 @@ callbacks see. `epochs` yields the events of a run, `steps` those of one epoch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jax
 
 from distaff import metrics as metrics_lib
 from distaff.callbacks import StepInfo
-from distaff.data import Loader, num_examples
-from distaff.metrics import Metric
+from distaff.events import Plan, Run, StepEnd, WindowEnd
 from distaff.state import TrainState
 from distaff.step import NEVER, Window
 from distaff.typing import Batch
-
-
-class StepEnd(NamedTuple):
-    """One completed optimizer update.
-
-    Attributes:
-        step: completed updates so far.
-        state: the new train state.
-        metrics: this step's metrics, on the device.
-        examples: the batch size.
-    """
-
-    step: int
-    state: TrainState
-    metrics: Mapping[str, Metric]
-    examples: int
-
-
-class WindowEnd(NamedTuple):
-    """The steps since the previous log line, read from the device.
-
-    Attributes:
-        step: the last step of the window.
-        metrics: merged metrics, on the host.
-        first_bad_step: the first step whose loss was not finite; None if all were.
-    """
-
-    step: int
-    metrics: dict[str, Metric]
-    first_bad_step: int | None
 
 
 def steps(
@@ -96,7 +65,7 @@ def steps(
         with jax.transfer_guard_device_to_host("disallow"):
             state, window, metrics = program(state, window, batch)
         step += 1
-        yield StepEnd(step, state, metrics, num_examples(batch))
+        yield StepEnd(step, state, metrics, len(jax.tree.leaves(batch)[0]))
         if step % log_every == 0:
             if closed is not None:
                 yield _read(*closed)
@@ -122,49 +91,6 @@ def _read(step: int, window: Window) -> WindowEnd:
         metrics_lib.to_host(window.metrics),
         None if first_bad_step == NEVER else first_bad_step,
     )
-
-
-class Plan(NamedTuple):
-    """The shape of a run.
-
-    Attributes:
-        train_loader: yields the batches of one epoch each time it is iterated.
-        val_loader: validated on; None for a run without validation.
-        steps_per_epoch: where to cut epochs; None for the train loader's own.
-        first_epoch: the first epoch to train, counted from 1.
-        last_epoch: the last one, included.
-        check_val_every_n_epoch: epochs between validations, and between checkpoints.
-    """
-
-    train_loader: Loader
-    val_loader: Loader | None
-    steps_per_epoch: int | None
-    first_epoch: int
-    last_epoch: int
-    check_val_every_n_epoch: int
-
-
-class Run(Protocol):
-    """What the loop asks of a trainer: its override points, and where it stands."""
-
-    @property
-    def stop_reason(self) -> str | None: ...
-    @property
-    def best_metrics(self) -> dict[str, Any] | None: ...
-    def info(self, metrics: Mapping[str, Any], is_best: bool = False) -> StepInfo: ...
-    def on_training_start(self) -> None: ...
-    def train_epoch(self, train_loader: Loader, epoch: int) -> dict[str, Any]: ...
-    def on_training_epoch_end(self, epoch: int, metrics: dict[str, Any]) -> None: ...
-    def eval_model(self, loader: Loader, prefix: str) -> dict[str, Any]: ...
-    def on_validation_epoch_end(
-        self, epoch: int, metrics: dict[str, Any], val_loader: Loader
-    ) -> None: ...
-    def save_metrics(self, name: str, metrics: Mapping[str, Any]) -> None: ...
-    def is_new_model_better(
-        self, new_metrics: Mapping[str, Any], old_metrics: Mapping[str, Any] | None
-    ) -> bool: ...
-    def save_model(self, metrics: Mapping[str, Any], is_best: bool) -> None: ...
-    def end_epoch(self, epoch: int, metrics: dict[str, Any], is_best: bool) -> None: ...
 
 
 def epochs(run: Run, plan: Plan) -> Iterator[tuple[str, StepInfo]]:

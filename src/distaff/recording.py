@@ -8,8 +8,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from rich.console import Console, RenderableType
-
 from distaff.checkpoint import CheckpointStore, MemoryStore, NullStore, Store
 from distaff.loggers import JsonlLogger, Logger, ManyLoggers
 from distaff.run_directory import RunDirectory
@@ -28,7 +26,7 @@ class Recording(Protocol):
         """The run's directory, once it is open; None for a run without."""
         ...
 
-    def open(self, record: Mapping[str, Any], texts: Mapping[str, RenderableType]) -> None:
+    def open(self, record: Mapping[str, Any], texts: Mapping[str, str]) -> None:
         """Starts to record.
 
         Args:
@@ -62,7 +60,7 @@ class NullRecording:
         """None."""
         return None
 
-    def open(self, record: Mapping[str, Any], texts: Mapping[str, RenderableType]) -> None:
+    def open(self, record: Mapping[str, Any], texts: Mapping[str, str]) -> None:
         """Hands the configuration to the loggers."""
         self.logger.log_config(record)
 
@@ -99,7 +97,7 @@ class DirectoryRecording:
         """The run's directory, once it is open."""
         return self.directory.path if self.directory.created else None
 
-    def open(self, record: Mapping[str, Any], texts: Mapping[str, RenderableType]) -> None:
+    def open(self, record: Mapping[str, Any], texts: Mapping[str, str]) -> None:
         """Reserves the directory, and writes configuration, environment and status.
 
         Raises:
@@ -111,7 +109,7 @@ class DirectoryRecording:
         self.directory.write_environment()
         self.directory.set_status("running")
         for name, content in texts.items():
-            self.directory.write_text(name, _plain(content))
+            self.directory.write_text(name, content)
         self._closing.enter_context(self.directory.open_log())
         self.store = CheckpointStore(path / "checkpoints", keep_last=self._keep_last)
         self.logger.log_config(record)
@@ -151,7 +149,7 @@ def make_recording(
 def recorded(
     recording: Recording,
     record: Mapping[str, Any],
-    texts: Mapping[str, RenderableType],
+    texts: Mapping[str, str],
     outcome: Callable[[], dict[str, Any]],
 ) -> Generator[None]:
     """Opens a recording, and closes it whatever happens.
@@ -171,10 +169,3 @@ def recorded(
         recording.close(**{**outcome(), "status": status, "reason": reason})
         raise
     recording.close(**outcome())
-
-
-def _plain(content: RenderableType) -> str:
-    console = Console(width=140, color_system=None, force_terminal=False)
-    with console.capture() as capture:
-        console.print(content)
-    return capture.get()

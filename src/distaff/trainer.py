@@ -9,8 +9,10 @@ from typing import Any
 from distaff import loop
 from distaff import metrics as metrics_lib
 from distaff.data import Loader, as_loader, epoch_of, first_batch, num_batches
+from distaff.display import as_text
 from distaff.errors import ConfigError, LossError
 from distaff.evaluate import Evaluator
+from distaff.events import Plan, StepEnd
 from distaff.monitor import Monitor
 from distaff.optim import build_optimizer
 from distaff.record import make_record
@@ -143,12 +145,12 @@ class TrainerModule(Training):
             raise ConfigError(f"num_epochs is at least 1; got {num_epochs}.")
         last_epoch = self.epoch + num_epochs
         every = self.config.check_val_every_n_epoch
-        plan = loop.Plan(train, val, steps_per_epoch, self.epoch + 1, last_epoch, every)
+        plan = Plan(train, val, steps_per_epoch, self.epoch + 1, last_epoch, every)
         self._prepare(plan, test)
         record = self._record(num_epochs=num_epochs, steps_per_epoch=steps_per_epoch)
         with (
             closing(self.display),
-            recorded(self.recording, record, {"model.txt": self.table}, self.outcome),
+            recorded(self.recording, record, {"model.txt": as_text(self.table)}, self.outcome),
         ):
             self.begin(plan)
             for event, info in loop.epochs(self, plan):
@@ -176,7 +178,7 @@ class TrainerModule(Training):
             log_every=self.config.log_every_n_steps,
             stopping=lambda: self.stop_reason is not None,
         ):
-            if isinstance(event, loop.StepEnd):
+            if isinstance(event, StepEnd):
                 self.after_step(event)
             else:
                 self.after_window(event)
@@ -198,7 +200,7 @@ class TrainerModule(Training):
 
     def save_metrics(self, name: str, metrics: Mapping[str, Any]) -> None:
         """Writes metrics to `metrics/<name>.json` in the run directory."""
-        self.recording.save_metrics(name, metrics)
+        self.recording.save_metrics(name, metrics_lib.as_json(metrics))
 
     def is_new_model_better(
         self, new_metrics: Mapping[str, Any], old_metrics: Mapping[str, Any] | None
@@ -233,8 +235,9 @@ class TrainerModule(Training):
             {
                 "step": self.step,
                 "epoch": self.epoch,
-                "metrics": dict(metrics),
+                "metrics": metrics_lib.as_json(metrics),
                 "best_step": None if self.best is None else self.best.step,
+                "loader": self.plan.train_loader.get_state(),
                 "callbacks": [callback.get_state() for callback in self.callbacks.callbacks],
             },
         )
@@ -258,7 +261,7 @@ class TrainerModule(Training):
     ) -> None:
         """Called after each validation; what is added to `metrics` is logged, or monitored."""
 
-    def _prepare(self, plan: loop.Plan, test_loader: Loader | None) -> None:
+    def _prepare(self, plan: Plan, test_loader: Loader | None) -> None:
         """Makes all that a run needs and checks it; nothing is written."""
         batch = first_batch(plan.train_loader, name="train")
         if self.state is None:

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from distaff import loop
 from distaff.callbacks import Callback, Callbacks, StepInfo
 from distaff.data import num_batches
 from distaff.errors import NonFiniteError
+from distaff.events import Plan, StepEnd, WindowEnd
 from distaff.loggers import Logger
 from distaff.metrics import compute
 from distaff.optim import OptimizerConfig, OptimizerLike
@@ -36,7 +36,7 @@ class Training(Predictor):
         **options: see `TrainerConfig`.
     """
 
-    plan: loop.Plan
+    plan: Plan
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class Training(Predictor):
         """Returns what callbacks are told."""
         return StepInfo(self.step, self.epoch, self.ready_state(), metrics, is_best)
 
-    def begin(self, plan: loop.Plan) -> None:
+    def begin(self, plan: Plan) -> None:
         """Counts a new run."""
         self.plan, self._first_step, self._reached = plan, self.step, (self.step, self.epoch)
         self.best, self.callbacks.stop_reason = None, None
@@ -87,7 +87,7 @@ class Training(Predictor):
         self.epoch = epoch
         self._epoch_start = time.perf_counter()
 
-    def after_step(self, event: loop.StepEnd) -> None:
+    def after_step(self, event: StepEnd) -> None:
         """Takes over the new state, and tells display and callbacks."""
         if self.step == self._first_step:
             self.display.running()
@@ -97,7 +97,7 @@ class Training(Predictor):
         if self.callbacks.watches_steps:
             self.callbacks.emit("on_step_end", self.info(event.metrics))
 
-    def after_window(self, event: loop.WindowEnd) -> None:
+    def after_window(self, event: WindowEnd) -> None:
         """Logs the metrics of a window as `step/...`.
 
         Raises:

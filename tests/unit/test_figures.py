@@ -110,12 +110,23 @@ def test_confusion_matrix_counts_as_sklearn_does(pairs):
 
 def test_confusion_matrix_shows_one_mistake_beside_many_right_answers():
     labels, predictions = [0] * 99 + [1], [0] * 100
-    (axes,) = figures.confusion_matrix(labels, predictions, ["cat", "$dog$"]).axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", "$dog$"]
+    (axes,) = figures.confusion_matrix(labels, predictions, ["cat", "dog"]).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", "dog"]
     colors = _pixels(axes)
     assert tuple(colors[0, 0]) == figures.RIGHT_COLORS(1.0)
     assert tuple(colors[1, 0]) == figures.WRONG_COLORS(1.0)
     assert (colors[[0, 1], [1, 1]] == 1).all()
+
+
+@pytest.mark.parametrize(
+    "figure",
+    [
+        figures.confusion_matrix([0], [0], [r"$\no formula$"]),
+        figures.worst_mistakes(np.zeros((1, 2, 2)), [0], [[1.0]], [r"$\no formula$"]),
+    ],
+)
+def test_figures_print_class_names_as_they_are(figure, tmp_path):
+    figures.save(figure, tmp_path / "figure.png")
 
 
 @pytest.mark.parametrize(
@@ -206,6 +217,15 @@ def test_save_writes_a_png_and_makes_its_directory(tmp_path):
     figures.save(figures.learning_curves(HISTORY), path)
     assert path.read_bytes().startswith(b"\x89PNG\r\n")
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_save_replaces_the_old_file_rather_than_writing_into_it(tmp_path):
+    path, other_name = tmp_path / "curves.png", tmp_path / "old.png"
+    path.write_bytes(b"old")
+    other_name.hardlink_to(path)
+    figures.save(Figure(), path)
+    assert path.read_bytes().startswith(b"\x89PNG\r\n")
+    assert other_name.read_bytes() == b"old"
 
 
 def test_save_keeps_the_old_file_when_drawing_fails(tmp_path):

@@ -121,7 +121,7 @@ def test_check_writable_names_a_file_in_the_way(tmp_path, obstacle, kind):
     before = everything_below(tmp_path)
     run = RunDirectory(tmp_path / "runs", "digits")
     for attempt in (run.check_writable, run.create):
-        with pytest.raises(RunDirectoryError, match="Move that file away|Check the path") as caught:
+        with pytest.raises(RunDirectoryError, match=r"Move that file|Check the path") as caught:
             attempt()
         assert "runs" in str(caught.value)
     assert not run.created
@@ -260,15 +260,17 @@ def test_write_environment_records_the_commit_and_whether_it_is_changed(run, tmp
 
 
 def test_open_log_writes_in_utc_only_while_it_is_open(run, monkeypatch):
-    monkeypatch.setattr(logging.Formatter, "converter", lambda *_: time.gmtime(0))
+    for holder, name in ((logging.Formatter, "converter"), (time, "localtime")):
+        monkeypatch.setattr(holder, name, lambda *_: time.gmtime(0))
     logger = logging.getLogger("distaff")
     logger.setLevel(logging.NOTSET)
-    before = (logger.level, list(logger.handlers))
+    logger.propagate = True
+    before = (logger.level, logger.propagate, list(logger.handlers))
     with contextlib.suppress(RuntimeError), run.open_log() as opened:
         assert opened is logger
         logging.getLogger("distaff.loop").info("step %d", 3)
         raise RuntimeError
     logger.warning("too late")
-    assert (logger.level, logger.handlers) == before
+    assert (logger.level, logger.propagate, logger.handlers) == before
     line = (run.path / "log.txt").read_text()
     assert re.fullmatch(r"20\d\d-\d\d-\d\dT[\d:]{8}Z INFO distaff\.loop: step 3\n", line)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TextIO
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from distaff.display.model_table import model_table
 from distaff.display.plain import PlainDisplay
@@ -17,9 +17,18 @@ __all__ = [
     "NullDisplay",
     "PlainDisplay",
     "TerminalDisplay",
+    "as_text",
     "make_display",
     "model_table",
 ]
+
+
+def as_text(content: RenderableType, width: int = 140) -> str:
+    """Returns anything that rich can render as plain text, at most `width` columns wide."""
+    console = Console(width=width, color_system=None, force_terminal=False)
+    with console.capture() as capture:
+        console.print(content)
+    return "".join(f"{line.rstrip()}\n" for line in capture.get().splitlines())
 
 
 def make_display(enabled: bool, stream: TextIO | None = None) -> Display:

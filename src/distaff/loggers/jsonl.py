@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -11,13 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-
 from distaff.errors import MetricError, RunDirectoryError
 from distaff.loggers.protocol import JSON
+from distaff.metrics import as_json
 from distaff.typing import Values
-
-_OWN_NAMES = ("step", "epoch", "time")
 
 
 class JsonlLogger:
@@ -54,13 +50,12 @@ class JsonlLogger:
             RunDirectoryError: the file cannot be written.
         """
         row: dict[str, Any] = {"step": int(step), "epoch": int(epoch), "time": self._clock()}
-        for name, value in metrics.items():
-            if name in _OWN_NAMES:
-                raise MetricError(
-                    f"The names {', '.join(_OWN_NAMES)} are the log's own columns; a metric is "
-                    f"named {name!r}. Rename it, for example to 'train/{name}'."
-                )
-            row[name] = _strict(name, value)
+        for name in metrics.keys() & row.keys():
+            raise MetricError(
+                f"The names {', '.join(row)} are the log's own columns; a metric is "
+                f"named {name!r}. Rename it, for example to 'train/{name}'."
+            )
+        row.update(as_json(metrics))
         self._write(json.dumps(row, allow_nan=False).encode() + b"\n")
 
     def log_config(self, config: Mapping[str, JSON]) -> None:
@@ -93,23 +88,6 @@ class JsonlLogger:
             f"The metrics of a run are appended to a file; {str(self._path)!r} cannot be written: "
             f"{error.strerror or error}. Free space there, or choose a directory you may write to."
         )
-
-
-def _strict(name: str, value: Any) -> JSON:
-    """Returns a number, or an array of one number per run, as strict JSON."""
-    try:
-        numbers = np.asarray(value, dtype=np.float64).tolist()
-    except (TypeError, ValueError) as error:
-        raise MetricError(
-            f"A logged metric is a number; {name!r} is {value!r}. Log what `compute` returns."
-        ) from error
-    return _without_nan(numbers)
-
-
-def _without_nan(numbers: Any) -> JSON:
-    if isinstance(numbers, list):
-        return [_without_nan(number) for number in numbers]
-    return numbers if math.isfinite(numbers) else str(numbers)
 
 
 def _drop_torn_line(file: BinaryIO) -> None:

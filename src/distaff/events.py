@@ -1,0 +1,111 @@
+"""What passes between the loop and a trainer: a plan in, events out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+from distaff.callbacks import StepInfo
+from distaff.data import Loader
+from distaff.metrics import Metric
+from distaff.state import TrainState
+
+
+class StepEnd(NamedTuple):
+    """One completed optimizer update.
+
+    Attributes:
+        step: completed updates so far.
+        state: the new train state.
+        metrics: this step's metrics, on the device.
+        examples: the batch size.
+    """
+
+    step: int
+    state: TrainState
+    metrics: Mapping[str, Metric]
+    examples: int
+
+
+class WindowEnd(NamedTuple):
+    """The steps since the previous log line, read from the device.
+
+    Attributes:
+        step: the last step of the window.
+        metrics: merged metrics, on the host.
+        first_bad_step: the first step whose loss was not finite; None if all were.
+    """
+
+    step: int
+    metrics: dict[str, Metric]
+    first_bad_step: int | None
+
+
+class Plan(NamedTuple):
+    """The shape of a run.
+
+    Attributes:
+        train_loader: yields the batches of one epoch each time it is iterated.
+        val_loader: validated on; None for a run without validation.
+        steps_per_epoch: where to cut epochs; None for the train loader's own.
+        first_epoch: the first epoch to train, counted from 1.
+        last_epoch: the last one, included.
+        check_val_every_n_epoch: epochs between validations, and between checkpoints.
+    """
+
+    train_loader: Loader
+    val_loader: Loader | None
+    steps_per_epoch: int | None
+    first_epoch: int
+    last_epoch: int
+    check_val_every_n_epoch: int
+
+
+class Run(Protocol):
+    """What the loop asks of a trainer: its override points, and where it stands."""
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Why the run shall end; None while it shall not."""
+
+    @property
+    def best_metrics(self) -> dict[str, Any] | None:
+        """Validation metrics of the best model so far."""
+
+    def info(self, metrics: Mapping[str, Any], is_best: bool = False) -> StepInfo:
+        """Returns what callbacks are told."""
+        ...
+
+    def on_training_start(self) -> None:
+        """Called before the first step."""
+
+    def train_epoch(self, train_loader: Loader, epoch: int) -> dict[str, Any]:
+        """Trains on one epoch; returns its metrics."""
+        ...
+
+    def on_training_epoch_end(self, epoch: int, metrics: dict[str, Any]) -> None:
+        """Called after each training epoch."""
+
+    def eval_model(self, loader: Loader, prefix: str) -> dict[str, Any]:
+        """Evaluates; returns the metrics."""
+        ...
+
+    def on_validation_epoch_end(
+        self, epoch: int, metrics: dict[str, Any], val_loader: Loader
+    ) -> None:
+        """Called after each validation."""
+
+    def save_metrics(self, name: str, metrics: Mapping[str, Any]) -> None:
+        """Writes metrics under a name of their own."""
+
+    def is_new_model_better(
+        self, new_metrics: Mapping[str, Any], old_metrics: Mapping[str, Any] | None
+    ) -> bool:
+        """Compares two validations."""
+        ...
+
+    def save_model(self, metrics: Mapping[str, Any], is_best: bool) -> None:
+        """Writes a checkpoint."""
+
+    def end_epoch(self, epoch: int, metrics: dict[str, Any], is_best: bool) -> None:
+        """Logs and shows a finished epoch."""
