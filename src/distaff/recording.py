@@ -53,7 +53,7 @@ class NullRecording:
 
     def __init__(self, loggers: Sequence[Logger] = ()) -> None:
         self.logger: Logger = ManyLoggers(*loggers)
-        self.store: Store = MemoryStore()
+        self.store: Store = NullStore()
 
     @property
     def path(self) -> Path | None:
@@ -61,7 +61,8 @@ class NullRecording:
         return None
 
     def open(self, record: Mapping[str, Any], texts: Mapping[str, str]) -> None:
-        """Hands the configuration to the loggers."""
+        """Forgets the checkpoints of the run before, and hands the configuration to the loggers."""
+        self.store = MemoryStore()
         self.logger.log_config(record)
 
     def save_metrics(self, name: str, metrics: Mapping[str, Any]) -> None:
@@ -122,9 +123,14 @@ class DirectoryRecording:
     def close(self, status: str, **facts: Any) -> None:
         """Finishes checkpoints, loggers and log file in this order, then writes the status.
 
+        A recording that could not be opened has only loggers to close.
+
         Raises:
             CheckpointError: the last checkpoint could not be written; the status is then `failed`.
         """
+        if not self.directory.created:
+            self.logger.close(status)
+            return
         _log.info("%s at step %s", status, facts.get("step"))
         try:
             with self._closing as closing:
@@ -160,8 +166,8 @@ def recorded(
         texts: what to keep as text files, by file name.
         outcome: gives `status`, and facts, of a run that came to its end.
     """
-    recording.open(record, texts)
     try:
+        recording.open(record, texts)
         yield
     except BaseException as error:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"

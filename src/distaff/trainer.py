@@ -148,11 +148,11 @@ class TrainerModule(Training):
         plan = Plan(train, val, steps_per_epoch, self.epoch + 1, last_epoch, every)
         self._prepare(plan, test)
         record = self._record(num_epochs=num_epochs, steps_per_epoch=steps_per_epoch)
+        self.begin(plan)
         with (
             closing(self.display),
             recorded(self.recording, record, {"model.txt": as_text(self.table)}, self.outcome),
         ):
-            self.begin(plan)
             for event, info in loop.epochs(self, plan):
                 self.callbacks.emit(event, info)
             metrics = self._finish(test)
@@ -299,8 +299,11 @@ class TrainerModule(Training):
             self.monitor.check(f"val/{name}" for name in metrics)
 
     def _finish(self, test_loader: Loader | None) -> dict[str, Any]:
-        """Keeps the last state, loads the best, and tests it."""
-        self.save_model({}, is_best=False)
+        """Keeps the last state where no epoch's end has, loads the best, and tests it."""
+        store = self.recording.store
+        store.wait()
+        if store.latest() != self.step:
+            self.save_model({}, is_best=False)
         self.load_model()
         metrics = {**self.last_metrics, **(self.best_metrics or {})}
         if test_loader is not None:

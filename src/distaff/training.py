@@ -78,7 +78,7 @@ class Training(Predictor):
     def begin(self, plan: Plan) -> None:
         """Counts a new run."""
         self.plan, self._first_step, self._reached = plan, self.step, (self.step, self.epoch)
-        self.best, self.callbacks.stop_reason = None, None
+        self.best, self.callbacks.stop_reason, self.last_metrics = None, None, {}
         self.display.start(plan.last_epoch, plan.steps_per_epoch or num_batches(plan.train_loader))
         self.display.compiling("the training step")
 

@@ -6,8 +6,6 @@ import json
 import operator
 import re
 import shutil
-import threading
-import weakref
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
@@ -26,7 +24,6 @@ from distaff.typing import PyTree
 
 _FOLDER = re.compile(r"step_(\d{8,})")
 _COMMIT_MARKER = "commit_success.txt"
-_stores: weakref.WeakSet[CheckpointStore] = weakref.WeakSet()
 
 
 class _Write(NamedTuple):
@@ -39,7 +36,8 @@ class CheckpointStore:
 
     A folder appears under its name only when it is whole. After each save the last `keep_last`
     checkpoints and the best one are kept, the others removed; which one is best, the run says:
-    `info["best_step"]` of the newest checkpoint. Nothing is written before the first save.
+    `info["best_step"]` of the newest checkpoint. Nothing is written before the first save. Close the
+    store, or use it in a `with` statement: Python may end before a save in the background does.
 
     Args:
         directory: where the folders go. It need not exist.
@@ -59,7 +57,6 @@ class CheckpointStore:
         self.keep_last = keep_last
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._write: _Write | None = None
-        _stores.add(self)
 
     def save(self, step: int, tree: Mapping[str, PyTree], info: Mapping[str, Any]) -> Path:
         """Starts to write a checkpoint in the background.
@@ -314,13 +311,3 @@ def _not_written(path: Path, error: Exception) -> CheckpointError:
         f"The checkpoint {path} was not written: {error}. The ones before it are untouched. "
         "Make room, or make its directory writable, and save again."
     )
-
-
-def _finish_all() -> None:
-    for store in list(_stores):
-        store.wait()
-
-
-# A script may end without closing its store. Orbax starts threads until the very end of a save, and
-# `atexit` runs only after Python has forbidden that, so the save would be lost, with exit status 0.
-threading._register_atexit(_finish_all)  # ty: ignore[missing-attribute]

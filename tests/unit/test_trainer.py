@@ -1,0 +1,392 @@
+"""What a user's own model and loss become: trained, validated, judged, tested and written down."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import distaff
+from distaff import Callback, EarlyStopping, Monitor, OptimizerConfig, StopTraining, data
+from distaff.errors import CheckpointError, ConfigError, NonFiniteError, StateError
+from distaff.loggers import MemoryLogger
+from distaff.run_directory import RunDirectory
+
+
+class Line(nn.Module):
+    features: int = 1
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(self.features)(x)
+
+
+class Regression(distaff.TrainerModule):
+    monitor = Monitor("val/loss")
+
+    def loss_fn(self, params, batch, ctx):
+        error = ctx.apply(params, batch["x"])[:, 0] - batch["y"]
+        return jnp.square(error), {"error": jnp.abs(error)}
+
+
+class Scripted(Regression):
+    """Its validation score is written beforehand: one per epoch."""
+
+    monitor = Monitor("val/score")
+    scores: tuple[float, ...] = ()
+
+    def on_validation_epoch_end(self, epoch, metrics, val_loader):
+        metrics["val/score"] = self.scores[epoch - 1]
+
+
+class Snapshots(Callback):
+    """Keeps the parameters after each epoch."""
+
+    def __init__(self) -> None:
+        self.params: dict[int, Any] = {}
+
+    def on_epoch_end(self, info):
+        self.params[info.epoch] = jax.tree.map(np.array, info.state.params)
+
+
+class AtStep(Callback):
+    """Raises an exception after a step."""
+
+    def __init__(self, step: int, exception: BaseException) -> None:
+        self.step, self.exception = step, exception
+
+    def on_step_end(self, info):
+        if info.step == self.step:
+            raise self.exception
+
+
+def arrays(examples: int, seed: int = 0) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(seed)
+    x = random.normal(size=(examples, 3)).astype(np.float32)
+    noise = random.normal(size=examples) / 10
+    return {"x": x, "y": (x @ [1.0, -2.0, 0.5] + 0.3 + noise).astype(np.float32)}
+
+
+def loader(seed: int = 0) -> data.ArrayLoader:
+    return data.ArrayLoader(arrays(16, seed), batch_size=4)
+
+
+def make(cls: type[Any] = Regression, **options: Any) -> Any:
+    optimizer = OptimizerConfig("sgd", learning_rate=0.1, schedule="constant")
+    defaults = {"optimizer": optimizer, "enable_progress_bar": False}
+    return cls(Line(), **{**defaults, **options})
+
+
+def scripted(*scores: float, mode: Any = "min", **options: Any) -> Any:
+    attributes = {"scores": scores, "monitor": Monitor("val/score", mode=mode)}
+    return make(type("Scripted", (Scripted,), attributes), **options)
+
+
+def read(path: Path | None, name: str) -> Any:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{name} holds {constant}, which is not strict JSON")
+
+    return json.loads((Path(str(path)) / name).read_text(), parse_constant=refuse)
+
+
+def epochs_of(logger: MemoryLogger, name: str) -> list[int]:
+    return [record.epoch for record in logger.records if name in record.metrics]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Any, distaff.TrainResult]:
+    trainer = make(name="line", root=str(tmp_path_factory.mktemp("runs")), log_every_n_steps=3)
+    return trainer, trainer.train_model(loader(), loader(1), loader(2), num_epochs=30)
+
+
+def test_model_and_loss_of_ones_own_reach_the_least_squares_loss(finished):
+    trainer, result = finished
+    train, test = arrays(16), arrays(16, 2)
+    design = np.column_stack([train["x"], np.ones(16)])
+    solution, (least, *_), *_ = np.linalg.lstsq(design, train["y"], rcond=None)
+    assert result.metrics["train/loss"] < 1.1 * least / 16
+    tested = np.column_stack([test["x"], np.ones(16)]) @ solution - test["y"]
+    np.testing.assert_allclose(result.metrics["test/loss"], np.square(tested).mean(), rtol=0.2)
+    assert (result.status, result.step, result.epoch) == ("finished", 120, 30)
+    assert trainer.step == result.best.step
+
+
+def test_run_directory_holds_the_whole_record(finished):
+    trainer, result = finished
+    names = {entry.name for entry in result.path.iterdir()}
+    assert names == {
+        *("config.json", "env.json", "status.json", "metrics.jsonl", "metrics", "checkpoints"),
+        *("log.txt", "model.txt"),
+    }
+    config = read(result.path, "config.json")
+    assert config["optimizer"]["name"] == "sgd"
+    assert config["optimizer"]["learning_rate"] == 0.1
+    assert config["model"] == {"$class": f"{__name__}:Line", "features": 1}
+    assert config["options"]["log_every_n_steps"] == 3
+    assert (config["options"]["seed"], config["num_epochs"]) == (42, 30)
+    assert config["monitor"] == {"name": "val/loss", "mode": "min"}
+    status = read(result.path, "status.json")
+    assert (status["status"], status["step"], status["reason"]) == ("finished", 120, "")
+    assert status["best"]["step"] == result.best.step
+    steps = {120, result.best.step}
+    folders = {f"step_{step:08d}" for step in steps}
+    assert {entry.name for entry in (result.path / "checkpoints").iterdir()} == folders
+    assert read(result.path, "metrics/test.json")["test/loss"] == result.metrics["test/loss"]
+    assert len(list((result.path / "metrics").glob("val_epoch_*.json"))) == 30
+    assert "Dense_0/kernel" in (result.path / "model.txt").read_text()
+    assert "epoch 30/30 step 120" in (result.path / "log.txt").read_text()
+
+
+def test_metrics_log_has_every_window_and_every_epoch(finished):
+    _, result = finished
+    rows = [json.loads(line) for line in (result.path / "metrics.jsonl").read_text().splitlines()]
+    epochs = [row for row in rows if "train/loss" in row]
+    assert [row["epoch"] for row in epochs] == list(range(1, 31))
+    assert [row["step"] for row in epochs] == list(range(4, 121, 4))
+    names = {"train/loss", "train/error", "val/loss", "val/error"}
+    assert all(names <= row.keys() for row in epochs)
+    windows = [row["step"] for row in rows if "step/loss" in row]
+    assert windows == sorted({*range(3, 121, 3), *range(4, 121, 4)})
+    assert {row["step/learning_rate"] for row in rows if "step/loss" in row} == {0.1}
+
+
+@pytest.mark.parametrize("has_val", [False, True])
+@pytest.mark.parametrize("has_test", [False, True])
+def test_training_needs_neither_validation_nor_test(has_val, has_test):
+    result = make().train_model(
+        loader(), loader(1) if has_val else None, loader(2) if has_test else None, num_epochs=2
+    )
+    splits = {name.split("/")[0] for name in result.metrics}
+    assert splits == {"train", *["val"] * has_val, *["test"] * has_test}
+    assert (result.best is not None) == has_val
+    assert (result.path / "checkpoints" / "step_00000008").is_dir()
+
+
+@pytest.mark.parametrize("root", ["runs", None])
+@pytest.mark.parametrize(
+    ("mode", "scores", "best"),
+    [
+        ("max", (1.0, 3.0, 2.0), 2),
+        ("min", (3.0, 1.0, 2.0), 2),
+        ("min", (2.0, 2.0, 2.0), 1),
+        ("max", (float("nan"), 1.0, float("nan")), 2),
+    ],
+)
+def test_test_set_sees_the_best_weights(mode, scores, best, root):
+    snapshots = Snapshots()
+    trainer = scripted(*scores, mode=mode, root=root, callbacks=[snapshots])
+    result = trainer.train_model(loader(), loader(1), loader(2), num_epochs=3)
+    assert (result.best.epoch, result.best.step) == (best, 4 * best)
+    assert (trainer.epoch, trainer.step) == (best, 4 * best)
+    jax.tree.map(np.testing.assert_array_equal, trainer.state.params, snapshots.params[best])
+    assert trainer.eval_model(loader(2), "test/") == {
+        name: value for name, value in result.metrics.items() if name.startswith("test/")
+    }
+    assert Path("runs").exists() == (root is not None)
+
+
+def test_is_new_model_better_decides_alone():
+    class Newest(Regression):
+        monitor = Monitor("val/nothing")
+
+        def is_new_model_better(self, new_metrics, old_metrics):
+            seen.append((new_metrics["val/loss"], old_metrics and old_metrics["val/loss"]))
+            return True
+
+    seen: list[Any] = []
+    result = make(Newest).train_model(loader(), loader(1), num_epochs=3)
+    assert result.best.epoch == 3
+    (first, none), (second, old), (_, older) = seen
+    assert (none, old, older) == (None, first, second)
+
+
+def test_metric_of_ones_own_is_logged_saved_and_monitored():
+    logger = MemoryLogger()
+    result = scripted(2.0, 1.0, loggers=[logger]).train_model(loader(), loader(1), num_epochs=2)
+    assert epochs_of(logger, "val/score") == [1, 2]
+    assert read(result.path, "metrics/val_epoch_0001.json")["val/score"] == 2.0
+    assert result.metrics["val/score"] == 1.0
+
+
+def test_validation_comes_every_n_epochs():
+    logger = MemoryLogger()
+    trainer = make(check_val_every_n_epoch=2, loggers=[logger])
+    result = trainer.train_model(loader(), loader(1), num_epochs=5)
+    assert epochs_of(logger, "val/loss") == [2, 4]
+    assert epochs_of(logger, "train/loss") == [1, 2, 3, 4, 5]
+    assert (result.path / "checkpoints" / "step_00000020").is_dir()
+
+
+def test_second_training_goes_on_in_a_directory_of_its_own():
+    logger = MemoryLogger()
+    trainer = make(loggers=[logger], name="line")
+    first = trainer.train_model(loader(), num_epochs=2)
+    second = trainer.train_model(loader(), num_epochs=1)
+    assert (first.path, second.path) == (Path("runs/line/0001"), Path("runs/line/0002"))
+    assert (second.epoch, second.step, int(trainer.state.step)) == (3, 12, 12)
+    assert epochs_of(logger, "train/loss") == [1, 2, 3]
+    assert [read(run.path, "status.json")["step"] for run in (first, second)] == [8, 12]
+    assert second.metrics["train/loss"] < first.metrics["train/loss"]
+
+
+def test_second_training_without_files_forgets_the_first_ones_checkpoints():
+    snapshots = Snapshots()
+    trainer = scripted(0.0, 1.0, 2.0, root=None, callbacks=[snapshots])
+    trainer.train_model(loader(), loader(1), num_epochs=3)
+    assert trainer.step == 4
+    trainer.scores = (0.0, 0.0, 1.0)
+    # Its first checkpoint has the step of the last one of the run before.
+    trainer.train_model(loader(), loader(1), num_epochs=2, steps_per_epoch=8)
+    assert trainer.step == 12
+    jax.tree.map(np.testing.assert_array_equal, trainer.state.params, snapshots.params[2])
+
+
+def test_early_stopping_ends_the_run_as_stopped():
+    stopping = EarlyStopping(Monitor("val/score"), patience=2)
+    trainer = scripted(2.0, 1.0, 1.5, 1.0, 0.0, callbacks=[stopping])
+    result = trainer.train_model(loader(), loader(1), loader(2), num_epochs=5)
+    assert (result.status, result.epoch, result.best.epoch) == ("stopped", 4, 2)
+    assert "val/score has not improved on 1 for 2 validations" in result.reason
+    status = read(result.path, "status.json")
+    assert (status["status"], status["reason"]) == ("stopped", result.reason)
+    assert "test/loss" in result.metrics
+
+
+def test_stop_in_the_middle_of_an_epoch_keeps_and_tests_the_last_state():
+    trainer = make(callbacks=[AtStep(6, StopTraining("enough"))])
+    result = trainer.train_model(loader(), None, loader(2), num_epochs=3)
+    assert (result.status, result.reason, result.step) == ("stopped", "enough", 6)
+    assert (result.path / "checkpoints" / "step_00000006").is_dir()
+    assert int(trainer.state.step) == 6
+    assert "test/loss" in result.metrics
+
+
+@pytest.mark.parametrize("endless", [False, True])
+def test_batches_may_come_from_a_generator(endless):
+    def batches():
+        yield from loader()
+        while endless:
+            yield from loader()
+
+    result = make().train_model(batches, num_epochs=2, steps_per_epoch=3 if endless else None)
+    assert (result.step, result.epoch) == (6 if endless else 8, 2)
+
+
+def test_schedule_over_a_run_of_unknown_length_asks_for_steps_per_epoch(tmp_path):
+    def batches():
+        yield from loader()
+
+    trainer = make(optimizer=OptimizerConfig("sgd", schedule="cosine"))
+    with pytest.raises(ConfigError, match="'cosine' needs .*Pass steps_per_epoch to train_model"):
+        trainer.train_model(batches, num_epochs=2)
+    assert list(tmp_path.iterdir()) == []
+    assert trainer.train_model(batches, num_epochs=2, steps_per_epoch=4).step == 8
+
+
+def test_debug_runs_plain_python_with_the_same_numbers():
+    class Reader(Regression):
+        def loss_fn(self, params, batch, ctx):
+            loss, metrics = super().loss_fn(params, batch, ctx)
+            if self.config.debug and loss.mean() > 0:
+                seen.append((loss.mean().item(), ctx.state.step.item(), float(batch["y"][0])))
+            return loss, metrics
+
+    seen: list[Any] = []
+    runs = [make(Reader, debug=debug) for debug in (False, True)]
+    results = [run.train_model(loader(), loader(1), loader(2), num_epochs=2) for run in runs]
+    for name, value in results[0].metrics.items():
+        np.testing.assert_allclose(results[1].metrics[name], value, rtol=1e-5)
+    assert {step for _, step, _ in seen} == set(range(9))
+    assert seen[0][0] > seen[-1][0]
+    assert seen[0][2] == loader().arrays["y"][0]
+
+
+def test_progress_bar_switched_off_prints_nothing(capfd):
+    trainer = make(scripted(1.0).__class__)
+    trainer.train_model(loader(), loader(1), loader(2), num_epochs=1)
+    trainer.predict(loader())
+    assert capfd.readouterr() == ("", "")
+
+
+def test_each_loss_is_traced_once_over_a_whole_run():
+    class Counting(Regression):
+        def loss_fn(self, params, batch, ctx):
+            traces.append("train" if ctx.train else "evaluation")
+            return super().loss_fn(params, batch, ctx)
+
+    traces: list[str] = []
+    ragged = data.ArrayLoader(arrays(10), batch_size=4)
+    make(Counting, optimizer=OptimizerConfig("adamw", warmup_steps=2)).train_model(
+        loader(), ragged, ragged, num_epochs=3
+    )
+    assert sorted(traces) == ["evaluation", "train"]
+
+
+class NanLoss(Regression):
+    def loss_fn(self, params, batch, ctx):
+        loss = super().loss_fn(params, batch, ctx)[0]
+        return jnp.where(ctx.state.step == 5, jnp.nan, loss)
+
+
+class NanGradient(Regression):
+    def loss_fn(self, params, batch, ctx):
+        loss = super().loss_fn(params, batch, ctx)[0]
+        zero = 0 * params["Dense_0"]["bias"]
+        return loss + 0 * jnp.sqrt(jnp.where(ctx.state.step == 7, zero, 1.0))
+
+
+@pytest.mark.parametrize(("cls", "step"), [(NanLoss, 6), (NanGradient, 8)])
+@pytest.mark.parametrize("log_every_n_steps", [1, 50])
+def test_loss_that_is_no_number_ends_the_run_with_its_good_checkpoint(cls, step, log_every_n_steps):
+    logger = MemoryLogger()
+    trainer = make(cls, name="nan", loggers=[logger], log_every_n_steps=log_every_n_steps)
+    with pytest.raises(NonFiniteError, match=rf"at step {step}\b.*checkpoint is of step 4, in runs"):
+        trainer.train_model(loader(), loader(1), num_epochs=3)
+    path = Path("runs/nan/0001")
+    assert [entry.name for entry in (path / "checkpoints").iterdir()] == ["step_00000004"]
+    status = read(path, "status.json")
+    assert (status["status"], status["epoch"], logger.status) == ("failed", 2, "failed")
+    assert status["reason"].startswith("NonFiniteError: ")
+    assert logging.getLogger("distaff").handlers == []
+
+
+@pytest.mark.parametrize(
+    ("exception", "status"),
+    [(KeyboardInterrupt("^C"), "interrupted"), (ZeroDivisionError("mine"), "failed")],
+)
+@pytest.mark.parametrize("root", ["runs", None])
+def test_exception_of_a_callback_closes_everything_and_is_raised_again(exception, status, root):
+    logger = MemoryLogger()
+    callbacks = [AtStep(6, exception)]
+    trainer = make(name="line", root=root, callbacks=callbacks, loggers=[logger])
+    with pytest.raises(type(exception)) as caught:
+        trainer.train_model(loader(), loader(1), num_epochs=3)
+    assert caught.value is exception
+    assert logger.status == status
+    assert logging.getLogger("distaff").handlers == []
+    if root:
+        written = read("runs/line/0001", "status.json")
+        assert (written["status"], written["step"], written["epoch"]) == (status, 6, 2)
+        assert written["reason"] == f"{type(exception).__name__}: {exception}"
+        assert Path("runs/line/0001/checkpoints/step_00000004").is_dir()
+
+
+def test_logger_that_fails_at_the_start_leaves_no_running_run():
+    class Unreachable(MemoryLogger):
+        def log_config(self, config):
+            raise ConnectionError("no network")
+
+    loggers = [MemoryLogger(), Unreachable()]
+    with pytest.raises(ConnectionError):
+        make(name="line", loggers=loggers).train_model(loader(), num_epochs=1)
+    assert [logger.status for logger in loggers] == ["failed", "failed"]
+    assert read("runs/line/0001", "status.json")["status"] == "failed"
+    assert logging.getLogger("distaff").handlers == []
