@@ -72,14 +72,20 @@ class PerExample:
         return self.metric.reduce(mask, *self.values)
 
 
+def _aligned(leading: Any, values: Any) -> Any:
+    """Gives `leading` the trailing axes with which it broadcasts against `values`."""
+    missing = (1,) * (np.ndim(values) - np.ndim(leading))
+    return _namespace(leading).reshape(leading, np.shape(leading) + missing)
+
+
 def _masked(mask: jax.Array, values: jax.Array, otherwise: Any) -> jax.Array:
-    mask = mask.reshape(mask.shape + (1,) * (values.ndim - mask.ndim))
-    return jnp.where(mask, values, jnp.asarray(otherwise, values.dtype))
+    return jnp.where(_aligned(mask, values), values, jnp.asarray(otherwise, values.dtype))
 
 
 def _floating(values: Any) -> jax.Array:
+    """Returns floats of at least 32 bits: sums in half precision would not be exact averages."""
     values = jnp.asarray(values)
-    return values if jnp.issubdtype(values.dtype, jnp.floating) else values.astype(jnp.float32)
+    return values if values.dtype == jnp.float64 else values.astype(jnp.float32)
 
 
 @_pytree
@@ -95,26 +101,37 @@ class Mean(Metric):
 
         Args:
             values: `[batch, ...]`, each the mean over its own weight.
-            weight: `[batch]`, such as the number of tokens; 1 without.
+            weight: `[batch]`, such as the number of tokens; 1 without. What has no weight does
+                not count, even if it is NaN.
+
+        Raises:
+            LossError: `weight` is not one number per example.
         """
         values = _floating(values)
         weight = jnp.ones(values.shape[:1], values.dtype) if weight is None else _floating(weight)
+        if weight.shape != values.shape[:1]:
+            raise LossError(
+                f"The weight of a mean is one number per example, shape {values.shape[:1]} for "
+                f"values of shape {values.shape}; it has shape {weight.shape}. Average over the "
+                "other axes first: values per example, each with the sum of its weights."
+            )
         return PerExample((values, weight), cls)
 
     @classmethod
     def reduce(cls, mask: jax.Array, *values: jax.Array) -> Self:
         value, weight = values
         kept = _masked(mask, weight, 0)
-        spread = kept.reshape(kept.shape + (1,) * (value.ndim - 1))
-        return cls(jnp.sum(_masked(mask, value, 0) * spread, axis=0), jnp.sum(kept))
+        weighted = _masked(kept != 0, value, 0) * _aligned(kept, value)
+        return cls(jnp.sum(weighted, axis=0), jnp.sum(kept))
 
     def merge(self, other: Self) -> Self:
         return type(self)(self.total + other.total, self.weight + other.weight)
 
     def compute(self) -> Any:
         numpy = _namespace(self.total)
-        weight = numpy.where(self.weight == 0, 1, self.weight)
-        return numpy.where(self.weight == 0, float("nan"), self.total / weight)
+        weight = _aligned(self.weight, self.total)
+        mean = self.total / numpy.where(weight == 0, 1, weight)
+        return numpy.where(weight == 0, float("nan"), mean)
 
     def empty_like(self) -> Self:
         return type(self)(jnp.zeros_like(self.total), jnp.zeros_like(self.weight))
@@ -212,11 +229,13 @@ class Last(Metric):
     def merge(self, other: Self) -> Self:
         numpy = _namespace(other.value)
         return type(self)(
-            numpy.where(other.count == 0, self.value, other.value), self.count + other.count
+            numpy.where(_aligned(other.count, other.value) == 0, self.value, other.value),
+            self.count + other.count,
         )
 
     def compute(self) -> Any:
-        return _namespace(self.value).where(self.count == 0, float("nan"), self.value)
+        missing = _aligned(self.count, self.value) == 0
+        return _namespace(self.value).where(missing, float("nan"), self.value)
 
     def empty_like(self) -> Self:
         return type(self)(jnp.zeros_like(self.value), jnp.zeros_like(self.count))
@@ -237,18 +256,25 @@ def declare(name: str, value: Any, num_examples: int) -> Metric | PerExample:
     Raises:
         LossError: an array is neither a scalar nor one value per example.
     """
-    if isinstance(value, Metric | PerExample):
+    if isinstance(value, Metric):
+        return value
+    if isinstance(value, PerExample):
+        _check_leading(name, value.values[0], num_examples)
         return value
     array = _floating(value)
     if array.ndim == 0:
         weight = jnp.asarray(num_examples, array.dtype)
         return Mean(array * weight, weight)
-    if array.shape[0] != num_examples:
+    _check_leading(name, array, num_examples)
+    return Mean.per_example(array)
+
+
+def _check_leading(name: str, array: jax.Array, num_examples: int) -> None:
+    if array.shape[:1] != (num_examples,):
         raise LossError(
             f"A metric is a scalar, or has one entry per example (shape [{num_examples}, ...]); "
             f"{name!r} has shape {array.shape}. Reduce it, or wrap it: metrics.Sum({name})."
         )
-    return Mean.per_example(array)
 
 
 def merge(first: Metrics, second: Metrics) -> dict[str, Metric]:

@@ -69,7 +69,7 @@ class TrainState(_FrozenPyTree):
     collections: Mapping[str, PyTree] | None = None
     rng: Key | None = None
     apply_fn: Callable[..., Any] | None = static(default=None)
-    tx: optax.GradientTransformationExtraArgs | None = static(default=None)
+    tx: optax.GradientTransformation | None = static(default=None)
 
     @classmethod
     def create(
@@ -95,9 +95,7 @@ class TrainState(_FrozenPyTree):
             StateError: a keyword is not a member of this class.
         """
         cls._check_members(members, reserved=("opt_state",))
-        if tx is not None:
-            tx = optax.with_extra_args_support(tx)
-        members = {"step": jnp.zeros((), jnp.int32), **members}
+        members["step"] = jnp.asarray(members.get("step", 0), jnp.int32)
         return cls(
             **members,
             params=params,
@@ -150,9 +148,9 @@ class TrainState(_FrozenPyTree):
         _check_gradients(grads, self.params)
         offered = {"value": value, "value_fn": value_fn, **(optimizer_args or {})}
         extra_args = {name: arg for name, arg in offered.items() if arg is not None}
-        updates, opt_state = self.tx.update(
-            grads, self.opt_state, self.params, grad=grads, **extra_args
-        )
+        # Wrapped here and not in `create`: two states of one optimizer are then of one structure.
+        tx = optax.with_extra_args_support(self.tx)
+        updates, opt_state = tx.update(grads, self.opt_state, self.params, grad=grads, **extra_args)
         return dataclasses.replace(
             self,
             step=self.step + 1,
@@ -180,16 +178,24 @@ class TrainState(_FrozenPyTree):
 
 
 def _check_gradients(grads: Params, params: Params) -> None:
-    if jax.tree.structure(grads) == jax.tree.structure(params):
+    got, expected = _shapes(grads), _shapes(params)
+    structures = [jax.tree.structure(tree) for tree in (grads, params)]
+    if got == expected and structures[0] == structures[1]:
         return
-    got = {leaf_name(path) for path, _ in jax.tree.leaves_with_path(grads)}
-    expected = {leaf_name(path) for path, _ in jax.tree.leaves_with_path(params)}
+    differing = [name for name in {**expected, **got} if got.get(name) != expected.get(name)]
+    leaves = "; ".join(
+        f"{name!r} is {got.get(name, 'missing')} in grads, {expected.get(name, 'missing')} in params"
+        for name in differing
+    )
     raise StateError(
-        "grads must have the structure of params. "
-        f"Missing: {sorted(expected - got) or 'none'}; "
-        f"unexpected: {sorted(got - expected) or 'none'}. "
+        "grads must have the structure and the shapes of params. "
+        f"{leaves or ' is not '.join(map(str, structures))}. "
         "Differentiate the loss with respect to state.params."
     )
+
+
+def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    return {leaf_name(path): jnp.shape(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def owned(state: PyTree) -> PyTree:

@@ -194,9 +194,13 @@ class TrainerModule(Training):
 
         Returns:
             Metrics by name; floats, or arrays for those that are not one number.
+
+        Raises:
+            StateError: the model has no parameters yet.
+            BatchError: the loader is empty.
         """
-        batches = self._pass(loader, prefix.rstrip("/") or "evaluate")
-        return metrics_lib.compute(self._evaluator(self.ready_state(), batches), prefix)
+        state, batches = self.ready_state(), self._pass(loader, prefix.rstrip("/") or "evaluate")
+        return metrics_lib.compute(self._evaluator(state, batches), prefix)
 
     def save_metrics(self, name: str, metrics: Mapping[str, Any]) -> None:
         """Writes metrics to `metrics/<name>.json` in the run directory."""

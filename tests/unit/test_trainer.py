@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,9 @@ import optax
 import pytest
 
 import distaff
-from distaff import Callback, EarlyStopping, Monitor, OptimizerConfig, StopTraining, data
-from distaff.errors import CheckpointError, ConfigError, NonFiniteError, StateError
+from distaff import Callback, Monitor, OptimizerConfig, data, metrics
+from distaff.errors import ConfigError, StateError
 from distaff.loggers import MemoryLogger
-from distaff.run_directory import RunDirectory
 
 
 class Line(nn.Module):
@@ -55,17 +53,6 @@ class Snapshots(Callback):
 
     def on_epoch_end(self, info):
         self.params[info.epoch] = jax.tree.map(np.array, info.state.params)
-
-
-class AtStep(Callback):
-    """Raises an exception after a step."""
-
-    def __init__(self, step: int, exception: BaseException) -> None:
-        self.step, self.exception = step, exception
-
-    def on_step_end(self, info):
-        if info.step == self.step:
-            raise self.exception
 
 
 def arrays(examples: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -120,7 +107,7 @@ def test_model_and_loss_of_ones_own_reach_the_least_squares_loss(finished):
 
 
 def test_run_directory_holds_the_whole_record(finished):
-    trainer, result = finished
+    _, result = finished
     names = {entry.name for entry in result.path.iterdir()}
     assert names == {
         *("config.json", "env.json", "status.json", "metrics.jsonl", "metrics", "checkpoints"),
@@ -249,26 +236,6 @@ def test_second_training_without_files_forgets_the_first_ones_checkpoints():
     jax.tree.map(np.testing.assert_array_equal, trainer.state.params, snapshots.params[2])
 
 
-def test_early_stopping_ends_the_run_as_stopped():
-    stopping = EarlyStopping(Monitor("val/score"), patience=2)
-    trainer = scripted(2.0, 1.0, 1.5, 1.0, 0.0, callbacks=[stopping])
-    result = trainer.train_model(loader(), loader(1), loader(2), num_epochs=5)
-    assert (result.status, result.epoch, result.best.epoch) == ("stopped", 4, 2)
-    assert "val/score has not improved on 1 for 2 validations" in result.reason
-    status = read(result.path, "status.json")
-    assert (status["status"], status["reason"]) == ("stopped", result.reason)
-    assert "test/loss" in result.metrics
-
-
-def test_stop_in_the_middle_of_an_epoch_keeps_and_tests_the_last_state():
-    trainer = make(callbacks=[AtStep(6, StopTraining("enough"))])
-    result = trainer.train_model(loader(), None, loader(2), num_epochs=3)
-    assert (result.status, result.reason, result.step) == ("stopped", "enough", 6)
-    assert (result.path / "checkpoints" / "step_00000006").is_dir()
-    assert int(trainer.state.step) == 6
-    assert "test/loss" in result.metrics
-
-
 @pytest.mark.parametrize("endless", [False, True])
 def test_batches_may_come_from_a_generator(endless):
     def batches():
@@ -285,7 +252,7 @@ def test_schedule_over_a_run_of_unknown_length_asks_for_steps_per_epoch(tmp_path
         yield from loader()
 
     trainer = make(optimizer=OptimizerConfig("sgd", schedule="cosine"))
-    with pytest.raises(ConfigError, match="'cosine' needs .*Pass steps_per_epoch to train_model"):
+    with pytest.raises(ConfigError, match=r"'cosine' needs .*Pass steps_per_epoch to train_model"):
         trainer.train_model(batches, num_epochs=2)
     assert list(tmp_path.iterdir()) == []
     assert trainer.train_model(batches, num_epochs=2, steps_per_epoch=4).step == 8
@@ -330,63 +297,88 @@ def test_each_loss_is_traced_once_over_a_whole_run():
     assert sorted(traces) == ["evaluation", "train"]
 
 
-class NanLoss(Regression):
-    def loss_fn(self, params, batch, ctx):
-        loss = super().loss_fn(params, batch, ctx)[0]
-        return jnp.where(ctx.state.step == 5, jnp.nan, loss)
+class TwoNetworks(distaff.TrainState):
+    critic: Any = None
+    critic_opt_state: Any = None
 
 
-class NanGradient(Regression):
-    def loss_fn(self, params, batch, ctx):
-        loss = super().loss_fn(params, batch, ctx)[0]
-        zero = 0 * params["Dense_0"]["bias"]
-        return loss + 0 * jnp.sqrt(jnp.where(ctx.state.step == 7, zero, 1.0))
+class Duel(distaff.TrainerModule):
+    """The critic learns to predict the line's squared error, with an optimizer of its own."""
+
+    state_class = TwoNetworks
+    critic, critic_tx = Line(), optax.adam(0.05)
+
+    def init_model(self, example_batch):
+        super().init_model(example_batch)
+        self.state = self.state.replace(
+            critic=self.critic.init(jax.random.key(7), jnp.ones((1, 4)))
+        )
+
+    def init_optimizer(self, total_steps):
+        super().init_optimizer(total_steps)
+        self.state = self.state.replace(critic_opt_state=self.critic_tx.init(self.state.critic))
+
+    def create_functions(self):
+        def losses(params, critic, state, batch):
+            line = state.apply_fn({"params": params}, batch["x"])[:, 0]
+            error = jnp.square(line - batch["y"])
+            seen = jnp.column_stack([batch["x"], batch["y"]])
+            guess = self.critic.apply(critic, seen)[:, 0]
+            return error.mean(), jnp.square(guess - jax.lax.stop_gradient(error)).mean()
+
+        def train_step(state, batch):
+            loss, grads = jax.value_and_grad(lambda p: losses(p, state.critic, state, batch)[0])(
+                state.params
+            )
+            critic_loss, critic_grads = jax.value_and_grad(
+                lambda critic: losses(state.params, critic, state, batch)[1]
+            )(state.critic)
+            updates, opt_state = self.critic_tx.update(critic_grads, state.critic_opt_state)
+            critic = optax.apply_updates(state.critic, updates)
+            state = state.apply_gradients(grads=grads, critic=critic, critic_opt_state=opt_state)
+            return state, {"loss": loss, "critic": critic_loss}
+
+        def eval_step(state, batch):
+            loss, critic_loss = losses(state.params, state.critic, state, batch)
+            return {"loss": loss, "critic": critic_loss}
+
+        return train_step, eval_step
 
 
-@pytest.mark.parametrize(("cls", "step"), [(NanLoss, 6), (NanGradient, 8)])
-@pytest.mark.parametrize("log_every_n_steps", [1, 50])
-def test_loss_that_is_no_number_ends_the_run_with_its_good_checkpoint(cls, step, log_every_n_steps):
+def test_steps_of_ones_own_train_two_networks_with_two_optimizers():
     logger = MemoryLogger()
-    trainer = make(cls, name="nan", loggers=[logger], log_every_n_steps=log_every_n_steps)
-    with pytest.raises(NonFiniteError, match=rf"at step {step}\b.*checkpoint is of step 4, in runs"):
-        trainer.train_model(loader(), loader(1), num_epochs=3)
-    path = Path("runs/nan/0001")
-    assert [entry.name for entry in (path / "checkpoints").iterdir()] == ["step_00000004"]
-    status = read(path, "status.json")
-    assert (status["status"], status["epoch"], logger.status) == ("failed", 2, "failed")
-    assert status["reason"].startswith("NonFiniteError: ")
-    assert logging.getLogger("distaff").handlers == []
+    trainer = make(Duel, loggers=[logger])
+    ragged = data.ArrayLoader(arrays(10, 1), batch_size=4)
+    result = trainer.train_model(loader(), ragged, loader(2), num_epochs=20)
+    for name in ("train/loss", "train/critic", "val/loss"):
+        values = [record.metrics[name] for record in logger.records if name in record.metrics]
+        assert values[-1] < values[0] / 2, name
+    assert {"test/loss", "test/critic"} < result.metrics.keys()
+    again = trainer.eval_model(data.ArrayLoader(arrays(10, 1), batch_size=5))
+    np.testing.assert_allclose(again["loss"], result.metrics["val/loss"], rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("exception", "status"),
-    [(KeyboardInterrupt("^C"), "interrupted"), (ZeroDivisionError("mine"), "failed")],
-)
-@pytest.mark.parametrize("root", ["runs", None])
-def test_exception_of_a_callback_closes_everything_and_is_raised_again(exception, status, root):
-    logger = MemoryLogger()
-    callbacks = [AtStep(6, exception)]
-    trainer = make(name="line", root=root, callbacks=callbacks, loggers=[logger])
-    with pytest.raises(type(exception)) as caught:
-        trainer.train_model(loader(), loader(1), num_epochs=3)
-    assert caught.value is exception
-    assert logger.status == status
-    assert logging.getLogger("distaff").handlers == []
-    if root:
-        written = read("runs/line/0001", "status.json")
-        assert (written["status"], written["step"], written["epoch"]) == (status, 6, 2)
-        assert written["reason"] == f"{type(exception).__name__}: {exception}"
-        assert Path("runs/line/0001/checkpoints/step_00000004").is_dir()
+def test_metrics_may_be_arrays_and_may_be_undefined():
+    class Odd(Regression):
+        def loss_fn(self, params, batch, ctx):
+            loss = super().loss_fn(params, batch, ctx)[0]
+            return loss, {
+                "histogram": metrics.Sum.per_example(jax.nn.one_hot(jnp.int32(batch["y"] > 0), 2)),
+                "undefined": jnp.full(loss.shape, jnp.nan),
+            }
+
+    trainer = make(Odd)
+    result = trainer.train_model(loader(), loader(1), loader(2), num_epochs=2)
+    positive = int((arrays(16, 2)["y"] > 0).sum())
+    np.testing.assert_array_equal(result.metrics["test/histogram"], [16 - positive, positive])
+    written = read(result.path, "metrics/test.json")
+    assert written["test/histogram"] == [16 - positive, positive]
+    assert np.isnan(float(written["test/undefined"]))
+    assert read(result.path, "status.json")["status"] == "finished"
 
 
-def test_logger_that_fails_at_the_start_leaves_no_running_run():
-    class Unreachable(MemoryLogger):
-        def log_config(self, config):
-            raise ConnectionError("no network")
-
-    loggers = [MemoryLogger(), Unreachable()]
-    with pytest.raises(ConnectionError):
-        make(name="line", loggers=loggers).train_model(loader(), num_epochs=1)
-    assert [logger.status for logger in loggers] == ["failed", "failed"]
-    assert read("runs/line/0001", "status.json")["status"] == "failed"
-    assert logging.getLogger("distaff").handlers == []
+@pytest.mark.parametrize("method", ["predict", "eval_model", "bind_model"])
+def test_model_without_parameters_says_where_they_come_from(method):
+    arguments = () if method == "bind_model" else (loader(),)
+    with pytest.raises(StateError, match=r"Call train_model first, .*example_batch"):
+        getattr(make(), method)(*arguments)

@@ -31,7 +31,7 @@ class StopTraining(Exception):  # noqa: N818 - a request, not an error
     """Raised by a callback to end the run as a normal end, after the epoch's work is saved.
 
     Args:
-        reason: shown to the user and written into the run's status.
+        reason: shown to the user and written into the run's status; empty for the callback's name.
     """
 
     def __init__(self, reason: str) -> None:
@@ -91,4 +91,4 @@ class Callbacks:
             try:
                 getattr(callback, event)(info)
             except StopTraining as stop:
-                self.stop_reason = self.stop_reason or stop.reason
+                self.stop_reason = self.stop_reason or stop.reason or type(callback).__name__

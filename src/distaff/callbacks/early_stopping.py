@@ -7,6 +7,7 @@ from typing import Any
 
 from distaff.callbacks.callback import Callback, StepInfo, StopTraining
 from distaff.errors import ConfigError
+from distaff.metrics import as_json
 from distaff.monitor import Monitor
 
 
@@ -52,8 +53,11 @@ class EarlyStopping(Callback):
 
     def get_state(self) -> dict[str, Any]:
         """Returns the best value and the number of validations since."""
-        return {"best": self.best, "waited": self.waited}
+        # JSON has no NaN, which is the best value after a first validation that failed.
+        best = None if self.best is None else as_json({"best": self.best})["best"]
+        return {"best": best, "waited": self.waited}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Takes back what `get_state` returned."""
-        self.best, self.waited = state["best"], state["waited"]
+        self.best = None if state["best"] is None else float(state["best"])
+        self.waited = state["waited"]

@@ -55,7 +55,6 @@ class CheckpointStore:
             )
         self.directory = Path(directory).expanduser().absolute()
         self.keep_last = keep_last
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._write: _Write | None = None
 
     def save(self, step: int, tree: Mapping[str, PyTree], info: Mapping[str, Any]) -> Path:
@@ -101,7 +100,9 @@ class CheckpointStore:
                 response = ocp.save_async(str(path), arrays, custom_metadata=strict_info)
         except Exception as error:
             raise _not_written(path, error) from error
-        outcome = self._writer.submit(self._commit, response, strict_info.get("best_step"))
+        writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        outcome = writer.submit(self._commit, response, strict_info.get("best_step"))
+        writer.shutdown(wait=False)  # its thread ends with this one save
         self._write = _Write(path, outcome)
         return path
 
