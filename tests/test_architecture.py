@@ -371,6 +371,20 @@ def test_core_imports_without_optional_packages() -> None:
     run_python(WITHOUT_OPTIONAL + "\n".join(f"import {name}" for name in core))
 
 
+def test_training_needs_no_optional_package() -> None:
+    code = """
+import jax, numpy as np, optax
+from distaff import data, tasks, zoo
+arrays = {"x": np.ones((8, 3), np.float32), "label": np.arange(8) % 2}
+trainer = tasks.Classifier(zoo.MLP((4, 2)), root="here", enable_progress_bar=False)
+loader = data.ArrayLoader(arrays, 4)
+result = trainer.train_model(loader, loader, loader, num_epochs=1)
+assert result.step == 2 and np.isfinite(result.metrics["test/loss"]), result
+print(result.path)
+"""
+    assert run_python(WITHOUT_OPTIONAL + code).strip() == "here/classifier/0001"
+
+
 def test_optional_package_is_missing_when_blocked() -> None:
     with pytest.raises(AssertionError, match=r"ModuleNotFoundError: .*sklearn"):
         run_python(WITHOUT_OPTIONAL + "from sklearn.datasets import load_digits")

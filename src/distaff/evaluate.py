@@ -10,7 +10,7 @@ import numpy as np
 
 from distaff import metrics as metrics_lib
 from distaff.data import num_examples
-from distaff.errors import BatchError
+from distaff.errors import BatchError, leaf_name
 from distaff.execution import Execution
 from distaff.metrics import Metric
 from distaff.state import TrainState
@@ -152,10 +152,11 @@ def predict(
 
 
 def _fetched(outputs: PyTree, size: int, padded_size: int) -> tuple[PyTree, int, int]:
-    if num_examples(outputs) != padded_size:
+    shapes = {leaf_name(path): np.shape(leaf) for path, leaf in jax.tree.leaves_with_path(outputs)}
+    if not shapes or any(shape[:1] != (padded_size,) for shape in shapes.values()):
         raise BatchError(
-            f"Each predicted array has one entry per example, here {padded_size}; "
-            f"got shapes {[leaf.shape for leaf in jax.tree.leaves(outputs)]}."
+            f"A prediction has one entry per example in every array, here {padded_size}; "
+            f"it has the shapes {shapes}. Return arrays [batch, ...]."
         )
     kept = jax.tree.map(lambda leaf: np.asarray(leaf)[:size], outputs)
     return kept, size, size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import jax
@@ -21,6 +22,10 @@ class Execution(Protocol):
         """Returns the function as a part of programs, traced once for all of them."""
         ...
 
+    def guard(self) -> AbstractContextManager[None]:
+        """Returns what the training loop runs its steps in."""
+        ...
+
     def shapes(self, program: Callable[..., Any], *args: Any) -> PyTree:
         """Returns what the program would return, as `jax.ShapeDtypeStruct` or as arrays."""
         ...
@@ -37,6 +42,10 @@ class Compiled:
         """Returns the function with its trace remembered; it is inlined where it is called."""
         return jax.jit(function, inline=True)
 
+    def guard(self) -> AbstractContextManager[None]:
+        """Refuses to fetch from the device: a step that waits for the host is an error."""
+        return jax.transfer_guard_device_to_host("disallow")
+
     def shapes(self, program: Callable[..., Any], *args: Any) -> PyTree:
         """Traces the program (the trace is reused when it runs); computes nothing."""
         return jax.eval_shape(program, *args)
@@ -52,6 +61,10 @@ class Eager:
     def part(self, function: Callable[..., Any]) -> Any:
         """Returns the function itself."""
         return function
+
+    def guard(self) -> AbstractContextManager[None]:
+        """Refuses nothing: a loss may print what it computes."""
+        return nullcontext()
 
     def shapes(self, program: Callable[..., Any], *args: Any) -> PyTree:
         """Runs the program once: traced code could not read concrete values."""

@@ -21,9 +21,11 @@ callbacks see. `epochs` yields the events of a run, `steps` those of one epoch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
+import numpy as np
 
 from distaff import metrics as metrics_lib
 from distaff.callbacks import StepInfo
@@ -42,6 +44,7 @@ def steps(
     empty: Window,
     log_every: int,
     stopping: Callable[[], bool],
+    guard: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[StepEnd | WindowEnd]:
     """Trains on the batches of one epoch.
 
@@ -56,13 +59,14 @@ def steps(
         empty: the window before its first step.
         log_every: steps per window.
         stopping: asked after each step; True ends the epoch there.
+        guard: what to run each step in, such as a guard against transfers to the host.
 
     Yields:
         A `StepEnd` for each batch, a `WindowEnd` for each window.
     """
     window, closed = empty, None
     for batch in batches:
-        with jax.transfer_guard_device_to_host("disallow"):
+        with guard():
             state, window, metrics = program(state, window, batch)
         step += 1
         yield StepEnd(step, state, metrics, len(jax.tree.leaves(batch)[0]))
@@ -85,7 +89,7 @@ def _sent(window: Window) -> Window:
 
 
 def _read(step: int, window: Window) -> WindowEnd:
-    first_bad_step = int(window.first_bad_step)
+    first_bad_step = int(np.min(window.first_bad_step))
     return WindowEnd(
         step,
         metrics_lib.to_host(window.metrics),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -14,7 +15,7 @@ from distaff.config import from_json
 from distaff.data import as_loader, epoch_of, num_batches
 from distaff.display import Display, make_display
 from distaff.display.model_table import model_table
-from distaff.errors import BatchError, StateError
+from distaff.errors import BatchError, CheckpointError, StateError
 from distaff.evaluate import predict
 from distaff.execution import Compiled, Eager, Execution
 from distaff.models import Variables, as_model, rebuild
@@ -41,7 +42,7 @@ class Predictor:
     state_class: ClassVar[type[TrainState]] = TrainState
 
     def __init__(self, model: Any, **options: Any) -> None:
-        self.config = make_config(self.Config, options, type(self).__name__)
+        self.config = make_config(self.Config, options, type(self))
         self.model = as_model(model)
         self.display: Display = make_display(self.config.enable_progress_bar)
         self.execution: Execution = Eager() if self.config.debug else Compiled()
@@ -170,8 +171,8 @@ class Predictor:
         Args:
             path: a run directory (its best checkpoint is taken, else its newest), or one
                 checkpoint folder. It may have been moved.
-            model: the module; without it, one whose class is imported already is rebuilt from its
-                recorded hyperparameters.
+            model: the module, or its class, which is given the recorded hyperparameters; without
+                it, one whose class is imported already is rebuilt.
             example_batch: a batch like those of training; needed only where they are not nested
                 dicts, tuples and lists.
             **options: options of the trainer that shall differ from the recorded ones; nothing is
@@ -181,16 +182,18 @@ class Predictor:
             CheckpointError: nothing whole is there, or it is of another model.
         """
         directory, step = checkpoint.find(path)
-        record = read_record(directory.parent / "config.json")
-        if model is None:
-            model = rebuild(record["model"])
+        file = directory.parent / "config.json"
+        record = read_record(file)
+        if model is None or isinstance(model, type):
+            model = rebuild(record["model"], model)
         if example_batch is None:
             example_batch = example_from(record["example_batch"])
-        recorded = vars(from_json(cls.Config, record["options"]))
+        with _explained(file):
+            recorded = vars(from_json(cls.Config, record["options"]))
         trainer = cls(model, **{**recorded, "enable_progress_bar": False, **options})
-        trainer.set_up(example_batch)
-        weights = ("step", "params", "batch_stats", "collections", "rng")
-        trainer.restore(CheckpointStore(directory), step, weights)
+        with _explained(file):
+            trainer.set_up(example_batch)
+        trainer.restore(CheckpointStore(directory), step, _trained(trainer.ready_state()))
         return trainer
 
     def restore(self, store: Store, step: int, members: Iterable[str]) -> None:
@@ -206,8 +209,7 @@ class Predictor:
         """
         state = self.ready_state()
         self.state = state.replace(**store.load(step, {n: getattr(state, n) for n in members}))
-        info = store.info(step)
-        self.step, self.epoch = info["step"], info["epoch"]
+        self.step, self.epoch = step, store.info(step).get("epoch", 0)
 
     def ready_state(self) -> TrainState:
         """Returns the state.
@@ -227,3 +229,31 @@ class Predictor:
         loader = as_loader(loader, name=name)
         batches = epoch_of(loader, name=name)
         return self.tracker(batches, description=name, total=num_batches(loader))
+
+
+def _trained(state: TrainState) -> list[str]:
+    """Returns the members that a loaded model needs: all but the optimizer's.
+
+    A subclass may fill a member of its own only when training starts, as the optimizer's state is.
+    """
+    members = state.arrays()
+    always = ("step", "params", "batch_stats", "collections", "rng")
+    return [
+        name
+        for name, value in members.items()
+        if name in always or (name != "opt_state" and value is not None)
+    ]
+
+
+@contextmanager
+def _explained(file: Path) -> Generator[None]:
+    """Turns what a wrong record leads to into an error that names the record."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"The trainer cannot be set up as {file} records it: {error} "
+            "Pass what differs to load_from_checkpoint: model, example_batch, or an option."
+        ) from error

@@ -36,7 +36,7 @@ def read_record(path: Path) -> dict[str, Any]:
     remedy = "Pass the path of a run directory, or of a checkpoint inside one."
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"Cannot read {path}, the run's record: {error}. {remedy}") from error
     missing = [
         name
@@ -66,8 +66,14 @@ def example_from(form: Any) -> Batch:
         CheckpointError: the form was not recorded, or is none.
     """
     if isinstance(form, Mapping) and "$array" in form:
-        array = form["$array"]
-        return np.zeros([1, *array["shape"][1:]], jnp.dtype(array["dtype"]))
+        try:
+            shape, dtype = form["$array"]["shape"], form["$array"]["dtype"]
+            return np.zeros([1, *shape[1:]], jnp.dtype(dtype))
+        except (KeyError, TypeError, ValueError, MemoryError) as error:
+            raise CheckpointError(
+                f"The run's batches were recorded with an array of the form {form['$array']!r}, "
+                f"which is none: {error}. Pass example_batch=... to load_from_checkpoint."
+            ) from error
     if isinstance(form, Mapping):
         return {name: example_from(value) for name, value in form.items()}
     if isinstance(form, list):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from distaff.checkpoint import CheckpointStore, MemoryStore, NullStore, Store
-from distaff.loggers import JsonlLogger, Logger, ManyLoggers
+from distaff.loggers import FilesLogger, JsonlLogger, Logger, ManyLoggers
 from distaff.run_directory import RunDirectory
 
 _log = logging.getLogger("distaff")
@@ -87,7 +87,9 @@ class DirectoryRecording:
     ) -> None:
         self.directory = directory
         self.logger: Logger = ManyLoggers(
-            JsonlLogger(lambda: directory.path / "metrics.jsonl"), *loggers
+            JsonlLogger(lambda: directory.path / "metrics.jsonl"),
+            FilesLogger(lambda: directory.path),
+            *loggers,
         )
         self.store: Store = NullStore()
         self._keep_last = keep_last

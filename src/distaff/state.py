@@ -182,10 +182,10 @@ def _check_gradients(grads: Params, params: Params) -> None:
     structures = [jax.tree.structure(tree) for tree in (grads, params)]
     if got == expected and structures[0] == structures[1]:
         return
-    differing = [name for name in {**expected, **got} if got.get(name) != expected.get(name)]
     leaves = "; ".join(
-        f"{name!r} is {got.get(name, 'missing')} in grads, {expected.get(name, 'missing')} in params"
-        for name in differing
+        f"{n!r} is {got.get(n, 'missing')} in grads, {expected.get(n, 'missing')} in params"
+        for n in {**expected, **got}
+        if got.get(n) != expected.get(n)
     )
     raise StateError(
         "grads must have the structure and the shapes of params. "

@@ -14,9 +14,10 @@ import numpy as np
 
 from distaff import metrics as metrics_lib
 from distaff.data import num_examples
-from distaff.errors import LossError, StateError
+from distaff.errors import ConfigError, LossError, StateError
 from distaff.metrics import Mean, Metric, PerExample
 from distaff.models import Variables, model_of
+from distaff.optim import decay_mask, decays, l2_loss
 from distaff.state import TrainState
 from distaff.typing import Batch, Key, Params
 
@@ -36,6 +37,7 @@ class Context:
         state: the state before the step. Differentiate with respect to the loss function's own
             `params` argument, not `state.params`: JAX differentiates a function by its arguments.
         train: True in a training step, False in evaluation and prediction.
+        penalty: the sum of what was added to the loss as a penalty; None without.
     """
 
     def __init__(self, state: TrainState, *, train: bool) -> None:
@@ -49,6 +51,7 @@ class Context:
             tag = state.step if train else jnp.uint32(_EVALUATION)
             self._root = jax.random.fold_in(state.rng, tag)
         self._applied = 0
+        self.penalty: jax.Array | None = None
 
     @property
     def rng(self) -> Key:
@@ -92,6 +95,50 @@ class Context:
         self._batch_stats, self._collections = variables.batch_stats, variables.collections
         return outputs
 
+    def add_penalty(self, value: jax.Array) -> None:
+        """Adds a penalty to what training differentiates, and to no loss that is reported.
+
+        The metric "loss" stays the loss of the data, in training as in evaluation, where a penalty
+        is left out; the metric "penalty" of a training step is the sum of its penalties.
+
+        Args:
+            value: a float scalar, a function of the loss function's own `params` or its outputs.
+
+        Raises:
+            LossError: `value` is no float scalar.
+        """
+        value = jnp.asarray(value)
+        if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
+            raise LossError(
+                f"A penalty is a float scalar, and has shape {value.shape} and dtype "
+                f"{value.dtype}. Sum or average it first."
+            )
+        if self.train:
+            self.penalty = value if self.penalty is None else self.penalty + value
+
+    def add_l2_loss(self, params: Params, coefficient: float, mask: Any = decay_mask) -> None:
+        """Adds the penalty `optim.l2_loss(params, coefficient, mask)`.
+
+        Prefer the optimizer's weight decay.
+
+        Args:
+            params: the loss function's own `params` argument, or a part of it.
+            coefficient: strength of the penalty; its gradient is `coefficient * p`.
+            mask: which parameters it applies to; biases and norm scales are left alone.
+
+        Raises:
+            ConfigError: the optimizer decays the parameters too.
+        """
+        tx = self.state.tx
+        is_off = isinstance(coefficient, int | float) and coefficient == 0
+        if self.train and not is_off and tx is not None and decays(tx, self.state.params):
+            raise ConfigError(
+                "Decay is in one place, and here it is in two: ctx.add_l2_loss with coefficient "
+                f"{coefficient!r}, and an optimizer that decays the parameters itself (optax.adamw "
+                "does by default). Remove ctx.add_l2_loss, or give the optimizer weight_decay=0."
+            )
+        self.add_penalty(l2_loss(params, coefficient, mask))
+
     @property
     def changed(self) -> dict[str, Any]:
         """Members of the state that the forward passes changed, with their new values."""
@@ -110,7 +157,8 @@ def train_step(loss_fn: LossFn) -> StepFn:
             example, `[batch]`, or a scalar; metrics are as `distaff.metrics` describes.
 
     Returns:
-        A pure function `(state, batch) -> (state, metrics)`. `metrics["loss"]` is the loss.
+        A pure function `(state, batch) -> (state, metrics)`. `metrics["loss"]` is the loss;
+        penalties (`ctx.add_penalty`) are apart from it, in `metrics["penalty"]`.
         At the first trace it raises LossError for a loss or metric of the wrong form, and
         BatchError for a batch whose leaves disagree in length.
     """
@@ -121,6 +169,8 @@ def train_step(loss_fn: LossFn) -> StepFn:
         def objective(params: Params) -> tuple[jax.Array, tuple[dict[str, Metric], dict[str, Any]]]:
             ctx = Context(state, train=True)
             loss, metrics = _declared(loss_fn(params, batch, ctx), size)
+            if ctx.penalty is not None:
+                loss, metrics = _penalized(loss, metrics, ctx.penalty, size)
             return loss, (_reduced(metrics, jnp.ones(size, bool)), ctx.changed)
 
         (loss, (metrics, changed)), grads = jax.value_and_grad(objective, has_aux=True)(
@@ -147,21 +197,19 @@ class TrainStep:
         loss_fn: see `train_step`; not needed by a subclass that defines it.
     """
 
-    loss_fn: LossFn
-
     def __init__(self, loss_fn: LossFn | None = None) -> None:
-        if loss_fn is not None:
-            self.loss_fn = loss_fn
-        if not hasattr(self, "loss_fn"):
-            raise LossError(
-                f"{type(self).__name__} has no loss. Pass one, TrainStep(loss_fn), or define the "
-                "method loss_fn(self, params, batch, ctx)."
-            )
-        self._step = train_step(self.loss_fn)
+        self._step = train_step(self.loss_fn if loss_fn is None else loss_fn)
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Metric]]:
         """Returns the state after one update, and the step's metrics."""
         return self._step(state, batch)
+
+    def loss_fn(self, params: Params, batch: Batch, ctx: Context) -> Any:
+        """Returns `loss` or `(loss, metrics)`, where no function is passed to the constructor."""
+        raise LossError(
+            f"{type(self).__name__} has no loss. Pass one, TrainStep(loss_fn), or define the "
+            "method loss_fn(self, params, batch, ctx)."
+        )
 
 
 class MaskError(LossError):
@@ -216,22 +264,33 @@ def _declared(returned: Any, size: int) -> tuple[jax.Array, dict[str, Metric | P
     return jnp.asarray(loss), metrics
 
 
-def _declared_loss(loss: Any, size: int) -> Metric | PerExample:
-    if isinstance(loss, PerExample) and loss.metric is Mean and loss.values[0].ndim == 1:
-        return loss
-    rule = f"A loss is a float: one number per example, shape [{size}], or a scalar"
-    if not isinstance(loss, jax.Array | np.ndarray | np.generic | float):
-        raise LossError(f"{rule}; the loss function returned {type(loss).__name__}.")
-    loss = jnp.asarray(loss)
-    if not jnp.issubdtype(loss.dtype, jnp.floating):
-        raise LossError(f"{rule}; the loss function returned dtype {loss.dtype}.")
-    if loss.shape not in ((), (size,)):
-        axes = tuple(range(1, loss.ndim))
-        remedy = f"loss.mean(axis={axes})" if loss.shape[:1] == (size,) and axes else "loss.mean()"
+def _penalized(
+    loss: jax.Array, metrics: dict[str, Metric | PerExample], penalty: jax.Array, size: int
+) -> tuple[jax.Array, dict[str, Metric | PerExample]]:
+    if "penalty" in metrics:
         raise LossError(
-            f"{rule}; the loss function returned shape {loss.shape}. Average it first: {remedy}."
+            "The name 'penalty' is taken by what ctx.add_penalty collects; rename that metric."
         )
-    return metrics_lib.declare("loss", loss, size)
+    return loss + penalty, {**metrics, "penalty": metrics_lib.declare("penalty", penalty, size)}
+
+
+def _declared_loss(loss: Any, size: int) -> Metric | PerExample:
+    values = loss.values[0] if isinstance(loss, PerExample) and loss.metric is Mean else loss
+    rule = f"A loss is a float: one number per example, shape [{size}], or a scalar"
+    if not isinstance(values, jax.Array | np.ndarray | np.generic | float):
+        raise LossError(f"{rule}; the loss function returned {type(loss).__name__}.")
+    values = jnp.asarray(values)
+    if not jnp.issubdtype(values.dtype, jnp.floating):
+        raise LossError(f"{rule}; the loss function returned dtype {values.dtype}.")
+    if values.shape not in ((), (size,)):
+        axes = tuple(range(1, values.ndim))
+        remedy = (
+            f"loss.mean(axis={axes})" if values.shape[:1] == (size,) and axes else "loss.mean()"
+        )
+        raise LossError(
+            f"{rule}; the loss function returned shape {values.shape}. Average it first: {remedy}."
+        )
+    return metrics_lib.declare("loss", loss if isinstance(loss, PerExample) else values, size)
 
 
 def _reduced(metrics: Mapping[str, Metric | PerExample], mask: jax.Array) -> dict[str, Metric]:

@@ -8,9 +8,9 @@ from typing import Any
 
 from distaff import loop
 from distaff import metrics as metrics_lib
-from distaff.data import Loader, as_loader, epoch_of, first_batch, num_batches
+from distaff.data import Loader, as_loader, epoch_of, first_batch, num_batches, num_examples
 from distaff.display import as_text
-from distaff.errors import ConfigError, LossError
+from distaff.errors import LossError
 from distaff.evaluate import Evaluator
 from distaff.events import Plan, StepEnd
 from distaff.monitor import Monitor
@@ -20,7 +20,7 @@ from distaff.recording import recorded
 from distaff.state import all_finite, owned
 from distaff.step import Context, EvalFn, EvalStep, StepFn, empty_window, measured, windowed
 from distaff.step import train_step as make_train_step
-from distaff.trainer_config import Best, TrainResult
+from distaff.trainer_config import Best, TrainResult, check_count
 from distaff.training import Training
 from distaff.typing import Batch, Params
 
@@ -55,6 +55,7 @@ class TrainerModule(Training):
 
     def set_up(self, example_batch: Batch) -> None:
         """Calls the initialising methods in their order; see the class."""
+        num_examples(example_batch)
         self.example_batch = example_batch
         self.print_tabulate(example_batch)
         self.recording = self.init_logger()
@@ -141,8 +142,9 @@ class TrainerModule(Training):
         train = as_loader(train_loader, name="train")
         val = None if val_loader is None else as_loader(val_loader, name="val")
         test = None if test_loader is None else as_loader(test_loader, name="test")
-        if num_epochs < 1:
-            raise ConfigError(f"num_epochs is at least 1; got {num_epochs}.")
+        check_count("num_epochs", num_epochs)
+        if steps_per_epoch is not None:
+            check_count("steps_per_epoch", steps_per_epoch)
         last_epoch = self.epoch + num_epochs
         every = self.config.check_val_every_n_epoch
         plan = Plan(train, val, steps_per_epoch, self.epoch + 1, last_epoch, every)
@@ -177,6 +179,7 @@ class TrainerModule(Training):
             empty=self._empty_window,
             log_every=self.config.log_every_n_steps,
             stopping=lambda: self.stop_reason is not None,
+            guard=self.execution.guard,
         ):
             if isinstance(event, StepEnd):
                 self.after_step(event)
@@ -279,10 +282,10 @@ class TrainerModule(Training):
         _, metrics = self.execution.shapes(self._measured_step, state, batch)
         self._empty_window = empty_window(metrics)
         if plan.val_loader is not None:
-            val_batch = first_batch(plan.val_loader, name="val")
-            self._check_monitor(self._evaluator.shapes(state, val_batch))
+            batch = first_batch(plan.val_loader, name="val")
+            self._check_monitors(self._evaluator.shapes(state, batch))
         if test_loader is not None:
-            first_batch(test_loader, name="test")
+            self._evaluator.shapes(state, first_batch(test_loader, name="test"))
 
     def _record(self, **arguments: Any) -> dict[str, Any]:
         """Returns what determines this run, as strict JSON."""
@@ -296,11 +299,15 @@ class TrainerModule(Training):
             **arguments,
         )
 
-    def _check_monitor(self, metrics: Mapping[str, Any]) -> None:
-        """Checks that the monitored metric exists, unless an override may add or ignore it."""
+    def _check_monitors(self, metrics: Mapping[str, Any]) -> None:
+        """Checks that what is monitored exists, unless an override may add or ignore it."""
         override_points = ("on_validation_epoch_end", "eval_model", "is_new_model_better")
-        if all(getattr(type(self), n) is getattr(TrainerModule, n) for n in override_points):
-            self.monitor.check(f"val/{name}" for name in metrics)
+        if any(getattr(type(self), n) is not getattr(TrainerModule, n) for n in override_points):
+            return
+        callbacks = self.callbacks.callbacks
+        watched = [getattr(callback, "monitor", None) for callback in callbacks]
+        for monitor in filter(None, (self.monitor, *watched)):
+            monitor.check(f"val/{name}" for name in metrics)
 
     def _finish(self, test_loader: Loader | None) -> dict[str, Any]:
         """Keeps the last state where no epoch's end has, loads the best, and tests it."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -40,12 +42,28 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         for name in ("check_val_every_n_epoch", "log_every_n_steps", "keep_last"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is at least 1; got {getattr(self, name)}.")
+            check_count(name, getattr(self, name))
+        if not isinstance(self.seed, Integral):
+            raise ConfigError(f"seed is a whole number; got {self.seed!r}.")
 
 
-def make_config(cls: type[C], options: dict[str, Any], owner: str) -> C:
+def check_count(name: str, value: Any) -> None:
+    """Checks that an option is a number of things.
+
+    Raises:
+        ConfigError: it is not a whole number, or less than 1.
+    """
+    if not isinstance(value, Integral) or value < 1:
+        raise ConfigError(f"{name} is a whole number, at least 1; got {value!r}.")
+
+
+def make_config(cls: type[C], options: dict[str, Any], owner: type) -> C:
     """Makes a trainer's options from keyword arguments.
+
+    Args:
+        cls: the class of the options.
+        options: their values.
+        owner: the trainer; what its constructors take besides is named with the options.
 
     Raises:
         ConfigError: an option is unknown; the nearest one is named.
@@ -53,7 +71,13 @@ def make_config(cls: type[C], options: dict[str, Any], owner: str) -> C:
     known = [field.name for field in dataclasses.fields(cls)]
     for name in options:
         if name not in known:
-            raise ConfigError(f"{owner} has no option {name!r}. {nearest(name, known)}")
+            known += [
+                parameter.name
+                for base in owner.__mro__
+                for parameter in inspect.signature(base.__init__).parameters.values()
+                if parameter.kind is parameter.KEYWORD_ONLY
+            ]
+            raise ConfigError(f"{owner.__name__} has no option {name!r}. {nearest(name, known)}")
     return cls(**options)
 
 

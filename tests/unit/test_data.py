@@ -136,7 +136,7 @@ def test_array_loader_holds_64_bit_numbers_in_32_bits():
             BatchError,
             "3 examples, batch_size is 8",
         ),
-        (rows(0), {"batch_size": 8}, BatchError, "hold 0 examples"),
+        (rows(0), {"batch_size": 8}, BatchError, "hold at least one example"),
         (rows(3), {"batch_size": 0}, ConfigError, "batch_size=0"),
         (rows(3), {"batch_size": 1, "seed": -1}, ConfigError, "seed=-1"),
         (rows(3), {"batch_size": 1, "remainder": "kep"}, ConfigError, "Did you mean 'keep'"),

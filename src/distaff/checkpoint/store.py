@@ -36,8 +36,8 @@ class CheckpointStore:
 
     A folder appears under its name only when it is whole. After each save the last `keep_last`
     checkpoints and the best one are kept, the others removed; which one is best, the run says:
-    `info["best_step"]` of the newest checkpoint. Nothing is written before the first save. Close the
-    store, or use it in a `with` statement: Python may end before a save in the background does.
+    `info["best_step"]` of the newest checkpoint. Nothing is written before the first save. Close
+    the store, or use it in a `with` statement: Python may end before a save in the background does.
 
     Args:
         directory: where the folders go. It need not exist.

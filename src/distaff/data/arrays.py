@@ -66,10 +66,10 @@ class ArrayLoader:
         self._shuffle = shuffle
         self._seed = seed
         self._drop = remainder == "drop"
-        if self.num_examples < (batch_size if self._drop else 1):
+        if self._drop and self.num_examples < batch_size:
             raise BatchError(
                 f"The arrays must fill at least one batch; they hold {self.num_examples} examples, "
-                f"batch_size is {batch_size}, and remainder is {remainder!r}. Give more examples, "
+                f"batch_size is {batch_size}, and a short batch is dropped. Give more examples, "
                 "lower batch_size, or keep the short batch with remainder='keep'."
             )
         self._arrays = jax.tree.map(_as_held_by_jax, arrays)

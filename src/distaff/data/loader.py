@@ -98,8 +98,8 @@ def num_examples(batch: Batch) -> int:
         The number of examples.
 
     Raises:
-        BatchError: there is no leaf, or one that is not an array of numbers, has no axis, or
-            has another length.
+        BatchError: there is no leaf or no example, or a leaf that is not an array of numbers, has
+            no axis, or has another length.
 
     >>> num_examples({"image": np.zeros((32, 8, 8, 1)), "label": np.zeros(32)})
     32
@@ -119,6 +119,11 @@ def num_examples(batch: Batch) -> int:
                 f"{other!r} has shape {shapes[other]}, {first!r} has shape {shapes[first]}. "
                 "Yield one row per example in every leaf."
             )
+    if shapes[first][0] == 0:
+        raise BatchError(
+            f"A batch must hold at least one example; {first!r} has shape {shapes[first]}. "
+            "Leave empty batches out."
+        )
     return shapes[first][0]
 
 
@@ -133,12 +138,13 @@ def first_batch(loader: Loader, *, name: str = "data") -> Batch:
         The batch.
 
     Raises:
-        BatchError: the loader is empty.
+        BatchError: the loader is empty, or the batch is none that `num_examples` accepts.
     """
     peek = getattr(loader, "peek", None)
     batch = peek() if peek else _peek_and_return(loader)
     if batch is None:
         raise _empty(name)
+    num_examples(batch)
     return batch
 
 
@@ -201,7 +207,7 @@ def _array_shape(name: str, leaf: Any) -> tuple[int, ...]:
     if not leaf.shape:
         raise BatchError(
             f"All leaves of a batch must have a leading axis [batch, ...]; {name!r} is a scalar. "
-            "Repeat it for every example, or leave it out."
+            "Put the values of all examples into one array, or leave it out."
         )
     return tuple(leaf.shape)
 

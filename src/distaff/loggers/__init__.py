@@ -1,10 +1,48 @@
-"""Where the metrics of a run go."""
+"""Where the metrics of a run go.
+
+`TensorBoardLogger`, `WandbLogger` and `MlflowLogger` are imported from here too; each needs the
+extra of its name, `pip install "distaff[wandb]"`, and is loaded when it is asked for.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
+from distaff import _optional
+from distaff.errors import nearest
+from distaff.loggers.console import ConsoleLogger
+from distaff.loggers.csv import CsvLogger
+from distaff.loggers.files import FilesLogger
 from distaff.loggers.jsonl import JsonlLogger
 from distaff.loggers.many import ManyLoggers
-from distaff.loggers.memory import MemoryLogger, Record
-from distaff.loggers.protocol import Logger, NullLogger
+from distaff.loggers.memory import Medium, MemoryLogger, Record
+from distaff.loggers.protocol import Logger, MediaLogger, NullLogger
 
-__all__ = ["JsonlLogger", "Logger", "ManyLoggers", "MemoryLogger", "NullLogger", "Record"]
+__all__ = [
+    "ConsoleLogger",
+    "CsvLogger",
+    "FilesLogger",
+    "JsonlLogger",
+    "Logger",
+    "ManyLoggers",
+    "MediaLogger",
+    "Medium",
+    "MemoryLogger",
+    "NullLogger",
+    "Record",
+]
+
+_INTEGRATIONS = {
+    "MlflowLogger": "mlflow",
+    "TensorBoardLogger": "tensorboard",
+    "WandbLogger": "wandb",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a logger of a third party; what is missing names the extra that installs it."""
+    if name in _INTEGRATIONS:
+        integration = _INTEGRATIONS[name]
+        return getattr(_optional.load(integration, extra=integration), name)
+    known = (*__all__, *_INTEGRATIONS)
+    raise AttributeError(f"{__name__} has no attribute {name!r}. {nearest(name, known)}")

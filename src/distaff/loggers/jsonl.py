@@ -6,13 +6,12 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from distaff.errors import MetricError, RunDirectoryError
+from distaff.loggers.disk import Location, explained, locator
 from distaff.loggers.protocol import JSON
-from distaff.metrics import as_json
+from distaff.loggers.row import as_row
 from distaff.typing import Values
 
 
@@ -31,13 +30,8 @@ class JsonlLogger:
         clock: gives the Unix time in seconds.
     """
 
-    def __init__(
-        self,
-        path: str | os.PathLike[str] | Callable[[], str | os.PathLike[str]],
-        *,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
-        self._locate = partial(Path, path) if isinstance(path, str | os.PathLike) else path
+    def __init__(self, path: Location, *, clock: Callable[[], float] = time.time) -> None:
+        self._locate = locator(path)
         self._path = Path()
         self._clock = clock
         self._file: BinaryIO | None = None
@@ -49,13 +43,7 @@ class JsonlLogger:
             MetricError: a metric is not a number, or has the name of a column of the logger's own.
             RunDirectoryError: the file cannot be written.
         """
-        row: dict[str, Any] = {"step": int(step), "epoch": int(epoch), "time": self._clock()}
-        for name in metrics.keys() & row.keys():
-            raise MetricError(
-                f"The names {', '.join(row)} are the log's own columns; a metric is "
-                f"named {name!r}. Rename it, for example to 'train/{name}'."
-            )
-        row.update(as_json(metrics))
+        row = as_row(metrics, step=step, epoch=epoch, time=self._clock())
         self._write(json.dumps(row, allow_nan=False).encode() + b"\n")
 
     def log_config(self, config: Mapping[str, JSON]) -> None:
@@ -64,30 +52,20 @@ class JsonlLogger:
     def close(self, status: str) -> None:
         """Closes the file. Metrics logged afterwards open it again."""
         file, self._file = self._file, None
-        if file is None:
-            return
-        try:
-            file.close()
-        except OSError as error:
-            raise self._unwritable(error) from error
+        if file is not None:
+            with explained(self._path):
+                file.close()
 
     def _write(self, line: bytes) -> None:
-        try:
+        if self._file is None:
+            self._path = Path(self._locate())
+        with explained(self._path):
             if self._file is None:
-                self._path = Path(self._locate())
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = self._path.open("a+b")
                 _drop_torn_line(self._file)
             self._file.write(line)
             self._file.flush()
-        except OSError as error:
-            raise self._unwritable(error) from error
-
-    def _unwritable(self, error: OSError) -> RunDirectoryError:
-        return RunDirectoryError(
-            f"The metrics of a run are appended to a file; {str(self._path)!r} cannot be written: "
-            f"{error.strerror or error}. Free space there, or choose a directory you may write to."
-        )
 
 
 def _drop_torn_line(file: BinaryIO) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from distaff.loggers.protocol import JSON, Logger
 from distaff.typing import Values
 
 
 class ManyLoggers:
-    """Hands each call to every logger, in the order given.
+    """Hands each call to every logger, in the order given, and each medium to those that take it.
 
     Args:
         loggers: the loggers; none at all is allowed.
@@ -28,6 +29,22 @@ class ManyLoggers:
         for logger in self.loggers:
             logger.log_config(config)
 
+    def log_figure(self, name: str, figure: Any, *, step: int) -> None:
+        """Records a matplotlib Figure in every logger that takes figures."""
+        self._hand_on("log_figure", name, figure, step)
+
+    def log_image(self, name: str, image: Any, *, step: int) -> None:
+        """Records an image in every logger that takes images; see `MediaLogger`."""
+        self._hand_on("log_image", name, image, step)
+
+    def log_histogram(self, name: str, values: Any, *, step: int) -> None:
+        """Records the distribution of values in every logger that takes histograms."""
+        self._hand_on("log_histogram", name, values, step)
+
+    def log_text(self, name: str, text: str, *, step: int) -> None:
+        """Records a text in every logger that takes texts."""
+        self._hand_on("log_text", name, text, step)
+
     def close(self, status: str) -> None:
         """Closes every logger, also after one has failed, and then raises the first failure."""
         failures: list[Exception] = []
@@ -38,3 +55,8 @@ class ManyLoggers:
                 failures.append(failure)
         if failures:
             raise failures[0]
+
+    def _hand_on(self, method: str, name: str, medium: Any, step: int) -> None:
+        for logger in self.loggers:
+            if hasattr(logger, method):
+                getattr(logger, method)(name, medium, step=step)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from distaff.loggers.protocol import JSON
 from distaff.typing import Values
@@ -18,11 +21,29 @@ class Record:
     metrics: Values
 
 
+@dataclass(frozen=True, kw_only=True)
+class Medium:
+    """One figure, image, histogram or text.
+
+    Attributes:
+        kind: `"figure"`, `"image"`, `"histogram"` or `"text"`.
+        name: what it was logged as.
+        content: the Figure or text itself, or a copy of the array.
+        step: completed optimizer updates.
+    """
+
+    kind: str
+    name: str
+    content: Any
+    step: int
+
+
 class MemoryLogger:
     """Keeps what it is given.
 
     Attributes:
         records: one `Record` per call of `log_metrics`, in order.
+        media: one `Medium` per figure, image, histogram or text, in order.
         config: the configuration, `None` before `log_config`.
         status: how the run ended, `None` before `close`.
 
@@ -34,6 +55,7 @@ class MemoryLogger:
 
     def __init__(self) -> None:
         self.records: list[Record] = []
+        self.media: list[Medium] = []
         self.config: Mapping[str, JSON] | None = None
         self.status: str | None = None
 
@@ -44,6 +66,22 @@ class MemoryLogger:
     def log_config(self, config: Mapping[str, JSON]) -> None:
         """Keeps the configuration."""
         self.config = dict(config)
+
+    def log_figure(self, name: str, figure: Any, *, step: int) -> None:
+        """Keeps the figure."""
+        self.media.append(Medium(kind="figure", name=name, content=figure, step=step))
+
+    def log_image(self, name: str, image: Any, *, step: int) -> None:
+        """Keeps a copy of the image."""
+        self.media.append(Medium(kind="image", name=name, content=np.array(image), step=step))
+
+    def log_histogram(self, name: str, values: Any, *, step: int) -> None:
+        """Keeps a copy of the values."""
+        self.media.append(Medium(kind="histogram", name=name, content=np.array(values), step=step))
+
+    def log_text(self, name: str, text: str, *, step: int) -> None:
+        """Keeps the text."""
+        self.media.append(Medium(kind="text", name=name, content=text, step=step))
 
     def close(self, status: str) -> None:
         """Keeps the status of the first call."""

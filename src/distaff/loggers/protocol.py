@@ -1,9 +1,9 @@
-"""What a logger is: the three calls a run makes on it."""
+"""What a logger is: the three calls a run makes on it, and four that it may take besides."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from distaff.typing import Values
 
@@ -34,6 +34,49 @@ class Logger(Protocol):
         Args:
             status: how the run ended: `"finished"`, `"stopped"`, `"interrupted"` or `"failed"`.
         """
+        ...
+
+
+class MediaLogger(Protocol):
+    """Receives what is no number, where the backend takes it.
+
+    A logger has those of these methods that its backend can do; `ManyLoggers`, which is what
+    `trainer.recording.logger` is, has all four, and hands each on to the loggers that have it.
+    """
+
+    def log_figure(self, name: str, figure: Any, *, step: int) -> None:
+        """Records a drawing.
+
+        Args:
+            name: such as `val/confusion`.
+            figure: a matplotlib Figure; it is neither changed nor closed.
+            step: completed optimizer updates.
+        """
+        ...
+
+    def log_image(self, name: str, image: Any, *, step: int) -> None:
+        """Records an image.
+
+        Args:
+            name: such as `val/reconstructions`.
+            image: `[height, width]`, or `[height, width, channels]` with 1, 3 or 4 channels; uint8,
+                or float in [0, 1].
+            step: completed optimizer updates.
+        """
+        ...
+
+    def log_histogram(self, name: str, values: Any, *, step: int) -> None:
+        """Records how values are distributed; those that are not finite are left out.
+
+        Args:
+            name: such as `params/Dense_0/kernel`.
+            values: numbers, of any shape.
+            step: completed optimizer updates.
+        """
+        ...
+
+    def log_text(self, name: str, text: str, *, step: int) -> None:
+        """Records a text, such as a sample of a language model."""
         ...
 
 

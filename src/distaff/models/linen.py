@@ -69,10 +69,11 @@ class LinenModel:
         rows: dict[tuple[str, ...], tuple[str, str]] = {}
 
         def record(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-            outputs = next_call(*args, **kwargs)
-            if context.method_name == "__call__":
-                kind = type(context.module).__name__
+            called, kind = context.method_name == "__call__", type(context.module).__name__
+            if called:
                 rows.setdefault(context.module.path, (kind, ""))
+            outputs = next_call(*args, **kwargs)
+            if called:
                 rows[context.module.path] = (kind, _describe(outputs))
             return outputs
 
@@ -81,11 +82,10 @@ class LinenModel:
                 return self._init(key, *inputs)
 
         variables = jax.eval_shape(init, key, *inputs)
-        rows.setdefault((), (type(self.module).__name__, ""))
         owned = _by_module(variables, set(rows))
         return [
             LayerRow("/".join(path), kind, output, tuple(owned.get(path, ())))
-            for path, (kind, output) in sorted(rows.items(), key=lambda row: len(row[0]) > 0)
+            for path, (kind, output) in rows.items()
         ]
 
     def _init(self, key: Key, *inputs: Any) -> Any:

@@ -12,58 +12,89 @@ import jax.numpy as jnp
 from distaff.config import to_json
 from distaff.errors import CheckpointError
 
+_LINENS_OWN = ("parent", "name")
+_REMEDY = "Pass the module itself: load_from_checkpoint(path, model=...)."
 
-def rebuild(record: Any) -> nn.Module:
+
+def rebuild(record: Any, cls: Any = None) -> nn.Module:
     """Rebuilds a Linen module from what `distaff.config.to_json` recorded of it.
 
-    Its class is looked for among the module classes that this process has imported already.
     A hyperparameter that JSON cannot hold, such as a function, is taken from the class's default
     if that is what was recorded.
 
     Args:
         record: `{"$class": "package.module:Name", ...hyperparameters}`.
+        cls: its class; without it, the one of the recorded name is looked for among the module
+            classes that this process has imported already.
 
     Raises:
         CheckpointError: the class is not imported, or a hyperparameter cannot be rebuilt.
     """
-    name = str(record.get("$class")) if isinstance(record, Mapping) else "None"
-    remedy = "Pass the module itself: load_from_checkpoint(path, model=...)."
-    known: dict[str, Any] = {
-        f"{cls.__module__}:{cls.__qualname__}": cls for cls in _subclasses(nn.Module)
-    }
-    if name not in known:
-        raise CheckpointError(
-            f"The model was recorded as {name!r}, and no module class of that name is imported. "
-            f"Import it first. {remedy}"
-        )
-    fields = {field.name: field for field in dataclasses.fields(known[name])}
+    record = record if isinstance(record, Mapping) else {}
+    cls = cls or _imported(str(record.get("$class")))
+    name = _name(cls)
+    if not issubclass(cls, nn.Module):
+        raise CheckpointError(f"A model is a flax.linen.Module; {name} is none. {_REMEDY}")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
     arguments = {}
     for field_name, recorded in record.items():
         if field_name == "$class":
             continue
-        if field_name not in fields:
-            raise CheckpointError(f"{name} has no hyperparameter {field_name!r} any more. {remedy}")
-        default = fields[field_name].default
-        if default is not dataclasses.MISSING and to_json(default) == recorded:
-            continue
-        arguments[field_name] = _value(recorded, f"{name}.{field_name}", remedy)
-    return known[name](**arguments)
+        if field_name not in fields or field_name in _LINENS_OWN:
+            raise CheckpointError(f"{name} has no hyperparameter {field_name!r}. {_REMEDY}")
+        if not _is_default(recorded, fields[field_name].default, field_name):
+            arguments[field_name] = _value(recorded, f"{name}.{field_name}")
+    try:
+        return cls(**arguments)
+    except Exception as error:
+        raise CheckpointError(
+            f"{name} cannot be made with what was recorded of it, {arguments}: {error}. {_REMEDY}"
+        ) from error
 
 
-def _value(recorded: Any, name: str, remedy: str) -> Any:
+def _imported(name: str) -> Any:
+    known = {_name(cls): cls for cls in _subclasses(nn.Module)}
+    if name not in known:
+        raise CheckpointError(
+            f"The model was recorded as {name!r}, and no module class of that name is imported. "
+            f"Import it first. {_REMEDY}"
+        )
+    return known[name]
+
+
+def _name(cls: type[nn.Module]) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def _is_default(recorded: Any, default: Any, field_name: str) -> bool:
+    if default is dataclasses.MISSING or to_json(default) != recorded:
+        return False
+    # Two functions without a name of their own look the same. Initializers do no harm: the
+    # parameters are loaded.
+    nameless = "<lambda>" in str(recorded) or "<locals>" in str(recorded)
+    return field_name.endswith("_init") or not nameless
+
+
+def _value(recorded: Any, name: str) -> Any:
     if isinstance(recorded, list):
-        return tuple(_value(item, name, remedy) for item in recorded)
+        return tuple(_value(item, name) for item in recorded)
     if not isinstance(recorded, Mapping):
         return recorded
     if "$class" in recorded:
         return rebuild(recorded)
-    if set(recorded) == {"$dtype"}:
-        return jnp.dtype(recorded["$dtype"])
+    try:
+        match dict(recorded):
+            case {"$dtype": dtype}:
+                return jnp.dtype(dtype)
+            case {"$float": text}:
+                return float(text)
+    except (TypeError, ValueError):
+        pass
     if any(key.startswith("$") for key in recorded):
         raise CheckpointError(
-            f"{name} was recorded as {recorded}, which cannot be rebuilt. {remedy}"
+            f"{name} was recorded as {recorded}, which cannot be rebuilt. {_REMEDY}"
         )
-    return {key: _value(item, name, remedy) for key, item in recorded.items()}
+    return {key: _value(item, name) for key, item in recorded.items()}
 
 
 def _subclasses(cls: type[nn.Module]) -> Iterator[type[nn.Module]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
@@ -9,7 +10,8 @@ import optax
 
 from distaff.errors import ConfigError
 from distaff.optim import catalog
-from distaff.optim.config import OptimizerConfig
+from distaff.optim.config import OptimizerConfig, ParamGroup
+from distaff.optim.groups import frozen, group_labels, is_trained
 from distaff.optim.masks import decay_mask
 from distaff.optim.schedules import make_schedule
 from distaff.typing import Schedule
@@ -27,7 +29,8 @@ class Optimizer(NamedTuple):
 
     Attributes:
         tx: the Optax transformation; its `update` accepts any keyword argument.
-        schedule: the learning rate by optimizer step; None where it is not known.
+        schedule: the learning rate by optimizer step, outside of groups; None where it is not
+            known.
     """
 
     tx: optax.GradientTransformationExtraArgs
@@ -38,7 +41,8 @@ def build_optimizer(optimizer: OptimizerLike, total_steps: int | None) -> Optimi
     """Makes the optimizer of a run.
 
     A config becomes the chain `clip_value` → `clip_norm` → optimizer, so that momentum and second
-    moments see the clipped gradient, and weight decay is never clipped.
+    moments see the clipped gradient, and weight decay is never clipped. With groups, the norm is
+    still one, of all gradients but the frozen ones.
 
     Args:
         optimizer: an `OptimizerConfig`; an `optax.GradientTransformation`, taken as it is; or a
@@ -50,7 +54,8 @@ def build_optimizer(optimizer: OptimizerLike, total_steps: int | None) -> Optimi
 
     Raises:
         ConfigError: `optimizer` has none of the three forms, or needs the number of steps and it
-            is not known, or its warm-up is not shorter than the run.
+            is not known, or its warm-up is not shorter than the run. `tx.init` raises it if a
+            group has no parameters.
     """
     if isinstance(optimizer, OptimizerConfig):
         return _from_config(optimizer, total_steps)
@@ -77,9 +82,29 @@ def _from_config(config: OptimizerConfig, total_steps: int | None) -> Optimizer:
     if config.clip_value is not None:
         transforms.append(optax.clip(config.clip_value))
     if config.clip_norm is not None:
-        transforms.append(optax.clip_by_global_norm(config.clip_norm))
-    transforms.extend(_with_decay(config, schedule))
+        clip = optax.clip_by_global_norm(config.clip_norm)
+        transforms.append(optax.masked(clip, is_trained(config.groups)) if config.groups else clip)
+    transforms.extend(
+        [_grouped(config, total_steps)] if config.groups else _with_decay(config, schedule)
+    )
     return Optimizer(optax.with_extra_args_support(optax.chain(*transforms)), schedule)
+
+
+def _grouped(config: OptimizerConfig, total_steps: int | None) -> optax.GradientTransformation:
+    rest = dataclasses.replace(config, groups=(), clip_norm=None, clip_value=None)
+    transforms = [_of_group(group, rest, total_steps) for group in config.groups]
+    transforms.append(build_optimizer(rest, total_steps).tx)
+    return optax.partition(dict(enumerate(transforms)), group_labels(config.groups))
+
+
+def _of_group(
+    group: ParamGroup, rest: OptimizerConfig, total_steps: int | None
+) -> optax.GradientTransformation:
+    if group.freeze:
+        return frozen()
+    if group.learning_rate is not None:
+        rest = dataclasses.replace(rest, learning_rate=group.learning_rate)
+    return build_optimizer(rest if group.optimizer is None else group.optimizer, total_steps).tx
 
 
 def _with_decay(config: OptimizerConfig, schedule: Schedule) -> list[optax.GradientTransformation]:

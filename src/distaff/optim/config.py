@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal, TypeAlias, get_args
 
+import optax
+
 from distaff.errors import ConfigError, nearest
 from distaff.optim import catalog
 
@@ -17,6 +19,33 @@ ScheduleName: TypeAlias = Literal[
 
 Option: TypeAlias = bool | int | float | str | None
 """What an option may be: the scalars of JSON."""
+
+
+@dataclass(frozen=True)
+class ParamGroup:
+    """Parameters that are trained in a way of their own: exactly one of the three options.
+
+    Args:
+        pattern: shell pattern (`fnmatch.fnmatchcase`) for the path of a parameter, such as
+            `Dense_0/kernel`. `*` stands for any text, slashes included: `encoder/*`, `*/bias`.
+        optimizer: their own optimizer and schedule. It has no clipping: the norm is of all
+            gradients, and is limited in the config that holds the groups.
+        learning_rate: their highest learning rate; all else is as for the other parameters.
+        freeze: whether they keep their values, bit for bit. They then cost no optimizer state.
+
+    Raises:
+        ConfigError: none or several of the options are given, or one of them is of no use here.
+    """
+
+    pattern: str
+    _: KW_ONLY
+    optimizer: OptimizerConfig | optax.GradientTransformation | None = None
+    learning_rate: float | None = None
+    freeze: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be built."""
+        _check_group(self)
 
 
 @dataclass(frozen=True)
@@ -41,6 +70,8 @@ class OptimizerConfig:
         clip_norm: the largest global norm of the gradient; None for no limit.
         clip_value: the largest absolute value of each gradient entry; None for no limit.
         options: further arguments of the Optax function, such as `{"b1": 0.95}`.
+        groups: parameters that are trained in another way. The first group whose pattern matches
+            has a parameter; what none matches is trained as the other fields say.
 
     Raises:
         ConfigError: a value is out of range, a name is unknown, or `weight_decay` is asked of an
@@ -61,6 +92,7 @@ class OptimizerConfig:
     clip_norm: float | None = None
     clip_value: float | None = None
     options: Mapping[str, Option] = field(default_factory=dict, hash=False)
+    groups: tuple[ParamGroup, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuses what cannot be built."""
@@ -68,7 +100,49 @@ class OptimizerConfig:
         _check_names(self)
         _check_options(self)
         _check_combinations(self)
+        _check_groups(self)
         object.__setattr__(self, "options", dict(self.options))
+        object.__setattr__(self, "groups", tuple(self.groups))
+
+
+def _check_group(group: ParamGroup) -> None:
+    given = f"ParamGroup({group.pattern!r})"
+    if not isinstance(group.pattern, str) or not group.pattern:
+        raise ConfigError(f"pattern must be a str such as '*/bias', and is {group.pattern!r}.")
+    options = {name: getattr(group, name) for name in ("optimizer", "learning_rate", "freeze")}
+    named = [name for name, value in options.items() if value is not None and value is not False]
+    if len(named) != 1:
+        raise ConfigError(
+            f"{given} must have exactly one of {', '.join(options)}, and has {named or 'none'}."
+        )
+    rate, optimizer = group.learning_rate, group.optimizer
+    if rate is not None and (not _is_finite(rate) or rate < 0):
+        raise ConfigError(
+            f"The learning_rate of {given} must be a finite int or float >= 0, and is {rate!r}."
+        )
+    if not isinstance(optimizer, OptimizerConfig | optax.GradientTransformation | None):
+        raise ConfigError(
+            f"The optimizer of {given} must be an OptimizerConfig or an "
+            f"optax.GradientTransformation, and is {optimizer!r}."
+        )
+    outer = ("clip_norm", "clip_value", "groups") if isinstance(optimizer, OptimizerConfig) else ()
+    misplaced = {name: getattr(optimizer, name) for name in outer if getattr(optimizer, name)}
+    if misplaced:
+        raise ConfigError(
+            f"Clipping and groups belong to the OptimizerConfig that holds all groups; the "
+            f"optimizer of {given} has {misplaced!r}. Move them there."
+        )
+
+
+def _check_groups(config: OptimizerConfig) -> None:
+    if not isinstance(config.groups, tuple | list):
+        raise ConfigError(f"groups must be a tuple of ParamGroup, and is {config.groups!r}.")
+    for group in config.groups:
+        if not isinstance(group, ParamGroup):
+            raise ConfigError(
+                f"groups must hold ParamGroup objects only, and holds {group!r}. "
+                "Parsed JSON is read by distaff.config.from_json(OptimizerConfig, data)."
+            )
 
 
 def _check_numbers(config: OptimizerConfig) -> None:

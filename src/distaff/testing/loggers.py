@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from distaff.loggers import Logger, Record
+from distaff.typing import Values
 
 
 class LoggerContract:
     """What a run relies on in a logger.
 
     Subclass it under a name that starts with `Test`, and define `make_logger`; define
-    `read_records` too where the logger's target can be read back.
+    `read_records` too where the logger's target can be read back. It is called once the logger is
+    closed.
+
+    Attributes:
+        number: the type in which the backend keeps a metric, `np.float32` where that is less.
     """
+
+    number: type[np.floating] = np.float64
 
     def make_logger(self, directory: Path) -> Logger:
         """Returns a new logger that may write below `directory`."""
@@ -24,6 +32,12 @@ class LoggerContract:
     def read_records(self, logger: Logger, directory: Path) -> list[Record] | None:
         """Returns what the logger has recorded, in order, or `None` where it cannot be read."""
         return None
+
+    def test_logger_touches_nothing_before_its_first_call(self, tmp_path: Path) -> None:
+        """A run that fails before it starts leaves nothing behind."""
+        logger = self.make_logger(tmp_path)
+        logger.close("failed")
+        assert list(tmp_path.iterdir()) == []
 
     def test_log_metrics_keeps_every_record_in_order(self, tmp_path: Path) -> None:
         """Steps, epochs and values come back exactly, also where a name appears only sometimes."""
@@ -35,16 +49,18 @@ class LoggerContract:
         ]
         for record in expected:
             logger.log_metrics(record.metrics, step=record.step, epoch=record.epoch)
-        records = self.read_records(logger, tmp_path)
         logger.close("finished")
-        assert records is None or records == expected
+        records = self.read_records(logger, tmp_path)
+        assert records is None or records == [
+            replace(record, metrics=self._kept(record.metrics)) for record in expected
+        ]
 
     def test_log_metrics_keeps_nan_and_infinity(self, tmp_path: Path) -> None:
         """A loss that diverged is recorded as it is, not hidden."""
         logger = self.make_logger(tmp_path)
         logger.log_metrics({"a": math.nan, "b": math.inf, "c": -math.inf}, step=1, epoch=1)
-        records = self.read_records(logger, tmp_path)
         logger.close("failed")
+        records = self.read_records(logger, tmp_path)
         if records is not None:
             [record] = records
             assert math.isnan(record.metrics["a"])
@@ -54,10 +70,10 @@ class LoggerContract:
         """What `jax.device_get` returns may be logged without a conversion."""
         logger = self.make_logger(tmp_path)
         scalars = {"loss": np.float32(0.1), "count": np.int32(3), "zero_rank": np.array(0.5)}
-        logger.log_metrics(scalars, step=1, epoch=1)  # ty: ignore[invalid-argument-type]
-        records = self.read_records(logger, tmp_path)
+        logger.log_metrics(scalars, step=1, epoch=1)
         logger.close("finished")
-        expected = {"loss": float(np.float32(0.1)), "count": 3, "zero_rank": 0.5}
+        records = self.read_records(logger, tmp_path)
+        expected = self._kept(scalars)
         assert records is None or records[0].metrics == expected
 
     def test_log_metrics_does_not_keep_the_callers_mapping(self, tmp_path: Path) -> None:
@@ -66,8 +82,8 @@ class LoggerContract:
         metrics = {"loss": 1.0}
         logger.log_metrics(metrics, step=1, epoch=1)
         metrics["loss"] = 2.0
-        records = self.read_records(logger, tmp_path)
         logger.close("finished")
+        records = self.read_records(logger, tmp_path)
         assert records is None or records[0].metrics == {"loss": 1.0}
 
     def test_log_config_takes_nested_json_and_adds_no_record(self, tmp_path: Path) -> None:
@@ -75,9 +91,39 @@ class LoggerContract:
         logger = self.make_logger(tmp_path)
         logger.log_config({"seed": 0, "optimizer": {"name": "adamw", "betas": [0.9, 0.999]}})
         logger.log_metrics({"loss": 1.0}, step=1, epoch=1)
-        records = self.read_records(logger, tmp_path)
         logger.close("finished")
+        records = self.read_records(logger, tmp_path)
         assert records is None or len(records) == 1
+
+    def test_log_metrics_takes_arrays(self, tmp_path: Path) -> None:
+        """A confusion matrix beside the loss does no harm to it."""
+        logger = self.make_logger(tmp_path)
+        logger.log_metrics({"matrix": np.eye(2), "loss": 0.5}, step=1, epoch=1)
+        logger.log_metrics({"all_bad": np.array([math.nan, math.inf])}, step=2, epoch=1)
+        logger.close("finished")
+        records = self.read_records(logger, tmp_path)
+        assert records is None or records[0].metrics["loss"] == 0.5
+
+    def test_log_metrics_may_go_back_to_an_earlier_step(self, tmp_path: Path) -> None:
+        """The test of the best model is logged at the best model's step."""
+        logger = self.make_logger(tmp_path)
+        for step in (40, 20):
+            logger.log_metrics({"loss": 1.0}, step=step, epoch=step // 20)
+        logger.close("finished")
+        records = self.read_records(logger, tmp_path)
+        assert records is None or [record.step for record in records] == [40, 20]
+
+    def test_loggers_made_at_once_keep_apart(self, tmp_path: Path) -> None:
+        """A sweep opens several in one second, and in one process."""
+        first, second = (self.make_logger(tmp_path / name) for name in ("first", "second"))
+        for step in (1, 2):
+            first.log_metrics({"loss": 1.0}, step=step, epoch=1)
+            second.log_metrics({"loss": 2.0}, step=step, epoch=1)
+        first.close("finished")
+        second.close("failed")
+        for logger, name, loss in ((first, "first", 1.0), (second, "second", 2.0)):
+            records = self.read_records(logger, tmp_path / name)
+            assert records is None or [each.metrics["loss"] for each in records] == [loss, loss]
 
     def test_close_twice_keeps_the_records(self, tmp_path: Path) -> None:
         """The second `close`, as an error handler may call it, does no harm."""
@@ -93,3 +139,6 @@ class LoggerContract:
         logger = self.make_logger(tmp_path)
         logger.close("failed")
         assert not self.read_records(logger, tmp_path)
+
+    def _kept(self, metrics: Values) -> dict[str, float]:
+        return {name: float(self.number(value)) for name, value in metrics.items()}

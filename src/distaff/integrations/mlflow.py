@@ -1,0 +1,152 @@
+"""MLflow: a run of its own for each run, in a local directory, or on a server."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+# Before the import, which would start to report the use of MLflow over the network.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param
+
+from distaff.loggers import png
+from distaff.loggers.disk import Location, locator, replace
+from distaff.loggers.files import file_name
+from distaff.loggers.protocol import JSON
+from distaff.loggers.row import as_arrays
+from distaff.typing import Values
+
+_STATUSES = {"finished": "FINISHED", "stopped": "FINISHED", "interrupted": "KILLED"}
+# https://mlflow.org/docs/latest/rest-api.html, "Request Limits".
+_MAX_METRICS, _MAX_PARAMS, _MAX_KEY, _MAX_VALUE = 1000, 100, 250, 6000
+
+
+class MlflowLogger:
+    """Records a run in MLflow; without a server, in the files of a directory.
+
+    The configuration is recorded twice: as parameters with dotted names, whose values MLflow limits
+    to 6000 characters and longer ones are cut, and whole as the artifact `config.json`. A metric
+    that is not one number is left out: MLflow has no place for it. Takes figures, images and texts,
+    as artifacts. The run starts with the first call, and after `close` the next call starts
+    another.
+
+    `mlflow ui --backend-store-uri <directory>` shows a directory, with the environment variable
+    `MLFLOW_ALLOW_FILE_STORE=true`. It needs the whole package `mlflow`; the extra `distaff[mlflow]`
+    installs the part that records.
+
+    Args:
+        directory: where, or a function that gives it, called when a run starts.
+        experiment: the name of the experiment that the run belongs to; made where it is missing.
+        run_name: the run's name; None lets MLflow choose one.
+        tracking_uri: a server, or a database, to record in instead of the directory; a database
+            needs the whole package `mlflow` too.
+        clock: gives the Unix time in seconds.
+    """
+
+    def __init__(
+        self,
+        directory: Location = "mlruns",
+        *,
+        experiment: str = "distaff",
+        run_name: str | None = None,
+        tracking_uri: str | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._locate = locator(directory)
+        self._experiment = experiment
+        self._run_name = run_name
+        self._tracking_uri = tracking_uri
+        self._clock = clock
+        self._run: tuple[MlflowClient, str] | None = None
+
+    def log_metrics(self, metrics: Values, *, step: int, epoch: int) -> None:
+        """Records the metrics that are one number, and the epoch as the metric `epoch`.
+
+        A character that MLflow does not allow in a name becomes "_".
+
+        Raises:
+            MetricError: a metric is not a number, or is named `step`, `epoch` or `time`.
+        """
+        numbers = {k: array.item() for k, array in as_arrays(metrics).items() if array.ndim == 0}
+        now = int(1000 * self._clock())
+        entries = [
+            Metric(_key(name), value, now, int(step))
+            for name, value in {"epoch": float(epoch), **numbers}.items()
+        ]
+        client, run = self._opened()
+        for start in range(0, len(entries), _MAX_METRICS):
+            client.log_batch(run, metrics=entries[start : start + _MAX_METRICS])
+
+    def log_config(self, config: Mapping[str, JSON]) -> None:
+        """Records the configuration as parameters, and as `config.json`."""
+        # In the files of a directory, a "/" is a directory, and a name cannot be that as well.
+        values = {_key(name).replace("/", "_"): text for name, text in _flat(config)}
+        params = [Param(name, text[:_MAX_VALUE]) for name, text in values.items()]
+        client, run = self._opened()
+        for start in range(0, len(params), _MAX_PARAMS):
+            client.log_batch(run, params=params[start : start + _MAX_PARAMS])
+        self._add_file("config.json", json.dumps(config, indent=2).encode())
+
+    def log_figure(self, name: str, figure: Any, *, step: int) -> None:
+        """Records a matplotlib Figure as the artifact `figures/<name>_<step>.png`."""
+        self._add_file(file_name("figures", name, step, "png"), png.encode_figure(figure))
+
+    def log_image(self, name: str, image: Any, *, step: int) -> None:
+        """Records an image as the artifact `images/<name>_<step>.png`; see `MediaLogger`."""
+        self._add_file(file_name("images", name, step, "png"), png.encode(image))
+
+    def log_text(self, name: str, text: str, *, step: int) -> None:
+        """Records a text as the artifact `texts/<name>_<step>.txt`."""
+        self._add_file(file_name("texts", name, step, "txt"), text.encode())
+
+    def close(self, status: str) -> None:
+        """Ends the run: FINISHED, KILLED where it was interrupted, FAILED where it failed."""
+        opened, self._run = self._run, None
+        if opened is not None:
+            client, run = opened
+            client.set_terminated(run, _STATUSES.get(status, "FAILED"))
+
+    def _opened(self) -> tuple[MlflowClient, str]:
+        if self._run is None:
+            uri = self._tracking_uri
+            if uri is None:
+                # MLflow prefers a database, and refuses a directory unless it is asked for.
+                os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+                uri = str(Path(self._locate()).absolute())
+            client = MlflowClient(tracking_uri=uri)
+            experiment = client.get_experiment_by_name(self._experiment)
+            identity = (
+                experiment.experiment_id
+                if experiment
+                else client.create_experiment(self._experiment)
+            )
+            run = client.create_run(identity, run_name=self._run_name)
+            self._run = client, run.info.run_id
+        return self._run
+
+    def _add_file(self, name: str, content: bytes) -> None:
+        client, run = self._opened()
+        with tempfile.TemporaryDirectory() as directory:
+            replace(Path(directory, name), content)
+            client.log_artifacts(run, directory)
+
+
+def _key(name: str) -> str:
+    return re.sub(r"[^\w./: -]", "_", name)[:_MAX_KEY]
+
+
+def _flat(value: JSON, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yields the leaves of nested mappings with their dotted names; a list is one leaf, as JSON."""
+    if isinstance(value, Mapping) and value:
+        for name, member in value.items():
+            yield from _flat(member, f"{prefix}.{name}" if prefix else str(name))
+    elif prefix:
+        yield prefix, value if isinstance(value, str) else json.dumps(value)

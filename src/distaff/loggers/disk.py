@@ -1,0 +1,53 @@
+"""How loggers write files: where the caller says, whole or absent, with errors that help."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TypeAlias
+
+from distaff.errors import RunDirectoryError
+
+Location: TypeAlias = str | os.PathLike[str] | Callable[[], str | os.PathLike[str]]
+"""A path, or a function that gives it: a run's directory has its name only once training starts."""
+
+
+def locator(location: Location) -> Callable[[], str | os.PathLike[str]]:
+    """Returns a function that gives the path."""
+    return partial(Path, location) if isinstance(location, str | os.PathLike) else location
+
+
+@contextmanager
+def explained(path: Path) -> Generator[None]:
+    """Turns what the file system refuses in the block into an error with a remedy.
+
+    Raises:
+        RunDirectoryError: there was an OSError.
+    """
+    try:
+        yield
+    except RunDirectoryError:
+        raise
+    except OSError as error:
+        raise RunDirectoryError(
+            f"What a run logs is kept in files; {str(path)!r} cannot be written: "
+            f"{error.strerror or error}. Free space there, or choose a directory you may write to."
+        ) from error
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Writes a file that is, whatever happens, as it was or whole; a missing directory is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

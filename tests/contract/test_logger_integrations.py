@@ -1,0 +1,318 @@
+"""The loggers of third parties, read back from what they leave on the disk; nothing is online."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+import optax
+import pytest
+import wandb
+from matplotlib.figure import Figure
+from mlflow import MlflowClient
+from tensorboardX.proto.event_pb2 import Event  # ty: ignore[unresolved-import] made at import
+from wandb.proto.wandb_internal_pb2 import Record as WandbRecord
+
+from distaff import TrainerModule
+from distaff.callbacks import Callback
+from distaff.data import ArrayLoader
+from distaff.errors import ConfigError, MetricError
+from distaff.loggers import (
+    CsvLogger,
+    Logger,
+    ManyLoggers,
+    MemoryLogger,
+    MlflowLogger,
+    Record,
+    TensorBoardLogger,
+    WandbLogger,
+)
+from distaff.testing.loggers import LoggerContract
+
+QUIET = wandb.Settings(silent=True, console="off", x_disable_stats=True, disable_git=True)
+
+
+@pytest.fixture(autouse=True)
+def own_places(tmp_path_factory, monkeypatch):
+    """Keeps the caches of Weights & Biases out of the home directory."""
+    for name in ("CACHE", "CONFIG", "DATA"):
+        monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path_factory.mktemp("wandb")))
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
+
+
+def events(directory: Path) -> list[Any]:
+    """Reads event files, in the order in which they were made: length, check, data, check."""
+    found = []
+    files = sorted(directory.rglob("events*"), key=lambda path: int(path.suffix[1:]))
+    for content in map(Path.read_bytes, files):
+        position = 0
+        while position < len(content):
+            [length] = struct.unpack_from("<Q", content, position)
+            found.append(Event.FromString(content[position + 12 : position + 12 + length]))
+            position += 16 + length
+    return found
+
+
+def tensorboard_values(directory: Path) -> list[tuple[int, Any]]:
+    return [(event.step, value) for event in events(directory) for value in event.summary.value]
+
+
+def read_tensorboard(directory: Path) -> list[Record]:
+    records: list[Record] = []
+    for step, value in tensorboard_values(directory):
+        if value.tag == "epoch":
+            records.append(Record(step=step, epoch=int(value.simple_value), metrics={}))
+        elif value.HasField("simple_value"):
+            records[-1].metrics[value.tag] = value.simple_value
+    return records
+
+
+def wandb_records(directory: Path) -> list[WandbRecord]:
+    """Reads the runs below a directory: a LevelDB log of blocks of 32 KiB, after seven bytes."""
+    found, data = [], b""
+    for path in sorted(directory.glob("wandb/offline-run-*/*.wandb")):
+        content, position = path.read_bytes(), 7
+        while position + 7 <= len(content):
+            if 32768 - position % 32768 < 7:
+                position += 32768 - position % 32768
+                continue
+            _, length, kind = struct.unpack_from("<IHB", content, position)
+            data += content[position + 7 : position + 7 + length]
+            position += 7 + length
+            if kind in (1, 4):  # whole, or the last part
+                found.append(WandbRecord.FromString(data))
+                data = b""
+    return found
+
+
+def wandb_rows(directory: Path) -> list[dict[str, Any]]:
+    return [
+        {
+            item.key or "/".join(item.nested_key): json.loads(item.value_json)
+            for item in record.history.item
+        }
+        for record in wandb_records(directory)
+        if record.HasField("history")
+    ]
+
+
+def read_wandb(directory: Path) -> list[Record]:
+    return [
+        Record(
+            step=row["step"],
+            epoch=row["epoch"],
+            metrics={
+                name: float(value)
+                for name, value in row.items()
+                if name not in ("step", "epoch") and name[0] != "_" and not isinstance(value, dict)
+            },
+        )
+        for row in wandb_rows(directory)
+    ]
+
+
+def mlflow_runs(directory: Path) -> tuple[MlflowClient, list[Any]]:
+    client = MlflowClient(tracking_uri=str(directory))
+    experiment = client.get_experiment_by_name("distaff")
+    return client, client.search_runs([experiment.experiment_id]) if experiment else []
+
+
+def read_mlflow(directory: Path) -> list[Record]:
+    """Reads one run; what was logged by one call has one timestamp."""
+    if not directory.exists():
+        return []
+    client, [run] = mlflow_runs(directory)
+    calls: dict[int, dict[str, Any]] = {}
+    for name in run.data.metrics:
+        for metric in client.get_metric_history(run.info.run_id, name):
+            calls.setdefault(metric.timestamp, {"step": metric.step})[name] = metric.value
+    return [
+        Record(step=call.pop("step"), epoch=int(call.pop("epoch")), metrics=call)
+        for _, call in sorted(calls.items())
+    ]
+
+
+def offline(directory: Path) -> WandbLogger:
+    return WandbLogger("distaff-tests", mode="offline", directory=directory, settings=QUIET)
+
+
+class TestTensorBoardLogger(LoggerContract):
+    number = np.float32
+
+    def make_logger(self, directory: Path) -> Logger:
+        return TensorBoardLogger(directory / "events")
+
+    def read_records(self, logger: Logger, directory: Path) -> list[Record]:
+        return read_tensorboard(directory / "events")
+
+
+class TestWandbLogger(LoggerContract):
+    def make_logger(self, directory: Path) -> Logger:
+        return offline(directory / "here")
+
+    def read_records(self, logger: Logger, directory: Path) -> list[Record]:
+        return read_wandb(directory / "here")
+
+
+class TestMlflowLogger(LoggerContract):
+    def make_logger(self, directory: Path) -> Logger:
+        return MlflowLogger(directory / "my runs", clock=itertools.count().__next__)
+
+    def read_records(self, logger: Logger, directory: Path) -> list[Record]:
+        return read_mlflow(directory / "my runs")
+
+
+def log_media(logger: Any) -> None:
+    figure = Figure(figsize=(1, 2))
+    figure.subplots().plot([1, 2])
+    many = ManyLoggers(logger)
+    many.log_figure("val/curve", figure, step=5)
+    many.log_image("val/image", np.linspace(0, 1, 12).reshape(3, 4), step=5)
+    many.log_histogram("weights", [1.0, 2.0, np.nan, 2.0], step=5)
+    many.log_text("sample", "a <b>", step=5)
+    logger.close("finished")
+
+
+def test_tensorboard_logger_writes_media(tmp_path):
+    log_media(TensorBoardLogger(tmp_path))
+    values = {value.tag.split("/text")[0]: value for _, value in tensorboard_values(tmp_path)}
+    assert {step for step, _ in tensorboard_values(tmp_path)} == {5}
+    figure, image = values["val/curve"].image, values["val/image"].image
+    assert (figure.width, figure.height) == (150, 300)
+    assert (image.width, image.height) == (4, 3)
+    assert image.encoded_image_string.startswith(b"\x89PNG")
+    assert (values["weights"].histo.num, values["weights"].histo.sum) == (3, 5.0)
+    assert values["sample"].tensor.string_val == [b"a <b>"]
+
+
+def test_tensorboard_logger_writes_the_config_and_no_file_twice(tmp_path):
+    logger = TensorBoardLogger(lambda: tmp_path)
+    for seed in (1, 2):
+        logger.log_config({"seed": seed})
+        logger.close("finished")
+    texts = [value.tensor.string_val[0].decode() for _, value in tensorboard_values(tmp_path)]
+    assert [json.loads(text) for text in texts] == [{"seed": 1}, {"seed": 2}]
+
+
+def test_wandb_logger_records_media_and_config(tmp_path):
+    logger = offline(tmp_path)
+    logger.log_config({"optimizer": {"name": "adamw"}})
+    log_media(logger)
+    media = {name: value for row in wandb_rows(tmp_path) for name, value in row.items()}
+    kinds = {name: value["_type"] for name, value in media.items() if isinstance(value, dict)}
+    assert kinds == {
+        "val/curve": "image-file",
+        "val/image": "image-file",
+        "weights": "histogram",
+        "sample": "html-file",
+    }
+    assert (media["val/image"]["width"], media["val/image"]["height"]) == (4, 3)
+    assert sum(media["weights"]["values"]) == 3
+    [page] = tmp_path.rglob("*.html")
+    assert page.read_text() == "<pre>a &lt;b&gt;</pre>"
+    config = {
+        update.key: json.loads(update.value_json)
+        for record in wandb_records(tmp_path)
+        for update in record.config.update
+    }
+    assert config["optimizer"] == {"name": "adamw"}
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "mlflow_status"),
+    [
+        ("finished", 0, "FINISHED"),
+        ("stopped", 0, "FINISHED"),
+        ("interrupted", 255, "KILLED"),
+        ("failed", 1, "FAILED"),
+    ],
+)
+def test_close_hands_the_status_on(tmp_path, status, code, mlflow_status):
+    for logger in (offline(tmp_path), MlflowLogger(tmp_path / "runs")):
+        logger.log_metrics({"loss": 0.5}, step=1, epoch=1)
+        logger.close(status)
+        logger.close("failed")
+    exits = [each.exit.exit_code for each in wandb_records(tmp_path) if each.HasField("exit")]
+    assert exits == [code]
+    _, [run] = mlflow_runs(tmp_path / "runs")
+    assert run.info.status == mlflow_status
+
+
+def test_wandb_logger_refuses_options_of_its_own():
+    with pytest.raises(ConfigError, match="got config, dir"):
+        WandbLogger("p", dir="here", config={})
+
+
+def test_mlflow_logger_records_config_and_media(tmp_path):
+    logger = MlflowLogger(tmp_path / "runs", run_name="first")
+    config = {
+        "seed": 0,
+        "optimizer": {"name": "adamw", "betas": [0.9, 0.999], "groups": {".*/bias$": None}},
+        "long": "x" * 9000,
+        **{f"option_{i}": i for i in range(120)},
+    }
+    logger.log_config(config)
+    log_media(logger)
+    client, [run] = mlflow_runs(tmp_path / "runs")
+    params = run.data.params
+    assert run.info.run_name == "first"
+    assert params["seed"] == "0"
+    assert params["optimizer.name"] == "adamw"
+    assert params["optimizer.betas"] == "[0.9, 0.999]"
+    assert params["optimizer.groups.._bias_".replace("..", "..__", 1)[:-7] + "_bias_"] == "null"
+    assert params["long"] == "x" * 6000
+    assert len(params) == 125
+    artifacts = Path(run.info.artifact_uri)
+    assert json.loads((artifacts / "config.json").read_text()) == config
+    assert (artifacts / "texts/sample_5.txt").read_text() == "a <b>"
+    assert (artifacts / "figures/val/curve_5.png").exists()
+    assert (artifacts / "images/val/image_5.png").exists()
+
+
+def test_mlflow_logger_takes_any_name_and_number_of_metrics(tmp_path):
+    logger = MlflowLogger(tmp_path / "runs")
+    logger.log_metrics({f"val/f1@{i}": i / 2 for i in range(1500)}, step=1, epoch=1)
+    logger.close("finished")
+    _, [run] = mlflow_runs(tmp_path / "runs")
+    assert run.data.metrics["val/f1_1499"] == 749.5
+    assert len(run.data.metrics) == 1501
+
+
+@pytest.mark.parametrize("make", [TensorBoardLogger, offline, MlflowLogger])
+def test_integration_refuses_a_metric_named_epoch_and_opens_nothing(tmp_path, make):
+    with pytest.raises(MetricError, match="a metric is named 'epoch'"):
+        make(tmp_path / "here").log_metrics({"epoch": 1.0}, step=1, epoch=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Regressor(TrainerModule):
+    def loss_function(self, params: Any, apply: Any, batch: Any) -> Any:
+        raise NotImplementedError
+
+
+class FailsAfter(Callback):
+    def on_validation_end(self, info: Any) -> None:
+        raise RuntimeError("the disk of the cluster is gone")
+
+
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [("TensorBoardLogger", "tensorboardX"), ("WandbLogger", "wandb"), ("MlflowLogger", "mlflow")],
+)
+def test_missing_package_names_its_extra(name, package):
+    code = (
+        f"import sys; sys.modules[{package!r}] = None\n"
+        f"try: from distaff.loggers import {name}\n"
+        "except ImportError as error: print(error)"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    extra = name.removesuffix("Logger").lower()
+    assert package in output
+    assert f'pip install "distaff[{extra}]"' in output

@@ -1,0 +1,295 @@
+"""Bad input: the rule, the offending values, the remedy; and nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import distaff
+from distaff import EarlyStopping, Monitor, OptimizerConfig, data, tasks
+from distaff.errors import (
+    BatchError,
+    CheckpointError,
+    ConfigError,
+    DistaffError,
+    LossError,
+    MetricError,
+    RunDirectoryError,
+)
+
+BATCH = {"x": np.ones((4, 3), np.float32), "y": np.ones(4, np.float32)}
+SHORT = {**BATCH, "y": np.ones(3, np.float32)}
+
+
+class Regression(distaff.TrainerModule):
+    def loss_fn(self, params, batch, ctx):
+        return jnp.square(ctx.apply(params, batch["x"])[:, 0] - batch["y"])
+
+
+def train(
+    train_loader: Any = None,
+    *loaders: Any,
+    loss: Callable[..., Any] | None = None,
+    num_epochs: Any = 2,
+    steps_per_epoch: Any = None,
+    attributes: dict[str, Any] | None = None,
+    **options: Any,
+) -> Any:
+    """Trains on two steps an epoch, in everything but what a case changes as it should be."""
+    attributes = dict(attributes or {})
+    if loss is not None:
+        attributes["loss_fn"] = lambda self, *arguments: loss(*arguments)
+    trainer = type("Regression", (Regression,), attributes)(
+        nn.Dense(1), **{"enable_progress_bar": False, **options}
+    )
+    train_loader = [BATCH] * 2 if train_loader is None else train_loader
+    return trainer.train_model(
+        train_loader, *loaders, num_epochs=num_epochs, steps_per_epoch=steps_per_epoch
+    )
+
+
+class Case(NamedTuple):
+    attempt: Callable[[], Any]
+    error: type[DistaffError]
+    parts: tuple[str, ...]
+    """The rule, the offending value, the remedy, as they stand in the message."""
+
+
+def loss_case(loss: Callable[..., Any], *parts: str) -> Case:
+    return Case(lambda: train(loss=loss), LossError, parts)
+
+
+def option_case(options: dict[str, Any], *parts: str) -> Case:
+    return Case(lambda: train(**options), ConfigError, parts)
+
+
+def optimizer_case(attempt: Callable[[], Any], *parts: str) -> Case:
+    return Case(lambda: train(optimizer=attempt()), ConfigError, parts)
+
+
+LOSSES = {
+    "shape": loss_case(
+        lambda params, batch, ctx: ctx.apply(params, batch["x"]),
+        *("one number per example, shape [4], or a scalar", "shape (4, 1)", "loss.mean(axis=(1,))"),
+    ),
+    "length": loss_case(
+        lambda params, batch, ctx: ctx.apply(params, batch["x"])[:3, 0],
+        *("one number per example, shape [4], or a scalar", "shape (3,)", "loss.mean()"),
+    ),
+    "dtype": loss_case(
+        lambda params, batch, ctx: jnp.argmax(batch["x"], axis=1), "A loss is a float", "int32"
+    ),
+    "nothing": loss_case(
+        lambda params, batch, ctx: None, "A loss is a float", "returned NoneType", "a scalar"
+    ),
+    "order": loss_case(
+        lambda params, batch, ctx: ({}, jnp.ones(4)),
+        *("returns loss, or (loss, metrics)", "dict", "metrics a dict by name"),
+    ),
+    "metric": loss_case(
+        lambda params, batch, ctx: (jnp.ones(4), {"twos": jnp.ones((2, 2))}),
+        *("one entry per example (shape [4, ...])", "'twos' has shape (2, 2)", "metrics.Sum(twos)"),
+    ),
+    "absent": Case(
+        lambda: distaff.TrainerModule(nn.Dense(1), enable_progress_bar=False).train_model(
+            [BATCH], num_epochs=1
+        ),
+        LossError,
+        ("TrainerModule has no loss", "Define loss_fn(self, params, batch, ctx)"),
+    ),
+    "labels": Case(
+        lambda: tasks.Classifier(nn.Dense(2), enable_progress_bar=False).train_model(
+            [BATCH], num_epochs=1
+        ),
+        LossError,
+        ("Labels are class indices", "float32"),
+    ),
+}
+
+LENGTHS = ("the same leading length", "'y' has shape (3,), 'x' has shape (4, 3)", "one row per")
+EMPTY = ("must yield at least one batch", "Check its source")
+BATCHES = {
+    "train": Case(lambda: train([SHORT] * 2), BatchError, LENGTHS),
+    "val": Case(lambda: train(None, [SHORT]), BatchError, LENGTHS),
+    "test": Case(lambda: train(None, None, [SHORT]), BatchError, LENGTHS),
+    "empty train": Case(lambda: train([]), BatchError, ("The train loader", *EMPTY)),
+    "empty val": Case(lambda: train(None, []), BatchError, ("The val loader", *EMPTY)),
+    "empty test": Case(
+        lambda: train(None, None, iter(())), BatchError, ("The test loader", *EMPTY)
+    ),
+    "lists": Case(
+        lambda: train([{**BATCH, "x": BATCH["x"].tolist()}] * 2),
+        BatchError,
+        (
+            "must have a leading axis",
+            "'x/0/0' is a scalar",
+            "values of all examples into one array",
+        ),
+    ),
+    "texts": Case(
+        lambda: train([{**BATCH, "x": np.array(["a"] * 4)}] * 2),
+        BatchError,
+        ("must hold numbers", "'x' has dtype <U1", "Encode it as numbers"),
+    ),
+    "example": Case(
+        lambda: Regression(nn.Dense(1), example_batch=SHORT, enable_progress_bar=False),
+        BatchError,
+        LENGTHS,
+    ),
+    "input": Case(
+        lambda: train([{"z": BATCH["x"], "y": BATCH["y"]}] * 2),
+        BatchError,
+        ("input is looked for", "holds ['y', 'z']", "Override model_inputs"),
+    ),
+    "arrays": Case(
+        lambda: train(BATCH), BatchError, ("train loader must yield batches", "dict", "ArrayLoader")
+    ),
+    "too few": Case(
+        lambda: data.ArrayLoader(BATCH, batch_size=5, shuffle=True),
+        BatchError,
+        ("at least one batch", "4 examples, batch_size is 5", "lower batch_size"),
+    ),
+}
+
+METRICS = {
+    "monitor": Case(
+        lambda: train(None, [BATCH], attributes={"monitor": Monitor("val/los")}),
+        MetricError,
+        ("'val/los' is not among", "Did you mean 'val/loss'? Known: 'val/loss'", "set monitor ="),
+    ),
+    "early stopping": Case(
+        lambda: train(None, [BATCH], callbacks=[EarlyStopping(Monitor("val/acuracy"))]),
+        MetricError,
+        ("'val/acuracy' is not among", "Known: 'val/loss'"),
+    ),
+}
+
+OPTIONS = {
+    "option": option_case({"log_every_n_step": 3}, "no option 'log_every_n_step'. Did you mean "),
+    "argument": option_case({"optimiser": 3}, "no option 'optimiser'. Did you mean 'optimizer'?"),
+    "range": option_case({"keep_last": 0}, "keep_last is", "at least 1", "got 0"),
+    "text": option_case({"log_every_n_steps": "5"}, "log_every_n_steps is", "got '5'"),
+    "fraction": option_case({"check_val_every_n_epoch": 1.5}, "a whole number", "got 1.5"),
+    "seed": option_case({"seed": "a"}, "seed is a whole number", "got 'a'"),
+    "name": option_case({"name": "../up"}, "simple path components", "'../up'", "For example"),
+    "epochs": option_case({"num_epochs": 0}, "num_epochs is", "at least 1", "got 0"),
+    "half epochs": option_case({"num_epochs": 2.5}, "num_epochs is a whole number", "got 2.5"),
+    "steps": option_case({"steps_per_epoch": 0}, "steps_per_epoch is", "at least 1", "got 0"),
+    "minus": option_case({"steps_per_epoch": -1}, "steps_per_epoch is", "at least 1", "got -1"),
+    "class": Case(
+        lambda: Regression(nn.Dense), ConfigError, ("not its class", "pass Dense(...) instead")
+    ),
+    "function": Case(
+        lambda: Regression(len), ConfigError, ("A model is a flax.linen.Module", "builtins")
+    ),
+}
+
+OPTIMIZERS = {
+    "name": optimizer_case(
+        lambda: OptimizerConfig("adamv"), "No optimizer is called 'adamv'", "Did you mean 'adam"
+    ),
+    "string": optimizer_case(
+        lambda: "adamw", "must be an OptimizerConfig", "'adamw'", "OptimizerConfig('adamw')?"
+    ),
+    "option": optimizer_case(
+        lambda: OptimizerConfig("adamw", options={"nestrov": True}),
+        *("'adamw' has no option 'nestrov'", "Did you mean 'nesterov'?"),
+    ),
+    "schedule": optimizer_case(
+        lambda: OptimizerConfig(schedule="cosin"),  # ty: ignore[invalid-argument-type]
+        *("No schedule is called 'cosin'", "Did you mean 'cosine'?"),
+    ),
+    "warm-up": optimizer_case(
+        lambda: OptimizerConfig(warmup_steps=50),
+        *("shorter than the run", "warmup_steps is 50", "4 optimizer steps", "Lower warmup_steps"),
+    ),
+    "decay": optimizer_case(
+        lambda: OptimizerConfig("adam", weight_decay=0.1),
+        *("'adam' has no weight decay", "weight_decay is 0.1", 'OptimizerConfig("adamw"'),
+    ),
+    "function": optimizer_case(
+        lambda: optax.adam, "Optax's function 'adam' itself", "Call it, or pass OptimizerConfig"
+    ),
+}
+
+CHECKPOINTS = {
+    "missing": Case(
+        lambda: Regression.load_from_checkpoint("runs/nothing"),
+        CheckpointError,
+        ("no whole checkpoint", "nothing, which does not exist", "Pass a run directory"),
+    ),
+    "nothing in it": Case(
+        lambda: Regression.load_from_checkpoint("."),
+        CheckpointError,
+        ("no whole checkpoint", "holds nothing", "Pass a run directory"),
+    ),
+}
+
+
+@pytest.fixture
+def case(request: pytest.FixtureRequest) -> Case:
+    return request.param
+
+
+def cases(*tables: dict[str, Case]) -> Any:
+    return pytest.mark.parametrize(
+        "case",
+        [pytest.param(case, id=name) for table in tables for name, case in table.items()],
+        indirect=True,
+    )
+
+
+def everything(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@cases(LOSSES, BATCHES, METRICS, OPTIONS, OPTIMIZERS, CHECKPOINTS)
+def test_bad_input_is_explained_before_anything_is_written(case, tmp_path, capfd):
+    with pytest.raises(DistaffError) as caught:
+        case.attempt()
+    assert type(caught.value) is case.error
+    for part in case.parts:
+        assert part in str(caught.value)
+    assert everything(tmp_path) == []
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("root", ["file", "file/runs"])
+def test_run_directory_with_a_file_in_its_way_is_refused(root, tmp_path):
+    Path("file").write_text("mine")
+    with pytest.raises(RunDirectoryError) as caught:
+        train(root=root)
+    for part in ("must be one that can be written", "file", "Move that file"):
+        assert part in str(caught.value)
+    assert everything(tmp_path) == ["file"]
+    assert Path("file").read_text() == "mine"
+
+
+def test_run_directory_without_permission_is_refused(tmp_path, monkeypatch):
+    def refuse(*arguments, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    # Changing the mode of a folder would not stop a superuser.
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    with pytest.raises(RunDirectoryError, match=r"Permission denied.*change its permissions"):
+        train(root="locked")
+    assert everything(tmp_path) == []
+
+
+def test_trainer_can_be_used_after_a_refusal(tmp_path):
+    trainer = Regression(nn.Dense(1), enable_progress_bar=False)
+    trainer.optimizer = OptimizerConfig(warmup_steps=50)
+    with pytest.raises(ConfigError):
+        trainer.train_model([BATCH] * 2, num_epochs=1)
+    trainer.optimizer = OptimizerConfig()
+    result = trainer.train_model([BATCH] * 2, num_epochs=1)
+    assert (result.step, result.path) == (2, Path("runs/regression/0001"))
+    assert jax.tree.all(jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), trainer.state.params))

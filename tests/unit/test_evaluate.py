@@ -1,0 +1,175 @@
+"""Evaluation and prediction: every example once, whatever the sizes of the batches."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from distaff import EvalStep, TrainState
+from distaff.errors import BatchError
+from distaff.evaluate import Evaluator, pad, predict
+from distaff.execution import Compiled, Eager, Execution
+from distaff.metrics import Max, Mean, Sum, compute
+from distaff.step import Context
+
+X = np.random.default_rng(1).normal(size=(11, 3)).astype(np.float32)
+Y = np.arange(11, dtype=np.float32)
+SQUARED = np.square(X.astype(np.float64).sum(1) - Y)
+
+
+def state() -> TrainState:
+    return TrainState.create(
+        params={"w": jnp.ones(3)},
+        apply_fn=lambda variables, x: x @ variables["params"]["w"],
+        tx=optax.sgd(0.1),
+    )
+
+
+def batches(*sizes: int) -> Iterator[dict[str, np.ndarray]]:
+    start = 0
+    for size in sizes:
+        yield {"x": X[start : start + size], "y": Y[start : start + size]}
+        start += size
+
+
+class Counted:
+    """A loss that counts how often Python runs it."""
+
+    def __init__(self, metrics: Any) -> None:
+        self.metrics, self.calls = metrics, 0
+
+    def __call__(self, params: Any, batch: Any, ctx: Context) -> Any:
+        self.calls += 1
+        loss = jnp.square(ctx.apply(params, batch["x"]) - batch["y"])
+        return self.metrics(loss, batch["y"])
+
+
+def per_example(loss: jax.Array, y: jax.Array) -> Any:
+    total, largest = Sum.per_example(y), Max.per_example(y)
+    return loss, {"y": y, "weighted": Mean.per_example(y, y), "sum": total, "max": largest}
+
+
+def reduced(loss: jax.Array, y: jax.Array) -> Any:
+    total, largest, weighted = Sum(y.sum()), Max(y.max()), Mean(jnp.sum(y * y), jnp.sum(y))
+    return loss.mean(), {"y": y, "weighted": weighted, "sum": total, "max": largest}
+
+
+EXACT = {"loss": SQUARED.mean(), "max": 10.0, "sum": 55.0, "weighted": 7.0, "y": 5.0}
+
+
+@pytest.mark.parametrize("execution", [Compiled(), Eager()])
+@pytest.mark.parametrize("metrics", [per_example, reduced])
+@pytest.mark.parametrize("sizes", [(4, 4, 3), (11,), (4, 1, 4, 2)])
+def test_evaluator_is_exact_over_all_examples(sizes, metrics, execution: Execution):
+    evaluate = Evaluator(EvalStep(Counted(metrics)), execution)
+    assert compute(evaluate(state(), batches(*sizes))) == pytest.approx(EXACT, rel=1e-6)
+
+
+def test_evaluator_traces_per_example_metrics_once_for_all_sizes():
+    loss, model = Counted(per_example), state()
+    evaluate = Evaluator(EvalStep(loss), Compiled())
+    for _ in range(2):
+        evaluate(model, batches(4, 4, 3))
+    assert loss.calls == 1
+    shapes: Any = evaluate.shapes(model, next(batches(4)))
+    assert isinstance(shapes["loss"].weight, jax.ShapeDtypeStruct)
+    assert loss.calls == 1
+
+
+def test_evaluator_traces_reduced_metrics_once_per_size():
+    loss, model = Counted(reduced), state()
+    evaluate = Evaluator(EvalStep(loss), Compiled())
+    for _ in range(2):
+        evaluate(model, batches(4, 4, 3))
+    asked_for_a_mask, sizes = 1, 2
+    assert loss.calls == asked_for_a_mask + sizes
+
+
+@pytest.mark.parametrize("execution", [Compiled(), Eager()])
+def test_evaluator_takes_any_function_of_state_and_batch(execution: Execution):
+    def own(state: TrainState, batch: Any) -> Any:
+        return {"y": batch["y"], "mean": batch["y"].mean(), "n": Sum(len(batch["y"]))}
+
+    metrics = compute(Evaluator(own, execution)(state(), batches(2, 4, 4, 1)))
+    assert metrics == {"mean": 5.0, "n": 11.0, "y": 5.0}
+
+
+def test_evaluator_drains_long_loaders():
+    evaluate = Evaluator(EvalStep(Counted(per_example)), Compiled())
+    small = ({"x": X[:2], "y": np.full(2, n, np.float32)} for n in range(70))
+    metrics = compute(evaluate(state(), small))
+    assert (metrics["y"], metrics["sum"], metrics["max"]) == (34.5, 4830.0, 69.0)
+
+
+def test_evaluator_leaves_the_state_usable():
+    model = state()
+    Evaluator(EvalStep(Counted(per_example)), Compiled())(model, batches(4))
+    assert model.params["w"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("sizes", [(3, 4), (4, 3, 4, 5)])
+def test_evaluator_refuses_a_batch_larger_than_the_first(sizes):
+    evaluate = Evaluator(EvalStep(Counted(per_example)), Compiled())
+    with pytest.raises(BatchError, match=f"it had {sizes[0]} examples and a later one {sizes[-1]}"):
+        evaluate(state(), ({"x": X[:n], "y": Y[:n]} for n in sizes))
+
+
+def test_evaluation_and_prediction_need_a_batch():
+    with pytest.raises(BatchError, match="An evaluation needs at least one batch"):
+        Evaluator(EvalStep(Counted(per_example)), Compiled())(state(), [])
+    with pytest.raises(BatchError, match="A prediction needs at least one batch"):
+        predict(lambda state, batch: batch, state(), [])
+
+
+def test_pad_repeats_the_last_example():
+    padded = pad({"x": np.array([[1, 2], [3, 4]]), "y": jnp.array([True, False])}, 4)
+    assert padded["x"].tolist() == [[1, 2], [3, 4], [3, 4], [3, 4]]
+    assert padded["y"].tolist() == [True, False, False, False]
+    assert padded["y"].dtype == bool
+
+
+@pytest.mark.parametrize("sizes", [(4, 4, 3), (2, 4, 4, 1), (11,)])
+def test_predict_gathers_in_order_and_cuts_the_padding(sizes):
+    traces = 0
+
+    @jax.jit
+    def step(state: TrainState, batch: Any) -> Any:
+        nonlocal traces
+        traces += 1
+        return {"double": 2 * batch["x"], "both": (batch["y"], batch["y"] > 3)}
+
+    outputs = predict(step, state(), batches(*sizes))
+    np.testing.assert_array_equal(outputs["double"], 2 * X)
+    np.testing.assert_array_equal(outputs["both"][0], Y)
+    np.testing.assert_array_equal(outputs["both"][1], Y > 3)
+    assert traces == len({max(sizes[: count + 1]) for count in range(len(sizes))})
+
+
+@pytest.mark.parametrize("count", [32, 33, 34, 80])
+def test_predict_keeps_the_order_of_long_loaders(count):
+    step = jax.jit(lambda state, batch: batch + 1)
+    short = {1, count - 1}
+    source = np.split(np.arange(2 * count - 2), np.cumsum([2 - (n in short) for n in range(count)]))
+    outputs = predict(step, state(), source[:-1])
+    np.testing.assert_array_equal(outputs, np.arange(2 * count - 2) + 1)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "shapes"),
+    [
+        (lambda batch: {"y": batch["y"], "mean": batch["y"].mean()}, "{'mean': (), 'y': (4,)}"),
+        (lambda batch: batch["x"].T, "{'(the whole tree)': (3, 4)}"),
+        (lambda batch: None, "{}"),
+    ],
+)
+def test_predict_refuses_outputs_without_a_batch_axis(outputs, shapes):
+    message = f"one entry per example in every array, here 4; it has the shapes {shapes}"
+    with pytest.raises(BatchError, match=re.escape(message)):
+        predict(lambda state, batch: outputs(batch), state(), batches(4, 4))

@@ -1,0 +1,138 @@
+"""The loop over the steps of an epoch: where windows close, when they are read, how it stops."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distaff import loop
+from distaff.events import StepEnd, WindowEnd
+from distaff.metrics import Mean, merge
+from distaff.step import NEVER, Window, empty_window
+
+EMPTY = empty_window({"loss": Mean(jnp.float32(0), jnp.float32(0))})
+
+
+class Program:
+    """A windowed step whose state is the number of its calls and whose loss is the batch's mean."""
+
+    def __init__(self, bad_step: int = NEVER) -> None:
+        self.bad_step, self.heard = bad_step, []
+
+    def __call__(self, state: Any, window: Window, batch: Any) -> Any:
+        state += 1
+        self.heard.append(("program", state))
+        metrics = {"loss": Mean(jnp.float32(batch.sum()), jnp.float32(len(batch)))}
+        bad = jnp.int32(self.bad_step if state == self.bad_step else NEVER)
+        first_bad_step = jnp.minimum(window.first_bad_step, bad)
+        return state, Window(merge(window.metrics, metrics), first_bad_step), metrics
+
+
+class Batches:
+    """Batches of these sizes, that count how many were taken."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        self.sizes, self.taken = sizes, 0
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for size in self.sizes:
+            self.taken += 1
+            yield np.full(size, float(self.taken))
+
+
+def steps(program: Program, batches: Batches, **options: Any) -> Iterator[StepEnd | WindowEnd]:
+    arguments: dict[str, Any] = {"empty": EMPTY, "stopping": bool, **options}
+    return loop.steps(program, arguments["step"], batches, **arguments)
+
+
+def run(
+    sizes: list[int], *, start: int = 0, log_every: int = 2, stop_at: int | None = None
+) -> tuple[list[StepEnd | WindowEnd], Batches]:
+    program, batches = Program(), Batches(sizes)
+
+    def stopping() -> bool:
+        return stop_at is not None and program.heard[-1] >= ("program", stop_at)
+
+    events = steps(program, batches, step=start, log_every=log_every, stopping=stopping)
+    return list(events), batches
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    sizes=st.lists(st.integers(1, 5), max_size=14),
+    start=st.integers(0, 9),
+    log_every=st.integers(1, 6),
+    stop_after=st.none() | st.integers(1, 14),
+)
+def test_steps_loses_no_window_and_counts_none_twice(sizes, start, log_every, stop_after):
+    stop_at = None if stop_after is None else start + stop_after
+    events, batches = run(sizes, start=start, log_every=log_every, stop_at=stop_at)
+    done = sizes if stop_after is None else sizes[:stop_after]
+    last = start + len(done)
+
+    ended = [event for event in events if isinstance(event, StepEnd)]
+    assert [event.step for event in ended] == list(range(start + 1, last + 1))
+    assert [event.state for event in ended] == [event.step for event in ended]
+    assert [event.examples for event in ended] == done
+    assert batches.taken == len(done)
+
+    windows = [event for event in events if isinstance(event, WindowEnd)]
+    boundaries = [step for step in range(start + 1, last) if step % log_every == 0]
+    assert [event.step for event in windows] == boundaries + [last] * bool(done)
+    for first, window in zip([start, *boundaries], windows, strict=False):
+        members = range(first - start, window.step - start)
+        total: Any = window.metrics["loss"]
+        assert total.weight == sum(sizes[member] for member in members)
+        assert total.total == sum(sizes[member] * (member + 1) for member in members)
+
+
+def named(events: list[StepEnd | WindowEnd]) -> list[str]:
+    return [f"{type(event).__name__} {event.step}" for event in events]
+
+
+def test_steps_reads_each_window_when_the_next_one_closes():
+    assert named(run([1] * 5, start=1)[0]) == [
+        *("StepEnd 2", "StepEnd 3", "StepEnd 4", "WindowEnd 2"),
+        *("StepEnd 5", "StepEnd 6", "WindowEnd 4", "WindowEnd 6"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("stop_at", "flushed"),
+    [(1, ["WindowEnd 1"]), (2, ["WindowEnd 2"]), (3, ["WindowEnd 2", "WindowEnd 3"])],
+)
+def test_steps_ends_after_the_step_that_stops_it_and_reads_what_is_left(stop_at, flushed):
+    events, batches = run([1] * 9, stop_at=stop_at)
+    assert named(events) == [*(f"StepEnd {step}" for step in range(1, stop_at + 1)), *flushed]
+    assert batches.taken == stop_at
+
+
+def test_steps_hands_out_a_step_before_it_runs_the_next():
+    program = Program()
+    for event in steps(program, Batches([1] * 3), step=0, log_every=10):
+        program.heard.append((type(event).__name__, event.step))
+    assert program.heard == [
+        *(("program", 1), ("StepEnd", 1), ("program", 2), ("StepEnd", 2)),
+        *(("program", 3), ("StepEnd", 3), ("WindowEnd", 3)),
+    ]
+
+
+def test_steps_names_the_first_bad_step_in_its_own_window_only():
+    events = steps(Program(bad_step=3), Batches([1] * 6), step=0, log_every=2)
+    bad = {event.step: event.first_bad_step for event in events if isinstance(event, WindowEnd)}
+    assert bad == {2: None, 4: 3, 6: None}
+
+
+def test_steps_gives_windows_in_float64_on_the_host_and_nothing_for_no_batches():
+    events, _ = run([3])
+    window: Any = events[-1]
+    assert {leaf.dtype for leaf in jax.tree.leaves(window.metrics)} == {np.dtype(np.float64)}
+    assert isinstance(window.metrics["loss"].total, np.ndarray)
+    assert run([])[0] == []
