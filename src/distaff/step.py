@@ -113,8 +113,7 @@ class Context:
                 f"A penalty is a float scalar, and has shape {value.shape} and dtype "
                 f"{value.dtype}. Sum or average it first."
             )
-        if self.train:
-            self.penalty = value if self.penalty is None else self.penalty + value
+        self.penalty = value if self.penalty is None else self.penalty + value
 
     def add_l2_loss(self, params: Params, coefficient: float, mask: Any = decay_mask) -> None:
         """Adds the penalty `optim.l2_loss(params, coefficient, mask)`.

@@ -148,16 +148,15 @@ class TrainerModule(Training):
         last_epoch = self.epoch + num_epochs
         every = self.config.check_val_every_n_epoch
         plan = Plan(train, val, steps_per_epoch, self.epoch + 1, last_epoch, every)
-        self._prepare(plan, test)
-        record = self._record(num_epochs=num_epochs, steps_per_epoch=steps_per_epoch)
-        self.begin(plan)
-        with (
-            closing(self.display),
-            recorded(self.recording, record, {"model.txt": as_text(self.table)}, self.outcome),
-        ):
-            for event, info in loop.epochs(self, plan):
-                self.callbacks.emit(event, info)
-            metrics = self._finish(test)
+        with closing(self.display):
+            self.begin(plan)
+            self._prepare(plan, test)
+            record = self._record(num_epochs=num_epochs, steps_per_epoch=steps_per_epoch)
+            texts = {"model.txt": as_text(self.table)}
+            with recorded(self.recording, record, texts, self.outcome):
+                for event, info in loop.epochs(self, plan):
+                    self.callbacks.emit(event, info)
+                metrics = self._finish(test)
         return self.result(metrics)
 
     def train_epoch(self, train_loader: Loader, epoch: int) -> dict[str, Any]:
@@ -304,9 +303,8 @@ class TrainerModule(Training):
         override_points = ("on_validation_epoch_end", "eval_model", "is_new_model_better")
         if any(getattr(type(self), n) is not getattr(TrainerModule, n) for n in override_points):
             return
-        callbacks = self.callbacks.callbacks
-        watched = [getattr(callback, "monitor", None) for callback in callbacks]
-        for monitor in filter(None, (self.monitor, *watched)):
+        watched = [getattr(callback, "monitor", None) for callback in self.callbacks.callbacks]
+        for monitor in (self.monitor, *(each for each in watched if isinstance(each, Monitor))):
             monitor.check(f"val/{name}" for name in metrics)
 
     def _finish(self, test_loader: Loader | None) -> dict[str, Any]:

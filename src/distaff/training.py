@@ -80,12 +80,14 @@ class Training(Predictor):
         self.plan, self._first_step, self._reached = plan, self.step, (self.step, self.epoch)
         self.best, self.callbacks.stop_reason, self.last_metrics = None, None, {}
         self.display.start(plan.last_epoch, plan.steps_per_epoch or num_batches(plan.train_loader))
-        self.display.compiling("the training step")
+        self.display.compiling("the model")
 
     def begin_epoch(self, epoch: int) -> None:
         """Counts a new epoch."""
         self.epoch = epoch
         self._epoch_start = time.perf_counter()
+        if self.step == self._first_step:
+            self.display.compiling("the step")
 
     def after_step(self, event: StepEnd) -> None:
         """Takes over the new state, and tells display and callbacks."""

@@ -7,21 +7,23 @@ import json
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import wandb
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
-from tensorboardX.proto.event_pb2 import Event  # ty: ignore[unresolved-import] made at import
-from wandb.proto.wandb_internal_pb2 import Record as WandbRecord
+from tensorboardX.proto.event_pb2 import Event  # ty: ignore[import-not-found] made at import
+from wandb.proto.wandb_internal_pb2 import (
+    Record as WandbRecord,  # ty: ignore[import-not-found] made at import
+)
 
-from distaff import TrainerModule
-from distaff.callbacks import Callback
+from distaff import Callback, OptimizerConfig, TrainerModule
 from distaff.data import ArrayLoader
 from distaff.errors import ConfigError, MetricError
 from distaff.loggers import (
@@ -68,39 +70,57 @@ def read_tensorboard(directory: Path) -> list[Record]:
     records: list[Record] = []
     for step, value in tensorboard_values(directory):
         if value.tag == "epoch":
-            records.append(Record(step=step, epoch=int(value.simple_value), metrics={}))
+            metrics: dict[str, float] = {}
+            records.append(Record(step=step, epoch=int(value.simple_value), metrics=metrics))
         elif value.HasField("simple_value"):
-            records[-1].metrics[value.tag] = value.simple_value
+            metrics[value.tag] = value.simple_value
     return records
 
 
 def wandb_records(directory: Path) -> list[WandbRecord]:
-    """Reads the runs below a directory: a LevelDB log of blocks of 32 KiB, after seven bytes."""
-    found, data = [], b""
+    """Reads the runs below a directory, each once its end is in its file, shortly after `close`."""
+    found = []
     for path in sorted(directory.glob("wandb/offline-run-*/*.wandb")):
-        content, position = path.read_bytes(), 7
-        while position + 7 <= len(content):
-            if 32768 - position % 32768 < 7:
-                position += 32768 - position % 32768
-                continue
-            _, length, kind = struct.unpack_from("<IHB", content, position)
-            data += content[position + 7 : position + 7 + length]
-            position += 7 + length
-            if kind in (1, 4):  # whole, or the last part
-                found.append(WandbRecord.FromString(data))
-                data = b""
+        deadline = time.monotonic() + 20
+        records = leveldb_log(path)
+        while not any(record.HasField("exit") for record in records):
+            assert time.monotonic() < deadline, f"{path} has no end"
+            time.sleep(0.02)
+            records = leveldb_log(path)
+        found += records
+    return found
+
+
+def leveldb_log(path: Path) -> list[WandbRecord]:
+    """Reads the records of a LevelDB log: blocks of 32 KiB, after a header of seven bytes."""
+    found, data = [], b""
+    content, position = path.read_bytes(), 7
+    while position + 7 <= len(content):
+        if 32768 - position % 32768 < 7:
+            position += 32768 - position % 32768
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, position)
+        data += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            found.append(WandbRecord.FromString(data))
+            data = b""
     return found
 
 
 def wandb_rows(directory: Path) -> list[dict[str, Any]]:
-    return [
-        {
-            item.key or "/".join(item.nested_key): json.loads(item.value_json)
-            for item in record.history.item
-        }
-        for record in wandb_records(directory)
-        if record.HasField("history")
-    ]
+    rows: list[dict[str, Any]] = []
+    for record in wandb_records(directory):
+        if record.HasField("history"):
+            rows.append({})
+            for item in record.history.item:
+                value = json.loads(item.value_json)
+                name, *member = item.nested_key or [item.key]
+                if member:
+                    rows[-1].setdefault(name, {})[member[0]] = value
+                else:
+                    rows[-1][name] = value
+    return rows
 
 
 def read_wandb(directory: Path) -> list[Record]:
@@ -254,19 +274,19 @@ def test_mlflow_logger_records_config_and_media(tmp_path):
     logger = MlflowLogger(tmp_path / "runs", run_name="first")
     config = {
         "seed": 0,
-        "optimizer": {"name": "adamw", "betas": [0.9, 0.999], "groups": {".*/bias$": None}},
+        "optimizer": {"name": "adamw", "betas": [0.9, 0.999], "groups": {"head/bias$": None}},
         "long": "x" * 9000,
         **{f"option_{i}": i for i in range(120)},
     }
     logger.log_config(config)
     log_media(logger)
-    client, [run] = mlflow_runs(tmp_path / "runs")
+    _, [run] = mlflow_runs(tmp_path / "runs")
     params = run.data.params
     assert run.info.run_name == "first"
     assert params["seed"] == "0"
     assert params["optimizer.name"] == "adamw"
     assert params["optimizer.betas"] == "[0.9, 0.999]"
-    assert params["optimizer.groups.._bias_".replace("..", "..__", 1)[:-7] + "_bias_"] == "null"
+    assert params["optimizer.groups.head_bias_"] == "null"
     assert params["long"] == "x" * 6000
     assert len(params) == 125
     artifacts = Path(run.info.artifact_uri)
@@ -292,14 +312,52 @@ def test_integration_refuses_a_metric_named_epoch_and_opens_nothing(tmp_path, ma
     assert list(tmp_path.iterdir()) == []
 
 
-class Regressor(TrainerModule):
-    def loss_function(self, params: Any, apply: Any, batch: Any) -> Any:
-        raise NotImplementedError
+class Regression(TrainerModule):
+    def loss_fn(self, params, batch, ctx):
+        return jnp.square(ctx.apply(params, batch["x"])[:, 0] - batch["y"])
 
 
-class FailsAfter(Callback):
-    def on_validation_end(self, info: Any) -> None:
-        raise RuntimeError("the disk of the cluster is gone")
+class FailsInTheSecondEpoch(Callback):
+    def on_epoch_end(self, info):
+        if info.epoch == 2:
+            raise RuntimeError("out of luck")
+
+
+def test_a_failed_run_closes_every_logger(tmp_path):
+    memory = MemoryLogger()
+    loggers = [
+        CsvLogger(tmp_path / "metrics.csv"),
+        TensorBoardLogger(tmp_path / "events"),
+        offline(tmp_path),
+        MlflowLogger(tmp_path / "mlruns"),
+        memory,
+    ]
+    trainer = Regression(
+        nn.Dense(1),
+        optimizer=OptimizerConfig("sgd", learning_rate=0.1),
+        loggers=loggers,
+        callbacks=[FailsInTheSecondEpoch()],
+        enable_progress_bar=False,
+    )
+    x = np.random.default_rng(0).normal(size=(8, 3))
+    loader = ArrayLoader({"x": x, "y": x.sum(axis=1)}, batch_size=4)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        trainer.train_model(loader, loader, num_epochs=3)
+
+    losses = [each.metrics["train/loss"] for each in memory.records if "train/loss" in each.metrics]
+    assert memory.status == "failed"
+    assert losses
+    table = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert len(table) == 1 + len(memory.records)
+    read = [read_tensorboard(tmp_path / "events"), read_wandb(tmp_path)]
+    for records in read:
+        kept = [each.metrics["train/loss"] for each in records if "train/loss" in each.metrics]
+        assert kept == pytest.approx(losses, rel=1e-6)
+    assert [each.exit.exit_code for each in wandb_records(tmp_path) if each.HasField("exit")] == [1]
+    _, [run] = mlflow_runs(tmp_path / "mlruns")
+    assert run.info.status == "FAILED"
+    assert run.data.metrics["train/loss"] == losses[-1]
+    assert json.loads((Path(run.info.artifact_uri) / "config.json").read_text()) == memory.config
 
 
 @pytest.mark.parametrize(

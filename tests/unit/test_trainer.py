@@ -90,7 +90,9 @@ def epochs_of(logger: MemoryLogger, name: str) -> list[int]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Any, distaff.TrainResult]:
-    trainer = make(name="line", root=str(tmp_path_factory.mktemp("runs")), log_every_n_steps=3)
+    optimizer = OptimizerConfig("sgd", learning_rate=0.1, schedule="linear", end_fraction=0.1)
+    options = {"optimizer": optimizer, "root": str(tmp_path_factory.mktemp("runs"))}
+    trainer = make(name="line", log_every_n_steps=3, **options)
     return trainer, trainer.train_model(loader(), loader(1), loader(2), num_epochs=30)
 
 
@@ -142,7 +144,9 @@ def test_metrics_log_has_every_window_and_every_epoch(finished):
     assert all(names <= row.keys() for row in epochs)
     windows = [row["step"] for row in rows if "step/loss" in row]
     assert windows == sorted({*range(3, 121, 3), *range(4, 121, 4)})
-    assert {row["step/learning_rate"] for row in rows if "step/loss" in row} == {0.1}
+    rates = [row["step/learning_rate"] for row in rows if "step/loss" in row]
+    used = [0.1 * (1 - 0.9 * (step - 1) / 120) for step in windows]
+    np.testing.assert_allclose(rates, used, rtol=1e-5)
 
 
 @pytest.mark.parametrize("has_val", [False, True])
@@ -231,7 +235,7 @@ def test_second_training_without_files_forgets_the_first_ones_checkpoints():
     assert trainer.step == 4
     trainer.scores = (0.0, 0.0, 1.0)
     # Its first checkpoint has the step of the last one of the run before.
-    trainer.train_model(loader(), loader(1), num_epochs=2, steps_per_epoch=8)
+    trainer.train_model(loader(3), loader(1), num_epochs=2, steps_per_epoch=8)
     assert trainer.step == 12
     jax.tree.map(np.testing.assert_array_equal, trainer.state.params, snapshots.params[2])
 

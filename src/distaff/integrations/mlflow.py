@@ -26,14 +26,14 @@ from distaff.typing import Values
 
 _STATUSES = {"finished": "FINISHED", "stopped": "FINISHED", "interrupted": "KILLED"}
 # https://mlflow.org/docs/latest/rest-api.html, "Request Limits".
-_MAX_METRICS, _MAX_PARAMS, _MAX_KEY, _MAX_VALUE = 1000, 100, 250, 6000
+_MAX_METRICS, _MAX_PARAMS, _MAX_KEY = 1000, 100, 250
 
 
 class MlflowLogger:
     """Records a run in MLflow; without a server, in the files of a directory.
 
-    The configuration is recorded twice: as parameters with dotted names, whose values MLflow limits
-    to 6000 characters and longer ones are cut, and whole as the artifact `config.json`. A metric
+    The configuration is recorded twice: as parameters with dotted names, whose values MLflow cuts
+    after 6000 characters, and whole as the artifact `config.json`. A metric
     that is not one number is left out: MLflow has no place for it. Takes figures, images and texts,
     as artifacts. The run starts with the first call, and after `close` the next call starts
     another.
@@ -89,7 +89,7 @@ class MlflowLogger:
         """Records the configuration as parameters, and as `config.json`."""
         # In the files of a directory, a "/" is a directory, and a name cannot be that as well.
         values = {_key(name).replace("/", "_"): text for name, text in _flat(config)}
-        params = [Param(name, text[:_MAX_VALUE]) for name, text in values.items()]
+        params = [Param(name, text) for name, text in values.items()]
         client, run = self._opened()
         for start in range(0, len(params), _MAX_PARAMS):
             client.log_batch(run, params=params[start : start + _MAX_PARAMS])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,7 @@ import wandb
 
 from distaff.errors import ConfigError
 from distaff.loggers.disk import Location, locator
-from distaff.loggers.png import as_pixels
+from distaff.loggers.png import as_pixels, encode_figure
 from distaff.loggers.protocol import JSON
 from distaff.loggers.row import as_arrays
 from distaff.typing import Values
@@ -76,7 +77,11 @@ class WandbLogger:
 
     def log_figure(self, name: str, figure: Any, *, step: int) -> None:
         """Records a matplotlib Figure as a picture."""
-        self._run.log({"step": int(step), name: wandb.Image(figure)})
+        # Given a Figure itself, wandb.Image would need pyplot. The file is copied by the call.
+        with tempfile.TemporaryDirectory() as directory:
+            file = Path(directory, "figure.png")
+            file.write_bytes(encode_figure(figure))
+            self._run.log({"step": int(step), name: wandb.Image(file)})
 
     def log_image(self, name: str, image: Any, *, step: int) -> None:
         """Records an image; see `MediaLogger`."""

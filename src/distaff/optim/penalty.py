@@ -52,7 +52,7 @@ def l2_loss(
 def decays(tx: optax.GradientTransformation, params: Params) -> bool:
     """Tells whether an optimizer pulls parameters towards zero by itself, as weight decay does.
 
-    Without a gradient only decay moves a parameter, by an amount that depends on the parameter.
+    Without a gradient, only decay moves parameters of one in another way than parameters of zero.
     That is tried out, in 64 bits, on parameters named like `params`, of at most 2 along each axis:
     64 steps, so that a warm-up from 0 or an accumulation of gradients does not hide the decay.
 
@@ -85,21 +85,21 @@ def _decays(tx: Any, structure: Any, shapes: tuple[tuple[int, ...], ...]) -> boo
 
 
 def _moves(tx: optax.GradientTransformationExtraArgs, ones: Params) -> bool:
-    zeros, twos = (jax.tree.map(lambda leaf, f=factor: f * leaf, ones) for factor in (0, 2))
+    zeros = jax.tree.map(jnp.zeros_like, ones)
     unused = {"grad": zeros, "value": jnp.zeros([]), "value_fn": lambda _: jnp.zeros([])}
 
     @jax.jit
     def step(found: jax.Array, *opt_states: PyTree) -> tuple[PyTree, ...]:
         (first, first_state), (second, second_state) = (
             tx.update(zeros, opt_state, params, **unused)
-            for opt_state, params in zip(opt_states, (ones, twos), strict=True)
+            for opt_state, params in zip(opt_states, (ones, zeros), strict=True)
         )
         # Noise in an update, as of optax.noisy_sgd, is the same in both.
         apart = jax.tree.map(lambda a, b: (jnp.abs(a - b) > _ROUNDING).any(), first, second)
         found |= jax.tree.reduce(jnp.logical_or, apart, jnp.asarray(False))
         return found, first_state, second_state
 
-    carry = (jnp.asarray(False), tx.init(ones), tx.init(twos))
+    carry = (jnp.asarray(False), tx.init(ones), tx.init(zeros))
     for _ in range(_PROBED_STEPS):
         carry = step(*carry)
     return bool(carry[0])
