@@ -14,8 +14,9 @@ from distaff.errors import BatchError, leaf_name
 from distaff.execution import Execution
 from distaff.metrics import Metric
 from distaff.state import TrainState
-from distaff.step import EvalFn, EvalStep, MaskError, accumulating
+from distaff.step import EvalFn, EvalStep, MaskError
 from distaff.typing import Batch, PyTree
+from distaff.window import accumulating
 
 _IN_FLIGHT = 32
 

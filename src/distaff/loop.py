@@ -31,8 +31,8 @@ from distaff import metrics as metrics_lib
 from distaff.callbacks import StepInfo
 from distaff.events import Plan, Run, StepEnd, WindowEnd
 from distaff.state import TrainState
-from distaff.step import NEVER, Window
 from distaff.typing import Batch
+from distaff.window import NEVER, Window
 
 
 def steps(
@@ -52,7 +52,7 @@ def steps(
     read when the next one closes, so that the device never waits for the host.
 
     Args:
-        program: a windowed step (`distaff.step.windowed`), compiled; the state is donated to it.
+        program: a windowed step (`distaff.window.windowed`), compiled; the state is donated to it.
         state: the state to start from; it is not usable afterwards.
         batches: what is left of the epoch.
         step: completed updates so far.

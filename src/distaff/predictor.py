@@ -12,6 +12,7 @@ import jax
 from distaff import checkpoint
 from distaff.checkpoint import CheckpointStore, Store
 from distaff.config import from_json
+from distaff.context import Context
 from distaff.data import as_loader, epoch_of, num_batches
 from distaff.display import Display, make_display
 from distaff.display.model_table import model_table
@@ -21,7 +22,6 @@ from distaff.execution import Compiled, Eager, Execution
 from distaff.models import Variables, as_model, rebuild
 from distaff.record import example_from, read_record
 from distaff.state import TrainState
-from distaff.step import Context
 from distaff.trainer_config import TrainerConfig, make_config
 from distaff.typing import Batch, Key, Params, PyTree
 

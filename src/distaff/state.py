@@ -92,9 +92,11 @@ class TrainState(_FrozenPyTree):
             A state with `step` 0 and the optimizer's initial state.
 
         Raises:
-            StateError: a keyword is not a member of this class.
+            StateError: a keyword is not a member of this class, or `params` holds an optimizer's
+                state.
         """
         cls._check_members(members, reserved=("opt_state",))
+        _check_params(params)
         members["step"] = jnp.asarray(members.get("step", 0), jnp.int32)
         return cls(
             **members,
@@ -111,12 +113,13 @@ class TrainState(_FrozenPyTree):
             StateError: a keyword is not a member of this class.
         """
         self._check_members(members)
+        _check_params(members.get("params"))
         return dataclasses.replace(self, **members)
 
     def apply_gradients(
         self,
-        *,
-        grads: Params,
+        *misplaced: Any,
+        grads: Params = None,
         value: jax.Array | None = None,
         value_fn: Callable[[Params], jax.Array] | None = None,
         optimizer_args: Mapping[str, Any] | None = None,
@@ -125,6 +128,7 @@ class TrainState(_FrozenPyTree):
         """Returns the state after one optimizer update.
 
         Args:
+            *misplaced: refused; every argument has its keyword.
             grads: gradient of the loss, with the structure of `params`.
             value: the loss, a scalar. Handed on with `grad=grads` to optimizers that ask for it
                 (`optax.contrib.reduce_on_plateau`, line searches, learned optimizers).
@@ -139,6 +143,11 @@ class TrainState(_FrozenPyTree):
             StateError: there is no optimizer, `grads` is shaped unlike `params`, or a keyword is
                 not a member of this class.
         """
+        if misplaced or grads is None:
+            raise StateError(
+                "apply_gradients takes its arguments by keyword. "
+                "Write state.apply_gradients(grads=grads)."
+            )
         if self.tx is None:
             raise StateError(
                 "apply_gradients needs an optimizer, and this state has none (tx=None). "
@@ -177,6 +186,21 @@ class TrainState(_FrozenPyTree):
                 )
 
 
+def _check_params(params: Params) -> None:
+    """Refuses what an optimizer's `update` returned: updates and its own state, no parameters."""
+
+    def is_optax_state(node: Any) -> bool:
+        return type(node).__module__.partition(".")[0] == "optax"
+
+    if any(is_optax_state(node) for node in jax.tree.leaves(params, is_leaf=is_optax_state)):
+        raise StateError(
+            "params holds the state of an optimizer, as optimizer.update returns it. Write "
+            "updates, opt_state = optimizer.update(grads, opt_state, params), then "
+            "params = optax.apply_updates(params, updates); or state.apply_gradients(grads=grads), "
+            "which does both."
+        )
+
+
 def _check_gradients(grads: Params, params: Params) -> None:
     got, expected = _shapes(grads), _shapes(params)
     structures = [jax.tree.structure(tree) for tree in (grads, params)]
@@ -201,6 +225,13 @@ def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
 def owned(state: PyTree) -> PyTree:
     """Returns a copy in which each leaf has a buffer of its own, so that all can be donated."""
     return jax.tree.map(lambda leaf: leaf.copy(), state)
+
+
+@jax.jit
+def fingerprint(tree: PyTree) -> jax.Array:
+    """Returns one number per leaf, `[leaves]`, which changes with the leaf: its mean magnitude."""
+    leaves = [jnp.mean(jnp.abs(leaf)).astype(jnp.float32) for leaf in jax.tree.leaves(tree)]
+    return jnp.array(leaves)
 
 
 @jax.jit

@@ -8,6 +8,7 @@ from typing import Any
 
 from distaff import loop
 from distaff import metrics as metrics_lib
+from distaff.context import Context
 from distaff.data import Loader, as_loader, epoch_of, first_batch, num_batches, num_examples
 from distaff.display import as_text
 from distaff.errors import LossError
@@ -18,11 +19,12 @@ from distaff.optim import build_optimizer
 from distaff.record import make_record
 from distaff.recording import recorded
 from distaff.state import all_finite, owned
-from distaff.step import Context, EvalFn, EvalStep, StepFn, empty_window, measured, windowed
+from distaff.step import EvalFn, EvalStep
 from distaff.step import train_step as make_train_step
 from distaff.trainer_config import Best, TrainResult, check_count
 from distaff.training import Training
 from distaff.typing import Batch, Params
+from distaff.window import StepFn, empty_window, measured, windowed
 
 
 class TrainerModule(Training):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from distaff.metrics import compute
 from distaff.optim import OptimizerConfig, OptimizerLike
 from distaff.predictor import Predictor
 from distaff.recording import NullRecording, Recording, make_recording
+from distaff.state import fingerprint
 from distaff.trainer_config import Best, TrainResult
 from distaff.typing import Schedule
 
@@ -87,6 +89,7 @@ class Training(Predictor):
         self.epoch = epoch
         self._epoch_start = time.perf_counter()
         if self.step == self._first_step:
+            self._untrained = fingerprint(self.ready_state().params)
             self.display.compiling("the step")
 
     def after_step(self, event: StepEnd) -> None:
@@ -107,12 +110,27 @@ class Training(Predictor):
         """
         if event.first_bad_step is not None:
             raise self.not_finite("The loss", event.first_bad_step)
+        self._check_progress()
         metrics = compute(event.metrics, "step/")
         self.display.update({n: v for n, v in metrics.items() if np.ndim(v) == 0})
         if self.schedule is not None:
             updates = event.step - self._first_step
             metrics["step/learning_rate"] = float(self.schedule(updates - 1))
         self.recording.logger.log_metrics(metrics, step=event.step, epoch=self.epoch)
+
+    def _check_progress(self) -> None:
+        """Warns, once, if no parameter has changed since the run began."""
+        untrained, self._untrained = self._untrained, None
+        if untrained is None:
+            return
+        if np.array_equal(untrained, fingerprint(self.ready_state().params)):
+            warnings.warn(
+                f"No parameter has changed in the first {self.step - self._first_step} steps. "
+                "Either the learning rate is zero or every parameter frozen, or the loss does not "
+                "depend on its argument `params`: a loss that reads state.params instead has zero "
+                "gradients.",
+                stacklevel=2,
+            )
 
     def end_epoch(self, epoch: int, metrics: dict[str, Any], is_best: bool) -> None:
         """Logs the metrics of an epoch and its validation, and shows them as one line."""

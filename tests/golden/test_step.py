@@ -13,7 +13,7 @@ import pytest
 
 from distaff import Context, TrainState, TrainStep, train_step
 from distaff.execution import Compiled, Eager, Execution
-from distaff.step import empty_window, measured, windowed
+from distaff.window import empty_window, measured, windowed
 
 STEPS = 10
 # A power of two: compilers may divide by it or multiply by its inverse, it is the same.

@@ -13,11 +13,11 @@ import optax
 import pytest
 
 from distaff import EvalStep, TrainState
+from distaff.context import Context
 from distaff.errors import BatchError
 from distaff.evaluate import Evaluator, pad, predict
 from distaff.execution import Compiled, Eager, Execution
 from distaff.metrics import Max, Mean, Sum, compute
-from distaff.step import Context
 
 X = np.random.default_rng(1).normal(size=(11, 3)).astype(np.float32)
 Y = np.arange(11, dtype=np.float32)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from distaff import loop
 from distaff.events import StepEnd, WindowEnd
 from distaff.metrics import Mean, merge
-from distaff.step import NEVER, Window, empty_window
+from distaff.window import NEVER, Window, empty_window
 
 EMPTY = empty_window({"loss": Mean(jnp.float32(0), jnp.float32(0))})
 

@@ -16,15 +16,8 @@ import pytest
 from distaff import EvalStep, TrainState, TrainStep, train_step
 from distaff.errors import BatchError, ConfigError, LossError, StateError
 from distaff.metrics import Last, Mean, Metric, Sum, compute, to_host
-from distaff.step import (
-    NEVER,
-    Context,
-    MaskError,
-    accumulating,
-    empty_window,
-    measured,
-    windowed,
-)
+from distaff.step import Context, MaskError
+from distaff.window import NEVER, accumulating, empty_window, measured, windowed
 
 SIZE = 8
 X = np.random.default_rng(0).normal(size=(SIZE, 3)).astype(np.float32)

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from distaff.context import Context
 from distaff.errors import BatchError, LossError
 from distaff.monitor import Monitor
-from distaff.step import Context
 from distaff.trainer import TrainerModule
 from distaff.typing import Batch, Params
 
