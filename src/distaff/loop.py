@@ -110,6 +110,8 @@ def epochs(run: Run, plan: Plan) -> Iterator[tuple[str, StepInfo]]:
     run.on_training_start()
     yield "on_training_start", run.info({})
     for epoch in range(plan.first_epoch, plan.last_epoch + 1):
+        if run.stop_reason:
+            break
         metrics = run.train_epoch(plan.train_loader, epoch)
         if run.stop_reason:
             break
@@ -128,6 +130,4 @@ def epochs(run: Run, plan: Plan) -> Iterator[tuple[str, StepInfo]]:
             yield "on_checkpoint", run.info(validation, is_best)
             metrics = {**metrics, **validation}
         run.end_epoch(epoch, metrics, is_best)
-        if run.stop_reason:
-            break
     yield "on_training_end", run.info({})

@@ -59,9 +59,15 @@ class Predictor:
         self.init_model(example_batch)
 
     def print_tabulate(self, example_batch: Batch) -> None:
-        """Shows the model's arrays as a table; it is also written into the run directory."""
+        """Shows the model as a table, which is also written into the run directory.
+
+        Args:
+            example_batch: a batch like those of training; outputs and FLOPs are for one like it.
+        """
         rows = self.model.layers(jax.random.key(0), *self.model_inputs(example_batch))
-        self.table = model_table(rows, type(self.model.module).__name__)
+        self.table = model_table(
+            rows, type(self.model.module).__name__, depth=self.config.table_depth
+        )
         self.display.print(self.table)
 
     def init_model(self, example_batch: Batch) -> None:
@@ -189,12 +195,17 @@ class Predictor:
         if example_batch is None:
             example_batch = example_from(record["example_batch"])
         with _explained(file):
-            recorded = vars(from_json(cls.Config, record["options"]))
+            recorded = cls.recorded_options(record)
         trainer = cls(model, **{**recorded, "enable_progress_bar": False, **options})
         with _explained(file):
             trainer.set_up(example_batch)
         trainer.restore(CheckpointStore(directory), step, _trained(trainer.ready_state()))
         return trainer
+
+    @classmethod
+    def recorded_options(cls, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the keyword arguments of the constructor that a run's record holds."""
+        return dict(vars(from_json(cls.Config, record["options"])))
 
     def restore(self, store: Store, step: int, members: Iterable[str]) -> None:
         """Replaces members of the state by those of a checkpoint.

@@ -18,7 +18,7 @@ _log = logging.getLogger("distaff")
 class Recording(Protocol):
     """The outlets of a run. Nothing is written before `open`."""
 
-    logger: Logger
+    logger: ManyLoggers
     store: Store
 
     @property
@@ -52,7 +52,7 @@ class NullRecording:
     """
 
     def __init__(self, loggers: Sequence[Logger] = ()) -> None:
-        self.logger: Logger = ManyLoggers(*loggers)
+        self.logger = ManyLoggers(*loggers)
         self.store: Store = NullStore()
 
     @property
@@ -86,9 +86,9 @@ class DirectoryRecording:
         self, directory: RunDirectory, loggers: Sequence[Logger] = (), *, keep_last: int = 1
     ) -> None:
         self.directory = directory
-        self.logger: Logger = ManyLoggers(
-            JsonlLogger(lambda: directory.path / "metrics.jsonl"),
-            FilesLogger(lambda: directory.path),
+        self.logger = ManyLoggers(
+            JsonlLogger(lambda: directory.location / "metrics.jsonl"),
+            FilesLogger(lambda: directory.location),
             *loggers,
         )
         self.store: Store = NullStore()
@@ -107,16 +107,18 @@ class DirectoryRecording:
             RunDirectoryError: it cannot be written.
         """
         self.directory.check_writable()
-        path = self.directory.create()
+        self.directory.create()
         self.directory.write_json("config.json", record)
         self.directory.write_environment()
         self.directory.set_status("running")
         for name, content in texts.items():
             self.directory.write_text(name, content)
         self._closing.enter_context(self.directory.open_log())
-        self.store = CheckpointStore(path / "checkpoints", keep_last=self._keep_last)
+        self.store = CheckpointStore(
+            self.directory.location / "checkpoints", keep_last=self._keep_last
+        )
         self.logger.log_config(record)
-        _log.info("run %s", path)
+        _log.info("run %s", self.path)
 
     def save_metrics(self, name: str, metrics: Mapping[str, Any]) -> None:
         """Writes `metrics/<name>.json`, whole or not at all."""

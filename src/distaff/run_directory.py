@@ -57,6 +57,8 @@ class RunDirectory:
     def __init__(self, root: Path | str = "runs", name: str = "run") -> None:
         self._parent = Path(root) / _checked(name)
         self._path: Path | None = None
+        # A relative root stays where it was when the program goes to another directory.
+        self._origin = Path.cwd()
 
     @classmethod
     def open(cls, path: Path | str) -> RunDirectory:
@@ -83,7 +85,7 @@ class RunDirectory:
 
     @property
     def path(self) -> Path:
-        """The directory of this run.
+        """The directory of this run, relative where the root is.
 
         Raises:
             StateError: it is not created yet.
@@ -95,13 +97,22 @@ class RunDirectory:
             )
         return self._path
 
+    @property
+    def location(self) -> Path:
+        """The absolute path of this run, which holds whatever the current directory is.
+
+        Raises:
+            StateError: it is not created yet.
+        """
+        return self._origin / self.path
+
     def check_writable(self) -> None:
         """Tries whether `create` can succeed, and leaves nothing behind.
 
         Raises:
             RunDirectoryError: a file is in the way, or the file system refuses.
         """
-        nearest_existing = (self._path or self._parent).absolute()
+        nearest_existing = self._origin / (self._path or self._parent)
         while not os.path.lexists(nearest_existing):
             nearest_existing = nearest_existing.parent
         with _explained(nearest_existing):
@@ -118,7 +129,7 @@ class RunDirectory:
         """
         if self._path is None:
             with _explained(self._parent):
-                self._path = _next_version(self._parent)
+                self._path = self._parent / _next_version(self._origin / self._parent).name
         return self._path
 
     def write_json(self, name: str, value: Any) -> Path:
@@ -151,7 +162,7 @@ class RunDirectory:
             RunDirectoryError: it cannot be written.
             StateError: the run is not created yet.
         """
-        target = self.path / _checked(name)
+        target = self.location / _checked(name)
         with _explained(target):
             target.parent.mkdir(_DIRECTORY_MODE, parents=True, exist_ok=True)
             _replace(target, text)
@@ -167,7 +178,7 @@ class RunDirectory:
             RunDirectoryError: it is absent or is not JSON.
             StateError: the run is not created yet.
         """
-        target = self.path / _checked(name)
+        target = self.location / _checked(name)
         try:
             with _explained(target, "read"):
                 return json.loads(target.read_bytes())
@@ -212,7 +223,7 @@ class RunDirectory:
         Raises:
             RunDirectoryError: `log.txt` cannot be written.
         """
-        target = self.path / "log.txt"
+        target = self.location / "log.txt"
         with _explained(target):
             target.touch(_FILE_MODE)
             handler = logging.FileHandler(target, encoding="utf-8", errors="backslashreplace")

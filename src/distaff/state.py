@@ -224,14 +224,43 @@ def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
 
 def owned(state: PyTree) -> PyTree:
     """Returns a copy in which each leaf has a buffer of its own, so that all can be donated."""
-    return jax.tree.map(lambda leaf: leaf.copy(), state)
+    return jax.tree.map(
+        lambda leaf: leaf.copy() if isinstance(leaf, jax.Array) else jnp.array(leaf), state
+    )
 
 
 @jax.jit
-def fingerprint(tree: PyTree) -> jax.Array:
-    """Returns one number per leaf, `[leaves]`, which changes with the leaf: its mean magnitude."""
-    leaves = [jnp.mean(jnp.abs(leaf)).astype(jnp.float32) for leaf in jax.tree.leaves(tree)]
-    return jnp.array(leaves)
+def fingerprints(*groups: list[jax.Array]) -> tuple[jax.Array, ...]:
+    """Returns for each group of float arrays one number per array, which changes with its bits.
+
+    Means would not do: gradients that cancel each other, as those of a softmax do, keep them.
+    """
+    return tuple(jnp.array([_hash(array) for array in group], jnp.uint32) for group in groups)
+
+
+def _hash(array: jax.Array) -> jax.Array:
+    """Mixes the bits of each float, so that changes do not cancel in the sum over all of them."""
+    unsigned = jnp.dtype(f"uint{8 * array.dtype.itemsize}")
+    bits = jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
+    mixed = bits * jnp.uint32(0x9E3779B1)
+    mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x85EBCA77)
+    return jnp.sum(mixed ^ (mixed >> 13), dtype=jnp.uint32)
+
+
+def evidence_of_learning(state: TrainState) -> tuple[jax.Array, ...]:
+    """Returns fingerprints of what training changes: the parameters, and averages of the gradient.
+
+    The averages, arrays of the optimizer's state that are shaped like a parameter, stay as they are
+    where every gradient is zero, also when weight decay changes the parameters.
+    """
+
+    def floats(tree: PyTree) -> list[jax.Array]:
+        return [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+    params = floats(state.params)
+    shapes = {leaf.shape for leaf in params if leaf.ndim}
+    averages = [leaf for leaf in floats(state.opt_state) if leaf.shape in shapes]
+    return fingerprints(params, averages)
 
 
 @jax.jit

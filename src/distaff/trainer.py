@@ -16,7 +16,6 @@ from distaff.evaluate import Evaluator
 from distaff.events import Plan, StepEnd
 from distaff.monitor import Monitor
 from distaff.optim import build_optimizer
-from distaff.record import make_record
 from distaff.recording import recorded
 from distaff.state import all_finite, owned
 from distaff.step import EvalFn, EvalStep
@@ -47,8 +46,6 @@ class TrainerModule(Training):
     Raises:
         ConfigError: an option is unknown or out of range, or the model is no module.
     """
-
-    monitor: Monitor = Monitor("val/loss")
 
     def __init__(self, model: Any, *, example_batch: Batch = None, **options: Any) -> None:
         super().__init__(model, **options)
@@ -153,7 +150,7 @@ class TrainerModule(Training):
         with closing(self.display):
             self.begin(plan)
             self._prepare(plan, test)
-            record = self._record(num_epochs=num_epochs, steps_per_epoch=steps_per_epoch)
+            record = self.record(num_epochs=num_epochs, steps_per_epoch=steps_per_epoch)
             texts = {"model.txt": as_text(self.table)}
             with recorded(self.recording, record, texts, self.outcome):
                 for event, info in loop.epochs(self, plan):
@@ -207,7 +204,12 @@ class TrainerModule(Training):
         return metrics_lib.compute(self._evaluator(state, batches), prefix)
 
     def save_metrics(self, name: str, metrics: Mapping[str, Any]) -> None:
-        """Writes metrics to `metrics/<name>.json` in the run directory."""
+        """Writes metrics to `metrics/<name>.json` in the run directory.
+
+        Raises:
+            StateError: nothing has been trained yet.
+        """
+        self.check_run()
         self.recording.save_metrics(name, metrics_lib.as_json(metrics))
 
     def is_new_model_better(
@@ -231,7 +233,9 @@ class TrainerModule(Training):
 
         Raises:
             NonFiniteError: a parameter is NaN or infinite; such a model is never kept.
+            StateError: nothing has been trained yet.
         """
+        self.check_run()
         state = self.ready_state()
         if not all_finite(state.params):
             raise self.not_finite("A parameter", self.step)
@@ -251,11 +255,16 @@ class TrainerModule(Training):
         )
 
     def load_model(self) -> None:
-        """Loads the best checkpoint of this run, whole; the newest where none is the best."""
+        """Loads the best checkpoint of this run, whole; the newest where none is the best.
+
+        Raises:
+            StateError: nothing has been trained yet.
+        """
+        self.check_run()
         store = self.recording.store
         store.wait()
         step = self.best.step if self.best else store.latest()
-        if step is not None and step != self.step:
+        if step is not None:
             self.restore(store, step, tuple(self.ready_state().arrays()))
 
     def on_training_start(self) -> None:
@@ -287,18 +296,6 @@ class TrainerModule(Training):
             self._check_monitors(self._evaluator.shapes(state, batch))
         if test_loader is not None:
             self._evaluator.shapes(state, first_batch(test_loader, name="test"))
-
-    def _record(self, **arguments: Any) -> dict[str, Any]:
-        """Returns what determines this run, as strict JSON."""
-        return make_record(
-            trainer=type(self),
-            model=self.model.module,
-            optimizer=self.optimizer,
-            monitor=self.monitor,
-            options=self.config,
-            example_batch=self.example_batch,
-            **arguments,
-        )
 
     def _check_monitors(self, metrics: Mapping[str, Any]) -> None:
         """Checks that what is monitored exists, unless an override may add or ignore it."""

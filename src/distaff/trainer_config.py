@@ -24,6 +24,8 @@ class TrainerConfig:
         check_val_every_n_epoch: epochs between validations, and between checkpoints.
         log_every_n_steps: steps per line of training metrics in the log.
         keep_last: newest checkpoints to keep, beside the best.
+        table_depth: levels of modules in the model table, 0 for the whole model in one line; None
+            for every module and each of its arrays.
         enable_progress_bar: False draws nothing.
         debug: run every step as plain Python, so that breakpoints and prints work.
 
@@ -37,12 +39,16 @@ class TrainerConfig:
     check_val_every_n_epoch: int = 1
     log_every_n_steps: int = 50
     keep_last: int = 1
+    table_depth: int | None = None
     enable_progress_bar: bool = True
     debug: bool = False
 
     def __post_init__(self) -> None:
         for name in ("check_val_every_n_epoch", "log_every_n_steps", "keep_last"):
             check_count(name, getattr(self, name))
+        depth = self.table_depth
+        if depth is not None and (not isinstance(depth, Integral) or depth < 0):
+            raise ConfigError(f"table_depth is a whole number, at least 0, or None; got {depth!r}.")
         if not isinstance(self.seed, Integral):
             raise ConfigError(f"seed is a whole number; got {self.seed!r}.")
 

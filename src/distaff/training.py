@@ -6,22 +6,26 @@ import logging
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
 from distaff.callbacks import Callback, Callbacks, StepInfo
+from distaff.config import from_json
 from distaff.data import num_batches
-from distaff.errors import NonFiniteError
+from distaff.errors import ConfigError, NonFiniteError, StateError
 from distaff.events import Plan, StepEnd, WindowEnd
 from distaff.loggers import Logger
 from distaff.metrics import compute
+from distaff.monitor import Monitor
 from distaff.optim import OptimizerConfig, OptimizerLike
 from distaff.predictor import Predictor
+from distaff.record import make_record
 from distaff.recording import NullRecording, Recording, make_recording
-from distaff.state import fingerprint
+from distaff.state import evidence_of_learning
 from distaff.trainer_config import Best, TrainResult
-from distaff.typing import Schedule
+from distaff.typing import Batch, Schedule
 
 _log = logging.getLogger("distaff")
 
@@ -38,6 +42,8 @@ class Training(Predictor):
         **options: see `TrainerConfig`.
     """
 
+    monitor: Monitor = Monitor("val/loss")
+    example_batch: Batch
     plan: Plan
 
     def __init__(
@@ -77,6 +83,26 @@ class Training(Predictor):
         """Returns what callbacks are told."""
         return StepInfo(self.step, self.epoch, self.ready_state(), metrics, is_best)
 
+    def record(self, **arguments: Any) -> dict[str, Any]:
+        """Returns what determines this run, as strict JSON."""
+        return make_record(
+            trainer=type(self),
+            model=self.model.module,
+            optimizer=self.optimizer,
+            monitor=self.monitor,
+            options=self.config,
+            example_batch=self.example_batch,
+            **arguments,
+        )
+
+    @classmethod
+    def recorded_options(cls, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the recorded options; with them the optimizer, where it was a config."""
+        options = super().recorded_options(record)
+        with suppress(ConfigError):  # A transformation or a function is recorded by name only.
+            options["optimizer"] = from_json(OptimizerConfig, record.get("optimizer"))
+        return options
+
     def begin(self, plan: Plan) -> None:
         """Counts a new run."""
         self.plan, self._first_step, self._reached = plan, self.step, (self.step, self.epoch)
@@ -84,12 +110,25 @@ class Training(Predictor):
         self.display.start(plan.last_epoch, plan.steps_per_epoch or num_batches(plan.train_loader))
         self.display.compiling("the model")
 
+    def check_run(self) -> None:
+        """Checks that there is a run, whose files can be written and read.
+
+        Raises:
+            StateError: nothing has been trained yet.
+        """
+        if not hasattr(self, "plan"):
+            raise StateError(
+                "Checkpoints and metrics are files of a run, and this trainer has trained none "
+                "yet. Call train_model first; for the weights of another run, use "
+                "load_from_checkpoint."
+            )
+
     def begin_epoch(self, epoch: int) -> None:
         """Counts a new epoch."""
         self.epoch = epoch
         self._epoch_start = time.perf_counter()
         if self.step == self._first_step:
-            self._untrained = fingerprint(self.ready_state().params)
+            self._untrained = evidence_of_learning(self.ready_state())
             self.display.compiling("the step")
 
     def after_step(self, event: StepEnd) -> None:
@@ -119,16 +158,23 @@ class Training(Predictor):
         self.recording.logger.log_metrics(metrics, step=event.step, epoch=self.epoch)
 
     def _check_progress(self) -> None:
-        """Warns, once, if no parameter has changed since the run began."""
-        untrained, self._untrained = self._untrained, None
-        if untrained is None:
+        """Warns, once, if nothing has been learned since the run began."""
+        num_steps = self.step - self._first_step
+        # The learning rate of the first step is zero under a warm-up.
+        if self._untrained is None or num_steps < 2:
             return
-        if np.array_equal(untrained, fingerprint(self.ready_state().params)):
+        untrained, self._untrained = self._untrained, None
+        same_params, same_averages = (
+            before.size > 0 and np.array_equal(before, now)
+            for before, now in zip(untrained, evidence_of_learning(self.ready_state()), strict=True)
+        )
+        if same_params or same_averages:
+            what = "No parameter has changed" if same_params else "Every gradient has been zero"
             warnings.warn(
-                f"No parameter has changed in the first {self.step - self._first_step} steps. "
-                "Either the learning rate is zero or every parameter frozen, or the loss does not "
-                "depend on its argument `params`: a loss that reads state.params instead has zero "
-                "gradients.",
+                f"{what} in the first {num_steps} steps. Either the loss does not depend on its "
+                "argument `params`: a loss that reads state.params instead has zero gradients. Or "
+                "the learning rate is zero, every parameter frozen, or gradients accumulate for "
+                "longer than that.",
                 stacklevel=2,
             )
 

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import distaff
@@ -223,7 +224,9 @@ def test_hostile_record_is_refused_and_runs_nothing(run, copied, changes, named,
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"model": 1}', "[" * 100_000, "\x00", '{"model": NaN'], ids=repr
+    "text",
+    ["", "[]", "{}", '{"model": 1}', "[" * 100_000, "\x00", '{"model": '],
+    ids=["empty", "list", "nothing", "incomplete", "deep", "binary", "cut"],
 )
 def test_record_that_is_none_is_refused(run, copied, text):
     (copied / "config.json").write_text(text)
@@ -275,6 +278,16 @@ def test_loaded_trainer_trains_on_in_a_new_directory(run, capfd):
     assert capfd.readouterr().out == ""
     again = run.load(result.path)
     np.testing.assert_array_equal(again.predict(loader(2)), loaded.predict(loader(2)))
+
+
+def test_loaded_trainer_has_the_recorded_optimizer(run, tmp_path):
+    config = distaff.OptimizerConfig("lion", learning_rate=0.25, schedule="constant")
+    trainer = run.load(optimizer=config, root=str(tmp_path))
+    result = trainer.train_model(loader(), num_epochs=1)
+    assert run.load(result.path).optimizer == config
+    plain = run.load(optimizer=optax.sgd(0.1), root=str(tmp_path))
+    plain_result = plain.train_model(loader(), num_epochs=1)
+    assert run.load(plain_result.path).optimizer == distaff.OptimizerConfig()
 
 
 class Averaged(distaff.TrainState):

@@ -206,7 +206,27 @@ def test_collections_asked_for_by_the_caller_come_back_to_it(everything):
     mutable = ["counters", "batch_stats"]
     (_, asked), after = model.apply(variables, X, train=True, key=KEY, mutable=mutable)
     assert_same(asked["counters"], {"calls": 1})
-    assert after is variables
+    assert_same(asked["batch_stats"], after.batch_stats)
+    assert_same(after.collections["counters"], {"calls": 1})
+
+
+class Sowing(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
+        x = nn.BatchNorm(use_running_average=not train)(x)
+        self.sow("losses", "size", jnp.square(x).mean())
+        return x
+
+
+def test_what_is_sown_comes_back_and_is_not_kept():
+    model = as_model(Sowing())
+    variables = model.init(KEY, X)
+    assert variables.collections is None
+    (_, sown), after = model.apply(variables, X, train=True, key=None, mutable=["losses"])
+    np.testing.assert_allclose(sown["losses"]["size"][0], 1, atol=0.05)
+    assert len(sown["losses"]["size"]) == 1
+    assert jax.tree.structure(after) == jax.tree.structure(variables)
+    assert (after.batch_stats["BatchNorm_0"]["mean"] != 0).any()
 
 
 def test_bound_model_is_called_as_in_linen(everything):
@@ -260,6 +280,76 @@ def test_layers_come_in_order_of_call_with_their_outputs():
     assert [name for _, name, _, _ in rows[1].variables] == ["bias", "kernel"]
 
 
+class Shares(nn.Module):
+    """Calls one layer on all rows, again on one, and a third time from a block that it is in."""
+
+    @nn.compact
+    def __call__(self, x):
+        shared = nn.Dense(3, use_bias=False, name="shared")
+        return Block(3, inner=shared, name="block")(shared(shared(x)[:1]))
+
+
+class Auxiliary(nn.Module):
+    """Uses one of its layers in training only."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        auxiliary = nn.Dense(5, use_bias=False)(x)
+        return (x, auxiliary) if train else x * 2
+
+
+class EvaluatedOnly(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        return x if train else nn.Sequential([jnp.square])(x)
+
+
+class NeverEvaluated(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        assert train
+        return nn.Dense(2)(x)
+
+
+def flops_of(module: nn.Module) -> dict[str, float | None]:
+    return {row.path: row.flops for row in as_model(module).layers(KEY, X)}
+
+
+def test_layers_count_each_modules_own_flops():
+    block = Block(4, inner=nn.Dense(2, use_bias=False))
+    assert flops_of(nn.Sequential([nn.Dense(2), block, jnp.square])) == {
+        "": 2 * 2,
+        "layers_0": 2 * (2 * 3) * 2 + 2 * 2,
+        "layers_1": 0,
+        "layers_1/Dense_0": 2 * (2 * 2) * 4 + 2 * 4,
+        "layers_1/inner": 2 * (2 * 4) * 2,
+    }
+
+
+def test_flops_of_a_layer_that_is_called_again_are_its_callers():
+    one_row = 2 * 3 * 3
+    assert flops_of(Shares()) == {
+        "": 2 * one_row,
+        "shared": 2 * one_row,
+        "block": None,
+        "block/Dense_0": one_row + 3,
+    }
+
+
+def test_flops_whose_result_is_not_used_leave_no_negative_count():
+    assert flops_of(Auxiliary()) == {"": 0, "Dense_0": 2 * (2 * 3) * 5}
+
+
+def test_flops_of_a_module_that_is_not_listed_are_its_callers():
+    assert flops_of(EvaluatedOnly()) == {"": 2 * 3}
+
+
+def test_layers_without_an_estimate_have_no_flops(monkeypatch):
+    assert flops_of(NeverEvaluated()) == {"": None, "Dense_0": None}
+    monkeypatch.setattr(jax.stages.Lowered, "cost_analysis", lambda self: None)
+    assert flops_of(nn.Dense(2)) == {"": None}
+
+
 def test_as_model_takes_an_instance_of_a_module_only():
     assert type(as_model(Block())) is LinenModel
     with pytest.raises(ConfigError, match=r"pass Block\(\.\.\.\) instead of Block"):
@@ -298,8 +388,11 @@ def other_than_default(x: jax.Array) -> jax.Array:
     return -x
 
 
+NAMELESS = (lambda x: x, lambda x: -x)
+
+
 class Anonymous(nn.Module):
-    activation: Callable[[jax.Array], jax.Array] = lambda x: x
+    activation: Callable[[jax.Array], jax.Array] = NAMELESS[0]
 
 
 ME = f"{__name__}:Options"
@@ -309,7 +402,7 @@ ME = f"{__name__}:Options"
     ("record", "named"),
     [
         (to_json(Options(activation=other_than_default)), "other_than_default"),
-        (to_json(Anonymous(activation=lambda x: -x)), "<lambda>"),
+        (to_json(Anonymous(activation=NAMELESS[1])), "<lambda>"),
         ({"$class": "os:system", "command": "touch hacked"}, "'os:system'"),
         ({"$class": "builtins:eval"}, "'builtins:eval'"),
         ({"$class": f"{__name__}:Variables"}, "no module class of that name is imported"),

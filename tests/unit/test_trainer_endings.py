@@ -70,6 +70,34 @@ def test_early_stopping_ends_the_run_as_stopped():
     assert "test/loss" in result.metrics
 
 
+def test_early_stopping_forgets_an_earlier_run():
+    trainer = make(Scripted, callbacks=[EarlyStopping(Monitor("val/score"), patience=2)], root=None)
+    trainer.scores = (1.0, 2.0, 3.0, 9.0, 8.0, 7.0)
+    assert trainer.train_model(loader(), loader(1), num_epochs=3).status == "stopped"
+    trainer.scores = trainer.scores[3 - trainer.epoch :]
+    assert trainer.train_model(loader(), loader(1), num_epochs=3).status == "finished"
+
+
+def test_stop_before_the_first_step_trains_nothing():
+    class Never(Callback):
+        def on_training_start(self, info):
+            raise StopTraining("not today")
+
+    result = make(callbacks=[Never()]).train_model(loader(), loader(1), loader(2), num_epochs=2)
+    assert (result.status, result.reason, result.step) == ("stopped", "not today", 0)
+    assert "test/loss" in result.metrics
+
+
+def test_number_in_the_state_of_ones_own_is_trained_along():
+    class Counting(distaff.TrainState):
+        epoch: int = 0
+
+    trainer = make(root=None)
+    trainer.state_class = Counting
+    trainer.train_model(loader(), num_epochs=1)
+    assert int(trainer.state.epoch) == 0
+
+
 def test_stop_in_the_middle_of_an_epoch_keeps_and_tests_the_last_state():
     trainer = make(callbacks=[AtStep(6, StopTraining("enough"))])
     result = trainer.train_model(loader(), None, loader(2), num_epochs=3)

@@ -33,6 +33,10 @@ class EarlyStopping(Callback):
         self.best: float | None = None
         self.waited = 0
 
+    def on_training_start(self, info: StepInfo) -> None:
+        """Forgets an earlier run."""
+        self.best, self.waited = None, 0
+
     def on_validation_end(self, info: StepInfo) -> None:
         """Compares the monitored metric with the best so far.
 

@@ -1,72 +1,153 @@
-"""The model as a table: each module's arrays, with parameters and bytes."""
+"""The model as a table: each module's arrays, with parameters, bytes and FLOPs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from rich.table import Table
 
 from distaff.models import LayerRow
 
+_BYTES = ("B", "KiB", "MiB", "GiB", "TiB")
+_FLOPS = ("", "k", "M", "G", "T", "P")
 
-def model_table(rows: Sequence[LayerRow], title: str) -> Table:
-    """Lays out a model's arrays, one per line, with totals.
+
+class _Line(NamedTuple):
+    """What one line says of arrays: of one of them, or of all in one collection."""
+
+    path: str
+    parameters: str = ""
+    bytes: str = ""
+    shape: str = ""
+    dtype: str = ""
+
+
+def model_table(rows: Sequence[LayerRow], title: str, depth: int | None = None) -> Table:
+    """Lays out a model, one line per array or one per module, with totals.
+
+    Every column adds up to its total: a module's FLOPs are its own, without those of the modules
+    below it. An array that is no parameter has its collection in the place of a number of
+    parameters, such as `(batch_stats)`.
 
     Args:
         rows: modules in order of call, as `Model.layers` gives them.
         title: shown above.
+        depth: levels of modules to show, one line each; what is below is added to the line of the
+            module above it. 0 is the whole model in one line; None shows every array.
 
     Returns:
-        A table with the columns path, shape, dtype, parameters, bytes, and the module's output.
+        A table with the columns path, shape and dtype (without a depth only), parameters, bytes,
+        FLOPs (if any are known), and the module's output.
     """
-    table = Table(title=title, title_justify="left", title_style="bold", show_footer=True, box=None)
-    parameters = sum(math.prod(shape) for shape, _ in _arrays(rows, "params"))
-    size = sum(_bytes(shape, dtype) for shape, dtype in _arrays(rows, None))
-    table.add_column("path", footer="total", no_wrap=True)
-    table.add_column("shape")
-    table.add_column("dtype")
-    table.add_column("parameters", footer=f"{parameters:,}", justify="right")
-    table.add_column("bytes", footer=_readable(size), justify="right")
+    counted = any(row.flops is not None for row in rows)
+    table = Table(title_justify="left", title_style="bold", box=None)
+    table.title = f"{title} (FLOPs: evaluation of the example batch)" if counted else title
+    table.add_column("path", no_wrap=True)
+    for name in ("shape", "dtype") if depth is None else ():
+        table.add_column(name)
+    for name in ("parameters", "bytes", *(["FLOPs"] if counted else [])):
+        table.add_column(name, justify="right")
     table.add_column("output", style="dim")
-    for row in rows:
-        output = row.output
-        if not row.variables:
-            table.add_row(row.path or row.kind, "", "", "", "", output)
-        for collection, name, shape, dtype in row.variables:
-            trained = collection == "params"
-            path = "/".join(part for part in (row.path, name) if part)
-            table.add_row(
-                path if trained else f"{path} ({collection})",
-                str(list(shape)),
-                str(dtype),
-                f"{math.prod(shape):,}" if trained else "",
-                _readable(_bytes(shape, dtype)),
-                output,
-            )
-            output = ""
+
+    def add(line: _Line, flops: str = "", output: str = "", style: str = "") -> None:
+        array = [line.shape, line.dtype] if depth is None else []
+        work = [flops] if counted else []
+        table.add_row(line.path, *array, line.parameters, line.bytes, *work, output, style=style)
+
+    for module, members in _groups(rows, depth):
+        name = module.path or module.kind
+        lines = _arrays(module) if depth is None else _collections(members, name)
+        first, *others = lines or [_Line(name)]
+        add(first, _flops(members), module.output)
+        for line in others:
+            add(line)
+    total, *others = _totals(rows)
+    add(total, _flops(rows), style="bold")
+    for line in others:
+        add(line)
     return table
 
 
-def _arrays(
-    rows: Sequence[LayerRow], collection: str | None
-) -> list[tuple[tuple[int, ...], jnp.dtype]]:
-    return [
-        (shape, dtype)
+def _groups(rows: Sequence[LayerRow], depth: int | None) -> list[tuple[LayerRow, list[LayerRow]]]:
+    """Returns the modules to show, each with itself and those below it that are not shown."""
+    shown = {
+        row.path: (row, [])
         for row in rows
-        for kind, _, shape, dtype in row.variables
-        if collection in (None, kind)
+        if depth is None or len([name for name in row.path.split("/") if name]) <= depth
+    }
+    for row in rows:
+        path = row.path
+        while path and path not in shown:
+            path = path.rpartition("/")[0]
+        shown[path][1].append(row)
+    return list(shown.values())
+
+
+def _arrays(row: LayerRow) -> list[_Line]:
+    return [
+        _Line(
+            "/".join(part for part in (row.path, name) if part),
+            f"{math.prod(shape):,}" if collection == "params" else f"({collection})",
+            _scaled(_bytes(shape, dtype), 1024, _BYTES),
+            str(list(shape)),
+            str(dtype),
+        )
+        for collection, name, shape, dtype in row.variables
     ]
+
+
+def _collections(rows: Sequence[LayerRow], path: str) -> list[_Line]:
+    """Adds up the arrays of each collection, parameters first."""
+    return [
+        _Line(
+            path,
+            f"{values:,}" if collection == "params" else f"({collection})",
+            _scaled(size, 1024, _BYTES),
+        )
+        for collection, (values, size) in _sums(rows).items()
+    ]
+
+
+def _totals(rows: Sequence[LayerRow]) -> list[_Line]:
+    """Returns the line of the total, and one for each collection but the parameters."""
+    sums = _sums(rows)
+    parameters, _ = sums.pop("params", (0, 0))
+    size = sum(_bytes(shape, dtype) for row in rows for *_, shape, dtype in row.variables)
+    return [
+        _Line("total", f"{parameters:,}", _scaled(size, 1024, _BYTES)),
+        *(
+            _Line(f"{values:,} values", f"({collection})", _scaled(size, 1024, _BYTES))
+            for collection, (values, size) in sums.items()
+        ),
+    ]
+
+
+def _sums(rows: Sequence[LayerRow]) -> dict[str, tuple[int, int]]:
+    """Returns values and bytes of each collection, parameters first."""
+    arrays = [array for row in rows for array in row.variables]
+    sums: dict[str, tuple[int, int]] = {}
+    for collection, _, shape, dtype in sorted(arrays, key=lambda array: array[0] != "params"):
+        values, size = sums.get(collection, (0, 0))
+        sums[collection] = (values + math.prod(shape), size + _bytes(shape, dtype))
+    return sums
+
+
+def _flops(rows: Sequence[LayerRow]) -> str:
+    known = [row.flops for row in rows if row.flops is not None]
+    return _scaled(sum(known), 1000, _FLOPS) if known else ""
 
 
 def _bytes(shape: tuple[int, ...], dtype: jnp.dtype) -> int:
     return math.prod(shape) * jnp.dtype(dtype).itemsize
 
 
-def _readable(size: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:,.0f} {unit}" if unit == "B" else f"{size:,.1f} {unit}"
-        size /= 1024
-    return f"{size:,.1f} GiB"
+def _scaled(number: float, base: int, units: Sequence[str]) -> str:
+    """Returns a number with the unit that leaves it below the base: `1.5 KiB`, `46.7 M`."""
+    power = 0
+    while number >= base and power < len(units) - 1:
+        number /= base
+        power += 1
+    return f"{number:,.{min(power, 1)}f} {units[power]}".rstrip()

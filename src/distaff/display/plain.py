@@ -26,7 +26,12 @@ class PlainDisplay:
     def __init__(self, stream: TextIO, *, clock: Callable[[], float] = time.perf_counter) -> None:
         self._stream = stream
         self._console = Console(
-            file=stream, force_terminal=False, color_system=None, width=100, highlight=False
+            file=stream,
+            force_terminal=False,
+            force_jupyter=False,  # a table would go past the stream, into the notebook's page
+            color_system=None,
+            width=100,
+            highlight=False,
         )
         self._clock = clock
         self._pace = Pace(clock)

@@ -30,12 +30,15 @@ class LayerRow(NamedTuple):
         kind: the module's class name.
         output: shapes and dtypes of what it returns, such as `float32[64,8,8,32]`.
         variables: its own arrays, not its children's: collection, name, shape and dtype.
+        flops: its own floating point operations in one forward pass, without those of the modules
+            it calls; None where they are not known.
     """
 
     path: str
     kind: str
     output: str
     variables: tuple[tuple[str, str, tuple[int, ...], Any], ...]
+    flops: float | None = None
 
 
 class Model(Protocol):
@@ -77,5 +80,5 @@ class Model(Protocol):
         ...
 
     def layers(self, key: Key, *inputs: Any) -> list[LayerRow]:
-        """Lists the modules in order of call; nothing is computed."""
+        """Lists the modules in order of call; nothing is computed on a device."""
         ...

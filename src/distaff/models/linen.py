@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -39,15 +39,36 @@ class LinenModel:
         return self.module.apply
 
     def init(self, key: Key, *inputs: Any) -> Variables:
-        """Makes the variables for inputs shaped like these, as in training."""
-        return _split(self._init(key, *inputs))
+        """Makes the variables for inputs shaped like these, as in training.
+
+        A collection that modules sow into is left out: it would grow with every pass.
+        """
+        collections = dict(self._init(key, *inputs))
+        others = [name for name in collections if name not in ("params", "batch_stats")]
+        if others:
+            mode: dict[str, Any] = self._mode(None, True)
+            changing = [name for name in collections if name != "params"]
+            again = jax.eval_shape(
+                lambda: self.module.apply(
+                    collections, *inputs, rngs=_streams(key), mutable=changing, **mode
+                )[1]
+            )
+            for name in others:
+                if jax.tree.structure(again[name]) != jax.tree.structure(collections[name]):
+                    del collections[name]
+        return _split(collections)
 
     def apply(
         self, variables: Variables, *inputs: Any, train: bool, key: Key | None, **kwargs: Any
     ) -> tuple[Any, Variables]:
-        """Runs the forward pass; in training, every collection but `params` may change."""
+        """Runs the forward pass; in training, every collection but `params` may change.
+
+        `mutable=[...]` names collections to be returned besides, as in Linen: `outputs, changed`.
+        """
         collections = _join(variables)
-        mutable = [name for name in collections if name != "params"] if train else []
+        asked = kwargs.pop("mutable", None)
+        kept = [name for name in collections if name != "params"] if train else []
+        mutable = list(dict.fromkeys([*kept, *(asked or ())]))
         call = functools.partial(
             self.module.apply,
             collections,
@@ -55,17 +76,25 @@ class LinenModel:
             rngs=None if key is None else _streams(key),
             **{**self._mode(kwargs.get("method"), train), **kwargs},
         )
-        if "mutable" in kwargs or not mutable:
+        if not mutable:
             return call(), variables
         outputs, changed = call(mutable=mutable)
-        return outputs, _split({**collections, **changed})
+        collections.update({name: changed[name] for name in kept})
+        if asked is not None:
+            outputs = outputs, {name: changed[name] for name in asked if name in changed}
+        return outputs, _split(collections)
 
     def bind(self, variables: Variables) -> nn.Module:
         """Returns `module.bind(variables)`: call it as in Linen, `bound(x, train=False)`."""
         return self.module.bind(_join(variables))
 
     def layers(self, key: Key, *inputs: Any) -> list[LayerRow]:
-        """Lists the modules in order of call, by abstract evaluation."""
+        """Lists the modules in order of call, by abstract evaluation.
+
+        Shapes are those of training. FLOPs are those of evaluation, as XLA estimates them before it
+        optimizes: a loop's body counts once. A module's first call counts as its own, any other as
+        its caller's; so does a module that cannot run apart from its parent.
+        """
         rows: dict[tuple[str, ...], tuple[str, str]] = {}
 
         def record(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -83,8 +112,13 @@ class LinenModel:
 
         variables = jax.eval_shape(init, key, *inputs)
         owned = _by_module(variables, set(rows))
+
+        def evaluate(variables: Any, key: Key, inputs: tuple[Any, ...]) -> Any:
+            return self.apply(_split(variables), *inputs, train=False, key=key)[0]
+
+        flops = _own_flops(set(rows), evaluate, variables, key, inputs)
         return [
-            LayerRow("/".join(path), kind, output, tuple(owned.get(path, ())))
+            LayerRow("/".join(path), kind, output, tuple(owned.get(path, ())), flops.get(path))
             for path, (kind, output) in rows.items()
         ]
 
@@ -127,6 +161,86 @@ def _split(collections: Mapping[str, Any]) -> Variables:
 def _describe(outputs: Any) -> str:
     leaves = [leaf for leaf in jax.tree.leaves(outputs) if hasattr(leaf, "shape")]
     return ", ".join(f"{leaf.dtype}{list(leaf.shape)}".replace(" ", "") for leaf in leaves)
+
+
+def _own_flops(
+    modules: set[tuple[str, ...]], forward: Callable[..., Any], *arguments: Any
+) -> dict[tuple[str, ...], float]:
+    """Lowers the model whole and each module alone, and takes each callee off its caller."""
+    callers: dict[tuple[str, ...], tuple[str, ...]] = {}
+    calls: dict[tuple[str, ...], _Call] = {}
+    active: list[tuple[str, ...]] = [()]
+
+    def record(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        path = context.module.path
+        listed = path in modules and path != () and context.method_name == "__call__"
+        if not listed or path in calls:
+            return next_call(*args, **kwargs)
+        active.append(path)
+        outputs = next_call(*args, **kwargs)
+        active.pop()
+        callers[path] = active[-1]
+        calls[path] = _Call.of(context.module, args, kwargs)
+        return outputs
+
+    with nn.intercept_methods(record):
+        whole = _flops(forward, *arguments)
+    if not whole:
+        return {}
+    known: dict[Any, float | None] = {}
+    counts = {path: call.known_flops(known) for path, call in calls.items()}
+    totals = {path: total for path, total in counts.items() if total is not None}
+    own = {(): whole, **totals}
+    for path, total in totals.items():
+        caller = callers[path]
+        while caller not in own:
+            caller = callers[caller]
+        own[caller] -= total
+    # Work whose result nothing uses is in a module's count, and not in its caller's.
+    return {path: max(flops, 0.0) for path, flops in own.items()}
+
+
+class _Call(NamedTuple):
+    """One call of a module; shapes and dtypes stand for its arrays. Equal calls cost the same."""
+
+    module: nn.Module
+    leaves: tuple[Any, ...]
+    structure: Any
+
+    @classmethod
+    def of(cls, bound: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Call:
+        module, variables = bound.unbind()
+        leaves, structure = jax.tree.flatten((variables, args, dict(kwargs)))
+        shapes = (
+            jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") else x for x in leaves
+        )
+        return cls(module, tuple(shapes), structure)
+
+    def known_flops(self, known: dict[Any, float | None]) -> float | None:
+        try:
+            if self not in known:
+                known[self] = self.flops()
+            return known[self]
+        except TypeError:  # The module has an attribute that cannot be hashed.
+            return self.flops()
+
+    def flops(self) -> float | None:
+        arrays = {i: leaf for i, leaf in enumerate(self.leaves) if hasattr(leaf, "shape")}
+
+        def forward(arrays: dict[int, jax.Array], key: Key) -> Any:
+            leaves = [arrays.get(i, leaf) for i, leaf in enumerate(self.leaves)]
+            variables, args, kwargs = jax.tree.unflatten(self.structure, leaves)
+            return self.module.apply(variables, *args, rngs=_streams(key), **kwargs)
+
+        return _flops(forward, arrays, jax.random.key(0))
+
+
+def _flops(function: Callable[..., Any], *arguments: Any) -> float | None:
+    try:
+        analysis = jax.jit(function).lower(*arguments).cost_analysis()
+    except Exception:  # Some modules work within their parent alone, some backends do not count.
+        return None
+    return None if analysis is None else analysis.get("flops", 0.0)
 
 
 def _by_module(variables: Any, modules: set[tuple[str, ...]]) -> dict[tuple[str, ...], list[Any]]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self, TypeVar, dataclass_transform
 
 import jax
@@ -26,16 +26,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from distaff.errors import LossError, MetricError
+from distaff.state import static
 
 C = TypeVar("C", bound=type)
 
 
-@dataclass_transform(frozen_default=True)
-def _pytree(cls: C) -> C:
+@dataclass_transform(frozen_default=True, field_specifiers=(static, dataclasses.field))
+def pytree(cls: C) -> C:
+    """Makes a class a frozen dataclass that JAX knows as a pytree."""
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
 
 
-def _namespace(array: Any) -> Any:
+def namespace(array: Any) -> Any:
+    """Returns the module whose functions compute where an array is: `jax.numpy` or `numpy`."""
     return jnp if isinstance(array, jax.Array) else np
 
 
@@ -60,35 +63,44 @@ class Metric(ABC):
         """Returns the metric over the examples whose `mask` `[batch]` is true."""
 
 
-@_pytree
+@pytree
 class PerExample:
-    """Values per example, `[batch, ...]`, and how they are to be reduced."""
+    """Values per example, `[batch, ...]`, and how they are to be reduced.
+
+    Args:
+        values: what `metric.reduce` is given after the mask.
+        metric: the kind of metric they become.
+        settings: keyword arguments of `metric.reduce`, as hashable pairs of name and value.
+    """
 
     values: tuple[jax.Array, ...]
-    metric: type[Metric] = dataclasses.field(metadata={"static": True})
+    metric: type[Metric] = static()
+    settings: tuple[tuple[str, Any], ...] = static(default=())
 
     def reduce(self, mask: jax.Array) -> Metric:
         """Returns the metric over the examples whose `mask` `[batch]` is true."""
-        return self.metric.reduce(mask, *self.values)
+        reduce: Callable[..., Metric] = self.metric.reduce
+        return reduce(mask, *self.values, **dict(self.settings))
 
 
-def _aligned(leading: Any, values: Any) -> Any:
+def aligned(leading: Any, values: Any) -> Any:
     """Gives `leading` the trailing axes with which it broadcasts against `values`."""
     missing = (1,) * (np.ndim(values) - np.ndim(leading))
-    return _namespace(leading).reshape(leading, np.shape(leading) + missing)
+    return namespace(leading).reshape(leading, np.shape(leading) + missing)
 
 
-def _masked(mask: jax.Array, values: jax.Array, otherwise: Any) -> jax.Array:
-    return jnp.where(_aligned(mask, values), values, jnp.asarray(otherwise, values.dtype))
+def masked(mask: jax.Array, values: jax.Array, otherwise: Any) -> jax.Array:
+    """Returns `values` `[batch, ...]` with `otherwise` where `mask` `[batch]` is false."""
+    return jnp.where(aligned(mask, values), values, jnp.asarray(otherwise, values.dtype))
 
 
-def _floating(values: Any) -> jax.Array:
+def floating(values: Any) -> jax.Array:
     """Returns floats of at least 32 bits: sums in half precision would not be exact averages."""
     values = jnp.asarray(values)
     return values if values.dtype == jnp.float64 else values.astype(jnp.float32)
 
 
-@_pytree
+@pytree
 class Mean(Metric):
     """A weighted mean, kept as the sum of weighted values and the sum of weights."""
 
@@ -107,8 +119,8 @@ class Mean(Metric):
         Raises:
             LossError: `weight` is not one number per example.
         """
-        values = _floating(values)
-        weight = jnp.ones(values.shape[:1], values.dtype) if weight is None else _floating(weight)
+        values = floating(values)
+        weight = jnp.ones(values.shape[:1], values.dtype) if weight is None else floating(weight)
         if weight.shape != values.shape[:1]:
             raise LossError(
                 f"The weight of a mean is one number per example, shape {values.shape[:1]} for "
@@ -120,16 +132,16 @@ class Mean(Metric):
     @classmethod
     def reduce(cls, mask: jax.Array, *values: jax.Array) -> Self:
         value, weight = values
-        kept = _masked(mask, weight, 0)
-        weighted = _masked(kept != 0, value, 0) * _aligned(kept, value)
+        kept = masked(mask, weight, 0)
+        weighted = masked(kept != 0, value, 0) * aligned(kept, value)
         return cls(jnp.sum(weighted, axis=0), jnp.sum(kept))
 
     def merge(self, other: Self) -> Self:
         return type(self)(self.total + other.total, self.weight + other.weight)
 
     def compute(self) -> Any:
-        numpy = _namespace(self.total)
-        weight = _aligned(self.weight, self.total)
+        numpy = namespace(self.total)
+        weight = aligned(self.weight, self.total)
         mean = self.total / numpy.where(weight == 0, 1, weight)
         return numpy.where(weight == 0, float("nan"), mean)
 
@@ -137,7 +149,7 @@ class Mean(Metric):
         return type(self)(jnp.zeros_like(self.total), jnp.zeros_like(self.weight))
 
 
-@_pytree
+@pytree
 class Sum(Metric):
     """A sum over examples: counts, confusion matrices, tokens seen."""
 
@@ -146,11 +158,11 @@ class Sum(Metric):
     @classmethod
     def per_example(cls, values: Any) -> PerExample:
         """Declares values per example, `[batch, ...]`, whose sum is wanted."""
-        return PerExample((_floating(values),), cls)
+        return PerExample((floating(values),), cls)
 
     @classmethod
     def reduce(cls, mask: jax.Array, *values: jax.Array) -> Self:
-        return cls(jnp.sum(_masked(mask, values[0], 0), axis=0))
+        return cls(jnp.sum(masked(mask, values[0], 0), axis=0))
 
     def merge(self, other: Self) -> Self:
         return type(self)(self.total + other.total)
@@ -169,21 +181,21 @@ class _Extreme(Metric):
     @classmethod
     def per_example(cls, values: Any) -> PerExample:
         """Declares values per example, `[batch, ...]`, whose extreme is wanted."""
-        return PerExample((_floating(values),), cls)
+        return PerExample((floating(values),), cls)
 
     @classmethod
     @abstractmethod
     def _neutral(cls) -> float: ...
 
     def compute(self) -> Any:
-        numpy = _namespace(self.value)
+        numpy = namespace(self.value)
         return numpy.where(self.value == self._neutral(), float("nan"), self.value)
 
     def empty_like(self) -> Self:
         return type(self)(jnp.full_like(self.value, self._neutral()))
 
 
-@_pytree
+@pytree
 class Min(_Extreme):
     """The smallest value."""
 
@@ -193,13 +205,13 @@ class Min(_Extreme):
 
     @classmethod
     def reduce(cls, mask: jax.Array, *values: jax.Array) -> Self:
-        return cls(jnp.min(_masked(mask, values[0], cls._neutral()), axis=0))
+        return cls(jnp.min(masked(mask, values[0], cls._neutral()), axis=0))
 
     def merge(self, other: Self) -> Self:
-        return type(self)(_namespace(self.value).minimum(self.value, other.value))
+        return type(self)(namespace(self.value).minimum(self.value, other.value))
 
 
-@_pytree
+@pytree
 class Max(_Extreme):
     """The largest value."""
 
@@ -209,13 +221,13 @@ class Max(_Extreme):
 
     @classmethod
     def reduce(cls, mask: jax.Array, *values: jax.Array) -> Self:
-        return cls(jnp.max(_masked(mask, values[0], cls._neutral()), axis=0))
+        return cls(jnp.max(masked(mask, values[0], cls._neutral()), axis=0))
 
     def merge(self, other: Self) -> Self:
-        return type(self)(_namespace(self.value).maximum(self.value, other.value))
+        return type(self)(namespace(self.value).maximum(self.value, other.value))
 
 
-@_pytree
+@pytree
 class Last(Metric):
     """The value of the last step, such as a learning rate or a gradient norm."""
 
@@ -227,15 +239,15 @@ class Last(Metric):
         raise MetricError("Last belongs to a step, not to an example; return Last(value) itself.")
 
     def merge(self, other: Self) -> Self:
-        numpy = _namespace(other.value)
+        numpy = namespace(other.value)
         return type(self)(
-            numpy.where(_aligned(other.count, other.value) == 0, self.value, other.value),
+            numpy.where(aligned(other.count, other.value) == 0, self.value, other.value),
             self.count + other.count,
         )
 
     def compute(self) -> Any:
-        missing = _aligned(self.count, self.value) == 0
-        return _namespace(self.value).where(missing, float("nan"), self.value)
+        missing = aligned(self.count, self.value) == 0
+        return namespace(self.value).where(missing, float("nan"), self.value)
 
     def empty_like(self) -> Self:
         return type(self)(jnp.zeros_like(self.value), jnp.zeros_like(self.count))
@@ -261,7 +273,7 @@ def declare(name: str, value: Any, num_examples: int) -> Metric | PerExample:
     if isinstance(value, PerExample):
         _check_leading(name, value.values[0], num_examples)
         return value
-    array = _floating(value)
+    array = floating(value)
     if array.ndim == 0:
         weight = jnp.asarray(num_examples, array.dtype)
         return Mean(array * weight, weight)

@@ -1,0 +1,42 @@
+"""Metrics as mergeable accumulators: exact over uneven batches, windows, hosts and restarts."""
+
+from distaff.metrics.accumulators import (
+    Last,
+    Max,
+    Mean,
+    Metric,
+    Metrics,
+    Min,
+    PerExample,
+    Sum,
+    as_json,
+    compute,
+    declare,
+    merge,
+    to_host,
+)
+from distaff.metrics.classification import AUROC, F1, ConfusionMatrix, IoU, Precision, Recall
+from distaff.metrics.language import Perplexity
+
+__all__ = [
+    "AUROC",
+    "F1",
+    "ConfusionMatrix",
+    "IoU",
+    "Last",
+    "Max",
+    "Mean",
+    "Metric",
+    "Metrics",
+    "Min",
+    "PerExample",
+    "Perplexity",
+    "Precision",
+    "Recall",
+    "Sum",
+    "as_json",
+    "compute",
+    "declare",
+    "merge",
+    "to_host",
+]

@@ -1,0 +1,338 @@
+"""Metrics of classification and segmentation, exact over uneven batches.
+
+Precision, recall, F1, IoU and the confusion matrix accumulate one table of counts. AUROC depends on
+the order of all scores, so it keeps them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from typing import Any, Literal, Self, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distaff.errors import ConfigError, LossError, MetricError, nearest
+from distaff.metrics.accumulators import (
+    Metric,
+    PerExample,
+    aligned,
+    floating,
+    masked,
+    namespace,
+    pytree,
+)
+from distaff.state import static
+
+Average: TypeAlias = Literal["binary", "micro", "macro", "weighted"] | None
+"""How the scores of the classes become one number; None leaves one score for each class."""
+
+_AVERAGES = ("binary", "micro", "macro", "weighted")
+
+
+@pytree
+class _Counts(Metric):
+    counts: Any
+
+    @classmethod
+    def reduce(
+        cls, mask: jax.Array, *values: jax.Array, num_classes: int = 2, **settings: Any
+    ) -> Self:
+        labels, predictions, weight = values
+        kept = masked(mask, weight, 0)
+        known = (labels >= 0) & (labels < num_classes)
+        known &= (predictions >= 0) & (predictions < num_classes)
+        cells = jnp.where(known, labels * num_classes + predictions, num_classes**2)
+        counts = jnp.zeros(num_classes**2, kept.dtype).at[cells].add(kept, mode="drop")
+        is_wrong = jnp.any((kept != 0) & ~known)
+        counts = jnp.where(is_wrong, float("nan"), floating(counts))
+        return cls(counts.reshape(num_classes, num_classes), **settings)
+
+    def merge(self, other: Self) -> Self:
+        return dataclasses.replace(self, counts=self.counts + other.counts)
+
+    def empty_like(self) -> Self:
+        return dataclasses.replace(self, counts=jnp.zeros_like(self.counts))
+
+
+@pytree
+class ConfusionMatrix(_Counts):
+    """How often each class was predicted as which, `[classes, classes]`.
+
+    Rows are labels, columns are predictions, as in `sklearn.metrics.confusion_matrix`.
+
+    Args:
+        counts: float `[classes, classes]`; whole counts are exact in float32 up to 2**24.
+    """
+
+    @classmethod
+    def per_example(
+        cls, labels: Any, predictions: Any, *, num_classes: int, weight: Any = None
+    ) -> PerExample:
+        """Declares labels and predictions that are to be counted.
+
+        Args:
+            labels: int or bool, `[batch]`, or `[batch, ...]` for one label per pixel or token.
+            predictions: the predicted classes, with the shape of `labels`.
+            num_classes: how many classes there are. What counts and is outside of
+                `0 ... num_classes - 1` makes the whole metric NaN.
+            weight: of each label, with the leading axes of its shape; 1 without. What has no
+                weight does not count, whatever it is: `weight=labels != 255`.
+
+        Raises:
+            ConfigError: `num_classes` is less than 2.
+            LossError: the arguments are no integers, or their shapes differ.
+        """
+        values = _classes(labels, predictions, num_classes, weight)
+        return PerExample(values, cls, (("num_classes", num_classes),))
+
+    def compute(self) -> Any:
+        return self.counts
+
+
+@pytree
+class _Score(_Counts):
+    average: Average = static(default="binary")
+
+    def __post_init__(self) -> None:
+        _check_average(self.average)
+
+    @classmethod
+    def per_example(
+        cls,
+        labels: Any,
+        predictions: Any,
+        *,
+        num_classes: int,
+        average: Average = "binary",
+        weight: Any = None,
+    ) -> PerExample:
+        """Declares labels and predictions that are to be scored.
+
+        The value is that of scikit-learn with `labels=range(num_classes)` and `zero_division=0`: a
+        score that would be 0 / 0 is 0. It is NaN where there is no example at all.
+
+        Args:
+            labels: int or bool, `[batch]`, or `[batch, ...]` for one label per pixel or token.
+            predictions: the predicted classes, with the shape of `labels`.
+            num_classes: how many classes there are. What counts and is outside of
+                `0 ... num_classes - 1` makes the whole metric NaN.
+            average: `"binary"`, the score of class 1 of two; `"micro"`, one score from the counts
+                of all classes; `"macro"`, the mean over all classes, also those without examples;
+                `"weighted"`, that mean weighted by examples; None, the scores `[classes]`.
+            weight: of each label, with the leading axes of its shape; 1 without. What has no
+                weight does not count, whatever it is: `weight=labels != 255`.
+
+        Raises:
+            ConfigError: `num_classes` is less than 2, or `average` is unknown or does not fit it.
+            LossError: the arguments are no integers, or their shapes differ.
+        """
+        values = _classes(labels, predictions, num_classes, weight)
+        _check_average(average)
+        if average == "binary" and num_classes != 2:
+            raise ConfigError(
+                f"The average 'binary' is the score of class 1 of two; num_classes is "
+                f"{num_classes}. Pass average='macro', 'micro', 'weighted', or None for each class."
+            )
+        return PerExample(values, cls, (("num_classes", num_classes), ("average", average)))
+
+    def compute(self) -> Any:
+        numpy = namespace(self.counts)
+        hits = numpy.diagonal(self.counts, axis1=-2, axis2=-1)
+        predicted, actual = self.counts.sum(axis=-2), self.counts.sum(axis=-1)
+        above, below = self._fraction(hits, predicted, actual)
+        if self.average == "micro":
+            above, below = above.sum(axis=-1), below.sum(axis=-1)
+        scores = above / numpy.where(below == 0, 1, below)
+        total = actual.sum(axis=-1)
+        if self.average == "binary":
+            scores = scores[..., 1]
+        elif self.average == "macro":
+            scores = scores.mean(axis=-1)
+        elif self.average == "weighted":
+            scores = (scores * actual).sum(axis=-1) / numpy.where(total == 0, 1, total)
+        return numpy.where(aligned(total, scores) == 0, float("nan"), scores)
+
+    @staticmethod
+    @abstractmethod
+    def _fraction(hits: Any, predicted: Any, actual: Any) -> tuple[Any, Any]:
+        """Returns the score of each class above and below its fraction bar, `[classes]`."""
+
+
+@pytree
+class Precision(_Score):
+    """Of what was predicted as a class, the part that is of it."""
+
+    @staticmethod
+    def _fraction(hits: Any, predicted: Any, actual: Any) -> tuple[Any, Any]:
+        return hits, predicted
+
+
+@pytree
+class Recall(_Score):
+    """Of what is of a class, the part that was predicted as it."""
+
+    @staticmethod
+    def _fraction(hits: Any, predicted: Any, actual: Any) -> tuple[Any, Any]:
+        return hits, actual
+
+
+@pytree
+class F1(_Score):
+    """The harmonic mean of precision and recall; of masks, the Dice coefficient."""
+
+    @staticmethod
+    def _fraction(hits: Any, predicted: Any, actual: Any) -> tuple[Any, Any]:
+        return 2 * hits, predicted + actual
+
+
+@pytree
+class IoU(_Score):
+    """Intersection over union, the Jaccard index: `average="macro"` is the mean IoU."""
+
+    @staticmethod
+    def _fraction(hits: Any, predicted: Any, actual: Any) -> tuple[Any, Any]:
+        return hits, predicted + actual - hits
+
+
+@pytree
+class AUROC(Metric):
+    """The area under the receiver operating characteristic, of two classes.
+
+    It is the probability that a positive example has a higher score than a negative one, ties
+    counting one half (Hanley and McNeil, "The meaning and use of the area under a receiver
+    operating characteristic (ROC) curve", Radiology 143, 1982). NaN where one class is missing or
+    a score is NaN.
+
+    It keeps every score, so it is for evaluation; in training it is refused.
+
+    Args:
+        parts: each `[3, examples]`: score, label and weight.
+    """
+
+    parts: tuple[Any, ...]
+
+    @classmethod
+    def per_example(cls, labels: Any, scores: Any, *, weight: Any = None) -> PerExample:
+        """Declares scores that are to be ranked.
+
+        Args:
+            labels: 1 or true for a positive example, 0 for a negative one, `[batch, ...]`.
+            scores: higher for what is more likely positive (a logit, a probability), with the
+                shape of `labels`.
+            weight: of each label, with the leading axes of its shape; 1 without. What has no
+                weight does not count, even if it is NaN.
+
+        Raises:
+            LossError: the shapes differ.
+        """
+        labels, scores = floating(labels), floating(scores)
+        if labels.shape != scores.shape:
+            raise LossError(
+                "AUROC compares one score with each label; the labels have shape "
+                f"{labels.shape}, the scores {scores.shape}. Pass the scores of the positive "
+                "class, such as logits[:, 1] - logits[:, 0]."
+            )
+        return PerExample((scores, labels, floating(_weight(weight, labels))), cls)
+
+    @classmethod
+    def reduce(cls, mask: jax.Array, *values: jax.Array) -> Self:
+        scores, labels, weight = values
+        rows = scores, labels, masked(mask, weight, 0)
+        return cls((jnp.stack([row.ravel() for row in rows]),))
+
+    def merge(self, other: Self) -> Self:
+        self._check_on_host()
+        other._check_on_host()
+        return type(self)(self.parts + other.parts)
+
+    def empty_like(self) -> Self:
+        self._check_on_host()
+        return type(self)(())
+
+    def _check_on_host(self) -> None:
+        if any(isinstance(part, jax.Array) for part in self.parts):
+            raise MetricError(
+                "AUROC keeps every score, so it grows, and is merged on the host; training merges "
+                "its metrics on the device. It belongs in evaluation: return it from the loss "
+                "function only if not ctx.train. In a loop of your own merge what metrics.to_host "
+                "gives."
+            )
+
+    def compute(self) -> Any:
+        """Returns the area.
+
+        Raises:
+            MetricError: a label with a weight is neither 0 nor 1.
+        """
+        if not self.parts:
+            return np.float64("nan")
+        examples = np.concatenate([np.asarray(part, np.float64) for part in self.parts], axis=-1)
+        stacked = examples.reshape(-1, *examples.shape[-2:])
+        return np.reshape([_area(*rows[:, rows[2] != 0]) for rows in stacked], examples.shape[:-2])
+
+
+def _area(scores: np.ndarray, labels: np.ndarray, weight: np.ndarray) -> float:
+    others = np.setdiff1d(labels, (0, 1))
+    if others.size:
+        raise MetricError(
+            f"AUROC is of the classes 0 and 1; there are the labels {others[:5].tolist()}. "
+            "Pass labels == the positive class, or leave them out with weight=0."
+        )
+    if np.isnan(scores).any():
+        return float("nan")
+    ranks = np.unique(scores, return_inverse=True)[1]
+    positive = np.bincount(ranks, weight * labels)
+    negative = np.bincount(ranks, weight * (1 - labels))
+    pairs = positive.sum() * negative.sum()
+    if pairs == 0:
+        return float("nan")
+    return float(positive @ (np.cumsum(negative) - negative / 2) / pairs)
+
+
+def _check_average(average: Any) -> None:
+    if average is not None and average not in _AVERAGES:
+        raise ConfigError(
+            f"An average of classes is one of {_AVERAGES}, or None for the score of each class; "
+            f"it is {average!r}. {nearest(str(average), _AVERAGES)}"
+        )
+
+
+def _classes(
+    labels: Any, predictions: Any, num_classes: int, weight: Any
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    if num_classes < 2:
+        raise ConfigError(
+            f"Labels are of at least two classes; num_classes is {num_classes}. For labels that "
+            "are true or false pass 2."
+        )
+    labels, predictions = jnp.asarray(labels), jnp.asarray(predictions)
+    for name, array in (("labels", labels), ("predictions", predictions)):
+        if not jnp.issubdtype(array.dtype, jnp.integer) and array.dtype != bool:
+            raise LossError(
+                f"Classes are integers or booleans; {name} have dtype {array.dtype} and shape "
+                f"{array.shape}. Predictions are logits.argmax(-1), or logits > 0 for two classes."
+            )
+    if labels.shape != predictions.shape:
+        raise LossError(
+            f"Each label has one prediction; labels have shape {labels.shape}, predictions "
+            f"{predictions.shape}. Pass logits.argmax(-1), with the shape of the labels."
+        )
+    weights = _weight(weight, labels)
+    return labels.astype(jnp.int32), predictions.astype(jnp.int32), weights
+
+
+def _weight(weight: Any, labels: jax.Array) -> jax.Array:
+    """Returns one weight per label; whole ones as int32, whose sums are exact."""
+    weight = jnp.ones(labels.shape, jnp.int32) if weight is None else jnp.asarray(weight)
+    if weight.shape != labels.shape[: weight.ndim]:
+        raise LossError(
+            f"Each label has a weight, or all labels of an example have one; labels have shape "
+            f"{labels.shape}, weight has shape {weight.shape}. Pass weights [batch] or "
+            f"{labels.shape}."
+        )
+    is_whole = jnp.issubdtype(weight.dtype, jnp.integer) or weight.dtype == bool
+    weight = weight.astype(jnp.int32) if is_whole else floating(weight)
+    return jnp.broadcast_to(aligned(weight, labels), labels.shape)
