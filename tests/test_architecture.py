@@ -23,7 +23,8 @@ SOURCES = Path(__file__).parents[1] / "src"
 # A room imports only from rooms that stand before it. "distaff" is the package's own __init__.py.
 ROOMS = (
     *("typing", "errors", "_optional"),
-    *("state", "metrics", "monitor", "cadence", "config", "record", "run_directory", "execution"),
+    *("state", "vitals", "metrics", "monitor", "cadence", "config", "record"),
+    *("run_directory", "execution"),
     *("models", "data", "optim", "parallel", "zoo", "trainer_config"),
     *("context", "window", "step", "accumulate", "precision", "fuse"),
     *("loggers", "display", "checkpoint", "callbacks"),

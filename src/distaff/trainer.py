@@ -17,12 +17,13 @@ from distaff.events import Plan, StepEnd
 from distaff.monitor import Monitor
 from distaff.optim import build_optimizer
 from distaff.recording import recorded
-from distaff.state import all_finite, owned
+from distaff.state import owned
 from distaff.step import EvalFn, EvalStep
 from distaff.step import train_step as make_train_step
 from distaff.trainer_config import Best, TrainResult, check_count
 from distaff.training import Training
 from distaff.typing import Batch, Params
+from distaff.vitals import all_finite
 from distaff.window import StepFn, empty_window, measured, windowed
 
 

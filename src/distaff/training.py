@@ -23,9 +23,9 @@ from distaff.optim import OptimizerConfig, OptimizerLike
 from distaff.predictor import Predictor
 from distaff.record import make_record
 from distaff.recording import NullRecording, Recording, make_recording
-from distaff.state import evidence_of_learning
 from distaff.trainer_config import Best, TrainResult
 from distaff.typing import Batch, Schedule
+from distaff.vitals import evidence_of_learning
 
 _log = logging.getLogger("distaff")
 

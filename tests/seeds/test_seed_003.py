@@ -110,6 +110,8 @@ def test_statistics_move_in_training_only_and_evaluation_is_deterministic():
             again = self.eval_model(val_loader, "val/")
             assert again == {name: metrics[name] for name in again}
             assert_same_bits(self.predict(val_loader), self.predict(val_loader))
+            whole = self.eval_model([{"x": X, "y": X.sum(1)}], "val/")  # statistics of no batch
+            assert whole == pytest.approx(again, rel=1e-5)
 
     stats: list[Any] = []
     make(Watching, Net()).train_model(loader(), loader(), num_epochs=2)
