@@ -13,10 +13,10 @@ from distaff import checkpoint
 from distaff.checkpoint import CheckpointStore, Store
 from distaff.config import from_json
 from distaff.context import Context
-from distaff.data import as_loader, epoch_of, num_batches
+from distaff.data import as_loader, entry, epoch_of, num_batches
 from distaff.display import Display, make_display
 from distaff.display.model_table import model_table
-from distaff.errors import BatchError, CheckpointError, StateError
+from distaff.errors import CheckpointError, StateError
 from distaff.evaluate import predict
 from distaff.execution import Compiled, Eager, Execution
 from distaff.models import Variables, as_model, rebuild
@@ -95,7 +95,7 @@ class Predictor:
         """Returns what of a batch the model is called with. Override it for other batches.
 
         By default the entry `image`, `images`, `x`, `input`, `inputs`, `tokens` or `features` of a
-        dict, the first item of a tuple or list, or the batch itself if it is one array.
+        dict or dataclass, the first item of a tuple or list, or the batch itself if it is an array.
 
         Args:
             batch: a batch, each leaf `[batch, ...]`.
@@ -106,19 +106,10 @@ class Predictor:
         Raises:
             BatchError: none of these is there.
         """
-        if isinstance(batch, Mapping):
-            for name in _INPUT_NAMES:
-                if name in batch:
-                    return (batch[name],)
-        elif isinstance(batch, tuple | list):
-            return (batch[0],)
-        elif hasattr(batch, "shape"):
+        if hasattr(batch, "shape"):
             return (batch,)
-        held = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
-        raise BatchError(
-            f"The model's input is looked for in a batch under the names {list(_INPUT_NAMES)}; "
-            f"this batch holds {held}. Override model_inputs(self, batch) to return it."
-        )
+        what, override = "The model's input", "model_inputs(self, batch)"
+        return (entry(batch, _INPUT_NAMES, 0, what=what, override=override),)
 
     def predict_fn(self, params: Params, batch: Batch, ctx: Context) -> PyTree:
         """Returns the outputs for a batch, each `[batch, ...]`. Override it to predict otherwise.
@@ -179,8 +170,8 @@ class Predictor:
                 checkpoint folder. It may have been moved.
             model: the module, or its class, which is given the recorded hyperparameters; without
                 it, one whose class is imported already is rebuilt.
-            example_batch: a batch like those of training; needed only where they are not nested
-                dicts, tuples and lists.
+            example_batch: a batch like those of training; needed where batches are of a class of
+                your own and `model_inputs` is overridden: what is recorded of them is a dict.
             **options: options of the trainer that shall differ from the recorded ones; nothing is
                 drawn unless `enable_progress_bar=True` is among them.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -49,7 +50,11 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def _batch_form(batch: Batch) -> Any:
-    """Returns shapes and dtypes of a batch of nested dicts, tuples and lists; None for others."""
+    """Returns shapes and dtypes of a batch; one of named entries, of any kind, becomes a dict."""
+    if hasattr(batch, "_asdict"):
+        batch = batch._asdict()
+    elif dataclasses.is_dataclass(batch):
+        batch = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     if isinstance(batch, Mapping):
         return {str(name): _batch_form(value) for name, value in batch.items()}
     if isinstance(batch, tuple | list):
@@ -79,6 +84,6 @@ def example_from(form: Any) -> Batch:
     if isinstance(form, list):
         return tuple(example_from(value) for value in form)
     raise CheckpointError(
-        "The run's batches are not nested dicts, tuples and lists of arrays, so their form is not "
-        "recorded. Pass example_batch=... to load_from_checkpoint."
+        "The run's batches hold something else than arrays with names or positions, so their form "
+        "is not recorded. Pass example_batch=... to load_from_checkpoint."
     )

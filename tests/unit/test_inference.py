@@ -328,7 +328,7 @@ class Pair:
     y: Any
 
 
-def test_batches_of_ones_own_class_need_an_example(run):
+def test_batches_of_ones_own_class_and_inputs_of_ones_own_need_an_example(run):
     class Paired(run.module.Regression):
         def model_inputs(self, batch):
             return (batch.x,)
@@ -339,7 +339,9 @@ def test_batches_of_ones_own_class_need_an_example(run):
     batches = [Pair(**batch) for batch in loader()]
     trainer = Paired(run.module.Net(), name="pair", enable_progress_bar=False)
     result = trainer.train_model(batches, num_epochs=1)
-    with pytest.raises(CheckpointError, match="Pass example_batch="):
+    with pytest.raises(
+        CheckpointError, match="Pass what differs to load_from_checkpoint: model, example_batch"
+    ):
         Paired.load_from_checkpoint(result.path)
     loaded = Paired.load_from_checkpoint(result.path, example_batch=batches[0])
     np.testing.assert_array_equal(loaded.predict(batches), trainer.predict(batches))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from distaff.data.arrays import ArrayLoader
 from distaff.data.builtin import digits
+from distaff.data.entry import entry
 from distaff.data.loader import (
     Loader,
     as_loader,
@@ -20,6 +21,7 @@ __all__ = [
     "Stream",
     "as_loader",
     "digits",
+    "entry",
     "epoch_of",
     "first_batch",
     "num_batches",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,7 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from distaff.context import Context
-from distaff.errors import BatchError, LossError
+from distaff.data import entry
+from distaff.errors import LossError
 from distaff.monitor import Monitor
 from distaff.trainer import TrainerModule
 from distaff.typing import Batch, Params
@@ -21,9 +21,9 @@ _LABEL_NAMES = ("label", "labels", "y", "target", "targets")
 class Classifier(TrainerModule):
     """Trains a model that returns logits `[batch, classes]`, by softmax cross-entropy.
 
-    Batches are dicts with `label` (or `labels`, `y`, `target`, `targets`), int `[batch]`, beside
-    the model's input, or tuples `(input, label)`. The best model is the one with the highest
-    `val/accuracy`. `predict` returns the logits.
+    Batches are dicts or dataclasses with `label` (or `labels`, `y`, `target`, `targets`), int
+    `[batch]`, beside the model's input; or tuples `(input, label)`. The best model is the one with
+    the highest `val/accuracy`. `predict` returns the logits.
 
     Args:
         model: as for `TrainerModule`, as every other argument.
@@ -37,17 +37,7 @@ class Classifier(TrainerModule):
         Raises:
             BatchError: no labels are found.
         """
-        if isinstance(batch, Mapping):
-            for name in _LABEL_NAMES:
-                if name in batch:
-                    return batch[name]
-        elif isinstance(batch, tuple | list) and len(batch) == 2:
-            return batch[1]
-        held = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
-        raise BatchError(
-            f"Labels are looked for in a batch under the names {list(_LABEL_NAMES)}; this batch "
-            f"holds {held}. Override labels(self, batch) to return them."
-        )
+        return entry(batch, _LABEL_NAMES, 1, what="The label", override="labels(self, batch)")
 
     def loss_fn(self, params: Params, batch: Batch, ctx: Context) -> Any:
         """Returns the cross-entropy `[batch]`, and the accuracy."""
