@@ -370,7 +370,8 @@ def run_python(code: str) -> str:
 
 def test_core_imports_without_optional_packages() -> None:
     core = [name for name in HOUSE if room(name) not in ("integrations", "testing")]
-    run_python(WITHOUT_OPTIONAL + "\n".join(f"import {name}" for name in core))
+    code = "\n".join(f"import {name}" for name in core)
+    assert run_python(WITHOUT_OPTIONAL + code) == ""
 
 
 def test_training_needs_no_optional_package() -> None:

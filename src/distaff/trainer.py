@@ -154,6 +154,7 @@ class TrainerModule(Training):
             record = self.record(num_epochs=num_epochs, steps_per_epoch=steps_per_epoch)
             texts = {"model.txt": as_text(self.table)}
             with recorded(self.recording, record, texts, self.outcome):
+                self.has_run = True
                 for event, info in loop.epochs(self, plan):
                     self.callbacks.emit(event, info)
                 metrics = self._finish(test)

@@ -62,6 +62,7 @@ class Training(Predictor):
         self.best: Best | None = None
         self.schedule: Schedule | None = None
         self.last_metrics: dict[str, Any] = {}
+        self.has_run = False
 
     def init_logger(self) -> Recording:
         """Returns where metrics, checkpoints and configuration go; nothing is written yet."""
@@ -107,6 +108,7 @@ class Training(Predictor):
         """Counts a new run."""
         self.plan, self._first_step, self._reached = plan, self.step, (self.step, self.epoch)
         self.best, self.callbacks.stop_reason, self.last_metrics = None, None, {}
+        self.has_run = False
         self.display.start(plan.last_epoch, plan.steps_per_epoch or num_batches(plan.train_loader))
         self.display.compiling("the model")
 
@@ -116,7 +118,7 @@ class Training(Predictor):
         Raises:
             StateError: nothing has been trained yet.
         """
-        if not hasattr(self, "plan"):
+        if not self.has_run:
             raise StateError(
                 "Checkpoints and metrics are files of a run, and this trainer has trained none "
                 "yet. Call train_model first; for the weights of another run, use "

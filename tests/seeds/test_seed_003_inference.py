@@ -28,7 +28,7 @@ import pytest
 import distaff
 from distaff import data
 from distaff.checkpoint import CheckpointStore
-from distaff.errors import StateError
+from distaff.errors import ConfigError, StateError
 
 X = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32)
 
@@ -125,6 +125,15 @@ def test_before_a_run_there_is_nothing_to_save_or_load(method, tmp_path):
     arguments = {"save_model": ({}, True), "save_metrics": ("mine", {"x": 1.0})}.get(method, ())
     with pytest.raises(StateError, match=r"files of a run.*Call train_model first"):
         getattr(trainer, method)(*arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_was_refused_is_no_run(tmp_path):
+    trainer = make(optimizer=distaff.OptimizerConfig(warmup_steps=99))
+    with pytest.raises(ConfigError, match="99"):
+        trainer.train_model(loader(), num_epochs=1)
+    with pytest.raises(StateError, match="Call train_model first"):
+        trainer.save_model({}, True)
     assert list(tmp_path.iterdir()) == []
 
 
