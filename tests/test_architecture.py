@@ -24,7 +24,7 @@ SOURCES = Path(__file__).parents[1] / "src"
 ROOMS = (
     *("typing", "errors", "_optional"),
     *("state", "vitals", "metrics", "monitor", "cadence", "config", "record"),
-    *("run_directory", "execution"),
+    *("run_directory", "execution", "compile_cache"),
     *("models", "data", "optim", "parallel", "zoo", "trainer_config"),
     *("context", "window", "step", "accumulate", "precision", "fuse"),
     *("loggers", "display", "checkpoint", "callbacks"),

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 from distaff.callbacks import StepInfo
-from distaff.data import Loader
+from distaff.data import Loader, as_loader
 from distaff.metrics import Metric
 from distaff.state import TrainState
+from distaff.trainer_config import check_count
 
 
 class StepEnd(NamedTuple):
@@ -59,6 +60,30 @@ class Plan(NamedTuple):
     first_epoch: int
     last_epoch: int
     check_val_every_n_epoch: int
+
+
+def make_plan(
+    train_loader: Any,
+    val_loader: Any,
+    *,
+    num_epochs: int,
+    steps_per_epoch: int | None,
+    check_val_every_n_epoch: int,
+    after_epoch: int = 0,
+) -> Plan:
+    """Makes the plan of a run of `num_epochs` more epochs; loaders may be any iterables of batches.
+
+    Raises:
+        BatchError: a loader yields no batches.
+        ConfigError: a count is not a whole number, at least 1.
+    """
+    train = as_loader(train_loader, name="train")
+    val = None if val_loader is None else as_loader(val_loader, name="val")
+    check_count("num_epochs", num_epochs)
+    if steps_per_epoch is not None:
+        check_count("steps_per_epoch", steps_per_epoch)
+    first, last = after_epoch + 1, after_epoch + num_epochs
+    return Plan(train, val, steps_per_epoch, first, last, check_val_every_n_epoch)
 
 
 class Run(Protocol):

@@ -193,6 +193,20 @@ class Predictor:
         trainer.restore(CheckpointStore(directory), step, _trained(trainer.ready_state()))
         return trainer
 
+    def load_weights(self, path: str | Path) -> None:
+        """Loads what a model needs from a checkpoint of another run; see `load_from_checkpoint`.
+
+        Args:
+            path: a run directory (its best checkpoint is taken, else its newest), or one
+                checkpoint folder.
+
+        Raises:
+            StateError: the model has no parameters yet.
+            CheckpointError: nothing whole is there, or it is of another model.
+        """
+        directory, step = checkpoint.find(path)
+        self.restore(CheckpointStore(directory), step, _trained(self.ready_state()))
+
     @classmethod
     def recorded_options(cls, record: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the keyword arguments of the constructor that a run's record holds."""

@@ -24,7 +24,7 @@ import jax
 from distaff import config
 from distaff.errors import ConfigError, RunDirectoryError, StateError, nearest
 
-STATUSES = ("running", "finished", "stopped", "interrupted", "failed")
+STATUSES = ("running", "finished", "stopped", "pruned", "interrupted", "failed")
 
 _PACKAGES = ("distaff", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _REMEDIES = {
@@ -195,7 +195,7 @@ class RunDirectory:
         """Writes `status.json`: the status, when the run started and ended, and further facts.
 
         Args:
-            status: "running", "finished", "stopped", "interrupted" or "failed".
+            status: one of `STATUSES`.
             **facts: what to record beside it, such as `step` and `epoch`.
 
         Raises:

@@ -13,14 +13,14 @@ from distaff.data import Loader, as_loader, epoch_of, first_batch, num_batches, 
 from distaff.display import as_text
 from distaff.errors import LossError
 from distaff.evaluate import Evaluator
-from distaff.events import Plan, StepEnd
+from distaff.events import Plan, StepEnd, make_plan
 from distaff.monitor import Monitor
 from distaff.optim import build_optimizer
 from distaff.recording import recorded
 from distaff.state import owned
 from distaff.step import EvalFn, EvalStep
 from distaff.step import train_step as make_train_step
-from distaff.trainer_config import Best, TrainResult, check_count
+from distaff.trainer_config import Best, TrainResult
 from distaff.training import Training
 from distaff.typing import Batch, Params
 from distaff.vitals import all_finite
@@ -139,18 +139,18 @@ class TrainerModule(Training):
         Raises:
             DistaffError: any bad input, by its kind; `NonFiniteError` for a NaN loss.
         """
-        train = as_loader(train_loader, name="train")
-        val = None if val_loader is None else as_loader(val_loader, name="val")
+        plan = make_plan(
+            train_loader,
+            val_loader,
+            num_epochs=num_epochs,
+            steps_per_epoch=steps_per_epoch,
+            check_val_every_n_epoch=self.config.check_val_every_n_epoch,
+            after_epoch=self.epoch,
+        )
         test = None if test_loader is None else as_loader(test_loader, name="test")
-        check_count("num_epochs", num_epochs)
-        if steps_per_epoch is not None:
-            check_count("steps_per_epoch", steps_per_epoch)
-        last_epoch = self.epoch + num_epochs
-        every = self.config.check_val_every_n_epoch
-        plan = Plan(train, val, steps_per_epoch, self.epoch + 1, last_epoch, every)
         with closing(self.display):
             self.begin(plan)
-            self._prepare(plan, test)
+            self.prepare(plan, test)
             record = self.record(num_epochs=num_epochs, steps_per_epoch=steps_per_epoch)
             texts = {"model.txt": as_text(self.table)}
             with recorded(self.recording, record, texts, self.outcome):
@@ -280,8 +280,12 @@ class TrainerModule(Training):
     ) -> None:
         """Called after each validation; what is added to `metrics` is logged, or monitored."""
 
-    def _prepare(self, plan: Plan, test_loader: Loader | None) -> None:
-        """Makes all that a run needs and checks it; nothing is written."""
+    def prepare(self, plan: Plan, test_loader: Loader | None = None) -> None:
+        """Makes all that a run needs and checks it; nothing is written.
+
+        Raises:
+            DistaffError: any bad input, by its kind.
+        """
         batch = first_batch(plan.train_loader, name="train")
         if self.state is None:
             self.set_up(batch)

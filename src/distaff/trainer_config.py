@@ -105,7 +105,7 @@ class TrainResult(NamedTuple):
     """How a run ended.
 
     Attributes:
-        status: `"finished"`, or `"stopped"` if a callback stopped it.
+        status: `"finished"`; `"stopped"` if a callback stopped it, `"pruned"` if a search did.
         reason: why it was stopped; empty otherwise.
         step: completed optimizer updates.
         epoch: completed epochs.

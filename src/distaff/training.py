@@ -193,7 +193,7 @@ class Training(Predictor):
     def result(self, metrics: dict[str, Any]) -> TrainResult:
         """Returns how a run that came to its end stands."""
         return TrainResult(
-            status="stopped" if self.stop_reason else "finished",
+            status=self.callbacks.stop_status if self.stop_reason else "finished",
             reason=self.stop_reason or "",
             step=self._reached[0],
             epoch=self._reached[1],

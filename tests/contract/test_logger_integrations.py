@@ -250,6 +250,7 @@ def test_wandb_logger_records_media_and_config(tmp_path):
     [
         ("finished", 0, "FINISHED"),
         ("stopped", 0, "FINISHED"),
+        ("pruned", 0, "FINISHED"),
         ("interrupted", 255, "KILLED"),
         ("failed", 1, "FAILED"),
     ],

@@ -63,7 +63,17 @@ def test_emit_calls_every_callback_in_order_and_keeps_the_first_reason():
 def test_a_stop_without_a_reason_stops_all_the_same():
     callbacks = Callbacks([Stopper([], "")])
     callbacks.emit("on_epoch_end", info())
-    assert callbacks.stop_reason == "Stopper"
+    assert (callbacks.stop_reason, callbacks.stop_status) == ("Stopper", "stopped")
+
+
+def test_first_request_to_stop_decides_the_status():
+    class Pruner(Callback):
+        def on_epoch_end(self, info: StepInfo) -> None:
+            raise StopTraining("hopeless", status="pruned")
+
+    callbacks = Callbacks([Pruner(), Stopper([], "late")])
+    callbacks.emit("on_epoch_end", info())
+    assert (callbacks.stop_reason, callbacks.stop_status) == ("hopeless", "pruned")
 
 
 def test_emit_lets_other_errors_through():

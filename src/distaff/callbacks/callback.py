@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from distaff.state import TrainState
 
@@ -31,12 +31,14 @@ class StopTraining(Exception):  # noqa: N818 - a request, not an error
     """Raised by a callback to end the run as a normal end, after the epoch's work is saved.
 
     Args:
-        reason: shown to the user and written into the run's status; empty for the callback's name.
+        reason: shown to the user and written beside the run's status; empty for the callback's
+            name.
+        status: the run's status: `"stopped"`, or `"pruned"` for a trial that a search gives up.
     """
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, status: Literal["stopped", "pruned"] = "stopped") -> None:
         super().__init__(reason)
-        self.reason = reason
+        self.reason, self.status = reason, status
 
 
 class Callback:
@@ -81,6 +83,7 @@ class Callbacks:
     def __init__(self, callbacks: Iterable[Callback]) -> None:
         self.callbacks = tuple(callbacks)
         self.stop_reason: str | None = None
+        self.stop_status = "stopped"
         self.watches_steps = any(
             type(callback).on_step_end is not Callback.on_step_end for callback in self.callbacks
         )
@@ -91,4 +94,6 @@ class Callbacks:
             try:
                 getattr(callback, event)(info)
             except StopTraining as stop:
-                self.stop_reason = self.stop_reason or stop.reason or type(callback).__name__
+                if self.stop_reason is None:
+                    self.stop_reason = stop.reason or type(callback).__name__
+                    self.stop_status = stop.status

@@ -24,7 +24,10 @@ from distaff.loggers.protocol import JSON
 from distaff.loggers.row import as_arrays
 from distaff.typing import Values
 
-_STATUSES = {"finished": "FINISHED", "stopped": "FINISHED", "interrupted": "KILLED"}
+_STATUSES = {
+    **dict.fromkeys(("finished", "stopped", "pruned"), "FINISHED"),
+    "interrupted": "KILLED",
+}
 # https://mlflow.org/docs/latest/rest-api.html, "Request Limits".
 _MAX_METRICS, _MAX_PARAMS, _MAX_KEY = 1000, 100, 250
 

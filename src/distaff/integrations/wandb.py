@@ -19,7 +19,7 @@ from distaff.loggers.row import as_arrays
 from distaff.typing import Values
 
 # 255 is what Weights & Biases itself notes for a run that was interrupted.
-_EXIT_CODES = {"finished": 0, "stopped": 0, "interrupted": 255, "failed": 1}
+_EXIT_CODES = {"finished": 0, "stopped": 0, "pruned": 0, "interrupted": 255, "failed": 1}
 _OWN = ("project", "mode", "dir", "config", "reinit")
 
 

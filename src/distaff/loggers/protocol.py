@@ -32,7 +32,8 @@ class Logger(Protocol):
         """Writes what is held and lets go of files and connections; a second call does nothing.
 
         Args:
-            status: how the run ended: `"finished"`, `"stopped"`, `"interrupted"` or `"failed"`.
+            status: how the run ended: `"finished"`, `"stopped"`, `"pruned"`, `"interrupted"` or
+                `"failed"`.
         """
         ...
 

@@ -1,0 +1,34 @@
+"""The persistent compilation cache: what was compiled once on a machine stays compiled."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import jax
+
+
+def enable() -> Path | None:
+    """Keeps compiled programs on disk, for this process and those after it.
+
+    They are kept in `$XDG_CACHE_HOME/distaff/jax`, by default `~/.cache/distaff/jax`, which only
+    its owner can read. A directory that was chosen before, by `JAX_COMPILATION_CACHE_DIR` or
+    `jax.config`, stays as it is.
+
+    Returns:
+        The directory in use; None where none can be written.
+    """
+    chosen = jax.config.jax_compilation_cache_dir  # ty: ignore[missing-attribute] - made at run time
+    if chosen:
+        return Path(chosen)
+    home = os.environ.get("XDG_CACHE_HOME")
+    with suppress(OSError, RuntimeError):  # no home, or one that cannot be written
+        directory = (Path(home) if home else Path.home() / ".cache") / "distaff" / "jax"
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if os.access(directory, os.W_OK):
+            jax.config.update("jax_compilation_cache_dir", str(directory))
+            # By default JAX keeps only what took a second: in a small model, nothing.
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+            return directory
+    return None

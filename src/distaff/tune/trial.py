@@ -1,0 +1,164 @@
+"""One trial: a trainer made from a config, trained, reported and pruned."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+from distaff.callbacks import Callback, Callbacks, StepInfo, StopTraining
+from distaff.data import as_loader, first_batch
+from distaff.display import NullDisplay
+from distaff.errors import ConfigError, NonFiniteError
+from distaff.events import make_plan
+from distaff.metrics import as_json
+from distaff.monitor import Monitor
+from distaff.run_directory import RunDirectory
+from distaff.trainer import TrainerModule
+from distaff.trainer_config import TrainResult
+from distaff.tune.search import Suggestion, Trial
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """How a config becomes a run.
+
+    Args:
+        make_trainer: `(config) -> trainer`.
+        make_loaders: `(config) -> (train, val, test)`; `test` may be None.
+        num_epochs: epochs of each trial.
+        steps_per_epoch: cuts epochs of this many steps; None for the loader's own.
+    """
+
+    make_trainer: Callable[[Any], TrainerModule]
+    make_loaders: Callable[[Any], tuple[Any, Any, Any]]
+    num_epochs: int
+    steps_per_epoch: int | None = None
+
+    def trainer(self, config: Any, seed_offset: int = 0) -> TrainerModule:
+        """Returns a trainer that draws nothing, with a seed of its own.
+
+        Raises:
+            ConfigError: it was initialised before its seed could be set, or writes no runs.
+        """
+        trainer = self.make_trainer(config)
+        if not isinstance(trainer, TrainerModule):
+            raise ConfigError(f"make_trainer returns a TrainerModule; got {trainer!r}.")
+        if trainer.state is not None:
+            raise ConfigError(
+                "make_trainer returned a trainer that is initialised already, so that every trial "
+                "would have the same seed. Leave its example_batch away."
+            )
+        if trainer.config.root is None:
+            raise ConfigError(
+                "Trials are run directories, and make_trainer's trainer has root=None. Set a root."
+            )
+        seed = trainer.config.seed + seed_offset
+        trainer.config = dataclasses.replace(trainer.config, seed=seed)
+        trainer.display = NullDisplay()
+        return trainer
+
+    def loaders(self, config: Any) -> tuple[Any, Any, Any]:
+        """Returns `(train, val, test)`.
+
+        Raises:
+            ConfigError: they are not these three, or there is none to validate on.
+        """
+        loaders = self.make_loaders(config) if callable(self.make_loaders) else None
+        if not isinstance(loaders, tuple) or len(loaders) != 3 or loaders[1] is None:
+            raise ConfigError(
+                "make_loaders is a function of the config that returns new loaders (train, val, "
+                "test); test may be None, val may not, since trials are compared on it. Write "
+                "lambda config: data.digits(config.batch_size)."
+            )
+        return loaders
+
+    def check(self, config: Any) -> TrainerModule:
+        """Goes as far as a run can without writing anything, and returns the trainer.
+
+        Raises:
+            DistaffError: any bad input, by its kind.
+        """
+        trainer = self.trainer(config)
+        train, val, _ = self.loaders(config)
+        trainer.prepare(
+            make_plan(
+                train,
+                val,
+                num_epochs=self.num_epochs,
+                steps_per_epoch=self.steps_per_epoch,
+                check_val_every_n_epoch=trainer.config.check_val_every_n_epoch,
+            )
+        )
+        return trainer
+
+    def run(self, config: Any, suggestion: Suggestion) -> Trial:
+        """Trains one trial as an ordinary run; the test set is left alone."""
+        trainer = self.trainer(config, suggestion.number)
+        train, val, _ = self.loaders(config)
+        reporting = Reporting(suggestion, trainer.monitor, self.num_epochs)
+        trainer.callbacks = Callbacks([*trainer.callbacks.callbacks, reporting])
+        suggestion.note(seed=trainer.config.seed)
+        epochs = {"num_epochs": self.num_epochs, "steps_per_epoch": self.steps_per_epoch}
+        status, value = "failed", None
+        try:
+            result = trainer.train_model(train, val, **epochs)
+        except NonFiniteError as error:
+            suggestion.note(reason=str(error))
+        else:
+            value = value_of(result, trainer.monitor)
+            status = result.status if value is not None else "failed"
+        path = trainer.recording.path
+        suggestion.note(path=str(path))
+        return Trial(suggestion.number, status, value, suggestion.values, trainer.config.seed, path)
+
+    def test(self, config: Any, trial: Trial) -> dict[str, Any]:
+        """Tests the best model of a trial, and writes the metrics into its run directory.
+
+        Returns:
+            Metrics as `test/...`; none where there is nothing to test on.
+        """
+        train, _, test = self.loaders(config)
+        if test is None or trial.path is None:
+            return {}
+        trainer = self.trainer(config, trial.number)
+        trainer.set_up(first_batch(as_loader(train, name="train"), name="train"))
+        trainer.load_weights(trial.path)
+        metrics = trainer.eval_model(test, "test/")
+        RunDirectory.open(trial.path).write_json("metrics/test.json", as_json(metrics))
+        return metrics
+
+
+class Reporting(Callback):
+    """Reports each validation of a trial, and ends it where the search gives it up.
+
+    Args:
+        suggestion: the trial's channel to the search.
+        monitor: the metric to report.
+        num_epochs: epochs of the trial; after the last one there is nothing left to prune.
+    """
+
+    def __init__(self, suggestion: Suggestion, monitor: Monitor, num_epochs: int) -> None:
+        self._suggestion, self._monitor, self._num_epochs = suggestion, monitor, num_epochs
+
+    def on_validation_end(self, info: StepInfo) -> None:
+        """Reports the monitored metric.
+
+        Raises:
+            StopTraining: the trial is pruned.
+        """
+        value = self._monitor.value(info.metrics)
+        self._suggestion.report(value, info.epoch)
+        if info.epoch < self._num_epochs and self._suggestion.should_prune():
+            raise StopTraining(
+                f"pruned after epoch {info.epoch} with {self._monitor.name} {value:.6g}", "pruned"
+            )
+
+
+def value_of(result: TrainResult, monitor: Monitor) -> float | None:
+    """Returns the monitored metric of a run's best model; None where it has none, or no number."""
+    if result.best is None:
+        return None
+    value = monitor.value(result.best.metrics)
+    return value if math.isfinite(value) else None
