@@ -23,7 +23,7 @@ SOURCES = Path(__file__).parents[1] / "src"
 # A room imports only from rooms that stand before it. "distaff" is the package's own __init__.py.
 ROOMS = (
     *("typing", "errors", "_optional"),
-    *("state", "vitals", "metrics", "monitor", "cadence", "config", "record"),
+    *("slot", "state", "vitals", "metrics", "monitor", "cadence", "config", "record"),
     *("run_directory", "execution", "compile_cache"),
     *("models", "data", "optim", "parallel", "zoo", "trainer_config"),
     *("context", "window", "step", "accumulate", "precision", "fuse"),

@@ -20,12 +20,16 @@ from distaff.errors import CheckpointError, StateError
 from distaff.evaluate import predict
 from distaff.execution import Compiled, Eager, Execution
 from distaff.models import Variables, as_model, rebuild
+from distaff.optim import evaluation_params, has_evaluation_params
 from distaff.record import example_from, read_record
 from distaff.state import TrainState
 from distaff.trainer_config import TrainerConfig, make_config
 from distaff.typing import Batch, Key, Params, PyTree
 
 T = TypeVar("T")
+
+EVALUATION_PARAMS = "evaluation-params"
+"""In a checkpoint, the parameters to evaluate with; no member of a state can have this name."""
 
 _INPUT_NAMES = ("image", "images", "x", "input", "inputs", "tokens", "features")
 
@@ -53,6 +57,7 @@ class Predictor:
             return self.predict_fn(state.params, batch, Context(state, train=False))
 
         self._predict_step = self.execution.program(predict_step)
+        self._evaluation_params = self.execution.program(evaluation_params)
 
     def set_up(self, example_batch: Batch) -> None:
         """Calls the initialising methods in their order."""
@@ -134,7 +139,7 @@ class Predictor:
             StateError: the model has no parameters yet.
             BatchError: the loader is empty, or an output has no batch axis.
         """
-        return predict(self._predict_step, self.ready_state(), self._pass(loader, "predict"))
+        return predict(self._predict_step, self.evaluation_state(), self._pass(loader, "predict"))
 
     def bind_model(self) -> Any:
         """Returns the model with its variables inside: `bound(x, train=False)` for Flax Linen.
@@ -142,7 +147,7 @@ class Predictor:
         Raises:
             StateError: the model has no parameters yet.
         """
-        state = self.ready_state()
+        state = self.evaluation_state()
         return self.model.bind(Variables(state.params, state.batch_stats, state.collections))
 
     def tracker(
@@ -218,14 +223,20 @@ class Predictor:
         Args:
             store: where the checkpoint is.
             step: which one.
-            members: names of the state's members.
+            members: names of the state's members. Without `opt_state` among them, `params` are
+                those that the optimizer evaluates with.
 
         Raises:
             CheckpointError: it cannot be read, or is of another model.
         """
-        state = self.ready_state()
-        self.state = state.replace(**store.load(step, {n: getattr(state, n) for n in members}))
-        self.step, self.epoch = step, store.info(step).get("epoch", 0)
+        state, info = self.ready_state(), store.info(step)
+        saved_as = {name: name for name in members}
+        if {"params", "opt_state"} & saved_as.keys() == {"params"} and info.get(EVALUATION_PARAMS):
+            saved_as["params"] = EVALUATION_PARAMS
+        wanted = {saved: getattr(state, name) for name, saved in saved_as.items()}
+        loaded = store.load(step, wanted)
+        self.state = state.replace(**{name: loaded[saved] for name, saved in saved_as.items()})
+        self.step, self.epoch = step, info.get("epoch", 0)
 
     def ready_state(self) -> TrainState:
         """Returns the state.
@@ -239,6 +250,20 @@ class Predictor:
                 "example_batch, or use load_from_checkpoint."
             )
         return self.state
+
+    def evaluation_state(self) -> TrainState:
+        """Returns the state with the parameters to evaluate with; see `optim.evaluation_params`.
+
+        Returns:
+            For most optimizers the state itself.
+
+        Raises:
+            StateError: there is none yet.
+        """
+        state = self.ready_state()
+        if not has_evaluation_params(state.opt_state):
+            return state
+        return state.replace(params=self._evaluation_params(state.opt_state, state.params))
 
     def _pass(self, loader: Any, name: str) -> Iterator[Batch]:
         """Goes once through a loader, with its progress shown."""

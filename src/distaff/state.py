@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from distaff import slot
 from distaff.errors import StateError, leaf_name, nearest
 from distaff.typing import Key, Params, PyTree
 
@@ -132,7 +133,8 @@ class TrainState(_FrozenPyTree):
             grads: gradient of the loss, with the structure of `params`.
             value: the loss, a scalar. Handed on with `grad=grads` to optimizers that ask for it
                 (`optax.contrib.reduce_on_plateau`, line searches, learned optimizers).
-            value_fn: the loss as a function of the parameters, for line searches.
+            value_fn: the loss as a function of the parameters, for line searches; for an optimizer
+                that takes `grad_fn` (`optax.contrib.sam` in its opaque mode) also the source of it.
             optimizer_args: further keyword arguments of the optimizer's `update`.
             **members: other members of the state, with their new values.
 
@@ -140,8 +142,8 @@ class TrainState(_FrozenPyTree):
             A new state: `step + 1`, new `params` and `opt_state`.
 
         Raises:
-            StateError: there is no optimizer, `grads` is shaped unlike `params`, or a keyword is
-                not a member of this class.
+            StateError: there is no optimizer, it asks for what is not passed, `grads` is shaped
+                unlike `params`, or a keyword is not a member of this class.
         """
         if misplaced or grads is None:
             raise StateError(
@@ -156,10 +158,7 @@ class TrainState(_FrozenPyTree):
         self._check_members(members, reserved=("step", "params", "opt_state"))
         _check_gradients(grads, self.params)
         offered = {"value": value, "value_fn": value_fn, **(optimizer_args or {})}
-        extra_args = {name: arg for name, arg in offered.items() if arg is not None}
-        # Wrapped here and not in `create`: two states of one optimizer are then of one structure.
-        tx = optax.with_extra_args_support(self.tx)
-        updates, opt_state = tx.update(grads, self.opt_state, self.params, grad=grads, **extra_args)
+        updates, opt_state = slot.update(self.tx, grads, self.opt_state, self.params, offered)
         return dataclasses.replace(
             self,
             step=self.step + 1,

@@ -31,6 +31,9 @@ LossFn: TypeAlias = Callable[[Params, Batch, Context], Any]
 def train_step(loss_fn: LossFn) -> StepFn:
     """Builds a training step: forward pass, loss, gradient, update. Jit it with the state donated.
 
+    The optimizer is offered the loss as `value`, its gradient as `grad`, and the loss as a function
+    of the parameters, with the dropout and the batch of this step, as `value_fn`.
+
     Args:
         loss_fn: `(params, batch, ctx) -> loss` or `(loss, metrics)`. The loss is one number per
             example, `[batch]`, or a scalar; metrics are as `distaff.metrics` describes.

@@ -108,7 +108,8 @@ class TrainerModule(Training):
             ConfigError: the optimizer does not fit the run.
         """
         tx, self.schedule = build_optimizer(self.optimizer, total_steps)
-        state = self.ready_state()
+        # A second run goes on from the model that the first has led to.
+        state = self.evaluation_state()
         self.state = owned(state.replace(tx=tx, opt_state=tx.init(state.params)))
 
     def train_model(
@@ -202,8 +203,8 @@ class TrainerModule(Training):
             StateError: the model has no parameters yet.
             BatchError: the loader is empty.
         """
-        state, batches = self.ready_state(), self._pass(loader, prefix.rstrip("/") or "evaluate")
-        return metrics_lib.compute(self._evaluator(state, batches), prefix)
+        state, name = self.evaluation_state(), prefix.rstrip("/") or "evaluate"
+        return metrics_lib.compute(self._evaluator(state, self._pass(loader, name)), prefix)
 
     def save_metrics(self, name: str, metrics: Mapping[str, Any]) -> None:
         """Writes metrics to `metrics/<name>.json` in the run directory.
@@ -238,23 +239,11 @@ class TrainerModule(Training):
             StateError: nothing has been trained yet.
         """
         self.check_run()
-        state = self.ready_state()
-        if not all_finite(state.params):
+        if not all_finite(self.ready_state().params):
             raise self.not_finite("A parameter", self.step)
         if is_best:
             self.best = Best(self.step, self.epoch, dict(metrics))
-        self.recording.store.save(
-            self.step,
-            state.arrays(),
-            {
-                "step": self.step,
-                "epoch": self.epoch,
-                "metrics": metrics_lib.as_json(metrics),
-                "best_step": None if self.best is None else self.best.step,
-                "loader": self.plan.train_loader.get_state(),
-                "callbacks": [callback.get_state() for callback in self.callbacks.callbacks],
-            },
-        )
+        self.recording.store.save(self.step, *self.snapshot(metrics))
 
     def load_model(self) -> None:
         """Loads the best checkpoint of this run, whole; the newest where none is the best.
@@ -294,7 +283,7 @@ class TrainerModule(Training):
         steps_per_epoch = plan.steps_per_epoch or num_batches(plan.train_loader)
         num_epochs = plan.last_epoch - plan.first_epoch + 1
         self.init_optimizer(None if steps_per_epoch is None else steps_per_epoch * num_epochs)
-        state = self.ready_state()
+        state = self.evaluation_state()  # of the same form as the one that is trained
         _, metrics = self.execution.shapes(self._measured_step, state, batch)
         self._empty_window = empty_window(metrics)
         if plan.val_loader is not None:

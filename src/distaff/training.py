@@ -17,14 +17,14 @@ from distaff.data import num_batches
 from distaff.errors import ConfigError, NonFiniteError, StateError
 from distaff.events import Plan, StepEnd, WindowEnd
 from distaff.loggers import Logger
-from distaff.metrics import compute
+from distaff.metrics import as_json, compute
 from distaff.monitor import Monitor
 from distaff.optim import OptimizerConfig, OptimizerLike
-from distaff.predictor import Predictor
+from distaff.predictor import EVALUATION_PARAMS, Predictor
 from distaff.record import make_record
 from distaff.recording import NullRecording, Recording, make_recording
 from distaff.trainer_config import Best, TrainResult
-from distaff.typing import Batch, Schedule
+from distaff.typing import Batch, PyTree, Schedule
 from distaff.vitals import evidence_of_learning
 
 _log = logging.getLogger("distaff")
@@ -170,7 +170,10 @@ class Training(Predictor):
             before.size > 0 and np.array_equal(before, now)
             for before, now in zip(untrained, evidence_of_learning(self.ready_state()), strict=True)
         )
-        if same_params or same_averages:
+        params, averages = map(np.asarray, untrained)
+        # What begins as a copy of the parameters, as in optax.contrib.mechanize, is no average.
+        is_copied = np.isin(params[params != 0], averages).any()
+        if same_params or (same_averages and not is_copied):
             what = "No parameter has changed" if same_params else "Every gradient has been zero"
             warnings.warn(
                 f"{what} in the first {num_steps} steps. Either the loss does not depend on its "
@@ -189,6 +192,28 @@ class Training(Predictor):
         values = " ".join(f"{name} {value:.6g}" for name, value in shown.items())
         _log.info("epoch %d/%d step %d %s", epoch, self.plan.last_epoch, self.step, values)
         self.display.epoch_line(epoch, self.plan.last_epoch, self.step, shown, seconds, is_best)
+
+    def snapshot(self, metrics: Mapping[str, Any]) -> tuple[dict[str, PyTree], dict[str, Any]]:
+        """Returns what a checkpoint keeps: arrays by name, and what else a resume needs, as JSON.
+
+        The arrays are the members of the state and, where they differ from its `params`, the
+        parameters to evaluate with: a model is loaded without its optimizer.
+
+        Args:
+            metrics: of the validation before it.
+        """
+        state, evaluated = self.ready_state(), self.evaluation_state()
+        differ = evaluated is not state
+        arrays = {EVALUATION_PARAMS: evaluated.params} if differ else {}
+        return {**state.arrays(), **arrays}, {
+            "step": self.step,
+            "epoch": self.epoch,
+            "metrics": as_json(metrics),
+            "best_step": None if self.best is None else self.best.step,
+            "loader": self.plan.train_loader.get_state(),
+            "callbacks": [callback.get_state() for callback in self.callbacks.callbacks],
+            EVALUATION_PARAMS: differ,
+        }
 
     def result(self, metrics: dict[str, Any]) -> TrainResult:
         """Returns how a run that came to its end stands."""

@@ -2,11 +2,16 @@
 
 from distaff.optim.build import Optimizer, OptimizerLike, build_optimizer
 from distaff.optim.config import OptimizerConfig, ParamGroup
+from distaff.optim.evaluation import evaluation_params, has_evaluation_params
 from distaff.optim.masks import decay_mask
+from distaff.optim.observe import Geometry, ObservedState, geometry, observed
 from distaff.optim.penalty import decays, l2_loss
 from distaff.optim.schedules import make_schedule
+from distaff.slot import with_known_args
 
 __all__ = [
+    "Geometry",
+    "ObservedState",
     "Optimizer",
     "OptimizerConfig",
     "OptimizerLike",
@@ -14,6 +19,11 @@ __all__ = [
     "build_optimizer",
     "decay_mask",
     "decays",
+    "evaluation_params",
+    "geometry",
+    "has_evaluation_params",
     "l2_loss",
     "make_schedule",
+    "observed",
+    "with_known_args",
 ]

@@ -14,12 +14,14 @@ from distaff.optim.config import OptimizerConfig, ParamGroup
 from distaff.optim.groups import frozen, group_labels, is_trained
 from distaff.optim.masks import decay_mask
 from distaff.optim.schedules import make_schedule
+from distaff.slot import with_known_args
 from distaff.typing import Schedule
 
 OptimizerLike: TypeAlias = (
     OptimizerConfig
     | optax.GradientTransformation
-    | Callable[[int], OptimizerConfig | optax.GradientTransformation]
+    | optax.MultiSteps
+    | Callable[[int], OptimizerConfig | optax.GradientTransformation | optax.MultiSteps]
 )
 """The forms of an optimizer: a config, the transformation itself, a function of `total_steps`."""
 
@@ -45,8 +47,8 @@ def build_optimizer(optimizer: OptimizerLike, total_steps: int | None) -> Optimi
     still one, of all gradients but the frozen ones.
 
     Args:
-        optimizer: an `OptimizerConfig`; an `optax.GradientTransformation`, taken as it is; or a
-            function `f(total_steps)` that returns one of the two.
+        optimizer: an `OptimizerConfig`; an `optax.GradientTransformation` or `optax.MultiSteps`,
+            taken as it is; or a function `f(total_steps)` that returns one of these.
         total_steps: optimizer steps of the whole run; None where they are not known.
 
     Returns:
@@ -59,8 +61,8 @@ def build_optimizer(optimizer: OptimizerLike, total_steps: int | None) -> Optimi
     """
     if isinstance(optimizer, OptimizerConfig):
         return _from_config(optimizer, total_steps)
-    if isinstance(optimizer, optax.GradientTransformation):
-        return Optimizer(optax.with_extra_args_support(optimizer), schedule=None)
+    if isinstance(optimizer, optax.GradientTransformation | optax.MultiSteps):
+        return Optimizer(with_known_args(optimizer), schedule=None)
     _check_factory(optimizer)
     if total_steps is None:
         raise ConfigError(
@@ -68,7 +70,7 @@ def build_optimizer(optimizer: OptimizerLike, total_steps: int | None) -> Optimi
             "not known because the loader has no length. Pass steps_per_epoch to train_model."
         )
     made = optimizer(total_steps)
-    if not isinstance(made, OptimizerConfig | optax.GradientTransformation):
+    if not isinstance(made, OptimizerConfig | optax.GradientTransformation | optax.MultiSteps):
         raise ConfigError(
             "A function given as optimizer must return an OptimizerConfig or an "
             f"optax.GradientTransformation, and {optimizer!r} returned {made!r}."
@@ -77,16 +79,19 @@ def build_optimizer(optimizer: OptimizerLike, total_steps: int | None) -> Optimi
 
 
 def _from_config(config: OptimizerConfig, total_steps: int | None) -> Optimizer:
-    schedule = make_schedule(config, total_steps)
+    schedule = None if config.name in catalog.LEARNED else make_schedule(config, total_steps)
     transforms = []
     if config.clip_value is not None:
         transforms.append(optax.clip(config.clip_value))
     if config.clip_norm is not None:
         clip = optax.clip_by_global_norm(config.clip_norm)
         transforms.append(optax.masked(clip, is_trained(config.groups)) if config.groups else clip)
-    transforms.extend(
-        [_grouped(config, total_steps)] if config.groups else _with_decay(config, schedule)
-    )
+    if config.groups:
+        transforms.append(_grouped(config, total_steps))
+    elif schedule is None:
+        transforms.append(_learned(config, total_steps))
+    else:
+        transforms.extend(_with_decay(config, schedule))
     return Optimizer(optax.with_extra_args_support(optax.chain(*transforms)), schedule)
 
 
@@ -94,7 +99,10 @@ def _grouped(config: OptimizerConfig, total_steps: int | None) -> optax.Gradient
     rest = dataclasses.replace(config, groups=(), clip_norm=None, clip_value=None)
     transforms = [_of_group(group, rest, total_steps) for group in config.groups]
     transforms.append(build_optimizer(rest, total_steps).tx)
-    return optax.partition(dict(enumerate(transforms)), group_labels(config.groups))
+    # A line search then gets the gradient of its own parameters alone.
+    return optax.partition(
+        dict(enumerate(transforms)), group_labels(config.groups), mask_compatible_extra_args=True
+    )
 
 
 def _of_group(
@@ -124,6 +132,16 @@ def _with_decay(config: OptimizerConfig, schedule: Schedule) -> list[optax.Gradi
         optimizer,
         optax.add_decayed_weights(lambda step: -schedule(step) * decay, decay_mask),
     ]
+
+
+def _learned(config: OptimizerConfig, total_steps: int | None) -> optax.GradientTransformation:
+    if total_steps is None:
+        raise ConfigError(
+            f"The optimizer {config.name!r} paces itself by the number of steps of the run, which "
+            "is not known because the loader has no length. Pass steps_per_epoch to train_model."
+        )
+    make = catalog.LEARNED[config.name]
+    return make(total_steps=total_steps, weight_decay=config.weight_decay, **config.options)
 
 
 def _check_factory(optimizer: object) -> None:

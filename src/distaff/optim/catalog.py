@@ -1,4 +1,4 @@
-"""The optimizers that a config can name: what Optax offers, found by signature."""
+"""The optimizers that a config can name: what Optax offers, found by signature, and VeLO."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 
 import optax
 import optax.contrib
+
+from distaff.optim.learned import velo
 
 FIXED_RATE = frozenset({"optimistic_adam", "rprop", "sm3"})
 """Optimizers whose learning rate must be a number: Optax lets no schedule in."""
@@ -22,6 +24,11 @@ DECAY_IN_UPDATE = frozenset({"muon"})
 `optax.contrib.muon` masks the decay of its matrices, but decays everything it hands to AdamW,
 biases and norm scales among it.
 """
+
+LEARNED: Mapping[str, Callable[..., optax.GradientTransformationExtraArgs]] = {"velo": velo}
+"""Optimizers that are trained networks: no learning rate, but weights and the run's length."""
+
+_OF_THE_RUN = frozenset({"total_steps"})
 
 _DECAY_ARGUMENTS = frozenset(
     {"adam_weight_decay", "mask", "weight_decay_mask", "weight_decay_rate"}
@@ -46,10 +53,11 @@ def optimizers() -> Mapping[str, Callable[..., optax.GradientTransformation]]:
 
 def options_of(name: str) -> Mapping[str, inspect.Parameter]:
     """Returns the arguments of a known optimizer that a config may set under `options`."""
+    function = LEARNED[name] if name in LEARNED else optimizers()[name]
     return {
         argument: parameter
-        for argument, parameter in inspect.signature(optimizers()[name]).parameters.items()
-        if owner_of(argument) is None
+        for argument, parameter in inspect.signature(function).parameters.items()
+        if owner_of(argument) is None and argument not in _OF_THE_RUN
     }
 
 
@@ -70,7 +78,8 @@ def mask_argument(name: str) -> str | None:
 
 def takes_weight_decay(name: str) -> bool:
     """Tells whether an optimizer can have weight decay that spares biases and norm scales."""
-    return name in DECAY_IN_GRADIENT | DECAY_IN_UPDATE or mask_argument(name) is not None
+    own = LEARNED.keys() | DECAY_IN_GRADIENT | DECAY_IN_UPDATE
+    return name in own or mask_argument(name) is not None
 
 
 def _is_optimizer(name: str, function: object) -> bool:

@@ -12,6 +12,7 @@ import optax
 
 from distaff.errors import ConfigError, nearest
 from distaff.optim import catalog
+from distaff.optim.learned import WHERE_TO_GET
 
 ScheduleName: TypeAlias = Literal[
     "constant", "cosine", "linear", "exponential", "inverse_sqrt", "one_cycle"
@@ -57,7 +58,9 @@ class OptimizerConfig:
 
     Args:
         name: sgd, momentum, rmsprop, adam, adamw, lamb, lion, muon, or any other function of
-            `optax` or `optax.contrib` that makes an optimizer from a `learning_rate`.
+            `optax` or `optax.contrib` that makes an optimizer from a `learning_rate`; or velo, a
+            trained network whose weights are in a folder, `options={"weights": "/folder"}`. It has
+            no learning rate: the next four fields keep their defaults.
         learning_rate: the highest learning rate of the run.
         schedule: how the learning rate falls after the warm-up; one_cycle rises first.
         warmup_steps: optimizer steps over which the learning rate rises linearly from 0.
@@ -66,7 +69,8 @@ class OptimizerConfig:
         weight_decay: strength of weight decay, which leaves biases and norm scales alone. For
             sgd and momentum it is L2 added to the gradient, for all others what their Optax
             function calls `weight_decay` (adamw, lamb, lion, muon: decoupled, and multiplied by
-            the learning rate). The defaults of Optax, such as 1e-4 for adamw, are never used.
+            the learning rate). The defaults of Optax, such as 1e-4 for adamw, are never used. For
+            velo see `distaff.optim.learned.velo`.
         clip_norm: the largest global norm of the gradient; None for no limit.
         clip_value: the largest absolute value of each gradient entry; None for no limit.
         options: further arguments of the Optax function, such as `{"b1": 0.95}`.
@@ -101,6 +105,7 @@ class OptimizerConfig:
         _check_options(self)
         _check_combinations(self)
         _check_groups(self)
+        _check_learned(self)
         object.__setattr__(self, "options", dict(self.options))
         object.__setattr__(self, "groups", tuple(self.groups))
 
@@ -168,7 +173,7 @@ def _check_numbers(config: OptimizerConfig) -> None:
 
 
 def _check_names(config: OptimizerConfig) -> None:
-    known = catalog.optimizers()
+    known = catalog.optimizers().keys() | catalog.LEARNED.keys()
     if config.name not in known:
         raise ConfigError(
             f"No optimizer is called {config.name!r}. {nearest(str(config.name).lower(), known)} "
@@ -208,8 +213,10 @@ def _check_options(config: OptimizerConfig) -> None:
         if parameter.default is inspect.Parameter.empty and option not in config.options
     ]
     if missing:
+        remedy = f" {WHERE_TO_GET}" if config.name in catalog.LEARNED else ""
         raise ConfigError(
-            f"The optimizer {config.name!r} needs these options, which have no default: {missing}."
+            f"The optimizer {config.name!r} needs these options, which have no default: "
+            f"{missing}.{remedy}"
         )
 
 
@@ -231,6 +238,26 @@ def _check_combinations(config: OptimizerConfig) -> None:
             f"The optimizer {config.name!r} has no weight decay that can leave biases and norm "
             f"scales alone, and weight_decay is {config.weight_decay!r}. {_decay_remedy(config)}"
         )
+
+
+def _check_learned(config: OptimizerConfig) -> None:
+    if config.name not in catalog.LEARNED:
+        return
+    fields = type(config).__dataclass_fields__
+    for name in ("learning_rate", "schedule", "warmup_steps", "end_fraction"):
+        value, default = getattr(config, name), fields[name].default
+        if value != default:
+            raise ConfigError(
+                f"The optimizer {config.name!r} sizes its steps itself, without a learning rate or "
+                f"schedule, and {name} is {value!r}. Leave it at its default, {default!r}."
+            )
+    for group in config.groups:
+        if group.learning_rate is not None:
+            raise ConfigError(
+                f"The optimizer {config.name!r} has no learning rate that could be another for "
+                f"ParamGroup({group.pattern!r}), and learning_rate is {group.learning_rate!r}. "
+                "Give the group an optimizer of its own."
+            )
 
 
 def _decay_remedy(config: OptimizerConfig) -> str:

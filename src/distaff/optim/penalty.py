@@ -13,6 +13,7 @@ import optax
 
 from distaff.errors import ConfigError
 from distaff.optim.masks import decay_mask
+from distaff.slot import with_known_args
 from distaff.typing import Params, PyTree
 
 _PROBED_STEPS = 64
@@ -79,7 +80,7 @@ def _decays(tx: Any, structure: Any, shapes: tuple[tuple[int, ...], ...]) -> boo
         # A step may be being traced, in which these are numbers all the same.
         with jax.ensure_compile_time_eval(), jax.enable_x64(True):
             ones = jax.tree.unflatten(structure, [jnp.ones(shape) for shape in shapes])
-            return _moves(optax.with_extra_args_support(tx), ones)
+            return _moves(with_known_args(tx), ones)
     except Exception:  # a mask over other sizes, or arguments of its own: nothing can be said
         return False
 
@@ -87,6 +88,8 @@ def _decays(tx: Any, structure: Any, shapes: tuple[tuple[int, ...], ...]) -> boo
 def _moves(tx: optax.GradientTransformationExtraArgs, ones: Params) -> bool:
     zeros = jax.tree.map(jnp.zeros_like, ones)
     unused = {"grad": zeros, "value": jnp.zeros([]), "value_fn": lambda _: jnp.zeros([])}
+    # The network of a learned optimizer sees the parameters, and would move them in any case.
+    unused["decay_only"] = True
 
     @jax.jit
     def step(found: jax.Array, *opt_states: PyTree) -> tuple[PyTree, ...]:
