@@ -1,79 +1,79 @@
-"""An autoencoder of handwritten digits, whose reconstructions are drawn every few epochs.
+"""Autoencoders of handwritten digits, one for each length of code, beside PCA of equal size.
 
-    .venv/bin/python examples/autoencoder.py --num-epochs 30
+    .venv/bin/python examples/autoencoder.py                # reconstruct
+    .venv/bin/python examples/autoencoder.py --noise 0.3    # denoise
 
-The pictures are `runs/autoencoder/<version>/images/reconstructions_<step>.png`: the upper row holds
-validation digits, the lower one what `--latent` numbers keep of each.
+Each is a run in `runs/autoencoder` (`runs/denoising`), which draws at every validation some digits,
+what the model sees of them, and what it returns. The last one has all the errors in `errors.png`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
+from matplotlib.figure import Figure
+from sklearn.decomposition import PCA
 
 import distaff
-from distaff import data
-
-
-class Autoencoder(nn.Module):
-    """Two linear layers in, two out, and `latent` numbers between."""
-
-    latent: int
-    width: int = 128
-
-    @nn.compact
-    def __call__(self, image: jax.Array) -> jax.Array:
-        flat = image.reshape(image.shape[0], -1)
-        code = nn.Dense(self.latent)(nn.relu(nn.Dense(self.width)(flat)))
-        decoded = nn.Dense(flat.shape[1])(nn.relu(nn.Dense(self.width)(code)))
-        return nn.sigmoid(decoded).reshape(image.shape)
-
-
-class Reconstructing(distaff.TrainerModule):
-    """Draws ten digits and their reconstructions every `draw_every` epochs."""
-
-    draw_every: int = 10
-
-    def loss_fn(self, params, batch, ctx):
-        error = ctx.apply(params, batch["image"]) - batch["image"]
-        return jnp.square(error).mean(axis=(1, 2, 3))
-
-    def on_validation_epoch_end(self, epoch, metrics, val_loader):
-        metrics["val/psnr"] = -10 * np.log10(metrics["val/loss"])
-        if epoch % self.draw_every == 0:
-            images = data.first_batch(val_loader)["image"][:10]
-            rebuilt = np.asarray(self.bind_model()(images))
-            framed = [np.pad(row[..., 0], ((0, 0), (1, 1), (1, 1))) for row in (images, rebuilt)]
-            sheet = np.vstack([np.hstack(row) for row in framed])
-            sheet = np.kron(sheet, np.ones((8, 8)))  # eight screen pixels for one
-            self.recording.logger.log_image("reconstructions", sheet, step=self.step)
+from distaff import data, tasks, zoo
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """What can be set from the command line."""
 
-    num_epochs: int = 30
-    latent: int = 8
-    draw_every: int = 10
+    latents: tuple[int, ...] = (2, 4, 8, 16, 32)
+    noise: float = 0.0
+    num_epochs: int = 100
+    validate_every: int = 10
     root: str = "runs"
 
 
-def main(options: Options) -> distaff.TrainResult:
+class Drawing(tasks.Autoencoder):
+    def on_validation_epoch_end(self, epoch, metrics, val_loader):
+        images = data.first_batch(val_loader)["image"][:10]
+        seen = self.corrupt(images, jax.random.key(0))
+        rows = np.stack([images, np.clip(seen, 0, 1), self.bind_model()(seen)])[..., 0]
+        rows = np.pad(rows, [(0, 0), (0, 0), (1, 1), (1, 1)])
+        sheet = np.kron(np.vstack([np.hstack(row) for row in rows]), np.ones((8, 8)))  # enlarged
+        self.recording.logger.log_image("reconstructions", sheet, step=self.step)
+
+
+def pca_error(train: np.ndarray, test: np.ndarray, latent: int, noise: float) -> float:
+    """Returns the error of PCA, each component shrunk by its share of noise (Wiener's filter)."""
+    pca, clean = PCA(latent).fit(train.reshape(len(train), -1)), test.reshape(len(test), -1)
+    seen = clean + noise * np.random.default_rng(0).normal(size=clean.shape)
+    shrinkage = pca.explained_variance_ / (pca.explained_variance_ + noise**2)
+    return np.square(pca.inverse_transform(shrinkage * pca.transform(seen)) - clean).mean()
+
+
+def main(options: Options) -> dict[int, tuple[float, float, float]]:
     train, val, test = data.digits(batch_size=32)
-    trainer = Reconstructing(
-        Autoencoder(options.latent),
-        optimizer=distaff.OptimizerConfig("adam", learning_rate=3e-3),
-        name="autoencoder",
-        root=options.root,
-    )
-    trainer.draw_every = options.draw_every
-    return trainer.train_model(train, val, test, num_epochs=options.num_epochs)
+    errors = {}
+    for latent in options.latents:
+        trainer = Drawing(
+            zoo.MLPAutoencoder((8, 8, 1), latent, hidden=(256,)),
+            optimizer=distaff.OptimizerConfig("adam", learning_rate=3e-3, warmup_steps=50),
+            name="denoising" if options.noise else "autoencoder",
+            root=options.root,
+            noise=options.noise,
+            check_val_every_n_epoch=options.validate_every,
+        )
+        result = trainer.train_model(train, val, test, num_epochs=options.num_epochs)
+        pca = pca_error(train.arrays["image"], test.arrays["image"], latent, options.noise)
+        errors[latent] = (result.metrics["val/loss"], result.metrics["test/loss"], pca)
+    print("latent  val MSE  test MSE  PCA's test MSE")
+    for latent, row in errors.items():
+        print(f"{latent:6}  {row[0]:.5f}  {row[1]:.5f}   {row[2]:.5f}")
+    axes = Figure(figsize=(5, 3.5), layout="constrained").subplots()
+    axes.loglog([*errors], [row[1:] for row in errors.values()], "o-", label=["autoencoder", "PCA"])
+    axes.set(xlabel="numbers in the code", ylabel="mean squared error, test")
+    axes.legend()
+    axes.figure.savefig(result.path / "errors.png")
+    return errors
 
 
 if __name__ == "__main__":

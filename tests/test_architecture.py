@@ -24,9 +24,9 @@ SOURCES = Path(__file__).parents[1] / "src"
 ROOMS = (
     *("typing", "errors", "_optional"),
     *("slot", "state", "vitals", "metrics", "monitor", "cadence", "config", "record"),
-    *("run_directory", "execution", "compile_cache"),
+    *("run_directory", "execution", "allocator", "compile_cache", "throughput"),
     *("models", "data", "optim", "parallel", "zoo", "trainer_config"),
-    *("context", "window", "step", "accumulate", "precision", "fuse"),
+    *("context", "window", "step", "accumulate", "precision", "forms", "fuse"),
     *("loggers", "display", "checkpoint", "callbacks"),
     *("events", "evaluate", "loop", "recording"),
     *("predictor", "training", "trainer", "tasks", "distaff"),

@@ -13,7 +13,8 @@ def enable() -> Path | None:
     """Keeps compiled programs on disk, for this process and those after it.
 
     They are kept in `$XDG_CACHE_HOME/distaff/jax`, by default `~/.cache/distaff/jax`, which only
-    its owner can read. A directory that was chosen before, by `JAX_COMPILATION_CACHE_DIR` or
+    its owner can use: who can write there can run programs. It may be deleted at any time; nothing
+    else keeps it small. A directory that was chosen before, by `JAX_COMPILATION_CACHE_DIR` or
     `jax.config`, stays as it is.
 
     Returns:
@@ -22,13 +23,13 @@ def enable() -> Path | None:
     chosen = jax.config.jax_compilation_cache_dir  # ty: ignore[missing-attribute] - made at run time
     if chosen:
         return Path(chosen)
-    home = os.environ.get("XDG_CACHE_HOME")
+    home = Path(os.environ.get("XDG_CACHE_HOME", ""))  # a relative one does not count, by its rules
     with suppress(OSError, RuntimeError):  # no home, or one that cannot be written
-        directory = (Path(home) if home else Path.home() / ".cache") / "distaff" / "jax"
+        directory = (home if home.is_absolute() else Path.home() / ".cache") / "distaff" / "jax"
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if os.access(directory, os.W_OK):
-            jax.config.update("jax_compilation_cache_dir", str(directory))
-            # By default JAX keeps only what took a second: in a small model, nothing.
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-            return directory
+        directory.chmod(0o700)  # it may have been there before; an error if it is another's
+        jax.config.update("jax_compilation_cache_dir", str(directory))
+        # By default JAX keeps only what took a second: in a small model, nothing.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        return directory
     return None

@@ -24,6 +24,10 @@ class BatchError(DistaffError, ValueError):
     """A batch, or the loader that yields it, does not have the agreed form."""
 
 
+class DataFileError(DistaffError, ValueError):
+    """A file of a data set is missing, unreadable, or not in its published format."""
+
+
 class LossError(DistaffError, ValueError):
     """A loss or a metric returned by the user's function has the wrong form."""
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from distaff import metrics as metrics_lib
-from distaff.data import num_examples
+from distaff.data import Chunk, One, Source, num_examples, pad
 from distaff.errors import BatchError, leaf_name
 from distaff.execution import Execution
 from distaff.metrics import Metric
@@ -37,22 +38,24 @@ class Evaluator:
         self._eval_step = eval_step
         self._masks = None if isinstance(eval_step, EvalStep) else False
         self._execution = execution
+        self._one = execution.part(self._accumulating_one)
         self._run = execution.program(self._accumulating)
+        self._run_fused = execution.program(self._accumulating_each)
 
-    def __call__(self, state: TrainState, batches: Iterable[Batch]) -> dict[str, Metric]:
+    def __call__(self, state: TrainState, chunks: Iterable[Chunk]) -> dict[str, Metric]:
         """Returns the metrics over all examples, on the host.
 
         Args:
             state: evaluated, not changed.
-            batches: one pass over a data set.
+            chunks: one pass over a data set.
 
         Raises:
             BatchError: there is no batch.
         """
         full_size, waiting, total = 0, [], None
-        for batch in batches:
-            full_size = full_size or num_examples(batch)
-            waiting.append(self._run(state, *self._padded(state, batch, full_size)))
+        for chunk in chunks:
+            full_size = full_size or chunk.examples
+            waiting.append(self._measure(state, chunk, full_size))
             if len(waiting) == _IN_FLIGHT:
                 total, waiting = _drained(total, waiting), []
         total = _drained(total, waiting)
@@ -62,61 +65,81 @@ class Evaluator:
 
     def shapes(self, state: TrainState, batch: Batch) -> dict[str, Metric]:
         """Returns the metrics of one full batch, as shapes where the step can be traced."""
-        padded = self._padded(state, batch, num_examples(batch))
-        return self._execution.shapes(self._run, state, *padded)
+        mask = np.ones(num_examples(batch), bool)
+        if self._can_mask(state, One(batch), mask):
+            return self._execution.shapes(self._run, state, One(batch), mask)
+        return self._execution.shapes(self._run, state, One(batch), None)
 
-    def _accumulating(
+    def _measure(
+        self, state: TrainState, chunk: Chunk, full_size: int
+    ) -> tuple[int | None, dict[str, Metric]]:
+        source, mask = chunk.source, None
+        if self._can_mask(state, source, np.ones(chunk.examples, bool)):
+            if chunk.examples > full_size:
+                raise BatchError(
+                    f"In evaluation the first batch is the largest; it had {full_size} examples "
+                    f"and a later one {chunk.examples}. Yield batches of one size, the last one "
+                    "shorter."
+                )
+            source, mask = source.padded(full_size), np.arange(full_size) < chunk.examples
+        if source.capacity == 1:
+            return None, self._run(state, source, mask)
+        metrics = self._run_fused(state, source, mask, np.int32(chunk.num_steps))
+        return chunk.num_steps, metrics
+
+    def _accumulating_one(
         self, state: TrainState, batch: Batch, mask: jax.Array | None
     ) -> dict[str, Metric]:
-        # Only an `EvalStep` is ever given a mask; see `_padded`.
+        # Only an `EvalStep` is ever given a mask; see `_measure`.
         step: Any = self._eval_step
         metrics = step(state, batch) if mask is None else step(state, batch, mask)
         return accumulating(metrics, num_examples(batch))
 
-    def _padded(
-        self, state: TrainState, batch: Batch, full_size: int
-    ) -> tuple[Batch, np.ndarray | None]:
-        size = num_examples(batch)
+    def _accumulating(
+        self, state: TrainState, source: Source, mask: jax.Array | None, index: Any = 0
+    ) -> dict[str, Metric]:
+        return self._one(state, source.batch(index), mask)
+
+    def _accumulating_each(
+        self, state: TrainState, source: Source, mask: jax.Array | None, num_steps: jax.Array
+    ) -> dict[str, Metric]:
+        """Returns the metrics of each batch `[capacity, ...]`; rows after the last are padding."""
+        one = jax.eval_shape(self._accumulating, state, source, mask)
+        room = jax.tree.map(lambda leaf: jnp.zeros((source.capacity, *leaf.shape), leaf.dtype), one)
+
+        def body(index: jax.Array, rows: PyTree) -> PyTree:
+            metrics = self._accumulating(state, source, mask, index)
+            return jax.tree.map(lambda row, leaf: row.at[index].set(leaf), rows, metrics)
+
+        return jax.lax.fori_loop(0, num_steps, body, room)
+
+    def _can_mask(self, state: TrainState, source: Source, mask: np.ndarray) -> bool:
         if self._masks is None:
-            self._masks = self._can_mask(state, batch, np.ones(size, bool))
-        if not self._masks:
-            return batch, None
-        if size > full_size:
-            raise BatchError(
-                f"In evaluation the first batch is the largest; it had {full_size} examples and a "
-                f"later one {size}. Yield batches of one size, the last one shorter."
-            )
-        return pad(batch, full_size), np.arange(full_size) < size
-
-    def _can_mask(self, state: TrainState, batch: Batch, mask: np.ndarray) -> bool:
-        try:
-            self._execution.shapes(self._run, state, batch, mask)
-        except MaskError:
-            return False
-        return True
-
-
-def pad(batch: Batch, size: int) -> Batch:
-    """Repeats the last example until the batch has `size` examples.
-
-    Real examples rather than zeros, so that no division by zero or logarithm of zero can appear.
-    """
-    missing = size - num_examples(batch)
-    if missing == 0:
-        return batch
-    return jax.tree.map(
-        lambda leaf: np.concatenate([leaf, np.repeat(np.asarray(leaf)[-1:], missing, axis=0)]),
-        batch,
-    )
+            try:
+                self._execution.shapes(self._run, state, source, mask)
+                self._masks = True
+            except MaskError:
+                self._masks = False
+        return self._masks
 
 
 def _drained(
-    total: dict[str, Metric] | None, waiting: list[dict[str, Metric]]
+    total: dict[str, Metric] | None, waiting: list[tuple[int | None, dict[str, Metric]]]
 ) -> dict[str, Metric] | None:
-    for metrics in jax.device_get(waiting):
+    for num_rows, metrics in jax.device_get(waiting):
         fetched = metrics_lib.to_host(metrics)
-        total = fetched if total is None else metrics_lib.merge(total, fetched)
+        for each in _rows(fetched, num_rows):
+            total = each if total is None else metrics_lib.merge(total, each)
     return total
+
+
+def _rows(metrics: dict[str, Metric], num_rows: int | None) -> Iterator[dict[str, Metric]]:
+    """Yields the metrics of each batch; without a number of rows they are those of one batch."""
+    if num_rows is None:
+        yield metrics
+    else:
+        for row in range(num_rows):
+            yield jax.tree.map(lambda leaf, row=row: leaf[row], metrics)
 
 
 def predict(

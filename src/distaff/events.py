@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from distaff.callbacks import StepInfo
@@ -12,19 +12,21 @@ from distaff.state import TrainState
 from distaff.trainer_config import check_count
 
 
-class StepEnd(NamedTuple):
-    """One completed optimizer update.
+class ChunkEnd(NamedTuple):
+    """One or more completed optimizer updates, made by one program.
 
     Attributes:
         step: completed updates so far.
+        num_steps: how many of them are new.
         state: the new train state.
-        metrics: this step's metrics, on the device.
-        examples: the batch size.
+        metrics: the metrics of each new step, on the device; none where nobody watches steps.
+        examples: in the batch of each step.
     """
 
     step: int
+    num_steps: int
     state: TrainState
-    metrics: Mapping[str, Metric]
+    metrics: Sequence[Mapping[str, Metric]]
     examples: int
 
 

@@ -29,72 +29,70 @@ import numpy as np
 
 from distaff import metrics as metrics_lib
 from distaff.callbacks import StepInfo
-from distaff.events import Plan, Run, StepEnd, WindowEnd
+from distaff.data import Chunk
+from distaff.events import ChunkEnd, Plan, Run, WindowEnd
+from distaff.fuse import Steps
 from distaff.state import TrainState
-from distaff.typing import Batch
 from distaff.window import NEVER, Window
 
 
 def steps(
-    program: Callable[[TrainState, Window, Batch], tuple[TrainState, Window, Any]],
+    run: Steps,
     state: TrainState,
-    batches: Iterable[Batch],
+    chunks: Iterable[Chunk],
     *,
     step: int,
-    empty: Window,
-    log_every: int,
     stopping: Callable[[], bool],
     guard: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> Iterator[StepEnd | WindowEnd]:
-    """Trains on the batches of one epoch.
+) -> Iterator[ChunkEnd | WindowEnd]:
+    """Trains on the chunks of one epoch.
 
-    A window is closed at every multiple of `log_every` in the global step, and at the end; it is
-    read when the next one closes, so that the device never waits for the host.
+    A window is closed at every multiple of `run.log_every` in the global step, and at the end; it
+    is read when the next one closes, so that the device never waits for the host.
 
     Args:
-        program: a windowed step (`distaff.window.windowed`), compiled; the state is donated to it.
+        run: runs chunks; the state is donated to it.
         state: the state to start from; it is not usable afterwards.
-        batches: what is left of the epoch.
+        chunks: what is left of the epoch.
         step: completed updates so far.
-        empty: the window before its first step.
-        log_every: steps per window.
-        stopping: asked after each step; True ends the epoch there.
-        guard: what to run each step in, such as a guard against transfers to the host.
+        stopping: asked after each chunk; True ends the epoch there.
+        guard: what to run each chunk in, such as a guard against transfers to the host.
 
     Yields:
-        A `StepEnd` for each batch, a `WindowEnd` for each window.
+        A `ChunkEnd` for each chunk, a `WindowEnd` for each window.
     """
-    window, closed = empty, None
-    for batch in batches:
+    window, closed = run.empty, None
+    for chunk in chunks:
         with guard():
-            state, window, metrics = program(state, window, batch)
-        step += 1
-        yield StepEnd(step, state, metrics, len(jax.tree.leaves(batch)[0]))
-        if step % log_every == 0:
+            state, window, windows, metrics = run(state, window, chunk, step)
+        first, step = step + 1, step + chunk.num_steps
+        yield ChunkEnd(step, chunk.num_steps, state, metrics, chunk.examples)
+        if step // run.log_every > (first - 1) // run.log_every:
             if closed is not None:
-                yield _read(*closed)
-            closed, window = (step, _sent(window)), empty
+                yield from _read(*closed, run.log_every)
+            closed = first, step, _sent(windows)
         if stopping():
             break
     if closed is not None:
-        yield _read(*closed)
-    if window is not empty:
-        yield _read(step, window)
+        yield from _read(*closed, run.log_every)
+    if step % run.log_every and window is not run.empty:
+        yield from _read(step, step, _sent(window), 1)
 
 
-def _sent(window: Window) -> Window:
-    for leaf in jax.tree.leaves(window):
+def _sent(windows: Window) -> Window:
+    for leaf in jax.tree.leaves(windows):
         leaf.copy_to_host_async()
-    return window
+    return windows
 
 
-def _read(step: int, window: Window) -> WindowEnd:
-    first_bad_step = int(np.min(window.first_bad_step))
-    return WindowEnd(
-        step,
-        metrics_lib.to_host(window.metrics),
-        None if first_bad_step == NEVER else first_bad_step,
-    )
+def _read(first: int, last: int, windows: Window, log_every: int) -> Iterator[WindowEnd]:
+    """Yields the windows that were closed after the steps from `first` to `last`."""
+    metrics, first_bad_step = jax.tree.map(np.asarray, windows)
+    for step in range(first + -first % log_every, last + 1, log_every):
+        row = ... if first_bad_step.ndim == 0 else step - first
+        bad = int(first_bad_step[row])
+        at_step = jax.tree.map(lambda leaf, row=row: leaf[row], metrics)
+        yield WindowEnd(step, metrics_lib.to_host(at_step), None if bad == NEVER else bad)
 
 
 def epochs(run: Run, plan: Plan) -> Iterator[tuple[str, StepInfo]]:

@@ -222,7 +222,26 @@ def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
 
 
 def owned(state: PyTree) -> PyTree:
-    """Returns a copy in which each leaf has a buffer of its own, so that all can be donated."""
-    return jax.tree.map(
-        lambda leaf: leaf.copy() if isinstance(leaf, jax.Array) else jnp.array(leaf), state
+    """Returns a copy in which each leaf has a buffer of its own, so that all can be donated.
+
+    None of them is weakly typed; see `strongly_typed`.
+    """
+    return strongly_typed(
+        jax.tree.map(
+            lambda leaf: leaf.copy() if isinstance(leaf, jax.Array) else jnp.array(leaf), state
+        )
     )
+
+
+def strongly_typed(tree: PyTree) -> PyTree:
+    """Returns a tree whose arrays are no longer weakly typed, as those made of Python numbers are.
+
+    A step whose state is weakly typed before it and not after it, or the other way round, compiles
+    twice.
+    """
+
+    def strong(leaf: jax.Array) -> jax.Array:
+        form = jax.typeof(leaf)
+        return jax.lax.convert_element_type(leaf, form.dtype) if form.weak_type else leaf
+
+    return jax.tree.map(strong, tree)

@@ -9,11 +9,18 @@ from typing import Any
 from distaff import loop
 from distaff import metrics as metrics_lib
 from distaff.context import Context
-from distaff.data import Loader, as_loader, epoch_of, first_batch, num_batches, num_examples
+from distaff.data import (
+    Loader,
+    as_loader,
+    first_batch,
+    num_batches,
+    num_examples,
+)
 from distaff.display import as_text
 from distaff.errors import LossError
 from distaff.evaluate import Evaluator
-from distaff.events import Plan, StepEnd, make_plan
+from distaff.events import ChunkEnd, Plan, make_plan
+from distaff.fuse import make_steps
 from distaff.monitor import Monitor
 from distaff.optim import build_optimizer
 from distaff.recording import recorded
@@ -24,7 +31,7 @@ from distaff.trainer_config import Best, TrainResult
 from distaff.training import Training
 from distaff.typing import Batch, Params
 from distaff.vitals import all_finite
-from distaff.window import StepFn, empty_window, measured, windowed
+from distaff.window import StepFn, measured
 
 
 class TrainerModule(Training):
@@ -94,7 +101,6 @@ class TrainerModule(Training):
         self.train_step = self.execution.program(train_step, donate=0)
         self.eval_step = self.execution.program(eval_step)
         self._measured_step = self.execution.part(measured(train_step))
-        self._train_program = self.execution.program(windowed(self._measured_step), donate=0)
         self._evaluator = Evaluator(eval_step, self.execution)
 
     def init_optimizer(self, total_steps: int | None) -> None:
@@ -157,7 +163,7 @@ class TrainerModule(Training):
             with recorded(self.recording, record, texts, self.outcome):
                 self.has_run = True
                 for event, info in loop.epochs(self, plan):
-                    self.callbacks.emit(event, info)
+                    self.emit(event, info)
                 metrics = self._finish(test)
         return self.result(metrics)
 
@@ -170,22 +176,24 @@ class TrainerModule(Training):
         Raises:
             NonFiniteError: the loss is NaN or infinite.
         """
-        total = None
+        total, ledger = None, self.ledger
         self.begin_epoch(epoch)
-        for event in loop.steps(
-            self._train_program,
+        feed = self.feeds.of(train_loader, name="train")
+        chunks = feed.epoch(self._steps.form, self.plan.steps_per_epoch)
+        events = loop.steps(
+            self._steps,
             self.ready_state(),
-            epoch_of(train_loader, self.plan.steps_per_epoch, name="train"),
+            ledger.timed(chunks, "data"),
             step=self.step,
-            empty=self._empty_window,
-            log_every=self.config.log_every_n_steps,
             stopping=lambda: self.stop_reason is not None,
             guard=self.execution.guard,
-        ):
-            if isinstance(event, StepEnd):
-                self.after_step(event)
+        )
+        for event in ledger.timed(events, "steps"):
+            if isinstance(event, ChunkEnd):
+                self.after_chunk(event)
             else:
-                self.after_window(event)
+                with ledger.spent("logging"):
+                    self.after_window(event)
                 total = event.metrics if total is None else metrics_lib.merge(total, event.metrics)
         return metrics_lib.compute(total or {}, "train/")
 
@@ -203,8 +211,10 @@ class TrainerModule(Training):
             StateError: the model has no parameters yet.
             BatchError: the loader is empty.
         """
-        state, name = self.evaluation_state(), prefix.rstrip("/") or "evaluate"
-        return metrics_lib.compute(self._evaluator(state, self._pass(loader, name)), prefix)
+        with self.ledger.spent("evaluation"):
+            state = self.evaluation_state()
+            chunks = self.chunks(loader, prefix.rstrip("/") or "evaluate")
+            return metrics_lib.compute(self._evaluator(state, chunks), prefix)
 
     def save_metrics(self, name: str, metrics: Mapping[str, Any]) -> None:
         """Writes metrics to `metrics/<name>.json` in the run directory.
@@ -243,7 +253,8 @@ class TrainerModule(Training):
             raise self.not_finite("A parameter", self.step)
         if is_best:
             self.best = Best(self.step, self.epoch, dict(metrics))
-        self.recording.store.save(self.step, *self.snapshot(metrics))
+        with self.ledger.spent("checkpoint"):
+            self.recording.store.save(self.step, *self.snapshot(metrics))
 
     def load_model(self) -> None:
         """Loads the best checkpoint of this run, whole; the newest where none is the best.
@@ -284,8 +295,15 @@ class TrainerModule(Training):
         num_epochs = plan.last_epoch - plan.first_epoch + 1
         self.init_optimizer(None if steps_per_epoch is None else steps_per_epoch * num_epochs)
         state = self.evaluation_state()  # of the same form as the one that is trained
-        _, metrics = self.execution.shapes(self._measured_step, state, batch)
-        self._empty_window = empty_window(metrics)
+        self._steps = make_steps(
+            self.execution,
+            self._measured_step,
+            (state, batch),
+            self.config,
+            steps_per_epoch=steps_per_epoch,
+            watched=self.callbacks.watches_steps,
+        )
+        self.forms = self._steps.forms
         if plan.val_loader is not None:
             batch = first_batch(plan.val_loader, name="val")
             self._check_monitors(self._evaluator.shapes(state, batch))

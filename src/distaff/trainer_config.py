@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 from numbers import Integral
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from distaff.errors import ConfigError, nearest
 
@@ -23,6 +23,9 @@ class TrainerConfig:
         seed: of the parameters, dropout, and every other random number of the model.
         check_val_every_n_epoch: epochs between validations, and between checkpoints.
         log_every_n_steps: steps per line of training metrics in the log.
+        steps_per_call: steps that run as one program: more of them cost the host less. "auto"
+            measures in the first steps whether that is faster, and how many; where a callback
+            watches steps, it is 1.
         keep_last: newest checkpoints to keep, beside the best.
         table_depth: levels of modules in the model table, 0 for the whole model in one line; None
             for every module and each of its arrays.
@@ -38,6 +41,7 @@ class TrainerConfig:
     seed: int = 42
     check_val_every_n_epoch: int = 1
     log_every_n_steps: int = 50
+    steps_per_call: int | Literal["auto"] = "auto"
     keep_last: int = 1
     table_depth: int | None = None
     enable_progress_bar: bool = True
@@ -46,6 +50,8 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         for name in ("check_val_every_n_epoch", "log_every_n_steps", "keep_last"):
             check_count(name, getattr(self, name))
+        if self.steps_per_call != "auto":
+            check_count("steps_per_call", self.steps_per_call)
         depth = self.table_depth
         if depth is not None and (not isinstance(depth, Integral) or depth < 0):
             raise ConfigError(f"table_depth is a whole number, at least 0, or None; got {depth!r}.")

@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+import jax
 import numpy as np
 
 from distaff.callbacks import Callback, Callbacks, StepInfo
 from distaff.config import from_json
-from distaff.data import num_batches
+from distaff.data import Chunk, Feeds, Form, as_loader, num_batches
 from distaff.errors import ConfigError, NonFiniteError, StateError
-from distaff.events import Plan, StepEnd, WindowEnd
+from distaff.events import ChunkEnd, Plan, WindowEnd
+from distaff.forms import Fixed, Forms
 from distaff.loggers import Logger
 from distaff.metrics import as_json, compute
 from distaff.monitor import Monitor
@@ -23,6 +25,7 @@ from distaff.optim import OptimizerConfig, OptimizerLike
 from distaff.predictor import EVALUATION_PARAMS, Predictor
 from distaff.record import make_record
 from distaff.recording import NullRecording, Recording, make_recording
+from distaff.throughput import Ledger
 from distaff.trainer_config import Best, TrainResult
 from distaff.typing import Batch, PyTree, Schedule
 from distaff.vitals import evidence_of_learning
@@ -63,6 +66,8 @@ class Training(Predictor):
         self.schedule: Schedule | None = None
         self.last_metrics: dict[str, Any] = {}
         self.has_run = False
+        self.forms: Forms = Fixed(1)
+        self.feeds, self.ledger = Feeds(), Ledger()
 
     def init_logger(self) -> Recording:
         """Returns where metrics, checkpoints and configuration go; nothing is written yet."""
@@ -108,7 +113,7 @@ class Training(Predictor):
         """Counts a new run."""
         self.plan, self._first_step, self._reached = plan, self.step, (self.step, self.epoch)
         self.best, self.callbacks.stop_reason, self.last_metrics = None, None, {}
-        self.has_run = False
+        self.has_run, self.ledger = False, Ledger()
         self.display.start(plan.last_epoch, plan.steps_per_epoch or num_batches(plan.train_loader))
         self.display.compiling("the model")
 
@@ -125,6 +130,17 @@ class Training(Predictor):
                 "load_from_checkpoint."
             )
 
+    def chunks(self, loader: Any, name: str) -> Iterator[Chunk]:
+        """Goes once through a loader, in chunks, with its progress shown."""
+        loader = as_loader(loader, name=name)
+        capacity, length = self.forms.capacity, num_batches(loader)
+        # Each data set in the memory of the device makes a program of its own.
+        resident = jax.default_backend() != "cpu"
+        feed = self.feeds.of(loader, name=name, resident=resident)
+        total = None if length is None else -(-length // capacity)
+        chunks = feed.epoch(lambda: Form(capacity, capacity))
+        return self.tracker(chunks, description=name, total=total)
+
     def begin_epoch(self, epoch: int) -> None:
         """Counts a new epoch."""
         self.epoch = epoch
@@ -133,15 +149,24 @@ class Training(Predictor):
             self._untrained = evidence_of_learning(self.ready_state())
             self.display.compiling("the step")
 
-    def after_step(self, event: StepEnd) -> None:
+    def after_chunk(self, event: ChunkEnd) -> None:
         """Takes over the new state, and tells display and callbacks."""
         if self.step == self._first_step:
             self.display.running()
         self.state, self.step = event.state, event.step
         self._reached = (self.step, self.epoch)
-        self.display.advance(event.step, self.epoch, event.examples)
-        if self.callbacks.watches_steps:
-            self.callbacks.emit("on_step_end", self.info(event.metrics))
+        examples = event.num_steps * event.examples
+        self.ledger.steps += event.num_steps
+        self.ledger.examples += examples
+        self.display.advance(event.step, self.epoch, examples)
+        for step, metrics in enumerate(event.metrics, event.step - event.num_steps + 1):
+            state = event.state if step == event.step else None
+            self.emit("on_step_end", StepInfo(step, self.epoch, state, metrics))
+
+    def emit(self, event: str, info: StepInfo) -> None:
+        """Tells callbacks of an event."""
+        with self.ledger.spent("callbacks"):
+            self.callbacks.emit(event, info)
 
     def after_window(self, event: WindowEnd) -> None:
         """Logs the metrics of a window as `step/...`.
@@ -231,7 +256,8 @@ class Training(Predictor):
         """Returns what `result` does, as it is written into the run's status."""
         facts = self.result(self.last_metrics)._asdict()
         del facts["path"]
-        return {**facts, "best": None if self.best is None else self.best._asdict()}
+        best = None if self.best is None else self.best._asdict()
+        return {**facts, "best": best, "throughput": self.ledger.read()._asdict()}
 
     def show_result(self, metrics: Mapping[str, Any]) -> None:
         """Shows the metrics of a finished run as a table of splits."""
@@ -248,6 +274,7 @@ class Training(Predictor):
             if found:
                 rows[titles.get(split, split)] = found
         self.display.table(rows)
+        self.display.print(self.ledger.read().line())
 
     def not_finite(self, what: str, step: int) -> NonFiniteError:
         """Returns the error for a number that is none."""

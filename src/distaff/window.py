@@ -12,7 +12,7 @@ import numpy as np
 from distaff import metrics as metrics_lib
 from distaff.data import num_examples
 from distaff.metrics import Metric, PerExample
-from distaff.state import TrainState
+from distaff.state import TrainState, strongly_typed
 from distaff.typing import Batch
 
 StepFn: TypeAlias = Callable[[TrainState, Batch], tuple[TrainState, Any]]
@@ -45,7 +45,7 @@ def measured(step: StepFn) -> StepFn:
 
     def measured_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Metric]]:
         state, metrics = step(state, batch)
-        return state, accumulating(metrics, num_examples(batch))
+        return strongly_typed(state), accumulating(metrics, num_examples(batch))
 
     return measured_step
 

@@ -207,6 +207,15 @@ def test_memory_logger_keeps_config_and_first_status():
     assert (logger.config, logger.status) == ({"seed": 7}, "stopped")
 
 
+def test_memory_logger_gives_numbers_as_series():
+    logger = MemoryLogger()
+    logger.log_metrics({"train/loss": 0.5, "step/loss": 1.0}, step=2, epoch=1)
+    logger.log_metrics({"train/loss": np.float32(0.25), "val/f1": np.ones(3)}, step=4, epoch=2)
+    assert logger.series("train/", "val/") == {"train/loss": [(1, 0.5), (2, 0.25)]}
+    assert list(logger.series()) == ["train/loss", "step/loss"]
+    assert logger.series("test/") == {}
+
+
 def test_many_loggers_close_all_then_raise_the_first_failure():
     class Broken(NullLogger):
         def __init__(self, name: str):

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sklearn_metrics
 
-from distaff import EvalStep, Monitor, TrainerModule, TrainState, metrics, zoo
+from distaff import EvalStep, Monitor, TrainerModule, TrainState, data, metrics, zoo
 from distaff.checkpoint import CheckpointStore
 from distaff.data import ArrayLoader
 from distaff.errors import ConfigError, LossError, MetricError
@@ -316,7 +316,8 @@ def test_evaluation_pads_the_last_batch_and_traces_once(execution: Any):
         params=jnp.ones(3), apply_fn=lambda variables, x: x @ variables["params"]
     )
     batches = [{"x": X[i : i + 8], "label": Y[i : i + 8]} for i in range(0, 22, 8)]
-    evaluated = metrics.compute(Evaluator(EvalStep(loss_fn), execution)(state, batches))
+    chunks = [data.Chunk(1, len(batch["x"]), data.One(batch)) for batch in batches]
+    evaluated = metrics.compute(Evaluator(EvalStep(loss_fn), execution)(state, chunks))
     logits = X @ np.ones(3, np.float32)
     expected = sklearn_metrics.roc_auc_score(Y, logits)
     assert evaluated["auroc"] == pytest.approx(expected, rel=1e-12)

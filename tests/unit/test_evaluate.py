@@ -14,8 +14,9 @@ import pytest
 
 from distaff import EvalStep, TrainState
 from distaff.context import Context
+from distaff.data import Feed, Form, as_loader, pad
 from distaff.errors import BatchError
-from distaff.evaluate import Evaluator, pad, predict
+from distaff.evaluate import Evaluator, predict
 from distaff.execution import Compiled, Eager, Execution
 from distaff.metrics import Max, Mean, Sum, compute
 
@@ -37,6 +38,12 @@ def batches(*sizes: int) -> Iterator[dict[str, np.ndarray]]:
     for size in sizes:
         yield {"x": X[start : start + size], "y": Y[start : start + size]}
         start += size
+
+
+def evaluated(evaluate: Evaluator, state: TrainState, batches: Any, capacity: int = 1) -> Any:
+    """Evaluates a list of batches, in chunks of up to `capacity`."""
+    feed = Feed(as_loader(list(batches)), name="val", resident=False)
+    return evaluate(state, feed.epoch(lambda: Form(capacity, capacity)))
 
 
 class Counted:
@@ -64,19 +71,23 @@ def reduced(loss: jax.Array, y: jax.Array) -> Any:
 EXACT = {"loss": SQUARED.mean(), "max": 10.0, "sum": 55.0, "weighted": 7.0, "y": 5.0}
 
 
-@pytest.mark.parametrize("execution", [Compiled(), Eager()])
+@pytest.mark.parametrize(
+    ("execution", "capacity"), [(Compiled(), 1), (Eager(), 1), (Compiled(), 2), (Compiled(), 5)]
+)
 @pytest.mark.parametrize("metrics", [per_example, reduced])
 @pytest.mark.parametrize("sizes", [(4, 4, 3), (11,), (4, 1, 4, 2)])
-def test_evaluator_is_exact_over_all_examples(sizes, metrics, execution: Execution):
+def test_evaluator_is_exact_over_all_examples(sizes, metrics, execution: Execution, capacity: int):
     evaluate = Evaluator(EvalStep(Counted(metrics)), execution)
-    assert compute(evaluate(state(), batches(*sizes))) == pytest.approx(EXACT, rel=1e-6)
+    assert compute(evaluated(evaluate, state(), batches(*sizes), capacity)) == pytest.approx(
+        EXACT, rel=1e-6
+    )
 
 
 def test_evaluator_traces_per_example_metrics_once_for_all_sizes():
     loss, model = Counted(per_example), state()
     evaluate = Evaluator(EvalStep(loss), Compiled())
     for _ in range(2):
-        evaluate(model, batches(4, 4, 3))
+        evaluated(evaluate, model, batches(4, 4, 3))
     assert loss.calls == 1
     shapes: Any = evaluate.shapes(model, next(batches(4)))
     assert isinstance(shapes["loss"].weight, jax.ShapeDtypeStruct)
@@ -87,7 +98,7 @@ def test_evaluator_traces_reduced_metrics_once_per_size():
     loss, model = Counted(reduced), state()
     evaluate = Evaluator(EvalStep(loss), Compiled())
     for _ in range(2):
-        evaluate(model, batches(4, 4, 3))
+        evaluated(evaluate, model, batches(4, 4, 3))
     asked_for_a_mask, sizes = 1, 2
     assert loss.calls == asked_for_a_mask + sizes
 
@@ -97,20 +108,20 @@ def test_evaluator_takes_any_function_of_state_and_batch(execution: Execution):
     def own(state: TrainState, batch: Any) -> Any:
         return {"y": batch["y"], "mean": batch["y"].mean(), "n": Sum(len(batch["y"]))}
 
-    metrics = compute(Evaluator(own, execution)(state(), batches(2, 4, 4, 1)))
+    metrics = compute(evaluated(Evaluator(own, execution), state(), batches(2, 4, 4, 1)))
     assert metrics == {"mean": 5.0, "n": 11.0, "y": 5.0}
 
 
 def test_evaluator_drains_long_loaders():
     evaluate = Evaluator(EvalStep(Counted(per_example)), Compiled())
     small = ({"x": X[:2], "y": np.full(2, n, np.float32)} for n in range(70))
-    metrics = compute(evaluate(state(), small))
+    metrics = compute(evaluated(evaluate, state(), small))
     assert (metrics["y"], metrics["sum"], metrics["max"]) == (34.5, 4830.0, 69.0)
 
 
 def test_evaluator_leaves_the_state_usable():
     model = state()
-    Evaluator(EvalStep(Counted(per_example)), Compiled())(model, batches(4))
+    evaluated(Evaluator(EvalStep(Counted(per_example)), Compiled()), model, batches(4))
     assert model.params["w"].tolist() == [1, 1, 1]
 
 
@@ -118,7 +129,7 @@ def test_evaluator_leaves_the_state_usable():
 def test_evaluator_refuses_a_batch_larger_than_the_first(sizes):
     evaluate = Evaluator(EvalStep(Counted(per_example)), Compiled())
     with pytest.raises(BatchError, match=f"it had {sizes[0]} examples and a later one {sizes[-1]}"):
-        evaluate(state(), ({"x": X[:n], "y": Y[:n]} for n in sizes))
+        evaluated(evaluate, state(), ({"x": X[:n], "y": Y[:n]} for n in sizes))
 
 
 def test_evaluation_and_prediction_need_a_batch():

@@ -13,11 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distaff import loop
-from distaff.events import StepEnd, WindowEnd
+from distaff.data import Chunk, One
+from distaff.events import ChunkEnd, WindowEnd
+from distaff.execution import Eager
+from distaff.forms import Fixed
+from distaff.fuse import Steps
 from distaff.metrics import Mean, merge
-from distaff.window import NEVER, Window, empty_window
+from distaff.window import NEVER, Window
 
-EMPTY = empty_window({"loss": Mean(jnp.float32(0), jnp.float32(0))})
+METRICS = {"loss": Mean(jnp.float32(0), jnp.float32(0))}
 
 
 class Program:
@@ -47,14 +51,17 @@ class Batches:
             yield np.full(size, float(self.taken))
 
 
-def steps(program: Program, batches: Batches, **options: Any) -> Iterator[StepEnd | WindowEnd]:
-    arguments: dict[str, Any] = {"empty": EMPTY, "stopping": bool, **options}
-    return loop.steps(program, arguments["step"], batches, **arguments)
+def steps(
+    program: Program, batches: Batches, *, step: int, log_every: int, stopping: Any = bool
+) -> Iterator[ChunkEnd | WindowEnd]:
+    run = Steps(Eager(), program, METRICS, forms=Fixed(1), log_every=log_every, watched=True)
+    chunks = (Chunk(1, len(batch), One(batch)) for batch in batches)
+    return loop.steps(run, step, chunks, step=step, stopping=stopping)
 
 
 def run(
     sizes: list[int], *, start: int = 0, log_every: int = 2, stop_at: int | None = None
-) -> tuple[list[StepEnd | WindowEnd], Batches]:
+) -> tuple[list[ChunkEnd | WindowEnd], Batches]:
     program, batches = Program(), Batches(sizes)
 
     def stopping() -> bool:
@@ -77,7 +84,7 @@ def test_steps_loses_no_window_and_counts_none_twice(sizes, start, log_every, st
     done = sizes if stop_after is None else sizes[:stop_after]
     last = start + len(done)
 
-    ended = [event for event in events if isinstance(event, StepEnd)]
+    ended = [event for event in events if isinstance(event, ChunkEnd)]
     assert [event.step for event in ended] == list(range(start + 1, last + 1))
     assert [event.state for event in ended] == [event.step for event in ended]
     assert [event.examples for event in ended] == done
@@ -93,14 +100,14 @@ def test_steps_loses_no_window_and_counts_none_twice(sizes, start, log_every, st
         assert total.total == sum(sizes[member] * (member + 1) for member in members)
 
 
-def named(events: list[StepEnd | WindowEnd]) -> list[str]:
+def named(events: list[ChunkEnd | WindowEnd]) -> list[str]:
     return [f"{type(event).__name__} {event.step}" for event in events]
 
 
 def test_steps_reads_each_window_when_the_next_one_closes():
     assert named(run([1] * 5, start=1)[0]) == [
-        *("StepEnd 2", "StepEnd 3", "StepEnd 4", "WindowEnd 2"),
-        *("StepEnd 5", "StepEnd 6", "WindowEnd 4", "WindowEnd 6"),
+        *("ChunkEnd 2", "ChunkEnd 3", "ChunkEnd 4", "WindowEnd 2"),
+        *("ChunkEnd 5", "ChunkEnd 6", "WindowEnd 4", "WindowEnd 6"),
     ]
 
 
@@ -110,7 +117,7 @@ def test_steps_reads_each_window_when_the_next_one_closes():
 )
 def test_steps_ends_after_the_step_that_stops_it_and_reads_what_is_left(stop_at, flushed):
     events, batches = run([1] * 9, stop_at=stop_at)
-    assert named(events) == [*(f"StepEnd {step}" for step in range(1, stop_at + 1)), *flushed]
+    assert named(events) == [*(f"ChunkEnd {step}" for step in range(1, stop_at + 1)), *flushed]
     assert batches.taken == stop_at
 
 
@@ -119,8 +126,8 @@ def test_steps_hands_out_a_step_before_it_runs_the_next():
     for event in steps(program, Batches([1] * 3), step=0, log_every=10):
         program.heard.append((type(event).__name__, event.step))
     assert program.heard == [
-        *(("program", 1), ("StepEnd", 1), ("program", 2), ("StepEnd", 2)),
-        *(("program", 3), ("StepEnd", 3), ("WindowEnd", 3)),
+        *(("program", 1), ("ChunkEnd", 1), ("program", 2), ("ChunkEnd", 2)),
+        *(("program", 3), ("ChunkEnd", 3), ("WindowEnd", 3)),
     ]
 
 

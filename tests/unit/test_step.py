@@ -16,6 +16,7 @@ import pytest
 from distaff import EvalStep, TrainState, TrainStep, train_step
 from distaff.errors import BatchError, ConfigError, LossError, StateError
 from distaff.metrics import Last, Mean, Metric, Sum, compute, to_host
+from distaff.state import owned
 from distaff.step import Context, MaskError
 from distaff.window import NEVER, accumulating, empty_window, measured, windowed
 
@@ -287,3 +288,19 @@ def test_a_step_of_ones_own_may_return_plain_metrics():
     assert int(window.first_bad_step) == NEVER
     with pytest.raises(LossError, match=re.escape("'rows' has shape (8,)")):
         accumulating({"rows": Y}, 5)
+
+
+def test_measured_step_keeps_no_weak_type_that_would_compile_it_twice():
+    class Counting(TrainState):
+        count: Any = 0
+
+    def step(state: Counting, batch: Any) -> Any:
+        return state.replace(count=1.0 * batch["x"].shape[0]), {}
+
+    state = owned(
+        Counting.create(params=jnp.ones(2), count=jnp.asarray(1.0), rng=jax.random.key(0))
+    )
+    program = jax.jit(measured(step))
+    assert not any(jax.typeof(leaf).weak_type for leaf in jax.tree.leaves(state))
+    new, _ = program(state, {"x": np.ones([2, 1])})
+    assert not any(jax.typeof(leaf).weak_type for leaf in jax.tree.leaves(new))

@@ -14,7 +14,9 @@ class StepInfo(NamedTuple):
     Attributes:
         step: completed optimizer updates.
         epoch: the current epoch, counted from 1; 0 before the first.
-        state: the train state. The next step donates its arrays: copy what you keep.
+        state: the train state. The next step donates its arrays: copy what you keep. None at a
+            step inside a program of several steps (`steps_per_call`), which hands out its last
+            state only.
         metrics: at a step, that step's metrics on the device (reading one waits for the step);
             at an epoch or a validation, computed values by name, such as `{"val/loss": 0.3}`.
         is_best: at a checkpoint, whether the model is the best so far.
@@ -22,7 +24,7 @@ class StepInfo(NamedTuple):
 
     step: int
     epoch: int
-    state: TrainState
+    state: TrainState | None
     metrics: Mapping[str, Any]
     is_best: bool = False
 

@@ -75,7 +75,7 @@ class Digits:
         path = Path(str(result.path))
         if plots is not None:
             best_epoch = None if result.best is None else result.best.epoch
-            curves = plots.learning_curves(_series(history), best_epoch)
+            curves = plots.learning_curves(history.series("train/", "val/"), best_epoch)
             plots.save(curves, path / "figures" / "learning_curves.png")
             _draw_test(plots, trainer, test, path / "figures")
         trainer.display.print(_written(path))
@@ -85,15 +85,6 @@ class Digits:
             f"run={path}"
         )
         return result
-
-
-def _series(history: MemoryLogger) -> dict[str, list[tuple[int, float]]]:
-    series: dict[str, list[tuple[int, float]]] = {}
-    for record in history.records:
-        for name, value in record.metrics.items():
-            if name.startswith(("train/", "val/")):
-                series.setdefault(name, []).append((record.epoch, value))
-    return series
 
 
 def _draw_test(plots, trainer: tasks.Classifier, test: data.ArrayLoader, folder: Path) -> None:

@@ -4,7 +4,21 @@ from __future__ import annotations
 
 from distaff.data.arrays import ArrayLoader
 from distaff.data.builtin import digits
+from distaff.data.chunk import (
+    SINGLE,
+    Chunk,
+    Feed,
+    Feeds,
+    Form,
+    Gathered,
+    One,
+    Source,
+    Stacked,
+    pad,
+)
+from distaff.data.cifar import read_cifar10, read_cifar100
 from distaff.data.entry import entry
+from distaff.data.idx import read_idx
 from distaff.data.loader import (
     Loader,
     as_loader,
@@ -13,17 +27,43 @@ from distaff.data.loader import (
     num_batches,
     num_examples,
 )
+from distaff.data.mapped import MappedLoader
+from distaff.data.pictures import cifar10, cifar10_names, cifar100, cifar100_names, mnist
+from distaff.data.python_source import python_source
 from distaff.data.stream import Stream
+from distaff.data.windows import held_out_windows, shuffled_windows
 
 __all__ = [
+    "SINGLE",
     "ArrayLoader",
+    "Chunk",
+    "Feed",
+    "Feeds",
+    "Form",
+    "Gathered",
     "Loader",
+    "MappedLoader",
+    "One",
+    "Source",
+    "Stacked",
     "Stream",
     "as_loader",
+    "cifar10",
+    "cifar10_names",
+    "cifar100",
+    "cifar100_names",
     "digits",
     "entry",
     "epoch_of",
     "first_batch",
+    "held_out_windows",
+    "mnist",
     "num_batches",
     "num_examples",
+    "pad",
+    "python_source",
+    "read_cifar10",
+    "read_cifar100",
+    "read_idx",
+    "shuffled_windows",
 ]

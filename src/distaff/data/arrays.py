@@ -86,12 +86,19 @@ class ArrayLoader:
         return whole + (rest > 0 and not self._drop)
 
     def __iter__(self) -> Iterator[Batch]:
+        return map(self._gather, self.rows())
+
+    def rows(self) -> Iterator[np.ndarray]:
+        """Yields which rows of `arrays` each batch of the next epoch has, int32 `[batch]`.
+
+        It stands for `iter()`, where the batches are gathered elsewhere.
+        """
         epoch, start = self._start
         self._start = (epoch + 1, 0)
         order = self._order(epoch)
         for batch in range(start, len(self)):
             self._position = (epoch, batch + 1)
-            yield self._gather(order, batch)
+            yield self._rows_of(order, batch)
         self._position = self._start = (epoch + 1, 0)
 
     def peek(self) -> Batch:
@@ -99,7 +106,7 @@ class ArrayLoader:
         epoch, batch = self._start
         if batch == len(self):
             epoch, batch = epoch + 1, 0
-        return self._gather(self._order(epoch), batch)
+        return self._gather(self._rows_of(self._order(epoch), batch))
 
     def get_state(self) -> dict[str, int]:
         """Returns the position after the last batch handed out, and what its order depends on."""
@@ -142,11 +149,14 @@ class ArrayLoader:
 
     def _order(self, epoch: int) -> np.ndarray:
         if self._shuffle:
-            return np.random.default_rng([self._seed, epoch]).permutation(self.num_examples)
-        return np.arange(self.num_examples)
+            order = np.random.default_rng([self._seed, epoch]).permutation(self.num_examples)
+            return order.astype(np.int32)
+        return np.arange(self.num_examples, dtype=np.int32)
 
-    def _gather(self, order: np.ndarray, batch: int) -> Batch:
-        rows = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+    def _rows_of(self, order: np.ndarray, batch: int) -> np.ndarray:
+        return order[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+    def _gather(self, rows: np.ndarray) -> Batch:
         return jax.tree.map(lambda array: array[rows], self._arrays)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from distaff import _optional
 from distaff.data.arrays import ArrayLoader
+from distaff.data.split import tenths
 
 
 def digits(batch_size: int = 64, seed: int = 0) -> tuple[ArrayLoader, ArrayLoader, ArrayLoader]:
@@ -38,10 +39,7 @@ def digits(batch_size: int = 64, seed: int = 0) -> tuple[ArrayLoader, ArrayLoade
 
 def _split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns the rows for train, val and test: 7, 1 and 2 of every 10 examples of a class."""
-    # NumPy promises that RandomState keeps its numbers in all versions; default_rng does not.
-    shuffled = np.random.RandomState(0).permutation(len(labels))
-    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
-    place = np.arange(len(labels)) % 10
-    val, test = place == 2, (place == 0) | (place == 5)
+    tenth = tenths(labels)
+    val, test = tenth == 2, (tenth == 0) | (tenth == 5)
     train = ~(val | test)
-    return np.sort(by_class[train]), np.sort(by_class[val]), np.sort(by_class[test])
+    return np.flatnonzero(train), np.flatnonzero(val), np.flatnonzero(test)

@@ -3,53 +3,77 @@
 from __future__ import annotations
 
 import os
-import socket
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution
-from optuna.storages import BaseStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
+from optuna.pruners import BasePruner
+from optuna.samplers import BaseSampler, GridSampler, TPESampler
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 
-from distaff.config import to_json
-from distaff.errors import ConfigError, nearest
-from distaff.tune.search import Trial
+from distaff.config import diff
+from distaff.errors import ConfigError, RunDirectoryError, nearest
+from distaff.tune.owner import is_gone, this_process
+from distaff.tune.search import Trial, listed
 from distaff.tune.space import Choice, Dimension, Int, Space
 
+MAX_ATTEMPTS = 3
+"""How often the same values are begun before they count as failed."""
+
+# A process says that a trial is its own right after it has begun it, unless it is killed then.
+_PATIENCE = timedelta(minutes=1)
 _STATES = {
     "finished": TrialState.COMPLETE,
     "stopped": TrialState.COMPLETE,
     "pruned": TrialState.PRUNED,
     "failed": TrialState.FAIL,
 }
-_OPTIONS = ("storage", "sampler", "pruner", "study_name")
+_OPTIONS = {
+    "storage": (str, Path, BaseStorage),
+    "sampler": (BaseSampler,),
+    "pruner": (BasePruner,),
+    "study_name": (str,),
+}
 
 
 class OptunaSuggestion:
     """A trial of Optuna that is under way.
 
+    Another process may take it for one of a process that is gone, and end it; what is said of it
+    after that is lost.
+
     Args:
         trial: as `Study.ask` returns it.
+        root: the folder of all runs.
     """
 
-    def __init__(self, trial: optuna.Trial) -> None:
-        self.trial = trial
-        self.number, self.values = trial.number, dict(trial.params)
+    def __init__(self, trial: optuna.Trial, root: str) -> None:
+        self.trial, self._root = trial, root
+        self.number, self.values = trial.number, {}
 
     def report(self, value: float, epoch: int) -> None:
         """Hands a value on to the pruner."""
-        self.trial.report(value, epoch)
+        with suppress(UpdateFinishedTrialError):
+            self.trial.report(value, epoch)
 
     def should_prune(self) -> bool:
         """Asks the pruner."""
-        return self.trial.should_prune()
+        with suppress(UpdateFinishedTrialError):
+            return self.trial.should_prune()
+        return False
 
     def note(self, **facts: Any) -> None:
         """Keeps facts as the trial's user attributes."""
         for name, fact in facts.items():
-            self.trial.set_user_attr(name, fact)
+            fact = os.path.relpath(fact, self._root) if name == "path" else fact
+            with suppress(UpdateFinishedTrialError):
+                self.trial.set_user_attr(name, fact)
 
 
 class OptunaSearch:
@@ -57,74 +81,110 @@ class OptunaSearch:
 
     Args:
         space: what varies, by dotted path.
-        mode: whether a smaller (`"min"`) or a larger (`"max"`) value is better.
-        root: the folder of the journal, where no storage is given.
-        **options: `storage`, `sampler`, `pruner`, `study_name`, see `distaff.tune.study`.
+        form: what makes trials comparable, as strict JSON: with `"mode"`, whether a smaller
+            (`"min"`) or a larger (`"max"`) value is better.
+        first: values to try before all others; None to leave them to the sampler.
+        seed: of the default sampler.
+        root: the folder of all runs, and of the journal where no storage is given.
+        options: `storage`, `sampler`, `pruner`, `study_name`, see `distaff.tune.study`.
 
     Raises:
-        ConfigError: an option is unknown, or the study was begun with another space or direction.
+        ConfigError: an option is unknown or of the wrong type, or the study has another form.
+        RunDirectoryError: the storage cannot be opened.
     """
 
     def __init__(
-        self, space: Space, mode: Literal["min", "max"], *, root: str, **options: Any
+        self,
+        space: Space,
+        form: Mapping[str, Any],
+        *,
+        first: Mapping[str, Any] | None,
+        seed: int,
+        root: str,
+        options: Mapping[str, Any],
     ) -> None:
-        for name in options:
-            if name not in _OPTIONS:
-                raise ConfigError(f"A study has no option {name!r}. {nearest(name, _OPTIONS)}")
-        name = options.get("study_name") or "study"
-        form = {"mode": mode, "space": _as_json(space)}
-        storage = _storage(options.get("storage") or Path(root) / f"{name}.journal")
-        self.study = optuna.create_study(
-            storage=storage,
-            study_name=name,
-            sampler=options.get("sampler"),
-            pruner=options.get("pruner"),
-            direction="minimize" if mode == "min" else "maximize",
-            load_if_exists=True,
-        )
+        options = _checked(options)
+        name = options.get("study_name", "study")
+        self._space, self._root = space, root
+        direction = "minimize" if form["mode"] == "min" else "maximize"
+        sampler = options.get("sampler")
+        study: dict[str, Any] = {
+            "storage": _storage(options.get("storage", Path(root) / f"{name}.journal")),
+            "study_name": name,
+            "sampler": sampler or TPESampler(seed=seed),
+            "pruner": options.get("pruner"),
+        }
+        try:
+            self.study = optuna.create_study(direction=direction, **study)
+        except DuplicatedStudyError:
+            self.study = optuna.load_study(**study)
+            # With the same seed, each process would begin with the same draws.
+            self.study.sampler.reseed_rng()
+        else:
+            # A grid is tried as it is; it has no place for values that are not on it.
+            if first is not None and not isinstance(sampler, GridSampler):
+                self.study.enqueue_trial(dict(first))
+        self._check_form(form, direction)
+
+    def _check_form(self, form: Mapping[str, Any], direction: str) -> None:
         begun = self.recall("form")
+        name = self.study.study_name
+        if begun is None and self.study.direction.name.lower() != direction:
+            raise ConfigError(
+                f"The study {name!r} was made by other means than distaff.tune.study, to "
+                f"{self.study.direction.name.lower()}, and shall {direction}. Choose another "
+                "study_name."
+            )
         if begun is None:
             self.remember("form", form)
-        elif begun != form:
+        elif changes := diff(begun, form):
             raise ConfigError(
-                f"A study goes on with the space it was begun with; {name!r} was begun with "
-                f"{begun}, and is given {form}. Choose another study_name."
+                f"A study goes on as it was begun, so that its trials can be compared; {name!r} "
+                f"was begun with {listed(changes)}. Choose another study_name."
             )
-        if options.get("sampler") is None:
-            # With one seed, a study that is continued would begin with the same draws again.
-            self.study.sampler = optuna.samplers.TPESampler(seed=len(self.study.trials))
-        self._distributions = {path: _distribution(each) for path, each in space.items()}
-        self._owner = f"{socket.gethostname()}:{os.getpid()}"
-        for trial in self.study.get_trials(states=[TrialState.RUNNING]):
-            if _is_orphan(trial):
-                self._abandon(trial.number, trial.params)
 
-    def enqueue_first(self, values: dict[str, Any]) -> None:
-        """Has these values tried first, in a study without trials."""
-        if not self.study.get_trials(deepcopy=False):
-            self.study.enqueue_trial(values)
-
-    def ask(self) -> OptunaSuggestion:
-        """Begins a trial."""
-        suggestion = OptunaSuggestion(self.study.ask(self._distributions))
-        suggestion.note(owner=self._owner)
+    def ask(self, num_trials: int) -> OptunaSuggestion | None:
+        """Begins a trial; None where no other is to be made."""
+        self._recover()
+        if self._is_exhausted() or len(self._counted()) >= num_trials:
+            return None
+        suggestion = OptunaSuggestion(self.study.ask(), self._root)
+        try:
+            suggestion.note(owner=this_process())
+            # Where several processes begin the last trial at once, all but the first withdraw.
+            numbers = [trial.number for trial in self._counted()]
+            if sum(number < suggestion.number for number in numbers) >= num_trials:
+                self._end(suggestion.number, TrialState.FAIL)
+                return None
+            for path, dimension in self._space.items():
+                suggestion.values[path] = _suggest(suggestion.trial, path, dimension)
+        except Exception:  # the sampler does not fit the space: there is nothing to try again
+            self._end(suggestion.number, TrialState.FAIL)
+            raise
+        except BaseException:
+            self.abandon(suggestion)
+            raise
         return suggestion
 
-    def tell(self, suggestion: OptunaSuggestion, status: str, value: float | None) -> None:
+    def tell(self, suggestion: OptunaSuggestion, status: str, value: float | None) -> Trial:
         """Ends a trial."""
         suggestion.note(status=status)
         state = _STATES[status]
-        values = value if state == TrialState.COMPLETE else None
-        self.study.tell(suggestion.number, values, state=state)
+        self._end(suggestion.number, state, value if state == TrialState.COMPLETE else None)
+        return self._as_trial(self._find(suggestion.number))
 
     def abandon(self, suggestion: OptunaSuggestion) -> None:
-        """Ends a trial that was interrupted: its values are tried again later."""
-        self._abandon(suggestion.number, suggestion.values)
+        """Ends a trial that was interrupted: its values are tried again."""
+        self._abandon(suggestion.number)
 
-    def best(self) -> Trial | None:
-        """Returns the best trial that was not pruned; None where there is none."""
-        complete = self.study.get_trials(states=[TrialState.COMPLETE])
-        return _as_trial(self.study.best_trial) if complete else None
+    def trials(self) -> list[Trial]:
+        """Returns all trials that came to an end of their own, by number."""
+        return [self._as_trial(trial) for trial in self._counted() if trial.state.is_finished()]
+
+    def underway(self) -> list[str]:
+        """Returns what other processes are at."""
+        running = self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
+        return [_described(trial) for trial in running]
 
     def remember(self, name: str, fact: Any) -> None:
         """Keeps strict JSON as a user attribute of the study."""
@@ -134,73 +194,168 @@ class OptunaSearch:
         """Returns a user attribute of the study, or None."""
         return self.study.user_attrs.get(name)
 
-    def trials(self) -> list[Trial]:
-        """Returns all trials that came to an end of their own, by number."""
-        found = self.study.get_trials(states=list(_STATES.values()))
-        return [_as_trial(trial) for trial in found if not _is_abandoned(trial)]
+    def _find(self, number: int) -> FrozenTrial:
+        return self.study.get_trials(deepcopy=False)[number]
 
-    def underway(self) -> int:
-        """Returns how many trials other processes are at."""
-        return len(self.study.get_trials(states=[TrialState.RUNNING]))
+    def _counted(self) -> list[FrozenTrial]:
+        """Returns the trials that have ended on their own or are under way."""
+        return [
+            trial
+            for trial in self.study.get_trials(deepcopy=False)
+            if trial.state == TrialState.RUNNING or _status(trial) is not None
+        ]
 
-    def _abandon(self, number: int, values: dict[str, Any]) -> None:
-        self.study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
-        self.study.enqueue_trial(values)
+    def _is_exhausted(self) -> bool:
+        if self.study.get_trials(deepcopy=False, states=[TrialState.WAITING]):
+            return False
+        sampler = self.study.sampler
+        if isinstance(sampler, GridSampler):
+            return sampler.is_exhausted(self.study)
+        return self.recall("exhausted") == type(sampler).__name__
 
+    def _end(self, number: int, state: TrialState, value: float | None = None) -> bool:
+        """Returns whether it was this process that ended the trial."""
+        try:
+            self.study.tell(number, value, state=state)
+        except (ValueError, RuntimeError) as error:
+            trial = self._find(number)
+            if not trial.state.is_finished():
+                raise
+            if isinstance(error, ValueError | UpdateFinishedTrialError):
+                return False
+            # A sampler with nothing left calls Study.stop, which is for Study.optimize only; the
+            # end of the trial is stored nevertheless.
+            if _status(trial) is not None:
+                self.remember("exhausted", type(self.study.sampler).__name__)
+        return True
 
-def _storage(storage: Any) -> BaseStorage | str:
-    if isinstance(storage, BaseStorage) or (isinstance(storage, str) and "://" in storage):
-        return storage
-    path = Path(storage)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return JournalStorage(JournalFileBackend(str(path)))
+    def _abandon(self, number: int) -> None:
+        trial = self._find(number)
+        if self._end(number, TrialState.FAIL) and _attempt(trial) < MAX_ATTEMPTS:
+            self.study.add_trial(_again(trial))
 
+    def _recover(self) -> None:
+        """Takes over the trials of processes that are gone."""
+        for trial in self.study.get_trials(states=[TrialState.RUNNING]):
+            if _is_left_alone(trial):
+                self._abandon(trial.number)
 
-def _distribution(dimension: Dimension) -> BaseDistribution:
-    if isinstance(dimension, Choice):
-        return optuna.distributions.CategoricalDistribution(dimension.values)
-    if isinstance(dimension, Int):
-        return optuna.distributions.IntDistribution(
-            dimension.low, dimension.high, log=dimension.log
+    def _as_trial(self, trial: FrozenTrial) -> Trial:
+        facts = trial.user_attrs
+        path = facts.get("path")
+        return Trial(
+            number=trial.number,
+            status=_status(trial) or "abandoned",
+            value=trial.value,
+            values=dict(trial.params),
+            seed=facts.get("seed"),
+            path=None if path is None else Path(self._root) / path,
         )
-    return optuna.distributions.FloatDistribution(dimension.low, dimension.high, log=dimension.log)
 
 
-def _as_json(space: Space) -> dict[str, Any]:
-    return {
-        path: {"kind": type(dimension).__name__, **to_json(dimension)}
-        for path, dimension in sorted(space.items())
+def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options that are given, of their right types."""
+    for name in options:
+        if name not in _OPTIONS:
+            raise ConfigError(f"A study has no option {name!r}. {nearest(name, _OPTIONS)}")
+    given = {name: value for name, value in options.items() if value is not None}
+    for name, value in given.items():
+        if not isinstance(value, _OPTIONS[name]) or value == "":
+            kinds = " or ".join(kind.__name__ for kind in _OPTIONS[name])
+            raise ConfigError(f"The option {name!r} of a study is a {kinds}; got {value!r}.")
+    return given
+
+
+def _storage(storage: str | Path | BaseStorage) -> BaseStorage:
+    if isinstance(storage, BaseStorage):
+        return storage
+    is_url = isinstance(storage, str) and "://" in storage
+    try:
+        return _database(str(storage)) if is_url else _journal(Path(storage))
+    except Exception as error:  # each database has exceptions of its own
+        place = str(storage).rpartition("@")[2]  # without a password
+        raise RunDirectoryError(
+            f"A study keeps its trials in a storage that can be opened; {place!r} cannot: "
+            f"{str(error).splitlines()[0]}. Check the path, or choose another storage."
+        ) from error
+
+
+def _database(url: str) -> BaseStorage:
+    if url.startswith("sqlite:///"):
+        file = Path(url.removeprefix("sqlite:///").partition("?")[0])
+        file.parent.mkdir(parents=True, exist_ok=True)
+    return RDBStorage(url)
+
+
+def _journal(path: Path) -> BaseStorage:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = str(path.absolute())
+    # Optuna's default lock is a link to the journal. Where it dangles, as one to a relative path
+    # does, and its process was killed, the next process waits for it for ever.
+    lock = JournalFileOpenLock(file)
+    backend = JournalFileBackend(file, lock_obj=lock)
+    lock.acquire()
+    try:
+        _drop_half_line(path)
+    finally:
+        lock.release()
+    return JournalStorage(backend)
+
+
+def _drop_half_line(path: Path) -> None:
+    """Removes what a full disk or a power cut has left of a line: Optuna cannot read past it."""
+    with path.open("rb+") as file:
+        content = file.read()
+        if not content.endswith(b"\n"):
+            file.truncate(content.rfind(b"\n") + 1)
+
+
+def _suggest(trial: optuna.Trial, path: str, dimension: Dimension) -> Any:
+    if isinstance(dimension, Choice):
+        return trial.suggest_categorical(path, dimension.values)
+    if isinstance(dimension, Int):
+        return trial.suggest_int(path, dimension.low, dimension.high, log=dimension.log)
+    return trial.suggest_float(path, dimension.low, dimension.high, log=dimension.log)
+
+
+def _status(trial: FrozenTrial) -> str | None:
+    """Returns how a trial ended on its own; None where it did not."""
+    status = trial.user_attrs.get("status")
+    if _STATES.get(status) == trial.state:
+        return status
+    is_given_up = trial.state == TrialState.FAIL and _attempt(trial) >= MAX_ATTEMPTS
+    return "failed" if is_given_up else None
+
+
+def _attempt(trial: FrozenTrial) -> int:
+    return trial.user_attrs.get("attempt", 1)
+
+
+def _again(trial: FrozenTrial) -> FrozenTrial:
+    """Returns a trial of the same values, to be tried before all others."""
+    # Rungs are what a halving pruner remembers of the attempt that came to no end.
+    attributes = {
+        name: value
+        for name, value in trial.system_attrs.items()
+        if not name.startswith("completed_rung")
     }
-
-
-def _as_trial(trial: FrozenTrial) -> Trial:
-    facts = trial.user_attrs
-    path = facts.get("path")
-    return Trial(
-        number=trial.number,
-        status=facts["status"],
-        value=trial.value,
-        values=dict(trial.params),
-        seed=facts.get("seed"),
-        path=None if path is None else Path(path),
+    return optuna.trial.create_trial(
+        state=TrialState.WAITING,
+        params=trial.params,
+        distributions=trial.distributions,
+        system_attrs=attributes,
+        user_attrs={"attempt": _attempt(trial) + 1},
     )
 
 
-def _is_abandoned(trial: FrozenTrial) -> bool:
-    return trial.state == TrialState.FAIL and trial.user_attrs.get("status") != "failed"
+def _is_left_alone(trial: FrozenTrial) -> bool:
+    owner = trial.user_attrs.get("owner")
+    if owner is not None:
+        return is_gone(owner)
+    begun = trial.datetime_start
+    return begun is not None and datetime.now() - begun > _PATIENCE
 
 
-def _is_orphan(trial: FrozenTrial) -> bool:
-    """Tells whether the process that had begun a trial on this machine is gone."""
-    host, _, pid = trial.user_attrs.get("owner", "").rpartition(":")
-    if host != socket.gethostname():
-        return False
-    if int(pid) == os.getpid():
-        return True
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False
+def _described(trial: FrozenTrial) -> str:
+    owner = trial.user_attrs.get("owner", {"pid": "unknown", "host": "unknown"})
+    return f"trial {trial.number} (process {owner['pid']} on {owner['host']})"

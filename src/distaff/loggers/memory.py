@@ -83,6 +83,22 @@ class MemoryLogger:
         """Keeps the text."""
         self.media.append(Medium(kind="text", name=name, content=text, step=step))
 
+    def series(self, *prefixes: str) -> dict[str, list[tuple[int, float]]]:
+        """Returns the metrics that are numbers, by epoch, as learning curves take them.
+
+        Args:
+            *prefixes: how their names begin, such as `"train/"`; none takes all names.
+
+        Returns:
+            `(epoch, value)` pairs by name, in the order in which they were recorded.
+        """
+        series: dict[str, list[tuple[int, float]]] = {}
+        for record in self.records:
+            for name, value in record.metrics.items():
+                if name.startswith(prefixes or "") and np.ndim(value) == 0:
+                    series.setdefault(name, []).append((record.epoch, float(value)))
+        return series
+
     def close(self, status: str) -> None:
         """Keeps the status of the first call."""
         if self.status is None:

@@ -1,5 +1,6 @@
 """Optimizers: a config becomes an Optax transformation, with its schedule and weight-decay mask."""
 
+from distaff.optim.accumulate import AccumulateState, accumulate
 from distaff.optim.build import Optimizer, OptimizerLike, build_optimizer
 from distaff.optim.config import OptimizerConfig, ParamGroup
 from distaff.optim.evaluation import evaluation_params, has_evaluation_params
@@ -10,12 +11,14 @@ from distaff.optim.schedules import make_schedule
 from distaff.slot import with_known_args
 
 __all__ = [
+    "AccumulateState",
     "Geometry",
     "ObservedState",
     "Optimizer",
     "OptimizerConfig",
     "OptimizerLike",
     "ParamGroup",
+    "accumulate",
     "build_optimizer",
     "decay_mask",
     "decays",

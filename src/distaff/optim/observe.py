@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from distaff.errors import StateError
+from distaff.slot import with_known_args
 from distaff.typing import Params, PyTree
 
 
@@ -59,7 +60,7 @@ def observed(tx: optax.GradientTransformation) -> optax.GradientTransformationEx
         >>> [round(float(number), 4) for number in geometry(state)]
         [1.0, 5.0, 0.5]
     """
-    inner = optax.with_extra_args_support(tx)
+    inner = with_known_args(tx)
 
     def init(params: Params) -> ObservedState:
         return ObservedState(inner.init(params), Geometry(*jnp.zeros([3], jnp.float32)))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from distaff.tasks.autoencoder import Autoencoder
 from distaff.tasks.classifier import Classifier
+from distaff.tasks.language_model import LanguageModel
+from distaff.tasks.regressor import Regressor
 
-__all__ = ["Classifier"]
+__all__ = ["Autoencoder", "Classifier", "LanguageModel", "Regressor"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -10,13 +12,14 @@ class Trial(NamedTuple):
     """One run of a search.
 
     Attributes:
-        number: counted from 0.
+        number: counted from 0. Those of trials that were interrupted are left out.
         status: `"finished"`, `"stopped"`, `"pruned"` or `"failed"`.
         value: the monitored metric of its best model; where pruned, the last one reported; None
             where it failed.
         values: what it was trained with, by dotted path.
         seed: of its model; None where it failed before it had one.
-        path: its run directory; None where it failed before it had one.
+        path: its run directory, relative where the root is; None where it failed before it had
+            one.
     """
 
     number: int
@@ -42,7 +45,10 @@ class Suggestion(Protocol):
         ...
 
     def note(self, **facts: Any) -> None:
-        """Remembers facts about the trial, which must be strict JSON."""
+        """Remembers facts about the trial, which must be strict JSON: `seed`, `path`, `reason`.
+
+        A path is kept relative to the root of all runs, which may be moved.
+        """
         ...
 
 
@@ -51,24 +57,33 @@ class Search(Protocol):
 
     study: Any
 
-    def ask(self) -> Suggestion:
-        """Begins a trial."""
+    def ask(self, num_trials: int) -> Suggestion | None:
+        """Begins a trial; first those that a process which is gone has left.
+
+        Returns:
+            What to try; None where so many trials have ended or are under way, or where the
+            sampler has nothing left to try.
+        """
         ...
 
-    def tell(self, suggestion: Suggestion, status: str, value: float | None) -> None:
-        """Ends a trial."""
+    def tell(self, suggestion: Suggestion, status: str, value: float | None) -> Trial:
+        """Ends a trial, and returns it as it is remembered."""
         ...
 
     def abandon(self, suggestion: Suggestion) -> None:
-        """Ends a trial that was interrupted: its values are tried again later."""
+        """Ends a trial that was interrupted: its values are tried again by the next `ask`.
+
+        Values that were interrupted three times count as a failed trial instead: they may be what
+        the process dies of.
+        """
         ...
 
-    def enqueue_first(self, values: dict[str, Any]) -> None:
-        """Has these values tried first, in a study without trials."""
+    def trials(self) -> list[Trial]:
+        """Returns all trials that came to an end of their own, by number."""
         ...
 
-    def best(self) -> Trial | None:
-        """Returns the best trial that was not pruned; None where there is none."""
+    def underway(self) -> list[str]:
+        """Returns what other processes are at, such as `"trial 3 (process 71 on node2)"`."""
         ...
 
     def remember(self, name: str, fact: Any) -> None:
@@ -79,10 +94,11 @@ class Search(Protocol):
         """Returns what was kept with the study, or None."""
         ...
 
-    def trials(self) -> list[Trial]:
-        """Returns all trials that came to an end of their own, by number."""
-        ...
 
-    def underway(self) -> int:
-        """Returns how many trials other processes are at."""
-        ...
+def listed(changes: Mapping[str, tuple[Any, Any]]) -> str:
+    """Returns what `distaff.config.diff` found, as an error says it."""
+    shown = {
+        path: ["absent" if value is MISSING else repr(value) for value in change]
+        for path, change in changes.items()
+    }
+    return "; ".join(f"{path}: {old}, now {new}" for path, (old, new) in shown.items())

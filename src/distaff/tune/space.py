@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, TypeAlias
 
-from distaff.config import override
+from distaff.config import override, to_json
 from distaff.errors import ConfigError
 
 
@@ -68,7 +68,7 @@ class Choice:
     """One of several values.
 
     Args:
-        *values: strings, numbers, booleans or None.
+        *values: strings, finite numbers, booleans or None.
 
     Raises:
         ConfigError: there is none, one is there twice, or one is of another kind.
@@ -78,12 +78,13 @@ class Choice:
 
     def __init__(self, *values: bool | int | float | str | None) -> None:
         object.__setattr__(self, "values", values)
-        strange = [
-            value for value in values if not isinstance(value, bool | int | float | str | None)
-        ]
-        if strange or not values or len(set(values)) < len(values):
+        known = all(
+            isinstance(value, bool | str | None) or _is_number(value, int | float)
+            for value in values
+        )
+        if not known or not values or len(set(values)) < len(values):
             raise ConfigError(
-                "A Choice is between different strings, numbers, booleans or None, such as "
+                "A Choice is between different strings, finite numbers, booleans or None, such as "
                 f"Choice('relu', 'gelu'); got Choice{values!r}."
             )
 
@@ -96,7 +97,11 @@ Dimension: TypeAlias = Float | Int | Choice
 """How one option varies."""
 
 Space: TypeAlias = Mapping[str, Dimension]
-"""What varies, by dotted path: `{"optimizer.learning_rate": Float(1e-4, 1e-2, log=True)}`."""
+"""What varies, by dotted path: `{"optimizer.learning_rate": Float(1e-4, 1e-2, log=True)}`.
+
+A path leads through dataclasses and mappings; of a mapping such as `optimizer.options`, keys that
+the config has can vary.
+"""
 
 
 def check_space(config: Any, space: Space) -> None:
@@ -119,6 +124,14 @@ def check_space(config: Any, space: Space) -> None:
                 raise ConfigError(f"{path!r} cannot be searched as {dimension}: {error}") from error
 
 
+def space_to_json(space: Space) -> dict[str, Any]:
+    """Returns a space as strict JSON."""
+    return {
+        path: {"kind": type(dimension).__name__, **to_json(dimension)}
+        for path, dimension in sorted(space.items())
+    }
+
+
 def values_of(config: Any, space: Space) -> dict[str, Any]:
     """Returns what a config holds at the paths of a space."""
     return {path: _value_at(config, path) for path in space}
@@ -135,11 +148,7 @@ def contains(dimension: Dimension, value: Any) -> bool:
     if isinstance(dimension, Choice):
         return value in dimension.values
     kinds = int if isinstance(dimension, Int) else int | float
-    return (
-        isinstance(value, kinds)
-        and not isinstance(value, bool)
-        and dimension.low <= value <= dimension.high
-    )
+    return _is_number(value, kinds) and dimension.low <= value <= dimension.high
 
 
 def _check_bounds(dimension: Float | Int, kinds: Any) -> None:

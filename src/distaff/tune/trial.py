@@ -1,4 +1,4 @@
-"""One trial: a trainer made from a config, trained, reported and pruned."""
+"""One trial: a trainer made from a config, trained, reported and pruned; the best one tested."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from distaff.metrics import as_json
 from distaff.monitor import Monitor
 from distaff.run_directory import RunDirectory
 from distaff.trainer import TrainerModule
-from distaff.trainer_config import TrainResult
 from distaff.tune.search import Suggestion, Trial
 
 
@@ -42,13 +41,16 @@ class Task:
         Raises:
             ConfigError: it was initialised before its seed could be set, or writes no runs.
         """
-        trainer = self.make_trainer(config)
+        trainer = self.make_trainer(config) if callable(self.make_trainer) else None
         if not isinstance(trainer, TrainerModule):
-            raise ConfigError(f"make_trainer returns a TrainerModule; got {trainer!r}.")
+            raise ConfigError(
+                "make_trainer is a function of the config that returns a TrainerModule; "
+                f"{self.make_trainer!r} returned {trainer!r}."
+            )
         if trainer.state is not None:
             raise ConfigError(
                 "make_trainer returned a trainer that is initialised already, so that every trial "
-                "would have the same seed. Leave its example_batch away."
+                "would have the same seed. Make a new one at each call, without example_batch."
             )
         if trainer.config.root is None:
             raise ConfigError(
@@ -63,10 +65,11 @@ class Task:
         """Returns `(train, val, test)`.
 
         Raises:
-            ConfigError: they are not these three, or there is none to validate on.
+            ConfigError: they are not these three, or there is none to train or validate on.
         """
         loaders = self.make_loaders(config) if callable(self.make_loaders) else None
-        if not isinstance(loaders, tuple) or len(loaders) != 3 or loaders[1] is None:
+        is_three = isinstance(loaders, tuple) and len(loaders) == 3
+        if not is_three or any(loader is None for loader in loaders[:2]):
             raise ConfigError(
                 "make_loaders is a function of the config that returns new loaders (train, val, "
                 "test); test may be None, val may not, since trials are compared on it. Write "
@@ -91,33 +94,52 @@ class Task:
                 check_val_every_n_epoch=trainer.config.check_val_every_n_epoch,
             )
         )
+        self.trainer(config)  # refuses the same trainer again
+        if self.loaders(config)[0] is train:
+            raise ConfigError(
+                "make_loaders returned the same train loader twice. It remembers where it is, so "
+                "that each trial would see another order of the examples. Make a new one at each "
+                "call: data.ArrayLoader(arrays, ...) copies no array."
+            )
+        if trainer.config.check_val_every_n_epoch > self.num_epochs:
+            raise ConfigError(
+                "Trials are compared by their validations, and there is none in num_epochs="
+                f"{self.num_epochs} with check_val_every_n_epoch="
+                f"{trainer.config.check_val_every_n_epoch}. Train longer, or validate more often."
+            )
         return trainer
 
-    def run(self, config: Any, suggestion: Suggestion) -> Trial:
-        """Trains one trial as an ordinary run; the test set is left alone."""
+    def run(self, config: Any, suggestion: Suggestion) -> tuple[str, float | None]:
+        """Trains one trial as an ordinary run; the test set is left alone.
+
+        Returns:
+            The trial's status, and the monitored metric of its best model.
+        """
         trainer = self.trainer(config, suggestion.number)
         train, val, _ = self.loaders(config)
         reporting = Reporting(suggestion, trainer.monitor, self.num_epochs)
         trainer.callbacks = Callbacks([*trainer.callbacks.callbacks, reporting])
         suggestion.note(seed=trainer.config.seed)
         epochs = {"num_epochs": self.num_epochs, "steps_per_epoch": self.steps_per_epoch}
-        status, value = "failed", None
         try:
             result = trainer.train_model(train, val, **epochs)
         except NonFiniteError as error:
             suggestion.note(reason=str(error))
-        else:
-            value = value_of(result, trainer.monitor)
-            status = result.status if value is not None else "failed"
-        path = trainer.recording.path
-        suggestion.note(path=str(path))
-        return Trial(suggestion.number, status, value, suggestion.values, trainer.config.seed, path)
+            return "failed", None
+        finally:
+            if trainer.recording.path is not None:
+                suggestion.note(path=str(trainer.recording.path))
+        value = None if result.best is None else trainer.monitor.value(result.best.metrics)
+        if value is None or not math.isfinite(value):
+            suggestion.note(reason=f"the best {trainer.monitor.name} is {value}")
+            return "failed", None
+        return result.status, value
 
     def test(self, config: Any, trial: Trial) -> dict[str, Any]:
         """Tests the best model of a trial, and writes the metrics into its run directory.
 
         Returns:
-            Metrics as `test/...`; none where there is nothing to test on.
+            Metrics as `test/...`, as strict JSON; none where there is nothing to test on.
         """
         train, _, test = self.loaders(config)
         if test is None or trial.path is None:
@@ -125,8 +147,8 @@ class Task:
         trainer = self.trainer(config, trial.number)
         trainer.set_up(first_batch(as_loader(train, name="train"), name="train"))
         trainer.load_weights(trial.path)
-        metrics = trainer.eval_model(test, "test/")
-        RunDirectory.open(trial.path).write_json("metrics/test.json", as_json(metrics))
+        metrics = as_json(trainer.eval_model(test, "test/"))
+        RunDirectory.open(trial.path).write_json("metrics/test.json", metrics)
         return metrics
 
 
@@ -154,11 +176,3 @@ class Reporting(Callback):
             raise StopTraining(
                 f"pruned after epoch {info.epoch} with {self._monitor.name} {value:.6g}", "pruned"
             )
-
-
-def value_of(result: TrainResult, monitor: Monitor) -> float | None:
-    """Returns the monitored metric of a run's best model; None where it has none, or no number."""
-    if result.best is None:
-        return None
-    value = monitor.value(result.best.metrics)
-    return value if math.isfinite(value) else None

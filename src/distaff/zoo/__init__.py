@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from distaff.zoo.autoencoder import MLPAutoencoder
 from distaff.zoo.cnn import CNN
+from distaff.zoo.gaussian_ring import GaussianRing
+from distaff.zoo.gpt import GPT
 from distaff.zoo.mlp import MLP
+from distaff.zoo.resnet import ResNet
+from distaff.zoo.sampling import generate
 
-__all__ = ["CNN", "MLP"]
+__all__ = ["CNN", "GPT", "MLP", "GaussianRing", "MLPAutoencoder", "ResNet", "generate"]

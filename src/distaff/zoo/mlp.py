@@ -11,20 +11,28 @@ from distaff.errors import ConfigError
 
 
 class MLP(nn.Module):
-    """Linear layers with a ReLU between each and the next.
+    """Linear layers; between each and the next batch normalization, ReLU and dropout.
+
+    Batch normalization keeps running means and variances in the collection `batch_stats`; dropout
+    needs a key for the stream `dropout` in training. By default there is neither.
 
     Attributes:
         features: outputs of each layer; the last is the length of the network's output.
+        dropout: fraction of the values between two layers set to zero in training, in `[0, 1]`.
+        batch_norm: whether each layer but the last is normalized.
     """
 
     features: Sequence[int]
+    dropout: float = 0.0
+    batch_norm: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
         """Computes the last layer's outputs.
 
         Args:
             x: inputs, `[batch, ...]`, float; all axes but the first are flattened.
+            train: use the batch's own statistics and dropout, rather than the running statistics.
 
         Returns:
             Outputs before any activation, `[batch, features[-1]]`.
@@ -37,5 +45,10 @@ class MLP(nn.Module):
         *hidden, outputs = self.features
         x = x.reshape(x.shape[0], -1)
         for features in hidden:
-            x = nn.relu(nn.Dense(features)(x))
+            x = nn.Dense(features)(x)
+            if self.batch_norm:
+                x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+            x = nn.relu(x)
+            if self.dropout:
+                x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return nn.Dense(outputs)(x)

@@ -17,7 +17,6 @@ from distaff.optim.learned.settings import VeloSettings
 
 _NETWORK = "HyperV2"
 _LONGEST_VALUE = 200
-_IMPORT = re.compile(r"(import|from|include)\s.*", re.DOTALL)
 _BINDING = re.compile(
     r"(?P<scope>(?:[\w.]+/)*)(?:(?P<selector>[\w.]+)\.)?(?P<argument>\w+)\s*=\s*(?P<value>.+)",
     re.DOTALL,
@@ -62,22 +61,22 @@ _ONLY = {
 def read_settings(text: str) -> VeloSettings:
     """Returns the settings that a `config.gin` binds; what it leaves out has its default.
 
-    Bindings of anything else are passed over, as the original does: they are of the meta-training.
+    Anything about something else is passed over, as the original does: it is of the meta-training.
 
     Args:
         text: the whole file.
 
     Raises:
-        CheckpointError: a line is no binding, another network than HyperV2 was trained, or HyperV2
-            is given an argument that it does not have, or a value that is not supported.
+        CheckpointError: another network than HyperV2 was trained, a line about it is no binding, or
+            binds an argument that it does not have, or to a value that is not supported.
     """
     known = {each.name for each in dataclasses.fields(VeloSettings)}
     found: dict[str, Any] = {}
     for line, statement in _statements(text):
-        if _IMPORT.fullmatch(statement):
-            continue
         binding = _BINDING.fullmatch(statement)
         if binding is None:
+            if _NETWORK not in statement:
+                continue
             raise _refused(line, f"must be `name.argument = value`, and is {_quoted(statement)}")
         selector, argument, value = binding["selector"] or "", binding["argument"], binding["value"]
         configurable = selector.split(".")[-1]

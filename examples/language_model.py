@@ -1,0 +1,80 @@
+"""A small GPT that predicts Python source byte by byte, beside gzip and xz.
+
+    .venv/bin/python examples/language_model.py
+
+The text is the standard library of the Python that runs this, split by file. A run is
+`runs/language-model/<version>`: samples in `texts`, bits per byte by step in `learning_curve.png`.
+gzip and xz see nothing but the held-out bytes, and look back 32 KB, or at all of them. The model
+has seen other files, and looks back at most `length` bytes; in the test, at least half of that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import lzma
+
+import tyro
+from matplotlib.figure import Figure
+
+from distaff import data, loggers, tasks, zoo
+from distaff.optim import OptimizerConfig, ParamGroup
+
+MUON = OptimizerConfig("muon", learning_rate=2e-2, warmup_steps=50)  # for matrices inside blocks
+MATRICES = ParamGroup("Block_*/kernel", optimizer=MUON)
+OPTIMIZER = OptimizerConfig("adamw", learning_rate=3e-3, warmup_steps=50, groups=(MATRICES,))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What can be set from the command line."""
+
+    num_epochs: int = 6
+    steps_per_epoch: int = 1000
+    batch_size: int = 8
+    length: int = 256
+    num_layers: int = 4
+    features: int = 128
+    sample_every: int = 1000
+    source: str | None = None  # of another Python
+    root: str = "runs"
+
+
+def draw(history: loggers.MemoryLogger, compressed: dict[str, float]) -> Figure:
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, style in (("step/bits_per_byte", "-"), ("val/bits_per_byte", "o-")):
+        points = [(r.step, r.metrics[name]) for r in history.records if name in r.metrics]
+        axes.plot(*zip(*points, strict=True), style, markersize=4, label=name)
+    for (name, bits), style in zip(compressed.items(), ("--", ":"), strict=True):
+        axes.axhline(bits, color="black", linestyle=style, label=f"{name}, test files")
+    axes.set(xlabel="step", ylabel="bits per byte", ylim=(1, 4))
+    axes.legend()
+    return figure
+
+
+def main(options: Options) -> dict[str, float]:
+    *texts, text = data.python_source(options.source)
+    length, batch_size = options.length, options.batch_size
+    train = data.shuffled_windows(texts[0], length, batch_size)
+    val = data.held_out_windows(texts[1], length, batch_size)
+    test = data.held_out_windows(text, length, batch_size, stride=length // 2)
+    model = zoo.GPT(256, options.num_layers, 2, options.features, length)
+    history = loggers.MemoryLogger()
+    samples = {"sample_every_n_steps": options.sample_every, "sample_prompt": "def "}
+    run = {"name": "language-model", "root": options.root, "loggers": [history]}
+    trainer = tasks.LanguageModel(model, optimizer=OPTIMIZER, **samples, **run)
+    epochs = {"num_epochs": options.num_epochs, "steps_per_epoch": options.steps_per_epoch}
+    result = trainer.train_model(train, val, test, **epochs)
+    xz = lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)
+    codes = {"gzip -9": gzip.compress(text, 9), "xz -9e": xz}
+    bits = {name: 8 * len(code) / len(text) for name, code in codes.items()}
+    draw(history, bits).savefig(result.path / "learning_curve.png", dpi=100)
+    bits["language model"] = result.metrics["test/bits_per_byte"]
+    print(trainer.sample(b"def ", 600, temperature=0.8).decode(errors="replace"))
+    print(f"bits per byte of {len(text):,} held-out bytes:", bits)
+    return bits
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

@@ -1,0 +1,80 @@
+"""Transfer: linear probes that find out what the codes of an autoencoder know of the digits.
+
+    .venv/bin/python examples/autoencoder.py
+    .venv/bin/python examples/linear_probe.py --autoencoder runs/autoencoder/0003
+
+The encoder is frozen: a random one, then the trained one, each a run in `runs/probe`. The last has
+`accuracy.png`, with logistic regression on as many principal components and on the pixels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import tyro
+from matplotlib.figure import Figure
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+import distaff
+from distaff import data, optim, tasks, zoo
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    autoencoder: str = "runs/autoencoder/0003"
+    num_epochs: int = 100
+    root: str = "runs"
+
+
+class Probe(nn.Module):
+    encoder: nn.Module
+
+    @nn.compact
+    def __call__(self, image):
+        return nn.Dense(10, name="head")(self.encoder(image))
+
+
+class Probing(tasks.Classifier):
+    encoder_params: Any = None  # without, the encoder stays as random as it began
+
+    def run_model_init(self, example_batch, key):
+        variables = super().run_model_init(example_batch, key)
+        encoder = self.encoder_params or variables.params["encoder"]
+        return variables._replace(params={**variables.params, "encoder": encoder})
+
+
+def regression(loaders: tuple[data.ArrayLoader, ...], *steps: Any) -> float:
+    train, _, test = ((x.arrays["image"].reshape(-1, 64), x.arrays["label"]) for x in loaders)
+    pipeline = make_pipeline(*steps, StandardScaler(), LogisticRegression(max_iter=5000))
+    return pipeline.fit(*train).score(*test)
+
+
+def main(options: Options) -> dict[str, float]:
+    loaders = data.digits(batch_size=32)
+    trained = tasks.Autoencoder.load_from_checkpoint(options.autoencoder, zoo.MLPAutoencoder)
+    encoder, variables = trained.bind_model().encoder.unbind()
+    frozen = optim.ParamGroup("encoder/*", freeze=True)
+    adam = distaff.OptimizerConfig("adam", learning_rate=3e-2, groups=(frozen,))
+    scores = {}
+    for name, params in {"random encoder": None, "trained encoder": variables["params"]}.items():
+        trainer = Probing(Probe(encoder), optimizer=adam, name="probe", root=options.root)
+        trainer.encoder_params = params
+        result = trainer.train_model(*loaders, num_epochs=options.num_epochs)
+        scores[name] = result.metrics["test/accuracy"]
+    pca = PCA(encoder.features[-1])
+    scores |= {"PCA": regression(loaders, pca), "pixels": regression(loaders)}
+    axes = Figure(figsize=(5, 2), layout="constrained").subplots()
+    axes.bar_label(axes.barh([*scores], [*scores.values()]), fmt="%.3f")
+    axes.set(xlabel="test accuracy", xlim=(0, 1.15))
+    axes.figure.savefig(result.path / "accuracy.png")
+    print("test accuracy:", {name: round(score, 4) for name, score in scores.items()})
+    return scores
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

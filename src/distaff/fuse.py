@@ -1,0 +1,184 @@
+"""Programs of one step, and of many steps at once."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distaff.data import Chunk, Form, Source
+from distaff.execution import Execution
+from distaff.forms import Forms, convolves, make_forms
+from distaff.metrics import Metric
+from distaff.state import TrainState
+from distaff.trainer_config import TrainerConfig
+from distaff.typing import Batch, PyTree
+from distaff.window import StepFn, Window, empty_window, windowed
+
+_log = logging.getLogger("distaff")
+
+WindowedStep: TypeAlias = Callable[[TrainState, Window, Any], tuple[TrainState, Window, Any]]
+"""`(state, window, batch) -> (state, window, metrics)`, as `windowed` makes it."""
+
+
+def make_steps(
+    execution: Execution,
+    step: StepFn,
+    example: tuple[TrainState, Batch],
+    config: TrainerConfig,
+    *,
+    steps_per_epoch: int | None,
+    watched: bool,
+) -> Steps:
+    """Makes what runs the steps of a run; the step is traced, nothing is compiled.
+
+    Args:
+        execution: how programs are made.
+        step: a training step as `measured` gives it.
+        example: a state and a batch like those of the run.
+        config: `steps_per_call`, `log_every_n_steps` and `debug` are read.
+        steps_per_epoch: None if it is not known.
+        watched: whether the metrics of every step are wanted.
+    """
+    _, metrics = execution.shapes(step, *example)
+    forms = make_forms(
+        1 if config.debug else config.steps_per_call,
+        metrics,
+        steps_per_epoch=steps_per_epoch,
+        watched=watched,
+        convolves=lambda: convolves(step, *example),
+    )
+    every = config.log_every_n_steps
+    return Steps(execution, windowed(step), metrics, forms=forms, log_every=every, watched=watched)
+
+
+def single(step: WindowedStep) -> Callable[..., tuple[TrainState, Window, Any]]:
+    """Makes a program of one step.
+
+    Returns:
+        `(state, window, source) -> (state, window, metrics)`.
+    """
+
+    def program(
+        state: TrainState, window: Window, source: Source
+    ) -> tuple[TrainState, Window, Any]:
+        return step(state, window, source.batch(0))
+
+    return program
+
+
+def fused(
+    step: WindowedStep, empty: Window, metrics: PyTree, *, log_every: int
+) -> Callable[..., tuple[TrainState, Window, Window, Any]]:
+    """Makes one program of many steps, whose number is an argument: no remainder compiles anew.
+
+    Args:
+        step: the step.
+        empty: the window before its first step. A window starts anew after each step that is a
+            multiple of `log_every`.
+        metrics: the metrics of one step, or their shapes, where those of every step are wanted; an
+            empty pytree where they are not.
+        log_every: steps per window.
+
+    Returns:
+        `(state, window, source, span) -> (state, window, windows, metrics)`. `span` is int32
+        `[2]`: completed steps before the first one, and how many to run. `windows` are those after
+        each step, `[source.capacity, ...]`, and likewise the metrics; rows after the last step
+        mean nothing.
+    """
+
+    def program(
+        state: TrainState, window: Window, source: Source, span: jax.Array
+    ) -> tuple[TrainState, Window, Window, Any]:
+        def body(index: jax.Array, carry: PyTree) -> PyTree:
+            state, window, written = carry
+            state, window, measured = step(state, window, source.batch(index))
+            row = (window, measured if jax.tree.leaves(metrics) else metrics)
+            written = jax.tree.map(lambda rows, leaf: rows.at[index].set(leaf), written, row)
+            closed = (span[0] + index + 1) % log_every == 0
+            window = jax.tree.map(lambda e, w: jnp.where(closed, e, w), empty, window)
+            return state, window, written
+
+        room = jax.tree.map(
+            lambda leaf: jnp.zeros((source.capacity, *leaf.shape), leaf.dtype), (empty, metrics)
+        )
+        state, window, written = jax.lax.fori_loop(0, span[1], body, (state, window, room))
+        return state, window, *written
+
+    return program
+
+
+class Steps:
+    """Runs chunks of steps, in the form that suits them.
+
+    Args:
+        execution: how programs are made.
+        step: the step.
+        metrics: the metrics of one step, or their shapes.
+        forms: chooses the form.
+        log_every: steps per window.
+        watched: whether the metrics of every step are wanted, and not only those of windows.
+    """
+
+    def __init__(
+        self,
+        execution: Execution,
+        step: WindowedStep,
+        metrics: Mapping[str, Metric],
+        *,
+        forms: Forms,
+        log_every: int,
+        watched: bool = False,
+    ) -> None:
+        self.empty = empty_window(metrics)
+        self.log_every, self.forms, self._watched = log_every, forms, watched
+        self._single = execution.program(single(step), donate=0)
+        kept = metrics if watched else {}
+        self._fused = execution.program(
+            fused(step, self.empty, kept, log_every=log_every), donate=0
+        )
+
+    def form(self) -> Form:
+        """Returns the form of the next chunk."""
+        return self.forms.form
+
+    def __call__(
+        self, state: TrainState, window: Window, chunk: Chunk, step: int
+    ) -> tuple[TrainState, Window, Window, list[Any]]:
+        """Runs a chunk.
+
+        Args:
+            state: given away.
+            window: what was measured since the last window was closed.
+            chunk: the batches.
+            step: completed steps before the first one.
+
+        Returns:
+            The new state; the window, new where the last step closes one; the windows after each
+            step, `[steps, ...]`, or without that axis for a chunk with room for one only; the
+            metrics of each step, none if they are not watched.
+        """
+        start = time.perf_counter()
+        if chunk.source.capacity == 1:
+            state, windows, measured = self._single(state, window, chunk.source)
+            window = self.empty if (step + 1) % self.log_every == 0 else windows
+            metrics = [measured] * self._watched
+        else:
+            span = np.array([step, chunk.num_steps], np.int32)
+            state, window, windows, measured = self._fused(state, window, chunk.source, span)
+            metrics = [_row(measured, row) for row in range(chunk.num_steps * self._watched)]
+        if self.forms.measuring:
+            jax.block_until_ready(state)
+            self.forms.took((time.perf_counter() - start) / chunk.num_steps)
+            if not self.forms.measuring:
+                _log.info("steps as programs: %s", self.forms.describe())
+        return state, window, windows, metrics
+
+
+def _row(tree: PyTree, row: int) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf[row], tree)

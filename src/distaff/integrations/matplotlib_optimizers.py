@@ -1,0 +1,156 @@
+"""matplotlib: pictures of optimizers beside each other, as curves and as paths on landscapes.
+
+Figures are made without pyplot: no window, no display, and nothing to close.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from distaff.errors import ConfigError, MetricError
+from distaff.tune.comparison import Comparison, Curve
+from distaff.zoo.landscapes import Landscape
+
+# M. Okabe and K. Ito, Color Universal Design, 2008, https://jfly.uni-koeln.de/color/: distinct
+# to readers of every kind of colour vision. Its yellow is left out: it does not show on white.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
+LINES = ("-", "--", ":")
+
+# Light enough for every line to show, the lowest ground darkest.
+DEPTHS = LinearSegmentedColormap.from_list("depths", ["#a9b8c6", "#ffffff"])
+
+_CONTOURS = 9
+_RESOLUTION = 241
+
+
+def comparison(found: Comparison) -> Figure:
+    """Draws how the training loss went down, and how far from steepest descent, by step.
+
+    A line is the mean over the seeds, its band one standard error to either side. The loss has a
+    logarithmic axis where it is positive, and a line where its target is.
+
+    Args:
+        found: what `distaff.tune.compare` returned.
+
+    Returns:
+        The figure: two panels and one legend.
+
+    Raises:
+        MetricError: no optimizer has a curve.
+    """
+    losses, cosines = found.curves("losses"), found.curves("cosines")
+    if not losses:
+        raise MetricError("There is nothing to draw: every optimizer diverged with every rate.")
+    figure = Figure(figsize=(11, 4.3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    looks = _looks(found.results)
+    _draw_curves(left, losses, looks)
+    _draw_curves(right, cosines, looks)
+    drawn = np.concatenate([curve.mean for curve in losses.values()])
+    if (drawn[np.isfinite(drawn)] > 0).all():
+        left.set_yscale("log")
+    left.axhline(found.target, color="#666666", linewidth=0.9, linestyle=(0, (1, 3)))
+    left.set_title("training loss, averaged over an epoch", fontsize=11)
+    right.set_title("cosine of update and negative gradient", fontsize=11)
+    figure.legend(
+        left.lines[: len(losses)],
+        [f"{name} ({found.results[name].shown_rate})" for name in losses],
+        loc="outside right center",
+        title="optimizer (learning rate)",
+        edgecolor="none",
+        fontsize=9,
+        title_fontsize=9,
+    )
+    return figure
+
+
+def optimizer_paths(
+    landscapes: Iterable[Landscape], paths: Mapping[str, Mapping[str, Any]]
+) -> Figure:
+    """Draws the ways of several optimizers over functions of two coordinates.
+
+    The darker, the lower; each shade covers an equal area. A star is a global minimum, a white
+    circle where a path begins, a coloured one where it ends.
+
+    Args:
+        landscapes: the functions, one panel each.
+        paths: by the landscape's name and the optimizer's name, positions `[steps, 2]`; one that
+            became NaN ends there.
+
+    Returns:
+        The figure, with one legend.
+
+    Raises:
+        ConfigError: a landscape has no path, or a path has another shape.
+    """
+    landscapes = list(landscapes)
+    names = dict.fromkeys(name for by_name in paths.values() for name in by_name)
+    columns = min(4, len(landscapes) + 1)
+    rows = -(-(len(landscapes) + 1) // columns)  # one cell more, for the legend
+    figure = Figure(figsize=(2.5 * columns, 2.4 * rows), layout="constrained")
+    cells = list(figure.subplots(rows, columns, squeeze=False).flat)
+    looks = _looks(names)
+    for axes, landscape in zip(cells, landscapes, strict=False):
+        found = {n: np.asarray(path) for n, path in paths.get(landscape.name, {}).items()}
+        if not found or any(path.ndim != 2 or path.shape[1] != 2 for path in found.values()):
+            shapes = {name: path.shape for name, path in found.items()}
+            raise ConfigError(
+                f"The paths on {landscape.name} have the shape [steps, 2]; got {shapes or 'none'}."
+            )
+        _draw_landscape(axes, landscape)
+        for name, path in found.items():
+            axes.plot(*path.T, linewidth=1.3, **looks[name])
+            axes.plot(*path[-1:].T, "o", color=looks[name]["color"], mec="white", ms=5, zorder=4)
+            axes.plot(*path[:1].T, "o", color="white", mec="black", ms=5, zorder=3)
+    legend, *rest = cells[len(landscapes) :]
+    handles = [legend.plot([], [], linewidth=1.8, label=n, **looks[n])[0] for n in names]
+    legend.legend(handles=handles, loc="center", edgecolor="none", fontsize=9, ncols=1)
+    legend.set_axis_off()
+    for axes in rest:
+        axes.remove()
+    return figure
+
+
+def _looks(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Returns colour and line style by name; no two of 21 names look the same."""
+    count = len(COLORS)
+    return {
+        name: {"color": COLORS[i % count], "linestyle": LINES[i // count % len(LINES)]}
+        for i, name in enumerate(names)
+    }
+
+
+def _draw_curves(
+    axes: Axes, curves: Mapping[str, Curve], looks: Mapping[str, Mapping[str, Any]]
+) -> None:
+    for name, curve in curves.items():
+        low, high = curve.mean - curve.standard_error, curve.mean + curve.standard_error
+        axes.fill_between(
+            curve.steps, low, high, color=looks[name]["color"], alpha=0.2, linewidth=0
+        )
+        axes.plot(curve.steps, curve.mean, linewidth=1.5, label=name, **looks[name])
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.grid(color="#e6e6e6", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_landscape(axes: Axes, landscape: Landscape) -> None:
+    low, high = landscape.bounds(2)
+    x, y = (np.linspace(*ends, _RESOLUTION) for ends in zip(low, high, strict=True))
+    values = np.asarray(landscape(np.stack(np.meshgrid(x, y), axis=-1)))
+    levels = np.unique(np.quantile(values, np.linspace(0, 1, _CONTOURS + 1)))
+    shades = np.digitize(values, levels[1:-1])
+    axes.pcolormesh(x, y, shades, cmap=DEPTHS, shading="nearest", rasterized=True)
+    axes.plot(*landscape.minima(2).T, "*", color="#F0E442", mec="black", ms=10, zorder=5)
+    axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
+    axes.tick_params(labelsize=7)
+    axes.set_title(landscape.name, fontsize=10)

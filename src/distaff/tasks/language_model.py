@@ -1,0 +1,240 @@
+"""Language modelling: every token predicted from those before it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from numbers import Real
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from distaff.cadence import Every, Progress
+from distaff.callbacks import Callback, StepInfo
+from distaff.context import Context
+from distaff.errors import BatchError, ConfigError, LossError
+from distaff.metrics import Mean, Perplexity
+from distaff.monitor import Monitor
+from distaff.state import TrainState
+from distaff.trainer import TrainerModule
+from distaff.trainer_config import TrainerConfig, check_count
+from distaff.typing import Batch, Key, Params
+from distaff.zoo.sampling import generate
+
+_NATS_PER_BIT = math.log(2)
+_BYTES = 256
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LanguageModelConfig(TrainerConfig):
+    """The options of a `LanguageModel`, beside those of every trainer.
+
+    Args:
+        sample_every_n_steps: steps between samples, which the loggers get as the text `sample`;
+            None for none. Tokens are taken for bytes, in UTF-8.
+        sample_prompt: what a sample begins with.
+        sample_length: tokens drawn for a sample.
+        temperature: of the samples; see `LanguageModel.sample`.
+
+    Raises:
+        ConfigError: an option is out of its range.
+    """
+
+    sample_every_n_steps: int | None = None
+    sample_prompt: str = "\n"
+    sample_length: int = 400
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sample_every_n_steps is not None:
+            check_count("sample_every_n_steps", self.sample_every_n_steps)
+        check_count("sample_length", self.sample_length)
+        if not isinstance(self.sample_prompt, str) or not self.sample_prompt:
+            raise ConfigError(
+                f"sample_prompt is a str of one character or more; got {self.sample_prompt!r}."
+            )
+        _check_temperature(self.temperature)
+
+
+class LanguageModel(TrainerModule):
+    """Trains a causal model of tokens, `[batch, length] -> logits [batch, length, vocab]`.
+
+    Batches are dicts with `tokens`, int `[batch, length + 1]`, or such an array alone: each token
+    but the first is predicted from those before it. A dict may also hold `mask`, bool
+    `[batch, length]`, which tells the tokens that count among `tokens[:, 1:]`. All averages are per
+    token, exact over masks and uneven batches. The best model is the one with the lowest
+    `val/loss`. `predict` returns the logits of `tokens[:, 1:]`.
+
+    Args:
+        model: as for `TrainerModule`, as every other argument. An attribute `max_length` of it
+            limits the tokens that a sample depends on.
+        **options: those of `LanguageModelConfig`, such as `sample_every_n_steps=1000`.
+    """
+
+    Config = LanguageModelConfig
+    config: LanguageModelConfig
+    monitor = Monitor("val/loss", mode="min")
+
+    def __init__(self, model: Any, *, callbacks: Iterable[Callback] = (), **options: Any) -> None:
+        # Runs whose steps no callback watches pay nothing for it.
+        samples = (_Samples(self),) if options.get("sample_every_n_steps") else ()
+        super().__init__(model, callbacks=(*callbacks, *samples), **options)
+        self._vocab_size = getattr(self.model.module, "vocab_size", None)
+        max_length = getattr(self.model.module, "max_length", None)
+        if samples:
+            _as_tokens(self.config.sample_prompt.encode(), self._vocab_size)
+
+        def fill(
+            state: TrainState, tokens: jax.Array, start: int, temperature: float, key: Key
+        ) -> jax.Array:
+            def logits_fn(tokens: jax.Array) -> jax.Array:
+                return Context(state, train=False).apply(state.params, tokens)
+
+            return generate(
+                logits_fn, tokens, start, key=key, temperature=temperature, max_length=max_length
+            )
+
+        self._fill = self.execution.program(fill)
+
+    def tokens(self, batch: Batch) -> jax.Array:
+        """Returns the tokens of a batch, int `[batch, length + 1]`. Override it for other batches.
+
+        Raises:
+            BatchError: no tokens are found, or they are no integers of this shape.
+        """
+        (tokens,) = super().model_inputs(batch)
+        if np.ndim(tokens) != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise BatchError(
+                "A LanguageModel's batches hold tokens [batch, length + 1] of an int dtype; got "
+                f"shape {np.shape(tokens)} and dtype {tokens.dtype}."
+            )
+        if tokens.shape[1] < 2:
+            raise BatchError(
+                "A LanguageModel predicts each token but the first, so that it needs at least two "
+                f"in a row; got tokens of shape {tokens.shape}."
+            )
+        return tokens
+
+    def mask(self, batch: Batch) -> jax.Array | None:
+        """Returns which of `tokens[:, 1:]` count, bool `[batch, length]`; None for all of them."""
+        return batch.get("mask") if isinstance(batch, Mapping) else None
+
+    def model_inputs(self, batch: Batch) -> tuple[Any, ...]:
+        """Returns all tokens but the last, which is only predicted, `[batch, length]`."""
+        return (self.tokens(batch)[:, :-1],)
+
+    def loss_fn(self, params: Params, batch: Batch, ctx: Context) -> Any:
+        """Returns each row's mean negative log-likelihood per token, in nats, and metrics.
+
+        The metrics are `perplexity`, and the loss in bits: `bits_per_byte` where there are 256
+        tokens, `bits_per_token` otherwise.
+
+        Raises:
+            LossError: the model's outputs or the mask have another shape.
+        """
+        logits = ctx.apply(params, *self.model_inputs(batch))
+        targets = self.tokens(batch)[:, 1:]
+        mask = self.mask(batch)
+        mask = jnp.ones(targets.shape, bool) if mask is None else mask
+        if logits.ndim != 3 or logits.shape[:2] != targets.shape or mask.shape != targets.shape:
+            raise LossError(
+                "A LanguageModel's model returns logits [batch, length, vocab] for tokens [batch, "
+                "length + 1], and a mask is [batch, length]; got logits "
+                f"{logits.shape}, tokens {self.tokens(batch).shape} and mask {mask.shape}."
+            )
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        counts = mask.sum(axis=1)
+        loss = jnp.where(mask, losses, 0).sum(axis=1) / jnp.maximum(counts, 1)
+        bits = "bits_per_byte" if logits.shape[-1] == _BYTES else "bits_per_token"
+        return Mean.per_example(loss, weight=counts), {
+            bits: Mean.per_example(loss / _NATS_PER_BIT, weight=counts),
+            "perplexity": Perplexity.per_example(loss, weight=counts),
+        }
+
+    def sample(self, prompt: Any, length: int, *, temperature: float = 1.0, seed: int = 0) -> Any:
+        """Draws what follows a beginning, with the parameters of evaluation.
+
+        Args:
+            prompt: bytes, or tokens int `[length]` or `[batch, length]`; at least one.
+            length: tokens to draw.
+            temperature: the logits are divided by it: below 1 likely tokens become likelier, and
+                0 always takes the likeliest.
+            seed: of what is drawn.
+
+        Returns:
+            The prompt and what follows it, in the form of the prompt.
+
+        Raises:
+            StateError: the model has no parameters yet.
+            ConfigError: the prompt is empty or no tokens, or an option is out of its range.
+        """
+        check_count("length", length)
+        _check_temperature(temperature)
+        given = _as_tokens(prompt, self._vocab_size)
+        rows = np.atleast_2d(given)
+        buffer = np.pad(rows, ((0, 0), (0, length)))
+        filled = self._fill(
+            self.evaluation_state(),
+            jnp.asarray(buffer),
+            rows.shape[1],
+            jnp.float32(temperature),
+            jax.random.key(seed),
+        )
+        tokens = np.asarray(filled).reshape(*given.shape[:-1], -1)
+        return tokens.astype(np.uint8).tobytes() if isinstance(prompt, bytes) else tokens
+
+
+class _Samples(Callback):
+    """Hands a sample to the loggers every `sample_every_n_steps` steps."""
+
+    def __init__(self, trainer: LanguageModel) -> None:
+        self._trainer = trainer
+        self._last = Progress()
+
+    def on_training_start(self, info: StepInfo) -> None:
+        self._last = Progress(step=info.step)
+
+    def on_step_end(self, info: StepInfo) -> None:
+        config, now = self._trainer.config, Progress(step=info.step)
+        previous, self._last = self._last, now
+        every = config.sample_every_n_steps
+        if every is None or not Every(every, "steps").due(previous, now):
+            return
+        text = self._trainer.sample(
+            config.sample_prompt.encode(), config.sample_length, temperature=config.temperature
+        )
+        logger = self._trainer.recording.logger
+        logger.log_text("sample", text.decode(errors="replace"), step=info.step)
+
+
+def _as_tokens(prompt: Any, vocab_size: int | None) -> np.ndarray:
+    if isinstance(prompt, str):
+        raise ConfigError("A prompt is bytes or tokens, not str. Write prompt.encode().")
+    tokens = np.frombuffer(prompt, np.uint8) if isinstance(prompt, bytes) else np.asarray(prompt)
+    if tokens.ndim not in (1, 2) or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
+        raise ConfigError(
+            "A prompt is bytes, or tokens int [length] or [batch, length], at least one; got "
+            f"{type(prompt).__name__} of shape {tokens.shape} and dtype {tokens.dtype}. "
+            "To begin at the beginning of a text, give b'\\n'."
+        )
+    if isinstance(prompt, bytes) and vocab_size not in (None, _BYTES):
+        raise ConfigError(
+            f"A prompt in bytes is for a model of {_BYTES} tokens; this one has "
+            f"vocab_size={vocab_size}. Give tokens, an int array."
+        )
+    if tokens.min() < 0 or (vocab_size is not None and tokens.max() >= vocab_size):
+        raise ConfigError(
+            f"A token is at least 0 and less than vocab_size={vocab_size}; the prompt has tokens "
+            f"from {tokens.min()} to {tokens.max()}."
+        )
+    return tokens.astype(np.int32)
+
+
+def _check_temperature(temperature: Any) -> None:
+    if not isinstance(temperature, Real) or not 0 <= temperature < math.inf:
+        raise ConfigError(f"temperature is a finite number >= 0; got {temperature!r}.")

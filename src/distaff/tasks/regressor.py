@@ -1,0 +1,72 @@
+"""Regression: numbers to predict for each example."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distaff.context import Context
+from distaff.data import entry
+from distaff.errors import LossError
+from distaff.monitor import Monitor
+from distaff.trainer import TrainerModule
+from distaff.typing import Batch, Params
+
+_TARGET_NAMES = ("y", "target", "targets", "label", "labels")
+
+
+class Regressor(TrainerModule):
+    """Trains a model that returns numbers `[batch, ...]`, by mean squared error.
+
+    Batches are dicts or dataclasses with `y` (or `target`, `targets`, `label`, `labels`), of the
+    shape of the model's outputs, beside the model's input; or tuples `(input, target)`. The best
+    model is the one with the lowest `val/loss`. `predict` returns the outputs.
+
+    Args:
+        model: as for `TrainerModule`, as every other argument.
+    """
+
+    monitor = Monitor("val/loss", mode="min")
+
+    def targets(self, batch: Batch) -> jax.Array:
+        """Returns the targets of a batch, `[batch, ...]`. Override it for other batches.
+
+        Raises:
+            BatchError: no targets are found.
+        """
+        return entry(batch, _TARGET_NAMES, 1, what="The target", override="targets(self, batch)")
+
+    def loss_fn(self, params: Params, batch: Batch, ctx: Context) -> Any:
+        """Returns the mean squared error `[batch]`, and the mean absolute error, `mae`.
+
+        Both are means over all axes but the first, in float32 at least.
+
+        Raises:
+            LossError: outputs and targets differ in shape, or the outputs are no floats.
+        """
+        outputs = ctx.apply(params, *self.model_inputs(batch))
+        targets = self.targets(batch)
+        _check(outputs, targets)
+        dtype = np.promote_types(outputs.dtype, np.float32)
+        error = outputs.astype(dtype) - targets.astype(dtype)
+        axes = tuple(range(1, error.ndim))
+        return jnp.square(error).mean(axes), {"mae": jnp.abs(error).mean(axes)}
+
+
+def _check(outputs: Any, targets: Any) -> None:
+    """Refuses shapes that would be broadcast: `[batch]` against `[batch, 1]` is every pair."""
+    if not hasattr(outputs, "shape") or not jnp.issubdtype(outputs.dtype, jnp.floating):
+        raise LossError(
+            "A Regressor's model returns one array of floats [batch, ...]; it returned "
+            f"{getattr(outputs, 'dtype', type(outputs).__name__)}. Override loss_fn for others."
+        )
+    if outputs.shape != targets.shape:
+        raise LossError(
+            "A Regressor's targets have the shape of the model's outputs: others would be "
+            f"broadcast, and compare examples with each other. Got outputs {outputs.shape} and "
+            f"targets {targets.shape}. Reshape the targets to {outputs.shape}, in the loader or in "
+            "targets(self, batch), or give the model as many outputs as there are targets."
+        )

@@ -1,0 +1,182 @@
+"""A small GPT: a causal transformer over tokens."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from distaff.errors import BatchError, ConfigError
+
+_INIT_SCALE = 0.02
+_RUNS = 4
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer, which predicts every token from those before it.
+
+    Pre-norm blocks of causal attention and a GELU MLP four times as wide, initialised as GPT-2
+    (Radford et al. 2019): normal with standard deviation 0.02, divided by `sqrt(2 * num_layers)`
+    where a block writes into the residual stream. Positions are rotary (Su et al. 2021,
+    arXiv:2104.09864), norms are RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467), linear layers
+    have no biases (PaLM, Chowdhery et al. 2022, arXiv:2204.02311), and the embedding of tokens is
+    not tied to the last layer. That makes
+    `2 * vocab_size * features + num_layers * (12 * features ** 2 + 2 * features) + features`
+    parameters: 853,120 by default.
+
+    Attributes:
+        vocab_size: number of different tokens; 256 for bytes.
+        num_layers: blocks.
+        num_heads: attention heads of a block; `features / num_heads` is a whole, even number.
+        features: width of the residual stream.
+        max_length: the most tokens of an input.
+        dropout: fraction of the values that the embedding and each half of a block add to the
+            residual stream which are set to zero in training, in `[0, 1]`.
+    """
+
+    vocab_size: int = 256
+    num_layers: int = 4
+    num_heads: int = 4
+    features: int = 128
+    max_length: int = 128
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, train: bool = True) -> jax.Array:
+        """Computes the logits of the token after each token.
+
+        Args:
+            tokens: int `[batch, length]`, at most `max_length` long.
+            train: use dropout.
+
+        Returns:
+            Logits, `[batch, length, vocab_size]`; those at a position depend on no later token.
+
+        Raises:
+            BatchError: `tokens` are no integers `[batch, length]`, or too long.
+            ConfigError: `features` cannot be divided among the heads.
+        """
+        self._check(tokens)
+        x = nn.Embed(
+            self.vocab_size, self.features, embedding_init=nn.initializers.normal(_INIT_SCALE)
+        )(tokens)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        out_scale = _INIT_SCALE / (2 * self.num_layers) ** 0.5
+        for _ in range(self.num_layers):
+            x = Block(self.num_heads, out_scale, self.dropout)(x, train)
+        return Linear(self.vocab_size, name="head")(nn.RMSNorm()(x))
+
+    def _check(self, tokens: jax.Array) -> None:
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise BatchError(
+                "GPT takes tokens [batch, length] of an int dtype; got shape "
+                f"{tokens.shape} and dtype {tokens.dtype}."
+            )
+        if tokens.shape[1] > self.max_length:
+            raise BatchError(
+                f"GPT takes at most max_length={self.max_length} tokens; the input has "
+                f"{tokens.shape[1]}. Cut it, or make the model with a larger max_length."
+            )
+        if self.features % (2 * self.num_heads):
+            raise ConfigError(
+                "Each head of GPT has a whole, even number of features, features / num_heads; "
+                f"got features={self.features}, num_heads={self.num_heads}."
+            )
+
+
+class Block(nn.Module):
+    """Attention, then an MLP, each added to its input.
+
+    Attributes:
+        num_heads: attention heads.
+        out_scale: initial standard deviation of the kernels that write into the residual stream.
+        dropout: fraction of what is added that is set to zero in training.
+    """
+
+    num_heads: int
+    out_scale: float
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
+        """Returns the residual stream after the block, `[batch, length, features]`."""
+        drop = nn.Dropout(self.dropout, deterministic=not train)
+        features = x.shape[-1]
+        heads = (*x.shape[:2], self.num_heads, features // self.num_heads)
+        h = nn.RMSNorm()(x)
+        query, key, value = (
+            Linear(features, name=name)(h).reshape(heads) for name in ("query", "key", "value")
+        )
+        h = causal_attention(rotary(query), rotary(key), value)
+        x = x + drop(Linear(features, self.out_scale, name="out")(h.reshape(x.shape)))
+        h = nn.gelu(Linear(4 * features, name="up")(nn.RMSNorm()(x)))
+        return x + drop(Linear(features, self.out_scale, name="down")(h))
+
+
+def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """Attends from each position to itself and those before it.
+
+    Queries are taken in four runs, each with the keys up to its end: three eighths of the scores,
+    which the mask would set to zero, are never computed.
+
+    Args:
+        query: `[batch, length, heads, features]`.
+        key: as `query`.
+        value: as `query`.
+
+    Returns:
+        As `query`: means of the values, weighted by the softmax of scaled dot products.
+    """
+    query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+    query, length = query * query.shape[-1] ** -0.5, query.shape[2]
+    run, outputs = -(-length // _RUNS), []
+    for start in range(0, length, run):
+        end = min(start + run, length)
+        visible = jnp.tril(jnp.ones((1, 1, end - start, end), bool), k=start)
+        scores = query[:, :, start:end] @ jnp.swapaxes(key[:, :, :end], 2, 3)
+        weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf))
+        outputs.append(weights @ value[:, :, :end])
+    return jnp.swapaxes(jnp.concatenate(outputs, axis=2), 1, 2)
+
+
+def rotary(x: jax.Array, base: float = 10_000.0) -> jax.Array:
+    """Turns pairs of features by angles proportional to the position (RoPE).
+
+    The dot product of a turned query and a turned key depends on their distance, not on where
+    they are. Su et al. 2021, arXiv:2104.09864.
+
+    Args:
+        x: queries or keys, `[batch, length, heads, features]`, an even number of features.
+        base: the slowest pair turns by `base ** -(1 - 2 / features)` radians per position.
+
+    Returns:
+        As `x`; feature `i` is paired with feature `i + features / 2`.
+    """
+    half = x.shape[-1] // 2
+    frequencies = base ** (-jnp.arange(half) / half)
+    angles = jnp.outer(jnp.arange(x.shape[1]), frequencies)
+    cos, sin = jnp.cos(angles)[None, :, None, :], jnp.sin(angles)[None, :, None, :]
+    first, second = x[..., :half], x[..., half:]
+    return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
+
+
+class Linear(nn.Module):
+    """A linear layer without bias over the last axis.
+
+    Attributes:
+        features: length of the last axis of the outputs.
+        scale: initial standard deviation of the kernel.
+    """
+
+    features: int
+    scale: float = _INIT_SCALE
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns `x @ kernel`, `[..., features]`."""
+        init = nn.initializers.normal(self.scale)
+        kernel = self.param("kernel", init, (x.shape[-1], self.features))
+        # With one leading axis the kernel's gradient is one matrix product; with two, XLA for CPU
+        # first copies the transpose of the whole output, which takes several times as long.
+        outputs = x.reshape(-1, x.shape[-1]) @ kernel
+        return outputs.reshape(*x.shape[:-1], self.features)

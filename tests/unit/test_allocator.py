@@ -1,0 +1,91 @@
+"""The allocator is tuned once, early, and only where that helps."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from distaff import allocator
+
+SCRIPT = """
+import ctypes, logging, sys
+logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+calls = []
+class Library:
+    def mallopt(self, name, value):
+        calls.append((name, value))
+        return 1
+{before}
+from distaff import allocator
+if not {real}:
+    ctypes.CDLL = lambda name: Library()
+print(allocator.tune(), len(calls))
+print(allocator.tune() == allocator.tune(), len(calls))
+"""
+
+
+def run(before: str = "", real: bool = False, **environment: str) -> tuple[list[str], str]:
+    inherited = {n: v for n, v in os.environ.items() if not n.startswith(("MALLOC_", "LD_PRELOAD"))}
+    script = SCRIPT.format(before=before, real=real)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script],
+        env={**inherited, **environment}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return done.stdout.splitlines(), done.stderr
+
+
+linux = pytest.mark.skipif("glibc" not in allocator._libc(), reason="glibc only")
+
+
+@linux
+def test_it_is_tuned_once_before_jax_starts():
+    out, log = run()
+    assert out == ["tuned 4", "True 4"]
+    assert log.count("memory allocator: tuned") == 1
+
+
+@linux
+def test_glibc_takes_the_settings():
+    assert run(real=True)[0][0].startswith("tuned ")
+
+
+@linux
+def test_too_late_is_said_once():
+    out, log = run("import jax; jax.devices()")
+    assert out[0].startswith("left as it is, because JAX had started")
+    assert out[0].endswith(" 0")
+    assert log.count("WARNING memory allocator") == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"DISTAFF_MALLOC": "off"}, "DISTAFF_MALLOC"),
+        ({"MALLOC_ARENA_MAX": "2"}, "the environment"),
+        ({"JAX_PLATFORMS": "cuda,cpu"}, "accelerator"),
+    ],
+)
+@linux
+def test_it_is_left_alone_where_somebody_else_decides(monkeypatch, environment, reason):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if "JAX_PLATFORMS" in environment:
+        monkeypatch.setattr(allocator, "_on_cpu_alone", lambda: False)
+    assert reason in allocator._reason_against()
+
+
+def test_it_is_left_alone_without_glibc(monkeypatch):
+    monkeypatch.setattr(allocator, "_libc", lambda: "")
+    assert "not glibc" in allocator._reason_against()
+
+
+def test_looking_whether_jax_has_started_changes_nothing():
+    import jax
+
+    before = jax.config.jax_num_cpu_devices
+    jax.devices()
+    assert allocator._has_started()
+    assert jax.config.jax_num_cpu_devices == before

@@ -1,0 +1,161 @@
+"""Chunks: every batch of an epoch once, in order, wherever the batches come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distaff import data
+from distaff.data import ArrayLoader, Chunk, Feed, Feeds, Form, Gathered, One, Stacked
+from distaff.errors import BatchError
+
+
+def loader(num_examples: int = 23, batch_size: int = 4, **options: Any) -> ArrayLoader:
+    arrays = {"x": np.arange(num_examples * 3.0).reshape(-1, 3), "y": np.arange(num_examples)}
+    return ArrayLoader(arrays, batch_size, **{"shuffle": True, "remainder": "keep", **options})
+
+
+def unpacked(chunks: Iterator[Chunk]) -> list[Any]:
+    """The batches of all chunks, as a program would read them."""
+    found = []
+    for chunk in chunks:
+        assert chunk.num_steps <= chunk.source.capacity
+        batches = [chunk.source.batch(index) for index in range(chunk.num_steps)]
+        assert {data.num_examples(batch) for batch in batches} == {chunk.examples}
+        found += batches
+    return found
+
+
+def assert_same(found: list[Any], expected: list[Any]) -> None:
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert jax.tree.structure(one) == jax.tree.structure(other)
+        jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    num_examples=st.integers(4, 40),
+    batch_size=st.integers(1, 6),
+    capacity=st.integers(1, 9),
+    resident=st.booleans(),
+    steps_per_epoch=st.none() | st.integers(1, 12),
+)
+def test_chunks_hold_the_batches_of_the_loader(
+    num_examples, batch_size, capacity, resident, steps_per_epoch
+):
+    plain, chunked = (loader(num_examples, batch_size) for _ in range(2))
+    feed = Feed(chunked, name="train", resident=resident)
+    for _ in range(3):
+        chunks = feed.epoch(lambda: Form(capacity, capacity), steps_per_epoch)
+        assert_same(unpacked(chunks), list(data.epoch_of(plain, steps_per_epoch)))
+        assert chunked.get_state() == plain.get_state()
+
+
+def test_form_is_asked_before_each_chunk():
+    forms = iter([Form(1, 1), Form(1, 4), Form(3, 4), Form(9, 9), Form(9, 9)])
+    chunks = list(Feed(loader(), name="train", resident=True).epoch(lambda: next(forms)))
+    assert [(chunk.num_steps, chunk.source.capacity) for chunk in chunks] == [
+        (1, 1),
+        (1, 4),
+        (3, 4),
+        (1, 9),
+    ]
+    assert [chunk.examples for chunk in chunks] == [4, 4, 4, 3]
+
+
+def test_chunk_ends_where_the_batches_change_their_form():
+    batches = [
+        np.ones([2, 3]),
+        np.ones([2, 3]),
+        np.ones([2, 4]),
+        np.ones([2, 4], int),
+        np.ones([2, 4], int),
+    ]
+    feed = Feed(data.as_loader(batches), name="train", resident=True)
+    chunks = list(feed.epoch(lambda: Form(8, 8)))
+    assert [chunk.num_steps for chunk in chunks] == [2, 1, 2]
+    assert [chunk.source.batch(0).dtype for chunk in chunks] == [float, float, int]
+
+
+@pytest.mark.parametrize("make", [np.array, jnp.array])
+def test_batches_of_other_loaders_are_stacked_with_room_for_more(make):
+    batches = [{"x": make([[float(n)]])} for n in range(5)]
+    chunks = list(
+        Feed(data.as_loader(batches), name="train", resident=True).epoch(lambda: Form(3, 4))
+    )
+    assert [type(chunk.source) for chunk in chunks] == [Stacked, Stacked]
+    assert [chunk.source.batches["x"].shape for chunk in chunks] == [(4, 1, 1), (4, 1, 1)]
+    assert_same([chunk.source.batch(0) for chunk in chunks], [batches[0], batches[3]])
+
+
+def test_single_batch_is_handed_on_as_it_is():
+    batch = {"x": np.ones([2, 3])}
+    [chunk] = Feed(data.as_loader([batch]), name="train", resident=True).epoch()
+    assert isinstance(chunk.source, One)
+    assert chunk.source.batch(0)["x"].shape == (2, 3)
+
+
+def test_arrays_are_placed_once_and_not_aliased():
+    arrays = np.zeros([64, 16], np.float32)
+    feed = Feed(ArrayLoader(arrays, 4), name="train", resident=True)
+    sources = [chunk.source for _ in range(2) for chunk in feed.epoch(lambda: Form(2, 2))]
+    assert {id(source.arrays) for source in sources} == {id(sources[0].arrays)}
+    assert isinstance(sources[0].arrays, jax.Array)
+    arrays[:] = 1
+    assert not sources[0].arrays.any()
+
+
+def test_subclass_that_may_yield_something_else_is_not_gathered():
+    class Doubling(ArrayLoader):
+        def __iter__(self) -> Iterator[Any]:
+            return (2 * batch for batch in super().__iter__())
+
+    [chunk] = Feed(Doubling(np.ones([4, 1]), 4), name="train", resident=True).epoch()
+    assert chunk.source.batch(0).tolist() == [[2]] * 4
+
+
+def test_large_arrays_stay_on_the_host_and_large_chunks_are_cut(monkeypatch):
+    from distaff.data import chunk as module
+
+    monkeypatch.setattr(module, "_MAX_RESIDENT_BYTES", 100)
+    monkeypatch.setattr(module, "_MAX_CHUNK_BYTES", 100)
+    feed = Feed(ArrayLoader(np.ones([26, 1], np.float32), 10), name="train", resident=True)
+    chunks = list(feed.epoch(lambda: Form(8, 8)))
+    assert [(type(c.source), c.num_steps, c.source.capacity) for c in chunks] == [
+        (Stacked, 2, 3),
+        (Stacked, 1, 5),
+    ]
+
+
+def test_feeds_remember_the_loaders_seen_last():
+    feeds, loaders = Feeds(), [loader() for _ in range(5)]
+    first = feeds.of(loaders[0], name="train")
+    assert feeds.of(loaders[0], name="train") is first
+    for each in loaders[1:]:
+        feeds.of(each, name="val")
+    assert feeds.of(loaders[0], name="train") is not first
+
+
+def test_empty_loader_is_refused():
+    with pytest.raises(BatchError, match="The val loader must yield at least one batch"):
+        list(Feed(data.as_loader([]), name="val", resident=True).epoch(lambda: Form(2, 2)))
+
+
+@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize("capacity", [1, 3])
+def test_padded_repeats_the_last_example_of_each_batch(capacity, resident):
+    feed = Feed(loader(6, 3, shuffle=False), name="val", resident=resident)
+    for chunk in feed.epoch(lambda: Form(capacity, capacity)):
+        padded = chunk.source.padded(5)
+        assert isinstance(padded, Gathered if resident else Stacked if capacity > 1 else One)
+        for index in range(chunk.num_steps):
+            batch, longer = chunk.source.batch(index), padded.batch(index)
+            assert longer["y"].tolist() == [*batch["y"].tolist(), *[int(batch["y"][-1])] * 2]

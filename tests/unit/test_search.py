@@ -1,0 +1,273 @@
+"""The search behind a study: Optuna's samplers, pruners, storages, and several processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna import pruners, samplers, storages
+
+from distaff.integrations import optuna as integration
+from distaff.tune import Choice, Float, Int, owner
+from distaff.tune.owner import is_gone, this_process
+
+
+def play(num_trials: int = 8, space: Any = None, first: Any = None, **options: Any) -> Any:
+    """Runs a search whose score is the sum of the values plus 1 / epoch."""
+    space = space or {"n": Int(1, 3), "c": Choice(0, 0.5)}
+    options.setdefault("storage", storages.InMemoryStorage())
+    seed = options.pop("seed", 0)
+    made = integration.OptunaSearch(
+        space, {"mode": "min"}, first=first, seed=seed, root="runs", options=options
+    )
+    while (suggestion := made.ask(num_trials)) is not None:
+        status, score = "finished", sum(suggestion.values.values())
+        for epoch in (1, 2, 3, 4):
+            suggestion.report(score + 1 / epoch, epoch)
+            if suggestion.should_prune():
+                status = "pruned"
+                break
+        made.tell(suggestion, status, score)
+    return made
+
+
+def values(search: Any) -> list[tuple[Any, ...]]:
+    return [tuple(trial.values.values()) for trial in search.trials()]
+
+
+def experimental(make: Any) -> Any:
+    with pytest.warns(optuna.exceptions.ExperimentalWarning):
+        return make()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: samplers.RandomSampler(seed=0),
+        lambda: samplers.TPESampler(seed=0, multivariate=True),
+        lambda: samplers.NSGAIISampler(seed=0),
+        lambda: experimental(lambda: samplers.QMCSampler(seed=0)),
+    ],
+    ids=["random", "tpe", "nsga2", "qmc"],
+)
+def test_sampler_passes_through(make):
+    sampler = make()
+    played = play(sampler=sampler, first={"n": 2, "c": 0.5})
+    assert played.study.sampler is sampler
+    assert values(played)[0] == (2, 0.5)
+    assert len(played.trials()) == 8
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pruners.NopPruner,
+        lambda: pruners.PercentilePruner(25.0, n_startup_trials=1),
+        pruners.SuccessiveHalvingPruner,
+        lambda: pruners.HyperbandPruner(max_resource=4),
+        lambda: pruners.ThresholdPruner(upper=3.0),
+        lambda: experimental(lambda: pruners.PatientPruner(pruners.MedianPruner(1), 1)),
+        lambda: experimental(lambda: pruners.WilcoxonPruner()),
+    ],
+    ids=["none", "percentile", "halving", "hyperband", "threshold", "patient", "wilcoxon"],
+)
+def test_pruner_passes_through(make):
+    pruner = make()
+    played = play(20, pruner=pruner, sampler=samplers.RandomSampler(seed=0))
+    assert played.study.pruner is pruner
+    statuses = {trial.status for trial in played.trials()}
+    assert statuses == {"finished"} | (
+        set() if isinstance(pruner, pruners.NopPruner | pruners.PatientPruner) else {"pruned"}
+    )
+
+
+GRID = {"n": [1, 2, 3], "c": [0, 0.5]}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: samplers.GridSampler(GRID),
+        lambda: experimental(lambda: samplers.BruteForceSampler(seed=0)),
+    ],
+    ids=["grid", "brute force"],
+)
+def test_sampler_that_tries_everything_ends_the_study(make):
+    sampler, storage = make(), storages.InMemoryStorage()
+    everything = sorted((n, c) for n in GRID["n"] for c in GRID["c"])
+    first = {"n": 2, "c": 0.5}
+    play(2, sampler=sampler, storage=storage, first=first)
+    for _ in range(2):  # the second time, nothing is left
+        played = play(20, sampler=sampler, storage=storage)
+        assert sorted(values(played)) == everything
+    if isinstance(sampler, samplers.BruteForceSampler):
+        assert values(played)[0] == (2, 0.5)
+
+
+def test_interrupted_point_of_a_grid_is_tried_again():
+    storage = storages.InMemoryStorage()
+    sampler = samplers.GridSampler(GRID)
+    played = play(5, sampler=sampler, storage=storage)
+    for _ in range(2):
+        played.abandon(played.ask(20))
+    assert len(values(play(20, sampler=sampler, storage=storage))) == 6
+    assert sorted(values(played)) == sorted((n, c) for n in GRID["n"] for c in GRID["c"])
+
+
+def test_sampler_that_does_not_fit_the_space_fails_without_leaving_a_trial():
+    storage = storages.InMemoryStorage()
+    with pytest.raises(ValueError, match="c, is not found in the given grid"):
+        play(sampler=samplers.GridSampler({"n": [1, 2]}), storage=storage)
+    played = play(2, storage=storage)
+    assert [trial.state.name for trial in played.study.trials] == ["FAIL", "COMPLETE", "COMPLETE"]
+    assert all("attempt" not in trial.user_attrs for trial in played.study.trials)
+
+
+@pytest.mark.parametrize("number", [None, 7])
+def test_study_that_goes_on_draws_other_values(number):
+    storage, wide = storages.InMemoryStorage(), {"x": Float(0, 1)}
+
+    def go_on(num_trials: int) -> Any:
+        sampler = None if number is None else samplers.RandomSampler(seed=number)
+        return play(num_trials, wide, storage=storage, sampler=sampler)
+
+    assert len(set(values(go_on(2)) + values(go_on(4)))) == 4
+
+
+def test_default_sampler_draws_by_the_seed():
+    wide = {"x": Float(0, 1)}
+    one, same, other = (values(play(12, wide, seed=seed)) for seed in (1, 1, 2))
+    assert one == same
+    assert one != other
+
+
+def of_sqlite() -> storages.RDBStorage:
+    return storages.RDBStorage("sqlite:///own.db")
+
+
+@pytest.mark.parametrize(
+    ("make", "file"),
+    [
+        (lambda: None, "runs/mine.journal"),
+        (lambda: "deep/er/own.journal", "deep/er/own.journal"),
+        (lambda: Path("deep/er/own.journal"), "deep/er/own.journal"),
+        (lambda: "sqlite:///deep/er/own.db", "deep/er/own.db"),
+        (of_sqlite, "own.db"),
+        (storages.InMemoryStorage, "."),
+    ],
+    ids=["default", "journal", "path", "sqlite", "object", "memory"],
+)
+def test_storage_passes_through(make, file, tmp_path):
+    storage = make()
+    first = play(2, storage=storage, study_name="mine")
+    again = play(3, storage=storage, study_name="mine")
+    assert again.trials()[:2] == first.trials()[:2]
+    assert len(again.study.trials) == 3
+    assert again.study.study_name == "mine"
+    assert Path(file).exists()
+    assert len(list(tmp_path.iterdir())) == (file != ".")
+
+
+def test_storage_may_hold_several_studies():
+    storage = storages.InMemoryStorage()
+    one, other = (play(2, storage=storage, study_name=name) for name in ("one", "other"))
+    assert len(one.trials()) == len(other.trials()) == 2
+
+
+def test_journal_with_half_a_line_is_read():
+    journal = Path("study.journal")
+    before = play(2, storage=journal).trials()
+    with journal.open("a") as file:
+        file.write('{"op_code": 4, "wor')
+    assert play(2, storage=journal).trials() == before
+    assert len(play(3, storage=journal).trials()) == 3
+
+
+def test_journal_stays_where_it_is_when_the_program_goes_elsewhere(tmp_path, monkeypatch):
+    played = play(1, storage="study.journal")
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    played.remember("fact", 1)
+    assert play(1, storage="../study.journal").recall("fact") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["below", "study.journal"]
+
+
+def test_two_processes_do_not_begin_more_than_is_asked_for(monkeypatch):
+    storage = storages.InMemoryStorage()
+    one, other = (play(0, storage=storage) for _ in range(2))
+    first, seconds, ask = one.ask(2), [], one.study.ask
+
+    def ask_after_the_other() -> Any:
+        seconds.append(other.ask(2))
+        return ask()
+
+    monkeypatch.setattr(one.study, "ask", ask_after_the_other)
+    assert one.ask(2) is None
+    assert other.ask(2) is None
+    (second,) = seconds
+    assert [text.split(" (")[0] for text in one.underway()] == ["trial 0", "trial 1"]
+    for search, suggestion in ((one, first), (other, second)):
+        search.tell(suggestion, "finished", 1.0)
+    assert [trial.number for trial in one.trials()] == [0, 1]
+    assert len(one.study.trials) == 3  # the one that was withdrawn counts nowhere
+    assert other.ask(2) is None
+    assert other.ask(3) is not None
+
+
+def test_config_s_own_values_are_tried_once_by_two_processes():
+    storage = storages.InMemoryStorage()
+    wide = {"x": Float(0, 1)}
+    two = [play(0, wide, storage=storage, first={"x": 0.25}) for _ in range(2)]
+    found = [search.ask(4).values["x"] for search in (*two, *two)]
+    assert len(set(found)) == 4
+    assert found[0] == 0.25
+
+
+def test_trial_of_a_process_that_is_gone_is_tried_again():
+    storage = storages.InMemoryStorage()
+    one, other = (play(0, storage=storage) for _ in range(2))
+    left, kept = one.ask(3), one.ask(3)
+    left.note(owner={**this_process(), "started": 1})
+    taken = other.ask(3)
+    assert (taken.number, taken.values) == (2, left.values)
+    assert [text.split(" (")[0] for text in one.underway()] == ["trial 1", "trial 2"]
+    # Had the process lived on where it cannot be seen: it is not heard any more, and not harmed.
+    left.report(1.0, 1)
+    assert left.should_prune() is False
+    assert one.tell(left, "finished", 1.0).status == "abandoned"
+    one.abandon(left)
+    assert len(one.study.trials) == 3
+    assert one.tell(kept, "finished", 1.0).status == "finished"
+    assert other.tell(taken, "pruned", None).number == 2
+    assert [trial.number for trial in one.trials()] == [1, 2]
+
+
+def test_trial_that_was_killed_while_it_began_is_ended_after_a_minute(monkeypatch):
+    played = play(0)
+    played.study.ask()
+    assert played.ask(1) is None
+    assert played.underway() == ["trial 0 (process unknown on unknown)"]
+    monkeypatch.setattr(integration, "_PATIENCE", timedelta(0))
+    assert played.ask(1).number == 1
+
+
+def test_process_is_gone_when_it_has_ended(monkeypatch):
+    assert not is_gone(this_process())
+    assert is_gone({**this_process(), "started": 1})  # its number is another's by now
+    assert not is_gone({**this_process(), "host": "elsewhere", "started": 1})
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
+        child = {**this_process(), "pid": process.pid, "started": owner._started(process.pid)}
+        assert not is_gone(child)
+        process.stdin.close()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert is_gone(child)  # though its parent has not asked yet
+    assert is_gone(child)
+    # Where there is no /proc, such as on macOS.
+    monkeypatch.setattr(owner, "_started", lambda pid: None)
+    assert is_gone({**child, "started": None})
+    assert not is_gone({**this_process(), "started": None})
