@@ -69,9 +69,9 @@ def main(options: Options) -> dict[int, tuple[float, float, float]]:
     for latent, row in errors.items():
         print(f"{latent:6}  {row[0]:.5f}  {row[1]:.5f}   {row[2]:.5f}")
     axes = Figure(figsize=(5, 3.5), layout="constrained").subplots()
-    axes.loglog([*errors], [row[1:] for row in errors.values()], "o-", label=["autoencoder", "PCA"])
+    axes.semilogy([*map(str, errors)], [row[1:] for row in errors.values()], "o-")
     axes.set(xlabel="numbers in the code", ylabel="mean squared error, test")
-    axes.legend()
+    axes.legend(["autoencoder", "PCA"])
     axes.figure.savefig(result.path / "errors.png")
     return errors
 

@@ -66,7 +66,7 @@ class Options:
 def main(options: Options) -> distaff.TrainResult:
     noise, real = np.random.default_rng(0).normal(size=(32_000, 4)), RING.sample(32_000, seed=1)
     train = data.ArrayLoader((noise[8000:], real[8000:]), 256, shuffle=True, seed=options.seed)
-    val, test = ([(noise[i:][:4000], real[i:][:4000])] for i in (0, 4000))
+    val, test = (data.ArrayLoader((noise[i:][:4000], real[i:][:4000]), 4000) for i in (0, 4000))
     adam = distaff.OptimizerConfig("adam", options={"b1": 0.0, "b2": 0.99})
     both = dataclasses.replace(adam, groups=(optim.ParamGroup("discriminator/*", optimizer=adam),))
     every = max(1, options.num_epochs // 5)

@@ -40,13 +40,13 @@ class Options:
     root: str = "runs"
 
 
-def draw(history: loggers.MemoryLogger, compressed: dict[str, float]) -> Figure:
+def draw(history: loggers.MemoryLogger, coded: dict[str, float]) -> Figure:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for name, style in (("step/bits_per_byte", "-"), ("val/bits_per_byte", "o-")):
         points = [(r.step, r.metrics[name]) for r in history.records if name in r.metrics]
         axes.plot(*zip(*points, strict=True), style, markersize=4, label=name)
-    for (name, bits), style in zip(compressed.items(), ("--", ":"), strict=True):
+    for (name, bits), style in zip(coded.items(), ("--", ":", "-"), strict=True):
         axes.axhline(bits, color="black", linestyle=style, label=f"{name}, test files")
     axes.set(xlabel="step", ylabel="bits per byte", ylim=(1, 4))
     axes.legend()
@@ -57,7 +57,7 @@ def main(options: Options) -> dict[str, float]:
     *texts, text = data.python_source(options.source)
     length, batch_size = options.length, options.batch_size
     train = data.shuffled_windows(texts[0], length, batch_size)
-    val = data.held_out_windows(texts[1], length, batch_size)
+    val = data.held_out_windows(texts[1][: 2**18], length, batch_size)
     test = data.held_out_windows(text, length, batch_size, stride=length // 2)
     model = zoo.GPT(256, options.num_layers, 2, options.features, length)
     history = loggers.MemoryLogger()
@@ -69,8 +69,8 @@ def main(options: Options) -> dict[str, float]:
     xz = lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)
     codes = {"gzip -9": gzip.compress(text, 9), "xz -9e": xz}
     bits = {name: 8 * len(code) / len(text) for name, code in codes.items()}
-    draw(history, bits).savefig(result.path / "learning_curve.png", dpi=100)
     bits["language model"] = result.metrics["test/bits_per_byte"]
+    draw(history, bits).savefig(result.path / "learning_curve.png", dpi=100)
     print(trainer.sample(b"def ", 600, temperature=0.8).decode(errors="replace"))
     print(f"bits per byte of {len(text):,} held-out bytes:", bits)
     return bits

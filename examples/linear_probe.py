@@ -1,10 +1,9 @@
 """Transfer: linear probes that find out what the codes of an autoencoder know of the digits.
 
-    .venv/bin/python examples/autoencoder.py
     .venv/bin/python examples/linear_probe.py --autoencoder runs/autoencoder/0003
 
-The encoder is frozen: a random one, then the trained one, each a run in `runs/probe`. The last has
-`accuracy.png`, with logistic regression on as many principal components and on the pixels.
+It needs a run of `examples/autoencoder.py`. Two probes, runs in `runs/probe`, stand on a random
+encoder and on the trained one, both frozen. The last has `accuracy.png`, beside two baselines.
 """
 
 from __future__ import annotations
@@ -40,6 +39,7 @@ class Probe(nn.Module):
 
 
 class Probing(tasks.Classifier):
+    monitor = distaff.Monitor("val/loss")  # 180 examples: the accuracy is too coarse to choose by
     encoder_params: Any = None  # without, the encoder stays as random as it began
 
     def run_model_init(self, example_batch, key):
@@ -66,8 +66,8 @@ def main(options: Options) -> dict[str, float]:
         trainer.encoder_params = params
         result = trainer.train_model(*loaders, num_epochs=options.num_epochs)
         scores[name] = result.metrics["test/accuracy"]
-    pca = PCA(encoder.features[-1])
-    scores |= {"PCA": regression(loaders, pca), "pixels": regression(loaders)}
+    scores["PCA"] = regression(loaders, PCA(encoder.features[-1]))
+    scores["pixels"] = regression(loaders)
     axes = Figure(figsize=(5, 2), layout="constrained").subplots()
     axes.bar_label(axes.barh([*scores], [*scores.values()]), fmt="%.3f")
     axes.set(xlabel="test accuracy", xlim=(0, 1.15))

@@ -45,7 +45,7 @@ def points(number: int, seed: int) -> dict[str, np.ndarray]:
 
 def fit(seed: int, options: Options) -> float:
     train = data.ArrayLoader(points(1000, seed=42), batch_size=64, shuffle=True, seed=seed)
-    val, test = ([points(200, seed=43)], [points(500, seed=44)])  # one batch each
+    val, test = (data.ArrayLoader(points(*which), 500) for which in ((200, 43), (500, 44)))
     optimizer = distaff.OptimizerConfig(learning_rate=2e-2, warmup_steps=50, clip_norm=1.0)
     history = loggers.MemoryLogger()
     where = {"name": "sine", "root": options.root, "loggers": [history]}
@@ -63,7 +63,7 @@ def draw(trainer: tasks.Regressor, history: loggers.MemoryLogger) -> Figure:
     curve.plot(x, trainer.bind_model()(x), color="#D55E00", label="network")
     for name in ("train/loss", "val/loss"):
         losses = [r.metrics[name] for r in history.records if name in r.metrics]
-        learning.semilogy(losses, label=name)
+        learning.semilogy(range(1, len(losses) + 1), losses, label=name)
     learning.set(xlabel="epoch", ylabel="mean squared error")
     curve.legend(loc="lower left")
     learning.legend()

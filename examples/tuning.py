@@ -50,8 +50,8 @@ def draw(study: optuna.Study, folder: str) -> None:
         with warnings.catch_warnings():  # Optuna calls its pictures by matplotlib experimental
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             getattr(optuna.visualization.matplotlib, f"plot_{name}")(study)
-        plt.gcf().set_size_inches(9, 7)
-        plt.savefig(f"{folder}/{name}.png", dpi=80, bbox_inches="tight")
+        plt.gcf().set_size_inches(9, 9)
+        plt.savefig(f"{folder}/{name}.png", dpi=72, bbox_inches="tight")
         plt.close()
 
 
@@ -68,7 +68,7 @@ def main(options: Options) -> tune.StudyResult:
         num_trials=options.num_trials,
         num_epochs=options.num_epochs,
         storage=options.storage,
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=10),
+        pruner=optuna.pruners.MedianPruner(n_warmup_steps=options.num_epochs // 2),
         study_name="tuning",
     )
     draw(result.study, f"{options.root}/tuning")

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self, TypeVar
 
 import jax
 
-from distaff import checkpoint
+from distaff import allocator, checkpoint, compile_cache
 from distaff.checkpoint import CheckpointStore, Store
 from distaff.config import from_json
 from distaff.context import Context
@@ -49,6 +49,9 @@ class Predictor:
         self.config = make_config(self.Config, options, type(self))
         self.model = as_model(model)
         self.display: Display = make_display(self.config.enable_progress_bar)
+        if self.config.tune_process:
+            allocator.tune()
+            compile_cache.enable()
         self.execution: Execution = Eager() if self.config.debug else Compiled()
         self.state: TrainState | None = None
         self.step, self.epoch = 0, 0

@@ -31,6 +31,8 @@ class TrainerConfig:
             for every module and each of its arrays.
         enable_progress_bar: False draws nothing.
         debug: run every step as plain Python, so that breakpoints and prints work.
+        tune_process: keep compiled programs on disk (`distaff.compile_cache`), and have the C
+            library keep the memory that steps on the CPU need again (`distaff.allocator`).
 
     Raises:
         ConfigError: an option is out of its range.
@@ -46,6 +48,7 @@ class TrainerConfig:
     table_depth: int | None = None
     enable_progress_bar: bool = True
     debug: bool = False
+    tune_process: bool = True
 
     def __post_init__(self) -> None:
         for name in ("check_val_every_n_epoch", "log_every_n_steps", "keep_last"):

@@ -47,10 +47,11 @@ def test_autoencoder_is_compared_with_the_best_linear_map(example) -> None:
     unshrunk = np.square(pca.inverse_transform(pca.transform(seen)) - test).mean()
     assert clean < module.pca_error(train, test, 8, 0.3) < unshrunk
     # With every component kept it is the best linear map, which least squares finds too.
-    noisy = train + 0.3 * np.random.default_rng(1).normal(size=(50, *train.shape))
-    design = np.c_[noisy.reshape(-1, 64), np.ones(50 * len(train))]
-    solution = np.linalg.lstsq(design, np.tile(train, (50, 1)), rcond=None)[0]
-    least = np.square(np.c_[seen, np.ones(len(test))] @ solution - test).mean()
+    noise = np.random.default_rng(1).normal(size=(30, *train.shape))
+    design = np.pad((train + 0.3 * noise).reshape(-1, 64), [(0, 0), (0, 1)], constant_values=1)
+    normal = design.T @ design, design.T @ np.tile(train, (30, 1))
+    best = np.pad(seen, [(0, 0), (0, 1)], constant_values=1) @ np.linalg.solve(*normal)
+    least = np.square(best - test).mean()
     np.testing.assert_allclose(module.pca_error(train, test, 61, 0.3), least, rtol=0.02)
 
 

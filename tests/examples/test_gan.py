@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 
 import jax
@@ -17,6 +18,8 @@ def test_gan_measures_held_out_noise_and_draws_its_samples(example, capsys) -> N
     result = module.main(module.Options(num_epochs=5))
     pictures = sorted(path.name for path in Path("runs/gan/0001/images").iterdir())
     assert pictures == sorted(f"samples_{93 * epoch}.png" for epoch in (1, 2, 3, 4, 5))
+    last = Path("runs/gan/0001/images/samples_465.png").read_bytes()
+    assert struct.unpack(">II", last[16:24]) == (5 * 164, 160)
     assert result.metrics["test/good"] != result.metrics["val/good"]
     assert 0 <= result.metrics["test/rarest_mode"] <= result.metrics["test/good"] / 8
     assert "'test/modes'" in capsys.readouterr().out

@@ -43,7 +43,7 @@ def test_language_model_beside_the_compressors(example, source, tmp_path, capsys
     assert bits["xz -9e"] == 8 * len(lzma.compress(test, preset=9 | lzma.PRESET_EXTREME)) / len(
         test
     )
-    assert bits["language model"] < 4
+    assert bits["language model"] < 6  # 8 before training
 
     run = tmp_path / "runs" / "language-model" / "0001"
     assert (

@@ -28,7 +28,11 @@ print(allocator.tune() == allocator.tune(), len(calls))
 
 
 def run(before: str = "", real: bool = False, **environment: str) -> tuple[list[str], str]:
-    inherited = {n: v for n, v in os.environ.items() if not n.startswith(("MALLOC_", "LD_PRELOAD"))}
+    inherited = {
+        n: v
+        for n, v in os.environ.items()
+        if not n.startswith(("MALLOC_", "LD_PRELOAD", "DISTAFF"))
+    }
     script = SCRIPT.format(before=before, real=real)
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", script],
@@ -70,6 +74,7 @@ def test_too_late_is_said_once():
 )
 @linux
 def test_it_is_left_alone_where_somebody_else_decides(monkeypatch, environment, reason):
+    monkeypatch.delenv("DISTAFF_MALLOC", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     if "JAX_PLATFORMS" in environment:
@@ -78,6 +83,7 @@ def test_it_is_left_alone_where_somebody_else_decides(monkeypatch, environment, 
 
 
 def test_it_is_left_alone_without_glibc(monkeypatch):
+    monkeypatch.delenv("DISTAFF_MALLOC", raising=False)
     monkeypatch.setattr(allocator, "_libc", lambda: "")
     assert "not glibc" in allocator._reason_against()
 

@@ -27,7 +27,6 @@ from distaff.tune import Choice, Float, Int, study
 
 RATE = "optimizer.learning_rate"
 SPACE = {RATE: Float(1e-3, 0.5, log=True)}
-
 SGD = OptimizerConfig("sgd", learning_rate=0.1, schedule="constant")
 
 
@@ -344,17 +343,15 @@ def begun(tmp_path_factory) -> Path:
     """A journal of a study that has begun, and holds no trial yet."""
     journal = tmp_path_factory.mktemp("begun") / "study.journal"
 
-    def interrupt(config: Config) -> Any:
+    checked = iter([trainer, trainer])
+
+    def interrupted(config: Config) -> Any:
+        for make in checked:
+            return make(config)
         raise KeyboardInterrupt
 
-    calls = []
-
-    def twice(config: Config) -> Any:
-        calls.append(config)
-        return trainer(config) if len(calls) < 3 else interrupt(config)
-
     with pytest.raises(KeyboardInterrupt):
-        search(twice, storage=journal)
+        search(interrupted, storage=journal)
     return journal
 
 
@@ -405,8 +402,8 @@ def test_values_that_always_end_in_an_error_count_as_failed():
     assert read(failed.path, "status.json")["reason"] == "ZeroDivisionError: mine"
 
 
-class NanAbove(Line):
-    """Its loss is NaN from the third step on."""
+class NanLoss(Line):
+    """Its loss is NaN in the third step."""
 
     def loss_fn(self, params, batch, ctx):
         return jnp.where(ctx.state.step == 2, jnp.nan, super().loss_fn(params, batch, ctx))
@@ -414,7 +411,7 @@ class NanAbove(Line):
 
 def test_trial_whose_loss_is_nan_has_failed_and_the_study_goes_on():
     def make_trainer(config: Config) -> Any:
-        return trainer(config, NanAbove if config.optimizer.learning_rate == 0.1 else Line)
+        return trainer(config, NanLoss if config.optimizer.learning_rate == 0.1 else Line)
 
     result = search(make_trainer, num_trials=2)
     first, second = result.trials

@@ -25,6 +25,7 @@ class MLPAutoencoder(nn.Module):
     hidden: Sequence[int] = (128,)
 
     def setup(self) -> None:
+        """Makes the two networks."""
         self.encoder = MLP((*self.hidden, self.latent))
         self.decoder = MLP((*reversed(self.hidden), math.prod(self.shape)))
 
