@@ -20,16 +20,16 @@ from matplotlib.figure import Figure
 from distaff import data, loggers, tasks, zoo
 from distaff.optim import OptimizerConfig, ParamGroup
 
-MUON = OptimizerConfig("muon", learning_rate=2e-2, warmup_steps=50)  # for matrices inside blocks
-MATRICES = ParamGroup("Block_*/kernel", optimizer=MUON)
-OPTIMIZER = OptimizerConfig("adamw", learning_rate=3e-3, warmup_steps=50, groups=(MATRICES,))
+LINEAR = {"schedule": "linear", "end_fraction": 0.0, "warmup_steps": 50}
+MUON = ParamGroup("Block_*/kernel", optimizer=OptimizerConfig("muon", learning_rate=2e-2, **LINEAR))
+OPTIMIZER = OptimizerConfig("adamw", learning_rate=5e-3, groups=(MUON,), **LINEAR)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """What can be set from the command line."""
 
-    num_epochs: int = 6
+    num_epochs: int = 5
     steps_per_epoch: int = 1000
     batch_size: int = 8
     length: int = 256

@@ -177,6 +177,6 @@ class Linear(nn.Module):
         init = nn.initializers.normal(self.scale)
         kernel = self.param("kernel", init, (x.shape[-1], self.features))
         # With one leading axis the kernel's gradient is one matrix product; with two, XLA for CPU
-        # first copies the transpose of the whole output, which takes several times as long.
+        # first copies the transpose of the outputs' gradient, which takes longer than the product.
         outputs = x.reshape(-1, x.shape[-1]) @ kernel
         return outputs.reshape(*x.shape[:-1], self.features)
