@@ -96,6 +96,12 @@ def test_batches_of_other_loaders_are_stacked_with_room_for_more(make):
     assert_same([chunk.source.batch(0) for chunk in chunks], [batches[0], batches[3]])
 
 
+def test_padding_of_wide_floats_can_be_narrowed():
+    batches = [np.full([64, 64], 1.5)]
+    [chunk] = Feed(data.as_loader(batches), name="train", resident=True).epoch(lambda: Form(1, 8))
+    assert not chunk.source.batches[1:].any()
+
+
 def test_single_batch_is_handed_on_as_it_is():
     batch = {"x": np.ones([2, 3])}
     [chunk] = Feed(data.as_loader([batch]), name="train", resident=True).epoch()

@@ -217,7 +217,7 @@ class _Rows:
 def stack(items: Sequence[PyTree], capacity: int) -> PyTree:
     """Stacks pytrees of one form along a new first axis of length `capacity`.
 
-    What is missing is left as it was in memory: a program goes no further than its `num_steps`.
+    What is missing is zero; a program goes no further than its `num_steps`.
     """
 
     def stacked(*leaves: Any) -> Any:
@@ -225,7 +225,9 @@ def stack(items: Sequence[PyTree], capacity: int) -> PyTree:
             padding = leaves[-1:] * (capacity - len(leaves))
             return jnp.stack([*leaves, *padding])
         array = np.empty((capacity, *np.shape(leaves[0])), leaves[0].dtype)
-        return np.stack(leaves, out=array[: len(leaves)]).base
+        np.stack(leaves, out=array[: len(leaves)])
+        array[len(leaves) :] = 0  # what was in memory may overflow where JAX narrows the dtype
+        return array
 
     return jax.tree.map(stacked, *items)
 
