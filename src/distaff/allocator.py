@@ -15,6 +15,7 @@ import importlib.util
 import logging
 import os
 import sys
+from typing import Any
 
 import jax
 
@@ -82,7 +83,8 @@ def _libc() -> str:
 
 def _on_cpu_alone() -> bool:
     """Tells whether JAX will run on the CPU, without starting it."""
-    platforms = jax.config.jax_platforms  # ty: ignore[missing-attribute] - made at run time
+    config: Any = jax.config  # whose options are made at run time
+    platforms = config.jax_platforms
     if platforms:
         return platforms == "cpu"
     plugins = importlib.metadata.entry_points(group="jax_plugins")
@@ -92,7 +94,8 @@ def _on_cpu_alone() -> bool:
 
 def _has_started() -> bool:
     """Tells whether JAX's backend has started: from then on the number of CPU devices is fixed."""
-    number = jax.config.jax_num_cpu_devices  # ty: ignore[missing-attribute] - made at run time
+    config: Any = jax.config  # whose options are made at run time
+    number = config.jax_num_cpu_devices
     try:
         # Only a change is looked at.
         jax.config.update("jax_num_cpu_devices", 1 if number == -1 else number + 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -20,7 +21,8 @@ def enable() -> Path | None:
     Returns:
         The directory in use; None where none can be written.
     """
-    chosen = jax.config.jax_compilation_cache_dir  # ty: ignore[missing-attribute] - made at run time
+    config: Any = jax.config  # whose options are made at run time
+    chosen = config.jax_compilation_cache_dir
     if chosen:
         return Path(chosen)
     home = Path(os.environ.get("XDG_CACHE_HOME", ""))  # a relative one does not count, by its rules

@@ -215,7 +215,8 @@ class _Samples(Callback):
 def _as_tokens(prompt: Any, vocab_size: int | None) -> np.ndarray:
     if isinstance(prompt, str):
         raise ConfigError("A prompt is bytes or tokens, not str. Write prompt.encode().")
-    tokens = np.frombuffer(prompt, np.uint8) if isinstance(prompt, bytes) else np.asarray(prompt)
+    is_bytes = isinstance(prompt, bytes)
+    tokens: Any = np.frombuffer(prompt, np.uint8) if is_bytes else np.asarray(prompt)
     if tokens.ndim not in (1, 2) or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
         raise ConfigError(
             "A prompt is bytes, or tokens int [length] or [batch, length], at least one; got "

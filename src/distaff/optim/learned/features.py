@@ -6,7 +6,7 @@ Everything is float32. Running averages with several decays have them on the lea
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +73,7 @@ def update_moments(moments: Moments, grad: jax.Array) -> Moments:
 
 
 def _averaged(mean: jax.Array, value: jax.Array) -> jax.Array:
-    decays = _DECAYS.reshape(3, *[1] * value.ndim)
+    decays: Any = _DECAYS.reshape(3, *[1] * value.ndim)
     return decays * mean + (1 - decays) * value[None]
 
 
