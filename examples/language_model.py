@@ -29,13 +29,13 @@ OPTIMIZER = OptimizerConfig("adamw", learning_rate=5e-3, groups=(MUON,), **LINEA
 class Options:
     """What can be set from the command line."""
 
-    num_epochs: int = 5
-    steps_per_epoch: int = 1000
+    num_epochs: int = 4
+    steps_per_epoch: int = 800
     batch_size: int = 8
     length: int = 256
     num_layers: int = 4
     features: int = 128
-    sample_every: int = 1000
+    sample_every: int = 800
     source: str | None = None  # of another Python
     root: str = "runs"
 
@@ -57,7 +57,7 @@ def main(options: Options) -> dict[str, float]:
     *texts, text = data.python_source(options.source)
     length, batch_size = options.length, options.batch_size
     train = data.shuffled_windows(texts[0], length, batch_size)
-    val = data.held_out_windows(texts[1][: 2**18], length, batch_size)
+    val = data.held_out_windows(texts[1], length, batch_size)
     test = data.held_out_windows(text, length, batch_size, stride=length // 2)
     model = zoo.GPT(256, options.num_layers, 2, options.features, length)
     history = loggers.MemoryLogger()

@@ -186,6 +186,8 @@ class Predictor:
         Raises:
             CheckpointError: nothing whole is there, or it is of another model.
         """
+        if options.get("tune_process", True):
+            allocator.tune()  # before the checkpoint is looked at, which starts JAX
         directory, step = checkpoint.find(path)
         file = directory.parent / "config.json"
         record = read_record(file)
