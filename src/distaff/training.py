@@ -191,14 +191,17 @@ class Training(Predictor):
         if self._untrained is None or num_steps < 2:
             return
         untrained, self._untrained = self._untrained, None
+        now = evidence_of_learning(self.ready_state())
         same_params, same_averages = (
-            before.size > 0 and np.array_equal(before, now)
-            for before, now in zip(untrained, evidence_of_learning(self.ready_state()), strict=True)
+            before.size > 0 and np.array_equal(before, after)
+            for before, after in (
+                (untrained.params, now.params),
+                (untrained.averages, now.averages),
+            )
         )
-        params, averages = map(np.asarray, untrained)
         # What begins as a copy of the parameters, as in optax.contrib.mechanize, is no average.
-        is_copied = np.isin(params[params != 0], averages).any()
-        if same_params or (same_averages and not is_copied):
+        is_copied = np.isin(untrained.params[untrained.params != 0], untrained.averages).any()
+        if now.is_whole and (same_params or (same_averages and not is_copied)):
             what = "No parameter has changed" if same_params else "Every gradient has been zero"
             warnings.warn(
                 f"{what} in the first {num_steps} steps. Either the loss does not depend on its "

@@ -2,49 +2,59 @@
 
 from __future__ import annotations
 
+import zlib
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from distaff.state import TrainState
 from distaff.typing import PyTree
 
+_MAX_BYTES = 2**28
 
-@jax.jit
-def fingerprints(*groups: list[jax.Array]) -> tuple[jax.Array, ...]:
-    """Returns for each group of float arrays one number per array, which changes with its bits.
 
-    Means would not do: gradients that cancel each other, as those of a softmax do, keep them.
+class Evidence(NamedTuple):
+    """What training changes, as one number per array, which changes with its bits.
+
+    Attributes:
+        params: of the parameters, uint32; 0 where all numbers are 0.
+        averages: likewise of the averages of the gradient.
+        is_whole: whether all of both was looked at.
     """
-    return tuple(jnp.array([_hash(array) for array in group], jnp.uint32) for group in groups)
+
+    params: np.ndarray
+    averages: np.ndarray
+    is_whole: bool
 
 
-def _hash(array: jax.Array) -> jax.Array:
-    """Mixes the bits of each float, so that changes do not cancel in the sum over all of them."""
-    unsigned = jnp.dtype(f"uint{8 * min(array.dtype.itemsize, 4)}")
-    bits = jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
-    mixed = bits * jnp.uint32(0x9E3779B1)
-    mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x85EBCA77)
-    return jnp.sum(mixed ^ (mixed >> 13), dtype=jnp.uint32)
-
-
-def evidence_of_learning(state: TrainState) -> tuple[jax.Array, ...]:
+def evidence_of_learning(state: TrainState) -> Evidence:
     """Returns fingerprints of what training changes: the parameters, and averages of the gradient.
 
     The averages, arrays of the optimizer's state that are shaped like a parameter, stay as they are
-    where every gradient is zero, also when weight decay changes the parameters.
+    where every gradient is zero, also when weight decay changes the parameters. Of a large state
+    only the smaller arrays are looked at, 256 MiB in all: they are fetched from the device.
     """
-
-    def floats(tree: PyTree) -> list[jax.Array]:
-        return [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-
-    params = floats(state.params)
+    params = _floats(state.params)
     shapes = {leaf.shape for leaf in params if leaf.ndim}
-    averages = [leaf for leaf in floats(state.opt_state) if leaf.shape in shapes]
-    return fingerprints(params, averages)
+    averages = [leaf for leaf in _floats(state.opt_state) if leaf.shape in shapes]
+    sizes = np.cumsum([0, *sorted(leaf.nbytes for leaf in params + averages)])
+    largest = max(np.diff(sizes)[sizes[1:] <= _MAX_BYTES], default=0)
+    looked_at = [[leaf for leaf in group if leaf.nbytes <= largest] for group in (params, averages)]
+    return Evidence(*map(_fingerprints, looked_at), bool(sizes[-1] <= _MAX_BYTES))
 
 
-@jax.jit
-def all_finite(tree: PyTree) -> jax.Array:
-    """Returns whether every float in a tree is a number: a bool scalar."""
+def _fingerprints(leaves: list[jax.Array]) -> np.ndarray:
+    arrays = [np.ascontiguousarray(leaf) for leaf in leaves]
+    return np.array([zlib.crc32(x.view(np.uint8)) if x.any() else 0 for x in arrays], np.uint32)
+
+
+def _floats(tree: PyTree) -> list[jax.Array]:
+    return [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+
+def all_finite(tree: PyTree) -> bool:
+    """Returns whether every float in a tree is a number; they are fetched from the device."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    return jnp.array([jnp.isfinite(leaf).all() for leaf in leaves]).all()
+    return all(bool(np.isfinite(leaf).all()) for leaf in leaves)

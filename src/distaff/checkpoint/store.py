@@ -7,10 +7,8 @@ import operator
 import re
 import shutil
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import wait as wait_for
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +17,14 @@ from orbax.checkpoint import v1 as ocp
 
 from distaff.checkpoint.compare import first_difference, leaf_forms
 from distaff.checkpoint.retention import expired
+from distaff.checkpoint.snapshot import num_bytes, taken
+from distaff.checkpoint.writer import Save, Writer
 from distaff.errors import CheckpointError, ConfigError, leaf_name
 from distaff.typing import PyTree
 
 _FOLDER = re.compile(r"step_(\d{8,})")
 _COMMIT_MARKER = "commit_success.txt"
-
-
-class _Write(NamedTuple):
-    path: Path
-    outcome: Future[None]
+_MAX_HELD_BYTES = 2**30
 
 
 class CheckpointStore:
@@ -38,6 +34,10 @@ class CheckpointStore:
     checkpoints and the best one are kept, the others removed; which one is best, the run says:
     `info["best_step"]` of the newest checkpoint. Nothing is written before the first save. Close
     the store, or use it in a `with` statement: Python may end before a save in the background does.
+
+    Saves are written one after the other. One that would be removed before its turn comes, because
+    newer ones wait behind it, is not written at all: a loop that saves faster than the disk writes
+    does not wait for it.
 
     Args:
         directory: where the folders go. It need not exist.
@@ -55,14 +55,15 @@ class CheckpointStore:
             )
         self.directory = Path(directory).expanduser().absolute()
         self.keep_last = keep_last
-        self._write: _Write | None = None
+        self._writer = Writer(self._write)
 
     def save(self, step: int, tree: Mapping[str, PyTree], info: Mapping[str, Any]) -> Path:
         """Starts to write a checkpoint in the background.
 
-        Blocks while the arrays are copied off the device, and while an earlier save is in flight.
-        The arrays may be donated, and `info` changed, as soon as it returns. Saving the newest
-        step once more does nothing.
+        Blocks while the arrays are copied off the device; on the CPU they are held rather than
+        copied. Where saves that wait already hold much memory, it also waits for them. The arrays
+        may be donated, and `info` changed, as soon as it returns. Saving the newest step once more
+        does nothing.
 
         Args:
             step: the number of completed optimizer updates. No smaller than the newest one saved.
@@ -75,12 +76,12 @@ class CheckpointStore:
 
         Raises:
             CheckpointError: a leaf is no array, `info` is no JSON, `step` lies before the newest
-                one, or this or the previous save failed.
+                one, or this or a previous save failed.
         """
         step = operator.index(step)
         path = self._path(step)
-        self.wait()
-        newest = self.latest()
+        self._check_failure()
+        newest = max((*self.steps(), *self._writer.steps()), default=None)
         if step == newest:
             return path
         if newest is not None and step < newest:
@@ -93,17 +94,12 @@ class CheckpointStore:
                 f"A checkpoint never replaces what it did not write; {path} is there and is no "
                 "whole checkpoint. Move it away and save again."
             )
-        arrays = jax.tree.map_with_path(_as_array, dict(tree))
         strict_info = _as_json(info)
-        try:
-            with _context():
-                response = ocp.save_async(str(path), arrays, custom_metadata=strict_info)
-        except Exception as error:
-            raise _not_written(path, error) from error
-        writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        outcome = writer.submit(self._commit, response, strict_info.get("best_step"))
-        writer.shutdown(wait=False)  # its thread ends with this one save
-        self._write = _Write(path, outcome)
+        arrays = jax.tree.map_with_path(_as_array, dict(tree))
+        if self._writer.held_bytes > _MAX_HELD_BYTES:
+            self.wait()
+        save = Save(step, taken(arrays), strict_info, num_bytes(arrays))
+        self._writer.put(save, kept=self._kept(step, strict_info))
         return path
 
     def steps(self) -> tuple[int, ...]:
@@ -167,19 +163,13 @@ class CheckpointStore:
         """Returns when nothing is being written.
 
         Raises:
-            CheckpointError: the save that was in flight failed.
+            CheckpointError: a save failed.
         """
-        if self._write is None:
-            return
-        wait_for([self._write.outcome])
-        (path, outcome), self._write = self._write, None
-        try:
-            outcome.result()
-        except Exception as error:
-            raise _not_written(path, error) from error
+        self._writer.wait()
+        self._check_failure()
 
     def close(self) -> None:
-        """Finishes the save in flight, as `wait` does. The store may be used again."""
+        """Finishes what is being written, as `wait` does. The store may be used again."""
         self.wait()
 
     def __enter__(self) -> CheckpointStore:
@@ -188,9 +178,24 @@ class CheckpointStore:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _commit(self, response: ocp.AsyncResponse[None], best_step: int | None) -> None:
-        response.result()
-        for step in expired(self.steps(), keep_last=self.keep_last, best=best_step):
+    def _check_failure(self) -> None:
+        failure = self._writer.failure()
+        if failure is not None:
+            step, error = failure
+            raise _not_written(self._path(step), error) from error
+
+    def _kept(self, step: int, info: Mapping[str, Any]) -> set[int]:
+        """Returns which steps are kept once this one is written."""
+        steps = {*self.steps(), *self._writer.steps(), step}
+        gone = expired(steps, keep_last=self.keep_last, best=info.get("best_step"))
+        return steps.difference(gone)
+
+    def _write(self, save: Save) -> None:
+        """Writes a checkpoint, then removes those that are no longer needed. In the background."""
+        with _context():
+            ocp.save(str(self._path(save.step)), save.arrays, custom_metadata=save.info)
+        best = save.info.get("best_step")
+        for step in expired(self.steps(), keep_last=self.keep_last, best=best):
             # Renamed first: a process killed while it removes files must not leave half a
             # checkpoint under the name of a whole one.
             folder = self._path(step)
@@ -307,7 +312,7 @@ def _context() -> ocp.Context:
     return context
 
 
-def _not_written(path: Path, error: Exception) -> CheckpointError:
+def _not_written(path: Path, error: BaseException) -> CheckpointError:
     return CheckpointError(
         f"The checkpoint {path} was not written: {error}. The ones before it are untouched. "
         "Make room, or make its directory writable, and save again."
