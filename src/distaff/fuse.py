@@ -15,7 +15,7 @@ from distaff.data import Chunk, Form, Source
 from distaff.execution import Execution
 from distaff.forms import Forms, convolves, make_forms
 from distaff.metrics import Metric
-from distaff.state import TrainState
+from distaff.state import TrainState, owned
 from distaff.trainer_config import TrainerConfig
 from distaff.typing import Batch, PyTree
 from distaff.window import StepFn, Window, empty_window, windowed
@@ -135,7 +135,8 @@ class Steps:
         log_every: int,
         watched: bool = False,
     ) -> None:
-        self.empty = empty_window(metrics)
+        # Committed, as the state is: a window that comes out of a program is, too.
+        self.empty = owned(empty_window(metrics))
         self.log_every, self.forms, self._watched = log_every, forms, watched
         self._single = execution.program(single(step), donate=0)
         kept = metrics if watched else {}

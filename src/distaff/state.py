@@ -99,7 +99,10 @@ class TrainState(_FrozenPyTree):
         """
         cls._check_members(members, reserved=("opt_state",))
         _check_params(params)
-        members["step"] = jnp.asarray(members.get("step", 0), jnp.int32)
+        step = members.get("step", 0)
+        if not isinstance(step, jax.Array):
+            step = jax.device_put(np.asarray(step, np.int32))
+        members["step"] = step.astype(jnp.int32)
         return cls(
             **members,
             params=params,

@@ -96,9 +96,9 @@ def empty_window(metrics: Mapping[str, Metric]) -> Window:
     Args:
         metrics: the metrics of one step, or their shapes as `jax.eval_shape` gives them.
     """
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), dict(metrics))
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), dict(metrics))
     empty = {name: metric.empty_like() for name, metric in zeros.items()}
-    return Window(empty, jnp.asarray(NEVER, jnp.int32))
+    return Window(empty, np.asarray(NEVER, np.int32))
 
 
 def reduced(metrics: Mapping[str, Metric | PerExample], mask: jax.Array) -> dict[str, Metric]:
