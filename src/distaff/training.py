@@ -5,16 +5,15 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from typing import Any
 
-import jax
 import numpy as np
 
 from distaff.callbacks import Callback, Callbacks, StepInfo
 from distaff.config import from_json
-from distaff.data import Chunk, Feeds, Form, as_loader, num_batches
+from distaff.data import Chunk, Feeds, Form, Loader, as_loader, num_batches
 from distaff.errors import ConfigError, NonFiniteError, StateError
 from distaff.events import ChunkEnd, Plan, WindowEnd
 from distaff.forms import Fixed, Forms
@@ -130,16 +129,32 @@ class Training(Predictor):
                 "load_from_checkpoint."
             )
 
-    def chunks(self, loader: Any, name: str) -> Iterator[Chunk]:
-        """Goes once through a loader, in chunks, with its progress shown."""
+    def training_chunks(self, loader: Loader) -> Generator[Chunk]:
+        """Returns the chunks of one epoch, to be closed; the loader then stands where they end."""
+        forms = self.forms
+        return self.feeds.of(loader, name="train").epoch(
+            lambda: forms.form,
+            self.plan.steps_per_epoch,
+            steady=lambda: not forms.measuring,
+            keep_place=True,
+        )
+
+    @contextmanager
+    def chunks(self, loader: Any, name: str, *, even: bool) -> Generator[Iterator[Chunk]]:
+        """Goes once through a loader, in chunks, with its progress shown.
+
+        Args:
+            loader: any iterable of batches.
+            name: what errors and the display call it.
+            even: whether a short batch may be padded; see `Feed.repeated`.
+        """
         loader = as_loader(loader, name=name)
         capacity, length = self.forms.capacity, num_batches(loader)
-        # Each data set in the memory of the device makes a program of its own.
-        resident = jax.default_backend() != "cpu"
-        feed = self.feeds.of(loader, name=name, resident=resident)
+        # Gathered rows would be a program of its own for each data set.
+        feed = self.feeds.of(loader, name=name, resident=False)
         total = None if length is None else -(-length // capacity)
-        chunks = feed.epoch(lambda: Form(capacity, capacity))
-        return self.tracker(chunks, description=name, total=total)
+        with closing(feed.repeated(Form(capacity, capacity), even=even)) as chunks:
+            yield self.tracker(chunks, description=name, total=total)
 
     def begin_epoch(self, epoch: int) -> None:
         """Counts a new epoch."""
@@ -235,7 +250,7 @@ class Training(Predictor):
             "epoch": self.epoch,
             "metrics": as_json(metrics),
             "best_step": None if self.best is None else self.best.step,
-            "loader": self.plan.train_loader.get_state(),
+            "loader": dict(self.feeds.position(self.plan.train_loader)),
             "callbacks": [callback.get_state() for callback in self.callbacks.callbacks],
             EVALUATION_PARAMS: differ,
         }

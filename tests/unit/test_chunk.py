@@ -129,7 +129,7 @@ def test_subclass_that_may_yield_something_else_is_not_gathered():
 
 
 def test_large_arrays_stay_on_the_host_and_large_chunks_are_cut(monkeypatch):
-    from distaff.data import chunk as module
+    from distaff.data import feed as module
 
     monkeypatch.setattr(module, "_MAX_RESIDENT_BYTES", 100)
     monkeypatch.setattr(module, "_MAX_CHUNK_BYTES", 100)
