@@ -178,16 +178,15 @@ class TrainerModule(Training):
         """
         total, ledger = None, self.ledger
         self.begin_epoch(epoch)
-        chunks = self.training_chunks(train_loader)
-        events = loop.steps(
-            self._steps,
-            self.ready_state(),
-            ledger.timed(chunks, "data"),
-            step=self.step,
-            stopping=lambda: self.stop_reason is not None,
-            guard=self.execution.guard,
-        )
-        with closing(chunks):
+        with closing(self.training_chunks(train_loader)) as chunks:
+            events = loop.steps(
+                self._steps,
+                self.ready_state(),
+                ledger.timed(chunks, "data"),
+                step=self.step,
+                stopping=lambda: self.stop_reason is not None,
+                guard=self.execution.guard,
+            )
             for event in ledger.timed(events, "steps"):
                 if isinstance(event, ChunkEnd):
                     self.after_chunk(event)

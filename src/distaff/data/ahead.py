@@ -105,11 +105,11 @@ class Ahead(Generic[T]):
                 del got
         finally:
             reader.stop()
-        if not isinstance(got.error, _Ended):
+        if not isinstance(got.error, _EndError):
             raise got.error
 
 
-class _Ended(Exception):
+class _EndError(Exception):
     """The generator has no more items."""
 
 
@@ -141,7 +141,7 @@ class _Reader(NamedTuple):
                         break
                     got.put(_Got(item, None))
                     del item
-                got.put(_Got(None, _Ended()))
+                got.put(_Got(None, _EndError()))
             except BaseException as error:
                 got.put(_Got(None, error))
             finally:
