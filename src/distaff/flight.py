@@ -13,10 +13,9 @@ MAX_BYTES = 2**27
 
 
 class Flight:
-    """Keeps the host from running ahead of the device without bound: batches stay in memory
-    until the device has used them.
+    """Keeps the host from running ahead of the device without bound.
 
-    It waits for what was handed over half a flight ago, which is nearly always done: that costs
+    Batches stay in memory until the device has used them. It waits for what was handed over half a flight ago, which is nearly always done: that costs
     less than a microsecond per chunk.
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import wait
 from pathlib import Path
 
 import jax
@@ -16,13 +17,15 @@ from distaff.checkpoint import CheckpointStore
 from distaff.errors import CheckpointError
 
 SAVE_AND_START_ANOTHER = """
-import sys, jax.numpy as jnp
+import pathlib, sys, jax.numpy as jnp
 from distaff.checkpoint import CheckpointStore
 
 store = CheckpointStore(sys.argv[1])
 store.save(1, {"x": jnp.full(4, 1.0)}, {"best_step": 1})
 store.wait()
 store.save(2, {"x": jnp.arange(2.0**25)}, {"best_step": 2})
+while not list(pathlib.Path(sys.argv[1]).glob("step_00000002.*")):
+    pass  # the folder is made in the background
 print("saving", flush=True)
 sys.stdin.read()
 """
@@ -101,15 +104,15 @@ def test_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 def test_error_of_the_background_write_surfaces_at_the_next_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    class FullDisk:
-        def result(self) -> None:
-            raise OSError("No space left on device")
+    def on_full_disk(*_: object, **__: object) -> None:
+        raise OSError("No space left on device")
 
     store = CheckpointStore(tmp_path)
     save(store, 1)
     with monkeypatch.context() as patched:
-        patched.setattr("distaff.checkpoint.store.ocp.save_async", lambda *_, **__: FullDisk())
+        patched.setattr("distaff.checkpoint.store.ocp.save", on_full_disk)
         store.save(2, {"x": jnp.ones(1)}, {})
+        wait([store._write.outcome])
     with pytest.raises(CheckpointError, match=r"step_00000002 was not written: No space left"):
         store.save(3, {"x": jnp.ones(1)}, {}) if how == "save" else getattr(store, how)()
     store.close()

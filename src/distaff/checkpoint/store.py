@@ -61,6 +61,7 @@ class CheckpointStore:
         """Starts to write a checkpoint in the background.
 
         Blocks while the arrays are copied off the device, and while an earlier save is in flight.
+        What cannot be written is told by the next call.
         The arrays may be donated, and `info` changed, as soon as it returns. Saving the newest
         step once more does nothing.
 
@@ -75,7 +76,7 @@ class CheckpointStore:
 
         Raises:
             CheckpointError: a leaf is no array, `info` is no JSON, `step` lies before the newest
-                one, or this or the previous save failed.
+                one, or the previous save failed.
         """
         step = operator.index(step)
         path = self._path(step)
@@ -95,13 +96,9 @@ class CheckpointStore:
             )
         arrays = jax.tree.map_with_path(_as_array, dict(tree))
         strict_info = _as_json(info)
-        try:
-            with _context():
-                response = ocp.save_async(str(path), arrays, custom_metadata=strict_info)
-        except Exception as error:
-            raise _not_written(path, error) from error
+        arrays = _on_host(arrays)
         writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        outcome = writer.submit(self._commit, response, strict_info.get("best_step"))
+        outcome = writer.submit(self._commit, path, arrays, strict_info)
         writer.shutdown(wait=False)  # its thread ends with this one save
         self._write = _Write(path, outcome)
         return path
@@ -113,7 +110,10 @@ class CheckpointStore:
 
     def latest(self) -> int | None:
         """Returns the newest step, None where there is no checkpoint."""
-        return max(self.steps(), default=None)
+        folders = self.directory.iterdir() if self.directory.is_dir() else ()
+        named = (folder for folder in folders if _FOLDER.fullmatch(folder.name))
+        newest_first = sorted(named, key=lambda folder: int(folder.name[5:]), reverse=True)
+        return next((step for step in map(_step_of, newest_first) if step is not None), None)
 
     def best(self) -> int | None:
         """Returns the `best_step` that the newest checkpoint names, None where it is not there."""
@@ -188,9 +188,12 @@ class CheckpointStore:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _commit(self, response: ocp.AsyncResponse[None], best_step: int | None) -> None:
-        response.result()
-        for step in expired(self.steps(), keep_last=self.keep_last, best=best_step):
+    def _commit(self, path: Path, arrays: dict[str, PyTree], info: dict[str, Any]) -> None:
+        # Orbax's own work grows with the number of leaves: it is done here, not where one waits.
+        with _context():
+            ocp.save(str(path), arrays, custom_metadata=info)
+        del arrays
+        for step in expired(self.steps(), keep_last=self.keep_last, best=info.get("best_step")):
             # Renamed first: a process killed while it removes files must not leave half a
             # checkpoint under the name of a whole one.
             folder = self._path(step)
@@ -272,6 +275,30 @@ def _as_array(path: tuple[Any, ...], leaf: Any) -> jax.Array | np.ndarray:
         f"Every leaf of a checkpoint is an array or a number; {leaf_name(path)!r} is a "
         f"{type(leaf).__name__}. Put it in `info`, as JSON, or leave it out."
     )
+
+
+def _on_host(tree: PyTree) -> PyTree:
+    """Copies arrays off the device, all at once; what is spread over several devices stays there.
+
+    On the CPU nothing is copied: the runtime does not give away a buffer that NumPy looks at.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    for leaf in filter(_is_fetched, leaves):
+        leaf.copy_to_host_async()
+    return structure.unflatten(
+        np.asarray(leaf) if _is_fetched(leaf) else _kept(leaf) for leaf in leaves
+    )
+
+
+def _is_fetched(leaf: Any) -> bool:
+    if not isinstance(leaf, jax.Array) or len(leaf.devices()) > 1:
+        return False
+    return not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)  # a typed key has no NumPy form
+
+
+def _kept(leaf: Any) -> Any:
+    """Returns a copy: the original may be given away, or written to."""
+    return leaf.copy()
 
 
 def _as_json(info: Mapping[str, Any]) -> dict[str, Any]:
