@@ -20,7 +20,7 @@ from distaff.forms import Fixed, Forms
 from distaff.loggers import Logger
 from distaff.metrics import as_json, compute
 from distaff.monitor import Monitor
-from distaff.optim import OptimizerConfig, OptimizerLike
+from distaff.optim import OptimizerConfig, OptimizerLike, make_rates
 from distaff.predictor import EVALUATION_PARAMS, Predictor
 from distaff.record import make_record
 from distaff.recording import NullRecording, Recording, make_recording
@@ -162,6 +162,9 @@ class Training(Predictor):
         self._epoch_start = time.perf_counter()
         if self.step == self._first_step:
             self._untrained = evidence_of_learning(self.ready_state())
+            self._trained, self._rates = None, None
+            if self.schedule is not None:
+                self._rates = make_rates(self.schedule)
             self.display.compiling("the step")
 
     def after_chunk(self, event: ChunkEnd) -> None:
@@ -194,21 +197,28 @@ class Training(Predictor):
         self._check_progress()
         metrics = compute(event.metrics, "step/")
         self.display.update({n: v for n, v in metrics.items() if np.ndim(v) == 0})
-        if self.schedule is not None:
+        if self._rates is not None:
             updates = event.step - self._first_step
-            metrics["step/learning_rate"] = float(self.schedule(updates - 1))
+            metrics["step/learning_rate"] = self._rates(updates - 1)
         self.recording.logger.log_metrics(metrics, step=event.step, epoch=self.epoch)
 
     def _check_progress(self) -> None:
-        """Warns, once, if nothing has been learned since the run began."""
-        num_steps = self.step - self._first_step
-        # The learning rate of the first step is zero under a warm-up.
-        if self._untrained is None or num_steps < 2:
+        """Warns, once, if nothing has been learned since the run began.
+
+        Asked for at one window and read at the next: the device does not wait for the host.
+        """
+        if self._untrained is None:
             return
-        untrained, self._untrained = self._untrained, None
+        if self._trained is None:
+            num_steps = self.step - self._first_step
+            # The learning rate of the first step is zero under a warm-up.
+            if num_steps >= 2:
+                self._trained = num_steps, evidence_of_learning(self.ready_state())
+            return
+        (num_steps, trained), untrained, self._untrained = self._trained, self._untrained, None
         same_params, same_averages = (
             before.size > 0 and np.array_equal(before, now)
-            for before, now in zip(untrained, evidence_of_learning(self.ready_state()), strict=True)
+            for before, now in zip(untrained, trained, strict=True)
         )
         params, averages = map(np.asarray, untrained)
         # What begins as a copy of the parameters, as in optax.contrib.mechanize, is no average.
@@ -276,6 +286,7 @@ class Training(Predictor):
 
     def show_result(self, metrics: Mapping[str, Any]) -> None:
         """Shows the metrics of a finished run as a table of splits."""
+        self._check_progress()
         titles = {"train": f"train, epoch {self._reached[1]}", "test": "test"}
         if self.best is not None:
             titles = {**titles, "val": f"val, epoch {self.best.epoch} (best)"}

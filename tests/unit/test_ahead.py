@@ -54,7 +54,7 @@ def test_ahead_yields_every_item_in_order(length, slow, steady_after):
     used: list[int] = []
     ahead = Ahead[int](Always(slow))
     for item in ahead.read(counting([], length), lambda: len(used) >= steady_after):
-        used.append(item)
+        used += [item]
     assert used == list(range(length))
     assert not readers()
 
@@ -88,8 +88,7 @@ def test_error_is_raised_in_its_place_with_the_line_that_raised_it():
 
     items, got = Ahead[int](Always(True)).read(broken()), []
     with pytest.raises(OSError, match="disk on fire") as caught:
-        for item in items:
-            got.append(item)  # noqa: PERF402
+        got.extend(items)
     assert got == [0, 1, 2]
     assert any(frame.name == "broken" for frame in traceback.extract_tb(caught.tb))
     assert not readers()
