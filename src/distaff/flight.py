@@ -15,8 +15,8 @@ MAX_BYTES = 2**27
 class Flight:
     """Keeps the host from running ahead of the device without bound.
 
-    Batches stay in memory until the device has used them. It waits for what was handed over half a flight ago, which is nearly always done: that costs
-    less than a microsecond per chunk.
+    Batches stay in memory until the device has used them. It waits for what was handed over half
+    a flight ago, which is nearly always done.
     """
 
     def __init__(self) -> None:

@@ -105,3 +105,27 @@ def test_flight_is_bounded_in_chunks_and_bytes(num_bytes, most):
         in_flight = number - max(waited, default=-1)
         assert in_flight <= most
     assert len(waited) <= 50 // (most // 2)
+
+
+class Stop(distaff.Callback):
+    def on_step_end(self, info: distaff.StepInfo) -> None:
+        if info.step == 7:
+            raise distaff.StopTraining("enough")
+
+
+@pytest.mark.parametrize("slow", [True, False])
+@pytest.mark.parametrize("kind", ["arrays", "list"])
+def test_checkpoint_keeps_the_place_of_the_last_batch_trained_on(monkeypatch, kind, slow):
+    monkeypatch.setattr("distaff.data.ahead.Pace.slow", property(lambda pace: slow))
+    loader: Any = data.ArrayLoader({"x": X}, 4)
+    loader = data.MappedLoader(loader, dict) if kind == "arrays" else data.Stream(list(loader))
+    trainer = Trainer(zoo.MLP((4, 1)), root=None, enable_progress_bar=False, callbacks=[Stop()])
+    assert trainer.train_model(loader, num_epochs=1).step == 7
+    place = trainer.recording.store.info(7)["loader"]
+    assert (place["epoch"], place["batch"]) == (0, 7)
+    fresh = data.Stream([{"x": part} for part in np.split(X, 10)])
+    if kind == "list":
+        fresh.set_state(place)
+        assert len(list(fresh)) == 3
+    else:
+        assert len(list(loader)) == 3

@@ -53,8 +53,8 @@ def counting(taken: list[int], until: int = 100) -> Generator[int]:
 def test_ahead_yields_every_item_in_order(length, slow, steady_after):
     used: list[int] = []
     ahead = Ahead[int](Always(slow))
-    for item in ahead.read(counting([], length), lambda: len(used) >= steady_after):
-        used += [item]
+    items = ahead.read(counting([], length), lambda: len(used) >= steady_after)
+    used.extend(items)  # grows item by item
     assert used == list(range(length))
     assert not readers()
 
