@@ -30,6 +30,7 @@ from distaff.metrics import (
     merge,
     to_host,
 )
+from distaff.metrics.accumulators import pytree
 
 # Small whole numbers: their sums are exact in float32, so that order cannot matter.
 whole = st.integers(-100, 100).map(float)
@@ -237,6 +238,7 @@ def test_as_json_is_strict_and_reads_back():
         as_json({"x": "high"})
 
 
+@pytree
 class Largest(Mean):
     """Merges in its own way, and inherits how a mean is merged over rows."""
 
