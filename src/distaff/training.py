@@ -113,6 +113,7 @@ class Training(Predictor):
         self.plan, self._first_step, self._reached = plan, self.step, (self.step, self.epoch)
         self.best, self.callbacks.stop_reason, self.last_metrics = None, None, {}
         self.has_run, self.ledger = False, Ledger()
+        self._untrained, self._trained, self._rates = None, None, None
         self.display.start(plan.last_epoch, plan.steps_per_epoch or num_batches(plan.train_loader))
         self.display.compiling("the model")
 
@@ -162,7 +163,6 @@ class Training(Predictor):
         self._epoch_start = time.perf_counter()
         if self.step == self._first_step:
             self._untrained = evidence_of_learning(self.ready_state())
-            self._trained, self._rates = None, None
             if self.schedule is not None:
                 self._rates = make_rates(self.schedule)
             self.display.compiling("the step")
