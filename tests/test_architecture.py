@@ -24,7 +24,7 @@ SOURCES = Path(__file__).parents[1] / "src"
 ROOMS = (
     *("typing", "errors", "_optional"),
     *("slot", "state", "vitals", "metrics", "monitor", "cadence", "config", "record"),
-    *("run_directory", "execution", "allocator", "compile_cache", "throughput"),
+    *("run_directory", "execution", "allocator", "compile_cache", "throughput", "flight"),
     *("models", "data", "optim", "parallel", "zoo", "trainer_config"),
     *("context", "window", "step", "accumulate", "precision", "forms", "fuse"),
     *("loggers", "display", "checkpoint", "callbacks"),

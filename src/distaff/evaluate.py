@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -32,11 +32,14 @@ class Evaluator:
     Args:
         eval_step: an `EvalStep`, or any `(state, batch) -> metrics`.
         execution: how the step is made to run.
+
+    Attributes:
+        masks: whether the step can mask; None as long as that is not known.
     """
 
     def __init__(self, eval_step: EvalFn | EvalStep, execution: Execution) -> None:
         self._eval_step = eval_step
-        self._masks = None if isinstance(eval_step, EvalStep) else False
+        self.masks: bool | None = None if isinstance(eval_step, EvalStep) else False
         self._execution = execution
         self._one = execution.part(self._accumulating_one)
         self._run = execution.program(self._accumulating)
@@ -114,13 +117,13 @@ class Evaluator:
         return jax.lax.fori_loop(0, num_steps, body, room)
 
     def _can_mask(self, state: TrainState, source: Source, mask: np.ndarray) -> bool:
-        if self._masks is None:
+        if self.masks is None:
             try:
                 self._execution.shapes(self._run, state, source, mask)
-                self._masks = True
+                self.masks = True
             except MaskError:
-                self._masks = False
-        return self._masks
+                self.masks = False
+        return self.masks
 
 
 def _drained(
@@ -128,18 +131,11 @@ def _drained(
 ) -> dict[str, Metric] | None:
     for num_rows, metrics in jax.device_get(waiting):
         fetched = metrics_lib.to_host(metrics)
-        for each in _rows(fetched, num_rows):
-            total = each if total is None else metrics_lib.merge(total, each)
+        if num_rows is not None:
+            rows = jax.tree.map(lambda leaf, end=num_rows: leaf[:end], fetched)
+            fetched = metrics_lib.merge_rows(rows)
+        total = fetched if total is None else metrics_lib.merge(total, fetched)
     return total
-
-
-def _rows(metrics: dict[str, Metric], num_rows: int | None) -> Iterator[dict[str, Metric]]:
-    """Yields the metrics of each batch; without a number of rows they are those of one batch."""
-    if num_rows is None:
-        yield metrics
-    else:
-        for row in range(num_rows):
-            yield jax.tree.map(lambda leaf, row=row: leaf[row], metrics)
 
 
 def predict(

@@ -31,6 +31,7 @@ from distaff import metrics as metrics_lib
 from distaff.callbacks import StepInfo
 from distaff.data import Chunk
 from distaff.events import ChunkEnd, Plan, Run, WindowEnd
+from distaff.flight import Flight
 from distaff.fuse import Steps
 from distaff.state import TrainState
 from distaff.window import NEVER, Window
@@ -61,10 +62,11 @@ def steps(
     Yields:
         A `ChunkEnd` for each chunk, a `WindowEnd` for each window.
     """
-    window, closed = run.empty, None
+    window, closed, flight = run.empty, None, Flight()
     for chunk in chunks:
         with guard():
             state, window, windows, metrics = run(state, window, chunk, step)
+        flight.add(windows.first_bad_step, chunk.num_bytes)
         first, step = step + 1, step + chunk.num_steps
         yield ChunkEnd(step, chunk.num_steps, state, metrics, chunk.examples)
         if step // run.log_every > (first - 1) // run.log_every:

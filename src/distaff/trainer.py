@@ -179,20 +179,19 @@ class TrainerModule(Training):
         """
         total, ledger = None, self.ledger
         self.begin_epoch(epoch)
-        feed = self.feeds.of(train_loader, name="train")
-        chunks = feed.epoch(self._steps.form, self.plan.steps_per_epoch)
-        events = loop.steps(
-            self._steps,
-            self.ready_state(),
-            ledger.timed(chunks, "data"),
-            step=self.step,
-            stopping=lambda: self.stop_reason is not None,
-            guard=self.execution.guard,
-        )
-        for event in ledger.timed(events, "steps"):
-            if isinstance(event, ChunkEnd):
-                self.after_chunk(event)
-            else:
+        with closing(self.training_chunks(train_loader)) as chunks:
+            events = loop.steps(
+                self._steps,
+                self.ready_state(),
+                ledger.timed(chunks, "data"),
+                step=self.step,
+                stopping=lambda: self.stop_reason is not None,
+                guard=self.execution.guard,
+            )
+            for event in ledger.timed(events, "steps"):
+                if isinstance(event, ChunkEnd):
+                    self.after_chunk(event)
+                    continue
                 with ledger.spent("logging"):
                     self.after_window(event)
                 total = event.metrics if total is None else metrics_lib.merge(total, event.metrics)
@@ -214,8 +213,9 @@ class TrainerModule(Training):
         """
         with self.ledger.spent("evaluation"):
             state = self.evaluation_state()
-            chunks = self.chunks(loader, prefix.rstrip("/") or "evaluate")
-            return metrics_lib.compute(self._evaluator(state, chunks), prefix)
+            name, even = prefix.rstrip("/") or "evaluate", self._evaluator.masks is True
+            with self.chunks(loader, name, even=even) as chunks:
+                return metrics_lib.compute(self._evaluator(state, chunks), prefix)
 
     def save_metrics(self, name: str, metrics: Mapping[str, Any]) -> None:
         """Writes metrics to `metrics/<name>.json` in the run directory.

@@ -5,23 +5,22 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from typing import Any
 
-import jax
 import numpy as np
 
 from distaff.callbacks import Callback, Callbacks, StepInfo
 from distaff.config import from_json
-from distaff.data import Chunk, Feeds, Form, as_loader, num_batches
+from distaff.data import Chunk, Feeds, Form, Loader, as_loader, num_batches
 from distaff.errors import ConfigError, NonFiniteError, StateError
 from distaff.events import ChunkEnd, Plan, WindowEnd
 from distaff.forms import Fixed, Forms
 from distaff.loggers import Logger
 from distaff.metrics import as_json, compute
 from distaff.monitor import Monitor
-from distaff.optim import OptimizerConfig, OptimizerLike
+from distaff.optim import OptimizerConfig, OptimizerLike, make_rates
 from distaff.predictor import EVALUATION_PARAMS, Predictor
 from distaff.record import make_record
 from distaff.recording import NullRecording, Recording, make_recording
@@ -114,6 +113,7 @@ class Training(Predictor):
         self.plan, self._first_step, self._reached = plan, self.step, (self.step, self.epoch)
         self.best, self.callbacks.stop_reason, self.last_metrics = None, None, {}
         self.has_run, self.ledger = False, Ledger()
+        self._untrained, self._rates = None, None
         self.display.start(plan.last_epoch, plan.steps_per_epoch or num_batches(plan.train_loader))
         self.display.compiling("the model")
 
@@ -130,16 +130,32 @@ class Training(Predictor):
                 "load_from_checkpoint."
             )
 
-    def chunks(self, loader: Any, name: str) -> Iterator[Chunk]:
-        """Goes once through a loader, in chunks, with its progress shown."""
+    def training_chunks(self, loader: Loader) -> Generator[Chunk]:
+        """Returns the chunks of one epoch, to be closed; the loader then stands where they end."""
+        forms = self.forms
+        return self.feeds.of(loader, name="train").epoch(
+            lambda: forms.form,
+            self.plan.steps_per_epoch,
+            steady=lambda: not forms.measuring,
+            keep_place=True,
+        )
+
+    @contextmanager
+    def chunks(self, loader: Any, name: str, *, even: bool) -> Generator[Iterator[Chunk]]:
+        """Goes once through a loader, in chunks, with its progress shown.
+
+        Args:
+            loader: any iterable of batches.
+            name: what errors and the display call it.
+            even: whether a short batch may be padded; see `Feed.repeated`.
+        """
         loader = as_loader(loader, name=name)
         capacity, length = self.forms.capacity, num_batches(loader)
-        # Each data set in the memory of the device makes a program of its own.
-        resident = jax.default_backend() != "cpu"
-        feed = self.feeds.of(loader, name=name, resident=resident)
+        # Gathered rows would be a program of its own for each data set.
+        feed = self.feeds.of(loader, name=name, resident=False)
         total = None if length is None else -(-length // capacity)
-        chunks = feed.epoch(lambda: Form(capacity, capacity))
-        return self.tracker(chunks, description=name, total=total)
+        with closing(feed.repeated(Form(capacity, capacity), even=even)) as chunks:
+            yield self.tracker(chunks, description=name, total=total)
 
     def begin_epoch(self, epoch: int) -> None:
         """Counts a new epoch."""
@@ -147,6 +163,8 @@ class Training(Predictor):
         self._epoch_start = time.perf_counter()
         if self.step == self._first_step:
             self._untrained = evidence_of_learning(self.ready_state())
+            if self.schedule is not None:
+                self._rates = make_rates(self.schedule)
             self.display.compiling("the step")
 
     def after_chunk(self, event: ChunkEnd) -> None:
@@ -179,29 +197,26 @@ class Training(Predictor):
         self._check_progress()
         metrics = compute(event.metrics, "step/")
         self.display.update({n: v for n, v in metrics.items() if np.ndim(v) == 0})
-        if self.schedule is not None:
+        if self._rates is not None:
             updates = event.step - self._first_step
-            metrics["step/learning_rate"] = float(self.schedule(updates - 1))
+            metrics["step/learning_rate"] = self._rates(updates - 1)
         self.recording.logger.log_metrics(metrics, step=event.step, epoch=self.epoch)
 
     def _check_progress(self) -> None:
-        """Warns, once, if nothing has been learned since the run began."""
+        """Warns if nothing has been learned since the run began. It waits for the device, once."""
         num_steps = self.step - self._first_step
         # The learning rate of the first step is zero under a warm-up.
         if self._untrained is None or num_steps < 2:
             return
         untrained, self._untrained = self._untrained, None
-        now = evidence_of_learning(self.ready_state())
+        trained = evidence_of_learning(self.ready_state())
         same_params, same_averages = (
             before.size > 0 and np.array_equal(before, after)
-            for before, after in (
-                (untrained.params, now.params),
-                (untrained.averages, now.averages),
-            )
+            for before, after in zip(untrained[:2], trained[:2], strict=True)
         )
         # What begins as a copy of the parameters, as in optax.contrib.mechanize, is no average.
         is_copied = np.isin(untrained.params[untrained.params != 0], untrained.averages).any()
-        if now.is_whole and (same_params or (same_averages and not is_copied)):
+        if trained.is_whole and (same_params or (same_averages and not is_copied)):
             what = "No parameter has changed" if same_params else "Every gradient has been zero"
             warnings.warn(
                 f"{what} in the first {num_steps} steps. Either the loss does not depend on its "
@@ -238,7 +253,7 @@ class Training(Predictor):
             "epoch": self.epoch,
             "metrics": as_json(metrics),
             "best_step": None if self.best is None else self.best.step,
-            "loader": self.plan.train_loader.get_state(),
+            "loader": dict(self.feeds.position(self.plan.train_loader)),
             "callbacks": [callback.get_state() for callback in self.callbacks.callbacks],
             EVALUATION_PARAMS: differ,
         }
@@ -264,6 +279,7 @@ class Training(Predictor):
 
     def show_result(self, metrics: Mapping[str, Any]) -> None:
         """Shows the metrics of a finished run as a table of splits."""
+        self._check_progress()
         titles = {"train": f"train, epoch {self._reached[1]}", "test": "test"}
         if self.best is not None:
             titles = {**titles, "val": f"val, epoch {self.best.epoch} (best)"}

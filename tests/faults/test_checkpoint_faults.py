@@ -24,7 +24,7 @@ store.save(1, {"x": jnp.full(4, 1.0)}, {"best_step": 1})
 store.wait()
 store.save(2, {"x": jnp.arange(2.0**25)}, {"best_step": 2})
 while not list(pathlib.Path(sys.argv[1]).glob("step_00000002.*")):
-    pass
+    pass  # the folder is made in the background
 print("saving", flush=True)
 sys.stdin.read()
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distaff.checkpoint import CheckpointStore, NullStore, expired, find
+from distaff.checkpoint import store as store_module
 from distaff.errors import CheckpointError, ConfigError
 
 
@@ -318,3 +320,36 @@ def test_expired_never_takes_the_newest_or_the_best(
     assert list(gone) == sorted(set(gone))
     assert kept == newest | ({best} & steps)
     assert expired(kept, keep_last=keep_last, best=best) == ()
+
+
+def test_save_keeps_what_the_arrays_were_when_it_returned(tmp_path: Path) -> None:
+    step = jax.jit(lambda x: x * 2 + 1, donate_argnums=0)
+    given, host = jnp.arange(2.0**16), np.arange(3.0)
+    key = jax.random.key(3)
+    with CheckpointStore(tmp_path) as store:
+        store.save(1, {"x": given, "host": host, "key": key}, {})
+        for _ in range(5):
+            given = step(given)  # gives the buffer away
+        host[:] = -1
+    loaded = store.load(1, {"x": given, "host": host, "key": key})
+    np.testing.assert_array_equal(loaded["x"], np.arange(2.0**16))
+    np.testing.assert_array_equal(loaded["host"], np.arange(3.0))
+    assert jax.random.key_data(loaded["key"]).tolist() == jax.random.key_data(key).tolist()
+
+
+def test_save_does_not_wait_for_what_orbax_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go = threading.Event()
+    write = store_module.ocp.save
+
+    def slow(*args: object, **options: object) -> None:
+        assert go.wait(30)
+        write(*args, **options)
+
+    monkeypatch.setattr(store_module.ocp, "save", slow)
+    with CheckpointStore(tmp_path) as store:
+        store.save(1, {"x": jnp.ones(3)}, {})
+        assert store.latest() is None
+        go.set()
+    assert store.latest() == 1

@@ -129,7 +129,7 @@ def test_subclass_that_may_yield_something_else_is_not_gathered():
 
 
 def test_large_arrays_stay_on_the_host_and_large_chunks_are_cut(monkeypatch):
-    from distaff.data import chunk as module
+    from distaff.data import feed as module
 
     monkeypatch.setattr(module, "_MAX_RESIDENT_BYTES", 100)
     monkeypatch.setattr(module, "_MAX_CHUNK_BYTES", 100)
@@ -165,3 +165,40 @@ def test_padded_repeats_the_last_example_of_each_batch(capacity, resident):
         for index in range(chunk.num_steps):
             batch, longer = chunk.source.batch(index), padded.batch(index)
             assert longer["y"].tolist() == [*batch["y"].tolist(), *[int(batch["y"][-1])] * 2]
+
+
+def repeated(feed: Feed, capacity: int, *, even: bool) -> list[Chunk]:
+    return list(feed.repeated(Form(capacity, capacity), even=even))
+
+
+@pytest.mark.parametrize("even", [True, False])
+@pytest.mark.parametrize("capacity", [1, 3])
+def test_repeated_chunks_are_placed_once_and_are_the_batches_of_the_loader(capacity, even):
+    feed = Feed(loader(11, 4, shuffle=False), name="val", resident=False)
+    first, second = repeated(feed, capacity, even=even), repeated(feed, capacity, even=even)
+    assert {id(c.source) for c in first} == {id(c.source) for c in second}
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(first[0].source))
+    found = [chunk.source.batch(n) for chunk in second for n in range(chunk.num_steps)]
+    expected = list(loader(11, 4, shuffle=False))
+    expected[-1] = data.pad(expected[-1], 4) if even else expected[-1]
+    assert_same(found, expected)
+    assert second[-1].examples == 3
+    assert feed.loader.get_state()["epoch"] == 2
+
+
+def test_repeated_chunks_of_another_form_or_rest_are_made_anew():
+    feed = Feed(loader(20, 4, shuffle=False), name="val", resident=False)
+    assert [c.num_steps for c in repeated(feed, 5, even=True)] == [5]
+    assert [c.num_steps for c in repeated(feed, 3, even=True)] == [3, 2]
+    feed.loader.set_state({**feed.loader.get_state(), "batch": 3})
+    [rest] = repeated(feed, 3, even=True)
+    assert rest.num_steps == 2
+    assert float(rest.source.batch(0)["y"][0]) == 12
+    assert [c.num_steps for c in repeated(feed, 3, even=True)] == [3, 2]
+
+
+def test_repeated_takes_a_new_order_where_the_loader_shuffles():
+    feed = Feed(loader(20, 4, shuffle=True), name="val", resident=False)
+    plain = loader(20, 4, shuffle=True)
+    for _ in range(2):
+        assert_same(unpacked(iter(repeated(feed, 2, even=True))), list(plain))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distaff import metrics
 from distaff.errors import LossError, MetricError
 from distaff.metrics import (
     Last,
@@ -28,6 +30,7 @@ from distaff.metrics import (
     merge,
     to_host,
 )
+from distaff.metrics.accumulators import pytree
 
 # Small whole numbers: their sums are exact in float32, so that order cannot matter.
 whole = st.integers(-100, 100).map(float)
@@ -233,3 +236,31 @@ def test_as_json_is_strict_and_reads_back():
     assert np.isnan(float(written["x"]))
     with pytest.raises(MetricError, match="'x' is 'high'"):
         as_json({"x": "high"})
+
+
+@pytree
+class Largest(Mean):
+    """Merges in its own way, and inherits how a mean is merged over rows."""
+
+    def merge(self, other: Any) -> Any:
+        return self if self.total >= other.total else other
+
+
+def test_merge_rows_is_the_merge_of_the_rows():
+    rng = np.random.default_rng(0)
+    numbers, table, ones = rng.normal(size=7), rng.normal(size=(7, 3)), np.ones(7)
+    rows = {
+        "mean": Mean(numbers, ones),
+        "means": Mean(table, ones),
+        "sum": Sum(table),
+        "min": Min(table),
+        "max": Max(numbers),
+        "last": Last(numbers, ones),
+        "own": Largest(numbers, ones),
+    }
+    merged = metrics.merge_rows(rows)
+    each = [jax.tree.map(lambda leaf, row=row: leaf[row], rows) for row in range(7)]
+    expected = functools.reduce(metrics.merge, each)
+    assert jax.tree.structure(merged) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_allclose, merged, expected)
+    assert merged["own"].total == numbers.max() != numbers.sum()

@@ -7,8 +7,6 @@ from distaff.data.builtin import digits
 from distaff.data.chunk import (
     SINGLE,
     Chunk,
-    Feed,
-    Feeds,
     Form,
     Gathered,
     One,
@@ -18,6 +16,7 @@ from distaff.data.chunk import (
 )
 from distaff.data.cifar import read_cifar10, read_cifar100
 from distaff.data.entry import entry
+from distaff.data.feed import Feed, Feeds
 from distaff.data.idx import read_idx
 from distaff.data.loader import (
     Loader,

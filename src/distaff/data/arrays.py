@@ -81,6 +81,11 @@ class ArrayLoader:
         """The arrays `[examples, ...]` that the batches are taken from; do not write to them."""
         return self._arrays
 
+    @property
+    def shuffle(self) -> bool:
+        """Whether each epoch has an order of its own."""
+        return self._shuffle
+
     def __len__(self) -> int:
         whole, rest = divmod(self.num_examples, self.batch_size)
         return whole + (rest > 0 and not self._drop)

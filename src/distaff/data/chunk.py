@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distaff.data.arrays import ArrayLoader
-from distaff.data.loader import Loader, epoch_of, num_examples
 from distaff.typing import Batch, PyTree
-
-_MAX_RESIDENT_BYTES = 2**29
-_MAX_CHUNK_BYTES = 2**25
-_MAX_FEEDS = 4
 
 
 class Source(Protocol):
@@ -111,11 +104,15 @@ class Chunk(NamedTuple):
         num_steps: how many; what a source holds after them is padding.
         examples: in each.
         source: where the program finds them.
+        position: of the loader after the last of them, as its `get_state` gave it.
+        num_bytes: about how much memory is held for them alone until they are used.
     """
 
     num_steps: int
     examples: int
     source: Source
+    position: Mapping[str, int] | None = None
+    num_bytes: int = 0
 
 
 class Form(NamedTuple):
@@ -132,86 +129,6 @@ class Form(NamedTuple):
 
 SINGLE = Form(1, 1)
 """One batch."""
-
-
-class Feed:
-    """Hands out the epochs of a loader in chunks.
-
-    Args:
-        loader: where the batches come from.
-        name: what errors call it, such as `"train"`.
-        resident: whether to place arrays in memory on the device once, and gather there. What
-            other loaders yield is stacked on the host.
-    """
-
-    def __init__(self, loader: Loader, *, name: str, resident: bool) -> None:
-        self.loader = loader
-        self._name = name
-        self._arrays = _placed(loader) if resident else None
-
-    def epoch(
-        self, form: Callable[[], Form] = lambda: SINGLE, steps_per_epoch: int | None = None
-    ) -> Iterator[Chunk]:
-        """Yields the chunks of one epoch.
-
-        Args:
-            form: asked before each chunk.
-            steps_per_epoch: as `epoch_of` takes it.
-
-        Raises:
-            BatchError: the loader is empty.
-        """
-        source = self.loader if self._arrays is None else _Rows(self.loader)
-        items = epoch_of(source, steps_per_epoch, name=self._name)
-        waiting: list[Any] = list(islice(items, 1))
-        while waiting:
-            num_steps, capacity = form()
-            capacity = min(capacity, 1 + _MAX_CHUNK_BYTES // _num_bytes(waiting[0]))
-            num_steps = min(num_steps, capacity)
-            waiting.extend(islice(items, max(num_steps - len(waiting), 0)))
-            group = _of_one_form(waiting[:num_steps])
-            del waiting[: len(group)]
-            yield Chunk(len(group), self._size(group[0]), self._source(group, capacity))
-            if not waiting:
-                waiting.extend(islice(items, 1))
-
-    def _size(self, item: Any) -> int:
-        return num_examples(item) if self._arrays is None else len(item)
-
-    def _source(self, group: Sequence[Any], capacity: int) -> Source:
-        if self._arrays is not None:
-            return Gathered(self._arrays, stack(group, capacity))
-        return One(group[0]) if capacity == 1 else Stacked(stack(group, capacity))
-
-
-class Feeds:
-    """The feeds of the loaders that were seen last, so that their arrays are placed once."""
-
-    def __init__(self) -> None:
-        self._feeds: list[Feed] = []
-
-    def of(self, loader: Loader, *, name: str, resident: bool = True) -> Feed:
-        """Returns the feed of a loader; see `Feed`."""
-        found = next((feed for feed in self._feeds if feed.loader is loader), None)
-        feed = found or Feed(loader, name=name, resident=resident)
-        self._feeds = [feed, *(each for each in self._feeds if each is not feed)][:_MAX_FEEDS]
-        return feed
-
-
-class _Rows:
-    """An array loader that hands out the rows of its batches."""
-
-    def __init__(self, loader: Any) -> None:
-        self._loader = loader
-
-    def get_state(self) -> dict[str, int]:
-        return self._loader.get_state()
-
-    def set_state(self, state: Mapping[str, int]) -> None:
-        self._loader.set_state(state)
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return self._loader.rows()
 
 
 def stack(items: Sequence[PyTree], capacity: int) -> PyTree:
@@ -242,32 +159,8 @@ def pad(tree: PyTree, size: int, *, axis: int = 0) -> PyTree:
         missing = size - leaf.shape[axis]
         if missing == 0:
             return leaf
-        last = np.take(np.asarray(leaf), [-1], axis)
-        return np.concatenate([leaf, np.repeat(last, missing, axis)], axis)
+        numpy = jnp if isinstance(leaf, jax.Array) else np  # what is on the device stays there
+        last = numpy.take(leaf, np.array([-1]), axis)
+        return numpy.concatenate([leaf, numpy.repeat(last, missing, axis)], axis)
 
     return jax.tree.map(padded, tree)
-
-
-def _of_one_form(items: Sequence[PyTree]) -> Sequence[PyTree]:
-    """Returns the first items, as far as they are of one form."""
-    if len(items) == 1:
-        return items[:1]
-    form = _form(items[0])
-    return next((items[:n] for n, item in enumerate(items) if _form(item) != form), items[:])
-
-
-def _form(item: PyTree) -> Any:
-    leaves, structure = jax.tree.flatten(item)
-    return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
-
-
-def _placed(loader: Loader) -> PyTree | None:
-    """Returns a loader's arrays on the device; None without any, or for too large ones."""
-    # A subclass may yield something else than the rows of its arrays.
-    if type(loader) is not ArrayLoader or _num_bytes(loader.arrays) > _MAX_RESIDENT_BYTES:
-        return None
-    return jax.tree.map(jnp.array, loader.arrays)
-
-
-def _num_bytes(tree: PyTree) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))

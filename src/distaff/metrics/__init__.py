@@ -13,6 +13,7 @@ from distaff.metrics.accumulators import (
     compute,
     declare,
     merge,
+    merge_rows,
     to_host,
 )
 from distaff.metrics.classification import AUROC, F1, ConfusionMatrix, IoU, Precision, Recall
@@ -38,5 +39,6 @@ __all__ = [
     "compute",
     "declare",
     "merge",
+    "merge_rows",
     "to_host",
 ]

@@ -16,6 +16,7 @@ for one window of steps and in float64 on the host across windows.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -61,6 +62,15 @@ class Metric(ABC):
     @abstractmethod
     def reduce(cls, mask: jax.Array, *values: jax.Array) -> Self:
         """Returns the metric over the examples whose `mask` `[batch]` is true."""
+
+    def over_rows(self) -> Self:
+        """Returns the merge of the metrics in the rows `[rows, ...]` of this one, one or more.
+
+        An override is a faster way to do what `merge` does row by row; see `merge_rows`.
+        """
+        leaves, structure = jax.tree.flatten(self)
+        rows = [structure.unflatten(row) for row in zip(*leaves, strict=True)]
+        return functools.reduce(lambda total, row: total.merge(row), rows)
 
 
 @pytree
@@ -139,6 +149,9 @@ class Mean(Metric):
     def merge(self, other: Self) -> Self:
         return type(self)(self.total + other.total, self.weight + other.weight)
 
+    def over_rows(self) -> Self:
+        return type(self)(self.total.sum(0), self.weight.sum(0))
+
     def compute(self) -> Any:
         numpy = namespace(self.total)
         weight = aligned(self.weight, self.total)
@@ -166,6 +179,9 @@ class Sum(Metric):
 
     def merge(self, other: Self) -> Self:
         return type(self)(self.total + other.total)
+
+    def over_rows(self) -> Self:
+        return type(self)(self.total.sum(0))
 
     def compute(self) -> Any:
         return self.total
@@ -210,6 +226,9 @@ class Min(_Extreme):
     def merge(self, other: Self) -> Self:
         return type(self)(namespace(self.value).minimum(self.value, other.value))
 
+    def over_rows(self) -> Self:
+        return type(self)(self.value.min(0))
+
 
 @pytree
 class Max(_Extreme):
@@ -225,6 +244,9 @@ class Max(_Extreme):
 
     def merge(self, other: Self) -> Self:
         return type(self)(namespace(self.value).maximum(self.value, other.value))
+
+    def over_rows(self) -> Self:
+        return type(self)(self.value.max(0))
 
 
 @pytree
@@ -305,6 +327,22 @@ def merge(first: Metrics, second: Metrics) -> dict[str, Metric]:
             kinds = f"{type(first[name]).__name__} and {type(second[name]).__name__}"
             raise MetricError(f"A metric keeps its kind; {name!r} was {kinds}.")
     return {name: first[name].merge(second[name]) for name in first}
+
+
+def merge_rows(metrics: Metrics) -> dict[str, Metric]:
+    """Merges the metrics in the rows of one set, whose leaves are `[rows, ...]`, one or more.
+
+    A kind that overrides `merge`, and inherits `over_rows`, is merged row by row.
+    """
+    merged = {}
+    for name, metric in metrics.items():
+        definers = [
+            next(kind for kind in type(metric).__mro__ if method in vars(kind))
+            for method in ("over_rows", "merge")
+        ]
+        fast = issubclass(*definers)
+        merged[name] = metric.over_rows() if fast else Metric.over_rows(metric)
+    return merged
 
 
 def to_host(metrics: Metrics) -> dict[str, Metric]:

@@ -53,6 +53,9 @@ class _Counts(Metric):
     def merge(self, other: Self) -> Self:
         return dataclasses.replace(self, counts=self.counts + other.counts)
 
+    def over_rows(self) -> Self:
+        return dataclasses.replace(self, counts=self.counts.sum(0))
+
     def empty_like(self) -> Self:
         return dataclasses.replace(self, counts=jnp.zeros_like(self.counts))
 

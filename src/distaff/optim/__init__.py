@@ -7,6 +7,7 @@ from distaff.optim.evaluation import evaluation_params, has_evaluation_params
 from distaff.optim.masks import decay_mask
 from distaff.optim.observe import Geometry, ObservedState, geometry, observed
 from distaff.optim.penalty import decays, l2_loss
+from distaff.optim.rates import make_rates
 from distaff.optim.schedules import make_schedule
 from distaff.slot import with_known_args
 
@@ -26,6 +27,7 @@ __all__ = [
     "geometry",
     "has_evaluation_params",
     "l2_loss",
+    "make_rates",
     "make_schedule",
     "observed",
     "with_known_args",

@@ -1,0 +1,267 @@
+"""Feeds: the epochs of a loader in chunks, got ahead and placed where the programs want them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from itertools import chain, islice
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distaff.data.ahead import Ahead
+from distaff.data.arrays import ArrayLoader
+from distaff.data.chunk import SINGLE, Chunk, Form, Gathered, One, Source, Stacked, stack
+from distaff.data.loader import Loader, epoch_of, num_examples
+from distaff.typing import PyTree
+
+_log = logging.getLogger("distaff")
+
+_MAX_RESIDENT_BYTES = 2**29
+_MAX_CHUNK_BYTES = 2**25
+_MAX_FEEDS = 4
+
+
+class Feed:
+    """Hands out the epochs of a loader in chunks.
+
+    Args:
+        loader: where the batches come from.
+        name: what errors call it, such as `"train"`.
+        resident: whether to place arrays in memory on the device once, and gather there. What
+            other loaders yield is stacked on the host.
+    """
+
+    def __init__(self, loader: Loader, *, name: str, resident: bool) -> None:
+        self.loader = loader
+        self._name = name
+        self._arrays = _placed(loader) if resident else None
+        self._ahead: Ahead[Chunk] = Ahead()
+        self._position: Mapping[str, int] | None = None
+        self._kept: _Kept | None = None
+
+    @property
+    def position(self) -> Mapping[str, int]:
+        """Where the loader stood after the last chunk handed out: it may have been read further."""
+        return self.loader.get_state() if self._position is None else self._position
+
+    @property
+    def running(self) -> bool:
+        """Whether the loader stands elsewhere than what was handed out of it."""
+        return self._position is not None
+
+    def epoch(
+        self,
+        form: Callable[[], Form] = lambda: SINGLE,
+        steps_per_epoch: int | None = None,
+        *,
+        steady: Callable[[], bool] = lambda: True,
+        keep_place: bool = False,
+    ) -> Generator[Chunk]:
+        """Yields the chunks of one epoch. Close it: chunks may be got ahead, by a thread.
+
+        Args:
+            form: asked before each chunk.
+            steps_per_epoch: as `epoch_of` takes it.
+            steady: whether chunks may be got ahead, in the form that is asked for then.
+            keep_place: whether the loader, if this is closed before its end, goes on with the
+                batch after the last one handed out. A loader that has been read ahead and cannot
+                go back, such as a `Stream`, goes on where it is. Otherwise what is left of the
+                epoch is abandoned.
+
+        Raises:
+            BatchError: the loader is empty.
+        """
+        self._position = self.loader.get_state()
+        # Rows take microseconds; a thread takes longer than they do.
+        read = self._ahead.read if self._arrays is None else _as_it_is
+        try:
+            with closing(read(self._chunks(form, steps_per_epoch), steady)) as chunks:
+                for chunk in chunks:
+                    self._position = chunk.position
+                    yield chunk
+            self._position = None
+        except (GeneratorExit, KeyboardInterrupt):
+            if keep_place:
+                self._go_back()
+            else:
+                self._position = None
+            raise
+
+    def repeated(self, form: Form, *, even: bool) -> Generator[Chunk]:
+        """Yields the chunks of one epoch, placed once where it is the same each time.
+
+        Args:
+            form: of the chunks.
+            even: whether to pad a short batch to the size of the first one. `Chunk.examples` is
+                the number without the padding.
+
+        Raises:
+            BatchError: the loader is empty.
+        """
+        if self._arrays is not None or not _is_repeated(self.loader):
+            yield from self.epoch(lambda: form)
+            return
+        loader: Any = self.loader
+        rows = list(loader.rows()) or list(loader.rows())
+        key = form, even, len(rows)
+        if self._kept is None or self._kept.key != key:
+            chunks = []
+            for chunk in self._chunks_of(_slices(loader.arrays, rows), lambda: form):
+                source = chunk.source.padded(len(rows[0])) if even else chunk.source
+                chunks.append(chunk._replace(source=jax.tree.map(jnp.array, source)))
+                yield chunks[-1]
+            self._kept = _Kept(key, chunks)
+        else:
+            yield from self._kept.chunks
+
+    def _go_back(self) -> None:
+        """Puts the loader where the last chunk handed out ends, if it can go there."""
+        position = self.position
+        if self._ahead.busy:
+            return
+        try:
+            self.loader.set_state(position)
+        except Exception:
+            # A Stream has been read ahead, and goes on from there; a checkpoint keeps the place.
+            _log.info("the %s loader cannot go back to %s", self._name, dict(position))
+            self.loader.set_state(self.loader.get_state())
+        else:
+            self._position = None
+
+    def _chunks(self, form: Callable[[], Form], steps_per_epoch: int | None) -> Generator[Chunk]:
+        items = self._items(steps_per_epoch)
+        waiting: list[Any] = list(islice(items, 1))
+        if not waiting:  # what is left of a resumed epoch may be nothing
+            items = self._items(steps_per_epoch)
+        yield from self._chunks_of(chain(waiting, items), form)
+
+    def _items(self, steps_per_epoch: int | None) -> Iterator[tuple[Any, Mapping[str, int]]]:
+        """Yields the batches of an epoch, or their rows, each with the position after it."""
+        source = self.loader if self._arrays is None else _Rows(self.loader)
+        for item in epoch_of(source, steps_per_epoch, name=self._name):
+            yield item, source.get_state()
+
+    def _chunks_of(
+        self, items: Iterator[tuple[Any, Any]], form: Callable[[], Form]
+    ) -> Generator[Chunk]:
+        waiting = list(islice(items, 1))
+        while waiting:
+            num_steps, capacity = form()
+            num_bytes = _num_bytes(waiting[0][0])
+            capacity = min(capacity, 1 + _MAX_CHUNK_BYTES // num_bytes)
+            num_steps = min(num_steps, capacity)
+            waiting.extend(islice(items, max(num_steps - len(waiting), 0)))
+            group = _of_one_form([item for item, _ in waiting[:num_steps]])
+            position = waiting[len(group) - 1][1]
+            del waiting[: len(group)]
+            source = self._source(group, capacity)
+            yield Chunk(len(group), self._size(group[0]), source, position, num_bytes * capacity)
+            del group, source
+            if not waiting:
+                waiting.extend(islice(items, 1))
+
+    def _size(self, item: Any) -> int:
+        return num_examples(item) if self._arrays is None else len(item)
+
+    def _source(self, group: Sequence[Any], capacity: int) -> Source:
+        if self._arrays is not None:
+            return Gathered(self._arrays, stack(group, capacity))
+        return _on_device(One(group[0]) if capacity == 1 else Stacked(stack(group, capacity)))
+
+
+class _Kept(NamedTuple):
+    key: tuple[Form, bool, int]
+    chunks: list[Chunk]
+
+
+class Feeds:
+    """The feeds of the loaders that were seen last, so that their arrays are placed once."""
+
+    def __init__(self) -> None:
+        self._feeds: list[Feed] = []
+
+    def of(self, loader: Loader, *, name: str, resident: bool = True) -> Feed:
+        """Returns the feed of a loader; see `Feed`."""
+        found = self._known(loader)
+        feed = found or Feed(loader, name=name, resident=resident)
+        others = [each for each in self._feeds if each is not feed]
+        older = [each for each in others[_MAX_FEEDS - 1 :] if each.running]
+        self._feeds = [feed, *others[: _MAX_FEEDS - 1], *older]
+        return feed
+
+    def position(self, loader: Loader) -> Mapping[str, int]:
+        """Returns where a loader stood after the last chunk that was handed out of it."""
+        feed = self._known(loader)
+        return loader.get_state() if feed is None else feed.position
+
+    def _known(self, loader: Loader) -> Feed | None:
+        return next((feed for feed in self._feeds if feed.loader is loader), None)
+
+
+class _Rows:
+    """An array loader that hands out the rows of its batches."""
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def get_state(self) -> dict[str, int]:
+        return self._loader.get_state()
+
+    def set_state(self, state: Mapping[str, int]) -> None:
+        self._loader.set_state(state)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return self._loader.rows()
+
+
+def _as_it_is(chunks: Generator[Chunk], steady: Callable[[], bool]) -> Generator[Chunk]:
+    return chunks
+
+
+def _slices(arrays: PyTree, rows: Sequence[np.ndarray]) -> Iterator[tuple[PyTree, None]]:
+    """Yields the batches of an array loader that does not shuffle, without copying them."""
+    for batch in rows:
+        part = slice(batch[0], batch[-1] + 1)
+        yield jax.tree.map(lambda leaf, part=part: leaf[part], arrays), None
+
+
+def _of_one_form(items: Sequence[PyTree]) -> Sequence[PyTree]:
+    """Returns the first items, as far as they are of one form."""
+    if len(items) == 1:
+        return items[:1]
+    form = _form(items[0])
+    return next((items[:n] for n, item in enumerate(items) if _form(item) != form), items[:])
+
+
+def _form(item: PyTree) -> Any:
+    leaves, structure = jax.tree.flatten(item)
+    return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
+
+
+def _on_device(source: Source) -> Source:
+    """Starts to copy to an accelerator; the CPU's programs take NumPy arrays as they are."""
+    return source if jax.default_backend() == "cpu" else jax.device_put(source)
+
+
+def _placed(loader: Any) -> PyTree | None:
+    """Returns a loader's arrays on the device; None without any, or for too large ones."""
+    fits = _is_in_memory(loader)
+    return jax.tree.map(jnp.array, loader.arrays) if fits else None
+
+
+def _is_repeated(loader: Any) -> bool:
+    """Whether each epoch of a loader is the same, and small enough to be kept on the device."""
+    return _is_in_memory(loader) and not loader.shuffle
+
+
+def _is_in_memory(loader: Any) -> bool:
+    # A subclass may yield something else than the rows of its arrays.
+    return type(loader) is ArrayLoader and _num_bytes(loader.arrays) <= _MAX_RESIDENT_BYTES
+
+
+def _num_bytes(tree: PyTree) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,56 @@
+"""Learning rates for the log, computed ahead.
+
+The smallest program waits for all steps that were handed to the device before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distaff.typing import Schedule
+
+_BLOCK = 1024
+"""Steps whose rates are computed at once."""
+
+
+def make_rates(schedule: Schedule) -> Callable[[int], float]:
+    """Returns a schedule's values as floats, without waiting for steps in flight.
+
+    Args:
+        schedule: the learning rate by optimizer step, as a function that JAX can trace.
+
+    Returns:
+        `step -> learning_rate`. Ask it for steps in ascending order.
+    """
+    if not jax.make_jaxpr(schedule)(0).eqns:  # constant
+        rate = float(schedule(0))
+        return lambda step: rate
+    return _Rates(schedule)
+
+
+class _Rates:
+    def __init__(self, schedule: Schedule) -> None:
+        self._compute = jax.jit(
+            lambda block: jax.vmap(schedule)(block * _BLOCK + jnp.arange(_BLOCK, dtype=jnp.int32))
+        )
+        self._blocks: dict[int, jax.Array] = {}
+        self._prepare(0)
+
+    def __call__(self, step: int) -> float:
+        block, row = divmod(step, _BLOCK)
+        self._prepare(block)
+        return float(np.asarray(self._blocks[block])[row])
+
+    def _prepare(self, block: int) -> None:
+        """Has a block computed and, while there is time, the one after it."""
+        wanted = block, block + 1
+        kept = {number: self._blocks[number] for number in wanted if number in self._blocks}
+        for number in wanted:
+            if number not in kept:
+                kept[number] = self._compute(np.int32(number))
+                kept[number].copy_to_host_async()
+        self._blocks = kept
