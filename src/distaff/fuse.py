@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distaff.compiling import Watch
 from distaff.data import Chunk, Form, Source
 from distaff.execution import Execution
 from distaff.forms import Forms, convolves, make_forms
@@ -34,6 +35,7 @@ def make_steps(
     *,
     steps_per_epoch: int | None,
     watched: bool,
+    watch: Watch | None = None,
 ) -> Steps:
     """Makes what runs the steps of a run; the step is traced, nothing is compiled.
 
@@ -44,6 +46,7 @@ def make_steps(
         config: `steps_per_call`, `log_every_n_steps` and `debug` are read.
         steps_per_epoch: None if it is not known.
         watched: whether the metrics of every step are wanted.
+        watch: watches what compiles.
     """
     _, metrics = execution.shapes(step, *example)
     forms = make_forms(
@@ -54,7 +57,15 @@ def make_steps(
         convolves=lambda: convolves(step, *example),
     )
     every = config.log_every_n_steps
-    return Steps(execution, windowed(step), metrics, forms=forms, log_every=every, watched=watched)
+    return Steps(
+        execution,
+        windowed(step),
+        metrics,
+        forms=forms,
+        log_every=every,
+        watched=watched,
+        watch=watch,
+    )
 
 
 def single(step: WindowedStep) -> Callable[..., tuple[TrainState, Window, Any]]:
@@ -123,6 +134,7 @@ class Steps:
         forms: chooses the form.
         log_every: steps per window.
         watched: whether the metrics of every step are wanted, and not only those of windows.
+        watch: watches what compiles.
     """
 
     def __init__(
@@ -134,14 +146,16 @@ class Steps:
         forms: Forms,
         log_every: int,
         watched: bool = False,
+        watch: Watch | None = None,
     ) -> None:
         self.empty = empty_window(metrics)
         self.log_every, self.forms, self._watched = log_every, forms, watched
-        self._single = execution.program(single(step), donate=0)
-        kept = metrics if watched else {}
-        self._fused = execution.program(
-            fused(step, self.empty, kept, log_every=log_every), donate=0
-        )
+        kept, watch = metrics if watched else {}, watch or Watch()
+        one = execution.program(single(step), donate=0)
+        many = execution.program(fused(step, self.empty, kept, log_every=log_every), donate=0)
+        arguments = ("state", "window", "source", "span")
+        self._single = watch.over(one, "the step", arguments)
+        self._fused = watch.over(many, "the fused steps", arguments)
 
     def form(self) -> Form:
         """Returns the form of the next chunk."""

@@ -8,6 +8,7 @@ from typing import Any, Self, dataclass_transform
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from distaff import slot
@@ -231,6 +232,24 @@ def owned(state: PyTree) -> PyTree:
             lambda leaf: leaf.copy() if isinstance(leaf, jax.Array) else jnp.array(leaf), state
         )
     )
+
+
+def placed_like(tree: PyTree, example: PyTree) -> PyTree:
+    """Returns a tree whose arrays JAX may place where it likes, where it may those of the example.
+
+    What is read from a file is committed to its device; a program compiles anew for that.
+    """
+
+    def placed(leaf: Any, like: Any) -> Any:
+        is_free = isinstance(like, jax.Array) and not like.committed
+        if not (is_free and isinstance(leaf, jax.Array) and leaf.committed):
+            return leaf
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            data = np.asarray(jax.random.key_data(leaf))
+            return jax.random.wrap_key_data(jnp.array(data), impl=jax.random.key_impl(leaf))
+        return jnp.array(np.asarray(leaf))
+
+    return jax.tree.map(placed, tree, example)
 
 
 def strongly_typed(tree: PyTree) -> PyTree:

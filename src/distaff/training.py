@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from distaff.callbacks import Callback, Callbacks, StepInfo
+from distaff.compiling import Watch
 from distaff.config import from_json
 from distaff.data import Chunk, Feeds, Form, as_loader, num_batches
 from distaff.errors import ConfigError, NonFiniteError, StateError
@@ -31,6 +32,8 @@ from distaff.typing import Batch, PyTree, Schedule
 from distaff.vitals import evidence_of_learning
 
 _log = logging.getLogger("distaff")
+
+_MAX_EVALUATED = 3
 
 
 class Training(Predictor):
@@ -68,6 +71,7 @@ class Training(Predictor):
         self.has_run = False
         self.forms: Forms = Fixed(1)
         self.feeds, self.ledger = Feeds(), Ledger()
+        self.evaluation_watch, self._evaluated = self.make_watch(), []
 
     def init_logger(self) -> Recording:
         """Returns where metrics, checkpoints and configuration go; nothing is written yet."""
@@ -109,8 +113,21 @@ class Training(Predictor):
             options["optimizer"] = from_json(OptimizerConfig, record.get("optimizer"))
         return options
 
+    def make_watch(self) -> Watch:
+        """Returns what watches the programs of a run, or those of evaluations."""
+        recompile = "ignore" if self.config.debug else self.config.recompile
+        return Watch(recompile, step=lambda: self.step, say=self.display.print)
+
+    def expect_compile(self, loader: Any = None) -> None:
+        """Expects that evaluation compiles once more: for a loader not seen, or for a new state."""
+        if loader is not None and any(loader is each for each in self._evaluated):
+            return
+        self._evaluated = [] if loader is None else [loader, *self._evaluated[:_MAX_EVALUATED]]
+        self.evaluation_watch.expect()
+
     def begin(self, plan: Plan) -> None:
         """Counts a new run."""
+        self.expect_compile()
         self.plan, self._first_step, self._reached = plan, self.step, (self.step, self.epoch)
         self.best, self.callbacks.stop_reason, self.last_metrics = None, None, {}
         self.has_run, self.ledger = False, Ledger()
@@ -132,6 +149,7 @@ class Training(Predictor):
 
     def chunks(self, loader: Any, name: str) -> Iterator[Chunk]:
         """Goes once through a loader, in chunks, with its progress shown."""
+        self.expect_compile(loader)
         loader = as_loader(loader, name=name)
         capacity, length = self.forms.capacity, num_batches(loader)
         # Each data set in the memory of the device makes a program of its own.
@@ -153,6 +171,7 @@ class Training(Predictor):
         """Takes over the new state, and tells display and callbacks."""
         if self.step == self._first_step:
             self.display.running()
+            self._show(self.ledger.read().compiled())
         self.state, self.step = event.state, event.step
         self._reached = (self.step, self.epoch)
         examples = event.num_steps * event.examples
@@ -162,6 +181,10 @@ class Training(Predictor):
         for step, metrics in enumerate(event.metrics, event.step - event.num_steps + 1):
             state = event.state if step == event.step else None
             self.emit("on_step_end", StepInfo(step, self.epoch, state, metrics))
+
+    def _show(self, line: str) -> None:
+        _log.info("%s", line)
+        self.display.print(line)
 
     def emit(self, event: str, info: StepInfo) -> None:
         """Tells callbacks of an event."""
