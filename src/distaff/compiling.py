@@ -54,7 +54,7 @@ class Watch:
         recompile: Recompile = "ignore",
         *,
         step: Callable[[], int] = int,
-        say: Callable[[str], None] = bool,
+        say: Callable[[str], object] = str,
     ) -> None:
         self.recompile = recompile
         self._step, self._say = step, say

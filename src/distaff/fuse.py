@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distaff import compile_cache, compiling
 from distaff.compiling import Watch
 from distaff.data import Chunk, Form, Source
 from distaff.execution import Execution
-from distaff.forms import Forms, convolves, make_forms
+from distaff.forms import Forms, make_forms
 from distaff.metrics import Metric
 from distaff.state import TrainState
 from distaff.trainer_config import TrainerConfig
 from distaff.typing import Batch, PyTree
 from distaff.window import StepFn, Window, empty_window, windowed
-
-_log = logging.getLogger("distaff")
 
 WindowedStep: TypeAlias = Callable[[TrainState, Window, Any], tuple[TrainState, Window, Any]]
 """`(state, window, batch) -> (state, window, metrics)`, as `windowed` makes it."""
@@ -54,7 +53,8 @@ def make_steps(
         metrics,
         steps_per_epoch=steps_per_epoch,
         watched=watched,
-        convolves=lambda: convolves(step, *example),
+        jaxpr=lambda: jax.make_jaxpr(step)(*example),
+        file=_choices() if config.tune_process else None,
     )
     every = config.log_every_n_steps
     return Steps(
@@ -66,6 +66,11 @@ def make_steps(
         watched=watched,
         watch=watch,
     )
+
+
+def _choices() -> Path | None:
+    directory = compile_cache.directory()
+    return None if directory is None else directory / "forms.json"
 
 
 def single(step: WindowedStep) -> Callable[..., tuple[TrainState, Window, Any]]:
@@ -150,6 +155,7 @@ class Steps:
     ) -> None:
         self.empty = empty_window(metrics)
         self.log_every, self.forms, self._watched = log_every, forms, watched
+        self._examples = 0
         kept, watch = metrics if watched else {}, watch or Watch()
         one = execution.program(single(step), donate=0)
         many = execution.program(fused(step, self.empty, kept, log_every=log_every), donate=0)
@@ -177,7 +183,7 @@ class Steps:
             step, `[steps, ...]`, or without that axis for a chunk with room for one only; the
             metrics of each step, none if they are not watched.
         """
-        start = time.perf_counter()
+        start, num_compiled = time.perf_counter(), compiling.count()
         if chunk.source.capacity == 1:
             state, windows, measured = self._single(state, window, chunk.source)
             window = self.empty if (step + 1) % self.log_every == 0 else windows
@@ -188,10 +194,16 @@ class Steps:
             metrics = [_row(measured, row) for row in range(chunk.num_steps * self._watched)]
         if self.forms.measuring:
             jax.block_until_ready(state)
-            self.forms.took((time.perf_counter() - start) / chunk.num_steps)
-            if not self.forms.measuring:
-                _log.info("steps as programs: %s", self.forms.describe())
+            seconds = (time.perf_counter() - start) / chunk.num_steps
+            counts = compiling.count() == num_compiled and self._is_like_first(chunk)
+            self.forms.took(seconds if counts else None)
         return state, window, windows, metrics
+
+    def _is_like_first(self, chunk: Chunk) -> bool:
+        """Tells whether a chunk has as many examples per step as the first, in the form asked."""
+        self._examples = self._examples or chunk.examples
+        is_asked = (chunk.source.capacity == 1) == (self.forms.form.capacity == 1)
+        return is_asked and chunk.examples == self._examples
 
 
 def _row(tree: PyTree, row: int) -> PyTree:

@@ -117,7 +117,10 @@ _REMEDIES = {
     ("batch", "dtype"): "Cast it in the loader, always to the same dtype.",
     ("state", "entry"): "Return a state of the form that the step was given.",
     ("state", "shape"): "Return arrays of the shapes that the step was given.",
-    ("state", "dtype"): "Keep its dtype in the step with .astype; Python's numbers are weakly typed.",
+    (
+        "state",
+        "dtype",
+    ): "Keep its dtype in the step with .astype; Python's numbers are weakly typed.",
 }
 _PLACE = "Place it in one way throughout, with jax.device_put, before the first step."
 

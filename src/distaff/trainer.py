@@ -212,9 +212,8 @@ class TrainerModule(Training):
             BatchError: the loader is empty.
         """
         with self.ledger.spent("evaluation"):
-            state = self.evaluation_state()
             chunks = self.chunks(loader, prefix.rstrip("/") or "evaluate")
-            return metrics_lib.compute(self._evaluator(state, chunks), prefix)
+            return metrics_lib.compute(self._evaluator(self.evaluation_state(), chunks), prefix)
 
     def save_metrics(self, name: str, metrics: Mapping[str, Any]) -> None:
         """Writes metrics to `metrics/<name>.json` in the run directory.

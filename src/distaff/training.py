@@ -130,7 +130,7 @@ class Training(Predictor):
         self.expect_compile()
         self.plan, self._first_step, self._reached = plan, self.step, (self.step, self.epoch)
         self.best, self.callbacks.stop_reason, self.last_metrics = None, None, {}
-        self.has_run, self.ledger = False, Ledger()
+        self.has_run, self.ledger, self._form_is_shown = False, Ledger(), False
         self.display.start(plan.last_epoch, plan.steps_per_epoch or num_batches(plan.train_loader))
         self.display.compiling("the model")
 
@@ -172,6 +172,10 @@ class Training(Predictor):
         if self.step == self._first_step:
             self.display.running()
             self._show(self.ledger.read().compiled())
+        if not (self._form_is_shown or self.forms.measuring):
+            self._form_is_shown = True
+            if self.forms.describe():
+                self._show(f"steps as programs: {self.forms.describe()}")
         self.state, self.step = event.state, event.step
         self._reached = (self.step, self.epoch)
         examples = event.num_steps * event.examples
@@ -280,7 +284,8 @@ class Training(Predictor):
         facts = self.result(self.last_metrics)._asdict()
         del facts["path"]
         best = None if self.best is None else self.best._asdict()
-        return {**facts, "best": best, "throughput": self.ledger.read()._asdict()}
+        throughput, form = self.ledger.read()._asdict(), self.forms.facts()
+        return {**facts, "best": best, "steps_per_call": form, "throughput": throughput}
 
     def show_result(self, metrics: Mapping[str, Any]) -> None:
         """Shows the metrics of a finished run as a table of splits."""
