@@ -283,8 +283,8 @@ def _single_first(capacity: int) -> Trying:
 
 def _compared(capacity: int, fused: float) -> Trying:
     """Runs the forms in turn, for about as many steps each, until one is clearly faster."""
-    form, singles, fuseds = _kept(capacity, fused), [], []
-    for _ in range(_ROUNDS):
+    form, singles, fuseds = _kept(capacity, fused), [], [fused]
+    for number in range(_ROUNDS):
         fuseds.append((yield form))
         total, num_steps = 0.0, min(form.num_steps, _MAX_SINGLE)
         for _ in range(num_steps):
@@ -292,7 +292,7 @@ def _compared(capacity: int, fused: float) -> Trying:
         singles.append(total / num_steps)
         single, fused = min(singles), min(fuseds)
         form = _kept(capacity, fused)
-        if max(single, fused) > _CLEARLY * min(single, fused):
+        if number and max(single, fused) > _CLEARLY * min(single, fused):
             break
     return (form if fused < single else SINGLE), Timing(single, fused)
 

@@ -154,10 +154,10 @@ def _changed(old: Signature, new: Signature) -> tuple[str, ...]:
 
 def _is_resized(name: str, old: Leaf | None, new: Leaf | None) -> bool:
     axis = _AXIS_OF_EXAMPLES.get(name.split("/")[0])
-    if axis is None or old is None or new is None or len(old.shape) != len(new.shape):
+    if axis is None or old is None or new is None or not axis < len(old.shape) == len(new.shape):
         return False
-    resized = (*old.shape[:axis], new.shape[axis], *old.shape[axis + 1 :])
-    return old._replace(shape=resized) == new
+    shape = (*old.shape[:axis], new.shape[axis], *old.shape[axis + 1 :])
+    return old._replace(shape=shape) == new
 
 
 def _said(name: str, path: tuple[Any, ...]) -> str:
