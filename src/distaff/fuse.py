@@ -17,7 +17,7 @@ from distaff.data import Chunk, Form, Source
 from distaff.execution import Execution
 from distaff.forms import Forms, make_forms
 from distaff.metrics import Metric
-from distaff.state import TrainState
+from distaff.state import TrainState, placed_with
 from distaff.trainer_config import TrainerConfig
 from distaff.typing import Batch, PyTree
 from distaff.window import StepFn, Window, empty_window, windowed
@@ -183,6 +183,10 @@ class Steps:
             step, `[steps, ...]`, or without that axis for a chunk with room for one only; the
             metrics of each step, none if they are not watched.
         """
+        if not self._examples:
+            self._examples = chunk.examples
+            self.empty = placed_with(self.empty, chunk.source)
+            state, window = placed_with((state, window), chunk.source)
         start, num_compiled = time.perf_counter(), compiling.count()
         if chunk.source.capacity == 1:
             state, windows, measured = self._single(state, window, chunk.source)
@@ -201,7 +205,6 @@ class Steps:
 
     def _is_like_first(self, chunk: Chunk) -> bool:
         """Tells whether a chunk has as many examples per step as the first, in the form asked."""
-        self._examples = self._examples or chunk.examples
         is_asked = (chunk.source.capacity == 1) == (self.forms.form.capacity == 1)
         return is_asked and chunk.examples == self._examples
 

@@ -252,6 +252,32 @@ def placed_like(tree: PyTree, example: PyTree) -> PyTree:
     return jax.tree.map(placed, tree, example)
 
 
+def placed_with(tree: PyTree, arrays: PyTree) -> PyTree:
+    """Returns a tree on the devices that other arrays are committed to: whole on each of them.
+
+    A step puts what it returns where its arguments are; a state that was elsewhere before the first
+    one makes it compile twice.
+
+    Args:
+        tree: what goes along. What is committed already stays where it is.
+        arrays: such as a batch that its loader has placed.
+    """
+    placed = [x for x in jax.tree.leaves(arrays) if isinstance(x, jax.Array) and x.committed]
+    if not placed:
+        return tree
+    there = placed[0].sharding
+    if isinstance(there, jax.sharding.NamedSharding):
+        there = jax.sharding.NamedSharding(there.mesh, jax.sharding.PartitionSpec())
+    if not there.is_fully_replicated:
+        return tree
+
+    def moved(leaf: Any) -> Any:
+        is_placed = isinstance(leaf, jax.Array) and leaf.committed
+        return leaf if is_placed else jax.device_put(leaf, there)
+
+    return jax.tree.map(moved, tree)
+
+
 def strongly_typed(tree: PyTree) -> PyTree:
     """Returns a tree whose arrays are no longer weakly typed, as those made of Python numbers are.
 

@@ -49,9 +49,9 @@ def test_warning_comes_once_for_a_signature_and_not_without_end():
     with pytest.warns(RecompileWarning, match=r"batch was float32\[2,3\], is int32\[2,3\]"):
         program(np.float32(1), np.ones((2, 3), np.int32))
     program(np.float32(1), np.ones((2, 3), np.int32))
+    batches = [np.ones((2, length), np.float32) for length in range(4, 12)]
     with pytest.warns(RecompileWarning) as caught:
-        for length in range(4, 12):
-            program(np.float32(1), np.ones((2, length), np.float32))
+        list(map(program, range(8), batches))
     assert len(caught) == 4
     assert "Only the log tells of more" in str(caught[-1].message)
 
@@ -149,12 +149,19 @@ def digits(*sizes: int, dtype: Any = np.float32) -> list[dict[str, np.ndarray]]:
 
 
 @pytest.mark.parametrize("steps_per_call", [1, 4, "auto"])
-@pytest.mark.parametrize("kind", ["arrays", "lists"])
+@pytest.mark.parametrize("kind", ["arrays", "lists", "placed", "sharded"])
 def test_runs_of_one_form_compile_nothing_twice(steps_per_call, kind):
     """Epochs, validation, the best model loaded again, its test, evaluation, a second run."""
     train, val, test = data.digits(batch_size=128)
-    if kind == "lists":
-        train, val, test = list(train)[:6], list(val), list(test)
+    if kind != "arrays":
+        train, val, test = list(train)[:6], list(val)[:1], list(test)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    places = {
+        "placed": jax.devices()[0],
+        "sharded": jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")),
+    }
+    if kind in places:
+        train, val = (jax.device_put(batches, places[kind]) for batches in (train, val))
     trainer = classifier(steps_per_call=steps_per_call, recompile="error")
     for _ in range(2):
         trainer.train_model(train, val, test, num_epochs=3)
@@ -226,5 +233,5 @@ def test_run_tells_what_it_compiled_and_how(capsys):
 
 
 def test_unknown_value_is_refused_with_the_nearest():
-    with pytest.raises(ConfigError, match="recompile has no value 'wran'. Did you mean 'warn'"):
+    with pytest.raises(ConfigError, match=r"recompile has no value 'wran'\. Did you mean 'warn'"):
         classifier(recompile="wran")
