@@ -25,7 +25,8 @@ _FAST_SECONDS = 5e-4
 _SLOW_SECONDS = 5e-3
 """A single step this slow needs none either: the host's part in it is lost in the noise."""
 
-_ROUNDS, _MAX_SINGLE = 3, 16
+_MAX_SINGLE = 8
+"""How many single steps are timed together."""
 
 _CLEARLY, _HOPELESSLY = 2, 8
 """How many times slower a form is that is not worth more steps, or not even a second look."""
@@ -282,19 +283,18 @@ def _single_first(capacity: int) -> Trying:
 
 
 def _compared(capacity: int, fused: float) -> Trying:
-    """Runs the forms in turn, for about as many steps each, until one is clearly faster."""
+    """Runs the forms in turn, twice: a busy moment of the machine meets both."""
     form, singles, fuseds = _kept(capacity, fused), [], [fused]
-    for number in range(_ROUNDS):
+    num_single = max(1, min(form.num_steps, _MAX_SINGLE, capacity // 2))  # within a short epoch
+    for _ in range(2):
         fuseds.append((yield form))
-        total, num_steps = 0.0, min(form.num_steps, _MAX_SINGLE)
-        for _ in range(num_steps):
+        total = 0.0
+        for _ in range(num_single):
             total += yield SINGLE
-        singles.append(total / num_steps)
-        single, fused = min(singles), min(fuseds)
-        form = _kept(capacity, fused)
-        if number and max(single, fused) > _CLEARLY * min(single, fused):
-            break
-    return (form if fused < single else SINGLE), Timing(single, fused)
+        singles.append(total / num_single)
+        form = _kept(capacity, min(fuseds))
+    timing = Timing(min(singles), min(fuseds))
+    return (form if min(fuseds) < min(singles) else SINGLE), timing
 
 
 def _kept(capacity: int, seconds: float) -> Form:

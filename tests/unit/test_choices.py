@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import threading
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -157,14 +156,3 @@ def test_program_key_does_not_hold_addresses():
     one, other = "pjit[f=<function f at 0x7f00aa>]", "pjit[f=<function f at 0x7f11bb>]"
     assert program_key(one) == program_key(other)
     assert program_key(one) != program_key(one.replace("pjit", "scan"))
-
-
-def test_directory_is_below_the_cache_of_the_user(monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert choices_directory() == Path("/somewhere/distaff")
-
-
-def choices_directory() -> Path | None:
-    from distaff.compile_cache import directory
-
-    return directory()

@@ -9,10 +9,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from distaff.data import SINGLE, Form
+from distaff.data import SINGLE, Chunk, Form, One, Stacked
+from distaff.execution import Compiled
 from distaff.forms import Fixed, Measured, Remembered, convolves, make_forms
+from distaff.fuse import Steps
+from distaff.metrics import Mean
+from distaff.window import Window
 
 
 def choose(forms: Any, single: Any, fused: Any) -> list[Form]:
@@ -23,7 +28,7 @@ def choose(forms: Any, single: Any, fused: Any) -> list[Form]:
         single: seconds of each single step, or those of one after the other.
         fused: likewise of each fused step.
     """
-    times = {1: _times(single), 64: _times(fused), 256: _times(fused)}
+    times = {1: _times(single), **{capacity: _times(fused) for capacity in (7, 64, 256)}}
     tried, compiled = [], set()
     while forms.measuring:
         assert forms.capacity == 1
@@ -83,6 +88,13 @@ def test_form_that_clearly_wins_is_not_compared_again():
     tried = choose(forms, single=4e-3, fused=1e-3)
     assert [form for form in tried if form != SINGLE] == [Form(1, 64)] * 2 + [Form(20, 64)] * 2
     assert forms.form == Form(20, 64)
+
+
+def test_comparison_fits_into_a_short_run():
+    forms = Measured(7, single_first=False)
+    tried = choose(forms, single=3e-3, fused=2e-3)
+    assert sum(form.num_steps for form in tried) <= 32
+    assert forms.form == Form(7, 7)
 
 
 def noisy(*factors: float, seconds: float) -> Iterator[float]:
@@ -190,6 +202,38 @@ def test_choice_that_cannot_have_been_made_is_ignored(tmp_path: Path, change, mo
     for value, is_remembered in ((written, True), ({**written, **change}, False), ([], False)):
         monkeypatch.setattr("distaff.choices.Entry.read", lambda self, value=value: value)
         assert isinstance(forms_of(**options), Remembered) == is_remembered
+
+
+class Told(Fixed):
+    """Measures for ever, one step at a time, and keeps what it was told."""
+
+    measuring = True
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.told: list[float | None] = []
+
+    def took(self, seconds: float | None) -> None:
+        self.told.append(seconds)
+
+
+def test_steps_time_neither_calls_that_compile_nor_batches_of_another_size():
+    metrics = {"loss": Mean(jnp.float32(0), jnp.float32(0))}
+
+    def step(state: Any, window: Window, batch: Any) -> Any:
+        return state + batch.sum(), window, metrics
+
+    forms, state = Told(), jnp.float32(0)
+    steps = Steps(Compiled(), step, metrics, forms=forms, log_every=5)
+    for number, size in enumerate((3, 3, 2, 2, 3)):
+        chunk = Chunk(1, size, One(np.ones(size, np.float32)))
+        state = steps(state, steps.empty, chunk, number)[0]
+    # Of the first two sizes the first call compiles.
+    assert [seconds is None for seconds in forms.told] == [True, False, True, True, False]
+    stacked = Chunk(1, 3, Stacked(np.ones((2, 3), np.float32)))
+    for number in range(5, 7):
+        state = steps(state, steps.empty, stacked, number)[0]
+    assert forms.told[-1] is None  # not the form that was asked for
 
 
 def test_convolves_looks_into_inner_programs():
