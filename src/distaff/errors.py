@@ -56,6 +56,14 @@ class NonFiniteError(DistaffError, FloatingPointError):
     """The loss became NaN or infinite during training."""
 
 
+class RecompileError(DistaffError, RuntimeError):
+    """A program compiled again after its first time, under `recompile="error"`."""
+
+
+class RecompileWarning(UserWarning):
+    """A program compiled again after its first time."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns a sentence that lists the known names, the closest one first.
 

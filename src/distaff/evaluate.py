@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distaff import metrics as metrics_lib
+from distaff.compiling import Watch
 from distaff.data import Chunk, One, Source, num_examples, pad
 from distaff.errors import BatchError, leaf_name
 from distaff.execution import Execution
@@ -32,18 +33,24 @@ class Evaluator:
     Args:
         eval_step: an `EvalStep`, or any `(state, batch) -> metrics`.
         execution: how the step is made to run.
+        watch: watches what compiles.
 
     Attributes:
         masks: whether the step can mask; None as long as that is not known.
     """
 
-    def __init__(self, eval_step: EvalFn | EvalStep, execution: Execution) -> None:
+    def __init__(
+        self, eval_step: EvalFn | EvalStep, execution: Execution, watch: Watch | None = None
+    ) -> None:
         self._eval_step = eval_step
         self.masks: bool | None = None if isinstance(eval_step, EvalStep) else False
         self._execution = execution
         self._one = execution.part(self._accumulating_one)
         self._run = execution.program(self._accumulating)
-        self._run_fused = execution.program(self._accumulating_each)
+        watch, arguments = watch or Watch(), ("state", "source", "mask", "num_steps")
+        many = execution.program(self._accumulating_each)
+        self._call = watch.over(self._run, "the evaluation step", arguments)
+        self._call_fused = watch.over(many, "the fused evaluation steps", arguments)
 
     def __call__(self, state: TrainState, chunks: Iterable[Chunk]) -> dict[str, Metric]:
         """Returns the metrics over all examples, on the host.
@@ -86,8 +93,8 @@ class Evaluator:
                 )
             source, mask = source.padded(full_size), np.arange(full_size) < chunk.examples
         if source.capacity == 1:
-            return None, self._run(state, source, mask)
-        metrics = self._run_fused(state, source, mask, np.int32(chunk.num_steps))
+            return None, self._call(state, source, mask)
+        metrics = self._call_fused(state, source, mask, np.int32(chunk.num_steps))
         return chunk.num_steps, metrics
 
     def _accumulating_one(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Generator
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 from jax.extend.core import jaxprs_in_params
 
+from distaff.choices import Entry, program_key
 from distaff.data import SINGLE, Form
 from distaff.typing import PyTree
 
@@ -23,6 +24,15 @@ _FAST_SECONDS = 5e-4
 
 _SLOW_SECONDS = 5e-3
 """A single step this slow needs none either: the host's part in it is lost in the noise."""
+
+_MAX_SINGLE = 8
+"""How many single steps are timed together."""
+
+_CLEARLY, _HOPELESSLY = 2, 8
+"""How many times slower a form is that is not worth more steps, or not even a second look."""
+
+_MAX_UNTOLD = 16
+"""After this many calls in a row that say nothing, steps run one by one."""
 
 
 class Forms(Protocol):
@@ -43,12 +53,16 @@ class Forms(Protocol):
         """How many steps suit one program; 1 until that is known."""
         ...
 
-    def took(self, seconds: float) -> None:
-        """Hears how long each step of the last chunk took."""
+    def took(self, seconds: float | None) -> None:
+        """Hears how long each step of the last chunk took; None where that says nothing."""
         ...
 
     def describe(self) -> str:
         """Returns the choice and its reason in a few words; empty where there is nothing to say."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """Returns the choice, why, and the seconds per step that were measured, as JSON."""
         ...
 
 
@@ -58,7 +72,8 @@ def make_forms(
     *,
     steps_per_epoch: int | None,
     watched: bool,
-    convolves: Callable[[], bool],
+    jaxpr: Callable[[], Any],
+    file: Path | None = None,
 ) -> Forms:
     """Makes what chooses the form of a run's steps.
 
@@ -67,26 +82,31 @@ def make_forms(
         metrics: of one step, or their shapes: a fused program holds those of all its steps.
         steps_per_epoch: no program runs past the end of an epoch; None if it is not known.
         watched: whether somebody looks at each step, which then must be one program.
-        convolves: tells whether the step convolves.
+        jaxpr: traces the step.
+        file: where choices are remembered; None to measure anew.
     """
     if steps_per_call != "auto":
-        return Fixed(steps_per_call)
+        return Fixed(steps_per_call, "given")
     num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(metrics))
     capacity = min(_MAX_STEPS, steps_per_epoch or _MAX_STEPS, _MAX_BYTES // max(num_bytes, 1))
     if watched or capacity < 2:
-        return Fixed(1)
-    return Measured(capacity, single_first=convolves())
+        return Fixed(1, "watched" if watched else "no room for more")
+    traced = jaxpr()
+    entry = Entry(file, "" if file is None else program_key(traced, capacity))
+
+    def keep(form: Form, timing: Timing) -> None:
+        entry.write(_facts(form, "measured", timing))
+
+    single_first = convolves(traced.jaxpr)
+    remembered = _recalled(entry.read(), capacity)
+    return remembered or Measured(capacity, single_first=single_first, chosen=keep)
 
 
-def convolves(function: Callable[..., Any], *args: Any) -> bool:
-    """Tells whether a function convolves."""
-    return _has_convolution(jax.make_jaxpr(function)(*args).jaxpr)
-
-
-def _has_convolution(jaxpr: Any) -> bool:
+def convolves(jaxpr: Any) -> bool:
+    """Tells whether a program convolves."""
     return any(
         equation.primitive.name == "conv_general_dilated"
-        or any(_has_convolution(inner) for inner in jaxprs_in_params(equation.params))
+        or any(convolves(inner) for inner in jaxprs_in_params(equation.params))
         for equation in jaxpr.eqns
     )
 
@@ -96,20 +116,26 @@ class Fixed:
 
     Args:
         steps_per_call: steps of one program.
+        why: what was the reason.
     """
 
     measuring = False
 
-    def __init__(self, steps_per_call: int) -> None:
+    def __init__(self, steps_per_call: int, why: str = "given") -> None:
+        self._why = why
         self.form = Form(steps_per_call, steps_per_call)
         self.capacity = steps_per_call
 
-    def took(self, seconds: float) -> None:
+    def took(self, seconds: float | None) -> None:
         """Does nothing."""
 
     def describe(self) -> str:
         """Returns nothing: the user knows."""
         return ""
+
+    def facts(self) -> dict[str, Any]:
+        """Returns the form."""
+        return _facts(self.form, self._why, Timing(None, None))
 
 
 class Timing(NamedTuple):
@@ -117,6 +143,10 @@ class Timing(NamedTuple):
 
     single: float | None
     fused: float | None
+
+    def __str__(self) -> str:
+        named = {"one by one": self.single, "fused": self.fused}
+        return ", ".join(f"{1e3 * time:.3g} ms {name}" for name, time in named.items() if time)
 
 
 class Measured:
@@ -126,11 +156,18 @@ class Measured:
         capacity: the most steps of one program.
         single_first: whether to begin with single steps, and to try fused ones only if these are
             fast. Convolutions in a loop are slow on the CPU: 25 times, where they are large.
+        chosen: is told the choice.
     """
 
-    def __init__(self, capacity: int, *, single_first: bool) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        *,
+        single_first: bool,
+        chosen: Callable[[Form, Timing], None] = lambda form, timing: None,
+    ) -> None:
         self._trying = (_single_first if single_first else _fused_first)(capacity)
-        self._timing = Timing(None, None)
+        self._timing, self._chosen, self._num_untold = Timing(None, None), chosen, 0
         self.form = next(self._trying)
         self.measuring = True
 
@@ -139,64 +176,126 @@ class Measured:
         """How many steps suit one program; 1 until that is known."""
         return 1 if self.measuring else self.form.capacity
 
-    def took(self, seconds: float) -> None:
+    def took(self, seconds: float | None) -> None:
         """Goes on to the next form, until the choice is made."""
+        if seconds is None:
+            self._num_untold += 1
+            if self._num_untold == _MAX_UNTOLD:
+                self.form, self.measuring = SINGLE, False
+            return
+        self._num_untold = 0
         try:
             self.form = self._trying.send(seconds)
         except StopIteration as end:
             self.form, self._timing = end.value
             self.measuring = False
+            self._chosen(self.form, self._timing)
 
     def describe(self) -> str:
         """Returns the choice, and what was measured."""
-        if self.measuring:
-            return ""
-        named = {"one by one": self._timing.single, "fused": self._timing.fused}
-        times = ", ".join(
-            f"{1e3 * seconds:.3g} ms {name}" for name, seconds in named.items() if seconds
-        )
-        return f"{self.form.num_steps} per call ({times})"
+        return "" if self.measuring else f"{self.form.num_steps} per call ({self._timing})"
+
+    def facts(self) -> dict[str, Any]:
+        """Returns the choice, or that it was not made yet."""
+        return _facts(self.form, "measuring" if self.measuring else "measured", self._timing)
+
+
+class Remembered:
+    """The form that an earlier run of the same step on the same machine has chosen.
+
+    Args:
+        form: the form.
+        timing: what was measured then.
+    """
+
+    measuring = False
+
+    def __init__(self, form: Form, timing: Timing) -> None:
+        self.form, self._timing = form, timing
+        self.capacity = form.capacity
+
+    def took(self, seconds: float | None) -> None:
+        """Does nothing."""
+
+    def describe(self) -> str:
+        """Returns the choice, and what was measured for it."""
+        return f"{self.form.num_steps} per call, remembered ({self._timing})"
+
+    def facts(self) -> dict[str, Any]:
+        """Returns the choice."""
+        return _facts(self.form, "remembered", self._timing)
+
+
+def _facts(form: Form, why: str, timing: Timing) -> dict[str, Any]:
+    return {**form._asdict(), "why": why, "seconds_per_step": timing._asdict()}
+
+
+def _recalled(value: Any, capacity: int) -> Remembered | None:
+    """Returns the choice that a file holds; None if it holds something else."""
+    try:
+        num_steps, seconds = value["num_steps"], value["seconds_per_step"]
+        timing = Timing(seconds["single"], seconds["fused"])
+    except (KeyError, TypeError):
+        return None
+    if type(num_steps) is not int or not 1 <= num_steps <= capacity:
+        return None
+    if not all(time is None or _is_seconds(time) for time in timing):
+        return None
+    # One step per call is the single form, unless fused steps are so slow that one is enough.
+    is_single = value.get("capacity") == 1
+    return Remembered(SINGLE if is_single else Form(num_steps, capacity), timing)
+
+
+def _is_seconds(value: Any) -> bool:
+    return isinstance(value, float) and 0 < value < float("inf")
 
 
 Trying = Generator[Form, float, tuple[Form, Timing]]
-"""Yields forms to run, is sent their seconds per step, and returns the form to keep."""
+"""Yields forms to run, is sent their seconds per step, and returns the form to keep.
+
+Whatever else a machine does makes a step slower, never faster: of several times the least counts.
+A call that compiles is not timed, but made again.
+"""
 
 
 def _fused_first(capacity: int) -> Trying:
-    fused = yield from _time_fused(capacity)
+    fused = yield Form(1, capacity)
+    fused = min(fused, (yield _kept(capacity, fused)))
     if fused < _FAST_SECONDS:
+        fused = min(fused, (yield _kept(capacity, fused)))
         return _kept(capacity, fused), Timing(None, fused)
-    single = yield from _time_single()
-    return _better(capacity, single, fused)
+    single = yield SINGLE
+    if fused > _CLEARLY * single:
+        return SINGLE, Timing(single, fused)
+    return (yield from _compared(capacity, fused))
 
 
 def _single_first(capacity: int) -> Trying:
-    single = yield from _time_single()
+    single = min([(yield SINGLE), (yield SINGLE), (yield SINGLE)])
     if single > _SLOW_SECONDS:
         return SINGLE, Timing(single, None)
-    fused = yield from _time_fused(capacity, give_up=2 * single)
-    return _better(capacity, single, fused)
+    fused = yield Form(1, capacity)
+    if _CLEARLY * single < fused < _HOPELESSLY * single:
+        fused = min(fused, (yield Form(1, capacity)))  # another program may have been in the way
+    if fused > _CLEARLY * single:
+        return SINGLE, Timing(single, fused)
+    return (yield from _compared(capacity, fused))
 
 
-def _time_single() -> Generator[Form, float, float]:
-    yield SINGLE  # compiles
-    return statistics.median([(yield SINGLE), (yield SINGLE), (yield SINGLE)])
-
-
-def _time_fused(capacity: int, give_up: float = float("inf")) -> Generator[Form, float, float]:
-    yield Form(1, capacity)  # compiles
-    seconds = yield Form(min(2, capacity), capacity)
-    if seconds > give_up:
-        return seconds
-    # By now the time of one call is known well enough to make the next ones neither long nor short.
-    form = _kept(capacity, seconds)
-    return statistics.median([(yield form), (yield form), (yield form)])
+def _compared(capacity: int, fused: float) -> Trying:
+    """Runs the forms in turn, twice: a busy moment of the machine meets both."""
+    form, singles, fuseds = _kept(capacity, fused), [], [fused]
+    num_single = max(1, min(form.num_steps, _MAX_SINGLE, capacity // 2))  # within a short epoch
+    for _ in range(2):
+        fuseds.append((yield form))
+        total = 0.0
+        for _ in range(num_single):
+            total += yield SINGLE
+        singles.append(total / num_single)
+        form = _kept(capacity, min(fuseds))
+    timing = Timing(min(singles), min(fuseds))
+    return (form if min(fuseds) < min(singles) else SINGLE), timing
 
 
 def _kept(capacity: int, seconds: float) -> Form:
     return Form(max(1, min(capacity, round(_AT_ONCE_SECONDS / max(seconds, 1e-9)))), capacity)
-
-
-def _better(capacity: int, single: float, fused: float) -> tuple[Form, Timing]:
-    timing = Timing(single, fused)
-    return (_kept(capacity, fused) if fused < single else SINGLE), timing

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distaff import compile_cache, compiling
+from distaff.compiling import Watch
 from distaff.data import Chunk, Form, Source
 from distaff.execution import Execution
-from distaff.forms import Forms, convolves, make_forms
+from distaff.forms import Forms, make_forms
 from distaff.metrics import Metric
-from distaff.state import TrainState, owned
+from distaff.state import TrainState, placed_with
 from distaff.trainer_config import TrainerConfig
 from distaff.typing import Batch, PyTree
 from distaff.window import StepFn, Window, empty_window, windowed
-
-_log = logging.getLogger("distaff")
 
 WindowedStep: TypeAlias = Callable[[TrainState, Window, Any], tuple[TrainState, Window, Any]]
 """`(state, window, batch) -> (state, window, metrics)`, as `windowed` makes it."""
@@ -34,6 +34,7 @@ def make_steps(
     *,
     steps_per_epoch: int | None,
     watched: bool,
+    watch: Watch | None = None,
 ) -> Steps:
     """Makes what runs the steps of a run; the step is traced, nothing is compiled.
 
@@ -44,6 +45,7 @@ def make_steps(
         config: `steps_per_call`, `log_every_n_steps` and `debug` are read.
         steps_per_epoch: None if it is not known.
         watched: whether the metrics of every step are wanted.
+        watch: watches what compiles.
     """
     _, metrics = execution.shapes(step, *example)
     forms = make_forms(
@@ -51,10 +53,24 @@ def make_steps(
         metrics,
         steps_per_epoch=steps_per_epoch,
         watched=watched,
-        convolves=lambda: convolves(step, *example),
+        jaxpr=lambda: jax.make_jaxpr(step)(*example),
+        file=_choices() if config.tune_process else None,
     )
     every = config.log_every_n_steps
-    return Steps(execution, windowed(step), metrics, forms=forms, log_every=every, watched=watched)
+    return Steps(
+        execution,
+        windowed(step),
+        metrics,
+        forms=forms,
+        log_every=every,
+        watched=watched,
+        watch=watch,
+    )
+
+
+def _choices() -> Path | None:
+    directory = compile_cache.directory()
+    return None if directory is None else directory / "forms.json"
 
 
 def single(step: WindowedStep) -> Callable[..., tuple[TrainState, Window, Any]]:
@@ -123,6 +139,7 @@ class Steps:
         forms: chooses the form.
         log_every: steps per window.
         watched: whether the metrics of every step are wanted, and not only those of windows.
+        watch: watches what compiles.
     """
 
     def __init__(
@@ -134,15 +151,17 @@ class Steps:
         forms: Forms,
         log_every: int,
         watched: bool = False,
+        watch: Watch | None = None,
     ) -> None:
-        # Committed, as the state is: a window that comes out of a program is, too.
-        self.empty = owned(empty_window(metrics))
+        self.empty = jax.device_put(empty_window(metrics))
         self.log_every, self.forms, self._watched = log_every, forms, watched
-        self._single = execution.program(single(step), donate=0)
-        kept = metrics if watched else {}
-        self._fused = execution.program(
-            fused(step, self.empty, kept, log_every=log_every), donate=0
-        )
+        self._examples = 0
+        kept, watch = metrics if watched else {}, watch or Watch()
+        one = execution.program(single(step), donate=0)
+        many = execution.program(fused(step, self.empty, kept, log_every=log_every), donate=0)
+        arguments = ("state", "window", "source", "span")
+        self._single = watch.over(one, "the step", arguments)
+        self._fused = watch.over(many, "the fused steps", arguments)
 
     def form(self) -> Form:
         """Returns the form of the next chunk."""
@@ -164,7 +183,11 @@ class Steps:
             step, `[steps, ...]`, or without that axis for a chunk with room for one only; the
             metrics of each step, none if they are not watched.
         """
-        start = time.perf_counter()
+        if not self._examples:
+            self._examples = chunk.examples
+            self.empty = placed_with(self.empty, chunk.source)
+            state, window = placed_with((state, window), chunk.source)
+        start, num_compiled = time.perf_counter(), compiling.count()
         if chunk.source.capacity == 1:
             state, windows, measured = self._single(state, window, chunk.source)
             window = self.empty if (step + 1) % self.log_every == 0 else windows
@@ -175,10 +198,15 @@ class Steps:
             metrics = [_row(measured, row) for row in range(chunk.num_steps * self._watched)]
         if self.forms.measuring:
             jax.block_until_ready(state)
-            self.forms.took((time.perf_counter() - start) / chunk.num_steps)
-            if not self.forms.measuring:
-                _log.info("steps as programs: %s", self.forms.describe())
+            seconds = (time.perf_counter() - start) / chunk.num_steps
+            counts = compiling.count() == num_compiled and self._is_like_first(chunk)
+            self.forms.took(seconds if counts else None)
         return state, window, windows, metrics
+
+    def _is_like_first(self, chunk: Chunk) -> bool:
+        """Tells whether a chunk has as many examples per step as the first, in the form asked."""
+        is_asked = (chunk.source.capacity == 1) == (self.forms.form.capacity == 1)
+        return is_asked and chunk.examples == self._examples
 
 
 def _row(tree: PyTree, row: int) -> PyTree:

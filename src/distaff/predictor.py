@@ -22,7 +22,7 @@ from distaff.execution import Compiled, Eager, Execution
 from distaff.models import Variables, as_model, rebuild
 from distaff.optim import evaluation_params, has_evaluation_params
 from distaff.record import example_from, read_record
-from distaff.state import TrainState
+from distaff.state import TrainState, placed_like
 from distaff.trainer_config import TrainerConfig, make_config
 from distaff.typing import Batch, Key, Params, PyTree
 
@@ -239,7 +239,7 @@ class Predictor:
         if {"params", "opt_state"} & saved_as.keys() == {"params"} and info.get(EVALUATION_PARAMS):
             saved_as["params"] = EVALUATION_PARAMS
         wanted = {saved: getattr(state, name) for name, saved in saved_as.items()}
-        loaded = store.load(step, wanted)
+        loaded = placed_like(store.load(step, wanted), wanted)
         self.state = state.replace(**{name: loaded[saved] for name, saved in saved_as.items()})
         self.step, self.epoch = step, info.get("epoch", 0)
 

@@ -165,7 +165,7 @@ class RunDirectory:
         target = self.location / _checked(name)
         with _explained(target):
             target.parent.mkdir(_DIRECTORY_MODE, parents=True, exist_ok=True)
-            _replace(target, text)
+            write_whole(target, text)
         return target
 
     def read_json(self, name: str) -> Any:
@@ -281,10 +281,20 @@ def _next_version(parent: Path) -> Path:
             return path
 
 
-def _replace(target: Path, text: str) -> None:
+def write_whole(target: Path, text: str, *, mode: int = _FILE_MODE) -> None:
+    """Writes a text in UTF-8; the file is whole or as it was.
+
+    Args:
+        target: the file.
+        text: its new content.
+        mode: its permissions, which the umask lessens.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
-        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, _FILE_MODE)
+        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode)
         with open(descriptor, "wb") as file:
             file.write(text.encode())
             file.flush()

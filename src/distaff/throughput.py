@@ -42,6 +42,11 @@ class Throughput(NamedTuple):
         """Wall time of the training itself: steps, data, logging and callbacks."""
         return sum(self.seconds[part] for part in ("steps", "data", "logging", "callbacks"))
 
+    def compiled(self) -> str:
+        """Returns in a few words what was compiled, and for how long."""
+        seconds, programs = self.seconds["compile"], self.programs
+        return f"compiled in {seconds:.1f} s ({programs} programs, {self.cached} cached)"
+
     def line(self) -> str:
         """Returns all of it in one line of text."""
         seconds = self.training_seconds or float("inf")

@@ -101,7 +101,7 @@ class TrainerModule(Training):
         self.train_step = self.execution.program(train_step, donate=0)
         self.eval_step = self.execution.program(eval_step)
         self._measured_step = self.execution.part(measured(train_step))
-        self._evaluator = Evaluator(eval_step, self.execution)
+        self._evaluator = Evaluator(eval_step, self.execution, self.evaluation_watch)
 
     def init_optimizer(self, total_steps: int | None) -> None:
         """Gives the state its optimizer, right before training.
@@ -303,6 +303,7 @@ class TrainerModule(Training):
             self.config,
             steps_per_epoch=steps_per_epoch,
             watched=self.callbacks.watches_steps,
+            watch=self.make_watch(),
         )
         self.forms = self._steps.forms
         if plan.val_loader is not None:

@@ -6,8 +6,9 @@ import dataclasses
 import inspect
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
+from distaff.compiling import Recompile
 from distaff.errors import ConfigError, nearest
 
 C = TypeVar("C", bound="TrainerConfig")
@@ -31,6 +32,9 @@ class TrainerConfig:
             for every module and each of its arrays.
         enable_progress_bar: False draws nothing.
         debug: run every step as plain Python, so that breakpoints and prints work.
+        recompile: what a training or evaluation program that compiles again, after its first time,
+            leads to: "warn" says which leaf has changed and what to do, "error" raises
+            `RecompileError`, "ignore" says nothing.
         tune_process: keep compiled programs on disk (`distaff.compile_cache`), and have the C
             library keep the memory that steps on the CPU need again (`distaff.allocator`).
 
@@ -48,6 +52,7 @@ class TrainerConfig:
     table_depth: int | None = None
     enable_progress_bar: bool = True
     debug: bool = False
+    recompile: Recompile = "warn"
     tune_process: bool = True
 
     def __post_init__(self) -> None:
@@ -55,6 +60,9 @@ class TrainerConfig:
             check_count(name, getattr(self, name))
         if self.steps_per_call != "auto":
             check_count("steps_per_call", self.steps_per_call)
+        if self.recompile not in get_args(Recompile):
+            known = nearest(str(self.recompile), get_args(Recompile))
+            raise ConfigError(f"recompile has no value {self.recompile!r}. {known}")
         depth = self.table_depth
         if depth is not None and (not isinstance(depth, Integral) or depth < 0):
             raise ConfigError(f"table_depth is a whole number, at least 0, or None; got {depth!r}.")

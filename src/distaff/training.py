@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from distaff.callbacks import Callback, Callbacks, StepInfo
+from distaff.compiling import Watch
 from distaff.config import from_json
 from distaff.data import Chunk, Feeds, Form, Loader, as_loader, num_batches
 from distaff.errors import ConfigError, NonFiniteError, StateError
@@ -30,6 +31,8 @@ from distaff.typing import Batch, PyTree, Schedule
 from distaff.vitals import evidence_of_learning
 
 _log = logging.getLogger("distaff")
+
+_MAX_EVALUATED = 3
 
 
 class Training(Predictor):
@@ -67,6 +70,7 @@ class Training(Predictor):
         self.has_run = False
         self.forms: Forms = Fixed(1)
         self.feeds, self.ledger = Feeds(), Ledger()
+        self.evaluation_watch, self._evaluated = self.make_watch(), []
 
     def init_logger(self) -> Recording:
         """Returns where metrics, checkpoints and configuration go; nothing is written yet."""
@@ -108,11 +112,24 @@ class Training(Predictor):
             options["optimizer"] = from_json(OptimizerConfig, record.get("optimizer"))
         return options
 
+    def make_watch(self) -> Watch:
+        """Returns what watches the programs of a run, or those of evaluations."""
+        recompile = "ignore" if self.config.debug else self.config.recompile
+        return Watch(recompile, step=lambda: self.step, say=self.display.print)
+
+    def expect_compile(self, loader: Any = None) -> None:
+        """Expects that evaluation compiles once more: for a loader not seen, or for a new state."""
+        if loader is not None and any(loader is each for each in self._evaluated):
+            return
+        self._evaluated = [] if loader is None else [loader, *self._evaluated[:_MAX_EVALUATED]]
+        self.evaluation_watch.expect()
+
     def begin(self, plan: Plan) -> None:
         """Counts a new run."""
+        self.expect_compile()
         self.plan, self._first_step, self._reached = plan, self.step, (self.step, self.epoch)
         self.best, self.callbacks.stop_reason, self.last_metrics = None, None, {}
-        self.has_run, self.ledger = False, Ledger()
+        self.has_run, self.ledger, self._form_is_shown = False, Ledger(), False
         self._untrained, self._rates = None, None
         self.display.start(plan.last_epoch, plan.steps_per_epoch or num_batches(plan.train_loader))
         self.display.compiling("the model")
@@ -149,6 +166,7 @@ class Training(Predictor):
             name: what errors and the display call it.
             even: whether a short batch may be padded; see `Feed.repeated`.
         """
+        self.expect_compile(loader)
         loader = as_loader(loader, name=name)
         capacity, length = self.forms.capacity, num_batches(loader)
         # Gathered rows would be a program of its own for each data set.
@@ -171,6 +189,11 @@ class Training(Predictor):
         """Takes over the new state, and tells display and callbacks."""
         if self.step == self._first_step:
             self.display.running()
+            self._show(self.ledger.read().compiled())
+        if not (self._form_is_shown or self.forms.measuring):
+            self._form_is_shown = True
+            if self.forms.describe():
+                self._show(f"steps as programs: {self.forms.describe()}")
         self.state, self.step = event.state, event.step
         self._reached = (self.step, self.epoch)
         examples = event.num_steps * event.examples
@@ -180,6 +203,10 @@ class Training(Predictor):
         for step, metrics in enumerate(event.metrics, event.step - event.num_steps + 1):
             state = event.state if step == event.step else None
             self.emit("on_step_end", StepInfo(step, self.epoch, state, metrics))
+
+    def _show(self, line: str) -> None:
+        _log.info("%s", line)
+        self.display.print(line)
 
     def emit(self, event: str, info: StepInfo) -> None:
         """Tells callbacks of an event."""
@@ -275,7 +302,8 @@ class Training(Predictor):
         facts = self.result(self.last_metrics)._asdict()
         del facts["path"]
         best = None if self.best is None else self.best._asdict()
-        return {**facts, "best": best, "throughput": self.ledger.read()._asdict()}
+        throughput, form = self.ledger.read()._asdict(), self.forms.facts()
+        return {**facts, "best": best, "steps_per_call": form, "throughput": throughput}
 
     def show_result(self, metrics: Mapping[str, Any]) -> None:
         """Shows the metrics of a finished run as a table of splits."""

@@ -47,7 +47,9 @@ def evidence_of_learning(state: TrainState) -> Evidence:
 
 def _fingerprints(leaves: list[jax.Array]) -> np.ndarray:
     arrays = [np.ascontiguousarray(leaf) for leaf in leaves]
-    return np.array([zlib.crc32(x.view(np.uint8)) if x.any() else 0 for x in arrays], np.uint32)
+    return np.array(
+        [zlib.crc32(x.view(np.uint8).data) if x.any() else 0 for x in arrays], np.uint32
+    )
 
 
 def _floats(tree: PyTree) -> list[jax.Array]:

@@ -28,7 +28,7 @@ class Window(NamedTuple):
     """
 
     metrics: dict[str, Metric]
-    first_bad_step: jax.Array
+    first_bad_step: jax.Array | np.ndarray
 
 
 NEVER = int(np.iinfo(np.int32).max)
