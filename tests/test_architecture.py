@@ -25,6 +25,7 @@ ROOMS = (
     *("typing", "errors", "_optional"),
     *("slot", "state", "vitals", "metrics", "monitor", "cadence", "config", "record"),
     *("run_directory", "execution", "allocator", "compile_cache", "throughput"),
+    *("flops", "machine", "report"),
     *("models", "data", "optim", "parallel", "zoo", "trainer_config"),
     *("context", "window", "step", "accumulate", "precision", "forms", "fuse"),
     *("loggers", "display", "checkpoint", "callbacks"),

@@ -25,13 +25,24 @@ def enable() -> Path | None:
     chosen = config.jax_compilation_cache_dir
     if chosen:
         return Path(chosen)
-    home = Path(os.environ.get("XDG_CACHE_HOME", ""))  # a relative one does not count, by its rules
-    with suppress(OSError, RuntimeError):  # no home, or one that cannot be written
-        directory = (home if home.is_absolute() else Path.home() / ".cache") / "distaff" / "jax"
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        directory.chmod(0o700)  # it may have been there before; an error if it is another's
+    directory = home("jax")
+    if directory is not None:
         jax.config.update("jax_compilation_cache_dir", str(directory))
         # By default JAX keeps only what took a second: in a small model, nothing.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    return directory
+
+
+def home(folder: str = "") -> Path | None:
+    """Returns `$XDG_CACHE_HOME/distaff`, or a folder of it, made for its owner alone.
+
+    Returns:
+        The directory; None where none can be written.
+    """
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))  # a relative one does not count, by its rules
+    with suppress(OSError, RuntimeError):  # no home, or one that cannot be written
+        directory = (base if base.is_absolute() else Path.home() / ".cache") / "distaff" / folder
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory.chmod(0o700)  # it may have been there before; an error if it is another's
         return directory
     return None

@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distaff.data import Chunk, Form, Source
+from distaff.data import Chunk, Form, One, Source
 from distaff.execution import Execution
+from distaff.flops import Flops, flops_of
 from distaff.forms import Forms, convolves, make_forms
 from distaff.metrics import Metric
 from distaff.state import TrainState
+from distaff.throughput import Ledger
 from distaff.trainer_config import TrainerConfig
 from distaff.typing import Batch, PyTree
 from distaff.window import StepFn, Window, empty_window, windowed
@@ -54,7 +56,9 @@ def make_steps(
         convolves=lambda: convolves(step, *example),
     )
     every = config.log_every_n_steps
-    return Steps(execution, windowed(step), metrics, forms=forms, log_every=every, watched=watched)
+    steps = Steps(execution, windowed(step), metrics, forms=forms, log_every=every, watched=watched)
+    steps.example = jax.eval_shape(lambda *each: each, *example)
+    return steps
 
 
 def single(step: WindowedStep) -> Callable[..., tuple[TrainState, Window, Any]]:
@@ -116,6 +120,10 @@ def fused(
 class Steps:
     """Runs chunks of steps, in the form that suits them.
 
+    Attributes:
+        ledger: hears what their time is spent on.
+        example: shapes of a state and a batch; None if they are not known.
+
     Args:
         execution: how programs are made.
         step: the step.
@@ -124,6 +132,8 @@ class Steps:
         log_every: steps per window.
         watched: whether the metrics of every step are wanted, and not only those of windows.
     """
+
+    example: tuple[TrainState, Batch] | None = None
 
     def __init__(
         self,
@@ -137,6 +147,7 @@ class Steps:
     ) -> None:
         self.empty = empty_window(metrics)
         self.log_every, self.forms, self._watched = log_every, forms, watched
+        self.ledger = Ledger()
         self._single = execution.program(single(step), donate=0)
         kept = metrics if watched else {}
         self._fused = execution.program(
@@ -164,6 +175,26 @@ class Steps:
             metrics of each step, none if they are not watched.
         """
         start = time.perf_counter()
+        with self.ledger.spent("host"):
+            state, window, windows, metrics = self._handed_over(state, window, chunk, step)
+            self.ledger.handed(windows.first_bad_step)
+        if self.forms.measuring:
+            jax.block_until_ready(state)
+            self.forms.took((time.perf_counter() - start) / chunk.num_steps)
+            if not self.forms.measuring:
+                _log.info("steps as programs: %s", self.forms.describe())
+        return state, window, windows, metrics
+
+    def flops(self) -> Flops | None:
+        """Counts the FLOPs of one step; see `flops_of`."""
+        if self.example is None:
+            return None
+        state, batch = self.example
+        return flops_of(self._single, state, self.empty, One(batch))
+
+    def _handed_over(
+        self, state: TrainState, window: Window, chunk: Chunk, step: int
+    ) -> tuple[TrainState, Window, Window, list[Any]]:
         if chunk.source.capacity == 1:
             state, windows, measured = self._single(state, window, chunk.source)
             window = self.empty if (step + 1) % self.log_every == 0 else windows
@@ -172,11 +203,6 @@ class Steps:
             span = np.array([step, chunk.num_steps], np.int32)
             state, window, windows, measured = self._fused(state, window, chunk.source, span)
             metrics = [_row(measured, row) for row in range(chunk.num_steps * self._watched)]
-        if self.forms.measuring:
-            jax.block_until_ready(state)
-            self.forms.took((time.perf_counter() - start) / chunk.num_steps)
-            if not self.forms.measuring:
-                _log.info("steps as programs: %s", self.forms.describe())
         return state, window, windows, metrics
 
 

@@ -43,7 +43,7 @@ def steps(
     *,
     step: int,
     stopping: Callable[[], bool],
-    guard: Callable[[], AbstractContextManager[None]] = nullcontext,
+    guard: Callable[[range], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[ChunkEnd | WindowEnd]:
     """Trains on the chunks of one epoch.
 
@@ -56,14 +56,15 @@ def steps(
         chunks: what is left of the epoch.
         step: completed updates so far.
         stopping: asked after each chunk; True ends the epoch there.
-        guard: what to run each chunk in, such as a guard against transfers to the host.
+        guard: what to run each chunk in, given its steps, such as a guard against transfers to the
+            host.
 
     Yields:
         A `ChunkEnd` for each chunk, a `WindowEnd` for each window.
     """
     window, closed = run.empty, None
     for chunk in chunks:
-        with guard():
+        with guard(range(step + 1, step + 1 + chunk.num_steps)):
             state, window, windows, metrics = run(state, window, chunk, step)
         first, step = step + 1, step + chunk.num_steps
         yield ChunkEnd(step, chunk.num_steps, state, metrics, chunk.examples)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
@@ -12,16 +13,30 @@ import jax.monitoring
 
 T = TypeVar("T")
 
-PARTS = ("steps", "data", "logging", "callbacks", "evaluation", "checkpoint", "compile", "other")
-"""What the time of a run is spent on.
+PARTS = (
+    *("device", "host", "data", "logging", "callbacks"),
+    *("evaluation", "checkpoint", "compile", "other"),
+)
+"""What the time of a run is spent on, as the host's clock tells it; each second counts once.
 
-`steps` is dispatching steps and waiting for them; `compile` is lowering and compiling, or reading
-from the compile cache, wherever it happens; `other` is what none of these is.
+`device`: the host waits for results, or is in a call in which they are computed. `host`: it hands
+programs to the device, which the call ends before it has done. `data`: it gets the next batches,
+and the device has nothing left to do when they come. `compile`: tracing, lowering and compiling, or
+reading from the compile cache, wherever it happens. `other` is what none of these is.
+
+What can be told apart and what cannot: where the device computes beside the host, as a GPU does and
+a CPU with large programs, `host` is the price of the calls alone, and batches that come while it is
+still at work have cost nothing and count as `device`. A CPU runs small programs inside the call:
+one whose results are there when it returns counts as `device`, the host's part of it included. Of
+many steps in one program that part is small; of single small steps it may be half.
 """
+
+TRAINING = ("device", "host", "data", "logging", "callbacks")
+"""The parts that make up the training itself."""
 
 
 class Throughput(NamedTuple):
-    """How fast a run was.
+    """How fast a run was, or a stretch of it.
 
     Attributes:
         steps: steps that were run.
@@ -39,23 +54,21 @@ class Throughput(NamedTuple):
 
     @property
     def training_seconds(self) -> float:
-        """Wall time of the training itself: steps, data, logging and callbacks."""
-        return sum(self.seconds[part] for part in ("steps", "data", "logging", "callbacks"))
+        """Wall time of the training itself, without evaluation, checkpoints and compiling."""
+        return sum(self.seconds[part] for part in TRAINING)
 
-    def line(self) -> str:
-        """Returns all of it in one line of text."""
-        seconds = self.training_seconds or float("inf")
-        each = 1e3 * seconds / max(self.steps, 1)
-        total = sum(self.seconds.values())
-        shares = ", ".join(
-            f"{part} {self.seconds[part] / total:.0%}"
-            for part in PARTS
-            if total and self.seconds[part] / total >= 0.005
-        )
-        return (
-            f"{self.steps / seconds:,.0f} steps/s, {self.examples / seconds:,.0f} examples/s, "
-            f"{each:.3g} ms per step; {total:.1f}s: {shares}; "
-            f"{self.programs} programs compiled, {self.cached} of them cached"
+    def per_second(self, number: float) -> float:
+        """Returns a number of things of the whole training per second of it; 0 without any."""
+        return number / self.training_seconds if self.training_seconds > 0 else 0.0
+
+    def since(self, earlier: Throughput) -> Throughput:
+        """Returns what was counted after an earlier reading."""
+        return Throughput(
+            self.steps - earlier.steps,
+            self.examples - earlier.examples,
+            {part: self.seconds[part] - earlier.seconds[part] for part in PARTS},
+            self.programs - earlier.programs,
+            self.cached - earlier.cached,
         )
 
 
@@ -72,6 +85,8 @@ class Ledger:
         self._seconds = dict.fromkeys(PARTS, 0.0)
         self._part, self._since = "other", clock()
         self._before, self._compiled = _COMPILED.copy(), _COMPILED["seconds"]
+        self._handed: Any = None
+        self._lap, self._lap_since = self.read(), self._since
 
     @contextmanager
     def spent(self, part: str) -> Generator[None]:
@@ -95,6 +110,37 @@ class Ledger:
                 return
             yield item
 
+    def fetched(self, chunks: Iterable[T]) -> Iterator[T]:
+        """Yields chunks, and counts the time to get each of them: as `data`, or see `PARTS`."""
+        iterator = iter(chunks)
+        while True:
+            with self.spent("data"):
+                chunk: Any = next(iterator, _END)
+                if self._handed is not None and not self._handed.is_ready():
+                    self._part = "device"
+            if chunk is _END:
+                return
+            yield chunk
+
+    def handed(self, result: Any) -> None:
+        """Hears that a program was handed over; called at the end of its `spent("host")`.
+
+        Args:
+            result: an array that the program makes, which is not donated before the next call. It
+                is asked whether it is ready, and neither read nor waited for.
+        """
+        self._handed = result
+        if result.is_ready() and jax.default_backend() == "cpu":
+            self._part = "device"
+
+    def lap(self, seconds: float) -> Throughput | None:
+        """Returns what was counted since the last lap, or None until it has lasted this long."""
+        if self._clock() - self._lap_since < seconds:
+            return None
+        before, self._lap = self._lap, self.read()
+        self._lap_since = self._since
+        return self._lap.since(before)
+
     def read(self) -> Throughput:
         """Returns what was counted so far."""
         self._turn_to(self._part)
@@ -117,14 +163,23 @@ _END = object()
 # Of this process, since this module was imported. JAX keeps its listeners for good.
 _COMPILED = {"seconds": 0.0, "programs": 0, "cached": 0}
 _BACKEND = "/jax/core/compile/backend_compile_duration"
-# Tracing is left out: what is traced inside of another trace would count twice.
-_COMPILING = (_BACKEND, "/jax/core/compile/jaxpr_to_mlir_module_duration")
+_COMPILING = (
+    *(_BACKEND, "/jax/core/compile/jaxpr_to_mlir_module_duration"),
+    "/jax/core/compile/jaxpr_trace_duration",
+)
+_spans: deque[tuple[float, float]] = deque(maxlen=1000)  # of compiling: from when, for how long
 
 
 def _hear_duration(event: str, duration_secs: float, **_: str | int) -> None:
-    if event in _COMPILING:
-        _COMPILED["seconds"] += duration_secs
-        _COMPILED["programs"] += event == _BACKEND
+    if event not in _COMPILING:
+        return
+    _COMPILED["programs"] += event == _BACKEND
+    start = time.perf_counter() - duration_secs
+    # What is traced inside of another trace ends before it, and would count twice.
+    while _spans and _spans[-1][0] + _spans[-1][1] / 2 > start:
+        _COMPILED["seconds"] -= _spans.pop()[1]
+    _COMPILED["seconds"] += duration_secs
+    _spans.append((start, duration_secs))
 
 
 def _hear(event: str, **_: str | int) -> None:

@@ -180,20 +180,20 @@ class TrainerModule(Training):
         self.begin_epoch(epoch)
         feed = self.feeds.of(train_loader, name="train")
         chunks = feed.epoch(self._steps.form, self.plan.steps_per_epoch)
-        events = loop.steps(
-            self._steps,
-            self.ready_state(),
-            ledger.timed(chunks, "data"),
-            step=self.step,
-            stopping=lambda: self.stop_reason is not None,
-            guard=self.execution.guard,
-        )
-        for event in ledger.timed(events, "steps"):
-            if isinstance(event, ChunkEnd):
-                self.after_chunk(event)
-            else:
-                with ledger.spent("logging"):
-                    self.after_window(event)
+        with self.around_epoch() as guard:
+            events = loop.steps(
+                self._steps,
+                self.ready_state(),
+                ledger.fetched(chunks),
+                step=self.step,
+                stopping=lambda: self.stop_reason is not None,
+                guard=guard,
+            )
+            for event in ledger.timed(events, "device"):
+                if isinstance(event, ChunkEnd):
+                    self.after_chunk(event)
+                    continue
+                self.after_window(event)
                 total = event.metrics if total is None else metrics_lib.merge(total, event.metrics)
         return metrics_lib.compute(total or {}, "train/")
 
@@ -303,7 +303,7 @@ class TrainerModule(Training):
             steps_per_epoch=steps_per_epoch,
             watched=self.callbacks.watches_steps,
         )
-        self.forms = self._steps.forms
+        self.forms, self._steps.ledger = self._steps.forms, self.ledger
         if plan.val_loader is not None:
             batch = first_batch(plan.val_loader, name="val")
             self._check_monitors(self._evaluator.shapes(state, batch))

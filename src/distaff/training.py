@@ -6,31 +6,37 @@ import logging
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import jax
 import numpy as np
 
-from distaff.callbacks import Callback, Callbacks, StepInfo
+from distaff.callbacks import Callback, Callbacks, ChunkScope, StepInfo, around_epoch
 from distaff.config import from_json
 from distaff.data import Chunk, Feeds, Form, as_loader, num_batches
 from distaff.errors import ConfigError, NonFiniteError, StateError
 from distaff.events import ChunkEnd, Plan, WindowEnd
 from distaff.forms import Fixed, Forms
+from distaff.fuse import Steps
 from distaff.loggers import Logger
+from distaff.machine import peak_flops
 from distaff.metrics import as_json, compute
 from distaff.monitor import Monitor
 from distaff.optim import OptimizerConfig, OptimizerLike
 from distaff.predictor import EVALUATION_PARAMS, Predictor
 from distaff.record import make_record
 from distaff.recording import NullRecording, Recording, make_recording
+from distaff.report import Report, make_report
 from distaff.throughput import Ledger
 from distaff.trainer_config import Best, TrainResult
 from distaff.typing import Batch, PyTree, Schedule
 from distaff.vitals import evidence_of_learning
 
 _log = logging.getLogger("distaff")
+
+_LAP_SECONDS = 10.0
+"""How much time there is at least between two lines of `throughput.jsonl`."""
 
 
 class Training(Predictor):
@@ -48,6 +54,7 @@ class Training(Predictor):
     monitor: Monitor = Monitor("val/loss")
     example_batch: Batch
     plan: Plan
+    _steps: Steps
 
     def __init__(
         self,
@@ -68,6 +75,7 @@ class Training(Predictor):
         self.has_run = False
         self.forms: Forms = Fixed(1)
         self.feeds, self.ledger = Feeds(), Ledger()
+        self.report: Report | None = None
 
     def init_logger(self) -> Recording:
         """Returns where metrics, checkpoints and configuration go; nothing is written yet."""
@@ -113,7 +121,7 @@ class Training(Predictor):
         """Counts a new run."""
         self.plan, self._first_step, self._reached = plan, self.step, (self.step, self.epoch)
         self.best, self.callbacks.stop_reason, self.last_metrics = None, None, {}
-        self.has_run, self.ledger = False, Ledger()
+        self.has_run, self.ledger, self.report = False, Ledger(), None
         self.display.start(plan.last_epoch, plan.steps_per_epoch or num_batches(plan.train_loader))
         self.display.compiling("the model")
 
@@ -149,6 +157,14 @@ class Training(Predictor):
             self._untrained = evidence_of_learning(self.ready_state())
             self.display.compiling("the step")
 
+    def around_epoch(self) -> AbstractContextManager[ChunkScope]:
+        """Returns what an epoch's training runs in; its value gives what each chunk runs in."""
+        path, watchers = self.recording.path, self.callbacks.chunk_watchers
+        if not watchers:
+            return nullcontext(lambda steps: self.execution.guard())
+        directory = None if path is None else path.absolute()
+        return around_epoch(watchers, directory, self.execution.guard, self.ledger)
+
     def after_chunk(self, event: ChunkEnd) -> None:
         """Takes over the new state, and tells display and callbacks."""
         if self.step == self._first_step:
@@ -174,15 +190,24 @@ class Training(Predictor):
         Raises:
             NonFiniteError: a loss in it was not finite.
         """
-        if event.first_bad_step is not None:
-            raise self.not_finite("The loss", event.first_bad_step)
-        self._check_progress()
-        metrics = compute(event.metrics, "step/")
-        self.display.update({n: v for n, v in metrics.items() if np.ndim(v) == 0})
-        if self.schedule is not None:
-            updates = event.step - self._first_step
-            metrics["step/learning_rate"] = float(self.schedule(updates - 1))
-        self.recording.logger.log_metrics(metrics, step=event.step, epoch=self.epoch)
+        with self.ledger.spent("logging"):
+            if event.first_bad_step is not None:
+                raise self.not_finite("The loss", event.first_bad_step)
+            self._check_progress()
+            metrics = compute(event.metrics, "step/")
+            self.display.update({n: v for n, v in metrics.items() if np.ndim(v) == 0})
+            if self.schedule is not None:
+                updates = event.step - self._first_step
+                metrics["step/learning_rate"] = float(self.schedule(updates - 1))
+            self.recording.logger.log_metrics(metrics, step=event.step, epoch=self.epoch)
+            self.log_throughput(_LAP_SECONDS)
+
+    def log_throughput(self, seconds: float = 0.0) -> None:
+        """Writes a line of throughput since the last one, if that was this long ago."""
+        lap = self.ledger.lap(seconds)
+        if lap is not None:
+            step, epoch = self._reached  # The best model may be loaded by now.
+            self.recording.throughput.log_metrics(Report(lap).line(), step=step, epoch=epoch)
 
     def _check_progress(self) -> None:
         """Warns, once, if nothing has been learned since the run began."""
@@ -257,7 +282,8 @@ class Training(Predictor):
         facts = self.result(self.last_metrics)._asdict()
         del facts["path"]
         best = None if self.best is None else self.best._asdict()
-        return {**facts, "best": best, "throughput": self.ledger.read()._asdict()}
+        report = self.report or Report(self.ledger.read())
+        return {**facts, "best": best, "throughput": report.facts()}
 
     def show_result(self, metrics: Mapping[str, Any]) -> None:
         """Shows the metrics of a finished run as a table of splits."""
@@ -274,7 +300,12 @@ class Training(Predictor):
             if found:
                 rows[titles.get(split, split)] = found
         self.display.table(rows)
-        self.display.print(self.ledger.read().line())
+        measure_peak = peak_flops if self.config.tune_process else lambda: None
+        self.report = make_report(self.ledger.read(), self._steps.flops, measure_peak)
+        self.log_throughput()
+        for line in self.report.lines():
+            self.display.print(line)
+            _log.info("%s", line)
 
     def not_finite(self, what: str, step: int) -> NonFiniteError:
         """Returns the error for a number that is none."""
