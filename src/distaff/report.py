@@ -13,6 +13,9 @@ _UNITS = ("", "k", "M", "G", "T", "P", "E")
 _WORTH_SECONDS = 10.0
 """Seconds of training that make it worth half a second to count FLOPs and measure a peak."""
 
+_AGAIN_SECONDS = 100.0
+"""And these make it worth it once more: the machine may have been busy the last time."""
+
 _LONG_WAIT = 0.1
 """The share of the training from which waiting for data is worth a remark."""
 
@@ -132,19 +135,21 @@ class Report(NamedTuple):
 def make_report(
     read: Throughput,
     count_flops: Callable[[], Flops | None],
-    measure_peak: Callable[[], float | None],
+    measure_peak: Callable[[bool], float | None],
 ) -> Report:
     """Makes the report on a run; FLOPs are in it if the training lasted for ten seconds.
 
     Args:
         read: the run's throughput.
         count_flops: of a step; called if they are worth their time.
-        measure_peak: of the machine; called if the FLOPs of a step are known.
+        measure_peak: of the machine; called if the FLOPs of a step are known. It is told whether
+            the run was so long that a remembered peak may be measured again.
     """
     if read.training_seconds < _WORTH_SECONDS:
         return Report(read)
     flops = count_flops()
-    return Report(read, flops, None if flops is None else measure_peak())
+    again = read.training_seconds > _AGAIN_SECONDS
+    return Report(read, flops, None if flops is None else measure_peak(again))
 
 
 def _number(value: float) -> str:

@@ -300,7 +300,7 @@ class Training(Predictor):
             if found:
                 rows[titles.get(split, split)] = found
         self.display.table(rows)
-        measure_peak = peak_flops if self.config.tune_process else lambda: None
+        measure_peak = peak_flops if self.config.tune_process else lambda again: None
         self.report = make_report(self.ledger.read(), self._steps.flops, measure_peak)
         self.log_throughput()
         for line in self.report.lines():
