@@ -175,9 +175,10 @@ class Steps:
             metrics of each step, none if they are not watched.
         """
         start = time.perf_counter()
-        with self.ledger.spent("host"):
-            state, window, windows, metrics = self._handed_over(state, window, chunk, step)
-            self.ledger.handed(windows.first_bad_step)
+        outer = self.ledger.turn_to("host")
+        state, window, windows, metrics = self._hand_over(state, window, chunk, step)
+        self.ledger.handed(windows.first_bad_step)
+        self.ledger.turn_to(outer)
         if self.forms.measuring:
             jax.block_until_ready(state)
             self.forms.took((time.perf_counter() - start) / chunk.num_steps)
@@ -192,7 +193,7 @@ class Steps:
         state, batch = self.example
         return flops_of(self._single, state, self.empty, One(batch))
 
-    def _handed_over(
+    def _hand_over(
         self, state: TrainState, window: Window, chunk: Chunk, step: int
     ) -> tuple[TrainState, Window, Window, list[Any]]:
         if chunk.source.capacity == 1:

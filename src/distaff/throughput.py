@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -91,47 +92,54 @@ class Ledger:
     @contextmanager
     def spent(self, part: str) -> Generator[None]:
         """Counts the time inside as spent on a part; on that part alone, where parts are nested."""
-        outer = self._turn_to(part)
+        outer = self.turn_to(part)
         try:
             yield
         finally:
-            self._turn_to(outer)
+            self.turn_to(outer)
 
     def timed(self, items: Iterable[T], part: str) -> Iterator[T]:
         """Yields items, and counts the time to get each of them."""
         iterator: Any = iter(items)
         while True:
-            outer = self._turn_to(part)
+            outer = self.turn_to(part)
             try:
                 item: Any = next(iterator, _END)
             finally:
-                self._turn_to(outer)
+                self.turn_to(outer)
             if item is _END:
                 return
             yield item
 
     def fetched(self, chunks: Iterable[T]) -> Iterator[T]:
         """Yields chunks, and counts the time to get each of them: as `data`, or see `PARTS`."""
-        iterator = iter(chunks)
+        iterator: Any = iter(chunks)
         while True:
-            with self.spent("data"):
+            outer = self.turn_to("data")
+            try:
                 chunk: Any = next(iterator, _END)
                 if self._handed is not None and not self._handed.is_ready():
                     self._part = "device"
+            finally:
+                self.turn_to(outer)
             if chunk is _END:
                 return
             yield chunk
 
     def handed(self, result: Any) -> None:
-        """Hears that a program was handed over; called at the end of its `spent("host")`.
+        """Hears that a program was handed over; called at the end of the part `host`.
 
         Args:
             result: an array that the program makes, which is not donated before the next call. It
                 is asked whether it is ready, and neither read nor waited for.
         """
         self._handed = result
-        if result.is_ready() and jax.default_backend() == "cpu":
+        if self._calls_compute and result.is_ready():
             self._part = "device"
+
+    @cached_property
+    def _calls_compute(self) -> bool:
+        return jax.default_backend() == "cpu"
 
     def lap(self, seconds: float) -> Throughput | None:
         """Returns what was counted since the last lap, or None until it has lasted this long."""
@@ -143,18 +151,22 @@ class Ledger:
 
     def read(self) -> Throughput:
         """Returns what was counted so far."""
-        self._turn_to(self._part)
+        self.turn_to(self._part)
         programs, cached = (
             int(_COMPILED[name] - self._before[name]) for name in ("programs", "cached")
         )
         return Throughput(self.steps, self.examples, dict(self._seconds), programs, cached)
 
-    def _turn_to(self, part: str) -> str:
-        now, outer = self._clock(), self._part
-        compiling = _COMPILED["seconds"] - self._compiled
+    def turn_to(self, part: str) -> str:
+        """Counts the time from here on as spent on a part, and returns the one before.
+
+        `spent` is the safe way; this one costs a step less.
+        """
+        now, outer, compiled = self._clock(), self._part, _COMPILED["seconds"]
+        compiling = compiled - self._compiled
         self._seconds["compile"] += compiling
         self._seconds[outer] += now - self._since - compiling
-        self._part, self._since, self._compiled = part, now, _COMPILED["seconds"]
+        self._part, self._since, self._compiled = part, now, compiled
         return outer
 
 
