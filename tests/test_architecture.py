@@ -25,7 +25,7 @@ ROOMS = (
     *("typing", "errors", "_optional"),
     *("slot", "state", "vitals", "metrics", "monitor", "cadence", "config", "record"),
     *("run_directory", "execution", "allocator", "compile_cache", "throughput", "flight"),
-    *("signature", "compiling", "choices"),
+    *("signature", "compiling", "choices", "flops", "machine", "report"),
     *("models", "data", "optim", "parallel", "zoo", "trainer_config"),
     *("context", "window", "step", "accumulate", "precision", "forms", "fuse"),
     *("loggers", "display", "checkpoint", "callbacks"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from distaff import callbacks, checkpoint, data, loggers, metrics, optim, tasks
-from distaff.callbacks import Callback, EarlyStopping, StepInfo, StopTraining
+from distaff.callbacks import Callback, EarlyStopping, Profiler, StepInfo, StopTraining
 from distaff.context import Context
 from distaff.errors import DistaffError
 from distaff.monitor import Monitor
@@ -22,6 +22,7 @@ __all__ = [
     "EvalStep",
     "Monitor",
     "OptimizerConfig",
+    "Profiler",
     "StepInfo",
     "StopTraining",
     "TrainResult",

@@ -25,26 +25,24 @@ def enable() -> Path | None:
     chosen = config.jax_compilation_cache_dir
     if chosen:
         return Path(chosen)
-    kept = directory()
-    if kept is None:
-        return None
-    with suppress(OSError):  # it cannot be written
-        programs = kept / "jax"
-        programs.mkdir(mode=0o700, parents=True, exist_ok=True)
-        programs.chmod(0o700)  # it may have been there before; an error if it is another's
-        jax.config.update("jax_compilation_cache_dir", str(programs))
+    directory = home("jax")
+    if directory is not None:
+        jax.config.update("jax_compilation_cache_dir", str(directory))
         # By default JAX keeps only what took a second: in a small model, nothing.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        return programs
-    return None
+    return directory
 
 
-def directory() -> Path | None:
-    """Returns where Distaff keeps what saves time in later runs; None for a user without a home.
+def home(folder: str = "") -> Path | None:
+    """Returns `$XDG_CACHE_HOME/distaff`, or a folder of it, made for its owner alone.
 
-    It is `$XDG_CACHE_HOME/distaff`, by default `~/.cache/distaff`, and may not be there yet.
+    Returns:
+        The directory; None where none can be written.
     """
-    home = Path(os.environ.get("XDG_CACHE_HOME", ""))  # a relative one does not count, by its rules
-    with suppress(RuntimeError):
-        return (home if home.is_absolute() else Path.home() / ".cache") / "distaff"
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))  # a relative one does not count, by its rules
+    with suppress(OSError, RuntimeError):  # no home, or one that cannot be written
+        directory = (base if base.is_absolute() else Path.home() / ".cache") / "distaff" / folder
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory.chmod(0o700)  # it may have been there before; an error if it is another's
+        return directory
     return None

@@ -21,6 +21,7 @@ Recompile: TypeAlias = Literal["warn", "error", "ignore"]
 
 _MAX_REMEMBERED = 64
 _MAX_WARNINGS = 5
+_MAX_REASONS = 3
 
 
 class Compile(NamedTuple):
@@ -60,6 +61,7 @@ class Watch:
         self._step, self._say = step, say
         self._num_warnings = 0
         self._watched: list[Watched] = []
+        self._reasons: list[object] = []
 
     def over(self, program: Any, what: str, arguments: Sequence[str]) -> Watched:
         """Returns the program, watched.
@@ -73,8 +75,16 @@ class Watch:
         self._watched.append(watched)
         return watched
 
-    def expect(self) -> None:
-        """Expects one more compile of each program, as where new data are evaluated."""
+    def expect(self, reason: object = None) -> None:
+        """Expects one more compile of each program, as where new data are evaluated.
+
+        Args:
+            reason: such as the new data; one that was given lately is none. Without one, all
+                reasons count again.
+        """
+        if reason is not None and any(reason is each for each in self._reasons):
+            return
+        self._reasons = [] if reason is None else [reason, *self._reasons[:_MAX_REASONS]]
         for watched in self._watched:
             watched.is_expected = True
 

@@ -13,11 +13,13 @@ import numpy as np
 
 from distaff import compile_cache, compiling
 from distaff.compiling import Watch
-from distaff.data import Chunk, Form, Source
+from distaff.data import Chunk, Form, One, Source
 from distaff.execution import Execution
+from distaff.flops import Flops, flops_of
 from distaff.forms import Forms, make_forms
 from distaff.metrics import Metric
 from distaff.state import TrainState, placed_with
+from distaff.throughput import Ledger
 from distaff.trainer_config import TrainerConfig
 from distaff.typing import Batch, PyTree
 from distaff.window import StepFn, Window, empty_window, windowed
@@ -57,7 +59,7 @@ def make_steps(
         file=_choices() if config.tune_process else None,
     )
     every = config.log_every_n_steps
-    return Steps(
+    steps = Steps(
         execution,
         windowed(step),
         metrics,
@@ -66,10 +68,12 @@ def make_steps(
         watched=watched,
         watch=watch,
     )
+    steps.example = jax.eval_shape(lambda *each: each, *example)
+    return steps
 
 
 def _choices() -> Path | None:
-    directory = compile_cache.directory()
+    directory = compile_cache.home()
     return None if directory is None else directory / "forms.json"
 
 
@@ -132,6 +136,10 @@ def fused(
 class Steps:
     """Runs chunks of steps, in the form that suits them.
 
+    Attributes:
+        ledger: hears what their time is spent on.
+        example: shapes of a state and a batch; None if they are not known.
+
     Args:
         execution: how programs are made.
         step: the step.
@@ -141,6 +149,8 @@ class Steps:
         watched: whether the metrics of every step are wanted, and not only those of windows.
         watch: watches what compiles.
     """
+
+    example: tuple[TrainState, Batch] | None = None
 
     def __init__(
         self,
@@ -153,14 +163,15 @@ class Steps:
         watched: bool = False,
         watch: Watch | None = None,
     ) -> None:
-        self.empty = jax.device_put(empty_window(metrics))
+        self.empty = empty_window(metrics)
         self.log_every, self.forms, self._watched = log_every, forms, watched
         self._examples = 0
+        self.ledger = Ledger()
         kept, watch = metrics if watched else {}, watch or Watch()
-        one = execution.program(single(step), donate=0)
+        self._one = execution.program(single(step), donate=0)
         many = execution.program(fused(step, self.empty, kept, log_every=log_every), donate=0)
         arguments = ("state", "window", "source", "span")
-        self._single = watch.over(one, "the step", arguments)
+        self._single = watch.over(self._one, "the step", arguments)
         self._fused = watch.over(many, "the fused steps", arguments)
 
     def form(self) -> Form:
@@ -188,6 +199,27 @@ class Steps:
             self.empty = placed_with(self.empty, chunk.source)
             state, window = placed_with((state, window), chunk.source)
         start, num_compiled = time.perf_counter(), compiling.count()
+        outer = self.ledger.turn_to("host")
+        state, window, windows, metrics = self._hand_over(state, window, chunk, step)
+        self.ledger.handed(windows.first_bad_step)
+        self.ledger.turn_to(outer)
+        if self.forms.measuring:
+            jax.block_until_ready(state)
+            seconds = (time.perf_counter() - start) / chunk.num_steps
+            counts = compiling.count() == num_compiled and self._is_like_first(chunk)
+            self.forms.took(seconds if counts else None)
+        return state, window, windows, metrics
+
+    def flops(self) -> Flops | None:
+        """Counts the FLOPs of one step; see `flops_of`."""
+        if self.example is None:
+            return None
+        state, batch = self.example
+        return flops_of(self._one, state, self.empty, One(batch))
+
+    def _hand_over(
+        self, state: TrainState, window: Window, chunk: Chunk, step: int
+    ) -> tuple[TrainState, Window, Window, list[Any]]:
         if chunk.source.capacity == 1:
             state, windows, measured = self._single(state, window, chunk.source)
             window = self.empty if (step + 1) % self.log_every == 0 else windows
@@ -196,11 +228,6 @@ class Steps:
             span = np.array([step, chunk.num_steps], np.int32)
             state, window, windows, measured = self._fused(state, window, chunk.source, span)
             metrics = [_row(measured, row) for row in range(chunk.num_steps * self._watched)]
-        if self.forms.measuring:
-            jax.block_until_ready(state)
-            seconds = (time.perf_counter() - start) / chunk.num_steps
-            counts = compiling.count() == num_compiled and self._is_like_first(chunk)
-            self.forms.took(seconds if counts else None)
         return state, window, windows, metrics
 
     def _is_like_first(self, chunk: Chunk) -> bool:

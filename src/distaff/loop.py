@@ -44,7 +44,7 @@ def steps(
     *,
     step: int,
     stopping: Callable[[], bool],
-    guard: Callable[[], AbstractContextManager[None]] = nullcontext,
+    guard: Callable[[range], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[ChunkEnd | WindowEnd]:
     """Trains on the chunks of one epoch.
 
@@ -57,14 +57,15 @@ def steps(
         chunks: what is left of the epoch.
         step: completed updates so far.
         stopping: asked after each chunk; True ends the epoch there.
-        guard: what to run each chunk in, such as a guard against transfers to the host.
+        guard: what to run each chunk in, given its steps, such as a guard against transfers to the
+            host.
 
     Yields:
         A `ChunkEnd` for each chunk, a `WindowEnd` for each window.
     """
     window, closed, flight = run.empty, None, Flight()
     for chunk in chunks:
-        with guard():
+        with guard(range(step + 1, step + 1 + chunk.num_steps)):
             state, window, windows, metrics = run(state, window, chunk, step)
         flight.add(windows.first_bad_step, chunk.num_bytes)
         first, step = step + 1, step + chunk.num_steps

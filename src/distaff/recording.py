@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from distaff.checkpoint import CheckpointStore, MemoryStore, NullStore, Store
-from distaff.loggers import FilesLogger, JsonlLogger, Logger, ManyLoggers
+from distaff.loggers import FilesLogger, JsonlLogger, Logger, ManyLoggers, NullLogger
 from distaff.run_directory import RunDirectory
 
 _log = logging.getLogger("distaff")
 
 
 class Recording(Protocol):
-    """The outlets of a run. Nothing is written before `open`."""
+    """The outlets of a run. Nothing is written before `open`.
+
+    `throughput` is apart from `logger`, which equal runs write equally.
+    """
 
     logger: ManyLoggers
+    throughput: Logger
     store: Store
 
     @property
@@ -53,6 +57,7 @@ class NullRecording:
 
     def __init__(self, loggers: Sequence[Logger] = ()) -> None:
         self.logger = ManyLoggers(*loggers)
+        self.throughput: Logger = NullLogger()
         self.store: Store = NullStore()
 
     @property
@@ -91,6 +96,7 @@ class DirectoryRecording:
             FilesLogger(lambda: directory.location),
             *loggers,
         )
+        self.throughput: Logger = JsonlLogger(lambda: directory.location / "throughput.jsonl")
         self.store: Store = NullStore()
         self._keep_last = keep_last
         self._closing = ExitStack()
@@ -139,6 +145,7 @@ class DirectoryRecording:
         try:
             with self._closing as closing:
                 closing.callback(self.logger.close, status)
+                closing.callback(self.throughput.close, status)
                 closing.callback(self.store.close)
         except BaseException:
             self.directory.set_status("failed", **facts)

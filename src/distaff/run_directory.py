@@ -44,7 +44,7 @@ class RunDirectory:
 
     A run called "digits" is put in `runs/digits/0001`, the next one in `runs/digits/0002`; none is
     overwritten. It holds `config.json`, `env.json`, `status.json`, `metrics.jsonl`,
-    `metrics/*.json`, `checkpoints/step_00001200/` and `log.txt`.
+    `metrics/*.json`, `throughput.jsonl`, `checkpoints/step_00001200/` and `log.txt`.
 
     Args:
         root: the directory that holds all runs.

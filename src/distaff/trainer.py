@@ -179,22 +179,21 @@ class TrainerModule(Training):
         """
         total, ledger = None, self.ledger
         self.begin_epoch(epoch)
-        with closing(self.training_chunks(train_loader)) as chunks:
+        with closing(self.training_chunks(train_loader)) as chunks, self.around_epoch() as guard:
             events = loop.steps(
                 self._steps,
                 self.ready_state(),
-                ledger.timed(chunks, "data"),
+                ledger.fetched(chunks),
                 step=self.step,
                 stopping=lambda: self.stop_reason is not None,
-                guard=self.execution.guard,
+                guard=guard,
             )
-            for event in ledger.timed(events, "steps"):
+            for event in ledger.timed(events, "device"):
                 if isinstance(event, ChunkEnd):
                     self.after_chunk(event)
-                    continue
-                with ledger.spent("logging"):
+                else:
                     self.after_window(event)
-                total = event.metrics if total is None else metrics_lib.merge(total, event.metrics)
+                    total = metrics_lib.merge(total, event.metrics) if total else event.metrics
         return metrics_lib.compute(total or {}, "train/")
 
     def eval_model(self, loader: Any, prefix: str = "") -> dict[str, Any]:
@@ -212,10 +211,9 @@ class TrainerModule(Training):
             BatchError: the loader is empty.
         """
         with self.ledger.spent("evaluation"):
-            state = self.evaluation_state()
             name, even = prefix.rstrip("/") or "evaluate", self._evaluator.masks is True
             with self.chunks(loader, name, even=even) as chunks:
-                return metrics_lib.compute(self._evaluator(state, chunks), prefix)
+                return metrics_lib.compute(self._evaluator(self.evaluation_state(), chunks), prefix)
 
     def save_metrics(self, name: str, metrics: Mapping[str, Any]) -> None:
         """Writes metrics to `metrics/<name>.json` in the run directory.
@@ -305,7 +303,7 @@ class TrainerModule(Training):
             watched=self.callbacks.watches_steps,
             watch=self.make_watch(),
         )
-        self.forms = self._steps.forms
+        self.forms, self._steps.ledger = self._steps.forms, self.ledger
         if plan.val_loader is not None:
             batch = first_batch(plan.val_loader, name="val")
             self._check_monitors(self._evaluator.shapes(state, batch))

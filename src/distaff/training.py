@@ -6,33 +6,38 @@ import logging
 import time
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
 
-from distaff.callbacks import Callback, Callbacks, StepInfo
+from distaff.callbacks import Callback, Callbacks, ChunkScope, StepInfo, around_epoch
 from distaff.compiling import Watch
 from distaff.config import from_json
 from distaff.data import Chunk, Feeds, Form, Loader, as_loader, num_batches
+from distaff.display import rows_by_split
 from distaff.errors import ConfigError, NonFiniteError, StateError
 from distaff.events import ChunkEnd, Plan, WindowEnd
 from distaff.forms import Fixed, Forms
+from distaff.fuse import Steps
 from distaff.loggers import Logger
+from distaff.machine import peak_flops
 from distaff.metrics import as_json, compute
 from distaff.monitor import Monitor
 from distaff.optim import OptimizerConfig, OptimizerLike, make_rates
 from distaff.predictor import EVALUATION_PARAMS, Predictor
 from distaff.record import make_record
 from distaff.recording import NullRecording, Recording, make_recording
+from distaff.report import Report, make_report
 from distaff.throughput import Ledger
 from distaff.trainer_config import Best, TrainResult
 from distaff.typing import Batch, PyTree, Schedule
-from distaff.vitals import evidence_of_learning
+from distaff.vitals import evidence_of_learning, what_is_missing
 
 _log = logging.getLogger("distaff")
 
-_MAX_EVALUATED = 3
+_LAP_SECONDS = 10.0
+"""How much time there is at least between two lines of `throughput.jsonl`."""
 
 
 class Training(Predictor):
@@ -50,6 +55,7 @@ class Training(Predictor):
     monitor: Monitor = Monitor("val/loss")
     example_batch: Batch
     plan: Plan
+    _steps: Steps
 
     def __init__(
         self,
@@ -70,7 +76,8 @@ class Training(Predictor):
         self.has_run = False
         self.forms: Forms = Fixed(1)
         self.feeds, self.ledger = Feeds(), Ledger()
-        self.evaluation_watch, self._evaluated = self.make_watch(), []
+        self.evaluation_watch = self.make_watch()
+        self.report: Report | None = None
 
     def init_logger(self) -> Recording:
         """Returns where metrics, checkpoints and configuration go; nothing is written yet."""
@@ -117,20 +124,13 @@ class Training(Predictor):
         recompile = "ignore" if self.config.debug else self.config.recompile
         return Watch(recompile, step=lambda: self.step, say=self.display.print)
 
-    def expect_compile(self, loader: Any = None) -> None:
-        """Expects that evaluation compiles once more: for a loader not seen, or for a new state."""
-        if loader is not None and any(loader is each for each in self._evaluated):
-            return
-        self._evaluated = [] if loader is None else [loader, *self._evaluated[:_MAX_EVALUATED]]
-        self.evaluation_watch.expect()
-
     def begin(self, plan: Plan) -> None:
         """Counts a new run."""
-        self.expect_compile()
+        self.evaluation_watch.expect()
         self.plan, self._first_step, self._reached = plan, self.step, (self.step, self.epoch)
         self.best, self.callbacks.stop_reason, self.last_metrics = None, None, {}
         self.has_run, self.ledger, self._form_is_shown = False, Ledger(), False
-        self._untrained, self._rates = None, None
+        self._untrained, self._rates, self.report = None, None, None
         self.display.start(plan.last_epoch, plan.steps_per_epoch or num_batches(plan.train_loader))
         self.display.compiling("the model")
 
@@ -166,7 +166,7 @@ class Training(Predictor):
             name: what errors and the display call it.
             even: whether a short batch may be padded; see `Feed.repeated`.
         """
-        self.expect_compile(loader)
+        self.evaluation_watch.expect(loader)
         loader = as_loader(loader, name=name)
         capacity, length = self.forms.capacity, num_batches(loader)
         # Gathered rows would be a program of its own for each data set.
@@ -184,6 +184,13 @@ class Training(Predictor):
             if self.schedule is not None:
                 self._rates = make_rates(self.schedule)
             self.display.compiling("the step")
+
+    def around_epoch(self) -> AbstractContextManager[ChunkScope]:
+        """Returns what an epoch's training runs in; its value gives what each chunk runs in."""
+        path, watchers = self.recording.path, self.callbacks.chunk_watchers
+        if not watchers:
+            return nullcontext(lambda steps: self.execution.guard())
+        return around_epoch(watchers, path and path.absolute(), self.execution.guard, self.ledger)
 
     def after_chunk(self, event: ChunkEnd) -> None:
         """Takes over the new state, and tells display and callbacks."""
@@ -219,15 +226,24 @@ class Training(Predictor):
         Raises:
             NonFiniteError: a loss in it was not finite.
         """
-        if event.first_bad_step is not None:
-            raise self.not_finite("The loss", event.first_bad_step)
-        self._check_progress()
-        metrics = compute(event.metrics, "step/")
-        self.display.update({n: v for n, v in metrics.items() if np.ndim(v) == 0})
-        if self._rates is not None:
-            updates = event.step - self._first_step
-            metrics["step/learning_rate"] = self._rates(updates - 1)
-        self.recording.logger.log_metrics(metrics, step=event.step, epoch=self.epoch)
+        with self.ledger.spent("logging"):
+            if event.first_bad_step is not None:
+                raise self.not_finite("The loss", event.first_bad_step)
+            self._check_progress()
+            metrics = compute(event.metrics, "step/")
+            self.display.update({n: v for n, v in metrics.items() if np.ndim(v) == 0})
+            if self._rates is not None:
+                updates = event.step - self._first_step
+                metrics["step/learning_rate"] = self._rates(updates - 1)
+            self.recording.logger.log_metrics(metrics, step=event.step, epoch=self.epoch)
+            self.log_throughput(_LAP_SECONDS)
+
+    def log_throughput(self, seconds: float = 0.0) -> None:
+        """Writes a line of throughput since the last one, if that was this long ago."""
+        lap = self.ledger.lap(seconds)
+        if lap is not None:
+            step, epoch = self._reached  # The best model may be loaded by now.
+            self.recording.throughput.log_metrics(Report(lap).line(), step=step, epoch=epoch)
 
     def _check_progress(self) -> None:
         """Warns if nothing has been learned since the run began. It waits for the device, once."""
@@ -236,17 +252,10 @@ class Training(Predictor):
         if self._untrained is None or num_steps < 2:
             return
         untrained, self._untrained = self._untrained, None
-        trained = evidence_of_learning(self.ready_state())
-        same_params, same_averages = (
-            before.size > 0 and np.array_equal(before, after)
-            for before, after in zip(untrained[:2], trained[:2], strict=True)
-        )
-        # What begins as a copy of the parameters, as in optax.contrib.mechanize, is no average.
-        is_copied = np.isin(untrained.params[untrained.params != 0], untrained.averages).any()
-        if trained.is_whole and (same_params or (same_averages and not is_copied)):
-            what = "No parameter has changed" if same_params else "Every gradient has been zero"
+        missing = what_is_missing(untrained, evidence_of_learning(self.ready_state()))
+        if missing:
             warnings.warn(
-                f"{what} in the first {num_steps} steps. Either the loss does not depend on its "
+                f"{missing} in the first {num_steps} steps. Either the loss does not depend on its "
                 "argument `params`: a loss that reads state.params instead has zero gradients. Or "
                 "the learning rate is zero, every parameter frozen, or gradients accumulate for "
                 "longer than that.",
@@ -302,26 +311,20 @@ class Training(Predictor):
         facts = self.result(self.last_metrics)._asdict()
         del facts["path"]
         best = None if self.best is None else self.best._asdict()
-        throughput, form = self.ledger.read()._asdict(), self.forms.facts()
-        return {**facts, "best": best, "steps_per_call": form, "throughput": throughput}
+        report, form = self.report or Report(self.ledger.read()), self.forms.facts()
+        return {**facts, "best": best, "steps_per_call": form, "throughput": report.facts()}
 
     def show_result(self, metrics: Mapping[str, Any]) -> None:
         """Shows the metrics of a finished run as a table of splits."""
-        self._check_progress()
         titles = {"train": f"train, epoch {self._reached[1]}", "test": "test"}
         if self.best is not None:
             titles = {**titles, "val": f"val, epoch {self.best.epoch} (best)"}
-        rows: dict[str, dict[str, float]] = {}
-        for split in ("train", "val", "test"):
-            found = {
-                name.removeprefix(f"{split}/"): value
-                for name, value in metrics.items()
-                if name.startswith(f"{split}/") and np.ndim(value) == 0
-            }
-            if found:
-                rows[titles.get(split, split)] = found
-        self.display.table(rows)
-        self.display.print(self.ledger.read().line())
+        self.display.table(rows_by_split(metrics, titles))
+        measure_peak = peak_flops if self.config.tune_process else lambda again: None
+        self.report = make_report(self.ledger.read(), self._steps.flops, measure_peak)
+        self.log_throughput()
+        for line in self.report.lines():
+            self._show(line)
 
     def not_finite(self, what: str, step: int) -> NonFiniteError:
         """Returns the error for a number that is none."""

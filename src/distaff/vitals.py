@@ -45,6 +45,21 @@ def evidence_of_learning(state: TrainState) -> Evidence:
     return Evidence(*map(_fingerprints, looked_at), bool(sizes[-1] <= _MAX_BYTES))
 
 
+def what_is_missing(before: Evidence, after: Evidence) -> str:
+    """Returns in a few words which sign of learning is missing; empty where all are there."""
+    same_params, same_averages = (
+        old.size > 0 and np.array_equal(old, new)
+        for old, new in ((before.params, after.params), (before.averages, after.averages))
+    )
+    # What begins as a copy of the parameters, as in optax.contrib.mechanize, is no average.
+    is_copied = np.isin(before.params[before.params != 0], before.averages).any()
+    if not after.is_whole:
+        return ""
+    if same_params:
+        return "No parameter has changed"
+    return "Every gradient has been zero" if same_averages and not is_copied else ""
+
+
 def _fingerprints(leaves: list[jax.Array]) -> np.ndarray:
     arrays = [np.ascontiguousarray(leaf) for leaf in leaves]
     return np.array(

@@ -28,7 +28,7 @@ class Window(NamedTuple):
     """
 
     metrics: dict[str, Metric]
-    first_bad_step: jax.Array | np.ndarray
+    first_bad_step: jax.Array
 
 
 NEVER = int(np.iinfo(np.int32).max)
@@ -98,7 +98,7 @@ def empty_window(metrics: Mapping[str, Metric]) -> Window:
     """
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), dict(metrics))
     empty = {name: metric.empty_like() for name, metric in zeros.items()}
-    return Window(empty, np.asarray(NEVER, np.int32))
+    return Window(jax.device_put(empty), jax.device_put(np.asarray(NEVER, np.int32)))
 
 
 def reduced(metrics: Mapping[str, Metric | PerExample], mask: jax.Array) -> dict[str, Metric]:

@@ -39,7 +39,7 @@ def trained(*, features: int = 5, size: int = 8, **options: Any) -> tuple[Any, d
 
 
 def kept() -> Path:
-    directory = compile_cache.directory()
+    directory = compile_cache.home()
     assert directory is not None
     return directory / "forms.json"
 

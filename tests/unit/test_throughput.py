@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
+from time import perf_counter
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distaff import data, tasks, zoo
-from distaff.throughput import PARTS, Ledger, Throughput
+from distaff import Callback, data, tasks, zoo
+from distaff.loggers import MemoryLogger
+from distaff.throughput import PARTS, TRAINING, Ledger, Throughput
 
 
 class Clock:
@@ -74,37 +77,151 @@ def test_part_ends_with_an_error(where):
     assert seconds(ledger) == {"other": 1}
 
 
-def test_compiling_is_counted_apart():
+def test_compiling_is_counted_apart_and_once():
     ledger = Ledger()
-    with ledger.spent("steps"):
-        jax.jit(lambda x: jnp.sin(x) + 1234.5)(np.ones(3, np.float32))
+
+    @jax.jit
+    def inner(x):
+        time.sleep(0.3)
+        return jnp.sin(x) + 1234.5
+
+    @jax.jit
+    def outer(x):
+        with jax.ensure_compile_time_eval():  # compiles while `outer` is traced
+            constant = inner(np.ones(3, np.float32))
+        return x * constant
+
+    before = time.perf_counter()
+    with ledger.spent("host"):
+        outer(np.ones(3, np.float32))
+    wall = time.perf_counter() - before
     read = ledger.read()
-    assert read.programs == 1
-    assert read.seconds["compile"] > 0
-    assert read.seconds["steps"] >= 0
+    assert read.programs == 2
+    assert 0.3 <= read.seconds["compile"] <= wall
+    assert read.seconds["host"] == pytest.approx(wall - read.seconds["compile"], abs=0.05)
     assert Ledger().read().programs == 0
 
 
-def test_line_says_how_fast_and_where_the_time_went():
-    spent = {**dict.fromkeys(PARTS, 0.0), "steps": 6.0, "data": 2.0, "compile": 2.0}
-    line = Throughput(steps=4000, examples=64000, seconds=spent, programs=7, cached=3).line()
-    assert line == (
-        "500 steps/s, 8,000 examples/s, 2 ms per step; 10.0s: steps 60%, data 20%, compile 20%; "
-        "7 programs compiled, 3 of them cached"
-    )
+class Result:
+    """Of a program, which the device has made once `ready` is set."""
+
+    def __init__(self, ready: bool) -> None:
+        self.ready = ready
+
+    def is_ready(self) -> bool:
+        return self.ready
 
 
-def test_line_of_a_run_without_steps_divides_by_nothing():
-    assert Throughput(0, 0, dict.fromkeys(PARTS, 0.0), 0, 0).line().startswith("0 steps/s")
+@pytest.mark.parametrize(
+    ("ready", "backend", "part"),
+    [(False, "cpu", "host"), (True, "cpu", "device"), (True, "gpu", "host")],
+)
+def test_call_is_the_devices_where_it_computes_inside(monkeypatch, ready, backend, part):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    clock = Clock()
+    ledger = Ledger(clock)
+    with ledger.spent("host"):
+        clock.now += 3
+        ledger.handed(Result(ready))
+    assert seconds(ledger) == {part: 3}
 
 
-def test_run_reports_its_throughput(capsys):
+def test_batches_cost_nothing_while_the_device_is_at_work():
+    clock = Clock()
+    ledger = Ledger(clock)
+    result = Result(ready=False)
+
+    def chunks() -> Iterator[int]:
+        clock.now += 1  # nothing was handed over yet
+        yield 1
+        clock.now += 2
+        yield 2
+        clock.now += 4
+        result.ready = True
+        yield 3
+
+    for _ in ledger.fetched(chunks()):
+        clock.now += 10
+        with ledger.spent("host"):
+            ledger.handed(result)
+    assert seconds(ledger) == {"data": 5, "device": 2, "other": 30}
+
+
+def test_lap_is_what_was_counted_since_the_last_one():
+    clock = Clock()
+    ledger = Ledger(clock)
+    with ledger.spent("data"):
+        clock.now += 4
+    ledger.steps, ledger.examples = 3, 6
+    assert ledger.lap(5) is None
+    clock.now += 1
+    first = ledger.lap(5)
+    assert first is not None
+    assert (first.steps, first.examples) == (3, 6)
+    ledger.steps += 2
+    with ledger.spent("host"):
+        clock.now += 5
+    second = ledger.lap(5)
+    assert second is not None
+    assert (second.steps, second.examples) == (2, 0)
+    assert {part: spent for part, spent in second.seconds.items() if spent} == {"host": 5}
+    assert second.training_seconds == 5
+
+
+def test_speed_is_of_the_training_and_zero_without_any():
+    spent = {**dict.fromkeys(PARTS, 1.0), "host": 5.0}
+    read = Throughput(18, 36, spent, 0, 0)
+    assert (read.training_seconds, read.per_second(18)) == (9, 2)
+    assert Throughput(0, 0, dict.fromkeys(PARTS, 0.0), 0, 0).per_second(5) == 0
+
+
+def test_run_counts_every_second_of_its_wall_time(monkeypatch):
     train, val, test = data.digits(batch_size=128)
-    trainer = tasks.Classifier(zoo.MLP((8, 10)), steps_per_call=4)
+    trainer = tasks.Classifier(zoo.MLP((8, 10)), steps_per_call=4, enable_progress_bar=False)
+    spans = []
+    begin, show = trainer.begin, trainer.show_result
+    monkeypatch.setattr(trainer, "begin", lambda plan: (spans.append(perf_counter()), begin(plan)))
+    monkeypatch.setattr(
+        trainer, "show_result", lambda metrics: (show(metrics), spans.append(perf_counter()))
+    )
     result = trainer.train_model(train, val, test, num_epochs=2)
     read = json.loads((result.path / "status.json").read_text())["throughput"]
     assert (read["steps"], read["examples"]) == (18, 18 * 128)
     spent = read["seconds"]
-    assert all(spent[part] > 0 for part in ("steps", "data", "logging", "evaluation", "checkpoint"))
-    assert all(second >= 0 for second in spent.values())
-    assert "steps/s" in capsys.readouterr().out
+    assert spent.keys() == set(PARTS)
+    assert all(spent[part] > 0 for part in PARTS if part != "callbacks")
+    assert sum(spent.values()) == pytest.approx(spans[1] - spans[0], abs=0.05)
+    assert read["training_seconds"] == sum(spent[part] for part in TRAINING)
+
+
+def test_steps_that_compute_inside_of_their_call_are_the_devices():
+    reads = []
+
+    class Reader(Callback):
+        def on_epoch_end(self, info):
+            reads.append(trainer.ledger.read())
+
+    train, _, _ = data.digits(batch_size=128)
+    options = {"root": None, "steps_per_call": 10, "enable_progress_bar": False}
+    trainer = tasks.Classifier(zoo.MLP((64, 10)), callbacks=[Reader()], **options)
+    trainer.train_model(train, num_epochs=20)
+    spent = reads[-1].since(reads[1]).seconds  # The first calls compile.
+    assert spent["device"] > spent["host"]
+
+
+def test_throughput_is_logged_in_a_file_of_its_own(monkeypatch):
+    monkeypatch.setattr("distaff.training._LAP_SECONDS", 0.0)
+    train, val, _ = data.digits(batch_size=128)
+    memory = MemoryLogger()
+    trainer = tasks.Classifier(
+        zoo.MLP((8, 10)), loggers=[memory], log_every_n_steps=4, steps_per_call=1
+    )
+    result = trainer.train_model(train, val, num_epochs=2)
+    rows = [json.loads(row) for row in (result.path / "throughput.jsonl").read_text().splitlines()]
+    # A window is read when the next one closes.
+    assert [row["step"] for row in rows] == [8, 9, 9, 16, 18, 18, 18]
+    assert [row["epoch"] for row in rows] == [1, 1, 1, 2, 2, 2, 2]
+    assert rows[1]["steps_per_second"] > 0
+    assert sum(row["seconds/device"] for row in rows) <= trainer.ledger.read().seconds["device"]
+    logged = {name for record in memory.records for name in record.metrics}
+    assert not any("second" in name for name in logged)

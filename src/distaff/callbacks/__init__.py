@@ -3,6 +3,18 @@
 from __future__ import annotations
 
 from distaff.callbacks.callback import Callback, Callbacks, StepInfo, StopTraining
+from distaff.callbacks.chunk_scope import ChunkScope, WatchesChunks, around_epoch
 from distaff.callbacks.early_stopping import EarlyStopping
+from distaff.callbacks.profiler import Profiler
 
-__all__ = ["Callback", "Callbacks", "EarlyStopping", "StepInfo", "StopTraining"]
+__all__ = [
+    "Callback",
+    "Callbacks",
+    "ChunkScope",
+    "EarlyStopping",
+    "Profiler",
+    "StepInfo",
+    "StopTraining",
+    "WatchesChunks",
+    "around_epoch",
+]

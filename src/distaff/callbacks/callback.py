@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
+from distaff.callbacks.chunk_scope import WatchesChunks
 from distaff.state import TrainState
 
 
@@ -86,6 +87,7 @@ class Callbacks:
         self.callbacks = tuple(callbacks)
         self.stop_reason: str | None = None
         self.stop_status = "stopped"
+        self.chunk_watchers = [each for each in self.callbacks if isinstance(each, WatchesChunks)]
         self.watches_steps = any(
             type(callback).on_step_end is not Callback.on_step_end for callback in self.callbacks
         )

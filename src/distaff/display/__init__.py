@@ -7,6 +7,7 @@ from typing import TextIO
 
 from rich.console import Console, RenderableType
 
+from distaff.display.lines import rows_by_split
 from distaff.display.model_table import model_table
 from distaff.display.plain import PlainDisplay
 from distaff.display.protocol import Display, NullDisplay
@@ -20,6 +21,7 @@ __all__ = [
     "as_text",
     "make_display",
     "model_table",
+    "rows_by_split",
 ]
 
 

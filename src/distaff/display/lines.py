@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from distaff.typing import Scalars
@@ -93,6 +95,25 @@ def fit(fields: Sequence[tuple[int, str]], *, width: int | None) -> str:
         if width is None or len(line) <= width:
             return line
     return " ".join(texts)
+
+
+def rows_by_split(metrics: Mapping[str, Any], titles: Mapping[str, str]) -> dict[str, Scalars]:
+    """Returns the metrics of a run that are one number, as the rows of a table.
+
+    Args:
+        metrics: by name, such as `val/loss`.
+        titles: what to call the splits `train`, `val` and `test`.
+    """
+    rows = {}
+    for split in ("train", "val", "test"):
+        found = {
+            name.removeprefix(f"{split}/"): value
+            for name, value in metrics.items()
+            if name.startswith(f"{split}/") and np.ndim(value) == 0
+        }
+        if found:
+            rows[titles.get(split, split)] = found
+    return rows
 
 
 def metrics_table(rows: Mapping[str, Scalars]) -> Table:
