@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.systems import SYSTEMS
+from benchmarks.systems import find
 from benchmarks.workloads import Workload
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +26,8 @@ _TOO_SLOW = 6.0
 """A system that takes this many times as long as the fastest one gets one round only."""
 
 _MAX_WARM_UPS = 6
+
+_PER_ROUND = ("epoch_end_seconds", "write_seconds", "rss_mb")
 
 
 class WorkerError(Exception):
@@ -65,7 +67,7 @@ class Worker:
         folder.mkdir(parents=True)
         screen, terminal = pty.openpty()
         fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
-        python = python_of(SYSTEMS[system].environment)
+        python = python_of(find(system).environment)
         assert python is not None
         self._process = subprocess.Popen(
             [python, "-m", "benchmarks.worker", json.dumps(request)],
@@ -199,7 +201,7 @@ def _start(
     measured: dict[str, dict[str, Any]],
 ) -> str:
     """Starts a worker and warms it up; returns the reason where it must be skipped."""
-    if python_of(SYSTEMS[name].environment) is None:
+    if python_of(find(name).environment) is None:
         return "its environment is missing; make bench-peers makes it"
     place = folder / workload.name / name.replace(" ", "_").replace(",", "").replace("=", "")
     worker = Worker(name, workload, place)
@@ -224,7 +226,8 @@ def _start(
 def _take(entry: dict[str, Any], kind: str, reply: dict[str, Any]) -> None:
     entry[kind].append(reply["seconds"])
     entry["losses"].append(reply["loss"])
-    facts = {k: v for k, v in reply.items() if k not in ("seconds", "loss", "settled")}
-    if "epoch_end_seconds" in facts:
-        entry.setdefault("epoch_end_seconds", []).append(facts.pop("epoch_end_seconds"))
-    entry.update(facts)
+    for key, value in reply.items():
+        if key in _PER_ROUND:
+            entry.setdefault(key, []).append(value)
+        elif key not in ("seconds", "loss", "settled"):
+            entry[key] = value

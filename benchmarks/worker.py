@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from benchmarks.systems import SYSTEMS
-from benchmarks.workloads import WORKLOADS
+from benchmarks.systems import find
+from benchmarks.workloads import ALL
 
 
 def memory(field: str) -> float:
@@ -96,8 +96,8 @@ def main() -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     request = json.loads(sys.argv[1])
-    workload = dataclasses.replace(WORKLOADS[request["workload"]], steps=request["steps"])
-    system = SYSTEMS[request["system"]]
+    workload = dataclasses.replace(ALL[request["workload"]], steps=request["steps"])
+    system = find(request["system"])
     facts = {}
     if system.tuned:
         from benchmarks.models import without_distaff

@@ -58,19 +58,19 @@ _ALL = (
         name="W2",
         title="CNN 32-64-128-10 on 28x28x1, batch 128, Adam",
         batch_size=128,
-        steps=32,
+        steps=16,
         optimizer="adam",
-        scan=32,
-        unrolled=8,
+        scan=8,
+        unrolled=4,
         rolls_on_cpu=False,
     ),
     Workload(
         name="W3",
         title="ResNet-8 on 32x32x3, batch 64, momentum",
         batch_size=64,
-        steps=16,
+        steps=8,
         optimizer="momentum",
-        scan=16,
+        scan=8,
         unrolled=4,
         rolls_on_cpu=False,
     ),
@@ -78,13 +78,34 @@ _ALL = (
         name="W4",
         title="byte GPT, 4 layers of 128, context 128, batch 16, AdamW",
         batch_size=16,
-        steps=16,
+        steps=8,
         optimizer="adamw",
-        scan=16,
+        scan=8,
         unrolled=4,
     ),
 )
 WORKLOADS = {workload.name: workload for workload in _ALL}
+
+
+def _section(name: str, title: str, batch_size: int, steps: int) -> Workload:
+    return Workload(
+        name=name,
+        title=title,
+        batch_size=batch_size,
+        steps=steps,
+        optimizer="adam",
+        scan=1,
+        unrolled=1,
+    )
+
+
+_OTHERS = (
+    _section("input", "50,000 pictures of 32x32x3, batch 128", 128, 100),
+    _section("evaluation", "MLP 64-128-10 over 30,000 digits, batch 64", 64, 469),
+    _section("checkpoint", "10 M parameters and Adam's state, 126 MB", 1, 1),
+)
+ALL = {**WORKLOADS, **{workload.name: workload for workload in _OTHERS}}
+"""Those that are trained, and those of single parts of a training."""
 
 
 def make_arrays(workload: Workload) -> tuple[np.ndarray, np.ndarray]:
@@ -96,17 +117,22 @@ def make_arrays(workload: Workload) -> tuple[np.ndarray, np.ndarray]:
     """
     rng, examples = np.random.default_rng(0), workload.steps * workload.batch_size
     if workload.name == "W1":
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
-        rows = np.arange(examples) % len(digits.target)
-        return (digits.data / 16).astype(np.float32)[rows], digits.target.astype(np.int32)[rows]
+        return digits(examples)
     if workload.name == "W4":
         tokens = rng.integers(0, 256, (examples, 129)).astype(np.int32)
         return tokens[:, :-1], tokens[:, 1:]
     shape = {"W2": (28, 28, 1), "W3": (32, 32, 3)}[workload.name]
     images = rng.standard_normal((examples, *shape), dtype=np.float32)
     return images, rng.integers(0, 10, examples).astype(np.int32)
+
+
+def digits(examples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the digits of scikit-learn over and over, float32 `[examples, 64]`, and labels."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    rows = np.arange(examples) % len(bunch.target)
+    return (bunch.data / 16).astype(np.float32)[rows], bunch.target.astype(np.int32)[rows]
 
 
 def epoch_rows(workload: Workload, epoch: int) -> np.ndarray:

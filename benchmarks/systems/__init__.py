@@ -56,9 +56,7 @@ SYSTEMS = {
     "hand unrolled, tuned": _UNROLLED[True],
     "nnx.jit": System("nnx_system"),
     "Keras": System("keras_system", environment="peers"),
-    "Keras x32": System(
-        "keras_system", options={"steps_per_execution": 32}, environment="peers"
-    ),
+    "Keras x32": System("keras_system", options={"steps_per_execution": 32}, environment="peers"),
     "PyTorch": System("torch_system", environment="peers"),
     "Lightning": System("lightning_system", environment="peers"),
 }
@@ -72,3 +70,79 @@ QUICK = (
     "hand scan, tuned",
 )
 """The systems of `make bench-quick`."""
+
+
+class Section(NamedTuple):
+    """A part of a training that is measured by itself.
+
+    Attributes:
+        title: what the table calls it.
+        workload: its name in `workloads.ALL`.
+        systems: by name.
+        reference: the system that ratios are to.
+        unit: `"images/s"`, or `"ms"` per step or round.
+    """
+
+    title: str
+    workload: str
+    systems: dict[str, System]
+    reference: str
+    unit: str
+
+
+SECTIONS = {
+    "input": Section(
+        "Input path: crop and flip of 32x32x3 bytes, batch 128",
+        "input",
+        {
+            "by hand, on the device": System("input_path", "on_device"),
+            "by hand, NumPy batches": System("input_path", "numpy_batches"),
+            "distaff, ArrayLoader": System("input_path", "distaff_default"),
+            "distaff, host batches": System("input_path", "distaff_host"),
+            "torch DataLoader, 2 workers": System(
+                "input_peers", "torch_loader", {}, False, "peers"
+            ),
+            "Grain": System("input_peers", "grain_loader", {}, False, "peers"),
+        },
+        "by hand, on the device",
+        "images/s",
+    ),
+    "evaluation": Section(
+        "Evaluation: MLP 64-128-10 over 30,000 digits, batch 64",
+        "evaluation",
+        {
+            "by hand, one scan": System("evaluation", "scan"),
+            "by hand, loop": System("evaluation", "loop"),
+            "distaff eval_model": System("evaluation", "distaff_eval"),
+        },
+        "by hand, loop",
+        "ms per batch",
+    ),
+    "checkpoint": Section(
+        "Checkpoint of 126 MB: how long training waits",
+        "checkpoint",
+        {
+            "by hand, Orbax in the background": System("checkpoint", "orbax"),
+            "by hand, numpy.savez": System("checkpoint", "savez"),
+            "distaff save_model": System("checkpoint", "distaff_save"),
+        },
+        "by hand, Orbax in the background",
+        "ms per save",
+    ),
+    "logging": Section(
+        "Logging in Distaff: every step beside every 100",
+        "W1",
+        {
+            f"distaff, log every {n}": System("distaff_system", options={"log_every_n_steps": n})
+            for n in (100, 1)
+        },
+        "distaff, log every 100",
+        "ms per step",
+    ),
+}
+
+
+def find(name: str) -> System:
+    """Returns a system by its name, among those that train and those of the sections."""
+    groups = (SYSTEMS, *(section.systems for section in SECTIONS.values()))
+    return next(group[name] for group in groups if name in group)

@@ -78,7 +78,10 @@ def scan(workload: Workload, rounds: Rounds, folder: Path, *, unroll: bool) -> N
     @partial(jax.jit, donate_argnums=0)
     def many(state: Any, batches: Any) -> Any:
         return jax.lax.scan(
-            lambda state, batch: update(state, *batch), state, batches, unroll=steps if unroll else 1
+            lambda state, batch: update(state, *batch),
+            state,
+            batches,
+            unroll=steps if unroll else 1,
         )
 
     for epoch in rounds:

@@ -106,12 +106,16 @@ def make_model(workload: Workload) -> keras.Model:
             [keras.Input((64,)), layers.Dense(128, activation="relu"), layers.Dense(10)]
         )
     if workload.name == "W2":
-        block = (
-            [layers.Conv2D(n, 3, padding="same", activation="relu"), layers.MaxPooling2D(2)]
-            for n in (32, 64)
-        )
+        blocks = [
+            layer
+            for features in (32, 64)
+            for layer in (
+                layers.Conv2D(features, 3, padding="same", activation="relu"),
+                layers.MaxPooling2D(2),
+            )
+        ]
         head = [layers.Flatten(), layers.Dense(128, activation="relu"), layers.Dense(10)]
-        return keras.Sequential([keras.Input((28, 28, 1)), *sum(block, []), *head])
+        return keras.Sequential([keras.Input((28, 28, 1)), *blocks, *head])
     return make_resnet() if workload.name == "W3" else make_gpt()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - the field's own alias
+import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.workloads import LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, Workload
