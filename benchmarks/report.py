@@ -99,13 +99,13 @@ def _workload_table(name: str, measured: Mapping[str, Any]) -> Table:
 
 def _section_table(name: str, measured: Mapping[str, Any]) -> Table:
     section = SECTIONS[name]
-    rows = []
+    columns, rows = ["system", section.unit, "spread", f"time, x {section.reference}"], []
     for system, entry in measured["systems"].items():
         value = entry["ms_per_step"]
         if section.unit == "images/s":
             value = 1e3 * ALL[section.workload].batch_size / value
         rows.append([system, _shown(value), f"{entry['spread']:.0%}", _ratio(entry["ratio"])])
-    return section.title, ["system", section.unit, "spread", f"x {section.reference}"], rows
+    return section.title, columns, rows
 
 
 def _ratio(value: float | None) -> str:
@@ -134,9 +134,9 @@ def facts(results: Results) -> str:
     machine, versions = results["machine"], results["versions"]["core"]
     return (
         f"{results['date'][:10]} on {machine['device']}, {machine['cores']} cores of "
-        f"{machine['cpu']}, {machine['memory_gb']:.0f} GB, load {machine['load_before']:.1f} before and "
-        f"{machine['load_after']:.1f} after; Distaff {versions['distaff']} at "
-        f"{results['commit']}, JAX {versions['jax']}, Python {versions['python']}"
+        f"{machine['cpu']}, {machine['memory_gb']:.0f} GB, load "
+        f"{machine['load_before']:.1f} before and {machine['load_after']:.1f} after; "
+        f"Distaff {versions['distaff']} at {results['commit']}, JAX {versions['jax']}, Python {versions['python']}"
     )
 
 

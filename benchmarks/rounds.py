@@ -12,7 +12,8 @@ import sys
 import termios
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from benchmarks.workloads import Workload
 ROOT = Path(__file__).parents[1]
 PEERS = ROOT / ".venv-peers" / "bin" / "python"
 
-_TOO_SLOW = 6.0
-"""A system that takes this many times as long as the fastest one gets one round only."""
+_TOO_SLOW, _LONG_SECONDS = 6.0, 5.0
+"""A system whose round takes this many times as long as the fastest one's, and this long, gets one
+round only."""
 
 _MAX_WARM_UPS = 6
 
@@ -117,13 +119,18 @@ class Worker:
         self.ask()
         return self.answer()
 
+    def dismiss(self) -> None:
+        """Tells the process to end; `close` waits for that."""
+        assert self._process.stdin is not None
+        with suppress(OSError):
+            self._process.stdin.close()
+
     def close(self) -> None:
         """Ends the process."""
-        assert self._process.stdin is not None
+        self.dismiss()
         try:
-            self._process.stdin.close()
             self._process.wait(timeout=60)
-        except (OSError, subprocess.TimeoutExpired):
+        except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
         assert self._process.stdout is not None
@@ -157,70 +164,87 @@ def measure(
         `systems`, by name `seconds` of each round, `warmup_seconds`, `losses` of every round from
         the first warm-up on, `peak_mb` and what else a worker reports; `skipped`, by name why.
     """
-    measured: dict[str, dict[str, Any]] = {}
-    skipped: dict[str, str] = {}
+    skipped = {s: _MISSING for s in systems if python_of(find(s).environment) is None}
+    wanted = [s for s in systems if s not in skipped]
     workers: dict[str, Worker] = {}
+    measured: dict[str, dict[str, Any]] = {}
     try:
-        for name in systems:
-            reason = _start(name, workload, folder, workers, measured)
-            if reason:
-                skipped[name] = reason
-                say(f"  {name}: skipped, {reason.splitlines()[0]}")
-            else:
-                warm_up = 1e3 * measured[name]["warmup_seconds"][-1] / workload.steps
-                say(f"  {name}: warm, {warm_up:.3g} ms per step")
-        fastest = min((m["warmup_seconds"][-1] for m in measured.values()), default=0.0)
+        _start(wanted, workload, folder, workers, skipped)
+        for name, worker in workers.items():
+            if name not in skipped:
+                entry = _asked(name, skipped, lambda worker=worker: _warm_up(worker))
+                measured.update({} if entry is None else {name: entry})
+            say(f"  {name}: {_state(name, measured, skipped, workload)}")
         for number in range(rounds):
-            for name, worker in workers.items():
-                slow = measured[name]["warmup_seconds"][-1] > _TOO_SLOW * fastest
-                if name in skipped or (slow and number and not _is_short(measured[name])):
-                    continue
-                try:
-                    _take(measured[name], "seconds", worker.round())
-                except WorkerError as error:
-                    skipped[name] = str(error)
+            for name in _still_measured(measured, skipped, number):
+                reply = _asked(name, skipped, workers[name].round)
+                if reply is not None:
+                    _take(measured[name], "seconds", reply)
             say(f"  round {number + 1} of {rounds}")
     finally:
         for worker in workers.values():
+            worker.dismiss()
+        for worker in workers.values():
             worker.close()
-    return {
-        "systems": {n: m for n, m in measured.items() if n not in skipped},
-        "skipped": skipped,
-    }
+    return {"systems": {n: m for n, m in measured.items() if n not in skipped}, "skipped": skipped}
 
 
-def _is_short(measured: dict[str, Any]) -> bool:
-    return measured["warmup_seconds"][-1] < 5.0
+_MISSING = "its environment is missing; make bench-peers makes it"
 
 
 def _start(
-    name: str,
+    systems: Sequence[str],
     workload: Workload,
     folder: Path,
     workers: dict[str, Worker],
-    measured: dict[str, dict[str, Any]],
-) -> str:
-    """Starts a worker and warms it up; returns the reason where it must be skipped."""
-    if python_of(find(name).environment) is None:
-        return "its environment is missing; make bench-peers makes it"
-    place = folder / workload.name / name.replace(" ", "_").replace(",", "").replace("=", "")
-    worker = Worker(name, workload, place)
+    skipped: dict[str, str],
+) -> None:
+    """Starts the workers, two at a time, up to the end of their imports."""
+    for first in range(0, len(systems), 2):
+        pair = systems[first : first + 2]
+        for name in pair:
+            place = "".join(letter if letter.isalnum() else "_" for letter in name)
+            workers[name] = Worker(name, workload, folder / workload.name / place)
+        for name in pair:
+            hello = _asked(name, skipped, workers[name].answer) or {}
+            if hello.get("allocator", "tuned") != "tuned":
+                skipped[name] = f"the allocator is {hello['allocator']}"
+
+
+def _asked(name: str, skipped: dict[str, str], ask: Callable[[], Any]) -> Any:
+    """Returns what a worker answers; None, and the reason in `skipped`, if it has died."""
     try:
-        hello = worker.answer()
-        if hello.get("allocator", "tuned") != "tuned":
-            worker.close()
-            return f"the allocator is {hello['allocator']}"
-        entry: dict[str, Any] = {"seconds": [], "warmup_seconds": [], "losses": []}
-        for _ in range(_MAX_WARM_UPS):
-            reply = worker.round()
-            _take(entry, "warmup_seconds", reply)
-            if reply.get("settled", True) and len(entry["warmup_seconds"]) > 1:
-                break
+        return ask()
     except WorkerError as error:
-        worker.close()
-        return str(error)
-    workers[name], measured[name] = worker, entry
-    return ""
+        skipped[name] = str(error)
+        return None
+
+
+def _warm_up(worker: Worker) -> dict[str, Any]:
+    entry: dict[str, Any] = {"seconds": [], "warmup_seconds": [], "losses": []}
+    for number in range(_MAX_WARM_UPS):
+        reply = worker.round()
+        _take(entry, "warmup_seconds", reply)
+        if number and reply.get("settled", True):
+            break
+    return entry
+
+
+def _state(
+    name: str, measured: Mapping[str, Any], skipped: Mapping[str, str], workload: Workload
+) -> str:
+    if name in skipped:
+        return f"skipped, {skipped[name].splitlines()[0]}"
+    return f"warm, {1e3 * measured[name]['warmup_seconds'][-1] / workload.steps:.3g} ms per step"
+
+
+def _still_measured(
+    measured: Mapping[str, Any], skipped: Mapping[str, str], number: int
+) -> list[str]:
+    """Returns who takes part in a round: who is alive, and not so slow that one round is enough."""
+    warm = {n: m["warmup_seconds"][-1] for n, m in measured.items() if n not in skipped}
+    limit = max(_LONG_SECONDS, _TOO_SLOW * min(warm.values(), default=0.0))
+    return [name for name, seconds in warm.items() if number == 0 or seconds < limit]
 
 
 def _take(entry: dict[str, Any], kind: str, reply: dict[str, Any]) -> None:
