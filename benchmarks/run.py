@@ -137,7 +137,7 @@ def show(results: dict[str, Any], console: Console) -> None:
     for title, columns, rows in report.tables(results):
         table = Table(title=title, title_justify="left")
         for number, column in enumerate(columns):
-            table.add_column(column, justify="right" if number else "left")
+            table.add_column(column, justify="right" if number else "left", no_wrap=not number)
         for row in rows:
             table.add_row(*row, style="bold" if row[0].startswith("distaff") else None)
         console.print(table)

@@ -47,6 +47,11 @@ _UNROLLED = _by_hand("scan", options={"unroll": True})
 SYSTEMS = {
     "distaff": System("distaff_system"),
     "distaff K=1": System("distaff_system", options={"steps_per_call": 1}),
+    "distaff K=1, untuned": System(
+        "distaff_system",
+        options={"steps_per_call": 1, "tune_process": False},
+        workloads=("W1",),
+    ),
     "hand loop": _LOOP[False],
     "hand loop, tuned": _LOOP[True],
     "hand loop float": System("by_hand", "loop_float", workloads=("W1",)),
