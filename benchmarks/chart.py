@@ -50,8 +50,9 @@ def draw_panel(axes: Axes, name: str, measured: Mapping[str, Any]) -> None:
         place = min(entry["ratio"], _LONGEST) + 0.03
         cut = " →" if entry["ratio"] > _LONGEST else ""
         label = f"{entry['ratio']:.2f}{cut}  ({entry['ms_per_step']:.3g} ms)"
-        axes.text(place, row, label, va="center", fontsize=7)
-    axes.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
+        white = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+        axes.text(place, row, label, va="center", fontsize=7, bbox=white)
+    axes.axvline(1.0, color="black", linewidth=0.8, linestyle=":", zorder=0)
     axes.set_title(f"{name}: {ALL[name].title}", fontsize=9, loc="left")
     axes.set_xlim(0, 1.35 * min(max(ratios, default=1.0), _LONGEST))
     axes.tick_params(labelsize=8)

@@ -44,9 +44,15 @@ def python_of(environment: str) -> str | None:
 
 
 def environment_of_a_user() -> dict[str, str]:
-    """Returns the environment of workers: this one, with a terminal, and this checkout."""
+    """Returns the environment of workers: this one, with a terminal, and this checkout.
+
+    What would keep Python from writing its bytecode is left out: it would have to compile every
+    module at every start, Distaff's and no one else's where the others came with theirs.
+    """
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path, "TERM": "xterm-256color", "COLUMNS": "100"}
+    env = {**os.environ, "PYTHONPATH": path, "TERM": "xterm-256color", "COLUMNS": "100"}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)
+    return env
 
 
 class Worker:

@@ -63,6 +63,9 @@ SYSTEMS = {
     "Keras": System("keras_system", environment="peers"),
     "Keras x32": System("keras_system", options={"steps_per_execution": 32}, environment="peers"),
     "PyTorch": System("torch_system", environment="peers"),
+    "PyTorch, 1 thread": System(
+        "torch_system", options={"threads": 1}, environment="peers", workloads=("W1",)
+    ),
     "Lightning": System("lightning_system", environment="peers"),
 }
 

@@ -12,8 +12,18 @@ from benchmarks.worker import Rounds
 from benchmarks.workloads import LOG_EVERY, Workload, epoch_rows, make_arrays
 
 
-def run(workload: Workload, rounds: Rounds, folder: Path) -> None:
-    """Trains rounds; metrics are added up on the device and read every 50 steps."""
+def run(workload: Workload, rounds: Rounds, folder: Path, *, threads: int | None = None) -> None:
+    """Trains rounds; metrics are added up on the device and read every 50 steps.
+
+    Args:
+        workload: what to train.
+        rounds: says when.
+        folder: for the log.
+        threads: of an operation; by default as many as there are cores. Where other processes run
+            besides, or the model is small, one may be faster by far.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = make_model(workload).to(device)
