@@ -3,6 +3,12 @@
 #   make digits [ARGS="--num-epochs 5"]    trains on the handwritten digits
 #   make test                              lints, type-checks, runs every test
 #
+# What Distaff costs beside hand-written loops and other frameworks (docs/speed.md):
+#
+#   make bench-peers                       makes .venv-peers: Keras, PyTorch, Lightning, Grain
+#   make bench [ARGS="--only W1,process"]  measures everything, in about 20 minutes
+#   make bench-quick                       two small models beside hand-written loops, in 3 minutes
+#
 # Another interpreter: make test PYTHON=python3.12
 
 PYTHON ?= python3
@@ -12,7 +18,7 @@ bin := .venv/bin
 pinned := pyproject.toml $(wildcard constraints/*.txt)
 
 .NOTPARALLEL:
-.PHONY: digits test lint format clean
+.PHONY: digits test lint format clean bench bench-quick bench-peers
 
 digits: .venv/.digits
 	@$(bin)/distaff fit digits $(ARGS)
@@ -29,9 +35,17 @@ format: .venv/.test
 	$(bin)/ruff format
 	$(bin)/ruff check --fix
 
+bench: .venv/.digits
+	@$(bin)/python -m benchmarks.run $(ARGS)
+
+bench-quick: .venv/.digits
+	@$(bin)/python -m benchmarks.run --quick $(ARGS)
+
+bench-peers: .venv-peers/.made
+
 clean:
-	rm -rf .venv .cache .pytest_cache .ruff_cache .hypothesis dist
-	find src tests -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf .venv .venv-peers .cache .pytest_cache .ruff_cache .hypothesis dist
+	find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # The extra `test` holds the other two, so that neither command installs what the other has installed.
 .venv/.test: extras := test
@@ -43,6 +57,14 @@ clean:
 .venv/.digits: $(pinned)
 	@$(install)
 	@touch .venv/.digits
+
+# Apart from .venv: nothing of Distaff needs them. torch alone and first, so that nothing chooses its build.
+.venv-peers/.made: benchmarks/requirements-peers.txt
+	@echo "Making .venv-peers"
+	@$(PYTHON) -m venv --clear .venv-peers
+	@.venv-peers/bin/python -m pip install -q --disable-pip-version-check $$(grep ^torch== $<)
+	@.venv-peers/bin/python -m pip install -q --disable-pip-version-check -r $<
+	@touch $@
 
 # A .venv whose interpreter is gone, or that was left half made, is made again.
 define install

@@ -1,0 +1,94 @@
+"""The benchmarks measure what they say: no speed is asserted here."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SYSTEMS = ("distaff K=1", "distaff", "hand loop", "hand scan", "hand unrolled")
+
+
+@pytest.fixture(scope="module")
+def benchmarks() -> Any:
+    """Returns the package, which lies beside the sources and is not installed."""
+    sys.path.insert(0, str(ROOT))
+    import benchmarks.chart
+    import benchmarks.run
+    import benchmarks.table
+
+    yield benchmarks
+    sys.path.remove(str(ROOT))
+
+
+@pytest.fixture(scope="module")
+def results(benchmarks: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    file = tmp_path_factory.mktemp("bench") / "results.json"
+    args = ["--only", "W1", "--rounds", "1", "--scale", "0.01", "--systems", ";".join(SYSTEMS)]
+    assert benchmarks.run.main([*args, "--output", str(file)]) == file
+    return json.loads(file.read_text())
+
+
+def test_results_file_is_complete(results: dict[str, Any]) -> None:
+    assert results["machine"]["device"].startswith("cpu")
+    assert {"cpu", "cores", "memory_gb", "load_before", "load_after"} <= set(results["machine"])
+    assert {"distaff", "jax", "python"} <= set(results["versions"]["core"])
+    assert results["settings"]["rounds"] == 1
+    measured = results["workloads"]["W1"]
+    assert measured["skipped"] == {}
+    assert tuple(measured["systems"]) == SYSTEMS
+    for entry in measured["systems"].values():
+        assert len(entry["seconds"]) == 1
+        assert len(entry["losses"]) == len(entry["warmup_seconds"]) + 1
+        assert entry["peak_mb"] > 0
+
+
+def test_ratios_are_those_of_rounds_side_by_side(results: dict[str, Any], benchmarks: Any) -> None:
+    measured = results["workloads"]["W1"]
+    reference = measured["systems"]["hand loop"]["seconds"]
+    best = measured["systems"][measured["best_by_hand"]]["seconds"]
+    assert measured["best_by_hand"].startswith("hand")
+    for entry in measured["systems"].values():
+        assert entry["ratio"] == pytest.approx(entry["seconds"][0] / reference[0])
+        assert entry["ratio_to_best"] == pytest.approx(entry["seconds"][0] / best[0])
+        assert entry["ms_per_step"] == pytest.approx(
+            1e3 * statistics.median(entry["seconds"]) / measured["steps"]
+        )
+    # The median of the ratios, which is not the ratio of the medians.
+    assert benchmarks.report.ratio([1.0, 6.0, 9.0], [1.0, 2.0, 9.0]) == 1.0
+
+
+def test_hand_written_forms_and_distaff_reach_the_same_loss(results: dict[str, Any]) -> None:
+    measured = results["workloads"]["W1"]
+    losses = {name: entry["losses"][:3] for name, entry in measured["systems"].items()}
+    for name in SYSTEMS:
+        assert losses[name] == pytest.approx(losses["hand loop"], rel=1e-4), name
+    assert losses["hand loop"][2] < losses["hand loop"][0]
+    assert max(measured["loss_differences"].values()) < 1e-4
+
+
+def test_tables_and_chart_are_made_from_the_results(
+    results: dict[str, Any], benchmarks: Any, tmp_path: Path
+) -> None:
+    page = (ROOT / "docs" / "speed.md").read_text()
+    placed = benchmarks.table.place(page, benchmarks.report.markdown(results))
+    assert benchmarks.table.place(placed, "") == benchmarks.table.place(page, "")
+    for name in SYSTEMS:
+        assert f"| {name} |" in placed
+    benchmarks.chart.draw(results, tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_coordinator_skips_a_system_without_its_environment(
+    benchmarks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmarks.rounds, "PEERS", tmp_path / "none")
+    workload = benchmarks.workloads.WORKLOADS["W1"].scaled(0.01)
+    measured = benchmarks.rounds.measure(workload, ["PyTorch"], 1, tmp_path)
+    assert measured["systems"] == {}
+    assert "make bench-peers" in measured["skipped"]["PyTorch"]
