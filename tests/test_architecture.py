@@ -27,7 +27,7 @@ ROOMS = (
     *("run_directory", "execution", "allocator", "compile_cache", "throughput", "flight"),
     *("signature", "compiling", "choices", "flops", "machine", "report"),
     *("models", "data", "optim", "parallel", "zoo", "trainer_config"),
-    *("context", "window", "step", "accumulate", "precision", "forms", "fuse"),
+    *("context", "measured", "rows", "step", "accumulate", "precision", "forms", "fuse"),
     *("loggers", "display", "checkpoint", "callbacks"),
     *("events", "evaluate", "loop", "recording"),
     *("predictor", "training", "trainer", "tasks", "distaff"),

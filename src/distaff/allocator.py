@@ -15,9 +15,11 @@ import importlib.util
 import logging
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.extend.core import jaxprs_in_params
 
 _log = logging.getLogger("distaff")
 
@@ -31,20 +33,64 @@ _SETTINGS = {
 }
 
 
-@functools.cache
-def tune() -> str:
+_MIN_BYTES = 10**8
+"""What a forward pass makes at least where tuning gains; below, it costs small steps up to 40 %."""
+
+
+def tune(num_bytes: Callable[[], int] | None = None) -> str:
     """Tunes glibc's allocator for XLA on the CPU, once in a process.
 
     It does nothing but on Linux with glibc, where JAX runs on the CPU alone, and before JAX's
     backend has started: its threads have arenas of their own from then on. The environment variable
     `DISTAFF_MALLOC=off` turns it off.
 
+    Args:
+        num_bytes: tells how large the arrays are that a forward pass makes, without starting JAX's
+            backend (`made_bytes`): small ones gain nothing. Asked only where it matters; what it
+            cannot tell counts as large. None tunes at any size.
+
     Returns:
         What was done, and why not more: `"tuned"`, or the reason why it was left alone.
     """
-    outcome = _reason_against() or _set()
+    reason = _reason_against()
+    if num_bytes is not None and not reason:
+        made = _told_by(num_bytes)
+        if made is not None and made < _MIN_BYTES:
+            reason = f"left as it is (a forward pass makes {made / 1e6:.3g} MB, which is little)"
+    return _tune(reason)
+
+
+@functools.cache
+def _tune(reason: str) -> str:
+    outcome = reason or (_TOO_LATE if _has_started() else "") or _set()
     (_log.warning if outcome == _TOO_LATE else _log.info)("memory allocator: %s", outcome)
     return outcome
+
+
+def made_bytes(function: Callable[..., Any], *args: Any) -> int:
+    """Returns the size of all arrays that a function makes on its way, in bytes.
+
+    Args:
+        function: traced, not run.
+        *args: its arguments, or their shapes.
+    """
+    return _made_bytes(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _made_bytes(jaxpr: Any) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        inner = [_made_bytes(each) for each in jaxprs_in_params(equation.params)]
+        shaped = [each.aval for each in equation.outvars if hasattr(each.aval, "size")]
+        total += sum(inner) if inner else sum(x.size * x.dtype.itemsize for x in shaped)
+    return total
+
+
+def _told_by(num_bytes: Callable[[], int]) -> int | None:
+    try:
+        return num_bytes()
+    except Exception:  # A model that cannot be traced is reported where it is set up.
+        return None
 
 
 _TOO_LATE = (
@@ -65,7 +111,7 @@ def _reason_against() -> str:
         return "left as it is (LD_PRELOAD may have replaced it)"
     if not _on_cpu_alone():
         return "left as it is (JAX may run on an accelerator)"
-    return _TOO_LATE if _has_started() else ""
+    return ""
 
 
 def _set() -> str:

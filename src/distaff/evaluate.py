@@ -14,11 +14,11 @@ from distaff.compiling import Watch
 from distaff.data import Chunk, One, Source, num_examples, pad
 from distaff.errors import BatchError, leaf_name
 from distaff.execution import Execution
+from distaff.measured import accumulating
 from distaff.metrics import Metric
 from distaff.state import TrainState
 from distaff.step import EvalFn, EvalStep, MaskError
 from distaff.typing import Batch, PyTree
-from distaff.window import accumulating
 
 _IN_FLIGHT = 32
 

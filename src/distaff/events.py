@@ -30,20 +30,6 @@ class ChunkEnd(NamedTuple):
     examples: int
 
 
-class WindowEnd(NamedTuple):
-    """The steps since the previous log line, read from the device.
-
-    Attributes:
-        step: the last step of the window.
-        metrics: merged metrics, on the host.
-        first_bad_step: the first step whose loss was not finite; None if all were.
-    """
-
-    step: int
-    metrics: dict[str, Metric]
-    first_bad_step: int | None
-
-
 class Plan(NamedTuple):
     """The shape of a run.
 

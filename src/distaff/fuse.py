@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +17,13 @@ from distaff.data import Chunk, Form, One, Source
 from distaff.execution import Execution
 from distaff.flops import Flops, flops_of
 from distaff.forms import Forms, make_forms
+from distaff.measured import StepFn
 from distaff.metrics import Metric
+from distaff.rows import Columns, Strip, blank
 from distaff.state import TrainState, placed_with
 from distaff.throughput import Ledger
 from distaff.trainer_config import TrainerConfig
 from distaff.typing import Batch, PyTree
-from distaff.window import StepFn, Window, empty_window, windowed
-
-WindowedStep: TypeAlias = Callable[[TrainState, Window, Any], tuple[TrainState, Window, Any]]
-"""`(state, window, batch) -> (state, window, metrics)`, as `windowed` makes it."""
 
 
 def make_steps(
@@ -61,7 +59,7 @@ def make_steps(
     every = config.log_every_n_steps
     steps = Steps(
         execution,
-        windowed(step),
+        step,
         metrics,
         forms=forms,
         log_every=every,
@@ -77,58 +75,58 @@ def _choices() -> Path | None:
     return None if directory is None else directory / "forms.json"
 
 
-def single(step: WindowedStep) -> Callable[..., tuple[TrainState, Window, Any]]:
+def single(step: StepFn, columns: Columns, *, watched: bool) -> Callable[..., Any]:
     """Makes a program of one step.
 
+    Args:
+        step: a training step as `measured` gives it.
+        columns: of its metrics.
+        watched: whether its metrics are wanted for themselves, too.
+
     Returns:
-        `(state, window, source) -> (state, window, metrics)`.
+        `(state, table, source) -> (state, table, metrics)`: the metrics become the last row of the
+        table, whose first row falls out; they are empty where they are not watched.
     """
 
     def program(
-        state: TrainState, window: Window, source: Source
-    ) -> tuple[TrainState, Window, Any]:
-        return step(state, window, source.batch(0))
+        state: TrainState, table: jax.Array, source: Source
+    ) -> tuple[TrainState, jax.Array, Any]:
+        state, metrics = step(state, source.batch(0))
+        table = jnp.concatenate([table[1:], columns.row(metrics)[None]])
+        return state, table, metrics if watched else {}
 
     return program
 
 
-def fused(
-    step: WindowedStep, empty: Window, metrics: PyTree, *, log_every: int
-) -> Callable[..., tuple[TrainState, Window, Window, Any]]:
+def fused(step: StepFn, columns: Columns, metrics: PyTree) -> Callable[..., Any]:
     """Makes one program of many steps, whose number is an argument: no remainder compiles anew.
 
     Args:
-        step: the step.
-        empty: the window before its first step. A window starts anew after each step that is a
-            multiple of `log_every`.
-        metrics: the metrics of one step, or their shapes, where those of every step are wanted; an
-            empty pytree where they are not.
-        log_every: steps per window.
+        step: a training step as `measured` gives it.
+        columns: of its metrics.
+        metrics: the metrics of one step, or their shapes, where those of every step are wanted for
+            themselves, too; an empty pytree where they are not.
 
     Returns:
-        `(state, window, source, span) -> (state, window, windows, metrics)`. `span` is int32
-        `[2]`: completed steps before the first one, and how many to run. `windows` are those after
-        each step, `[source.capacity, ...]`, and likewise the metrics; rows after the last step
-        mean nothing.
+        `(state, source, num_steps) -> (state, table, metrics)`: the metrics of each step are a row
+        of the table `[source.capacity, width]`; rows after the last step mean nothing.
     """
 
     def program(
-        state: TrainState, window: Window, source: Source, span: jax.Array
-    ) -> tuple[TrainState, Window, Window, Any]:
+        state: TrainState, source: Source, num_steps: jax.Array
+    ) -> tuple[TrainState, jax.Array, Any]:
         def body(index: jax.Array, carry: PyTree) -> PyTree:
-            state, window, written = carry
-            state, window, measured = step(state, window, source.batch(index))
-            row = (window, measured if jax.tree.leaves(metrics) else metrics)
-            written = jax.tree.map(lambda rows, leaf: rows.at[index].set(leaf), written, row)
-            closed = (span[0] + index + 1) % log_every == 0
-            window = jax.tree.map(lambda e, w: jnp.where(closed, e, w), empty, window)
-            return state, window, written
+            state, table, kept = carry
+            state, measured = step(state, source.batch(index))
+            if jax.tree.leaves(kept):
+                kept = jax.tree.map(lambda rows, leaf: rows.at[index].set(leaf), kept, measured)
+            return state, table.at[index].set(columns.row(measured)), kept
 
+        table = jnp.zeros((source.capacity, columns.width), jnp.uint32)
         room = jax.tree.map(
-            lambda leaf: jnp.zeros((source.capacity, *leaf.shape), leaf.dtype), (empty, metrics)
+            lambda leaf: jnp.zeros((source.capacity, *leaf.shape), leaf.dtype), metrics
         )
-        state, window, written = jax.lax.fori_loop(0, span[1], body, (state, window, room))
-        return state, window, *written
+        return jax.lax.fori_loop(0, num_steps, body, (state, table, room))
 
     return program
 
@@ -136,13 +134,9 @@ def fused(
 class Steps:
     """Runs chunks of steps, in the form that suits them.
 
-    Attributes:
-        ledger: hears what their time is spent on.
-        example: shapes of a state and a batch; None if they are not known.
-
     Args:
         execution: how programs are made.
-        step: the step.
+        step: the step, as `measured` gives it.
         metrics: the metrics of one step, or their shapes.
         forms: chooses the form.
         log_every: steps per window.
@@ -155,7 +149,7 @@ class Steps:
     def __init__(
         self,
         execution: Execution,
-        step: WindowedStep,
+        step: StepFn,
         metrics: Mapping[str, Metric],
         *,
         forms: Forms,
@@ -163,72 +157,72 @@ class Steps:
         watched: bool = False,
         watch: Watch | None = None,
     ) -> None:
-        self.empty = empty_window(metrics)
-        self.log_every, self.forms, self._watched = log_every, forms, watched
-        self._examples = 0
-        self.ledger = Ledger()
+        self.columns, self.log_every, self.forms = Columns(metrics), log_every, forms
+        self.blank = Strip(
+            0, 0, blank(self.columns.strip_rows(log_every), self.columns.width), True
+        )
+        self.ledger, self._watched, self._examples = Ledger(), watched, 0
         kept, watch = metrics if watched else {}, watch or Watch()
-        self._one = execution.program(single(step), donate=0)
-        many = execution.program(fused(step, self.empty, kept, log_every=log_every), donate=0)
-        arguments = ("state", "window", "source", "span")
-        self._single = watch.over(self._one, "the step", arguments)
-        self._fused = watch.over(many, "the fused steps", arguments)
+        self._one = execution.program(single(step, self.columns, watched=watched), donate=0)
+        many = execution.program(fused(step, self.columns, kept), donate=0)
+        self._single = watch.over(self._one, "the step", ("state", "table", "source"))
+        self._fused = watch.over(many, "the fused steps", ("state", "source", "num_steps"))
 
     def form(self) -> Form:
         """Returns the form of the next chunk."""
         return self.forms.form
 
     def __call__(
-        self, state: TrainState, window: Window, chunk: Chunk, step: int
-    ) -> tuple[TrainState, Window, Window, list[Any]]:
+        self, state: TrainState, strip: Strip, chunk: Chunk, step: int
+    ) -> tuple[TrainState, Strip, list[Any]]:
         """Runs a chunk.
 
         Args:
             state: given away.
-            window: what was measured since the last window was closed.
+            strip: what the chunk before returned; `blank` before the first one.
             chunk: the batches.
             step: completed steps before the first one.
 
         Returns:
-            The new state; the window, new where the last step closes one; the windows after each
-            step, `[steps, ...]`, or without that axis for a chunk with room for one only; the
-            metrics of each step, none if they are not watched.
+            The new state; the rows of the steps, which may be added to those of the steps before;
+            the metrics of each step, none if they are not watched.
         """
         if not self._examples:
             self._examples = chunk.examples
-            self.empty = placed_with(self.empty, chunk.source)
-            state, window = placed_with((state, window), chunk.source)
+            state, table = placed_with((state, self.blank.table), chunk.source)
+            strip = self.blank = self.blank._replace(table=table)
         start, num_compiled = time.perf_counter(), compiling.count()
         outer = self.ledger.turn_to("host")
-        state, window, windows, metrics = self._hand_over(state, window, chunk, step)
-        self.ledger.handed(windows.first_bad_step)
+        state, strip, metrics = self._hand_over(state, strip, chunk, step)
+        self.ledger.handed(strip.table)
         self.ledger.turn_to(outer)
         if self.forms.measuring:
             jax.block_until_ready(state)
             seconds = (time.perf_counter() - start) / chunk.num_steps
             counts = compiling.count() == num_compiled and self._is_like_first(chunk)
             self.forms.took(seconds if counts else None)
-        return state, window, windows, metrics
+        return state, strip, metrics
 
     def flops(self) -> Flops | None:
         """Counts the FLOPs of one step; see `flops_of`."""
         if self.example is None:
             return None
         state, batch = self.example
-        return flops_of(self._one, state, self.empty, One(batch))
+        return flops_of(self._one, state, self.blank.table, One(batch))
 
     def _hand_over(
-        self, state: TrainState, window: Window, chunk: Chunk, step: int
-    ) -> tuple[TrainState, Window, Window, list[Any]]:
-        if chunk.source.capacity == 1:
-            state, windows, measured = self._single(state, window, chunk.source)
-            window = self.empty if (step + 1) % self.log_every == 0 else windows
-            metrics = [measured] * self._watched
-        else:
-            span = np.array([step, chunk.num_steps], np.int32)
-            state, window, windows, measured = self._fused(state, window, chunk.source, span)
+        self, state: TrainState, strip: Strip, chunk: Chunk, step: int
+    ) -> tuple[TrainState, Strip, list[Any]]:
+        if chunk.source.capacity > 1:
+            state, table, measured = self._fused(state, chunk.source, np.int32(chunk.num_steps))
             metrics = [_row(measured, row) for row in range(chunk.num_steps * self._watched)]
-        return state, window, windows, metrics
+            return state, Strip(step, chunk.num_steps, table, False), metrics
+        is_full = strip.num_rows in (0, len(strip.table))
+        if is_full or not strip.at_end or step % self.log_every == 0:
+            strip = self.blank._replace(first=step)
+        state, table, measured = self._single(state, strip.table, chunk.source)
+        strip = Strip(strip.first, strip.num_rows + 1, table, True)
+        return state, strip, [measured] * self._watched
 
     def _is_like_first(self, chunk: Chunk) -> bool:
         """Tells whether a chunk has as many examples per step as the first, in the form asked."""

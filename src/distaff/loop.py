@@ -3,8 +3,8 @@
     on_training_start
     for each epoch:
         for each batch:                                              train_epoch
-            state, window = step(state, window, batch)               on_step_end
-            at each log boundary: read the window before this one
+            state, row = step(state, batch)                          on_step_end
+            at each log boundary: read the rows of the window before this one
         on_training_epoch_end                                        on_epoch_end
         every n-th epoch:
             eval_model
@@ -24,17 +24,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import jax
-import numpy as np
-
-from distaff import metrics as metrics_lib
 from distaff.callbacks import StepInfo
 from distaff.data import Chunk
-from distaff.events import ChunkEnd, Plan, Run, WindowEnd
+from distaff.events import ChunkEnd, Plan, Run
 from distaff.flight import Flight
 from distaff.fuse import Steps
+from distaff.rows import Readout, WindowEnd
 from distaff.state import TrainState
-from distaff.window import NEVER, Window
 
 
 def steps(
@@ -48,8 +44,8 @@ def steps(
 ) -> Iterator[ChunkEnd | WindowEnd]:
     """Trains on the chunks of one epoch.
 
-    A window is closed at every multiple of `run.log_every` in the global step, and at the end; it
-    is read when the next one closes, so that the device never waits for the host.
+    A window ends at every multiple of `run.log_every` in the global step, and with the epoch; it is
+    read when the next one ends, so that the device never waits for the host.
 
     Args:
         run: runs chunks; the state is donated to it.
@@ -63,39 +59,17 @@ def steps(
     Yields:
         A `ChunkEnd` for each chunk, a `WindowEnd` for each window.
     """
-    window, closed, flight = run.empty, None, Flight()
+    strip, flight, readout = run.blank, Flight(), Readout(run.columns, run.log_every, step)
     for chunk in chunks:
         with guard(range(step + 1, step + 1 + chunk.num_steps)):
-            state, window, windows, metrics = run(state, window, chunk, step)
-        flight.add(windows.first_bad_step, chunk.num_bytes)
-        first, step = step + 1, step + chunk.num_steps
+            state, strip, metrics = run(state, strip, chunk, step)
+        flight.add(strip.table, chunk.num_bytes)
+        step += chunk.num_steps
         yield ChunkEnd(step, chunk.num_steps, state, metrics, chunk.examples)
-        if step // run.log_every > (first - 1) // run.log_every:
-            if closed is not None:
-                yield from _read(*closed, run.log_every)
-            closed = first, step, _sent(windows)
+        yield from readout.add(strip, step)
         if stopping():
             break
-    if closed is not None:
-        yield from _read(*closed, run.log_every)
-    if step % run.log_every and window is not run.empty:
-        yield from _read(step, step, _sent(window), 1)
-
-
-def _sent(windows: Window) -> Window:
-    for leaf in jax.tree.leaves(windows):
-        leaf.copy_to_host_async()
-    return windows
-
-
-def _read(first: int, last: int, windows: Window, log_every: int) -> Iterator[WindowEnd]:
-    """Yields the windows that were closed after the steps from `first` to `last`."""
-    metrics, first_bad_step = jax.tree.map(np.asarray, windows)
-    for step in range(first + -first % log_every, last + 1, log_every):
-        row = ... if first_bad_step.ndim == 0 else step - first
-        bad = int(first_bad_step[row])
-        at_step = jax.tree.map(lambda leaf, row=row: leaf[row], metrics)
-        yield WindowEnd(step, metrics_lib.to_host(at_step), None if bad == NEVER else bad)
+    yield from readout.rest()
 
 
 def epochs(run: Run, plan: Plan) -> Iterator[tuple[str, StepInfo]]:

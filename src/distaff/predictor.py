@@ -50,7 +50,6 @@ class Predictor:
         self.model = as_model(model)
         self.display: Display = make_display(self.config.enable_progress_bar)
         if self.config.tune_process:
-            allocator.tune()
             compile_cache.enable()
         self.execution: Execution = Eager() if self.config.debug else Compiled()
         self.state: TrainState | None = None
@@ -65,6 +64,20 @@ class Predictor:
     def set_up(self, example_batch: Batch) -> None:
         """Calls the initialising methods in their order."""
         self.init_model(example_batch)
+
+    def tune_process(self, example_batch: Batch) -> None:
+        """Tunes the process for what the model needs; called before JAX makes its first array.
+
+        Args:
+            example_batch: a batch like those of training.
+        """
+
+        def num_bytes() -> int:
+            key = jax.eval_shape(lambda: jax.random.key(0))
+            return allocator.made_bytes(self.run_model_init, example_batch, key)
+
+        if self.config.tune_process:
+            allocator.tune(num_bytes)
 
     def print_tabulate(self, example_batch: Batch) -> None:
         """Shows the model as a table, which is also written into the run directory.

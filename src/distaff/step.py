@@ -16,10 +16,10 @@ from distaff import metrics as metrics_lib
 from distaff.context import Context
 from distaff.data import num_examples
 from distaff.errors import LossError
+from distaff.measured import StepFn, reduced
 from distaff.metrics import Mean, Metric, PerExample
 from distaff.state import TrainState
 from distaff.typing import Batch, Params
-from distaff.window import StepFn, reduced
 
 EvalFn: TypeAlias = Callable[[TrainState, Batch], Mapping[str, Any]]
 """`(state, batch) -> metrics`."""

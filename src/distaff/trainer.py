@@ -21,7 +21,7 @@ from distaff.errors import LossError
 from distaff.evaluate import Evaluator
 from distaff.events import ChunkEnd, Plan, make_plan
 from distaff.fuse import make_steps
-from distaff.monitor import Monitor
+from distaff.measured import StepFn, measured
 from distaff.optim import build_optimizer
 from distaff.recording import recorded
 from distaff.state import owned
@@ -31,7 +31,6 @@ from distaff.trainer_config import Best, TrainResult
 from distaff.training import Training
 from distaff.typing import Batch, Params
 from distaff.vitals import all_finite
-from distaff.window import StepFn, measured
 
 
 class TrainerModule(Training):
@@ -64,6 +63,7 @@ class TrainerModule(Training):
         """Calls the initialising methods in their order; see the class."""
         num_examples(example_batch)
         self.example_batch = example_batch
+        self.tune_process(example_batch)
         self.print_tabulate(example_batch)
         self.recording = self.init_logger()
         train_step, eval_step = self.create_functions()
@@ -315,8 +315,7 @@ class TrainerModule(Training):
         override_points = ("on_validation_epoch_end", "eval_model", "is_new_model_better")
         if any(getattr(type(self), n) is not getattr(TrainerModule, n) for n in override_points):
             return
-        watched = [getattr(callback, "monitor", None) for callback in self.callbacks.callbacks]
-        for monitor in (self.monitor, *(each for each in watched if isinstance(each, Monitor))):
+        for monitor in (self.monitor, *self.callbacks.monitors):
             monitor.check(f"val/{name}" for name in metrics)
 
     def _finish(self, test_loader: Loader | None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from distaff.config import from_json
 from distaff.data import Chunk, Feeds, Form, Loader, as_loader, num_batches
 from distaff.display import rows_by_split
 from distaff.errors import ConfigError, NonFiniteError, StateError
-from distaff.events import ChunkEnd, Plan, WindowEnd
+from distaff.events import ChunkEnd, Plan
 from distaff.forms import Fixed, Forms
 from distaff.fuse import Steps
 from distaff.loggers import Logger
@@ -29,6 +29,7 @@ from distaff.predictor import EVALUATION_PARAMS, Predictor
 from distaff.record import make_record
 from distaff.recording import NullRecording, Recording, make_recording
 from distaff.report import Report, make_report
+from distaff.rows import WindowEnd
 from distaff.throughput import Ledger
 from distaff.trainer_config import Best, TrainResult
 from distaff.typing import Batch, PyTree, Schedule

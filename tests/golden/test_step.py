@@ -12,8 +12,11 @@ import optax
 import pytest
 
 from distaff import Context, TrainState, TrainStep, train_step
+from distaff.data import One
 from distaff.execution import Compiled, Eager, Execution
-from distaff.window import empty_window, measured, windowed
+from distaff.fuse import single
+from distaff.measured import measured
+from distaff.rows import Columns, blank
 
 STEPS = 10
 # A power of two: compilers may divide by it or multiply by its inverse, it is the same.
@@ -88,17 +91,18 @@ def same_bits(first: Any, second: Any) -> bool:
     return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
 
 
-def windowed_form() -> tuple[Any, np.ndarray]:
-    """The step as the trainer runs it: metrics merged into a window, the state donated."""
+def single_form() -> tuple[Any, np.ndarray]:
+    """The step as the trainer runs it: metrics in rows of a table, the state donated."""
     state = TrainState.create(apply_fn=MODEL.apply, tx=TX, rng=RNG, **VARIABLES)
     state = jax.tree.map(lambda leaf: leaf.copy(), state)
     step = measured(train_step(cross_entropy))
-    window, losses = empty_window(jax.eval_shape(step, state, BATCHES[0])[1]), []
-    program = COMPILED.program(windowed(step), donate=0)
+    columns = Columns(jax.eval_shape(step, state, BATCHES[0])[1])
+    program = COMPILED.program(single(step, columns, watched=False), donate=0)
+    table = blank(len(BATCHES), columns.width)
     for batch in BATCHES:
-        state, window, metrics = program(state, window, batch)
-        losses.append(metrics["loss"].compute())
-    return (state.params, state.batch_stats, state.opt_state), np.array(losses)
+        state, table, _ = program(state, table, One(batch))
+    losses = columns.metrics(np.asarray(table))["loss"].compute()
+    return (state.params, state.batch_stats, state.opt_state), losses.astype(np.float32)
 
 
 class CrossEntropy(TrainStep):
@@ -126,9 +130,9 @@ def test_step_would_differ_with_another_key(expected):
         lambda: trained(CrossEntropy()),
         lambda: trained(train_step(lambda *args: cross_entropy(*args).mean())),
         lambda: trained(train_step(lambda *args: (cross_entropy(*args), {"one": 1}))),
-        windowed_form,
+        single_form,
     ],
-    ids=["class", "subclass", "scalar loss", "with metrics", "windowed and donated"],
+    ids=["class", "subclass", "scalar loss", "with metrics", "in rows and donated"],
 )
 def test_every_form_of_a_step_gives_the_same_bits(form: Callable[[], Any], expected):
     assert same_bits(form(), expected)

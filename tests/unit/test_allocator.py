@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from distaff import allocator
@@ -88,9 +90,57 @@ def test_it_is_left_alone_without_glibc(monkeypatch):
     assert "not glibc" in allocator._reason_against()
 
 
-def test_looking_whether_jax_has_started_changes_nothing():
-    import jax
+TRAINER = """
+import logging
+logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+import numpy as np
+from distaff import allocator, data, tasks, zoo
+loader = data.ArrayLoader(
+    {{"image": np.zeros((64, 8, 8, 1), np.float32), "label": np.zeros(64, np.int32)}}, 64
+)
+started = []
+tune = allocator._tune
+allocator._tune = lambda reason: started.append(allocator._has_started()) or tune(reason)
+trainer = tasks.Classifier(zoo.CNN(features={features}), root=None, enable_progress_bar=False)
+trainer.train_model(loader, num_epochs=1)
+print(started)
+"""
 
+
+@linux
+@pytest.mark.parametrize(
+    ("features", "outcome"),
+    [("(8,)", "INFO memory allocator: left as it is (a forward pass makes"),
+     ("(512,)", "INFO memory allocator: tuned")],
+)  # fmt: skip
+def test_trainer_tunes_for_large_steps_alone_before_jax_starts(features, outcome):
+    environment = {n: v for n, v in os.environ.items() if n != "DISTAFF_MALLOC"}
+    done = subprocess.run(
+        [sys.executable, "-c", TRAINER.format(features=features)],
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == "[False]"
+    assert outcome in done.stderr
+
+
+def test_made_bytes_counts_what_is_made_inside_as_well():
+    def function(x):
+        return jax.jit(lambda y: jnp.tanh(y * 2))(x).sum()
+
+    assert allocator.made_bytes(function, jnp.ones((5, 5))) == 2 * 100 + 4
+
+
+def test_what_cannot_be_told_counts_as_large(monkeypatch):
+    asked = []
+    monkeypatch.setattr(allocator, "_reason_against", lambda: "")
+    monkeypatch.setattr(allocator, "_tune", lambda reason: asked.append(reason) or "")
+    allocator.tune(lambda: 1 // 0)
+    allocator.tune(lambda: allocator._MIN_BYTES)
+    allocator.tune(lambda: allocator._MIN_BYTES - 1)
+    assert [bool(reason) for reason in asked] == [False, False, True]
+
+
+def test_looking_whether_jax_has_started_changes_nothing():
     before = jax.config.jax_num_cpu_devices
     jax.devices()
     assert allocator._has_started()

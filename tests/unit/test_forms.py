@@ -17,7 +17,6 @@ from distaff.execution import Compiled
 from distaff.forms import Fixed, Measured, Remembered, convolves, make_forms
 from distaff.fuse import Steps
 from distaff.metrics import Mean
-from distaff.window import Window
 
 
 def choose(forms: Any, single: Any, fused: Any) -> list[Form]:
@@ -220,19 +219,19 @@ class Told(Fixed):
 def test_steps_time_neither_calls_that_compile_nor_batches_of_another_size():
     metrics = {"loss": Mean(jnp.float32(0), jnp.float32(0))}
 
-    def step(state: Any, window: Window, batch: Any) -> Any:
-        return state + batch.sum(), window, metrics
+    def step(state: Any, batch: Any) -> Any:
+        return state + batch.sum(), metrics
 
     forms, state = Told(), jnp.float32(0)
     steps = Steps(Compiled(), step, metrics, forms=forms, log_every=5)
     for number, size in enumerate((3, 3, 2, 2, 3)):
         chunk = Chunk(1, size, One(np.ones(size, np.float32)))
-        state = steps(state, steps.empty, chunk, number)[0]
+        state = steps(state, steps.blank, chunk, number)[0]
     # Of the first two sizes the first call compiles.
     assert [seconds is None for seconds in forms.told] == [True, False, True, True, False]
     stacked = Chunk(1, 3, Stacked(np.ones((2, 3), np.float32)))
     for number in range(5, 7):
-        state = steps(state, steps.empty, stacked, number)[0]
+        state = steps(state, steps.blank, stacked, number)[0]
     assert forms.told[-1] is None  # not the form that was asked for
 
 

@@ -15,10 +15,10 @@ import pytest
 
 from distaff import EvalStep, TrainState, TrainStep, train_step
 from distaff.errors import BatchError, ConfigError, LossError, StateError
+from distaff.measured import accumulating, measured
 from distaff.metrics import Last, Mean, Metric, Sum, compute, to_host
 from distaff.state import owned
 from distaff.step import Context, MaskError
-from distaff.window import NEVER, accumulating, empty_window, measured, windowed
 
 SIZE = 8
 X = np.random.default_rng(0).normal(size=(SIZE, 3)).astype(np.float32)
@@ -214,14 +214,12 @@ def test_the_loss_is_traced_once_for_many_steps():
         traces += 1
         return squared(params, batch, ctx), {"one": 1, "rate": Last(0.5), "n": Sum(jnp.sum(Y > 3))}
 
-    step = jax.jit(windowed(measured(TrainStep(counted))), donate_argnums=0)
+    step = jax.jit(measured(TrainStep(counted)), donate_argnums=0)
     state = linear_state(optax.adam(0.1), rng=jax.random.key(0))
-    window = empty_window(jax.eval_shape(measured(TrainStep(counted)), state, BATCH)[1])
-    traces = 0
     for _ in range(5):
-        state, window, _ = step(state, window, BATCH)
+        state, metrics = step(state, BATCH)
+        assert float(metrics["n"].compute()) == 4
     assert (traces, int(state.step)) == (1, 5)
-    assert float(window.metrics["n"].compute()) == 20
 
 
 @jax.tree_util.register_dataclass
@@ -252,40 +250,13 @@ def test_train_step_serves_a_line_search():
     assert values_of(metrics)["loss"] < start
 
 
-@pytest.mark.parametrize("bad_step", [1, 3, None])
-def test_window_holds_the_means_and_the_first_bad_step(bad_step):
-    sizes = (8, 3, 5, 8)
-
-    def loss(params: Any, batch: Any, ctx: Context) -> Any:
-        return batch["y"] + 0 * params["w"].sum(), {"twice": 2 * batch["y"].mean()}
-
-    state = linear_state(step=10)
-    step = jax.jit(windowed(measured(train_step(loss))))
-    window = empty_window(measured(train_step(loss))(state, BATCH)[1])
-    assert int(window.first_bad_step) == NEVER
-    seen = []
-    for number, size in enumerate(sizes, start=1):
-        y = np.full(size, np.nan if number == bad_step else number, np.float32)
-        state, window, metrics = step(state, window, {"x": X[:size], "y": y})
-        seen.append(y)
-        np.testing.assert_equal(values_of(metrics)["loss"], float(y.mean()))
-    mean = float(np.concatenate(seen).mean())
-    assert values_of(window.metrics) == pytest.approx(
-        {"loss": mean, "twice": 2 * mean}, rel=1e-6, nan_ok=True
-    )
-    assert int(window.first_bad_step) == (NEVER if bad_step is None else 10 + bad_step)
-
-
 def test_a_step_of_ones_own_may_return_plain_metrics():
     def own(state: TrainState, batch: Any) -> Any:
         state = state.replace(step=state.step + 1)
         return state, {"rows": batch["y"], "mean": batch["y"].mean(), "max": Last(batch["y"].max())}
 
-    state, metrics = jax.jit(measured(own))(linear_state(), BATCH)
+    _, metrics = jax.jit(measured(own))(linear_state(), BATCH)
     assert values_of(metrics) == {"rows": 3.5, "mean": 3.5, "max": 7.0}
-    windowed_step = windowed(measured(own))
-    _, window, _ = windowed_step(state, empty_window(metrics), BATCH)
-    assert int(window.first_bad_step) == NEVER
     with pytest.raises(LossError, match=re.escape("'rows' has shape (8,)")):
         accumulating({"rows": Y}, 5)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 from distaff.callbacks.chunk_scope import WatchesChunks
+from distaff.monitor import Monitor
 from distaff.state import TrainState
 
 
@@ -91,6 +92,12 @@ class Callbacks:
         self.watches_steps = any(
             type(callback).on_step_end is not Callback.on_step_end for callback in self.callbacks
         )
+
+    @property
+    def monitors(self) -> list[Monitor]:
+        """What the callbacks look at."""
+        watched = [getattr(callback, "monitor", None) for callback in self.callbacks]
+        return [each for each in watched if isinstance(each, Monitor)]
 
     def emit(self, event: str, info: StepInfo) -> None:
         """Calls the method `event` of every callback with `info`."""

@@ -91,7 +91,7 @@ class ArrayLoader:
         return whole + (rest > 0 and not self._drop)
 
     def __iter__(self) -> Iterator[Batch]:
-        return map(self._gather, self.rows())
+        return map(self.gathered, self.rows())
 
     def rows(self) -> Iterator[np.ndarray]:
         """Yields which rows of `arrays` each batch of the next epoch has, int32 `[batch]`.
@@ -111,7 +111,7 @@ class ArrayLoader:
         epoch, batch = self._start
         if batch == len(self):
             epoch, batch = epoch + 1, 0
-        return self._gather(self._rows_of(self._order(epoch), batch))
+        return self.gathered(self._rows_of(self._order(epoch), batch))
 
     def get_state(self) -> dict[str, int]:
         """Returns the position after the last batch handed out, and what its order depends on."""
@@ -161,7 +161,8 @@ class ArrayLoader:
     def _rows_of(self, order: np.ndarray, batch: int) -> np.ndarray:
         return order[batch * self.batch_size : (batch + 1) * self.batch_size]
 
-    def _gather(self, rows: np.ndarray) -> Batch:
+    def gathered(self, rows: np.ndarray) -> Batch:
+        """Returns the batch that has these rows of `arrays`."""
         return jax.tree.map(lambda array: array[rows], self._arrays)
 
 

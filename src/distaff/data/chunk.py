@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -127,6 +128,8 @@ class Form(NamedTuple):
     capacity: int
 
 
+_ALIGNMENT = 64
+
 SINGLE = Form(1, 1)
 """One batch."""
 
@@ -147,6 +150,33 @@ def stack(items: Sequence[PyTree], capacity: int) -> PyTree:
         return array
 
     return jax.tree.map(stacked, *items)
+
+
+def gather(arrays: PyTree, rows: Sequence[np.ndarray], capacity: int) -> PyTree:
+    """Gathers batches from arrays on the host, along a new first axis of length `capacity`.
+
+    Args:
+        arrays: each leaf `[examples, ...]`.
+        rows: which of them make each batch, `[batch]` each.
+        capacity: how many batches there is room for; what follows the last one means nothing.
+    """
+    index = np.stack(rows)
+
+    def gathered(leaf: np.ndarray) -> np.ndarray:
+        batches = _aligned((capacity, *index.shape[1:], *leaf.shape[1:]), leaf.dtype)
+        # `mode` spares a copy: the rows are known to be there.
+        np.take(leaf, index, axis=0, out=batches[: len(index)], mode="clip")
+        return batches
+
+    return jax.tree.map(gathered, arrays)
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Returns an array with room for a shape, which JAX on the CPU takes without a copy."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    memory = np.empty(num_bytes + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + num_bytes].view(dtype).reshape(shape)
 
 
 def pad(tree: PyTree, size: int, *, axis: int = 0) -> PyTree:

@@ -14,7 +14,7 @@ import numpy as np
 
 from distaff.data.ahead import Ahead
 from distaff.data.arrays import ArrayLoader
-from distaff.data.chunk import SINGLE, Chunk, Form, Gathered, One, Source, Stacked, stack
+from distaff.data.chunk import SINGLE, Chunk, Form, Gathered, One, Source, Stacked, gather, stack
 from distaff.data.loader import Loader, epoch_of, num_examples
 from distaff.typing import PyTree
 
@@ -31,14 +31,17 @@ class Feed:
     Args:
         loader: where the batches come from.
         name: what errors call it, such as `"train"`.
-        resident: whether to place arrays in memory on the device once, and gather there. What
-            other loaders yield is stacked on the host.
+        resident: whether to place arrays in memory on the device once, and gather there, rather
+            than with NumPy. What other loaders yield is stacked on the host.
     """
 
     def __init__(self, loader: Loader, *, name: str, resident: bool) -> None:
         self.loader = loader
         self._name = name
-        self._arrays = _placed(loader) if resident else None
+        self._kind: _Batches | _Gathers = _Batches()
+        # A subclass may yield something else than the rows of its arrays.
+        if type(loader) is ArrayLoader:
+            self._kind = _Gathers(loader, _placed(loader) if resident else None)
         self._ahead: Ahead[Chunk] = Ahead()
         self._position: Mapping[str, int] | None = None
         self._kept: _Kept | None = None
@@ -77,7 +80,7 @@ class Feed:
         """
         self._position = self.loader.get_state()
         # Rows take microseconds; a thread takes longer than they do.
-        read = self._ahead.read if self._arrays is None else _as_it_is
+        read = _as_it_is if isinstance(self._kind, _Gathers) else self._ahead.read
         try:
             with closing(read(self._chunks(form, steps_per_epoch), steady)) as chunks:
                 for chunk in chunks:
@@ -102,7 +105,7 @@ class Feed:
         Raises:
             BatchError: the loader is empty.
         """
-        if self._arrays is not None or not _is_repeated(self.loader):
+        if not _is_repeated(self.loader):
             yield from self.epoch(lambda: form)
             return
         loader: Any = self.loader
@@ -110,7 +113,8 @@ class Feed:
         key = form, even, len(rows)
         if self._kept is None or self._kept.key != key:
             chunks = []
-            for chunk in self._chunks_of(_slices(loader.arrays, rows), lambda: form):
+            slices = _slices(loader.arrays, rows)
+            for chunk in _chunks_of(slices, lambda: form, _Batches()):
                 source = chunk.source.padded(len(rows[0])) if even else chunk.source
                 chunks.append(chunk._replace(source=jax.tree.map(jnp.array, source)))
                 yield chunks[-1]
@@ -137,40 +141,47 @@ class Feed:
         waiting: list[Any] = list(islice(items, 1))
         if not waiting:  # what is left of a resumed epoch may be nothing
             items = self._items(steps_per_epoch)
-        yield from self._chunks_of(chain(waiting, items), form)
+        yield from _chunks_of(chain(waiting, items), form, self._kind)
 
     def _items(self, steps_per_epoch: int | None) -> Iterator[tuple[Any, Mapping[str, int]]]:
         """Yields the batches of an epoch, or their rows, each with the position after it."""
-        source = self.loader if self._arrays is None else _Rows(self.loader)
+        source = _Rows(self.loader) if isinstance(self._kind, _Gathers) else self.loader
         for item in epoch_of(source, steps_per_epoch, name=self._name):
             yield item, source.get_state()
 
-    def _chunks_of(
-        self, items: Iterator[tuple[Any, Any]], form: Callable[[], Form]
-    ) -> Generator[Chunk]:
-        waiting = list(islice(items, 1))
-        while waiting:
-            num_steps, capacity = form()
-            num_bytes = _num_bytes(waiting[0][0])
-            capacity = min(capacity, 1 + _MAX_CHUNK_BYTES // num_bytes)
-            num_steps = min(num_steps, capacity)
-            waiting.extend(islice(items, max(num_steps - len(waiting), 0)))
-            group = _of_one_form([item for item, _ in waiting[:num_steps]])
-            position = waiting[len(group) - 1][1]
-            del waiting[: len(group)]
-            source = self._source(group, capacity)
-            yield Chunk(len(group), self._size(group[0]), source, position, num_bytes * capacity)
-            del group, source
-            if not waiting:
-                waiting.extend(islice(items, 1))
 
-    def _size(self, item: Any) -> int:
-        return num_examples(item) if self._arrays is None else len(item)
+class _Batches:
+    """Chunks of what a loader yields."""
 
-    def _source(self, group: Sequence[Any], capacity: int) -> Source:
-        if self._arrays is not None:
-            return Gathered(self._arrays, stack(group, capacity))
-        return _on_device(One(group[0]) if capacity == 1 else Stacked(stack(group, capacity)))
+    def size(self, item: PyTree) -> int:
+        return num_examples(item)
+
+    def num_bytes(self, item: PyTree) -> int:
+        return _num_bytes(item)
+
+    def source(self, items: Sequence[PyTree], capacity: int) -> Source:
+        return _on_device(One(items[0]) if capacity == 1 else Stacked(stack(items, capacity)))
+
+
+class _Gathers:
+    """Chunks of rows of an array loader: gathered by NumPy, or on the device if they are there."""
+
+    def __init__(self, loader: ArrayLoader, on_device: PyTree | None) -> None:
+        self._loader, self._on_device = loader, on_device
+        self._row_bytes = max(1, _num_bytes(loader.arrays) // loader.num_examples)
+
+    def size(self, item: np.ndarray) -> int:
+        return len(item)
+
+    def num_bytes(self, item: np.ndarray) -> int:
+        return item.nbytes if self._on_device is not None else len(item) * self._row_bytes
+
+    def source(self, items: Sequence[np.ndarray], capacity: int) -> Source:
+        if self._on_device is not None:
+            return Gathered(self._on_device, stack(items, capacity))
+        if capacity == 1:
+            return _on_device(One(self._loader.gathered(items[0])))
+        return _on_device(Stacked(gather(self._loader.arrays, items, capacity)))
 
 
 class _Kept(NamedTuple):
@@ -184,8 +195,11 @@ class Feeds:
     def __init__(self) -> None:
         self._feeds: list[Feed] = []
 
-    def of(self, loader: Loader, *, name: str, resident: bool = True) -> Feed:
-        """Returns the feed of a loader; see `Feed`."""
+    def of(self, loader: Loader, *, name: str, resident: bool | None = None) -> Feed:
+        """Returns the feed of a loader; see `Feed`. By default arrays stay on the host of a CPU."""
+        if resident is None:
+            # On the CPU, XLA gathers row by row, and NumPy gathers while the device computes.
+            resident = jax.default_backend() != "cpu"
         found = self._known(loader)
         feed = found or Feed(loader, name=name, resident=resident)
         others = [each for each in self._feeds if each is not feed]
@@ -216,6 +230,27 @@ class _Rows:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return self._loader.rows()
+
+
+def _chunks_of(
+    items: Iterator[tuple[Any, Any]], form: Callable[[], Form], kind: _Batches | _Gathers
+) -> Generator[Chunk]:
+    """Yields chunks of items, each with the position after it."""
+    waiting = list(islice(items, 1))
+    while waiting:
+        num_steps, capacity = form()
+        num_bytes = kind.num_bytes(waiting[0][0])
+        capacity = min(capacity, 1 + _MAX_CHUNK_BYTES // num_bytes)
+        num_steps = min(num_steps, capacity)
+        waiting.extend(islice(items, max(num_steps - len(waiting), 0)))
+        group = _of_one_form([item for item, _ in waiting[:num_steps]])
+        position = waiting[len(group) - 1][1]
+        del waiting[: len(group)]
+        source = kind.source(group, capacity)
+        yield Chunk(len(group), kind.size(group[0]), source, position, num_bytes * capacity)
+        del group, source
+        if not waiting:
+            waiting.extend(islice(items, 1))
 
 
 def _as_it_is(chunks: Generator[Chunk], steady: Callable[[], bool]) -> Generator[Chunk]:
@@ -259,7 +294,6 @@ def _is_repeated(loader: Any) -> bool:
 
 
 def _is_in_memory(loader: Any) -> bool:
-    # A subclass may yield something else than the rows of its arrays.
     return type(loader) is ArrayLoader and _num_bytes(loader.arrays) <= _MAX_RESIDENT_BYTES
 
 

@@ -1,0 +1,176 @@
+"""Rows: the metrics of each step as a row of bits, merged on the host, a window at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distaff import metrics as metrics_lib
+from distaff.metrics import Metric
+from distaff.typing import PyTree
+
+_MAX_STRIP_BYTES = 2**16
+_MAX_STRIP_ROWS = 64
+
+
+class Columns:
+    """Where the numbers of a step's metrics lie in a row of uint32.
+
+    One array per step or per program costs the device and the host less than one for each number.
+    Bits, and not floats, so that every dtype keeps its value.
+
+    Args:
+        metrics: the metrics of one step, or their shapes.
+
+    Attributes:
+        width: uint32 numbers in a row.
+    """
+
+    def __init__(self, metrics: Mapping[str, Metric]) -> None:
+        leaves, self._structure = jax.tree.flatten(dict(metrics))
+        self._forms = [(leaf.shape, _wide(leaf.dtype)) for leaf in leaves]
+        sizes = [int(np.prod(shape)) * dtype.itemsize // 4 for shape, dtype in self._forms]
+        self._ends = np.cumsum([0, *sizes])
+        self.width = int(self._ends[-1])
+
+    def row(self, metrics: Mapping[str, Metric]) -> jax.Array:
+        """Returns the metrics of a step as one row: uint32 `[width]`. Works inside a program."""
+        leaves = self._structure.flatten_up_to(dict(metrics))
+        parts = [
+            jax.lax.bitcast_convert_type(jnp.asarray(leaf, dtype), jnp.uint32).reshape(-1)
+            for leaf, (_, dtype) in zip(leaves, self._forms, strict=True)
+        ]
+        return jnp.concatenate([jnp.zeros(0, jnp.uint32), *parts])
+
+    def metrics(self, rows: np.ndarray) -> dict[str, Metric]:
+        """Returns the metrics in rows `[rows, width]`: float64 leaves `[rows, ...]`."""
+        parts = zip(self._ends[:-1], self._ends[1:], self._forms, strict=True)
+        leaves = [
+            np.ascontiguousarray(rows[:, start:end])
+            .view(dtype)
+            .reshape(len(rows), *shape)
+            .astype(np.float64)
+            for start, end, (shape, dtype) in parts
+        ]
+        return self._structure.unflatten(leaves)
+
+    def strip_rows(self, log_every: int) -> int:
+        """Returns how many rows of single steps to keep in one array."""
+        fitting = _MAX_STRIP_BYTES // (4 * max(self.width, 1))
+        return max(1, min(log_every, fitting, _MAX_STRIP_ROWS))
+
+
+class Strip(NamedTuple):
+    """Rows of consecutive steps, on the device.
+
+    Attributes:
+        first: completed steps before the first row.
+        num_rows: rows that are filled.
+        table: uint32 `[rows, width]`.
+        at_end: whether the filled rows are its last ones, rather than its first.
+    """
+
+    first: int
+    num_rows: int
+    table: jax.Array
+    at_end: bool
+
+    def fetch(self) -> np.ndarray:
+        """Returns the filled rows, on the host; waits for them."""
+        rows = np.asarray(self.table)
+        return rows[len(rows) - self.num_rows :] if self.at_end else rows[: self.num_rows]
+
+
+class WindowEnd(NamedTuple):
+    """The steps since the previous log line, read from the device.
+
+    Attributes:
+        step: the last step of the window.
+        metrics: merged metrics, on the host.
+        first_bad_step: the first step whose loss was not finite; None if all were.
+    """
+
+    step: int
+    metrics: dict[str, Metric]
+    first_bad_step: int | None
+
+
+class Readout:
+    """Reads the rows of an epoch, window by window, and each window when the next one is full.
+
+    Args:
+        columns: what is in a row.
+        log_every: a window ends at each multiple of this in the global step.
+        step: completed steps.
+    """
+
+    def __init__(self, columns: Columns, log_every: int, step: int) -> None:
+        self._columns, self._every = columns, log_every
+        self._strips: list[Strip] = []
+        self._read = self._full = self._last = step
+
+    def add(self, strip: Strip, step: int) -> Iterator[WindowEnd]:
+        """Takes the rows up to a step, and yields the windows that have become due.
+
+        Args:
+            strip: a new one, or the one before with more rows.
+            step: the step of its last row.
+        """
+        if self._strips and self._strips[-1].first == strip.first:
+            self._strips.pop()
+        self._strips.append(strip)
+        self._last, due = step, self._full
+        full = step - step % self._every
+        if full > self._full:
+            self._full = full
+            for each in self._strips:
+                if each.first + each.num_rows > due:
+                    each.table.copy_to_host_async()
+            yield from self._windows(due)
+
+    def rest(self) -> Iterator[WindowEnd]:
+        """Yields the windows that are left, the last one as far as it has come."""
+        yield from self._windows(self._last)
+
+    def _windows(self, end: int) -> Iterator[WindowEnd]:
+        while self._read < end:
+            start = self._read
+            self._read = min(start - start % self._every + self._every, end)
+            yield self._window(start, self._read)
+        self._strips = [each for each in self._strips if each.first + each.num_rows > end]
+
+    def _window(self, start: int, end: int) -> WindowEnd:
+        rows = [
+            strip.fetch()[max(start - strip.first, 0) : end - strip.first]
+            for strip in self._strips
+            if strip.first < end and strip.first + strip.num_rows > start
+        ]
+        metrics = self._columns.metrics(np.concatenate(rows))
+        bad = _first_bad(metrics)
+        merged = metrics_lib.merge_rows(metrics)
+        return WindowEnd(end, merged, None if bad is None else start + bad + 1)
+
+
+def _first_bad(metrics: Mapping[str, Metric]) -> int | None:
+    """Returns the first row whose loss is not finite."""
+    if "loss" not in metrics:
+        return None
+    losses = np.asarray(metrics["loss"].compute())
+    bad = ~np.isfinite(losses.reshape(len(losses), -1)).all(axis=1)
+    return int(bad.argmax()) if bad.any() else None
+
+
+def _wide(dtype: Any) -> np.dtype:
+    """Returns the dtype of 32 or 64 bits that holds every value of another."""
+    if jnp.dtype(dtype).itemsize >= 4:
+        return np.dtype(dtype)
+    return np.dtype(np.float32 if jnp.issubdtype(dtype, jnp.floating) else np.int32)
+
+
+def blank(rows: int, width: int) -> PyTree:
+    """Returns a table without filled rows: uint32 `[rows, width]`."""
+    return jax.device_put(np.zeros((rows, width), np.uint32))
