@@ -48,6 +48,8 @@ def make_steps(
         watch: watches what compiles.
     """
     _, metrics = execution.shapes(step, *example)
+    for metric in metrics.values():
+        metric.check_training()
     forms = make_forms(
         1 if config.debug else config.steps_per_call,
         metrics,

@@ -211,9 +211,9 @@ class TrainerModule(Training):
             BatchError: the loader is empty.
         """
         with self.ledger.spent("evaluation"):
-            name, even = prefix.rstrip("/") or "evaluate", self._evaluator.masks is True
-            with self.chunks(loader, name, even=even) as chunks:
-                return metrics_lib.compute(self._evaluator(self.evaluation_state(), chunks), prefix)
+            state, name = self.evaluation_state(), prefix.rstrip("/") or "evaluate"
+            with self.chunks(loader, name, even=self._evaluator.masks is True) as chunks:
+                return metrics_lib.compute(self._evaluator(state, chunks), prefix)
 
     def save_metrics(self, name: str, metrics: Mapping[str, Any]) -> None:
         """Writes metrics to `metrics/<name>.json` in the run directory.

@@ -19,7 +19,7 @@ class Evidence(NamedTuple):
     """What training changes, as one number per array, which changes with its bits.
 
     Attributes:
-        params: of the parameters, uint32; 0 where all numbers are 0.
+        params: of the parameters, uint32; 0 where all bits are.
         averages: likewise of the averages of the gradient.
         is_whole: whether all of both was looked at.
     """
@@ -61,10 +61,8 @@ def what_is_missing(before: Evidence, after: Evidence) -> str:
 
 
 def _fingerprints(leaves: list[jax.Array]) -> np.ndarray:
-    arrays = [np.ascontiguousarray(leaf) for leaf in leaves]
-    return np.array(
-        [zlib.crc32(x.view(np.uint8).data) if x.any() else 0 for x in arrays], np.uint32
-    )
+    bits = [np.ascontiguousarray(leaf).view(np.uint8) for leaf in leaves]
+    return np.array([zlib.crc32(x.data) if x.any() else 0 for x in bits], np.uint32)
 
 
 def _floats(tree: PyTree) -> list[jax.Array]:

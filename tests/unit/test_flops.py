@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -17,11 +18,10 @@ MATRIX = jax.ShapeDtypeStruct((32, 32), np.float32)
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch) -> Path:
-    """A cache of the test's own, and a fast peak."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def machine_file(monkeypatch) -> Path:
+    """Where the peak, which is fast to measure here, is remembered."""
     monkeypatch.setattr(machine, "_SIZES", (16, 32))
-    return tmp_path / "distaff" / "machine.json"
+    return Path(os.environ["XDG_CACHE_HOME"], "distaff", "machine.json")
 
 
 def test_flops_of_a_product_are_exact_and_nothing_compiles():
@@ -57,28 +57,28 @@ def test_flops_that_nobody_knows_are_none(monkeypatch):
     assert flops_of(program, MATRIX, MATRIX) is None
 
 
-def test_peak_is_measured_once_and_remembered(own_cache, monkeypatch):
+def test_peak_is_measured_once_and_remembered(machine_file, monkeypatch):
     peak = machine.peak_flops()
     assert peak is not None
     assert peak > 0
-    ((key, remembered),) = json.loads(own_cache.read_text()).items()
+    ((key, remembered),) = json.loads(machine_file.read_text()).items()
     assert remembered == peak
     assert all(part in key for part in ("cpu", f"jax {jax.__version__}", "precision default"))
-    assert own_cache.parent == compile_cache.home()
-    assert [entry.name for entry in own_cache.parent.iterdir()] == ["machine.json"]
+    assert machine_file.parent == compile_cache.home()
+    assert [entry.name for entry in machine_file.parent.iterdir()] == ["machine.json"]
 
     monkeypatch.setattr(machine, "_measure", lambda: pytest.fail("measured again"))
     assert machine.peak_flops() == peak
 
 
-def test_peak_of_another_precision_is_another_one(own_cache, monkeypatch):
+def test_peak_of_another_precision_is_another_one(machine_file, monkeypatch):
     peaks = iter([1.0, 2.0])
     monkeypatch.setattr(machine, "_measure", lambda: next(peaks))
     assert machine.peak_flops() == 1
     with jax.default_matmul_precision("highest"):
         assert machine.peak_flops() == 2
     assert machine.peak_flops() == 1
-    assert sorted(json.loads(own_cache.read_text()).values()) == [1, 2]
+    assert sorted(json.loads(machine_file.read_text()).values()) == [1, 2]
 
 
 def test_peak_measured_again_is_the_highest(monkeypatch):
@@ -88,21 +88,22 @@ def test_peak_measured_again_is_the_highest(monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "3", '{"%s": -1}', '{"%s": "1"}', '{"%s": NaN}'])
-def test_corrupt_memory_is_measured_anew(own_cache, monkeypatch, text):
-    own_cache.parent.mkdir()
-    own_cache.write_text(text.replace("%s", machine._key()))
+def test_corrupt_memory_is_measured_anew(machine_file, monkeypatch, text):
+    machine_file.parent.mkdir(parents=True)
+    machine_file.write_text(text.replace("%s", machine._key()))
     monkeypatch.setattr(machine, "_measure", lambda: 5.0)
     assert machine.peak_flops() == 5
-    assert json.loads(own_cache.read_text()) == {machine._key(): 5}
+    assert json.loads(machine_file.read_text()) == {machine._key(): 5}
 
 
-def test_peak_without_a_place_is_measured_and_not_remembered(own_cache, monkeypatch):
-    own_cache.parent.write_text("in the way")
+def test_peak_without_a_place_is_measured_and_not_remembered(machine_file, monkeypatch):
+    machine_file.parent.parent.mkdir()
+    machine_file.parent.write_text("in the way")
     assert machine.peak_flops()
-    own_cache.parent.unlink()
-    own_cache.mkdir(parents=True)  # a folder where the file should be
+    machine_file.parent.unlink()
+    machine_file.mkdir(parents=True)  # a folder where the file should be
     assert machine.peak_flops()
-    assert list(own_cache.parent.iterdir()) == [own_cache]
+    assert list(machine_file.parent.iterdir()) == [machine_file]
 
 
 def test_peak_that_cannot_be_measured_is_none(monkeypatch):

@@ -16,7 +16,7 @@ from distaff.errors import ConfigError, StateError
 
 _log = logging.getLogger("distaff")
 
-_WARM_UP_CHUNKS = 12
+_WARM_UP_CHUNKS = 16
 """By then the form of the steps is chosen, which takes nine chunks at most (`distaff.forms`)."""
 
 
@@ -31,7 +31,7 @@ class Profiler(Callback):
 
     Args:
         first_step: the step to begin with, counted from 1 in the whole training: the chunk that
-            holds it is the first. None begins after twelve chunks: then everything is compiled, and
+            holds it is the first. None begins after sixteen chunks: then everything is compiled, and
             the form of the steps chosen (see `steps_per_call`).
         num_steps: record chunks until they have this many steps.
         path: where to write instead of the run directory's `profile/`.

@@ -63,6 +63,9 @@ class Metric(ABC):
     def reduce(cls, mask: jax.Array, *values: jax.Array) -> Self:
         """Returns the metric over the examples whose `mask` `[batch]` is true."""
 
+    def check_training(self) -> None:
+        """Does nothing; raises MetricError in a kind that a training step must not return."""
+
     def over_rows(self) -> Self:
         """Returns the merge of the metrics in the rows `[rows, ...]` of this one, one or more.
 

@@ -255,14 +255,17 @@ class AUROC(Metric):
         self._check_on_host()
         return type(self)(())
 
+    def check_training(self) -> None:
+        """Raises MetricError: an epoch of training has more scores than are of use."""
+        raise MetricError(
+            "AUROC keeps every score, so it grows with the run, and is merged on the host. It "
+            "belongs in evaluation: return it from the loss function only if not ctx.train. In a "
+            "loop of your own merge what metrics.to_host gives."
+        )
+
     def _check_on_host(self) -> None:
         if any(isinstance(part, jax.Array) for part in self.parts):
-            raise MetricError(
-                "AUROC keeps every score, so it grows, and is merged on the host; training merges "
-                "its metrics on the device. It belongs in evaluation: return it from the loss "
-                "function only if not ctx.train. In a loop of your own merge what metrics.to_host "
-                "gives."
-            )
+            self.check_training()
 
     def compute(self) -> Any:
         """Returns the area.
