@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from distaff.errors import BatchError, leaf_name
 from distaff.execution import Execution
 from distaff.measured import accumulating
 from distaff.metrics import Metric
+from distaff.rows import Columns
 from distaff.state import TrainState
 from distaff.step import EvalFn, EvalStep, MaskError
 from distaff.typing import Batch, PyTree
@@ -45,6 +46,7 @@ class Evaluator:
         self._eval_step = eval_step
         self.masks: bool | None = None if isinstance(eval_step, EvalStep) else False
         self._execution = execution
+        self._columns: dict[int, Columns] = {}
         self._one = execution.part(self._accumulating_one)
         self._run = execution.program(self._accumulating)
         watch, arguments = watch or Watch(), ("state", "source", "mask", "num_steps")
@@ -82,7 +84,7 @@ class Evaluator:
 
     def _measure(
         self, state: TrainState, chunk: Chunk, full_size: int
-    ) -> tuple[int | None, dict[str, Metric]]:
+    ) -> dict[str, Metric] | _Rows:
         source, mask = chunk.source, None
         if self._can_mask(state, source, np.ones(chunk.examples, bool)):
             if chunk.examples > full_size:
@@ -93,9 +95,10 @@ class Evaluator:
                 )
             source, mask = source.padded(full_size), np.arange(full_size) < chunk.examples
         if source.capacity == 1:
-            return None, self._call(state, source, mask)
-        metrics = self._call_fused(state, source, mask, np.int32(chunk.num_steps))
-        return chunk.num_steps, metrics
+            return self._call(state, source, mask)
+        table = self._call_fused(state, source, mask, np.int32(chunk.num_steps))
+        size = chunk.examples if mask is None else full_size
+        return _Rows(chunk.num_steps, table, self._columns[size])
 
     def _accumulating_one(
         self, state: TrainState, batch: Batch, mask: jax.Array | None
@@ -112,16 +115,18 @@ class Evaluator:
 
     def _accumulating_each(
         self, state: TrainState, source: Source, mask: jax.Array | None, num_steps: jax.Array
-    ) -> dict[str, Metric]:
-        """Returns the metrics of each batch `[capacity, ...]`; rows after the last are padding."""
-        one = jax.eval_shape(self._accumulating, state, source, mask)
-        room = jax.tree.map(lambda leaf: jnp.zeros((source.capacity, *leaf.shape), leaf.dtype), one)
+    ) -> jax.Array:
+        """Returns a row for each batch: uint32 `[capacity, width]`; those after the last are 0."""
+        size = num_examples(jax.eval_shape(lambda: source.batch(0)))
+        columns = Columns(jax.eval_shape(self._accumulating, state, source, mask))
+        self._columns[size] = columns  # while it is traced, before it is run for the first time
 
-        def body(index: jax.Array, rows: PyTree) -> PyTree:
-            metrics = self._accumulating(state, source, mask, index)
-            return jax.tree.map(lambda row, leaf: row.at[index].set(leaf), rows, metrics)
+        def body(index: jax.Array, table: jax.Array) -> jax.Array:
+            row = columns.row(self._accumulating(state, source, mask, index))
+            return table.at[index].set(row)
 
-        return jax.lax.fori_loop(0, num_steps, body, room)
+        table = jnp.zeros((source.capacity, columns.width), jnp.uint32)
+        return jax.lax.fori_loop(0, num_steps, body, table)
 
     def _can_mask(self, state: TrainState, source: Source, mask: np.ndarray) -> bool:
         if self.masks is None:
@@ -133,14 +138,23 @@ class Evaluator:
         return self.masks
 
 
+class _Rows(NamedTuple):
+    """The metrics of several batches, on the device; see `Columns`."""
+
+    num_rows: int
+    table: jax.Array
+    columns: Columns
+
+    def merged(self) -> dict[str, Metric]:
+        rows = self.columns.metrics(np.asarray(self.table)[: self.num_rows])
+        return metrics_lib.merge_rows(rows)
+
+
 def _drained(
-    total: dict[str, Metric] | None, waiting: list[tuple[int | None, dict[str, Metric]]]
+    total: dict[str, Metric] | None, waiting: list[dict[str, Metric] | _Rows]
 ) -> dict[str, Metric] | None:
-    for num_rows, metrics in jax.device_get(waiting):
-        fetched = metrics_lib.to_host(metrics)
-        if num_rows is not None:
-            rows = jax.tree.map(lambda leaf, end=num_rows: leaf[:end], fetched)
-            fetched = metrics_lib.merge_rows(rows)
+    for each in waiting:
+        fetched = each.merged() if isinstance(each, _Rows) else metrics_lib.to_host(each)
         total = fetched if total is None else metrics_lib.merge(total, fetched)
     return total
 

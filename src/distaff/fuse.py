@@ -14,6 +14,7 @@ import numpy as np
 from distaff import compile_cache, compiling
 from distaff.compiling import Watch
 from distaff.data import Chunk, Form, One, Source
+from distaff.errors import MetricError
 from distaff.execution import Execution
 from distaff.flops import Flops, flops_of
 from distaff.forms import Forms, make_forms
@@ -49,7 +50,8 @@ def make_steps(
     """
     _, metrics = execution.shapes(step, *example)
     for metric in metrics.values():
-        metric.check_training()
+        if metric.refused_in_training:
+            raise MetricError(metric.refused_in_training)
     forms = make_forms(
         1 if config.debug else config.steps_per_call,
         metrics,

@@ -31,8 +31,8 @@ class Profiler(Callback):
 
     Args:
         first_step: the step to begin with, counted from 1 in the whole training: the chunk that
-            holds it is the first. None begins after sixteen chunks: then everything is compiled, and
-            the form of the steps chosen (see `steps_per_call`).
+            holds it is the first. None begins after sixteen chunks: then everything is compiled,
+            and the form of the steps chosen (see `steps_per_call`).
         num_steps: record chunks until they have this many steps.
         path: where to write instead of the run directory's `profile/`.
         python: record each call of a Python function too, which slows the host.

@@ -20,7 +20,7 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, Self, TypeVar, dataclass_transform
+from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,13 @@ def namespace(array: Any) -> Any:
 
 
 class Metric(ABC):
-    """What every accumulator can do. The order of merging changes no result but that of `Last`."""
+    """What every accumulator can do. The order of merging changes no result but that of `Last`.
+
+    Attributes:
+        refused_in_training: why a training step must not return this kind; empty where it may.
+    """
+
+    refused_in_training: ClassVar[str] = ""
 
     @abstractmethod
     def merge(self, other: Self) -> Self:
@@ -62,9 +68,6 @@ class Metric(ABC):
     @abstractmethod
     def reduce(cls, mask: jax.Array, *values: jax.Array) -> Self:
         """Returns the metric over the examples whose `mask` `[batch]` is true."""
-
-    def check_training(self) -> None:
-        """Does nothing; raises MetricError in a kind that a training step must not return."""
 
     def over_rows(self) -> Self:
         """Returns the merge of the metrics in the rows `[rows, ...]` of this one, one or more.

@@ -215,6 +215,12 @@ class AUROC(Metric):
         parts: each `[3, examples]`: score, label and weight.
     """
 
+    refused_in_training: ClassVar[str] = (
+        "AUROC keeps every score, so it grows with the run, and is merged on the host. It belongs "
+        "in evaluation: return it from the loss function only if not ctx.train. In a loop of your "
+        "own merge what metrics.to_host gives."
+    )
+
     parts: tuple[Any, ...]
 
     @classmethod
@@ -255,17 +261,9 @@ class AUROC(Metric):
         self._check_on_host()
         return type(self)(())
 
-    def check_training(self) -> None:
-        """Raises MetricError: an epoch of training has more scores than are of use."""
-        raise MetricError(
-            "AUROC keeps every score, so it grows with the run, and is merged on the host. It "
-            "belongs in evaluation: return it from the loss function only if not ctx.train. In a "
-            "loop of your own merge what metrics.to_host gives."
-        )
-
     def _check_on_host(self) -> None:
         if any(isinstance(part, jax.Array) for part in self.parts):
-            self.check_training()
+            raise MetricError(self.refused_in_training)
 
     def compute(self) -> Any:
         """Returns the area.
