@@ -33,7 +33,7 @@ def save_of(step: int) -> Save:
 
 def test_writer_leaves_out_what_is_outdated_before_its_turn() -> None:
     disk = SlowDisk()
-    writer = Writer(disk)
+    writer = Writer(disk, pause=0)
     writer.put(save_of(1), kept={1})
     assert disk.begun.acquire(timeout=30)
     for step, kept in ((2, {1, 2}), (3, {2, 3}), (4, {2, 4}), (5, {2, 5})):
@@ -48,7 +48,7 @@ def test_writer_leaves_out_what_is_outdated_before_its_turn() -> None:
 def test_writer_begins_anew_after_its_line_was_empty() -> None:
     disk = SlowDisk()
     disk.go_on.release(100)
-    writer = Writer(disk)
+    writer = Writer(disk, pause=0)
     for step in range(100):
         writer.put(save_of(step), kept={step})
         if step % 3 == 0:
@@ -66,7 +66,7 @@ def test_writer_tells_of_a_failure_once_and_goes_on_after_it() -> None:
             raise OSError("disk full")
         written.append(save.step)
 
-    writer = Writer(write)
+    writer = Writer(write, pause=0)
     writer.put(save_of(1), kept={1})
     writer.wait()
     writer.put(save_of(2), kept={2})  # nobody has heard of the failure yet
@@ -75,6 +75,23 @@ def test_writer_tells_of_a_failure_once_and_goes_on_after_it() -> None:
     writer.put(save_of(3), kept={3})
     writer.wait()
     assert written == [3]
+
+
+def test_writer_pauses_between_writes_unless_somebody_waits() -> None:
+    written, second = [], threading.Event()
+
+    def write(save: Save) -> None:
+        written.append(save.step)
+        if save.step > 1:
+            second.set()
+
+    writer = Writer(write, pause=3600)
+    writer.put(save_of(1), kept={1})
+    for step in range(2, 6):
+        writer.put(save_of(step), kept={1, step})
+    assert not second.wait(0.2)
+    writer.wait()
+    assert written == [1, 5]
 
 
 @pytest.fixture

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections.abc import Callable, Set
 from typing import Any, NamedTuple
 
@@ -25,19 +27,27 @@ class Save(NamedTuple):
     num_bytes: int
 
 
+_PAUSE_SECONDS = 1.0
+"""From the begin of one write to that of the next: a loop of short epochs is not slowed by them."""
+
+
 class Writer:
     """Writes saves one after the other, in a thread that lives while there is something to write.
 
-    After a failure nothing more is written until `failure` was asked.
+    Writes begin a pause apart, unless somebody waits for them. After a failure nothing more is
+    written until `failure` was asked.
 
     Args:
         write: writes one save. What it raises is kept for `failure`.
+        pause: seconds.
     """
 
-    def __init__(self, write: Callable[[Save], None]) -> None:
-        self._write = write
+    def __init__(self, write: Callable[[Save], None], pause: float = _PAUSE_SECONDS) -> None:
+        self._write, self._pause = write, pause
+        self._begun, self._num_waiting = -math.inf, 0
         self._changed = threading.Condition()
-        self._line: list[Save] = []  # the first one is being written
+        self._line: list[Save] = []
+        self._is_writing = False  # the first one of them
         self._failure: tuple[int, BaseException] | None = None
 
     @property
@@ -61,17 +71,20 @@ class Writer:
         with self._changed:
             if self._failure is not None:
                 return
-            waiting = [each for each in self._line[1:] if each.step in kept]
+            waiting = [each for each in self._line[self._is_writing :] if each.step in kept]
             idle = not self._line
-            self._line = [*self._line[:1], *waiting, save]
+            self._line = [*self._line[: self._is_writing], *waiting, save]
             if idle:
                 # Not a daemon: Python waits for it before it ends.
-                threading.Thread(target=self._run, args=(save,), name="checkpoint").start()
+                threading.Thread(target=self._run, name="checkpoint").start()
 
     def wait(self) -> None:
-        """Returns when the line is empty."""
+        """Returns when the line is empty; writes make no pause meanwhile."""
         with self._changed:
+            self._num_waiting += 1
+            self._changed.notify_all()
             self._changed.wait_for(lambda: not self._line)
+            self._num_waiting -= 1
 
     def failure(self) -> tuple[int, BaseException] | None:
         """Returns, once, the step that could not be written and why; None where all is well."""
@@ -79,14 +92,27 @@ class Writer:
             failure, self._failure = self._failure, None
             return failure
 
-    def _run(self, save: Save | None) -> None:
-        while save is not None:
+    def _run(self) -> None:
+        while (save := self._next()) is not None:
             try:
                 self._write(save)
             except BaseException as error:
                 with self._changed:
                     self._failure, self._line = (save.step, error), []
-            with self._changed:
+                    self._is_writing = False
+                    self._changed.notify_all()
+                return
+
+    def _next(self) -> Save | None:
+        """Takes the save that was written out of the line, and returns the next one in its time."""
+        with self._changed:
+            if self._is_writing:
                 del self._line[:1]
+                self._is_writing = False
                 self._changed.notify_all()
-                save = self._line[0] if self._line else None
+            if not self._line:
+                return None
+            pause = self._begun + self._pause - time.monotonic()
+            self._changed.wait_for(lambda: self._num_waiting > 0, timeout=max(pause, 0.0))
+            self._begun, self._is_writing = time.monotonic(), True
+            return self._line[0]
