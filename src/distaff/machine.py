@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import os
-import secrets
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from distaff import compile_cache
+from distaff.run_directory import write_whole
 
 _log = logging.getLogger("distaff")
 
@@ -52,7 +52,8 @@ def peak_flops(again: bool = False) -> float | None:
             return known.get(key)
         known = {**known, key: max(measured, known.get(key, 0.0))}
         if path is not None:
-            _remember(path, known)
+            with suppress(OSError):
+                write_whole(path, json.dumps(known, indent=2) + "\n", mode=0o600)
     return known[key]
 
 
@@ -101,14 +102,3 @@ def _remembered(path: Path) -> dict[str, float]:
             if isinstance(peak, int | float) and math.isfinite(peak) and peak > 0
         }
     return {}
-
-
-def _remember(path: Path, peaks: dict[str, float]) -> None:
-    """Writes the file whole, or leaves it as it was."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    with suppress(OSError):
-        try:
-            temporary.write_text(json.dumps(peaks, indent=2) + "\n")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)

@@ -126,7 +126,7 @@ _PLACE = "Place it in one way throughout, with jax.device_put, before the first 
 
 
 def _remedy(name: str, old: Leaf | None, new: Leaf | None) -> str:
-    part = "state" if name.split("/")[0] in ("state", "window") else "batch"
+    part = "state" if name.split("/")[0] in ("state", "table") else "batch"
     if old is None or new is None:
         return _REMEDIES[part, "entry"]
     if old.shape != new.shape:
