@@ -33,7 +33,7 @@ _SETTINGS = {
 }
 
 
-_MIN_BYTES = 10**8
+_MIN_BYTES = 5 * 10**7
 """What a forward pass makes at least where tuning gains; below, it costs small steps up to 40 %."""
 
 

@@ -72,9 +72,13 @@ class Predictor:
             example_batch: a batch like those of training.
         """
 
+        def forward(variables: Variables, key: Key, batch: Batch) -> Any:
+            return self.model.apply(variables, *self.model_inputs(batch), train=True, key=key)
+
         def num_bytes() -> int:
             key = jax.eval_shape(lambda: jax.random.key(0))
-            return allocator.made_bytes(self.run_model_init, example_batch, key)
+            variables = jax.eval_shape(self.run_model_init, example_batch, key)
+            return allocator.made_bytes(forward, variables, key, example_batch)
 
         if self.config.tune_process:
             allocator.tune(num_bytes)

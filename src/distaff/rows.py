@@ -137,31 +137,35 @@ class Readout:
         yield from self._windows(self._last)
 
     def _windows(self, end: int) -> Iterator[WindowEnd]:
-        while self._read < end:
-            start = self._read
-            self._read = min(start - start % self._every + self._every, end)
-            yield self._window(start, self._read)
-        self._strips = [each for each in self._strips if each.first + each.num_rows > end]
-
-    def _window(self, start: int, end: int) -> WindowEnd:
+        """Yields the windows up to a step; their rows are fetched and taken apart together."""
+        start, self._read = self._read, end
+        if start == end:
+            return
         rows = [
             strip.fetch()[max(start - strip.first, 0) : end - strip.first]
             for strip in self._strips
             if strip.first < end and strip.first + strip.num_rows > start
         ]
+        self._strips = [each for each in self._strips if each.first + each.num_rows > end]
         metrics = self._columns.metrics(np.concatenate(rows))
-        bad = _first_bad(metrics)
-        merged = metrics_lib.merge_rows(metrics)
-        return WindowEnd(end, merged, None if bad is None else start + bad + 1)
+        bad = np.flatnonzero(_are_bad(metrics, end - start))
+        leaves, structure = jax.tree.flatten(metrics)
+        step = start
+        while step < end:
+            first, step = step, min(step - step % self._every + self._every, end)
+            part = slice(first - start, step - start)
+            merged = metrics_lib.merge_rows(structure.unflatten([leaf[part] for leaf in leaves]))
+            found = bad[np.searchsorted(bad, part.start) :][:1]
+            is_bad = found.size > 0 and found[0] < part.stop
+            yield WindowEnd(step, merged, start + int(found[0]) + 1 if is_bad else None)
 
 
-def _first_bad(metrics: Mapping[str, Metric]) -> int | None:
-    """Returns the first row whose loss is not finite."""
+def _are_bad(metrics: Mapping[str, Metric], num_rows: int) -> np.ndarray:
+    """Returns for each row whether its loss is not finite: bool `[rows]`."""
     if "loss" not in metrics:
-        return None
+        return np.zeros(num_rows, bool)
     losses = np.asarray(metrics["loss"].compute())
-    bad = ~np.isfinite(losses.reshape(len(losses), -1)).all(axis=1)
-    return int(bad.argmax()) if bad.any() else None
+    return np.asarray(~np.isfinite(losses.reshape(num_rows, -1)).all(axis=1))
 
 
 def _wide(dtype: Any) -> np.dtype:

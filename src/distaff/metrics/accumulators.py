@@ -159,6 +159,8 @@ class Mean(Metric):
         return type(self)(self.total.sum(0), self.weight.sum(0))
 
     def compute(self) -> Any:
+        if isinstance(self.total, float) and isinstance(self.weight, float):
+            return self.total / self.weight if self.weight else float("nan")
         numpy = namespace(self.total)
         weight = aligned(self.weight, self.total)
         mean = self.total / numpy.where(weight == 0, 1, weight)
@@ -370,6 +372,8 @@ def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _numbers(name: str, value: Any) -> Any:
+    if type(value) is float:
+        return value
     try:
         return np.asarray(value, dtype=np.float64).tolist()
     except (TypeError, ValueError) as error:
@@ -395,5 +399,11 @@ def compute(metrics: Metrics, prefix: str = "") -> dict[str, Any]:
         Python floats, or float64 arrays for those that are not one number.
     """
     names = sorted(metrics, key=lambda name: (name != "loss", name))
-    values = {prefix + name: np.asarray(metrics[name].compute()) for name in names}
-    return {name: value.item() if value.ndim == 0 else value for name, value in values.items()}
+    return {prefix + name: _plain(metrics[name].compute()) for name in names}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(value)
+    array = np.asarray(value)
+    return array.item() if array.ndim == 0 else array
