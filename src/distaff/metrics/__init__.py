@@ -9,13 +9,13 @@ from distaff.metrics.accumulators import (
     Min,
     PerExample,
     Sum,
-    as_json,
     compute,
     declare,
     merge,
     merge_rows,
     to_host,
 )
+from distaff.metrics.as_json import as_json
 from distaff.metrics.classification import AUROC, F1, ConfusionMatrix, IoU, Precision, Recall
 from distaff.metrics.language import Perplexity
 

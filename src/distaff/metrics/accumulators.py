@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
@@ -357,35 +356,6 @@ def to_host(metrics: Metrics) -> dict[str, Metric]:
     """Fetches metrics from the device in one transfer, in float64 so that merging stays exact."""
     fetched = jax.device_get(dict(metrics))
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), fetched)
-
-
-def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns computed metrics as strict JSON.
-
-    Arrays become lists. JSON has no NaN and no infinity: they are the strings `"nan"`, `"inf"` and
-    `"-inf"`, which Python's `float` reads back.
-
-    Raises:
-        MetricError: a metric is not a number.
-    """
-    return {name: _finite_or_text(_numbers(name, value)) for name, value in values.items()}
-
-
-def _numbers(name: str, value: Any) -> Any:
-    if type(value) is float:
-        return value
-    try:
-        return np.asarray(value, dtype=np.float64).tolist()
-    except (TypeError, ValueError) as error:
-        raise MetricError(
-            f"A logged metric is a number; {name!r} is {value!r}. Log what `compute` returns."
-        ) from error
-
-
-def _finite_or_text(numbers: Any) -> Any:
-    if isinstance(numbers, list):
-        return [_finite_or_text(number) for number in numbers]
-    return numbers if math.isfinite(numbers) else str(numbers)
 
 
 def compute(metrics: Metrics, prefix: str = "") -> dict[str, Any]:

@@ -1,0 +1,40 @@
+"""Computed metrics as strict JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from distaff.errors import MetricError
+
+
+def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns computed metrics as strict JSON.
+
+    Arrays become lists. JSON has no NaN and no infinity: they are the strings `"nan"`, `"inf"` and
+    `"-inf"`, which Python's `float` reads back.
+
+    Raises:
+        MetricError: a metric is not a number.
+    """
+    return {name: _finite_or_text(_numbers(name, value)) for name, value in values.items()}
+
+
+def _numbers(name: str, value: Any) -> Any:
+    if type(value) is float:
+        return value
+    try:
+        return np.asarray(value, dtype=np.float64).tolist()
+    except (TypeError, ValueError) as error:
+        raise MetricError(
+            f"A logged metric is a number; {name!r} is {value!r}. Log what `compute` returns."
+        ) from error
+
+
+def _finite_or_text(numbers: Any) -> Any:
+    if isinstance(numbers, list):
+        return [_finite_or_text(number) for number in numbers]
+    return numbers if math.isfinite(numbers) else str(numbers)
