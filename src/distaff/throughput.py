@@ -94,6 +94,12 @@ class Ledger:
         self._handed: Any = None
         self._lap, self._lap_since = self.read(), self._since
 
+    def count(self, steps: int, batch_size: int) -> int:
+        """Counts steps, and returns the examples in them."""
+        self.steps += steps
+        self.examples += steps * batch_size
+        return steps * batch_size
+
     @contextmanager
     def spent(self, part: str) -> Generator[None]:
         """Counts the time inside as spent on a part; on that part alone, where parts are nested."""

@@ -57,13 +57,13 @@ class TrainerModule(Training):
     def __init__(self, model: Any, *, example_batch: Batch = None, **options: Any) -> None:
         super().__init__(model, **options)
         if example_batch is not None:
+            self.tune_process(example_batch)
             self.set_up(example_batch)
 
     def set_up(self, example_batch: Batch) -> None:
         """Calls the initialising methods in their order; see the class."""
         num_examples(example_batch)
         self.example_batch = example_batch
-        self.tune_process(example_batch)
         self.print_tabulate(example_batch)
         self.recording = self.init_logger()
         train_step, eval_step = self.create_functions()

@@ -14,7 +14,7 @@ import numpy as np
 from distaff.callbacks import Callback, Callbacks, ChunkScope, StepInfo, around_epoch
 from distaff.compiling import Watch
 from distaff.config import from_json
-from distaff.data import Chunk, Feeds, Form, Loader, as_loader, num_batches
+from distaff.data import Chunk, Feeds, Form, Loader, as_loader, first_batch, num_batches
 from distaff.display import rows_by_split
 from distaff.errors import ConfigError, NonFiniteError, StateError
 from distaff.events import ChunkEnd, Plan
@@ -127,6 +127,8 @@ class Training(Predictor):
 
     def begin(self, plan: Plan) -> None:
         """Counts a new run."""
+        if self.state is None:  # before the display starts a thread, which would have an arena
+            self.tune_process(first_batch(plan.train_loader, name="train"))
         self.evaluation_watch.expect()
         self.plan, self._first_step, self._reached = plan, self.step, (self.step, self.epoch)
         self.best, self.callbacks.stop_reason, self.last_metrics = None, None, {}
@@ -204,9 +206,7 @@ class Training(Predictor):
                 self._show(f"steps as programs: {self.forms.describe()}")
         self.state, self.step = event.state, event.step
         self._reached = (self.step, self.epoch)
-        examples = event.num_steps * event.examples
-        self.ledger.steps += event.num_steps
-        self.ledger.examples += examples
+        examples = self.ledger.count(event.num_steps, event.examples)
         self.display.advance(event.step, self.epoch, examples)
         for step, metrics in enumerate(event.metrics, event.step - event.num_steps + 1):
             state = event.state if step == event.step else None
