@@ -22,7 +22,7 @@ SOURCES = Path(__file__).parents[1] / "src"
 
 # A room imports only from rooms that stand before it. "distaff" is the package's own __init__.py.
 ROOMS = (
-    *("typing", "errors", "_optional"),
+    *("typing", "errors", "garbage", "_optional"),
     *("slot", "state", "vitals", "metrics", "monitor", "cadence", "config", "record"),
     *("run_directory", "execution", "allocator", "compile_cache", "throughput", "flight"),
     *("signature", "compiling", "choices", "flops", "machine", "report"),

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from distaff import callbacks, checkpoint, data, loggers, metrics, optim, tasks
-from distaff.callbacks import Callback, EarlyStopping, Profiler, StepInfo, StopTraining
-from distaff.context import Context
-from distaff.errors import DistaffError
-from distaff.monitor import Monitor
-from distaff.optim import OptimizerConfig
-from distaff.state import TrainState
-from distaff.step import EvalStep, TrainStep, train_step
-from distaff.trainer import TrainerModule
-from distaff.trainer_config import Best, TrainerConfig, TrainResult
+from distaff.garbage import spared
+
+with spared():
+    from distaff import callbacks, checkpoint, data, loggers, metrics, optim, tasks
+    from distaff.callbacks import Callback, EarlyStopping, Profiler, StepInfo, StopTraining
+    from distaff.context import Context
+    from distaff.errors import DistaffError
+    from distaff.monitor import Monitor
+    from distaff.optim import OptimizerConfig
+    from distaff.state import TrainState
+    from distaff.step import EvalStep, TrainStep, train_step
+    from distaff.trainer import TrainerModule
+    from distaff.trainer_config import Best, TrainerConfig, TrainResult
 
 __all__ = [
     "Best",

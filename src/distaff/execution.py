@@ -7,8 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import jax
+from jax.core import Tracer
 
 from distaff.typing import PyTree
+
+_LITTLE_EFFORT = {"xla_backend_optimization_level": 1}
+"""Of XLA's CPU backend, from 0 to 3, its default. Level 0 changes the last bits of results."""
 
 
 class Execution(Protocol):
@@ -16,6 +20,10 @@ class Execution(Protocol):
 
     def program(self, function: Callable[..., Any], *, donate: int | None = None) -> Any:
         """Returns the program; the argument at position `donate` gives its buffers away."""
+        ...
+
+    def once(self, function: Callable[..., Any]) -> Any:
+        """Returns the function as a program that is called once, as an initialisation is."""
         ...
 
     def part(self, function: Callable[..., Any]) -> Any:
@@ -38,6 +46,17 @@ class Compiled:
         """Returns `jax.jit(function)`."""
         return jax.jit(function, donate_argnums=() if donate is None else donate)
 
+    def once(self, function: Callable[..., Any]) -> Any:
+        """Returns `jax.jit(function)`, which on the CPU is compiled with less effort."""
+
+        def run(*args: Any) -> Any:
+            is_traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(args))
+            # JAX takes options for whole programs only, and the effort is measured on the CPU only.
+            is_plain = is_traced or jax.default_backend() != "cpu"
+            return jax.jit(function, compiler_options=None if is_plain else _LITTLE_EFFORT)(*args)
+
+        return run
+
     def part(self, function: Callable[..., Any]) -> Any:
         """Returns the function with its trace remembered; it is inlined where it is called."""
         return jax.jit(function, inline=True)
@@ -55,6 +74,10 @@ class Eager:
     """Each function runs as plain Python: breakpoints, prints and concrete values work."""
 
     def program(self, function: Callable[..., Any], *, donate: int | None = None) -> Any:
+        """Returns the function itself."""
+        return function
+
+    def once(self, function: Callable[..., Any]) -> Any:
         """Returns the function itself."""
         return function
 

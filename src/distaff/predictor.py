@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 import jax
+import numpy as np
 
 from distaff import allocator, checkpoint, compile_cache
 from distaff.checkpoint import CheckpointStore, Store
@@ -76,7 +77,7 @@ class Predictor:
             return self.model.apply(variables, *self.model_inputs(batch), train=True, key=key)
 
         def num_bytes() -> int:
-            key = jax.eval_shape(lambda: jax.random.key(0))
+            key = jax.eval_shape(jax.random.key, 0)
             variables = jax.eval_shape(self.run_model_init, example_batch, key)
             return allocator.made_bytes(forward, variables, key, example_batch)
 
@@ -89,7 +90,9 @@ class Predictor:
         Args:
             example_batch: a batch like those of training; outputs and FLOPs are for one like it.
         """
-        rows = self.model.layers(jax.random.key(0), *self.model_inputs(example_batch))
+        rows = self.model.layers(
+            jax.eval_shape(jax.random.key, 0), *self.model_inputs(example_batch)
+        )
         self.table = model_table(
             rows, type(self.model.module).__name__, depth=self.config.table_depth
         )
@@ -97,7 +100,7 @@ class Predictor:
 
     def init_model(self, example_batch: Batch) -> None:
         """Makes the state before training: variables and root key, no optimizer yet."""
-        init_key, root_key = jax.random.split(jax.random.key(self.config.seed))
+        init_key, root_key = self.execution.once(_two_keys)(np.int64(self.config.seed))
         variables = self.run_model_init(example_batch, init_key)
         self.state = self.state_class.create(
             apply_fn=self.model.apply_fn, rng=root_key, **variables._asdict()
@@ -114,7 +117,7 @@ class Predictor:
         def init(key: Key, batch: Batch) -> Variables:
             return self.model.init(key, *self.model_inputs(batch))
 
-        return self.execution.program(init)(key, example_batch)
+        return self.execution.once(init)(key, example_batch)
 
     def model_inputs(self, batch: Batch) -> tuple[Any, ...]:
         """Returns what of a batch the model is called with. Override it for other batches.
@@ -292,6 +295,11 @@ class Predictor:
         loader = as_loader(loader, name=name)
         batches = epoch_of(loader, name=name)
         return self.tracker(batches, description=name, total=num_batches(loader))
+
+
+def _two_keys(seed: Any) -> tuple[Key, Key]:
+    first, second = jax.random.split(jax.random.key(seed))
+    return first, second
 
 
 def _trained(state: TrainState) -> list[str]:

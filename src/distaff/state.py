@@ -254,8 +254,10 @@ def placed_like(tree: PyTree, example: PyTree) -> PyTree:
             return leaf
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             data = np.asarray(jax.random.key_data(leaf))
-            return jax.random.wrap_key_data(jnp.array(data), impl=jax.random.key_impl(leaf))
-        return jax.device_put(np.array(leaf))
+            return jax.random.wrap_key_data(
+                jax.device_put(data, may_alias=False), impl=jax.random.key_impl(leaf)
+            )
+        return jax.device_put(np.asarray(leaf), may_alias=False)
 
     return jax.tree.map(placed, tree, example)
 

@@ -116,7 +116,7 @@ class TrainerModule(Training):
         tx, self.schedule = build_optimizer(self.optimizer, total_steps)
         # A second run goes on from the model that the first has led to.
         state = self.evaluation_state()
-        opt_state = self.execution.program(tx.init)(state.params)
+        opt_state = self.execution.once(tx.init)(state.params)
         self.state = owned(state.replace(tx=tx, opt_state=opt_state))
 
     def train_model(

@@ -116,7 +116,8 @@ class Feed:
             slices = _slices(loader.arrays, rows)
             for chunk in _chunks_of(slices, lambda: form, _Batches()):
                 source = chunk.source.padded(len(rows[0])) if even else chunk.source
-                chunks.append(chunk._replace(source=jax.tree.map(jnp.array, source)))
+                placed = jax.device_put(source, may_alias=False)
+                chunks.append(chunk._replace(source=placed))
                 yield chunks[-1]
             self._kept = _Kept(key, chunks)
         else:

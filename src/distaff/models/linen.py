@@ -232,7 +232,7 @@ class _Call(NamedTuple):
             variables, args, kwargs = jax.tree.unflatten(self.structure, leaves)
             return self.module.apply(variables, *args, rngs=_streams(key), **kwargs)
 
-        return _flops(forward, arrays, jax.random.key(0))
+        return _flops(forward, arrays, jax.eval_shape(jax.random.key, 0))
 
 
 def _flops(function: Callable[..., Any], *arguments: Any) -> float | None:
