@@ -53,7 +53,7 @@ def draw_panel(axes: Axes, name: str, measured: Mapping[str, Any]) -> None:
         white = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
         axes.text(place, row, label, va="center", fontsize=7, bbox=white)
     axes.axvline(1.0, color="black", linewidth=0.8, linestyle=":", zorder=0)
-    axes.set_title(f"{name}: {ALL[name].title}", fontsize=9, loc="left")
+    axes.set_title(f"{name}: {ALL[name].title}", fontsize=9, loc="left", x=-0.3)
     axes.set_xlim(0, 1.35 * min(max(ratios, default=1.0), _LONGEST))
     axes.tick_params(labelsize=8)
     for label, system in zip(axes.get_yticklabels(), names, strict=True):

@@ -394,6 +394,18 @@ def test_optional_package_is_missing_when_blocked() -> None:
         run_python(WITHOUT_OPTIONAL + "from sklearn.datasets import load_digits")
 
 
+def test_orbax_is_imported_by_the_first_store_beside_what_else_starts() -> None:
+    code = """
+import sys, threading, distaff
+before = "orbax.checkpoint" in sys.modules
+store = distaff.checkpoint.CheckpointStore("here")
+for thread in threading.enumerate()[1:]:
+    thread.join()
+print(before, "orbax.checkpoint" in sys.modules)
+"""
+    assert run_python(code).strip() == "False True"
+
+
 def test_import_of_distaff_adds_little() -> None:
     # CPU time, so that a busy machine does not fail it.
     code = (

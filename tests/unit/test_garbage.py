@@ -1,0 +1,56 @@
+"""The garbage collector skips what imports have made, and nothing of the user's."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+REPORT = "print(gc.isenabled(), gc.get_freeze_count() > 10_000)"
+
+
+def said(code: str, **environment: str) -> str:
+    finished = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout.strip()
+
+
+def test_imports_are_spared_and_the_collector_is_on_again() -> None:
+    code = f"import gc; gc.set_debug(0); import distaff; {REPORT}; print(gc.get_stats()[2])"
+    first, stats = said(code).splitlines()
+    assert first == "True True"
+    assert "'collections': 0" in stats
+
+
+@pytest.mark.parametrize(
+    ("code", "environment", "expected"),
+    [
+        ("import gc, jax, distaff", {}, "True False"),
+        ("import gc; gc.disable(); import distaff", {}, "False False"),
+        ("import gc, distaff", {"DISTAFF_GC": "off"}, "True False"),
+    ],
+)
+def test_collector_is_left_alone_where_the_user_has_objects_or_says_so(
+    code: str, environment: dict[str, str], expected: str
+) -> None:
+    assert said(f"{code}; {REPORT}", **environment) == expected
+
+
+def test_import_that_fails_leaves_the_collector_on() -> None:
+    code = """
+import gc, sys
+sys.modules["optax"] = None
+try:
+    import distaff
+except ImportError:
+    print(gc.isenabled(), gc.get_freeze_count())
+"""
+    assert said(code) == "True 0"
