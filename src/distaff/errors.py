@@ -48,6 +48,10 @@ class RunDirectoryError(DistaffError, OSError):
     """The directory of a run cannot be created or written."""
 
 
+class RunInUseError(RunDirectoryError):
+    """The directory of a run is in use by another process."""
+
+
 class MissingExtraError(DistaffError, ImportError):
     """A feature needs an optional package that is not installed."""
 

@@ -203,6 +203,7 @@ def test_set_status_keeps_the_start_and_adds_the_end(run):
         "status": "running",
         "started": running["started"],
         "ended": None,
+        "starts": 1,
         "step": 0,
         "epoch": 0,
     }
