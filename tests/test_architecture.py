@@ -24,15 +24,8 @@ SOURCES = Path(__file__).parents[1] / "src"
 ROOMS = (
     *("typing", "errors", "garbage", "_optional"),
     *("slot", "state", "vitals", "metrics", "monitor", "cadence", "config", "record"),
-    *(
-        "run_directory",
-        "run_lock",
-        "execution",
-        "allocator",
-        "compile_cache",
-        "throughput",
-        "flight",
-    ),
+    *("environment", "run_directory", "run_lock", "execution", "allocator"),
+    *("compile_cache", "throughput", "flight"),
     *("signature", "compiling", "choices", "flops", "machine", "report"),
     *("models", "data", "optim", "parallel", "zoo", "trainer_config"),
     *("context", "measured", "rows", "step", "accumulate", "precision", "forms", "fuse"),

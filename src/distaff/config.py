@@ -327,23 +327,26 @@ def dumps(value: Any) -> str:
     return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+_decoder = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
 def loads(data: bytes) -> Any:
-    """Parses JSON text in UTF-8.
+    """Parses strict JSON in UTF-8.
 
     Args:
         data: the text; what it holds may be hostile.
 
     Raises:
-        ValueError: it is not strict JSON, or is nested too deeply.
+        ValueError: it is something else, or is nested too deeply.
     """
     try:
-        return json.loads(data.decode(), parse_constant=_refuse_constant)
+        return _decoder.decode(data.decode())
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
 
 
 def load(path: Path) -> Any:

@@ -286,7 +286,9 @@ def _read(path: Path) -> Holder | None:
         return None
     types = {name: int if name == "process" else str for name in Holder.__annotations__}
     known = all(type(getattr(holder, name)) is kind for name, kind in types.items())
-    return holder if known and 0 < holder.process < 2**31 else None
+    if not known or not (holder.host + holder.since).isprintable():
+        return None
+    return holder if 0 < holder.process < 2**31 else None
 
 
 def _living_holder(path: Path) -> Holder | None:

@@ -51,11 +51,8 @@ except run_lock.RunInUseError as error:
 """
 HOLD_WITH_A_FORK = """
 with run_lock.locked(Path(sys.argv[1])):
-    child = os.fork()
-    if child == 0:
-        sys.stdin.readline()
-        os._exit(0)
-    print("held", child, flush=True)
+    if os.fork() == 0:
+        print("forked", os.getpid(), flush=True)
     sys.stdin.readline()
 """
 

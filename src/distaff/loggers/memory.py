@@ -99,6 +99,25 @@ class MemoryLogger:
                     series.setdefault(name, []).append((record.epoch, float(value)))
         return series
 
+    def position(self) -> list[int]:
+        """Returns how many records and media there are."""
+        return [len(self.records), len(self.media)]
+
+    def resume(self, step: int, position: JSON = None) -> None:
+        """Forgets what came after a position, or what is of later steps.
+
+        Args:
+            step: what is of greater steps is forgotten, where no position is given.
+            position: what `position` returned.
+        """
+        match position:
+            case [int() as records, int() as media]:
+                del self.records[records:], self.media[media:]
+            case _:
+                self.records = [record for record in self.records if record.step <= step]
+                self.media = [medium for medium in self.media if medium.step <= step]
+        self.status = None
+
     def close(self, status: str) -> None:
         """Keeps the status of the first call."""
         if self.status is None:
