@@ -315,7 +315,9 @@ def test_jsonl_logger_resumed_by_step_drops_a_torn_line(tmp_path):
     assert path.read_bytes() == row(1)
 
 
-@pytest.mark.parametrize("line", [b"\n", b"\0\n", b"{}\n", b'{"step": true}\n', b'{"step": NaN}\n'])
+@pytest.mark.parametrize(
+    "line", [b"\n", b"\0\n", b"{}\n", b"[]\n", b"1\n", b'{"step": true}\n', b'{"step": NaN}\n']
+)
 def test_jsonl_logger_names_the_lines_it_cannot_read_and_loses_nothing(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     before = row(1) + line + row(9) + line
