@@ -192,7 +192,7 @@ def test_written_files_are_not_writable_by_everybody(run):
 def test_read_json_names_the_file_that_is_absent_or_broken(run):
     with pytest.raises(RunDirectoryError, match=re.escape("config.json")):
         run.read_json("config.json")
-    for broken in (b'{"a": ', b"\xff"):
+    for broken in (b'{"a": ', b"\xff", b'{"a": NaN}', b"[" * 10**5):
         (run.path / "config.json").write_bytes(broken)
         with pytest.raises(RunDirectoryError, match=r"config\.json' is not"):
             run.read_json("config.json")
@@ -279,6 +279,7 @@ def test_unfinished_lists_the_newest_first_and_names_what_it_passes_over(tmp_pat
     assert RunDirectory.open(found[1]).unfinished() == found
     for version in range(7, 18):
         assert f"digits/{version:04d} cannot be continued" in caplog.text
+    assert "0099" not in caplog.text
     assert everything_below(tmp_path) == before
     assert not run.created
 

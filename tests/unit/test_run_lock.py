@@ -166,6 +166,33 @@ def test_twenty_racing_threads_hold_the_lock_one_after_the_other(tmp_path, way):
     assert os.listdir(tmp_path) == []
 
 
+def test_lock_on_a_file_that_was_removed_meanwhile_is_none(tmp_path, monkeypatch):
+    flock, seen = run_lock._flock, []
+
+    def release_first(path, descriptor):
+        seen.append(path)
+        if len(seen) == 1:
+            path.unlink()
+        return flock(path, descriptor)
+
+    monkeypatch.setattr(run_lock, "_flock", release_first)
+    with locked(tmp_path):
+        assert run_lock._read(tmp_path / LOCK_FILE).process == os.getpid()
+    assert len(seen) == 2
+
+
+def test_refusal_waits_for_the_name_of_a_holder_that_is_just_starting(tmp_path):
+    path = tmp_path / LOCK_FILE
+    left_by(tmp_path, process=2**22 + 1, birth="1")
+    with path.open("r+b") as file:
+        run_lock.fcntl.flock(file, run_lock.fcntl.LOCK_EX)
+        naming = threading.Timer(0.2, run_lock._write, (file.fileno(), run_lock._myself()))
+        naming.start()
+        with pytest.raises(RunInUseError, match=f"process {os.getpid()} on"), locked(tmp_path):
+            pass
+        naming.join()
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_forked_child_does_not_keep_the_lock_of_its_killed_parent(tmp_path, start, way):
     parent = start(way, HOLD_WITH_A_FORK)
