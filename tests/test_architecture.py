@@ -23,8 +23,20 @@ SOURCES = Path(__file__).parents[1] / "src"
 # A room imports only from rooms that stand before it. "distaff" is the package's own __init__.py.
 ROOMS = (
     *("typing", "errors", "garbage", "_optional"),
-    *("slot", "state", "vitals", "metrics", "monitor", "cadence", "config", "record"),
+    *(
+        "slot",
+        "state",
+        "vitals",
+        "spikes",
+        "metrics",
+        "monitor",
+        "cadence",
+        "duration",
+        "config",
+        "record",
+    ),
     *("run_directory", "execution", "allocator", "compile_cache", "throughput", "flight"),
+    *("agreement", "interruption", "barrier", "watchdog"),
     *("signature", "compiling", "choices", "flops", "machine", "report"),
     *("models", "data", "optim", "parallel", "zoo", "trainer_config"),
     *("context", "measured", "rows", "step", "accumulate", "precision", "forms", "fuse"),
@@ -38,7 +50,7 @@ ROOMS = (
 CORE = {"jax", "flax", "optax", "orbax", "numpy", "rich", "tyro"}
 ROOMS_THAT_MAY_IMPORT = {
     "tyro": {"cli"},
-    "orbax": {"checkpoint"},
+    "orbax": {"checkpoint", "barrier"},
     "rich": {"display", "cli", "inspect"},
     "pytest": {"testing"},
 }
