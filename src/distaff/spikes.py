@@ -73,7 +73,14 @@ class SpikeDetector:
 
 def _limit(losses: np.ndarray, threshold: float) -> float:
     """Returns the largest loss that is no spike, after `losses` of shape `[window]`."""
-    median = np.median(losses)
+    median = _median(losses)
     distances = np.abs(losses - median)
-    sigma = _TO_SIGMA * np.median(distances) or _MEAN_TO_SIGMA * np.mean(distances)
+    sigma = _TO_SIGMA * _median(distances) or _MEAN_TO_SIGMA * np.mean(distances)
     return float(median + threshold * max(sigma, _ROUNDING * abs(median)))
+
+
+def _median(values: np.ndarray) -> float:
+    """Returns what `np.median` does, ten times as fast for so few."""
+    ordered = np.sort(values)
+    half = len(ordered) // 2
+    return 0.5 * float(ordered[half] + ordered[~half])
