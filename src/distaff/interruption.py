@@ -15,6 +15,8 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any
 
+import jax
+
 from distaff.agreement import Agreement
 from distaff.duration import Duration, seconds_of
 
@@ -141,6 +143,8 @@ def _send_again(number: signal.Signals) -> None:
         with suppress(AttributeError, OSError, ValueError):  # none, or closed
             stream.flush()
     is_fatal = signal.getsignal(number) == signal.SIG_DFL
+    if is_fatal and jax.distributed.is_initialized():
+        jax.distributed.shutdown()  # waits for the others, whom the end of this one would abort
     signal.raise_signal(number)
     if is_fatal:  # The first process of a container survives: the kernel spares it.
         os._exit(128 + number)

@@ -66,7 +66,7 @@ with Interruption() as interruption:
     print("ready", flush=True)
     facts["signal"] = stops_at(interruption)
     print(json.dumps(facts), flush=True)
-    barrier("end", 30)
+    time.sleep(0.5 * rank)  # as long as saving takes
 """
 
 

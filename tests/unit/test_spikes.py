@@ -97,3 +97,7 @@ def test_loss_that_is_not_finite_is_a_spike_and_is_forgotten(loss):
 def test_detector_refuses_what_is_out_of_range(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         SpikeDetector(**options)
+
+
+def test_outlier_is_seen_far_above_zero():
+    assert spikes([*([1000.0, 1001.0] * 50), 1020.0]) == [100]
