@@ -8,9 +8,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import jax
+import numpy as np
 import pytest
 
 from distaff.agreement import Agreement
@@ -137,3 +139,36 @@ def test_missing_processes_are_read_from_the_message(names, missing):
 def test_barrier_error_is_a_timeout():
     assert issubclass(BarrierError, TimeoutError)
     assert jax.process_count() == 1
+
+
+def test_fast_and_slow_processes_exchange_at_the_same_calls(monkeypatch):
+    meeting, told, calls = threading.Barrier(2, timeout=10.0), {}, ({}, {})
+    monkeypatch.setattr("distaff.agreement.SECONDS_BETWEEN", 0.05)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+
+    def process_allgather(row):
+        told[int(threading.current_thread().name)] = row
+        meeting.wait()
+        rows = np.stack([told[0], told[1]])
+        meeting.wait()
+        return rows
+
+    monkeypatch.setattr("distaff.agreement.multihost_utils.process_allgather", process_allgather)
+
+    def run(rank):
+        agreement = Agreement(preempted=3)
+        for call in range(1, 200):
+            time.sleep(0.001 * (1 + 2 * rank))
+            agreed = agreement(2 if rank == 1 and call > 120 else 0)
+            calls[rank][call] = agreed
+            if agreed:
+                return
+
+    threads = [threading.Thread(target=run, args=(rank,), name=str(rank)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert calls[0] == calls[1]
+    assert 120 < len(calls[0]) < 199
+    assert calls[0][len(calls[0])] == 2
