@@ -2,7 +2,15 @@
 
 from distaff.checkpoint.memory import MemoryStore
 from distaff.checkpoint.protocol import NullStore, Store
-from distaff.checkpoint.retention import expired
+from distaff.checkpoint.retention import best_steps, expired
 from distaff.checkpoint.store import CheckpointStore, find
 
-__all__ = ["CheckpointStore", "MemoryStore", "NullStore", "Store", "expired", "find"]
+__all__ = [
+    "CheckpointStore",
+    "MemoryStore",
+    "NullStore",
+    "Store",
+    "best_steps",
+    "expired",
+    "find",
+]

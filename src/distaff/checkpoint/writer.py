@@ -51,6 +51,11 @@ class Writer:
         self._failure: tuple[int, BaseException] | None = None
 
     @property
+    def has_failed(self) -> bool:
+        """Whether `failure` has something to tell; waits for no lock."""
+        return self._failure is not None
+
+    @property
     def held_bytes(self) -> int:
         """Bytes of the saves that wait, and of the one being written."""
         with self._changed:

@@ -1,0 +1,121 @@
+"""The names that checkpoints have on disk, and what a save that was cut short leaves there."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shutil
+from pathlib import Path
+
+SAVING, EXPIRED, DAMAGED = ".saving", ".expired", ".damaged"
+_WHOLE = re.compile(r"step_([0-9]{8,})")
+_LEFT = re.compile(r"step_[0-9]{8,}\.(saving|expired|orbax-checkpoint-tmp.*)")
+_COMMIT_MARKER = "commit_success.txt"
+_DIRECTORY_MODE = 0o775  # never writable by everybody, whatever the umask
+
+
+def name_of(step: int) -> str:
+    """Returns the name of a checkpoint's folder.
+
+    Args:
+        step: completed optimizer updates.
+
+    >>> name_of(1200)
+    'step_00001200'
+    """
+    return f"step_{step:08d}"
+
+
+def step_of(folder: Path) -> int | None:
+    """Returns the step of a whole checkpoint, None for any other folder or file.
+
+    Args:
+        folder: a path that need not exist.
+    """
+    name = _WHOLE.fullmatch(folder.name)
+    is_whole = name and name_of(int(name[1])) == folder.name and not folder.is_symlink()
+    return int(name[1]) if name and is_whole and (folder / _COMMIT_MARKER).is_file() else None
+
+
+def steps_in(directory: Path) -> tuple[int, ...]:
+    """Returns the steps that have a folder which looks whole, ascending.
+
+    Args:
+        directory: a path that need not exist.
+    """
+    folders = directory.iterdir() if directory.is_dir() else ()
+    return tuple(sorted(step for step in map(step_of, folders) if step is not None))
+
+
+def make(directory: Path) -> None:
+    """Makes a directory, and those above it, unless it is there.
+
+    Args:
+        directory: its path.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    for missing in reversed(
+        [path for path in (directory, *directory.parents) if not path.exists()]
+    ):
+        missing.mkdir(_DIRECTORY_MODE, exist_ok=True)
+    if not directory.is_dir():
+        raise NotADirectoryError(f"{directory} is a file")
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Removes what killed saves and removals have left; no other process may be writing here.
+
+    Args:
+        directory: where the checkpoints are.
+
+    Raises:
+        OSError: something cannot be removed.
+    """
+    for entry in directory.iterdir():
+        if _LEFT.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+
+
+def remove(folder: Path) -> None:
+    """Removes a checkpoint.
+
+    Renamed first: a process killed while it removes files must not leave half a checkpoint under
+    the name of a whole one.
+
+    Args:
+        folder: a whole checkpoint.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    shutil.rmtree(folder.rename(folder.with_suffix(EXPIRED)))
+
+
+def set_aside(folder: Path) -> Path:
+    """Renames a damaged checkpoint, so that its step can be saved again; nothing is removed.
+
+    Args:
+        folder: a damaged checkpoint.
+
+    Returns:
+        Where it is now.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    names = (folder.with_suffix(f"{DAMAGED}{count or ''}") for count in itertools.count())
+    return folder.rename(next(name for name in names if not name.exists()))
+
+
+def content(directory: Path) -> str:
+    """Returns half a sentence on what is there where a checkpoint was looked for.
+
+    Args:
+        directory: a path that need not exist.
+    """
+    if not directory.is_dir():
+        return "is no directory" if directory.exists() else "does not exist"
+    names = sorted(entry.name for entry in directory.iterdir())
+    return f"holds {', '.join(names[:10]) or 'nothing'}{', ...' if names[10:] else ''}"
