@@ -131,7 +131,7 @@ def test_newer_format_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "step_00000001" / manifest.NAME
     file.write_text(json.dumps({**json.loads(file.read_text()), "format": 2}))
     for read in (lambda: store.load(1, X), lambda: store.info(1), lambda: find(tmp_path)):
-        with pytest.raises(CheckpointError, match="its format is 2, .* reads up to 1"):
+        with pytest.raises(CheckpointError, match=r"its format is 2, .* reads up to 1"):
             read()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ SAVING, EXPIRED, DAMAGED = ".saving", ".expired", ".damaged"
 _WHOLE = re.compile(r"step_([0-9]{8,})")
 _LEFT = re.compile(r"step_[0-9]{8,}\.(saving|expired|orbax-checkpoint-tmp.*)")
 _COMMIT_MARKER = "commit_success.txt"
+_log = logging.getLogger("distaff")
 _DIRECTORY_MODE = 0o775  # never writable by everybody, whatever the umask
 
 
@@ -64,21 +66,22 @@ def make(directory: Path) -> None:
         raise NotADirectoryError(f"{directory} is a file")
 
 
-def remove_leftovers(directory: Path) -> None:
+def remove_leftovers(directory: Path) -> bool:
     """Removes what killed saves and removals have left; no other process may be writing here.
 
     Args:
         directory: where the checkpoints are.
 
-    Raises:
-        OSError: something cannot be removed.
+    Returns:
+        Whether nothing is left. What cannot be removed is logged: it is no reason to end a run.
     """
-    for entry in directory.iterdir():
-        if _LEFT.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
+    left = [entry for entry in directory.iterdir() if _LEFT.fullmatch(entry.name)]
+    ours = [entry for entry in left if entry.is_dir() and not entry.is_symlink()]
+    staying = [entry for entry in ours if not _is_removed(entry)]
+    return not staying
 
 
-def remove(folder: Path) -> None:
+def remove(folder: Path) -> bool:
     """Removes a checkpoint.
 
     Renamed first: a process killed while it removes files must not leave half a checkpoint under
@@ -87,10 +90,15 @@ def remove(folder: Path) -> None:
     Args:
         folder: a whole checkpoint.
 
-    Raises:
-        OSError: it cannot be removed.
+    Returns:
+        Whether it is gone; else the reason is logged.
     """
-    shutil.rmtree(folder.rename(folder.with_suffix(EXPIRED)))
+    try:
+        folder = folder.rename(folder.with_suffix(EXPIRED))
+    except OSError as error:
+        _log.warning("a checkpoint that is no longer needed stays: %s", error)
+        return False
+    return _is_removed(folder)
 
 
 def set_aside(folder: Path) -> Path:
@@ -119,3 +127,12 @@ def content(directory: Path) -> str:
         return "is no directory" if directory.exists() else "does not exist"
     names = sorted(entry.name for entry in directory.iterdir())
     return f"holds {', '.join(names[:10]) or 'nothing'}{', ...' if names[10:] else ''}"
+
+
+def _is_removed(folder: Path) -> bool:
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        _log.warning("%s is no longer needed, and cannot be removed: %s", folder, error)
+        return False
+    return True

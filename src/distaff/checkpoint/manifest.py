@@ -147,9 +147,9 @@ def _untrusted(folder: Path) -> str | None:
 
 
 def _difference(folder: Path, names: tuple[str, ...]) -> str | None:
+    has_format = FORMAT_KEY in read_info(folder)
     if not (folder / NAME).exists():
-        is_old = FORMAT_KEY not in read_info(folder)
-        return None if is_old else f"{NAME} is missing"
+        return f"{NAME} is missing" if has_format else None
     manifest = _read_json(folder, NAME)
     version, files = manifest.get("format"), manifest.get("files")
     if type(version) is int and version > FORMAT:

@@ -256,7 +256,7 @@ class CheckpointStore:
             arrays.write(self._unfinished(save.step), save.arrays, _marked(save.info))
             return
         folders.make(self.directory)
-        self._tidy()
+        self._is_tidy = self._is_tidy or folders.remove_leftovers(self.directory)
         unfinished = self._unfinished(save.step)
         # Only the owner gets in, until nothing in it is writable by everybody.
         unfinished.parent.mkdir(0o700)
@@ -278,22 +278,7 @@ class CheckpointStore:
 
     def _remove_expired(self, save: Save) -> None:
         for step in self._expired(self._undamaged(), save.info):
-            try:
-                folders.remove(self._path(step))
-            except OSError as error:  # the new checkpoint is there: no reason to end the run
-                _log.warning("a checkpoint that is no longer needed stays: %s", error)
-                self._is_tidy = False
-
-    def _tidy(self) -> None:
-        """Removes what killed saves have left, once; tried again where that did not succeed."""
-        if self._is_tidy:
-            return
-        try:
-            folders.remove_leftovers(self.directory)
-        except OSError as error:
-            _log.warning("what a killed save has left stays: %s", error)
-        else:
-            self._is_tidy = True
+            self._is_tidy &= folders.remove(self._path(step))
 
     def _path(self, step: int) -> Path:
         return self.directory / folders.name_of(step)
