@@ -131,6 +131,15 @@ def grid(*shape: int) -> dict[str, Any]:
     return {"name": "regular", "configuration": {"chunk_shape": list(shape)}}
 
 
+def huge_pieces(folder: Path) -> None:
+    database = tensorstore.KvStore.open(
+        {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/state/"}}
+    ).result()
+    (codec,) = json.loads(database["x/zarr.json"])["codecs"]
+    codec["configuration"]["chunk_shape"] = [2**40]
+    zarr(chunk_grid=grid(2**40), codecs=[codec])(folder)
+
+
 METADATA = "state/_METADATA"
 DEEP = "[" * 200_000 + "]" * 200_000
 PICKLED = pickle.dumps(Bomb())
@@ -159,7 +168,9 @@ CHANGES = {
     "file is a fifo": fifo,
     "shape is huge": zarr(shape=[2**50], chunk_grid=grid(2**50)),
     "shape is huge in small pieces": zarr(shape=[2**50]),
-    "pieces are huge": zarr(chunk_grid=grid(2**40)),
+    "shards are huge": zarr(chunk_grid=grid(2**40)),
+    "shards of many pieces are huge": zarr(chunk_grid=grid(3 * 2**40)),
+    "pieces are huge": huge_pieces,
     "shape is negative": zarr(shape=[-3]),
     "shape is a text": zarr(shape="many"),
     "type is unknown": zarr(data_type="object"),
@@ -240,6 +251,23 @@ def test_manifest_opens_no_file_elsewhere(
     described["files"][name] = {"size": 6, "crc32": 1}
     file.write_text(json.dumps(described))
     assert "is no file of a checkpoint" in str(CheckpointStore(directory).check(1))
+
+
+def test_pieces_larger_than_their_array_are_named(tmp_path: Path, honest: Path) -> None:
+    directory = shutil.copytree(honest, tmp_path / "run")
+    huge_pieces(directory / "step_00000001")
+    describe(directory / "step_00000001")
+    with pytest.raises(CheckpointError, match=r"'x' of shape \[3\] is stored in pieces of \[1099"):
+        CheckpointStore(directory).load(1, X)
+
+
+@pytest.mark.parametrize("name", [METADATA, INFO, "state/_sharding", "any"])
+def test_huge_json_is_refused_by_its_size(tmp_path: Path, honest: Path, name: str) -> None:
+    directory = shutil.copytree(honest, tmp_path / "run")
+    with (directory / "step_00000001" / name).open("ab") as file:
+        file.truncate(2**25 + 1)
+    with pytest.raises(CheckpointError, match=f"{name} has 33554433 bytes, and may have 33554432"):
+        CheckpointStore(directory).load(1, X)
 
 
 def test_handler_of_another_name_is_not_called(tmp_path: Path, honest: Path) -> None:

@@ -159,7 +159,9 @@ def test_nothing_is_writable_by_everybody(tmp_path: Path, no_umask: None) -> Non
     assert [str(entry) for entry in entries if entry.stat().st_mode & 0o002] == []
 
 
-def test_first_save_removes_what_killed_saves_left_and_nothing_else(tmp_path: Path) -> None:
+def test_first_save_removes_what_killed_saves_left_and_nothing_else(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     left = ["step_00000003.saving", "step_00000002.expired", "step_00000003.orbax-checkpoint-tmp"]
     kept = ["step_00000003.damaged", "step_3.saving", "my.saving"]
     for name in left + kept:
@@ -173,6 +175,7 @@ def test_first_save_removes_what_killed_saves_left_and_nothing_else(tmp_path: Pa
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         [*kept, "outside", "step_00000005", "step_00000008.saving", "step_00000009.saving"]
     )
+    assert [record for record in caplog.records if record.name == "distaff"] == []
 
 
 def test_save_whose_write_fails_leaves_nothing(
