@@ -131,13 +131,13 @@ def grid(*shape: int) -> dict[str, Any]:
     return {"name": "regular", "configuration": {"chunk_shape": list(shape)}}
 
 
-def huge_pieces(folder: Path) -> None:
+def huge_pieces(folder: Path, **fields: Any) -> None:
     database = tensorstore.KvStore.open(
         {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/state/"}}
     ).result()
     (codec,) = json.loads(database["x/zarr.json"])["codecs"]
     codec["configuration"]["chunk_shape"] = [2**40]
-    zarr(chunk_grid=grid(2**40), codecs=[codec])(folder)
+    zarr(chunk_grid=grid(2**40), codecs=[codec], **fields)(folder)
 
 
 METADATA = "state/_METADATA"
@@ -259,6 +259,20 @@ def test_pieces_larger_than_their_array_are_named(tmp_path: Path, honest: Path) 
     describe(directory / "step_00000001")
     with pytest.raises(CheckpointError, match=r"'x' of shape \[3\] is stored in pieces of \[1099"):
         CheckpointStore(directory).load(1, X)
+
+
+@pytest.mark.parametrize("kind", ["np.ndarray", "jax.Array", "scalar", "int", "string", "None"])
+def test_huge_array_is_not_allocated_whatever_it_is_said_to_be(
+    tmp_path: Path, honest: Path, kind: str
+) -> None:
+    directory = shutil.copytree(honest, tmp_path / "run")
+    folder = directory / "step_00000001"
+    huge_pieces(folder, shape=[2**40])
+    replaced(METADATA, "np.ndarray", kind)(folder)
+    describe(folder)
+    for leaf in (np.zeros(3, np.float32), jnp.float32(0)):
+        with pytest.raises(CheckpointError, match="step_00000001"):
+            CheckpointStore(directory).load(1, {"x": leaf})
 
 
 @pytest.mark.parametrize("name", [METADATA, INFO, "state/_sharding", "any"])
