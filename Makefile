@@ -9,6 +9,11 @@
 #   make bench [ARGS="--only W1,process"]  measures everything, in about 20 minutes
 #   make bench-quick                       two small models beside hand-written loops, in 3 minutes
 #
+# That no run is lost, in long forms of what `make test` does in short:
+#
+#   make chaos                             kills runs 50 times, at random moments: half an hour
+#   make fuzz                              10,000 hostile files and checkpoints of each kind
+#
 # Another interpreter: make test PYTHON=python3.12
 
 PYTHON ?= python3
@@ -18,7 +23,7 @@ bin := .venv/bin
 pinned := pyproject.toml $(wildcard constraints/*.txt)
 
 .NOTPARALLEL:
-.PHONY: digits test lint format clean bench bench-quick bench-peers
+.PHONY: digits test lint format clean chaos fuzz bench bench-quick bench-peers
 
 digits: .venv/.digits
 	@$(bin)/distaff fit digits $(ARGS)
@@ -34,6 +39,12 @@ lint: .venv/.test
 format: .venv/.test
 	$(bin)/ruff format
 	$(bin)/ruff check --fix
+
+chaos: .venv/.test
+	@DISTAFF_CHAOS_KILLS=50 DISTAFF_CHAOS_TERMS=30 $(bin)/pytest tests/faults --timeout 3600 $(ARGS)
+
+fuzz: .venv/.test
+	@DISTAFF_FUZZ_EXAMPLES=10000 $(bin)/pytest -k fuzz --timeout 3600 $(ARGS)
 
 bench: .venv/.digits
 	@$(bin)/python -m benchmarks.run $(ARGS)

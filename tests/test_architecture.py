@@ -23,14 +23,16 @@ SOURCES = Path(__file__).parents[1] / "src"
 # A room imports only from rooms that stand before it. "distaff" is the package's own __init__.py.
 ROOMS = (
     *("typing", "errors", "garbage", "_optional"),
-    *("slot", "state", "vitals", "metrics", "monitor", "cadence", "config", "record"),
-    *("run_directory", "execution", "allocator", "compile_cache", "throughput", "flight"),
+    *("slot", "state", "vitals", "spikes", "metrics", "monitor", "cadence", "duration"),
+    *("config", "record", "environment", "run_directory", "run_lock", "execution", "allocator"),
+    *("compile_cache", "throughput", "flight"),
+    *("agreement", "interruption", "barrier", "watchdog"),
     *("signature", "compiling", "choices", "flops", "machine", "report"),
     *("models", "data", "optim", "parallel", "zoo", "trainer_config"),
     *("context", "measured", "rows", "step", "accumulate", "precision", "forms", "fuse"),
     *("loggers", "display", "checkpoint", "callbacks"),
-    *("events", "evaluate", "loop", "recording"),
-    *("predictor", "training", "trainer", "tasks", "distaff"),
+    *("events", "evaluate", "loop", "recording", "tally"),
+    *("predictor", "training", "resume", "trainer", "tasks", "distaff"),
     *("tune", "inspect", "cli"),
     *("integrations", "testing"),
 )
@@ -38,7 +40,7 @@ ROOMS = (
 CORE = {"jax", "flax", "optax", "orbax", "numpy", "rich", "tyro"}
 ROOMS_THAT_MAY_IMPORT = {
     "tyro": {"cli"},
-    "orbax": {"checkpoint"},
+    "orbax": {"checkpoint", "barrier"},
     "rich": {"display", "cli", "inspect"},
     "pytest": {"testing"},
 }

@@ -23,6 +23,7 @@ import dataclasses
 import json
 import math
 import re
+import stat
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -43,6 +44,7 @@ _SEQUENCES = {tuple: tuple, list: list, Sequence: tuple}
 _MAPPINGS = (dict, Mapping)
 _SCALARS = (bool, int, float, str, type(None))
 _TAGS = {"$float", "$items", "$dtype", "$array", "$function", "$type", "$class", "$repr"}
+_MOST_BYTES = 2**26  # of a file that is read whole
 _DTYPES = (np.dtype, type(jnp.float32))  # jnp's dtypes are classes of a metaclass of their own
 
 
@@ -323,3 +325,43 @@ def dumps(value: Any) -> str:
         ValueError: a float is NaN or infinite, which `to_json` would have tagged.
     """
     return json.dumps(value, indent=2, allow_nan=False) + "\n"
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+_decoder = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
+def loads(data: bytes) -> Any:
+    """Parses strict JSON in UTF-8.
+
+    Args:
+        data: the text; what it holds may be hostile.
+
+    Raises:
+        ValueError: it is something else, or is nested too deeply.
+    """
+    try:
+        return _decoder.decode(data.decode())
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def load(path: Path) -> Any:
+    """Reads a JSON file.
+
+    Args:
+        path: a regular file of at most 64 MiB; one that is larger, or endless, is not read.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not such a file, or not strict JSON.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        raise ValueError("it is not a regular file")
+    if status.st_size > _MOST_BYTES:
+        raise ValueError(f"it has {status.st_size} bytes, more than {_MOST_BYTES}")
+    return loads(path.read_bytes())

@@ -48,6 +48,14 @@ class RunDirectoryError(DistaffError, OSError):
     """The directory of a run cannot be created or written."""
 
 
+class RunInUseError(RunDirectoryError):
+    """The directory of a run is in use by another process."""
+
+
+class BarrierError(DistaffError, TimeoutError):
+    """Not all processes have come to where all of them must wait for each other."""
+
+
 class MissingExtraError(DistaffError, ImportError):
     """A feature needs an optional package that is not installed."""
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
 from distaff.callbacks import StepInfo
 from distaff.data import Loader, as_loader
 from distaff.metrics import Metric
@@ -28,6 +30,22 @@ class ChunkEnd(NamedTuple):
     state: TrainState
     metrics: Sequence[Mapping[str, Metric]]
     examples: int
+
+
+class Pause(NamedTuple):
+    """A moment at which a run can be saved: the host has read what the device has done.
+
+    Attributes:
+        step: completed updates so far.
+        rows: of steps whose window is not full yet, uint32 `[rows, width]`.
+    """
+
+    step: int
+    rows: np.ndarray
+
+
+class Interrupted(Exception):  # noqa: N818 - a request, not an error
+    """Ends a run that is saved, because it was asked to end before its time."""
 
 
 class Plan(NamedTuple):
@@ -91,6 +109,15 @@ class Run(Protocol):
 
     def on_training_start(self) -> None:
         """Called before the first step."""
+
+    def go_on(self) -> StepInfo | None:
+        """Goes to where a resumed run was saved; returns what `on_checkpoint` was told there."""
+        ...
+
+    @property
+    def epoch_to_train(self) -> int:
+        """The first epoch that is not done."""
+        ...
 
     def train_epoch(self, train_loader: Loader, epoch: int) -> dict[str, Any]:
         """Trains on one epoch; returns its metrics."""

@@ -102,6 +102,20 @@ def make_forms(
     return remembered or Measured(capacity, single_first=single_first, chosen=keep)
 
 
+def continued(forms: Forms, facts: Any) -> Forms:
+    """Returns what chooses the form in a run that goes on: the choice that it had made, if any.
+
+    Other forms may round otherwise.
+
+    Args:
+        forms: of the run that goes on.
+        facts: of the run before it, as `Forms.facts` gave them.
+    """
+    if isinstance(forms, Fixed) or facts.get("why") not in ("measured", "remembered"):
+        return forms
+    return _recalled(facts, _MAX_STEPS) or forms
+
+
 def convolves(jaxpr: Any) -> bool:
     """Tells whether a program convolves."""
     return any(

@@ -5,17 +5,23 @@
         for each batch:                                              train_epoch
             state, row = step(state, batch)                          on_step_end
             at each log boundary: read the rows of the window before this one
+            where the run shall end, or is to be saved: pause
         on_training_epoch_end                                        on_epoch_end
         every n-th epoch:
             eval_model
             on_validation_epoch_end                                  on_validation_end
             save_metrics
             is_new_model_better
+        end_epoch
+        every n-th epoch:
             save_model                                               on_checkpoint
     on_training_end
 
 On the left what the trainer does, each line an override point; on the right the events that
 callbacks see. `epochs` yields the events of a run, `steps` those of one epoch.
+
+A run that was interrupted goes on where its checkpoint was made: within an epoch's steps, after
+them, or after `save_model`. What the log holds at a checkpoint is what came before it.
 """
 
 from __future__ import annotations
@@ -24,9 +30,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
+
 from distaff.callbacks import StepInfo
 from distaff.data import Chunk
-from distaff.events import ChunkEnd, Plan, Run
+from distaff.events import ChunkEnd, Pause, Plan, Run
 from distaff.flight import Flight
 from distaff.fuse import Steps
 from distaff.rows import Readout, WindowEnd
@@ -40,8 +48,10 @@ def steps(
     *,
     step: int,
     stopping: Callable[[], bool],
+    pausing: Callable[[], bool] = bool,
+    rows: np.ndarray | None = None,
     guard: Callable[[range], AbstractContextManager[None]] = nullcontext,
-) -> Iterator[ChunkEnd | WindowEnd]:
+) -> Iterator[ChunkEnd | WindowEnd | Pause]:
     """Trains on the chunks of one epoch.
 
     A window ends at every multiple of `run.log_every` in the global step, and with the epoch; it is
@@ -53,13 +63,15 @@ def steps(
         chunks: what is left of the epoch.
         step: completed updates so far.
         stopping: asked after each chunk; True ends the epoch there.
+        pausing: asked after each chunk; True reads what the device has done so far.
+        rows: of the last of the completed steps, as a `Pause` has left them.
         guard: what to run each chunk in, given its steps, such as a guard against transfers to the
             host.
 
     Yields:
-        A `ChunkEnd` for each chunk, a `WindowEnd` for each window.
+        A `ChunkEnd` for each chunk, a `WindowEnd` for each window, a `Pause` where asked for.
     """
-    strip, flight, readout = run.blank, Flight(), Readout(run.columns, run.log_every, step)
+    strip, flight, readout = run.blank, Flight(), Readout(run.columns, run.log_every, step, rows)
     for chunk in chunks:
         with guard(range(step + 1, step + 1 + chunk.num_steps)):
             state, strip, metrics = run(state, strip, chunk, step)
@@ -67,6 +79,9 @@ def steps(
         step += chunk.num_steps
         yield ChunkEnd(step, chunk.num_steps, state, metrics, chunk.examples)
         yield from readout.add(strip, step)
+        if pausing():
+            yield from readout.due()
+            yield Pause(step, readout.left())
         if stopping():
             break
     yield from readout.rest()
@@ -84,7 +99,10 @@ def epochs(run: Run, plan: Plan) -> Iterator[tuple[str, StepInfo]]:
     """
     run.on_training_start()
     yield "on_training_start", run.info({})
-    for epoch in range(plan.first_epoch, plan.last_epoch + 1):
+    saved = run.go_on()
+    if saved is not None:
+        yield "on_checkpoint", saved
+    for epoch in range(run.epoch_to_train, plan.last_epoch + 1):
         if run.stop_reason:
             break
         metrics = run.train_epoch(plan.train_loader, epoch)
@@ -92,17 +110,16 @@ def epochs(run: Run, plan: Plan) -> Iterator[tuple[str, StepInfo]]:
             break
         run.on_training_epoch_end(epoch, metrics)
         yield "on_epoch_end", run.info(metrics)
-        is_best = False
-        if epoch % plan.check_val_every_n_epoch == 0:
-            validation: dict[str, Any] = {}
-            if plan.val_loader is not None:
-                validation = run.eval_model(plan.val_loader, "val/")
-                run.on_validation_epoch_end(epoch, validation, plan.val_loader)
-                yield "on_validation_end", run.info(validation)
-                run.save_metrics(f"val_epoch_{epoch:04d}", validation)
-                is_best = run.is_new_model_better(validation, run.best_metrics)
+        validation: dict[str, Any] = {}
+        is_due, is_best = epoch % plan.check_val_every_n_epoch == 0, False
+        if is_due and plan.val_loader is not None:
+            validation = run.eval_model(plan.val_loader, "val/")
+            run.on_validation_epoch_end(epoch, validation, plan.val_loader)
+            yield "on_validation_end", run.info(validation)
+            run.save_metrics(f"val_epoch_{epoch:04d}", validation)
+            is_best = run.is_new_model_better(validation, run.best_metrics)
+        run.end_epoch(epoch, {**metrics, **validation}, is_best)
+        if is_due:
             run.save_model(validation, is_best)
             yield "on_checkpoint", run.info(validation, is_best)
-            metrics = {**metrics, **validation}
-        run.end_epoch(epoch, metrics, is_best)
     yield "on_training_end", run.info({})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from distaff.config import to_json
+from distaff.config import load, to_json
 from distaff.errors import CheckpointError
 from distaff.typing import Batch
 
@@ -36,8 +35,8 @@ def read_record(path: Path) -> dict[str, Any]:
     """
     remedy = "Pass the path of a run directory, or of a checkpoint inside one."
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        record = load(path)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"Cannot read {path}, the run's record: {error}. {remedy}") from error
     missing = [
         name

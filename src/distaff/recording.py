@@ -6,24 +6,49 @@ import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from distaff.checkpoint import CheckpointStore, MemoryStore, NullStore, Store
+from distaff import config
+from distaff.checkpoint import CheckpointStore, MemoryStore, NullStore, Store, forget_after
+from distaff.errors import CheckpointError, RunDirectoryError, RunInUseError
 from distaff.loggers import FilesLogger, JsonlLogger, Logger, ManyLoggers, NullLogger
 from distaff.run_directory import RunDirectory
+from distaff.run_lock import locked
+from distaff.trainer_config import TrainerConfig
 
 _log = logging.getLogger("distaff")
+
+
+class Found(NamedTuple):
+    """What a run goes on from.
+
+    Attributes:
+        step: of the checkpoint.
+        skipped: what is wrong with the newer ones.
+        changes: options that differ from those of the run before it, as `name: old -> new`.
+    """
+
+    step: int
+    skipped: list[str]
+    changes: list[str]
+
+    def text(self, epoch: int) -> str:
+        """Returns in a few lines what is gone on from."""
+        lines = [f"going on from the checkpoint of step {self.step}, epoch {epoch}"]
+        return "\n".join([*lines, *self.skipped, *(f"changed: {each}" for each in self.changes)])
 
 
 class Recording(Protocol):
     """The outlets of a run. Nothing is written before `open`.
 
-    `throughput` is apart from `logger`, which equal runs write equally.
+    `throughput` is apart from `logger`, which equal runs write equally. `found` is what the run
+    goes on from.
     """
 
     logger: ManyLoggers
     throughput: Logger
     store: Store
+    found: Found | None
 
     @property
     def path(self) -> Path | None:
@@ -37,6 +62,10 @@ class Recording(Protocol):
             record: the run's resolved configuration.
             texts: what to keep as text files, by file name.
         """
+        ...
+
+    def confirm(self, record: Mapping[str, Any]) -> None:
+        """Replaces the configuration of the run that this one goes on from, once it has done so."""
         ...
 
     def save_metrics(self, name: str, metrics: Mapping[str, Any]) -> None:
@@ -59,6 +88,7 @@ class NullRecording:
         self.logger = ManyLoggers(*loggers)
         self.throughput: Logger = NullLogger()
         self.store: Store = NullStore()
+        self.found: Found | None = None
 
     @property
     def path(self) -> Path | None:
@@ -69,6 +99,9 @@ class NullRecording:
         """Forgets the checkpoints of the run before, and hands the configuration to the loggers."""
         self.store = MemoryStore()
         self.logger.log_config(record)
+
+    def confirm(self, record: Mapping[str, Any]) -> None:
+        """Does nothing."""
 
     def save_metrics(self, name: str, metrics: Mapping[str, Any]) -> None:
         """Does nothing."""
@@ -85,21 +118,28 @@ class DirectoryRecording:
         directory: where. It is reserved by `open`.
         loggers: the user's loggers, beside `metrics.jsonl`.
         keep_last: newest checkpoints to keep, beside the best.
+        resume: as in `TrainerConfig`.
     """
 
     def __init__(
-        self, directory: RunDirectory, loggers: Sequence[Logger] = (), *, keep_last: int = 1
+        self,
+        directory: RunDirectory,
+        loggers: Sequence[Logger] = (),
+        *,
+        keep_last: int = 1,
+        resume: str | int = "never",
     ) -> None:
         self.directory = directory
         self.logger = ManyLoggers(
-            JsonlLogger(lambda: directory.location / "metrics.jsonl"),
-            FilesLogger(lambda: directory.location),
+            JsonlLogger(lambda: self.directory.location / "metrics.jsonl"),
+            FilesLogger(lambda: self.directory.location),
             *loggers,
         )
-        self.throughput: Logger = JsonlLogger(lambda: directory.location / "throughput.jsonl")
+        self.throughput: Logger = JsonlLogger(lambda: self.directory.location / "throughput.jsonl")
         self.store: Store = NullStore()
-        self._keep_last = keep_last
-        self._closing = ExitStack()
+        self.found: Found | None = None
+        self._keep_last, self._resume = keep_last, resume
+        self._lock, self._closing, self._is_taken = ExitStack(), ExitStack(), False
 
     @property
     def path(self) -> Path | None:
@@ -107,24 +147,70 @@ class DirectoryRecording:
         return self.directory.path if self.directory.created else None
 
     def open(self, record: Mapping[str, Any], texts: Mapping[str, str]) -> None:
-        """Reserves the directory, and writes configuration, environment and status.
+        """Reserves a directory, or takes that of a run that did not come to its end.
+
+        Then it writes configuration, environment and status.
 
         Raises:
-            RunDirectoryError: it cannot be written.
+            RunDirectoryError: it cannot be written, or another run is in it.
+            CheckpointError: there is nothing to go on from, and there must be.
         """
         self.directory.check_writable()
-        self.directory.create()
-        self.directory.write_json("config.json", record)
+        changes = self._take(record)
+        folder = self.directory.location / "checkpoints"
+        self.store = store = CheckpointStore(folder, keep_last=self._keep_last)
+        self.found = self._look(store, changes)
+        if self.found is None:
+            self.confirm(record)
         self.directory.write_environment()
         self.directory.set_status("running")
         for name, content in texts.items():
             self.directory.write_text(name, content)
         self._closing.enter_context(self.directory.open_log())
-        self.store = CheckpointStore(
-            self.directory.location / "checkpoints", keep_last=self._keep_last
-        )
+        if self._is_taken and self.found is None:
+            self.logger.resume(0)  # what a run has logged that was killed before its first save
         self.logger.log_config(record)
         _log.info("run %s", self.path)
+
+    def _take(self, record: Mapping[str, Any]) -> list[str]:
+        """Locks a directory for this run, and returns how its configuration differs from it."""
+        if self.directory.created or self._resume == "never":
+            self.directory.create()
+            self._lock.enter_context(locked(self.directory.location))
+            return []
+        for path in self.directory.unfinished():
+            old = _record_in(path)
+            if old.get("first_epoch") != record["first_epoch"] or _has_only_failed(path):
+                continue
+            try:
+                self._lock.enter_context(locked(path))
+            except RunInUseError:
+                if self._resume == "auto":
+                    continue
+                raise
+            self.directory.take(path)
+            self._is_taken = True
+            return _changes(old, record)
+        if self._resume != "auto":
+            raise CheckpointError(
+                f"resume={self._resume!r} needs a run of this name that did not come to its end; "
+                "there is none. Check root and name, or pass resume='auto' to begin one."
+            )
+        self.directory.create()
+        self._lock.enter_context(locked(self.directory.location))
+        return []
+
+    def _look(self, store: CheckpointStore, changes: list[str]) -> Found | None:
+        """Returns the checkpoint to go on from."""
+        if isinstance(self._resume, int):
+            forget_after(store, self._resume)
+            return Found(self._resume, [], changes)
+        step, skipped = store.newest_valid()
+        return None if step is None else Found(step, skipped, changes)
+
+    def confirm(self, record: Mapping[str, Any]) -> None:
+        """Writes `config.json`."""
+        self.directory.write_json("config.json", record)
 
     def save_metrics(self, name: str, metrics: Mapping[str, Any]) -> None:
         """Writes `metrics/<name>.json`, whole or not at all."""
@@ -141,25 +227,57 @@ class DirectoryRecording:
         if not self.directory.created:
             self.logger.close(status)
             return
-        _log.info("%s at step %s", status, facts.get("step"))
-        try:
-            with self._closing as closing:
-                closing.callback(self.logger.close, status)
-                closing.callback(self.throughput.close, status)
-                closing.callback(self.store.close)
-        except BaseException:
-            self.directory.set_status("failed", **facts)
-            raise
-        self.directory.set_status(status, **facts)
+        with self._lock:  # until the status says that the run is over
+            _log.info("%s at step %s", status, facts.get("step"))
+            try:
+                with self._closing as closing:
+                    closing.callback(self.logger.close, status)
+                    closing.callback(self.throughput.close, status)
+                    closing.callback(self.store.close)
+            except BaseException:
+                self.directory.set_status("failed", **facts)
+                raise
+            self.directory.set_status(status, **facts)
+
+
+def _record_in(path: Path) -> Mapping[str, Any]:
+    """Returns the configuration that a run has recorded; an empty one if it cannot be read."""
+    try:
+        record = RunDirectory.open(path).read_json("config.json")
+    except RunDirectoryError as error:
+        _log.warning("%s cannot be continued: %s", path, error)
+        return {}
+    return record if isinstance(record, Mapping) else {}
+
+
+def _has_only_failed(path: Path) -> bool:
+    """Whether a run ended by an error, before it had a checkpoint: its record stays as it is."""
+    status = RunDirectory.open(path).read_json("status.json")
+    return status["status"] == "failed" and not CheckpointStore(path / "checkpoints").steps()
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Returns what of a run's configuration differs, but for what says how it goes on."""
+    found = config.diff(old, config.to_json(new))
+    ignored = ("options.resume", "options.max_time", "distaff")
+    return [f"{name}: {a!r} -> {b!r}" for name, (a, b) in found.items() if name not in ignored]
 
 
 def make_recording(
-    root: str | None, name: str, loggers: Sequence[Logger], *, keep_last: int
+    options: TrainerConfig, name: str, loggers: Sequence[Logger], *, resume: str | int
 ) -> Recording:
-    """Returns the recording of a run below `root`, or one that writes nothing if that is None."""
-    if root is None:
+    """Returns the recording of a run below `root`, or one that writes nothing if that is None.
+
+    Args:
+        options: `root` and `keep_last` are read.
+        name: of the run.
+        loggers: the user's loggers.
+        resume: as in `TrainerConfig`.
+    """
+    if options.root is None:
         return NullRecording(loggers)
-    return DirectoryRecording(RunDirectory(root, name), loggers, keep_last=keep_last)
+    directory, keep_last = RunDirectory(options.root, name), options.keep_last
+    return DirectoryRecording(directory, loggers, keep_last=keep_last, resume=resume)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -58,6 +58,14 @@ class Columns:
         ]
         return self._structure.unflatten(leaves)
 
+    def like(self, leaves: Sequence[np.ndarray]) -> dict[str, Metric]:
+        """Returns metrics of the structure of a step's, with other leaves.
+
+        Raises:
+            ValueError: their number is another.
+        """
+        return self._structure.unflatten(leaves)
+
     def strip_rows(self, log_every: int) -> int:
         """Returns how many rows of single steps to keep in one array."""
         fitting = _MAX_STRIP_BYTES // (4 * max(self.width, 1))
@@ -106,12 +114,18 @@ class Readout:
         columns: what is in a row.
         log_every: a window ends at each multiple of this in the global step.
         step: completed steps.
+        rows: of the last of these steps, which belong to a window that is not read yet.
     """
 
-    def __init__(self, columns: Columns, log_every: int, step: int) -> None:
+    def __init__(
+        self, columns: Columns, log_every: int, step: int, rows: np.ndarray | None = None
+    ) -> None:
         self._columns, self._every = columns, log_every
         self._strips: list[Strip] = []
         self._read = self._full = self._last = step
+        if rows is not None and len(rows):
+            self._read = self._full = step - len(rows)
+            self._strips = [Strip(self._read, len(rows), jax.device_put(rows), False)]
 
     def add(self, strip: Strip, step: int) -> Iterator[WindowEnd]:
         """Takes the rows up to a step, and yields the windows that have become due.
@@ -132,6 +146,15 @@ class Readout:
                     each.table.copy_to_host_async()
             yield from self._windows(due)
 
+    def due(self) -> Iterator[WindowEnd]:
+        """Yields the windows that are full; waits for them."""
+        yield from self._windows(self._full)
+
+    def left(self) -> np.ndarray:
+        """Returns the rows of steps that no window has yet, uint32 `[rows, width]`; see `due`."""
+        rows = self._rows(self._read, self._last)
+        return np.concatenate([np.zeros((0, self._columns.width), np.uint32), *rows])
+
     def rest(self) -> Iterator[WindowEnd]:
         """Yields the windows that are left, the last one as far as it has come."""
         yield from self._windows(self._last)
@@ -141,11 +164,7 @@ class Readout:
         start, self._read = self._read, end
         if start == end:
             return
-        rows = [
-            strip.fetch()[max(start - strip.first, 0) : end - strip.first]
-            for strip in self._strips
-            if strip.first < end and strip.first + strip.num_rows > start
-        ]
+        rows = self._rows(start, end)
         self._strips = [each for each in self._strips if each.first + each.num_rows > end]
         metrics = self._columns.metrics(np.concatenate(rows))
         bad = np.flatnonzero(_are_bad(metrics, end - start))
@@ -158,6 +177,14 @@ class Readout:
             found = bad[np.searchsorted(bad, part.start) :][:1]
             is_bad = found.size > 0 and found[0] < part.stop
             yield WindowEnd(step, merged, start + int(found[0]) + 1 if is_bad else None)
+
+    def _rows(self, start: int, end: int) -> list[np.ndarray]:
+        """Returns the rows of the steps after one and up to another, strip by strip."""
+        return [
+            strip.fetch()[max(start - strip.first, 0) : end - strip.first]
+            for strip in self._strips
+            if strip.first < end and strip.first + strip.num_rows > start
+        ]
 
 
 def _are_bad(metrics: Mapping[str, Metric], num_rows: int) -> np.ndarray:

@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import logging
 import os
-import platform
 import secrets
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Generator
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from distaff import config
+from distaff import config, environment
 from distaff.errors import ConfigError, RunDirectoryError, StateError, nearest
 
 STATUSES = ("running", "finished", "stopped", "pruned", "interrupted", "failed")
 
-_PACKAGES = ("distaff", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+_UNFINISHED = ("running", "interrupted", "failed")
+_log = logging.getLogger("distaff")
 _REMEDIES = {
     errno.EEXIST: "Move that file away, or choose another root.",
     errno.ENOTDIR: "Move that file away, or choose another root.",
@@ -36,7 +30,7 @@ _REMEDIES = {
 }
 _LOG_LINE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 # Never writable by everybody, whatever the umask.
-_DIRECTORY_MODE, _FILE_MODE = 0o775, 0o664
+_DIRECTORY_MODE, FILE_MODE = 0o775, 0o664
 
 
 class RunDirectory:
@@ -59,6 +53,7 @@ class RunDirectory:
         self._path: Path | None = None
         # A relative root stays where it was when the program goes to another directory.
         self._origin = Path.cwd()
+        self._counted = False
 
     @classmethod
     def open(cls, path: Path | str) -> RunDirectory:
@@ -76,6 +71,7 @@ class RunDirectory:
             )
         run = cls()
         run._path = Path(path)
+        run._parent = run._path.parent
         return run
 
     @property
@@ -115,7 +111,7 @@ class RunDirectory:
         nearest_existing = self._origin / (self._path or self._parent)
         while not os.path.lexists(nearest_existing):
             nearest_existing = nearest_existing.parent
-        with _explained(nearest_existing):
+        with explained(nearest_existing):
             os.rmdir(tempfile.mkdtemp(prefix=".distaff-", dir=nearest_existing))
 
     def create(self) -> Path:
@@ -128,7 +124,7 @@ class RunDirectory:
             RunDirectoryError: it cannot be created.
         """
         if self._path is None:
-            with _explained(self._parent):
+            with explained(self._parent):
                 self._path = self._parent / _next_version(self._origin / self._parent).name
         return self._path
 
@@ -163,7 +159,7 @@ class RunDirectory:
             StateError: the run is not created yet.
         """
         target = self.location / _checked(name)
-        with _explained(target):
+        with explained(target):
             target.parent.mkdir(_DIRECTORY_MODE, parents=True, exist_ok=True)
             write_whole(target, text)
         return target
@@ -180,8 +176,8 @@ class RunDirectory:
         """
         target = self.location / _checked(name)
         try:
-            with _explained(target, "read"):
-                return json.loads(target.read_bytes())
+            with explained(target, "read"):
+                return config.load(target)
         except ValueError as error:
             raise RunDirectoryError(
                 f"A file of a run must be JSON; {str(target)!r} is not: {error}. Remove it."
@@ -189,10 +185,13 @@ class RunDirectory:
 
     def write_environment(self) -> Path:
         """Writes `env.json`: versions, platform, devices, processes, command line, commit."""
-        return self.write_json("env.json", _environment())
+        return self.write_json("env.json", environment.describe())
 
     def set_status(self, status: str, **facts: Any) -> None:
         """Writes `status.json`: the status, when the run started and ended, and further facts.
+
+        A run that is started again keeps when it started first; `starts` counts how often an object
+        of this class has called it `"running"`.
 
         Args:
             status: one of `STATUSES`.
@@ -205,13 +204,53 @@ class RunDirectory:
         if status not in STATUSES:
             raise ConfigError(f"A run has no status {status!r}. {nearest(status, STATUSES)}")
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        started = now
+        started, starts = self._starts(now)
+        if status == "running" and not self._counted:
+            self._counted = True
+            starts += 1
+        times = {"started": started, "ended": None if status == "running" else now}
+        self.write_json("status.json", {"status": status, **times, "starts": starts, **facts})
+
+    def unfinished(self) -> list[Path]:
+        """Returns the versions after the last one that came to its end, the newest first.
+
+        Those are the ones that are noted as running, interrupted or failed. Whether one that is
+        "running" still lives is what `run_lock.locked` tells. One whose `status.json` is missing,
+        or cannot be read, is passed over, and named in the log.
+
+        Raises:
+            RunDirectoryError: the directory of all versions cannot be read.
+        """
+        found = []
+        for path in _versions(self._origin / self._parent):
+            try:
+                status = RunDirectory.open(path).read_json("status.json")
+            except RunDirectoryError as error:
+                _log.warning("%s cannot be continued: %s", path, error)
+                continue
+            named = status.get("status") if isinstance(status, dict) else None
+            if named not in STATUSES:
+                _log.warning("%s cannot be continued: its status is not known", path)
+            elif named in _UNFINISHED:
+                found.append(self._parent / path.name)
+            else:
+                break
+        return found
+
+    def take(self, path: Path) -> None:
+        """Takes a version that is there already for its own, such as one of `unfinished`."""
+        self._path = path
+
+    def _starts(self, now: str) -> tuple[str, int]:
+        """Returns when the run started first, and how often it did, as far as that was noted."""
+        before = None
         with contextlib.suppress(RunDirectoryError):  # no status yet
-            started = self.read_json("status.json")["started"]
-        ended = None if status == "running" else now
-        self.write_json(
-            "status.json", {"status": status, "started": started, "ended": ended, **facts}
-        )
+            before = self.read_json("status.json")
+        if not isinstance(before, dict):
+            return now, 0
+        started, starts = before.get("started"), before.get("starts", 1)
+        known = type(starts) is int and starts > 0
+        return started if isinstance(started, str) else now, starts if known else 1
 
     @contextlib.contextmanager
     def open_log(self) -> Generator[logging.Logger]:
@@ -224,8 +263,8 @@ class RunDirectory:
             RunDirectoryError: `log.txt` cannot be written.
         """
         target = self.location / "log.txt"
-        with _explained(target):
-            target.touch(_FILE_MODE)
+        with explained(target):
+            target.touch(FILE_MODE)
             handler = logging.FileHandler(target, encoding="utf-8", errors="backslashreplace")
         formatter = logging.Formatter(_LOG_LINE, datefmt="%Y-%m-%dT%H:%M:%SZ")
         formatter.converter = time.gmtime
@@ -256,9 +295,20 @@ def _checked(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _explained(path: Path, verb: str = "written") -> Generator[None]:
+def explained(path: Path, verb: str = "written") -> Generator[None]:
+    """Turns what the file system refuses in the block into an error with a remedy.
+
+    Args:
+        path: the file or directory in question.
+        verb: what cannot be done with it.
+
+    Raises:
+        RunDirectoryError: there was an OSError.
+    """
     try:
         yield
+    except RunDirectoryError:
+        raise
     except OSError as error:
         remedy = _REMEDIES.get(error.errno or 0, "Choose another root, or change its permissions.")
         raise RunDirectoryError(
@@ -267,9 +317,23 @@ def _explained(path: Path, verb: str = "written") -> Generator[None]:
         ) from error
 
 
+def _versions(parent: Path) -> list[Path]:
+    """Returns the directories of a run's versions, the newest first."""
+    with explained(parent, "read"):
+        if not parent.is_dir():
+            return []
+        entries = [entry for entry in os.listdir(parent) if _is_version(entry)]
+        paths = [parent / entry for entry in sorted(entries, key=int, reverse=True)]
+        return [path for path in paths if path.is_dir()]
+
+
+def _is_version(entry: str) -> bool:
+    return entry.isascii() and entry.isdecimal() and len(entry) < 20
+
+
 def _next_version(parent: Path) -> Path:
     parent.mkdir(parents=True, exist_ok=True)
-    taken = [int(entry) for entry in os.listdir(parent) if entry.isascii() and entry.isdecimal()]
+    taken = [int(entry) for entry in os.listdir(parent) if _is_version(entry)]
     version = max(taken, default=0) + 1
     while True:
         path = parent / f"{version:04d}"
@@ -281,7 +345,7 @@ def _next_version(parent: Path) -> Path:
             return path
 
 
-def write_whole(target: Path, text: str, *, mode: int = _FILE_MODE) -> None:
+def write_whole(target: Path, text: str, *, mode: int = FILE_MODE) -> None:
     """Writes a text in UTF-8; the file is whole or as it was.
 
     Args:
@@ -302,35 +366,3 @@ def write_whole(target: Path, text: str, *, mode: int = _FILE_MODE) -> None:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _environment() -> dict[str, Any]:
-    devices = jax.devices()
-    return {
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES},
-        "platform": platform.platform(),
-        "devices": {"kind": devices[0].device_kind, "count": len(devices)},
-        "processes": jax.process_count(),
-        "argv": sys.argv,
-        "git": _git(),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _git() -> dict[str, Any] | None:
-    """Returns the commit of the working directory, and whether tracked files differ from it."""
-    command = ["git", "--no-optional-locks", "describe", "--always", "--exclude=*", "--abbrev=40"]
-    try:
-        described = subprocess.run(
-            [*command, "--dirty"], capture_output=True, text=True, timeout=5, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return {"commit": described.removesuffix("-dirty"), "dirty": described.endswith("-dirty")}

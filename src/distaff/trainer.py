@@ -19,21 +19,23 @@ from distaff.data import (
 from distaff.display import as_text
 from distaff.errors import LossError
 from distaff.evaluate import Evaluator
-from distaff.events import ChunkEnd, Plan, make_plan
+from distaff.events import ChunkEnd, Interrupted, Plan, make_plan
 from distaff.fuse import make_steps
+from distaff.interruption import Interruption
 from distaff.measured import StepFn, measured
 from distaff.optim import build_optimizer
 from distaff.recording import recorded
+from distaff.resume import Resumable, facts
+from distaff.rows import WindowEnd
 from distaff.state import owned
 from distaff.step import EvalFn, EvalStep
 from distaff.step import train_step as make_train_step
 from distaff.trainer_config import Best, TrainResult
-from distaff.training import Training
 from distaff.typing import Batch, Params
 from distaff.vitals import all_finite
 
 
-class TrainerModule(Training):
+class TrainerModule(Resumable):
     """Trains a model: subclass it and write `loss_fn`.
 
     >>> class Regression(TrainerModule):
@@ -156,17 +158,25 @@ class TrainerModule(Training):
             after_epoch=self.epoch,
         )
         test = None if test_loader is None else as_loader(test_loader, name="test")
-        with closing(self.display):
+        limit = self.config.max_time
+        with Interruption(max_time=limit) as self.interruption, closing(self.display):
             self.begin(plan)
             self.prepare(plan, test)
-            record = self.record(num_epochs=num_epochs, steps_per_epoch=steps_per_epoch)
+            epochs = {"num_epochs": num_epochs, "steps_per_epoch": steps_per_epoch}
+            self.run_record = self.record(first_epoch=plan.first_epoch, **epochs)
             texts = {"model.txt": as_text(self.table)}
-            with recorded(self.recording, record, texts, self.outcome):
+            with recorded(self.recording, self.run_record, texts, self.outcome):
                 self.has_run = True
-                for event, info in loop.epochs(self, plan):
-                    self.emit(event, info)
-                metrics = self._finish(test)
+                metrics = self._run(plan, test)
         return self.result(metrics)
+
+    def _run(self, plan: Plan, test_loader: Loader | None) -> dict[str, Any]:
+        try:
+            for event, info in loop.epochs(self, plan):
+                self.emit(event, info)
+            return self._finish(test_loader)
+        except Interrupted as reason:
+            return self.end_early(reason)
 
     def train_epoch(self, train_loader: Loader, epoch: int) -> dict[str, Any]:
         """Trains on the batches of one epoch.
@@ -177,7 +187,7 @@ class TrainerModule(Training):
         Raises:
             NonFiniteError: the loss is NaN or infinite.
         """
-        total, ledger = None, self.ledger
+        ledger = self.ledger
         self.begin_epoch(epoch)
         with closing(self.training_chunks(train_loader)) as chunks, self.around_epoch() as guard:
             events = loop.steps(
@@ -186,15 +196,18 @@ class TrainerModule(Training):
                 ledger.fetched(chunks),
                 step=self.step,
                 stopping=lambda: self.stop_reason is not None,
+                pausing=self.pausing,
+                rows=self.tally.rows,
                 guard=guard,
             )
             for event in ledger.timed(events, "device"):
                 if isinstance(event, ChunkEnd):
                     self.after_chunk(event)
-                else:
+                elif isinstance(event, WindowEnd):
                     self.after_window(event)
-                    total = metrics_lib.merge(total, event.metrics) if total else event.metrics
-        return metrics_lib.compute(total or {}, "train/")
+                else:
+                    self.pause(event)
+        return self.end_steps()
 
     def eval_model(self, loader: Any, prefix: str = "") -> dict[str, Any]:
         """Evaluates the model over a loader: every example once, nothing changed.
@@ -252,21 +265,7 @@ class TrainerModule(Training):
             raise self.not_finite("A parameter", self.step)
         if is_best:
             self.best = Best(self.step, self.epoch, dict(metrics))
-        with self.ledger.spent("checkpoint"):
-            self.recording.store.save(self.step, *self.snapshot(metrics))
-
-    def load_model(self) -> None:
-        """Loads the best checkpoint of this run, whole; the newest where none is the best.
-
-        Raises:
-            StateError: nothing has been trained yet.
-        """
-        self.check_run()
-        store = self.recording.store
-        store.wait()
-        step = self.best.step if self.best else store.latest()
-        if step is not None:
-            self.restore(store, step, tuple(self.ready_state().arrays()))
+        self.save(facts(self, metrics, is_best))
 
     def on_training_start(self) -> None:
         """Called before the first step."""
@@ -320,6 +319,7 @@ class TrainerModule(Training):
 
     def _finish(self, test_loader: Loader | None) -> dict[str, Any]:
         """Keeps the last state where no epoch's end has, loads the best, and tests it."""
+        self.unsaved = None
         store = self.recording.store
         store.wait()
         if store.latest() != self.step:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from distaff.compiling import Recompile
+from distaff.duration import seconds_of
 from distaff.errors import ConfigError, nearest
 
 C = TypeVar("C", bound="TrainerConfig")
@@ -28,6 +29,12 @@ class TrainerConfig:
             measures in the first steps whether that is faster, and how many; where a callback
             watches steps, it is 1.
         keep_last: newest checkpoints to keep, beside the best.
+        resume: what a start does with a run of the same name that did not come to its end. "auto"
+            goes on with the newest one, from its newest valid checkpoint; "must" is an error where
+            there is none; "never" begins a new run. A number goes on from the checkpoint of that
+            step.
+        max_time: the longest a run may last, such as "3h30m", a number of seconds, or a
+            `timedelta`. It is then saved, and ends as interrupted.
         table_depth: levels of modules in the model table, 0 for the whole model in one line; None
             for every module and each of its arrays.
         enable_progress_bar: False draws nothing.
@@ -48,7 +55,9 @@ class TrainerConfig:
     check_val_every_n_epoch: int = 1
     log_every_n_steps: int = 50
     steps_per_call: int | Literal["auto"] = "auto"
-    keep_last: int = 1
+    keep_last: int = 2
+    resume: Literal["auto", "must", "never"] | int = "auto"
+    max_time: str | float | None = None
     table_depth: int | None = None
     enable_progress_bar: bool = True
     debug: bool = False
@@ -63,6 +72,11 @@ class TrainerConfig:
         if self.recompile not in get_args(Recompile):
             known = nearest(str(self.recompile), get_args(Recompile))
             raise ConfigError(f"recompile has no value {self.recompile!r}. {known}")
+        if self.resume not in ("auto", "must", "never") and type(self.resume) is not int:
+            known = nearest(str(self.resume), ("auto", "must", "never"))
+            raise ConfigError(f"resume has no value {self.resume!r}. {known} Or pass a step.")
+        if self.max_time is not None:
+            seconds_of(self.max_time, "max_time")
         depth = self.table_depth
         if depth is not None and (not isinstance(depth, Integral) or depth < 0):
             raise ConfigError(f"table_depth is a whole number, at least 0, or None; got {depth!r}.")

@@ -17,22 +17,24 @@ from distaff.config import from_json
 from distaff.data import Chunk, Feeds, Form, Loader, as_loader, first_batch, num_batches
 from distaff.display import rows_by_split
 from distaff.errors import ConfigError, NonFiniteError, StateError
-from distaff.events import ChunkEnd, Plan
+from distaff.events import ChunkEnd, Interrupted, Plan
 from distaff.forms import Fixed, Forms
 from distaff.fuse import Steps
+from distaff.interruption import Interruption
 from distaff.loggers import Logger
 from distaff.machine import peak_flops
-from distaff.metrics import as_json, compute
+from distaff.metrics import compute
 from distaff.monitor import Monitor
 from distaff.optim import OptimizerConfig, OptimizerLike, make_rates
-from distaff.predictor import EVALUATION_PARAMS, Predictor
+from distaff.predictor import Predictor
 from distaff.record import make_record
 from distaff.recording import NullRecording, Recording, make_recording
 from distaff.report import Report, make_report
 from distaff.rows import WindowEnd
+from distaff.tally import Tally
 from distaff.throughput import Ledger
-from distaff.trainer_config import Best, TrainResult
-from distaff.typing import Batch, PyTree, Schedule
+from distaff.trainer_config import Best
+from distaff.typing import Batch, Schedule
 from distaff.vitals import evidence_of_learning, what_is_missing
 
 _log = logging.getLogger("distaff")
@@ -56,6 +58,10 @@ class Training(Predictor):
     monitor: Monitor = Monitor("val/loss")
     example_batch: Batch
     plan: Plan
+    run_record: dict[str, Any]
+    first_step: int
+    unsaved: dict[str, Any] | None
+    interrupted_by: str
     _steps: Steps
 
     def __init__(
@@ -79,12 +85,15 @@ class Training(Predictor):
         self.feeds, self.ledger = Feeds(), Ledger()
         self.evaluation_watch = self.make_watch()
         self.report: Report | None = None
+        self.interruption, self.tally, self.unsaved = Interruption(), Tally(), None
+        self.begun_at, self.interrupted_by = (0, 0), ""
 
     def init_logger(self) -> Recording:
         """Returns where metrics, checkpoints and configuration go; nothing is written yet."""
         name = self.config.name or type(self).__name__.lower()
-        root, keep_last = self.config.root, self.config.keep_last
-        return make_recording(root, name, self.loggers, keep_last=keep_last)
+        # A trainer that has trained already goes on from there, and not from another run.
+        resume = "never" if self.step else self.config.resume
+        return make_recording(self.config, name, self.loggers, resume=resume)
 
     @property
     def stop_reason(self) -> str | None:
@@ -130,10 +139,15 @@ class Training(Predictor):
         if self.state is None:  # before the display starts a thread, which would have an arena
             self.tune_process(first_batch(plan.train_loader, name="train"))
         self.evaluation_watch.expect()
-        self.plan, self._first_step, self._reached = plan, self.step, (self.step, self.epoch)
+        self.plan, self.first_step, self.reached = plan, self.step, (self.step, self.epoch)
+        self.begun_at, self.tally, self.unsaved = (
+            (self.step, self.epoch),
+            Tally(plan.first_epoch),
+            None,
+        )
         self.best, self.callbacks.stop_reason, self.last_metrics = None, None, {}
         self.has_run, self.ledger, self._form_is_shown = False, Ledger(), False
-        self._untrained, self._rates, self.report = None, None, None
+        self._untrained, self._rates, self.report, self.interrupted_by = None, None, None, ""
         self.display.start(plan.last_epoch, plan.steps_per_epoch or num_batches(plan.train_loader))
         self.display.compiling("the model")
 
@@ -151,13 +165,19 @@ class Training(Predictor):
             )
 
     def training_chunks(self, loader: Loader) -> Generator[Chunk]:
-        """Returns the chunks of one epoch, to be closed; the loader then stands where they end."""
-        forms = self.forms
+        """Returns the chunks of one epoch, or the rest of it, to be closed.
+
+        The loader then stands where they end.
+        """
+        forms, tally = self.forms, self.tally
+        if tally.is_trained:
+            return (chunk for chunk in ())
         return self.feeds.of(loader, name="train").epoch(
             lambda: forms.form,
             self.plan.steps_per_epoch,
             steady=lambda: not forms.measuring,
             keep_place=True,
+            done=tally.steps,
         )
 
     @contextmanager
@@ -176,13 +196,21 @@ class Training(Predictor):
         feed = self.feeds.of(loader, name=name, resident=False)
         total = None if length is None else -(-length // capacity)
         with closing(feed.repeated(Form(capacity, capacity), even=even)) as chunks:
-            yield self.tracker(chunks, description=name, total=total)
+            yield self.tracker(self._unless_interrupted(chunks), description=name, total=total)
+
+    def _unless_interrupted(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+        for chunk in chunks:
+            if self.unsaved is not None and self.interruption.agreed():
+                raise Interrupted(self.interruption.reason)
+            yield chunk
 
     def begin_epoch(self, epoch: int) -> None:
-        """Counts a new epoch."""
+        """Counts a new epoch, or goes on with one."""
         self.epoch = epoch
+        if self.tally.epoch != epoch:
+            self.tally = Tally(epoch)
         self._epoch_start = time.perf_counter()
-        if self.step == self._first_step:
+        if self.step == self.first_step:
             self._untrained = evidence_of_learning(self.ready_state())
             if self.schedule is not None:
                 self._rates = make_rates(self.schedule)
@@ -197,7 +225,7 @@ class Training(Predictor):
 
     def after_chunk(self, event: ChunkEnd) -> None:
         """Takes over the new state, and tells display and callbacks."""
-        if self.step == self._first_step:
+        if self.step == self.first_step:
             self.display.running()
             self._show(self.ledger.read().compiled())
         if not (self._form_is_shown or self.forms.measuring):
@@ -205,7 +233,9 @@ class Training(Predictor):
             if self.forms.describe():
                 self._show(f"steps as programs: {self.forms.describe()}")
         self.state, self.step = event.state, event.step
-        self._reached = (self.step, self.epoch)
+        self.tally.steps += event.num_steps
+        self.recording.store.check_failure()
+        self.reached = (self.step, self.epoch)
         examples = self.ledger.count(event.num_steps, event.examples)
         self.display.advance(event.step, self.epoch, examples)
         for step, metrics in enumerate(event.metrics, event.step - event.num_steps + 1):
@@ -231,10 +261,11 @@ class Training(Predictor):
             if event.first_bad_step is not None:
                 raise self.not_finite("The loss", event.first_bad_step)
             self._check_progress()
+            self.tally.add(event)
             metrics = compute(event.metrics, "step/")
             self.display.update({n: v for n, v in metrics.items() if np.ndim(v) == 0})
             if self._rates is not None:
-                updates = event.step - self._first_step
+                updates = event.step - self.begun_at[0]
                 metrics["step/learning_rate"] = self._rates(updates - 1)
             self.recording.logger.log_metrics(metrics, step=event.step, epoch=self.epoch)
             self.log_throughput(_LAP_SECONDS)
@@ -243,12 +274,12 @@ class Training(Predictor):
         """Writes a line of throughput since the last one, if that was this long ago."""
         lap = self.ledger.lap(seconds)
         if lap is not None:
-            step, epoch = self._reached  # The best model may be loaded by now.
+            step, epoch = self.reached  # The best model may be loaded by now.
             self.recording.throughput.log_metrics(Report(lap).line(), step=step, epoch=epoch)
 
     def _check_progress(self) -> None:
         """Warns if nothing has been learned since the run began. It waits for the device, once."""
-        num_steps = self.step - self._first_step
+        num_steps = self.step - self.first_step
         # The learning rate of the first step is zero under a warm-up.
         if self._untrained is None or num_steps < 2:
             return
@@ -273,51 +304,9 @@ class Training(Predictor):
         _log.info("epoch %d/%d step %d %s", epoch, self.plan.last_epoch, self.step, values)
         self.display.epoch_line(epoch, self.plan.last_epoch, self.step, shown, seconds, is_best)
 
-    def snapshot(self, metrics: Mapping[str, Any]) -> tuple[dict[str, PyTree], dict[str, Any]]:
-        """Returns what a checkpoint keeps: arrays by name, and what else a resume needs, as JSON.
-
-        The arrays are the members of the state and, where they differ from its `params`, the
-        parameters to evaluate with: a model is loaded without its optimizer.
-
-        Args:
-            metrics: of the validation before it.
-        """
-        state, evaluated = self.ready_state(), self.evaluation_state()
-        differ = evaluated is not state
-        arrays = {EVALUATION_PARAMS: evaluated.params} if differ else {}
-        return {**state.arrays(), **arrays}, {
-            "step": self.step,
-            "epoch": self.epoch,
-            "metrics": as_json(metrics),
-            "best_step": None if self.best is None else self.best.step,
-            "loader": dict(self.feeds.position(self.plan.train_loader)),
-            "callbacks": [callback.get_state() for callback in self.callbacks.callbacks],
-            EVALUATION_PARAMS: differ,
-        }
-
-    def result(self, metrics: dict[str, Any]) -> TrainResult:
-        """Returns how a run that came to its end stands."""
-        return TrainResult(
-            status=self.callbacks.stop_status if self.stop_reason else "finished",
-            reason=self.stop_reason or "",
-            step=self._reached[0],
-            epoch=self._reached[1],
-            metrics=metrics,
-            best=self.best,
-            path=self.recording.path,
-        )
-
-    def outcome(self) -> dict[str, Any]:
-        """Returns what `result` does, as it is written into the run's status."""
-        facts = self.result(self.last_metrics)._asdict()
-        del facts["path"]
-        best = None if self.best is None else self.best._asdict()
-        report, form = self.report or Report(self.ledger.read()), self.forms.facts()
-        return {**facts, "best": best, "steps_per_call": form, "throughput": report.facts()}
-
     def show_result(self, metrics: Mapping[str, Any]) -> None:
         """Shows the metrics of a finished run as a table of splits."""
-        titles = {"train": f"train, epoch {self._reached[1]}", "test": "test"}
+        titles = {"train": f"train, epoch {self.reached[1]}", "test": "test"}
         if self.best is not None:
             titles = {**titles, "val": f"val, epoch {self.best.epoch} (best)"}
         self.display.table(rows_by_split(metrics, titles))

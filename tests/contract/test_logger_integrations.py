@@ -221,6 +221,19 @@ def test_tensorboard_logger_writes_the_config_and_no_file_twice(tmp_path):
     assert [json.loads(text) for text in texts] == [{"seed": 1}, {"seed": 2}]
 
 
+def test_tensorboard_logger_that_resumes_hides_later_steps(tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    for step in (20, 40):
+        logger.log_metrics({"loss": 0.5}, step=step, epoch=1)
+    logger.resume(20)
+    logger.log_metrics({"loss": 0.25}, step=40, epoch=1)
+    logger.close("finished")
+    logger.log_config({})
+    logger.close("finished")
+    starts = [each.step for each in events(tmp_path) if each.HasField("session_log")]
+    assert starts == [21]
+
+
 def test_wandb_logger_records_media_and_config(tmp_path):
     logger = offline(tmp_path)
     logger.log_config({"optimizer": {"name": "adamw"}})

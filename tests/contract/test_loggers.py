@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +276,161 @@ def test_csv_logger_appends_after_a_torn_row(tmp_path):
     path.write_text("step,epoch,time,loss\n1,1,0.0,0.5\n2,1,0.0,0.2")
     CsvLogger(path).log_metrics({"loss": 0.25}, step=2, epoch=1)
     assert [record.metrics["loss"] for record in read_csv(path)] == [0.5, 0.25]
+
+
+def row(step: int, **metrics: float) -> bytes:
+    return json.dumps({"step": step, "epoch": 1, "time": 0.0, **metrics}).encode() + b"\n"
+
+
+def test_jsonl_logger_resumes_at_a_position_or_else_by_step(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    lines = [row(20), row(40), row(40), row(20)]
+    ends = list(itertools.accumulate(map(len, lines), initial=0))
+    for position in (*range(ends[-1] + 3), None, "20", True, -1, 2**70):
+        path.write_bytes(b"".join(lines))
+        JsonlLogger(path).resume(30, position)
+        right = type(position) is int and position in ends
+        kept = lines[: ends.index(position)] if right else [lines[0], lines[3]]
+        assert path.read_bytes() == b"".join(kept)
+    assert "cut by step" in caplog.text
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+def test_jsonl_logger_knows_its_position_before_it_is_open(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert JsonlLogger(path).position() == 0
+    assert not path.exists()
+    path.write_bytes(row(1) + b"x" * 200_000)
+    assert JsonlLogger(path).position() == len(row(1))
+    logger = JsonlLogger(path, clock=lambda: 0.0)
+    logger.log_metrics({}, step=2, epoch=1)
+    assert logger.position() == path.stat().st_size == len(row(1) + row(2))
+    logger.close("finished")
+
+
+def test_jsonl_logger_resumed_by_step_drops_a_torn_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(row(1) + row(1)[:-1])
+    JsonlLogger(path).resume(1)
+    assert path.read_bytes() == row(1)
+
+
+@pytest.mark.parametrize(
+    "line", [b"\n", b"\0\n", b"{}\n", b"[]\n", b"1\n", b'{"step": true}\n', b'{"step": NaN}\n']
+)
+def test_jsonl_logger_names_the_lines_it_cannot_read_and_loses_nothing(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    before = row(1) + line + row(9) + line
+    path.write_bytes(before)
+    with pytest.raises(RunDirectoryError, match=r"of the 2 lines .*metrics\.jsonl.* are 2, 4"):
+        JsonlLogger(path).resume(1)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("kind", [JsonlLogger, CsvLogger])
+@pytest.mark.parametrize("function", ["replace", "fsync"])
+def test_resume_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch, kind, function):
+    path = tmp_path / "metrics"
+    logger = kind(path)
+    for step in (1, 2):
+        logger.log_metrics({"loss": 0.5}, step=step, epoch=1)
+    before = path.read_bytes()
+
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, function, refuse)
+        with pytest.raises(RunDirectoryError, match="No space left"):
+            logger.resume(1)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["metrics"]
+
+
+@pytest.mark.parametrize("kind", [JsonlLogger, CsvLogger])
+def test_file_logger_resumes_only_regular_files(tmp_path, kind):
+    os.mkfifo(tmp_path / "metrics")
+    for call in (lambda logger: logger.resume(1), lambda logger: logger.position()):
+        with pytest.raises(RunDirectoryError, match="regular files"):
+            call(kind(tmp_path / "metrics"))
+
+
+def test_file_loggers_write_nothing_that_everybody_can_change(tmp_path):
+    previous = os.umask(0)
+    try:
+        for kind in (JsonlLogger, CsvLogger):
+            logger = kind(tmp_path / kind.__name__)
+            for step in (1, 2):
+                logger.log_metrics({"loss": 0.5}, step=step, epoch=1)
+            logger.resume(1)
+            logger.log_metrics({"loss": 0.5}, step=2, epoch=1)
+            logger.close("finished")
+    finally:
+        os.umask(previous)
+    for path in tmp_path.iterdir():
+        assert not path.stat().st_mode & stat.S_IWOTH
+
+
+def test_csv_logger_resumes_as_if_later_columns_had_never_been(tmp_path):
+    path = tmp_path / "metrics.csv"
+    logger = CsvLogger(path, clock=lambda: 0.0)
+    logger.log_metrics({"a": 1.0}, step=1, epoch=1)
+    before, position = path.read_bytes(), logger.position()
+    logger.log_metrics({"b": 2.0}, step=1, epoch=1)
+    logger.resume(1, position)
+    assert path.read_bytes() == before
+    logger.log_metrics({"b": 2.0}, step=2, epoch=1)
+    logger.resume(1, 7)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("line", [b"1,1,0.0\n", b"x,1,0.0,1.0\n", b"1.5,1,0.0,1.0\n"])
+def test_csv_logger_names_the_rows_it_cannot_read_and_loses_nothing(tmp_path, line):
+    path = tmp_path / "metrics.csv"
+    before = b"step,epoch,time,a\n1,1,0.0,1.0\n" + line
+    path.write_bytes(before)
+    with pytest.raises(RunDirectoryError, match=r"of the 1 rows .*metrics\.csv.* are 2"):
+        CsvLogger(path).resume(1)
+    assert path.read_bytes() == before
+
+
+def test_csv_logger_continues_a_table_with_long_cells(tmp_path):
+    path = tmp_path / "metrics.csv"
+    for step in (1, 2):
+        logger = CsvLogger(path)
+        logger.log_metrics({"a": np.arange(50_000) / 7}, step=step, epoch=1)
+        logger.close("finished")
+    assert CsvLogger(path).position() == 2
+    path.write_bytes(b"\xff\n")
+    with pytest.raises(RunDirectoryError, match="in UTF-8"):
+        CsvLogger(path).log_metrics({}, step=1, epoch=1)
+
+
+def test_many_loggers_resume_those_that_can_each_at_its_own_position(tmp_path):
+    class ByStep(NullLogger):
+        resumed: Any = None
+
+        def resume(self, step: int) -> None:
+            self.resumed = step
+
+    by_step, memory, other = ByStep(), MemoryLogger(), MemoryLogger()
+    many = ManyLoggers(NullLogger(), by_step, memory, JsonlLogger(tmp_path / "a"), other)
+    many.log_metrics({"a": 1.0}, step=1, epoch=1)
+    position = json.loads(json.dumps(many.position()))
+    assert list(position) == ["2:MemoryLogger", "3:JsonlLogger", "4:MemoryLogger"]
+    many.log_metrics({"b": 1.0}, step=1, epoch=1)
+    many.log_text("c", "text", step=1)
+    many.log_metrics({"d": 1.0}, step=2, epoch=1)
+    del position["4:MemoryLogger"]
+    many.resume(1, position)
+    assert by_step.resumed == 1
+    assert [record.metrics for record in memory.records] == [{"a": 1.0}]
+    assert memory.media == []
+    assert [list(record.metrics) for record in other.records] == [["a"], ["b"]]
+    assert [record.metrics for record in read_jsonl(tmp_path / "a")] == [{"a": 1.0}]
+    many.resume(0)
+    assert memory.records == []
 
 
 def test_csv_logger_keeps_the_table_whole_when_a_column_cannot_be_added(tmp_path, monkeypatch):

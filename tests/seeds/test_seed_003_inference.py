@@ -189,7 +189,7 @@ def test_only_weights_are_loaded_for_inference_and_for_a_new_start(tmp_path):
     loaded = Regression.load_from_checkpoint(result.path)
     assert (loaded.ready_state().tx, loaded.ready_state().opt_state) == (None, None)
     # Nothing but one checkpoint folder is left of the run.
-    [folder] = (result.path / "checkpoints").iterdir()
+    *_, folder = sorted((result.path / "checkpoints").iterdir())
     shutil.move(folder, tmp_path / "weights" / folder.name)
     shutil.rmtree(tmp_path / "runs")
     tuned = make(model=Net(), optimizer=optax.sgd(0.1, momentum=0.9), seed=1, name="tuned")

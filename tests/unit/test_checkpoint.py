@@ -16,8 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distaff.checkpoint import CheckpointStore, NullStore, expired, find
-from distaff.checkpoint import store as store_module
+from distaff.checkpoint import CheckpointStore, NullStore, arrays, best_steps, expired, find
 from distaff.errors import CheckpointError, ConfigError
 
 
@@ -184,7 +183,7 @@ def test_store_writes_nothing_before_the_first_save(tmp_path: Path) -> None:
 
 
 def test_store_keeps_the_last_and_the_best(tmp_path: Path) -> None:
-    with CheckpointStore(tmp_path) as store:
+    with CheckpointStore(tmp_path, keep_last=1) as store:
         save(store, 10, best_step=10)
         save(store, 20, best_step=20)
         save(store, 30, 40, best_step=20)
@@ -208,13 +207,20 @@ def test_best_is_none_where_its_folder_is_gone(tmp_path: Path) -> None:
 def test_removal_that_is_cut_short_leaves_no_step_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with CheckpointStore(tmp_path) as store:
+    remove = shutil.rmtree
+
+    def refuse(folder: Path, **options: bool) -> None:
+        if folder.suffix == ".expired":
+            raise OSError("busy")
+        remove(folder, **options)
+
+    with CheckpointStore(tmp_path, keep_last=1) as store:
         with monkeypatch.context() as patched:
-            patched.setattr(shutil, "rmtree", lambda folder: None)
-            save(store, 1, 2)
-        assert store.steps() == (2,)
-        save(store, 3)
-    assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]
+            patched.setattr(shutil, "rmtree", refuse)
+            save(store, 1, 2, 3)
+        assert store.steps() == (3,)
+        save(store, 4)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000004"]
 
 
 def test_steps_ignores_what_is_no_whole_checkpoint(tmp_path: Path) -> None:
@@ -309,17 +315,37 @@ def test_null_store_knows_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @given(
     steps=st.sets(st.integers(0, 50)),
     keep_last=st.integers(1, 5),
-    best=st.none() | st.integers(0, 50),
+    best=st.lists(st.integers(0, 50), max_size=3),
+    keep_every=st.none() | st.integers(1, 20),
 )
-def test_expired_never_takes_the_newest_or_the_best(
-    steps: set[int], keep_last: int, best: int | None
+def test_expired_never_takes_the_newest_the_best_or_the_multiples(
+    steps: set[int], keep_last: int, best: list[int], keep_every: int | None
 ) -> None:
-    gone = expired(steps, keep_last=keep_last, best=best)
+    rules = {"keep_last": keep_last, "best": best, "keep_every": keep_every}
+    gone = expired(steps, **rules)
     kept = steps - set(gone)
     newest = set(sorted(steps, reverse=True)[:keep_last])
+    multiples = {step for step in steps if keep_every is not None and step % keep_every == 0}
     assert list(gone) == sorted(set(gone))
-    assert kept == newest | ({best} & steps)
-    assert expired(kept, keep_last=keep_last, best=best) == ()
+    assert kept == newest | ({*best} & steps) | multiples
+    assert expired(kept, **rules) == ()
+
+
+def test_best_steps_wins_over_best_step() -> None:
+    assert best_steps({}) == best_steps({"best_step": None}) == ()
+    assert best_steps({"best_step": 3}) == (3,)
+    assert best_steps({"best_step": 3, "best_steps": [5, 2]}) == (5, 2)
+    assert best_steps({"best_steps": "no list"}) == best_steps({"best_steps": [None, "x"]}) == ()
+
+
+def test_store_keeps_several_best_and_multiples(tmp_path: Path) -> None:
+    with CheckpointStore(tmp_path, keep_last=1, keep_every=40) as store:
+        for step in (10, 20, 30, 40, 50, 60):
+            store.save(step, {"x": jnp.ones(1)}, {"best_steps": [20, 10], "best_step": 30})
+            store.wait()
+        assert (store.steps(), store.best()) == ((10, 20, 40, 60), 20)
+    with pytest.raises(ConfigError, match="keep_every is 0"):
+        CheckpointStore(tmp_path, keep_every=0)
 
 
 def test_save_keeps_what_the_arrays_were_when_it_returned(tmp_path: Path) -> None:
@@ -341,13 +367,13 @@ def test_save_does_not_wait_for_what_orbax_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go = threading.Event()
-    write = store_module.ocp.save
+    write = arrays.write
 
     def slow(*args: object, **options: object) -> None:
         assert go.wait(30)
         write(*args, **options)
 
-    monkeypatch.setattr(store_module.ocp, "save", slow)
+    monkeypatch.setattr(arrays, "write", slow)
     with CheckpointStore(tmp_path) as store:
         store.save(1, {"x": jnp.ones(3)}, {})
         assert store.latest() is None

@@ -97,7 +97,7 @@ def test_writer_pauses_between_writes_unless_somebody_waits() -> None:
 @pytest.fixture
 def slow_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[CheckpointStore, SlowDisk]:
     """Returns a store whose disk stands still after it has written a checkpoint."""
-    disk, store = SlowDisk(), CheckpointStore(tmp_path)
+    disk, store = SlowDisk(), CheckpointStore(tmp_path, keep_last=1)
     write = store._write
     monkeypatch.setattr(store._writer, "_write", lambda save: (write(save), disk(save)))
     return store, disk

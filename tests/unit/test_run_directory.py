@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import logging
 import os
 import re
@@ -13,6 +14,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
+from pathlib import Path
 from threading import Barrier
 
 import jax
@@ -190,7 +192,7 @@ def test_written_files_are_not_writable_by_everybody(run):
 def test_read_json_names_the_file_that_is_absent_or_broken(run):
     with pytest.raises(RunDirectoryError, match=re.escape("config.json")):
         run.read_json("config.json")
-    for broken in (b'{"a": ', b"\xff"):
+    for broken in (b'{"a": ', b"\xff", b'{"a": NaN}', b"[" * 10**5):
         (run.path / "config.json").write_bytes(broken)
         with pytest.raises(RunDirectoryError, match=r"config\.json' is not"):
             run.read_json("config.json")
@@ -203,6 +205,7 @@ def test_set_status_keeps_the_start_and_adds_the_end(run):
         "status": "running",
         "started": running["started"],
         "ended": None,
+        "starts": 1,
         "step": 0,
         "epoch": 0,
     }
@@ -215,6 +218,86 @@ def test_set_status_keeps_the_start_and_adds_the_end(run):
     assert datetime.fromisoformat(ended["ended"]).utcoffset() == timedelta(0)
     with pytest.raises(ConfigError, match="Did you mean 'finished'"):
         run.set_status("finishd")
+
+
+def test_set_status_counts_the_starts_of_a_run_that_is_resumed(run):
+    run.set_status("running")
+    run.set_status("running", step=3)
+    run.set_status("interrupted")
+    assert run.read_json("status.json")["starts"] == 1
+    started = "2020-01-01T00:00:00+00:00"
+    run.write_json("status.json", {"status": "failed", "started": started})
+    second = RunDirectory.open(run.path)
+    second.set_status("running")
+    second.set_status("finished")
+    status = run.read_json("status.json")
+    assert (status["starts"], status["started"]) == (2, started)
+    RunDirectory.open(run.path).set_status("failed")
+    assert run.read_json("status.json")["starts"] == 2
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", "1", '{"started": 3, "starts": "many"}', "{", "[" * 10**5]
+)
+def test_set_status_overcomes_a_status_that_is_broken(run, content):
+    (run.path / "status.json").write_text(content)
+    run.set_status("running")
+    status = run.read_json("status.json")
+    assert datetime.fromisoformat(status["started"])
+    assert status["starts"] in (1, 2)
+
+
+def test_unfinished_lists_the_newest_first_and_names_what_it_passes_over(tmp_path, caplog):
+    run = RunDirectory(tmp_path / "runs", "digits")
+    assert run.unfinished() == []
+    statuses = ["running", "finished", "interrupted", "stopped", "failed", "pruned"]
+    contents = [
+        *(json.dumps({"status": status}) for status in statuses),
+        *(
+            "",
+            "[]",
+            '{"status": ["running"]}',
+            '{"status": "runing"}',
+            "[" * 10**5,
+            "NaN",
+            "\udcff",
+        ),
+    ]
+    for content in contents:
+        path = RunDirectory(tmp_path / "runs", "digits").create() / "status.json"
+        path.write_text(content, errors="surrogateescape")
+    RunDirectory(tmp_path / "runs", "digits").create()
+    os.mkfifo(RunDirectory(tmp_path / "runs", "digits").create() / "status.json")
+    (RunDirectory(tmp_path / "runs", "digits").create() / "status.json").mkdir()
+    with (RunDirectory(tmp_path / "runs", "digits").create() / "status.json").open("wb") as file:
+        file.truncate(2**40)
+    (tmp_path / "runs" / "digits" / "0099").write_text("no directory")
+    (tmp_path / "runs" / "digits" / "notes").mkdir()
+    before, kept = everything_below(tmp_path), {}
+    found = [tmp_path / "runs" / "digits" / version for version in ("0005", "0003", "0001")]
+    assert run.unfinished() == []  # the sixth came to its end
+    for version in range(7, 18):
+        assert f"digits/{version:04d} cannot be continued" in caplog.text
+    for version, expected in (("0006", found[:1]), ("0004", found[:2]), ("0002", found)):
+        file = tmp_path / "runs" / "digits" / version / "status.json"
+        shown = file.read_text()
+        file.unlink()
+        assert run.unfinished() == expected
+        assert RunDirectory.open(found[0]).unfinished() == expected
+        kept[file] = shown
+    for file, shown in kept.items():
+        file.write_text(shown)
+    assert "0099" not in caplog.text
+    assert everything_below(tmp_path) == before
+    assert not run.created
+
+
+def test_unfinished_gives_paths_relative_where_the_root_is(tmp_path, monkeypatch):
+    run = RunDirectory("runs", "digits")
+    RunDirectory("runs", "digits").create()
+    Path("runs/digits/0001/status.json").write_text('{"status": "running"}')
+    monkeypatch.chdir("runs")
+    assert run.unfinished() == [Path("runs/digits/0001")]
 
 
 def test_write_environment_records_versions_and_devices(run):

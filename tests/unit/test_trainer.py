@@ -125,7 +125,7 @@ def test_run_directory_holds_the_whole_record(finished):
     status = read(result.path, "status.json")
     assert (status["status"], status["step"], status["reason"]) == ("finished", 120, "")
     assert status["best"]["step"] == result.best.step
-    steps = {120, result.best.step}
+    steps = {116, 120, result.best.step}
     folders = {f"step_{step:08d}" for step in steps}
     assert {entry.name for entry in (result.path / "checkpoints").iterdir()} == folders
     assert read(result.path, "metrics/test.json")["test/loss"] == result.metrics["test/loss"]

@@ -2,7 +2,16 @@
 
 from distaff.checkpoint.memory import MemoryStore
 from distaff.checkpoint.protocol import NullStore, Store
-from distaff.checkpoint.retention import expired
-from distaff.checkpoint.store import CheckpointStore, find
+from distaff.checkpoint.retention import best_steps, expired
+from distaff.checkpoint.store import CheckpointStore, find, forget_after
 
-__all__ = ["CheckpointStore", "MemoryStore", "NullStore", "Store", "expired", "find"]
+__all__ = [
+    "CheckpointStore",
+    "MemoryStore",
+    "NullStore",
+    "Store",
+    "best_steps",
+    "expired",
+    "find",
+    "forget_after",
+]

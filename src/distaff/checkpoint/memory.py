@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distaff.checkpoint.retention import best_steps
 from distaff.errors import CheckpointError
 from distaff.typing import PyTree
 
 
 class MemoryStore:
-    """Keeps the newest and the best checkpoint of one run, and nothing on disk."""
+    """Keeps the newest and the best checkpoints of one run, and nothing on disk."""
 
     def __init__(self) -> None:
         self._kept: dict[int, tuple[dict[str, PyTree], dict[str, Any]]] = {}
@@ -23,7 +24,7 @@ class MemoryStore:
         """Copies the arrays to the host; a step that is kept already is left as it is."""
         if step not in self._kept:
             self._kept[step] = (jax.tree.map(_copied, dict(tree)), dict(info))
-        wanted = (step, info.get("best_step"))
+        wanted = (step, *best_steps(info))
         self._kept = {kept: value for kept, value in self._kept.items() if kept in wanted}
 
     def steps(self) -> tuple[int, ...]:
@@ -37,7 +38,8 @@ class MemoryStore:
     def best(self) -> int | None:
         """Returns the step of the best model."""
         newest = self.latest()
-        return None if newest is None else self.info(newest).get("best_step")
+        best = () if newest is None else best_steps(self.info(newest))
+        return best[0] if best else None
 
     def info(self, step: int) -> dict[str, Any]:
         """Returns what was saved beside the arrays."""
@@ -47,6 +49,9 @@ class MemoryStore:
         """Returns the members of the state that `abstract` names."""
         arrays = self._entry(step)[0]
         return {name: jax.tree.map(_restored, arrays[name]) for name in abstract}
+
+    def check_failure(self) -> None:
+        """Returns at once."""
 
     def wait(self) -> None:
         """Returns at once."""

@@ -37,6 +37,10 @@ class Store(Protocol):
         """Returns the arrays that `abstract` describes."""
         ...
 
+    def check_failure(self) -> None:
+        """Raises CheckpointError for a save that failed in the background."""
+        ...
+
     def wait(self) -> None:
         """Returns when nothing is being written."""
         ...
@@ -71,6 +75,9 @@ class NullStore:
     def load(self, step: int, abstract: Mapping[str, PyTree]) -> dict[str, PyTree]:
         """Raises CheckpointError: there is none."""
         raise self._nothing(step)
+
+    def check_failure(self) -> None:
+        """Returns at once."""
 
     def wait(self) -> None:
         """Returns at once."""

@@ -1,64 +1,74 @@
-"""Checkpoints on disk: one Orbax folder for each step, renamed into place when it is whole."""
+"""Checkpoints on disk: one folder for each step, renamed into place when it is whole."""
 
 from __future__ import annotations
 
 import json
+import logging
 import operator
-import re
 import shutil
-import sys
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from distaff.checkpoint.compare import first_difference, leaf_forms
-from distaff.checkpoint.retention import expired
+from distaff.checkpoint import arrays, folders, manifest
+from distaff.checkpoint.failure import not_written
+from distaff.checkpoint.retention import best_steps, expired
 from distaff.checkpoint.snapshot import num_bytes, taken
 from distaff.checkpoint.writer import Save, Writer
-from distaff.errors import CheckpointError, ConfigError, leaf_name
+from distaff.errors import CheckpointError, ConfigError
 from distaff.typing import PyTree
 
-_FOLDER = re.compile(r"step_(\d{8,})")
-_COMMIT_MARKER = "commit_success.txt"
 _MAX_HELD_BYTES = 2**30
+_log = logging.getLogger("distaff")
 
 
 class CheckpointStore:
     """The checkpoints of one run: `<directory>/step_00001200/`, one folder each.
 
     A folder appears under its name only when it is whole. After each save the last `keep_last`
-    checkpoints and the best one are kept, the others removed; which one is best, the run says:
-    `info["best_step"]` of the newest checkpoint. Nothing is written before the first save. Close
-    the store, or use it in a `with` statement: Python may end before a save in the background does.
+    checkpoints, the best ones and the multiples of `keep_every` are kept, the others removed; which
+    ones are best, the run says: `info["best_steps"]`, best first, or the single `info["best_step"]`
+    of the newest checkpoint. Nothing is written before the first save. Close the store, or use it
+    in a `with` statement: Python may end before a save in the background does.
 
     Saves are written one after the other. One that would be removed before its turn comes, because
     newer ones wait behind it, is not written at all: a loop that saves faster than the disk writes
     does not wait for it.
 
+    What `check`, `newest_valid` or `load` found damaged is from then on neither counted nor
+    removed; a save of the same step renames it to `step_00001200.damaged`. Only one process may
+    save into a directory: its first save removes what killed ones have left there.
+
     Args:
         directory: where the folders go. It need not exist.
         keep_last: how many of the newest checkpoints to keep, at least 1.
+        keep_every: keep also the checkpoints whose step is a multiple of it, at least 1.
 
     Raises:
-        ConfigError: `keep_last` is less than 1.
+        ConfigError: `keep_last` or `keep_every` is less than 1.
     """
 
-    def __init__(self, directory: Path | str, *, keep_last: int = 1) -> None:
+    def __init__(
+        self, directory: Path | str, *, keep_last: int = 2, keep_every: int | None = None
+    ) -> None:
         if keep_last < 1:
             raise ConfigError(
                 f"A run keeps at least its newest checkpoint, or it could not resume; "
                 f"keep_last is {keep_last}. Pass 1 or more, or a NullStore to keep none."
             )
+        if keep_every is not None and keep_every < 1:
+            raise ConfigError(
+                f"The checkpoints that are kept lie a number of steps apart; keep_every is "
+                f"{keep_every}. Pass 1 or more, or None to keep none for that reason."
+            )
         self.directory = Path(directory).expanduser().absolute()
-        self.keep_last = keep_last
+        self.keep_last, self.keep_every = keep_last, keep_every
+        self._damaged: frozenset[int] = frozenset()
+        self._is_tidy = False
         self._writer = Writer(self._write)
-        if "orbax.checkpoint" not in sys.modules:
-            threading.Thread(target=_orbax, name="import orbax").start()
+        arrays.import_early()
 
     def save(self, step: int, tree: Mapping[str, PyTree], info: Mapping[str, Any]) -> Path:
         """Starts to write a checkpoint in the background.
@@ -66,7 +76,7 @@ class CheckpointStore:
         Blocks while the arrays are copied off the device; on the CPU they are held rather than
         copied. Where saves that wait already hold much memory, it also waits for them. The arrays
         may be donated, and `info` changed, as soon as it returns. Saving the newest step once more
-        does nothing.
+        does nothing, unless it is damaged or `info` is another: then it is replaced.
 
         Args:
             step: the number of completed optimizer updates. No smaller than the newest one saved.
@@ -83,57 +93,97 @@ class CheckpointStore:
         """
         step = operator.index(step)
         path = self._path(step)
-        self._check_failure()
-        newest = max((*self.steps(), *self._writer.steps()), default=None)
-        if step == newest:
+        self.check_failure()
+        strict_info = _as_json(info)
+        newest = max((*self._undamaged(), *self._writer.steps()), default=None)
+        if step == newest and self._is_saved(step, strict_info):
             return path
         if newest is not None and step < newest:
             raise CheckpointError(
                 f"The checkpoints of a run go forward; step {step} comes before step {newest}, "
                 f"which is in {self.directory}. Save into a new directory, or remove what is newer."
             )
-        if path.exists():
+        if path.exists() and step not in self._damaged and step != newest:
             raise CheckpointError(
                 f"A checkpoint never replaces what it did not write; {path} is there and is no "
                 "whole checkpoint. Move it away and save again."
             )
-        strict_info = _as_json(info)
-        arrays = jax.tree.map_with_path(_as_array, dict(tree))
+        leaves = jax.tree.map_with_path(arrays.as_array, dict(tree))
         if self._writer.held_bytes > _MAX_HELD_BYTES:
             self.wait()
-        save = Save(step, taken(arrays), strict_info, num_bytes(arrays))
-        self._writer.put(save, kept=self._kept(step, strict_info))
+        save = Save(step, taken(leaves), strict_info, num_bytes(leaves))
+        waiting = {*self._undamaged(), *self._writer.steps(), step}
+        self._writer.put(save, kept=waiting.difference(self._expired(waiting, strict_info)))
         return path
 
     def steps(self) -> tuple[int, ...]:
-        """Returns the steps that have a whole checkpoint, ascending."""
-        folders = self.directory.iterdir() if self.directory.is_dir() else ()
-        return tuple(sorted(step for step in map(_step_of, folders) if step is not None))
+        """Returns the steps that have a checkpoint which looks whole, ascending; reads none."""
+        return folders.steps_in(self.directory)
 
     def latest(self) -> int | None:
         """Returns the newest step, None where there is no checkpoint."""
         return max(self.steps(), default=None)
 
     def best(self) -> int | None:
-        """Returns the `best_step` that the newest checkpoint names, None where it is not there."""
+        """Returns the best step that the newest checkpoint names, None where it is not there."""
         newest = self.latest()
-        best_step = None if newest is None else self.info(newest).get("best_step")
-        return best_step if best_step in self.steps() else None
+        best = () if newest is None else best_steps(self.info(newest))[:1]
+        return best[0] if best and best[0] in self.steps() else None
+
+    def check(self, step: int) -> str | None:
+        """Returns what is wrong with a checkpoint, None where nothing is; reads all of it.
+
+        Of a checkpoint that was saved before there were manifests, the arrays are not read.
+
+        Args:
+            step: one of `steps()`.
+
+        Returns:
+            Half a sentence, such as `"state/d/0ff8 has 120 bytes instead of 496"`.
+        """
+        if step not in self.steps():
+            return "it is not there"
+        problem = manifest.damage(self._path(step)) or self._description_problem(step)
+        if problem is not None:
+            self._damaged |= {step}
+        return problem
+
+    def newest_valid(self) -> tuple[int | None, list[str]]:
+        """Returns the newest checkpoint that passes `check`, and what is wrong with newer ones.
+
+        Returns:
+            The step, None where none passes; and a sentence for each one that was passed over,
+            newest first. Nothing is removed.
+        """
+        skipped = []
+        for step in reversed(self.steps()):
+            problem = self.check(step)
+            if problem is None:
+                return step, skipped
+            skipped.append(f"The checkpoint {self._path(step)} cannot be read: {problem}.")
+        return None, skipped
 
     def info(self, step: int) -> dict[str, Any]:
         """Returns what was saved beside the arrays.
 
+        Args:
+            step: one of `steps()`.
+
         Raises:
             CheckpointError: there is no checkpoint of this step, or it cannot be read.
         """
-        info: Any = self._metadata(step).custom_metadata
-        return dict(info or {})
+        self._verify(step, manifest.INFO_FILE)
+        try:
+            info = manifest.read_info(self._path(step))
+        except (OSError, ValueError) as error:
+            raise self._unreadable(step, error) from error
+        return {key: value for key, value in info.items() if key != manifest.FORMAT_KEY}
 
     def load(self, step: int, abstract: Mapping[str, PyTree]) -> dict[str, PyTree]:
         """Returns the arrays of a checkpoint in the structure, and on the devices, of `abstract`.
 
-        Reads only, and only the keys that `abstract` has: `{"params": ...}` leaves the optimizer
-        state on disk.
+        All files are compared with the manifest first. Reads only, and only the keys that
+        `abstract` has: `{"params": ...}` leaves the optimizer state on disk.
 
         Args:
             step: one of `steps()`.
@@ -145,22 +195,33 @@ class CheckpointStore:
             CheckpointError: there is no such checkpoint, it cannot be read, or it is of another
                 model; then the first leaf that differs is named.
         """
-        path = self._path(step)
-        stored = self._metadata(step).metadata
-        target = jax.tree.map(_with_sharding, dict(abstract))
-        asked = {key: stored[key] for key in target if key in stored}
-        difference = first_difference(leaf_forms(asked), leaf_forms(target))
-        if difference is not None:
+        self._verify(step)
+        try:
+            return arrays.read(self._path(step), abstract)
+        except arrays.OtherModelError as difference:
             raise CheckpointError(
-                f"The checkpoint {path} is of another model. {difference} "
+                f"The checkpoint {self._path(step)} is of another model. {difference} "
                 "Build the model and the optimizer with the options of the run that saved it, "
                 "or load another checkpoint."
-            )
-        try:
-            with _context():
-                return _orbax().load(str(path), target)
+            ) from None
         except Exception as error:
             raise self._unreadable(step, error) from error
+
+    def check_failure(self) -> None:
+        """Tells of a save that failed in the background; costs nothing where none did.
+
+        Ask at each step: a failure is told once, by whichever call comes first, and no save is
+        written until then.
+
+        Raises:
+            CheckpointError: a save failed.
+        """
+        if not self._writer.has_failed:
+            return
+        failure = self._writer.failure()
+        if failure is not None:
+            step, error = failure
+            raise not_written(self._path(step), error) from error
 
     def wait(self) -> None:
         """Returns when nothing is being written.
@@ -169,7 +230,7 @@ class CheckpointStore:
             CheckpointError: a save failed.
         """
         self._writer.wait()
-        self._check_failure()
+        self.check_failure()
 
     def close(self) -> None:
         """Finishes what is being written, as `wait` does. The store may be used again."""
@@ -181,52 +242,98 @@ class CheckpointStore:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _check_failure(self) -> None:
-        failure = self._writer.failure()
-        if failure is not None:
-            step, error = failure
-            raise _not_written(self._path(step), error) from error
+    def _is_saved(self, step: int, info: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint is written, or waits to be, with just this info."""
+        waiting = self._writer.info(step)
+        return (self.info(step) if waiting is None else waiting) == info
 
-    def _kept(self, step: int, info: Mapping[str, Any]) -> set[int]:
-        """Returns which steps are kept once this one is written."""
-        steps = {*self.steps(), *self._writer.steps(), step}
-        gone = expired(steps, keep_last=self.keep_last, best=info.get("best_step"))
-        return steps.difference(gone)
+    def _undamaged(self) -> set[int]:
+        return {*self.steps()} - self._damaged
+
+    def _expired(self, steps: set[int], info: Mapping[str, Any]) -> tuple[int, ...]:
+        return expired(
+            steps, keep_last=self.keep_last, best=best_steps(info), keep_every=self.keep_every
+        )
 
     def _write(self, save: Save) -> None:
         """Writes a checkpoint, then removes those that are no longer needed. In the background."""
-        with _context():
-            _orbax().save(str(self._path(save.step)), save.arrays, custom_metadata=save.info)
-        best = save.info.get("best_step")
-        for step in expired(self.steps(), keep_last=self.keep_last, best=best):
-            # Renamed first: a process killed while it removes files must not leave half a
-            # checkpoint under the name of a whole one.
-            folder = self._path(step)
-            folder.rename(folder.with_suffix(".expired"))
-        for folder in self.directory.glob("step_*.expired"):
-            shutil.rmtree(folder)
+        if jax.process_index() > 0:  # the first process does what is done once
+            arrays.write(self._unfinished(save.step), save.arrays, _marked(save.info))
+            return
+        folders.make(self.directory)
+        self._is_tidy = self._is_tidy or folders.remove_leftovers(self.directory)
+        unfinished = self._unfinished(save.step)
+        # Only the owner gets in, until nothing in it is writable by everybody.
+        unfinished.parent.mkdir(0o700)
+        try:
+            arrays.write(unfinished, save.arrays, _marked(save.info))
+            manifest.seal(unfinished)
+            self._put_in_place(unfinished, save.step)
+        finally:
+            shutil.rmtree(unfinished.parent, ignore_errors=True)
+        self._remove_expired(save)
+
+    def _put_in_place(self, unfinished: Path, step: int) -> None:
+        path = self._path(step)
+        if step in self.steps() and step not in self._damaged:
+            folders.remove(path)  # this save has more to tell
+        elif step in self._damaged and path.exists():
+            _log.warning("the damaged checkpoint of step %d is %s", step, folders.set_aside(path))
+            self._damaged -= {step}
+        unfinished.rename(path)
+        manifest.sync_directory(self.directory)
+
+    def _remove_expired(self, save: Save) -> None:
+        for step in self._expired(self._undamaged(), save.info):
+            self._is_tidy &= folders.remove(self._path(step))
 
     def _path(self, step: int) -> Path:
-        return self.directory / f"step_{step:08d}"
+        return self.directory / folders.name_of(step)
 
-    def _metadata(self, step: int) -> Any:
+    def _unfinished(self, step: int) -> Path:
+        path = self._path(step)
+        return path.with_suffix(folders.SAVING) / path.name
+
+    def _description_problem(self, step: int) -> str | None:
+        """Tells what is wrong with what a folder says of itself."""
+        try:
+            arrays.metadata(self._path(step))
+        except Exception as error:
+            return str(error)
+        return None
+
+    def _verify(self, step: int, *names: str) -> None:
         if step not in self.steps():
             raise CheckpointError(
                 f"There is no checkpoint of step {step} in {self.directory}. {self._known()}"
             )
-        try:
-            return _orbax().metadata(str(self._path(step)))
-        except Exception as error:
-            raise self._unreadable(step, error) from error
+        problem = manifest.damage(self._path(step), *names)
+        if problem is not None:
+            self._damaged |= {step}
+            raise self._unreadable(step, problem)
 
-    def _unreadable(self, step: int, error: Exception) -> CheckpointError:
+    def _unreadable(self, step: int, problem: Exception | str) -> CheckpointError:
         return CheckpointError(
-            f"The checkpoint {self._path(step)} cannot be read: {error}. "
+            f"The checkpoint {self._path(step)} cannot be read: {problem}. "
             f"Load another one. {self._known()}"
         )
 
     def _known(self) -> str:
         return f"Steps that are there: {', '.join(map(str, self.steps())) or 'none'}."
+
+
+def forget_after(store: CheckpointStore, step: int) -> None:
+    """Puts the checkpoints of later steps aside, so that a run can go on from this one.
+
+    Args:
+        store: of the run.
+        step: one of `store.steps()`.
+
+    Raises:
+        CheckpointError: there is no checkpoint of this step.
+    """
+    store.info(step)
+    folders.abandon_after(store.directory, step)
 
 
 def find(path: Path | str) -> tuple[Path, int]:
@@ -243,7 +350,7 @@ def find(path: Path | str) -> tuple[Path, int]:
         CheckpointError: there is no whole checkpoint at `path`.
     """
     path = Path(path).expanduser().absolute()
-    step = _step_of(path)
+    step = folders.step_of(path)
     if step is not None:
         return path.parent, step
     directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
@@ -251,35 +358,11 @@ def find(path: Path | str) -> tuple[Path, int]:
     newest, best = store.latest(), store.best()
     if newest is None:
         raise CheckpointError(
-            f"There is no whole checkpoint in {directory}, which {_content(directory)}. Pass a run "
-            "directory such as runs/digits/0001, its checkpoints directory, or one checkpoint "
-            "folder such as step_00000040."
+            f"There is no whole checkpoint in {directory}, which {folders.content(directory)}. "
+            "Pass a run directory such as runs/digits/0001, its checkpoints directory, or one "
+            "checkpoint folder such as step_00000040."
         )
     return directory, newest if best is None else best
-
-
-def _content(directory: Path) -> str:
-    if not directory.is_dir():
-        return "is no directory" if directory.exists() else "does not exist"
-    names = sorted(entry.name for entry in directory.iterdir())
-    return f"holds {', '.join(names[:10]) or 'nothing'}{', ...' if names[10:] else ''}"
-
-
-def _step_of(folder: Path) -> int | None:
-    """Returns the step of a whole checkpoint, None for any other folder or file."""
-    name = _FOLDER.fullmatch(folder.name)
-    return int(name[1]) if name and (folder / _COMMIT_MARKER).is_file() else None
-
-
-def _as_array(path: tuple[Any, ...], leaf: Any) -> jax.Array | np.ndarray:
-    if isinstance(leaf, jax.Array | np.ndarray):
-        return leaf
-    if isinstance(leaf, bool | int | float | complex | np.generic):
-        return jnp.asarray(leaf)
-    raise CheckpointError(
-        f"Every leaf of a checkpoint is an array or a number; {leaf_name(path)!r} is a "
-        f"{type(leaf).__name__}. Put it in `info`, as JSON, or leave it out."
-    )
 
 
 def _as_json(info: Mapping[str, Any]) -> dict[str, Any]:
@@ -296,34 +379,6 @@ def _as_json(info: Mapping[str, Any]) -> dict[str, Any]:
     return copy
 
 
-def _with_sharding(leaf: Any) -> Any:
-    """Returns what Orbax needs to place a leaf, whatever devices it was saved from."""
-    if isinstance(leaf, np.ndarray):
-        return leaf
-    if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
-        leaf = jnp.asarray(leaf)
-    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _orbax() -> Any:
-    """Returns Orbax's API. Its import takes a third of that of JAX, and a run can begin without."""
-    from orbax.checkpoint import v1
-
-    return v1
-
-
-def _context() -> Any:
-    context = _orbax().Context()
-    # The keys that `abstract` leaves out stay on disk. What is missing, we have named before.
-    context.pytree.loading.partial_load = True
-    # In the background, a folder that cannot be made leaves Orbax's other threads waiting for it.
-    context.asynchronous.create_directories_asynchronously = False
-    return context
-
-
-def _not_written(path: Path, error: BaseException) -> CheckpointError:
-    return CheckpointError(
-        f"The checkpoint {path} was not written: {error}. The ones before it are untouched. "
-        "Make room, or make its directory writable, and save again."
-    )
+def _marked(info: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the info with the mark that tells a lost manifest from one that never was."""
+    return {**info, manifest.FORMAT_KEY: manifest.FORMAT}

@@ -51,6 +51,11 @@ class Writer:
         self._failure: tuple[int, BaseException] | None = None
 
     @property
+    def has_failed(self) -> bool:
+        """Whether `failure` has something to tell; waits for no lock."""
+        return self._failure is not None
+
+    @property
     def held_bytes(self) -> int:
         """Bytes of the saves that wait, and of the one being written."""
         with self._changed:
@@ -60,6 +65,11 @@ class Writer:
         """Returns the steps of the saves that wait, and of the one being written."""
         with self._changed:
             return tuple(save.step for save in self._line)
+
+    def info(self, step: int) -> dict[str, Any] | None:
+        """Returns the `info` of the last save of a step that waits; None if none does."""
+        with self._changed:
+            return next((each.info for each in self._line[::-1] if each.step == step), None)
 
     def put(self, save: Save, kept: Set[int]) -> None:
         """Puts a save at the end of the line, and takes those out of it that are not kept.

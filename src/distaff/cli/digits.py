@@ -59,11 +59,9 @@ class Digits:
         # Looked for first: a missing package must not be noticed after the training.
         plots = _optional.load("matplotlib", extra="plots") if self.figures else None
         train, val, test = data.digits(self.batch_size, self.seed)
-        history = MemoryLogger()
         trainer = tasks.Classifier(
             CNN(features=self.features, dropout=self.dropout),
             optimizer=self.optimizer,
-            loggers=[history],
             name="digits",
             root=self.root,
             seed=self.seed,
@@ -73,7 +71,11 @@ class Digits:
         trainer.monitor = Monitor("val/loss", mode="min")
         result = trainer.train_model(train, val, test, num_epochs=self.num_epochs)
         path = Path(str(result.path))
+        if result.status == "interrupted":
+            print(f"{result.status} by {result.reason} run={path}")
+            return result
         if plots is not None:
+            history = MemoryLogger.read(path / "metrics.jsonl")  # also of before a resume
             best_epoch = None if result.best is None else result.best.epoch
             curves = plots.learning_curves(history.series("train/", "val/"), best_epoch)
             plots.save(curves, path / "figures" / "learning_curves.png")

@@ -63,6 +63,7 @@ class Feed:
         *,
         steady: Callable[[], bool] = lambda: True,
         keep_place: bool = False,
+        done: int = 0,
     ) -> Generator[Chunk]:
         """Yields the chunks of one epoch. Close it: chunks may be got ahead, by a thread.
 
@@ -74,6 +75,8 @@ class Feed:
                 batch after the last one handed out. A loader that has been read ahead and cannot
                 go back, such as a `Stream`, goes on where it is. Otherwise what is left of the
                 epoch is abandoned.
+            done: steps of the epoch that were done before: the loader stands after them. What is
+                left of it may be nothing.
 
         Raises:
             BatchError: the loader is empty.
@@ -82,7 +85,7 @@ class Feed:
         # Rows take microseconds; a thread takes longer than they do.
         read = _as_it_is if isinstance(self._kind, _Gathers) else self._ahead.read
         try:
-            with closing(read(self._chunks(form, steps_per_epoch), steady)) as chunks:
+            with closing(read(self._chunks(form, steps_per_epoch, done), steady)) as chunks:
                 for chunk in chunks:
                     self._position = chunk.position
                     yield chunk
@@ -137,10 +140,14 @@ class Feed:
         else:
             self._position = None
 
-    def _chunks(self, form: Callable[[], Form], steps_per_epoch: int | None) -> Generator[Chunk]:
-        items = self._items(steps_per_epoch)
+    def _chunks(
+        self, form: Callable[[], Form], steps_per_epoch: int | None, done: int
+    ) -> Generator[Chunk]:
+        if done and done == steps_per_epoch:
+            return
+        items = self._items(steps_per_epoch and steps_per_epoch - done)
         waiting: list[Any] = list(islice(items, 1))
-        if not waiting:  # what is left of a resumed epoch may be nothing
+        if not waiting and not done:  # a loader may stand at the end of an epoch
             items = self._items(steps_per_epoch)
         yield from _chunks_of(chain(waiting, items), form, self._kind)
 

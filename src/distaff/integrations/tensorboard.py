@@ -37,6 +37,7 @@ class TensorBoardLogger:
     def __init__(self, directory: Location) -> None:
         self._locate = locator(directory)
         self._open_writer: SummaryWriter | None = None
+        self._purged_from: int | None = None
 
     def log_metrics(self, metrics: Values, *, step: int, epoch: int) -> None:
         """Writes the epoch, then the metrics; they are in the file ten seconds later.
@@ -83,14 +84,23 @@ class TensorBoardLogger:
         if writer is not None:
             writer.close()
 
+    def resume(self, step: int) -> None:
+        """Notes that TensorBoard shall not show what the files before hold of later steps."""
+        self.close("interrupted")
+        self._purged_from = step + 1
+
     @property
     def _writer(self) -> SummaryWriter:
         if self._open_writer is None:
             # A file is named by second and host: two made in one second would be one file.
             suffix = f".{os.getpid()}.{next(_writers)}"
             self._open_writer = SummaryWriter(
-                logdir=os.fspath(self._locate()), filename_suffix=suffix, flush_secs=10
+                logdir=os.fspath(self._locate()),
+                purge_step=self._purged_from,
+                filename_suffix=suffix,
+                flush_secs=10,
             )
+            self._purged_from = None
         return self._open_writer
 
     def _add_png(self, name: str, encoded: bytes, step: int) -> None:

@@ -16,7 +16,7 @@ from distaff.loggers.files import FilesLogger
 from distaff.loggers.jsonl import JsonlLogger
 from distaff.loggers.many import ManyLoggers
 from distaff.loggers.memory import Medium, MemoryLogger, Record
-from distaff.loggers.protocol import Logger, MediaLogger, NullLogger
+from distaff.loggers.protocol import Logger, MediaLogger, NullLogger, ResumingLogger
 
 __all__ = [
     "ConsoleLogger",
@@ -30,6 +30,7 @@ __all__ = [
     "MemoryLogger",
     "NullLogger",
     "Record",
+    "ResumingLogger",
 ]
 
 _INTEGRATIONS = {

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from distaff.errors import RunDirectoryError
-from distaff.loggers.disk import Location, explained, locator, replace
+from distaff.loggers.disk import Location, explained, is_file, locator, open_private, replace
 from distaff.loggers.protocol import JSON
 from distaff.loggers.row import COLUMNS, as_row
 from distaff.typing import Values
@@ -35,6 +35,7 @@ class CsvLogger:
         self._clock = clock
         self._path: Path | None = None
         self._columns: list[str] = []
+        self._rows = 0
 
     def log_metrics(self, metrics: Values, *, step: int, epoch: int) -> None:
         """Writes one row; it is in the file when the call returns.
@@ -47,7 +48,7 @@ class CsvLogger:
         path = self._path or Path(self._locate())
         with explained(path):
             if self._path is None:
-                self._columns = _repaired_header(path)
+                self._columns, self._rows = _repaired(path)
                 self._path = path
             new = [name for name in row if name not in self._columns]
             columns = self._columns + new
@@ -57,8 +58,9 @@ class CsvLogger:
                 replace(path, _encoded([columns, *older, cells]))
                 self._columns = columns
             else:
-                with path.open("ab") as file:
+                with open(path, "ab", opener=open_private) as file:
                     file.write(_encoded([cells]))
+            self._rows += 1
 
     def log_config(self, config: Mapping[str, JSON]) -> None:
         """Does nothing: a configuration is no row of this table."""
@@ -66,6 +68,59 @@ class CsvLogger:
     def close(self, status: str) -> None:
         """Forgets the file, which is never left open; metrics logged afterwards find it again."""
         self._path = None
+
+    def position(self) -> int:
+        """Returns the number of rows; a byte would move when a column is added."""
+        if self._path is not None:
+            return self._rows
+        path = Path(self._locate())
+        with explained(path):
+            return max(0, len(_read(path)) - 1)
+
+    def resume(self, step: int, position: JSON = None) -> None:
+        """Drops the rows after a position, or those of later steps; no column is left empty.
+
+        Args:
+            step: rows of greater steps are dropped, where the position does not tell which.
+            position: what `position` returned.
+
+        Raises:
+            RunDirectoryError: rows cannot be read, which are named; or the file cannot be written.
+                It is then as it was.
+        """
+        self.close("interrupted")
+        path = Path(self._locate())
+        with explained(path):
+            if not is_file(path) or path.stat().st_size == 0:
+                return
+            columns, *rows = _table(path)
+            by_row = type(position) is int and 0 <= position <= len(rows)
+            rows = rows[:position] if by_row else rows
+            kept = _rows_up_to(path, columns, rows, None if by_row else step)
+            used = [i for i in range(len(columns)) if i < len(COLUMNS) or any(r[i] for r in kept)]
+            replace(path, _encoded([[row[i] for i in used] for row in (columns, *kept)]))
+
+
+def _rows_up_to(
+    path: Path, columns: list[str], rows: list[list[str]], step: int | None
+) -> list[list[str]]:
+    """Returns the rows that are not of later steps than one; None takes all."""
+    kept, unreadable = [], []
+    for number, row in enumerate(rows, 1):
+        try:
+            if len(row) != len(columns):
+                raise ValueError
+            if step is None or int(row[0]) <= step:
+                kept.append(row)
+        except ValueError:
+            unreadable.append(str(number))
+    if unreadable:
+        raise RunDirectoryError(
+            f"A row of a table must have a step, and a cell for each of its {len(columns)} "
+            f"columns; of the {len(unreadable)} rows in {str(path)!r} that do not, the first are "
+            f"{', '.join(unreadable[:10])}. The file is as it was: mend or remove them."
+        )
+    return kept
 
 
 def _cell(value: Any) -> str:
@@ -79,21 +134,45 @@ def _encoded(rows: Iterable[list[str]]) -> bytes:
 
 
 def _read(path: Path) -> list[list[str]]:
-    """Returns the whole rows of a table, without a last one that has no end."""
-    text = path.read_bytes().decode() if path.exists() else ""
-    return list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))
+    """Returns the whole rows of a table, without a last one that has no end.
+
+    Raises:
+        RunDirectoryError: it is no text, or no table.
+    """
+    content = path.read_bytes() if is_file(path) else b""
+    limit = csv.field_size_limit(2**31 - 1)  # an array may be a long cell
+    try:
+        text = content[: content.rfind(b"\n") + 1].decode()
+        return list(csv.reader(io.StringIO(text, newline="")))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise RunDirectoryError(
+            f"A CsvLogger continues a table in UTF-8; {str(path)!r} is none: {error}. "
+            f"Mend it, or choose another path."
+        ) from error
+    finally:
+        csv.field_size_limit(limit)
 
 
-def _repaired_header(path: Path) -> list[str]:
-    """Returns the columns of an existing table, once it is cut to its whole rows."""
-    if not path.exists() or path.stat().st_size == 0:
-        return []
+def _table(path: Path) -> list[list[str]]:
+    """Returns the header and the rows of a table that is the logger's own.
+
+    Raises:
+        RunDirectoryError: it is another file.
+    """
     rows = _read(path)
     if not rows or tuple(rows[0][: len(COLUMNS)]) != COLUMNS:
         raise RunDirectoryError(
             f"A CsvLogger appends to a table whose columns start with {', '.join(COLUMNS)}; "
             f"{str(path)!r} is another file. Choose another path."
         )
+    return rows
+
+
+def _repaired(path: Path) -> tuple[list[str], int]:
+    """Returns columns and number of rows of an existing table, once it is cut to whole rows."""
+    if not path.exists() or path.stat().st_size == 0:
+        return [], 0
+    rows = _table(path)
     if not path.read_bytes().endswith(b"\n"):
         replace(path, _encoded(rows))
-    return rows[0]
+    return rows[0], len(rows) - 1

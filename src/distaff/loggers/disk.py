@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
 from distaff.errors import RunDirectoryError
+from distaff.run_directory import FILE_MODE
 
 Location: TypeAlias = str | os.PathLike[str] | Callable[[], str | os.PathLike[str]]
 """A path, or a function that gives it: a run's directory has its name only once training starts."""
@@ -39,13 +40,32 @@ def explained(path: Path) -> Generator[None]:
         ) from error
 
 
-def replace(path: Path, content: bytes) -> None:
+def open_private(name: str, flags: int) -> int:
+    """Opens a file as `open(..., opener=)` asks for it, never writable by everybody."""
+    return os.open(name, flags, FILE_MODE)
+
+
+def is_file(path: Path) -> bool:
+    """Returns whether there is a file to continue.
+
+    Raises:
+        RunDirectoryError: something else is in its place.
+    """
+    if path.exists() and not path.is_file():
+        raise RunDirectoryError(
+            f"What a run logs is kept in regular files; {str(path)!r} is none. "
+            f"Move it away, or choose another path."
+        )
+    return path.exists()
+
+
+def replace(path: Path, content: bytes | Iterable[bytes]) -> None:
     """Writes a file that is, whatever happens, as it was or whole; a missing directory is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("xb") as file:
-            file.write(content)
+        with open(temporary, "xb", opener=open_private) as file:
+            file.writelines([content] if isinstance(content, bytes) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

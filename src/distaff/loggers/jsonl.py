@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-from distaff.loggers.disk import Location, explained, locator
+from distaff import config
+from distaff.errors import RunDirectoryError
+from distaff.loggers.disk import Location, explained, is_file, locator, open_private, replace
 from distaff.loggers.protocol import JSON
 from distaff.loggers.row import as_row
 from distaff.typing import Values
+
+_log = logging.getLogger("distaff")
+
+_BLOCK = 2**16  # bytes that are searched at once for the end of a line
 
 
 class JsonlLogger:
@@ -56,24 +63,98 @@ class JsonlLogger:
             with explained(self._path):
                 file.close()
 
+    def position(self) -> int:
+        """Returns where the next line begins, in bytes; all before it has left the process."""
+        if self._file is not None:
+            with explained(self._path):
+                return self._file.seek(0, os.SEEK_END)
+        path = Path(self._locate())
+        with explained(path):
+            if not is_file(path):
+                return 0
+            with path.open("rb") as file:
+                return _end_of_lines(file)
+
+    def resume(self, step: int, position: JSON = None) -> None:
+        """Drops the lines after a position, or those of later steps, wherever they stand.
+
+        A position that is no longer the end of a line is passed over, and the log says so. A last
+        line without an end is dropped in any case.
+
+        Args:
+            step: lines of greater steps are dropped; not looked at where the position is right.
+            position: what `position` returned.
+
+        Raises:
+            RunDirectoryError: lines cannot be read, which are named; or the file cannot be written.
+                It is then as it was.
+        """
+        self.close("interrupted")
+        path = Path(self._locate())
+        with explained(path):
+            if is_file(path) and (position is None or not _cut_at(path, position)):
+                replace(path, _lines_up_to(path, step))
+
     def _write(self, line: bytes) -> None:
         if self._file is None:
             self._path = Path(self._locate())
         with explained(self._path):
             if self._file is None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self._path.open("a+b")
-                _drop_torn_line(self._file)
+                self._file = open(self._path, "a+b", opener=open_private)  # noqa: SIM115 kept open
+                end = _end_of_lines(self._file)
+                if end < self._file.seek(0, os.SEEK_END):
+                    self._file.truncate(end)
             self._file.write(line)
             self._file.flush()
 
 
-def _drop_torn_line(file: BinaryIO) -> None:
-    """Cuts off a last line without an end, which a run killed while writing leaves behind."""
+def _end_of_lines(file: BinaryIO) -> int:
+    """Returns where a last line without an end begins, which a killed run leaves behind."""
     end = file.seek(0, os.SEEK_END)
-    if end == 0:
-        return
-    file.seek(end - 1)
-    if file.read(1) != b"\n":
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
+    while end > 0:
+        start = max(0, end - _BLOCK)
+        file.seek(start)
+        found = file.read(end - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0
+
+
+def _cut_at(path: Path, position: JSON) -> bool:
+    """Cuts a file at the end of a line; False where the position is not one."""
+    with path.open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        if type(position) is int and 0 <= position <= size:
+            file.seek(max(0, position - 1))
+            if position == 0 or file.read(1) == b"\n":
+                file.truncate(position)
+                os.fsync(file.fileno())
+                return True
+    _log.warning("%s has no line that ends at byte %r: it is cut by step", path, position)
+    return False
+
+
+def _lines_up_to(path: Path, step: int) -> Iterator[bytes]:
+    unreadable = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                row = config.loads(line)
+                known = type(row["step"]) is int
+            except (ValueError, TypeError, LookupError):
+                known = False
+            if not known:
+                unreadable.append(number)
+            elif row["step"] <= step:
+                yield line
+    if unreadable:
+        shown = ", ".join(str(number) for number in unreadable[:10])
+        raise RunDirectoryError(
+            f"A line of metrics must be JSON with a step; of the {len(unreadable)} lines in "
+            f"{str(path)!r} that are not, the first are {shown}. The file is as it was: "
+            f"mend or remove them."
+        )

@@ -45,6 +45,29 @@ class ManyLoggers:
         """Records a text in every logger that takes texts."""
         self._hand_on("log_text", name, text, step)
 
+    def position(self) -> dict[str, JSON]:
+        """Returns the position of every logger that has one; see `ResumingLogger`."""
+        return {
+            key: logger.position() for key, logger in self._named() if hasattr(logger, "position")
+        }
+
+    def resume(self, step: int, position: JSON = None) -> None:
+        """Drops what every logger that can do so has logged after a checkpoint.
+
+        Args:
+            step: completed optimizer updates at the checkpoint.
+            position: what `position` returned then. A logger that stood in another place, or was
+                not there, goes by the step.
+        """
+        known = position if isinstance(position, Mapping) else {}
+        for key, logger in self._named():
+            if not hasattr(logger, "resume"):
+                continue
+            if key in known and hasattr(logger, "position"):
+                logger.resume(step, known[key])
+            else:
+                logger.resume(step)
+
     def close(self, status: str) -> None:
         """Closes every logger, also after one has failed, and then raises the first failure."""
         failures: list[Exception] = []
@@ -55,6 +78,10 @@ class ManyLoggers:
                 failures.append(failure)
         if failures:
             raise failures[0]
+
+    def _named(self) -> list[tuple[str, Any]]:
+        """Returns the loggers by place and kind, so that none gets the position of another."""
+        return [(f"{i}:{type(logger).__name__}", logger) for i, logger in enumerate(self.loggers)]
 
     def _hand_on(self, method: str, name: str, medium: Any, step: int) -> None:
         for logger in self.loggers:

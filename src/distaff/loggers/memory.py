@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from distaff import config
 from distaff.loggers.protocol import JSON
 from distaff.typing import Values
 
@@ -59,6 +61,22 @@ class MemoryLogger:
         self.config: Mapping[str, JSON] | None = None
         self.status: str | None = None
 
+    @classmethod
+    def read(cls, path: Path) -> MemoryLogger:
+        """Returns what a `JsonlLogger` has written.
+
+        Raises:
+            OSError: it cannot be read.
+            ValueError: it is no such file.
+        """
+        logger = cls()
+        for line in path.read_bytes().splitlines():
+            row = {name: _number(value) for name, value in config.loads(line).items()}
+            step, epoch = (int(row.pop(name)) for name in ("step", "epoch"))
+            del row["time"]
+            logger.log_metrics(row, step=step, epoch=epoch)
+        return logger
+
     def log_metrics(self, metrics: Values, *, step: int, epoch: int) -> None:
         """Appends a record."""
         self.records.append(Record(step=step, epoch=epoch, metrics=dict(metrics)))
@@ -99,7 +117,31 @@ class MemoryLogger:
                     series.setdefault(name, []).append((record.epoch, float(value)))
         return series
 
+    def position(self) -> list[int]:
+        """Returns how many records and media there are."""
+        return [len(self.records), len(self.media)]
+
+    def resume(self, step: int, position: JSON = None) -> None:
+        """Forgets what came after a position, or what is of later steps.
+
+        Args:
+            step: what is of greater steps is forgotten, where no position is given.
+            position: what `position` returned.
+        """
+        match position:
+            case [int() as records, int() as media]:
+                del self.records[records:], self.media[media:]
+            case _:
+                self.records = [record for record in self.records if record.step <= step]
+                self.media = [medium for medium in self.media if medium.step <= step]
+        self.status = None
+
     def close(self, status: str) -> None:
         """Keeps the status of the first call."""
         if self.status is None:
             self.status = status
+
+
+def _number(value: JSON) -> Any:
+    """Returns a logged number, or array; JSON has no NaN and no infinity, which are texts."""
+    return np.asarray(value, np.float64) if isinstance(value, list) else float(value)  # ty: ignore

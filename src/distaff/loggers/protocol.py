@@ -1,4 +1,4 @@
-"""What a logger is: the three calls a run makes on it, and four that it may take besides."""
+"""What a logger is: the three calls a run makes on it, and six that it may take besides."""
 
 from __future__ import annotations
 
@@ -78,6 +78,33 @@ class MediaLogger(Protocol):
 
     def log_text(self, name: str, text: str, *, step: int) -> None:
         """Records a text, such as a sample of a language model."""
+        ...
+
+
+class ResumingLogger(Protocol):
+    """Continues the log of a run that died after its last checkpoint.
+
+    A logger may have `resume` alone, or both; one without is left alone. A step is not enough to
+    know what a resumed run will log again: of the metrics of one step, some are logged before the
+    checkpoint and some after it. The position is.
+    """
+
+    def position(self) -> JSON:
+        """Returns how far the log has come, in terms of the logger's own.
+
+        A checkpoint keeps it, and `resume` gets it back. What came before has left the process.
+        """
+        ...
+
+    def resume(self, step: int, position: JSON = None) -> None:
+        """Drops what was logged after a checkpoint; called before the first metrics.
+
+        Args:
+            step: completed optimizer updates at the checkpoint. Where no position is given, what
+                was logged for greater steps is dropped, and what belongs to this step stays.
+            position: what `position` returned at the checkpoint. It is not passed to a logger
+                without that method, nor where the checkpoint has none.
+        """
         ...
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -139,6 +140,43 @@ class LoggerContract:
         logger = self.make_logger(tmp_path)
         logger.close("failed")
         assert not self.read_records(logger, tmp_path)
+
+    def test_resume_drops_what_came_after_a_position(self, tmp_path: Path) -> None:
+        """A run goes on from a checkpoint: of its step, some is logged before it, some after."""
+        logger: Any = self.make_logger(tmp_path)
+        if not (hasattr(logger, "resume") and hasattr(logger, "position")):
+            return
+        logger.log_metrics({"loss": 3.0}, step=20, epoch=1)
+        start = logger.position()
+        logger.close("interrupted")
+        assert logger.position() == start
+        logger.log_metrics({"late": 2.0}, step=20, epoch=1)
+        logger.log_metrics({"loss": 9.0}, step=40, epoch=2)
+        logger.resume(20, start)
+        logger.log_metrics({"loss": 1.0}, step=20, epoch=1)
+        assert logger.position() != start
+        logger.close("finished")
+        records = self.read_records(logger, tmp_path)
+        assert records is None or [each.metrics for each in records] == [
+            {"loss": 3.0},
+            {"loss": 1.0},
+        ]
+
+    def test_resume_without_a_position_drops_later_steps(self, tmp_path: Path) -> None:
+        """Steps need not be in order; what belongs to the step itself stays."""
+        logger: Any = self.make_logger(tmp_path)
+        if not (hasattr(logger, "resume") and hasattr(logger, "position")):
+            return
+        logger.resume(0)
+        assert list(tmp_path.iterdir()) == []
+        for step in (20, 60, 40, 10):
+            logger.log_metrics({"loss": 1.0, f"late/{step}": 1.0}, step=step, epoch=1)
+        logger.resume(40)
+        logger.resume(40)
+        logger.log_metrics({"loss": 2.0}, step=60, epoch=1)
+        logger.close("finished")
+        records = self.read_records(logger, tmp_path)
+        assert records is None or [each.step for each in records] == [20, 40, 10, 60]
 
     def _kept(self, metrics: Values) -> dict[str, float]:
         return {name: float(self.number(value)) for name, value in metrics.items()}

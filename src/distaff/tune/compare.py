@@ -179,6 +179,8 @@ class _Contest:
         except NonFiniteError:
             diverged = True
         else:
+            if result.reason == "Ctrl-C":
+                raise KeyboardInterrupt
             found = {n: v for n, v in result.metrics.items() if n.startswith(("val/", "test/"))}
             metrics = {n: float(v) for n, v in found.items() if np.ndim(v) == 0}
         value = np.nan if diverged else watcher.best
@@ -217,6 +219,7 @@ class _Contest:
                 f"{trainer.optimizer!r}. Hand it on: Classifier(model, optimizer=optimizer, "
                 "seed=seed)."
             )
+        trainer.config = dataclasses.replace(trainer.config, resume="never")
         return trainer
 
 

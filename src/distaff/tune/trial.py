@@ -57,7 +57,8 @@ class Task:
                 "Trials are run directories, and make_trainer's trainer has root=None. Set a root."
             )
         seed = trainer.config.seed + seed_offset
-        trainer.config = dataclasses.replace(trainer.config, seed=seed)
+        # A trial that was given up is not gone on with by the next one.
+        trainer.config = dataclasses.replace(trainer.config, seed=seed, resume="never")
         trainer.display = NullDisplay()
         return trainer
 
@@ -129,11 +130,13 @@ class Task:
         finally:
             if trainer.recording.path is not None:
                 suggestion.note(path=str(trainer.recording.path))
+        if result.reason == "Ctrl-C":
+            raise KeyboardInterrupt
         value = None if result.best is None else trainer.monitor.value(result.best.metrics)
         if value is None or not math.isfinite(value):
             suggestion.note(reason=f"the best {trainer.monitor.name} is {value}")
             return "failed", None
-        return result.status, value
+        return ("stopped" if result.status == "interrupted" else result.status), value
 
     def test(self, config: Any, trial: Trial) -> dict[str, Any]:
         """Tests the best model of a trial, and writes the metrics into its run directory.

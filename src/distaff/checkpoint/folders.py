@@ -1,0 +1,152 @@
+"""The names that checkpoints have on disk, and what a save that was cut short leaves there."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+import shutil
+from pathlib import Path
+
+SAVING, EXPIRED, DAMAGED, ABANDONED = ".saving", ".expired", ".damaged", ".abandoned"
+_WHOLE = re.compile(r"step_([0-9]{8,})")
+_LEFT = re.compile(r"step_[0-9]{8,}\.(saving|expired|orbax-checkpoint-tmp.*)")
+_COMMIT_MARKER = "commit_success.txt"
+_log = logging.getLogger("distaff")
+_DIRECTORY_MODE = 0o775  # never writable by everybody, whatever the umask
+
+
+def name_of(step: int) -> str:
+    """Returns the name of a checkpoint's folder.
+
+    Args:
+        step: completed optimizer updates.
+
+    >>> name_of(1200)
+    'step_00001200'
+    """
+    return f"step_{step:08d}"
+
+
+def step_of(folder: Path) -> int | None:
+    """Returns the step of a whole checkpoint, None for any other folder or file.
+
+    Args:
+        folder: a path that need not exist.
+    """
+    name = _WHOLE.fullmatch(folder.name)
+    is_whole = name and name_of(int(name[1])) == folder.name and not folder.is_symlink()
+    return int(name[1]) if name and is_whole and (folder / _COMMIT_MARKER).is_file() else None
+
+
+def steps_in(directory: Path) -> tuple[int, ...]:
+    """Returns the steps that have a folder which looks whole, ascending.
+
+    Args:
+        directory: a path that need not exist.
+    """
+    folders = directory.iterdir() if directory.is_dir() else ()
+    return tuple(sorted(step for step in map(step_of, folders) if step is not None))
+
+
+def make(directory: Path) -> None:
+    """Makes a directory, and those above it, unless it is there.
+
+    Args:
+        directory: its path.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    for missing in reversed(
+        [path for path in (directory, *directory.parents) if not path.exists()]
+    ):
+        missing.mkdir(_DIRECTORY_MODE, exist_ok=True)
+    if not directory.is_dir():
+        raise NotADirectoryError(f"{directory} is a file")
+
+
+def remove_leftovers(directory: Path) -> bool:
+    """Removes what killed saves and removals have left; no other process may be writing here.
+
+    Args:
+        directory: where the checkpoints are.
+
+    Returns:
+        Whether nothing is left. What cannot be removed is logged: it is no reason to end a run.
+    """
+    left = [entry for entry in directory.iterdir() if _LEFT.fullmatch(entry.name)]
+    ours = [entry for entry in left if entry.is_dir() and not entry.is_symlink()]
+    staying = [entry for entry in ours if not _is_removed(entry)]
+    return not staying
+
+
+def remove(folder: Path) -> bool:
+    """Removes a checkpoint.
+
+    Renamed first: a process killed while it removes files must not leave half a checkpoint under
+    the name of a whole one.
+
+    Args:
+        folder: a whole checkpoint.
+
+    Returns:
+        Whether it is gone; else the reason is logged.
+    """
+    try:
+        folder = folder.rename(folder.with_suffix(EXPIRED))
+    except OSError as error:
+        _log.warning("a checkpoint that is no longer needed stays: %s", error)
+        return False
+    return _is_removed(folder)
+
+
+def set_aside(folder: Path, suffix: str = DAMAGED) -> Path:
+    """Renames a checkpoint, so that its step can be saved again; nothing is removed.
+
+    Args:
+        folder: a checkpoint.
+        suffix: what tells why.
+
+    Returns:
+        Where it is now.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    names = (folder.with_suffix(f"{suffix}{count or ''}") for count in itertools.count())
+    return folder.rename(next(name for name in names if not name.exists()))
+
+
+def abandon_after(directory: Path, step: int) -> None:
+    """Puts the checkpoints of later steps aside.
+
+    Args:
+        directory: where the checkpoints are.
+        step: completed optimizer updates.
+    """
+    for later in steps_in(directory):
+        if later > step:
+            path = set_aside(directory / name_of(later), ABANDONED)
+            _log.warning("the checkpoint of step %d is now %s", later, path)
+
+
+def content(directory: Path) -> str:
+    """Returns half a sentence on what is there where a checkpoint was looked for.
+
+    Args:
+        directory: a path that need not exist.
+    """
+    if not directory.is_dir():
+        return "is no directory" if directory.exists() else "does not exist"
+    names = sorted(entry.name for entry in directory.iterdir())
+    return f"holds {', '.join(names[:10]) or 'nothing'}{', ...' if names[10:] else ''}"
+
+
+def _is_removed(folder: Path) -> bool:
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        _log.warning("%s is no longer needed, and cannot be removed: %s", folder, error)
+        return False
+    return True

@@ -1,0 +1,150 @@
+"""Interruption: what asks a run to end in good order, and how the process ends then.
+
+See `docs/decisions/0013-interruption.md`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType
+from typing import Any
+
+import jax
+
+from distaff.agreement import Agreement
+from distaff.duration import Duration, seconds_of
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+_MAX_TIME, _CTRL_C, _SIGTERM = 1, 2, 3
+_CODES: dict[int, int] = {signal.SIGTERM: _SIGTERM, signal.SIGINT: _CTRL_C}
+
+_ENDING: dict[int, bytes] = {
+    signal.SIGTERM: b"\nSIGTERM: the run is saved at the end of this step.\n",
+    signal.SIGINT: b"\nCtrl-C: the run is saved at the end of this step. "
+    b"A second Ctrl-C ends it at once, unsaved.\n",
+}
+
+
+class Interruption:
+    """Listens, while it is entered, to what asks a run to end: SIGTERM, Ctrl-C, and the clock.
+
+    A signal only sets `reason`; whoever polls it ends the run. A second Ctrl-C does what Ctrl-C
+    does without it, such as raise `KeyboardInterrupt`. When it is left, the handlers of before are
+    back, and a SIGTERM that came is sent again: the process ends as it would have, only later. It
+    is not sent again where an exception is on its way, which must be seen.
+
+    Only the main thread may set handlers: in any other, the clock is all that is listened to. A
+    signal that is ignored stays ignored. One inside of another passes its signals on.
+
+    >>> with Interruption(max_time="3h30m") as interruption:
+    ...     while interruption.reason is None:
+    ...         step()
+
+    Args:
+        max_time: the longest a run may last; None for no limit. See `seconds_of`.
+        clock: gives seconds, as `time.monotonic` does.
+
+    Raises:
+        ConfigError: `max_time` is no duration.
+    """
+
+    def __init__(
+        self, *, max_time: Duration | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        seconds = float("inf") if max_time is None else seconds_of(max_time, "max_time")
+        limit = "max_time" if max_time is None else f"max_time={max_time}"
+        self._reasons = (None, limit, "Ctrl-C", "SIGTERM")  # the more urgent, the later
+        self._code = 0
+        self._clock = clock
+        self._deadline = clock() + seconds
+        self._previous: dict[int, Any] = {}
+        self._num_interrupts = 0
+        self._process = os.getpid()
+        self._agreement = Agreement(preempted=_SIGTERM)
+
+    @property
+    def reason(self) -> str | None:
+        """Why this process shall end the run: `"SIGTERM"`, `"Ctrl-C"`, `"max_time=3h30m"`; or None.
+
+        It is cheap enough for every step.
+        """
+        if not self._code and self._clock() >= self._deadline:
+            self._code = _MAX_TIME
+        return self._reasons[self._code]
+
+    def agreed(self) -> str | None:
+        """Returns why all processes shall end the run, the same in all of them at the same call.
+
+        With one process that is `reason`. With several, each must call it equally often, at the
+        same points of the run, such as after every chunk of steps; a reason that only one of them
+        has is then given to all, within seconds where the calls are short.
+
+        Returns:
+            The reason; None while there is none.
+        """
+        own = self._code if self.reason else 0
+        agreed = self._agreement(own)
+        self._code = max(own, agreed)
+        return self._reasons[agreed]
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                # None: a handler that Python did not set, and could not set again.
+                if signal.getsignal(number) not in (None, signal.SIG_IGN):
+                    self._previous[number] = signal.signal(number, self._heard)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        previous, self._previous = self._previous, {}
+        for number, handler in previous.items():
+            if signal.getsignal(number) == self._heard:  # else it is somebody else's by now
+                signal.signal(number, handler)
+        if self._code == _SIGTERM and signal.SIGTERM in previous and kind is None:
+            _send_again(signal.SIGTERM)
+
+    def _heard(self, number: int, frame: FrameType | None) -> None:
+        previous = self._previous.get(number, signal.SIG_DFL)
+        if os.getpid() != self._process:  # a fork, which no run will end
+            _act_as(previous, number, frame)
+            return
+        self._num_interrupts += number == signal.SIGINT
+        if number == signal.SIGINT and self._num_interrupts > 1:
+            _act_as(previous, number, frame)
+            return
+        outer = getattr(previous, "__self__", None)
+        if isinstance(outer, Interruption):
+            outer._heard(number, frame)  # which tells the user
+        elif self._code < _CODES[number]:
+            with suppress(OSError):  # not print: a handler may interrupt a print
+                os.write(2, _ENDING[number])
+        self._code = max(self._code, _CODES[number])
+
+
+def _act_as(handler: Any, number: int, frame: FrameType | None) -> None:
+    """Does what another handler does with a signal."""
+    if callable(handler):
+        handler(number, frame)
+    else:
+        signal.signal(number, handler)
+        signal.raise_signal(number)
+
+
+def _send_again(number: signal.Signals) -> None:
+    """Sends a signal to this process, which ends it unless somebody has set a handler."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):  # none, or closed
+            stream.flush()
+    is_fatal = signal.getsignal(number) == signal.SIG_DFL
+    if is_fatal and jax.distributed.is_initialized():
+        jax.distributed.shutdown()  # waits for the others, whom the end of this one would abort
+    signal.raise_signal(number)
+    if is_fatal:  # The first process of a container survives: the kernel spares it.
+        os._exit(128 + number)

@@ -1,0 +1,205 @@
+"""Resume: what a checkpoint holds of a run beside its state, and how a run goes on from it.
+
+A checkpoint is made at one of three places: within an epoch's steps, at a `Pause`; after them,
+before they are validated; or at the epoch's end. What follows it is done again by the run that
+resumes, and the log is cut to where it stood.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from distaff.callbacks import StepInfo
+from distaff.checkpoint import Store
+from distaff.errors import CheckpointError
+from distaff.events import Interrupted, Pause
+from distaff.forms import continued
+from distaff.metrics import as_json, compute
+from distaff.predictor import EVALUATION_PARAMS
+from distaff.report import Report
+from distaff.tally import Tally
+from distaff.trainer_config import Best, TrainResult
+from distaff.training import Training
+
+_log = logging.getLogger("distaff")
+
+
+class Resumable(Training):
+    """A training that can be saved at any step, and goes on from where it was saved."""
+
+    def save(self, facts: Mapping[str, Any]) -> None:
+        """Hands the arrays of the state, and what else a resume needs, to the store.
+
+        With the members of the state go, where they differ from its `params`, the parameters to
+        evaluate with: a model is loaded without its optimizer.
+        """
+        state, evaluated = self.ready_state(), self.evaluation_state()
+        differ = evaluated is not state
+        arrays = {EVALUATION_PARAMS: evaluated.params} if differ else {}
+        with self.ledger.spent("checkpoint"):
+            info = {**facts, EVALUATION_PARAMS: differ}
+            self.recording.store.save(self.step, {**state.arrays(), **arrays}, info)
+        self.unsaved = None
+
+    def load_model(self) -> None:
+        """Loads the best checkpoint of this run, whole; the newest where none is the best.
+
+        Raises:
+            StateError: nothing has been trained yet.
+        """
+        self.check_run()
+        store = self.recording.store
+        store.wait()
+        step = self.best.step if self.best else store.latest()
+        if step is not None:
+            self.restore(store, step, tuple(self.ready_state().arrays()))
+
+    def pausing(self) -> bool:
+        """Whether the run is to be saved after this chunk."""
+        return self.interruption.agreed() is not None
+
+    def pause(self, event: Pause) -> None:
+        """Saves the run within an epoch, and ends it."""
+        self.tally.pause(event)
+        self.save(facts(self, {}, None))
+        raise Interrupted(self.interruption.reason)
+
+    def end_steps(self) -> dict[str, Any]:
+        """Ends the steps of an epoch; from here on it can be saved as it is now."""
+        self.tally.rows, self.tally.is_trained = None, True
+        self.unsaved = facts(self, {}, None)
+        return compute(self.tally.total or {}, "train/")
+
+    def go_on(self) -> StepInfo | None:
+        """Goes to where a resumed run was saved; returns what `on_checkpoint` was told there."""
+        saved, found = None, self.recording.found
+        if found is not None:
+            saved = restore(self, self.recording.store, found.step)
+            self.recording.confirm(self.run_record)
+            self._show(found.text(self.epoch))
+        self.first_step, self.reached = self.step, (self.step, self.epoch)
+        return saved
+
+    @property
+    def epoch_to_train(self) -> int:
+        """The first epoch that is not done."""
+        return self.tally.epoch
+
+    def end_early(self, interrupted: Interrupted) -> dict[str, Any]:
+        """Saves what is not saved yet of a run that ends before its time; returns its metrics."""
+        if self.unsaved is not None:
+            self.save(self.unsaved)
+        self.interrupted_by = str(interrupted)
+        self._show(f"interrupted by {interrupted} at step {self.step}: start it again to go on")
+        return self.last_metrics
+
+    def keep_form(self, facts: Any) -> None:
+        """Takes over the form of the steps that a run has chosen before it was interrupted."""
+        self.forms = self._steps.forms = continued(self.forms, facts)
+
+    def result(self, metrics: dict[str, Any]) -> TrainResult:
+        """Returns how a run that came to its end stands."""
+        return TrainResult(
+            status=self._status(),
+            reason=self.interrupted_by or self.stop_reason or "",
+            step=self.reached[0],
+            epoch=self.reached[1],
+            metrics=metrics,
+            best=self.best,
+            path=self.recording.path,
+        )
+
+    def _status(self) -> str:
+        if self.interrupted_by:
+            return "interrupted"
+        return self.callbacks.stop_status if self.stop_reason else "finished"
+
+    def outcome(self) -> dict[str, Any]:
+        """Returns what `result` does, as it is written into the run's status."""
+        facts = self.result(self.last_metrics)._asdict()
+        del facts["path"]
+        best = None if self.best is None else self.best._asdict()
+        report, form = self.report or Report(self.ledger.read()), self.forms.facts()
+        return {**facts, "best": best, "steps_per_call": form, "throughput": report.facts()}
+
+
+def facts(run: Any, metrics: Mapping[str, Any], is_best: bool | None) -> dict[str, Any]:
+    """Returns what a resume needs beside the arrays, as strict JSON.
+
+    Args:
+        run: the trainer.
+        metrics: of the validation before it, at the end of an epoch.
+        is_best: whether that found the best model; None elsewhere than at the end of an epoch.
+    """
+    best, val_loader = run.best, run.plan.val_loader
+    return {
+        "step": run.step,
+        "epoch": run.epoch,
+        "metrics": as_json(metrics),
+        "best_step": None if best is None else best.step,
+        "best": None if best is None else {**best._asdict(), "metrics": as_json(best.metrics)},
+        "is_best": is_best,
+        "tally": run.tally.to_json(),
+        "last_metrics": as_json(run.last_metrics),
+        "begun_at": list(run.begun_at),
+        "stop": [run.callbacks.stop_reason, run.callbacks.stop_status],
+        "loader": dict(run.feeds.position(run.plan.train_loader)),
+        "val_loader": None if val_loader is None else dict(run.feeds.position(val_loader)),
+        "callbacks": [callback.get_state() for callback in run.callbacks.callbacks],
+        "logger": run.recording.logger.position(),
+        "steps_per_call": run.forms.facts(),
+    }
+
+
+def restore(run: Any, store: Store, step: int) -> StepInfo | None:
+    """Puts a run where it was when a checkpoint was made.
+
+    Args:
+        run: a trainer that is ready for its first step.
+        store: where the checkpoint is.
+        step: which one.
+
+    Returns:
+        What `on_checkpoint` was told; None where the checkpoint is not of an epoch's end.
+
+    Raises:
+        CheckpointError: it cannot be read, or is of another model or another data set.
+    """
+    info = store.info(step)
+    run.restore(store, step, tuple(run.ready_state().arrays()))
+    try:
+        run.tally = Tally.from_json(info["tally"], run._steps.columns)
+        run.begun_at = tuple(map(int, info["begun_at"]))
+        run.best = None if info["best"] is None else Best(**_numbers(info["best"]))
+        run.last_metrics = _numbers(info["last_metrics"])
+        run.callbacks.stop_reason, run.callbacks.stop_status = info["stop"]
+        for callback, state in zip(run.callbacks.callbacks, info["callbacks"], strict=True):
+            callback.set_state(state)
+        run.plan.train_loader.set_state(info["loader"])
+        if run.plan.val_loader is not None and info["val_loader"] is not None:
+            run.plan.val_loader.set_state(info["val_loader"])
+        run.keep_form(info["steps_per_call"])
+        run.recording.logger.resume(step, info["logger"])
+        is_best, metrics = info["is_best"], _numbers(info["metrics"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"The run cannot go on from its checkpoint of step {step}: {error}. Start it with the "
+            "code, the data and the callbacks that it was started with, or anew: resume='never'."
+        ) from error
+    if is_best is None:
+        return None
+    run.tally = Tally(run.tally.epoch + 1)
+    return run.info(metrics, is_best)
+
+
+def _numbers(value: Any) -> Any:
+    """Returns what `as_json` was made of: text is what JSON has no number for."""
+    if isinstance(value, Mapping):
+        return {name: _numbers(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return np.asarray(value, np.float64)
+    return float(value) if isinstance(value, str) else value
