@@ -113,7 +113,9 @@ def continued(forms: Forms, facts: Any) -> Forms:
     """
     if isinstance(forms, Fixed) or facts.get("why") not in ("measured", "remembered"):
         return forms
-    return _recalled(facts, _MAX_STEPS) or forms
+    capacity = facts.get("capacity")
+    is_known = isinstance(capacity, int) and 1 <= capacity <= _MAX_STEPS
+    return (_recalled(facts, capacity) if is_known else None) or forms
 
 
 def convolves(jaxpr: Any) -> bool:

@@ -79,11 +79,11 @@ def steps(
         step += chunk.num_steps
         yield ChunkEnd(step, chunk.num_steps, state, metrics, chunk.examples)
         yield from readout.add(strip, step)
+        if stopping():
+            break
         if pausing():
             yield from readout.due()
             yield Pause(step, readout.left())
-        if stopping():
-            break
     yield from readout.rest()
 
 

@@ -240,7 +240,9 @@ class Predictor:
     @classmethod
     def recorded_options(cls, record: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the keyword arguments of the constructor that a run's record holds."""
-        return dict(vars(from_json(cls.Config, record["options"])))
+        options = dict(vars(from_json(cls.Config, record["options"])))
+        # How long that run might last, and what it went on from, is no matter of this one.
+        return {name: x for name, x in options.items() if name not in ("resume", "max_time")}
 
     def restore(self, store: Store, step: int, members: Iterable[str]) -> None:
         """Replaces members of the state by those of a checkpoint.

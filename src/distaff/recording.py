@@ -162,8 +162,8 @@ class DirectoryRecording:
         self.found = self._look(store, changes)
         if self.found is None:
             self.confirm(record)
-        self.directory.write_environment()
         self.directory.set_status("running")
+        self.directory.write_environment()
         for name, content in texts.items():
             self.directory.write_text(name, content)
         self._closing.enter_context(self.directory.open_log())
@@ -179,15 +179,17 @@ class DirectoryRecording:
             self._lock.enter_context(locked(self.directory.location))
             return []
         for path in self.directory.unfinished():
-            old = _record_in(path)
-            if old.get("first_epoch") != record["first_epoch"] or _has_only_failed(path):
+            place = self.directory.location_of(path)
+            old = _record_in(place)
+            if old.get("first_epoch") != record["first_epoch"] or _has_only_failed(place):
                 continue
             try:
-                self._lock.enter_context(locked(path))
+                self._lock.enter_context(locked(place))
             except RunInUseError:
                 if self._resume == "auto":
                     continue
                 raise
+            _check_links(place)
             self.directory.take(path)
             self._is_taken = True
             return _changes(old, record)
@@ -224,10 +226,10 @@ class DirectoryRecording:
         Raises:
             CheckpointError: the last checkpoint could not be written; the status is then `failed`.
         """
-        if not self.directory.created:
-            self.logger.close(status)
-            return
         with self._lock:  # until the status says that the run is over
+            if not self.directory.created:
+                self.logger.close(status)
+                return
             _log.info("%s at step %s", status, facts.get("step"))
             try:
                 with self._closing as closing:
@@ -248,6 +250,22 @@ def _record_in(path: Path) -> Mapping[str, Any]:
         _log.warning("%s cannot be continued: %s", path, error)
         return {}
     return record if isinstance(record, Mapping) else {}
+
+
+def _check_links(path: Path) -> None:
+    """Refuses to write where a link leads elsewhere; removes what a killed write has left.
+
+    Raises:
+        RunDirectoryError: something that a run writes is a link.
+    """
+    for name in ("checkpoints", "metrics", *(entry.name for entry in path.iterdir())):
+        if (path / name).is_symlink():
+            raise RunDirectoryError(
+                f"A run writes into its own directory; {str(path / name)!r} is a link out of it. "
+                "Remove it, or begin a new run: resume='never'."
+            )
+    for left in (*path.glob(".*.tmp"), *path.glob("metrics/.*.tmp")):
+        left.unlink(missing_ok=True)
 
 
 def _has_only_failed(path: Path) -> bool:

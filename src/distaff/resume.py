@@ -24,6 +24,7 @@ from distaff.report import Report
 from distaff.tally import Tally
 from distaff.trainer_config import Best, TrainResult
 from distaff.training import Training
+from distaff.vitals import all_finite
 
 _log = logging.getLogger("distaff")
 
@@ -36,7 +37,12 @@ class Resumable(Training):
 
         With the members of the state go, where they differ from its `params`, the parameters to
         evaluate with: a model is loaded without its optimizer.
+
+        Raises:
+            NonFiniteError: a parameter is NaN or infinite; such a model is never kept.
         """
+        if not all_finite(self.ready_state().params):
+            raise self.not_finite("A parameter", self.step)
         state, evaluated = self.ready_state(), self.evaluation_state()
         differ = evaluated is not state
         arrays = {EVALUATION_PARAMS: evaluated.params} if differ else {}
@@ -143,6 +149,7 @@ def facts(run: Any, metrics: Mapping[str, Any], is_best: bool | None) -> dict[st
         "best_step": None if best is None else best.step,
         "best": None if best is None else {**best._asdict(), "metrics": as_json(best.metrics)},
         "is_best": is_best,
+        "provisional": is_best is None,
         "tally": run.tally.to_json(),
         "last_metrics": as_json(run.last_metrics),
         "begun_at": list(run.begun_at),
@@ -173,9 +180,13 @@ def restore(run: Any, store: Store, step: int) -> StepInfo | None:
     run.restore(store, step, tuple(run.ready_state().arrays()))
     try:
         run.tally = Tally.from_json(info["tally"], run._steps.columns)
-        run.begun_at = tuple(map(int, info["begun_at"]))
-        run.best = None if info["best"] is None else Best(**_numbers(info["best"]))
-        run.last_metrics = _numbers(info["last_metrics"])
+        first_step, first_epoch = info["begun_at"]
+        run.begun_at = int(first_step), int(first_epoch)
+        best = info["best"]
+        # One that is no longer there, after going back to an earlier step, cannot be loaded.
+        is_kept = best is not None and best["step"] in store.steps()
+        run.best = _best(best) if is_kept else None
+        run.last_metrics = dict(_numbers(info["last_metrics"]))
         run.callbacks.stop_reason, run.callbacks.stop_status = info["stop"]
         for callback, state in zip(run.callbacks.callbacks, info["callbacks"], strict=True):
             callback.set_state(state)
@@ -184,8 +195,8 @@ def restore(run: Any, store: Store, step: int) -> StepInfo | None:
             run.plan.val_loader.set_state(info["val_loader"])
         run.keep_form(info["steps_per_call"])
         run.recording.logger.resume(step, info["logger"])
-        is_best, metrics = info["is_best"], _numbers(info["metrics"])
-    except (KeyError, TypeError, ValueError) as error:
+        is_best, metrics = info["is_best"], dict(_numbers(info["metrics"]))
+    except Exception as error:  # a callback of the user's own may fail in its own way
         raise CheckpointError(
             f"The run cannot go on from its checkpoint of step {step}: {error}. Start it with the "
             "code, the data and the callbacks that it was started with, or anew: resume='never'."
@@ -194,6 +205,10 @@ def restore(run: Any, store: Store, step: int) -> StepInfo | None:
         return None
     run.tally = Tally(run.tally.epoch + 1)
     return run.info(metrics, is_best)
+
+
+def _best(value: Mapping[str, Any]) -> Best:
+    return Best(int(value["step"]), int(value["epoch"]), dict(_numbers(value["metrics"])))
 
 
 def _numbers(value: Any) -> Any:

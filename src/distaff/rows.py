@@ -59,11 +59,14 @@ class Columns:
         return self._structure.unflatten(leaves)
 
     def like(self, leaves: Sequence[np.ndarray]) -> dict[str, Metric]:
-        """Returns metrics of the structure of a step's, with other leaves.
+        """Returns merged metrics with these leaves: float64, in the shapes of a step's.
 
         Raises:
-            ValueError: their number is another.
+            ValueError: they are of another form.
         """
+        forms = [(leaf.dtype, leaf.shape) for leaf in leaves]
+        if forms != [(np.dtype(np.float64), shape) for shape, _ in self._forms]:
+            raise ValueError(f"the metrics of a step are not of the form {forms}")
         return self._structure.unflatten(leaves)
 
     def strip_rows(self, log_every: int) -> int:

@@ -241,6 +241,10 @@ class RunDirectory:
         """Takes a version that is there already for its own, such as one of `unfinished`."""
         self._path = path
 
+    def location_of(self, path: Path) -> Path:
+        """Returns the absolute path of a version, such as one of `unfinished`."""
+        return self._origin / path
+
     def _starts(self, now: str) -> tuple[str, int]:
         """Returns when the run started first, and how often it did, as far as that was noted."""
         before = None

@@ -62,7 +62,7 @@ class Tally:
         """
         total, rows = value["total"], value["rows"]
         rows = None if rows is None else _unpacked(rows)
-        if rows is not None and rows.shape[1:] != (columns.width,):
+        if rows is not None and (rows.dtype, rows.shape[1:]) != (np.uint32, (columns.width,)):
             raise ValueError(f"a step has {columns.width} numbers, not {rows.shape[1:]}")
         total = None if total is None else columns.like([_unpacked(leaf) for leaf in total])
         return cls(int(value["epoch"]), int(value["steps"]), bool(value["is_trained"]), total, rows)

@@ -32,7 +32,6 @@ from distaff.step import EvalFn, EvalStep
 from distaff.step import train_step as make_train_step
 from distaff.trainer_config import Best, TrainResult
 from distaff.typing import Batch, Params
-from distaff.vitals import all_finite
 
 
 class TrainerModule(Resumable):
@@ -177,6 +176,8 @@ class TrainerModule(Resumable):
             return self._finish(test_loader)
         except Interrupted as reason:
             return self.end_early(reason)
+        finally:
+            self.unsaved = None
 
     def train_epoch(self, train_loader: Loader, epoch: int) -> dict[str, Any]:
         """Trains on the batches of one epoch.
@@ -261,8 +262,6 @@ class TrainerModule(Resumable):
             StateError: nothing has been trained yet.
         """
         self.check_run()
-        if not all_finite(self.ready_state().params):
-            raise self.not_finite("A parameter", self.step)
         if is_best:
             self.best = Best(self.step, self.epoch, dict(metrics))
         self.save(facts(self, metrics, is_best))

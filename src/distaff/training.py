@@ -206,7 +206,7 @@ class Training(Predictor):
 
     def begin_epoch(self, epoch: int) -> None:
         """Counts a new epoch, or goes on with one."""
-        self.epoch = epoch
+        self.epoch, self.unsaved = epoch, None
         if self.tally.epoch != epoch:
             self.tally = Tally(epoch)
         self._epoch_start = time.perf_counter()

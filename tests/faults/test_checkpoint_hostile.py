@@ -6,12 +6,13 @@ The folders have no manifest, or one that fits them: a checksum is no proof of g
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import pickle
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,19 @@ from distaff.errors import CheckpointError
 # Where one array cannot be opened, Orbax does not wait for the others.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning"),
     pytest.mark.timeout(60),
 ]
 
 X = {"x": np.zeros(3, np.float32)}
 INFO = manifest.INFO_FILE
+
+
+@pytest.fixture(scope="module", autouse=True)
+def leftovers() -> Iterator[None]:
+    """Collects what Orbax has left behind here, and not in a test that comes later."""
+    yield
+    gc.collect()
 
 
 class Bomb:

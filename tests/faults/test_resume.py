@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 from distaff import data, tasks, zoo
-from distaff.errors import CheckpointError
+from distaff.checkpoint import CheckpointStore
+from distaff.errors import CheckpointError, RunDirectoryError
 
 SCRIPT = Path(__file__).with_name("resumed_run.py")
 NUM_KILLS = int(os.environ.get("DISTAFF_CHAOS_KILLS", "4"))
@@ -224,6 +225,43 @@ def test_run_that_cannot_go_on_says_why_and_stays_as_it_was(tmp_path: Path) -> N
         trained(tmp_path, epochs=2, resume=3)
     assert (run / "config.json").read_bytes() == config
     assert trained(tmp_path, epochs=2, resume="must").step == 4
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "log.txt", "checkpoints", "metrics"])
+def test_run_does_not_write_where_a_link_leads(name: str, tmp_path: Path) -> None:
+    run = trained(tmp_path / "runs", epochs=2).path
+    (run / "status.json").write_text('{"status": "interrupted"}')
+    outside = (run / name).rename(tmp_path / "outside")
+    (run / name).symlink_to(outside)
+    before = {path: path.stat().st_mtime_ns for path in (outside, *outside.rglob("*"))}
+    with pytest.raises(RunDirectoryError, match="is a link out of it"):
+        trained(tmp_path / "runs", epochs=3)
+    assert {path: path.stat().st_mtime_ns for path in (outside, *outside.rglob("*"))} == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"loader": []},
+        {"steps_per_call": []},
+        {"begun_at": []},
+        {"begun_at": [float("inf"), 0]},
+        {"best": 5},
+        {"last_metrics": [1]},
+        {"callbacks": [{}]},
+        {"tally": {}},
+        {"stop": None},
+    ],
+)
+def test_checkpoint_with_hostile_facts_is_refused(
+    change: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trained(tmp_path, epochs=1).path
+    (run / "status.json").write_text('{"status": "interrupted"}')
+    info = {**CheckpointStore(run / "checkpoints").info(2), **change}
+    monkeypatch.setattr(CheckpointStore, "info", lambda self, step: info)
+    with pytest.raises(CheckpointError, match="cannot go on from its checkpoint of step 2"):
+        trained(tmp_path, epochs=2)
 
 
 def test_run_that_lives_is_left_alone(tmp_path: Path) -> None:

@@ -197,3 +197,27 @@ def test_check_failure_waits_for_no_lock(tmp_path: Path) -> None:
     with store._writer._changed:
         store.check_failure()
     store.close()
+
+
+def test_provisional_checkpoint_goes_with_the_next_one_and_counts_as_none(tmp_path: Path) -> None:
+    with CheckpointStore(tmp_path, keep_last=2) as store:
+        for step in (1, 2, 3, 4):
+            store.save(step, {"x": np.ones(3)}, {"provisional": step >= 3})
+            store.wait()
+    assert store.steps() == (1, 2, 4)
+    with CheckpointStore(tmp_path, keep_last=2) as again:
+        assert again.newest_valid() == (4, [])
+        again.save(5, {"x": np.ones(3)}, {})
+        again.wait()
+    assert again.steps() == (2, 5)
+
+
+def test_newest_step_is_replaced_where_there_is_more_to_tell(tmp_path: Path) -> None:
+    with CheckpointStore(tmp_path) as store:
+        store.save(1, {"x": np.ones(3)}, {"provisional": True})
+        store.wait()
+        store.save(1, {"x": np.ones(3)}, {"best_step": 1})
+    assert (store.steps(), store.info(1)) == ((1,), {"best_step": 1})
+    assert [entry.name for entry in tmp_path.iterdir()] == ["step_00000001"]
+    (tmp_path / "step_00000001").rename(tmp_path / "step_00000001.replaced")
+    assert CheckpointStore(tmp_path).newest_valid() == (1, [])

@@ -1,9 +1,10 @@
-"""What is said of a checkpoint that could not be written."""
+"""What is said of a checkpoint that could not be written, or cannot be read."""
 
 from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from distaff.errors import CheckpointError
@@ -29,6 +30,24 @@ def not_written(path: Path, error: BaseException) -> CheckpointError:
         f"The checkpoint {path} was not written: {error}. The ones before it are untouched. "
         f"{_remedy(error)}, and save again."
     )
+
+
+def unreadable(path: Path, problem: Exception | str, steps: Sequence[int]) -> CheckpointError:
+    """Returns the error that names a checkpoint, what is wrong with it, and those beside it.
+
+    Args:
+        path: its folder.
+        problem: what is wrong.
+        steps: of the checkpoints that are there.
+    """
+    return CheckpointError(
+        f"The checkpoint {path} cannot be read: {problem}. Load another one. {known(steps)}"
+    )
+
+
+def known(steps: Sequence[int]) -> str:
+    """Returns a sentence on the steps that have a checkpoint."""
+    return f"Steps that are there: {', '.join(map(str, steps)) or 'none'}."
 
 
 def _remedy(error: BaseException) -> str:

@@ -8,9 +8,10 @@ import re
 import shutil
 from pathlib import Path
 
-SAVING, EXPIRED, DAMAGED, ABANDONED = ".saving", ".expired", ".damaged", ".abandoned"
+SAVING, EXPIRED, REPLACED = ".saving", ".expired", ".replaced"
+DAMAGED, ABANDONED = ".damaged", ".abandoned"
 _WHOLE = re.compile(r"step_([0-9]{8,})")
-_LEFT = re.compile(r"step_[0-9]{8,}\.(saving|expired|orbax-checkpoint-tmp.*)")
+_LEFT = re.compile(r"step_[0-9]{8,}\.(saving|expired|replaced|orbax-checkpoint-tmp.*)")
 _COMMIT_MARKER = "commit_success.txt"
 _log = logging.getLogger("distaff")
 _DIRECTORY_MODE = 0o775  # never writable by everybody, whatever the umask
@@ -99,6 +100,34 @@ def remove(folder: Path) -> bool:
         _log.warning("a checkpoint that is no longer needed stays: %s", error)
         return False
     return _is_removed(folder)
+
+
+def replace(folder: Path, new: Path) -> None:
+    """Puts a checkpoint in the place of another; one of the two is there whatever happens.
+
+    Args:
+        folder: a whole checkpoint.
+        new: one that is whole, elsewhere.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    old = folder.rename(folder.with_suffix(REPLACED))
+    new.rename(folder)
+    _is_removed(old)
+
+
+def restore_replaced(directory: Path) -> None:
+    """Gives checkpoints their names back whose replacement was cut short.
+
+    Args:
+        directory: where the checkpoints are; it need not exist.
+    """
+    for old in directory.glob(f"step_*{REPLACED}"):
+        folder = old.with_suffix("")
+        if not old.is_symlink() and not folder.exists():
+            _log.warning("the checkpoint %s is there again: its replacement was cut short", folder)
+            old.rename(folder)
 
 
 def set_aside(folder: Path, suffix: str = DAMAGED) -> Path:

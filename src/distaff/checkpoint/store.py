@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from distaff.checkpoint import arrays, folders, manifest
-from distaff.checkpoint.failure import not_written
+from distaff.checkpoint.failure import known, not_written, unreadable
 from distaff.checkpoint.retention import best_steps, expired
 from distaff.checkpoint.snapshot import num_bytes, taken
 from distaff.checkpoint.writer import Save, Writer
@@ -32,6 +32,9 @@ class CheckpointStore:
     ones are best, the run says: `info["best_steps"]`, best first, or the single `info["best_step"]`
     of the newest checkpoint. Nothing is written before the first save. Close the store, or use it
     in a `with` statement: Python may end before a save in the background does.
+
+    One whose `info["provisional"]` is true is kept until the next one is there, and counts as none
+    of the last.
 
     Saves are written one after the other. One that would be removed before its turn comes, because
     newer ones wait behind it, is not written at all: a loop that saves faster than the disk writes
@@ -66,6 +69,7 @@ class CheckpointStore:
         self.directory = Path(directory).expanduser().absolute()
         self.keep_last, self.keep_every = keep_last, keep_every
         self._damaged: frozenset[int] = frozenset()
+        self._provisional: frozenset[int] = frozenset()
         self._is_tidy = False
         self._writer = Writer(self._write)
         arrays.import_early()
@@ -112,6 +116,9 @@ class CheckpointStore:
         if self._writer.held_bytes > _MAX_HELD_BYTES:
             self.wait()
         save = Save(step, taken(leaves), strict_info, num_bytes(leaves))
+        self._provisional -= {step}
+        if strict_info.get("provisional"):
+            self._provisional |= {step}
         waiting = {*self._undamaged(), *self._writer.steps(), step}
         self._writer.put(save, kept=waiting.difference(self._expired(waiting, strict_info)))
         return path
@@ -155,10 +162,13 @@ class CheckpointStore:
             The step, None where none passes; and a sentence for each one that was passed over,
             newest first. Nothing is removed.
         """
+        folders.restore_replaced(self.directory)
         skipped = []
         for step in reversed(self.steps()):
             problem = self.check(step)
             if problem is None:
+                if self.info(step).get("provisional"):
+                    self._provisional |= {step}
                 return step, skipped
             skipped.append(f"The checkpoint {self._path(step)} cannot be read: {problem}.")
         return None, skipped
@@ -176,7 +186,7 @@ class CheckpointStore:
         try:
             info = manifest.read_info(self._path(step))
         except (OSError, ValueError) as error:
-            raise self._unreadable(step, error) from error
+            raise unreadable(self._path(step), error, self.steps()) from error
         return {key: value for key, value in info.items() if key != manifest.FORMAT_KEY}
 
     def load(self, step: int, abstract: Mapping[str, PyTree]) -> dict[str, PyTree]:
@@ -205,7 +215,7 @@ class CheckpointStore:
                 "or load another checkpoint."
             ) from None
         except Exception as error:
-            raise self._unreadable(step, error) from error
+            raise unreadable(self._path(step), error, self.steps()) from error
 
     def check_failure(self) -> None:
         """Tells of a save that failed in the background; costs nothing where none did.
@@ -244,16 +254,17 @@ class CheckpointStore:
 
     def _is_saved(self, step: int, info: Mapping[str, Any]) -> bool:
         """Whether a checkpoint is written, or waits to be, with just this info."""
-        waiting = self._writer.info(step)
-        return (self.info(step) if waiting is None else waiting) == info
+        return (self._writer.info(step) or self.info(step)) == info
 
     def _undamaged(self) -> set[int]:
         return {*self.steps()} - self._damaged
 
     def _expired(self, steps: set[int], info: Mapping[str, Any]) -> tuple[int, ...]:
-        return expired(
-            steps, keep_last=self.keep_last, best=best_steps(info), keep_every=self.keep_every
-        )
+        """Returns what is no longer needed: provisional ones go as soon as there is a newer one."""
+        lasting, best = steps - self._provisional, best_steps(info)
+        passed = (steps & self._provisional) - {max(steps, default=0)}
+        gone = expired(lasting, keep_last=self.keep_last, best=best, keep_every=self.keep_every)
+        return (*passed, *gone)
 
     def _write(self, save: Save) -> None:
         """Writes a checkpoint, then removes those that are no longer needed. In the background."""
@@ -276,8 +287,10 @@ class CheckpointStore:
     def _put_in_place(self, unfinished: Path, step: int) -> None:
         path = self._path(step)
         if step in self.steps() and step not in self._damaged:
-            folders.remove(path)  # this save has more to tell
-        elif step in self._damaged and path.exists():
+            folders.replace(path, unfinished)  # this save has more to tell
+            manifest.sync_directory(self.directory)
+            return
+        if step in self._damaged and path.exists():
             _log.warning("the damaged checkpoint of step %d is %s", step, folders.set_aside(path))
             self._damaged -= {step}
         unfinished.rename(path)
@@ -305,21 +318,12 @@ class CheckpointStore:
     def _verify(self, step: int, *names: str) -> None:
         if step not in self.steps():
             raise CheckpointError(
-                f"There is no checkpoint of step {step} in {self.directory}. {self._known()}"
+                f"There is no checkpoint of step {step} in {self.directory}. {known(self.steps())}"
             )
         problem = manifest.damage(self._path(step), *names)
         if problem is not None:
             self._damaged |= {step}
-            raise self._unreadable(step, problem)
-
-    def _unreadable(self, step: int, problem: Exception | str) -> CheckpointError:
-        return CheckpointError(
-            f"The checkpoint {self._path(step)} cannot be read: {problem}. "
-            f"Load another one. {self._known()}"
-        )
-
-    def _known(self) -> str:
-        return f"Steps that are there: {', '.join(map(str, self.steps())) or 'none'}."
+            raise unreadable(self._path(step), problem, self.steps())
 
 
 def forget_after(store: CheckpointStore, step: int) -> None:
