@@ -22,10 +22,9 @@ from distaff.checkpoint import CheckpointStore
 from distaff.errors import CheckpointError, RunDirectoryError
 
 SCRIPT = Path(__file__).with_name("resumed_run.py")
-NUM_KILLS = int(os.environ.get("DISTAFF_CHAOS_KILLS", "4"))
-NUM_TERMS = int(os.environ.get("DISTAFF_CHAOS_TERMS", "3"))
-STEPS_PER_CALL = [4, "auto"] if NUM_KILLS < 10 else [1, 4, "auto"]
-SEED = int(os.environ.get("DISTAFF_CHAOS_SEED", "0"))
+NUM_KILLS, NUM_TERMS = 4, 3
+SEEDS = range(int(os.environ.get("DISTAFF_CHAOS_RUNS", "1")))  # `make chaos` asks for more
+STEPS_PER_CALL = [4, "auto"] if len(SEEDS) == 1 else [1, 4, "auto"]
 
 
 def start(root: Path, **options: Any) -> subprocess.Popen[str]:
@@ -117,10 +116,10 @@ def moments(rng: random.Random, process: Any, root: Path) -> None:
 
 
 def interrupted(
-    root: Path, number: int, stop: Callable[[Any], None], **options: Any
+    root: Path, seed: int, number: int, stop: Callable[[Any], None], **options: Any
 ) -> Iterator[int]:
     """Starts a run and stops it, again and again; yields each return code."""
-    rng = random.Random(f"{SEED} {number}")
+    rng = random.Random(f"{seed} {number}")
     for _ in range(number):
         process = start(root, **options)
         moments(rng, process, root)
@@ -144,20 +143,22 @@ def went_on_to_its_end(root: Path, **options: Any) -> dict[str, Any]:
     return ended(root, **options)
 
 
+@pytest.mark.parametrize("seed", SEEDS)
 def test_killed_again_and_again_it_ends_as_a_run_that_never_was(
-    clean: dict[str, Any], tmp_path: Path
+    clean: dict[str, Any], seed: int, tmp_path: Path
 ) -> None:
-    codes = list(interrupted(tmp_path, NUM_KILLS, lambda p: p.kill(), **clean["options"]))
+    codes = list(interrupted(tmp_path, seed, NUM_KILLS, lambda p: p.kill(), **clean["options"]))
     assert set(codes) <= {-signal.SIGKILL, 0}
     assert -signal.SIGKILL in codes
     assert_equal(went_on_to_its_end(tmp_path, **clean["options"]), clean)
 
 
+@pytest.mark.parametrize("seed", SEEDS)
 def test_asked_to_end_it_saves_and_ends_as_a_run_that_never_was(
-    clean: dict[str, Any], tmp_path: Path
+    clean: dict[str, Any], seed: int, tmp_path: Path
 ) -> None:
     steps = []
-    for code in interrupted(tmp_path, NUM_TERMS, lambda p: p.terminate(), **clean["options"]):
+    for code in interrupted(tmp_path, seed, NUM_TERMS, lambda p: p.terminate(), **clean["options"]):
         assert code in (-signal.SIGTERM, 0)
         found = status(tmp_path)
         steps.append(found["step"])
