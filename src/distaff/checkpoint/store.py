@@ -167,8 +167,7 @@ class CheckpointStore:
         for step in reversed(self.steps()):
             problem = self.check(step)
             if problem is None:
-                if self.info(step).get("provisional"):
-                    self._provisional |= {step}
+                self._provisional |= {step} if self.info(step).get("provisional") else set()
                 return step, skipped
             skipped.append(f"The checkpoint {self._path(step)} cannot be read: {problem}.")
         return None, skipped
@@ -254,7 +253,8 @@ class CheckpointStore:
 
     def _is_saved(self, step: int, info: Mapping[str, Any]) -> bool:
         """Whether a checkpoint is written, or waits to be, with just this info."""
-        return (self._writer.info(step) or self.info(step)) == info
+        waiting = self._writer.info(step)
+        return info == (self.info(step) if waiting is None else waiting)
 
     def _undamaged(self) -> set[int]:
         return {*self.steps()} - self._damaged
