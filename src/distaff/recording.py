@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from distaff import config
-from distaff.checkpoint import CheckpointStore, MemoryStore, NullStore, Store, forget_after
+from distaff.checkpoint import CheckpointStore, MemoryStore, NullStore, Store, forget_after, tidy
 from distaff.errors import CheckpointError, RunDirectoryError, RunInUseError
 from distaff.loggers import FilesLogger, JsonlLogger, Logger, ManyLoggers, NullLogger
 from distaff.run_directory import RunDirectory
@@ -208,6 +208,7 @@ class DirectoryRecording:
             forget_after(store, self._resume)
             return Found(self._resume, [], changes)
         step, skipped = store.newest_valid()
+        tidy(store)
         return None if step is None else Found(step, skipped, changes)
 
     def confirm(self, record: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from distaff.checkpoint.memory import MemoryStore
 from distaff.checkpoint.protocol import NullStore, Store
 from distaff.checkpoint.retention import best_steps, expired
-from distaff.checkpoint.store import CheckpointStore, find, forget_after
+from distaff.checkpoint.store import CheckpointStore, find, forget_after, tidy
 
 __all__ = [
     "CheckpointStore",
@@ -14,4 +14,5 @@ __all__ = [
     "expired",
     "find",
     "forget_after",
+    "tidy",
 ]

@@ -326,6 +326,16 @@ class CheckpointStore:
             raise unreadable(self._path(step), problem, self.steps())
 
 
+def tidy(store: CheckpointStore) -> None:
+    """Removes what killed saves and removals have left; no other process may be saving here.
+
+    Args:
+        store: of a run that goes on.
+    """
+    if store.directory.is_dir():
+        folders.remove_leftovers(store.directory)
+
+
 def forget_after(store: CheckpointStore, step: int) -> None:
     """Puts the checkpoints of later steps aside, so that a run can go on from this one.
 
