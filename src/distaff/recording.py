@@ -181,7 +181,7 @@ class DirectoryRecording:
         for path in self.directory.unfinished():
             place = self.directory.location_of(path)
             old = _record_in(place)
-            if old.get("first_epoch") != record["first_epoch"] or _has_only_failed(place):
+            if old.get("first_epoch") != record["first_epoch"]:
                 continue
             try:
                 self._lock.enter_context(locked(place))
@@ -189,7 +189,12 @@ class DirectoryRecording:
                 if self._resume == "auto":
                     continue
                 raise
+            if path not in self.directory.unfinished() or _has_only_failed(place):
+                self._lock.close()  # it came to its end before the lock was ours
+                continue
             _check_links(place)
+            is_back = isinstance(self._resume, int) and self._resume == _recorded_resume(old)
+            self._resume = "must" if is_back else self._resume  # go on, and not back once more
             self.directory.take(path)
             self._is_taken = True
             return _changes(old, record)
@@ -205,14 +210,15 @@ class DirectoryRecording:
     def _look(self, store: CheckpointStore, changes: list[str]) -> Found | None:
         """Returns the checkpoint to go on from."""
         if isinstance(self._resume, int):
-            forget_after(store, self._resume)
             return Found(self._resume, [], changes)
         step, skipped = store.newest_valid()
         tidy(store)
         return None if step is None else Found(step, skipped, changes)
 
     def confirm(self, record: Mapping[str, Any]) -> None:
-        """Writes `config.json`."""
+        """Writes `config.json`, and puts aside the checkpoints after the one gone back to."""
+        if isinstance(self.store, CheckpointStore) and isinstance(self._resume, int):
+            forget_after(self.store, self._resume)
         self.directory.write_json("config.json", record)
 
     def save_metrics(self, name: str, metrics: Mapping[str, Any]) -> None:
@@ -251,6 +257,11 @@ def _record_in(path: Path) -> Mapping[str, Any]:
         _log.warning("%s cannot be continued: %s", path, error)
         return {}
     return record if isinstance(record, Mapping) else {}
+
+
+def _recorded_resume(record: Mapping[str, Any]) -> Any:
+    options = record.get("options")
+    return options.get("resume") if isinstance(options, Mapping) else None
 
 
 def _check_links(path: Path) -> None:

@@ -7,7 +7,6 @@ resumes, and the log is cut to where it stood.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,8 +24,6 @@ from distaff.tally import Tally
 from distaff.trainer_config import Best, TrainResult
 from distaff.training import Training
 from distaff.vitals import all_finite
-
-_log = logging.getLogger("distaff")
 
 
 class Resumable(Training):
@@ -71,20 +68,20 @@ class Resumable(Training):
     def pause(self, event: Pause) -> None:
         """Saves the run within an epoch, and ends it."""
         self.tally.pause(event)
-        self.save(facts(self, {}, None))
+        self.save(self.facts({}, None))
         raise Interrupted(self.interruption.reason)
 
     def end_steps(self) -> dict[str, Any]:
         """Ends the steps of an epoch; from here on it can be saved as it is now."""
         self.tally.rows, self.tally.is_trained = None, True
-        self.unsaved = facts(self, {}, None)
+        self.unsaved = self.facts({}, None)
         return compute(self.tally.total or {}, "train/")
 
     def go_on(self) -> StepInfo | None:
         """Goes to where a resumed run was saved; returns what `on_checkpoint` was told there."""
         saved, found = None, self.recording.found
         if found is not None:
-            saved = restore(self, self.recording.store, found.step)
+            saved = self.put_back(self.recording.store, found.step)
             self.recording.confirm(self.run_record)
             self._show(found.text(self.epoch))
         self.first_step, self.reached = self.step, (self.step, self.epoch)
@@ -100,7 +97,8 @@ class Resumable(Training):
         if self.unsaved is not None:
             self.save(self.unsaved)
         self.interrupted_by = str(interrupted)
-        self._show(f"interrupted by {interrupted} at step {self.step}: start it again to go on")
+        again = "start it again to go on" if self.recording.path else "nothing is kept of it"
+        self._show(f"interrupted by {interrupted} at step {self.step}: {again}")
         return self.last_metrics
 
     def keep_form(self, facts: Any) -> None:
@@ -132,79 +130,77 @@ class Resumable(Training):
         report, form = self.report or Report(self.ledger.read()), self.forms.facts()
         return {**facts, "best": best, "steps_per_call": form, "throughput": report.facts()}
 
+    def facts(self, metrics: Mapping[str, Any], is_best: bool | None) -> dict[str, Any]:
+        """Returns what a resume needs beside the arrays, as strict JSON.
 
-def facts(run: Any, metrics: Mapping[str, Any], is_best: bool | None) -> dict[str, Any]:
-    """Returns what a resume needs beside the arrays, as strict JSON.
+        Args:
+            metrics: of the validation before it, at the end of an epoch.
+            is_best: whether that found the best model; None elsewhere than at the end of an epoch.
+        """
+        best, val_loader = self.best, self.plan.val_loader
+        return {
+            "step": self.step,
+            "epoch": self.epoch,
+            "metrics": as_json(metrics),
+            "best_step": None if best is None else best.step,
+            "best": None if best is None else {**best._asdict(), "metrics": as_json(best.metrics)},
+            "is_best": is_best,
+            "provisional": is_best is None,
+            # At the end of an epoch, what it has given is in the log.
+            "tally": (self.tally if is_best is None else Tally(self.epoch)).to_json(),
+            "last_metrics": as_json(self.last_metrics),
+            "begun_at": list(self.begun_at),
+            "stop": [self.callbacks.stop_reason, self.callbacks.stop_status],
+            "loader": dict(self.feeds.position(self.plan.train_loader)),
+            "val_loader": None if val_loader is None else dict(self.feeds.position(val_loader)),
+            "callbacks": [callback.get_state() for callback in self.callbacks.callbacks],
+            "logger": self.recording.logger.position(),
+            "steps_per_call": self.forms.facts(),
+        }
 
-    Args:
-        run: the trainer.
-        metrics: of the validation before it, at the end of an epoch.
-        is_best: whether that found the best model; None elsewhere than at the end of an epoch.
-    """
-    best, val_loader = run.best, run.plan.val_loader
-    return {
-        "step": run.step,
-        "epoch": run.epoch,
-        "metrics": as_json(metrics),
-        "best_step": None if best is None else best.step,
-        "best": None if best is None else {**best._asdict(), "metrics": as_json(best.metrics)},
-        "is_best": is_best,
-        "provisional": is_best is None,
-        "tally": run.tally.to_json(),
-        "last_metrics": as_json(run.last_metrics),
-        "begun_at": list(run.begun_at),
-        "stop": [run.callbacks.stop_reason, run.callbacks.stop_status],
-        "loader": dict(run.feeds.position(run.plan.train_loader)),
-        "val_loader": None if val_loader is None else dict(run.feeds.position(val_loader)),
-        "callbacks": [callback.get_state() for callback in run.callbacks.callbacks],
-        "logger": run.recording.logger.position(),
-        "steps_per_call": run.forms.facts(),
-    }
+    def put_back(self, store: Store, step: int) -> StepInfo | None:
+        """Puts a run where it was when a checkpoint was made.
 
+        Args:
+            store: where the checkpoint is.
+            step: which one.
 
-def restore(run: Any, store: Store, step: int) -> StepInfo | None:
-    """Puts a run where it was when a checkpoint was made.
+        Returns:
+            What `on_checkpoint` was told; None where the checkpoint is not of an epoch's end.
 
-    Args:
-        run: a trainer that is ready for its first step.
-        store: where the checkpoint is.
-        step: which one.
-
-    Returns:
-        What `on_checkpoint` was told; None where the checkpoint is not of an epoch's end.
-
-    Raises:
-        CheckpointError: it cannot be read, or is of another model or another data set.
-    """
-    info = store.info(step)
-    run.restore(store, step, tuple(run.ready_state().arrays()))
-    try:
-        run.tally = Tally.from_json(info["tally"], run._steps.columns)
-        first_step, first_epoch = info["begun_at"]
-        run.begun_at = int(first_step), int(first_epoch)
-        best = info["best"]
-        # One that is no longer there, after going back to an earlier step, cannot be loaded.
-        is_kept = best is not None and best["step"] in store.steps()
-        run.best = _best(best) if is_kept else None
-        run.last_metrics = dict(_numbers(info["last_metrics"]))
-        run.callbacks.stop_reason, run.callbacks.stop_status = info["stop"]
-        for callback, state in zip(run.callbacks.callbacks, info["callbacks"], strict=True):
-            callback.set_state(state)
-        run.plan.train_loader.set_state(info["loader"])
-        if run.plan.val_loader is not None and info["val_loader"] is not None:
-            run.plan.val_loader.set_state(info["val_loader"])
-        run.keep_form(info["steps_per_call"])
-        run.recording.logger.resume(step, info["logger"])
-        is_best, metrics = info["is_best"], dict(_numbers(info["metrics"]))
-    except Exception as error:  # a callback of the user's own may fail in its own way
-        raise CheckpointError(
-            f"The run cannot go on from its checkpoint of step {step}: {error}. Start it with the "
-            "code, the data and the callbacks that it was started with, or anew: resume='never'."
-        ) from error
-    if is_best is None:
-        return None
-    run.tally = Tally(run.tally.epoch + 1)
-    return run.info(metrics, is_best)
+        Raises:
+            CheckpointError: it cannot be read, or is of another model or another data set.
+        """
+        info = store.info(step)
+        self.restore(store, step, tuple(self.ready_state().arrays()))
+        try:
+            self.tally = Tally.from_json(info["tally"], self._steps.columns)
+            first_step, first_epoch = info["begun_at"]
+            self.begun_at = int(first_step), int(first_epoch)
+            best = info["best"]
+            # One that is no longer there, after going back to an earlier step, cannot be loaded.
+            is_kept = best is not None and best["step"] in store.steps()
+            self.best = _best(best) if is_kept else None
+            self.last_metrics = dict(_numbers(info["last_metrics"]))
+            self.callbacks.stop_reason, self.callbacks.stop_status = info["stop"]
+            for callback, state in zip(self.callbacks.callbacks, info["callbacks"], strict=True):
+                callback.set_state(state)
+            self.plan.train_loader.set_state(info["loader"])
+            if self.plan.val_loader is not None and info["val_loader"] is not None:
+                self.plan.val_loader.set_state(info["val_loader"])
+            self.keep_form(info["steps_per_call"])
+            self.recording.logger.resume(step, info["logger"])
+            is_best, metrics = info["is_best"], dict(_numbers(info["metrics"]))
+        except Exception as error:  # a callback of the user's own may fail in its own way
+            raise CheckpointError(
+                f"The run cannot go on from its checkpoint of step {step}: {error}. Start it with "
+                "the code, the data and the callbacks that it was started with, or anew: "
+                "resume='never'."
+            ) from error
+        if is_best is None:
+            return None
+        self.tally = Tally(self.tally.epoch + 1)
+        return self.info(metrics, is_best)
 
 
 def _best(value: Mapping[str, Any]) -> Best:

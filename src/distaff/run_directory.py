@@ -9,7 +9,7 @@ import os
 import secrets
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -349,12 +349,14 @@ def _next_version(parent: Path) -> Path:
             return path
 
 
-def write_whole(target: Path, text: str, *, mode: int = FILE_MODE) -> None:
-    """Writes a text in UTF-8; the file is whole or as it was.
+def write_whole(
+    target: Path, content: str | bytes | Iterable[bytes], *, mode: int = FILE_MODE
+) -> None:
+    """Writes a file that is, whatever happens, whole or as it was.
 
     Args:
         target: the file.
-        text: its new content.
+        content: its new content; a text is written in UTF-8.
         mode: its permissions, which the umask lessens.
 
     Raises:
@@ -364,7 +366,8 @@ def write_whole(target: Path, text: str, *, mode: int = FILE_MODE) -> None:
     try:
         descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode)
         with open(descriptor, "wb") as file:
-            file.write(text.encode())
+            content = content.encode() if isinstance(content, str) else content
+            file.writelines([content] if isinstance(content, bytes) else content)
             file.flush()
             os.fsync(descriptor)
         os.replace(temporary, target)

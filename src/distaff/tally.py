@@ -47,7 +47,8 @@ class Tally:
         """Returns it as strict JSON; numbers keep their bits."""
         total = None if self.total is None else [_packed(x) for x in jax.tree.leaves(self.total)]
         rows = None if self.rows is None else _packed(self.rows)
-        return {**dataclasses.asdict(self), "total": total, "rows": rows}
+        place = {"epoch": self.epoch, "steps": self.steps, "is_trained": self.is_trained}
+        return {**place, "total": total, "rows": rows}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], columns: Columns) -> Tally:

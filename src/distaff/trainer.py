@@ -25,7 +25,7 @@ from distaff.interruption import Interruption
 from distaff.measured import StepFn, measured
 from distaff.optim import build_optimizer
 from distaff.recording import recorded
-from distaff.resume import Resumable, facts
+from distaff.resume import Resumable
 from distaff.rows import WindowEnd
 from distaff.state import owned
 from distaff.step import EvalFn, EvalStep
@@ -264,7 +264,7 @@ class TrainerModule(Resumable):
         self.check_run()
         if is_best:
             self.best = Best(self.step, self.epoch, dict(metrics))
-        self.save(facts(self, metrics, is_best))
+        self.save(self.facts(metrics, is_best))
 
     def on_training_start(self) -> None:
         """Called before the first step."""

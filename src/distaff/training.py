@@ -140,11 +140,8 @@ class Training(Predictor):
             self.tune_process(first_batch(plan.train_loader, name="train"))
         self.evaluation_watch.expect()
         self.plan, self.first_step, self.reached = plan, self.step, (self.step, self.epoch)
-        self.begun_at, self.tally, self.unsaved = (
-            (self.step, self.epoch),
-            Tally(plan.first_epoch),
-            None,
-        )
+        self.begun_at, self.unsaved = (self.step, self.epoch), None
+        self.tally = Tally(plan.first_epoch)
         self.best, self.callbacks.stop_reason, self.last_metrics = None, None, {}
         self.has_run, self.ledger, self._form_is_shown = False, Ledger(), False
         self._untrained, self._rates, self.report, self.interrupted_by = None, None, None, ""

@@ -15,6 +15,7 @@ import jax
 from distaff.barrier import barrier
 from distaff.duration import Duration, seconds_of
 from distaff.errors import BarrierError
+from distaff.run_directory import FILE_MODE
 
 STUCK_AFTER = "10m"
 """How long no progress is a stall: what collectives on GPUs wait before they give up. A false alarm
@@ -120,7 +121,7 @@ class Watchdog:
                 faulthandler.dump_traceback(2, all_threads=True)
             return
         with suppress(OSError):
-            file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, FILE_MODE)
             try:
                 os.write(file, text.encode())
                 if stacks:

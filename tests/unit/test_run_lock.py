@@ -129,7 +129,7 @@ def test_lock_of_a_killed_process_that_nobody_has_reaped_is_taken_over(tmp_path,
     os.kill(first.pid, signal.SIGKILL)
     os.waitid(os.P_PID, first.pid, os.WEXITED | os.WNOWAIT)
     with locked(tmp_path):
-        pass
+        assert run_lock._read(tmp_path / LOCK_FILE).birth == run_lock._birth(os.getpid())
 
 
 def test_one_of_twenty_racing_processes_gets_the_lock(tmp_path, start, way):
@@ -201,7 +201,7 @@ def test_forked_child_does_not_keep_the_lock_of_its_killed_parent(tmp_path, star
     parent.wait()
     os.kill(child, 0)  # it lives
     with locked(tmp_path):
-        pass
+        assert run_lock._read(tmp_path / LOCK_FILE).birth == run_lock._birth(os.getpid())
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -230,7 +230,7 @@ def test_started_program_does_not_keep_the_lock(tmp_path):
         program = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
         with locked(tmp_path):
-            pass
+            assert run_lock._read(tmp_path / LOCK_FILE).birth == run_lock._birth(os.getpid())
     finally:
         program.communicate(b"\n")
 
@@ -281,7 +281,7 @@ def test_process_id_that_was_given_again_is_not_the_holder(tmp_path, monkeypatch
     monkeypatch.setattr(run_lock, "fcntl", None)
     left_by(tmp_path, birth="1")
     with locked(tmp_path):
-        pass
+        assert run_lock._read(tmp_path / LOCK_FILE).birth == run_lock._birth(os.getpid())
 
 
 def test_lock_works_where_the_file_system_has_no_flock(tmp_path, monkeypatch):

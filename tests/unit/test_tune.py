@@ -358,9 +358,10 @@ def begun(tmp_path_factory) -> Path:
 def test_other_config_under_the_same_name_is_warned_of():
     search(num_trials=1, num_epochs=1)
     other = Config(dataclasses.replace(SGD, learning_rate=0.2))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # what varies anyway is no other config
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")  # what varies anyway is no other config
         search(config=other, num_trials=1, num_epochs=1)
+    assert [str(each.message) for each in caught] == []
     with pytest.warns(UserWarning, match=r"another config \(batch_size: 8, now 4\)"):
         search(config=Config(batch_size=4), num_trials=1, num_epochs=1)
 

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from distaff import config
+
 FORMAT = 1
 """Version of the format that is written. Checkpoints of version 0 have no manifest."""
 
@@ -194,8 +196,8 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     if len(text) > _MAX_JSON_BYTES:
         raise ValueError(f"{name} has more than {_MAX_JSON_BYTES} bytes")
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = config.loads(text)
+    except ValueError as error:
         raise ValueError(f"{name} is no JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{name} holds no object, but {type(value).__name__}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from functools import partial
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from distaff.errors import RunDirectoryError
-from distaff.run_directory import FILE_MODE
+from distaff.run_directory import FILE_MODE, write_whole
 
 Location: TypeAlias = str | os.PathLike[str] | Callable[[], str | os.PathLike[str]]
 """A path, or a function that gives it: a run's directory has its name only once training starts."""
@@ -62,12 +61,4 @@ def is_file(path: Path) -> bool:
 def replace(path: Path, content: bytes | Iterable[bytes]) -> None:
     """Writes a file that is, whatever happens, as it was or whole; a missing directory is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb", opener=open_private) as file:
-            file.writelines([content] if isinstance(content, bytes) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, content)

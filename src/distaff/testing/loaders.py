@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from itertools import islice
 from typing import Any
 
@@ -13,7 +14,7 @@ from distaff.data import Loader, first_batch, num_batches, num_examples
 from distaff.typing import Batch
 
 
-class LoaderContract:
+class LoaderContract(ABC):
     """Tests for a loader: subclass it under pytest and say how the loader is made.
 
     class TestMyLoader(LoaderContract):
@@ -21,9 +22,9 @@ class LoaderContract:
             return MyLoader(...)
     """
 
+    @abstractmethod
     def make_loader(self) -> Loader:
         """Returns a new loader at its start; all of them alike, with 3 to 20 batches an epoch."""
-        raise NotImplementedError
 
     def test_loader_follows_the_protocol(self) -> None:
         """It can be iterated, and has `get_state` and `set_state`."""

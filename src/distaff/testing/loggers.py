@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from distaff.loggers import Logger, Record
 from distaff.typing import Values
 
 
-class LoggerContract:
+class LoggerContract(ABC):
     """What a run relies on in a logger.
 
     Subclass it under a name that starts with `Test`, and define `make_logger`; define
@@ -26,9 +27,9 @@ class LoggerContract:
 
     number: type[np.floating] = np.float64
 
+    @abstractmethod
     def make_logger(self, directory: Path) -> Logger:
         """Returns a new logger that may write below `directory`."""
-        raise NotImplementedError
 
     def read_records(self, logger: Logger, directory: Path) -> list[Record] | None:
         """Returns what the logger has recorded, in order, or `None` where it cannot be read."""
