@@ -19,6 +19,16 @@ from distaff.trainer_config import TrainerConfig
 _log = logging.getLogger("distaff")
 
 
+_HOW_IT_RUNS = {
+    f"options.{name}"
+    for name in (
+        *("log_every_n_steps", "steps_per_call", "keep_last", "table_depth", "root"),
+        *("enable_progress_bar", "debug", "recompile", "tune_process"),
+    )
+}
+"""Options that lead to the same model."""
+
+
 class Found(NamedTuple):
     """What a run goes on from.
 
@@ -181,7 +191,15 @@ class DirectoryRecording:
         for path in self.directory.unfinished():
             place = self.directory.location_of(path)
             old = _record_in(place)
+            changes = _changes(old, record)
             if old.get("first_epoch") != record["first_epoch"]:
+                continue
+            if self._resume == "auto" and not _is_same_run(changes):
+                _log.warning(
+                    "%s did not come to its end, and is another run (%s): this one begins anew; "
+                    "resume='must' goes on with it all the same",
+                    *(place, "; ".join(_shown(changes))),
+                )
                 continue
             try:
                 self._lock.enter_context(locked(place))
@@ -197,7 +215,7 @@ class DirectoryRecording:
             self._resume = "must" if is_back else self._resume  # go on, and not back once more
             self.directory.take(path)
             self._is_taken = True
-            return _changes(old, record)
+            return _shown(changes)
         if self._resume != "auto":
             raise CheckpointError(
                 f"resume={self._resume!r} needs a run of this name that did not come to its end; "
@@ -286,11 +304,20 @@ def _has_only_failed(path: Path) -> bool:
     return status["status"] == "failed" and not CheckpointStore(path / "checkpoints").steps()
 
 
-def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Returns what of a run's configuration differs, but for what says how it goes on."""
     found = config.diff(old, config.to_json(new))
     ignored = ("options.resume", "options.max_time", "distaff")
-    return [f"{name}: {a!r} -> {b!r}" for name, (a, b) in found.items() if name not in ignored]
+    return {name: values for name, values in found.items() if name not in ignored}
+
+
+def _is_same_run(changes: Mapping[str, Any]) -> bool:
+    """Whether the same run may differ so: in how long it is, what it shows, or how it runs."""
+    return all(name == "num_epochs" or name in _HOW_IT_RUNS for name in changes)
+
+
+def _shown(changes: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    return [f"{name}: {old!r} -> {new!r}" for name, (old, new) in changes.items()]
 
 
 def make_recording(

@@ -30,9 +30,9 @@ class TrainerConfig:
             watches steps, it is 1.
         keep_last: newest checkpoints to keep, beside the best.
         resume: what a start does with a run of the same name that did not come to its end. "auto"
-            goes on with the newest one, from its newest valid checkpoint; "must" is an error where
-            there is none; "never" begins a new run. A number goes on from the checkpoint of that
-            step.
+            goes on with the newest one of the same seed, model and optimizer, from its newest
+            valid checkpoint; "must" goes on whatever is other now, and is an error where there is
+            none; "never" begins a new run. A number goes on from the checkpoint of that step.
         max_time: the longest a run may last, such as "3h30m", a number of seconds, or a
             `timedelta`. It is then saved, and ends as interrupted.
         table_depth: levels of modules in the model table, 0 for the whole model in one line; None

@@ -215,6 +215,16 @@ def test_run_goes_on_with_other_options_which_are_named(tmp_path: Path) -> None:
     assert trained(tmp_path, epochs=1).path == first.path.with_name("0002")
 
 
+def test_runs_of_a_sweep_do_not_go_on_from_each_other(tmp_path: Path) -> None:
+    first = trained(tmp_path, epochs=1, seed=1)
+    (first.path / "status.json").write_text('{"status": "running"}')
+    second = trained(tmp_path, epochs=1, seed=2)
+    assert second.path == first.path.with_name("0002")
+    (second.path / "status.json").write_text('{"status": "running"}')
+    again = trained(tmp_path, epochs=2, seed=1, log_every_n_steps=1)
+    assert (again.path, again.step) == (first.path, 4)
+
+
 def test_run_that_cannot_go_on_says_why_and_stays_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="resume='must' needs a run"):
         trained(tmp_path, epochs=1, resume="must")
@@ -222,7 +232,7 @@ def test_run_that_cannot_go_on_says_why_and_stays_as_it_was(tmp_path: Path) -> N
     (run / "status.json").write_text('{"status": "interrupted"}')
     config = (run / "config.json").read_bytes()
     with pytest.raises(CheckpointError, match="another model"):
-        trained(tmp_path, epochs=2, features=5)
+        trained(tmp_path, epochs=2, features=5, resume="must")
     with pytest.raises(CheckpointError, match="no checkpoint of step 3"):
         trained(tmp_path, epochs=2, resume=3)
     assert (run / "config.json").read_bytes() == config
