@@ -9,7 +9,9 @@ import numpy as np
 
 from distaff.callbacks import StepInfo
 from distaff.data import Loader, as_loader
+from distaff.errors import NonFiniteError
 from distaff.metrics import Metric
+from distaff.rows import BadStep
 from distaff.state import TrainState
 from distaff.trainer_config import check_count
 
@@ -38,14 +40,30 @@ class Pause(NamedTuple):
     Attributes:
         step: completed updates so far.
         rows: of steps whose window is not full yet, uint32 `[rows, width]`.
+        bad: the first bad step among them; None without.
     """
 
     step: int
     rows: np.ndarray
+    bad: BadStep | None = None
 
 
 class Interrupted(Exception):  # noqa: N818 - a request, not an error
     """Ends a run that is saved, because it was asked to end before its time."""
+
+
+class BadNumbers(NonFiniteError):  # noqa: N818 - a request, unless nobody takes it
+    """Ends the work on an epoch, because of a step that is not to be trained on.
+
+    Args:
+        what: is not as it should be, such as `"The loss"`.
+        bad: which step.
+    """
+
+    def __init__(self, what: str, bad: BadStep) -> None:
+        is_what = "is a spike" if bad.is_spike else "became NaN or infinite"
+        super().__init__(f"{what} {is_what} at step {bad.step}.")
+        self.bad = bad
 
 
 class Plan(NamedTuple):
@@ -112,6 +130,10 @@ class Run(Protocol):
 
     def go_on(self) -> StepInfo | None:
         """Goes to where a resumed run was saved; returns what `on_checkpoint` was told there."""
+        ...
+
+    def recover(self, found: BadNumbers) -> None:
+        """Goes back to before a bad step, or raises the error for it."""
         ...
 
     @property

@@ -22,7 +22,7 @@ from distaff.duration import Duration, seconds_of
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-_MAX_TIME, _CTRL_C, _SIGTERM = 1, 2, 3
+_SAVE, _MAX_TIME, _CTRL_C, _SIGTERM = 1, 2, 3, 4
 _CODES: dict[int, int] = {signal.SIGTERM: _SIGTERM, signal.SIGINT: _CTRL_C}
 
 _ENDING: dict[int, bytes] = {
@@ -49,21 +49,32 @@ class Interruption:
 
     Args:
         max_time: the longest a run may last; None for no limit. See `seconds_of`.
+        save_every: time between two saves; None to ask for none.
         clock: gives seconds, as `time.monotonic` does.
 
     Raises:
-        ConfigError: `max_time` is no duration.
+        ConfigError: `max_time` or `save_every` is no duration.
+
+    Attributes:
+        ending: the reason that was agreed on last; None where there was none.
+        is_save_due: whether all processes have agreed to save the run, and to go on.
     """
 
     def __init__(
-        self, *, max_time: Duration | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        *,
+        max_time: Duration | None = None,
+        save_every: Duration | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        seconds = float("inf") if max_time is None else seconds_of(max_time, "max_time")
         limit = "max_time" if max_time is None else f"max_time={max_time}"
-        self._reasons = (None, limit, "Ctrl-C", "SIGTERM")  # the more urgent, the later
+        self._reasons = (None, None, limit, "Ctrl-C", "SIGTERM")  # the more urgent, the later
+        self.ending: str | None = None
         self._code = 0
         self._clock = clock
-        self._deadline = clock() + seconds
+        self._deadline = clock() + _seconds(max_time, "max_time")
+        self._save_seconds = _seconds(save_every, "save_every")
+        self.saved()
         self._previous: dict[int, Any] = {}
         self._num_interrupts = 0
         self._process = os.getpid()
@@ -89,10 +100,16 @@ class Interruption:
         Returns:
             The reason; None while there is none.
         """
-        own = self._code if self.reason else 0
+        own = self._code if self.reason else _SAVE * (self._clock() >= self._next_save)
         agreed = self._agreement(own)
-        self._code = max(own, agreed)
-        return self._reasons[agreed]
+        self.is_save_due, self.ending = agreed == _SAVE, self._reasons[agreed]
+        if self.ending:
+            self._code = max(self._code, agreed)
+        return self.ending
+
+    def saved(self) -> None:
+        """Hears that the run was saved: the next save is due `save_every` from now."""
+        self.is_save_due, self._next_save = False, self._clock() + self._save_seconds
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
@@ -126,6 +143,10 @@ class Interruption:
             with suppress(OSError):  # not print: a handler may interrupt a print
                 os.write(2, _ENDING[number])
         self._code = max(self._code, _CODES[number])
+
+
+def _seconds(duration: Duration | None, name: str) -> float:
+    return float("inf") if duration is None else seconds_of(duration, name)
 
 
 def _act_as(handler: Any, number: int, frame: FrameType | None) -> None:

@@ -21,7 +21,8 @@ On the left what the trainer does, each line an override point; on the right the
 callbacks see. `epochs` yields the events of a run, `steps` those of one epoch.
 
 A run that was interrupted goes on where its checkpoint was made: within an epoch's steps, after
-them, or after `save_model`. What the log holds at a checkpoint is what came before it.
+them, or after `save_model`. What the log holds at a checkpoint is what came before it. A run that
+goes back from a bad step does the same, in the same process.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ import numpy as np
 
 from distaff.callbacks import StepInfo
 from distaff.data import Chunk
-from distaff.events import ChunkEnd, Pause, Plan, Run
+from distaff.events import BadNumbers, ChunkEnd, Pause, Plan, Run
 from distaff.flight import Flight
 from distaff.fuse import Steps
 from distaff.rows import Readout, WindowEnd
@@ -83,7 +84,8 @@ def steps(
             break
         if pausing():
             yield from readout.due()
-            yield Pause(step, readout.left())
+            rows = readout.left()
+            yield Pause(step, rows, readout.bad(rows))
     yield from readout.rest()
 
 
@@ -102,6 +104,17 @@ def epochs(run: Run, plan: Plan) -> Iterator[tuple[str, StepInfo]]:
     saved = run.go_on()
     if saved is not None:
         yield "on_checkpoint", saved
+    while True:
+        try:
+            yield from _rest(run, plan)
+            break
+        except BadNumbers as found:
+            run.recover(found)
+    yield "on_training_end", run.info({})
+
+
+def _rest(run: Run, plan: Plan) -> Iterator[tuple[str, StepInfo]]:
+    """Runs the epochs that are not done."""
     for epoch in range(run.epoch_to_train, plan.last_epoch + 1):
         if run.stop_reason:
             break
@@ -122,4 +135,3 @@ def epochs(run: Run, plan: Plan) -> Iterator[tuple[str, StepInfo]]:
         if is_due:
             run.save_model(validation, is_best)
             yield "on_checkpoint", run.info(validation, is_best)
-    yield "on_training_end", run.info({})

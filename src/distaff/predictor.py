@@ -305,7 +305,7 @@ def _two_keys(seed: Any) -> tuple[Key, Key]:
 
 
 def _trained(state: TrainState) -> list[str]:
-    """Returns the members that a loaded model needs: all but the optimizer's.
+    """Returns the members that a loaded model needs: all but the optimizer's and the guard's.
 
     A subclass may fill a member of its own only when training starts, as the optimizer's state is.
     """
@@ -314,7 +314,7 @@ def _trained(state: TrainState) -> list[str]:
     return [
         name
         for name, value in members.items()
-        if name in always or (name != "opt_state" and value is not None)
+        if name in always or (name not in ("opt_state", "guard") and value is not None)
     ]
 
 

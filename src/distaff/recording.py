@@ -23,10 +23,11 @@ _HOW_IT_RUNS = {
     f"options.{name}"
     for name in (
         *("log_every_n_steps", "steps_per_call", "keep_last", "table_depth", "root"),
-        *("enable_progress_bar", "debug", "recompile", "tune_process"),
+        *("enable_progress_bar", "debug", "recompile", "tune_process", "save_every", "stuck_after"),
+        *("on_bad_numbers", "on_loss_spike", "spike_threshold", "max_skips"),
     )
 }
-"""Options that lead to the same model."""
+"""Options that lead to the same model, or are what one changes to go on after a bad step."""
 
 
 class Found(NamedTuple):

@@ -14,20 +14,37 @@ import numpy as np
 
 from distaff.callbacks import StepInfo
 from distaff.checkpoint import Store
+from distaff.data.left_out import Stretch
 from distaff.errors import CheckpointError
-from distaff.events import Interrupted, Pause
+from distaff.events import BadNumbers, Interrupted, Pause
 from distaff.forms import continued
+from distaff.interruption import Interruption
 from distaff.metrics import as_json, compute
 from distaff.predictor import EVALUATION_PARAMS
 from distaff.report import Report
+from distaff.rows import BadStep
 from distaff.tally import Tally
 from distaff.trainer_config import Best, TrainResult
 from distaff.training import Training
 from distaff.vitals import all_finite
+from distaff.watchdog import Watchdog
 
 
 class Resumable(Training):
     """A training that can be saved at any step, and goes on from where it was saved."""
+
+    def listening(self) -> Interruption:
+        """Returns what hears of reasons to end or to save a run, to be entered."""
+        options = self.config
+        self.interruption = Interruption(max_time=options.max_time, save_every=options.save_every)
+        return self.interruption
+
+    def watching(self) -> Watchdog:
+        """Returns what a run is watched by, to be entered; nobody is stuck in a debugger."""
+        path = self.recording.path
+        limit = None if self.config.debug else self.config.stuck_after
+        self.watchdog = Watchdog(limit, path=path and path.absolute() / "log.txt")
+        return self.watchdog
 
     def save(self, facts: Mapping[str, Any]) -> None:
         """Hands the arrays of the state, and what else a resume needs, to the store.
@@ -36,10 +53,12 @@ class Resumable(Training):
         evaluate with: a model is loaded without its optimizer.
 
         Raises:
-            NonFiniteError: a parameter is NaN or infinite; such a model is never kept.
+            BadNumbers: a parameter is NaN or infinite; such a model is never kept.
         """
         if not all_finite(self.ready_state().params):
-            raise self.not_finite("A parameter", self.step)
+            raise BadNumbers("A parameter", BadStep(self.step, is_spike=False))
+        self.interruption.saved()
+        self.watchdog.beat("a checkpoint", self.step)
         state, evaluated = self.ready_state(), self.evaluation_state()
         differ = evaluated is not state
         arrays = {EVALUATION_PARAMS: evaluated.params} if differ else {}
@@ -59,17 +78,19 @@ class Resumable(Training):
         store.wait()
         step = self.best.step if self.best else store.latest()
         if step is not None:
-            self.restore(store, step, tuple(self.ready_state().arrays()))
+            self.restore(store, step, self.saved_members(store.info(step)))
 
     def pausing(self) -> bool:
         """Whether the run is to be saved after this chunk."""
-        return self.interruption.agreed() is not None
+        return self.interruption.agreed() is not None or self.interruption.is_save_due
 
     def pause(self, event: Pause) -> None:
-        """Saves the run within an epoch, and ends it."""
+        """Saves the run within an epoch, and ends it if that was asked for."""
+        self.judge(event.bad)
         self.tally.pause(event)
         self.save(self.facts({}, None))
-        raise Interrupted(self.interruption.reason)
+        if self.interruption.ending:
+            raise Interrupted(self.interruption.ending)
 
     def end_steps(self) -> dict[str, Any]:
         """Ends the steps of an epoch; from here on it can be saved as it is now."""
@@ -83,7 +104,7 @@ class Resumable(Training):
         if found is not None:
             saved = self.put_back(self.recording.store, found.step)
             self.recording.confirm(self.run_record)
-            self._show(found.text(self.epoch))
+            self.show(found.text(self.epoch))
         self.first_step, self.reached = self.step, (self.step, self.epoch)
         return saved
 
@@ -98,7 +119,7 @@ class Resumable(Training):
             self.save(self.unsaved)
         self.interrupted_by = str(interrupted)
         again = "start it again to go on" if self.recording.path else "nothing is kept of it"
-        self._show(f"interrupted by {interrupted} at step {self.step}: {again}")
+        self.show(f"interrupted by {interrupted} at step {self.step}: {again}")
         return self.last_metrics
 
     def keep_form(self, facts: Any) -> None:
@@ -151,12 +172,21 @@ class Resumable(Training):
             "last_metrics": as_json(self.last_metrics),
             "begun_at": list(self.begun_at),
             "stop": [self.callbacks.stop_reason, self.callbacks.stop_status],
+            "left_out": [list(stretch) for stretch in self.left_out],
+            "guard": self.ready_state().guard is not None,
             "loader": dict(self.feeds.position(self.plan.train_loader)),
             "val_loader": None if val_loader is None else dict(self.feeds.position(val_loader)),
             "callbacks": [callback.get_state() for callback in self.callbacks.callbacks],
             "logger": self.recording.logger.position(),
             "steps_per_call": self.forms.facts(),
         }
+
+    def saved_members(self, info: Mapping[str, Any]) -> tuple[str, ...]:
+        """Returns which members of the state a checkpoint with this info holds."""
+        members = self.ready_state().arrays()
+        if not info.get("guard"):
+            members.pop("guard")
+        return tuple(members)
 
     def put_back(self, store: Store, step: int) -> StepInfo | None:
         """Puts a run where it was when a checkpoint was made.
@@ -172,8 +202,9 @@ class Resumable(Training):
             CheckpointError: it cannot be read, or is of another model or another data set.
         """
         info = store.info(step)
-        self.restore(store, step, tuple(self.ready_state().arrays()))
+        self.restore(store, step, self.saved_members(info))
         try:
+            self.left_out = [Stretch(*map(int, each)) for each in info.get("left_out", ())]
             self.tally = Tally.from_json(info["tally"], self._steps.columns)
             first_step, first_epoch = info["begun_at"]
             self.begun_at = int(first_step), int(first_epoch)

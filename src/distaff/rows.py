@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distaff import metrics as metrics_lib
+from distaff.guard import NOT_FINITE, SKIPPED, SPIKES
 from distaff.metrics import Metric
 from distaff.typing import PyTree
 
@@ -102,12 +103,26 @@ class WindowEnd(NamedTuple):
     Attributes:
         step: the last step of the window.
         metrics: merged metrics, on the host.
-        first_bad_step: the first step whose loss was not finite; None if all were.
+        bad: the first step that was bad, and was not left out; None without.
+        skipped: the steps that were left out.
     """
 
     step: int
     metrics: dict[str, Metric]
-    first_bad_step: int | None
+    bad: BadStep | None = None
+    skipped: tuple[int, ...] = ()
+
+
+class BadStep(NamedTuple):
+    """A step whose loss, or what it made of the state, is not to be trained on.
+
+    Attributes:
+        step: completed updates with it.
+        is_spike: whether its loss is a spike; else something is NaN or infinite.
+    """
+
+    step: int
+    is_spike: bool
 
 
 class Readout:
@@ -158,6 +173,11 @@ class Readout:
         rows = self._rows(self._read, self._last)
         return np.concatenate([np.zeros((0, self._columns.width), np.uint32), *rows])
 
+    def bad(self, rows: np.ndarray) -> BadStep | None:
+        """Returns the first bad step among those of `left`."""
+        flags = _flags(self._columns.metrics(rows), len(rows))
+        return _judged(self._last - len(rows), flags)[0]
+
     def rest(self) -> Iterator[WindowEnd]:
         """Yields the windows that are left, the last one as far as it has come."""
         yield from self._windows(self._last)
@@ -170,16 +190,14 @@ class Readout:
         rows = self._rows(start, end)
         self._strips = [each for each in self._strips if each.first + each.num_rows > end]
         metrics = self._columns.metrics(np.concatenate(rows))
-        bad = np.flatnonzero(_are_bad(metrics, end - start))
+        flags = _flags(metrics, end - start)
         leaves, structure = jax.tree.flatten(metrics)
         step = start
         while step < end:
             first, step = step, min(step - step % self._every + self._every, end)
             part = slice(first - start, step - start)
             merged = metrics_lib.merge_rows(structure.unflatten([leaf[part] for leaf in leaves]))
-            found = bad[np.searchsorted(bad, part.start) :][:1]
-            is_bad = found.size > 0 and found[0] < part.stop
-            yield WindowEnd(step, merged, start + int(found[0]) + 1 if is_bad else None)
+            yield WindowEnd(step, merged, *_judged(first, flags[:, part]))
 
     def _rows(self, start: int, end: int) -> list[np.ndarray]:
         """Returns the rows of the steps after one and up to another, strip by strip."""
@@ -190,12 +208,26 @@ class Readout:
         ]
 
 
-def _are_bad(metrics: Mapping[str, Metric], num_rows: int) -> np.ndarray:
-    """Returns for each row whether its loss is not finite: bool `[rows]`."""
-    if "loss" not in metrics:
-        return np.zeros(num_rows, bool)
-    losses = np.asarray(metrics["loss"].compute())
-    return np.asarray(~np.isfinite(losses.reshape(num_rows, -1)).all(axis=1))
+def _flags(metrics: Mapping[str, Metric], num_rows: int) -> np.ndarray:
+    """Returns which rows are not finite, are spikes, were left out: bool `[3, rows]`."""
+    flags = np.zeros((3, num_rows), bool)
+    for flag, name in zip(flags, (NOT_FINITE, SPIKES, SKIPPED), strict=True):
+        if name in metrics:
+            flag[:] = np.asarray(metrics[name].compute()) > 0
+    if "loss" in metrics and num_rows:
+        losses = np.asarray(metrics["loss"].compute()).reshape(num_rows, -1)
+        flags[0] |= ~np.isfinite(losses).all(axis=1)
+    return flags
+
+
+def _judged(first: int, flags: np.ndarray) -> tuple[BadStep | None, tuple[int, ...]]:
+    """Returns the first bad step after a step, and those that were left out."""
+    is_bad, is_spike, is_skipped = flags
+    found = np.flatnonzero((is_bad | is_spike) & ~is_skipped)[:1]
+    bad = None
+    if found.size:
+        bad = BadStep(first + int(found[0]) + 1, not is_bad[found[0]])
+    return bad, tuple(first + int(row) + 1 for row in np.flatnonzero(is_skipped))
 
 
 def _wide(dtype: Any) -> np.dtype:

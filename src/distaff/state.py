@@ -60,6 +60,7 @@ class TrainState(_FrozenPyTree):
         batch_stats: running statistics of normalisation layers; None for a model without them.
         collections: every other mutable variable of the model, by collection name; None without.
         rng: the root key. A step uses `jax.random.fold_in(rng, step)`, so it never changes.
+        guard: what the trainer's guard against bad numbers remembers; None without one.
         apply_fn: the model's forward pass, `apply_fn(variables, *inputs)`.
         tx: the Optax optimizer.
     """
@@ -70,6 +71,7 @@ class TrainState(_FrozenPyTree):
     batch_stats: PyTree = None
     collections: Mapping[str, PyTree] | None = None
     rng: Key | None = None
+    guard: PyTree = None
     apply_fn: Callable[..., Any] | None = static(default=None)
     tx: optax.GradientTransformation | None = static(default=None)
 

@@ -21,11 +21,11 @@ from distaff.errors import LossError
 from distaff.evaluate import Evaluator
 from distaff.events import ChunkEnd, Interrupted, Plan, make_plan
 from distaff.fuse import make_steps
-from distaff.interruption import Interruption
+from distaff.guard import guarded, make_guard
 from distaff.measured import StepFn, measured
 from distaff.optim import build_optimizer
 from distaff.recording import recorded
-from distaff.resume import Resumable
+from distaff.recovery import Recovering
 from distaff.rows import WindowEnd
 from distaff.state import owned
 from distaff.step import EvalFn, EvalStep
@@ -34,7 +34,7 @@ from distaff.trainer_config import Best, TrainResult
 from distaff.typing import Batch, Params
 
 
-class TrainerModule(Resumable):
+class TrainerModule(Recovering):
     """Trains a model: subclass it and write `loss_fn`.
 
     >>> class Regression(TrainerModule):
@@ -95,13 +95,15 @@ class TrainerModule(Resumable):
             `train_step(state, batch) -> (state, metrics)` and `eval_step(state, batch) -> metrics`,
             with metrics as `distaff.metrics` describes.
         """
+        self._plain_loss = self.loss_fn
         return make_train_step(self.loss_fn), EvalStep(self.loss_fn)
 
     def create_jitted_functions(self, train_step: StepFn, eval_step: EvalFn) -> None:
         """Makes programs of the pure functions; nothing compiles before its first call."""
         self.train_step = self.execution.program(train_step, donate=0)
         self.eval_step = self.execution.program(eval_step)
-        self._measured_step = self.execution.part(measured(train_step))
+        self._plain_step = measured(train_step)
+        self._measured_step = self.execution.part(guarded(self._plain_step, self.config))
         self._evaluator = Evaluator(eval_step, self.execution, self.evaluation_watch)
 
     def init_optimizer(self, total_steps: int | None) -> None:
@@ -118,7 +120,8 @@ class TrainerModule(Resumable):
         # A second run goes on from the model that the first has led to.
         state = self.evaluation_state()
         opt_state = self.execution.once(tx.init)(state.params)
-        self.state = owned(state.replace(tx=tx, opt_state=opt_state))
+        guard = make_guard(self.config)
+        self.state = owned(state.replace(tx=tx, opt_state=opt_state, guard=guard))
 
     def train_model(
         self,
@@ -157,14 +160,13 @@ class TrainerModule(Resumable):
             after_epoch=self.epoch,
         )
         test = None if test_loader is None else as_loader(test_loader, name="test")
-        limit = self.config.max_time
-        with Interruption(max_time=limit) as self.interruption, closing(self.display):
+        with self.listening(), closing(self.display):
             self.begin(plan)
             self.prepare(plan, test)
             epochs = {"num_epochs": num_epochs, "steps_per_epoch": steps_per_epoch}
             self.run_record = self.record(first_epoch=plan.first_epoch, **epochs)
             texts = {"model.txt": as_text(self.table)}
-            with recorded(self.recording, self.run_record, texts, self.outcome):
+            with recorded(self.recording, self.run_record, texts, self.outcome), self.watching():
                 self.has_run = True
                 metrics = self._run(plan, test)
         return self.result(metrics)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, get_args
 
 from distaff.compiling import Recompile
 from distaff.duration import seconds_of
 from distaff.errors import ConfigError, nearest
 
 C = TypeVar("C", bound="TrainerConfig")
+
+BadNumbersPolicy: TypeAlias = Literal["raise", "skip", "rollback"]
+SpikePolicy: TypeAlias = Literal["ignore", "raise", "skip", "rollback"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,8 +37,21 @@ class TrainerConfig:
             goes on with the newest one of the same seed, model and optimizer, from its newest
             valid checkpoint; "must" goes on whatever is other now, and is an error where there is
             none; "never" begins a new run. A number goes on from the checkpoint of that step.
+        save_every: about how much time lies between two checkpoints within an epoch, beside those
+            at its end: what is lost at most where a machine dies. None for no such checkpoints.
         max_time: the longest a run may last, such as "3h30m", a number of seconds, or a
             `timedelta`. It is then saved, and ends as interrupted.
+        on_bad_numbers: what a step leads to that makes the loss, or a number of the state, NaN or
+            infinite. "raise" ends the run with `NonFiniteError`, which says where the first bad
+            number came from; "skip" leaves the state as it was before that step; "rollback" goes
+            back to the last checkpoint, and on without the batches around that step.
+        on_loss_spike: likewise for a loss that stands out from those before it; by default nobody
+            looks for one.
+        spike_threshold: how many standard deviations above the median of the last 128 losses a
+            spike is, by a robust estimate.
+        max_skips: how many steps in a row may be skipped, and how often a run may go back.
+        stuck_after: how long a run may make no progress until the log is told where every thread
+            stands; None to watch nothing. Compiling may take six times as long.
         table_depth: levels of modules in the model table, 0 for the whole model in one line; None
             for every module and each of its arrays.
         enable_progress_bar: False draws nothing.
@@ -57,7 +74,13 @@ class TrainerConfig:
     steps_per_call: int | Literal["auto"] = "auto"
     keep_last: int = 2
     resume: Literal["auto", "must", "never"] | int = "auto"
+    save_every: str | float | None = "10m"
     max_time: str | float | None = None
+    on_bad_numbers: BadNumbersPolicy = "raise"
+    on_loss_spike: SpikePolicy = "ignore"
+    spike_threshold: float = 8.0
+    max_skips: int = 10
+    stuck_after: str | float | None = "10m"
     table_depth: int | None = None
     enable_progress_bar: bool = True
     debug: bool = False
@@ -65,18 +88,21 @@ class TrainerConfig:
     tune_process: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("check_val_every_n_epoch", "log_every_n_steps", "keep_last"):
+        for name in ("check_val_every_n_epoch", "log_every_n_steps", "keep_last", "max_skips"):
             check_count(name, getattr(self, name))
         if self.steps_per_call != "auto":
             check_count("steps_per_call", self.steps_per_call)
-        if self.recompile not in get_args(Recompile):
-            known = nearest(str(self.recompile), get_args(Recompile))
-            raise ConfigError(f"recompile has no value {self.recompile!r}. {known}")
+        check_choice("recompile", self.recompile, Recompile)
+        check_choice("on_bad_numbers", self.on_bad_numbers, BadNumbersPolicy)
+        check_choice("on_loss_spike", self.on_loss_spike, SpikePolicy)
         if self.resume not in ("auto", "must", "never") and type(self.resume) is not int:
             known = nearest(str(self.resume), ("auto", "must", "never"))
             raise ConfigError(f"resume has no value {self.resume!r}. {known} Or pass a step.")
-        if self.max_time is not None:
-            seconds_of(self.max_time, "max_time")
+        for name in ("save_every", "max_time", "stuck_after"):
+            if getattr(self, name) is not None:
+                seconds_of(getattr(self, name), name)
+        if not 0 < self.spike_threshold < math.inf:
+            raise ConfigError(f"spike_threshold is a positive number; got {self.spike_threshold}.")
         depth = self.table_depth
         if depth is not None and (not isinstance(depth, Integral) or depth < 0):
             raise ConfigError(f"table_depth is a whole number, at least 0, or None; got {depth!r}.")
@@ -92,6 +118,23 @@ def check_count(name: str, value: Any) -> None:
     """
     if not isinstance(value, Integral) or value < 1:
         raise ConfigError(f"{name} is a whole number, at least 1; got {value!r}.")
+
+
+def check_choice(name: str, value: Any, choices: Any) -> None:
+    """Checks that an option is one of a few words.
+
+    Args:
+        name: of the option.
+        value: of it.
+        choices: a `Literal` type.
+
+    Raises:
+        ConfigError: it is none of them; the nearest one is named.
+    """
+    if value not in get_args(choices):
+        raise ConfigError(
+            f"{name} has no value {value!r}. {nearest(str(value), get_args(choices))}"
+        )
 
 
 def make_config(cls: type[C], options: dict[str, Any], owner: type) -> C:

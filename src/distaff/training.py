@@ -15,9 +15,10 @@ from distaff.callbacks import Callback, Callbacks, ChunkScope, StepInfo, around_
 from distaff.compiling import Watch
 from distaff.config import from_json
 from distaff.data import Chunk, Feeds, Form, Loader, as_loader, first_batch, num_batches
+from distaff.data.left_out import Stretch, left_out, num_drawn
 from distaff.display import rows_by_split
-from distaff.errors import ConfigError, NonFiniteError, StateError
-from distaff.events import ChunkEnd, Interrupted, Plan
+from distaff.errors import ConfigError, StateError
+from distaff.events import BadNumbers, ChunkEnd, Interrupted, Plan
 from distaff.forms import Fixed, Forms
 from distaff.fuse import Steps
 from distaff.interruption import Interruption
@@ -30,12 +31,13 @@ from distaff.predictor import Predictor
 from distaff.record import make_record
 from distaff.recording import NullRecording, Recording, make_recording
 from distaff.report import Report, make_report
-from distaff.rows import WindowEnd
+from distaff.rows import BadStep, WindowEnd
 from distaff.tally import Tally
 from distaff.throughput import Ledger
 from distaff.trainer_config import Best
 from distaff.typing import Batch, Schedule
 from distaff.vitals import evidence_of_learning, what_is_missing
+from distaff.watchdog import COMPILING, Watchdog
 
 _log = logging.getLogger("distaff")
 
@@ -87,6 +89,8 @@ class Training(Predictor):
         self.report: Report | None = None
         self.interruption, self.tally, self.unsaved = Interruption(), Tally(), None
         self.begun_at, self.interrupted_by = (0, 0), ""
+        self.left_out: list[Stretch] = []
+        self.watchdog = Watchdog(None)
 
     def init_logger(self) -> Recording:
         """Returns where metrics, checkpoints and configuration go; nothing is written yet."""
@@ -140,7 +144,7 @@ class Training(Predictor):
             self.tune_process(first_batch(plan.train_loader, name="train"))
         self.evaluation_watch.expect()
         self.plan, self.first_step, self.reached = plan, self.step, (self.step, self.epoch)
-        self.begun_at, self.unsaved = (self.step, self.epoch), None
+        self.begun_at, self.unsaved, self.left_out = (self.step, self.epoch), None, []
         self.tally = Tally(plan.first_epoch)
         self.best, self.callbacks.stop_reason, self.last_metrics = None, None, {}
         self.has_run, self.ledger, self._form_is_shown = False, Ledger(), False
@@ -169,12 +173,14 @@ class Training(Predictor):
         forms, tally = self.forms, self.tally
         if tally.is_trained:
             return (chunk for chunk in ())
+        without = left_out(self.left_out, tally.epoch)
         return self.feeds.of(loader, name="train").epoch(
             lambda: forms.form,
             self.plan.steps_per_epoch,
             steady=lambda: not forms.measuring,
             keep_place=True,
-            done=tally.steps,
+            done=num_drawn(tally.steps, without),
+            without=without,
         )
 
     @contextmanager
@@ -196,9 +202,12 @@ class Training(Predictor):
             yield self.tracker(self._unless_interrupted(chunks), description=name, total=total)
 
     def _unless_interrupted(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+        patience = COMPILING
         for chunk in chunks:
             if self.unsaved is not None and self.interruption.agreed():
-                raise Interrupted(self.interruption.reason)
+                raise Interrupted(self.interruption.ending)
+            self.watchdog.beat("an evaluation", self.step, patience)
+            patience = 1.0
             yield chunk
 
     def begin_epoch(self, epoch: int) -> None:
@@ -207,6 +216,7 @@ class Training(Predictor):
         if self.tally.epoch != epoch:
             self.tally = Tally(epoch)
         self._epoch_start = time.perf_counter()
+        self.watchdog.beat("the first step of an epoch", self.step, COMPILING)
         if self.step == self.first_step:
             self._untrained = evidence_of_learning(self.ready_state())
             if self.schedule is not None:
@@ -224,13 +234,14 @@ class Training(Predictor):
         """Takes over the new state, and tells display and callbacks."""
         if self.step == self.first_step:
             self.display.running()
-            self._show(self.ledger.read().compiled())
+            self.show(self.ledger.read().compiled())
         if not (self._form_is_shown or self.forms.measuring):
             self._form_is_shown = True
             if self.forms.describe():
-                self._show(f"steps as programs: {self.forms.describe()}")
+                self.show(f"steps as programs: {self.forms.describe()}")
         self.state, self.step = event.state, event.step
         self.tally.steps += event.num_steps
+        self.watchdog.beat("a step", event.step)
         self.recording.store.check_failure()
         self.reached = (self.step, self.epoch)
         examples = self.ledger.count(event.num_steps, event.examples)
@@ -239,7 +250,8 @@ class Training(Predictor):
             state = event.state if step == event.step else None
             self.emit("on_step_end", StepInfo(step, self.epoch, state, metrics))
 
-    def _show(self, line: str) -> None:
+    def show(self, line: str) -> None:
+        """Shows a line, and writes it into the run's log file."""
         _log.info("%s", line)
         self.display.print(line)
 
@@ -252,11 +264,12 @@ class Training(Predictor):
         """Logs the metrics of a window as `step/...`.
 
         Raises:
-            NonFiniteError: a loss in it was not finite.
+            BadNumbers: a step in it is not to be trained on.
         """
         with self.ledger.spent("logging"):
-            if event.first_bad_step is not None:
-                raise self.not_finite("The loss", event.first_bad_step)
+            self.judge(event.bad)
+            if event.skipped:
+                self.show(f"left out, as bad steps: {', '.join(map(str, event.skipped))}")
             self._check_progress()
             self.tally.add(event)
             metrics = compute(event.metrics, "step/")
@@ -266,6 +279,17 @@ class Training(Predictor):
                 metrics["step/learning_rate"] = self._rates(updates - 1)
             self.recording.logger.log_metrics(metrics, step=event.step, epoch=self.epoch)
             self.log_throughput(_LAP_SECONDS)
+
+    def judge(self, bad: BadStep | None) -> None:
+        """Ends the work on an epoch where a bad step is not to be trained on.
+
+        Raises:
+            BadNumbers: there is one.
+        """
+        # A spike that is not left out, after so many in a row, is a new level of the loss.
+        if bad is not None and not (bad.is_spike and self.config.on_loss_spike == "skip"):
+            is_seen = bad.is_spike or self.ready_state().guard is None
+            raise BadNumbers("The loss" if is_seen else "The loss or the state", bad)
 
     def log_throughput(self, seconds: float = 0.0) -> None:
         """Writes a line of throughput since the last one, if that was this long ago."""
@@ -311,19 +335,4 @@ class Training(Predictor):
         self.report = make_report(self.ledger.read(), self._steps.flops, measure_peak)
         self.log_throughput()
         for line in self.report.lines():
-            self._show(line)
-
-    def not_finite(self, what: str, step: int) -> NonFiniteError:
-        """Returns the error for a number that is none."""
-        store = self.recording.store
-        store.wait()
-        good = store.latest()
-        kept = "There is no checkpoint yet."
-        if good is not None:
-            place = self.recording.path or "memory"
-            kept = f"The last good checkpoint is of step {good}, in {place}."
-        return NonFiniteError(
-            f"{what} became NaN or infinite at step {step} (epoch {self.epoch}). {kept} "
-            "Lower the learning rate, clip gradients (OptimizerConfig(clip_norm=1.0)), look for "
-            "NaN in the data, or find the operation with JAX_DEBUG_NANS=1."
-        )
+            self.show(line)

@@ -155,7 +155,7 @@ def test_bad_step_is_named(steps_per_call):
     bad = X.copy()
     bad[20] = np.nan
     trainer = Trainer(Model(), enable_progress_bar=False, steps_per_call=steps_per_call)
-    with pytest.raises(NonFiniteError, match="at step 3 "):
+    with pytest.raises(NonFiniteError, match=r"at step 3\. It was batch 3 of epoch 1"):
         trainer.train_model(data.ArrayLoader({"x": bad, "y": Y}, 8), num_epochs=1)
 
 

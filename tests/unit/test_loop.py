@@ -131,7 +131,9 @@ def test_steps_hands_out_a_step_before_it_runs_the_next():
 
 def test_steps_names_the_first_bad_step_in_its_own_window_only():
     events = steps(Program(bad_step=3), Batches([1] * 6), step=0, log_every=2)
-    bad = {event.step: event.first_bad_step for event in events if isinstance(event, WindowEnd)}
+    bad = {
+        event.step: event.bad and event.bad.step for event in events if isinstance(event, WindowEnd)
+    }
     assert bad == {2: None, 4: 3, 6: None}
 
 

@@ -72,9 +72,9 @@ with Interruption() as interruption:
 """
 
 
-def start(rank: int, address: str, service: str, log: str) -> subprocess.Popen[str]:
+def start(rank: int, address: str, *arguments: str, code: str = PAIR) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", PAIR, str(rank), address, service, log],
+        [sys.executable, "-c", code, str(rank), address, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -172,3 +172,52 @@ def test_fast_and_slow_processes_exchange_at_the_same_calls(monkeypatch):
     assert calls[0] == calls[1]
     assert 120 < len(calls[0]) < 199
     assert calls[0][len(calls[0])] == 2
+
+
+TRAINERS = """
+import os, signal, sys, time
+import jax
+
+rank, address = int(sys.argv[1]), sys.argv[2]
+jax.config.update("jax_num_cpu_devices", 1)
+jax.distributed.initialize(
+    address, 2, rank, coordinator_bind_address=address if rank == 0 else None,
+    initialization_timeout=60, shutdown_timeout_seconds=10,
+)
+import numpy as np
+from distaff import Callback, data, zoo
+from distaff.tasks import Classifier
+
+class Announce(Callback):
+    def on_epoch_end(self, info):
+        time.sleep(0.01 * (1 + rank))
+        if info.epoch == 3:
+            print("ready", flush=True)
+
+x = np.zeros((64, 8), np.float32)
+loader = data.ArrayLoader({"image": x, "label": np.zeros(64, np.int32)}, 8)
+trainer = Classifier(
+    zoo.MLP((4, 2)), root=None, enable_progress_bar=False, steps_per_call=2,
+    callbacks=[Announce()], save_every=0.05,
+)
+signal.signal(signal.SIGTERM, lambda *_: None)  # what comes after the end of the run
+result = trainer.train_model(loader, loader, num_epochs=10_000)
+print(result.status, result.reason, result.step, flush=True)
+"""
+
+
+def test_two_trainers_are_interrupted_at_the_same_step():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    pair = [start(rank, address, code=TRAINERS) for rank in range(2)]
+    try:
+        for process in pair:
+            assert "ready\n" in iter(process.stdout.readline, ""), process.stderr.read()
+        pair[1].send_signal(signal.SIGTERM)
+        ends = [process.communicate(timeout=60) for process in pair]
+    finally:
+        for process in pair:
+            process.kill()
+    assert ends[0][0] == ends[1][0], ends
+    assert ends[0][0].startswith("interrupted SIGTERM ")
+    assert [process.returncode for process in pair] == [0, 0]

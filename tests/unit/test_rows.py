@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distaff.metrics import Last, Max, Mean, Sum, merge, to_host
-from distaff.rows import Columns, Readout, Strip, WindowEnd, blank
+from distaff.rows import BadStep, Columns, Readout, Strip, WindowEnd, blank
 
 ONE = {
     "loss": Mean(jnp.float32(0.1), jnp.float32(3)),
@@ -109,7 +109,7 @@ def test_windows_are_those_of_the_steps_however_they_came(pieces, start, every, 
     assert [each.step for each in windows] == ends
     for begin, window in zip([start, *ends], windows, strict=False):
         steps = range(begin + 1, window.step + 1)
-        assert window.first_bad_step == (bad if bad in steps else None)
+        assert window.bad == (BadStep(bad, is_spike=False) if bad in steps else None)
         expected: Any = None
         for step in steps:
             one = LOSS.metrics(row_of(step, bad)[None])
@@ -125,4 +125,4 @@ def test_steps_without_a_loss_are_never_bad():
     table = jnp.stack([columns.row({"n": Sum(jnp.float32(np.nan))})] * 3)
     assert list(readout.add(Strip(0, 3, table, at_end=False), 3)) == []
     windows: list[WindowEnd] = list(readout.rest())
-    assert [(each.step, each.first_bad_step) for each in windows] == [(2, None), (3, None)]
+    assert [(each.step, each.bad) for each in windows] == [(2, None), (3, None)]

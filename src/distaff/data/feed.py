@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
 from contextlib import closing
 from itertools import chain, islice
 from typing import Any, NamedTuple
@@ -64,6 +64,7 @@ class Feed:
         steady: Callable[[], bool] = lambda: True,
         keep_place: bool = False,
         done: int = 0,
+        without: Set[int] = frozenset(),
     ) -> Generator[Chunk]:
         """Yields the chunks of one epoch. Close it: chunks may be got ahead, by a thread.
 
@@ -75,8 +76,9 @@ class Feed:
                 batch after the last one handed out. A loader that has been read ahead and cannot
                 go back, such as a `Stream`, goes on where it is. Otherwise what is left of the
                 epoch is abandoned.
-            done: steps of the epoch that were done before: the loader stands after them. What is
+            done: batches of the epoch that were drawn before: the loader stands after them. What is
                 left of it may be nothing.
+            without: which batches of the epoch are drawn and left out, counted from 0.
 
         Raises:
             BatchError: the loader is empty.
@@ -85,7 +87,9 @@ class Feed:
         # Rows take microseconds; a thread takes longer than they do.
         read = _as_it_is if isinstance(self._kind, _Gathers) else self._ahead.read
         try:
-            with closing(read(self._chunks(form, steps_per_epoch, done), steady)) as chunks:
+            with closing(
+                read(self._chunks(form, steps_per_epoch, done, without), steady)
+            ) as chunks:
                 for chunk in chunks:
                     self._position = chunk.position
                     yield chunk
@@ -141,7 +145,7 @@ class Feed:
             self._position = None
 
     def _chunks(
-        self, form: Callable[[], Form], steps_per_epoch: int | None, done: int
+        self, form: Callable[[], Form], steps_per_epoch: int | None, done: int, without: Set[int]
     ) -> Generator[Chunk]:
         if done and done == steps_per_epoch:
             return
@@ -149,7 +153,9 @@ class Feed:
         waiting: list[Any] = list(islice(items, 1))
         if not waiting and not done:  # a loader may stand at the end of an epoch
             items = self._items(steps_per_epoch)
-        yield from _chunks_of(chain(waiting, items), form, self._kind)
+        numbered = enumerate(chain(waiting, items), done)
+        kept = (item for number, item in numbered if number not in without)
+        yield from _chunks_of(kept if without else chain(waiting, items), form, self._kind)
 
     def _items(self, steps_per_epoch: int | None) -> Iterator[tuple[Any, Mapping[str, int]]]:
         """Yields the batches of an epoch, or their rows, each with the position after it."""

@@ -220,6 +220,7 @@ class _Contest:
                 "seed=seed)."
             )
         trainer.config = dataclasses.replace(trainer.config, resume="never")
+        trainer.explains = False
         if trainer.state is not None:  # its recording was made with what it had been given
             trainer.recording = trainer.init_logger()
         return trainer

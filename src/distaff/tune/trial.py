@@ -59,6 +59,7 @@ class Task:
         seed = trainer.config.seed + seed_offset
         # A trial that was given up is not gone on with by the next one.
         trainer.config = dataclasses.replace(trainer.config, seed=seed, resume="never")
+        trainer.explains = False
         trainer.display = NullDisplay()
         return trainer
 

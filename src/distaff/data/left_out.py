@@ -1,0 +1,39 @@
+"""Batches that a run goes on without, after it has gone back from a bad step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Set
+from typing import NamedTuple
+
+
+class Stretch(NamedTuple):
+    """Consecutive batches of one epoch.
+
+    Attributes:
+        epoch: counted from 1.
+        start: the first of them, counted from 0 in the order of that epoch.
+        stop: the first one after them; it may lie behind the epoch's end.
+    """
+
+    epoch: int
+    start: int
+    stop: int
+
+
+def left_out(stretches: Iterable[Stretch], epoch: int) -> Set[int]:
+    """Returns which batches of an epoch are in one of the stretches."""
+    ranges = (range(each.start, each.stop) for each in stretches if each.epoch == epoch)
+    return {batch for batches in ranges for batch in batches}
+
+
+def num_drawn(steps: int, without: Set[int]) -> int:
+    """Returns how many batches of an epoch have been drawn, up to the last one trained on.
+
+    Args:
+        steps: how many of them have been trained on.
+        without: which batches are left out.
+    """
+    drawn = steps
+    for batch in sorted(without):
+        drawn += batch < drawn
+    return drawn

@@ -1,0 +1,103 @@
+"""The guard: sees bad steps inside the program, and leaves them out where it is told to.
+
+A bad step is one that makes a number of the state, or the loss, NaN or infinite; or whose loss is a
+spike. Nothing is fetched for it: what it sees is a row of metrics like any other.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from distaff.errors import MetricError
+from distaff.measured import StepFn
+from distaff.metrics import Metric, Sum
+from distaff.spikes import Losses, is_spike, no_losses, remembered
+from distaff.state import TrainState
+from distaff.trainer_config import TrainerConfig
+from distaff.typing import Batch, PyTree
+from distaff.vitals import new_bad
+
+NOT_FINITE, SPIKES, SKIPPED = "not_finite", "spikes", "skipped"
+"""Metrics of a guarded step: 1 where it was that, else 0."""
+
+
+class Guard(NamedTuple):
+    """What the guard remembers from one step to the next.
+
+    Attributes:
+        losses: the last ones; None where nobody looks for spikes.
+        in_a_row: steps since the last one that was not to be left out, int32.
+    """
+
+    losses: Losses | None
+    in_a_row: jax.Array
+
+
+def is_needed(config: TrainerConfig) -> bool:
+    """Whether steps need a guard: where only the loss is watched, the host does that alone."""
+    return config.on_bad_numbers != "raise" or config.on_loss_spike != "ignore"
+
+
+def make_guard(config: TrainerConfig) -> Guard | None:
+    """Returns what a guard remembers before the first step; None where none is needed."""
+    if not is_needed(config):
+        return None
+    losses = None if config.on_loss_spike == "ignore" else no_losses()
+    return Guard(losses, jnp.int32(0))
+
+
+def guarded(step: StepFn, config: TrainerConfig) -> StepFn:
+    """Wraps a step, as `measured` gives it, in the guard that the options ask for.
+
+    Where a step is left out, the state stays as it was but for `step`, which counts it, and its
+    metrics count nothing. After `max_skips` in a row the next one is no longer left out.
+
+    Args:
+        step: its state has a member `guard`, as `make_guard` makes it.
+        config: `on_bad_numbers`, `on_loss_spike`, `spike_threshold` and `max_skips` are read.
+    """
+    if not is_needed(config):
+        return step
+
+    def guarded_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Metric]]:
+        after, metrics = step(state, batch)
+        loss, guard = _loss(metrics, needed=config.on_loss_spike != "ignore"), state.guard
+        is_bad = new_bad(state, after) | ~jnp.isfinite(loss)
+        is_skipped = is_bad & (config.on_bad_numbers == "skip")
+        seen, losses = {NOT_FINITE: is_bad}, guard.losses
+        if losses is not None:
+            seen[SPIKES] = is_spike(losses, loss)
+            is_skipped |= seen[SPIKES] & (config.on_loss_spike == "skip")
+            losses = remembered(losses, loss, config.spike_threshold)
+        in_a_row = jnp.where(is_skipped, guard.in_a_row + 1, 0)
+        if "skip" in (config.on_bad_numbers, config.on_loss_spike):
+            seen[SKIPPED] = is_skipped = is_skipped & (in_a_row <= config.max_skips)
+            after = _chosen(is_skipped, state.replace(step=after.step), after)
+            empty = {name: metric.empty_like() for name, metric in metrics.items()}
+            metrics = _chosen(is_skipped, empty, metrics)
+        flags = {name: Sum(flag.astype(jnp.float32)) for name, flag in seen.items()}
+        return after.replace(guard=Guard(losses, in_a_row)), {**metrics, **flags}
+
+    return guarded_step
+
+
+def _loss(metrics: dict[str, Metric], *, needed: bool) -> jax.Array:
+    taken = {NOT_FINITE, SPIKES, SKIPPED} & metrics.keys()
+    if taken:
+        raise MetricError(
+            f"The names {sorted(taken)} are taken by what on_bad_numbers and on_loss_spike count; "
+            "rename these metrics."
+        )
+    if "loss" not in metrics and needed:
+        raise MetricError(
+            "on_loss_spike looks at the metric called 'loss'; the training step has none among "
+            f"{sorted(metrics)}. Return one, or pass on_loss_spike='ignore'."
+        )
+    return jnp.float32(jnp.mean(metrics["loss"].compute()) if "loss" in metrics else 0.0)
+
+
+def _chosen(condition: jax.Array, tree: PyTree, other: PyTree) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), tree, other)

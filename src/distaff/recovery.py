@@ -1,0 +1,183 @@
+"""Recovery: what a bad step leads to, why it was bad, and how a run goes on without it."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from contextlib import closing
+from itertools import count, islice
+from typing import Any
+
+import jax
+
+from distaff.callbacks import StepInfo
+from distaff.checkpoint import MemoryStore, Store
+from distaff.data import SINGLE, Stream
+from distaff.data.left_out import Stretch, left_out, num_drawn
+from distaff.diagnosis import diagnose, replay
+from distaff.errors import CheckpointError, ConfigError, DistaffError, NonFiniteError
+from distaff.events import BadNumbers, Plan
+from distaff.measured import StepFn
+from distaff.resume import Resumable
+from distaff.rows import BadStep
+from distaff.step import LossFn
+from distaff.tally import Tally
+from distaff.typing import Batch
+
+_MAX_ORIGIN_BYTES = 2**26
+_MAX_REPLAY_SECONDS = 60.0
+
+_STRETCH = 16
+"""About how many batches around a bad step are left out the first time; twice as many each time
+after it. What a step fails of is often the batches before it."""
+
+_REMEDIES = {
+    False: "Lower the learning rate, clip gradients (OptimizerConfig(clip_norm=1.0)), look for NaN "
+    "in the data, or let the run go on: on_bad_numbers='skip' or 'rollback'.",
+    True: "Lower the learning rate, clip gradients (OptimizerConfig(clip_norm=1.0)), look at the "
+    "batch, raise spike_threshold, or let the run go on: on_loss_spike='skip' or 'rollback'.",
+}
+
+
+class Recovering(Resumable):
+    """A training that knows what to do with a bad step."""
+
+    explains = True
+    """Whether to look for where a bad number came from; a search has no time for it."""
+
+    _plain_step: StepFn
+    _plain_loss: LossFn | None = None
+
+    def begin(self, plan: Plan) -> None:
+        """Counts a new run.
+
+        Raises:
+            ConfigError: it is to go back where its loader cannot.
+        """
+        if self._goes_back and isinstance(plan.train_loader, Stream):
+            raise ConfigError(
+                "A policy of 'rollback' needs a train loader that can go back to an earlier batch, "
+                "and an iterable of your own cannot. Pass 'skip', or a loader with get_state and "
+                "set_state, such as data.ArrayLoader."
+            )
+        super().begin(plan)
+
+    @property
+    def _goes_back(self) -> bool:
+        return "rollback" in (self.config.on_bad_numbers, self.config.on_loss_spike)
+
+    def go_on(self) -> StepInfo | None:
+        """Goes to where a resumed run was saved; keeps the state that a new one begins with."""
+        saved = super().go_on()
+        if self.recording.found is None:
+            self._keep_origin()
+        return saved
+
+    def save(self, facts: Mapping[str, Any]) -> None:
+        """Saves the run, as `Resumable` does; from here on it can go back there."""
+        super().save(facts)
+        self.origin = MemoryStore()
+
+    def _keep_origin(self) -> None:
+        """Keeps the state before the first step, until there is a checkpoint to go back to.
+
+        To explain a bad step, memory will do, where it is little.
+        """
+        if self._goes_back:
+            self.save(self.facts({}, None))
+            return
+        self.origin = MemoryStore()
+        arrays = self.ready_state().arrays()
+        if self.explains and sum(x.nbytes for x in jax.tree.leaves(arrays)) <= _MAX_ORIGIN_BYTES:
+            self.origin.save(self.step, arrays, self.facts({}, None))
+
+    def recover(self, found: BadNumbers) -> None:
+        """Goes back to before a bad step and on without the batches around it, if asked to.
+
+        Raises:
+            NonFiniteError: it is not, or the run has gone back too often.
+        """
+        bad, epoch, batch = found.bad, self.epoch, self._batch_of(found.bad)
+        config = self.config
+        policy = config.on_loss_spike if bad.is_spike else config.on_bad_numbers
+        store = self.recording.store
+        store.wait()
+        text = f"{found} It was batch {batch + 1} of epoch {epoch}. {self._explained(bad)}"
+        if policy != "rollback":
+            raise NonFiniteError(f"{text}{self._kept()} {_REMEDIES[bad.is_spike]}") from None
+        if len(self.left_out) == config.max_skips:
+            raise NonFiniteError(
+                f"{text}The run has gone back {config.max_skips} times before, which is max_skips. "
+                f"{self._kept()} {_REMEDIES[bad.is_spike]}"
+            ) from None
+        reach = _STRETCH * 2 ** len(self.left_out) // 2
+        self._go_back(store, Stretch(epoch, max(0, batch - reach), batch + reach + 1))
+        gone = self.left_out[-1]
+        self.show(
+            f"{text}Back to step {self.step}; batches {gone.start + 1} to {gone.stop} of epoch "
+            f"{epoch} are left out."
+        )
+
+    def _batch_of(self, bad: BadStep) -> int:
+        """Returns which batch of the epoch a step was trained on, counted from 0."""
+        step_of_epoch = bad.step - (self.step - self.tally.steps)
+        return num_drawn(step_of_epoch, left_out(self.left_out, self.epoch)) - 1
+
+    def _go_back(self, store: Store, stretch: Stretch) -> None:
+        """Goes back to the newest checkpoint, which from then on names what is left out."""
+        step, before = store.latest(), self.left_out
+        if step is None:
+            raise CheckpointError("There is no checkpoint to go back to.")
+        saved = self.put_back(store, step)
+        if self.tally.epoch == stretch.epoch:  # what is in the state cannot be left out of it
+            drawn = num_drawn(self.tally.steps, left_out(before, stretch.epoch))
+            stretch = stretch._replace(start=max(stretch.start, drawn))
+        self.left_out, self.reached = [*before, stretch], (self.step, self.epoch)
+        facts = self.facts({}, None) if saved is None else self.facts(saved.metrics, saved.is_best)
+        self.save(facts)
+
+    def _kept(self) -> str:
+        good = self.recording.store.latest()
+        if good is None:
+            return "There is no checkpoint yet."
+        return f"The last good checkpoint is of step {good}, in {self.recording.path or 'memory'}."
+
+    def _explained(self, bad: BadStep) -> str:
+        """Runs steps again from the last good state, and returns what was found, if anything."""
+        store = self.recording.store if self.recording.store.steps() else self.origin
+        step = store.latest()
+        if bad.is_spike or not self.explains or step is None:
+            return ""
+        self.show(f"step {bad.step} is bad; running again from step {step} to find out why")
+        try:
+            info = store.info(step)
+            self.restore(store, step, self.saved_members(info))
+            with closing(self._batches(info)) as batches:
+                some = islice(batches, bad.step - step)
+                first = replay(self._plain_step, self.ready_state(), some, _MAX_REPLAY_SECONDS)
+            if first is None:
+                return "It was not bad when the steps were run again one by one. "
+            index, state, batch = first
+            found = diagnose(self._plain_step, state, batch, loss_fn=self._plain_loss)
+        except DistaffError as error:  # such as a loader that cannot go back
+            return f"Why is not known: {error} "
+        place = f"In step {step + index + 1}: " if step + index + 1 != bad.step else ""
+        return "" if found is None else f"{place}{found.text} "
+
+    def _batches(self, info: dict[str, Any]) -> Generator[Batch]:
+        """Yields the batches after a checkpoint, one by one."""
+        loader, tally = self.plan.train_loader, Tally.from_json(info["tally"], self._steps.columns)
+        is_over = info["is_best"] is not None or tally.is_trained
+        loader.set_state(info["loader"])
+        done = 0 if is_over else tally.steps
+        for epoch in count(tally.epoch + is_over):
+            without = left_out(self.left_out, epoch)
+            chunks = self.feeds.of(loader, name="train").epoch(
+                lambda: SINGLE,
+                self.plan.steps_per_epoch,
+                done=num_drawn(done, without),
+                without=without,
+            )
+            with closing(chunks):
+                for chunk in chunks:
+                    yield chunk.source.batch(0)
+            done = 0

@@ -1,0 +1,327 @@
+"""Bad steps: found where they are, left out or gone back from, as if their batches had never been."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from distaff import Callback, StopTraining, TrainerModule, data
+from distaff.checkpoint import CheckpointStore
+from distaff.errors import ConfigError, MetricError, NonFiniteError
+
+SIZE, BATCHES = 4, 60
+
+
+class Normed(nn.Module):
+    """A model with running statistics."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(5, use_bias=False)(x))
+        return nn.Dropout(0.3, deterministic=not train)(nn.Dense(1)(x))[:, 0]
+
+
+class Fit(TrainerModule):
+    """Squared errors."""
+
+    def loss_fn(self, params, batch, ctx):
+        return jnp.square(ctx.apply(params, batch["x"]) - batch["y"])
+
+
+class Interrupt(Callback):
+    """Ends a run after a validation or an epoch, as a user would with Ctrl-C."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_epoch_end(self, info):
+        if info.epoch == self.epoch:
+            raise KeyboardInterrupt
+
+
+def arrays(**changes: dict[int, float]) -> dict[str, np.ndarray]:
+    """Returns 60 batches of 4 examples; `x={5: nan}` puts NaN into the sixth batch of `x`."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(SIZE * BATCHES, 3)).astype(np.float32)
+    found = {"x": x, "y": (x.sum(1) + 0.1 * rng.normal(size=len(x))).astype(np.float32)}
+    for name, batches in changes.items():
+        for batch, value in batches.items():
+            found[name][SIZE * batch + 1] = value
+    return found
+
+
+def without(found: dict[str, np.ndarray], batches: range) -> dict[str, np.ndarray]:
+    """Returns the arrays without some of the batches."""
+    rows = np.arange(SIZE * BATCHES)
+    kept = ~np.isin(rows // SIZE, batches)
+    return {name: array[kept] for name, array in found.items()}
+
+
+def trained(found: dict[str, np.ndarray], epochs: int = 1, callbacks: Any = (), **options: Any):
+    options = {"root": None, "enable_progress_bar": False, "log_every_n_steps": 7, **options}
+    fit = Fit(Normed(), optimizer=optax.adam(1e-2), callbacks=callbacks, **options)
+    result = fit.train_model(data.ArrayLoader(found, SIZE), num_epochs=epochs)
+    return fit, result
+
+
+def assert_same_state(first: TrainerModule, second: TrainerModule, *, but: tuple[str, ...] = ()):
+    for name, tree in first.ready_state().arrays().items():
+        if name in ("rng", *but):
+            continue
+        other = second.ready_state().arrays()[name]
+        for one, two in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True):
+            np.testing.assert_array_equal(one, two, err_msg=name)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """Returns what a run has logged, without the times."""
+    found = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [{name: each for name, each in line.items() if name != "time"} for line in found]
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 8])
+@pytest.mark.parametrize("name", ["x", "y"])
+def test_skipped_step_changes_nothing_but_the_count(name: str, steps_per_call: int) -> None:
+    found = arrays(**{name: {20: np.nan, 33: np.inf}})
+    fit, result = trained(found, on_bad_numbers="skip", steps_per_call=steps_per_call)
+    assert (result.step, result.metrics["train/skipped"]) == (BATCHES, 2)
+    assert np.isfinite(result.metrics["train/loss"])
+    assert fit.ready_state().step == BATCHES
+
+    # The same by hand: the step's own program, and the update thrown away.
+    by_hand = Fit(Normed(), optimizer=optax.adam(1e-2), root=None, enable_progress_bar=False)
+    by_hand.set_up({name: array[:SIZE] for name, array in found.items()})
+    by_hand.init_optimizer(None)
+    state, step = by_hand.ready_state(), jax.jit(by_hand.create_functions()[0])
+    losses = []
+    for batch in range(BATCHES):
+        rows = slice(SIZE * batch, SIZE * batch + SIZE)
+        after, metrics = step(state, {name: array[rows] for name, array in found.items()})
+        if batch in (20, 33):
+            state = state.replace(step=after.step)
+        else:
+            state = after
+            losses.append(metrics["loss"].compute())
+    for one, two in zip(
+        jax.tree.leaves((state.params, state.opt_state, state.batch_stats)),
+        jax.tree.leaves(
+            (fit.ready_state().params, fit.ready_state().opt_state, fit.ready_state().batch_stats)
+        ),
+        strict=True,
+    ):
+        np.testing.assert_allclose(one, two, rtol=2e-4, atol=1e-6)
+    np.testing.assert_allclose(result.metrics["train/loss"], np.mean(losses), rtol=1e-5)
+
+
+def test_skipping_too_many_in_a_row_ends_the_run() -> None:
+    bad = dict.fromkeys(range(30, 60), np.nan)
+    with pytest.raises(NonFiniteError, match="at step 34"):
+        trained(arrays(x=bad), on_bad_numbers="skip", max_skips=3)
+    _, result = trained(
+        arrays(x=dict.fromkeys(range(30, 33), np.nan)), on_bad_numbers="skip", max_skips=3
+    )
+    assert result.metrics["train/skipped"] == 3
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 8])
+@pytest.mark.parametrize("bad", [3, 30, 58])
+def test_rollback_is_as_if_the_batches_had_never_been(
+    bad: int, steps_per_call: int, tmp_path: Path
+) -> None:
+    options = {"on_bad_numbers": "rollback", "steps_per_call": steps_per_call}
+    found = arrays(x={bad: np.nan})
+    fit, result = trained(found, root=tmp_path / "back", **options)
+    gone = range(max(0, bad - 8), bad + 9)
+    rest = without(found, gone)
+    clean, expected = trained(rest, root=tmp_path / "clean", **options)
+    assert result.step == expected.step == len(rest["x"]) // SIZE
+    assert_same_state(fit, clean)
+    assert lines(result.path) == lines(expected.path)
+    assert f"batches {gone.start + 1} to {gone.stop}" in (result.path / "log.txt").read_text()
+
+
+def test_what_a_checkpoint_holds_is_not_left_out_of_it(tmp_path: Path) -> None:
+    options = {"on_bad_numbers": "rollback", "steps_per_call": 4}
+    found = arrays(x={30: np.nan})
+    fit, result = trained(found, root=tmp_path / "back", save_every=1e-9, **options)
+    clean, expected = trained(without(found, range(28, 39)), root=tmp_path / "clean", **options)
+    assert_same_state(fit, clean)
+    assert lines(result.path) == lines(expected.path)
+
+
+def test_rollback_over_epochs_leaves_out_batches_of_one(tmp_path: Path) -> None:
+    found = arrays()
+    order = data.ArrayLoader(found, SIZE, shuffle=True, seed=1)
+    first, second = list(order.rows()), list(order.rows())
+    # One example is bad, so that it is met in each epoch, elsewhere.
+    found["x"][second[40][0]] = np.nan
+    places = [
+        next(i for i, rows in enumerate(epoch) if second[40][0] in rows)
+        for epoch in (first, second)
+    ]
+    fit = Fit(
+        Normed(),
+        optimizer=optax.adam(1e-2),
+        root=tmp_path,
+        enable_progress_bar=False,
+        on_bad_numbers="rollback",
+        check_val_every_n_epoch=2,
+    )
+    loader = data.ArrayLoader(found, SIZE, shuffle=True, seed=1)
+    result = fit.train_model(loader, num_epochs=2)
+    gone = []
+    for epoch, place, reach in zip((1, 2), places, (8, 16), strict=True):
+        gone.append(min(60, place + reach + 1) - max(0, place - reach))
+        assert f"batch {place + 1} of epoch {epoch}" in (result.path / "log.txt").read_text()
+    assert result.step == 2 * BATCHES - sum(gone)
+    assert np.isfinite(result.metrics["train/loss"])
+
+
+def test_run_that_goes_back_and_is_interrupted_goes_on_without_the_batches(tmp_path: Path) -> None:
+    found = arrays(x={30: np.nan})
+    options = {"on_bad_numbers": "rollback", "steps_per_call": 4, "epochs": 3}
+    with pytest.raises(KeyboardInterrupt):
+        trained(found, root=tmp_path / "cut", callbacks=[Interrupt(2)], **options)
+    fit, result = trained(found, root=tmp_path / "cut", callbacks=[Interrupt(9)], **options)
+    clean, expected = trained(found, root=tmp_path / "whole", callbacks=[Interrupt(9)], **options)
+    assert result.path.name == "0001"
+    assert_same_state(fit, clean)
+    assert lines(result.path) == lines(expected.path)
+
+
+def test_run_goes_back_only_so_often() -> None:
+    with pytest.raises(NonFiniteError, match=r"gone back 2 times before, which is max_skips"):
+        trained(
+            arrays(x=dict.fromkeys(range(10, 60), np.nan)), on_bad_numbers="rollback", max_skips=2
+        )
+
+
+def test_loader_that_cannot_go_back_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    fit = Fit(
+        Normed(), root=tmp_path / "runs", enable_progress_bar=False, on_bad_numbers="rollback"
+    )
+    with pytest.raises(ConfigError, match="rollback.*get_state"):
+        fit.train_model([arrays()], num_epochs=1)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_spike_ends_the_run_where_that_is_asked_for() -> None:
+    found = arrays(y={50: 1e4})
+    with pytest.raises(NonFiniteError, match=r"loss is a spike at step 51.*batch 51 of epoch 1"):
+        trained(found, on_loss_spike="raise", steps_per_call=8)
+    _, result = trained(found)
+    assert result.step == BATCHES
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 8])
+def test_spike_is_skipped(steps_per_call: int) -> None:
+    fit, result = trained(arrays(y={50: 1e4}), on_loss_spike="skip", steps_per_call=steps_per_call)
+    assert (result.metrics["train/skipped"], result.metrics["train/spikes"]) == (1, 1)
+    # What the batch was is no matter.
+    other, _ = trained(arrays(y={50: 1e5}), on_loss_spike="skip", steps_per_call=steps_per_call)
+    assert_same_state(fit, other, but=("guard",))
+
+
+def test_new_level_of_the_loss_is_trained_on_after_some_steps() -> None:
+    found = arrays(y=dict.fromkeys(range(40, 60), 1e3))
+    _, result = trained(found, on_loss_spike="skip", max_skips=4)
+    assert result.metrics["train/skipped"] == 4
+    assert result.metrics["train/spikes"] > 4
+
+
+def test_spike_is_gone_back_from(tmp_path: Path) -> None:
+    found = arrays(y={45: 1e4})
+    fit, result = trained(found, on_loss_spike="rollback", root=tmp_path / "back")
+    rest = without(found, range(37, 54))
+    clean, _ = trained(rest, on_loss_spike="rollback", root=tmp_path / "clean")
+    assert result.step == 43
+    assert_same_state(fit, clean)
+
+
+def test_resumed_run_looks_back_on_the_same_losses(tmp_path: Path) -> None:
+    found = arrays(y={2: 1e4, 40: 1e4})
+    options = {"on_loss_spike": "skip", "steps_per_call": 4, "epochs": 3}
+    with pytest.raises(KeyboardInterrupt):
+        trained(found, root=tmp_path / "cut", callbacks=[Interrupt(2)], **options)
+    fit, result = trained(found, root=tmp_path / "cut", callbacks=[Interrupt(9)], **options)
+    clean, expected = trained(found, root=tmp_path / "whole", callbacks=[Interrupt(9)], **options)
+    assert_same_state(fit, clean)
+    assert lines(result.path) == lines(expected.path)
+    assert expected.metrics["train/skipped"] == 2
+
+
+def test_policy_may_be_changed_from_one_start_to_the_next(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        trained(arrays(), 2, root=tmp_path, callbacks=[Interrupt(2)])
+    changed = {"on_loss_spike": "skip", "resume": "must"}
+    _, result = trained(arrays(), 2, root=tmp_path, callbacks=[Interrupt(9)], **changed)
+    assert (result.path.name, result.step) == ("0001", 2 * BATCHES)
+
+
+def test_spike_needs_a_loss() -> None:
+    class Own(Fit):
+        def create_functions(self):
+            train, evaluate = super().create_functions()
+
+            def renamed(state, batch):
+                state, metrics = train(state, batch)
+                return state, {"error": metrics["loss"]}
+
+            return renamed, evaluate
+
+    own = Own(Normed(), root=None, enable_progress_bar=False, on_loss_spike="skip")
+    with pytest.raises(MetricError, match="metric called 'loss'"):
+        own.train_model(data.ArrayLoader(arrays(), SIZE), num_epochs=1)
+
+
+def test_checkpoints_within_an_epoch_change_nothing_and_do_not_stay(tmp_path: Path) -> None:
+    saved = []
+
+    class Look(Callback):
+        def on_step_end(self, info):
+            saved.extend(
+                CheckpointStore(tmp_path / "often" / "fit" / "0001" / "checkpoints").steps()
+            )
+
+    often, result = trained(
+        arrays(), 2, root=tmp_path / "often", save_every=0.2, callbacks=[Look()]
+    )
+    never, expected = trained(
+        arrays(), 2, root=tmp_path / "never", save_every=None, callbacks=[Interrupt(9)]
+    )
+    assert_same_state(often, never)
+    assert lines(result.path) == lines(expected.path)
+    names = [sorted(p.name for p in (r.path / "checkpoints").iterdir()) for r in (result, expected)]
+    assert names[0] == names[1]
+
+
+def test_run_that_waits_for_its_data_says_where(tmp_path: Path, capfd) -> None:
+    def batches():
+        for batch in range(6):
+            time.sleep(2.0 * (batch == 4))
+            yield {name: array[:SIZE] for name, array in arrays().items()}
+
+    fit = Fit(
+        Normed(),
+        root=tmp_path,
+        enable_progress_bar=False,
+        steps_per_call=1,
+        optimizer=optax.sgd(1e-2),
+        stuck_after=0.4,
+        recompile="ignore",
+    )
+    fit.train_model(batches, num_epochs=1)
+    text = (fit.recording.path / "log.txt").read_text()
+    assert "seems stuck: at step 4, a step has taken" in text
+    assert "in batches" in text  # the function that it waits in
+    assert "goes on, after" in text
+    assert "seems stuck" in capfd.readouterr().err
