@@ -19,7 +19,6 @@ from distaff.events import BadNumbers, Plan
 from distaff.measured import StepFn
 from distaff.resume import Resumable
 from distaff.rows import BadStep
-from distaff.step import LossFn
 from distaff.tally import Tally
 from distaff.typing import Batch
 
@@ -45,7 +44,6 @@ class Recovering(Resumable):
     """Whether to look for where a bad number came from; a search has no time for it."""
 
     _plain_step: StepFn
-    _plain_loss: LossFn | None = None
 
     def begin(self, plan: Plan) -> None:
         """Counts a new run.
@@ -148,26 +146,27 @@ class Recovering(Resumable):
         if bad.is_spike or not self.explains or step is None:
             return ""
         self.show(f"step {bad.step} is bad; running again from step {step} to find out why")
+        limit = _MAX_REPLAY_SECONDS
         try:
             info = store.info(step)
             self.restore(store, step, self.saved_members(info))
+            self.plan.train_loader.set_state(info["loader"])
             with closing(self._batches(info)) as batches:
                 some = islice(batches, bad.step - step)
-                first = replay(self._plain_step, self.ready_state(), some, _MAX_REPLAY_SECONDS)
+                first = replay(self._plain_step, self.ready_state(), some, max_seconds=limit)
             if first is None:
-                return "It was not bad when the steps were run again one by one. "
-            index, state, batch = first
-            found = diagnose(self._plain_step, state, batch, loss_fn=self._plain_loss)
+                return "Run again one by one, no step was bad, or there was no time. "
+            found = diagnose(self._plain_step, first.state, first.batch, max_seconds=limit)
         except DistaffError as error:  # such as a loader that cannot go back
             return f"Why is not known: {error} "
-        place = f"In step {step + index + 1}: " if step + index + 1 != bad.step else ""
+        number = step + first.index + 1
+        place = f"In step {number}: " if number != bad.step else ""
         return "" if found is None else f"{place}{found.text} "
 
     def _batches(self, info: dict[str, Any]) -> Generator[Batch]:
-        """Yields the batches after a checkpoint, one by one."""
+        """Yields the batches after a checkpoint, one by one; the loader stands there."""
         loader, tally = self.plan.train_loader, Tally.from_json(info["tally"], self._steps.columns)
         is_over = info["is_best"] is not None or tally.is_trained
-        loader.set_state(info["loader"])
         done = 0 if is_over else tally.steps
         for epoch in count(tally.epoch + is_over):
             without = left_out(self.left_out, epoch)

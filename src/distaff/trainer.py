@@ -95,7 +95,6 @@ class TrainerModule(Recovering):
             `train_step(state, batch) -> (state, metrics)` and `eval_step(state, batch) -> metrics`,
             with metrics as `distaff.metrics` describes.
         """
-        self._plain_loss = self.loss_fn
         return make_train_step(self.loss_fn), EvalStep(self.loss_fn)
 
     def create_jitted_functions(self, train_step: StepFn, eval_step: EvalFn) -> None:

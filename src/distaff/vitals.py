@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,3 +73,31 @@ def all_finite(tree: PyTree) -> bool:
     """Returns whether every float in a tree is a number; they are fetched from the device."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     return all(bool(np.isfinite(leaf).all()) for leaf in leaves)
+
+
+def new_bad(before: PyTree, after: PyTree) -> jax.Array:
+    """Returns whether a float is NaN or infinite that was a number before; works inside `jax.jit`.
+
+    What was not finite before does not count: some optimizers begin with an infinite number.
+
+    Args:
+        before: arrays, such as the state before a step. Integers, bools and keys are not looked at.
+        after: the same arrays later, of the same structure, shapes and dtypes.
+
+    Returns:
+        Bool `[]`.
+
+    >>> bool(new_bad({"best": jnp.inf}, {"best": jnp.inf}))
+    False
+    >>> bool(new_bad({"best": jnp.inf, "w": 1.0}, {"best": 2.0, "w": jnp.nan}))
+    True
+    """
+    flags = jax.tree.leaves(jax.tree.map(_is_new_bad, before, after))
+    return jnp.stack(flags).any() if flags else jnp.asarray(False)
+
+
+def _is_new_bad(before: Any, after: Any) -> jax.Array:
+    before, after = jnp.asarray(before), jnp.asarray(after)
+    if not jnp.issubdtype(after.dtype, jnp.inexact):
+        return jnp.asarray(False)
+    return (jnp.isfinite(before) & ~jnp.isfinite(after)).any()

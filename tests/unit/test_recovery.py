@@ -1,4 +1,4 @@
-"""Bad steps: found where they are, left out or gone back from, as if their batches had never been."""
+"""Bad steps: found where they are, and left out or gone back from as if they had never been."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from distaff import Callback, StopTraining, TrainerModule, data
+from distaff import Callback, TrainerModule, data
 from distaff.checkpoint import CheckpointStore
 from distaff.errors import ConfigError, MetricError, NonFiniteError
 
@@ -86,6 +86,62 @@ def lines(path: Path) -> list[dict[str, Any]]:
     """Returns what a run has logged, without the times."""
     found = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     return [{name: each for name, each in line.items() if name != "time"} for line in found]
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+@pytest.mark.parametrize("steps_per_call", [1, 8])
+def test_error_says_which_batch_and_why(steps_per_call: int, epoch: int, tmp_path: Path) -> None:
+    # An example without weight is not seen; NaN is met in one epoch, in the middle of its order.
+    class Logs(Fit):
+        def loss_fn(self, params, batch, ctx):
+            error = super().loss_fn(params, batch, ctx)
+            at = jnp.where(ctx.state.step == 60 * (epoch - 1) + 20, -1.0, 1.0)
+            return error + 0 * jnp.log(at)
+
+    found = arrays()
+    fit = Logs(Normed(), optimizer=optax.adam(1e-2), root=tmp_path, enable_progress_bar=False)
+    with pytest.raises(NonFiniteError) as error:
+        fit.train_model(data.ArrayLoader(found, SIZE, shuffle=True), num_epochs=2)
+    text = str(error.value)
+    assert f"at step {60 * (epoch - 1) + 21}. It was batch 21 of epoch {epoch}." in text
+    assert "The loss is not finite. It comes from log(-1), which is NaN" in text
+    assert "test_recovery.py:" in text
+    kept = "There is no checkpoint yet." if epoch == 1 else "The last good checkpoint is of step 60"
+    assert kept in text
+    assert json.loads((fit.recording.path / "status.json").read_text())["reason"].endswith(text)
+
+
+def test_error_names_the_entry_of_the_batch() -> None:
+    with pytest.raises(
+        NonFiniteError, match=r"holds a number that is not finite in 'y', in exampl"
+    ):
+        trained(arrays(y={33: np.nan}), steps_per_call=8)
+
+
+def test_gradient_that_shows_a_step_later_is_traced_back() -> None:
+    class Late(Fit):
+        def loss_fn(self, params, batch, ctx):
+            error = super().loss_fn(params, batch, ctx)
+            kernel = params["Dense_1"]["kernel"]
+            away = jnp.where(ctx.state.step == 40, 0.0, 1.0)
+            return error + 0 * jnp.sqrt(jnp.square(kernel).sum() * away)
+
+    fit = Late(Normed(), optimizer=optax.adam(1e-2), root=None, enable_progress_bar=False)
+    with pytest.raises(
+        NonFiniteError, match=r"at step 42\..*In step 41: The gradient is not finite"
+    ):
+        fit.train_model(data.ArrayLoader(arrays(), SIZE), num_epochs=1)
+
+
+def test_loader_that_cannot_go_back_leaves_the_reason_open() -> None:
+    found = arrays(x={33: np.nan})
+    batches = [
+        {name: array[SIZE * n : SIZE * n + SIZE] for name, array in found.items()}
+        for n in range(BATCHES)
+    ]
+    fit = Fit(Normed(), root=None, enable_progress_bar=False)
+    with pytest.raises(NonFiniteError, match=r"batch 34 of epoch 1\. Why is not known: A Stream"):
+        fit.train_model(batches, num_epochs=1)
 
 
 @pytest.mark.parametrize("steps_per_call", [1, 8])
@@ -209,7 +265,7 @@ def test_loader_that_cannot_go_back_is_refused_before_anything_is_written(tmp_pa
     fit = Fit(
         Normed(), root=tmp_path / "runs", enable_progress_bar=False, on_bad_numbers="rollback"
     )
-    with pytest.raises(ConfigError, match="rollback.*get_state"):
+    with pytest.raises(ConfigError, match=r"rollback.*get_state"):
         fit.train_model([arrays()], num_epochs=1)
     assert not (tmp_path / "runs").exists()
 

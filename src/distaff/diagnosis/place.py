@@ -1,0 +1,75 @@
+"""Place: where in a model, and in whose code, an operation of a traced program comes from."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import optax
+
+_DISTAFF = Path(__file__).parents[1]
+_TRACED_FROM = str(Path(__file__).with_name("origin.py"))
+_LIBRARIES = tuple(str(Path(each.__file__).parent) + os.sep for each in (jax, flax, optax))
+_STANDARD_LIBRARY = str(Path(os.__file__).parent) + os.sep
+
+
+def scope(path: tuple[Any, ...]) -> str:
+    """Returns the names that the model gives to where an operation is: those of its modules.
+
+    Args:
+        path: the equation of the operation, after those of the calls that lead to it.
+
+    Returns:
+        Such as `"MLP/Dense_0"`; empty outside of any.
+    """
+    stacks = "/".join(str(equation.source_info.name_stack) for equation in path)
+    names: list[str] = []
+    for piece in stacks.split("/"):
+        name = re.sub(r"\w+\(|\)", "", piece)  # of transpose(jvp(MLP)), MLP
+        if names and name == names[0] and name != piece:
+            names = []  # What a gradient computes anew is named from the start again.
+        if name and name not in ("checkpoint", "rematted_computation"):
+            names.append(name)
+    return "/".join(names)
+
+
+def line(path: tuple[Any, ...]) -> str:
+    """Returns the innermost line of the user's code that an operation comes from.
+
+    Args:
+        path: the equation of the operation, after those of the calls that lead to it. What is
+            called from several places is traced in one of them, and knows its own lines only.
+
+    Returns:
+        Such as `"model.py:31"`, the path being relative to the working directory if it is inside;
+        empty where there are only libraries: JAX, Flax, Optax, and the parts of Distaff that are no
+        models or tasks.
+    """
+    for equation in reversed(path):
+        for file, number in _frames(equation):
+            if not _is_library(file):
+                return f"{file.removeprefix(os.getcwd() + os.sep)}:{number}"
+    return ""
+
+
+def _frames(equation: Any) -> Iterator[tuple[str, int]]:
+    traceback = equation.source_info.traceback
+    for frame in () if traceback is None else traceback.frames:
+        if frame.file_name == _TRACED_FROM:
+            return  # Outside of this is who asked.
+        yield frame.file_name, frame.line_num
+
+
+@functools.cache
+def _is_library(file: str) -> bool:
+    if _DISTAFF in Path(file).parents:
+        return Path(file).relative_to(_DISTAFF).parts[0] not in ("zoo", "tasks")
+    # What is installed may be inside of the standard library's directory.
+    is_standard = file.startswith(_STANDARD_LIBRARY) and "-packages" not in file
+    return is_standard or file.startswith(_LIBRARIES)
