@@ -28,6 +28,12 @@ _HOW_IT_RUNS = {
 }
 """Options that lead to the same model."""
 
+_HOW_IT_GOES_ON = (
+    *("options.resume", "options.allow_inexact_resume", "options.max_time"),
+    "distaff",
+)
+"""What is not named where it has changed."""
+
 
 class Found(NamedTuple):
     """What a run goes on from.
@@ -307,8 +313,7 @@ def _has_only_failed(path: Path) -> bool:
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Returns what of a run's configuration differs, but for what says how it goes on."""
     found = config.diff(old, config.to_json(new))
-    ignored = ("options.resume", "options.max_time", "distaff")
-    return {name: values for name, values in found.items() if name not in ignored}
+    return {name: values for name, values in found.items() if name not in _HOW_IT_GOES_ON}
 
 
 def _is_same_run(changes: Mapping[str, Any]) -> bool:

@@ -33,6 +33,9 @@ class TrainerConfig:
             goes on with the newest one of the same seed, model and optimizer, from its newest
             valid checkpoint; "must" goes on whatever is other now, and is an error where there is
             none; "never" begins a new run. A number goes on from the checkpoint of that step.
+        allow_inexact_resume: go on also with a loader that is read anew and yields other batches
+            than before, so that examples are missed or seen twice; a line then says so. By default
+            this is an error.
         max_time: the longest a run may last, such as "3h30m", a number of seconds, or a
             `timedelta`. It is then saved, and ends as interrupted.
         table_depth: levels of modules in the model table, 0 for the whole model in one line; None
@@ -57,6 +60,7 @@ class TrainerConfig:
     steps_per_call: int | Literal["auto"] = "auto"
     keep_last: int = 2
     resume: Literal["auto", "must", "never"] | int = "auto"
+    allow_inexact_resume: bool = False
     max_time: str | float | None = None
     table_depth: int | None = None
     enable_progress_bar: bool = True
