@@ -140,12 +140,13 @@ class TrainResult(NamedTuple):
     """How a run ended.
 
     Attributes:
-        status: `"finished"`; `"stopped"` if a callback stopped it, `"pruned"` if a search did.
-        reason: why it was stopped; empty otherwise.
+        status: `"finished"`; `"stopped"` if a callback stopped it, `"pruned"` if a search did;
+            `"interrupted"` if it was asked to end before its time, and can be gone on with.
+        reason: why it was stopped or interrupted; empty otherwise.
         step: completed optimizer updates.
         epoch: completed epochs.
         metrics: of the last training epoch (`train/`), the best validation (`val/`) and the test
-            (`test/`).
+            (`test/`); those of the last epoch that ended, if it was interrupted.
         best: the best model; None without validation.
         path: the run directory; None if nothing is written.
     """
