@@ -52,17 +52,16 @@ def pca_error(train: np.ndarray, test: np.ndarray, latent: int, noise: float) ->
 
 def main(options: Options) -> dict[int, tuple[float, float, float]]:
     train, val, test = data.digits(batch_size=32)
+    adam = distaff.OptimizerConfig("adam", learning_rate=3e-3, warmup_steps=50)
+    run = {"name": "denoising" if options.noise else "autoencoder", "root": options.root}
+    run |= {"noise": options.noise, "check_val_every_n_epoch": options.validate_every}
     errors = {}
     for latent in options.latents:
-        trainer = Drawing(
-            zoo.MLPAutoencoder((8, 8, 1), latent, hidden=(256,)),
-            optimizer=distaff.OptimizerConfig("adam", learning_rate=3e-3, warmup_steps=50),
-            name="denoising" if options.noise else "autoencoder",
-            root=options.root,
-            noise=options.noise,
-            check_val_every_n_epoch=options.validate_every,
-        )
+        model = zoo.MLPAutoencoder((8, 8, 1), latent, hidden=(256,))
+        trainer = Drawing(model, optimizer=adam, **run)
         result = trainer.train_model(train, val, test, num_epochs=options.num_epochs)
+        if result.status == "interrupted":
+            raise SystemExit(130)  # as Ctrl-C ends a program; start it again to go on
         pca = pca_error(train.arrays["image"], test.arrays["image"], latent, options.noise)
         errors[latent] = (result.metrics["val/loss"], result.metrics["test/loss"], pca)
     print("latent  val MSE  test MSE  PCA's test MSE")

@@ -4,8 +4,7 @@
     .venv/bin/python examples/digits_resnet.py --data cifar10 --folder ~/data --batch-size 128
 
 It prints the test accuracy, and leaves learning curves and the confusion matrix as pictures in
-`runs/resnet/<version>/figures`. MNIST, Fashion-MNIST (as `mnist`) and CIFAR are read from a folder
-of yours; where files are missing, the error says where to get them.
+`runs/resnet/<version>/figures`. MNIST, Fashion-MNIST (`mnist`) and CIFAR are read from a folder.
 """
 
 from __future__ import annotations
@@ -66,6 +65,8 @@ def main(options: Options) -> distaff.TrainResult:
     run = {"name": "resnet", "root": options.root, "seed": options.seed, "loggers": [history]}
     trainer = ShiftingClassifier(model, optimizer=options.optimizer, **run)
     result = trainer.train_model(train, val, test, num_epochs=options.num_epochs)
+    if result.status == "interrupted":
+        raise SystemExit(130)  # as Ctrl-C ends a program; start it again to go on
     guesses = trainer.predict(test).argmax(axis=-1)
     curves = plots.learning_curves(history.series("train/", "val/"), result.best.epoch)
     confusion = plots.confusion_matrix(test.arrays["label"], guesses, names)

@@ -72,7 +72,7 @@ def main(options: Options) -> distaff.TrainResult:
     every = max(1, options.num_epochs // 5)
     trainer = GAN(Networks(), optimizer=both, seed=options.seed, check_val_every_n_epoch=every)
     result = trainer.train_model(train, val, test, num_epochs=options.num_epochs)
-    print({name: value for name, value in result.metrics.items() if "test/" in name})
+    print(result.status, {name: x for name, x in result.metrics.items() if "test/" in name})
     return result
 
 

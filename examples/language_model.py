@@ -4,8 +4,8 @@
 
 The text is the standard library of the Python that runs this, split by file. A run is
 `runs/language-model/<version>`: samples in `texts`, bits per byte by step in `learning_curve.png`.
-gzip and xz see nothing but the held-out bytes, and look back 32 KB, or at all of them. The model
-has seen other files, and looks back at most `length` bytes; in the test, at least half of that.
+gzip and xz see the held-out bytes alone, and look back 32 KB, or at all of them. The model has seen
+other files, and looks back at most `length` bytes; in the test, at least half of that.
 """
 
 from __future__ import annotations
@@ -27,8 +27,6 @@ OPTIMIZER = OptimizerConfig("adamw", learning_rate=5e-3, groups=(MUON,), **LINEA
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What can be set from the command line."""
-
     num_epochs: int = 4
     steps_per_epoch: int = 800
     batch_size: int = 8
@@ -41,8 +39,7 @@ class Options:
 
 
 def draw(history: loggers.MemoryLogger, coded: dict[str, float]) -> Figure:
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
+    axes = Figure(figsize=(7, 4), layout="constrained").subplots()
     for name, style in (("step/bits_per_byte", "-"), ("val/bits_per_byte", "o-")):
         points = [(r.step, r.metrics[name]) for r in history.records if name in r.metrics]
         axes.plot(*zip(*points, strict=True), style, markersize=4, label=name)
@@ -50,7 +47,7 @@ def draw(history: loggers.MemoryLogger, coded: dict[str, float]) -> Figure:
         axes.axhline(bits, color="black", linestyle=style, label=f"{name}, test files")
     axes.set(xlabel="step", ylabel="bits per byte", ylim=(1, 4))
     axes.legend()
-    return figure
+    return axes.figure
 
 
 def main(options: Options) -> dict[str, float]:
@@ -66,6 +63,8 @@ def main(options: Options) -> dict[str, float]:
     trainer = tasks.LanguageModel(model, optimizer=OPTIMIZER, **samples, **run)
     epochs = {"num_epochs": options.num_epochs, "steps_per_epoch": options.steps_per_epoch}
     result = trainer.train_model(train, val, test, **epochs)
+    if result.status == "interrupted":
+        raise SystemExit(130)  # as Ctrl-C ends a program; start it again to go on
     xz = lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)
     codes = {"gzip -9": gzip.compress(text, 9), "xz -9e": xz}
     bits = {name: 8 * len(code) / len(text) for name, code in codes.items()}

@@ -2,8 +2,8 @@
 
     .venv/bin/python examples/linear_probe.py --autoencoder runs/autoencoder/0003
 
-It needs a run of `examples/autoencoder.py`. Two probes, runs in `runs/probe`, stand on a random
-encoder and on the trained one, both frozen. The last has `accuracy.png`, beside two baselines.
+It needs a run of `examples/autoencoder.py`. Two probes, `runs/random-probe` and
+`runs/trained-probe`, stand on frozen encoders. The last has `accuracy.png`, beside two baselines.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-import distaff
-from distaff import data, optim, tasks, zoo
+from distaff import Monitor, OptimizerConfig, data, optim, tasks, zoo
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +38,7 @@ class Probe(nn.Module):
 
 
 class Probing(tasks.Classifier):
-    monitor = distaff.Monitor("val/loss")  # 180 examples: the accuracy is too coarse to choose by
+    monitor = Monitor("val/loss")  # 180 examples: the accuracy is too coarse to choose by
     encoder_params: Any = None  # without, the encoder stays as random as it began
 
     def run_model_init(self, example_batch, key):
@@ -59,15 +58,16 @@ def main(options: Options) -> dict[str, float]:
     trained = tasks.Autoencoder.load_from_checkpoint(options.autoencoder, zoo.MLPAutoencoder)
     encoder, variables = trained.bind_model().encoder.unbind()
     frozen = optim.ParamGroup("encoder/*", freeze=True)
-    adam = distaff.OptimizerConfig("adam", learning_rate=3e-2, groups=(frozen,))
+    adam = OptimizerConfig("adam", learning_rate=3e-2, groups=(frozen,))
     scores = {}
-    for name, params in {"random encoder": None, "trained encoder": variables["params"]}.items():
-        trainer = Probing(Probe(encoder), optimizer=adam, name="probe", root=options.root)
+    for name, params in {"random": None, "trained": variables["params"]}.items():
+        trainer = Probing(Probe(encoder), optimizer=adam, name=f"{name}-probe", root=options.root)
         trainer.encoder_params = params
         result = trainer.train_model(*loaders, num_epochs=options.num_epochs)
-        scores[name] = result.metrics["test/accuracy"]
-    scores["PCA"] = regression(loaders, PCA(encoder.features[-1]))
-    scores["pixels"] = regression(loaders)
+        if result.status == "interrupted":
+            raise SystemExit(130)  # as Ctrl-C ends a program; start it again to go on
+        scores[f"{name} encoder"] = result.metrics["test/accuracy"]
+    scores |= {"PCA": regression(loaders, PCA(encoder.features[-1])), "pixels": regression(loaders)}
     axes = Figure(figsize=(5, 2), layout="constrained").subplots()
     axes.bar_label(axes.barh([*scores], [*scores.values()]), fmt="%.3f")
     axes.set(xlabel="test accuracy", xlim=(0, 1.15))

@@ -17,8 +17,7 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
-import distaff
-from distaff import data, loggers, tasks
+from distaff import OptimizerConfig, data, loggers, tasks
 
 
 class SmoothMLP(nn.Module):
@@ -46,18 +45,19 @@ def points(number: int, seed: int) -> dict[str, np.ndarray]:
 def fit(seed: int, options: Options) -> float:
     train = data.ArrayLoader(points(1000, seed=42), batch_size=64, shuffle=True, seed=seed)
     val, test = (data.ArrayLoader(points(*which), 500) for which in ((200, 43), (500, 44)))
-    optimizer = distaff.OptimizerConfig(learning_rate=2e-2, warmup_steps=50, clip_norm=1.0)
+    optimizer = OptimizerConfig(learning_rate=2e-2, warmup_steps=50, clip_norm=1.0)
     history = loggers.MemoryLogger()
     where = {"name": "sine", "root": options.root, "loggers": [history]}
     trainer = tasks.Regressor(SmoothMLP(), optimizer=optimizer, seed=seed, **where)
     result = trainer.train_model(train, val, test, num_epochs=options.num_epochs)
+    if result.status == "interrupted":
+        raise SystemExit(130)  # as Ctrl-C ends a program; start it again to go on
     draw(trainer, history).savefig(result.path / "sine.png", dpi=100)
     return result.metrics["test/loss"]
 
 
 def draw(trainer: tasks.Regressor, history: loggers.MemoryLogger) -> Figure:
-    figure = Figure(figsize=(8, 3), layout="constrained")
-    curve, learning = figure.subplots(1, 2)
+    curve, learning = Figure(figsize=(8, 3), layout="constrained").subplots(1, 2)
     x = np.linspace(-2, 2, 400)[:, None]
     curve.plot(x, np.sin(3 * x), color="#bbbbbb", linewidth=5, label="sin(3x)")
     curve.plot(x, trainer.bind_model()(x), color="#D55E00", label="network")
@@ -67,7 +67,7 @@ def draw(trainer: tasks.Regressor, history: loggers.MemoryLogger) -> Figure:
     learning.set(xlabel="epoch", ylabel="mean squared error")
     curve.legend(loc="lower left")
     learning.legend()
-    return figure
+    return curve.figure
 
 
 def main(options: Options) -> dict[int, float]:

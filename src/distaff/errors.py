@@ -24,6 +24,13 @@ class BatchError(DistaffError, ValueError):
     """A batch, or the loader that yields it, does not have the agreed form."""
 
 
+class ChangedBatchesError(BatchError):
+    """A loader that goes to a position has not yielded the same batches on the way there.
+
+    It stands there all the same: `loader.set_state(loader.get_state())` goes on with it.
+    """
+
+
 class DataFileError(DistaffError, ValueError):
     """A file of a data set is missing, unreadable, or not in its published format."""
 

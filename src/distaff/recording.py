@@ -29,6 +29,12 @@ _HOW_IT_RUNS = {
 }
 """Options that lead to the same model, or are what one changes to go on after a bad step."""
 
+_HOW_IT_GOES_ON = (
+    *("options.resume", "options.allow_inexact_resume", "options.max_time"),
+    "distaff",
+)
+"""What is not named where it has changed."""
+
 
 class Found(NamedTuple):
     """What a run goes on from.
@@ -308,8 +314,7 @@ def _has_only_failed(path: Path) -> bool:
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Returns what of a run's configuration differs, but for what says how it goes on."""
     found = config.diff(old, config.to_json(new))
-    ignored = ("options.resume", "options.max_time", "distaff")
-    return {name: values for name, values in found.items() if name not in ignored}
+    return {name: values for name, values in found.items() if name not in _HOW_IT_GOES_ON}
 
 
 def _is_same_run(changes: Mapping[str, Any]) -> bool:

@@ -125,7 +125,7 @@ class Recovering(Resumable):
         step, before = store.latest(), self.left_out
         if step is None:
             raise CheckpointError("There is no checkpoint to go back to.")
-        saved = self.put_back(store, step)
+        saved = self.put_back(store, step, val=not isinstance(self.plan.val_loader, Stream))
         if self.tally.epoch == stretch.epoch:  # what is in the state cannot be left out of it
             drawn = num_drawn(self.tally.steps, left_out(before, stretch.epoch))
             stretch = stretch._replace(start=max(stretch.start, drawn))

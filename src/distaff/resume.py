@@ -14,8 +14,9 @@ import numpy as np
 
 from distaff.callbacks import StepInfo
 from distaff.checkpoint import Store
+from distaff.data import Loader
 from distaff.data.left_out import Stretch
-from distaff.errors import CheckpointError
+from distaff.errors import ChangedBatchesError, CheckpointError
 from distaff.events import BadNumbers, Interrupted, Pause
 from distaff.forms import continued
 from distaff.interruption import Interruption
@@ -188,12 +189,13 @@ class Resumable(Training):
             members.pop("guard")
         return tuple(members)
 
-    def put_back(self, store: Store, step: int) -> StepInfo | None:
+    def put_back(self, store: Store, step: int, *, val: bool = True) -> StepInfo | None:
         """Puts a run where it was when a checkpoint was made.
 
         Args:
             store: where the checkpoint is.
             step: which one.
+            val: whether the validation loader goes back, too.
 
         Returns:
             What `on_checkpoint` was told; None where the checkpoint is not of an epoch's end.
@@ -216,15 +218,16 @@ class Resumable(Training):
             self.callbacks.stop_reason, self.callbacks.stop_status = info["stop"]
             for callback, state in zip(self.callbacks.callbacks, info["callbacks"], strict=True):
                 callback.set_state(state)
-            self.plan.train_loader.set_state(info["loader"])
-            if self.plan.val_loader is not None and info["val_loader"] is not None:
-                self.plan.val_loader.set_state(info["val_loader"])
+            self._go_to(info["loader"], self.plan.train_loader, "train")
+            if val and self.plan.val_loader is not None and info["val_loader"] is not None:
+                self._go_to(info["val_loader"], self.plan.val_loader, "val")
             self.keep_form(info["steps_per_call"])
             self.recording.logger.resume(step, info["logger"])
             is_best, metrics = info["is_best"], dict(_numbers(info["metrics"]))
         except Exception as error:  # a callback of the user's own may fail in its own way
+            reason = str(error).rstrip(".")
             raise CheckpointError(
-                f"The run cannot go on from its checkpoint of step {step}: {error}. Start it with "
+                f"The run cannot go on from its checkpoint of step {step}: {reason}. Start it with "
                 "the code, the data and the callbacks that it was started with, or anew: "
                 "resume='never'."
             ) from error
@@ -232,6 +235,17 @@ class Resumable(Training):
             return None
         self.tally = Tally(self.tally.epoch + 1)
         return self.info(metrics, is_best)
+
+    def _go_to(self, position: Mapping[str, int], loader: Loader, name: str) -> None:
+        try:
+            loader.set_state(position)
+        except ChangedBatchesError as error:
+            if not self.config.allow_inexact_resume:
+                raise ChangedBatchesError(f"the {name} loader: {error}") from error
+            loader.set_state(loader.get_state())  # it stands where it shall
+            self.show(
+                f"the resume is inexact: the {name} loader does not yield the same batches again"
+            )
 
 
 def _best(value: Mapping[str, Any]) -> Best:

@@ -39,6 +39,9 @@ class TrainerConfig:
             none; "never" begins a new run. A number goes on from the checkpoint of that step.
         save_every: about how much time lies between two checkpoints within an epoch, beside those
             at its end: what is lost at most where a machine dies. None for no such checkpoints.
+        allow_inexact_resume: go on also with a loader that is read anew and yields other batches
+            than before, so that examples are missed or seen twice; a line then says so. By default
+            this is an error.
         max_time: the longest a run may last, such as "3h30m", a number of seconds, or a
             `timedelta`. It is then saved, and ends as interrupted.
         on_bad_numbers: what a step leads to that makes the loss, or a number of the state, NaN or
@@ -75,6 +78,7 @@ class TrainerConfig:
     keep_last: int = 2
     resume: Literal["auto", "must", "never"] | int = "auto"
     save_every: str | float | None = "10m"
+    allow_inexact_resume: bool = False
     max_time: str | float | None = None
     on_bad_numbers: BadNumbersPolicy = "raise"
     on_loss_spike: SpikePolicy = "ignore"
@@ -179,12 +183,13 @@ class TrainResult(NamedTuple):
     """How a run ended.
 
     Attributes:
-        status: `"finished"`; `"stopped"` if a callback stopped it, `"pruned"` if a search did.
-        reason: why it was stopped; empty otherwise.
+        status: `"finished"`; `"stopped"` if a callback stopped it, `"pruned"` if a search did;
+            `"interrupted"` if it was asked to end before its time, and can be gone on with.
+        reason: why it was stopped or interrupted; empty otherwise.
         step: completed optimizer updates.
         epoch: completed epochs.
         metrics: of the last training epoch (`train/`), the best validation (`val/`) and the test
-            (`test/`).
+            (`test/`); those of the last epoch that ended, if it was interrupted.
         best: the best model; None without validation.
         path: the run directory; None if nothing is written.
     """

@@ -39,8 +39,8 @@ def test_linear_probe_keeps_the_trained_encoder_bit_for_bit(
     autoencoder = module.tasks.Autoencoder.load_from_checkpoint(run, module.zoo.MLPAutoencoder)
     encoder = autoencoder.ready_state().params["encoder"]
     random_start, trained_start = started
-    for version, start in (("0001", random_start), ("0002", trained_start)):
-        probe = params_of(tmp_path / "probe" / version, start)
+    for name, start in (("random-probe", random_start), ("trained-probe", trained_start)):
+        probe = params_of(tmp_path / name / "0001", start)
         assert set(probe) == {"encoder", "head"}
         jax.tree.map(np.testing.assert_array_equal, probe["encoder"], start["encoder"])
         assert not np.array_equal(probe["head"]["kernel"], start["head"]["kernel"])
@@ -52,4 +52,4 @@ def test_linear_probe_keeps_the_trained_encoder_bit_for_bit(
     assert scores["random encoder"] < scores["trained encoder"] < scores["pixels"]
     assert scores["PCA"] < scores["pixels"]
     assert f"'pixels': {scores['pixels']:.4f}" in capsys.readouterr().out
-    assert (tmp_path / "probe" / "0002" / "accuracy.png").exists()
+    assert (tmp_path / "trained-probe" / "0001" / "accuracy.png").exists()

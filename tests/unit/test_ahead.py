@@ -241,7 +241,7 @@ def test_stream_that_was_read_ahead_stays_ahead_and_its_position_does_not():
     next(chunks)
     wait_until(lambda: loader.get_state()["batch"] == 1 + DEPTH)
     chunks.close()
-    assert dict(feed.position) == {"epoch": 0, "batch": 1}
+    assert (feed.position["epoch"], feed.position["batch"]) == (0, 1)
     assert [float(batch[0]) for batch in loader] == list(range(1 + DEPTH, 10))
 
 

@@ -233,7 +233,7 @@ def test_rollback_over_epochs_leaves_out_batches_of_one(tmp_path: Path) -> None:
         check_val_every_n_epoch=2,
     )
     loader = data.ArrayLoader(found, SIZE, shuffle=True, seed=1)
-    result = fit.train_model(loader, num_epochs=2)
+    result = fit.train_model(loader, [arrays()], num_epochs=2)  # a list that cannot go back
     gone = []
     for epoch, place, reach in zip((1, 2), places, (8, 16), strict=True):
         gone.append(min(60, place + reach + 1) - max(0, place - reach))

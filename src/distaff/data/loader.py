@@ -42,6 +42,9 @@ class Loader(Protocol):
         """Goes to a position: the next `iter()` yields exactly what was left of that epoch.
 
         That may be nothing, where the last batch of the epoch had been handed out.
+
+        Raises:
+            ChangedBatchesError: the batches up to the position are not those of before.
         """
         ...
 

@@ -8,10 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from distaff.errors import BatchError
+from distaff.data.fingerprint import fingerprint
+from distaff.errors import BatchError, ChangedBatchesError
 from distaff.typing import Batch
 
 _EPOCH_END = object()
+_FINGERPRINT = "fingerprint"
 
 
 class Stream:
@@ -26,8 +28,9 @@ class Stream:
 
     `set_state` reads all batches up to the position, those of earlier epochs too, since their
     order may come from a random generator that the source advances. This takes as long as reading
-    them did; `ArrayLoader` resumes at once. It is exact where a source that is made anew yields
-    the same batches again.
+    them did; `ArrayLoader` resumes at once. Of a list or tuple, whose epochs are all alike, one
+    epoch is read at most. A position holds a fingerprint of the batches of its epoch: where a
+    source that is made anew does not yield the same ones again, `set_state` is an error.
 
     Args:
         source: an iterable of batches, or a function without arguments that returns one.
@@ -50,10 +53,8 @@ class Stream:
             )
         self._source = source
         self._length = length
-        self._epoch = 0
-        self._batch = 0
-        self._line = self._read()
-        self._ahead: list[Any] = []
+        self._fingerprint = 0
+        self._begin(0)
         self._resumed = False
 
     def __len__(self) -> int:
@@ -66,11 +67,10 @@ class Stream:
     def __iter__(self) -> Iterator[Batch]:
         one_shot = isinstance(self._source, Iterator)
         if self._batch and not self._resumed and not one_shot:
-            self._epoch, self._batch = self._epoch + 1, 0
-            self._line, self._ahead = self._read(), []
+            self._begin(self._epoch + 1)
         self._resumed = False
-        while (item := self._pull()) is not _EPOCH_END:
-            yield jax.tree.map(_own, item)
+        while (batch := self._pull()) is not _EPOCH_END:
+            yield batch
 
     def peek(self) -> Batch | None:
         """Returns the next batch in line, which stays in line, or None where there is none."""
@@ -82,8 +82,9 @@ class Stream:
         return jax.tree.map(_own, self._ahead[-1])
 
     def get_state(self) -> dict[str, int]:
-        """Returns the position after the last batch that was handed out."""
-        return {"epoch": self._epoch, "batch": self._batch}
+        """Returns the position after the last batch that was handed out, with its fingerprint."""
+        position = {"epoch": self._epoch, "batch": self._batch}
+        return {**position, _FINGERPRINT: self._fingerprint}
 
     def set_state(self, state: Mapping[str, int]) -> None:
         """Reads on to a position; the next `iter()` yields the rest of that epoch.
@@ -91,12 +92,13 @@ class Stream:
         The present position costs nothing: the running iteration is continued.
 
         Args:
-            state: what `get_state` returned.
+            state: what `get_state` returned. One without a fingerprint is not verified.
 
         Raises:
             BatchError: the position lies behind, or the source does not reach it.
+            ChangedBatchesError: the source yields other batches up to there than before.
         """
-        if set(state) != {"epoch", "batch"}:
+        if set(state) - {_FINGERPRINT} != {"epoch", "batch"}:
             raise BatchError(
                 f"The state of a Stream has the keys 'epoch' and 'batch'; got {dict(state)}. "
                 "It was saved by another kind of loader: resume with that one."
@@ -108,22 +110,44 @@ class Stream:
                 f"A Stream cannot go back from (epoch, batch) = {here} to {target}, since its "
                 "source may have changed meanwhile. Make a new Stream, or use data.ArrayLoader."
             )
+        self._read_to(target)
+        if state.get(_FINGERPRINT, self._fingerprint) != self._fingerprint:
+            raise ChangedBatchesError(
+                "A source that knows no position is read again up to the saved one, and must yield "
+                f"the same batches as before; this {type(self._source).__name__} yields others up "
+                f"to (epoch, batch) = {target}. Seed what shuffles or augments, use "
+                "data.ArrayLoader, write a loader with get_state and set_state, or pass "
+                "allow_inexact_resume=True to the trainer."
+            )
+        self._resumed = True
+
+    def _read_to(self, target: tuple[int, int]) -> None:
+        here = (self._epoch, self._batch)
+        if type(self._source) in (list, tuple) and self._source and target[0] > here[0] + 1:
+            self._begin(target[0] - 1)  # its epochs are alike
+            here = (self._epoch, self._batch)
         while here < target:
-            last, here = here, self._skip()
+            self._pull()
+            last, here = here, (self._epoch, self._batch)
             if here > target or here == last:
                 raise BatchError(
                     f"The source ends at (epoch, batch) = {last}, before the saved position "
                     f"{target}. Resume with the data that the run was started with."
                 )
-        self._resumed = True
 
-    def _skip(self) -> tuple[int, int]:
-        self._pull()
-        return self._epoch, self._batch
+    def _begin(self, epoch: int) -> None:
+        """Iterates the source anew."""
+        self._epoch, self._batch = epoch, 0
+        self._line = self._read()
+        self._ahead: list[Any] = []
 
     def _pull(self) -> Any:
+        """Returns the next batch, or `_EPOCH_END`, and counts it."""
         item = self._ahead.pop(0) if self._ahead else next(self._line, _EPOCH_END)
         if item is not _EPOCH_END:
+            item = jax.tree.map(_own, item)
+            # That of an epoch that is over stays until the next one begins.
+            self._fingerprint = fingerprint(item, self._fingerprint if self._batch else 0)
             self._batch += 1
         elif self._batch:
             self._epoch, self._batch = self._epoch + 1, 0
