@@ -13,6 +13,7 @@
 #
 #   make chaos                             kills and stops 120 runs, up to 4 times each: half an hour
 #   make fuzz                              10,000 hostile files and checkpoints of each kind
+#   make soak [ARGS="--minutes 2"]         one run for half an hour, stopped and resumed, that must not grow
 #
 # Another interpreter: make test PYTHON=python3.12
 
@@ -23,7 +24,7 @@ bin := .venv/bin
 pinned := pyproject.toml $(wildcard constraints/*.txt)
 
 .NOTPARALLEL:
-.PHONY: digits test lint format clean chaos fuzz bench bench-quick bench-peers
+.PHONY: digits test lint format clean chaos fuzz soak bench bench-quick bench-peers
 
 digits: .venv/.digits
 	@$(bin)/distaff fit digits $(ARGS)
@@ -45,6 +46,9 @@ chaos: .venv/.test
 
 fuzz: .venv/.test
 	@DISTAFF_FUZZ_EXAMPLES=10000 $(bin)/pytest -k fuzz --timeout 3600 $(ARGS)
+
+soak: .venv/.test
+	@$(bin)/python tests/faults/soak.py $(ARGS)
 
 bench: .venv/.digits
 	@$(bin)/python -m benchmarks.run $(ARGS)
