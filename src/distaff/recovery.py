@@ -14,7 +14,7 @@ from distaff.checkpoint import MemoryStore, Store
 from distaff.data import SINGLE, Stream
 from distaff.data.left_out import Stretch, left_out, num_drawn
 from distaff.diagnosis import diagnose, replay
-from distaff.errors import CheckpointError, ConfigError, DistaffError, NonFiniteError
+from distaff.errors import ConfigError, DistaffError, NonFiniteError
 from distaff.events import BadNumbers, Plan
 from distaff.measured import StepFn
 from distaff.resume import Resumable
@@ -25,9 +25,10 @@ from distaff.typing import Batch
 _MAX_ORIGIN_BYTES = 2**26
 _MAX_REPLAY_SECONDS = 60.0
 
-_STRETCH = 16
-"""About how many batches around a bad step are left out the first time; twice as many each time
-after it. What a step fails of is often the batches before it."""
+_REACH, _MAX_TRIES = 8, 3
+"""How many batches on each side of a bad step are left out: what it fails of is often the batches
+before it. Twice as many each time that the run goes back to the same checkpoint, which it does this
+often: then the batches are not to blame."""
 
 _REMEDIES = {
     False: "Lower the learning rate, clip gradients (OptimizerConfig(clip_norm=1.0)), look for NaN "
@@ -88,6 +89,19 @@ class Recovering(Resumable):
         if self.explains and sum(x.nbytes for x in jax.tree.leaves(arrays)) <= _MAX_ORIGIN_BYTES:
             self.origin.save(self.step, arrays, self.facts({}, None))
 
+    def end_steps(self) -> dict[str, Any]:
+        """Ends the steps of an epoch.
+
+        Raises:
+            NonFiniteError: all of its batches were left out.
+        """
+        if not self.tally.steps and self.left_out:
+            raise NonFiniteError(
+                f"Of epoch {self.epoch} all batches were left out, because of bad steps: nothing "
+                f"is left to train on. {self._kept()} {_REMEDIES[False]}"
+            )
+        return super().end_steps()
+
     def recover(self, found: BadNumbers) -> None:
         """Goes back to before a bad step and on without the batches around it, if asked to.
 
@@ -102,13 +116,12 @@ class Recovering(Resumable):
         text = f"{found} It was batch {batch + 1} of epoch {epoch}. {self._explained(bad)}"
         if policy != "rollback":
             raise NonFiniteError(f"{text}{self._kept()} {_REMEDIES[bad.is_spike]}") from None
-        if len(self.left_out) == config.max_skips:
+        good, too_often = store.latest(), self._too_often(store.latest())
+        if good is None or too_often:
             raise NonFiniteError(
-                f"{text}The run has gone back {config.max_skips} times before, which is max_skips. "
-                f"{self._kept()} {_REMEDIES[bad.is_spike]}"
+                f"{text}{too_often}{self._kept()} {_REMEDIES[bad.is_spike]}"
             ) from None
-        reach = _STRETCH * 2 ** len(self.left_out) // 2
-        self._go_back(store, Stretch(epoch, max(0, batch - reach), batch + reach + 1))
+        self._go_back(store, good, epoch, batch)
         gone = self.left_out[-1]
         self.show(
             f"{text}Back to step {self.step}; batches {gone.start + 1} to {gone.stop} of epoch "
@@ -120,16 +133,25 @@ class Recovering(Resumable):
         step_of_epoch = bad.step - (self.step - self.tally.steps)
         return num_drawn(step_of_epoch, left_out(self.left_out, self.epoch)) - 1
 
-    def _go_back(self, store: Store, stretch: Stretch) -> None:
-        """Goes back to the newest checkpoint, which from then on names what is left out."""
-        step, before = store.latest(), self.left_out
-        if step is None:
-            raise CheckpointError("There is no checkpoint to go back to.")
+    def _too_often(self, step: int | None) -> str:
+        """Returns a sentence on why the run does not go back to a checkpoint once more, if so."""
+        if len(self.left_out) == self.config.max_skips:
+            return f"The run has gone back {self.config.max_skips} times, which is max_skips. "
+        tries = sum(each.back_to == step for each in self.left_out)
+        if tries == _MAX_TRIES:
+            return f"The run has gone back to step {step} {tries} times: it is not the batches. "
+        return ""
+
+    def _go_back(self, store: Store, step: int, epoch: int, batch: int) -> None:
+        """Goes back to a checkpoint, which from then on names what is left out around a batch."""
+        before = self.left_out
+        reach = _REACH * 2 ** sum(each.back_to == step for each in before)
         saved = self.put_back(store, step, val=not isinstance(self.plan.val_loader, Stream))
-        if self.tally.epoch == stretch.epoch:  # what is in the state cannot be left out of it
-            drawn = num_drawn(self.tally.steps, left_out(before, stretch.epoch))
-            stretch = stretch._replace(start=max(stretch.start, drawn))
-        self.left_out, self.reached = [*before, stretch], (self.step, self.epoch)
+        start = max(0, batch - reach)
+        if self.tally.epoch == epoch:  # what is in the state cannot be left out of it
+            start = max(start, num_drawn(self.tally.steps, left_out(before, epoch)))
+        self.left_out = [*before, Stretch(epoch, start, batch + reach + 1, step)]
+        self.reached = self.step, self.epoch
         facts = self.facts({}, None) if saved is None else self.facts(saved.metrics, saved.is_best)
         self.save(facts)
 

@@ -255,10 +255,27 @@ def test_run_that_goes_back_and_is_interrupted_goes_on_without_the_batches(tmp_p
 
 
 def test_run_goes_back_only_so_often() -> None:
-    with pytest.raises(NonFiniteError, match=r"gone back 2 times before, which is max_skips"):
-        trained(
-            arrays(x=dict.fromkeys(range(10, 60), np.nan)), on_bad_numbers="rollback", max_skips=2
-        )
+    bad = dict.fromkeys(range(10, 60, 20), np.nan)
+    with pytest.raises(NonFiniteError, match="gone back 2 times, which is max_skips"):
+        trained(arrays(x=bad), on_bad_numbers="rollback", max_skips=2, save_every=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "message"), [(1, "all batches were left out"), (9, "back to step 0 3 times")]
+)
+def test_run_that_is_bad_whatever_its_batches_ends(epochs: int, message: str) -> None:
+    found = {name: array[: SIZE * 15] for name, array in arrays().items()}
+    fit = Fit(
+        Normed(),
+        optimizer=optax.sgd(jnp.inf),
+        root=None,
+        enable_progress_bar=False,
+        on_bad_numbers="rollback",
+    )
+    if epochs == 9:
+        found = arrays()
+    with pytest.raises(NonFiniteError, match=message):
+        fit.train_model(data.ArrayLoader(found, SIZE), num_epochs=epochs)
 
 
 def test_loader_that_cannot_go_back_is_refused_before_anything_is_written(tmp_path: Path) -> None:

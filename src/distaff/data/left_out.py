@@ -13,11 +13,13 @@ class Stretch(NamedTuple):
         epoch: counted from 1.
         start: the first of them, counted from 0 in the order of that epoch.
         stop: the first one after them; it may lie behind the epoch's end.
+        back_to: the step that the run has gone back to because of them.
     """
 
     epoch: int
     start: int
     stop: int
+    back_to: int
 
 
 def left_out(stretches: Iterable[Stretch], epoch: int) -> Set[int]:
