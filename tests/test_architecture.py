@@ -28,7 +28,7 @@ ROOMS = (
     *("compile_cache", "throughput", "flight"),
     *("agreement", "interruption", "barrier", "watchdog"),
     *("signature", "compiling", "choices", "flops", "machine", "report"),
-    *("models", "data", "optim", "parallel", "zoo", "trainer_config"),
+    *("models", "data", "optim", "parallel", "zoo", "trainer_config", "ranking"),
     *("context", "measured", "rows", "step", "accumulate", "precision", "forms", "fuse"),
     *("loggers", "display", "checkpoint", "callbacks"),
     *("events", "evaluate", "loop", "recording", "tally"),
