@@ -28,7 +28,7 @@ ROOMS = (
     *("compile_cache", "throughput", "flight"),
     *("agreement", "interruption", "barrier", "watchdog"),
     *("signature", "compiling", "choices", "flops", "machine", "report"),
-    *("models", "data", "optim", "parallel", "zoo", "trainer_config"),
+    *("models", "data", "optim", "parallel", "zoo", "trainer_config", "ranking"),
     *("context", "measured", "guard", "rows", "step", "accumulate", "precision", "diagnosis"),
     *("forms", "fuse"),
     *("loggers", "display", "checkpoint", "callbacks"),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -22,7 +23,8 @@ _log = logging.getLogger("distaff")
 _HOW_IT_RUNS = {
     f"options.{name}"
     for name in (
-        *("log_every_n_steps", "steps_per_call", "keep_last", "table_depth", "root"),
+        *("log_every_n_steps", "steps_per_call", "table_depth", "root"),
+        *("keep_last", "keep_best", "keep_every", "on_failed_save"),
         *("enable_progress_bar", "debug", "recompile", "tune_process", "save_every", "stuck_after"),
         *("on_bad_numbers", "on_loss_spike", "spike_threshold", "max_skips"),
     )
@@ -134,7 +136,7 @@ class DirectoryRecording:
     Args:
         directory: where. It is reserved by `open`.
         loggers: the user's loggers, beside `metrics.jsonl`.
-        keep_last: newest checkpoints to keep, beside the best.
+        make_store: makes a store of the directory of the checkpoints.
         resume: as in `TrainerConfig`.
     """
 
@@ -143,7 +145,7 @@ class DirectoryRecording:
         directory: RunDirectory,
         loggers: Sequence[Logger] = (),
         *,
-        keep_last: int = 1,
+        make_store: Callable[[Path], CheckpointStore] = CheckpointStore,
         resume: str | int = "never",
     ) -> None:
         self.directory = directory
@@ -155,7 +157,7 @@ class DirectoryRecording:
         self.throughput: Logger = JsonlLogger(lambda: self.directory.location / "throughput.jsonl")
         self.store: Store = NullStore()
         self.found: Found | None = None
-        self._keep_last, self._resume = keep_last, resume
+        self._make_store, self._resume = make_store, resume
         self._lock, self._closing, self._is_taken = ExitStack(), ExitStack(), False
 
     @property
@@ -174,8 +176,7 @@ class DirectoryRecording:
         """
         self.directory.check_writable()
         changes = self._take(record)
-        folder = self.directory.location / "checkpoints"
-        self.store = store = CheckpointStore(folder, keep_last=self._keep_last)
+        self.store = store = self._make_store(self.directory.location / "checkpoints")
         self.found = self._look(store, changes)
         if self.found is None:
             self.confirm(record)
@@ -269,9 +270,18 @@ class DirectoryRecording:
                     closing.callback(self.throughput.close, status)
                     closing.callback(self.store.close)
             except BaseException:
-                self.directory.set_status("failed", **facts)
+                self.directory.set_status("failed", **_kept(facts, self.store))
                 raise
-            self.directory.set_status(status, **facts)
+            self.directory.set_status(status, **_kept(facts, self.store))
+
+
+def _kept(facts: Mapping[str, Any], store: Store) -> dict[str, Any]:
+    """Returns the facts of a run that has ended, without a best model that could not be written."""
+    best = facts.get("best")
+    with suppress(OSError):
+        if best is not None and best["step"] not in store.steps():
+            return {**facts, "best": None}
+    return dict(facts)
 
 
 def _record_in(path: Path) -> Mapping[str, Any]:
@@ -332,15 +342,22 @@ def make_recording(
     """Returns the recording of a run below `root`, or one that writes nothing if that is None.
 
     Args:
-        options: `root` and `keep_last` are read.
+        options: `root` is read, and what they say of checkpoints.
         name: of the run.
         loggers: the user's loggers.
         resume: as in `TrainerConfig`.
     """
     if options.root is None:
         return NullRecording(loggers)
-    directory, keep_last = RunDirectory(options.root, name), options.keep_last
-    return DirectoryRecording(directory, loggers, keep_last=keep_last, resume=resume)
+    make_store = partial(
+        CheckpointStore,
+        keep_last=options.keep_last,
+        keep_best=options.keep_best,
+        keep_every=options.keep_every,
+        on_failed_save=options.on_failed_save,
+    )
+    directory = RunDirectory(options.root, name)
+    return DirectoryRecording(directory, loggers, make_store=make_store, resume=resume)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import numpy as np
 
 from distaff.callbacks import StepInfo
 from distaff.checkpoint import Store
+from distaff.checkpoint.failure import warned
 from distaff.data import Loader
 from distaff.data.left_out import Stretch
 from distaff.errors import ChangedBatchesError, CheckpointError
@@ -22,6 +23,7 @@ from distaff.forms import continued
 from distaff.interruption import Interruption
 from distaff.metrics import as_json, compute
 from distaff.predictor import EVALUATION_PARAMS
+from distaff.ranking import kept, placed
 from distaff.report import Report
 from distaff.rows import BadStep
 from distaff.tally import Tally
@@ -66,20 +68,83 @@ class Resumable(Training):
         with self.ledger.spent("checkpoint"):
             info = {**facts, EVALUATION_PARAMS: differ}
             self.recording.store.save(self.step, {**state.arrays(), **arrays}, info)
-        self.unsaved = None
+        self.unsaved, self.last_save = None, self.step
+
+    def is_new_model_better(
+        self, new_metrics: Mapping[str, Any], old_metrics: Mapping[str, Any] | None
+    ) -> bool:
+        """Tells whether the model just validated is better than another one, by `monitor`.
+
+        Args:
+            new_metrics: of the model just validated.
+            old_metrics: of the best one, None at first; then, if it is no better and several are
+                kept (`keep_best`), of one after the other, until it has its place.
+        """
+        old = None if old_metrics is None else self.monitor.value(old_metrics)
+        return self.monitor.better(self.monitor.value(new_metrics), old)
+
+    def rank(self, metrics: Mapping[str, Any], is_best: bool) -> None:
+        """Takes the model just validated among the best ones, if it is one of them.
+
+        Args:
+            metrics: of its validation; empty where there was none.
+            is_best: whether it is the best model so far.
+        """
+        if not (metrics or is_best):
+            return
+        new, better = Best(self.step, self.epoch, dict(metrics)), self.is_new_model_better
+        models = placed(self.best_models, new, better, is_best=is_best)
+        steps = self.recording.store.steps() if self._may_lose_saves else None
+        self.best_models = kept(models, self.config.keep_best, steps)
+
+    @property
+    def _may_lose_saves(self) -> bool:
+        """Whether the run goes on after a save that failed."""
+        return self.config.on_failed_save == "warn" and self.config.root is not None
 
     def load_model(self) -> None:
         """Loads the best checkpoint of this run, whole; the newest where none is the best.
+
+        Where none is, and the last save could not be written, the weights stay as they are.
 
         Raises:
             StateError: nothing has been trained yet.
         """
         self.check_run()
+        self.settle()
         store = self.recording.store
-        store.wait()
         step = self.best.step if self.best else store.latest()
-        if step is not None:
+        if self._may_lose_saves and self.best is None and self.step == self.last_save != step:
+            warned(
+                f"The weights stay those of step {self.step}, which could not be written: they are "
+                "in the memory of this process only."
+            )
+        elif step is not None:
             self.restore(store, step, self.saved_members(store.info(step)))
+
+    def settle(self) -> None:
+        """Waits for what is being written, and drops the best models that could not be.
+
+        Raises:
+            CheckpointError: a save failed.
+        """
+        store, best = self.recording.store, self.best
+        store.wait()
+        if not self._may_lose_saves or best is None:
+            return
+        steps = store.steps()
+        there = [model for model in self.best_models if model.step in steps]
+        self.best_models = kept(there, self.config.keep_best)
+        if self.best is None:
+            warned(
+                f"The best model, of step {best.step}, could not be written, nor any other that "
+                "was validated: this run has no best model."
+            )
+        elif self.best is not best:
+            warned(
+                f"The best model, of step {best.step}, could not be written: the best one that "
+                f"was is of step {self.best.step}, and takes its place."
+            )
 
     def pausing(self) -> bool:
         """Whether the run is to be saved after this chunk."""
@@ -118,6 +183,7 @@ class Resumable(Training):
         """Saves what is not saved yet of a run that ends before its time; returns its metrics."""
         if self.unsaved is not None:
             self.save(self.unsaved)
+        self.settle()
         self.interrupted_by = str(interrupted)
         again = "start it again to go on" if self.recording.path else "nothing is kept of it"
         self.show(f"interrupted by {interrupted} at step {self.step}: {again}")
@@ -159,13 +225,15 @@ class Resumable(Training):
             metrics: of the validation before it, at the end of an epoch.
             is_best: whether that found the best model; None elsewhere than at the end of an epoch.
         """
-        best, val_loader = self.best, self.plan.val_loader
+        val_loader = self.plan.val_loader
         return {
             "step": self.step,
             "epoch": self.epoch,
             "metrics": as_json(metrics),
-            "best_step": None if best is None else best.step,
-            "best": None if best is None else {**best._asdict(), "metrics": as_json(best.metrics)},
+            "best_steps": [model.step for model in self.best_models],
+            "best_models": [
+                {**model._asdict(), "metrics": as_json(model.metrics)} for model in self.best_models
+            ],
             "is_best": is_best,
             "provisional": is_best is None,
             # At the end of an epoch, what it has given is in the log.
@@ -210,10 +278,10 @@ class Resumable(Training):
             self.tally = Tally.from_json(info["tally"], self._steps.columns)
             first_step, first_epoch = info["begun_at"]
             self.begun_at = int(first_step), int(first_epoch)
-            best = info["best"]
             # One that is no longer there, after going back to an earlier step, cannot be loaded.
-            is_kept = best is not None and best["step"] in store.steps()
-            self.best = _best(best) if is_kept else None
+            steps = store.steps()
+            there = [model for model in _best_models(info) if model.step in steps]
+            self.best_models = kept(there, self.config.keep_best)
             self.last_metrics = dict(_numbers(info["last_metrics"]))
             self.callbacks.stop_reason, self.callbacks.stop_status = info["stop"]
             for callback, state in zip(self.callbacks.callbacks, info["callbacks"], strict=True):
@@ -248,8 +316,15 @@ class Resumable(Training):
             )
 
 
-def _best(value: Mapping[str, Any]) -> Best:
-    return Best(int(value["step"]), int(value["epoch"]), dict(_numbers(value["metrics"])))
+def _best_models(info: Mapping[str, Any]) -> list[Best]:
+    """Returns the best models that a checkpoint names, best first."""
+    models = info.get("best_models")
+    if models is None:  # a checkpoint of the time when only one was kept
+        models = [] if info["best"] is None else [info["best"]]
+    return [
+        Best(int(model["step"]), int(model["epoch"]), dict(_numbers(model["metrics"])))
+        for model in models
+    ]
 
 
 def _numbers(value: Any) -> Any:

@@ -30,7 +30,7 @@ from distaff.rows import WindowEnd
 from distaff.state import owned
 from distaff.step import EvalFn, EvalStep
 from distaff.step import train_step as make_train_step
-from distaff.trainer_config import Best, TrainResult
+from distaff.trainer_config import TrainResult
 from distaff.typing import Batch, Params
 
 
@@ -239,18 +239,6 @@ class TrainerModule(Recovering):
         self.check_run()
         self.recording.save_metrics(name, metrics_lib.as_json(metrics))
 
-    def is_new_model_better(
-        self, new_metrics: Mapping[str, Any], old_metrics: Mapping[str, Any] | None
-    ) -> bool:
-        """Tells whether the model just validated is the best so far, by `monitor`.
-
-        Args:
-            new_metrics: of the model just validated.
-            old_metrics: of the best one; None at first.
-        """
-        old = None if old_metrics is None else self.monitor.value(old_metrics)
-        return self.monitor.better(self.monitor.value(new_metrics), old)
-
     def save_model(self, metrics: Mapping[str, Any], is_best: bool) -> None:
         """Hands the whole state to the checkpoint store, which writes in the background.
 
@@ -263,8 +251,7 @@ class TrainerModule(Recovering):
             StateError: nothing has been trained yet.
         """
         self.check_run()
-        if is_best:
-            self.best = Best(self.step, self.epoch, dict(metrics))
+        self.rank(metrics, is_best)
         self.save(self.facts(metrics, is_best))
 
     def on_training_start(self) -> None:

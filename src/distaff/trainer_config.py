@@ -32,7 +32,15 @@ class TrainerConfig:
         steps_per_call: steps that run as one program: more of them cost the host less. "auto"
             measures in the first steps whether that is faster, and how many; where a callback
             watches steps, it is 1.
-        keep_last: newest checkpoints to keep, beside the best.
+        keep_last: newest checkpoints to keep, beside the best. Older ones are removed once a new
+            one is in place.
+        keep_best: how many of the best models' checkpoints to keep, at least 1.
+        keep_every: keep also the checkpoints whose step is a multiple of it. Checkpoints are made
+            at the ends of epochs: a multiple that lies within one has none, and keeps nothing.
+        on_failed_save: what a checkpoint that cannot be written leads to, such as on a full disk:
+            "raise" ends the run, within one step; "warn" warns and goes on, and tries the next one.
+            A run whose best model was lost that way ends with the best of those that were written,
+            or with the last weights, and says so.
         resume: what a start does with a run of the same name that did not come to its end. "auto"
             goes on with the newest one of the same seed, model and optimizer, from its newest
             valid checkpoint; "must" goes on whatever is other now, and is an error where there is
@@ -76,6 +84,9 @@ class TrainerConfig:
     log_every_n_steps: int = 50
     steps_per_call: int | Literal["auto"] = "auto"
     keep_last: int = 2
+    keep_best: int = 1
+    keep_every: int | None = None
+    on_failed_save: Literal["raise", "warn"] = "raise"
     resume: Literal["auto", "must", "never"] | int = "auto"
     save_every: str | float | None = "10m"
     allow_inexact_resume: bool = False
@@ -92,13 +103,17 @@ class TrainerConfig:
     tune_process: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("check_val_every_n_epoch", "log_every_n_steps", "keep_last", "max_skips"):
+        names = ("check_val_every_n_epoch", "log_every_n_steps", "keep_last", "keep_best")
+        for name in (*names, "max_skips"):
             check_count(name, getattr(self, name))
+        if self.keep_every is not None:
+            check_count("keep_every", self.keep_every)
         if self.steps_per_call != "auto":
             check_count("steps_per_call", self.steps_per_call)
         check_choice("recompile", self.recompile, Recompile)
         check_choice("on_bad_numbers", self.on_bad_numbers, BadNumbersPolicy)
         check_choice("on_loss_spike", self.on_loss_spike, SpikePolicy)
+        check_choice("on_failed_save", self.on_failed_save, Literal["raise", "warn"])
         if self.resume not in ("auto", "must", "never") and type(self.resume) is not int:
             known = nearest(str(self.resume), ("auto", "must", "never"))
             raise ConfigError(f"resume has no value {self.resume!r}. {known} Or pass a step.")
@@ -190,7 +205,7 @@ class TrainResult(NamedTuple):
         epoch: completed epochs.
         metrics: of the last training epoch (`train/`), the best validation (`val/`) and the test
             (`test/`); those of the last epoch that ended, if it was interrupted.
-        best: the best model; None without validation.
+        best: the best model; None without validation, or if none could be written.
         path: the run directory; None if nothing is written.
     """
 

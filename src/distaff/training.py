@@ -63,6 +63,7 @@ class Training(Predictor):
     run_record: dict[str, Any]
     first_step: int
     unsaved: dict[str, Any] | None
+    last_save: int | None
     interrupted_by: str
     _steps: Steps
 
@@ -79,7 +80,7 @@ class Training(Predictor):
         self.optimizer: OptimizerLike = OptimizerConfig() if optimizer is None else optimizer
         self.loggers, self.callbacks = tuple(loggers), Callbacks(callbacks)
         self.recording: Recording = NullRecording()
-        self.best: Best | None = None
+        self.best_models: tuple[Best, ...] = ()
         self.schedule: Schedule | None = None
         self.last_metrics: dict[str, Any] = {}
         self.has_run = False
@@ -103,6 +104,11 @@ class Training(Predictor):
     def stop_reason(self) -> str | None:
         """Why a callback wants the run to end; None while none does."""
         return self.callbacks.stop_reason
+
+    @property
+    def best(self) -> Best | None:
+        """The best model so far; None before the first."""
+        return self.best_models[0] if self.best_models else None
 
     @property
     def best_metrics(self) -> dict[str, Any] | None:
@@ -144,9 +150,10 @@ class Training(Predictor):
             self.tune_process(first_batch(plan.train_loader, name="train"))
         self.evaluation_watch.expect()
         self.plan, self.first_step, self.reached = plan, self.step, (self.step, self.epoch)
-        self.begun_at, self.unsaved, self.left_out = (self.step, self.epoch), None, []
+        self.begun_at, self.unsaved, self.last_save = (self.step, self.epoch), None, None
+        self.left_out = []
         self.tally = Tally(plan.first_epoch)
-        self.best, self.callbacks.stop_reason, self.last_metrics = None, None, {}
+        self.best_models, self.callbacks.stop_reason, self.last_metrics = (), None, {}
         self.has_run, self.ledger, self._form_is_shown = False, Ledger(), False
         self._untrained, self._rates, self.report, self.interrupted_by = None, None, None, ""
         self.display.start(plan.last_epoch, plan.steps_per_epoch or num_batches(plan.train_loader))

@@ -57,7 +57,7 @@ with CheckpointStore(sys.argv[1], keep_last=1) as checkpoints:
     elif moment == "within the manifest":
         manifest.json.dumps = die
     elif moment == "before the rename":
-        CheckpointStore._put_in_place = die
+        folders.put_in_place = die
     elif moment == "after the rename":
         manifest.sync_directory = lambda folder: die() if str(folder) == sys.argv[1] else None
     elif moment == "before the removal":
@@ -218,7 +218,9 @@ def test_save_does_not_replace_what_is_in_the_way(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep_last=2)
     save(store, 1)
     (tmp_path / "step_00000002").write_text("in the way")
-    with pytest.raises(CheckpointError, match=r"step_00000002 is there and is no whole checkpoint"):
+    with pytest.raises(
+        CheckpointError, match=r"step_00000002 was not written.*move that away, and save again"
+    ):
         save(store, 2)
     save(store, 3)
     assert store.steps() == (1, 3)

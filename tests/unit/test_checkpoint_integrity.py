@@ -125,6 +125,16 @@ def test_run_goes_on_from_the_valid_one_and_removes_no_damaged_one(
     assert "step_00000040.damaged" in caplog.text
 
 
+def test_newest_step_is_saved_again_where_its_info_was_damaged(tmp_path: Path) -> None:
+    with CheckpointStore(tmp_path) as store:
+        save(store, 1)
+        shorten(tmp_path / "step_00000001" / manifest.INFO_FILE)
+        save(store, 1)
+        assert store.check(1) is None
+    names = ["step_00000001", "step_00000001.damaged"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
 def test_newer_format_is_refused(tmp_path: Path) -> None:
     with CheckpointStore(tmp_path) as store:
         save(store, 1)

@@ -77,6 +77,28 @@ def test_writer_tells_of_a_failure_once_and_goes_on_after_it() -> None:
     assert written == [3]
 
 
+def test_writer_that_goes_on_writes_what_waits_behind_a_failure() -> None:
+    written, go = [], threading.Event()
+
+    def write(save: Save) -> None:
+        assert go.wait(30)
+        if save.step < 3:
+            raise OSError("disk full")
+        written.append(save.step)
+
+    writer = Writer(write, pause=0, goes_on=True)
+    for step in (1, 2, 3):
+        writer.put(save_of(step), kept={1, 2, 3})
+    go.set()
+    writer.wait()
+    writer.put(save_of(4), kept={4})  # nobody has heard of the failures yet
+    writer.wait()
+    assert written == [3, 4]
+    told = [writer.failure(), writer.failure(), writer.failure()]
+    assert [failure and failure[0] for failure in told] == [1, 2, None]
+    assert not writer.has_failed
+
+
 def test_writer_pauses_between_writes_unless_somebody_waits() -> None:
     written, second = [], threading.Event()
 

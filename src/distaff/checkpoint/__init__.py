@@ -3,7 +3,8 @@
 from distaff.checkpoint.memory import MemoryStore
 from distaff.checkpoint.protocol import NullStore, Store
 from distaff.checkpoint.retention import best_steps, expired
-from distaff.checkpoint.store import CheckpointStore, find, forget_after, tidy
+from distaff.checkpoint.search import find, forget_after, tidy
+from distaff.checkpoint.store import CheckpointStore
 
 __all__ = [
     "CheckpointStore",

@@ -99,6 +99,19 @@ def metadata(path: Path) -> Mapping[str, PyTree]:
     return stored
 
 
+def damage(path: Path) -> str | None:
+    """Returns what is wrong with what a folder says of its arrays, None where nothing is.
+
+    Args:
+        path: the folder.
+    """
+    try:
+        metadata(path)
+    except Exception as error:
+        return str(error)
+    return None
+
+
 def _check_chunks(name: str, leaf: Any) -> None:
     """Refuses an array whose pieces are larger than itself: each is decoded as a whole."""
     storage = getattr(leaf, "storage_metadata", None)

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from distaff.errors import CheckpointError
 
+_log = logging.getLogger("distaff")
+
+_IN_ITS_PLACE = (
+    "A checkpoint never replaces what it did not write, and something else is in its place: move "
+    "that away"
+)
 _REMEDIES = {
     errno.ENOSPC: "The disk is full: free some space",
     errno.EDQUOT: "The quota is used up: free some space",
@@ -16,6 +24,8 @@ _REMEDIES = {
     errno.EACCES: "Its directory does not permit it: change its permissions",
     errno.EPERM: "Its directory does not permit it: change its permissions",
     errno.ENOTDIR: "A file is where a directory should be: move it away",
+    errno.EEXIST: _IN_ITS_PLACE,
+    errno.ENOTEMPTY: _IN_ITS_PLACE,
 }
 
 
@@ -30,6 +40,40 @@ def not_written(path: Path, error: BaseException) -> CheckpointError:
         f"The checkpoint {path} was not written: {error}. The ones before it are untouched. "
         f"{_remedy(error)}, and save again."
     )
+
+
+def is_of_storage(error: BaseException | None) -> bool:
+    """Whether a save has failed because of where it was to be written, and not of what it was.
+
+    Args:
+        error: what was raised while it was written.
+    """
+    while error is not None:
+        if isinstance(error, OSError) or any(word in str(error) for word in _words_of_storage()):
+            return True
+        error = error.__cause__
+    return False
+
+
+def going_on(newest: int | None) -> str:
+    """Returns two sentences on what a failed save means that ends nothing.
+
+    Args:
+        newest: the newest step that has a whole checkpoint.
+    """
+    whole = "There is no whole checkpoint yet"
+    whole = whole if newest is None else f"The newest whole checkpoint is of step {newest}"
+    return f"{whole}. Training goes on, as on_failed_save='warn' asks for."
+
+
+def warned(text: str) -> None:
+    """Says on the main thread, and in the log, what is wrong and ends nothing.
+
+    Args:
+        text: whole sentences.
+    """
+    _log.warning("%s", text)
+    warnings.warn(text, stacklevel=3)
 
 
 def unreadable(path: Path, problem: Exception | str, steps: Sequence[int]) -> CheckpointError:
@@ -48,6 +92,11 @@ def unreadable(path: Path, problem: Exception | str, steps: Sequence[int]) -> Ch
 def known(steps: Sequence[int]) -> str:
     """Returns a sentence on the steps that have a checkpoint."""
     return f"Steps that are there: {', '.join(map(str, steps)) or 'none'}."
+
+
+def _words_of_storage() -> list[str]:
+    """Returns what Orbax and TensorStore say where the system has refused them something."""
+    return ["os_error_code", *map(os.strerror, _REMEDIES)]
 
 
 def _remedy(error: BaseException) -> str:

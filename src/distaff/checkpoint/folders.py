@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
+import os
 import re
 import shutil
 from pathlib import Path
@@ -64,7 +66,7 @@ def make(directory: Path) -> None:
     ):
         missing.mkdir(_DIRECTORY_MODE, exist_ok=True)
     if not directory.is_dir():
-        raise NotADirectoryError(f"{directory} is a file")
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(directory))
 
 
 def remove_leftovers(directory: Path) -> bool:
@@ -100,6 +102,25 @@ def remove(folder: Path) -> bool:
         _log.warning("a checkpoint that is no longer needed stays: %s", error)
         return False
     return _is_removed(folder)
+
+
+def put_in_place(new: Path, folder: Path, *, is_damaged: bool) -> None:
+    """Gives a new checkpoint its name.
+
+    Args:
+        new: one that is whole, elsewhere.
+        folder: its name. A whole checkpoint that has it is replaced: the new one has more to tell.
+        is_damaged: whether the checkpoint that has it is damaged; it is then set aside.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    if step_of(folder) is not None and not is_damaged:
+        replace(folder, new)
+        return
+    if is_damaged and folder.exists():
+        _log.warning("the damaged checkpoint %s is %s", folder, set_aside(folder))
+    new.rename(folder)
 
 
 def replace(folder: Path, new: Path) -> None:

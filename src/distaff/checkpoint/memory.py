@@ -15,7 +15,7 @@ from distaff.typing import PyTree
 
 
 class MemoryStore:
-    """Keeps the newest and the best checkpoints of one run, and nothing on disk."""
+    """Keeps the newest checkpoint of one run and all that it names as best; nothing on disk."""
 
     def __init__(self) -> None:
         self._kept: dict[int, tuple[dict[str, PyTree], dict[str, Any]]] = {}

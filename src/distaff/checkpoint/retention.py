@@ -2,8 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
+
+from distaff.checkpoint.protocol import Store
+from distaff.errors import CheckpointError, ConfigError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Retention:
+    """How many checkpoints of a run are kept.
+
+    Args:
+        keep_last: how many of the newest, at least 1.
+        keep_best: how many of the best, at least 1; None keeps all that are named as best.
+        keep_every: those whose step is a multiple of it, at least 1; None keeps none for that
+            reason.
+
+    Raises:
+        ConfigError: one of them is less than 1.
+    """
+
+    keep_last: int = 2
+    keep_best: int | None = None
+    keep_every: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.keep_last < 1:
+            raise ConfigError(
+                f"A run keeps at least its newest checkpoint, or it could not resume; "
+                f"keep_last is {self.keep_last}. Pass 1 or more, or a NullStore to keep none."
+            )
+        if self.keep_best is not None and self.keep_best < 1:
+            raise ConfigError(
+                f"A run keeps at least its best checkpoint, which it ends with; keep_best is "
+                f"{self.keep_best}. Pass 1 or more, or None to keep all that are named as best."
+            )
+        if self.keep_every is not None and self.keep_every < 1:
+            raise ConfigError(
+                f"The checkpoints that are kept lie a number of steps apart; keep_every is "
+                f"{self.keep_every}. Pass 1 or more, or None to keep none for that reason."
+            )
+
+    def expired(
+        self, steps: Set[int], info: Mapping[str, Any], provisional: Set[int] = frozenset()
+    ) -> tuple[int, ...]:
+        """Returns what is no longer needed.
+
+        Args:
+            steps: those that have a checkpoint.
+            info: of the newest one. Of the best steps that it names, those that are there count: a
+                save that has failed, or that waits, takes the place of none.
+            provisional: steps whose checkpoints go as soon as there is a newer one.
+        """
+        lasting = steps - provisional
+        passed = (steps & provisional) - {max(steps, default=0)}
+        best = [step for step in best_steps(info) if step in steps][: self.keep_best]
+        gone = expired(lasting, keep_last=self.keep_last, best=best, keep_every=self.keep_every)
+        return (*passed, *gone)
 
 
 def expired(
@@ -45,3 +102,27 @@ def best_steps(info: Mapping[str, Any]) -> tuple[int, ...]:
     """
     named = info.get("best_steps", [info.get("best_step")])
     return tuple(step for step in named if type(step) is int) if isinstance(named, list) else ()
+
+
+def named_best(store: Store) -> tuple[int | None, tuple[int, ...]]:
+    """Returns the newest checkpoint whose info can be read, and the best ones that it names.
+
+    Args:
+        store: of the run.
+
+    Returns:
+        Its step, None where there is no checkpoint; and of the best steps those that have a
+        checkpoint, best first.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none can be read; it is that of the newest.
+    """
+    steps, unread = store.steps(), []
+    for step in reversed(steps):
+        try:
+            return step, tuple(best for best in best_steps(store.info(step)) if best in steps)
+        except CheckpointError as error:
+            unread.append(error)
+    if unread:
+        raise unread[0]
+    return None, ()

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
-import logging
 import operator
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
 from distaff.checkpoint import arrays, folders, manifest
-from distaff.checkpoint.failure import known, not_written, unreadable
-from distaff.checkpoint.retention import best_steps, expired
+from distaff.checkpoint.failure import (
+    going_on,
+    is_of_storage,
+    known,
+    not_written,
+    unreadable,
+    warned,
+)
+from distaff.checkpoint.retention import Retention, named_best
 from distaff.checkpoint.snapshot import num_bytes, taken
 from distaff.checkpoint.writer import Save, Writer
-from distaff.errors import CheckpointError, ConfigError
+from distaff.errors import CheckpointError
 from distaff.typing import PyTree
 
 _MAX_HELD_BYTES = 2**30
-_log = logging.getLogger("distaff")
 
 
 class CheckpointStore:
@@ -32,6 +40,10 @@ class CheckpointStore:
     ones are best, the run says: `info["best_steps"]`, best first, or the single `info["best_step"]`
     of the newest checkpoint. Nothing is written before the first save. Close the store, or use it
     in a `with` statement: Python may end before a save in the background does.
+
+    A save that fails leaves the checkpoints before it as they are. It is told by the next call of
+    `save`, `check_failure`, `wait` or `close`: as an error, or, with `on_failed_save="warn"`, as a
+    warning, after which later saves are tried. What is wrong with what is saved is always an error.
 
     One whose `info["provisional"]` is true is kept until the next one is there, and counts as none
     of the last.
@@ -47,31 +59,30 @@ class CheckpointStore:
     Args:
         directory: where the folders go. It need not exist.
         keep_last: how many of the newest checkpoints to keep, at least 1.
+        keep_best: how many of the best ones to keep, at least 1; None keeps all that are named.
         keep_every: keep also the checkpoints whose step is a multiple of it, at least 1.
+        on_failed_save: what a save leads to that cannot be written.
 
     Raises:
-        ConfigError: `keep_last` or `keep_every` is less than 1.
+        ConfigError: one of the numbers is less than 1.
     """
 
     def __init__(
-        self, directory: Path | str, *, keep_last: int = 2, keep_every: int | None = None
+        self,
+        directory: Path | str,
+        *,
+        keep_last: int = 2,
+        keep_best: int | None = None,
+        keep_every: int | None = None,
+        on_failed_save: Literal["raise", "warn"] = "raise",
     ) -> None:
-        if keep_last < 1:
-            raise ConfigError(
-                f"A run keeps at least its newest checkpoint, or it could not resume; "
-                f"keep_last is {keep_last}. Pass 1 or more, or a NullStore to keep none."
-            )
-        if keep_every is not None and keep_every < 1:
-            raise ConfigError(
-                f"The checkpoints that are kept lie a number of steps apart; keep_every is "
-                f"{keep_every}. Pass 1 or more, or None to keep none for that reason."
-            )
         self.directory = Path(directory).expanduser().absolute()
-        self.keep_last, self.keep_every = keep_last, keep_every
+        self.retention = Retention(keep_last=keep_last, keep_best=keep_best, keep_every=keep_every)
+        self._goes_on = on_failed_save == "warn"
         self._damaged: frozenset[int] = frozenset()
         self._provisional: frozenset[int] = frozenset()
         self._is_tidy = False
-        self._writer = Writer(self._write)
+        self._writer = Writer(self._write, goes_on=self._goes_on)
         arrays.import_early()
 
     def save(self, step: int, tree: Mapping[str, PyTree], info: Mapping[str, Any]) -> Path:
@@ -86,7 +97,7 @@ class CheckpointStore:
             step: the number of completed optimizer updates. No smaller than the newest one saved.
             tree: the state: nested dicts, tuples and dataclasses with arrays or numbers as leaves.
                 The keys of the outermost dict can be loaded one by one.
-            info: what else a resume needs, as strict JSON: epoch, metrics, `best_step`.
+            info: what else a resume needs, as strict JSON: epoch, metrics, `best_steps`.
 
         Returns:
             The folder that the checkpoint will have.
@@ -108,10 +119,8 @@ class CheckpointStore:
                 f"which is in {self.directory}. Save into a new directory, or remove what is newer."
             )
         if path.exists() and step not in self._damaged and step != newest:
-            raise CheckpointError(
-                f"A checkpoint never replaces what it did not write; {path} is there and is no "
-                "whole checkpoint. Move it away and save again."
-            )
+            self._tell(step, FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)))
+            return path
         leaves = jax.tree.map_with_path(arrays.as_array, dict(tree))
         if self._writer.held_bytes > _MAX_HELD_BYTES:
             self.wait()
@@ -120,7 +129,8 @@ class CheckpointStore:
         if strict_info.get("provisional"):
             self._provisional |= {step}
         waiting = {*self._undamaged(), *self._writer.steps(), step}
-        self._writer.put(save, kept=waiting.difference(self._expired(waiting, strict_info)))
+        gone = self.retention.expired(waiting, strict_info, self._provisional)
+        self._writer.put(save, kept=waiting.difference(gone))
         return path
 
     def steps(self) -> tuple[int, ...]:
@@ -132,10 +142,15 @@ class CheckpointStore:
         return max(self.steps(), default=None)
 
     def best(self) -> int | None:
-        """Returns the best step that the newest checkpoint names, None where it is not there."""
-        newest = self.latest()
-        best = () if newest is None else best_steps(self.info(newest))[:1]
-        return best[0] if best and best[0] in self.steps() else None
+        """Returns the best step there is that the newest readable checkpoint names.
+
+        Returns:
+            None where it names none that is there, or where there is no checkpoint.
+
+        Raises:
+            CheckpointError: there are checkpoints, and none can be read.
+        """
+        return next(iter(named_best(self)[1]), None)
 
     def check(self, step: int) -> str | None:
         """Returns what is wrong with a checkpoint, None where nothing is; reads all of it.
@@ -150,7 +165,7 @@ class CheckpointStore:
         """
         if step not in self.steps():
             return "it is not there"
-        problem = manifest.damage(self._path(step)) or self._description_problem(step)
+        problem = manifest.damage(self._path(step)) or arrays.damage(self._path(step))
         if problem is not None:
             self._damaged |= {step}
         return problem
@@ -225,12 +240,8 @@ class CheckpointStore:
         Raises:
             CheckpointError: a save failed.
         """
-        if not self._writer.has_failed:
-            return
-        failure = self._writer.failure()
-        if failure is not None:
-            step, error = failure
-            raise not_written(self._path(step), error) from error
+        while self._writer.has_failed and (failure := self._writer.failure()):
+            self._tell(*failure)
 
     def wait(self) -> None:
         """Returns when nothing is being written.
@@ -254,17 +265,20 @@ class CheckpointStore:
     def _is_saved(self, step: int, info: Mapping[str, Any]) -> bool:
         """Whether a checkpoint is written, or waits to be, with just this info."""
         waiting = self._writer.info(step)
-        return info == (self.info(step) if waiting is None else waiting)
+        if waiting is None:
+            with contextlib.suppress(CheckpointError):  # a damaged one is saved again
+                waiting = self.info(step)
+        return info == waiting
 
     def _undamaged(self) -> set[int]:
         return {*self.steps()} - self._damaged
 
-    def _expired(self, steps: set[int], info: Mapping[str, Any]) -> tuple[int, ...]:
-        """Returns what is no longer needed: provisional ones go as soon as there is a newer one."""
-        lasting, best = steps - self._provisional, best_steps(info)
-        passed = (steps & self._provisional) - {max(steps, default=0)}
-        gone = expired(lasting, keep_last=self.keep_last, best=best, keep_every=self.keep_every)
-        return (*passed, *gone)
+    def _tell(self, step: int, error: BaseException) -> None:
+        """Tells of a save that failed; all that do so come here."""
+        failed = not_written(self._path(step), error)
+        if not (self._goes_on and is_of_storage(error)):
+            raise failed from error
+        warned(f"{failed} {going_on(self.latest())}")
 
     def _write(self, save: Save) -> None:
         """Writes a checkpoint, then removes those that are no longer needed. In the background."""
@@ -273,31 +287,22 @@ class CheckpointStore:
             return
         folders.make(self.directory)
         self._is_tidy = self._is_tidy or folders.remove_leftovers(self.directory)
-        unfinished = self._unfinished(save.step)
+        path, unfinished = self._path(save.step), self._unfinished(save.step)
         # Only the owner gets in, until nothing in it is writable by everybody.
         unfinished.parent.mkdir(0o700)
         try:
             arrays.write(unfinished, save.arrays, _marked(save.info))
             manifest.seal(unfinished)
-            self._put_in_place(unfinished, save.step)
+            folders.put_in_place(unfinished, path, is_damaged=save.step in self._damaged)
+            self._damaged -= {save.step}
+            manifest.sync_directory(self.directory)
         finally:
             shutil.rmtree(unfinished.parent, ignore_errors=True)
+            self._is_tidy &= not unfinished.parent.exists()
         self._remove_expired(save)
 
-    def _put_in_place(self, unfinished: Path, step: int) -> None:
-        path = self._path(step)
-        if step in self.steps() and step not in self._damaged:
-            folders.replace(path, unfinished)  # this save has more to tell
-            manifest.sync_directory(self.directory)
-            return
-        if step in self._damaged and path.exists():
-            _log.warning("the damaged checkpoint of step %d is %s", step, folders.set_aside(path))
-            self._damaged -= {step}
-        unfinished.rename(path)
-        manifest.sync_directory(self.directory)
-
     def _remove_expired(self, save: Save) -> None:
-        for step in self._expired(self._undamaged(), save.info):
+        for step in self.retention.expired(self._undamaged(), save.info, self._provisional):
             self._is_tidy &= folders.remove(self._path(step))
 
     def _path(self, step: int) -> Path:
@@ -306,14 +311,6 @@ class CheckpointStore:
     def _unfinished(self, step: int) -> Path:
         path = self._path(step)
         return path.with_suffix(folders.SAVING) / path.name
-
-    def _description_problem(self, step: int) -> str | None:
-        """Tells what is wrong with what a folder says of itself."""
-        try:
-            arrays.metadata(self._path(step))
-        except Exception as error:
-            return str(error)
-        return None
 
     def _verify(self, step: int, *names: str) -> None:
         if step not in self.steps():
@@ -324,59 +321,6 @@ class CheckpointStore:
         if problem is not None:
             self._damaged |= {step}
             raise unreadable(self._path(step), problem, self.steps())
-
-
-def tidy(store: CheckpointStore) -> None:
-    """Removes what killed saves and removals have left; no other process may be saving here.
-
-    Args:
-        store: of a run that goes on.
-    """
-    if store.directory.is_dir():
-        folders.remove_leftovers(store.directory)
-
-
-def forget_after(store: CheckpointStore, step: int) -> None:
-    """Puts the checkpoints of later steps aside, so that a run can go on from this one.
-
-    Args:
-        store: of the run.
-        step: one of `store.steps()`.
-
-    Raises:
-        CheckpointError: there is no checkpoint of this step.
-    """
-    store.info(step)
-    folders.abandon_after(store.directory, step)
-
-
-def find(path: Path | str) -> tuple[Path, int]:
-    """Returns the checkpoint that a user means by a path: the best of a run, else its newest.
-
-    Args:
-        path: a run directory (`runs/digits/0001`), its `checkpoints` directory, or one checkpoint
-            folder (`.../step_00000040`). Nothing in it is touched, and it may have been moved.
-
-    Returns:
-        The directory to make a `CheckpointStore` of, and the step to load from it.
-
-    Raises:
-        CheckpointError: there is no whole checkpoint at `path`.
-    """
-    path = Path(path).expanduser().absolute()
-    step = folders.step_of(path)
-    if step is not None:
-        return path.parent, step
-    directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    store = CheckpointStore(directory)
-    newest, best = store.latest(), store.best()
-    if newest is None:
-        raise CheckpointError(
-            f"There is no whole checkpoint in {directory}, which {folders.content(directory)}. "
-            "Pass a run directory such as runs/digits/0001, its checkpoints directory, or one "
-            "checkpoint folder such as step_00000040."
-        )
-    return directory, newest if best is None else best
 
 
 def _as_json(info: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,25 +35,32 @@ class Writer:
     """Writes saves one after the other, in a thread that lives while there is something to write.
 
     Writes begin a pause apart, unless somebody waits for them. After a failure nothing more is
-    written until `failure` was asked.
+    written until `failure` was asked, unless it `goes_on`.
 
     Args:
         write: writes one save. What it raises is kept for `failure`.
         pause: seconds.
+        goes_on: whether saves that wait are written after a failure, and new ones taken.
     """
 
-    def __init__(self, write: Callable[[Save], None], pause: float = _PAUSE_SECONDS) -> None:
-        self._write, self._pause = write, pause
+    def __init__(
+        self,
+        write: Callable[[Save], None],
+        pause: float = _PAUSE_SECONDS,
+        *,
+        goes_on: bool = False,
+    ) -> None:
+        self._write, self._pause, self._goes_on = write, pause, goes_on
         self._begun, self._num_waiting = -math.inf, 0
         self._changed = threading.Condition()
         self._line: list[Save] = []
         self._is_writing = False  # the first one of them
-        self._failure: tuple[int, BaseException] | None = None
+        self._failures: list[tuple[int, BaseException]] = []
 
     @property
     def has_failed(self) -> bool:
         """Whether `failure` has something to tell; waits for no lock."""
-        return self._failure is not None
+        return bool(self._failures)
 
     @property
     def held_bytes(self) -> int:
@@ -79,7 +86,7 @@ class Writer:
             kept: steps of those that are not outdated by it; the one being written goes on.
         """
         with self._changed:
-            if self._failure is not None:
+            if self._failures and not self._goes_on:
                 return
             waiting = [each for each in self._line[self._is_writing :] if each.step in kept]
             idle = not self._line
@@ -97,21 +104,26 @@ class Writer:
             self._num_waiting -= 1
 
     def failure(self) -> tuple[int, BaseException] | None:
-        """Returns, once, the step that could not be written and why; None where all is well."""
+        """Returns, once, the next step that could not be written and why; None after the last."""
         with self._changed:
-            failure, self._failure = self._failure, None
-            return failure
+            return self._failures.pop(0) if self._failures else None
 
     def _run(self) -> None:
         while (save := self._next()) is not None:
             try:
                 self._write(save)
             except BaseException as error:
-                with self._changed:
-                    self._failure, self._line = (save.step, error), []
-                    self._is_writing = False
-                    self._changed.notify_all()
-                return
+                self._note(save.step, error)
+                if not self._goes_on:
+                    return
+
+    def _note(self, step: int, error: BaseException) -> None:
+        """Keeps a failure, and empties the line where it does not go on."""
+        with self._changed:
+            self._failures.append((step, error))
+            if not self._goes_on:
+                self._line, self._is_writing = [], False
+                self._changed.notify_all()
 
     def _next(self) -> Save | None:
         """Takes the save that was written out of the line, and returns the next one in its time."""
