@@ -30,7 +30,7 @@ digits: .venv/.digits
 	@$(bin)/distaff fit digits $(ARGS)
 
 test: lint
-	$(bin)/pytest
+	$(bin)/pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
 
 lint: .venv/.test
 	$(bin)/ruff format --check
@@ -42,10 +42,10 @@ format: .venv/.test
 	$(bin)/ruff check --fix
 
 chaos: .venv/.test
-	@DISTAFF_CHAOS_RUNS=20 $(bin)/pytest tests/faults/test_resume.py $(ARGS)
+	@DISTAFF_CHAOS_RUNS=20 $(bin)/pytest -n logical tests/faults/test_resume.py $(ARGS)
 
 fuzz: .venv/.test
-	@DISTAFF_FUZZ_EXAMPLES=10000 $(bin)/pytest -k fuzz --timeout 3600 $(ARGS)
+	@DISTAFF_FUZZ_EXAMPLES=10000 $(bin)/pytest -n logical -k fuzz --timeout 3600 $(ARGS)
 
 soak: .venv/.test
 	@$(bin)/python tests/faults/soak.py $(ARGS)
