@@ -109,7 +109,8 @@ def test_run_that_was_worth_it_reports_its_share_of_the_peak(monkeypatch, capsys
 def test_debugged_run_has_no_flops(monkeypatch):
     monkeypatch.setattr("distaff.report._WORTH_SECONDS", 0.0)
     train, _, _ = data.digits(batch_size=512)
-    trainer = tasks.Classifier(zoo.MLP((8, 10)), debug=True, root=None, enable_progress_bar=False)
+    options = {"debug": True, "root": None, "enable_progress_bar": False, "tune_process": False}
+    trainer = tasks.Classifier(zoo.MLP((8, 10)), **options)
     trainer.train_model(train, num_epochs=1)
     assert trainer.report is not None
     assert trainer.report.flops is None
