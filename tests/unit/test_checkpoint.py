@@ -379,3 +379,13 @@ def test_save_does_not_wait_for_what_orbax_does(
         assert store.latest() is None
         go.set()
     assert store.latest() == 1
+
+
+def test_info_that_could_not_be_read_again_is_refused(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    with pytest.raises(CheckpointError, match=r"at most 16777216 bytes.*most of them in 'rows'"):
+        store.save(1, {"x": jnp.zeros(2)}, {"epoch": 1, "rows": "a" * 2**24})
+    store.save(1, {"x": jnp.zeros(2)}, {"epoch": 1, "rows": "a" * (2**24 - 99)})
+    store.close()
+    assert store.check(1) is None
+    assert len(store.info(1)["rows"]) == 2**24 - 99

@@ -26,7 +26,8 @@ INFO_FILE = "_CHECKPOINT_METADATA"
 FORMAT_KEY = "$format"
 """Beside the keys of the info: tells that a manifest belongs to the checkpoint."""
 
-_MAX_JSON_BYTES = 2**25
+MAX_JSON_BYTES = 2**25
+"""No larger file is read whole: a stranger's may be of any size."""
 _BLOCK_BYTES = 2**20
 _DATA_FOLDER = "d"
 _FOR_EVERYBODY = stat.S_IWOTH
@@ -143,8 +144,8 @@ def _untrusted(folder: Path) -> str | None:
         if not stat.S_ISDIR(status.st_mode) and not stat.S_ISREG(status.st_mode):
             return f"{name} is neither a file nor a folder"
         is_data = entry.parent.name == _DATA_FOLDER
-        if stat.S_ISREG(status.st_mode) and not is_data and status.st_size > _MAX_JSON_BYTES:
-            return f"{name} has {status.st_size} bytes, and may have {_MAX_JSON_BYTES}"
+        if stat.S_ISREG(status.st_mode) and not is_data and status.st_size > MAX_JSON_BYTES:
+            return f"{name} has {status.st_size} bytes, and may have {MAX_JSON_BYTES}"
     return None
 
 
@@ -192,9 +193,9 @@ def _file_difference(folder: Path, name: str, expected: Any) -> str | None:
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
     with open(folder / name, "rb") as file:
-        text = file.read(_MAX_JSON_BYTES + 1)
-    if len(text) > _MAX_JSON_BYTES:
-        raise ValueError(f"{name} has more than {_MAX_JSON_BYTES} bytes")
+        text = file.read(MAX_JSON_BYTES + 1)
+    if len(text) > MAX_JSON_BYTES:
+        raise ValueError(f"{name} has more than {MAX_JSON_BYTES} bytes")
     try:
         value = config.loads(text)
     except ValueError as error:

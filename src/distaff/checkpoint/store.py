@@ -325,15 +325,23 @@ class CheckpointStore:
 
 def _as_json(info: Mapping[str, Any]) -> dict[str, Any]:
     """Returns `info` as JSON gives it back: a copy, which later changes do not reach."""
-    copy = {}
+    copy, sizes = {}, {}
     for key, value in info.items():
         try:
-            copy[key] = json.loads(json.dumps(value, allow_nan=False))
+            text = json.dumps(value, allow_nan=False)
+            copy[key], sizes[key] = json.loads(text), len(text)
         except (TypeError, ValueError) as error:
             raise CheckpointError(
                 f"The info of a checkpoint is strict JSON; {key!r} is {value!r} ({error}). "
                 "Pass Python numbers, and None for what is not finite."
             ) from error
+    if sum(sizes.values()) > manifest.MAX_JSON_BYTES // 2:  # it is written with spaces
+        raise CheckpointError(
+            f"The info of a checkpoint has at most {manifest.MAX_JSON_BYTES // 2} bytes; it has "
+            f"{sum(sizes.values())}, most of them in {max(sizes, key=sizes.__getitem__)!r}. Save "
+            "arrays in the tree; in a trainer, return smaller metrics from the training step, or "
+            "log more often (log_every_n_steps)."
+        )
     return copy
 
 
