@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -89,6 +89,12 @@ def test_diagnose_lists_few_of_many_bad_examples_and_blames_leaf_without_any_oth
     )
 
 
+def test_diagnose_names_first_the_leaf_that_the_bad_number_comes_from() -> None:
+    batch = {"a": X * np.nan, **batch_with("y", (0,))}
+    finding = found(train_step(square_loss), make_state(nn.Dense(1)), batch)
+    assert finding.names == ("y", "a")
+
+
 def test_diagnose_blames_batch_for_gradient_of_what_is_masked() -> None:
     def masked_too_late(params: Any, batch: Any, ctx: Any) -> jax.Array:
         errors = square_loss(params, batch, ctx)
@@ -126,6 +132,7 @@ def test_diagnose_does_not_blame_nan_that_the_loss_masks() -> None:
     assert diagnose(train_step(masked), make_state(nn.Dense(1)), batch) is None
     finding = found(train_step(masked), make_state(Model()), batch)
     assert (finding.where, finding.operation) == ("the forward pass", "log")
+    assert "batch" not in finding.text
 
 
 def test_diagnose_says_if_step_is_bad_without_what_is_bad_in_batch() -> None:
@@ -159,6 +166,39 @@ def test_diagnose_finds_overflow_behind_nan() -> None:
     assert finding.text.endswith(f"of that sub makes NaN, at {line_of(loss_fn, 'large - large')}.")
 
 
+def test_diagnose_does_not_blame_inf_elsewhere_in_an_array() -> None:
+    def loss_fn(params: Any, batch: Any, ctx: Any) -> jax.Array:
+        outputs = ctx.apply(params, batch["x"])[:, 0]
+        is_first = jnp.arange(8) == 0
+        mixed = jnp.where(is_first, jnp.exp(outputs + 200.0), outputs - 100.0)
+        return jnp.where(is_first, 0.0, jnp.log(mixed))
+
+    finding = found(train_step(loss_fn), make_state(nn.Dense(1)), batch_with("x"))
+    assert finding.line == line_of(loss_fn, "jnp.log")
+
+
+def test_diagnose_does_not_blame_inf_that_is_clipped() -> None:
+    def loss_fn(params: Any, batch: Any, ctx: Any) -> jax.Array:
+        large = jnp.exp(ctx.apply(params, batch["x"])[:, 0] + 200.0)
+        return jnp.arccosh(jnp.minimum(large, 0.5))
+
+    finding = found(train_step(loss_fn), make_state(nn.Dense(1)), batch_with("x"))
+    assert (finding.operation, finding.line) == ("acosh", line_of(loss_fn, "arccosh"))
+
+
+def test_diagnose_names_operation_that_makes_nan_of_a_constant() -> None:
+    def loss_fn(params: Any, batch: Any, ctx: Any) -> jax.Array:
+        outputs = ctx.apply(params, batch["x"])
+        logits = jnp.where(outputs > 100.0, outputs, -jnp.inf)
+        return jax.nn.softmax(logits)[:, 0]
+
+    finding = found(train_step(loss_fn), make_state(nn.Dense(1)), batch_with("x"))
+    assert finding.line == line_of(loss_fn, "jax.nn.softmax")
+    assert finding.text == (
+        f"The loss is not finite. It comes from sub(-inf, -inf), which is NaN, at {finding.line}."
+    )
+
+
 def test_diagnose_leaves_out_inf_that_is_meant() -> None:
     def loss_fn(params: Any, batch: Any, ctx: Any) -> jax.Array:
         logits = jnp.where(jnp.eye(8, dtype=bool), ctx.apply(params, batch["x"]), -jnp.inf)
@@ -169,13 +209,16 @@ def test_diagnose_leaves_out_inf_that_is_meant() -> None:
     assert finding.line == line_of(loss_fn, "jnp.log")
 
 
-def test_diagnose_names_bad_leaves_of_gradient() -> None:
-    class Norm(nn.Module):
-        @nn.compact
-        def __call__(self, x: jax.Array) -> jax.Array:
-            zeros = self.param("zeros", nn.initializers.zeros, (2,))
-            return nn.Dense(1)(x) + jnp.sqrt(jnp.sum(zeros**2))
+class Norm(nn.Module):
+    """Adds the norm of zeros, whose gradient does not exist."""
 
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        zeros = self.param("zeros", nn.initializers.zeros, (2,))
+        return nn.Dense(1)(x) + jnp.sqrt(jnp.sum(zeros**2))
+
+
+def test_diagnose_names_bad_leaves_of_gradient() -> None:
     finding = found(train_step(square_loss), make_state(Norm()), batch_with("x"))
     line = line_of(Norm.__call__, "jnp.sqrt")
     assert (finding.where, finding.names) == ("the gradient", ("zeros",))
@@ -184,6 +227,16 @@ def test_diagnose_names_bad_leaves_of_gradient() -> None:
         "The gradient is not finite in 'zeros' (1 of 3 leaves); the loss is. It comes from "
         f"div(0.5, 0), which is inf, in Norm at {line}; of that mul makes NaN, in Norm at {line}."
     )
+
+
+def test_diagnose_is_not_led_astray_by_trials_of_the_optimizer() -> None:
+    def loss_fn(params: Any, batch: Any, ctx: Any) -> jax.Array:
+        ctx.add_l2_loss(params, 0.1)
+        return square_loss(params, batch, ctx)
+
+    finding = found(train_step(loss_fn), make_state(Norm()), batch_with("x"))
+    assert (finding.where, finding.names) == ("the gradient", ("zeros",))
+    assert "(1 of 3 leaves)" in finding.text
 
 
 def test_diagnose_names_module_whose_forward_pass_runs_again_for_the_gradient() -> None:
@@ -254,12 +307,14 @@ def user_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.
 
 
 def test_diagnose_sees_into_steps_of_the_user() -> None:
-    line = line_of(Logarithm.__call__, "jnp.log")
     for step in (user_step, jax.jit(user_step), jax.jit(user_step, donate_argnums=0)):
-        state = make_state(Model())
+        state = make_state(Norm())
         finding = found(step, state, batch_with("x"))
-        assert (finding.names, finding.line) == (("Model/inner",), line)
+        assert (finding.where, finding.names) == ("the gradient", ("zeros",))
+        assert finding.line == line_of(Norm.__call__, "jnp.sqrt")
         assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    finding = found(user_step, make_state(Model()), batch_with("x"))
+    assert finding.names == ("Model/inner",)
 
 
 class Players(TrainState):
@@ -268,23 +323,44 @@ class Players(TrainState):
     critic_tx: Any = static()
 
 
-def test_diagnose_says_which_of_several_optimizers() -> None:
-    def step(state: Players, batch: Any) -> tuple[Players, dict[str, jax.Array]]:
-        good = jax.grad(lambda params: jnp.sum(params["kernel"]))(state.params)
-        bad = jax.grad(lambda weight: jnp.sqrt(weight))(state.critic)
-        updates, critic_state = state.critic_tx.update(bad, state.critic_state)
-        critic = optax.apply_updates(state.critic, updates)
-        state = state.apply_gradients(grads=good, critic=critic, critic_state=critic_state)
-        return state, {"generator_loss": jnp.float32(1.0)}
+def make_players() -> Players:
+    tx, weight = optax.sgd(0.1), jnp.zeros([])
+    critic = {"critic": weight, "critic_state": tx.init(weight), "critic_tx": tx}
+    params = nn.Dense(1).init(jax.random.key(0), X)["params"]
+    return Players.create(params=params, tx=tx, **critic)
 
-    tx = optax.sgd(0.1)
-    critic = {"critic": jnp.zeros([]), "critic_state": tx.init(jnp.zeros([])), "critic_tx": tx}
-    variables = nn.Dense(1).init(jax.random.key(0), X)
-    state = Players.create(params=variables["params"], tx=tx, **critic)
-    finding = found(step, state, batch_with("x"))
+
+def critic_update(state: Players) -> dict[str, Any]:
+    grads = jax.grad(lambda weight: jnp.sqrt(weight))(state.critic)
+    updates, critic_state = state.critic_tx.update(grads, state.critic_state)
+    critic = optax.apply_updates(state.critic, updates)
+    return {"critic": critic, "critic_state": critic_state}
+
+
+def test_diagnose_says_which_of_several_optimizers_was_first() -> None:
+    def step(state: Players, batch: Any) -> tuple[Players, dict[str, jax.Array]]:
+        critic = critic_update(state)
+        grads = jax.grad(lambda params: jnp.sqrt(0.0 * jnp.sum(params["bias"])))(state.params)
+        return state.apply_gradients(grads=grads, **critic), {"generator": jnp.float32(1.0)}
+
+    finding = found(step, make_players(), batch_with("x"))
     assert finding.where == "the gradient"
-    assert finding.line == line_of(step, "jnp.sqrt")
+    assert finding.line == line_of(critic_update, "jnp.sqrt")
     assert finding.text.startswith("The gradient that critic_tx is given is not finite in ")
+
+
+def test_diagnose_sees_gradients_after_a_loop_of_updates() -> None:
+    def step(state: Players, batch: Any) -> tuple[Players, dict[str, jax.Array]]:
+        def body(_: jax.Array, critic: dict[str, Any]) -> dict[str, Any]:
+            return critic_update(state.replace(**critic))
+
+        critic = {"critic": jnp.float32(1.0), "critic_state": state.critic_state}
+        critic = jax.lax.fori_loop(0, 2, body, critic)
+        grads = jax.grad(lambda params: jnp.sqrt(0.0 * jnp.sum(params["bias"])))(state.params)
+        return state.apply_gradients(grads=grads, **critic), {}
+
+    finding = found(step, make_players(), batch_with("x"))
+    assert (finding.where, finding.names) == ("the gradient", ("bias",))
 
 
 def test_diagnose_does_not_tell_gradient_from_update_where_it_sees_neither() -> None:
@@ -380,10 +456,11 @@ def test_diagnose_goes_into_loops_conditions_and_rules_of_derivatives() -> None:
 
     def looped(x: jax.Array) -> jax.Array:
         def body(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            step, x = carry
-            return step + 1, jax.lax.fori_loop(0, 2, lambda _, x: jnp.exp(x), x)
+            step, y = carry
+            return step + 1, jax.lax.fori_loop(0, 2, lambda _, y: jnp.exp(y + one - two), y)
 
-        return jax.lax.while_loop(lambda carry: carry[0] < 3, body, (0, x))[1]
+        one, two, limit = 0.0 * x + 1.0, 0.0 * x + 2.0, jnp.stack([x.sum(), x.sum() * 0.0 + 3.0])
+        return jax.lax.while_loop(lambda carry: carry[0] < limit[1], body, (0, x))[1]
 
     def chosen(x: jax.Array) -> jax.Array:
         return jax.lax.cond(x.sum() > -1e9, lambda x: jnp.sqrt(x - 100.0), jnp.square, x)
@@ -439,6 +516,14 @@ def test_diagnose_says_nothing_of_good_step_or_one_that_fails() -> None:
     assert diagnose(train_step(square_loss), state, None) is None
 
 
+def test_diagnose_says_nothing_where_other_processes_hold_arrays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    state, batch = make_state(Model()), batch_with("x")
+    monkeypatch.setattr(type(state.step), "is_fully_addressable", False)
+    assert diagnose(train_step(square_loss), state, batch) is None
+
+
 def test_diagnose_names_leaves_when_time_is_over() -> None:
     finding = diagnose(train_step(square_loss), make_state(Model()), batch_with("x"), max_seconds=0)
     assert finding == Finding("the forward pass", ("loss",), "The loss is not finite.")
@@ -452,12 +537,16 @@ def test_diagnose_works_where_nan_and_transfers_are_refused() -> None:
     assert finding.operation == "log"
 
 
-def test_diagnose_works_on_sharded_batch() -> None:
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    sharding = jax.sharding.NamedSharding(mesh, jax.P("data"))
-    batch = jax.device_put(batch_with("x"), sharding)
-    assert found(train_step(square_loss), make_state(Model()), batch).operation == "log"
-    replayed = replay(train_step(square_loss), make_state(Model()), [batch], max_seconds=60)
+@pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+def test_diagnose_and_replay_work_on_sharded_batches(kind: jax.sharding.AxisType) -> None:
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    batch = jax.device_put(batch_with("x"), jax.sharding.NamedSharding(mesh, jax.P("data")))
+    step, state = train_step(square_loss), make_state(Model())
+    finding = found(step, state, batch)
+    assert finding.where == "the forward pass"
+    # An explicit mesh refuses single operations on arrays that are not placed on it.
+    assert finding.operation == ("log" if kind == jax.sharding.AxisType.Auto else "")
+    replayed = replay(step, state, [batch], max_seconds=60)
     assert replayed is not None
     assert replayed.batch is batch
 
@@ -569,6 +658,7 @@ def arrays(dtype: str) -> st.SearchStrategy[np.ndarray]:
 
 
 @settings(deadline=None, max_examples=30)
+@example([(np.ones(2, "complex64"), np.array([1, np.nan * 1j], "complex64"))], True)
 @given(
     st.lists(
         st.sampled_from(FLOATS).flatmap(lambda dtype: st.tuples(arrays(dtype), arrays(dtype))),

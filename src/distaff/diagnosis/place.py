@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import jax
 import optax
 
 _DISTAFF = Path(__file__).parents[1]
-_TRACED_FROM = str(Path(__file__).with_name("origin.py"))
 _LIBRARIES = tuple(str(Path(each.__file__).parent) + os.sep for each in (jax, flax, optax))
 _STANDARD_LIBRARY = str(Path(os.__file__).parent) + os.sep
 
@@ -43,8 +41,9 @@ def line(path: tuple[Any, ...]) -> str:
     """Returns the innermost line of the user's code that an operation comes from.
 
     Args:
-        path: the equation of the operation, after those of the calls that lead to it. What is
-            called from several places is traced in one of them, and knows its own lines only.
+        path: the equation of the operation, after those of the calls that lead to it. JAX keeps
+            of each the frames inside of its call: a function that is called from several places
+            is traced once.
 
     Returns:
         Such as `"model.py:31"`, the path being relative to the working directory if it is inside;
@@ -52,18 +51,11 @@ def line(path: tuple[Any, ...]) -> str:
         models or tasks.
     """
     for equation in reversed(path):
-        for file, number in _frames(equation):
-            if not _is_library(file):
-                return f"{file.removeprefix(os.getcwd() + os.sep)}:{number}"
+        traceback = equation.source_info.traceback
+        for frame in () if traceback is None else traceback.frames:
+            if not _is_library(frame.file_name):
+                return f"{frame.file_name.removeprefix(os.getcwd() + os.sep)}:{frame.line_num}"
     return ""
-
-
-def _frames(equation: Any) -> Iterator[tuple[str, int]]:
-    traceback = equation.source_info.traceback
-    for frame in () if traceback is None else traceback.frames:
-        if frame.file_name == _TRACED_FROM:
-            return  # Outside of this is who asked.
-        yield frame.file_name, frame.line_num
 
 
 @functools.cache
