@@ -114,13 +114,13 @@ class Recovering(Resumable):
         store = self.recording.store
         store.wait()
         text = f"{found} It was batch {batch + 1} of epoch {epoch}. {self._explained(bad)}"
-        if policy != "rollback":
-            raise NonFiniteError(f"{text}{self._kept()} {_REMEDIES[bad.is_spike]}") from None
-        good, too_often = store.latest(), self._too_often(store.latest())
-        if good is None or too_often:
-            raise NonFiniteError(
-                f"{text}{too_often}{self._kept()} {_REMEDIES[bad.is_spike]}"
-            ) from None
+        good = store.latest()
+        refusal = self._too_often(good) if policy == "rollback" else ""
+        if policy == "skip":
+            refusal = f"max_skips={config.max_skips} bad steps before it have been skipped. "
+        if policy != "rollback" or refusal or good is None:
+            remedy = _REMEDIES[bad.is_spike]
+            raise NonFiniteError(f"{text}{refusal}{self._kept()} {remedy}") from None
         self._go_back(store, good, epoch, batch)
         gone = self.left_out[-1]
         self.show(
