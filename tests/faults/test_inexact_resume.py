@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -107,6 +110,50 @@ def test_epochs_that_are_cut_are_verified(make):
     with pytest.raises(CheckpointError, match="the train loader"):
         train(make(4), steps_per_epoch=3)
     assert train(make(3), steps_per_epoch=3).result.step == 9
+
+
+class Slow(Shuffling):
+    """Epochs of 100 batches, slow enough for a thread; it may press Ctrl-C on its way."""
+
+    def __init__(self, seed: int, ctrl_c_at: int = 0) -> None:
+        super().__init__(seed)
+        self.ctrl_c_at, self.threads = ctrl_c_at, set()
+
+    def __len__(self) -> int:
+        return 20 * NUM_BATCHES
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        batches = itertools.chain.from_iterable(super(Slow, self).__iter__() for _ in range(20))
+        for self.num_read, batch in enumerate(batches, 1):
+            time.sleep(2e-3)
+            self.threads.add(threading.current_thread().name)
+            if self.num_read == self.ctrl_c_at:
+                signal.raise_signal(signal.SIGINT)
+            yield batch
+
+
+def fused(loader: Slow, **options: Any) -> Any:
+    trainer = Regression(
+        nn.Dense(1), name="line", steps_per_call=4, enable_progress_bar=False, **options
+    )
+    trainer.result = trainer.train_model(loader, num_epochs=2)
+    assert "read ahead" in loader.threads
+    return trainer
+
+
+def test_batches_that_a_thread_has_read_ahead_are_not_in_the_fingerprint():
+    whole = fused(Slow(3), root=None)
+    loader = Slow(3, ctrl_c_at=70)
+    first = fused(loader)
+    assert first.result.status == "interrupted"
+    assert loader.num_read > first.step
+    position = CheckpointStore(first.result.path / "checkpoints").info(first.step)["loader"]
+    assert (position["epoch"], position["batch"]) == (0, first.step)
+    with pytest.raises(CheckpointError, match="the train loader"):
+        fused(Slow(4))
+    resumed = fused(Slow(3))
+    assert resumed.result.metrics == whole.result.metrics
+    jax.tree.map(np.testing.assert_array_equal, resumed.state.params, whole.state.params)
 
 
 def test_loader_of_validations_is_verified():

@@ -66,7 +66,7 @@ def test_leak_is_found(leak, found):
 
 def test_what_grows_from_leg_to_leg_is_found():
     first, second, third = legs()
-    third = [each._replace(resident=each.resident * 1.1) for each in third]
+    third = [each._replace(resident=each.resident * 1.15) for each in third]
     assert failed(soak.of_memory([first, second, third])) == ["resident memory, second leg to last"]
 
 
