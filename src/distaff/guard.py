@@ -6,7 +6,8 @@ spike. Nothing is fetched for it: what it sees is a row of metrics like any othe
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +15,25 @@ import jax.numpy as jnp
 from distaff.errors import MetricError
 from distaff.measured import StepFn
 from distaff.metrics import Metric, Sum
+from distaff.metrics.accumulators import pytree
 from distaff.spikes import Losses, is_spike, no_losses, remembered
 from distaff.state import TrainState
 from distaff.trainer_config import TrainerConfig
 from distaff.typing import Batch, PyTree
 from distaff.vitals import new_bad
 
-NOT_FINITE, SPIKES, SKIPPED = "not_finite", "spikes", "skipped"
-"""Metrics of a guarded step: 1 where it was that, else 0."""
+FLAGS = "guard"
+"""The name under which a guarded step returns its `Flags`, beside its metrics."""
+
+
+@pytree
+class Flags(Sum):
+    """What the guard has seen of steps; in the order of these names, float32 `[4]`.
+
+    `bad` and `spiked` are steps that are not to be trained on, and were not left out.
+    """
+
+    names: ClassVar[tuple[str, ...]] = ("bad", "spiked", "skipped", "spikes")
 
 
 class Guard(NamedTuple):
@@ -49,6 +61,26 @@ def make_guard(config: TrainerConfig) -> Guard | None:
     return Guard(losses, jnp.int32(0))
 
 
+def form_of(guard: Guard | None) -> str | None:
+    """Returns in a word what a guard remembers, so that one of another form is not loaded."""
+    if guard is None:
+        return None
+    return "steps" if guard.losses is None else "losses"
+
+
+def shown(metrics: Mapping[str, Metric], config: TrainerConfig) -> dict[str, Metric]:
+    """Returns metrics with what their flags count as metrics of their own, under policies."""
+    rest = {name: metric for name, metric in metrics.items() if not isinstance(metric, Flags)}
+    if len(rest) == len(metrics):
+        return rest
+    counts = dict(zip(Flags.names, metrics[FLAGS].compute(), strict=True))
+    if "skip" in (config.on_bad_numbers, config.on_loss_spike):
+        rest["skipped"] = Sum(counts["skipped"])
+    if config.on_loss_spike != "ignore":
+        rest["spikes"] = Sum(counts["spikes"])
+    return rest
+
+
 def guarded(step: StepFn, config: TrainerConfig) -> StepFn:
     """Wraps a step, as `measured` gives it, in the guard that the options ask for.
 
@@ -66,26 +98,30 @@ def guarded(step: StepFn, config: TrainerConfig) -> StepFn:
         after, metrics = step(state, batch)
         loss, guard = _loss(metrics, needed=config.on_loss_spike != "ignore"), state.guard
         is_bad = new_bad(state, after) | ~jnp.isfinite(loss)
-        is_skipped = is_bad & (config.on_bad_numbers == "skip")
-        seen, losses = {NOT_FINITE: is_bad}, guard.losses
+        losses, spikes = guard.losses, jnp.bool_(False)
         if losses is not None:
-            seen[SPIKES] = is_spike(losses, loss)
-            is_skipped |= seen[SPIKES] & (config.on_loss_spike == "skip")
+            spikes = is_spike(losses, loss)
             losses = remembered(losses, loss, config.spike_threshold)
+        is_skipped = (is_bad & (config.on_bad_numbers == "skip")) | (
+            spikes & (config.on_loss_spike == "skip")
+        )
         in_a_row = jnp.where(is_skipped, guard.in_a_row + 1, 0)
         if "skip" in (config.on_bad_numbers, config.on_loss_spike):
-            seen[SKIPPED] = is_skipped = is_skipped & (in_a_row <= config.max_skips)
+            is_skipped &= in_a_row <= config.max_skips
             after = _chosen(is_skipped, state.replace(step=after.step), after)
             empty = {name: metric.empty_like() for name, metric in metrics.items()}
             metrics = _chosen(is_skipped, empty, metrics)
-        flags = {name: Sum(flag.astype(jnp.float32)) for name, flag in seen.items()}
-        return after.replace(guard=Guard(losses, in_a_row)), {**metrics, **flags}
+        # A spike that is not left out, after so many in a row, is a new level of the loss.
+        spiked = spikes & (config.on_loss_spike != "skip")
+        flags = jnp.stack([is_bad & ~is_skipped, spiked & ~is_skipped, is_skipped, spikes])
+        metrics = {**metrics, FLAGS: Flags(flags.astype(jnp.float32))}
+        return after.replace(guard=Guard(losses, in_a_row)), metrics
 
     return guarded_step
 
 
-def _loss(metrics: dict[str, Metric], *, needed: bool) -> jax.Array:
-    taken = {NOT_FINITE, SPIKES, SKIPPED} & metrics.keys()
+def _loss(metrics: Mapping[str, Metric], *, needed: bool) -> jax.Array:
+    taken = {FLAGS, "spikes", "skipped"} & metrics.keys()
     if taken:
         raise MetricError(
             f"The names {sorted(taken)} are taken by what on_bad_numbers and on_loss_spike count; "

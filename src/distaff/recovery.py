@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
-from contextlib import closing
-from itertools import count, islice
+from contextlib import closing, contextmanager
+from itertools import count, islice, takewhile
 from typing import Any
 
 import jax
 
 from distaff.callbacks import StepInfo
 from distaff.checkpoint import MemoryStore, Store
-from distaff.data import SINGLE, Stream
+from distaff.data import SINGLE, Chunk, Stream, num_batches
 from distaff.data.left_out import Stretch, left_out, num_drawn
 from distaff.diagnosis import diagnose, replay
-from distaff.errors import ConfigError, DistaffError, NonFiniteError
+from distaff.errors import CheckpointError, ConfigError, NonFiniteError
 from distaff.events import BadNumbers, Plan
 from distaff.measured import StepFn
 from distaff.resume import Resumable
 from distaff.rows import BadStep
 from distaff.tally import Tally
 from distaff.typing import Batch
+from distaff.watchdog import COMPILING
 
 _MAX_ORIGIN_BYTES = 2**26
 _MAX_REPLAY_SECONDS = 60.0
@@ -30,12 +31,12 @@ _REACH, _MAX_TRIES = 8, 3
 before it. Twice as many each time that the run goes back to the same checkpoint, which it does this
 often: then the batches are not to blame."""
 
-_REMEDIES = {
-    False: "Lower the learning rate, clip gradients (OptimizerConfig(clip_norm=1.0)), look for NaN "
-    "in the data, or let the run go on: on_bad_numbers='skip' or 'rollback'.",
-    True: "Lower the learning rate, clip gradients (OptimizerConfig(clip_norm=1.0)), look at the "
-    "batch, raise spike_threshold, or let the run go on: on_loss_spike='skip' or 'rollback'.",
-}
+_MIN_REST = 4
+"""On each side, at most a quarter of an epoch is left out."""
+
+_REMEDY = (
+    "Lower the learning rate, clip gradients (OptimizerConfig(clip_norm=1.0)), or look at the data"
+)
 
 
 class Recovering(Resumable):
@@ -98,9 +99,17 @@ class Recovering(Resumable):
         if not self.tally.steps and self.left_out:
             raise NonFiniteError(
                 f"Of epoch {self.epoch} all batches were left out, because of bad steps: nothing "
-                f"is left to train on. {self._kept()} {_REMEDIES[False]}"
+                f"is left to train on. {self._kept()} {_REMEDY}"
             )
         return super().end_steps()
+
+    @contextmanager
+    def explaining(self) -> Generator[None]:
+        """Turns a bad step that nobody goes back from into an error that says all of it."""
+        try:
+            yield
+        except BadNumbers as found:
+            raise self._failure(found, self._account(found)) from None
 
     def recover(self, found: BadNumbers) -> None:
         """Goes back to before a bad step and on without the batches around it, if asked to.
@@ -108,25 +117,38 @@ class Recovering(Resumable):
         Raises:
             NonFiniteError: it is not, or the run has gone back too often.
         """
-        bad, epoch, batch = found.bad, self.epoch, self._batch_of(found.bad)
-        config = self.config
-        policy = config.on_loss_spike if bad.is_spike else config.on_bad_numbers
-        store = self.recording.store
+        store, epoch, batch = self.recording.store, self.epoch, self._batch_of(found.bad)
         store.wait()
-        text = f"{found} It was batch {batch + 1} of epoch {epoch}. {self._explained(bad)}"
-        good = store.latest()
-        refusal = self._too_often(good) if policy == "rollback" else ""
-        if policy == "skip":
-            refusal = f"max_skips={config.max_skips} bad steps before it have been skipped. "
-        if policy != "rollback" or refusal or good is None:
-            remedy = _REMEDIES[bad.is_spike]
-            raise NonFiniteError(f"{text}{refusal}{self._kept()} {remedy}") from None
-        self._go_back(store, good, epoch, batch)
+        account, good = self._account(found), store.latest()
+        refusal = self._too_often(good)
+        if self._policy(found.bad) != "rollback" or good is None or refusal:
+            raise self._failure(found, account + refusal) from None
+        try:
+            self._go_back(store, good, epoch, batch)
+        except CheckpointError as error:
+            raise self._failure(found, f"{account}It cannot go back: {error} ") from error
         gone = self.left_out[-1]
         self.show(
-            f"{text}Back to step {self.step}; batches {gone.start + 1} to {gone.stop} of epoch "
+            f"{account}Back to step {self.step}; batches {gone.start + 1} to {gone.stop} of epoch "
             f"{epoch} are left out."
         )
+
+    def _policy(self, bad: BadStep) -> str:
+        return self.config.on_loss_spike if bad.is_spike else self.config.on_bad_numbers
+
+    def _account(self, found: BadNumbers) -> str:
+        """Returns what is known of a bad step; the state is then the last good one."""
+        batch, epoch = self._batch_of(found.bad), self.epoch
+        return f"{found} It was batch {batch + 1} of epoch {epoch}. {self._explained(found.bad)}"
+
+    def _failure(self, found: BadNumbers, account: str) -> NonFiniteError:
+        policy, option = self._policy(found.bad), "on_bad_numbers"
+        option = "on_loss_spike" if found.bad.is_spike else option
+        further = {
+            "skip": f" max_skips={self.config.max_skips} bad steps before it have been skipped.",
+            "raise": f" Or go on: {option}='skip' or 'rollback'.",
+        }
+        return NonFiniteError(f"{account}{self._kept()} {_REMEDY}{further.get(policy, '')}")
 
     def _batch_of(self, bad: BadStep) -> int:
         """Returns which batch of the epoch a step was trained on, counted from 0."""
@@ -135,10 +157,10 @@ class Recovering(Resumable):
 
     def _too_often(self, step: int | None) -> str:
         """Returns a sentence on why the run does not go back to a checkpoint once more, if so."""
-        if len(self.left_out) == self.config.max_skips:
-            return f"The run has gone back {self.config.max_skips} times, which is max_skips. "
+        if len(self.left_out) >= self.config.max_skips:
+            return f"The run has gone back {len(self.left_out)} times: max_skips. "
         tries = sum(each.back_to == step for each in self.left_out)
-        if tries == _MAX_TRIES:
+        if tries >= _MAX_TRIES:
             return f"The run has gone back to step {step} {tries} times: it is not the batches. "
         return ""
 
@@ -146,6 +168,9 @@ class Recovering(Resumable):
         """Goes back to a checkpoint, which from then on names what is left out around a batch."""
         before = self.left_out
         reach = _REACH * 2 ** sum(each.back_to == step for each in before)
+        length = self.plan.steps_per_epoch or num_batches(self.plan.train_loader)
+        reach = reach if length is None else min(reach, max(1, length // _MIN_REST))
+        self.feeds.settle(self.plan.train_loader)
         saved = self.put_back(store, step, val=not isinstance(self.plan.val_loader, Stream))
         start = max(0, batch - reach)
         if self.tally.epoch == epoch:  # what is in the state cannot be left out of it
@@ -165,13 +190,14 @@ class Recovering(Resumable):
         """Runs steps again from the last good state, and returns what was found, if anything."""
         store = self.recording.store if self.recording.store.steps() else self.origin
         step = store.latest()
-        if bad.is_spike or not self.explains or step is None:
+        if bad.is_spike or not self.explains or step is None or jax.process_count() > 1:
             return ""
         self.show(f"step {bad.step} is bad; running again from step {step} to find out why")
         limit = _MAX_REPLAY_SECONDS
         try:
             info = store.info(step)
             self.restore(store, step, self.saved_members(info))
+            self.feeds.settle(self.plan.train_loader)
             self.plan.train_loader.set_state(info["loader"])
             with closing(self._batches(info)) as batches:
                 some = islice(batches, bad.step - step)
@@ -179,7 +205,7 @@ class Recovering(Resumable):
             if first is None:
                 return "Run again one by one, no step was bad, or there was no time. "
             found = diagnose(self._plain_step, first.state, first.batch, max_seconds=limit)
-        except DistaffError as error:  # such as a loader that cannot go back
+        except Exception as error:  # such as a loader that cannot go back, in its own words
             return f"Why is not known: {error} "
         number = step + first.index + 1
         place = f"In step {number}: " if number != bad.step else ""
@@ -199,6 +225,11 @@ class Recovering(Resumable):
                 without=without,
             )
             with closing(chunks):
-                for chunk in chunks:
+                for chunk in takewhile(self._has_time, chunks):
                     yield chunk.source.batch(0)
             done = 0
+
+    def _has_time(self, chunk: Chunk) -> bool:
+        """Whether a step may be run again: not where the run shall end."""
+        self.watchdog.beat("a step that is run again", self.step, COMPILING)
+        return self.interruption.reason is None

@@ -20,6 +20,7 @@ from distaff.data.left_out import Stretch
 from distaff.errors import ChangedBatchesError, CheckpointError
 from distaff.events import BadNumbers, Interrupted, Pause
 from distaff.forms import continued
+from distaff.guard import form_of, shown
 from distaff.interruption import Interruption
 from distaff.metrics import as_json, compute
 from distaff.predictor import EVALUATION_PARAMS
@@ -162,7 +163,7 @@ class Resumable(Training):
         """Ends the steps of an epoch; from here on it can be saved as it is now."""
         self.tally.rows, self.tally.is_trained = None, True
         self.unsaved = self.facts({}, None)
-        return compute(self.tally.total or {}, "train/")
+        return compute(shown(self.tally.total or {}, self.config), "train/")
 
     def go_on(self) -> StepInfo | None:
         """Goes to where a resumed run was saved; returns what `on_checkpoint` was told there."""
@@ -242,7 +243,8 @@ class Resumable(Training):
             "begun_at": list(self.begun_at),
             "stop": [self.callbacks.stop_reason, self.callbacks.stop_status],
             "left_out": [list(stretch) for stretch in self.left_out],
-            "guard": self.ready_state().guard is not None,
+            "num_skipped": self.num_skipped,
+            "guard": form_of(self.ready_state().guard),
             "loader": dict(self.feeds.position(self.plan.train_loader)),
             "val_loader": None if val_loader is None else dict(self.feeds.position(val_loader)),
             "callbacks": [callback.get_state() for callback in self.callbacks.callbacks],
@@ -251,9 +253,12 @@ class Resumable(Training):
         }
 
     def saved_members(self, info: Mapping[str, Any]) -> tuple[str, ...]:
-        """Returns which members of the state a checkpoint with this info holds."""
+        """Returns which members of the state a checkpoint with this info holds.
+
+        The guard of another policy remembers something else, and begins anew.
+        """
         members = self.ready_state().arrays()
-        if not info.get("guard"):
+        if members["guard"] is None or info.get("guard") != form_of(members["guard"]):
             members.pop("guard")
         return tuple(members)
 
@@ -274,6 +279,7 @@ class Resumable(Training):
         info = store.info(step)
         self.restore(store, step, self.saved_members(info))
         try:
+            self.num_skipped = int(info.get("num_skipped", 0))
             self.left_out = [Stretch(*map(int, each)) for each in info.get("left_out", ())]
             self.tally = Tally.from_json(info["tally"], self._steps.columns)
             first_step, first_epoch = info["begun_at"]

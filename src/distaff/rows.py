@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distaff import metrics as metrics_lib
-from distaff.guard import NOT_FINITE, SKIPPED, SPIKES
+from distaff.guard import FLAGS, Flags
 from distaff.metrics import Metric
 from distaff.typing import PyTree
 
@@ -32,7 +34,8 @@ class Columns:
     """
 
     def __init__(self, metrics: Mapping[str, Metric]) -> None:
-        leaves, self._structure = jax.tree.flatten(dict(metrics))
+        self._example = dict(metrics)
+        leaves, self._structure = jax.tree.flatten(self._example)
         self._forms = [(leaf.shape, _wide(leaf.dtype)) for leaf in leaves]
         sizes = [int(np.prod(shape)) * dtype.itemsize // 4 for shape, dtype in self._forms]
         self._ends = np.cumsum([0, *sizes])
@@ -69,6 +72,34 @@ class Columns:
         if forms != [(np.dtype(np.float64), shape) for shape, _ in self._forms]:
             raise ValueError(f"the metrics of a step are not of the form {forms}")
         return self._structure.unflatten(leaves)
+
+    def unlike(self) -> Columns:
+        """Returns the columns of the same step with a guard, if this one has none; or without."""
+        rest = {name: x for name, x in self._example.items() if not isinstance(x, Flags)}
+        if len(rest) == len(self._example):
+            flags = jax.ShapeDtypeStruct((len(Flags.names),), np.dtype(np.float32))
+            rest[FLAGS] = Flags(flags)
+        return Columns(rest)
+
+    def translated(self, rows: np.ndarray, columns: Columns) -> np.ndarray:
+        """Returns rows of other columns as rows of these; what they have not is 0."""
+        known = {name: rows[:, start:end] for name, (start, end) in columns.spans.items()}
+        parts = [np.zeros((len(rows), 0), np.uint32)]
+        for name, (start, end) in self.spans.items():
+            parts.append(known.get(name, np.zeros((len(rows), end - start), np.uint32)))
+        return np.concatenate(parts, axis=1)
+
+    def completed(self, metrics: Mapping[str, Metric]) -> dict[str, Metric]:
+        """Returns merged metrics with those names that a step has; flags that are missing are 0."""
+        none = Flags(np.zeros(len(Flags.names)))
+        return {name: metrics.get(name, none) for name in self._example}
+
+    @cached_property
+    def spans(self) -> dict[str, tuple[int, int]]:
+        """Where in a row the numbers of each metric begin and end, by name, in their order."""
+        sizes = {name: len(jax.tree.leaves(self._example[name])) for name in sorted(self._example)}
+        ends = self._ends[np.cumsum([0, *sizes.values()])].tolist()
+        return dict(zip(sizes, pairwise(ends), strict=True))
 
     def strip_rows(self, log_every: int) -> int:
         """Returns how many rows of single steps to keep in one array."""
@@ -209,21 +240,20 @@ class Readout:
 
 
 def _flags(metrics: Mapping[str, Metric], num_rows: int) -> np.ndarray:
-    """Returns which rows are not finite, are spikes, were left out: bool `[3, rows]`."""
+    """Returns which rows are bad, are spikes, were left out: bool `[3, rows]`."""
     flags = np.zeros((3, num_rows), bool)
-    for flag, name in zip(flags, (NOT_FINITE, SPIKES, SKIPPED), strict=True):
-        if name in metrics:
-            flag[:] = np.asarray(metrics[name].compute()) > 0
+    if isinstance(metrics.get(FLAGS), Flags):
+        flags[:] = np.asarray(metrics[FLAGS].compute()).T[:3] > 0
     if "loss" in metrics and num_rows:
         losses = np.asarray(metrics["loss"].compute()).reshape(num_rows, -1)
-        flags[0] |= ~np.isfinite(losses).all(axis=1)
+        flags[0] |= ~np.isfinite(losses).all(axis=1) & ~flags[2]
     return flags
 
 
 def _judged(first: int, flags: np.ndarray) -> tuple[BadStep | None, tuple[int, ...]]:
     """Returns the first bad step after a step, and those that were left out."""
     is_bad, is_spike, is_skipped = flags
-    found = np.flatnonzero((is_bad | is_spike) & ~is_skipped)[:1]
+    found = np.flatnonzero(is_bad | is_spike)[:1]
     bad = None
     if found.size:
         bad = BadStep(first + int(found[0]) + 1, not is_bad[found[0]])

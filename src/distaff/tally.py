@@ -61,12 +61,24 @@ class Tally:
         Raises:
             ValueError, TypeError, KeyError: it is something else.
         """
-        total, rows = value["total"], value["rows"]
-        rows = None if rows is None else _unpacked(rows)
-        if rows is not None and (rows.dtype, rows.shape[1:]) != (np.uint32, (columns.width,)):
-            raise ValueError(f"a step has {columns.width} numbers, not {rows.shape[1:]}")
-        total = None if total is None else columns.like([_unpacked(leaf) for leaf in total])
+        try:
+            total, rows = _metrics(value, columns)
+        except ValueError:  # the run may have had another policy for bad steps
+            before = columns.unlike()
+            total, rows = _metrics(value, before)
+            rows = None if rows is None else columns.translated(rows, before)
+            total = total and columns.completed(total)
         return cls(int(value["epoch"]), int(value["steps"]), bool(value["is_trained"]), total, rows)
+
+
+def _metrics(
+    value: Mapping[str, Any], columns: Columns
+) -> tuple[dict[str, Metric] | None, np.ndarray | None]:
+    total, rows = value["total"], value["rows"]
+    rows = None if rows is None else _unpacked(rows)
+    if rows is not None and (rows.dtype, rows.shape[1:]) != (np.uint32, (columns.width,)):
+        raise ValueError(f"a step has {columns.width} numbers, not {rows.shape[1:]}")
+    return None if total is None else columns.like([_unpacked(leaf) for leaf in total]), rows
 
 
 def _packed(array: Any) -> dict[str, Any]:

@@ -165,7 +165,8 @@ class TrainerModule(Recovering):
             epochs = {"num_epochs": num_epochs, "steps_per_epoch": steps_per_epoch}
             self.run_record = self.record(first_epoch=plan.first_epoch, **epochs)
             texts = {"model.txt": as_text(self.table)}
-            with recorded(self.recording, self.run_record, texts, self.outcome), self.watching():
+            recording = recorded(self.recording, self.run_record, texts, self.outcome)
+            with recording, self.watching(), self.explaining():
                 self.has_run = True
                 metrics = self._run(plan, test)
         return self.result(metrics)

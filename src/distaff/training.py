@@ -21,6 +21,7 @@ from distaff.errors import ConfigError, StateError
 from distaff.events import BadNumbers, ChunkEnd, Interrupted, Plan
 from distaff.forms import Fixed, Forms
 from distaff.fuse import Steps
+from distaff.guard import FLAGS, shown
 from distaff.interruption import Interruption
 from distaff.loggers import Logger
 from distaff.machine import peak_flops
@@ -91,6 +92,7 @@ class Training(Predictor):
         self.interruption, self.tally, self.unsaved = Interruption(), Tally(), None
         self.begun_at, self.interrupted_by = (0, 0), ""
         self.left_out: list[Stretch] = []
+        self.num_skipped = 0
         self.watchdog = Watchdog(None)
 
     def init_logger(self) -> Recording:
@@ -151,7 +153,7 @@ class Training(Predictor):
         self.evaluation_watch.expect()
         self.plan, self.first_step, self.reached = plan, self.step, (self.step, self.epoch)
         self.begun_at, self.unsaved, self.last_save = (self.step, self.epoch), None, None
-        self.left_out = []
+        self.left_out, self.num_skipped = [], 0
         self.tally = Tally(plan.first_epoch)
         self.best_models, self.callbacks.stop_reason, self.last_metrics = (), None, {}
         self.has_run, self.ledger, self._form_is_shown = False, Ledger(), False
@@ -255,7 +257,8 @@ class Training(Predictor):
         self.display.advance(event.step, self.epoch, examples)
         for step, metrics in enumerate(event.metrics, event.step - event.num_steps + 1):
             state = event.state if step == event.step else None
-            self.emit("on_step_end", StepInfo(step, self.epoch, state, metrics))
+            seen = {name: metric for name, metric in metrics.items() if name != FLAGS}
+            self.emit("on_step_end", StepInfo(step, self.epoch, state, seen))
 
     def show(self, line: str) -> None:
         """Shows a line, and writes it into the run's log file."""
@@ -276,13 +279,14 @@ class Training(Predictor):
         with self.ledger.spent("logging"):
             self.judge(event.bad)
             if event.skipped:
+                self.num_skipped += len(event.skipped)
                 self.show(f"left out, as bad steps: {', '.join(map(str, event.skipped))}")
             self._check_progress()
             self.tally.add(event)
-            metrics = compute(event.metrics, "step/")
+            metrics = compute(shown(event.metrics, self.config), "step/")
             self.display.update({n: v for n, v in metrics.items() if np.ndim(v) == 0})
             if self._rates is not None:
-                updates = event.step - self.begun_at[0]
+                updates = max(1, event.step - self.begun_at[0] - self.num_skipped)
                 metrics["step/learning_rate"] = self._rates(updates - 1)
             self.recording.logger.log_metrics(metrics, step=event.step, epoch=self.epoch)
             self.log_throughput(_LAP_SECONDS)
@@ -293,8 +297,7 @@ class Training(Predictor):
         Raises:
             BadNumbers: there is one.
         """
-        # A spike that is not left out, after so many in a row, is a new level of the loss.
-        if bad is not None and not (bad.is_spike and self.config.on_loss_spike == "skip"):
+        if bad is not None:
             is_seen = bad.is_spike or self.ready_state().guard is None
             raise BadNumbers("The loss" if is_seen else "The loss or the state", bad)
 
@@ -307,7 +310,7 @@ class Training(Predictor):
 
     def _check_progress(self) -> None:
         """Warns if nothing has been learned since the run began. It waits for the device, once."""
-        num_steps = self.step - self.first_step
+        num_steps = self.step - self.first_step - self.num_skipped
         # The learning rate of the first step is zero under a warm-up.
         if self._untrained is None or num_steps < 2:
             return

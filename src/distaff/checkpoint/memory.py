@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,9 +22,9 @@ class MemoryStore:
         self._kept: dict[int, tuple[dict[str, PyTree], dict[str, Any]]] = {}
 
     def save(self, step: int, tree: Mapping[str, PyTree], info: Mapping[str, Any]) -> None:
-        """Copies the arrays to the host; a step that is kept already is left as it is."""
-        if step not in self._kept:
-            self._kept[step] = (jax.tree.map(_copied, dict(tree)), dict(info))
+        """Copies the arrays to the host; of a step that is kept already, only `info` is new."""
+        arrays = self._kept[step][0] if step in self._kept else jax.tree.map(_copied, dict(tree))
+        self._kept[step] = (arrays, json.loads(json.dumps(info)))
         wanted = (step, *best_steps(info))
         self._kept = {kept: value for kept, value in self._kept.items() if kept in wanted}
 

@@ -68,6 +68,12 @@ class Ahead(Generic[T]):
         """Whether a thread is still at a generator, such as one that hangs in a read."""
         return self._reader is not None and self._reader.thread.is_alive()
 
+    def wait(self) -> None:
+        """Returns when no thread is at a generator."""
+        if self._reader is not None:
+            self._reader.thread.join()
+        self._reader = None
+
     def read(self, items: Generator[T], steady: Callable[[], bool] = lambda: True) -> Generator[T]:
         """Yields the items of a generator, and closes it.
 
@@ -76,9 +82,7 @@ class Ahead(Generic[T]):
             steady: whether the next items may be got before the last one was used; asked until it
                 is true once.
         """
-        if self._reader is not None:
-            self._reader.thread.join()  # one thread at a time, also after one that hung
-        self._reader = None
+        self.wait()  # one thread at a time, also after one that hung
         try:
             first = True  # opening files, or a new order, says nothing of the items after it
             while not (self._pace.slow and steady()):

@@ -101,6 +101,11 @@ class Feed:
                 self._position = None
             raise
 
+    def settle(self) -> None:
+        """Returns when no thread reads the loader any more, which may then be put elsewhere."""
+        self._ahead.wait()
+        self._position = None
+
     def repeated(self, form: Form, *, even: bool) -> Generator[Chunk]:
         """Yields the chunks of one epoch, placed once where it is the same each time.
 
@@ -225,6 +230,12 @@ class Feeds:
         """Returns where a loader stood after the last chunk that was handed out of it."""
         feed = self._known(loader)
         return loader.get_state() if feed is None else feed.position
+
+    def settle(self, loader: Loader) -> None:
+        """Returns when no thread reads a loader any more, which may then be put elsewhere."""
+        feed = self._known(loader)
+        if feed is not None:
+            feed.settle()
 
     def _known(self, loader: Loader) -> Feed | None:
         return next((feed for feed in self._feeds if feed.loader is loader), None)
