@@ -50,7 +50,8 @@ class WarmStart(Resumable):
         except DistaffError as error:
             if not self._may_go_on():
                 raise
-            self._not_loaded = error  # the weights are those of a checkpoint, if there is one
+            self._not_loaded = error
+            self.show(f"the weights are to come from a checkpoint, since init_from fails: {error}")
             return
         self.state = state.replace(**variables._asdict())
 
@@ -60,10 +61,11 @@ class WarmStart(Resumable):
         Raises:
             CheckpointError: it is a new one, and the weights of `init_from` could not be loaded.
         """
-        if self.recording.found is None:
-            if self._not_loaded is not None:
-                raise self._not_loaded
-            if self._origin_text and not self.step:
+        not_loaded, self._not_loaded = self._not_loaded, None
+        if self.recording.found is None and not self.step:
+            if not_loaded is not None:
+                raise not_loaded
+            if self._origin_text:
                 self.show(self._origin_text)
         return super().go_on()
 

@@ -23,6 +23,7 @@ from safetensors.numpy import load_file, save_file
 
 import distaff
 from distaff import InitFrom, OptimizerConfig, export_weights
+from distaff.display.model_table import model_table
 from distaff.errors import CheckpointError, ConfigError, DistaffError, MissingExtraError
 from distaff.models import Variables
 from distaff.optim import ParamGroup
@@ -40,6 +41,9 @@ class Net(nn.Module):
 
 
 class Regression(distaff.TrainerModule):
+    def print_tabulate(self, example_batch):
+        self.table = model_table([], "none")  # which takes most of the time of a start
+
     def loss_fn(self, params, batch, ctx):
         return jnp.square(ctx.apply(params, batch["x"])[:, 0] - batch["y"])
 
@@ -151,6 +155,35 @@ def test_missing_and_unused_are_allowed_only_where_asked_for(run: Regression) ->
     np.testing.assert_array_equal(new["head/kernel"], source["head/kernel"])
     with pytest.raises(CheckpointError, match="missing: 'head/kernel'"):  # of nothing at all
         started(InitFrom({"a": kept}, missing="keep", unused="ignore"))
+
+
+def test_random_keys_are_no_weights(tmp_path: Path) -> None:
+    key = jax.random.key(0)
+    model = Variables({"w": jnp.zeros(2)}, None, {"rngs": {"dropout": key}})
+    source = {"params": {"w": jnp.ones(2)}, "rngs": {"dropout": jax.random.key(1)}}
+    path = export_weights(tmp_path / "x.safetensors", source)
+    for each in (source, path):
+        found = loaded(None, model, InitFrom(each)).variables
+        assert found.params["w"].all()
+        assert found.collections["rngs"]["dropout"] == key
+
+
+def test_checkpoint_of_any_tree_has_its_names(tmp_path: Path) -> None:
+    params = {
+        "layers": [{"w": jnp.ones(2)}, {"w": jnp.full(3, 2, jnp.bfloat16)}],
+        "pair": (1 + jnp.zeros(1), {}),
+    }
+    keys = {"rngs": {"key": jax.random.key(1)}}
+    state = distaff.TrainState.create(params=params, collections=keys)
+    with distaff.checkpoint.CheckpointStore(tmp_path) as store:
+        folder = store.save(3, state.arrays(), {})
+    model = Variables(
+        jax.tree.map(jnp.zeros_like, params), None, {"rngs": {"key": jax.random.key(0)}}
+    )
+    found = loaded(None, model, InitFrom(folder)).variables
+    assert jax.tree.structure(found) == jax.tree.structure(model)
+    for leaf, other in zip(jax.tree.leaves(found.params), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(leaf, other)
 
 
 def filled(value: np.ndarray, dtype: Any) -> Any:
@@ -269,9 +302,18 @@ def test_a_resumed_run_does_without_the_source(run: Regression, tmp_path: Path) 
     source.unlink()
     again = trainer(example_batch=batches()[0], callbacks=[Stop()], **options)
     assert again.train_model(batches(), num_epochs=2).step == 4
+    assert again.train_model(batches(), num_epochs=1).step == 6  # a run that begins with the last
     with pytest.raises(CheckpointError, match="regular file"):  # a new one needs it
         trainer(**options).train_model(batches(), num_epochs=2)
-    assert sorted(path.name for path in Path("runs/resumed").iterdir()) == ["0001"]
+    assert sorted(path.name for path in Path("runs/resumed").iterdir()) == ["0001", "0002"]
+
+
+def test_a_run_beside_one_that_cannot_be_gone_on_with_needs_the_source() -> None:
+    options = {"name": "other", "callbacks": [Stop(2)]}
+    with pytest.raises(KeyboardInterrupt):
+        trainer(**options).train_model(batches(), num_epochs=2)
+    with pytest.raises(CheckpointError, match="regular file"):
+        trainer(init_from="gone.safetensors", **options).train_model(batches(), num_epochs=2)
 
 
 def test_frozen_weights_keep_their_bits(run: Regression) -> None:
