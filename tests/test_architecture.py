@@ -31,9 +31,9 @@ ROOMS = (
     *("models", "data", "optim", "parallel", "zoo", "trainer_config", "ranking"),
     *("context", "measured", "guard", "rows", "step", "accumulate", "precision", "diagnosis"),
     *("forms", "fuse"),
-    *("loggers", "display", "checkpoint", "callbacks"),
+    *("loggers", "display", "checkpoint", "callbacks", "weights"),
     *("events", "evaluate", "loop", "recording", "tally"),
-    *("predictor", "training", "resume", "recovery", "trainer", "tasks", "distaff"),
+    *("predictor", "training", "resume", "warm_start", "recovery", "trainer", "tasks", "distaff"),
     *("tune", "inspect", "cli"),
     *("integrations", "testing"),
 )
@@ -51,7 +51,7 @@ NOWHERE = {"tensorflow", "pickle", "cloudpickle", "dill", "marshal", "shelve"}
 OPTIONAL = (
     *("matplotlib", "sklearn", "pandas", "torch", "tensorflow", "wandb", "mlflow", "optuna", "ray"),
     *("grain", "tensorboard", "tensorboardX", "equinox", "jaxtyping", "beartype", "hypothesis"),
-    *("pytest", "_pytest"),
+    *("pytest", "_pytest", "safetensors"),
 )
 WITHOUT_OPTIONAL = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL!r}))\n"
 

@@ -9,12 +9,14 @@ with spared():
     from distaff.callbacks import Callback, EarlyStopping, Profiler, StepInfo, StopTraining
     from distaff.context import Context
     from distaff.errors import DistaffError
+    from distaff.models import Lora
     from distaff.monitor import Monitor
     from distaff.optim import OptimizerConfig
     from distaff.state import TrainState
     from distaff.step import EvalStep, TrainStep, train_step
     from distaff.trainer import TrainerModule
     from distaff.trainer_config import Best, TrainerConfig, TrainResult
+    from distaff.weights import InitFrom, export_weights
 
 __all__ = [
     "Best",
@@ -23,6 +25,8 @@ __all__ = [
     "DistaffError",
     "EarlyStopping",
     "EvalStep",
+    "InitFrom",
+    "Lora",
     "Monitor",
     "OptimizerConfig",
     "Profiler",
@@ -36,6 +40,7 @@ __all__ = [
     "callbacks",
     "checkpoint",
     "data",
+    "export_weights",
     "loggers",
     "metrics",
     "optim",

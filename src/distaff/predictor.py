@@ -26,11 +26,9 @@ from distaff.record import example_from, read_record
 from distaff.state import TrainState, placed_like
 from distaff.trainer_config import TrainerConfig, make_config
 from distaff.typing import Batch, Key, Params, PyTree
+from distaff.weights import EVALUATION_PARAMS
 
 T = TypeVar("T")
-
-EVALUATION_PARAMS = "evaluation-params"
-"""In a checkpoint, the parameters to evaluate with; no member of a state can have this name."""
 
 _INPUT_NAMES = ("image", "images", "x", "input", "inputs", "tokens", "features")
 

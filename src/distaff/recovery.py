@@ -17,10 +17,10 @@ from distaff.diagnosis import diagnose, replay
 from distaff.errors import CheckpointError, ConfigError, NonFiniteError
 from distaff.events import BadNumbers, Plan
 from distaff.measured import StepFn
-from distaff.resume import Resumable
 from distaff.rows import BadStep
 from distaff.tally import Tally
 from distaff.typing import Batch
+from distaff.warm_start import WarmStart
 from distaff.watchdog import COMPILING
 
 _MAX_ORIGIN_BYTES = 2**26
@@ -39,7 +39,7 @@ _REMEDY = (
 )
 
 
-class Recovering(Resumable):
+class Recovering(WarmStart):
     """A training that knows what to do with a bad step."""
 
     explains = True

@@ -23,7 +23,6 @@ from distaff.forms import continued
 from distaff.guard import form_of, shown
 from distaff.interruption import Interruption
 from distaff.metrics import as_json, compute
-from distaff.predictor import EVALUATION_PARAMS
 from distaff.ranking import kept, placed
 from distaff.report import Report
 from distaff.rows import BadStep
@@ -32,6 +31,7 @@ from distaff.trainer_config import Best, TrainResult
 from distaff.training import Training
 from distaff.vitals import all_finite
 from distaff.watchdog import Watchdog
+from distaff.weights import EVALUATION_PARAMS
 
 
 class Resumable(Training):

@@ -48,8 +48,8 @@ class TrainerModule(Recovering):
     Args:
         model: an unbound `flax.linen.Module`.
         example_batch: a batch like those of training.
-        **options: `optimizer`, `loggers` and `callbacks`, see `Training`, and the options of
-            `TrainerConfig`.
+        **options: `init_from`, see `WarmStart`; `optimizer`, `loggers` and `callbacks`, see
+            `Training`; and the options of `TrainerConfig`.
 
     Raises:
         ConfigError: an option is unknown or out of range, or the model is no module.

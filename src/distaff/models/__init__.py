@@ -11,9 +11,19 @@ from distaff.errors import ConfigError
 from distaff.models.adapter import LayerRow, Model, Variables
 from distaff.models.functional import FunctionModel
 from distaff.models.linen import LinenModel
-from distaff.models.record import rebuild
+from distaff.models.lora import Lora, LoraModel, rebuild
 
-__all__ = ["LayerRow", "LinenModel", "Model", "Variables", "as_model", "model_of", "rebuild"]
+__all__ = [
+    "LayerRow",
+    "LinenModel",
+    "Lora",
+    "LoraModel",
+    "Model",
+    "Variables",
+    "as_model",
+    "model_of",
+    "rebuild",
+]
 
 
 def as_model(module: Any) -> Model:
@@ -25,6 +35,8 @@ def as_model(module: Any) -> Model:
     Raises:
         ConfigError: it is something else; a class instead of an instance is named.
     """
+    if isinstance(module, Lora):
+        return LoraModel(as_model(module.module), module)
     if isinstance(module, nn.Module):
         return LinenModel(module)
     if isinstance(module, type) and issubclass(module, nn.Module):
@@ -53,6 +65,8 @@ def model_of(apply_fn: Callable[..., Any] | None) -> Model:
             "Create the state with TrainState.create(apply_fn=model.apply, ...)."
         )
     module = getattr(apply_fn, "__self__", None)
+    if isinstance(module, LoraModel):
+        return module
     if isinstance(module, nn.Module) and apply_fn == module.apply:
         return LinenModel(module)
     return FunctionModel(apply_fn)

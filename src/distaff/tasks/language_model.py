@@ -18,6 +18,7 @@ from distaff.callbacks import Callback, StepInfo
 from distaff.context import Context
 from distaff.errors import BatchError, ConfigError, LossError
 from distaff.metrics import Mean, Perplexity
+from distaff.models import Lora
 from distaff.monitor import Monitor
 from distaff.state import TrainState
 from distaff.trainer import TrainerModule
@@ -84,8 +85,10 @@ class LanguageModel(TrainerModule):
         # Runs whose steps no callback watches pay nothing for it.
         samples = (_Samples(self),) if options.get("sample_every_n_steps") else ()
         super().__init__(model, callbacks=(*callbacks, *samples), **options)
-        self._vocab_size = getattr(self.model.module, "vocab_size", None)
-        max_length = getattr(self.model.module, "max_length", None)
+        module = self.model.module
+        module = module.module if isinstance(module, Lora) else module
+        self._vocab_size = getattr(module, "vocab_size", None)
+        max_length = getattr(module, "max_length", None)
         if samples:
             _as_tokens(self.config.sample_prompt.encode(), self._vocab_size)
 

@@ -1,0 +1,214 @@
+"""LoRA: a model whose weights stay as they are, with a small trainable matrix product beside each.
+
+Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from distaff.errors import ConfigError, leaf_name
+from distaff.models import record
+from distaff.models.adapter import LayerRow, Model, Variables
+from distaff.typing import Key, Params
+
+BASE = "lora_base"
+"""The collection of the base's parameters: no optimizer sees them, a checkpoint has them."""
+
+_A, _B = "lora_a", "lora_b"
+_STREAM = 0x6C6F7261
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """A model that is fine-tuned by low-rank updates of its kernels; pass it as the model.
+
+    The parameters are two matrices for each kernel `[in, out]`: `<path>/lora_a`, `[in, rank]`,
+    normal with variance `1 / in`, and `<path>/lora_b`, `[rank, out]`, zero. The forward pass uses
+    `kernel + alpha / rank * lora_a @ lora_b`. All else keeps its bits, in the collection
+    `lora_base`, and costs neither gradients nor optimizer state.
+
+    Args:
+        module: the model, of any kind that a trainer takes.
+        pattern: shell pattern for the paths of the kernels, as of parameter groups:
+            `"*/query/kernel"`. What it matches that does not have two axes stays as it is.
+        rank: of the updates.
+        alpha: their scale, times `rank`.
+
+    Raises:
+        ConfigError: an option is out of its range.
+    """
+
+    module: Any
+    pattern: str = "*kernel"
+    _: dataclasses.KW_ONLY
+    rank: int = 8
+    alpha: float = 16.0
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be built."""
+        if not isinstance(self.pattern, str):
+            raise ConfigError(f"pattern is a str such as '*/kernel'; got {self.pattern!r}.")
+        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
+            raise ConfigError(f"rank is a whole number, at least 1; got {self.rank!r}.")
+        alpha = self.alpha
+        if not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha <= 0:
+            raise ConfigError(f"alpha is a finite positive number; got {alpha!r}.")
+
+
+class LoraModel:
+    """A `Lora` as pure functions, around those of its base.
+
+    Args:
+        inner: the functional face of the base.
+        lora: its options.
+    """
+
+    def __init__(self, inner: Model, lora: Lora) -> None:
+        self.inner, self.module = inner, lora
+
+    @property
+    def apply_fn(self) -> Callable[..., Any]:
+        """The base's forward function, with merged kernels."""
+        return self.forward
+
+    def forward(self, variables: Mapping[str, Any], *inputs: Any, **kwargs: Any) -> Any:
+        """Runs the base's own forward function.
+
+        Args:
+            variables: by collection, `lora_base` among them.
+            *inputs: handed to the base.
+            **kwargs: likewise.
+        """
+        rest = {name: tree for name, tree in variables.items() if name not in ("params", BASE)}
+        merged = self.merged(Variables(variables["params"], collections={BASE: variables[BASE]}))
+        return self.inner.apply_fn({"params": merged.params, **rest}, *inputs, **kwargs)
+
+    def init(self, key: Key, *inputs: Any) -> Variables:
+        """Makes the base's variables, as the base alone would be, and the matrices beside them.
+
+        Raises:
+            ConfigError: the pattern matches no kernel.
+        """
+        base = self.inner.init(key, *inputs)
+        stream = jax.random.fold_in(key, _STREAM)
+        adapters: dict[str, Any] = {}
+        for path, leaf in jax.tree.leaves_with_path(base.params):
+            name = leaf_name(path)
+            if self._adapts(name, leaf):
+                own = jax.random.fold_in(stream, zlib.crc32(name.encode()))
+                _put(adapters, name.split("/"), self._pair(own, leaf))
+        if not adapters:
+            kernels = [
+                leaf_name(p) for p, x in jax.tree.leaves_with_path(base.params) if x.ndim == 2
+            ]
+            raise ConfigError(
+                "The pattern of a Lora must match the path of a kernel [in, out], and "
+                f"{self.module.pattern!r} matches none. It is a shell pattern, such as '*kernel'. "
+                f"Kernels: {kernels}."
+            )
+        return self.with_base(Variables(adapters), base)
+
+    def apply(
+        self, variables: Variables, *inputs: Any, train: bool, key: Key | None, **kwargs: Any
+    ) -> tuple[Any, Variables]:
+        """Runs the base's forward pass with merged kernels; see `Model.apply`."""
+        merged = self.merged(variables)
+        outputs, changed = self.inner.apply(merged, *inputs, train=train, key=key, **kwargs)
+        base = changed._replace(params=self.base(variables).params)
+        return outputs, self.with_base(variables, base)
+
+    def bind(self, variables: Variables) -> Any:
+        """Returns the base with merged kernels inside."""
+        return self.inner.bind(self.merged(variables))
+
+    def layers(self, key: Key, *inputs: Any) -> list[LayerRow]:
+        """Lists the base's modules, the matrices with the kernels that they belong to."""
+        variables = jax.eval_shape(self.init, key, *inputs)
+        pairs = {leaf_name(p): x for p, x in jax.tree.leaves_with_path(variables.params)}
+        return [
+            row._replace(variables=tuple(_with_pairs(row, pairs)))
+            for row in self.inner.layers(key, *inputs)
+        ]
+
+    def base(self, variables: Variables) -> Variables:
+        """Returns the variables of the base, without any update."""
+        others = dict(variables.collections or {})
+        params = others.pop(BASE)
+        return Variables(params, variables.batch_stats, others or None)
+
+    def with_base(self, variables: Variables, base: Variables) -> Variables:
+        """Returns the variables of this model, with other ones of its base."""
+        collections = {**(base.collections or {}), BASE: base.params}
+        return Variables(variables.params, base.batch_stats, collections)
+
+    def merged(self, variables: Variables) -> Variables:
+        """Returns the variables of an ordinary model, whose kernels have their updates in them."""
+        base = self.base(variables)
+        pairs = {leaf_name(p): x for p, x in jax.tree.leaves_with_path(variables.params)}
+        scale = self.module.alpha / self.module.rank
+
+        def merged(path: tuple[Any, ...], leaf: Any) -> Any:
+            name = leaf_name(path)
+            if f"{name}/{_A}" not in pairs:
+                return leaf
+            return leaf + scale * (pairs[f"{name}/{_A}"] @ pairs[f"{name}/{_B}"])
+
+        return base._replace(params=jax.tree.map_with_path(merged, base.params))
+
+    def _adapts(self, name: str, leaf: Any) -> bool:
+        is_kernel = leaf.ndim == 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
+        return is_kernel and fnmatch.fnmatchcase(name, self.module.pattern)
+
+    def _pair(self, key: Key, kernel: Any) -> dict[str, jax.Array]:
+        (size, outputs), rank = kernel.shape, self.module.rank
+        a = jax.random.normal(key, (size, rank), kernel.dtype) * size**-0.5
+        return {_A: a, _B: jnp.zeros((rank, outputs), kernel.dtype)}
+
+
+def rebuild(recorded: Any, cls: Any = None) -> Any:
+    """Rebuilds a model from its record, as `record.rebuild` does, and a `Lora` around it.
+
+    Args:
+        recorded: what `distaff.config.to_json` recorded of it.
+        cls: its class, or that of its base.
+
+    Raises:
+        CheckpointError: it cannot be rebuilt.
+        ConfigError: an option of the `Lora` is out of its range.
+    """
+    names = {field.name for field in dataclasses.fields(Lora)}
+    if not isinstance(recorded, Mapping) or recorded.keys() != names:
+        return record.rebuild(recorded, cls)
+    options = {name: value for name, value in recorded.items() if name != "module"}
+    return Lora(record.rebuild(recorded["module"], cls), **options)
+
+
+def _put(tree: dict[str, Any], path: list[str], pair: Params) -> None:
+    *outer, last = path
+    for name in outer:
+        tree = tree.setdefault(name, {})
+    tree[last] = pair
+
+
+def _with_pairs(row: LayerRow, pairs: Mapping[str, Any]) -> list[tuple[str, str, Any, Any]]:
+    found = []
+    for collection, name, shape, dtype in row.variables:
+        if collection != "params":
+            found.append((collection, name, shape, dtype))
+            continue
+        found.append((BASE, name, shape, dtype))
+        path = "/".join(part for part in (row.path, name) if part)
+        for each in (_A, _B):
+            if f"{path}/{each}" in pairs:
+                leaf = pairs[f"{path}/{each}"]
+                found.append(("params", f"{name}/{each}", tuple(leaf.shape), leaf.dtype))
+    return found
