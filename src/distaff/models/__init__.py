@@ -111,7 +111,8 @@ def _equinox(source: Any, **options: Any) -> Model:
 def _is_equinox(source: Any) -> bool:
     """Tells an Equinox module, or one with its state, without importing Equinox."""
     first = source[0] if isinstance(source, tuple) and len(source) == 2 else source
-    return any(cls.__module__.partition(".")[0] == "equinox" for cls in type(first).__mro__)
+    names = {cls.__module__.partition(".")[0] for cls in type(first).__mro__}
+    return "equinox" in names and not isinstance(first, type)
 
 
 def _only_argument(source: Any) -> str | None:
