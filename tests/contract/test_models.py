@@ -16,6 +16,8 @@ import pytest
 from flax import nnx
 
 from distaff import Callback, Context, TrainerModule, TrainState, data, train_step
+from distaff.config import to_json
+from distaff.errors import CheckpointError
 from distaff.models import Variables, as_model
 
 KEY = jax.random.key(0)
@@ -351,6 +353,32 @@ def test_loaded_model_predicts_the_same_bits(run: Any) -> None:
     examples = data.ArrayLoader(arrays(), batch_size=16)
     assert_same(loaded.predict(examples), finished.predict(examples))
     assert_same(loaded.state.collections, finished.state.collections)
+
+
+def test_model_is_recorded_and_only_linen_is_rebuilt_from_that(run: Any) -> None:
+    source, finished = run
+    path = finished.result_of_run.path
+    record = json.loads((path / "config.json").read_text())["model"]
+    assert record == to_json(as_model(source).record)
+    if "$class" in record:
+        assert type(Regression.load_from_checkpoint(path).model.module) is LinenMLP
+        return
+    with pytest.raises(CheckpointError, match=r"load_from_checkpoint\(path, model=\.\.\.\)"):
+        Regression.load_from_checkpoint(path)
+
+
+def test_plain_python_gives_what_programs_give(kind: Kind) -> None:
+    model, x = as_model(kind.mlp(0.5, True)), jnp.asarray(arrays(16)["x"])
+
+    def both(key):
+        variables = model.init(key, x)
+        return model.apply(variables, x, train=True, key=key)
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        both(KEY),
+        jax.jit(both)(KEY),
+    )
 
 
 def test_bound_model_gives_what_predict_gives(run: Any) -> None:

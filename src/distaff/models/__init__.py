@@ -12,7 +12,7 @@ import flax.nnx as flax_nnx
 
 from distaff import _optional
 from distaff.errors import ConfigError
-from distaff.models.adapter import LayerRow, Model, Variables
+from distaff.models.adapter import LayerRow, Model, Variables, is_model
 from distaff.models.functional import FunctionModel, Functions
 from distaff.models.linen import LinenModel
 from distaff.models.nnx import NnxModel
@@ -57,7 +57,7 @@ def as_model(source: Any) -> Model:
         return NnxModel(source)
     if _is_equinox(source):
         return _equinox(source)
-    if isinstance(source, Model) and not isinstance(source, type):
+    if is_model(source):
         return source
     if isinstance(source, tuple) and len(source) == 2 and all(map(callable, source)):
         return Functions(*source)
@@ -99,7 +99,7 @@ def model_of(apply_fn: Callable[..., Any] | None) -> Model:
     owner = getattr(apply_fn, "__self__", None)
     if isinstance(owner, nn.Module) and apply_fn == owner.apply:
         return LinenModel(owner)
-    if isinstance(owner, Model) and apply_fn == owner.apply_fn:
+    if is_model(owner) and apply_fn == owner.apply_fn:
         return owner
     return FunctionModel(apply_fn)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 from flax import traverse_util
 
@@ -59,7 +60,6 @@ class LayerRow(NamedTuple):
     flops: float | None = None
 
 
-@runtime_checkable
 class Model(Protocol):
     """A model as pure functions of its variables. One implementation per kind of module."""
 
@@ -114,6 +114,16 @@ class Model(Protocol):
     def layers(self, key: Key, *inputs: Any) -> list[LayerRow]:
         """Lists the modules in order of call; nothing is computed on a device."""
         ...
+
+
+_FACE = ("apply_fn", "module", "record", "initial", "init", "apply", "bind", "layers")
+_ABSENT = object()
+
+
+def is_model(source: Any) -> TypeGuard[Model]:
+    """Tells whether an object has all that `Model` has; no property of it is evaluated."""
+    found = (inspect.getattr_static(source, name, _ABSENT) for name in _FACE)
+    return not isinstance(source, type) and all(member is not _ABSENT for member in found)
 
 
 class Adapter(ABC):
