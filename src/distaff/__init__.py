@@ -5,7 +5,7 @@ from __future__ import annotations
 from distaff.garbage import spared
 
 with spared():
-    from distaff import callbacks, checkpoint, data, loggers, metrics, optim, tasks
+    from distaff import callbacks, checkpoint, data, loggers, metrics, models, optim, tasks
     from distaff.callbacks import Callback, EarlyStopping, Profiler, StepInfo, StopTraining
     from distaff.context import Context
     from distaff.errors import DistaffError
@@ -43,6 +43,7 @@ __all__ = [
     "export_weights",
     "loggers",
     "metrics",
+    "models",
     "optim",
     "tasks",
     "train_step",

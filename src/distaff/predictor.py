@@ -20,7 +20,7 @@ from distaff.display.model_table import model_table
 from distaff.errors import CheckpointError, StateError
 from distaff.evaluate import predict
 from distaff.execution import Compiled, Eager, Execution
-from distaff.models import Variables, as_model, rebuild
+from distaff.models import Variables, as_model, is_linen_class, rebuild
 from distaff.optim import evaluation_params, has_evaluation_params
 from distaff.record import example_from, read_record
 from distaff.state import TrainState, placed_like
@@ -37,7 +37,8 @@ class Predictor:
     """A model with its state: it is initialised, bound, asked for predictions, and loaded.
 
     Args:
-        model: an unbound `flax.linen.Module`.
+        model: a module of Flax Linen, Flax NNX or Equinox, a function that makes one, or a pair
+            `(init, apply)`; see `distaff.models.as_model`.
         **options: see `TrainerConfig`.
     """
 
@@ -109,8 +110,11 @@ class Predictor:
 
         Args:
             example_batch: a batch like those of training.
-            key: source of the initial parameters.
+            key: source of the initial parameters; a model that was passed with its parameters
+                keeps them.
         """
+        if self.model.initial is not None:
+            return self.model.initial
 
         def init(key: Key, batch: Batch) -> Variables:
             return self.model.init(key, *self.model_inputs(batch))
@@ -163,7 +167,12 @@ class Predictor:
         return predict(self._predict_step, self.evaluation_state(), self._pass(loader, "predict"))
 
     def bind_model(self) -> Any:
-        """Returns the model with its variables inside: `bound(x, train=False)` for Flax Linen.
+        """Returns the model with its variables inside, in the form of its kind.
+
+        Returns:
+            `bound(x, train=False)` for Flax Linen; a live module `bound(x)` for Flax NNX; for
+            Equinox the module, which takes one example, or `(module, state)`; for functions
+            `bound(x)`.
 
         Raises:
             StateError: the model has no parameters yet.
@@ -194,8 +203,8 @@ class Predictor:
         Args:
             path: a run directory (its best checkpoint is taken, else its newest), or one
                 checkpoint folder. It may have been moved.
-            model: the module, or its class, which is given the recorded hyperparameters; without
-                it, one whose class is imported already is rebuilt.
+            model: the model as the trainer was given it. A Linen module may be left out if its
+                class is imported, or be given as its class: it is rebuilt from the record.
             example_batch: a batch like those of training; needed where batches are of a class of
                 your own and `model_inputs` is overridden: what is recorded of them is a dict.
             **options: options of the trainer that shall differ from the recorded ones; nothing is
@@ -209,7 +218,7 @@ class Predictor:
         directory, step = checkpoint.find(path)
         file = directory.parent / "config.json"
         record = read_record(file)
-        if model is None or isinstance(model, type):
+        if model is None or is_linen_class(model):
             model = rebuild(record["model"], model)
         if example_batch is None:
             example_batch = example_from(record["example_batch"])

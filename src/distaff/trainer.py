@@ -46,7 +46,8 @@ class TrainerModule(Recovering):
     it is given an `example_batch`; otherwise `train_model` does, with its first batch.
 
     Args:
-        model: an unbound `flax.linen.Module`.
+        model: a module of Flax Linen, Flax NNX or Equinox, a function that makes one, or a pair
+            `(init, apply)`; see `distaff.models.as_model`.
         example_batch: a batch like those of training.
         **options: `init_from`, see `WarmStart`; `optimizer`, `loggers` and `callbacks`, see
             `Training`; and the options of `TrainerConfig`.

@@ -125,7 +125,7 @@ class Training(Predictor):
         """Returns what determines this run, as strict JSON."""
         return make_record(
             trainer=type(self),
-            model=self.model.module,
+            model=self.model.record,
             optimizer=self.optimizer,
             monitor=self.monitor,
             options=self.config,

@@ -2,59 +2,96 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import flax.nnx as flax_nnx
 
+from distaff import _optional
 from distaff.errors import ConfigError
-from distaff.models.adapter import LayerRow, Model, Variables
-from distaff.models.functional import FunctionModel
+from distaff.models.adapter import LayerRow, Model, Variables, is_model
+from distaff.models.functional import FunctionModel, Functions
 from distaff.models.linen import LinenModel
 from distaff.models.lora import Lora, LoraModel, rebuild
+from distaff.models.nnx import NnxModel
+from distaff.models.record import is_linen_class
 
 __all__ = [
+    "Functions",
     "LayerRow",
     "LinenModel",
     "Lora",
     "LoraModel",
     "Model",
+    "NnxModel",
     "Variables",
     "as_model",
+    "is_linen_class",
     "model_of",
     "rebuild",
+    "whole_batches",
 ]
 
+_POSSIBLE = (
+    "a flax.linen.Module; a flax.nnx.Module, or a function f(rngs) that makes one; "
+    "an equinox.Module, or a function f(key) that makes one; a pair (init, apply) of functions; "
+    "a distaff.Lora of any of these; or an object with the methods of distaff.models.Model"
+)
 
-def as_model(module: Any) -> Model:
-    """Returns the functional face of a user's module.
+
+def as_model(source: Any) -> Model:
+    """Returns the functional face of a user's model.
 
     Args:
-        module: an unbound `flax.linen.Module`.
+        source: an unbound `flax.linen.Module`; a `flax.nnx.Module`, or a function `f(rngs)` that
+            makes one; an `equinox.Module`, `(module, state)`, or a function `f(key)` that makes
+            either; a pair `(init, apply)` of functions, such as Haiku's; or a `Model`.
 
     Raises:
-        ConfigError: it is something else; a class instead of an instance is named.
+        ConfigError: it is something else, such as a class whose constructor has other arguments.
+        MissingExtraError: a function `f(key)` is passed, and Equinox is not installed.
     """
-    if isinstance(module, Lora):
-        return LoraModel(as_model(module.module), module)
-    if isinstance(module, nn.Module):
-        return LinenModel(module)
-    if isinstance(module, type) and issubclass(module, nn.Module):
-        raise ConfigError(
-            f"A model is a module, not its class: pass {module.__name__}(...) instead of "
-            f"{module.__name__}."
-        )
-    raise ConfigError(
-        "A model is a flax.linen.Module; "
-        f"got {type(module).__module__}.{type(module).__qualname__}."
-    )
+    if isinstance(source, Lora):
+        return LoraModel(as_model(source.module), source)
+    if isinstance(source, nn.Module):
+        return LinenModel(source)
+    if isinstance(source, flax_nnx.Module):
+        return NnxModel(source)
+    if _is_equinox(source):
+        return _equinox(source)
+    if is_model(source):
+        return source
+    if isinstance(source, tuple) and len(source) == 2 and all(map(callable, source)):
+        return Functions(*source)
+    match _only_argument(source):
+        case "rngs":
+            return NnxModel(source)
+        case "key":
+            return _equinox(source)
+    raise ConfigError(_refusal(source))
+
+
+def whole_batches(module: Any) -> Model:
+    """Returns an Equinox model that is called with whole batches, rather than mapped over examples.
+
+    Args:
+        module: as `as_model` takes it: a module, `(module, state)`, or a function `f(key)`.
+
+    Raises:
+        MissingExtraError: Equinox is not installed.
+    """
+    return _equinox(module, vmap=False)
 
 
 def model_of(apply_fn: Callable[..., Any] | None) -> Model:
     """Returns the model whose forward function a `TrainState` holds.
 
     Args:
-        apply_fn: `module.apply` of a Linen module, or any `apply_fn(variables, *inputs)`.
+        apply_fn: `module.apply` of a Linen module, `as_model(...).apply_fn`, or any
+            `apply_fn(variables, *inputs)`.
 
     Raises:
         ConfigError: it is None.
@@ -64,9 +101,59 @@ def model_of(apply_fn: Callable[..., Any] | None) -> Model:
             "ctx.apply needs TrainState.apply_fn, which is None. "
             "Create the state with TrainState.create(apply_fn=model.apply, ...)."
         )
-    module = getattr(apply_fn, "__self__", None)
-    if isinstance(module, LoraModel):
-        return module
-    if isinstance(module, nn.Module) and apply_fn == module.apply:
-        return LinenModel(module)
+    owner = getattr(apply_fn, "__self__", None)
+    if isinstance(owner, nn.Module) and apply_fn == owner.apply:
+        return LinenModel(owner)
+    if is_model(owner) and apply_fn == owner.apply_fn:
+        return owner
     return FunctionModel(apply_fn)
+
+
+def _equinox(source: Any, **options: Any) -> Model:
+    return _optional.load("equinox", extra="equinox").EquinoxModel(source, **options)
+
+
+def _is_equinox(source: Any) -> bool:
+    """Tells an Equinox module, or one with its state, without importing Equinox."""
+    first = source[0] if isinstance(source, tuple) and len(source) == 2 else source
+    names = {cls.__module__.partition(".")[0] for cls in type(first).__mro__}
+    return "equinox" in names and not isinstance(first, type)
+
+
+def _only_argument(source: Any) -> str | None:
+    """Returns `rngs` or `key`, if a function or class can be called with that alone."""
+    if not callable(source):
+        return None
+    given = source if isinstance(source, functools.partial) else functools.partial(source)
+    function: Any = given.func
+    if isinstance(function, type):  # whose metaclass may hide what its constructor takes
+        given = functools.partial(function.__init__, None, *given.args, **given.keywords)
+    try:
+        accepted = inspect.signature(given).parameters
+    except (TypeError, ValueError):
+        return None
+    required = {
+        name
+        for name, parameter in accepted.items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    }
+    for name in ("rngs", "key"):
+        if name in accepted and name not in given.keywords and required <= {name}:
+            return name
+    return None
+
+
+def _refusal(source: Any) -> str:
+    if not isinstance(source, type):
+        cls = type(source)
+        return f"A model is {_POSSIBLE}. Got {cls.__module__}.{cls.__qualname__}."
+    name, making = source.__name__, f"{source.__name__}(...)"
+    bases = {cls.__module__.partition(".")[0] for cls in source.__mro__}
+    if issubclass(source, flax_nnx.Module):
+        making = f"lambda rngs: {name}(..., rngs=rngs)"
+    elif "equinox" in bases:
+        making = f"lambda key: {name}(..., key=key)"
+    elif not issubclass(source, nn.Module):
+        return f"A model is {_POSSIBLE}. Got the class {name}."
+    return f"A model is a module, not its class: pass {making} instead of {name}."

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
+from flax import traverse_util
+
+from distaff.errors import StateError
 from distaff.typing import Key, Params, PyTree
 
 
@@ -20,6 +25,20 @@ class Variables(NamedTuple):
     params: Params
     batch_stats: PyTree = None
     collections: Mapping[str, PyTree] | None = None
+
+    @classmethod
+    def of(cls, collections: Mapping[str, PyTree]) -> Variables:
+        """Returns the variables that lie in collections by name, as Flax Linen has them."""
+        rest = dict(collections)
+        params, batch_stats = rest.pop("params", {}), rest.pop("batch_stats", None)
+        return cls(params, batch_stats, rest or None)
+
+    def by_collection(self) -> dict[str, PyTree]:
+        """Returns all collections by name, `params` first."""
+        collections = {"params": self.params, **(self.collections or {})}
+        if self.batch_stats is not None:
+            collections["batch_stats"] = self.batch_stats
+        return collections
 
 
 class LayerRow(NamedTuple):
@@ -46,12 +65,25 @@ class Model(Protocol):
 
     @property
     def apply_fn(self) -> Callable[..., Any]:
-        """The module's own forward function, kept in `TrainState.apply_fn`."""
+        """The forward function kept in `TrainState.apply_fn`: a method of this object.
+
+        The state finds the model again by it. Linen's is the module's own `apply`.
+        """
         ...
 
     @property
     def module(self) -> Any:
-        """The module itself, whose hyperparameters are recorded."""
+        """The module itself, whose class names the model."""
+        ...
+
+    @property
+    def record(self) -> Any:
+        """What a run writes down of it, for `distaff.config.to_json`: the same for equal models."""
+        ...
+
+    @property
+    def initial(self) -> Variables | None:
+        """The variables it came with; None for a model whose variables `init` makes."""
         ...
 
     def init(self, key: Key, *inputs: Any) -> Variables:
@@ -82,3 +114,74 @@ class Model(Protocol):
     def layers(self, key: Key, *inputs: Any) -> list[LayerRow]:
         """Lists the modules in order of call; nothing is computed on a device."""
         ...
+
+
+_FACE = ("apply_fn", "module", "record", "initial", "init", "apply", "bind", "layers")
+_ABSENT = object()
+
+
+def is_model(source: Any) -> TypeGuard[Model]:
+    """Tells whether an object has all that `Model` has; no property of it is evaluated."""
+    found = (inspect.getattr_static(source, name, _ABSENT) for name in _FACE)
+    return not isinstance(source, type) and all(member is not _ABSENT for member in found)
+
+
+class Adapter(ABC):
+    """What the adapters have in common that take a module apart and put it together themselves."""
+
+    @property
+    def initial(self) -> Variables | None:
+        """The variables it came with, if any."""
+        return None
+
+    @abstractmethod
+    def apply(
+        self, variables: Variables, *inputs: Any, train: bool, key: Key | None, **kwargs: Any
+    ) -> tuple[Any, Variables]:
+        """Runs the forward pass; see `Model`."""
+
+    @property
+    def apply_fn(self) -> Callable[..., Any]:
+        """The method `forward`."""
+        return self.forward
+
+    def forward(
+        self,
+        variables: Mapping[str, PyTree],
+        *inputs: Any,
+        train: bool = False,
+        key: Key | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Returns the outputs for collections by name, `{"params": ..., "batch_stats": ...}`."""
+        return self.apply(Variables.of(variables), *inputs, train=train, key=key, **kwargs)[0]
+
+
+def nested(leaves: Iterable[tuple[str, tuple[str, ...], Any]]) -> Variables:
+    """Returns variables as plain nested dictionaries.
+
+    Args:
+        leaves: collection, path and array of each.
+    """
+    collections: dict[str, dict[tuple[str, ...], Any]] = {"params": {}}
+    for collection, path, leaf in leaves:
+        collections.setdefault(collection, {})[path] = leaf
+    return Variables.of({n: traverse_util.unflatten_dict(x) for n, x in collections.items()})
+
+
+def leaf_of(collections: Mapping[str, PyTree], collection: str, path: tuple[str, ...]) -> Any:
+    """Returns one array of a model's variables.
+
+    Raises:
+        StateError: it is not there.
+    """
+    node: Any = collections
+    for name in (collection, *path):
+        if not isinstance(node, Mapping) or name not in node:
+            raise StateError(
+                f"The model's forward pass needs {'/'.join((collection, *path))!r}, which is not "
+                f"among the variables it was given: {sorted(collections)}. Pass all collections, "
+                "as trainer.state or trainer.run_model_init has them."
+            )
+        node = node[name]
+    return node

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 
-from distaff.errors import leaf_name
 from distaff.models.adapter import LayerRow, Variables
+from distaff.models.flags import mode_flag
+from distaff.models.layers import by_module, describe, flops
 from distaff.typing import Key
-
-_TRAIN_FLAGS = ("train", "training", "is_training")
-_EVAL_FLAGS = ("deterministic", "use_running_average")
 
 
 class LinenModel:
@@ -33,10 +30,17 @@ class LinenModel:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
+    initial = None
+
     @property
     def apply_fn(self) -> Callable[..., Any]:
         """`module.apply`."""
         return self.module.apply
+
+    @property
+    def record(self) -> nn.Module:
+        """The module: its class and hyperparameters are written down, and it is rebuilt of them."""
+        return self.module
 
     def init(self, key: Key, *inputs: Any) -> Variables:
         """Makes the variables for inputs shaped like these, as in training.
@@ -56,7 +60,7 @@ class LinenModel:
             for name in others:
                 if jax.tree.structure(again[name]) != jax.tree.structure(collections[name]):
                     del collections[name]
-        return _split(collections)
+        return Variables.of(collections)
 
     def apply(
         self, variables: Variables, *inputs: Any, train: bool, key: Key | None, **kwargs: Any
@@ -65,7 +69,7 @@ class LinenModel:
 
         `mutable=[...]` names collections to be returned besides, as in Linen: `outputs, changed`.
         """
-        collections = _join(variables)
+        collections = variables.by_collection()
         asked = kwargs.pop("mutable", None)
         kept = [name for name in collections if name != "params"] if train else []
         mutable = list(dict.fromkeys([*kept, *(asked or ())]))
@@ -82,11 +86,11 @@ class LinenModel:
         collections.update({name: changed[name] for name in kept})
         if asked is not None:
             outputs = outputs, {name: changed[name] for name in asked if name in changed}
-        return outputs, _split(collections)
+        return outputs, Variables.of(collections)
 
     def bind(self, variables: Variables) -> nn.Module:
         """Returns `module.bind(variables)`: call it as in Linen, `bound(x, train=False)`."""
-        return self.module.bind(_join(variables))
+        return self.module.bind(variables.by_collection())
 
     def layers(self, key: Key, *inputs: Any) -> list[LayerRow]:
         """Lists the modules in order of call, by abstract evaluation.
@@ -103,7 +107,7 @@ class LinenModel:
                 rows.setdefault(context.module.path, (kind, ""))
             outputs = next_call(*args, **kwargs)
             if called:
-                rows[context.module.path] = (kind, _describe(outputs))
+                rows[context.module.path] = (kind, describe(outputs))
             return outputs
 
         def init(key: Key, *inputs: Any) -> Any:
@@ -111,14 +115,14 @@ class LinenModel:
                 return self._init(key, *inputs)
 
         variables = jax.eval_shape(init, key, *inputs)
-        owned = _by_module(variables, set(rows))
+        owned = by_module(variables, set(rows))
 
         def evaluate(variables: Any, key: Key, inputs: tuple[Any, ...]) -> Any:
-            return self.apply(_split(variables), *inputs, train=False, key=key)[0]
+            return self.apply(Variables.of(variables), *inputs, train=False, key=key)[0]
 
-        flops = _own_flops(set(rows), evaluate, variables, key, inputs)
+        counted = _own_flops(set(rows), evaluate, variables, key, inputs)
         return [
-            LayerRow("/".join(path), kind, output, tuple(owned.get(path, ())), flops.get(path))
+            LayerRow("/".join(path), kind, output, tuple(owned.get(path, ())), counted.get(path))
             for path, (kind, output) in rows.items()
         ]
 
@@ -131,36 +135,11 @@ class LinenModel:
             method = type(self.module).__call__
         elif isinstance(method, str):
             method = getattr(type(self.module), method)
-        accepted = inspect.signature(method).parameters
-        for name in _TRAIN_FLAGS:
-            if name in accepted:
-                return {name: train}
-        for name in _EVAL_FLAGS:
-            if name in accepted:
-                return {name: not train}
-        return {}
+        return mode_flag(method, train)
 
 
 def _streams(key: Key) -> dict[str, Key]:
     return {"params": jax.random.fold_in(key, 0), "dropout": jax.random.fold_in(key, 1)}
-
-
-def _join(variables: Variables) -> dict[str, Any]:
-    collections = {"params": variables.params, **(variables.collections or {})}
-    if variables.batch_stats is not None:
-        collections["batch_stats"] = variables.batch_stats
-    return collections
-
-
-def _split(collections: Mapping[str, Any]) -> Variables:
-    rest = dict(collections)
-    params, batch_stats = rest.pop("params", {}), rest.pop("batch_stats", None)
-    return Variables(params, batch_stats, rest or None)
-
-
-def _describe(outputs: Any) -> str:
-    leaves = [leaf for leaf in jax.tree.leaves(outputs) if hasattr(leaf, "shape")]
-    return ", ".join(f"{leaf.dtype}{list(leaf.shape)}".replace(" ", "") for leaf in leaves)
 
 
 def _own_flops(
@@ -184,7 +163,7 @@ def _own_flops(
         return outputs
 
     with nn.intercept_methods(record):
-        whole = _flops(forward, *arguments)
+        whole = flops(forward, *arguments)
     if not whole:
         return {}
     known: dict[Any, float | None] = {}
@@ -197,7 +176,7 @@ def _own_flops(
             caller = callers[caller]
         own[caller] -= total
     # Work whose result nothing uses is in a module's count, and not in its caller's.
-    return {path: max(flops, 0.0) for path, flops in own.items()}
+    return {path: max(count, 0.0) for path, count in own.items()}
 
 
 class _Call(NamedTuple):
@@ -232,23 +211,4 @@ class _Call(NamedTuple):
             variables, args, kwargs = jax.tree.unflatten(self.structure, leaves)
             return self.module.apply(variables, *args, rngs=_streams(key), **kwargs)
 
-        return _flops(forward, arrays, jax.eval_shape(jax.random.key, 0))
-
-
-def _flops(function: Callable[..., Any], *arguments: Any) -> float | None:
-    try:
-        analysis = jax.jit(function).lower(*arguments).cost_analysis()
-    except Exception:  # Some modules work within their parent alone, some backends do not count.
-        return None
-    return None if analysis is None else analysis.get("flops", 0.0)
-
-
-def _by_module(variables: Any, modules: set[tuple[str, ...]]) -> dict[tuple[str, ...], list[Any]]:
-    """Gives each array to the deepest called module whose path its own path starts with."""
-    owned: dict[tuple[str, ...], list[Any]] = {}
-    for path, leaf in jax.tree.leaves_with_path(variables):
-        collection, *names = leaf_name(path).split("/")
-        depth = next(n for n in range(len(names) - 1, -1, -1) if tuple(names[:n]) in modules)
-        row = (collection, "/".join(names[depth:]), tuple(leaf.shape), leaf.dtype)
-        owned.setdefault(tuple(names[:depth]), []).append(row)
-    return owned
+        return flops(forward, arrays, jax.eval_shape(jax.random.key, 0))

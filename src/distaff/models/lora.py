@@ -75,6 +75,15 @@ class LoraModel:
     def __init__(self, inner: Model, lora: Lora) -> None:
         self.inner, self.module = inner, lora
 
+    initial = None
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The options, and what is written down of the base."""
+        names = [field.name for field in dataclasses.fields(self.module)]
+        options = {name: getattr(self.module, name) for name in names}
+        return {**options, "module": self.inner.record}
+
     @property
     def apply_fn(self) -> Callable[..., Any]:
         """The base's forward function, with merged kernels."""

@@ -31,6 +31,11 @@ def rebuild(record: Any, cls: Any = None) -> nn.Module:
         CheckpointError: the class is not imported, or a hyperparameter cannot be rebuilt.
     """
     record = record if isinstance(record, Mapping) else {}
+    if "$module" in record:
+        raise CheckpointError(
+            "Only Flax Linen modules are rebuilt from a record; the model is of the kind "
+            f"{record.get('kind')}: {record['$module']}. {_REMEDY}"
+        )
     cls = cls or _imported(str(record.get("$class")))
     name = _name(cls)
     if not issubclass(cls, nn.Module):
@@ -50,6 +55,11 @@ def rebuild(record: Any, cls: Any = None) -> nn.Module:
         raise CheckpointError(
             f"{name} cannot be made with what was recorded of it, {arguments}: {error}. {_REMEDY}"
         ) from error
+
+
+def is_linen_class(model: Any) -> bool:
+    """Tells whether a model is given as the class of a Linen module, which `rebuild` completes."""
+    return isinstance(model, type) and issubclass(model, nn.Module)
 
 
 def _imported(name: str) -> Any:

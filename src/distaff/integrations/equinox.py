@@ -1,0 +1,262 @@
+"""Equinox: its modules behind the functional face of models."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from distaff.config import to_json
+from distaff.errors import ConfigError
+from distaff.models.adapter import Adapter, LayerRow, Variables, leaf_of, nested
+from distaff.models.flags import method_of, mode_flag, parameters
+from distaff.models.layers import Path, describe, flops, listed, recorded_calls
+from distaff.typing import Key
+
+AXIS = "batch"
+"""The name of the axis of examples: `eqx.nn.BatchNorm(..., axis_name="batch")`."""
+
+
+class EquinoxModel(Adapter):
+    """An `equinox.Module` as pure functions.
+
+    Its floating-point arrays are what is trained, by the names of the fields they are in
+    (`layers/0/weight`); other arrays are the collection `arrays`, and an `equinox.nn.State` is the
+    collection `state`, its arrays by their order. In training a pass may change the state alone.
+
+    Modules take one example, as Equinox's own layers do: a pass maps them over the leading axis of
+    all inputs, an axis of the name `batch`. Each example has its own `key`, if the module takes one
+    under that name; what else is passed by keyword is not mapped.
+
+    `equinox.nn.inference_mode` is on in evaluation and off in training for all modules inside; the
+    called method is told too if it has a parameter for it, as with Linen.
+
+    Args:
+        source: a module, or `(module, state)` as `equinox.nn.make_with_state` makes it: their
+            arrays are the initial ones whatever the seed. Or a function `f(key)` that returns
+            either, which is called with the trainer's seed.
+        vmap: whether to map over examples; False for a module that takes whole batches.
+    """
+
+    def __init__(self, source: Any, *, vmap: bool = True) -> None:
+        self._source, self._vmap = source, vmap
+
+    @property
+    def module(self) -> Any:
+        """The module; one without numbers where a function makes it."""
+        return self._made[0]
+
+    @property
+    def initial(self) -> Variables | None:
+        """The variables of a module that was passed ready-made."""
+        return None if self._is_function else self._read(*self._made)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The module's class and fields, and whether it is mapped over examples."""
+        cls = type(self.module)
+        return {
+            "$module": f"{cls.__module__}:{cls.__qualname__}",
+            "kind": "equinox",
+            "vmap": self._vmap,
+            "fields": to_json(jax.tree.map(_form, self.module)),
+        }
+
+    def init(self, key: Key, *inputs: Any) -> Variables:
+        """Makes the variables; the inputs are not needed, since modules know their shapes."""
+        return self._read(*(self._call_source(key) if self._is_function else self._made))
+
+    def apply(
+        self, variables: Variables, *inputs: Any, train: bool, key: Key | None, **kwargs: Any
+    ) -> tuple[Any, Variables]:
+        """Runs the forward pass for a batch; `method="encode"` calls another method."""
+        module, state = self._merged(variables, train)
+        outputs, state = self._called(module, state, inputs, kwargs, train=train, key=key)
+        if not train or state is None:
+            return outputs, variables
+        leaves = {str(n): leaf for n, leaf in enumerate(jax.tree.leaves(state))}
+        return outputs, variables._replace(
+            collections={**(variables.collections or {}), "state": leaves}
+        )
+
+    def bind(self, variables: Variables) -> Any:
+        """Returns the module with the variables inside, in inference mode, for one example.
+
+        Returns:
+            `module`, or `(module, state)` for one with a state, as Equinox has them.
+        """
+        module, state = self._merged(variables, False)
+        return module if state is None else (module, state)
+
+    def layers(self, key: Key, *inputs: Any) -> list[LayerRow]:
+        """Lists the modules in order of call, by abstract evaluation.
+
+        The outputs are those of one example, except the model's own. FLOPs are those of the whole
+        model for the batch, as XLA estimates them before it optimizes.
+        """
+        outputs: dict[Path, str] = {}
+        kinds: dict[Path, str] = {}
+
+        def forward(variables: Variables, key: Key, *inputs: Any) -> None:
+            module, state = self._merged(variables, True)
+            modules = _modules(module)
+            kinds.update({path: type(each).__name__ for path, each in modules.items()})
+            with recorded_calls(modules, _without_state) as seen:
+                result, _ = self._called(module, state, inputs, {}, train=True, key=key)
+            outputs.update(seen | {(): describe(result)})
+
+        def evaluate(variables: Variables, key: Key, *inputs: Any) -> Any:
+            return self.apply(variables, *inputs, train=False, key=key)[0]
+
+        variables = jax.eval_shape(self.init, key)
+        jax.eval_shape(forward, variables, key, *inputs)
+        return listed(variables, kinds, outputs, flops(evaluate, variables, key, *inputs))
+
+    @property
+    def _is_function(self) -> bool:
+        return not isinstance(self._source, eqx.Module | tuple)
+
+    @functools.cached_property
+    def _made(self) -> tuple[Any, Any]:
+        if self._is_function:
+            return eqx.filter_eval_shape(self._call_source, jax.random.key(0))
+        return _pair(self._source)
+
+    def _call_source(self, key: Key) -> tuple[Any, Any]:
+        return _pair(self._source(key=key))
+
+    @functools.cached_property
+    def _parts(self) -> _Parts:
+        module, state = self._made
+        leaves, structure = jax.tree.flatten_with_path(module)
+        slots = tuple(
+            _Slot(_collection(leaf), tuple(_name(key) for key in path), leaf)
+            for path, leaf in leaves
+        )
+        return _Parts(slots, structure, None if state is None else jax.tree.structure(state))
+
+    def _read(self, module: Any, state: Any) -> Variables:
+        values = [
+            (slot.collection, slot.path, leaf)
+            for slot, leaf in zip(self._parts.slots, jax.tree.leaves(module), strict=True)
+            if slot.collection is not None
+        ]
+        held = jax.tree.leaves(state)
+        return nested([*values, *(("state", (str(n),), leaf) for n, leaf in enumerate(held))])
+
+    def _merged(self, variables: Variables, train: bool) -> tuple[Any, Any]:
+        collections, parts = variables.by_collection(), self._parts
+        leaves = [
+            slot.leaf
+            if slot.collection is None
+            else leaf_of(collections, slot.collection, slot.path)
+            for slot in parts.slots
+        ]
+        module = eqx.nn.inference_mode(jax.tree.unflatten(parts.structure, leaves), not train)
+        if parts.state is None:
+            return module, None
+        held = [leaf_of(collections, "state", (str(n),)) for n in range(parts.state.num_leaves)]
+        return module, jax.tree.unflatten(parts.state, held)
+
+    def _called(
+        self,
+        module: Any,
+        state: Any,
+        inputs: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        train: bool,
+        key: Key | None,
+    ) -> tuple[Any, Any]:
+        """Returns the outputs for a batch, and the state after it."""
+        kwargs = dict(kwargs)
+        function = method_of(module, kwargs.pop("method", None))
+        accepted = parameters(function)
+        flags: dict[str, Any] = mode_flag(function, train)
+        takes_key = "key" in accepted and "key" not in kwargs
+        takes_state = state is not None and "state" in accepted
+
+        def one(inputs: tuple[Any, ...], key: Key | None) -> tuple[Any, Any]:
+            given = {**flags, **({"key": key} if takes_key else {}), **kwargs}
+            if takes_state:
+                return function(*inputs, state=state, **given)
+            return function(*inputs, **given), state
+
+        if not self._vmap:
+            return one(inputs, key)
+        draws = takes_key and key is not None
+        keys = jax.random.split(key, _num_examples(inputs)) if draws else None
+        mapped = jax.vmap(one, in_axes=(0, 0), out_axes=(0, None), axis_name=AXIS)
+        return mapped(inputs, keys)
+
+
+class _Slot(NamedTuple):
+    """A leaf of the module; with a collection, an array that lies in the variables."""
+
+    collection: str | None
+    path: Path
+    leaf: Any
+
+
+class _Parts(NamedTuple):
+    slots: tuple[_Slot, ...]
+    structure: Any
+    state: Any
+
+
+def _pair(made: Any) -> tuple[Any, Any]:
+    module, state = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if isinstance(module, eqx.Module) and (state is None or isinstance(state, eqx.nn.State)):
+        return module, state
+    raise ConfigError(
+        "A model of Equinox is a module, or (module, state) as equinox.nn.make_with_state makes "
+        f"it; got {type(made).__name__}. Write lambda key: MyModule(..., key=key), or "
+        "lambda key: equinox.nn.make_with_state(MyModule)(..., key=key)."
+    )
+
+
+def _collection(leaf: Any) -> str | None:
+    if not (eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)):
+        return None
+    return "params" if jnp.issubdtype(leaf.dtype, jnp.inexact) else "arrays"
+
+
+def _form(leaf: Any) -> Any:
+    """Returns what is written down of a leaf: of an array its form, whether it has numbers yet."""
+    return leaf if _collection(leaf) is None else f"{leaf.dtype}{list(leaf.shape)}"
+
+
+def _name(key: Any) -> str:
+    return jax.tree_util.keystr((key,), simple=True)
+
+
+def _num_examples(inputs: tuple[Any, ...]) -> int:
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(inputs)]
+    if not shapes or not all(shapes):
+        raise ConfigError(
+            "An Equinox module is mapped over the leading axis of its inputs; their shapes are "
+            f"{shapes}. "
+            "Pass what has no such axis by keyword, or use distaff.models.whole_batches(module)."
+        )
+    return shapes[0][0]
+
+
+def _without_state(result: Any) -> Any:
+    has_state = isinstance(result, tuple) and any(isinstance(x, eqx.nn.State) for x in result)
+    return result[0] if has_state else result
+
+
+def _modules(module: Any, path: Path = ()) -> dict[Path, Any]:
+    """Returns the module and those inside that can be called, by path, each before its own."""
+    found = {path: module} if callable(module) or not path else {}
+
+    def is_inner(node: Any) -> bool:
+        return isinstance(node, eqx.Module) and node is not module
+
+    for keys, node in jax.tree.leaves_with_path(module, is_leaf=is_inner):
+        if is_inner(node):
+            found.update(_modules(node, (*path, *(_name(key) for key in keys))))
+    return found

@@ -1,0 +1,251 @@
+"""Flax NNX modules behind the functional face: taken apart once, put together in each trace."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.core import Tracer
+
+from distaff.config import to_json
+from distaff.errors import ConfigError
+from distaff.models.adapter import Adapter, LayerRow, Variables, leaf_of, nested
+from distaff.models.flags import method_of, mode_flag, parameters
+from distaff.models.layers import Path, describe, flops, listed, recorded_calls
+from distaff.typing import Key
+
+
+class NnxModel(Adapter):
+    """A `flax.nnx.Module` as pure functions.
+
+    Its variables are plain nested dictionaries: `nnx.Param` is what is trained, `nnx.BatchStat` the
+    running statistics, any other type of variable a collection of its class's name, and arrays that
+    are no variable the collection `arrays`. A variable that a pass adds, as `sow` does, is dropped.
+
+    Random streams are no variables: each pass begins every stream anew, from a key of its own that
+    is drawn from the key of the pass. So they need no checkpoint, and the key that a module was
+    made with, and how often it has drawn, make no difference.
+
+    Whether to train is told to all modules inside that have the attributes `deterministic` or
+    `use_running_average`, as `module.train()` and `module.eval()` do, and to the called method if
+    it has a parameter for it, as with Linen.
+
+    Args:
+        source: a module, whose variables are the initial ones whatever the seed; or a function
+            `f(rngs)` that makes one, which is called with the trainer's seed.
+    """
+
+    def __init__(self, source: nnx.Module | Callable[..., Any]) -> None:
+        self._source = source
+
+    @functools.cached_property
+    def module(self) -> nnx.Module:
+        """The module; one without numbers where a function makes it."""
+        if isinstance(self._source, nnx.Module):
+            return self._source
+        return nnx.eval_shape(lambda: self._made(jax.random.key(0)))
+
+    @property
+    def initial(self) -> Variables | None:
+        """The variables of a module that was passed ready-made."""
+        is_made = isinstance(self._source, nnx.Module)
+        return self._read(nnx.split(self._source)[1]) if is_made else None
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Class and plain attributes of every module inside, and the form of every array."""
+        variables = self._read(self._parts.state).by_collection()
+        return {
+            "$module": _class_name(self.module),
+            "kind": "flax.nnx",
+            "modules": {
+                "/".join(path): {"$type": _class_name(module), **_attributes(module)}
+                for path, module in _modules(self.module).items()
+            },
+            "arrays": jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", variables),
+        }
+
+    def init(self, key: Key, *inputs: Any) -> Variables:
+        """Makes the variables; the inputs are not needed, since NNX modules know their shapes."""
+        if isinstance(self._source, nnx.Module):
+            return self._read(nnx.split(self._source)[1])
+        return self._read(nnx.split(self._made(key))[1])
+
+    def apply(
+        self, variables: Variables, *inputs: Any, train: bool, key: Key | None, **kwargs: Any
+    ) -> tuple[Any, Variables]:
+        """Runs the forward pass; in training, every variable but the parameters may change.
+
+        `method="encode"` calls another method. A parameter `rngs` is given streams if the caller
+        does not.
+        """
+        module = self._merged(variables, train, key)
+        outputs = _called(module, inputs, kwargs, train, key)
+        if not train:
+            return outputs, variables
+        return outputs, self._read(nnx.split(module)[1])._replace(params=variables.params)
+
+    def bind(self, variables: Variables) -> nnx.Module:
+        """Returns a live module with the variables inside, in evaluation: `bound(x)`.
+
+        `bound.train()` makes it train; its random streams then begin with a fixed key.
+        """
+        return self._merged(variables, False, None)
+
+    def layers(self, key: Key, *inputs: Any) -> list[LayerRow]:
+        """Lists the modules in order of call, by abstract evaluation.
+
+        A module that runs inside an NNX transformation (`nnx.scan`) has no output here. FLOPs are
+        those of the whole model, as XLA estimates them before it optimizes.
+        """
+        outputs: dict[Path, str] = {}
+        kinds: dict[Path, str] = {}
+
+        def forward(variables: Variables, key: Key, *inputs: Any) -> None:
+            module = self._merged(variables, True, key)
+            modules = _modules(module)
+            kinds.update({path: type(each).__name__ for path, each in modules.items()})
+            with recorded_calls(modules) as seen:
+                result = _called(module, inputs, {}, True, key)
+            outputs.update(seen | {(): describe(result)})
+
+        def evaluate(variables: Variables, key: Key, *inputs: Any) -> Any:
+            return self.apply(variables, *inputs, train=False, key=key)[0]
+
+        variables = jax.eval_shape(self.init, key)
+        jax.eval_shape(forward, variables, key, *inputs)
+        return listed(variables, kinds, outputs, flops(evaluate, variables, key, *inputs))
+
+    def _made(self, key: Key) -> nnx.Module:
+        source: Any = self._source
+        module = source(rngs=nnx.Rngs(key))
+        if not isinstance(module, nnx.Module):
+            raise ConfigError(
+                "A model as a function f(rngs) returns a flax.nnx.Module; "
+                f"{getattr(source, '__qualname__', source)} returned {type(module).__name__}. "
+                "Write lambda rngs: MyModule(..., rngs=rngs)."
+            )
+        return _with_traced_arrays(module)
+
+    @functools.cached_property
+    def _parts(self) -> _Parts:
+        graph, state = nnx.split(self.module)
+        slots = [
+            _Slot(path, tuple(map(str, path)), _collection(leaf), leaf)
+            for path, leaf in nnx.to_flat_state(state)
+        ]
+        return _Parts(graph, state, tuple(slots))
+
+    def _read(self, state: Any) -> Variables:
+        found = dict(nnx.to_flat_state(state))
+        return nested(
+            (slot.collection, slot.names, _value(found[slot.path]))
+            for slot in self._parts.slots
+            if slot.collection is not None
+        )
+
+    def _merged(self, variables: Variables, train: bool, key: Key | None) -> nnx.Module:
+        collections = variables.by_collection()
+        key = jax.random.key(0) if key is None else key
+        leaves = []
+        for number, slot in enumerate(self._parts.slots):
+            if slot.collection is None:
+                value = _stream(slot.leaf, jax.random.fold_in(key, number))
+            else:
+                value = leaf_of(collections, slot.collection, slot.names)
+            is_variable = isinstance(slot.leaf, nnx.Variable)
+            leaves.append((slot.path, slot.leaf.replace(value) if is_variable else value))
+        module = nnx.merge(self._parts.graph, nnx.from_flat_state(leaves))
+        return nnx.view(
+            module,
+            raise_if_not_found=False,
+            deterministic=not train,
+            use_running_average=not train,
+        )
+
+
+class _Slot(NamedTuple):
+    """Where an array is in the module, and in the variables; no collection for random streams."""
+
+    path: tuple[Any, ...]
+    names: Path
+    collection: str | None
+    leaf: Any
+
+
+class _Parts(NamedTuple):
+    graph: Any
+    state: Any
+    slots: tuple[_Slot, ...]
+
+
+def _called(
+    module: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any], train: bool, key: Key | None
+) -> Any:
+    kwargs = dict(kwargs)
+    function = method_of(module, kwargs.pop("method", None))
+    flags: dict[str, Any] = mode_flag(function, train)
+    if key is not None and "rngs" in parameters(function):
+        flags["rngs"] = nnx.Rngs(key)
+    return function(*inputs, **{**flags, **kwargs})
+
+
+def _collection(leaf: Any) -> str | None:
+    if isinstance(leaf, nnx.RngState):
+        return None
+    if not isinstance(leaf, nnx.Variable):
+        return "arrays"
+    if isinstance(leaf, nnx.BatchStat):
+        return "batch_stats"
+    is_trained = isinstance(leaf, nnx.Param) and jnp.issubdtype(_value(leaf).dtype, jnp.inexact)
+    return "params" if is_trained else type(leaf).__name__
+
+
+def _value(leaf: Any) -> Any:
+    return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+
+
+def _stream(leaf: Any, key: Key) -> jax.Array:
+    """Returns the beginning of a random stream, or of several for layers that are stacked."""
+    like = _value(leaf)
+    if isinstance(leaf, nnx.RngCount):
+        return jnp.zeros(like.shape, like.dtype)
+    return jax.random.split(key, like.shape) if like.shape else key
+
+
+def _modules(module: nnx.Module) -> dict[Path, Any]:
+    """Returns the module and those inside by path, each before its own; containers are none."""
+    found = {
+        tuple(map(str, path)): node
+        for path, node in nnx.iter_modules(module)
+        if not path or callable(node)
+    }
+    return dict(sorted(found.items(), key=lambda item: len(item[0])))
+
+
+def _with_traced_arrays(module: nnx.Module) -> nnx.Module:
+    """Marks arrays that are no variables as data, as NNX does itself where it is not traced."""
+    for _, node in nnx.iter_modules(module):
+        for name, value in list(vars(node).items()):
+            if isinstance(value, Tracer):
+                setattr(node, name, nnx.data(value))
+    return module
+
+
+def _attributes(module: Any) -> dict[str, Any]:
+    """Returns the attributes that say what kind of module it is, as JSON."""
+    held = (nnx.Module, nnx.Variable, nnx.Rngs, jax.Array)
+    values = {
+        name: to_json(value)
+        for name, value in vars(module).items()
+        if not name.startswith("_") and not isinstance(value, held)
+    }
+    return {name: value for name, value in values.items() if "$repr" not in str(value)}
+
+
+def _class_name(module: Any) -> str:
+    return f"{type(module).__module__}:{type(module).__qualname__}"
