@@ -212,6 +212,7 @@ class Predictor:
 
         Raises:
             CheckpointError: nothing whole is there, or it is of another model.
+            ConfigError: `model` is none.
         """
         if options.get("tune_process", True):
             allocator.tune()  # before the checkpoint is looked at, which starts JAX

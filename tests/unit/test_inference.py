@@ -21,7 +21,7 @@ import pytest
 
 import distaff
 from distaff import Monitor, OptimizerConfig, data
-from distaff.errors import BatchError, CheckpointError
+from distaff.errors import BatchError, CheckpointError, ConfigError
 
 SCRIPT = """
 import flax.linen as nn
@@ -171,7 +171,7 @@ def test_model_or_its_class_may_be_passed_instead_of_found(run, copied, as_class
     edit(copied, model={"$class": "gone:Net", "width": 4})
     loaded = run.load(copied, model=run.module.Net if as_class else run.module.Net())
     np.testing.assert_array_equal(loaded.predict(loader(2)), run.predictions)
-    with pytest.raises(CheckpointError, match="builtins:int is none"):
+    with pytest.raises(ConfigError, match="Got the class int"):
         run.load(model=int)
 
 

@@ -24,8 +24,8 @@ def rebuild(record: Any, cls: Any = None) -> nn.Module:
 
     Args:
         record: `{"$class": "package.module:Name", ...hyperparameters}`.
-        cls: its class; without it, the one of the recorded name is looked for among the module
-            classes that this process has imported already.
+        cls: its class, a Linen one; without it, the one of the recorded name is looked for among
+            the module classes that this process has imported already.
 
     Raises:
         CheckpointError: the class is not imported, or a hyperparameter cannot be rebuilt.
@@ -38,8 +38,6 @@ def rebuild(record: Any, cls: Any = None) -> nn.Module:
         )
     cls = cls or _imported(str(record.get("$class")))
     name = _name(cls)
-    if not issubclass(cls, nn.Module):
-        raise CheckpointError(f"A model is a flax.linen.Module; {name} is none. {_REMEDY}")
     fields = {field.name: field for field in dataclasses.fields(cls)}
     arguments = {}
     for field_name, recorded in record.items():
