@@ -33,7 +33,7 @@ ROOMS = (
     *("forms", "fuse"),
     *("loggers", "display", "checkpoint", "callbacks"),
     *("events", "evaluate", "loop", "recording", "tally"),
-    *("predictor", "training", "resume", "recovery", "trainer", "tasks", "distaff"),
+    *("predictor", "training", "resume", "recovery", "checked", "trainer", "tasks", "distaff"),
     *("tune", "inspect", "cli"),
     *("integrations", "testing"),
 )

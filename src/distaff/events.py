@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from distaff.callbacks import StepInfo
-from distaff.data import Loader, as_loader
+from distaff.data import Loader, Stream, as_loader
 from distaff.errors import NonFiniteError
 from distaff.metrics import Metric
 from distaff.rows import BadStep
@@ -98,7 +98,7 @@ def make_plan(
     """Makes the plan of a run of `num_epochs` more epochs; loaders may be any iterables of batches.
 
     Raises:
-        BatchError: a loader yields no batches.
+        BatchError: a loader is no iterable of batches, or one that cannot be iterated so often.
         ConfigError: a count is not a whole number, at least 1.
     """
     train = as_loader(train_loader, name="train")
@@ -106,8 +106,15 @@ def make_plan(
     check_count("num_epochs", num_epochs)
     if steps_per_epoch is not None:
         check_count("steps_per_epoch", steps_per_epoch)
+    _check_passes(train, 1 if steps_per_epoch else num_epochs, "train")
+    _check_passes(val, num_epochs // check_val_every_n_epoch, "val")
     first, last = after_epoch + 1, after_epoch + num_epochs
     return Plan(train, val, steps_per_epoch, first, last, check_val_every_n_epoch)
+
+
+def _check_passes(loader: Loader | None, count: int, name: str) -> None:
+    if isinstance(loader, Stream):
+        loader.check_passes(count, name)
 
 
 class Run(Protocol):

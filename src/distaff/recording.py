@@ -26,7 +26,7 @@ _HOW_IT_RUNS = {
         *("log_every_n_steps", "steps_per_call", "table_depth", "root"),
         *("keep_last", "keep_best", "keep_every", "on_failed_save"),
         *("enable_progress_bar", "debug", "recompile", "tune_process", "save_every", "stuck_after"),
-        *("on_bad_numbers", "on_loss_spike", "spike_threshold", "max_skips"),
+        *("on_bad_numbers", "on_loss_spike", "spike_threshold", "max_skips", "on_bad_input"),
     )
 }
 """Options that lead to the same model, or are what one changes to go on after a bad step."""

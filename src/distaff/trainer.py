@@ -8,6 +8,7 @@ from typing import Any
 
 from distaff import loop
 from distaff import metrics as metrics_lib
+from distaff.checked import Checked
 from distaff.context import Context
 from distaff.data import (
     Loader,
@@ -25,7 +26,6 @@ from distaff.guard import guarded, make_guard
 from distaff.measured import StepFn, measured
 from distaff.optim import build_optimizer
 from distaff.recording import recorded
-from distaff.recovery import Recovering
 from distaff.rows import WindowEnd
 from distaff.state import owned
 from distaff.step import EvalFn, EvalStep
@@ -34,7 +34,7 @@ from distaff.trainer_config import TrainResult
 from distaff.typing import Batch, Params
 
 
-class TrainerModule(Recovering):
+class TrainerModule(Checked):
     """Trains a model: subclass it and write `loss_fn`.
 
     >>> class Regression(TrainerModule):
@@ -290,11 +290,11 @@ class TrainerModule(Recovering):
             watch=self.make_watch(),
         )
         self.forms, self._steps.ledger = self._steps.forms, self.ledger
+        self.check_batch(batch, "train")
         if plan.val_loader is not None:
-            batch = first_batch(plan.val_loader, name="val")
-            self._check_monitors(self._evaluator.shapes(state, batch))
+            self._check_monitors(self.check_evaluation(plan.val_loader, "val"))
         if test_loader is not None:
-            self._evaluator.shapes(state, first_batch(test_loader, name="test"))
+            self.check_evaluation(test_loader, "test")
 
     def _check_monitors(self, metrics: Mapping[str, Any]) -> None:
         """Checks that what is monitored exists, unless an override may add or ignore it."""

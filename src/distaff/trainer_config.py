@@ -16,6 +16,7 @@ from distaff.errors import ConfigError, nearest
 C = TypeVar("C", bound="TrainerConfig")
 
 BadNumbersPolicy: TypeAlias = Literal["raise", "skip", "rollback"]
+BadInputPolicy: TypeAlias = Literal["raise", "warn", "ignore"]
 SpikePolicy: TypeAlias = Literal["ignore", "raise", "skip", "rollback"]
 
 
@@ -61,6 +62,9 @@ class TrainerConfig:
         spike_threshold: how many standard deviations above the median of the last 128 losses a
             spike is, by a robust estimate.
         max_skips: how many steps in a row may be skipped, and how often a run may go back.
+        on_bad_input: what values in the first batch of a loader lead to that are surely wrong, such as
+            NaN, or labels of classes that the model does not have: "raise" ends the run before it
+            begins, "warn" warns and goes on, "ignore" does not look.
         stuck_after: how long a run may make no progress until the log is told where every thread
             stands; None to watch nothing. Compiling may take six times as long.
         table_depth: levels of modules in the model table, 0 for the whole model in one line; None
@@ -95,6 +99,7 @@ class TrainerConfig:
     on_loss_spike: SpikePolicy = "ignore"
     spike_threshold: float = 8.0
     max_skips: int = 10
+    on_bad_input: BadInputPolicy = "raise"
     stuck_after: str | float | None = "10m"
     table_depth: int | None = None
     enable_progress_bar: bool = True
@@ -113,6 +118,7 @@ class TrainerConfig:
         check_choice("recompile", self.recompile, Recompile)
         check_choice("on_bad_numbers", self.on_bad_numbers, BadNumbersPolicy)
         check_choice("on_loss_spike", self.on_loss_spike, SpikePolicy)
+        check_choice("on_bad_input", self.on_bad_input, BadInputPolicy)
         check_choice("on_failed_save", self.on_failed_save, Literal["raise", "warn"])
         if self.resume not in ("auto", "must", "never") and type(self.resume) is not int:
             known = nearest(str(self.resume), ("auto", "must", "never"))

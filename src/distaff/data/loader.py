@@ -14,6 +14,8 @@ from distaff.errors import BatchError, ConfigError, leaf_name
 from distaff.typing import Batch
 
 _NOT_NUMBERS = "OSUTMm"
+_ENCODE = "Encode it as numbers, or leave it out."
+_PAD = "Pad all examples to one shape, and yield a mask of what is real beside them."
 
 
 @runtime_checkable
@@ -88,7 +90,7 @@ def num_batches(loader: Loader) -> int | None:
         return None
 
 
-def num_examples(batch: Batch) -> int:
+def num_examples(batch: Batch, *, name: str = "") -> int:
     """Returns the length of the leading axis that all leaves of a batch share.
 
     Only `shape` and `dtype` are read: NumPy and JAX arrays, tracers and
@@ -96,6 +98,7 @@ def num_examples(batch: Batch) -> int:
 
     Args:
         batch: a pytree of arrays `[batch, ...]`.
+        name: of the loader that it comes from, such as `"train"`, for the error.
 
     Returns:
         The number of examples.
@@ -108,23 +111,24 @@ def num_examples(batch: Batch) -> int:
     32
     """
     leaves = jax.tree_util.tree_leaves_with_path(batch)
+    whose = f"a batch of the {name} loader" if name else "a batch"
     if not leaves:
         raise BatchError(
-            f"A batch must hold at least one array [batch, ...]; got {type(batch).__name__} "
+            f"{whose.capitalize()} must hold at least one array [batch, ...]; got {type(batch).__name__} "
             "without leaves. Yield for example {'image': images, 'label': labels}."
         )
-    shapes = {leaf_name(path): _array_shape(leaf_name(path), leaf) for path, leaf in leaves}
+    shapes = {leaf_name(path): _array_shape(leaf_name(path), leaf, whose) for path, leaf in leaves}
     first, *others = shapes
     for other in others:
         if shapes[other][0] != shapes[first][0]:
             raise BatchError(
-                "All leaves of a batch must have the same leading length; "
+                f"All leaves of {whose} must have the same leading length; "
                 f"{other!r} has shape {shapes[other]}, {first!r} has shape {shapes[first]}. "
                 "Yield one row per example in every leaf."
             )
     if shapes[first][0] == 0:
         raise BatchError(
-            f"A batch must hold at least one example; {first!r} has shape {shapes[first]}. "
+            f"{whose.capitalize()} must hold at least one example; {first!r} has shape {shapes[first]}. "
             "Leave empty batches out."
         )
     return shapes[first][0]
@@ -147,7 +151,7 @@ def first_batch(loader: Loader, *, name: str = "data") -> Batch:
     batch = peek() if peek else _peek_and_return(loader)
     if batch is None:
         raise _empty(name)
-    num_examples(batch)
+    num_examples(batch, name="" if name == "data" else name)
     return batch
 
 
@@ -196,20 +200,24 @@ def _peek_and_return(loader: Loader) -> Batch | None:
     return batch
 
 
-def _array_shape(name: str, leaf: Any) -> tuple[int, ...]:
+def _array_shape(name: str, leaf: Any, whose: str) -> tuple[int, ...]:
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        is_text = isinstance(leaf, str | bytes)
+        remedy = _ENCODE if is_text else "Write numpy.asarray([...]) around all examples' values."
         raise BatchError(
-            f"All leaves of a batch must be arrays [batch, ...]; {name!r} is of type "
-            f"{type(leaf).__name__}. Write numpy.asarray([...]) around the values of all examples."
+            f"All leaves of {whose} must be arrays [batch, ...]; {name!r} is of type "
+            f"{type(leaf).__name__}. {remedy}"
         )
     if isinstance(leaf.dtype, np.dtype) and leaf.dtype.kind in _NOT_NUMBERS:
+        is_ragged = leaf.dtype.hasobject and any(np.ndim(each) for each in leaf.flat)
+        held = " and holds arrays of several shapes" if is_ragged else ""
         raise BatchError(
-            f"All leaves of a batch must hold numbers; {name!r} has dtype {leaf.dtype}. "
-            "Encode it as numbers, or leave it out."
+            f"All leaves of {whose} must hold numbers; {name!r} has dtype {leaf.dtype}{held}. "
+            f"{_PAD if is_ragged else _ENCODE}"
         )
     if not leaf.shape:
         raise BatchError(
-            f"All leaves of a batch must have a leading axis [batch, ...]; {name!r} is a scalar. "
+            f"All leaves of {whose} must have a leading axis [batch, ...]; {name!r} is a scalar. "
             "Put the values of all examples into one array, or leave it out."
         )
     return tuple(leaf.shape)

@@ -14,6 +14,10 @@ from distaff.typing import Batch
 
 _EPOCH_END = object()
 _FINGERPRINT = "fingerprint"
+_ANEW = (
+    "Pass a list, a function that returns a new generator (the function, not its call), or the "
+    "number of batches in an epoch (steps_per_epoch)."
+)
 
 
 class Stream:
@@ -71,6 +75,22 @@ class Stream:
         self._resumed = False
         while (batch := self._pull()) is not _EPOCH_END:
             yield batch
+
+    def check_passes(self, count: int, name: str) -> None:
+        """Checks, before a run begins, that the source can be iterated this often.
+
+        Args:
+            count: epochs that are asked for.
+            name: what the error calls the loader, such as `"train"`.
+
+        Raises:
+            BatchError: it is an iterator or a running generator, and more than one is asked for.
+        """
+        if count > 1 and isinstance(self._source, Iterator):
+            raise BatchError(
+                f"The {name} loader must yield its batches anew in each of {count} epochs; the "
+                f"{type(self._source).__name__} can be iterated only once. {_ANEW}"
+            )
 
     def peek(self) -> Batch | None:
         """Returns the next batch in line, which stays in line, or None where there is none."""
@@ -163,8 +183,7 @@ class Stream:
             if empty and (self._epoch or self._batch):
                 raise BatchError(
                     f"The {type(self._source).__name__} has no batches for epoch {self._epoch}: it "
-                    "can be iterated only once. Pass a list, a function that returns a new "
-                    "generator, or the number of batches in an epoch (steps_per_epoch)."
+                    f"can be iterated only once. {_ANEW}"
                 )
             if empty:
                 return
