@@ -1,4 +1,4 @@
-"""Checks: what a run looks at before it begins, so that bad input has a name and not a traceback."""
+"""Checks: what a run looks at before it begins, so that bad input has a name."""
 
 from __future__ import annotations
 

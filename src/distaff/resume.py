@@ -304,7 +304,7 @@ class Resumable(Training):
         self.tally = Tally(self.tally.epoch + 1)
         return self.info(metrics, is_best)
 
-    def _go_to(self, position: Mapping[str, int], loader: Loader, name: str) -> None:
+    def _go_to(self, position: Mapping[str, Any], loader: Loader, name: str) -> None:
         try:
             loader.set_state(position)
         except ChangedBatchesError as error:

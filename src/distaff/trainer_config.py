@@ -62,9 +62,9 @@ class TrainerConfig:
         spike_threshold: how many standard deviations above the median of the last 128 losses a
             spike is, by a robust estimate.
         max_skips: how many steps in a row may be skipped, and how often a run may go back.
-        on_bad_input: what values in the first batch of a loader lead to that are surely wrong, such as
-            NaN, or labels of classes that the model does not have: "raise" ends the run before it
-            begins, "warn" warns and goes on, "ignore" does not look.
+        on_bad_input: what values in the first batch of a loader lead to that are surely wrong, such
+            as NaN, or labels of classes that the model does not have: "raise" ends the run before
+            it begins, "warn" warns and goes on, "ignore" does not look.
         stuck_after: how long a run may make no progress until the log is told where every thread
             stands; None to watch nothing. Compiling may take six times as long.
         table_depth: levels of modules in the model table, 0 for the whole model in one line; None

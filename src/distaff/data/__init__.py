@@ -17,6 +17,7 @@ from distaff.data.chunk import (
 from distaff.data.cifar import read_cifar10, read_cifar100
 from distaff.data.entry import entry
 from distaff.data.feed import Feed, Feeds
+from distaff.data.huggingface import from_datasets
 from distaff.data.idx import read_idx
 from distaff.data.loader import (
     Loader,
@@ -28,6 +29,7 @@ from distaff.data.loader import (
 )
 from distaff.data.mapped import MappedLoader
 from distaff.data.pictures import cifar10, cifar10_names, cifar100, cifar100_names, mnist
+from distaff.data.positioned import Positioned, Restartable
 from distaff.data.python_source import python_source
 from distaff.data.stream import Stream
 from distaff.data.windows import held_out_windows, shuffled_windows
@@ -43,6 +45,8 @@ __all__ = [
     "Loader",
     "MappedLoader",
     "One",
+    "Positioned",
+    "Restartable",
     "Source",
     "Stacked",
     "Stream",
@@ -55,6 +59,7 @@ __all__ = [
     "entry",
     "epoch_of",
     "first_batch",
+    "from_datasets",
     "held_out_windows",
     "mnist",
     "num_batches",

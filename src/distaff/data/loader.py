@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 
+from distaff.data.adapters import adapted
 from distaff.data.stream import Stream
 from distaff.errors import BatchError, ConfigError, leaf_name
 from distaff.typing import Batch
@@ -36,11 +37,15 @@ class Loader(Protocol):
         """
         ...
 
-    def get_state(self) -> dict[str, int]:
-        """Returns the position after the last batch that was handed out, fit for JSON."""
+    def get_state(self) -> dict[str, Any]:
+        """Returns the position after the last batch that was handed out.
+
+        Its values are those that JSON has, and come back from it as they are: whole numbers,
+        texts, lists and dicts. A checkpoint holds it.
+        """
         ...
 
-    def set_state(self, state: Mapping[str, int]) -> None:
+    def set_state(self, state: Mapping[str, Any]) -> None:
         """Goes to a position: the next `iter()` yields exactly what was left of that epoch.
 
         That may be nothing, where the last batch of the epoch had been handed out.
@@ -52,7 +57,9 @@ class Loader(Protocol):
 
 
 def as_loader(data: Any, *, name: str = "data") -> Loader:
-    """Returns a loader as it is, and any other iterable of batches wrapped in a `Stream`.
+    """Returns a loader as it is, data of other libraries adapted, other iterables as a `Stream`.
+
+    What Grain, PyTorch and TensorFlow yield batches with is known; see `distaff.data.adapters`.
 
     Args:
         data: a loader, an iterable of batches, or a function that returns one.
@@ -64,6 +71,9 @@ def as_loader(data: Any, *, name: str = "data") -> Loader:
     Raises:
         BatchError: the value is no iterable of batches, for example the arrays themselves.
     """
+    known = adapted(data)
+    if known is not None:
+        return known
     if isinstance(data, Loader):
         return data
     arrays_in_a_tuple = isinstance(data, tuple) and {hasattr(item, "shape") for item in data} == {
@@ -114,8 +124,9 @@ def num_examples(batch: Batch, *, name: str = "") -> int:
     whose = f"a batch of the {name} loader" if name else "a batch"
     if not leaves:
         raise BatchError(
-            f"{whose.capitalize()} must hold at least one array [batch, ...]; got {type(batch).__name__} "
-            "without leaves. Yield for example {'image': images, 'label': labels}."
+            f"{whose.capitalize()} must hold at least one array [batch, ...]; got "
+            f"{type(batch).__name__} without leaves. Yield for example {{'image': images, 'label': "
+            "labels}."
         )
     shapes = {leaf_name(path): _array_shape(leaf_name(path), leaf, whose) for path, leaf in leaves}
     first, *others = shapes
@@ -128,8 +139,8 @@ def num_examples(batch: Batch, *, name: str = "") -> int:
             )
     if shapes[first][0] == 0:
         raise BatchError(
-            f"{whose.capitalize()} must hold at least one example; {first!r} has shape {shapes[first]}. "
-            "Leave empty batches out."
+            f"{whose.capitalize()} must hold at least one example; {first!r} has shape "
+            f"{shapes[first]}. Leave empty batches out."
         )
     return shapes[first][0]
 
