@@ -5,10 +5,11 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from distaff.data import Loader, first_batch
+from distaff.data import Chunk, Loader, One, first_batch, num_examples
 from distaff.data.inspection import narrowed, not_finite
 from distaff.errors import BatchError
 from distaff.evaluate import Evaluator
+from distaff.metrics import compute
 from distaff.recovery import Recovering
 from distaff.typing import Batch
 
@@ -50,7 +51,10 @@ class Checked(Recovering):
             warnings.warn(complaint, stacklevel=2)
 
     def check_evaluation(self, loader: Loader, name: str) -> dict[str, Any]:
-        """Traces the evaluation of a loader's first batch, and looks at that batch.
+        """Traces the evaluation of a loader's first batch, looks at that batch, and evaluates it.
+
+        What is evaluated before the training, unless `check_validation=False`, is one batch of a
+        validation loader. Neither the state, nor a random number, nor the loader's place changes.
 
         Returns:
             The metrics it gives, as shapes.
@@ -61,4 +65,7 @@ class Checked(Recovering):
         batch = first_batch(loader, name=name)
         shapes = self._evaluator.shapes(self.evaluation_state(), batch)
         self.check_batch(batch, name)
+        if name != "test" and self.config.check_validation:
+            chunk = Chunk(1, num_examples(batch), One(batch))
+            compute(self._evaluator(self.evaluation_state(), [chunk]))
         return shapes

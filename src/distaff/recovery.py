@@ -146,7 +146,7 @@ class Recovering(Resumable):
         """Goes back to a checkpoint, which from then on names what is left out around a batch."""
         before = self.left_out
         reach = _REACH * 2 ** sum(each.back_to == step for each in before)
-        saved = self.put_back(store, step, val=not isinstance(self.plan.val_loader, Stream))
+        saved = self.put_back(store, step, val=not self._validates_on_streams)
         start = max(0, batch - reach)
         if self.tally.epoch == epoch:  # what is in the state cannot be left out of it
             start = max(start, num_drawn(self.tally.steps, left_out(before, epoch)))
@@ -154,6 +154,10 @@ class Recovering(Resumable):
         self.reached = self.step, self.epoch
         facts = self.facts({}, None) if saved is None else self.facts(saved.metrics, saved.is_best)
         self.save(facts)
+
+    @property
+    def _validates_on_streams(self) -> bool:
+        return any(isinstance(loader, Stream) for loader in self.plan.val_loaders.values())
 
     def _kept(self) -> str:
         good = self.recording.store.latest()

@@ -19,9 +19,11 @@ from distaff.data.entry import entry
 from distaff.data.feed import Feed, Feeds
 from distaff.data.huggingface import from_datasets
 from distaff.data.idx import read_idx
+from distaff.data.limited import Limited, first_batches, limited
 from distaff.data.loader import (
     Loader,
     as_loader,
+    closing_made,
     epoch_of,
     first_batch,
     num_batches,
@@ -42,6 +44,7 @@ __all__ = [
     "Feeds",
     "Form",
     "Gathered",
+    "Limited",
     "Loader",
     "MappedLoader",
     "One",
@@ -55,12 +58,15 @@ __all__ = [
     "cifar10_names",
     "cifar100",
     "cifar100_names",
+    "closing_made",
     "digits",
     "entry",
     "epoch_of",
     "first_batch",
+    "first_batches",
     "from_datasets",
     "held_out_windows",
+    "limited",
     "mnist",
     "num_batches",
     "num_examples",

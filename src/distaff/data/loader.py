@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
@@ -90,6 +91,21 @@ def as_loader(data: Any, *, name: str = "data") -> Loader:
             "Write data.ArrayLoader(arrays, batch_size=...) for arrays in memory."
         )
     return Stream(data)
+
+
+@contextmanager
+def closing_made(*pairs: tuple[Any, Any]) -> Generator[None]:
+    """Closes in the end the loaders that were made of something else, so that nothing runs on.
+
+    Args:
+        *pairs: what was given, and the loader it became.
+    """
+    try:
+        yield
+    finally:
+        for given, made in pairs:
+            if made is not given and hasattr(made, "close"):
+                made.close()
 
 
 def num_batches(loader: Loader) -> int | None:

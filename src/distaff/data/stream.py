@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
+from contextlib import suppress
 from typing import Any
 
 import jax
@@ -141,6 +142,12 @@ class Stream:
             )
         self._resumed = True
 
+    def close(self) -> None:
+        """Ends what the source has running, such as worker processes; an epoch begins anew."""
+        with suppress(ValueError):  # a thread that hangs in the source is left alone
+            self._line.close()
+        self._begin(self._epoch + (self._batch > 0))
+
     def _read_to(self, target: tuple[int, int]) -> None:
         here = (self._epoch, self._batch)
         if type(self._source) in (list, tuple) and self._source and target[0] > here[0] + 1:
@@ -173,7 +180,7 @@ class Stream:
             self._epoch, self._batch = self._epoch + 1, 0
         return item
 
-    def _read(self) -> Iterator[Any]:
+    def _read(self) -> Generator[Any]:
         """Yields the batches of all epochs, with a mark after each epoch."""
         while True:
             empty = True
