@@ -33,7 +33,8 @@ ROOMS = (
     *("forms", "fuse"),
     *("loggers", "display", "checkpoint", "callbacks", "weights"),
     *("events", "evaluate", "loop", "recording", "tally"),
-    *("predictor", "training", "resume", "warm_start", "recovery", "trainer", "tasks", "distaff"),
+    *("predictor", "training", "resume", "warm_start", "recovery", "checked", "trainer"),
+    *("tasks", "distaff"),
     *("tune", "inspect", "cli"),
     *("integrations", "testing"),
 )

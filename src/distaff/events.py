@@ -8,12 +8,12 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from distaff.callbacks import StepInfo
-from distaff.data import Loader, as_loader
-from distaff.errors import NonFiniteError
+from distaff.data import Loader, Stream, as_loader, first_batches, limited, num_batches
+from distaff.errors import ConfigError, NonFiniteError
 from distaff.metrics import Metric
 from distaff.rows import BadStep
 from distaff.state import TrainState
-from distaff.trainer_config import check_count
+from distaff.trainer_config import TrainerConfig, check_count
 
 
 class ChunkEnd(NamedTuple):
@@ -71,7 +71,8 @@ class Plan(NamedTuple):
 
     Attributes:
         train_loader: yields the batches of one epoch each time it is iterated.
-        val_loader: validated on; None for a run without validation.
+        val_loaders: validated on, by the name their metrics are logged under: `val`, or
+            `val_clean` and the like; none for a run without validation.
         steps_per_epoch: where to cut epochs; None for the train loader's own.
         first_epoch: the first epoch to train, counted from 1.
         last_epoch: the last one, included.
@@ -79,11 +80,16 @@ class Plan(NamedTuple):
     """
 
     train_loader: Loader
-    val_loader: Loader | None
+    val_loaders: Mapping[str, Loader]
     steps_per_epoch: int | None
     first_epoch: int
     last_epoch: int
     check_val_every_n_epoch: int
+
+    @property
+    def num_epochs(self) -> int:
+        """How many epochs there are."""
+        return self.last_epoch - self.first_epoch + 1
 
 
 def make_plan(
@@ -92,22 +98,87 @@ def make_plan(
     *,
     num_epochs: int,
     steps_per_epoch: int | None,
-    check_val_every_n_epoch: int,
+    options: TrainerConfig,
     after_epoch: int = 0,
 ) -> Plan:
     """Makes the plan of a run of `num_epochs` more epochs; loaders may be any iterables of batches.
 
+    Args:
+        train_loader: of the training.
+        val_loader: of the validation; a dict of them by name for several; None for none.
+        num_epochs: how many there are.
+        steps_per_epoch: where to cut them; None for the train loader's own.
+        options: how often to validate, and how many batches to take.
+        after_epoch: completed epochs.
+
     Raises:
-        BatchError: a loader yields no batches.
+        BatchError: a loader is no iterable of batches, or one that cannot be iterated so often.
         ConfigError: a count is not a whole number, at least 1.
     """
     train = as_loader(train_loader, name="train")
-    val = None if val_loader is None else as_loader(val_loader, name="val")
+    vals = _by_name(val_loader)
     check_count("num_epochs", num_epochs)
     if steps_per_epoch is not None:
         check_count("steps_per_epoch", steps_per_epoch)
+    num_epochs = 1 if options.fast_dev_run else num_epochs
+    every, most = options.check_val_every_n_epoch, options.most_batches
+    if options.overfit_batches is not None:
+        batches = first_batches(train, options.overfit_batches)
+        train, vals = Stream(batches), {name: Stream(batches) for name in vals}
+    if most is not None:
+        length = steps_per_epoch or num_batches(train) or most
+        steps_per_epoch = min(length, most)
+    vals = {name: limited(loader, most) for name, loader in vals.items()}
+    _check_passes(train, 1 if steps_per_epoch else num_epochs, "train")
+    for name, loader in vals.items():
+        _check_passes(loader, num_epochs // every, name)
     first, last = after_epoch + 1, after_epoch + num_epochs
-    return Plan(train, val, steps_per_epoch, first, last, check_val_every_n_epoch)
+    return Plan(train, vals, steps_per_epoch, first, last, every)
+
+
+def _by_name(val_loader: Any) -> dict[str, Loader]:
+    """Returns the loaders to validate on, by the name their metrics are logged under."""
+    if val_loader is None:
+        return {}
+    is_named = isinstance(val_loader, Mapping) and not any(
+        hasattr(each, "shape") for each in val_loader.values()
+    )
+    if not is_named:
+        return {"val": as_loader(val_loader, name="val")}
+    for name in val_loader:
+        if not isinstance(name, str) or not name.isidentifier():
+            raise ConfigError(
+                "A validation set's name becomes that of its metrics, as in val_clean/loss; got "
+                f"{name!r}. Use letters, digits and underscores."
+            )
+    return {f"val_{name}": as_loader(each, name=f"val_{name}") for name, each in val_loader.items()}
+
+
+def made_of(val_loader: Any, plan: Plan) -> list[tuple[Any, Loader]]:
+    """Returns what was given to validate on, each with the loader that it became."""
+    loaders = given(plan.val_loaders)
+    if not isinstance(loaders, dict):
+        return [] if loaders is None else [(val_loader, loaders)]
+    return [(val_loader[name], loader) for name, loader in loaders.items()]
+
+
+def _check_passes(loader: Loader, count: int, name: str) -> None:
+    if isinstance(loader, Stream):
+        loader.check_passes(count, name)
+
+
+def given(val_loaders: Mapping[str, Any]) -> Any:
+    """Returns the loaders of a validation, or what belongs to them, in the form of the argument.
+
+    Args:
+        val_loaders: as a `Plan` has them.
+
+    Returns:
+        None without any; the one named `val` itself; several by their names without `val_`.
+    """
+    if set(val_loaders) <= {"val"}:
+        return val_loaders.get("val")
+    return {name.removeprefix("val_"): each for name, each in val_loaders.items()}
 
 
 class Run(Protocol):
@@ -152,9 +223,7 @@ class Run(Protocol):
         """Evaluates; returns the metrics."""
         ...
 
-    def on_validation_epoch_end(
-        self, epoch: int, metrics: dict[str, Any], val_loader: Loader
-    ) -> None:
+    def on_validation_epoch_end(self, epoch: int, metrics: dict[str, Any], val_loader: Any) -> None:
         """Called after each validation."""
 
     def save_metrics(self, name: str, metrics: Mapping[str, Any]) -> None:

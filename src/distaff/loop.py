@@ -35,7 +35,7 @@ import numpy as np
 
 from distaff.callbacks import StepInfo
 from distaff.data import Chunk
-from distaff.events import BadNumbers, ChunkEnd, Pause, Plan, Run
+from distaff.events import BadNumbers, ChunkEnd, Pause, Plan, Run, given
 from distaff.flight import Flight
 from distaff.fuse import Steps
 from distaff.rows import Readout, WindowEnd
@@ -125,9 +125,10 @@ def _rest(run: Run, plan: Plan) -> Iterator[tuple[str, StepInfo]]:
         yield "on_epoch_end", run.info(metrics)
         validation: dict[str, Any] = {}
         is_due, is_best = epoch % plan.check_val_every_n_epoch == 0, False
-        if is_due and plan.val_loader is not None:
-            validation = run.eval_model(plan.val_loader, "val/")
-            run.on_validation_epoch_end(epoch, validation, plan.val_loader)
+        if is_due and plan.val_loaders:
+            for name, loader in plan.val_loaders.items():
+                validation.update(run.eval_model(loader, f"{name}/"))
+            run.on_validation_epoch_end(epoch, validation, given(plan.val_loaders))
             yield "on_validation_end", run.info(validation)
             run.save_metrics(f"val_epoch_{epoch:04d}", validation)
             is_best = run.is_new_model_better(validation, run.best_metrics)

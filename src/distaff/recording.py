@@ -25,8 +25,16 @@ _HOW_IT_RUNS = {
     for name in (
         *("log_every_n_steps", "steps_per_call", "table_depth", "root"),
         *("keep_last", "keep_best", "keep_every", "on_failed_save"),
-        *("enable_progress_bar", "debug", "recompile", "tune_process", "save_every", "stuck_after"),
-        *("on_bad_numbers", "on_loss_spike", "spike_threshold", "max_skips"),
+        *(
+            "enable_progress_bar",
+            "debug",
+            "recompile",
+            "tune_process",
+            "check_validation",
+            "save_every",
+            "stuck_after",
+        ),
+        *("on_bad_numbers", "on_loss_spike", "spike_threshold", "max_skips", "on_bad_input"),
     )
 }
 """Options that lead to the same model, or are what one changes to go on after a bad step."""
@@ -347,7 +355,7 @@ def make_recording(
         loggers: the user's loggers.
         resume: as in `TrainerConfig`.
     """
-    if options.root is None:
+    if options.root is None or options.fast_dev_run:
         return NullRecording(loggers)
     make_store = partial(
         CheckpointStore,

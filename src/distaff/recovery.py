@@ -171,7 +171,7 @@ class Recovering(WarmStart):
         length = self.plan.steps_per_epoch or num_batches(self.plan.train_loader)
         reach = reach if length is None else min(reach, max(1, length // _MIN_REST))
         self.feeds.settle(self.plan.train_loader)
-        saved = self.put_back(store, step, val=not isinstance(self.plan.val_loader, Stream))
+        saved = self.put_back(store, step, val=not self._validates_on_streams)
         start = max(0, batch - reach)
         if self.tally.epoch == epoch:  # what is in the state cannot be left out of it
             start = max(start, num_drawn(self.tally.steps, left_out(before, epoch)))
@@ -179,6 +179,10 @@ class Recovering(WarmStart):
         self.reached = self.step, self.epoch
         facts = self.facts({}, None) if saved is None else self.facts(saved.metrics, saved.is_best)
         self.save(facts)
+
+    @property
+    def _validates_on_streams(self) -> bool:
+        return any(isinstance(loader, Stream) for loader in self.plan.val_loaders.values())
 
     def _kept(self) -> str:
         good = self.recording.store.latest()

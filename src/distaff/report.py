@@ -21,7 +21,7 @@ _LONG_WAIT = 0.1
 
 _FASTER_DATA = (
     "Give arrays as a data.ArrayLoader, whose batches are gathered as arrays; let a loader of "
-    "your own do less per batch, do it once before the training, or load ahead in a thread."
+    "your own do less per batch, do it once before the training, or have more workers."
 )
 
 

@@ -18,7 +18,7 @@ from distaff.checkpoint.failure import warned
 from distaff.data import Loader
 from distaff.data.left_out import Stretch
 from distaff.errors import ChangedBatchesError, CheckpointError
-from distaff.events import BadNumbers, Interrupted, Pause
+from distaff.events import BadNumbers, Interrupted, Pause, given
 from distaff.forms import continued
 from distaff.guard import form_of, shown
 from distaff.interruption import Interruption
@@ -101,7 +101,7 @@ class Resumable(Training):
     @property
     def _may_lose_saves(self) -> bool:
         """Whether the run goes on after a save that failed."""
-        return self.config.on_failed_save == "warn" and self.config.root is not None
+        return self.config.on_failed_save == "warn" and self.config.writes
 
     def load_model(self) -> None:
         """Loads the best checkpoint of this run, whole; the newest where none is the best.
@@ -226,7 +226,7 @@ class Resumable(Training):
             metrics: of the validation before it, at the end of an epoch.
             is_best: whether that found the best model; None elsewhere than at the end of an epoch.
         """
-        val_loader = self.plan.val_loader
+        positions = {n: dict(self.feeds.position(v)) for n, v in self.plan.val_loaders.items()}
         return {
             "step": self.step,
             "epoch": self.epoch,
@@ -246,7 +246,7 @@ class Resumable(Training):
             "num_skipped": self.num_skipped,
             "guard": form_of(self.ready_state().guard),
             "loader": dict(self.feeds.position(self.plan.train_loader)),
-            "val_loader": None if val_loader is None else dict(self.feeds.position(val_loader)),
+            "val_loader": given(positions),
             "callbacks": [callback.get_state() for callback in self.callbacks.callbacks],
             "logger": self.recording.logger.position(),
             "steps_per_call": self.forms.facts(),
@@ -293,8 +293,12 @@ class Resumable(Training):
             for callback, state in zip(self.callbacks.callbacks, info["callbacks"], strict=True):
                 callback.set_state(state)
             self._go_to(info["loader"], self.plan.train_loader, "train")
-            if val and self.plan.val_loader is not None and info["val_loader"] is not None:
-                self._go_to(info["val_loader"], self.plan.val_loader, "val")
+            if val and info["val_loader"] is not None:
+                is_one = "val" in self.plan.val_loaders
+                for name, loader in self.plan.val_loaders.items():
+                    short = name.removeprefix("val_")
+                    position = info["val_loader"] if is_one else info["val_loader"][short]
+                    self._go_to(position, loader, name)
             self.keep_form(info["steps_per_call"])
             self.recording.logger.resume(step, info["logger"])
             is_best, metrics = info["is_best"], dict(_numbers(info["metrics"]))
@@ -310,7 +314,7 @@ class Resumable(Training):
         self.tally = Tally(self.tally.epoch + 1)
         return self.info(metrics, is_best)
 
-    def _go_to(self, position: Mapping[str, int], loader: Loader, name: str) -> None:
+    def _go_to(self, position: Mapping[str, Any], loader: Loader, name: str) -> None:
         try:
             loader.set_state(position)
         except ChangedBatchesError as error:

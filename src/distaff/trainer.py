@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from typing import Any
 
 from distaff import loop
 from distaff import metrics as metrics_lib
+from distaff.checked import Checked
 from distaff.context import Context
 from distaff.data import (
     Loader,
     as_loader,
+    closing_made,
     first_batch,
+    limited,
     num_batches,
     num_examples,
 )
 from distaff.display import as_text
 from distaff.errors import LossError
 from distaff.evaluate import Evaluator
-from distaff.events import ChunkEnd, Interrupted, Plan, make_plan
+from distaff.events import ChunkEnd, Interrupted, Plan, made_of, make_plan
 from distaff.fuse import make_steps
 from distaff.guard import guarded, make_guard
 from distaff.measured import StepFn, measured
 from distaff.optim import build_optimizer
 from distaff.recording import recorded
-from distaff.recovery import Recovering
 from distaff.rows import WindowEnd
 from distaff.state import owned
 from distaff.step import EvalFn, EvalStep
@@ -34,7 +36,7 @@ from distaff.trainer_config import TrainResult
 from distaff.typing import Batch, Params
 
 
-class TrainerModule(Recovering):
+class TrainerModule(Checked):
     """Trains a model: subclass it and write `loss_fn`.
 
     >>> class Regression(TrainerModule):
@@ -139,7 +141,9 @@ class TrainerModule(Recovering):
 
         Args:
             train_loader: a loader, or any iterable of batches.
-            val_loader: validated on every `check_val_every_n_epoch` epochs.
+            val_loader: validated on every `check_val_every_n_epoch` epochs. Of a dict of loaders,
+                each gives metrics of its own: `{"clean": a, "noisy": b}` gives `val_clean/loss`
+                and `val_noisy/loss`; `monitor` names one of them.
             test_loader: tested on once, at the end, with the best weights.
             num_epochs: epochs to train.
             steps_per_epoch: cuts epochs of this many steps; needed for a loader without length
@@ -156,14 +160,17 @@ class TrainerModule(Recovering):
             val_loader,
             num_epochs=num_epochs,
             steps_per_epoch=steps_per_epoch,
-            check_val_every_n_epoch=self.config.check_val_every_n_epoch,
+            options=self.config,
             after_epoch=self.epoch,
         )
         test = None if test_loader is None else as_loader(test_loader, name="test")
-        with self.listening(), closing(self.display):
+        if test is not None:
+            test = limited(test, self.config.most_batches)
+        made = (train_loader, plan.train_loader), (test_loader, test), *made_of(val_loader, plan)
+        with closing_made(*made), self.listening(), closing(self.display):
             self.begin(plan)
             self.prepare(plan, test)
-            epochs = {"num_epochs": num_epochs, "steps_per_epoch": steps_per_epoch}
+            epochs = {"num_epochs": plan.num_epochs, "steps_per_epoch": plan.steps_per_epoch}
             self.run_record = self.record(first_epoch=plan.first_epoch, **epochs)
             texts = {"model.txt": as_text(self.table)}
             recording = recorded(self.recording, self.run_record, texts, self.outcome)
@@ -262,10 +269,11 @@ class TrainerModule(Recovering):
     def on_training_epoch_end(self, epoch: int, metrics: dict[str, Any]) -> None:
         """Called after each training epoch; what is added to `metrics` is logged."""
 
-    def on_validation_epoch_end(
-        self, epoch: int, metrics: dict[str, Any], val_loader: Loader
-    ) -> None:
-        """Called after each validation; what is added to `metrics` is logged, or monitored."""
+    def on_validation_epoch_end(self, epoch: int, metrics: dict[str, Any], val_loader: Any) -> None:
+        """Called after each validation; what is added to `metrics` is logged, or monitored.
+
+        Several validation loaders come as a dict.
+        """
 
     def prepare(self, plan: Plan, test_loader: Loader | None = None) -> None:
         """Makes all that a run needs and checks it; nothing is written.
@@ -279,8 +287,8 @@ class TrainerModule(Recovering):
         elif self.recording.path is not None:
             self.recording = self.init_logger()
         steps_per_epoch = plan.steps_per_epoch or num_batches(plan.train_loader)
-        num_epochs = plan.last_epoch - plan.first_epoch + 1
-        self.init_optimizer(None if steps_per_epoch is None else steps_per_epoch * num_epochs)
+        total = None if steps_per_epoch is None else steps_per_epoch * plan.num_epochs
+        self.init_optimizer(total)
         state = self.evaluation_state()  # of the same form as the one that is trained
         self._steps = make_steps(
             self.execution,
@@ -292,19 +300,21 @@ class TrainerModule(Recovering):
             watch=self.make_watch(),
         )
         self.forms, self._steps.ledger = self._steps.forms, self.ledger
-        if plan.val_loader is not None:
-            batch = first_batch(plan.val_loader, name="val")
-            self._check_monitors(self._evaluator.shapes(state, batch))
+        self.check_batch(batch, "train")
+        if plan.val_loaders:
+            found = {n: self.check_evaluation(v, n) for n, v in plan.val_loaders.items()}
+            self._check_monitors(f"{n}/{metric}" for n, each in found.items() for metric in each)
         if test_loader is not None:
-            self._evaluator.shapes(state, first_batch(test_loader, name="test"))
+            self.check_evaluation(test_loader, "test")
 
-    def _check_monitors(self, metrics: Mapping[str, Any]) -> None:
+    def _check_monitors(self, names: Iterable[str]) -> None:
         """Checks that what is monitored exists, unless an override may add or ignore it."""
         override_points = ("on_validation_epoch_end", "eval_model", "is_new_model_better")
         if any(getattr(type(self), n) is not getattr(TrainerModule, n) for n in override_points):
             return
+        known = list(names)
         for monitor in (self.monitor, *self.callbacks.monitors):
-            monitor.check(f"val/{name}" for name in metrics)
+            monitor.check(known)
 
     def _finish(self, test_loader: Loader | None) -> dict[str, Any]:
         """Keeps the last state where no epoch's end has, loads the best, and tests it."""

@@ -16,6 +16,7 @@ from distaff.errors import ConfigError, nearest
 C = TypeVar("C", bound="TrainerConfig")
 
 BadNumbersPolicy: TypeAlias = Literal["raise", "skip", "rollback"]
+BadInputPolicy: TypeAlias = Literal["raise", "warn", "ignore"]
 SpikePolicy: TypeAlias = Literal["ignore", "raise", "skip", "rollback"]
 
 
@@ -61,8 +62,18 @@ class TrainerConfig:
         spike_threshold: how many standard deviations above the median of the last 128 losses a
             spike is, by a robust estimate.
         max_skips: how many steps in a row may be skipped, and how often a run may go back.
+        on_bad_input: what values in the first batch of a loader lead to that are surely wrong, such
+            as NaN, or labels of classes that the model does not have: "raise" ends the run before
+            it begins, "warn" warns and goes on, "ignore" does not look.
         stuck_after: how long a run may make no progress until the log is told where every thread
             stands; None to watch nothing. Compiling may take six times as long.
+        limit_batches: take at most this many batches of each loader in an epoch. The training goes
+            on in the next epoch with those that follow; None for all.
+        overfit_batches: train in each epoch on the same first batches of the train loader, this
+            many, and validate on them: their loss is to go to zero. None for a usual run.
+        fast_dev_run: try the code out: one epoch of one batch of each loader; nothing is written.
+        check_validation: evaluate one batch of each validation loader before the training begins,
+            so that a mistake in it shows at once.
         table_depth: levels of modules in the model table, 0 for the whole model in one line; None
             for every module and each of its arrays.
         enable_progress_bar: False draws nothing.
@@ -95,7 +106,12 @@ class TrainerConfig:
     on_loss_spike: SpikePolicy = "ignore"
     spike_threshold: float = 8.0
     max_skips: int = 10
+    on_bad_input: BadInputPolicy = "raise"
     stuck_after: str | float | None = "10m"
+    limit_batches: int | None = None
+    overfit_batches: int | None = None
+    fast_dev_run: bool = False
+    check_validation: bool = True
     table_depth: int | None = None
     enable_progress_bar: bool = True
     debug: bool = False
@@ -106,13 +122,15 @@ class TrainerConfig:
         names = ("check_val_every_n_epoch", "log_every_n_steps", "keep_last", "keep_best")
         for name in (*names, "max_skips"):
             check_count(name, getattr(self, name))
-        if self.keep_every is not None:
-            check_count("keep_every", self.keep_every)
+        for name in ("keep_every", "limit_batches", "overfit_batches"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
         if self.steps_per_call != "auto":
             check_count("steps_per_call", self.steps_per_call)
         check_choice("recompile", self.recompile, Recompile)
         check_choice("on_bad_numbers", self.on_bad_numbers, BadNumbersPolicy)
         check_choice("on_loss_spike", self.on_loss_spike, SpikePolicy)
+        check_choice("on_bad_input", self.on_bad_input, BadInputPolicy)
         check_choice("on_failed_save", self.on_failed_save, Literal["raise", "warn"])
         if self.resume not in ("auto", "must", "never") and type(self.resume) is not int:
             known = nearest(str(self.resume), ("auto", "must", "never"))
@@ -127,6 +145,16 @@ class TrainerConfig:
             raise ConfigError(f"table_depth is a whole number, at least 0, or None; got {depth!r}.")
         if not isinstance(self.seed, Integral):
             raise ConfigError(f"seed is a whole number; got {self.seed!r}.")
+
+    @property
+    def most_batches(self) -> int | None:
+        """The most batches of a loader to take in an epoch; None for all."""
+        return 1 if self.fast_dev_run else self.limit_batches
+
+    @property
+    def writes(self) -> bool:
+        """Whether runs have a directory."""
+        return self.root is not None and not self.fast_dev_run
 
 
 def check_count(name: str, value: Any) -> None:

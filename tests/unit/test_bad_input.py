@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -169,6 +169,114 @@ BATCHES = {
     ),
 }
 
+CLASSES = {"x": np.ones((4, 3), np.float32), "label": np.array([0, 1, 2, 1])}
+
+
+def classify(*loaders: Any, outputs: int = 3, **options: Any) -> Any:
+    trainer = tasks.Classifier(nn.Dense(outputs), enable_progress_bar=False, **options)
+    return trainer.train_model(*loaders, num_epochs=1)
+
+
+def with_value(name: str, value: Any, place: Any = 2) -> dict[str, Any]:
+    """Returns a batch of both kinds with one number replaced."""
+    batch = {key: np.array(leaf) for key, leaf in {**BATCH, **CLASSES}.items()}
+    batch[name][place] = value
+    return batch
+
+
+def ragged(*lengths: int) -> np.ndarray:
+    found = np.empty(len(lengths), object)
+    found[:] = [np.ones(length) for length in lengths]
+    return found
+
+
+class Lists:
+    """A loader of one's own, of which nobody makes arrays."""
+
+    def __init__(self, *batches: Any) -> None:
+        self.batches, self.state = batches, {"epoch": 0, "batch": 0}
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        for number, batch in enumerate(self.batches, 1):
+            self.state = {"epoch": self.state["epoch"], "batch": number}
+            yield batch
+        self.state = {"epoch": self.state["epoch"] + 1, "batch": 0}
+
+    def get_state(self) -> dict[str, int]:
+        return self.state
+
+    def set_state(self, state: Any) -> None:
+        self.state = dict(state)
+
+
+def batches_of_one() -> Iterator[Any]:
+    yield BATCH
+
+
+VALUES = {
+    "ragged": Case(
+        lambda: train([{**BATCH, "x": ragged(2, 3, 2, 2)}] * 2),
+        BatchError,
+        ("of a batch of the train loader must", "'x' has dtype object and holds arrays", "Pad all"),
+    ),
+    "objects": Case(
+        lambda: train(None, [{**BATCH, "x": np.array([{}] * 4)}]),
+        BatchError,
+        ("of the val loader must hold numbers", "'x' has dtype object.", "Encode it"),
+    ),
+    "text": Case(
+        lambda: train(Lists({**BATCH, "name": "four"})),
+        BatchError,
+        ("train loader must be arrays", "'name' is of type str", "Encode it as numbers"),
+    ),
+    "used up": Case(
+        lambda: train(batches_of_one()),
+        BatchError,
+        ("train loader must yield its batches anew in each of 2", "generator", "not its call"),
+    ),
+    "used up val": Case(
+        lambda: train(None, batches_of_one()), BatchError, ("The val loader must", "only once")
+    ),
+    **{
+        f"{value} {name}": Case(
+            lambda loaders=loaders, value=value: train(
+                *(each and [with_value("x", value, (2, 1))] for each in loaders)
+            ),
+            BatchError,
+            (
+                f"of a batch of the {name} loader, 'x' has 1 {found} among 12 values, first in",
+                "example 2",
+                "Look at how it is read",
+                "on_bad_input='warn'",
+            ),
+        )
+        for value, found in ((np.nan, "NaN"), (-np.inf, "infinite"))
+        for name, loaders in (
+            ("train", (True,)),
+            ("val", (None, True)),
+            ("test", (None, None, True)),
+        )
+    },
+    "label above": Case(
+        lambda: classify([with_value("label", 7)] * 2),
+        BatchError,
+        ("class indices from 0 to 2", "reach from 0 to 7", "example 2 is 7", "as many outputs"),
+    ),
+    "label below": Case(
+        lambda: classify([CLASSES], [with_value("label", -1)]),
+        BatchError,
+        ("of the val loader reach from -1 to 1", "example 2 is -1"),
+    ),
+    "label from one": Case(
+        lambda: classify([CLASSES], None, [{**CLASSES, "label": np.array([1, 2, 3, 1])}]),
+        BatchError,
+        ("of the test loader reach from 1 to 3", "example 2 is 3", "Subtract 1"),
+    ),
+}
+
 METRICS = {
     "monitor": Case(
         lambda: train(None, [BATCH], attributes={"monitor": Monitor("val/los")}),
@@ -261,7 +369,7 @@ def everything(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
-@cases(LOSSES, BATCHES, METRICS, OPTIONS, OPTIMIZERS, CHECKPOINTS)
+@cases(LOSSES, BATCHES, VALUES, METRICS, OPTIONS, OPTIMIZERS, CHECKPOINTS)
 def test_bad_input_is_explained_before_anything_is_written(case, tmp_path, capfd):
     with pytest.raises(DistaffError) as caught:
         case.attempt()
@@ -303,3 +411,70 @@ def test_trainer_can_be_used_after_a_refusal(tmp_path):
     result = trainer.train_model([BATCH] * 2, num_epochs=1)
     assert (result.step, result.path) == (2, Path("runs/regression/0001"))
     assert jax.tree.all(jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), trainer.state.params))
+
+
+def test_bad_values_may_be_trained_on_with_a_warning_or_without_a_word():
+    batches = [{**BATCH, "unused": np.array([np.nan, np.inf, 0, np.nan], np.float32)}] * 2
+    with pytest.warns(UserWarning, match=r"'unused' has 2 NaN and 1 infinite among 4 values"):
+        train(batches, root=None, on_bad_input="warn")
+    train(batches, root=None, on_bad_input="ignore")
+    with pytest.raises(ConfigError, match="on_bad_input has no value 'raised'"):
+        train(batches, on_bad_input="raised")
+
+
+def test_run_that_skips_bad_steps_takes_bad_batches():
+    batches = [with_value("x", np.nan), with_value("x", 1.0)]
+    result = classify(batches, root=None, on_bad_numbers="skip")
+    assert result.step == 2
+    assert np.isfinite(result.metrics["train/loss"])
+
+
+def test_labels_are_not_looked_at_under_a_loss_of_ones_own():
+    class Masked(tasks.Classifier):
+        def loss_fn(self, params, batch, ctx):
+            logits = ctx.apply(params, batch["x"])
+            one_hot = jax.nn.one_hot(batch["label"], 3)  # all zeros where there is no label
+            return optax.losses.softmax_cross_entropy(logits, one_hot)
+
+    trainer = Masked(nn.Dense(3), root=None, enable_progress_bar=False)
+    assert trainer.train_model([with_value("label", -1)], num_epochs=1).step == 1
+
+
+def test_doubles_are_trained_on_as_floats_with_one_warning_that_names_them():
+    wide = {**BATCH, "x": BATCH["x"].astype(np.float64)}
+    dtypes = []
+
+    def loss(params, batch, ctx):
+        dtypes.append(batch["x"].dtype)
+        return jnp.square(ctx.apply(params, batch["x"])[:, 0])
+
+    with pytest.warns(
+        UserWarning, match="the train loader, 'x' come as float64, and are trained on as float32"
+    ) as caught:
+        train([wide] * 3, root=None, loss=loss)
+    assert len(caught) == 1
+    assert set(dtypes) == {jnp.dtype("float32")}
+
+
+def test_later_batch_that_is_none_is_named_with_its_loader():
+    for bad, said in (
+        ({**BATCH, "y": BATCH["y"].tolist()}, "'y/0' is of type float"),
+        (SHORT, "'y' has shape"),
+        ({**BATCH, "x": np.array(["a"] * 4)}, "'x' has dtype <U1"),
+    ):
+        with pytest.raises(BatchError, match="of a batch of the train loader") as caught:
+            train(Lists(BATCH, bad), root=None)
+        assert said in str(caught.value)
+
+
+def test_inspection_costs_nothing_after_the_first_batch(monkeypatch):
+    looked_at = []
+
+    class Looking(Regression):
+        def check_batch(self, batch, name):
+            looked_at.append(name)
+            super().check_batch(batch, name)
+
+    trainer = Looking(nn.Dense(1), root=None, enable_progress_bar=False)
+    trainer.train_model([BATCH] * 5, [BATCH] * 2, [BATCH], num_epochs=2)
+    assert looked_at == ["train", "val", "test"]

@@ -17,10 +17,13 @@ from distaff.data.chunk import (
 from distaff.data.cifar import read_cifar10, read_cifar100
 from distaff.data.entry import entry
 from distaff.data.feed import Feed, Feeds
+from distaff.data.huggingface import from_datasets
 from distaff.data.idx import read_idx
+from distaff.data.limited import Limited, first_batches, limited
 from distaff.data.loader import (
     Loader,
     as_loader,
+    closing_made,
     epoch_of,
     first_batch,
     num_batches,
@@ -28,6 +31,7 @@ from distaff.data.loader import (
 )
 from distaff.data.mapped import MappedLoader
 from distaff.data.pictures import cifar10, cifar10_names, cifar100, cifar100_names, mnist
+from distaff.data.positioned import Positioned, Restartable
 from distaff.data.python_source import python_source
 from distaff.data.stream import Stream
 from distaff.data.windows import held_out_windows, shuffled_windows
@@ -40,9 +44,12 @@ __all__ = [
     "Feeds",
     "Form",
     "Gathered",
+    "Limited",
     "Loader",
     "MappedLoader",
     "One",
+    "Positioned",
+    "Restartable",
     "Source",
     "Stacked",
     "Stream",
@@ -51,11 +58,15 @@ __all__ = [
     "cifar10_names",
     "cifar100",
     "cifar100_names",
+    "closing_made",
     "digits",
     "entry",
     "epoch_of",
     "first_batch",
+    "first_batches",
+    "from_datasets",
     "held_out_windows",
+    "limited",
     "mnist",
     "num_batches",
     "num_examples",

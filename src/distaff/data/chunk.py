@@ -112,7 +112,7 @@ class Chunk(NamedTuple):
     num_steps: int
     examples: int
     source: Source
-    position: Mapping[str, int] | None = None
+    position: Mapping[str, Any] | None = None
     num_bytes: int = 0
 
 

@@ -38,16 +38,16 @@ class Feed:
     def __init__(self, loader: Loader, *, name: str, resident: bool) -> None:
         self.loader = loader
         self._name = name
-        self._kind: _Batches | _Gathers = _Batches()
+        self._kind: _Batches | _Gathers = _Batches(name)
         # A subclass may yield something else than the rows of its arrays.
         if type(loader) is ArrayLoader:
             self._kind = _Gathers(loader, _placed(loader) if resident else None)
         self._ahead: Ahead[Chunk] = Ahead()
-        self._position: Mapping[str, int] | None = None
+        self._position: Mapping[str, Any] | None = None
         self._kept: _Kept | None = None
 
     @property
-    def position(self) -> Mapping[str, int]:
+    def position(self) -> Mapping[str, Any]:
         """Where the loader stood after the last chunk handed out: it may have been read further."""
         return self.loader.get_state() if self._position is None else self._position
 
@@ -126,7 +126,7 @@ class Feed:
         if self._kept is None or self._kept.key != key:
             chunks = []
             slices = _slices(loader.arrays, rows)
-            for chunk in _chunks_of(slices, lambda: form, _Batches()):
+            for chunk in _chunks_of(slices, lambda: form, _Batches(self._name)):
                 source = chunk.source.padded(len(rows[0])) if even else chunk.source
                 placed = jax.device_put(source, may_alias=False)
                 chunks.append(chunk._replace(source=placed))
@@ -162,7 +162,7 @@ class Feed:
         kept = (item for number, item in numbered if number not in without)
         yield from _chunks_of(kept if without else chain(waiting, items), form, self._kind)
 
-    def _items(self, steps_per_epoch: int | None) -> Iterator[tuple[Any, Mapping[str, int]]]:
+    def _items(self, steps_per_epoch: int | None) -> Iterator[tuple[Any, Mapping[str, Any]]]:
         """Yields the batches of an epoch, or their rows, each with the position after it."""
         source = _Rows(self.loader) if isinstance(self._kind, _Gathers) else self.loader
         for item in epoch_of(source, steps_per_epoch, name=self._name):
@@ -172,8 +172,11 @@ class Feed:
 class _Batches:
     """Chunks of what a loader yields."""
 
+    def __init__(self, name: str) -> None:
+        self._name = name
+
     def size(self, item: PyTree) -> int:
-        return num_examples(item)
+        return num_examples(item, name=self._name)
 
     def num_bytes(self, item: PyTree) -> int:
         return _num_bytes(item)
@@ -226,7 +229,7 @@ class Feeds:
         self._feeds = [feed, *others[: _MAX_FEEDS - 1], *older]
         return feed
 
-    def position(self, loader: Loader) -> Mapping[str, int]:
+    def position(self, loader: Loader) -> Mapping[str, Any]:
         """Returns where a loader stood after the last chunk that was handed out of it."""
         feed = self._known(loader)
         return loader.get_state() if feed is None else feed.position
@@ -247,10 +250,10 @@ class _Rows:
     def __init__(self, loader: Any) -> None:
         self._loader = loader
 
-    def get_state(self) -> dict[str, int]:
+    def get_state(self) -> dict[str, Any]:
         return self._loader.get_state()
 
-    def set_state(self, state: Mapping[str, int]) -> None:
+    def set_state(self, state: Mapping[str, Any]) -> None:
         self._loader.set_state(state)
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -264,7 +267,7 @@ def _chunks_of(
     waiting = list(islice(items, 1))
     while waiting:
         num_steps, capacity = form()
-        num_bytes = kind.num_bytes(waiting[0][0])
+        size, num_bytes = kind.size(waiting[0][0]), kind.num_bytes(waiting[0][0])
         capacity = min(capacity, 1 + _MAX_CHUNK_BYTES // num_bytes)
         num_steps = min(num_steps, capacity)
         waiting.extend(islice(items, max(num_steps - len(waiting), 0)))
@@ -272,7 +275,7 @@ def _chunks_of(
         position = waiting[len(group) - 1][1]
         del waiting[: len(group)]
         source = kind.source(group, capacity)
-        yield Chunk(len(group), kind.size(group[0]), source, position, num_bytes * capacity)
+        yield Chunk(len(group), size, source, position, num_bytes * capacity)
         del group, source
         if not waiting:
             waiting.extend(islice(items, 1))
@@ -299,7 +302,7 @@ def _of_one_form(items: Sequence[PyTree]) -> Sequence[PyTree]:
 
 def _form(item: PyTree) -> Any:
     leaves, structure = jax.tree.flatten(item)
-    return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
+    return structure, [(np.shape(leaf), getattr(leaf, "dtype", None)) for leaf in leaves]
 
 
 def _on_device(source: Source) -> Source:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
+from distaff.data.adapters import adapted
 from distaff.data.stream import Stream
 from distaff.errors import BatchError, ConfigError, leaf_name
 from distaff.typing import Batch
 
 _NOT_NUMBERS = "OSUTMm"
+_ENCODE = "Encode it as numbers, or leave it out."
+_PAD = "Pad all examples to one shape, and yield a mask of what is real beside them."
 
 
 @runtime_checkable
@@ -34,11 +38,15 @@ class Loader(Protocol):
         """
         ...
 
-    def get_state(self) -> dict[str, int]:
-        """Returns the position after the last batch that was handed out, fit for JSON."""
+    def get_state(self) -> dict[str, Any]:
+        """Returns the position after the last batch that was handed out.
+
+        Its values are those that JSON has, and come back from it as they are: whole numbers,
+        texts, lists and dicts. A checkpoint holds it.
+        """
         ...
 
-    def set_state(self, state: Mapping[str, int]) -> None:
+    def set_state(self, state: Mapping[str, Any]) -> None:
         """Goes to a position: the next `iter()` yields exactly what was left of that epoch.
 
         That may be nothing, where the last batch of the epoch had been handed out.
@@ -50,7 +58,9 @@ class Loader(Protocol):
 
 
 def as_loader(data: Any, *, name: str = "data") -> Loader:
-    """Returns a loader as it is, and any other iterable of batches wrapped in a `Stream`.
+    """Returns a loader as it is, data of other libraries adapted, other iterables as a `Stream`.
+
+    What Grain, PyTorch and TensorFlow yield batches with is known; see `distaff.data.adapters`.
 
     Args:
         data: a loader, an iterable of batches, or a function that returns one.
@@ -62,6 +72,9 @@ def as_loader(data: Any, *, name: str = "data") -> Loader:
     Raises:
         BatchError: the value is no iterable of batches, for example the arrays themselves.
     """
+    known = adapted(data)
+    if known is not None:
+        return known
     if isinstance(data, Loader):
         return data
     arrays_in_a_tuple = isinstance(data, tuple) and {hasattr(item, "shape") for item in data} == {
@@ -80,6 +93,21 @@ def as_loader(data: Any, *, name: str = "data") -> Loader:
     return Stream(data)
 
 
+@contextmanager
+def closing_made(*pairs: tuple[Any, Any]) -> Generator[None]:
+    """Closes in the end the loaders that were made of something else, so that nothing runs on.
+
+    Args:
+        *pairs: what was given, and the loader it became.
+    """
+    try:
+        yield
+    finally:
+        for given, made in pairs:
+            if made is not given and hasattr(made, "close"):
+                made.close()
+
+
 def num_batches(loader: Loader) -> int | None:
     """Returns the number of batches in an epoch, or None where the loader does not know it."""
     try:
@@ -88,7 +116,7 @@ def num_batches(loader: Loader) -> int | None:
         return None
 
 
-def num_examples(batch: Batch) -> int:
+def num_examples(batch: Batch, *, name: str = "") -> int:
     """Returns the length of the leading axis that all leaves of a batch share.
 
     Only `shape` and `dtype` are read: NumPy and JAX arrays, tracers and
@@ -96,6 +124,7 @@ def num_examples(batch: Batch) -> int:
 
     Args:
         batch: a pytree of arrays `[batch, ...]`.
+        name: of the loader that it comes from, such as `"train"`, for the error.
 
     Returns:
         The number of examples.
@@ -108,24 +137,26 @@ def num_examples(batch: Batch) -> int:
     32
     """
     leaves = jax.tree_util.tree_leaves_with_path(batch)
+    whose = f"a batch of the {name} loader" if name else "a batch"
     if not leaves:
         raise BatchError(
-            f"A batch must hold at least one array [batch, ...]; got {type(batch).__name__} "
-            "without leaves. Yield for example {'image': images, 'label': labels}."
+            f"{whose.capitalize()} must hold at least one array [batch, ...]; got "
+            f"{type(batch).__name__} without leaves. Yield for example {{'image': images, 'label': "
+            "labels}."
         )
-    shapes = {leaf_name(path): _array_shape(leaf_name(path), leaf) for path, leaf in leaves}
+    shapes = {leaf_name(path): _array_shape(leaf_name(path), leaf, whose) for path, leaf in leaves}
     first, *others = shapes
     for other in others:
         if shapes[other][0] != shapes[first][0]:
             raise BatchError(
-                "All leaves of a batch must have the same leading length; "
+                f"All leaves of {whose} must have the same leading length; "
                 f"{other!r} has shape {shapes[other]}, {first!r} has shape {shapes[first]}. "
                 "Yield one row per example in every leaf."
             )
     if shapes[first][0] == 0:
         raise BatchError(
-            f"A batch must hold at least one example; {first!r} has shape {shapes[first]}. "
-            "Leave empty batches out."
+            f"{whose.capitalize()} must hold at least one example; {first!r} has shape "
+            f"{shapes[first]}. Leave empty batches out."
         )
     return shapes[first][0]
 
@@ -147,7 +178,7 @@ def first_batch(loader: Loader, *, name: str = "data") -> Batch:
     batch = peek() if peek else _peek_and_return(loader)
     if batch is None:
         raise _empty(name)
-    num_examples(batch)
+    num_examples(batch, name="" if name == "data" else name)
     return batch
 
 
@@ -196,20 +227,24 @@ def _peek_and_return(loader: Loader) -> Batch | None:
     return batch
 
 
-def _array_shape(name: str, leaf: Any) -> tuple[int, ...]:
+def _array_shape(name: str, leaf: Any, whose: str) -> tuple[int, ...]:
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        is_text = isinstance(leaf, str | bytes)
+        remedy = _ENCODE if is_text else "Write numpy.asarray([...]) around all examples' values."
         raise BatchError(
-            f"All leaves of a batch must be arrays [batch, ...]; {name!r} is of type "
-            f"{type(leaf).__name__}. Write numpy.asarray([...]) around the values of all examples."
+            f"All leaves of {whose} must be arrays [batch, ...]; {name!r} is of type "
+            f"{type(leaf).__name__}. {remedy}"
         )
     if isinstance(leaf.dtype, np.dtype) and leaf.dtype.kind in _NOT_NUMBERS:
+        is_ragged = leaf.dtype.hasobject and any(np.ndim(each) for each in leaf.flat)
+        held = " and holds arrays of several shapes" if is_ragged else ""
         raise BatchError(
-            f"All leaves of a batch must hold numbers; {name!r} has dtype {leaf.dtype}. "
-            "Encode it as numbers, or leave it out."
+            f"All leaves of {whose} must hold numbers; {name!r} has dtype {leaf.dtype}{held}. "
+            f"{_PAD if is_ragged else _ENCODE}"
         )
     if not leaf.shape:
         raise BatchError(
-            f"All leaves of a batch must have a leading axis [batch, ...]; {name!r} is a scalar. "
+            f"All leaves of {whose} must have a leading axis [batch, ...]; {name!r} is a scalar. "
             "Put the values of all examples into one array, or leave it out."
         )
     return tuple(leaf.shape)

@@ -50,11 +50,11 @@ class MappedLoader:
         """Returns the first batch to come, without handing it out."""
         return self._function(first_batch(self.loader))
 
-    def get_state(self) -> dict[str, int]:
+    def get_state(self) -> dict[str, Any]:
         """Returns the position of the loader."""
         return self.loader.get_state()
 
-    def set_state(self, state: Mapping[str, int]) -> None:
+    def set_state(self, state: Mapping[str, Any]) -> None:
         """Goes to a position that `get_state` returned.
 
         Raises:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
+from contextlib import suppress
 from typing import Any
 
 import jax
@@ -14,6 +15,10 @@ from distaff.typing import Batch
 
 _EPOCH_END = object()
 _FINGERPRINT = "fingerprint"
+_ANEW = (
+    "Pass a list, a function that returns a new generator (the function, not its call), or the "
+    "number of batches in an epoch (steps_per_epoch)."
+)
 
 
 class Stream:
@@ -72,6 +77,22 @@ class Stream:
         while (batch := self._pull()) is not _EPOCH_END:
             yield batch
 
+    def check_passes(self, count: int, name: str) -> None:
+        """Checks, before a run begins, that the source can be iterated this often.
+
+        Args:
+            count: epochs that are asked for.
+            name: what the error calls the loader, such as `"train"`.
+
+        Raises:
+            BatchError: it is an iterator or a running generator, and more than one is asked for.
+        """
+        if count > 1 and isinstance(self._source, Iterator):
+            raise BatchError(
+                f"The {name} loader must yield its batches anew in each of {count} epochs; the "
+                f"{type(self._source).__name__} can be iterated only once. {_ANEW}"
+            )
+
     def peek(self) -> Batch | None:
         """Returns the next batch in line, which stays in line, or None where there is none."""
         while not self._ahead or self._ahead[-1] is _EPOCH_END:
@@ -121,6 +142,12 @@ class Stream:
             )
         self._resumed = True
 
+    def close(self) -> None:
+        """Ends what the source has running, such as worker processes; an epoch begins anew."""
+        with suppress(ValueError):  # a thread that hangs in the source is left alone
+            self._line.close()
+        self._begin(self._epoch + (self._batch > 0))
+
     def _read_to(self, target: tuple[int, int]) -> None:
         here = (self._epoch, self._batch)
         if type(self._source) in (list, tuple) and self._source and target[0] > here[0] + 1:
@@ -153,7 +180,7 @@ class Stream:
             self._epoch, self._batch = self._epoch + 1, 0
         return item
 
-    def _read(self) -> Iterator[Any]:
+    def _read(self) -> Generator[Any]:
         """Yields the batches of all epochs, with a mark after each epoch."""
         while True:
             empty = True
@@ -163,8 +190,7 @@ class Stream:
             if empty and (self._epoch or self._batch):
                 raise BatchError(
                     f"The {type(self._source).__name__} has no batches for epoch {self._epoch}: it "
-                    "can be iterated only once. Pass a list, a function that returns a new "
-                    "generator, or the number of batches in an epoch (steps_per_epoch)."
+                    f"can be iterated only once. {_ANEW}"
                 )
             if empty:
                 return

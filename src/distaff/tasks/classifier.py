@@ -10,6 +10,7 @@ import optax
 
 from distaff.context import Context
 from distaff.data import entry
+from distaff.data.inspection import out_of_range
 from distaff.errors import LossError
 from distaff.monitor import Monitor
 from distaff.trainer import TrainerModule
@@ -31,6 +32,9 @@ class Classifier(TrainerModule):
 
     monitor = Monitor("val/accuracy", mode="max")
 
+    _num_classes: int | None = None
+    """As the loss has seen it when it was traced; None before, or under a loss of one's own."""
+
     def labels(self, batch: Batch) -> jax.Array:
         """Returns the labels of a batch, int `[batch]`. Override it for other batches.
 
@@ -38,6 +42,16 @@ class Classifier(TrainerModule):
             BatchError: no labels are found.
         """
         return entry(batch, _LABEL_NAMES, 1, what="The label", override="labels(self, batch)")
+
+    def check_batch(self, batch: Batch, name: str) -> None:
+        """Looks at the first batch of a loader; see `TrainerModule`.
+
+        Raises:
+            BatchError: also for labels of classes that the model does not have.
+        """
+        super().check_batch(batch, name)
+        if self._num_classes is not None:
+            self.object_to(out_of_range(self.labels(batch), self._num_classes, name))
 
     def loss_fn(self, params: Params, batch: Batch, ctx: Context) -> Any:
         """Returns the cross-entropy `[batch]`, and the accuracy."""
@@ -50,5 +64,6 @@ class Classifier(TrainerModule):
             )
         if not jnp.issubdtype(labels.dtype, jnp.integer):
             raise LossError(f"Labels are class indices, of an int dtype; got {labels.dtype}.")
+        self._num_classes = logits.shape[1]
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return loss, {"accuracy": logits.argmax(axis=-1) == labels}

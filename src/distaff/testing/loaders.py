@@ -47,12 +47,11 @@ class LoaderContract(ABC):
         assert_batches_equal(_epochs(self.make_loader(), 2), _epochs(self.make_loader(), 2))
 
     def test_state_is_json(self) -> None:
-        """The state holds Python ints, and survives JSON."""
+        """The state holds values of JSON, and comes back from it as it was."""
         loader = self.make_loader()
         for _ in loader:
             state = loader.get_state()
-            assert json.loads(json.dumps(state)) == state
-            assert all(type(value) is int for value in state.values()), state
+            assert json.loads(json.dumps(state, allow_nan=False)) == state
 
     def test_state_resumes_exactly_at_every_position(self) -> None:
         """What is left of the epoch and all later epochs are those of an uninterrupted run."""

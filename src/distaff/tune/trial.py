@@ -93,7 +93,7 @@ class Task:
                 val,
                 num_epochs=self.num_epochs,
                 steps_per_epoch=self.steps_per_epoch,
-                check_val_every_n_epoch=trainer.config.check_val_every_n_epoch,
+                options=trainer.config,
             )
         )
         self.trainer(config)  # refuses the same trainer again

@@ -1,0 +1,96 @@
+"""Inspection: what of a batch a run would fail at late, or change silently."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distaff.errors import leaf_name
+from distaff.typing import Batch
+
+
+def not_finite(batch: Batch, name: str) -> str:
+    """Returns what is wrong with a batch that holds NaN or infinities; nothing without.
+
+    Args:
+        batch: a pytree of arrays `[batch, ...]`; those of JAX are fetched.
+        name: of the loader that it comes from.
+
+    >>> not_finite({"x": np.array([[1.0, np.nan]])}, "train").split(";")[0]
+    'All inputs must be finite'
+    """
+    for leaf_path, values in _floats(batch):
+        bad = ~np.isfinite(values)
+        if bad.any():
+            num_nan = int(np.isnan(values).sum())
+            counts = (f"{num_nan} NaN", f"{int(bad.sum()) - num_nan} infinite")
+            found = " and ".join(each for each in counts if not each.startswith("0 "))
+            return (
+                f"All inputs must be finite; of a batch of the {name} loader, {leaf_path!r} has "
+                f"{found} among {values.size} values, first in example {np.argwhere(bad)[0][0]}. "
+                "Look at how it is read, and fill or leave out what is missing."
+            )
+    return ""
+
+
+def narrowed(batch: Batch, name: str) -> str:
+    """Returns which leaves JAX makes narrower floats of; nothing where it keeps them all.
+
+    Args:
+        batch: a pytree of arrays.
+        name: of the loader that it comes from.
+    """
+    changed = {
+        leaf_name(path): leaf.dtype
+        for path, leaf in jax.tree.leaves_with_path(batch)
+        if not isinstance(leaf, jax.Array)
+        and jnp.issubdtype(leaf.dtype, jnp.inexact)
+        and jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype
+    }
+    if not changed:
+        return ""
+    dtype = next(iter(changed.values()))
+    names, narrow = ", ".join(map(repr, changed)), jax.dtypes.canonicalize_dtype(dtype)
+    return (
+        f"Of the batches of the {name} loader, {names} come as {dtype}, and are trained on as "
+        f"{narrow}, as JAX casts them. Cast them in the loader, with "
+        ".astype(numpy.float32), which takes half the memory; or set jax_enable_x64."
+    )
+
+
+def out_of_range(labels: Any, num_classes: int, name: str) -> str:
+    """Returns what is wrong with labels that name no class; nothing where all do.
+
+    Args:
+        labels: class indices, int `[batch]`.
+        num_classes: how many there are.
+        name: of the loader that they come from.
+    """
+    values = np.asarray(labels)
+    if not jnp.issubdtype(values.dtype, jnp.integer) or not values.size:
+        return ""
+    low, high = int(values.min()), int(values.max())
+    if low >= 0 and high < num_classes:
+        return ""
+    first = int(np.argwhere((values < 0) | (values >= num_classes))[0][0])
+    remedy = (
+        "Subtract 1: they seem to begin at 1."
+        if low > 0 and high == num_classes
+        else "Give the model as many outputs as there are classes, or look at how labels are read."
+    )
+    return (
+        f"Labels are class indices from 0 to {num_classes - 1}, as the model returns {num_classes} "
+        f"logits; those of a batch of the {name} loader reach from {low} to {high}, and that of "
+        f"example {first} is {int(values.flat[first])}. {remedy}"
+    )
+
+
+def _floats(batch: Batch) -> Iterator[tuple[str, np.ndarray]]:
+    for path, leaf in jax.tree.leaves_with_path(batch):
+        is_here = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+        if is_here and jnp.issubdtype(leaf.dtype, jnp.inexact):
+            yield leaf_name(path), np.asarray(leaf)
