@@ -309,11 +309,11 @@ def test_a_resumed_run_does_without_the_source(run: Regression, tmp_path: Path) 
 
 
 def test_a_run_beside_one_that_cannot_be_gone_on_with_needs_the_source() -> None:
-    options = {"name": "other", "callbacks": [Stop(2)]}
     with pytest.raises(KeyboardInterrupt):
-        trainer(**options).train_model(batches(), num_epochs=2)
+        trainer(callbacks=[Stop(2)], name="other").train_model(batches(), num_epochs=2)
+    new = trainer(init_from="gone.safetensors", name="other")
     with pytest.raises(CheckpointError, match="regular file"):
-        trainer(init_from="gone.safetensors", **options).train_model(batches(), num_epochs=2)
+        new.train_model(batches(), num_epochs=1)
 
 
 def test_frozen_weights_keep_their_bits(run: Regression) -> None:
