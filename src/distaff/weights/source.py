@@ -88,6 +88,11 @@ def _of_checkpoint(path: Path) -> Source:
     directory, step = checkpoint.find(path)
     store = CheckpointStore(directory)
     folder = directory / folders.name_of(step)
+    problem = store.check(step)  # before Orbax reads it, whose threads outlive what they fail at
+    if problem is not None:
+        raise CheckpointError(
+            f"The checkpoint {folder} cannot be read: {problem}. Pass another one."
+        )
     is_other = bool(store.info(step).get(EVALUATION_PARAMS))
     saved_as = {
         "params": EVALUATION_PARAMS if is_other else "params",
