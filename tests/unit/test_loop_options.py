@@ -170,19 +170,23 @@ def test_mistake_in_validation_shows_before_the_first_step():
                 def look(x):
                     raise OSError("only when it runs")
 
-                jax.debug.callback(look, batch["x"])
-                return eval_step(state, batch)
+                shape = jax.ShapeDtypeStruct((), jnp.float32)
+                loss = jax.pure_callback(look, shape, batch["x"])
+                return {**eval_step(state, batch), "loss": loss}
 
             return train_step, broken
 
     def run(**options: Any) -> None:
-        options = {"root": None, "callbacks": [Count()], "debug": True, **options}
+        options = {"root": None, "callbacks": [Count()], **options}
         found = Broken(nn.Dense(1), enable_progress_bar=False, tune_process=False, **options)
         found.train_model(arrays(), arrays(), num_epochs=1)
 
-    with pytest.raises(OSError, match="only when it runs"):
+    with pytest.raises(Exception, match="only when it runs"):
         run()
     assert steps == []
+    with pytest.raises(Exception, match="only when it runs"):
+        run(check_validation=False)
+    assert len(steps) == 10
 
 
 def test_looking_at_the_validation_changes_nothing():

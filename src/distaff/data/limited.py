@@ -35,9 +35,8 @@ class Limited:
         return self._most if length is None else min(length, self._most)
 
     def __iter__(self) -> Iterator[Batch]:
-        if (
-            self._is_behind
-        ):  # the loader was put into an epoch that is over, and would go on with it
+        # The loader was put into an epoch that is over, and would go on with it.
+        if self._is_behind:
             next(iter(self.loader), None)
         left = self._most - (self._taken if self._resumed else 0)
         self._taken, self._is_over = self._most - left, False
