@@ -331,6 +331,11 @@ def _has_only_failed(path: Path) -> bool:
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Returns what of a run's configuration differs, but for what says how it goes on."""
+    was, now = old.get("options"), new.get("options")
+    if isinstance(was, Mapping) and isinstance(now, Mapping):
+        # An option that the old run did not know yet was at its default.
+        defaults = config.to_json(TrainerConfig())
+        old = {**old, "options": {**{n: defaults[n] for n in now if n in defaults}, **was}}
     found = config.diff(old, config.to_json(new))
     return {name: values for name, values in found.items() if name not in _HOW_IT_GOES_ON}
 
