@@ -145,7 +145,10 @@ def test_window_ends_with_an_error():
 
 def test_window_ends_with_a_loss_that_is_not_finite():
     trainer = Regression(
-        zoo.MLP([1]), callbacks=[Profiler(first_step=1, num_steps=9, path="mine")], root=None
+        zoo.MLP([1]),
+        callbacks=[Profiler(first_step=1, num_steps=9, path="mine")],
+        root=None,
+        on_bad_input="ignore",
     )
     with pytest.raises(NonFiniteError):
         trainer.train_model(loader(bad=True), num_epochs=1)
