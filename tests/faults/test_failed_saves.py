@@ -18,27 +18,15 @@ import numpy as np
 import pytest
 
 import distaff
-from distaff import Callback, Monitor, data
+from distaff import Callback, data
 from distaff.checkpoint import CheckpointStore, arrays, find
 from distaff.checkpoint.writer import Save
 from distaff.errors import CheckpointError, NonFiniteError
+from scripted import Scripted
 
 X = {"x": np.zeros(3, np.float32)}
 NOT_WRITTEN = r"not (be )?written"  # is in each of the warnings
 CHECKPOINTS = Path("runs/run/0001/checkpoints")
-
-
-class Scripted(distaff.TrainerModule):
-    """Its validation score is written beforehand: one per epoch of four steps."""
-
-    monitor = Monitor("val/score")
-    scores: tuple[float, ...] = ()
-
-    def loss_fn(self, params, batch, ctx):
-        return jnp.square(ctx.apply(params, batch["x"])[:, 0] - batch["y"])
-
-    def on_validation_epoch_end(self, epoch, metrics, val_loader):
-        metrics["val/score"] = self.scores[epoch - 1]
 
 
 class Snapshots(Callback):
@@ -361,7 +349,12 @@ def test_errors_of_the_storage_are_known_by_their_words(tmp_path, monkeypatch, e
         raise RuntimeError("not saved") from error
 
     store = CheckpointStore(tmp_path, on_failed_save="warn")
-    monkeypatch.setattr(arrays, "write", write)
-    save(store, 1)
-    with pytest.warns(UserWarning, match="step_00000001 was not written: not saved"):
-        store.close()
+    with monkeypatch.context() as patched:
+        patched.setattr(arrays, "write", write)
+        save(store, 1)
+        with pytest.warns(UserWarning, match="step_00000001 was not written: not saved"):
+            store.close()
+    assert store.steps() == ()
+    save(store, 2)
+    store.close()
+    assert store.steps() == (2,)

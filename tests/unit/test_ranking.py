@@ -8,31 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import distaff
-from distaff import Callback, Monitor, data
+from distaff import Callback, data
 from distaff.checkpoint import CheckpointStore, find
 from distaff.errors import ConfigError
 from distaff.ranking import kept, placed
 from distaff.trainer_config import Best
-
-
-class Scripted(distaff.TrainerModule):
-    """Its validation score is written beforehand: one per epoch of four steps."""
-
-    monitor = Monitor("val/score")
-    scores: tuple[float, ...] = ()
-
-    def loss_fn(self, params, batch, ctx):
-        return jnp.square(ctx.apply(params, batch["x"])[:, 0] - batch["y"])
-
-    def on_validation_epoch_end(self, epoch, metrics, val_loader):
-        metrics["val/score"] = self.scores[epoch - 1]
+from scripted import Scripted
 
 
 class Nearest(Scripted):

@@ -38,6 +38,18 @@ class Fit(TrainerModule):
         return jnp.square(ctx.apply(params, batch["x"]) - batch["y"])
 
 
+def bad_gradient_at(step: int) -> type[Fit]:
+    """Returns a trainer whose gradient after so many steps is NaN, and whose loss is not."""
+
+    class BadGradient(Fit):
+        def loss_fn(self, params, batch, ctx):
+            error = super().loss_fn(params, batch, ctx)
+            away = jnp.where(ctx.state.step == step, 0.0, 1.0)
+            return error + 0 * jnp.sqrt(jnp.square(params["Dense_1"]["kernel"]).sum() * away)
+
+    return BadGradient
+
+
 class Interrupt(Callback):
     """Ends a run after a validation or an epoch, as a user would with Ctrl-C."""
 
@@ -120,14 +132,9 @@ def test_error_names_the_entry_of_the_batch() -> None:
 
 
 def test_gradient_that_shows_a_step_later_is_traced_back() -> None:
-    class Late(Fit):
-        def loss_fn(self, params, batch, ctx):
-            error = super().loss_fn(params, batch, ctx)
-            kernel = params["Dense_1"]["kernel"]
-            away = jnp.where(ctx.state.step == 40, 0.0, 1.0)
-            return error + 0 * jnp.sqrt(jnp.square(kernel).sum() * away)
-
-    fit = Late(Normed(), optimizer=optax.adam(1e-2), root=None, enable_progress_bar=False)
+    fit = bad_gradient_at(40)(
+        Normed(), optimizer=optax.adam(1e-2), root=None, enable_progress_bar=False
+    )
     with pytest.raises(
         NonFiniteError, match=r"at step 42\..*In step 41: The gradient is not finite"
     ):
@@ -481,15 +488,8 @@ def test_rate_is_that_of_the_updates_and_not_of_skipped_steps(tmp_path: Path) ->
 
 
 def test_bad_number_that_only_the_last_save_sees_is_told_of_like_others() -> None:
-    class Last(Fit):
-        def loss_fn(self, params, batch, ctx):
-            error = super().loss_fn(params, batch, ctx)
-            kernel = params["Dense_1"]["kernel"]
-            away = jnp.where(ctx.state.step == 59, 0.0, 1.0)
-            return error + 0 * jnp.sqrt(jnp.square(kernel).sum() * away)
-
     options = {"root": None, "enable_progress_bar": False, "check_val_every_n_epoch": 2}
-    fit = Last(Normed(), optimizer=optax.adam(1e-2), **options)
+    fit = bad_gradient_at(59)(Normed(), optimizer=optax.adam(1e-2), **options)
     with pytest.raises(NonFiniteError, match=r"step 60.*batch 60 of epoch 1.*clip"):
         fit.train_model(data.ArrayLoader(arrays(), SIZE), num_epochs=1)
 

@@ -17,6 +17,7 @@ import distaff
 from distaff import Callback, Monitor, OptimizerConfig, data, metrics
 from distaff.errors import ConfigError, StateError
 from distaff.loggers import MemoryLogger
+from scripted import ScriptedScores
 
 
 class Line(nn.Module):
@@ -35,14 +36,8 @@ class Regression(distaff.TrainerModule):
         return jnp.square(error), {"error": jnp.abs(error)}
 
 
-class Scripted(Regression):
-    """Its validation score is written beforehand: one per epoch."""
-
-    monitor = Monitor("val/score")
-    scores: tuple[float, ...] = ()
-
-    def on_validation_epoch_end(self, epoch, metrics, val_loader):
-        metrics["val/score"] = self.scores[epoch - 1]
+class Scripted(ScriptedScores, Regression):
+    """With the error among its metrics."""
 
 
 class Snapshots(Callback):

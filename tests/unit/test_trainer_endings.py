@@ -16,21 +16,7 @@ import distaff
 from distaff import Callback, EarlyStopping, Monitor, OptimizerConfig, StopTraining, data
 from distaff.errors import NonFiniteError
 from distaff.loggers import MemoryLogger
-
-
-class Regression(distaff.TrainerModule):
-    def loss_fn(self, params, batch, ctx):
-        return jnp.square(ctx.apply(params, batch["x"])[:, 0] - batch["y"])
-
-
-class Scripted(Regression):
-    """Its validation score is written beforehand: one per epoch."""
-
-    monitor = Monitor("val/score")
-    scores: tuple[float, ...] = ()
-
-    def on_validation_epoch_end(self, epoch, metrics, val_loader):
-        metrics["val/score"] = self.scores[epoch - 1]
+from scripted import Regression, Scripted
 
 
 class AtStep(Callback):

@@ -13,7 +13,7 @@ from distaff.config import to_json
 from distaff.errors import ConfigError
 from distaff.models.adapter import Adapter, LayerRow, Variables, leaf_of, nested
 from distaff.models.flags import method_of, mode_flag, parameters
-from distaff.models.layers import Path, describe, flops, listed, recorded_calls
+from distaff.models.layers import Path, listed_calls
 from distaff.typing import Key
 
 AXIS = "batch"
@@ -97,23 +97,16 @@ class EquinoxModel(Adapter):
         The outputs are those of one example, except the model's own. FLOPs are those of the whole
         model for the batch, as XLA estimates them before it optimizes.
         """
-        outputs: dict[Path, str] = {}
-        kinds: dict[Path, str] = {}
 
-        def forward(variables: Variables, key: Key, *inputs: Any) -> None:
+        def opened(variables: Variables, key: Key) -> tuple[dict[Path, Any], Any]:
             module, state = self._merged(variables, True)
-            modules = _modules(module)
-            kinds.update({path: type(each).__name__ for path, each in modules.items()})
-            with recorded_calls(modules, _without_state) as seen:
-                result, _ = self._called(module, state, inputs, {}, train=True, key=key)
-            outputs.update(seen | {(): describe(result)})
 
-        def evaluate(variables: Variables, key: Key, *inputs: Any) -> Any:
-            return self.apply(variables, *inputs, train=False, key=key)[0]
+            def call(*inputs: Any) -> Any:
+                return self._called(module, state, inputs, {}, train=True, key=key)[0]
 
-        variables = jax.eval_shape(self.init, key)
-        jax.eval_shape(forward, variables, key, *inputs)
-        return listed(variables, kinds, outputs, flops(evaluate, variables, key, *inputs))
+            return _modules(module), call
+
+        return listed_calls(self, opened, key, inputs, _without_state)
 
     @property
     def _is_function(self) -> bool:

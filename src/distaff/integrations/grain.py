@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
@@ -32,9 +32,9 @@ def make_loader(data: Any) -> Loader:
         length = None if is_endless else len(data)
         return Positioned(_Mapped(data, length), length=length, identity={"num_batches": length})
     if isinstance(data, grain.IterDataset):
-        return Positioned(_Iterated(data))
+        return Positioned(_Iterated(data, json.dumps, json.loads))
     if isinstance(data, grain.DataLoader):
-        return Positioned(_Loaded(data))
+        return Positioned(_Iterated(data, bytes.decode, str.encode))
     raise BatchError(
         "Of Grain, a run takes what it can iterate anew in each epoch: a MapDataset, IterDataset "
         f"or DataLoader; got {type(data).__name__}. Pass the dataset, rather than iter(dataset)."
@@ -67,40 +67,29 @@ class _Mapped:
 
 
 class _Iterated:
-    """A dataset that is read in a row."""
+    """What is read in a row: an iterable dataset, or a data loader, with workers or without.
 
-    def __init__(self, dataset: grain.IterDataset) -> None:
-        self._dataset = dataset
+    Args:
+        source: it is iterated.
+        to_text: makes text of its iterator's state, which is Grain's own matter.
+        from_text: makes that state again.
+    """
+
+    def __init__(
+        self, source: Any, to_text: Callable[[Any], str], from_text: Callable[[str], Any]
+    ) -> None:
+        self._source, self._to_text, self._from_text = source, to_text, from_text
         self._iterator: Any = None
 
     def start(self, epoch: int, batch: int, saved: Any) -> Iterator[Batch]:
         _allow_workers()
-        self._iterator = iter(self._dataset)
+        self._iterator = iter(self._source)
         if batch:
-            self._iterator.set_state(json.loads(saved))
+            self._iterator.set_state(self._from_text(saved))
         return self._iterator
 
     def position(self) -> str:
-        # As text: what the position of a nested dataset holds is Grain's own matter.
-        return json.dumps(self._iterator.get_state())
-
-
-class _Loaded:
-    """A `grain.DataLoader`, with workers or without."""
-
-    def __init__(self, loader: grain.DataLoader) -> None:
-        self._loader = loader
-        self._iterator: Any = None
-
-    def start(self, epoch: int, batch: int, saved: Any) -> Iterator[Batch]:
-        _allow_workers()
-        self._iterator = iter(self._loader)
-        if batch:
-            self._iterator.set_state(saved.encode())
-        return self._iterator
-
-    def position(self) -> str:
-        return self._iterator.get_state().decode()
+        return self._to_text(self._iterator.get_state())
 
 
 def _allow_workers() -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 
 from distaff.errors import leaf_name
-from distaff.models.adapter import LayerRow, Variables
+from distaff.models.adapter import LayerRow, Model, Variables
+from distaff.typing import Key
 
 Path = tuple[str, ...]
 
@@ -75,9 +76,44 @@ def listed(
     ]
 
 
+def listed_calls(
+    model: Model,
+    opened: Callable[[Variables, Key], tuple[Mapping[Path, Any], Callable[..., Any]]],
+    key: Key,
+    inputs: tuple[Any, ...],
+    outputs_of: Callable[[Any], Any] = lambda result: result,
+) -> list[LayerRow]:
+    """Returns the rows of a model in order of call, by abstract evaluation.
+
+    Args:
+        model: its `init` needs no inputs.
+        opened: gives, for variables and a key, the modules by path, and a function of the inputs
+            that calls them, as in training, and returns the model's outputs.
+        key: shapes of a key are enough.
+        inputs: of the model, or their shapes, `[batch, ...]`.
+        outputs_of: gives what is shown of what a module returns.
+    """
+    outputs: dict[Path, str] = {}
+    kinds: dict[Path, str] = {}
+
+    def forward(variables: Variables, key: Key, *inputs: Any) -> None:
+        modules, call = opened(variables, key)
+        kinds.update({path: type(each).__name__ for path, each in modules.items()})
+        with _recorded_calls(modules, outputs_of) as seen:
+            result = call(*inputs)
+        outputs.update(seen | {(): describe(result)})
+
+    def evaluate(variables: Variables, key: Key, *inputs: Any) -> Any:
+        return model.apply(variables, *inputs, train=False, key=key)[0]
+
+    variables = jax.eval_shape(model.init, key)
+    jax.eval_shape(forward, variables, key, *inputs)
+    return listed(variables, kinds, outputs, flops(evaluate, variables, key, *inputs))
+
+
 @contextmanager
-def recorded_calls(
-    modules: Mapping[Path, Any], outputs_of: Callable[[Any], Any] = lambda result: result
+def _recorded_calls(
+    modules: Mapping[Path, Any], outputs_of: Callable[[Any], Any]
 ) -> Generator[dict[Path, str]]:
     """Notes what modules return, for libraries that do not say when one is called.
 

@@ -15,7 +15,7 @@ from distaff.config import to_json
 from distaff.errors import ConfigError
 from distaff.models.adapter import Adapter, LayerRow, Variables, leaf_of, nested
 from distaff.models.flags import method_of, mode_flag, parameters
-from distaff.models.layers import Path, describe, flops, listed, recorded_calls
+from distaff.models.layers import Path, listed_calls
 from distaff.typing import Key
 
 
@@ -102,23 +102,12 @@ class NnxModel(Adapter):
         A module that runs inside an NNX transformation (`nnx.scan`) has no output here. FLOPs are
         those of the whole model, as XLA estimates them before it optimizes.
         """
-        outputs: dict[Path, str] = {}
-        kinds: dict[Path, str] = {}
 
-        def forward(variables: Variables, key: Key, *inputs: Any) -> None:
+        def opened(variables: Variables, key: Key) -> tuple[dict[Path, Any], Any]:
             module = self._merged(variables, True, key)
-            modules = _modules(module)
-            kinds.update({path: type(each).__name__ for path, each in modules.items()})
-            with recorded_calls(modules) as seen:
-                result = _called(module, inputs, {}, True, key)
-            outputs.update(seen | {(): describe(result)})
+            return _modules(module), lambda *inputs: _called(module, inputs, {}, True, key)
 
-        def evaluate(variables: Variables, key: Key, *inputs: Any) -> Any:
-            return self.apply(variables, *inputs, train=False, key=key)[0]
-
-        variables = jax.eval_shape(self.init, key)
-        jax.eval_shape(forward, variables, key, *inputs)
-        return listed(variables, kinds, outputs, flops(evaluate, variables, key, *inputs))
+        return listed_calls(self, opened, key, inputs)
 
     def _made(self, key: Key) -> nnx.Module:
         source: Any = self._source
