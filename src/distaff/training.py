@@ -21,7 +21,7 @@ from distaff.errors import ConfigError, StateError
 from distaff.events import BadNumbers, ChunkEnd, Interrupted, Plan
 from distaff.forms import Fixed, Forms
 from distaff.fuse import Steps
-from distaff.guard import FLAGS, shown
+from distaff.guard import Flags, shown
 from distaff.interruption import Interruption
 from distaff.loggers import Logger
 from distaff.machine import peak_flops
@@ -257,7 +257,7 @@ class Training(Predictor):
         self.display.advance(event.step, self.epoch, examples)
         for step, metrics in enumerate(event.metrics, event.step - event.num_steps + 1):
             state = event.state if step == event.step else None
-            seen = {name: metric for name, metric in metrics.items() if name != FLAGS}
+            seen = {n: metric for n, metric in metrics.items() if not isinstance(metric, Flags)}
             self.emit("on_step_end", StepInfo(step, self.epoch, state, seen))
 
     def show(self, line: str) -> None:

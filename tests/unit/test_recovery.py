@@ -414,7 +414,12 @@ def test_names_of_metrics_are_free_where_nothing_is_guarded(name: str) -> None:
         def loss_fn(self, params, batch, ctx):
             return super().loss_fn(params, batch, ctx), {name: jnp.float32(3.0)}
 
-    fit = Named(Normed(), optimizer=optax.adam(1e-2), root=None, enable_progress_bar=False)
+    class Looks(Callback):
+        def on_step_end(self, info):
+            assert float(info.metrics[name].compute()) == 3.0
+
+    options = {"root": None, "enable_progress_bar": False, "callbacks": [Looks()]}
+    fit = Named(Normed(), optimizer=optax.adam(1e-2), **options)
     result = fit.train_model(data.ArrayLoader(arrays(), SIZE), num_epochs=1)
     assert result.metrics[f"train/{name}"] == 3.0
     fit = Named(Normed(), root=None, enable_progress_bar=False, on_loss_spike="skip")
