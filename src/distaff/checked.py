@@ -31,7 +31,7 @@ class Checked(Recovering):
                 on after bad steps (`on_bad_numbers`) takes them as they come.
         """
         cast = narrowed(batch, name)
-        if cast:
+        if cast and self.config.on_bad_input != "ignore":
             warnings.warn(cast, stacklevel=2)
         if name != "train" or self.config.on_bad_numbers == "raise":
             self.object_to(not_finite(batch, name))
@@ -66,6 +66,7 @@ class Checked(Recovering):
         shapes = self._evaluator.shapes(self.evaluation_state(), batch)
         self.check_batch(batch, name)
         if name != "test" and self.config.check_validation:
+            self.evaluation_watch.expect(loader)
             chunk = Chunk(1, num_examples(batch), One(batch))
             compute(self._evaluator(self.evaluation_state(), [chunk]))
         return shapes

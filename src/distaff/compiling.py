@@ -86,7 +86,7 @@ class Watch:
             return
         self._reasons = [] if reason is None else [reason, *self._reasons[:_MAX_REASONS]]
         for watched in self._watched:
-            watched.is_expected = True
+            watched.num_expected = 1 if reason is None else watched.num_expected + 1
 
     def _surprised(self, what: str, compiled: Compile, found: Difference, is_end: bool) -> None:
         if self.recompile == "ignore":
@@ -135,7 +135,7 @@ class Watched:
         self._signatures: deque[Signature] = deque(maxlen=_MAX_REMEMBERED)
         self._name = f"jit({getattr(program, '__name__', '')})"
         self._had_end = False
-        self.is_expected = True
+        self.num_expected = 1
 
     def __call__(self, *args: Any) -> Any:
         """Calls the program."""
@@ -152,7 +152,8 @@ class Watched:
         compiled = recent[-1]
         _log.info("compiled %s in %s", self._what, compiled)
         new = signature(dict(zip(self._arguments, args, strict=False)))
-        is_expected, self.is_expected = self.is_expected or not self._signatures, False
+        is_expected = self.num_expected > 0 or not self._signatures
+        self.num_expected = max(0, self.num_expected - 1)
         found = None if is_expected else difference(self._signatures, new)
         self._signatures.append(new)
         if found is not None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from distaff.callbacks import StepInfo
-from distaff.data import Loader, Stream, as_loader, first_batches, limited, num_batches
+from distaff.data import Loader, Stream, as_loader, first_batches, limited, num_batches, unlimited
 from distaff.errors import ConfigError, NonFiniteError
 from distaff.metrics import Metric
 from distaff.rows import BadStep
@@ -121,13 +121,16 @@ def make_plan(
     if steps_per_epoch is not None:
         check_count("steps_per_epoch", steps_per_epoch)
     num_epochs = 1 if options.fast_dev_run else num_epochs
-    every, most = options.check_val_every_n_epoch, options.most_batches
+    every = 1 if options.fast_dev_run else options.check_val_every_n_epoch
+    most = options.most_batches
     if options.overfit_batches is not None:
         batches = first_batches(train, options.overfit_batches)
         train, vals = Stream(batches), {name: Stream(batches) for name in vals}
-    if most is not None:
-        length = steps_per_epoch or num_batches(train) or most
+    length = steps_per_epoch or num_batches(train)
+    if most is not None and length is not None:
         steps_per_epoch = min(length, most)
+    elif most is not None:
+        train = limited(train, most)
     vals = {name: limited(loader, most) for name, loader in vals.items()}
     _check_passes(train, 1 if steps_per_epoch else num_epochs, "train")
     for name, loader in vals.items():
@@ -158,13 +161,14 @@ def made_of(val_loader: Any, plan: Plan) -> list[tuple[Any, Loader]]:
     """Returns what was given to validate on, each with the loader that it became."""
     loaders = given(plan.val_loaders)
     if not isinstance(loaders, dict):
-        return [] if loaders is None else [(val_loader, loaders)]
-    return [(val_loader[name], loader) for name, loader in loaders.items()]
+        return [] if loaders is None else [(val_loader, unlimited(loaders))]
+    return [(val_loader[name], unlimited(loader)) for name, loader in loaders.items()]
 
 
 def _check_passes(loader: Loader, count: int, name: str) -> None:
-    if isinstance(loader, Stream):
-        loader.check_passes(count, name)
+    source = unlimited(loader)
+    if isinstance(source, Stream):
+        source.check_passes(count, name)
 
 
 def given(val_loaders: Mapping[str, Any]) -> Any:

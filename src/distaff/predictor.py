@@ -27,6 +27,7 @@ from distaff.state import TrainState, placed_like
 from distaff.trainer_config import TrainerConfig, make_config
 from distaff.typing import Batch, Key, Params, PyTree
 from distaff.weights import EVALUATION_PARAMS
+from distaff.weights.names import as_variables
 
 T = TypeVar("T")
 
@@ -113,8 +114,9 @@ class Predictor:
             key: source of the initial parameters; a model that was passed with its parameters
                 keeps them.
         """
-        if self.model.initial is not None:
-            return self.model.initial
+        ready = self.model.ready(key)
+        if ready is not None:
+            return ready
 
         def init(key: Key, batch: Batch) -> Variables:
             return self.model.init(key, *self.model_inputs(batch))
@@ -177,8 +179,7 @@ class Predictor:
         Raises:
             StateError: the model has no parameters yet.
         """
-        state = self.evaluation_state()
-        return self.model.bind(Variables(state.params, state.batch_stats, state.collections))
+        return self.model.bind(as_variables(self.evaluation_state()))
 
     def tracker(
         self, iterable: Iterable[T], *, description: str, total: int | None = None

@@ -360,7 +360,7 @@ def make_recording(
         loggers: the user's loggers.
         resume: as in `TrainerConfig`.
     """
-    if options.root is None or options.fast_dev_run:
+    if options.root is None or not options.writes:
         return NullRecording(loggers)
     make_store = partial(
         CheckpointStore,

@@ -11,7 +11,7 @@ import jax
 
 from distaff.callbacks import StepInfo
 from distaff.checkpoint import MemoryStore, Store
-from distaff.data import SINGLE, Chunk, Stream, num_batches
+from distaff.data import SINGLE, Chunk, Stream, num_batches, unlimited
 from distaff.data.left_out import Stretch, left_out, num_drawn
 from distaff.diagnosis import diagnose, replay
 from distaff.errors import CheckpointError, ConfigError, NonFiniteError
@@ -53,13 +53,14 @@ class Recovering(WarmStart):
         Raises:
             ConfigError: it is to go back where its loader cannot.
         """
-        if self._goes_back and isinstance(plan.train_loader, Stream):
+        if self._goes_back and isinstance(unlimited(plan.train_loader), Stream):
             raise ConfigError(
                 "A policy of 'rollback' needs a train loader that can go back to an earlier batch, "
                 "and an iterable of your own cannot. Pass 'skip', or a loader with get_state and "
                 "set_state, such as data.ArrayLoader."
             )
         super().begin(plan)
+        self.feeds.make_room(2 + len(plan.val_loaders))
 
     @property
     def _goes_back(self) -> bool:
@@ -182,7 +183,8 @@ class Recovering(WarmStart):
 
     @property
     def _validates_on_streams(self) -> bool:
-        return any(isinstance(loader, Stream) for loader in self.plan.val_loaders.values())
+        loaders = map(unlimited, self.plan.val_loaders.values())
+        return any(isinstance(loader, Stream) for loader in loaders)
 
     def _kept(self) -> str:
         good = self.recording.store.latest()

@@ -18,6 +18,7 @@ from distaff.data import (
     limited,
     num_batches,
     num_examples,
+    unlimited,
 )
 from distaff.display import as_text
 from distaff.errors import LossError
@@ -164,10 +165,14 @@ class TrainerModule(Checked):
             after_epoch=self.epoch,
         )
         test = None if test_loader is None else as_loader(test_loader, name="test")
-        if test is not None:
-            test = limited(test, self.config.most_batches)
-        made = (train_loader, plan.train_loader), (test_loader, test), *made_of(val_loader, plan)
-        with closing_made(*made), self.listening(), closing(self.display):
+        made = (train_loader, unlimited(plan.train_loader)), (test_loader, test)
+        made = *made, *made_of(val_loader, plan)
+        test = None if test is None else limited(test, self.config.most_batches)
+        with (
+            closing_made(*made, *made_of(val_loader, plan)),
+            self.listening(),
+            closing(self.display),
+        ):
             self.begin(plan)
             self.prepare(plan, test)
             epochs = {"num_epochs": plan.num_epochs, "steps_per_epoch": plan.steps_per_epoch}

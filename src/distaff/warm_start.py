@@ -8,12 +8,12 @@ from typing import Any
 
 from distaff.callbacks import StepInfo
 from distaff.errors import DistaffError
-from distaff.models import LoraModel, Variables
+from distaff.models import LoraModel
 from distaff.recording import DirectoryRecording
 from distaff.resume import Resumable
-from distaff.state import TrainState
 from distaff.typing import Batch
 from distaff.weights import as_init_from, export_weights, loaded
+from distaff.weights.names import as_variables
 
 
 class WarmStart(Resumable):
@@ -46,7 +46,7 @@ class WarmStart(Resumable):
             return
         state = self.ready_state()
         try:
-            variables, self._origin_text = loaded(self.model, _variables(state), self.init_from)
+            variables, self._origin_text = loaded(self.model, as_variables(state), self.init_from)
         except DistaffError as error:
             if not self._may_go_on():
                 raise
@@ -94,7 +94,7 @@ class WarmStart(Resumable):
             StateError: the model has no parameters yet.
             CheckpointError: the file cannot be written.
         """
-        variables = _variables(self.evaluation_state())
+        variables = as_variables(self.evaluation_state())
         if merge and isinstance(self.model, LoraModel):
             variables = self.model.merged(variables)
         return export_weights(path, variables, only=only)
@@ -105,7 +105,3 @@ class WarmStart(Resumable):
         if self.config.resume == "never" or not isinstance(recording, DirectoryRecording):
             return False
         return not recording.directory.created and bool(recording.directory.unfinished())
-
-
-def _variables(state: TrainState) -> Variables:
-    return Variables(state.params, state.batch_stats, state.collections)

@@ -478,3 +478,15 @@ def test_inspection_costs_nothing_after_the_first_batch(monkeypatch):
     trainer = Looking(nn.Dense(1), root=None, enable_progress_bar=False)
     trainer.train_model([BATCH] * 5, [BATCH] * 2, [BATCH], num_epochs=2)
     assert looked_at == ["train", "val", "test"]
+
+
+def test_labels_that_a_loss_changes_before_it_hands_them_on_are_its_own() -> None:
+    class Parity(tasks.Classifier):
+        def loss_fn(self, params, batch, ctx):
+            return super().loss_fn(params, {**batch, "label": batch["label"] % 2}, ctx)
+
+    batch = {"image": np.eye(4, dtype=np.float32), "label": np.arange(4, dtype=np.int32)}
+    options: dict[str, Any] = {"root": None, "enable_progress_bar": False}
+    assert Parity(nn.Dense(2), **options).train_model([batch] * 2, num_epochs=1).step == 2
+    with pytest.raises(BatchError, match="from 0 to 1"):
+        tasks.Classifier(nn.Dense(2), **options).train_model([batch] * 2, num_epochs=1)

@@ -87,10 +87,10 @@ def test_only_floating_point_arrays_are_trained(variables):
 
 def test_ready_made_module_is_the_initial_one_and_a_function_follows_the_key(model):
     made = make(jax.random.key(3))
-    assert as_model(made[0]).initial.collections.keys() == {"arrays"}
-    assert_same(as_model(made).initial.params["layers"]["0"]["weight"], made[0].layers[0].weight)
-    assert_same(as_model(made).init(KEY), as_model(made).initial)
-    assert model.initial is None
+    assert as_model(made[0]).ready(KEY).collections.keys() == {"arrays"}
+    assert_same(as_model(made).ready(KEY).params["layers"]["0"]["weight"], made[0].layers[0].weight)
+    assert_same(as_model(made).init(KEY), as_model(made).ready(KEY))
+    assert model.ready(KEY) is None
     assert as_model(OnlyKey).init(KEY, X).params["linear"]["bias"].shape == (2,)
     weights = [model.init(jax.random.key(n)).params["layers"]["0"]["weight"] for n in (1, 2)]
     assert (weights[0] != weights[1]).any()
@@ -132,7 +132,7 @@ def test_other_method_is_called_with_what_is_not_mapped(model, variables):
 
 def test_module_of_whole_batches_is_not_mapped():
     model = whole_batches(OfBatches(jnp.ones((3, 2))))
-    (outputs, key), _ = model.apply(model.initial, X, train=True, key=KEY)
+    (outputs, key), _ = model.apply(model.ready(KEY), X, train=True, key=KEY)
     np.testing.assert_allclose(outputs, X @ jnp.ones((3, 2)) + 1)
     assert key is KEY
     assert model.record != as_model(OfBatches(jnp.ones((3, 2)))).record

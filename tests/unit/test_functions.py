@@ -112,7 +112,10 @@ def test_record_names_the_functions():
 class Own:
     """Someone's own adapter: the protocol, and nothing of Distaff."""
 
-    module, initial = "own", None
+    module = "own"
+
+    def ready(self, key):
+        return None
 
     @property
     def record(self):
@@ -164,3 +167,9 @@ def test_what_is_no_model_is_refused_by_name():
         ConfigError, match=r"returns \(params, state\) from init; it returned a dict"
     ):
         model.init(KEY, X)
+
+
+def test_parameters_may_be_one_array() -> None:
+    model = as_model((lambda key, x: jnp.ones(x.shape[1]), lambda params, x: x @ params))
+    row = model.layers(jax.random.key(0), jnp.ones((2, 3)))[0]
+    assert [tuple(shape) for _, _, shape, _ in row.variables] == [(3,)]

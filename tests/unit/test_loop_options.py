@@ -317,3 +317,58 @@ def test_run_does_not_go_on_with_other_validation_sets():
     clean = {"clean": arrays(shuffle=True, seed=5)}
     with pytest.raises(CheckpointError, match="'dirty'"):
         resumable(None, "cut", {**clean, "dirty": arrays()}, resume="must")
+
+
+def test_limit_is_the_most_of_an_epoch_whose_length_is_not_known():
+    def five():
+        yield from islice(iter(arrays()), 5)
+
+    assert trainer(limit_batches=10).train_model(five, num_epochs=2).step == 10
+    assert trainer(limit_batches=3).train_model(five, num_epochs=2).step == 6
+
+
+def test_loaders_of_the_user_are_left_open_under_a_limit():
+    class Open(data.ArrayLoader):
+        def close(self) -> None:
+            raise AssertionError("closed")
+
+    result = trainer(limit_batches=2).train_model(
+        Open(ARRAYS, 4), Open(ARRAYS, 4), Open(ARRAYS, 4), num_epochs=1
+    )
+    assert result.step == 2
+
+
+def test_generator_that_runs_out_is_refused_under_a_limit_too():
+    with pytest.raises(BatchError, match="val"):
+        trainer(limit_batches=2).train_model(arrays(), iter(list(arrays())), num_epochs=3)
+
+
+def test_fast_dev_run_validates_whatever_the_rhythm():
+    fast = trainer(fast_dev_run=True, check_val_every_n_epoch=2)
+    assert "val/loss" in fast.train_model(arrays(), arrays(), num_epochs=4).metrics
+
+
+@pytest.mark.parametrize("check_validation", [False, True])
+def test_validation_sets_of_other_batch_sizes_compile_once_each(check_validation: bool):
+    sets = {"four": arrays(), "five": data.ArrayLoader(ARRAYS, 5)}
+    strict = trainer(recompile="error", check_validation=check_validation)
+    strict.monitor = Monitor("val_four/loss")
+    assert strict.train_model(arrays(), sets, num_epochs=3).step == 30
+
+
+def test_many_validation_sets_keep_their_feeds():
+    sets = {f"n{count}": data.ArrayLoader(ARRAYS, count) for count in range(2, 8)}
+    many = trainer()
+    many.monitor = Monitor("val_n7/loss")
+    many.train_model(arrays(), sets, num_epochs=1)
+    first = [many.feeds.of(loader, name="") for loader in sets.values()]
+    assert [many.feeds.of(loader, name="") for loader in sets.values()] == first
+
+
+def test_run_goes_back_past_the_validation_of_a_limited_stream():
+    x = ARRAYS["x"].copy()
+    x[30] = np.nan
+    back = trainer(limit_batches=10, on_bad_numbers="rollback")
+    result = back.train_model(data.ArrayLoader({**ARRAYS, "x": x}, 4), list(arrays()), num_epochs=2)
+    assert result.status == "finished"
+    assert len(back.left_out) == 2

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -163,7 +164,7 @@ def test_lora_begins_with_the_weights_of_a_base(tmp_path: Path) -> None:
     again = make("mlp", init_from=whole)
     np.testing.assert_array_equal(again.predict(vectors()), lora.predict(vectors()))
     assert small.stat().st_size < whole.stat().st_size
-    with pytest.raises(CheckpointError, match="unused: 'Dense_0/kernel/lora_a'"):
+    with pytest.raises(CheckpointError, match="missing: 'lora_base/Dense_0/kernel'"):
         make("mlp", init_from=small)
 
 
@@ -229,3 +230,29 @@ def test_export_of_a_tree_has_its_names(tmp_path: Path) -> None:
     )
     with pytest.raises(CheckpointError, match="missing: 'Dense_0/kernel'"):
         make("mlp", init_from=InitFrom(path))
+
+
+def test_ready_made_base_is_taken_as_it_is_and_matrices_follow_the_seed() -> None:
+    base = nnx.Linear(64, 64, rngs=nnx.Rngs(0))
+    model = as_model(Lora(base, "*kernel", rank=2))
+    one, two = (model.ready(jax.random.key(seed)) for seed in (1, 2))
+    for made in (one, two):
+        assert made.collections["lora_base"]["kernel"] is base.kernel[...]
+    assert not np.array_equal(one.params["kernel"]["lora_a"], two.params["kernel"]["lora_a"])
+    trainer = Regression(Lora(base, "*kernel", rank=2), root=None, enable_progress_bar=False)
+    x = np.ones((4, 64), np.float32)
+    trainer.set_up({"x": x, "y": np.zeros(4, np.float32)})
+    np.testing.assert_array_equal(trainer.predict([x])[:4], base(x))
+
+
+def test_matrices_alone_are_saved_and_loaded(trained: Any, tmp_path: Path) -> None:
+    small = trained.export_weights(
+        tmp_path / "small.safetensors", only=("*/lora_a", "*/lora_b"), merge=False
+    )
+    case = next(name for name, (cls, _, _) in CASES.items() if cls is type(trained))
+    again = make(case, init_from=InitFrom(small, missing="keep"))
+    again.set_up(CASES[case][1]()[0])
+    expected, found = (leaves(each.state.params) for each in (trained, again))
+    assert expected.keys() == found.keys()
+    for name, leaf in expected.items():
+        np.testing.assert_array_equal(leaf, found[name])

@@ -123,7 +123,7 @@ def test_variables_lie_by_their_types(variables):
 
 def test_pass_agrees_with_the_live_module(model, variables):
     live = nnx.clone(Everything(rngs=nnx.Rngs(3)))
-    held = as_model(live).initial
+    held = as_model(live).ready(KEY)
     live.eval()
     expected, _ = live(X)
     (outputs, _), after = as_model(live).apply(held, X, train=False, key=KEY)
@@ -179,7 +179,7 @@ def test_key_of_the_pass_is_the_only_source_of_randomness():
     made = [Everything(rngs=nnx.Rngs(5)) for _ in range(2)]
     made[1].stream()  # has drawn once more
     outputs = [
-        as_model(each).apply(as_model(each).initial, X, train=True, key=KEY)[0] for each in made
+        as_model(each).apply(as_model(each).ready(KEY), X, train=True, key=KEY)[0] for each in made
     ]
     assert_same(*outputs)
 
@@ -220,8 +220,8 @@ def test_other_method_is_called(model, variables, method):
 
 def test_variable_that_a_pass_adds_is_dropped():
     model = as_model(Sows(rngs=nnx.Rngs(0)))
-    _, after = model.apply(model.initial, X, train=True, key=KEY)
-    assert jax.tree.structure(after) == jax.tree.structure(model.initial)
+    _, after = model.apply(model.ready(KEY), X, train=True, key=KEY)
+    assert jax.tree.structure(after) == jax.tree.structure(model.ready(KEY))
 
 
 def test_forward_function_of_the_state_takes_collections(model, variables):

@@ -19,7 +19,7 @@ from distaff.data.entry import entry
 from distaff.data.feed import Feed, Feeds
 from distaff.data.huggingface import from_datasets
 from distaff.data.idx import read_idx
-from distaff.data.limited import Limited, first_batches, limited
+from distaff.data.limited import Limited, first_batches, limited, unlimited
 from distaff.data.loader import (
     Loader,
     as_loader,
@@ -76,4 +76,5 @@ __all__ = [
     "read_cifar100",
     "read_idx",
     "shuffled_windows",
+    "unlimited",
 ]

@@ -22,7 +22,7 @@ _log = logging.getLogger("distaff")
 
 _MAX_RESIDENT_BYTES = 2**29
 _MAX_CHUNK_BYTES = 2**25
-_MAX_FEEDS = 4
+_MIN_FEEDS = 4
 
 
 class Feed:
@@ -216,6 +216,11 @@ class Feeds:
 
     def __init__(self) -> None:
         self._feeds: list[Feed] = []
+        self._room = _MIN_FEEDS
+
+    def make_room(self, count: int) -> None:
+        """Has room for so many loaders that take turns."""
+        self._room = max(_MIN_FEEDS, count)
 
     def of(self, loader: Loader, *, name: str, resident: bool | None = None) -> Feed:
         """Returns the feed of a loader; see `Feed`. By default arrays stay on the host of a CPU."""
@@ -225,8 +230,8 @@ class Feeds:
         found = self._known(loader)
         feed = found or Feed(loader, name=name, resident=resident)
         others = [each for each in self._feeds if each is not feed]
-        older = [each for each in others[_MAX_FEEDS - 1 :] if each.running]
-        self._feeds = [feed, *others[: _MAX_FEEDS - 1], *older]
+        older = [each for each in others[self._room - 1 :] if each.running]
+        self._feeds = [feed, *others[: self._room - 1], *older]
         return feed
 
     def position(self, loader: Loader) -> Mapping[str, Any]:

@@ -81,16 +81,15 @@ class Limited:
         self._taken, self._is_over = int(state["taken"]), bool(is_over)
         self._resumed, self._is_behind = not is_over, bool(is_over)
 
-    def close(self) -> None:
-        """Closes the loader, where it can be closed."""
-        loader: Any = self.loader
-        if hasattr(loader, "close"):
-            loader.close()
-
 
 def limited(loader: Loader, num_batches: int | None) -> Loader:
     """Returns a loader of at most some batches an epoch; None takes it as it is."""
     return loader if num_batches is None else Limited(loader, num_batches)
+
+
+def unlimited(loader: Loader) -> Loader:
+    """Returns the loader that another one takes its batches from."""
+    return loader.loader if isinstance(loader, Limited) else loader
 
 
 def first_batches(loader: Loader, count: int) -> list[Batch]:

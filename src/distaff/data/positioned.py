@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any, Protocol
 
 from distaff.errors import BatchError
@@ -148,4 +149,5 @@ class Positioned:
         self._running, self._ahead = None, []
         self._epoch, self._batch, self._saved = epoch, batch, saved
         if close is not None:
-            close()
+            with suppress(ValueError):  # a thread that hangs in the source is left alone
+                close()

@@ -49,9 +49,8 @@ class EquinoxModel(Adapter):
         """The module; one without numbers where a function makes it."""
         return self._made[0]
 
-    @property
-    def initial(self) -> Variables | None:
-        """The variables of a module that was passed ready-made."""
+    def ready(self, key: Key) -> Variables | None:
+        """Returns the variables of a module that was passed ready-made."""
         return None if self._is_function else self._read(*self._made)
 
     @property

@@ -28,9 +28,9 @@ def make_loader(data: Any) -> Loader:
     """
     if isinstance(data, grain.MapDataset):
         # What was repeated already has a length that no epoch has.
-        is_endless = len(data) > sys.maxsize // 2
-        length = None if is_endless else len(data)
-        return Positioned(_Mapped(data, length), length=length, identity={"num_batches": length})
+        indices = None if len(data) > sys.maxsize // 2 else len(data)
+        length = None if _leaves_out(data) else indices
+        return Positioned(_Mapped(data, indices), length=length, identity={"num_batches": indices})
     if isinstance(data, grain.IterDataset):
         return Positioned(_Iterated(data, json.dumps, json.loads))
     if isinstance(data, grain.DataLoader):
@@ -44,26 +44,30 @@ def make_loader(data: Any) -> Loader:
 class _Mapped:
     """A dataset with random access: the position is the index, and an epoch goes on from another.
 
-    Indices behind the end are those of the next epoch, which Grain gives seeds of its own.
+    Indices behind the end are those of the next epoch, which Grain gives seeds of its own. There
+    may be fewer batches than indices, where some are filtered out.
     """
 
     def __init__(self, dataset: grain.MapDataset, length: int | None) -> None:
         self._dataset, self._length = dataset, length
+        self._iterator: Any = None
 
     def start(self, epoch: int, batch: int, saved: Any) -> Iterator[Batch]:
+        index = int(saved) if batch else 0
         if self._length is None:
             iterator = iter(self._dataset)
         else:
             first = epoch * self._length
-            if batch > self._length or first > sys.maxsize // 2:
+            if not batch <= index <= self._length or first > sys.maxsize // 2:
                 raise ValueError(f"an epoch has {self._length} batches")
             iterator = iter(self._dataset.repeat()[first : first + self._length])
-        if batch:
-            iterator.set_state({"next_index": batch})
+        if index:
+            iterator.set_state({"next_index": index})
+        self._iterator = iterator
         return iterator
 
-    def position(self) -> None:
-        """Nothing that the number of the batch does not say."""
+    def position(self) -> int:
+        return self._iterator.get_state()["next_index"]
 
 
 class _Iterated:
@@ -90,6 +94,12 @@ class _Iterated:
 
     def position(self) -> str:
         return self._to_text(self._iterator.get_state())
+
+
+def _leaves_out(dataset: Any) -> bool:
+    """Whether a dataset filters: it then has fewer elements than its length says."""
+    is_filter = "Filter" in type(dataset).__name__
+    return is_filter or any(_leaves_out(parent) for parent in getattr(dataset, "_parents", ()))
 
 
 def _allow_workers() -> None:

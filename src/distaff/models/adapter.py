@@ -81,9 +81,12 @@ class Model(Protocol):
         """What a run writes down of it, for `distaff.config.to_json`: the same for equal models."""
         ...
 
-    @property
-    def initial(self) -> Variables | None:
-        """The variables it came with; None for a model whose variables `init` makes."""
+    def ready(self, key: Key) -> Variables | None:
+        """Returns the variables it came with; None for a model whose variables `init` makes.
+
+        Args:
+            key: source of what is drawn beside them, as by a `Lora`.
+        """
         ...
 
     def init(self, key: Key, *inputs: Any) -> Variables:
@@ -116,7 +119,7 @@ class Model(Protocol):
         ...
 
 
-_FACE = ("apply_fn", "module", "record", "initial", "init", "apply", "bind", "layers")
+_FACE = ("apply_fn", "module", "record", "ready", "init", "apply", "bind", "layers")
 _ABSENT = object()
 
 
@@ -129,9 +132,8 @@ def is_model(source: Any) -> TypeGuard[Model]:
 class Adapter(ABC):
     """What the adapters have in common that take a module apart and put it together themselves."""
 
-    @property
-    def initial(self) -> Variables | None:
-        """The variables it came with, if any."""
+    def ready(self, key: Key) -> Variables | None:
+        """Returns the variables it came with, if any."""
         return None
 
     @abstractmethod

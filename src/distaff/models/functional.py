@@ -129,11 +129,12 @@ class FunctionModel:
         apply_fn: called as `apply_fn({"params": params}, *inputs, **kwargs)`.
     """
 
-    initial = None
-
     def __init__(self, apply_fn: Callable[..., Any]) -> None:
         self.module = self.record = apply_fn
         self.apply_fn = apply_fn
+
+    def ready(self, key: Key) -> None:
+        """Returns None: `init` makes the variables."""
 
     def init(self, key: Key, *inputs: Any) -> Variables:
         """Refuses: a forward function does not say how its parameters are made."""

@@ -39,7 +39,8 @@ def by_module(variables: Any, modules: Collection[Path]) -> dict[Path, list[Any]
     owned: dict[Path, list[Any]] = {}
     for path, leaf in jax.tree.leaves_with_path(variables):
         collection, *names = leaf_name(path).split("/")
-        depth = next(n for n in range(len(names) - 1, -1, -1) if tuple(names[:n]) in modules)
+        depths = range(len(names) - 1, -1, -1)
+        depth = next((n for n in depths if tuple(names[:n]) in modules), 0)
         row = (collection, "/".join(names[depth:]), tuple(leaf.shape), leaf.dtype)
         owned.setdefault(tuple(names[:depth]), []).append(row)
     return owned

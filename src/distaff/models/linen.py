@@ -30,7 +30,8 @@ class LinenModel:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
-    initial = None
+    def ready(self, key: Key) -> None:
+        """Returns None: `init` makes the variables."""
 
     @property
     def apply_fn(self) -> Callable[..., Any]:

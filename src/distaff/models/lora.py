@@ -75,8 +75,6 @@ class LoraModel:
     def __init__(self, inner: Model, lora: Lora) -> None:
         self.inner, self.module = inner, lora
 
-    initial = None
-
     @property
     def record(self) -> dict[str, Any]:
         """The options, and what is written down of the base."""
@@ -108,23 +106,37 @@ class LoraModel:
             ConfigError: the pattern matches no kernel.
         """
         base = self.inner.init(key, *inputs)
+        return self.with_base(Variables(self._adapters(base.params, key)), base)
+
+    def ready(self, key: Key) -> Variables | None:
+        """Returns the variables that the base came with, and the matrices beside them.
+
+        The program that draws the matrices has the shapes of the base alone.
+        """
+        base = self.inner.ready(key)
+        if base is None:
+            return None
+        forms = jax.eval_shape(lambda params: params, base.params)
+        drawn = jax.jit(lambda key: self._adapters(forms, key))(key)
+        return self.with_base(Variables(drawn), base)
+
+    def _adapters(self, params: Params, key: Key) -> Params:
+        """Returns the matrices for the kernels among parameters, or their shapes."""
         stream = jax.random.fold_in(key, _STREAM)
         adapters: dict[str, Any] = {}
-        for path, leaf in jax.tree.leaves_with_path(base.params):
+        for path, leaf in jax.tree.leaves_with_path(params):
             name = leaf_name(path)
             if self._adapts(name, leaf):
                 own = jax.random.fold_in(stream, zlib.crc32(name.encode()))
                 _put(adapters, name.split("/"), self._pair(own, leaf))
         if not adapters:
-            kernels = [
-                leaf_name(p) for p, x in jax.tree.leaves_with_path(base.params) if x.ndim == 2
-            ]
+            kernels = [leaf_name(p) for p, x in jax.tree.leaves_with_path(params) if x.ndim == 2]
             raise ConfigError(
                 "The pattern of a Lora must match the path of a kernel [in, out], and "
                 f"{self.module.pattern!r} matches none. It is a shell pattern, such as '*kernel'. "
                 f"Kernels: {kernels}."
             )
-        return self.with_base(Variables(adapters), base)
+        return adapters
 
     def apply(
         self, variables: Variables, *inputs: Any, train: bool, key: Key | None, **kwargs: Any
@@ -199,6 +211,11 @@ def rebuild(recorded: Any, cls: Any = None) -> Any:
         return record.rebuild(recorded, cls)
     options = {name: value for name, value in recorded.items() if name != "module"}
     return Lora(record.rebuild(recorded["module"], cls), **options)
+
+
+def is_own(name: str) -> bool:
+    """Whether an array of this name is a `Lora`'s, and not that of an ordinary model."""
+    return name.startswith(f"{BASE}/") or name.rpartition("/")[2] in (_A, _B)
 
 
 def _put(tree: dict[str, Any], path: list[str], pair: Params) -> None:

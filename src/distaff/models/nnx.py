@@ -49,9 +49,8 @@ class NnxModel(Adapter):
             return self._source
         return nnx.eval_shape(lambda: self._made(jax.random.key(0)))
 
-    @property
-    def initial(self) -> Variables | None:
-        """The variables of a module that was passed ready-made."""
+    def ready(self, key: Key) -> Variables | None:
+        """Returns the variables of a module that was passed ready-made."""
         is_made = isinstance(self._source, nnx.Module)
         return self._read(nnx.split(self._source)[1]) if is_made else None
 

@@ -47,10 +47,13 @@ class Classifier(TrainerModule):
         """Looks at the first batch of a loader; see `TrainerModule`.
 
         Raises:
-            BatchError: also for labels of classes that the model does not have.
+            BatchError: also for labels of classes that the model does not have, unless a subclass
+                has a `loss_fn` of its own.
         """
         super().check_batch(batch, name)
-        if self._num_classes is not None:
+        # A loss around this one may change the labels before it hands them on, or mask some.
+        is_own = type(self).loss_fn is Classifier.loss_fn
+        if is_own and self._num_classes is not None:
             self.object_to(out_of_range(self.labels(batch), self._num_classes, name))
 
     def loss_fn(self, params: Params, batch: Batch, ctx: Context) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 
 from distaff.errors import CheckpointError, leaf_name
 from distaff.models import Variables
-from distaff.models.lora import BASE, LoraModel
+from distaff.models.lora import LoraModel, is_own
 from distaff.typing import PyTree
 from distaff.weights.init_from import InitFrom
 from distaff.weights.names import listed, matching, named, parts
@@ -29,7 +29,7 @@ class Loaded(NamedTuple):
 def loaded(model: Any, variables: Variables, init_from: InitFrom) -> Loaded:
     """Returns a model's arrays with those of a source in their places.
 
-    A `Lora` takes the weights of its base, and, where the source has them, its own.
+    A `Lora` takes the weights of its base; its own of a source that names one of them.
 
     Args:
         model: the functional face of the model.
@@ -41,7 +41,7 @@ def loaded(model: Any, variables: Variables, init_from: InitFrom) -> Loaded:
         ConfigError: a pattern matches nothing.
     """
     source = open_source(init_from.source)
-    if isinstance(model, LoraModel) and not any(n.startswith(f"{BASE}/") for n in source.forms):
+    if isinstance(model, LoraModel) and not any(is_own(name) for name in source.forms):
         filled, text = _loaded(model.base(variables), source, init_from)
         return Loaded(model.with_base(variables, filled), text)
     return _loaded(variables, source, init_from)
