@@ -16,6 +16,7 @@ from distaff.data.chunk import (
 )
 from distaff.data.cifar import read_cifar10, read_cifar100
 from distaff.data.entry import entry
+from distaff.data.examples import BlockExamples, Examples, MappedExamples, from_examples
 from distaff.data.feed import Feed, Feeds
 from distaff.data.huggingface import from_datasets
 from distaff.data.idx import read_idx
@@ -39,13 +40,16 @@ from distaff.data.windows import held_out_windows, shuffled_windows
 __all__ = [
     "SINGLE",
     "ArrayLoader",
+    "BlockExamples",
     "Chunk",
+    "Examples",
     "Feed",
     "Feeds",
     "Form",
     "Gathered",
     "Limited",
     "Loader",
+    "MappedExamples",
     "MappedLoader",
     "One",
     "Positioned",
@@ -65,6 +69,7 @@ __all__ = [
     "first_batch",
     "first_batches",
     "from_datasets",
+    "from_examples",
     "held_out_windows",
     "limited",
     "mnist",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import numpy as np
 
-from distaff.data.loader import num_examples
+from distaff.data.loader import as_held_by_jax, num_examples
 from distaff.errors import BatchError, ConfigError, nearest
 from distaff.typing import Batch, PyTree
 
@@ -72,7 +72,7 @@ class ArrayLoader:
                 f"batch_size is {batch_size}, and a short batch is dropped. Give more examples, "
                 "lower batch_size, or keep the short batch with remainder='keep'."
             )
-        self._arrays = jax.tree.map(_as_held_by_jax, arrays)
+        self._arrays = jax.tree.map(as_held_by_jax, arrays)
         self._position = (0, 0)
         self._start = (0, 0)
 
@@ -164,8 +164,3 @@ class ArrayLoader:
     def gathered(self, rows: np.ndarray) -> Batch:
         """Returns the batch that has these rows of `arrays`."""
         return jax.tree.map(lambda array: array[rows], self._arrays)
-
-
-def _as_held_by_jax(leaf: Any) -> np.ndarray:
-    array = np.asarray(leaf)
-    return array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)

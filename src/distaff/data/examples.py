@@ -1,0 +1,235 @@
+"""Examples: data that are read one by one, by index, and loaders over them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from itertools import islice
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+
+from distaff.data.loader import as_held_by_jax, num_examples
+from distaff.data.order import Order
+from distaff.data.positioned import Positioned
+from distaff.errors import BatchError, ConfigError, leaf_name, nearest
+from distaff.typing import Batch, PyTree
+
+
+@runtime_checkable
+class Examples(Protocol):
+    """Data of a known length, read by index: a list, a file of records, a dataset of PyTorch's.
+
+    An example is a pytree of arrays and numbers, without a batch axis.
+
+    What lies in blocks that are read whole also has `starts`, int64 `[blocks + 1]`, the first
+    example of each block, and behind them the number of examples; and `blocks_in_memory`, how
+    many blocks it keeps. A shuffled epoch then never needs more of them at once.
+    """
+
+    def __len__(self) -> int:
+        """Returns the number of examples."""
+        ...
+
+    def __getitem__(self, index: int, /) -> Any:
+        """Returns an example."""
+        ...
+
+
+class BlockExamples(ABC):
+    """Examples that lie in blocks, each of which is read whole; the last ones stay in memory.
+
+    Args:
+        sizes: how many examples each block has, `[blocks]`.
+        blocks_in_memory: how many blocks are kept. A shuffled epoch mixes so many at a time.
+
+    Raises:
+        BatchError: there is no example.
+        ConfigError: `blocks_in_memory` is less than 1.
+    """
+
+    def __init__(self, sizes: Sequence[int] | np.ndarray, *, blocks_in_memory: int = 16) -> None:
+        if blocks_in_memory < 1:
+            raise ConfigError(f"blocks_in_memory must be at least 1; got {blocks_in_memory}.")
+        self.starts = np.concatenate([[0], np.cumsum(np.asarray(sizes, np.int64), dtype=np.int64)])
+        if not len(self):
+            raise BatchError(
+                f"{type(self).__name__} must hold at least one example; its {len(sizes)} blocks "
+                "hold none. Check the paths."
+            )
+        self.blocks_in_memory = blocks_in_memory
+        self._kept = lru_cache(blocks_in_memory)(self.read_block)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, index: int, /) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{type(self).__name__} holds {len(self)} examples; got {index}")
+        block = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self._kept(block)[index - int(self.starts[block])]
+
+    @abstractmethod
+    def read_block(self, block: int) -> Sequence[Any]:
+        """Returns the examples of a block, as many as it has."""
+
+
+class MappedExamples:
+    """Applies a function to each example, when it is asked for.
+
+    Args:
+        examples: where they come from.
+        function: `example -> example`. It has no memory and no randomness of its own.
+
+    >>> doubled = MappedExamples([1, 2, 3], lambda example: 2 * example)
+    >>> [doubled[index] for index in range(len(doubled))]
+    [2, 4, 6]
+    """
+
+    def __init__(self, examples: Examples, function: Callable[[Any], Any]) -> None:
+        self._examples, self._function = examples, function
+        self.starts: np.ndarray | None = getattr(examples, "starts", None)
+        self.blocks_in_memory: int = getattr(examples, "blocks_in_memory", 1)
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int, /) -> Any:
+        return self._function(self._examples[index])
+
+
+def from_examples(
+    examples: Examples,
+    batch_size: int,
+    *,
+    shuffle: bool = False,
+    seed: int = 0,
+    remainder: Literal["keep", "drop"] | None = None,
+) -> Positioned:
+    """Returns a loader that reads examples and stacks them, and goes to any position at once.
+
+    Each epoch has an order that depends on `(seed, epoch)` alone. Of examples in blocks, as files
+    have them, it mixes as many blocks as the examples keep in memory.
+
+    Args:
+        examples: what is read, by index; all of one structure, and leaf by leaf of one shape.
+        batch_size: examples in a batch.
+        shuffle: whether each epoch has a new order.
+        seed: makes the orders, not negative.
+        remainder: what becomes of a short last batch, as `ArrayLoader` has it.
+
+    Returns:
+        A loader of batches `[batch, ...]`.
+
+    Raises:
+        BatchError: the examples have no length or fill no batch; while it reads, they differ.
+        ConfigError: an option is out of range.
+
+    >>> loader = from_examples([{"x": np.ones(2)}, {"x": np.zeros(2)}, {"x": np.ones(2)}], 2)
+    >>> [batch["x"].shape for batch in loader]
+    [(2, 2), (1, 2)]
+    """
+    order = make_order(examples, batch_size, shuffle=shuffle, seed=seed)
+    is_short_dropped = drops(remainder, shuffle)
+    whole, rest = divmod(len(examples), batch_size)
+    length = whole + (rest > 0 and not is_short_dropped)
+    if not length:
+        raise BatchError(
+            f"The examples must fill at least one batch; there are {len(examples)}, batch_size is "
+            f"{batch_size}, and a short batch is dropped. Give more examples, lower batch_size, "
+            "or keep the short batch with remainder='keep'."
+        )
+    identity = {**order.identity(), "batch_size": batch_size, "drop": is_short_dropped}
+    source = _Batches(examples, order, batch_size, length)
+    return Positioned(source, length=length, identity=identity)
+
+
+def make_order(examples: Examples, batch_size: int, *, shuffle: bool, seed: int) -> Order:
+    """Returns the order in which a loader reads examples.
+
+    Raises:
+        BatchError: they have no length, or cannot be read by index.
+        ConfigError: an option is out of range.
+    """
+    if not isinstance(examples, Examples) or isinstance(examples, dict | str | bytes):
+        raise BatchError(
+            "Examples have a length and are read by index, examples[0]; got "
+            f"{type(examples).__name__}. Write data.ArrayLoader(arrays, batch_size=...) for arrays "
+            "in memory, or give an iterable of batches to the trainer as it is."
+        )
+    if batch_size < 1 or seed < 0:
+        raise ConfigError(
+            "batch_size must be at least 1, and seed not negative; "
+            f"got batch_size={batch_size}, seed={seed}."
+        )
+    return Order(
+        len(examples),
+        shuffle=shuffle,
+        seed=seed,
+        starts=getattr(examples, "starts", None),
+        window=getattr(examples, "blocks_in_memory", 1),
+    )
+
+
+def drops(remainder: Literal["keep", "drop"] | None, shuffle: bool) -> bool:
+    """Returns whether a short last batch is left out; by default where the order is shuffled.
+
+    Raises:
+        ConfigError: `remainder` is neither.
+    """
+    if remainder not in ("keep", "drop", None):
+        raise ConfigError(
+            f"Unknown remainder {remainder!r}. {nearest(remainder, ('keep', 'drop'))}"
+        )
+    return shuffle if remainder is None else remainder == "drop"
+
+
+def stacked(examples: Sequence[PyTree]) -> Batch:
+    """Returns a batch of examples, `[batch, ...]`, in 32 bits where `ArrayLoader` has 32 bits.
+
+    Raises:
+        BatchError: they differ in structure, or a leaf in its shape.
+    """
+    first = jax.tree.structure(examples[0])
+    for other in examples[1:]:
+        if jax.tree.structure(other) != first:
+            raise BatchError(
+                f"All examples must have one structure; got {first} and "
+                f"{jax.tree.structure(other)}. Give them the same leaves (data.MappedExamples)."
+            )
+    batch = jax.tree.map_with_path(_stacked_leaf, *examples)
+    num_examples(batch)
+    return batch
+
+
+def _stacked_leaf(path: tuple[Any, ...], *leaves: Any) -> np.ndarray:
+    shapes = {np.shape(leaf) for leaf in leaves}
+    if len(shapes) > 1:
+        raise BatchError(
+            f"All examples of a batch must have one shape; {leaf_name(path)!r} has "
+            f"{sorted(shapes)}. Pad or cut them (data.MappedExamples), or use data.bucketed or "
+            "data.packed for sequences."
+        )
+    return as_held_by_jax(np.stack(leaves))
+
+
+class _Batches:
+    """Examples, stacked in their order: the number of the batch is the position."""
+
+    def __init__(self, examples: Examples, order: Order, batch_size: int, length: int) -> None:
+        self._examples, self._order = examples, order
+        self._batch_size, self._length = batch_size, length
+
+    def start(self, epoch: int, batch: int, saved: Any) -> Iterator[Batch]:
+        if batch > self._length:
+            raise ValueError(f"an epoch has {self._length} batches")
+        return self._read(self._order.epoch(epoch, batch * self._batch_size), batch)
+
+    def position(self) -> None:
+        """Nothing that the number of the batch does not say."""
+
+    def _read(self, indices: Iterator[int], batch: int) -> Iterator[Batch]:
+        for _ in range(batch, self._length):
+            yield stacked([self._examples[i] for i in islice(indices, self._batch_size)])

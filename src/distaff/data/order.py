@@ -1,0 +1,80 @@
+"""Order: in which order an epoch goes through examples that lie one by one, or in blocks."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+
+class Order:
+    """The order of an epoch, a function of `(seed, epoch)` alone, that can be begun anywhere.
+
+    Examples that lie one by one are shuffled as a whole. Of those that lie in blocks, which are
+    read whole, the blocks are shuffled, and then the examples of each `window` blocks among
+    themselves: no more blocks are ever needed at once.
+
+    Args:
+        num_examples: how many there are.
+        shuffle: whether each epoch has an order of its own.
+        seed: makes the orders, not negative.
+        starts: of each block, its first example, and behind them the number of examples, int64
+            `[blocks + 1]`. None where the examples lie one by one.
+        window: blocks that are shuffled together.
+    """
+
+    def __init__(
+        self,
+        num_examples: int,
+        *,
+        shuffle: bool,
+        seed: int,
+        starts: np.ndarray | None = None,
+        window: int = 1,
+    ) -> None:
+        self.num_examples = num_examples
+        self._shuffle, self._seed, self._starts, self._window = shuffle, seed, starts, window
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[int]:
+        """Yields the indices of the examples of an epoch.
+
+        Args:
+            epoch: which one, counted from 0.
+            start: how many of its first indices are left out.
+        """
+        if not self._shuffle:
+            yield from range(start, self.num_examples)
+            return
+        for window in self._windows(epoch):
+            size = self._size(window)
+            if start < size:
+                yield from self._shuffled(epoch, window)[start:].tolist()
+            start = max(start - size, 0)
+
+    def identity(self) -> Mapping[str, Any]:
+        """Returns what a position depends on, of values that JSON has."""
+        facts = {"num_examples": self.num_examples, "shuffle": self._shuffle, "seed": self._seed}
+        if self._starts is None or not self._shuffle:
+            return facts
+        return {**facts, "window": self._window, "blocks": zlib.crc32(self._starts.tobytes())}
+
+    def _windows(self, epoch: int) -> Iterator[np.ndarray]:
+        """Yields the blocks that are shuffled together, the windows in their order."""
+        num_blocks = 1 if self._starts is None else len(self._starts) - 1
+        blocks = np.random.default_rng([self._seed, epoch]).permutation(num_blocks)
+        for first in range(0, num_blocks, self._window):
+            yield blocks[first : first + self._window]
+
+    def _size(self, blocks: np.ndarray) -> int:
+        if self._starts is None:
+            return self.num_examples
+        return int((self._starts[blocks + 1] - self._starts[blocks]).sum())
+
+    def _shuffled(self, epoch: int, blocks: np.ndarray) -> np.ndarray:
+        rng = np.random.default_rng([self._seed, epoch, int(blocks[0])])
+        if self._starts is None:
+            return rng.permutation(self.num_examples)
+        runs = [np.arange(self._starts[block], self._starts[block + 1]) for block in blocks]
+        return rng.permutation(np.concatenate(runs))
