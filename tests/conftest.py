@@ -9,7 +9,7 @@ from pathlib import Path
 # Read when JAX is imported. With fewer threads than twice the devices, steps that nobody waits for
 # deadlock in the CPU backend's collectives.
 os.environ["NPROC"] = str(max(16, os.cpu_count() or 1))
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"] = os.environ.get("DISTAFF_TEST_PLATFORM", "cpu")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".cache" / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["DISTAFF_MALLOC"] = "off"  # JAX has started before the first trainer is made

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any, NamedTuple
 
+import jax
 from jax.extend.core import jaxprs_in_params
 
 _log = logging.getLogger("distaff")
@@ -39,8 +40,10 @@ def flops_of(program: Any, *args: Any) -> Flops | None:
     if not hasattr(program, "trace"):
         return None
     try:
-        traced = program.trace(*args)
-        count = (traced.lower().cost_analysis() or {}).get("flops", 0.0)
+        traced = program.trace(*jax.eval_shape(lambda *each: each, *args))
+        # An accelerator's backend counts only what it has compiled; the CPU's counts at once.
+        with jax.default_device(jax.devices("cpu")[0]):
+            count = (traced.lower().cost_analysis() or {}).get("flops", 0.0)
     except Exception as error:  # whatever a backend raises: a run must not fail for its report
         _log.debug("the FLOPs of a step are not known: %s", error)
         return None

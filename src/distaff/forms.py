@@ -25,6 +25,9 @@ _FAST_SECONDS = 5e-4
 _SLOW_SECONDS = 5e-3
 """A single step this slow needs none either: the host's part in it is lost in the noise."""
 
+_TINY_SECONDS = 1e-4
+"""A fused step this fast is worth a program whose number of steps is fixed, on an accelerator."""
+
 _MAX_SINGLE = 8
 """How many single steps are timed together."""
 
@@ -51,6 +54,14 @@ class Forms(Protocol):
     @property
     def capacity(self) -> int:
         """How many steps suit one program; 1 until that is known."""
+        ...
+
+    @property
+    def static(self) -> bool:
+        """Whether a full chunk has a program that is made for its number of steps.
+
+        An accelerator's host asks after each step of a loop with a dynamic end whether to go on.
+        """
         ...
 
     def took(self, seconds: float | None) -> None:
@@ -141,6 +152,7 @@ class Fixed:
         self._why = why
         self.form = Form(steps_per_call, steps_per_call)
         self.capacity = steps_per_call
+        self.static = _is_accelerated()
 
     def took(self, seconds: float | None) -> None:
         """Does nothing."""
@@ -192,6 +204,11 @@ class Measured:
         """How many steps suit one program; 1 until that is known."""
         return 1 if self.measuring else self.form.capacity
 
+    @property
+    def static(self) -> bool:
+        """Once it is known that steps are tiny."""
+        return not self.measuring and _is_worth_a_program(self._timing)
+
     def took(self, seconds: float | None) -> None:
         """Goes on to the next form, until the choice is made."""
         if seconds is None:
@@ -228,7 +245,7 @@ class Remembered:
 
     def __init__(self, form: Form, timing: Timing) -> None:
         self.form, self._timing = form, timing
-        self.capacity = form.capacity
+        self.capacity, self.static = form.capacity, _is_worth_a_program(timing)
 
     def took(self, seconds: float | None) -> None:
         """Does nothing."""
@@ -240,6 +257,14 @@ class Remembered:
     def facts(self) -> dict[str, Any]:
         """Returns the choice."""
         return _facts(self.form, "remembered", self._timing)
+
+
+def _is_accelerated() -> bool:
+    return jax.default_backend() != "cpu"
+
+
+def _is_worth_a_program(timing: Timing) -> bool:
+    return _is_accelerated() and timing.fused is not None and timing.fused < _TINY_SECONDS
 
 
 def _facts(form: Form, why: str, timing: Timing) -> dict[str, Any]:

@@ -113,11 +113,12 @@ def fused(step: StepFn, columns: Columns, metrics: PyTree) -> Callable[..., Any]
 
     Returns:
         `(state, source, num_steps) -> (state, table, metrics)`: the metrics of each step are a row
-        of the table `[source.capacity, width]`; rows after the last step mean nothing.
+        of the table `[source.capacity, width]`; rows after the last step mean nothing. A number of
+        steps that is an int, and no array, is built into the program.
     """
 
     def program(
-        state: TrainState, source: Source, num_steps: jax.Array
+        state: TrainState, source: Source, num_steps: jax.Array | int
     ) -> tuple[TrainState, jax.Array, Any]:
         def body(index: jax.Array, carry: PyTree) -> PyTree:
             state, table, kept = carry
@@ -168,9 +169,12 @@ class Steps:
         self.ledger, self._watched, self._examples = Ledger(), watched, 0
         kept, watch = metrics if watched else {}, watch or Watch()
         self._one = execution.program(single(step, self.columns, watched=watched), donate=0)
-        many = execution.program(fused(step, self.columns, kept), donate=0)
+        loop = fused(step, self.columns, kept)
+        many = execution.program(loop, donate=0)
+        full = execution.program(lambda *each: loop(*each, each[1].capacity), donate=0)
         self._single = watch.over(self._one, "the step", ("state", "table", "source"))
         self._fused = watch.over(many, "the fused steps", ("state", "source", "num_steps"))
+        self._full = watch.over(full, "the fused steps of a full chunk", ("state", "source"))
 
     def form(self) -> Form:
         """Returns the form of the next chunk."""
@@ -218,7 +222,10 @@ class Steps:
         self, state: TrainState, strip: Strip, chunk: Chunk, step: int
     ) -> tuple[TrainState, Strip, list[Any]]:
         if chunk.source.capacity > 1:
-            state, table, measured = self._fused(state, chunk.source, np.int32(chunk.num_steps))
+            is_full = self.forms.static and chunk.num_steps == chunk.source.capacity
+            end = () if is_full else (np.int32(chunk.num_steps),)
+            program = self._full if is_full else self._fused
+            state, table, measured = program(state, chunk.source, *end)
             metrics = [_row(measured, row) for row in range(chunk.num_steps * self._watched)]
             return state, Strip(step, chunk.num_steps, table, False), metrics
         is_full = strip.num_rows in (0, len(strip.table))

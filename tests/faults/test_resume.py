@@ -33,7 +33,7 @@ def start(root: Path, **options: Any) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        env=dict(os.environ),
     )
 
 
@@ -76,7 +76,7 @@ np.savez(sys.argv[2], **found)
     subprocess.run(
         [sys.executable, "-c", code, str(run / "checkpoints"), str(target)],
         check=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        env=dict(os.environ),
     )
     with np.load(target) as arrays:
         return dict(arrays)

@@ -103,6 +103,24 @@ def test_fused_steps_are_single_steps_bit_for_bit(kind, log_every):
         assert result.step == expected.step == 28
 
 
+@pytest.mark.parametrize("kind", ["resident", "list"])
+def test_full_chunks_of_an_accelerator_have_a_program_of_their_own(monkeypatch, kind):
+    single, expected = trained(1, kind)
+    programs = []
+    monkeypatch.setattr("distaff.forms._is_accelerated", lambda: True)
+    make = distaff.execution.Compiled.program
+    monkeypatch.setattr(
+        "distaff.execution.Compiled.program",
+        lambda *each, **options: programs.append(make(*each, **options)) or programs[-1],
+    )
+    # An epoch has six batches of 8, five as one program and one more; and one of 2.
+    full, result = trained(5, kind)
+    assert same_bits(full.state, single.state)
+    assert [untimed(line) for line in lines(result)] == [untimed(line) for line in lines(expected)]
+    (own,) = [each for each in programs if "<lambda>" in str(each) and each._cache_size()]
+    assert own._cache_size() == 1
+
+
 def test_comparison_would_notice_another_seed():
     assert not same_bits(trained(4, seed=1)[0].state.params, trained(4)[0].state.params)
 

@@ -14,7 +14,7 @@ import pytest
 
 from distaff.data import SINGLE, Chunk, Form, One, Stacked
 from distaff.execution import Compiled
-from distaff.forms import Fixed, Measured, Remembered, convolves, make_forms
+from distaff.forms import Fixed, Measured, Remembered, Timing, convolves, make_forms
 from distaff.fuse import Steps
 from distaff.metrics import Mean
 
@@ -106,6 +106,18 @@ def test_slow_moments_of_the_machine_do_not_make_the_choice(factors):
     forms = Measured(64, single_first=False)
     choose(forms, single=1.4e-3, fused=noisy(*factors, seconds=1e-3))
     assert forms.form == Form(20, 64)
+
+
+@pytest.mark.parametrize(("accelerated", "fused"), [(True, 5e-5), (True, 2e-4), (False, 5e-5)])
+def test_number_of_tiny_steps_is_fixed_on_an_accelerator(monkeypatch, accelerated, fused):
+    monkeypatch.setattr("distaff.forms._is_accelerated", lambda: accelerated)
+    forms = Measured(64, single_first=False)
+    assert not forms.static
+    choose(forms, single=1.0, fused=fused)
+    is_static = accelerated and fused < 1e-4
+    assert forms.static == is_static
+    assert Remembered(forms.form, Timing(None, fused)).static == is_static
+    assert Fixed(64).static == accelerated
 
 
 def test_calls_that_say_nothing_are_made_again_but_not_for_ever():

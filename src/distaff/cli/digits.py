@@ -90,7 +90,7 @@ class Digits:
 
 
 def _draw_test(plots, trainer: tasks.Classifier, test: data.ArrayLoader, folder: Path) -> None:
-    probabilities = np.asarray(jax.nn.softmax(trainer.predict(test)))
+    probabilities = np.asarray(jax.jit(jax.nn.softmax)(trainer.predict(test)))
     images, labels = test.arrays["image"], test.arrays["label"]
     names = [str(digit) for digit in range(probabilities.shape[1])]
     confusion = plots.confusion_matrix(labels, probabilities.argmax(axis=1), names)

@@ -190,7 +190,7 @@ def pad(tree: PyTree, size: int, *, axis: int = 0) -> PyTree:
         if missing == 0:
             return leaf
         numpy = jnp if isinstance(leaf, jax.Array) else np  # what is on the device stays there
-        last = numpy.take(leaf, np.array([-1]), axis)
-        return numpy.concatenate([leaf, numpy.repeat(last, missing, axis)], axis)
+        widths = [(0, missing if each == axis else 0) for each in range(leaf.ndim)]
+        return numpy.pad(leaf, widths, mode="edge")
 
     return jax.tree.map(padded, tree)

@@ -126,7 +126,7 @@ class Feed:
         if self._kept is None or self._kept.key != key:
             chunks = []
             slices = _slices(loader.arrays, rows)
-            for chunk in _chunks_of(slices, lambda: form, _Batches(self._name)):
+            for chunk in _chunks_of(slices, lambda: form, _Batches(self._name, on_device=False)):
                 source = chunk.source.padded(len(rows[0])) if even else chunk.source
                 placed = jax.device_put(source, may_alias=False)
                 chunks.append(chunk._replace(source=placed))
@@ -172,8 +172,8 @@ class Feed:
 class _Batches:
     """Chunks of what a loader yields."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, name: str, *, on_device: bool = True) -> None:
+        self._name, self._on_device = name, on_device
 
     def size(self, item: PyTree) -> int:
         return num_examples(item, name=self._name)
@@ -182,7 +182,8 @@ class _Batches:
         return _num_bytes(item)
 
     def source(self, items: Sequence[PyTree], capacity: int) -> Source:
-        return _on_device(One(items[0]) if capacity == 1 else Stacked(stack(items, capacity)))
+        source = One(items[0]) if capacity == 1 else Stacked(stack(items, capacity))
+        return _on_device(source) if self._on_device else source
 
 
 class _Gathers:
