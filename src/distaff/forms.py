@@ -25,8 +25,8 @@ _FAST_SECONDS = 5e-4
 _SLOW_SECONDS = 5e-3
 """A single step this slow needs none either: the host's part in it is lost in the noise."""
 
-_TINY_SECONDS = 1e-4
-"""A fused step this fast is worth a program whose number of steps is fixed, on an accelerator."""
+_SHORT_SECONDS, _LONG_RUN = 1e-3, 20_000
+"""Fused steps this fast, and so many, are worth another program on an accelerator."""
 
 _MAX_SINGLE = 8
 """How many single steps are timed together."""
@@ -56,14 +56,6 @@ class Forms(Protocol):
         """How many steps suit one program; 1 until that is known."""
         ...
 
-    @property
-    def static(self) -> bool:
-        """Whether a full chunk has a program that is made for its number of steps.
-
-        An accelerator's host asks after each step of a loop with a dynamic end whether to go on.
-        """
-        ...
-
     def took(self, seconds: float | None) -> None:
         """Hears how long each step of the last chunk took; None where that says nothing."""
         ...
@@ -82,6 +74,7 @@ def make_forms(
     metrics: PyTree,
     *,
     steps_per_epoch: int | None,
+    total_steps: int | None = None,
     watched: bool,
     jaxpr: Callable[[], Any],
     file: Path | None = None,
@@ -92,6 +85,7 @@ def make_forms(
         steps_per_call: a number of steps, or "auto".
         metrics: of one step, or their shapes: a fused program holds those of all its steps.
         steps_per_epoch: no program runs past the end of an epoch; None if it is not known.
+        total_steps: of the run; likewise.
         watched: whether somebody looks at each step, which then must be one program.
         jaxpr: traces the step.
         file: where choices are remembered; None to measure anew.
@@ -108,9 +102,11 @@ def make_forms(
     def keep(form: Form, timing: Timing) -> None:
         entry.write(_facts(form, "measured", timing))
 
-    single_first = convolves(traced.jaxpr)
-    remembered = _recalled(entry.read(), capacity)
-    return remembered or Measured(capacity, single_first=single_first, chosen=keep)
+    is_long = total_steps is None or total_steps >= _LONG_RUN
+    remembered = _recalled(entry.read(), capacity, is_long=is_long)
+    return remembered or Measured(
+        capacity, single_first=convolves(traced.jaxpr), is_long=is_long, chosen=keep
+    )
 
 
 def continued(forms: Forms, facts: Any) -> Forms:
@@ -126,7 +122,8 @@ def continued(forms: Forms, facts: Any) -> Forms:
         return forms
     capacity = facts.get("capacity")
     is_known = isinstance(capacity, int) and 1 <= capacity <= _MAX_STEPS
-    return (_recalled(facts, capacity) if is_known else None) or forms
+    is_long = isinstance(forms, Measured | Remembered) and forms.is_long
+    return (_recalled(facts, capacity, is_long=is_long) if is_known else None) or forms
 
 
 def convolves(jaxpr: Any) -> bool:
@@ -150,9 +147,9 @@ class Fixed:
 
     def __init__(self, steps_per_call: int, why: str = "given") -> None:
         self._why = why
-        self.form = Form(steps_per_call, steps_per_call)
+        rest = steps_per_call if steps_per_call > 1 and _is_accelerated() else 0
+        self.form = Form(steps_per_call, steps_per_call, rest)
         self.capacity = steps_per_call
-        self.static = _is_accelerated()
 
     def took(self, seconds: float | None) -> None:
         """Does nothing."""
@@ -184,6 +181,7 @@ class Measured:
         capacity: the most steps of one program.
         single_first: whether to begin with single steps, and to try fused ones only if these are
             fast. Convolutions in a loop are slow on the CPU: 25 times, where they are large.
+        is_long: whether there are so many steps that another program pays.
         chosen: is told the choice.
     """
 
@@ -192,22 +190,18 @@ class Measured:
         capacity: int,
         *,
         single_first: bool,
+        is_long: bool = True,
         chosen: Callable[[Form, Timing], None] = lambda form, timing: None,
     ) -> None:
         self._trying = (_single_first if single_first else _fused_first)(capacity)
         self._timing, self._chosen, self._num_untold = Timing(None, None), chosen, 0
-        self.form = next(self._trying)
+        self.form, self.is_long = next(self._trying), is_long
         self.measuring = True
 
     @property
     def capacity(self) -> int:
         """How many steps suit one program; 1 until that is known."""
         return 1 if self.measuring else self.form.capacity
-
-    @property
-    def static(self) -> bool:
-        """Once it is known that steps are tiny."""
-        return not self.measuring and _is_worth_a_program(self._timing)
 
     def took(self, seconds: float | None) -> None:
         """Goes on to the next form, until the choice is made."""
@@ -220,9 +214,10 @@ class Measured:
         try:
             self.form = self._trying.send(seconds)
         except StopIteration as end:
-            self.form, self._timing = end.value
+            form, self._timing = end.value
+            self.form = _settled(form, self._timing, is_long=self.is_long)
             self.measuring = False
-            self._chosen(self.form, self._timing)
+            self._chosen(form, self._timing)
 
     def describe(self) -> str:
         """Returns the choice, and what was measured."""
@@ -239,13 +234,14 @@ class Remembered:
     Args:
         form: the form.
         timing: what was measured then.
+        is_long: as `Measured` takes it.
     """
 
     measuring = False
 
-    def __init__(self, form: Form, timing: Timing) -> None:
-        self.form, self._timing = form, timing
-        self.capacity, self.static = form.capacity, _is_worth_a_program(timing)
+    def __init__(self, form: Form, timing: Timing, *, is_long: bool = True) -> None:
+        self.form, self._timing = _settled(form, timing, is_long=is_long), timing
+        self.capacity, self.is_long = self.form.capacity, is_long
 
     def took(self, seconds: float | None) -> None:
         """Does nothing."""
@@ -263,15 +259,25 @@ def _is_accelerated() -> bool:
     return jax.default_backend() != "cpu"
 
 
-def _is_worth_a_program(timing: Timing) -> bool:
-    return _is_accelerated() and timing.fused is not None and timing.fused < _TINY_SECONDS
+def _settled(form: Form, timing: Timing, *, is_long: bool) -> Form:
+    """Returns a form that was chosen, on an accelerator with programs of just its length.
+
+    The host of an accelerator asks after each step of a loop whether it was the last, unless the
+    program knows how many there are. On an H100 that was 15 us a step, with convolutions 40 to 70.
+    """
+    fused = timing.fused
+    is_short = fused is not None and fused < _SHORT_SECONDS
+    if not (is_long and is_short and form.capacity > 1 and _is_accelerated()):
+        return form
+    return Form(form.num_steps, form.num_steps, rest=form.capacity)
 
 
 def _facts(form: Form, why: str, timing: Timing) -> dict[str, Any]:
-    return {**form._asdict(), "why": why, "seconds_per_step": timing._asdict()}
+    numbers = {"num_steps": form.num_steps, "capacity": form.rest or form.capacity}
+    return {**numbers, "why": why, "seconds_per_step": timing._asdict()}
 
 
-def _recalled(value: Any, capacity: int) -> Remembered | None:
+def _recalled(value: Any, capacity: int, *, is_long: bool) -> Remembered | None:
     """Returns the choice that a file holds; None if it holds something else."""
     try:
         num_steps, seconds = value["num_steps"], value["seconds_per_step"]
@@ -284,7 +290,8 @@ def _recalled(value: Any, capacity: int) -> Remembered | None:
         return None
     # One step per call is the single form, unless fused steps are so slow that one is enough.
     is_single = value.get("capacity") == 1
-    return Remembered(SINGLE if is_single else Form(num_steps, capacity), timing)
+    form = SINGLE if is_single else Form(num_steps, capacity)
+    return Remembered(form, timing, is_long=is_long)
 
 
 def _is_seconds(value: Any) -> bool:

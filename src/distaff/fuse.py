@@ -34,6 +34,7 @@ def make_steps(
     config: TrainerConfig,
     *,
     steps_per_epoch: int | None,
+    total_steps: int | None = None,
     watched: bool,
     watch: Watch | None = None,
 ) -> Steps:
@@ -45,6 +46,7 @@ def make_steps(
         example: a state and a batch like those of the run.
         config: `steps_per_call`, `log_every_n_steps` and `debug` are read.
         steps_per_epoch: None if it is not known.
+        total_steps: of the run; likewise.
         watched: whether the metrics of every step are wanted.
         watch: watches what compiles.
     """
@@ -56,6 +58,7 @@ def make_steps(
         1 if config.debug else config.steps_per_call,
         metrics,
         steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
         watched=watched,
         jaxpr=lambda: jax.make_jaxpr(step)(*example),
         file=_choices() if config.tune_process else None,
@@ -222,7 +225,7 @@ class Steps:
         self, state: TrainState, strip: Strip, chunk: Chunk, step: int
     ) -> tuple[TrainState, Strip, list[Any]]:
         if chunk.source.capacity > 1:
-            is_full = self.forms.static and chunk.num_steps == chunk.source.capacity
+            is_full = self.forms.form.rest and chunk.num_steps == chunk.source.capacity
             end = () if is_full else (np.int32(chunk.num_steps),)
             program = self._full if is_full else self._fused
             state, table, measured = program(state, chunk.source, *end)

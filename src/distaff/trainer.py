@@ -294,13 +294,13 @@ class TrainerModule(Checked):
         steps_per_epoch = plan.steps_per_epoch or num_batches(plan.train_loader)
         total = None if steps_per_epoch is None else steps_per_epoch * plan.num_epochs
         self.init_optimizer(total)
-        state = self.evaluation_state()  # of the same form as the one that is trained
         self._steps = make_steps(
             self.execution,
             self._measured_step,
-            (state, batch),
+            (self.evaluation_state(), batch),  # of the same form as the state that is trained
             self.config,
             steps_per_epoch=steps_per_epoch,
+            total_steps=total,
             watched=self.callbacks.watches_steps,
             watch=self.make_watch(),
         )

@@ -108,16 +108,24 @@ def test_slow_moments_of_the_machine_do_not_make_the_choice(factors):
     assert forms.form == Form(20, 64)
 
 
-@pytest.mark.parametrize(("accelerated", "fused"), [(True, 5e-5), (True, 2e-4), (False, 5e-5)])
-def test_number_of_tiny_steps_is_fixed_on_an_accelerator(monkeypatch, accelerated, fused):
+@pytest.mark.parametrize("accelerated", [True, False])
+@pytest.mark.parametrize("fused", [5e-4, 2e-3])
+@pytest.mark.parametrize("is_long", [True, False])
+def test_short_steps_of_a_long_run_have_programs_of_fixed_length(
+    monkeypatch, accelerated, fused, is_long
+):
     monkeypatch.setattr("distaff.forms._is_accelerated", lambda: accelerated)
-    forms = Measured(64, single_first=False)
-    assert not forms.static
-    choose(forms, single=1.0, fused=fused)
-    is_static = accelerated and fused < 1e-4
-    assert forms.static == is_static
-    assert Remembered(forms.form, Timing(None, fused)).static == is_static
-    assert Fixed(64).static == accelerated
+    forms = Measured(64, single_first=False, is_long=is_long)
+    tried = choose(forms, single=1.0, fused=fused)
+    assert not any(form.rest for form in tried)
+    num_steps = round(0.02 / fused)
+    pays = accelerated and is_long and fused < 1e-3
+    kept = Form(num_steps, num_steps, 64) if pays else Form(num_steps, 64)
+    assert forms.form == kept
+    assert forms.facts()["capacity"] == 64
+    timing = Timing(None, fused)
+    assert Remembered(Form(num_steps, 64), timing, is_long=is_long).form == kept
+    assert Fixed(64).form == Form(64, 64, 64 * accelerated)
 
 
 def test_calls_that_say_nothing_are_made_again_but_not_for_ever():

@@ -122,10 +122,13 @@ class Form(NamedTuple):
     Attributes:
         num_steps: at most this many.
         capacity: the source has room for this many.
+        rest: 0, or the room in the source of a chunk that is shorter than `num_steps`; one that is
+            as long may then have a program for just this number.
     """
 
     num_steps: int
     capacity: int
+    rest: int = 0
 
 
 _ALIGNMENT = 64

@@ -272,12 +272,14 @@ def _chunks_of(
     """Yields chunks of items, each with the position after it."""
     waiting = list(islice(items, 1))
     while waiting:
-        num_steps, capacity = form()
+        num_steps, capacity, rest = form()
         size, num_bytes = kind.size(waiting[0][0]), kind.num_bytes(waiting[0][0])
-        capacity = min(capacity, 1 + _MAX_CHUNK_BYTES // num_bytes)
-        num_steps = min(num_steps, capacity)
+        most = 1 + _MAX_CHUNK_BYTES // num_bytes
+        num_steps, capacity = min(num_steps, capacity, most), min(capacity, most)
         waiting.extend(islice(items, max(num_steps - len(waiting), 0)))
         group = _of_one_form([item for item, _ in waiting[:num_steps]])
+        if len(group) < num_steps and rest:
+            capacity = min(rest, most)
         position = waiting[len(group) - 1][1]
         del waiting[: len(group)]
         source = kind.source(group, capacity)
