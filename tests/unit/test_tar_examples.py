@@ -237,9 +237,7 @@ def test_changed_archive_is_noticed(tmp_path):
     first = [(f"{number}.cls", b"1") for number in range(9)]
     examples = examples_of(tmp_path, tar_of(first), examples_per_block=2)
     assert examples[0]["cls"] == 1
-    (tmp_path / "0.tar").write_bytes(
-        tar_of([(f"{number}.cls", b"") for number in range(18)])
-    )
+    (tmp_path / "0.tar").write_bytes(tar_of([(f"{number}.cls", b"") for number in range(18)]))
     with pytest.raises(DataFileError, match="has changed"):
         assert examples[5]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
@@ -63,6 +64,7 @@ class BlockExamples(ABC):
                 "hold none. Check the paths."
             )
         self.blocks_in_memory = blocks_in_memory
+        self._bounds = self.starts.data  # items of which are read sooner than those of the array
         self._kept = lru_cache(blocks_in_memory)(self.read_block)
 
     def __len__(self) -> int:
@@ -71,8 +73,8 @@ class BlockExamples(ABC):
     def __getitem__(self, index: int, /) -> Any:
         if not 0 <= index < len(self):
             raise IndexError(f"{type(self).__name__} holds {len(self)} examples; got {index}")
-        block = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return self._kept(block)[index - int(self.starts[block])]
+        block = bisect_right(self._bounds, index) - 1
+        return self._kept(block)[index - self._bounds[block]]
 
     @abstractmethod
     def read_block(self, block: int) -> Examples:

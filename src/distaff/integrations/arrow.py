@@ -74,7 +74,7 @@ class Table:
             table = self._read(block, columns)
         except (pa.ArrowException, OSError) as error:
             raise self._unreadable(error) from error
-        found = {name: _plain(pa.concat_arrays(table.column(name).chunks)) for name in columns}
+        found = {name: pa.concat_arrays(table.column(name).chunks) for name in columns}
         for name, values in found.items():
             row = _first_null(values)
             if row is not None:
@@ -125,11 +125,12 @@ def is_readable(kind: pa.DataType) -> bool:
 
 def _first_null(values: pa.Array) -> int | None:
     """Returns the first row that is null, or is a list with a null in it."""
+    values = _plain(values)
     if values.null_count:
         return pc.index(values.is_null(), True).as_py()
     if not isinstance(values.type, (*_LISTS, pa.FixedSizeListType)):
         return None
-    inner = _first_null(_plain(values.flatten()))
+    inner = _first_null(values.flatten())
     return None if inner is None else values.value_parent_indices()[inner].as_py()
 
 
@@ -142,6 +143,9 @@ def _plain(values: pa.Array) -> pa.Array:
 
 def _as_numpy(values: pa.Array) -> Column:
     """Returns values without nulls; lists of one length in all rows become an axis."""
+    if isinstance(values, pa.FixedShapeTensorArray):
+        return values.to_numpy_ndarray()
+    values = _plain(values)
     kind = values.type
     if isinstance(kind, pa.FixedSizeListType):
         bounds = np.arange(len(values) + 1) * kind.list_size
@@ -152,7 +156,7 @@ def _as_numpy(values: pa.Array) -> Column:
         return values.to_pylist()
     else:
         return values.to_numpy(zero_copy_only=False)
-    inner = _as_numpy(_plain(values.flatten()))
+    inner = _as_numpy(values.flatten())
     lengths = np.diff(bounds)
     if isinstance(inner, np.ndarray) and len(lengths) and (lengths == lengths[0]).all():
         return inner.reshape(len(values), lengths[0], *inner.shape[1:])
