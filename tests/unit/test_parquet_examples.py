@@ -17,6 +17,7 @@ from distaff.testing.loaders import assert_batches_equal
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
+arrow = pytest.importorskip("distaff.integrations.arrow")
 
 ROWS = 23
 COLUMNS: dict[str, Any] = {
@@ -141,6 +142,12 @@ def test_tensors_keep_their_values(tmp_path):
     path = write(tmp_path / "a.parquet", pa.table({"x": column}), rows_per_block=3)
     batch = next(iter(data.from_examples(data.ParquetExamples(path), 4)))
     np.testing.assert_array_equal(batch["x"], values)
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.int8()), pa.list_(pa.int8(), 2)])
+def test_lists_may_begin_behind_the_start_of_their_values(kind):
+    values = pa.array([[0, 1], [2, 3], [4, 5]], kind)[1:]
+    np.testing.assert_array_equal(arrow._as_numpy(values), [[2, 3], [4, 5]])
 
 
 def duplicated(path: Path) -> Path:
