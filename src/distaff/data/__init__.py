@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from distaff.data.array_record import ArrayRecordExamples
 from distaff.data.arrays import ArrayLoader
 from distaff.data.builtin import digits
 from distaff.data.chunk import (
@@ -31,15 +32,19 @@ from distaff.data.loader import (
     num_examples,
 )
 from distaff.data.mapped import MappedLoader
+from distaff.data.parquet import ParquetExamples
 from distaff.data.pictures import cifar10, cifar10_names, cifar100, cifar100_names, mnist
 from distaff.data.positioned import Positioned, Restartable
 from distaff.data.python_source import python_source
 from distaff.data.stream import Stream
+from distaff.data.tar_examples import TarExamples
+from distaff.data.text import TextLines
 from distaff.data.windows import held_out_windows, shuffled_windows
 
 __all__ = [
     "SINGLE",
     "ArrayLoader",
+    "ArrayRecordExamples",
     "BlockExamples",
     "Chunk",
     "Examples",
@@ -52,11 +57,14 @@ __all__ = [
     "MappedExamples",
     "MappedLoader",
     "One",
+    "ParquetExamples",
     "Positioned",
     "Restartable",
     "Source",
     "Stacked",
     "Stream",
+    "TarExamples",
+    "TextLines",
     "as_loader",
     "cifar10",
     "cifar10_names",

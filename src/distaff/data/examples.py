@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
@@ -27,6 +28,9 @@ class Examples(Protocol):
     What lies in blocks that are read whole also has `starts`, int64 `[blocks + 1]`, the first
     example of each block, and behind them the number of examples; and `blocks_in_memory`, how
     many blocks it keeps. A shuffled epoch then never needs more of them at once.
+
+    Two more are optional. `fingerprint`, an int, stands for the data: a position is refused where
+    it is another. `read_batch(indices)` returns what stacking these examples would, sooner.
     """
 
     def __len__(self) -> int:
@@ -60,6 +64,7 @@ class BlockExamples(ABC):
                 "hold none. Check the paths."
             )
         self.blocks_in_memory = blocks_in_memory
+        self._bounds = self.starts.data  # items of which are read sooner than those of the array
         self._kept = lru_cache(blocks_in_memory)(self.read_block)
 
     def __len__(self) -> int:
@@ -68,11 +73,11 @@ class BlockExamples(ABC):
     def __getitem__(self, index: int, /) -> Any:
         if not 0 <= index < len(self):
             raise IndexError(f"{type(self).__name__} holds {len(self)} examples; got {index}")
-        block = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return self._kept(block)[index - int(self.starts[block])]
+        block = bisect_right(self._bounds, index) - 1
+        return self._kept(block)[index - self._bounds[block]]
 
     @abstractmethod
-    def read_block(self, block: int) -> Sequence[Any]:
+    def read_block(self, block: int) -> Examples:
         """Returns the examples of a block, as many as it has."""
 
 
@@ -92,6 +97,7 @@ class MappedExamples:
         self._examples, self._function = examples, function
         self.starts: np.ndarray | None = getattr(examples, "starts", None)
         self.blocks_in_memory: int = getattr(examples, "blocks_in_memory", 1)
+        self.fingerprint: int | None = getattr(examples, "fingerprint", None)
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -170,6 +176,7 @@ def make_order(examples: Examples, batch_size: int, *, shuffle: bool, seed: int)
         seed=seed,
         starts=getattr(examples, "starts", None),
         window=getattr(examples, "blocks_in_memory", 1),
+        fingerprint=getattr(examples, "fingerprint", None),
     )
 
 
@@ -219,8 +226,10 @@ class _Batches:
     """Examples, stacked in their order: the number of the batch is the position."""
 
     def __init__(self, examples: Examples, order: Order, batch_size: int, length: int) -> None:
-        self._examples, self._order = examples, order
-        self._batch_size, self._length = batch_size, length
+        self._order, self._batch_size, self._length = order, batch_size, length
+        self._read_batch = getattr(
+            examples, "read_batch", lambda indices: stacked([examples[i] for i in indices])
+        )
 
     def start(self, epoch: int, batch: int, saved: Any) -> Iterator[Batch]:
         if batch > self._length:
@@ -232,4 +241,4 @@ class _Batches:
 
     def _read(self, indices: Iterator[int], batch: int) -> Iterator[Batch]:
         for _ in range(batch, self._length):
-            yield stacked([self._examples[i] for i in islice(indices, self._batch_size)])
+            yield self._read_batch(list(islice(indices, self._batch_size)))

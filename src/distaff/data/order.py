@@ -23,6 +23,7 @@ class Order:
         starts: of each block, its first example, and behind them the number of examples, int64
             `[blocks + 1]`. None where the examples lie one by one.
         window: blocks that are shuffled together.
+        fingerprint: of the data; None where they have none.
     """
 
     def __init__(
@@ -33,8 +34,10 @@ class Order:
         seed: int,
         starts: np.ndarray | None = None,
         window: int = 1,
+        fingerprint: int | None = None,
     ) -> None:
         self.num_examples = num_examples
+        self._fingerprint = fingerprint
         self._shuffle, self._seed, self._starts, self._window = shuffle, seed, starts, window
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[int]:
@@ -56,6 +59,8 @@ class Order:
     def identity(self) -> Mapping[str, Any]:
         """Returns what a position depends on, of values that JSON has."""
         facts = {"num_examples": self.num_examples, "shuffle": self._shuffle, "seed": self._seed}
+        if self._fingerprint is not None:
+            facts["fingerprint"] = self._fingerprint
         if self._starts is None or not self._shuffle:
             return facts
         return {**facts, "window": self._window, "blocks": zlib.crc32(self._starts.tobytes())}

@@ -1,0 +1,54 @@
+"""Records of ArrayRecord files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+from distaff import _optional
+from distaff.data.files import Block, DataFile, FileExamples, Paths, Place, find_files
+from distaff.errors import ConfigError
+
+_OPEN_FILES = 16
+
+
+class ArrayRecordExamples(FileExamples):
+    """The records of ArrayRecord files, which are bytes; a `MappedExamples` decodes them.
+
+    The format: https://github.com/google/array_record. In memory are
+    `examples_per_block * blocks_in_memory` records, the indices of 16 files at most, and 32 bytes
+    for each block.
+
+    Args:
+        paths: a file, a glob pattern, or several of them.
+        examples_per_block: how many consecutive records are read at once. A multiple of the
+            `group_size` that the files were written with reads no group twice.
+        blocks_in_memory: how many blocks are kept. A shuffled epoch mixes so many at a time.
+
+    Raises:
+        BatchError: there is no record.
+        ConfigError: an option is out of range.
+        DataFileError: a file is missing, or no whole ArrayRecord file; while it is read, it has
+            changed.
+        MissingExtraError: the package `array_record` is not installed.
+    """
+
+    def __init__(
+        self, paths: Paths, *, examples_per_block: int = 256, blocks_in_memory: int = 16
+    ) -> None:
+        if examples_per_block < 1:
+            raise ConfigError(f"examples_per_block must be at least 1; got {examples_per_block}.")
+        package = _optional.load("array_record", extra="array-record")
+        self._opened = lru_cache(_OPEN_FILES)(package.Records)
+        files = find_files(paths)
+        blocks = (self._find_blocks(file, examples_per_block) for file in files)
+        super().__init__(files, blocks, blocks_in_memory=blocks_in_memory)
+
+    def read(self, place: Place) -> Sequence[bytes]:
+        return self._opened(self.files[place.file]).read(place.start, place.stop)
+
+    def _find_blocks(self, file: DataFile, examples_per_block: int) -> Iterator[Block]:
+        num_records = len(self._opened(file))
+        for start in range(0, num_records, examples_per_block):
+            stop = min(start + examples_per_block, num_records)
+            yield Block(start, stop, stop - start)

@@ -1,0 +1,138 @@
+"""The members of tar archives, by their headers alone, which may say anything.
+
+POSIX.1-1988 (ustar) and POSIX.1-2001 (pax) archives, with GNU's long names:
+https://pubs.opengroup.org/onlinepubs/9799919799/utilities/pax.html, "pax Interchange Format", and
+https://www.gnu.org/software/tar/manual/html_node/Standard.html. The standard library's `tarfile`
+keeps all members in memory, and some of its versions loop for ever on negative sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import BinaryIO, NamedTuple
+
+_BLOCK = 512
+_MAX_EXTENSION_BYTES = 2**20
+_FILES = (b"0", b"\0", b"7")
+_WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes
+_LONG_NAME, _PAX, _SPARSE = b"L", b"x", b"S"
+_EXTENSIONS = (_LONG_NAME, b"K", _PAX, b"g")
+
+
+class Member(NamedTuple):
+    """A regular file of an archive.
+
+    Attributes:
+        name: its path, which is never opened.
+        header: where the first of its headers begins, in bytes.
+        start: where its data begin.
+        stop: where they end.
+        end: where the next header begins.
+    """
+
+    name: str
+    header: int
+    start: int
+    stop: int
+    end: int
+
+
+def read_members(archive: BinaryIO, num_bytes: int) -> Iterator[Member]:
+    """Yields the regular files of an archive; folders, links and devices are left out.
+
+    Args:
+        archive: of which the headers are read, from its start.
+        num_bytes: how many it has.
+
+    Raises:
+        ValueError: it is no tar archive, does not end as one, or holds sparse files.
+    """
+    first = position = 0
+    said: dict[str, str] = {}
+    while header := _header(archive, position, num_bytes):
+        kind = header[156:157]
+        start = position + _BLOCK
+        stop = start + _size(header, kind, said)
+        if stop > num_bytes:
+            raise ValueError(f"the member at {first:,} ends at {stop:,} of {num_bytes:,} bytes")
+        position = stop + -stop % _BLOCK
+        if kind in _EXTENSIONS:
+            said |= _extension(archive, kind, start, stop)
+            continue
+        if kind == _SPARSE or any(key.startswith("GNU.sparse.") for key in said):
+            raise ValueError(f"the member at {first:,} is a sparse file")
+        name = said.get("path") or _name(header)
+        if kind in _FILES and not name.endswith("/"):
+            yield Member(name, first, start, stop, position)
+        first, said = position, {}
+
+
+def _header(archive: BinaryIO, position: int, num_bytes: int) -> bytes | None:
+    """Returns a header, or None where a block of zeros ends the archive."""
+    archive.seek(position)
+    header = archive.read(_BLOCK)
+    if len(header) < _BLOCK:
+        raise ValueError(f"it ends at {num_bytes:,} bytes, without the zeros of an archive's end")
+    if not any(header):
+        return None
+    if _octal(header[148:156]) != sum(header[:148]) + 8 * ord(" ") + sum(header[156:]):
+        raise ValueError(f"at {position:,} is no header with a right checksum")
+    return header
+
+
+def _size(header: bytes, kind: bytes, said: Mapping[str, str]) -> int:
+    if kind in _WITHOUT_DATA:
+        return 0
+    if "size" in said and kind not in _EXTENSIONS:
+        return _decimal(said["size"].encode())
+    field = header[124:136]
+    is_binary = field[0] == 0x80  # 0xff begins a negative number
+    size = int.from_bytes(field[1:]) if is_binary else _octal(field)
+    if kind in _EXTENSIONS and size > _MAX_EXTENSION_BYTES:
+        raise ValueError(f"a header has {size:,} bytes")
+    return size
+
+
+def _extension(archive: BinaryIO, kind: bytes, start: int, stop: int) -> dict[str, str]:
+    """Returns what an extended header says of the next member, in the words of pax."""
+    archive.seek(start)
+    content = archive.read(stop - start)
+    if kind == _LONG_NAME:
+        return {"path": _text(content)}
+    return dict(_pax_records(content)) if kind == _PAX else {}
+
+
+def _pax_records(content: bytes) -> Iterator[tuple[str, str]]:
+    """Yields the records `length key=value`, whose length counts themselves whole."""
+    position = 0
+    while position < len(content):
+        length, _, _ = content[position : position + 20].partition(b" ")
+        stop = position + _decimal(length)
+        record = content[position + len(length) + 1 : stop]
+        if stop > len(content) or not record.endswith(b"\n"):
+            raise ValueError("an extended header is damaged")
+        key, _, value = record[:-1].partition(b"=")
+        yield _text(key), _text(value)
+        position = stop
+
+
+def _name(header: bytes) -> str:
+    name, prefix = _text(header[:100]), _text(header[345:500])
+    return f"{prefix}/{name}" if prefix and header[257:263] == b"ustar\0" else name
+
+
+def _text(field: bytes) -> str:
+    return field.partition(b"\0")[0].decode("utf-8", "surrogateescape")
+
+
+def _octal(field: bytes) -> int:
+    digits = field.partition(b"\0")[0].strip()
+    if digits.strip(b"01234567"):
+        raise ValueError(f"{field!r} in a header is no octal number")
+    return int(digits or b"0", 8)
+
+
+def _decimal(digits: bytes) -> int:
+    if not digits.isdigit():
+        raise ValueError(f"{digits[:20]!r} in a header is no decimal number")
+    return int(digits)

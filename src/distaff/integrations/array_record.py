@@ -1,0 +1,44 @@
+"""ArrayRecord: files of records that are read by index."""
+
+from __future__ import annotations
+
+from array_record.python import array_record_module  # ty: ignore[import-not-found] no stubs
+
+from distaff.data.files import DataFile
+from distaff.errors import DataFileError
+
+_RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
+
+
+class Records:
+    """The records of a file, which stays open.
+
+    Args:
+        file: where they are.
+
+    Raises:
+        DataFileError: it is no whole ArrayRecord file.
+    """
+
+    def __init__(self, file: DataFile) -> None:
+        self._file = file
+        self._reader = array_record_module.ArrayRecordReader(str(file.path), _RANDOM_ACCESS)
+        if not self._reader.ok():
+            raise DataFileError(
+                f"{file.path} is not a whole ArrayRecord file, of {file.num_bytes:,} bytes. Get or "
+                "write it again."
+            )
+
+    def __len__(self) -> int:
+        return self._reader.num_records()
+
+    def read(self, start: int, stop: int) -> list[bytes]:
+        """Returns consecutive records.
+
+        Raises:
+            DataFileError: they are no longer there.
+        """
+        try:
+            return self._reader.read(start, stop)
+        except (IndexError, RuntimeError, ValueError) as error:
+            raise self._file.changed(str(error)) from error

@@ -1,0 +1,163 @@
+"""Arrow: columns of Parquet and Arrow IPC files (Feather 2 among them) as NumPy arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pyarrow import types
+
+from distaff.data.files import DataFile
+from distaff.errors import BatchError, DataFileError
+
+Column: TypeAlias = np.ndarray | Sequence[Any]
+"""The values of a column: an array `[rows, ...]`, or by row where they are no such array."""
+
+_LISTS = (pa.ListType, pa.LargeListType)
+_NUMBERS = (types.is_boolean, types.is_integer, types.is_floating, types.is_temporal)
+_OBJECTS = (
+    *(types.is_string, types.is_large_string, types.is_string_view),
+    *(types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary),
+)
+
+
+class Table:
+    """A file of columns, in blocks: the row groups of Parquet, the record batches of Arrow IPC.
+
+    Args:
+        file: where it is.
+
+    Attributes:
+        sizes: rows of each block.
+        column_types: the type of each column.
+
+    Raises:
+        DataFileError: it is no whole Parquet or Arrow IPC file, or has two columns of one name.
+    """
+
+    def __init__(self, file: DataFile) -> None:
+        self._file = file
+        is_parquet = file.read(0, 4) == b"PAR1"
+        try:
+            self._metadata = pq.read_metadata(file.path) if is_parquet else None
+            schema, self.sizes = self._contents()
+        except (pa.ArrowException, OSError) as error:
+            raise self._unreadable(error) from error
+        self._names = schema.names
+        self.column_types: Mapping[str, pa.DataType] = dict(
+            zip(schema.names, schema.types, strict=True)
+        )
+        if len(self.column_types) < len(schema.names):
+            raise DataFileError(
+                f"Each column must have a name of its own; {file.path} has {schema.names}. Write "
+                "it again with other names."
+            )
+
+    def read(self, block: int, columns: Sequence[str], first: int) -> dict[str, Column]:
+        """Returns columns of a block.
+
+        Args:
+            block: its number.
+            columns: their names.
+            first: the number of its first row in the file, for errors.
+
+        Raises:
+            BatchError: a value is null.
+            DataFileError: the file cannot be read.
+        """
+        try:
+            table = self._read(block, columns)
+        except (pa.ArrowException, OSError) as error:
+            raise self._unreadable(error) from error
+        found = {name: pa.concat_arrays(table.column(name).chunks) for name in columns}
+        for name, values in found.items():
+            row = _first_null(values)
+            if row is not None:
+                raise BatchError(
+                    f"No value of a column may be null; {name!r} is null in row {first + row} of "
+                    f"{self._file.path}. Fill or drop nulls before, or leave the column out with "
+                    "columns=[...]."
+                )
+        return {name: _as_numpy(values) for name, values in found.items()}
+
+    def _contents(self) -> tuple[pa.Schema, list[int]]:
+        if self._metadata is not None:
+            groups = map(self._metadata.row_group, range(self._metadata.num_row_groups))
+            return self._metadata.schema.to_arrow_schema(), [group.num_rows for group in groups]
+        with self._batches([0]) as reader:
+            batches = map(reader.get_batch, range(reader.num_record_batches))
+            sizes = [batch.num_rows for batch in batches]
+        with self._batches(None) as reader:
+            return reader.schema, sizes
+
+    def _read(self, block: int, columns: Sequence[str]) -> pa.Table:
+        if self._metadata is not None:
+            with pq.ParquetFile(self._file.path, metadata=self._metadata) as file:
+                return file.read_row_group(block, columns=list(columns))
+        with self._batches([self._names.index(name) for name in columns]) as reader:
+            return pa.Table.from_batches([reader.get_batch(block)])
+
+    def _batches(self, columns: list[int] | None) -> pa.RecordBatchFileReader:
+        return pa.ipc.open_file(
+            pa.OSFile(str(self._file.path)), options=pa.ipc.IpcReadOptions(included_fields=columns)
+        )
+
+    def _unreadable(self, error: Exception) -> DataFileError:
+        return DataFileError(
+            f"{self._file.path} is not a whole Parquet or Arrow IPC file: {error}. Get or write it "
+            "again."
+        )
+
+
+def is_readable(kind: pa.DataType) -> bool:
+    """Whether values are numbers, times, texts, bytes, or lists of such."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return is_readable(kind.storage_type)
+    if isinstance(kind, (*_LISTS, pa.FixedSizeListType, pa.DictionaryType)):
+        return is_readable(kind.value_type)
+    return any(of_kind(kind) for of_kind in (*_NUMBERS, *_OBJECTS))
+
+
+def _first_null(values: pa.Array) -> int | None:
+    """Returns the first row that is null, or is a list with a null in it."""
+    values = _plain(values)
+    if values.null_count:
+        return pc.index(values.is_null(), True).as_py()
+    if not isinstance(values.type, (*_LISTS, pa.FixedSizeListType)):
+        return None
+    inner = _first_null(values.flatten())
+    return None if inner is None else values.value_parent_indices()[inner].as_py()
+
+
+def _plain(values: pa.Array) -> pa.Array:
+    """Returns values without the name of an extension, and without a dictionary."""
+    while isinstance(values, pa.ExtensionArray):
+        values = values.storage
+    return values.dictionary_decode() if isinstance(values, pa.DictionaryArray) else values
+
+
+def _as_numpy(values: pa.Array) -> Column:
+    """Returns values without nulls; lists of one length in all rows become an axis."""
+    if isinstance(values, pa.FixedShapeTensorArray):
+        return values.to_numpy_ndarray()
+    values = _plain(values)
+    kind = values.type
+    if isinstance(kind, pa.FixedSizeListType):
+        bounds = np.arange(len(values) + 1) * kind.list_size
+    elif isinstance(kind, _LISTS):
+        offsets = values.offsets.to_numpy()
+        bounds = offsets - offsets[0]
+    elif any(of_kind(kind) for of_kind in _OBJECTS):
+        return values.to_pylist()
+    else:
+        return values.to_numpy(zero_copy_only=False)
+    inner = _as_numpy(values.flatten())
+    lengths = np.diff(bounds)
+    if isinstance(inner, np.ndarray) and len(lengths) and (lengths == lengths[0]).all():
+        return inner.reshape(len(values), lengths[0], *inner.shape[1:])
+    return [inner[start:stop] for start, stop in pairwise(bounds.tolist())]
