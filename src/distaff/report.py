@@ -89,8 +89,12 @@ class Report(NamedTuple):
             f"speed  {self._speed()}",
             *([] if self.flops is None else [f"FLOPs  {self._work(self.flops)}"]),
             f"time   {self._time()}",
-            *([self._waiting()] if self.share_of_waiting > _LONG_WAIT else []),
+            *self.remarks(),
         ]
+
+    def remarks(self) -> list[str]:
+        """Returns what to do about the speed, as lines of text; none where there is nothing."""
+        return [self._waiting()] if self.share_of_waiting > _LONG_WAIT else []
 
     def _speed(self) -> str:
         read = self.throughput

@@ -187,6 +187,8 @@ class Resumable(Training):
         self.settle()
         self.interrupted_by = str(interrupted)
         again = "start it again to go on" if self.recording.path else "nothing is kept of it"
+        for remark in Report(self.ledger.read()).remarks():
+            self.show(remark)
         self.show(f"interrupted by {interrupted} at step {self.step}: {again}")
         return self.last_metrics
 

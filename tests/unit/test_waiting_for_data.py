@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import threading
@@ -128,13 +129,21 @@ def test_error_of_the_reader_thread_ends_the_run_with_the_line_that_raised_it():
     assert (alive(source), readers()) == (0, [])
 
 
-def test_run_that_waits_for_data_says_so_at_its_end_with_the_remedy(tmp_path, capsys):
+@pytest.mark.parametrize("stop", [None, 25])
+def test_run_that_waits_for_data_says_so_at_its_end_with_the_remedy(stop):
+    class Stop(Callback):
+        def on_step_end(self, info: distaff.StepInfo) -> None:
+            if info.step == stop:
+                signal.raise_signal(signal.SIGINT)
+
     def slow() -> Iterator[Any]:
         for _ in range(30):
             time.sleep(0.01)
             yield BATCH
 
-    result = trainer(root="runs").train_model(slow, num_epochs=1, steps_per_epoch=30)
+    run = trainer(root="runs", callbacks=[Stop()])
+    result = run.train_model(slow, num_epochs=1, steps_per_epoch=30)
+    assert result.status == ("finished" if stop is None else "interrupted")
     text = (result.path / "log.txt").read_text()
     assert "of the training waits for data. Give arrays as a data.ArrayLoader" in text
     assert "more workers" in text
