@@ -101,7 +101,6 @@ def _drawn(key: Key, size: int, alpha: float) -> tuple[jax.Array, jax.Array]:
 
 def _blended(values: jax.Array, partners: jax.Array, weight: jax.Array) -> jax.Array:
     """Blends in float32 or wider, so that the parts of narrow floats add up to one."""
-    weight = weight.reshape(-1, *[1] * (values.ndim - 1))
-    weight = weight.astype(jnp.promote_types(values.dtype, weight.dtype))
-    wide = values.astype(weight.dtype)
+    wide = values.astype(jnp.float64 if values.dtype == jnp.float64 else jnp.float32)
+    weight = weight.reshape(-1, *[1] * (values.ndim - 1)).astype(wide.dtype)
     return (weight * wide + (1 - weight) * wide[partners]).astype(values.dtype)
