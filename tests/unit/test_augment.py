@@ -237,6 +237,14 @@ def test_colours_are_clipped_and_a_factor_is_never_negative():
     assert slopes.min() > -1e-6
 
 
+def test_colours_of_narrow_floats_are_computed_in_float32():
+    narrow = jnp.asarray(COLOURS, jnp.bfloat16)
+    strengths = {"brightness": 0.2, "contrast": 0.3, "saturation": 0.4, "hue": 0.1}
+    wide = augment.color_jitter(KEY, narrow.astype(jnp.float32), **strengths)
+    changed = augment.color_jitter(KEY, narrow, **strengths)
+    np.testing.assert_array_equal(changed, wide.astype(jnp.bfloat16))
+
+
 def mixing(function: Callable[..., Any]) -> Callable[[jax.Array, jax.Array], tuple[jax.Array, ...]]:
     return lambda key, images: function(key, images, jnp.eye(len(images), dtype=images.dtype))
 
