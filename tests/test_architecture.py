@@ -28,12 +28,12 @@ ROOMS = (
     *("compile_cache", "throughput", "flight"),
     *("agreement", "interruption", "barrier", "watchdog"),
     *("signature", "compiling", "choices", "flops", "machine", "report"),
-    *("models", "data", "optim", "parallel", "zoo", "trainer_config", "ranking"),
+    *("models", "data", "augment", "optim", "parallel", "zoo", "trainer_config", "ranking"),
     *("context", "measured", "guard", "rows", "step", "accumulate", "precision", "diagnosis"),
     *("forms", "fuse"),
     *("loggers", "display", "checkpoint", "callbacks", "weights"),
     *("events", "evaluate", "loop", "recording", "tally"),
-    *("predictor", "training", "resume", "warm_start", "recovery", "checked", "trainer"),
+    *("predictor", "training", "resume", "warm_start", "recovery", "checked", "hooks", "trainer"),
     *("tasks", "distaff"),
     *("tune", "inspect", "cli"),
     *("integrations", "testing"),
@@ -52,7 +52,7 @@ NOWHERE = {"tensorflow", "pickle", "cloudpickle", "dill", "marshal", "shelve"}
 OPTIONAL = (
     *("matplotlib", "sklearn", "pandas", "torch", "tensorflow", "wandb", "mlflow", "optuna", "ray"),
     *("grain", "tensorboard", "tensorboardX", "equinox", "jaxtyping", "beartype", "hypothesis"),
-    *("pytest", "_pytest", "safetensors", "pyarrow", "array_record"),
+    *("pytest", "_pytest", "safetensors", "pyarrow", "array_record", "dm_pix"),
 )
 WITHOUT_OPTIONAL = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL!r}))\n"
 

@@ -5,7 +5,17 @@ from __future__ import annotations
 from distaff.garbage import spared
 
 with spared():
-    from distaff import callbacks, checkpoint, data, loggers, metrics, models, optim, tasks
+    from distaff import (
+        augment,
+        callbacks,
+        checkpoint,
+        data,
+        loggers,
+        metrics,
+        models,
+        optim,
+        tasks,
+    )
     from distaff.callbacks import Callback, EarlyStopping, Profiler, StepInfo, StopTraining
     from distaff.context import Context
     from distaff.errors import DistaffError
@@ -37,6 +47,7 @@ __all__ = [
     "TrainStep",
     "TrainerConfig",
     "TrainerModule",
+    "augment",
     "callbacks",
     "checkpoint",
     "data",

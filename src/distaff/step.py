@@ -15,11 +15,13 @@ import numpy as np
 from distaff import metrics as metrics_lib
 from distaff.context import Context
 from distaff.data import num_examples
-from distaff.errors import LossError
+from distaff.errors import BatchError, LossError, leaf_name
 from distaff.measured import StepFn, reduced
 from distaff.metrics import Mean, Metric, PerExample
 from distaff.state import TrainState
-from distaff.typing import Batch, Params
+from distaff.typing import Batch, Key, Params
+
+_AUGMENTATION = 0x6175676D
 
 EvalFn: TypeAlias = Callable[[TrainState, Batch], Mapping[str, Any]]
 """`(state, batch) -> metrics`."""
@@ -27,8 +29,11 @@ EvalFn: TypeAlias = Callable[[TrainState, Batch], Mapping[str, Any]]
 LossFn: TypeAlias = Callable[[Params, Batch, Context], Any]
 """`(params, batch, ctx) -> loss` or `-> (loss, metrics)`; the loss is `[batch]` or a scalar."""
 
+AugmentFn: TypeAlias = Callable[[Batch, Key], Batch]
+"""`(batch, key) -> batch`, with as many examples."""
 
-def train_step(loss_fn: LossFn) -> StepFn:
+
+def train_step(loss_fn: LossFn, *, augment: AugmentFn | None = None) -> StepFn:
     """Builds a training step: forward pass, loss, gradient, update. Jit it with the state donated.
 
     The optimizer is offered the loss as `value`, its gradient as `grad`, and the loss as a function
@@ -37,16 +42,19 @@ def train_step(loss_fn: LossFn) -> StepFn:
     Args:
         loss_fn: `(params, batch, ctx) -> loss` or `(loss, metrics)`. The loss is one number per
             example, `[batch]`, or a scalar; metrics are as `distaff.metrics` describes.
+        augment: `(batch, key) -> batch`, called once before the loss, with a key of the step's own
+            that neither `ctx.rng` nor dropout draws from. See `distaff.augment`.
 
     Returns:
         A pure function `(state, batch) -> (state, metrics)`. `metrics["loss"]` is the loss;
         penalties (`ctx.add_penalty`) are apart from it, in `metrics["penalty"]`.
         At the first trace it raises LossError for a loss or metric of the wrong form, and
-        BatchError for a batch whose leaves disagree in length.
+        BatchError for a batch whose leaves disagree in length, before or after `augment`.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Metric]]:
         size = num_examples(batch)
+        batch = batch if augment is None else _augmented(augment, state, batch, size)
 
         def objective(params: Params) -> tuple[jax.Array, tuple[dict[str, Metric], dict[str, Any]]]:
             ctx = Context(state, train=True)
@@ -77,10 +85,11 @@ class TrainStep:
 
     Args:
         loss_fn: see `train_step`; not needed by a subclass that defines it.
+        augment: see `train_step`.
     """
 
-    def __init__(self, loss_fn: LossFn | None = None) -> None:
-        self._step = train_step(self.loss_fn if loss_fn is None else loss_fn)
+    def __init__(self, loss_fn: LossFn | None = None, *, augment: AugmentFn | None = None) -> None:
+        self._step = train_step(self.loss_fn if loss_fn is None else loss_fn, augment=augment)
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Metric]]:
         """Returns the state after one update, and the step's metrics."""
@@ -126,6 +135,27 @@ class EvalStep:
     def _outputs(self, state: TrainState, batch: Batch) -> dict[str, Metric | PerExample]:
         ctx = Context(state, train=False)
         return _declared(self._loss_fn(state.params, batch, ctx), num_examples(batch))[1]
+
+
+def _augmented(augment: AugmentFn, state: TrainState, batch: Batch, size: int) -> Batch:
+    """Returns what `augment` makes of a batch: all its leaves, maybe others, as many examples."""
+    key = jax.random.fold_in(Context(state, train=True).rng, _AUGMENTATION)
+    returned = augment(batch, key)
+    shapes = {leaf_name(path): np.shape(x) for path, x in jax.tree.leaves_with_path(returned)}
+    rule = f"augment(batch, key) returns all leaves of its batch, each with {size} examples"
+    for path, _ in jax.tree.leaves_with_path(batch):
+        if leaf_name(path) not in shapes:
+            raise BatchError(
+                f"{rule}; {leaf_name(path)!r} is not in what it returned, of type "
+                f"{type(returned).__name__} with the leaves {list(shapes)}. Change some entries of "
+                "the batch and return the whole: {**batch, 'image': images}."
+            )
+    for name, shape in shapes.items():
+        if shape[:1] != (size,):
+            raise BatchError(
+                f"{rule}; {name!r} has shape {shape}. Change the number of examples in the loader."
+            )
+    return returned
 
 
 def _declared(returned: Any, size: int) -> tuple[jax.Array, dict[str, Metric | PerExample]]:

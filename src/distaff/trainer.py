@@ -26,6 +26,7 @@ from distaff.evaluate import Evaluator
 from distaff.events import ChunkEnd, Interrupted, Plan, made_of, make_plan
 from distaff.fuse import make_steps
 from distaff.guard import guarded, make_guard
+from distaff.hooks import Hooks
 from distaff.measured import StepFn, measured
 from distaff.optim import build_optimizer
 from distaff.recording import recorded
@@ -37,7 +38,7 @@ from distaff.trainer_config import TrainResult
 from distaff.typing import Batch, Params
 
 
-class TrainerModule(Checked):
+class TrainerModule(Hooks, Checked):
     """Trains a model: subclass it and write `loss_fn`.
 
     >>> class Regression(TrainerModule):
@@ -99,7 +100,8 @@ class TrainerModule(Checked):
             `train_step(state, batch) -> (state, metrics)` and `eval_step(state, batch) -> metrics`,
             with metrics as `distaff.metrics` describes.
         """
-        return make_train_step(self.loss_fn), EvalStep(self.loss_fn)
+        train_step = make_train_step(self.loss_fn, augment=self.augmentation())
+        return train_step, EvalStep(self.loss_fn)
 
     def create_jitted_functions(self, train_step: StepFn, eval_step: EvalFn) -> None:
         """Makes programs of the pure functions; nothing compiles before its first call."""
@@ -267,18 +269,6 @@ class TrainerModule(Checked):
         self.check_run()
         self.rank(metrics, is_best)
         self.save(self.facts(metrics, is_best))
-
-    def on_training_start(self) -> None:
-        """Called before the first step."""
-
-    def on_training_epoch_end(self, epoch: int, metrics: dict[str, Any]) -> None:
-        """Called after each training epoch; what is added to `metrics` is logged."""
-
-    def on_validation_epoch_end(self, epoch: int, metrics: dict[str, Any], val_loader: Any) -> None:
-        """Called after each validation; what is added to `metrics` is logged, or monitored.
-
-        Several validation loaders come as a dict.
-        """
 
     def prepare(self, plan: Plan, test_loader: Loader | None = None) -> None:
         """Makes all that a run needs and checks it; nothing is written.

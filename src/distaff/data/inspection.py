@@ -12,6 +12,9 @@ import numpy as np
 from distaff.errors import leaf_name
 from distaff.typing import Batch
 
+_ROUNDING = 0.01
+"""How far the sum of probabilities may be from 1: bfloat16 has three digits."""
+
 
 def not_finite(batch: Batch, name: str) -> str:
     """Returns what is wrong with a batch that holds NaN or infinities; nothing without.
@@ -86,6 +89,32 @@ def out_of_range(labels: Any, num_classes: int, name: str) -> str:
         f"Labels are class indices from 0 to {num_classes - 1}, as the model returns {num_classes} "
         f"logits; those of a batch of the {name} loader reach from {low} to {high}, and that of "
         f"example {first} is {int(values.flat[first])}. {remedy}"
+    )
+
+
+def no_probabilities(labels: Any, name: str) -> str:
+    """Returns what is wrong with labels that should be probabilities; nothing where they are.
+
+    Args:
+        labels: float `[batch, classes]`; others are not looked at.
+        name: of the loader that they come from.
+
+    >>> no_probabilities(np.array([[0.5, 0.5], [0.5, 1.5]]), "val").split(";")[0]
+    'Labels of shape [batch, classes] are probabilities, and add up to 1'
+    """
+    values = np.asarray(labels)
+    if not jnp.issubdtype(values.dtype, jnp.floating) or values.ndim != 2:
+        return ""
+    values = values.astype(np.float64)
+    sums = values.sum(axis=1)
+    bad = np.flatnonzero((values < 0).any(axis=1) | (abs(sums - 1) > _ROUNDING))
+    if not bad.size:
+        return ""
+    first = bad[0]
+    return (
+        "Labels of shape [batch, classes] are probabilities, and add up to 1; in a batch of the "
+        f"{name} loader, those of example {first} add up to {sums[first]:.4g}, and the lowest is "
+        f"{values[first].min():.4g}. Divide counts by their sum, or take the softmax of logits."
     )
 
 

@@ -1,0 +1,59 @@
+"""Boxes: parts of pictures, at random places, that are cut out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from distaff.augment.pictures import as_pictures, check_pixels
+from distaff.typing import Key
+
+
+def cutout(key: Key, images: Any, size: int) -> jax.Array:
+    """Sets a square of each picture to zero, which is the mean of normalised pictures.
+
+    Its centre is any pixel, so that a part of it may lie outside. Source: DeVries and Taylor,
+    Improved Regularization of Convolutional Neural Networks with Cutout, 2017, arXiv:1708.04552,
+    section 3.2.
+
+    Args:
+        key: a random key, `[]`.
+        images: `[batch, height, width, channels]`, of any dtype.
+        size: of a side, in pixels.
+
+    Returns:
+        The pictures, in the shape and dtype of `images`.
+
+    Raises:
+        BatchError: `images` has another number of axes.
+        ConfigError: `size` is no whole number, or less than 1.
+    """
+    images = as_pictures(images)
+    check_pixels("size", size, least=1)
+    return jnp.where(boxes(key, images, size, size), 0, images)
+
+
+def boxes(
+    key: Key, images: jax.Array, height: jax.Array | int, width: jax.Array | int
+) -> jax.Array:
+    """Returns the pixels in a box around a pixel of each picture, bool `[batch, h, w, 1]`.
+
+    Args:
+        key: makes the centres.
+        images: `[batch, h, w, channels]`.
+        height: of each box, int `[batch]` or `[]`.
+        width: likewise.
+    """
+    key_of_rows, key_of_columns = jax.random.split(key)
+    rows = _intervals(key_of_rows, len(images), images.shape[1], height)
+    columns = _intervals(key_of_columns, len(images), images.shape[2], width)
+    return rows[:, :, None, None] & columns[:, None, :, None]
+
+
+def _intervals(key: Key, num: int, side: int, length: jax.Array | int) -> jax.Array:
+    """Returns the places in an interval around a random place of a side, bool `[num, side]`."""
+    start = jax.random.randint(key, (num,), 0, side) - length // 2
+    places = jnp.arange(side)[None]
+    return (places >= start[:, None]) & (places < (start + length)[:, None])

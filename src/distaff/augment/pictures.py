@@ -1,0 +1,47 @@
+"""What a function is given: pictures, and options that are numbers."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from distaff.errors import BatchError, ConfigError
+
+
+def as_pictures(images: Any, *, only_floats: bool = False) -> jax.Array:
+    """Returns pictures as a JAX array `[batch, height, width, channels]`.
+
+    Raises:
+        BatchError: they have another number of axes, or are no floats where these are needed.
+    """
+    images = jnp.asarray(images)
+    if images.ndim != 4:
+        raise BatchError(
+            f"Pictures are [batch, height, width, channels]; got shape {images.shape}. Grey "
+            "pictures need a last axis of length 1: images[..., None]."
+        )
+    if only_floats and not jnp.issubdtype(images.dtype, jnp.floating):
+        raise BatchError(
+            f"Pictures that are blended or coloured are floats; got {images.dtype}. Of bytes, "
+            "write images.astype(jnp.float32) / 255."
+        )
+    return images
+
+
+def check_pixels(name: str, value: Any, *, least: int) -> None:
+    """Checks an option that counts pixels.
+
+    Raises:
+        ConfigError: it is no whole number, or less than `least`.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name} is a number of pixels, at least {least}; got {value!r}.")
+
+
+def is_finite(value: Any) -> bool:
+    """Whether an option is a number, neither NaN nor infinite."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
