@@ -30,6 +30,7 @@ from distaff.data.loader import (
     num_examples,
 )
 from distaff.data.mapped import MappedLoader
+from distaff.data.mixture import Mixture
 from distaff.data.pictures import cifar10, cifar10_names, cifar100, cifar100_names, mnist
 from distaff.data.positioned import Positioned, Restartable
 from distaff.data.python_source import python_source
@@ -47,6 +48,7 @@ __all__ = [
     "Limited",
     "Loader",
     "MappedLoader",
+    "Mixture",
     "One",
     "Positioned",
     "Restartable",
