@@ -72,7 +72,7 @@ class ArrayLoader:
                 f"batch_size is {batch_size}, and a short batch is dropped. Give more examples, "
                 "lower batch_size, or keep the short batch with remainder='keep'."
             )
-        self._arrays = jax.tree.map(_as_held_by_jax, arrays)
+        self._arrays = jax.tree.map(as_held_by_jax, arrays)
         self._position = (0, 0)
         self._start = (0, 0)
 
@@ -166,6 +166,7 @@ class ArrayLoader:
         return jax.tree.map(lambda array: array[rows], self._arrays)
 
 
-def _as_held_by_jax(leaf: Any) -> np.ndarray:
+def as_held_by_jax(leaf: Any) -> np.ndarray:
+    """Returns a NumPy array of the dtype that JAX would give it: 32 bits for 64, as a rule."""
     array = np.asarray(leaf)
     return array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
+from distaff.data.arrays import as_held_by_jax
 from distaff.data.loader import first_batch, num_batches, num_examples
 from distaff.data.proportions import shares, turns
 from distaff.data.reader import Reader
@@ -38,7 +39,8 @@ class Mixture:
         loaders: what `as_loader` takes, by name; two or more, as a rule.
         weights: a positive number for each name. Only their proportions count.
         by: `"example"` mixes rows within a batch; all loaders then yield leaves of the same names,
-            dtypes and shapes after the first axis. `"batch"` hands out whole batches, of one loader
+            dtypes (64 bits count as the 32 that JAX makes of them) and shapes after the first axis.
+            `"batch"` hands out whole batches, of one loader
             each, as it makes them; the weights count batches then.
         batch_size: rows in a batch; by default as many as the first batch of the first loader has.
             All batches have it, by example.
@@ -166,7 +168,8 @@ class Mixture:
     @cached_property
     def _plan(self) -> _Plan:
         """Looks into all loaders, so that what does not fit is an error before the first batch."""
-        firsts = [first_batch(each.loader, name=each.name) for each in self._readers]
+        found = [first_batch(each.loader, name=each.name) for each in self._readers]
+        firsts = [jax.tree.map(as_held_by_jax, first) for first in found]
         rows = [num_examples(first) for first in firsts]
         example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), firsts[0])
         plan = _Plan(self._batch_size or rows[0], self._num_batches, example)
@@ -346,10 +349,11 @@ def _check_count(name: str, value: int | None) -> None:
 
 def _is_place(state: Mapping[str, Any], count: int) -> bool:
     """Whether a state says of so many loaders where they are, in whole numbers."""
-    taken, loaders = state.get("taken"), state.get("loaders")
-    if any(not isinstance(each, list) or len(each) != count for each in (taken, loaders)):
+    batch, taken, loaders = (state.get(name) for name in ("batch", "taken", "loaders"))
+    if not isinstance(taken, list) or not isinstance(loaders, list):
         return False
     if not all(isinstance(each, Mapping) and each.keys() == _POSITION for each in loaders):
         return False
-    counts = [state.get("batch"), *taken, *(each["used"] for each in loaders)]
-    return all(type(each) is int and each >= 0 for each in counts)
+    counts = [batch, *taken, *(each["used"] for each in loaders)]
+    are_counts = all(type(each) is int and each >= 0 for each in counts)
+    return are_counts and len(taken) == len(loaders) == count

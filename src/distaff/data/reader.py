@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
-import numpy as np
 
+from distaff.data.arrays import as_held_by_jax
 from distaff.data.fingerprint import fingerprint
 from distaff.data.loader import as_loader, num_examples
 from distaff.errors import BatchError, ChangedBatchesError
@@ -115,7 +115,7 @@ class Reader:
         self.position()  # kept before the loader moves on: it may not be able to go back
         batch = self._next()
         self._size = num_examples(batch, name=self.name)
-        self._held = jax.tree.map(np.asarray, batch)
+        self._held = jax.tree.map(as_held_by_jax, batch)
         self._mark = fingerprint(self._held)
 
     def _next(self) -> Batch:
