@@ -124,16 +124,17 @@ class Mixture:
 
     def close_made(self) -> None:
         """Closes the loaders that were made of iterables, which begin anew; others stay open."""
-        if not any(reader.is_made for reader in self._readers):
+        made = [reader for reader in self._readers if reader.is_made]
+        for reader in made:
+            reader.close()
+        if not made or self._ahead is None:
             return
-        place = self._place() if self._ahead is None else self._ahead[1]
+        place, self._ahead = self._ahead[1], None
+        self._taken = list(place["taken"])
         for reader, position in zip(self._readers, place["loaders"], strict=True):
-            if reader.is_made:
-                reader.close()
-                continue
-            with suppress(BatchError):  # it goes on after what was in line
-                reader.go_to(position)
-        self._ahead, self._taken = None, list(place["taken"])
+            if not reader.is_made:
+                with suppress(BatchError):  # a Stream goes on after what was in line
+                    reader.go_to(position)
 
     def get_state(self) -> dict[str, Any]:
         """Returns the position after the last batch that was handed out, fit for JSON.
