@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import numpy as np
 
-from distaff.data.loader import num_examples
+from distaff.data.loader import as_held_by_jax, num_examples
 from distaff.errors import BatchError, ConfigError, nearest
 from distaff.typing import Batch, PyTree
 
@@ -164,9 +164,3 @@ class ArrayLoader:
     def gathered(self, rows: np.ndarray) -> Batch:
         """Returns the batch that has these rows of `arrays`."""
         return jax.tree.map(lambda array: array[rows], self._arrays)
-
-
-def as_held_by_jax(leaf: Any) -> np.ndarray:
-    """Returns a NumPy array of the dtype that JAX would give it: 32 bits for 64, as a rule."""
-    array = np.asarray(leaf)
-    return array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)

@@ -175,6 +175,12 @@ def num_examples(batch: Batch, *, name: str = "") -> int:
     return shapes[first][0]
 
 
+def as_held_by_jax(leaf: Any) -> np.ndarray:
+    """Returns an array in the dtype that JAX would hold it in: 32 bits for 64, as it is set."""
+    array = np.asarray(leaf)
+    return array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
+
+
 def first_batch(loader: Loader, *, name: str = "data") -> Batch:
     """Returns the first batch to come; the loader stays where it is.
 

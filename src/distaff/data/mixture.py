@@ -12,8 +12,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from distaff.data.arrays import as_held_by_jax
-from distaff.data.loader import first_batch, num_batches, num_examples
+from distaff.data.loader import as_held_by_jax, first_batch, num_batches, num_examples
 from distaff.data.proportions import shares, turns
 from distaff.data.reader import Reader
 from distaff.errors import BatchError, ChangedBatchesError, ConfigError, leaf_name, nearest

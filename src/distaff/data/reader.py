@@ -8,9 +8,8 @@ from typing import Any
 
 import jax
 
-from distaff.data.arrays import as_held_by_jax
 from distaff.data.fingerprint import fingerprint
-from distaff.data.loader import as_loader, num_examples
+from distaff.data.loader import as_held_by_jax, as_loader, num_examples
 from distaff.errors import BatchError, ChangedBatchesError
 from distaff.typing import Batch
 
