@@ -32,6 +32,7 @@ from distaff.data.loader import (
     num_examples,
 )
 from distaff.data.mapped import MappedLoader
+from distaff.data.mixture import Mixture
 from distaff.data.parquet import ParquetExamples
 from distaff.data.pictures import cifar10, cifar10_names, cifar100, cifar100_names, mnist
 from distaff.data.positioned import Positioned, Restartable
@@ -56,6 +57,7 @@ __all__ = [
     "Loader",
     "MappedExamples",
     "MappedLoader",
+    "Mixture",
     "One",
     "ParquetExamples",
     "Positioned",

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from distaff.data.loader import Loader, first_batch, num_batches
+from distaff.data.loader import Loader, abandon, first_batch, num_batches
 from distaff.errors import BatchError
 from distaff.typing import Batch
 
@@ -37,7 +37,7 @@ class Limited:
     def __iter__(self) -> Iterator[Batch]:
         # The loader was put into an epoch that is over, and would go on with it.
         if self._is_behind:
-            next(iter(self.loader), None)
+            abandon(self.loader)
         left = self._most - (self._taken if self._resumed else 0)
         self._taken, self._is_over = self._most - left, False
         self._is_behind, self._resumed = not left, False

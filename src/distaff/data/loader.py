@@ -27,8 +27,9 @@ class Loader(Protocol):
     A batch is any pytree of arrays with one leading axis: `[batch, ...]`. Each batch is made of
     fresh arrays, never of a buffer that is filled again. One iteration runs at a time.
 
-    A loader may also have `__len__`, the number of batches in an epoch, and `peek()`, which
-    returns the first batch to come without handing it out.
+    A loader may also have `__len__`, the number of batches in an epoch; `peek()`, which returns the
+    first batch to come without handing it out; `abandon()`, after which the next `iter()` begins a
+    new epoch; and `close_made()`, which closes what it has made itself.
     """
 
     def __iter__(self) -> Iterator[Batch]:
@@ -97,6 +98,8 @@ def as_loader(data: Any, *, name: str = "data") -> Loader:
 def closing_made(*pairs: tuple[Any, Any]) -> Generator[None]:
     """Closes in the end the loaders that were made of something else, so that nothing runs on.
 
+    Those that a given loader has made are among them.
+
     Args:
         *pairs: what was given, and the loader it became.
     """
@@ -106,6 +109,17 @@ def closing_made(*pairs: tuple[Any, Any]) -> Generator[None]:
         for given, made in pairs:
             if made is not given and hasattr(made, "close"):
                 made.close()
+            if hasattr(given, "close_made"):
+                given.close_made()
+
+
+def abandon(loader: Loader) -> None:
+    """Leaves the epoch that `set_state` put a loader into: the next `iter()` begins a new one."""
+    leave = getattr(loader, "abandon", None)
+    if leave is None:
+        next(iter(loader), None)
+    else:
+        leave()
 
 
 def num_batches(loader: Loader) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from distaff.data.loader import Loader, first_batch, num_batches
+from distaff.data.loader import Loader, abandon, first_batch, num_batches
 from distaff.typing import Batch
 
 
@@ -49,6 +49,16 @@ class MappedLoader:
     def peek(self) -> Batch:
         """Returns the first batch to come, without handing it out."""
         return self._function(first_batch(self.loader))
+
+    def abandon(self) -> None:
+        """Lets the next `iter()` begin a new epoch."""
+        abandon(self.loader)
+
+    def close_made(self) -> None:
+        """Closes what the loader has made itself."""
+        close = getattr(self.loader, "close_made", None)
+        if close is not None:
+            close()
 
     def get_state(self) -> dict[str, Any]:
         """Returns the position of the loader."""
