@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from distaff import Callback, Context, TrainerModule, TrainState, data, train_step
+from distaff import Context, TrainerModule, TrainState, data, train_step
 from distaff.config import to_json
 from distaff.errors import CheckpointError
 from distaff.models import Variables, as_model
@@ -24,17 +24,6 @@ KEY = jax.random.key(0)
 class Regression(TrainerModule):
     def loss_fn(self, params, batch, ctx):
         return jnp.square(ctx.apply(params, batch["x"])[:, 0] - batch["y"])
-
-
-class Stops(Callback):
-    """Fails in the middle of a run, as a machine does."""
-
-    def __init__(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def on_epoch_end(self, info):
-        if info.epoch == self.epoch:
-            raise RuntimeError("gone")
 
 
 def arrays(size: int = 64) -> dict[str, np.ndarray]:
@@ -63,10 +52,6 @@ def assert_same(tree: Any, other: Any) -> None:
 def differs(tree: Any, other: Any) -> bool:
     pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True)
     return any(bool((np.asarray(a) != np.asarray(b)).any()) for a, b in pairs)
-
-
-def numbers(trained: Regression) -> dict[str, Any]:
-    return {name: tree for name, tree in trained.state.arrays().items() if name != "rng"}
 
 
 def state_of(model: Any, variables: Variables, optimizer: Any = None) -> TrainState:
@@ -163,15 +148,6 @@ def test_variables_are_plain_dictionaries(kind: Kind) -> None:
     [check(node) for node in variables]
 
 
-def test_training_reduces_the_loss_in_two_epochs(run: Any) -> None:
-    _, finished = run
-    lines = (finished.result_of_run.path / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    losses = [row["val/loss"] for row in rows if "val/loss" in row]
-    assert len(losses) == 4
-    assert losses[1] < losses[0]
-
-
 def test_loaded_model_predicts_the_same_bits(run: Any) -> None:
     source, finished = run
     loaded = Regression.load_from_checkpoint(finished.result_of_run.path, source)
@@ -232,26 +208,3 @@ def test_table_has_every_array_and_the_output(run: Any) -> None:
     assert rows[0].path == ""
     assert rows[0].output == "float32[16,1]"
     assert (rows[0].flops or 0) > 0
-
-
-def test_interrupted_run_ends_as_one_that_was_not(run: Any, tmp_path: Any) -> None:
-    source, finished = run
-    stopped = trainer(source, root=str(tmp_path), callbacks=[Stops(2)])
-    with pytest.raises(RuntimeError, match="gone"):
-        stopped.train_model(loader(), loader(), num_epochs=4)
-    resumed = trainer(source, root=str(tmp_path), callbacks=[Stops(0)])
-    result = resumed.train_model(loader(), loader(), num_epochs=4)
-    assert result.path == stopped.recording.path
-    assert result.step == finished.result_of_run.step == 16
-    assert_same(numbers(resumed), numbers(finished))
-
-
-def test_steps_in_one_program_or_many_agree(run: Any, tmp_path: Any) -> None:
-    source, finished = run
-    single = trainer(source, root=str(tmp_path), steps_per_call=1)
-    single.train_model(loader(), loader(), num_epochs=4)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
-        numbers(single),
-        numbers(finished),
-    )
