@@ -128,6 +128,7 @@ SECTIONS = {
             "distaff, generator function": _loader("stream"),
             "distaff, grain.MapDataset": _loader("grain_map"),
             "distaff, grain.IterDataset": _loader("grain_iter"),
+            "distaff, the same, no threads": _loader("grain_no_threads"),
             "distaff, torch DataLoader": _loader("torch", environment="peers"),
             "distaff, datasets.Dataset": _loader("hugging_face"),
         },

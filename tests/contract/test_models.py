@@ -208,3 +208,13 @@ def test_table_has_every_array_and_the_output(run: Any) -> None:
     assert rows[0].path == ""
     assert rows[0].output == "float32[16,1]"
     assert (rows[0].flops or 0) > 0
+
+
+@pytest.mark.parametrize("kind", ["nnx", "equinox"])
+def test_modules_have_the_flops_of_linens(kind: str) -> None:
+    def counts(kind: str) -> dict[str, Any]:
+        rows = as_model(KINDS[kind].cnn()).layers(KEY, jnp.ones((16, 6, 6, 1)))
+        return {row.path: row.flops for row in rows}
+
+    assert counts(kind) == counts("linen")
+    assert counts(kind)["first"] > counts(kind)["last"] > 0
