@@ -124,5 +124,5 @@ def _drain(rounds: Rounds, epoch_of: Callable[[int], Iterable[Any]]) -> None:
     for epoch in rounds:
         total = 0.0
         for batch in epoch_of(epoch):
-            total += float(batch["x"][0, 0]) + len(batch["label"])
+            total += float(batch["label"][0]) + float(batch["x"][-1, -1])
         rounds.done(total)
