@@ -108,7 +108,7 @@ def _section_table(name: str, measured: Mapping[str, Any]) -> Table:
     columns, rows = ["system", section.unit, "spread", f"time, x {section.reference}"], []
     for system, entry in measured["systems"].items():
         value = entry["ms_per_step"]
-        if section.unit == "images/s":
+        if section.unit.endswith("/s"):
             value = 1e3 * ALL[section.workload].batch_size / value
         rows.append([system, _shown(value), f"{entry['spread']:.0%}", _ratio(entry["ratio"])])
     return section.title, columns, rows

@@ -101,6 +101,7 @@ def _section(name: str, title: str, batch_size: int, steps: int) -> Workload:
 
 _OTHERS = (
     _section("input", "50,000 pictures of 32x32x3, batch 128", 128, 100),
+    _section("loaders", "25,600 digits, batch 64", 64, 400),
     _section("evaluation", "MLP 64-128-10 over 30,000 digits, batch 64", 64, 469),
     _section("checkpoint", "10 M parameters and Adam's state, 126 MB", 1, 1),
 )

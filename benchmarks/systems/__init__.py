@@ -88,7 +88,7 @@ class Section(NamedTuple):
         workload: its name in `workloads.ALL`.
         systems: by name.
         reference: the system that ratios are to.
-        unit: `"images/s"`, or `"ms"` per step or round.
+        unit: `"images/s"` or `"examples/s"`, or `"ms"` per step or round.
     """
 
     title: str
@@ -96,6 +96,10 @@ class Section(NamedTuple):
     systems: dict[str, System]
     reference: str
     unit: str
+
+
+def _loader(kind: str, **facts: Any) -> System:
+    return System("loaders", "loader", {"kind": kind}, **facts)
 
 
 SECTIONS = {
@@ -114,6 +118,22 @@ SECTIONS = {
         },
         "by hand, on the device",
         "images/s",
+    ),
+    "loaders": Section(
+        "Loaders: shuffled rows of 64 floats and a label, batch 64, on the host",
+        "loaders",
+        {
+            "NumPy rows by hand": System("loaders", "by_hand"),
+            "distaff, rows of an ArrayLoader": _loader("array_loader"),
+            "distaff, generator function": _loader("stream"),
+            "distaff, grain.MapDataset": _loader("grain_map"),
+            "distaff, grain.IterDataset": _loader("grain_iter"),
+            "distaff, the same, no threads": _loader("grain_no_threads"),
+            "distaff, torch DataLoader": _loader("torch", environment="peers"),
+            "distaff, datasets.Dataset": _loader("hugging_face"),
+        },
+        "NumPy rows by hand",
+        "examples/s",
     ),
     "evaluation": Section(
         "Evaluation: MLP 64-128-10 over 30,000 digits, batch 64",

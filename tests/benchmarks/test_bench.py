@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 import sys
@@ -92,3 +93,24 @@ def test_coordinator_skips_a_system_without_its_environment(
     measured = benchmarks.rounds.measure(workload, ["PyTorch"], 1, tmp_path)
     assert measured["systems"] == {}
     assert "make bench-peers" in measured["skipped"]["PyTorch"]
+
+
+def test_loaders_are_measured_beside_rows_by_hand(
+    benchmarks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = benchmarks.systems.SECTIONS["loaders"]
+    kinds = ("NumPy rows by hand", "distaff, rows of an ArrayLoader", "distaff, generator function")
+    workload = dataclasses.replace(benchmarks.workloads.ALL["loaders"], steps=20)
+    measured = benchmarks.rounds.measure(workload, kinds, 2, tmp_path)
+    assert measured["skipped"] == {}
+    hand, rows, stream = (measured["systems"][kind] for kind in kinds)
+    assert hand["losses"] == rows["losses"]  # the same rows in the same order
+    assert set(stream["losses"]) == {hand["losses"][0]}  # the order of the first epoch
+    benchmarks.report.summarise(measured, workload.steps, section.reference)
+    results = {"workloads": {}, "others": {}, "sections": {"loaders": measured}}
+    ((title, columns, table),) = benchmarks.report.tables(results)
+    assert (title, columns[1]) == (section.title, "examples/s")
+    assert [row[0] for row in table] == list(kinds)
+    speed = 64 * 1e3 / hand["ms_per_step"]
+    assert float(table[0][1].replace(",", "")) == pytest.approx(speed, rel=0.01)
+    assert table[0][3] == "1.00"

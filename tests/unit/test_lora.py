@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import flax.linen as nn
 import flax.nnx as nnx
 import jax
@@ -216,6 +217,20 @@ def test_matrices_have_the_dtype_and_the_scale_of_their_kernel() -> None:
     assert {leaf.dtype for leaf in jax.tree.leaves(pair)} == {jnp.dtype(jnp.bfloat16)}
     assert not pair["lora_b"].any()
     assert np.std(np.float32(pair["lora_a"])) == pytest.approx(1 / 16, rel=0.05)
+
+
+def test_kernel_of_the_name_weight_has_its_outputs_first() -> None:
+    model = as_model(Lora(lambda key: eqx.nn.Linear(256, 64, key=key), "*weight", rank=32, alpha=8))
+    variables = model.init(jax.random.key(0), jnp.ones((1, 256)))
+    pair = variables.params["weight"]
+    assert {name: leaf.shape for name, leaf in pair.items()} == {
+        "lora_a": (32, 256),
+        "lora_b": (64, 32),
+    }
+    assert np.std(pair["lora_a"]) == pytest.approx(1 / 16, rel=0.05)
+    pair["lora_b"] = jax.random.normal(jax.random.key(1), (64, 32))
+    expected = variables.collections["lora_base"]["weight"] + pair["lora_b"] @ pair["lora_a"] / 4
+    np.testing.assert_allclose(model.merged(variables).params["weight"], expected, rtol=1e-5)
 
 
 def test_two_kernels_of_one_shape_have_matrices_of_their_own() -> None:

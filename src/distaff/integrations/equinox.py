@@ -13,7 +13,7 @@ from distaff.config import to_json
 from distaff.errors import ConfigError
 from distaff.models.adapter import Adapter, LayerRow, Variables, leaf_of, nested
 from distaff.models.flags import method_of, mode_flag, parameters
-from distaff.models.layers import Path, listed_calls
+from distaff.models.layers import Library, Opened, Path, listed_calls
 from distaff.typing import Key
 
 AXIS = "batch"
@@ -93,19 +93,23 @@ class EquinoxModel(Adapter):
     def layers(self, key: Key, *inputs: Any) -> list[LayerRow]:
         """Lists the modules in order of call, by abstract evaluation.
 
-        The outputs are those of one example, except the model's own. FLOPs are those of the whole
-        model for the batch, as XLA estimates them before it optimizes.
+        The outputs are those of one example, except the model's own. FLOPs are those of evaluation
+        for the batch, as XLA estimates them before it optimizes; as with Linen, a module's first
+        call counts as its own, any other as its caller's. What it computes of its state alone
+        counts for each example.
         """
 
-        def opened(variables: Variables, key: Key) -> tuple[dict[Path, Any], Any]:
-            module, state = self._merged(variables, True)
+        def opened(variables: Variables, key: Key, train: bool) -> Opened:
+            module, state = self._merged(variables, train)
 
             def call(*inputs: Any) -> Any:
-                return self._called(module, state, inputs, {}, train=True, key=key)[0]
+                return self._called(module, state, inputs, {}, train=train, key=key)[0]
 
-            return _modules(module), call
+            return Opened(_modules(module), call)
 
-        return listed_calls(self, opened, key, inputs, _without_state)
+        calls = _num_examples(inputs) if self._vmap else 1
+        library = Library(lambda module: (module, lambda tree: tree), _without_state, calls)
+        return listed_calls(self, opened, key, inputs, library)
 
     @property
     def _is_function(self) -> bool:

@@ -10,7 +10,7 @@ import jax
 from distaff.errors import ConfigError
 from distaff.models.adapter import Adapter, LayerRow, Variables
 from distaff.models.flags import mode_flag, parameters
-from distaff.models.layers import Path, describe, flops, listed
+from distaff.models.layers import Path, describe, flops, listed, own_flops
 from distaff.typing import Key
 
 _KEYS = ("rng", "key")
@@ -119,7 +119,7 @@ class Functions(Adapter):
         variables = jax.eval_shape(self.init, key, *inputs)
         outputs: dict[Path, str] = {(): describe(jax.eval_shape(evaluate, variables, key, *inputs))}
         count = flops(evaluate, variables, key, *inputs)
-        return listed(variables, {(): "Functions"}, outputs, count)
+        return listed(variables, {(): "Functions"}, outputs, own_flops(count, {}, {}))
 
 
 class FunctionModel:

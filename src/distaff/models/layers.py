@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Collection, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -46,11 +46,38 @@ def by_module(variables: Any, modules: Collection[Path]) -> dict[Path, list[Any]
     return owned
 
 
+def own_flops(
+    whole: float | None, totals: Mapping[Path, float | None], callers: Mapping[Path, Path]
+) -> dict[Path, float]:
+    """Takes the FLOPs of each callee off its caller's.
+
+    Args:
+        whole: of the model.
+        totals: of each module that was called, with those of the modules it calls; None counts as
+            its caller's.
+        callers: which module called it; `()` is the model.
+
+    Returns:
+        By path; empty where those of the model are not known.
+    """
+    if not whole:
+        return {}
+    known = {path: total for path, total in totals.items() if total is not None}
+    own = {(): whole, **known}
+    for path, total in known.items():
+        caller = callers[path]
+        while caller not in own:
+            caller = callers[caller]
+        own[caller] -= total
+    # Work whose result nothing uses is in a module's count, and not in its caller's.
+    return {path: max(count, 0.0) for path, count in own.items()}
+
+
 def listed(
     variables: Variables,
     kinds: Mapping[Path, str],
     outputs: Mapping[Path, str],
-    flops: float | None,
+    flops: Mapping[Path, float],
 ) -> list[LayerRow]:
     """Returns the rows of a model: the modules that were called, and those that have arrays.
 
@@ -58,7 +85,8 @@ def listed(
         variables: the model's arrays, or what stands for them.
         kinds: the class's name of each module, by path.
         outputs: of the modules that were called, in order of call, as `describe` words them.
-        flops: of the whole model in one evaluation; the first row has them.
+        flops: each module's own in one evaluation, by path; all of the model's are under `()`
+            where they are not told apart.
     """
     collections = variables.by_collection()
     owners = {path for path, arrays in by_module(collections, {(), *kinds}).items() if arrays}
@@ -71,74 +99,150 @@ def listed(
             kinds[path],
             outputs.get(path, ""),
             tuple(owned.get(path, ())),
-            None if path else flops,
+            flops.get(path),
         )
         for path in paths
     ]
 
 
+class Opened(NamedTuple):
+    """A model's module with its variables inside.
+
+    Attributes:
+        modules: it and those inside, by path.
+        call: takes the inputs, and returns the model's outputs.
+    """
+
+    modules: Mapping[Path, Any]
+    call: Callable[..., Any]
+
+
+class Library(NamedTuple):
+    """What is to be known of a library to look at its modules.
+
+    Attributes:
+        apart: takes a module apart into a pytree, and what puts it together again.
+        outputs_of: gives what is shown of what a module returns.
+        calls: how many examples one pass of the model calls a module for, one by one.
+    """
+
+    apart: Callable[[Any], tuple[Any, Callable[[Any], Any]]]
+    outputs_of: Callable[[Any], Any] = lambda result: result
+    calls: int = 1
+
+
 def listed_calls(
     model: Model,
-    opened: Callable[[Variables, Key], tuple[Mapping[Path, Any], Callable[..., Any]]],
+    opened: Callable[[Variables, Key, bool], Opened],
     key: Key,
     inputs: tuple[Any, ...],
-    outputs_of: Callable[[Any], Any] = lambda result: result,
+    library: Library,
 ) -> list[LayerRow]:
     """Returns the rows of a model in order of call, by abstract evaluation.
 
     Args:
         model: its `init` needs no inputs.
-        opened: gives, for variables and a key, the modules by path, and a function of the inputs
-            that calls them, as in training, and returns the model's outputs.
+        opened: called with variables, a key, and whether to train.
         key: shapes of a key are enough.
         inputs: of the model, or their shapes, `[batch, ...]`.
-        outputs_of: gives what is shown of what a module returns.
+        library: of its modules.
     """
-    outputs: dict[Path, str] = {}
     kinds: dict[Path, str] = {}
 
-    def forward(variables: Variables, key: Key, *inputs: Any) -> None:
-        modules, call = opened(variables, key)
+    def forward(calls: _Calls, train: bool, variables: Variables, key: Key, *inputs: Any) -> Any:
+        modules, call = opened(variables, key, train)
         kinds.update({path: type(each).__name__ for path, each in modules.items()})
-        with _recorded_calls(modules, outputs_of) as seen:
+        with _recorded_calls(modules, calls):
             result = call(*inputs)
-        outputs.update(seen | {(): describe(result)})
-
-    def evaluate(variables: Variables, key: Key, *inputs: Any) -> Any:
-        return model.apply(variables, *inputs, train=False, key=key)[0]
+        calls.outputs[()] = describe(result)
+        return result
 
     variables = jax.eval_shape(model.init, key)
-    jax.eval_shape(forward, variables, key, *inputs)
-    return listed(variables, kinds, outputs, flops(evaluate, variables, key, *inputs))
+    training, evaluation = _Calls(library), _Calls(library)
+    jax.eval_shape(functools.partial(forward, training, True), variables, key, *inputs)
+    whole = flops(functools.partial(forward, evaluation, False), variables, key, *inputs)
+    counts = {path: _scaled(flops(*alone), library.calls) for path, alone in evaluation.alone()}
+    own = own_flops(whole, counts, evaluation.callers)
+    return listed(variables, kinds, training.outputs, own)
+
+
+class _Calls:
+    """The first call of each module in a pass.
+
+    Attributes:
+        outputs: as `describe` words them, by path in order of call.
+        callers: which module called it.
+    """
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
+        self.outputs: dict[Path, str] = {}
+        self.callers: dict[Path, Path] = {}
+        self._active: list[Path] = [()]
+        self._calls: dict[Path, tuple[Callable[..., Any], Any]] = {}
+
+    @contextmanager
+    def entered(self, path: Path, original: Any, module: Any, given: Any) -> Generator[None]:
+        """Notes a call; within it, others are those of this module."""
+        if path:
+            self.callers[path] = self._active[-1]
+            self._calls[path] = _alone(original, self._library.apart(module), given)
+        self.outputs[path] = ""
+        self._active.append(path)
+        yield
+        self._active.pop()
+
+    def left(self, path: Path, outputs: Any) -> None:
+        """Notes what it returns."""
+        self.outputs[path] = describe(self._library.outputs_of(outputs))
+
+    def alone(self) -> Iterable[tuple[Path, tuple[Callable[..., Any], Any]]]:
+        """Returns each call as a function of arrays, and their shapes."""
+        return self._calls.items()
+
+
+def _alone(original: Any, apart: Any, given: Any) -> tuple[Callable[..., Any], Any]:
+    tree, together = apart
+    leaves, structure = jax.tree.flatten((tree, given))
+    shapes = {
+        n: jax.ShapeDtypeStruct(x.shape, x.dtype)
+        for n, x in enumerate(leaves)
+        if hasattr(x, "shape")
+    }
+    rest = {n: x for n, x in enumerate(leaves) if n not in shapes}
+
+    def call(arrays: dict[int, Any]) -> Any:
+        found = {**rest, **arrays}
+        tree, (args, kwargs) = jax.tree.unflatten(structure, [found[n] for n in range(len(found))])
+        return original(together(tree), *args, **kwargs)
+
+    return call, shapes
+
+
+def _scaled(count: float | None, factor: int) -> float | None:
+    return None if count is None else count * factor
 
 
 @contextmanager
-def _recorded_calls(
-    modules: Mapping[Path, Any], outputs_of: Callable[[Any], Any]
-) -> Generator[dict[Path, str]]:
-    """Notes what modules return, for libraries that do not say when one is called.
+def _recorded_calls(modules: Mapping[Path, Any], calls: _Calls) -> Generator[None]:
+    """Notes calls of modules, for libraries that do not say when one is called.
 
     While it is open, `__call__` of their classes is another; only one thread can have it open.
-
-    Args:
-        modules: by path.
-        outputs_of: gives what is shown of what a module returns.
-
-    Yields:
-        Outputs as `describe` words them, by path in order of call.
     """
     paths = {id(module): path for path, module in modules.items()}
-    seen: dict[Path, str] = {}
 
     def noting(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def call(module: Any, *args: Any, **kwargs: Any) -> Any:
             path = paths.get(id(module))
-            if path is not None:
-                seen.setdefault(path, "")
-            outputs = original(module, *args, **kwargs)
-            if path is not None:
-                seen[path] = describe(outputs_of(outputs))
+            if path is None:
+                return original(module, *args, **kwargs)
+            if path in calls.outputs:
+                outputs = original(module, *args, **kwargs)
+            else:
+                with calls.entered(path, original, module, (args, kwargs)):
+                    outputs = original(module, *args, **kwargs)
+            calls.left(path, outputs)
             return outputs
 
         return call
@@ -148,7 +252,7 @@ def _recorded_calls(
         for cls in classes:
             restored.callback(_put_back, cls, vars(cls).get("__call__"))
             cls.__call__ = noting(cls.__call__)
-        yield seen
+        yield
 
 
 def _put_back(cls: Any, own: Any) -> None:

@@ -11,7 +11,7 @@ import jax
 
 from distaff.models.adapter import LayerRow, Variables
 from distaff.models.flags import mode_flag
-from distaff.models.layers import by_module, describe, flops
+from distaff.models.layers import by_module, describe, flops, own_flops
 from distaff.typing import Key
 
 
@@ -169,15 +169,7 @@ def _own_flops(
         return {}
     known: dict[Any, float | None] = {}
     counts = {path: call.known_flops(known) for path, call in calls.items()}
-    totals = {path: total for path, total in counts.items() if total is not None}
-    own = {(): whole, **totals}
-    for path, total in totals.items():
-        caller = callers[path]
-        while caller not in own:
-            caller = callers[caller]
-        own[caller] -= total
-    # Work whose result nothing uses is in a module's count, and not in its caller's.
-    return {path: max(count, 0.0) for path, count in own.items()}
+    return own_flops(whole, counts, callers)
 
 
 class _Call(NamedTuple):

@@ -33,13 +33,16 @@ class Lora:
 
     The parameters are two matrices for each kernel `[in, out]`: `<path>/lora_a`, `[in, rank]`,
     normal with variance `1 / in`, and `<path>/lora_b`, `[rank, out]`, zero. The forward pass uses
-    `kernel + alpha / rank * lora_a @ lora_b`. All else keeps its bits, in the collection
-    `lora_base`, and costs neither gradients nor optimizer state.
+    `kernel + alpha / rank * lora_a @ lora_b`. A kernel of the name `weight` is `[out, in]`, as in
+    Equinox: `lora_a` is `[rank, in]`, `lora_b` `[out, rank]`, and `lora_b @ lora_a` is added. All
+    else keeps its bits, in the collection `lora_base`, and costs neither gradients nor optimizer
+    state.
 
     Args:
         module: the model, of any kind that a trainer takes.
         pattern: shell pattern for the paths of the kernels, as of parameter groups:
-            `"*/query/kernel"`. What it matches that does not have two axes stays as it is.
+            `"*/query/kernel"`, or `"*weight"` for Equinox. What it matches that does not have two
+            axes stays as it is.
         rank: of the updates.
         alpha: their scale, times `rank`.
 
@@ -128,12 +131,13 @@ class LoraModel:
             name = leaf_name(path)
             if self._adapts(name, leaf):
                 own = jax.random.fold_in(stream, zlib.crc32(name.encode()))
-                _put(adapters, name.split("/"), self._pair(own, leaf))
+                _put(adapters, name.split("/"), self._pair(own, name, leaf))
         if not adapters:
             kernels = [leaf_name(p) for p, x in jax.tree.leaves_with_path(params) if x.ndim == 2]
             raise ConfigError(
                 "The pattern of a Lora must match the path of a kernel [in, out], and "
-                f"{self.module.pattern!r} matches none. It is a shell pattern, such as '*kernel'. "
+                f"{self.module.pattern!r} matches none. It is a shell pattern, such as '*kernel', "
+                "or '*weight' for Equinox. "
                 f"Kernels: {kernels}."
             )
         return adapters
@@ -181,7 +185,8 @@ class LoraModel:
             name = leaf_name(path)
             if f"{name}/{_A}" not in pairs:
                 return leaf
-            return leaf + scale * (pairs[f"{name}/{_A}"] @ pairs[f"{name}/{_B}"])
+            a, b = pairs[f"{name}/{_A}"], pairs[f"{name}/{_B}"]
+            return leaf + scale * (b @ a if _has_inputs_last(name) else a @ b)
 
         return base._replace(params=jax.tree.map_with_path(merged, base.params))
 
@@ -189,10 +194,14 @@ class LoraModel:
         is_kernel = leaf.ndim == 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
         return is_kernel and fnmatch.fnmatchcase(name, self.module.pattern)
 
-    def _pair(self, key: Key, kernel: Any) -> dict[str, jax.Array]:
-        (size, outputs), rank = kernel.shape, self.module.rank
-        a = jax.random.normal(key, (size, rank), kernel.dtype) * size**-0.5
-        return {_A: a, _B: jnp.zeros((rank, outputs), kernel.dtype)}
+    def _pair(self, key: Key, name: str, kernel: Any) -> dict[str, jax.Array]:
+        rank = self.module.rank
+        rows, columns = kernel.shape
+        size, a, b = rows, (rows, rank), (rank, columns)
+        if _has_inputs_last(name):
+            size, a, b = columns, (rank, columns), (rows, rank)
+        drawn = jax.random.normal(key, a, kernel.dtype) * size**-0.5
+        return {_A: drawn, _B: jnp.zeros(b, kernel.dtype)}
 
 
 def rebuild(recorded: Any, cls: Any = None) -> Any:
@@ -216,6 +225,11 @@ def rebuild(recorded: Any, cls: Any = None) -> Any:
 def is_own(name: str) -> bool:
     """Whether an array of this name is a `Lora`'s, and not that of an ordinary model."""
     return name.startswith(f"{BASE}/") or name.rpartition("/")[2] in (_A, _B)
+
+
+def _has_inputs_last(name: str) -> bool:
+    """Whether a kernel is `[out, in]`: Equinox and torch call such a one `weight`."""
+    return name.rpartition("/")[2] == "weight"
 
 
 def _put(tree: dict[str, Any], path: list[str], pair: Params) -> None:

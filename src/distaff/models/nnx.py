@@ -15,7 +15,7 @@ from distaff.config import to_json
 from distaff.errors import ConfigError
 from distaff.models.adapter import Adapter, LayerRow, Variables, leaf_of, nested
 from distaff.models.flags import method_of, mode_flag, parameters
-from distaff.models.layers import Path, listed_calls
+from distaff.models.layers import Library, Opened, Path, listed_calls
 from distaff.typing import Key
 
 
@@ -99,14 +99,15 @@ class NnxModel(Adapter):
         """Lists the modules in order of call, by abstract evaluation.
 
         A module that runs inside an NNX transformation (`nnx.scan`) has no output here. FLOPs are
-        those of the whole model, as XLA estimates them before it optimizes.
+        those of evaluation, as XLA estimates them before it optimizes; as with Linen, a module's
+        first call counts as its own, any other as its caller's.
         """
 
-        def opened(variables: Variables, key: Key) -> tuple[dict[Path, Any], Any]:
-            module = self._merged(variables, True, key)
-            return _modules(module), lambda *inputs: _called(module, inputs, {}, True, key)
+        def opened(variables: Variables, key: Key, train: bool) -> Opened:
+            module = self._merged(variables, train, key)
+            return Opened(_modules(module), lambda *inputs: _called(module, inputs, {}, train, key))
 
-        return listed_calls(self, opened, key, inputs)
+        return listed_calls(self, opened, key, inputs, Library(_apart))
 
     def _made(self, key: Key) -> nnx.Module:
         source: Any = self._source
@@ -191,6 +192,11 @@ def _collection(leaf: Any) -> str | None:
         return "batch_stats"
     is_trained = isinstance(leaf, nnx.Param) and jnp.issubdtype(_value(leaf).dtype, jnp.inexact)
     return "params" if is_trained else type(leaf).__name__
+
+
+def _apart(module: Any) -> tuple[Any, Callable[[Any], Any]]:
+    graph, state = nnx.split(module)
+    return state, lambda state: nnx.merge(graph, state)
 
 
 def _value(leaf: Any) -> Any:

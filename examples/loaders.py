@@ -1,0 +1,76 @@
+"""One training on the same digits through each kind of loader, stopped within an epoch and resumed.
+
+    .venv/bin/python examples/loaders.py
+
+A resumed run must end with the parameters of one that was not stopped, bit for bit. Loaders of what
+is not installed are left out; yours is one more entry in `LOADERS`.
+"""
+
+import importlib.util
+import signal
+import tempfile
+
+import jax
+import numpy as np
+import tyro
+
+from distaff import Callback, data, tasks, zoo
+
+STEPS, STOP = 19, 45  # steps of an epoch; the last one before Ctrl-C
+ARRAYS = {name: array[: 64 * STEPS] for name, array in data.digits()[0].arrays.items()}
+FLAT = {"x": ARRAYS["image"].reshape(-1, 64), "label": ARRAYS["label"]}
+ROWS = [{name: array[i] for name, array in ARRAYS.items()} for i in range(64 * STEPS)]
+
+
+def generator():
+    for rows in np.random.default_rng(0).permutation(64 * STEPS).reshape(STEPS, 64):
+        yield {name: array[rows] for name, array in ARRAYS.items()}
+
+
+LOADERS = {  # by name: a package, and what makes a loader with it
+    "data.ArrayLoader": ("jax", lambda x: data.ArrayLoader(ARRAYS, 64, shuffle=True)),
+    "generator function": ("jax", lambda x: generator),
+    "grain.MapDataset": ("grain", lambda x: x.MapDataset.source(ROWS).shuffle(0).batch(64)),
+    "grain.IterDataset": ("grain", lambda x: x.MapDataset.source(ROWS).to_iter_dataset().batch(64)),
+    "grain.DataLoader": ("grain", lambda x: x.load(ROWS, num_epochs=1, batch_size=64)),
+    "torch DataLoader": ("torch", lambda x: x.utils.data.DataLoader(ROWS, 64)),
+    "datasets.Dataset": ("datasets", lambda x: data.from_datasets(x.Dataset.from_dict(FLAT), 64)),
+    "tf.data.Dataset": ("tensorflow", lambda x: x.data.Dataset.from_tensor_slices(FLAT).batch(64)),
+}
+
+
+class CtrlC(Callback):
+    at = 0
+
+    def on_step_end(self, info):
+        if info.step == self.at:
+            signal.raise_signal(signal.SIGINT)
+
+
+def train(loader, root, num_epochs, stop=0):
+    CtrlC.at = stop
+    options = {"root": root, "callbacks": [CtrlC()], "enable_progress_bar": False}
+    trainer = tasks.Classifier(zoo.MLP((128, 10)), **options)
+    trainer.train_model(loader, num_epochs=num_epochs, steps_per_epoch=STEPS)
+    return trainer
+
+
+def main(num_epochs: int = 10) -> dict[str, bool]:
+    equal = {}
+    print(f"{'loader':<22}{'examples/s':>10}  resumed run is equal")
+    for name, (package, make) in LOADERS.items():
+        if importlib.util.find_spec(package):
+            loaders = [make(importlib.import_module(package)) for _ in range(3)]
+            with tempfile.TemporaryDirectory() as root:
+                whole = train(loaders[0], f"{root}/whole", num_epochs)
+                train(loaders[1], f"{root}/stopped", num_epochs, STOP)
+                resumed = train(loaders[2], f"{root}/stopped", num_epochs)
+            params = (jax.tree.leaves(each.state.params) for each in (whole, resumed))
+            equal[name] = all(map(np.array_equal, *params))
+            speed = whole.report.facts()["examples_per_second"]
+            print(f"{name:<22}{speed:>10,.0f}  {'yes' if equal[name] else 'no'}", flush=True)
+    return equal
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
