@@ -292,15 +292,13 @@ class Resumable(Training):
             self.best_models = kept(there, self.config.keep_best)
             self.last_metrics = dict(_numbers(info["last_metrics"]))
             self.callbacks.stop_reason, self.callbacks.stop_status = info["stop"]
-            for callback, state in zip(self.callbacks.callbacks, info["callbacks"], strict=True):
+            callbacks = self.callbacks.callbacks
+            _check_same("callbacks", len(info["callbacks"]), len(callbacks))
+            for callback, state in zip(callbacks, info["callbacks"], strict=True):
                 callback.set_state(state)
             self._go_to(info["loader"], self.plan.train_loader, "train")
-            if val and info["val_loader"] is not None:
-                is_one = "val" in self.plan.val_loaders
-                for name, loader in self.plan.val_loaders.items():
-                    short = name.removeprefix("val_")
-                    position = info["val_loader"] if is_one else info["val_loader"][short]
-                    self._go_to(position, loader, name)
+            if val and info["val_loader"] is not None and self.plan.val_loaders:
+                self._go_to_validation(info["val_loader"])
             self.keep_form(info["steps_per_call"])
             self.recording.logger.resume(step, info["logger"])
             is_best, metrics = info["is_best"], dict(_numbers(info["metrics"]))
@@ -316,6 +314,13 @@ class Resumable(Training):
         self.tally = Tally(self.tally.epoch + 1)
         return self.info(metrics, is_best)
 
+    def _go_to_validation(self, saved: Mapping[str, Any]) -> None:
+        loaders = {n.removeprefix("val_"): each for n, each in self.plan.val_loaders.items()}
+        positions = {"val": saved} if "val" in self.plan.val_loaders else saved
+        _check_same("validation sets", sorted(positions), sorted(loaders))
+        for name, loader in loaders.items():
+            self._go_to(positions[name], loader, name if name == "val" else f"val_{name}")
+
     def _go_to(self, position: Mapping[str, Any], loader: Loader, name: str) -> None:
         try:
             loader.set_state(position)
@@ -326,6 +331,11 @@ class Resumable(Training):
             self.show(
                 f"the resume is inexact: the {name} loader does not yield the same batches again"
             )
+
+
+def _check_same(what: str, saved: Any, here: Any) -> None:
+    if saved != here:
+        raise ValueError(f"its {what} were {saved}, and are {here}")
 
 
 def _best_models(info: Mapping[str, Any]) -> list[Best]:

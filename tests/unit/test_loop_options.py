@@ -315,8 +315,18 @@ def test_run_does_not_go_on_with_other_validation_sets():
     with pytest.raises(StopError):
         resumable(13, "cut", shuffled_sets())
     clean = {"clean": arrays(shuffle=True, seed=5)}
-    with pytest.raises(CheckpointError, match="'dirty'"):
+    said = r"its validation sets were \['clean', 'noisy'\], and are \['clean', 'dirty'\]"
+    with pytest.raises(CheckpointError, match=said):
         resumable(None, "cut", {**clean, "dirty": arrays()}, resume="must")
+
+
+def test_run_does_not_go_on_with_other_callbacks():
+    with pytest.raises(StopError):
+        resumable(13, "cut", shuffled_sets())
+    without = trainer(root="cut", resume="must")
+    without.monitor = Monitor("val_clean/loss")
+    with pytest.raises(CheckpointError, match="its callbacks were 1, and are 0"):
+        without.train_model(arrays(shuffle=True), shuffled_sets(), num_epochs=3)
 
 
 def test_limit_is_the_most_of_an_epoch_whose_length_is_not_known():
