@@ -27,9 +27,10 @@ _IN_FLIGHT = 32
 class Evaluator:
     """Folds an evaluation step over a loader.
 
-    Every example counts once. A batch shorter than the first is padded to its size and masked where
-    the step can mask (an `EvalStep` whose loss and metrics are values per example), so that one
-    program serves all; otherwise it keeps its own size, which compiles once more.
+    Every example counts once. A batch shorter than the first whose examples have its shapes is
+    padded to its size and masked where the step can mask (an `EvalStep` whose loss and metrics are
+    values per example), so that one program serves all of these shapes; otherwise it keeps its own
+    size, which compiles once more.
 
     Args:
         eval_step: an `EvalStep`, or any `(state, batch) -> metrics`.
@@ -64,9 +65,9 @@ class Evaluator:
         Raises:
             BatchError: there is no batch.
         """
-        full_size, waiting, total = 0, [], None
+        full_sizes, waiting, total = {}, [], None
         for chunk in chunks:
-            full_size = full_size or chunk.examples
+            full_size = full_sizes.setdefault(_shapes(chunk.source), chunk.examples)
             waiting.append(self._measure(state, chunk, full_size))
             if len(waiting) == _IN_FLIGHT:
                 total, waiting = _drained(total, waiting), []
@@ -136,6 +137,12 @@ class Evaluator:
             except MaskError:
                 self.masks = False
         return self.masks
+
+
+def _shapes(source: Source) -> tuple[tuple[int, ...], ...]:
+    """Returns the shapes of an example of the batches, whatever their number and size."""
+    axes = 1 if isinstance(source, One) else 2
+    return tuple(leaf.shape[axes:] for leaf in jax.tree.leaves(source))
 
 
 class _Rows(NamedTuple):

@@ -18,6 +18,7 @@ from distaff.data import (
     limited,
     num_batches,
     num_examples,
+    num_shapes,
     unlimited,
 )
 from distaff.display import as_text
@@ -295,6 +296,7 @@ class TrainerModule(Checked):
         total = None if steps_per_epoch is None else steps_per_epoch * plan.num_epochs
         self.init_optimizer(total)
         state = self.evaluation_state()  # of the same form as the one that is trained
+        watch = self.make_watch()
         self._steps = make_steps(
             self.execution,
             self._measured_step,
@@ -302,8 +304,9 @@ class TrainerModule(Checked):
             self.config,
             steps_per_epoch=steps_per_epoch,
             watched=self.callbacks.watches_steps,
-            watch=self.make_watch(),
+            watch=watch,
         )
+        watch.expect(num_shapes=num_shapes(plan.train_loader))
         self.forms, self._steps.ledger = self._steps.forms, self.ledger
         self.check_batch(batch, "train")
         if plan.val_loaders:

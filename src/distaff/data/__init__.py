@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from distaff.data.arrays import ArrayLoader
+from distaff.data.bucketed import bucketed
 from distaff.data.builtin import digits
 from distaff.data.chunk import (
     SINGLE,
@@ -29,8 +30,10 @@ from distaff.data.loader import (
     first_batch,
     num_batches,
     num_examples,
+    num_shapes,
 )
 from distaff.data.mapped import MappedLoader
+from distaff.data.packed import packed
 from distaff.data.pictures import cifar10, cifar10_names, cifar100, cifar100_names, mnist
 from distaff.data.positioned import Positioned, Restartable
 from distaff.data.python_source import python_source
@@ -58,6 +61,7 @@ __all__ = [
     "Stacked",
     "Stream",
     "as_loader",
+    "bucketed",
     "cifar10",
     "cifar10_names",
     "cifar100",
@@ -75,6 +79,8 @@ __all__ = [
     "mnist",
     "num_batches",
     "num_examples",
+    "num_shapes",
+    "packed",
     "pad",
     "python_source",
     "read_cifar10",
