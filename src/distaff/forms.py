@@ -74,6 +74,7 @@ def make_forms(
     watched: bool,
     jaxpr: Callable[[], Any],
     file: Path | None = None,
+    num_shapes: int = 1,
 ) -> Forms:
     """Makes what chooses the form of a run's steps.
 
@@ -84,13 +85,16 @@ def make_forms(
         watched: whether somebody looks at each step, which then must be one program.
         jaxpr: traces the step.
         file: where choices are remembered; None to measure anew.
+        num_shapes: how many shapes the batches have. Where they take turns, few steps in a row
+            could be one program, which would compile for each of them, too.
     """
     if steps_per_call != "auto":
         return Fixed(steps_per_call, "given")
     num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(metrics))
     capacity = min(_MAX_STEPS, steps_per_epoch or _MAX_STEPS, _MAX_BYTES // max(num_bytes, 1))
-    if watched or capacity < 2:
-        return Fixed(1, "watched" if watched else "no room for more")
+    if watched or num_shapes > 1 or capacity < 2:
+        why = "several shapes" if num_shapes > 1 else "no room for more"
+        return Fixed(1, "watched" if watched else why)
     traced = jaxpr()
     entry = Entry(file, "" if file is None else program_key(traced, capacity))
 

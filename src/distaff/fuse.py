@@ -36,6 +36,7 @@ def make_steps(
     steps_per_epoch: int | None,
     watched: bool,
     watch: Watch | None = None,
+    num_shapes: int = 1,
 ) -> Steps:
     """Makes what runs the steps of a run; the step is traced, nothing is compiled.
 
@@ -47,6 +48,7 @@ def make_steps(
         steps_per_epoch: None if it is not known.
         watched: whether the metrics of every step are wanted.
         watch: watches what compiles.
+        num_shapes: how many shapes the batches have: so often each program is expected to compile.
     """
     _, metrics = execution.shapes(step, *example)
     for metric in metrics.values():
@@ -59,8 +61,9 @@ def make_steps(
         watched=watched,
         jaxpr=lambda: jax.make_jaxpr(step)(*example),
         file=_choices() if config.tune_process else None,
+        num_shapes=num_shapes,
     )
-    every = config.log_every_n_steps
+    every, watch = config.log_every_n_steps, watch or Watch()
     steps = Steps(
         execution,
         step,
@@ -70,6 +73,7 @@ def make_steps(
         watched=watched,
         watch=watch,
     )
+    watch.expect(num_shapes=num_shapes)
     steps.example = jax.eval_shape(lambda *each: each, *example)
     return steps
 

@@ -87,9 +87,21 @@ def difference(earlier: Iterable[Signature], new: Signature) -> Difference:
         earlier: at least one; of equally near ones the last counts.
         new: what is there now.
     """
-    by_changes = [(len(_changed(old, new)), old.structure != new.structure) for old in earlier]
-    nearest = min(range(len(by_changes)), key=lambda index: (by_changes[index], -index))
+    distances = [_distance(old, new) for old in earlier]
+    nearest = min(range(len(distances)), key=lambda index: (distances[index], -index))
     return _between(list(earlier)[nearest], new)
+
+
+def _distance(old: Signature, new: Signature) -> tuple[int, bool, int]:
+    """Returns how many leaves differ, whether the structure does, and how many lengths of axes."""
+    changed = _changed(old, new)
+    pairs = [
+        (old.leaves[name], new.leaves[name])
+        for name in changed
+        if name in old.leaves and name in new.leaves
+    ]
+    axes = sum(a != b for each in pairs for a, b in zip(each[0].shape, each[1].shape, strict=False))
+    return len(changed), old.structure != new.structure, axes
 
 
 def _between(old: Signature, new: Signature) -> Difference:

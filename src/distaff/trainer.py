@@ -295,18 +295,16 @@ class TrainerModule(Checked):
         steps_per_epoch = plan.steps_per_epoch or num_batches(plan.train_loader)
         total = None if steps_per_epoch is None else steps_per_epoch * plan.num_epochs
         self.init_optimizer(total)
-        state = self.evaluation_state()  # of the same form as the one that is trained
-        watch = self.make_watch()
         self._steps = make_steps(
             self.execution,
             self._measured_step,
-            (state, batch),
+            (self.evaluation_state(), batch),  # the state has the form of the one that is trained
             self.config,
             steps_per_epoch=steps_per_epoch,
             watched=self.callbacks.watches_steps,
-            watch=watch,
+            watch=self.make_watch(),
+            num_shapes=num_shapes(plan.train_loader),
         )
-        watch.expect(num_shapes=num_shapes(plan.train_loader))
         self.forms, self._steps.ledger = self._steps.forms, self.ledger
         self.check_batch(batch, "train")
         if plan.val_loaders:
