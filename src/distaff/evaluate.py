@@ -182,7 +182,8 @@ def predict(
         The outputs as numpy arrays, `[examples, ...]`, in the structure of one batch's outputs.
 
     Raises:
-        BatchError: there is no batch, or an output has no batch axis.
+        BatchError: there is no batch, an output has no batch axis, or its other axes differ from
+            batch to batch.
     """
     full_size, gathered = 0, []
     for batch in batches:
@@ -196,7 +197,19 @@ def predict(
     if not gathered:
         raise BatchError("A prediction needs at least one batch; the loader gave none.")
     parts = [_fetched(*entry)[0] for entry in gathered]
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+    return jax.tree.map_with_path(_joined, *parts)
+
+
+def _joined(path: tuple[Any, ...], *leaves: np.ndarray) -> np.ndarray:
+    shapes = {leaf.shape[1:] for leaf in leaves}
+    if len(shapes) > 1:
+        name = f" {leaf_name(path)!r}" if path else ""
+        raise BatchError(
+            f"The outputs of a prediction are alike for all examples; the output{name} has shapes "
+            f"[batch, ...] with {sorted(shapes)} after the batch. Pad the examples to one length, "
+            "data.bucketed(examples, [length], ...), or predict each length by itself."
+        )
+    return np.concatenate(leaves)
 
 
 def _fetched(outputs: PyTree, size: int, padded_size: int) -> tuple[PyTree, int, int]:

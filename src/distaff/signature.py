@@ -93,15 +93,17 @@ def difference(earlier: Iterable[Signature], new: Signature) -> Difference:
 
 
 def _distance(old: Signature, new: Signature) -> tuple[int, bool, int]:
-    """Returns how many leaves differ, whether the structure does, and how many lengths of axes."""
+    """Returns how many leaves differ, whether the structure does, and in how much the leaves do."""
     changed = _changed(old, new)
-    pairs = [
-        (old.leaves[name], new.leaves[name])
-        for name in changed
-        if name in old.leaves and name in new.leaves
-    ]
-    axes = sum(a != b for each in pairs for a, b in zip(each[0].shape, each[1].shape, strict=False))
-    return len(changed), old.structure != new.structure, axes
+    pairs = [(old.leaves.get(name), new.leaves.get(name)) for name in changed]
+    facts = sum(_num_facts(a, b) for a, b in pairs if a is not None and b is not None)
+    return len(changed), old.structure != new.structure, facts
+
+
+def _num_facts(old: Leaf, new: Leaf) -> int:
+    """Returns how many lengths of axes differ, and dtype and place as one more."""
+    axes = sum(a != b for a, b in zip(old.shape, new.shape, strict=False))
+    return axes + (old[1:] != new[1:])
 
 
 def _between(old: Signature, new: Signature) -> Difference:

@@ -95,12 +95,12 @@ def test_declared_shapes_are_no_surprise_and_everything_else_is():
         program(np.float32(1), np.ones((2, 5), np.float32))
     watch.expect(num_shapes=3)
     program(np.float32(1), np.ones((2, 6), np.float32))
-    for state, batch in (
-        (np.float32(1), np.ones((2, 6), np.int32)),
-        (np.ones(2, np.float32), np.ones((2, 6), np.float32)),
-        (np.float32(1), np.ones((3, 6), np.float32)),
+    for state, batch, remedy in (
+        (np.float32(1), np.ones((2, 6), np.int32), "Cast it"),
+        (np.ones(2, np.float32), np.ones((2, 6), np.float32), "Return arrays of the shapes"),
+        (np.float32(1), np.ones((3, 6), np.float32), "Drop a short last batch"),
     ):
-        with pytest.raises(RecompileError):
+        with pytest.raises(RecompileError, match=remedy):
             program(state, batch)
     watch.expect(object(), num_shapes=2)
     watch.expect(object(), num_shapes=2)

@@ -133,10 +133,12 @@ def test_evaluation_is_exact_and_compiles_once_for_each_shape(compiled):
     expected = trainer(Neighbours(), recompile="ignore").eval_model(alone)
     del compiled[:]
     model = trainer(Neighbours(), recompile="error")
-    assert model.eval_model(data.bucketed(SOME, (4, 16), (3, 2)))["loss"] == pytest.approx(
+    assert model.eval_model(data.bucketed(SOME * 2, (4, 16), (3, 4)))["loss"] == pytest.approx(
         expected["loss"], rel=1e-5
     )
     assert compiled == ["the evaluation step"] * 2
+    with pytest.raises(BatchError, match=r"\[\(3, 17\), \(15, 17\)\]"):
+        model.predict(data.bucketed(SOME, (4, 16), 2))
     with pytest.raises(BatchError, match="takes no argument named segment_ids"):
         model.eval_model(data.packed(DOCUMENTS, 20, 2))
 
