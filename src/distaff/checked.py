@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from distaff.data import Chunk, Loader, One, first_batch, num_examples
+from distaff.data import Chunk, Loader, One, first_batch, num_examples, num_shapes
 from distaff.data.inspection import narrowed, not_finite
 from distaff.errors import BatchError
 from distaff.evaluate import Evaluator
@@ -66,7 +66,7 @@ class Checked(Recovering):
         shapes = self._evaluator.shapes(self.evaluation_state(), batch)
         self.check_batch(batch, name)
         if name != "test" and self.config.check_validation:
-            self.evaluation_watch.expect(loader)
+            self.evaluation_watch.expect(loader, num_shapes=num_shapes(loader))
             chunk = Chunk(1, num_examples(batch), One(batch))
             compute(self._evaluator(self.evaluation_state(), [chunk]))
         return shapes

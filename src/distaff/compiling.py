@@ -75,18 +75,20 @@ class Watch:
         self._watched.append(watched)
         return watched
 
-    def expect(self, reason: object = None) -> None:
+    def expect(self, reason: object = None, *, num_shapes: int = 1) -> None:
         """Expects one more compile of each program, as where new data are evaluated.
 
         Args:
             reason: such as the new data; one that was given lately is none. Without one, all
                 reasons count again.
+            num_shapes: how many shapes their batches have: those after the first are expected, too.
         """
         if reason is not None and any(reason is each for each in self._reasons):
             return
         self._reasons = [] if reason is None else [reason, *self._reasons[:_MAX_REASONS]]
         for watched in self._watched:
             watched.num_expected = 1 if reason is None else watched.num_expected + 1
+            watched.num_reshapes = num_shapes - 1 + (reason is not None) * watched.num_reshapes
 
     def _surprised(self, what: str, compiled: Compile, found: Difference, is_end: bool) -> None:
         if self.recompile == "ignore":
@@ -135,7 +137,7 @@ class Watched:
         self._signatures: deque[Signature] = deque(maxlen=_MAX_REMEMBERED)
         self._name = f"jit({getattr(program, '__name__', '')})"
         self._had_end = False
-        self.num_expected = 1
+        self.num_expected, self.num_reshapes = 1, 0
 
     def __call__(self, *args: Any) -> Any:
         """Calls the program."""
@@ -156,7 +158,9 @@ class Watched:
         self.num_expected = max(0, self.num_expected - 1)
         found = None if is_expected else difference(self._signatures, new)
         self._signatures.append(new)
-        if found is not None:
+        if found is not None and found.is_reshaped and self.num_reshapes:
+            self.num_reshapes -= 1
+        elif found is not None:
             is_end = found.is_resized and not self._had_end
             self._had_end |= is_end
             self._surprised(self._what, compiled, found, is_end)

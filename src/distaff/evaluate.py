@@ -27,9 +27,10 @@ _IN_FLIGHT = 32
 class Evaluator:
     """Folds an evaluation step over a loader.
 
-    Every example counts once. A batch shorter than the first is padded to its size and masked where
-    the step can mask (an `EvalStep` whose loss and metrics are values per example), so that one
-    program serves all; otherwise it keeps its own size, which compiles once more.
+    Every example counts once. A batch shorter than the first whose examples have its shapes is
+    padded to its size and masked where the step can mask (an `EvalStep` whose loss and metrics are
+    values per example), so that one program serves all of these shapes; otherwise it keeps its own
+    size, which compiles once more.
 
     Args:
         eval_step: an `EvalStep`, or any `(state, batch) -> metrics`.
@@ -64,9 +65,9 @@ class Evaluator:
         Raises:
             BatchError: there is no batch.
         """
-        full_size, waiting, total = 0, [], None
+        full_sizes, waiting, total = {}, [], None
         for chunk in chunks:
-            full_size = full_size or chunk.examples
+            full_size = full_sizes.setdefault(_shapes(chunk.source), chunk.examples)
             waiting.append(self._measure(state, chunk, full_size))
             if len(waiting) == _IN_FLIGHT:
                 total, waiting = _drained(total, waiting), []
@@ -138,6 +139,12 @@ class Evaluator:
         return self.masks
 
 
+def _shapes(source: Source) -> tuple[tuple[int, ...], ...]:
+    """Returns the shapes of an example of the batches, whatever their number and size."""
+    axes = 1 if isinstance(source, One) else 2
+    return tuple(leaf.shape[axes:] for leaf in jax.tree.leaves(source))
+
+
 class _Rows(NamedTuple):
     """The metrics of several batches, on the device; see `Columns`."""
 
@@ -175,7 +182,8 @@ def predict(
         The outputs as numpy arrays, `[examples, ...]`, in the structure of one batch's outputs.
 
     Raises:
-        BatchError: there is no batch, or an output has no batch axis.
+        BatchError: there is no batch, an output has no batch axis, or its other axes differ from
+            batch to batch.
     """
     full_size, gathered = 0, []
     for batch in batches:
@@ -189,7 +197,19 @@ def predict(
     if not gathered:
         raise BatchError("A prediction needs at least one batch; the loader gave none.")
     parts = [_fetched(*entry)[0] for entry in gathered]
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+    return jax.tree.map_with_path(_joined, *parts)
+
+
+def _joined(path: tuple[Any, ...], *leaves: np.ndarray) -> np.ndarray:
+    shapes = {leaf.shape[1:] for leaf in leaves}
+    if len(shapes) > 1:
+        name = f" {leaf_name(path)!r}" if path else ""
+        raise BatchError(
+            f"The outputs of a prediction are alike for all examples; the output{name} has shapes "
+            f"[batch, ...] with {sorted(shapes)} after the batch. Pad the examples to one length, "
+            "data.bucketed(examples, [length], ...), or predict each length by itself."
+        )
+    return np.concatenate(leaves)
 
 
 def _fetched(outputs: PyTree, size: int, padded_size: int) -> tuple[PyTree, int, int]:

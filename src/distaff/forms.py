@@ -69,12 +69,26 @@ class Forms(Protocol):
         ...
 
 
+class Expected(NamedTuple):
+    """What is known of the batches of a run before it begins.
+
+    Attributes:
+        steps_per_epoch: no program runs past the end of an epoch; None if it is not known.
+        total_steps: of the run; likewise.
+        num_shapes: how many shapes the batches have; each program compiles for each of them. Where
+            they take turns, few steps in a row could be one program.
+    """
+
+    steps_per_epoch: int | None = None
+    total_steps: int | None = None
+    num_shapes: int = 1
+
+
 def make_forms(
     steps_per_call: int | Literal["auto"],
     metrics: PyTree,
+    expected: Expected,
     *,
-    steps_per_epoch: int | None,
-    total_steps: int | None = None,
     watched: bool,
     jaxpr: Callable[[], Any],
     file: Path | None = None,
@@ -84,8 +98,7 @@ def make_forms(
     Args:
         steps_per_call: a number of steps, or "auto".
         metrics: of one step, or their shapes: a fused program holds those of all its steps.
-        steps_per_epoch: no program runs past the end of an epoch; None if it is not known.
-        total_steps: of the run; likewise.
+        expected: what is known of the run's batches.
         watched: whether somebody looks at each step, which then must be one program.
         jaxpr: traces the step.
         file: where choices are remembered; None to measure anew.
@@ -93,16 +106,19 @@ def make_forms(
     if steps_per_call != "auto":
         return Fixed(steps_per_call, "given")
     num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(metrics))
-    capacity = min(_MAX_STEPS, steps_per_epoch or _MAX_STEPS, _MAX_BYTES // max(num_bytes, 1))
-    if watched or capacity < 2:
-        return Fixed(1, "watched" if watched else "no room for more")
+    capacity = min(
+        _MAX_STEPS, expected.steps_per_epoch or _MAX_STEPS, _MAX_BYTES // max(num_bytes, 1)
+    )
+    if watched or expected.num_shapes > 1 or capacity < 2:
+        why = "several shapes" if expected.num_shapes > 1 else "no room for more"
+        return Fixed(1, "watched" if watched else why)
     traced = jaxpr()
     entry = Entry(file, "" if file is None else program_key(traced, capacity))
 
     def keep(form: Form, timing: Timing) -> None:
         entry.write(_facts(form, "measured", timing))
 
-    is_long = total_steps is None or total_steps >= _LONG_RUN
+    is_long = expected.total_steps is None or expected.total_steps >= _LONG_RUN
     remembered = _recalled(entry.read(), capacity, is_long=is_long)
     return remembered or Measured(
         capacity, single_first=convolves(traced.jaxpr), is_long=is_long, chosen=keep

@@ -17,7 +17,7 @@ from distaff.data import Chunk, Form, One, Source
 from distaff.errors import MetricError
 from distaff.execution import Execution
 from distaff.flops import Flops, flops_of
-from distaff.forms import Forms, make_forms
+from distaff.forms import Expected, Forms, make_forms
 from distaff.measured import StepFn
 from distaff.metrics import Metric
 from distaff.rows import Columns, Strip, blank
@@ -32,9 +32,8 @@ def make_steps(
     step: StepFn,
     example: tuple[TrainState, Batch],
     config: TrainerConfig,
+    expected: Expected,
     *,
-    steps_per_epoch: int | None,
-    total_steps: int | None = None,
     watched: bool,
     watch: Watch | None = None,
 ) -> Steps:
@@ -45,8 +44,7 @@ def make_steps(
         step: a training step as `measured` gives it.
         example: a state and a batch like those of the run.
         config: `steps_per_call`, `log_every_n_steps` and `debug` are read.
-        steps_per_epoch: None if it is not known.
-        total_steps: of the run; likewise.
+        expected: what is known of the run's batches.
         watched: whether the metrics of every step are wanted.
         watch: watches what compiles.
     """
@@ -57,13 +55,12 @@ def make_steps(
     forms = make_forms(
         1 if config.debug else config.steps_per_call,
         metrics,
-        steps_per_epoch=steps_per_epoch,
-        total_steps=total_steps,
+        expected,
         watched=watched,
         jaxpr=lambda: jax.make_jaxpr(step)(*example),
         file=_choices() if config.tune_process else None,
     )
-    every = config.log_every_n_steps
+    every, watch = config.log_every_n_steps, watch or Watch()
     steps = Steps(
         execution,
         step,
@@ -73,6 +70,7 @@ def make_steps(
         watched=watched,
         watch=watch,
     )
+    watch.expect(num_shapes=expected.num_shapes)
     steps.example = jax.eval_shape(lambda *each: each, *example)
     return steps
 

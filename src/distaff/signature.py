@@ -56,12 +56,14 @@ class Difference(NamedTuple):
         text: what differs.
         remedy: what to do about it.
         is_resized: whether all that differs is the number of examples.
+        is_reshaped: whether all that differs are lengths of axes of batches, more than their first.
     """
 
     leaves: tuple[str, ...]
     text: str
     remedy: str
     is_resized: bool
+    is_reshaped: bool
 
 
 def signature(arguments: Mapping[str, Any]) -> Signature:
@@ -85,15 +87,30 @@ def difference(earlier: Iterable[Signature], new: Signature) -> Difference:
         earlier: at least one; of equally near ones the last counts.
         new: what is there now.
     """
-    by_changes = [(len(_changed(old, new)), old.structure != new.structure) for old in earlier]
-    nearest = min(range(len(by_changes)), key=lambda index: (by_changes[index], -index))
+    distances = [_distance(old, new) for old in earlier]
+    nearest = min(range(len(distances)), key=lambda index: (distances[index], -index))
     return _between(list(earlier)[nearest], new)
+
+
+def _distance(old: Signature, new: Signature) -> tuple[int, bool, int]:
+    """Returns how many leaves differ, whether the structure does, and in how much the leaves do."""
+    changed = _changed(old, new)
+    pairs = [(old.leaves.get(name), new.leaves.get(name)) for name in changed]
+    facts = sum(_num_facts(a, b) for a, b in pairs if a is not None and b is not None)
+    return len(changed), old.structure != new.structure, facts
+
+
+def _num_facts(old: Leaf, new: Leaf) -> int:
+    """Returns how many lengths of axes differ, and dtype and place as one more."""
+    axes = sum(a != b for a, b in zip(old.shape, new.shape, strict=False))
+    return axes + (old[1:] != new[1:])
 
 
 def _between(old: Signature, new: Signature) -> Difference:
     changed = _changed(old, new)
     pairs = {name: (old.leaves.get(name), new.leaves.get(name)) for name in changed}
     is_resized = bool(pairs) and all(_is_resized(name, *pair) for name, pair in pairs.items())
+    is_reshaped = bool(pairs) and all(_is_reshaped(name, *pair) for name, pair in pairs.items())
     if changed:
         text = "; ".join(_text(name, *pairs[name]) for name in changed[:_MAX_NAMED])
         text += f"; and {len(changed) - _MAX_NAMED} more" * (len(changed) > _MAX_NAMED)
@@ -102,7 +119,7 @@ def _between(old: Signature, new: Signature) -> Difference:
         text, remedy = "all leaves are as they were, the tree around them is not", _STRUCTURE
     else:
         text, remedy = "all arguments are as they were for an earlier compile", _UNCHANGED
-    return Difference(changed, text, remedy, is_resized)
+    return Difference(changed, text, remedy, is_resized, is_reshaped and not is_resized)
 
 
 _RESIZED = "Drop a short last batch (remainder='drop'), pad it, or sort batches into a few sizes."
@@ -158,6 +175,12 @@ def _is_resized(name: str, old: Leaf | None, new: Leaf | None) -> bool:
         return False
     shape = (*old.shape[:axis], new.shape[axis], *old.shape[axis + 1 :])
     return old._replace(shape=shape) == new
+
+
+def _is_reshaped(name: str, old: Leaf | None, new: Leaf | None) -> bool:
+    if name.split("/")[0] not in _AXIS_OF_EXAMPLES or old is None or new is None:
+        return False
+    return len(old.shape) == len(new.shape) and old._replace(shape=new.shape) == new
 
 
 def _said(name: str, path: tuple[Any, ...]) -> str:

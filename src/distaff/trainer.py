@@ -18,12 +18,14 @@ from distaff.data import (
     limited,
     num_batches,
     num_examples,
+    num_shapes,
     unlimited,
 )
 from distaff.display import as_text
 from distaff.errors import LossError
 from distaff.evaluate import Evaluator
 from distaff.events import ChunkEnd, Interrupted, Plan, made_of, make_plan
+from distaff.forms import Expected
 from distaff.fuse import make_steps
 from distaff.guard import guarded, make_guard
 from distaff.hooks import Hooks
@@ -289,8 +291,7 @@ class TrainerModule(Hooks, Checked):
             self._measured_step,
             (self.evaluation_state(), batch),  # of the same form as the state that is trained
             self.config,
-            steps_per_epoch=steps_per_epoch,
-            total_steps=total,
+            Expected(steps_per_epoch, total, num_shapes(plan.train_loader)),
             watched=self.callbacks.watches_steps,
             watch=self.make_watch(),
         )

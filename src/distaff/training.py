@@ -14,7 +14,7 @@ import numpy as np
 from distaff.callbacks import Callback, Callbacks, ChunkScope, StepInfo, around_epoch
 from distaff.compiling import Watch
 from distaff.config import from_json
-from distaff.data import Chunk, Feeds, Form, Loader, as_loader, first_batch, num_batches
+from distaff.data import Chunk, Feeds, Form, Loader, as_loader, first_batch, num_batches, num_shapes
 from distaff.data.left_out import Stretch, left_out, num_drawn
 from distaff.display import rows_by_split
 from distaff.errors import ConfigError, StateError
@@ -201,7 +201,7 @@ class Training(Predictor):
             name: what errors and the display call it.
             even: whether a short batch may be padded; see `Feed.repeated`.
         """
-        self.evaluation_watch.expect(loader)
+        self.evaluation_watch.expect(loader, num_shapes=num_shapes(loader))
         loader = as_loader(loader, name=name)
         capacity, length = self.forms.capacity, num_batches(loader)
         # Gathered rows would be a program of its own for each data set.

@@ -86,6 +86,28 @@ def test_expected_compile_is_no_surprise_and_the_one_after_it_is():
         program(np.float32(1), np.ones(5, np.float32))
 
 
+def test_declared_shapes_are_no_surprise_and_everything_else_is():
+    watch, program = watched()
+    watch.expect(num_shapes=3)
+    for length in (4, 8, 16, 8):
+        program(np.float32(1), np.ones((2, length), np.float32))
+    with pytest.raises(RecompileError, match=r"batch was float32\[2,16\], is float32\[2,5\]"):
+        program(np.float32(1), np.ones((2, 5), np.float32))
+    watch.expect(num_shapes=3)
+    program(np.float32(1), np.ones((2, 6), np.float32))
+    for state, batch, remedy in (
+        (np.float32(1), np.ones((2, 6), np.int32), "Cast it"),
+        (np.ones(2, np.float32), np.ones((2, 6), np.float32), "Return arrays of the shapes"),
+        (np.float32(1), np.ones((3, 6), np.float32), "Drop a short last batch"),
+    ):
+        with pytest.raises(RecompileError, match=remedy):
+            program(state, batch)
+    watch.expect(object(), num_shapes=2)
+    watch.expect(object(), num_shapes=2)
+    for length in range(20, 24):
+        program(np.float32(1), np.ones((2, length), np.float32))
+
+
 def test_compile_without_a_change_is_told_as_that():
     _, program = watched()
     program(np.float32(1), np.ones(3, np.float32))

@@ -14,7 +14,7 @@ import pytest
 
 from distaff.data import SINGLE, Chunk, Form, One, Stacked
 from distaff.execution import Compiled
-from distaff.forms import Fixed, Measured, Remembered, Timing, convolves, make_forms
+from distaff.forms import Expected, Fixed, Measured, Remembered, Timing, convolves, make_forms
 from distaff.fuse import Steps
 from distaff.metrics import Mean
 
@@ -161,12 +161,15 @@ def traced(factor: float = 2.0, size: int = 3) -> Callable[[], Any]:
     return lambda: jax.make_jaxpr(lambda x: factor * x)(jnp.ones(size))
 
 
-def forms_of(steps_per_call=None, metrics=METRICS, watched=False, **options: Any) -> Any:
+def forms_of(
+    steps_per_call=None, metrics=METRICS, watched=False, steps_per_epoch=40, **options: Any
+) -> Any:
     return make_forms(
         steps_per_call or "auto",
         metrics,
+        Expected(steps_per_epoch),
         watched=watched,
-        **{"steps_per_epoch": 40, "jaxpr": traced(), **options},
+        **{"jaxpr": traced(), **options},
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from distaff.data.array_record import ArrayRecordExamples
 from distaff.data.arrays import ArrayLoader
+from distaff.data.bucketed import bucketed
 from distaff.data.builtin import digits
 from distaff.data.chunk import (
     SINGLE,
@@ -30,9 +31,11 @@ from distaff.data.loader import (
     first_batch,
     num_batches,
     num_examples,
+    num_shapes,
 )
 from distaff.data.mapped import MappedLoader
 from distaff.data.mixture import Mixture
+from distaff.data.packed import packed
 from distaff.data.parquet import ParquetExamples
 from distaff.data.pictures import cifar10, cifar10_names, cifar100, cifar100_names, mnist
 from distaff.data.positioned import Positioned, Restartable
@@ -68,6 +71,7 @@ __all__ = [
     "TarExamples",
     "TextLines",
     "as_loader",
+    "bucketed",
     "cifar10",
     "cifar10_names",
     "cifar100",
@@ -85,6 +89,8 @@ __all__ = [
     "mnist",
     "num_batches",
     "num_examples",
+    "num_shapes",
+    "packed",
     "pad",
     "python_source",
     "read_cifar10",

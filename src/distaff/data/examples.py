@@ -199,6 +199,18 @@ def stacked(examples: Sequence[PyTree]) -> Batch:
     Raises:
         BatchError: they differ in structure, or a leaf in its shape.
     """
+    check_structure(examples)
+    batch = jax.tree.map_with_path(_stacked_leaf, *examples)
+    num_examples(batch)
+    return batch
+
+
+def check_structure(examples: Sequence[PyTree]) -> None:
+    """Looks at whether examples have the same leaves.
+
+    Raises:
+        BatchError: they differ in structure.
+    """
     first = jax.tree.structure(examples[0])
     for other in examples[1:]:
         if jax.tree.structure(other) != first:
@@ -206,9 +218,6 @@ def stacked(examples: Sequence[PyTree]) -> Batch:
                 f"All examples must have one structure; got {first} and "
                 f"{jax.tree.structure(other)}. Give them the same leaves (data.MappedExamples)."
             )
-    batch = jax.tree.map_with_path(_stacked_leaf, *examples)
-    num_examples(batch)
-    return batch
 
 
 def _stacked_leaf(path: tuple[Any, ...], *leaves: Any) -> np.ndarray:

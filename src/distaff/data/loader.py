@@ -27,9 +27,10 @@ class Loader(Protocol):
     A batch is any pytree of arrays with one leading axis: `[batch, ...]`. Each batch is made of
     fresh arrays, never of a buffer that is filled again. One iteration runs at a time.
 
-    A loader may also have `__len__`, the number of batches in an epoch; `peek()`, which returns the
-    first batch to come without handing it out; `abandon()`, after which the next `iter()` begins a
-    new epoch; and `close_made()`, which closes what it has made itself.
+    A loader may also have `__len__`, the number of batches in an epoch; `num_shapes`, how many
+    shapes its batches have; `peek()`, which returns the first batch to come without handing it out;
+    `abandon()`, after which the next `iter()` begins a new epoch; and `close_made()`, which closes
+    what it has made itself.
     """
 
     def __iter__(self) -> Iterator[Batch]:
@@ -128,6 +129,16 @@ def num_batches(loader: Loader) -> int | None:
         return len(loader) if isinstance(loader, Sized) else None
     except TypeError:
         return None
+
+
+def num_shapes(loader: Any) -> int:
+    """Returns how many shapes the batches of a loader have, but for those of short last batches.
+
+    A loader may say so in its attribute `num_shapes`, or hand out what another one has, which is
+    its attribute `loader`. Others have one.
+    """
+    inner = getattr(loader, "loader", None)
+    return getattr(loader, "num_shapes", 1) if inner is None else num_shapes(inner)
 
 
 def num_examples(batch: Batch, *, name: str = "") -> int:

@@ -39,6 +39,7 @@ class Positioned:
         source: the data.
         length: batches in an epoch; None where that is not known.
         identity: facts that a position is only good with, of values that JSON has.
+        num_shapes: as `distaff.data.num_shapes` tells of loaders.
     """
 
     def __init__(
@@ -47,7 +48,9 @@ class Positioned:
         *,
         length: int | None = None,
         identity: Mapping[str, Any] | None = None,
+        num_shapes: int = 1,
     ) -> None:
+        self.num_shapes = num_shapes
         self._source, self._length, self._identity = source, length, dict(identity or {})
         self._epoch, self._batch, self._saved = 0, 0, None
         self._running: Iterator[Batch] | None = None

@@ -19,6 +19,7 @@ from distaff.context import Context
 from distaff.errors import BatchError, ConfigError, LossError
 from distaff.metrics import Mean, Perplexity
 from distaff.models import Lora
+from distaff.models.flags import parameters
 from distaff.monitor import Monitor
 from distaff.state import TrainState
 from distaff.trainer import TrainerModule
@@ -67,9 +68,12 @@ class LanguageModel(TrainerModule):
 
     Batches are dicts with `tokens`, int `[batch, length + 1]`, or such an array alone: each token
     but the first is predicted from those before it. A dict may also hold `mask`, bool
-    `[batch, length]`, which tells the tokens that count among `tokens[:, 1:]`. All averages are per
-    token, exact over masks and uneven batches. The best model is the one with the lowest
-    `val/loss`. `predict` returns the logits of `tokens[:, 1:]`.
+    `[batch, length]`, which tells the tokens that count among `tokens[:, 1:]`, or `[batch, length +
+    1]`, which tells it of all of them, as `data.bucketed` does; and `segment_ids`, int `[batch,
+    length + 1]`, as `data.packed` does: no token is then predicted from another segment, and the
+    model takes `segment_ids`, `[batch, length]`, after the tokens. All averages are per token,
+    exact over masks and uneven batches. The best model is the one with the lowest `val/loss`.
+    `predict` returns the logits of `tokens[:, 1:]`.
 
     Args:
         model: as for `TrainerModule`, as every other argument. An attribute `max_length` of it
@@ -88,6 +92,7 @@ class LanguageModel(TrainerModule):
         module = self.model.module
         module = module.module if isinstance(module, Lora) else module
         self._vocab_size = getattr(module, "vocab_size", None)
+        self._takes_segments = "segment_ids" in parameters(module)
         max_length = getattr(module, "max_length", None)
         if samples:
             _as_tokens(self.config.sample_prompt.encode(), self._vocab_size)
@@ -125,11 +130,39 @@ class LanguageModel(TrainerModule):
 
     def mask(self, batch: Batch) -> jax.Array | None:
         """Returns which of `tokens[:, 1:]` count, bool `[batch, length]`; None for all of them."""
-        return batch.get("mask") if isinstance(batch, Mapping) else None
+        if not isinstance(batch, Mapping):
+            return None
+        mask, segments = batch.get("mask"), batch.get("segment_ids")
+        if mask is not None and mask.shape == self.tokens(batch).shape:
+            mask = mask[:, 1:]
+        if segments is None:
+            return mask
+        is_inside = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+        return is_inside if mask is None else is_inside & mask
 
     def model_inputs(self, batch: Batch) -> tuple[Any, ...]:
-        """Returns all tokens but the last, which is only predicted, `[batch, length]`."""
-        return (self.tokens(batch)[:, :-1],)
+        """Returns all tokens but the last, which is only predicted, and their segments if any.
+
+        Raises:
+            BatchError: there are `segment_ids`, and the model takes none, or they have another
+                shape than the tokens.
+        """
+        tokens = self.tokens(batch)
+        segments = batch.get("segment_ids") if isinstance(batch, Mapping) else None
+        if segments is None:
+            return (tokens[:, :-1],)
+        if segments.shape != tokens.shape:
+            raise BatchError(
+                "Packed batches have a segment id for each token; got segment_ids of shape "
+                f"{segments.shape} for tokens of shape {tokens.shape}."
+            )
+        if not self._takes_segments:
+            raise BatchError(
+                "The batches are packed, and the model would look across the sequences of a row: "
+                f"{type(self.model.module).__name__} takes no argument named segment_ids. Take a "
+                "model that does, such as zoo.GPT, or data.bucketed rather than data.packed."
+            )
+        return tokens[:, :-1], segments[:, :-1]
 
     def loss_fn(self, params: Params, batch: Batch, ctx: Context) -> Any:
         """Returns each row's mean negative log-likelihood per token, in nats, and metrics.

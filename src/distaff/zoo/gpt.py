@@ -42,31 +42,37 @@ class GPT(nn.Module):
     dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, train: bool = True) -> jax.Array:
+    def __call__(
+        self, tokens: jax.Array, segment_ids: jax.Array | None = None, train: bool = True
+    ) -> jax.Array:
         """Computes the logits of the token after each token.
 
         Args:
             tokens: int `[batch, length]`, at most `max_length` long.
+            segment_ids: int `[batch, length]`, for rows that hold several sequences, as
+                `data.packed` makes them: a token sees those of its own segment alone. Since
+                positions are relative, its logits are those of the sequence by itself.
             train: use dropout.
 
         Returns:
             Logits, `[batch, length, vocab_size]`; those at a position depend on no later token.
 
         Raises:
-            BatchError: `tokens` are no integers `[batch, length]`, or too long.
+            BatchError: `tokens` are no integers `[batch, length]`, or too long, or `segment_ids`
+                of another shape.
             ConfigError: `features` cannot be divided among the heads.
         """
-        self._check(tokens)
+        self._check(tokens, segment_ids)
         x = nn.Embed(
             self.vocab_size, self.features, embedding_init=nn.initializers.normal(_INIT_SCALE)
         )(tokens)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         out_scale = _INIT_SCALE / (2 * self.num_layers) ** 0.5
         for _ in range(self.num_layers):
-            x = Block(self.num_heads, out_scale, self.dropout)(x, train)
+            x = Block(self.num_heads, out_scale, self.dropout)(x, segment_ids, train)
         return Linear(self.vocab_size, name="head")(nn.RMSNorm()(x))
 
-    def _check(self, tokens: jax.Array) -> None:
+    def _check(self, tokens: jax.Array, segment_ids: jax.Array | None) -> None:
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise BatchError(
                 "GPT takes tokens [batch, length] of an int dtype; got shape "
@@ -76,6 +82,11 @@ class GPT(nn.Module):
             raise BatchError(
                 f"GPT takes at most max_length={self.max_length} tokens; the input has "
                 f"{tokens.shape[1]}. Cut it, or make the model with a larger max_length."
+            )
+        if segment_ids is not None and segment_ids.shape != tokens.shape:
+            raise BatchError(
+                "GPT takes a segment id for each token; got segment_ids of shape "
+                f"{segment_ids.shape} for tokens of shape {tokens.shape}."
             )
         if self.features % (2 * self.num_heads):
             raise ConfigError(
@@ -98,7 +109,9 @@ class Block(nn.Module):
     dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, segment_ids: jax.Array | None = None, train: bool = True
+    ) -> jax.Array:
         """Returns the residual stream after the block, `[batch, length, features]`."""
         drop = nn.Dropout(self.dropout, deterministic=not train)
         features = x.shape[-1]
@@ -107,13 +120,15 @@ class Block(nn.Module):
         query, key, value = (
             Linear(features, name=name)(h).reshape(heads) for name in ("query", "key", "value")
         )
-        h = causal_attention(rotary(query), rotary(key), value)
+        h = causal_attention(rotary(query), rotary(key), value, segment_ids)
         x = x + drop(Linear(features, self.out_scale, name="out")(h.reshape(x.shape)))
         h = nn.gelu(Linear(4 * features, name="up")(nn.RMSNorm()(x)))
         return x + drop(Linear(features, self.out_scale, name="down")(h))
 
 
-def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+def causal_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array | None = None
+) -> jax.Array:
     """Attends from each position to itself and those before it.
 
     Queries are taken in four runs, each with the keys up to its end: three eighths of the scores,
@@ -123,6 +138,8 @@ def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.
         query: `[batch, length, heads, features]`.
         key: as `query`.
         value: as `query`.
+        segment_ids: int `[batch, length]`; a position attends to those with its own alone. By
+            default all are of one segment.
 
     Returns:
         As `query`: means of the values, weighted by the softmax of scaled dot products.
@@ -133,10 +150,16 @@ def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.
     for start in range(0, length, run):
         end = min(start + run, length)
         visible = jnp.tril(jnp.ones((1, 1, end - start, end), bool), k=start)
+        if segment_ids is not None:
+            visible &= _in_one_segment(segment_ids[:, start:end], segment_ids[:, :end])
         scores = query[:, :, start:end] @ jnp.swapaxes(key[:, :, :end], 2, 3)
         weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf))
         outputs.append(weights @ value[:, :, :end])
     return jnp.swapaxes(jnp.concatenate(outputs, axis=2), 1, 2)
+
+
+def _in_one_segment(of_queries: jax.Array, of_keys: jax.Array) -> jax.Array:
+    return (of_queries[:, :, None] == of_keys[:, None, :])[:, None]
 
 
 def rotary(x: jax.Array, base: float = 10_000.0) -> jax.Array:

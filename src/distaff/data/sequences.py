@@ -1,0 +1,112 @@
+"""Sequences: examples of any length, and what becomes of those that are too long."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from distaff.errors import BatchError, ConfigError, leaf_name, nearest
+
+
+class Part(NamedTuple):
+    """A sequence, or what was cut from a longer one.
+
+    Attributes:
+        length: how long it is.
+        leaves: a dict of arrays `[length, ...]`, and of scalars.
+    """
+
+    length: int
+    leaves: dict[str, Any]
+
+
+def parts_of(example: Any, index: int, limit: int, overlong: str) -> list[Part]:
+    """Returns the parts of an example, none of them longer than a limit.
+
+    Args:
+        example: a dict whose leaves are arrays `[length, ...]` or scalars, or tokens alone, int
+            `[length]`.
+        index: of the example, for errors.
+        limit: the most that a part may have.
+        overlong: what becomes of a longer example: `"split"` cuts it into parts, `"cut"` keeps the
+            first one, `"drop"` none, `"error"` raises.
+
+    Raises:
+        BatchError: the example is no sequence, or is too long.
+    """
+    leaves = _as_dict(example, index)
+    length = _length(leaves, index)
+    if length <= limit or overlong == "split":
+        starts = [*range(0, max(length, 1), limit)]
+    elif overlong == "error":
+        raise BatchError(
+            f"A sequence has at most {limit} entries; example {index} has {length}. Allow for "
+            "longer ones, or say what becomes of them with overlong='cut', 'drop', or where "
+            "sequences are packed, 'split'."
+        )
+    else:
+        starts = [0] if overlong == "cut" else []
+    return [
+        Part(min(limit, length - start), _sliced(leaves, start, start + limit)) for start in starts
+    ]
+
+
+def check_overlong(overlong: str, known: Sequence[str]) -> None:
+    """Looks at the name of what becomes of too long examples.
+
+    Raises:
+        ConfigError: it is not known.
+    """
+    if overlong not in known:
+        raise ConfigError(f"Unknown overlong {overlong!r}. {nearest(str(overlong), known)}")
+
+
+def padded(part: Part, length: int, pad_value: float) -> dict[str, Any]:
+    """Returns the leaves of a part, each `[length, ...]`; bools are padded with False."""
+
+    def fill(leaf: Any) -> Any:
+        if not np.ndim(leaf):
+            return leaf
+        value = False if leaf.dtype == bool else pad_value
+        filled = np.full((length, *leaf.shape[1:]), value, leaf.dtype)
+        filled[: part.length] = leaf
+        return filled
+
+    return jax.tree.map(fill, part.leaves)
+
+
+def _as_dict(example: Any, index: int) -> dict[str, Any]:
+    if isinstance(example, Mapping):
+        leaves = {name: jax.tree.map(np.asarray, leaf) for name, leaf in example.items()}
+    else:
+        leaves = {"tokens": np.asarray(example)}
+    tokens = leaves.get("tokens")
+    if not isinstance(tokens, np.ndarray):
+        return leaves
+    if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+        raise BatchError(
+            "An example is a dict of arrays, or tokens alone, int [length], as are the `tokens` of "
+            f"a dict; those of example {index} have shape {tokens.shape} and dtype {tokens.dtype}. "
+            "Name other arrays in a dict (data.MappedExamples)."
+        )
+    return {**leaves, "tokens": tokens.astype(np.int32, copy=False)}
+
+
+def _length(leaves: dict[str, Any], index: int) -> int:
+    lengths = {
+        leaf_name(path): len(leaf) for path, leaf in jax.tree.leaves_with_path(leaves) if leaf.ndim
+    }
+    if len(set(lengths.values())) != 1:
+        raise BatchError(
+            "All arrays of an example are sequences along their first axis, of one length; example "
+            f"{index} has {lengths or 'scalars only'}. Leave out what is no sequence, or make "
+            "scalars of it (data.MappedExamples)."
+        )
+    return next(iter(lengths.values()))
+
+
+def _sliced(leaves: dict[str, Any], start: int, end: int) -> dict[str, Any]:
+    return jax.tree.map(lambda leaf: leaf[start:end] if leaf.ndim else leaf, leaves)
