@@ -14,7 +14,7 @@ import optax
 import pytest
 
 import distaff
-from distaff import EarlyStopping, Monitor, OptimizerConfig, data, tasks
+from distaff import EarlyStopping, Monitor, OptimizerConfig, data, tasks, zoo
 from distaff.errors import (
     BatchError,
     CheckpointError,
@@ -490,3 +490,14 @@ def test_labels_that_a_loss_changes_before_it_hands_them_on_are_its_own() -> Non
     assert Parity(nn.Dense(2), **options).train_model([batch] * 2, num_epochs=1).step == 2
     with pytest.raises(BatchError, match="from 0 to 1"):
         tasks.Classifier(nn.Dense(2), **options).train_model([batch] * 2, num_epochs=1)
+
+
+def test_tokens_that_the_model_lacks_are_named_before_training() -> None:
+    options: dict[str, Any] = {"root": None, "enable_progress_bar": False}
+    model = zoo.GPT(vocab_size=16, num_layers=1, num_heads=2, features=8)
+    tokens = np.arange(12, dtype=np.int32).reshape(2, 6)
+    assert tasks.LanguageModel(model, **options).train_model([tokens] * 2, num_epochs=1).step == 2
+    for bad in (16, -100):
+        tokens[1, 3] = bad
+        with pytest.raises(BatchError, match=f"from 0 to 15.*at 3 of example 1 is {bad}"):
+            tasks.LanguageModel(model, **options).train_model([tokens] * 2, num_epochs=1)

@@ -92,6 +92,27 @@ def out_of_range(labels: Any, num_classes: int, name: str) -> str:
     )
 
 
+def unknown_tokens(tokens: Any, vocab_size: int, name: str) -> str:
+    """Returns what is wrong with tokens that the model does not know; nothing where it knows all.
+
+    Args:
+        tokens: int `[batch, length]`.
+        vocab_size: how many there are.
+        name: of the loader that they come from.
+    """
+    values = np.asarray(tokens)
+    unknown = (values < 0) | (values >= vocab_size)
+    if not unknown.any():
+        return ""
+    row, place = (int(each) for each in np.argwhere(unknown)[0])
+    return (
+        f"Tokens are from 0 to {vocab_size - 1}, as the model returns {vocab_size} logits; those "
+        f"of a batch of the {name} loader reach from {values.min()} to {values.max()}, and the one "
+        f"at {place} of example {row} is {values[row, place]}. Give the model the vocab_size of "
+        "the tokenizer, and pad with a token that it has."
+    )
+
+
 def no_probabilities(labels: Any, name: str) -> str:
     """Returns what is wrong with labels that should be probabilities; nothing where they are.
 

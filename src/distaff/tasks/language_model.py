@@ -16,6 +16,7 @@ import optax
 from distaff.cadence import Every, Progress
 from distaff.callbacks import Callback, StepInfo
 from distaff.context import Context
+from distaff.data.inspection import unknown_tokens
 from distaff.errors import BatchError, ConfigError, LossError
 from distaff.metrics import Mean, Perplexity
 from distaff.models import Lora
@@ -85,6 +86,9 @@ class LanguageModel(TrainerModule):
     config: LanguageModelConfig
     monitor = Monitor("val/loss", mode="min")
 
+    _num_logits: int | None = None
+    """As the loss has seen it when it was traced; None before, or under a loss of one's own."""
+
     def __init__(self, model: Any, *, callbacks: Iterable[Callback] = (), **options: Any) -> None:
         # Runs whose steps no callback watches pay nothing for it.
         samples = (_Samples(self),) if options.get("sample_every_n_steps") else ()
@@ -127,6 +131,18 @@ class LanguageModel(TrainerModule):
                 f"in a row; got tokens of shape {tokens.shape}."
             )
         return tokens
+
+    def check_batch(self, batch: Batch, name: str) -> None:
+        """Looks at the first batch of a loader; see `TrainerModule`.
+
+        Raises:
+            BatchError: also for tokens that the model does not have, unless a subclass has a
+                `loss_fn` of its own.
+        """
+        super().check_batch(batch, name)
+        is_own = type(self).loss_fn is LanguageModel.loss_fn
+        if is_own and self._num_logits is not None:
+            self.object_to(unknown_tokens(self.tokens(batch), self._num_logits, name))
 
     def mask(self, batch: Batch) -> jax.Array | None:
         """Returns which of `tokens[:, 1:]` count, bool `[batch, length]`; None for all of them."""
@@ -183,6 +199,7 @@ class LanguageModel(TrainerModule):
                 "length + 1], and a mask is [batch, length]; got logits "
                 f"{logits.shape}, tokens {self.tokens(batch).shape} and mask {mask.shape}."
             )
+        self._num_logits = logits.shape[-1]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         counts = mask.sum(axis=1)
         loss = jnp.where(mask, losses, 0).sum(axis=1) / jnp.maximum(counts, 1)
