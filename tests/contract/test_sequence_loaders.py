@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distaff import data
+from distaff.data.sequences import parts_of
 from distaff.errors import BatchError, ConfigError
 from distaff.testing.loaders import LoaderContract, assert_batches_equal
 
@@ -268,8 +269,11 @@ ROW = np.arange(4)
     [
         (lambda: packed(iter([ROW])), BatchError, "have a length"),
         (lambda: packed([ROW], 0), ConfigError, "length=0"),
+        (lambda: packed([ROW], 4.0), ConfigError, "length=4.0"),
+        (lambda: packed([np.array([2**31])]), BatchError, "to 2147483648"),
+        (lambda: packed([(ROW, 1)]), BatchError, "of type tuple, holds what is no array"),
         (lambda: packed([ROW], open_rows=1), ConfigError, "open_rows=1"),
-        (lambda: packed([ROW], overlong="splt"), ConfigError, "did you mean 'split'|'splt'"),
+        (lambda: packed([ROW], overlong="splt"), ConfigError, "Did you mean 'split'"),
         (lambda: packed([ROW], 3), BatchError, "at most 3 entries; example 0 has 4"),
         (lambda: packed([ROW], remainder="drop"), BatchError, "fill at least one batch"),
         (lambda: packed([ROW * 0.5]), BatchError, "dtype float64"),
@@ -279,9 +283,19 @@ ROW = np.arange(4)
         (lambda: packed([{"a": ROW}, {"b": ROW}]), BatchError, "one structure"),
         (lambda: packed([{"a": ROW}, {"a": np.ones((4, 2))}]), BatchError, r"'a' has the shapes"),
         (lambda: bucketed([ROW], ()), ConfigError, "rising order"),
-        (lambda: bucketed([ROW], (8, 4)), ConfigError, r"\[8, 4\]"),
+        (lambda: bucketed([ROW], (8, 4)), ConfigError, r"\(8, 4\)"),
         (lambda: bucketed([ROW], batch_size=(1, 2, 3)), ConfigError, r"\(1, 2, 3\) for 2"),
         (lambda: bucketed([ROW], batch_size=0), ConfigError, "batch_size=0"),
+        (lambda: bucketed([ROW], batch_size="2"), ConfigError, "batch_size='2'"),
+        (lambda: bucketed([ROW], 4), ConfigError, "got 4"),
+        (lambda: bucketed([ROW], (3.9,)), ConfigError, "got \\(3.9,\\)"),
+        (lambda: bucketed([ROW[:3]], pad_value=0.5, batch_size=1), BatchError, "cannot hold 0.5"),
+        (lambda: bucketed([ROW[:3]], pad_value=np.nan, batch_size=1), BatchError, "hold nan"),
+        (
+            lambda: bucketed([{"x": np.ones(3, np.uint8)}], pad_value=-1, batch_size=1),
+            BatchError,
+            "'x' is uint8",
+        ),
         (lambda: bucketed([ROW], overlong="split"), ConfigError, "'split'"),
         (lambda: bucketed([ROW], (2, 3)), BatchError, "at most 3 entries"),
         (lambda: bucketed([{"x": ROW, "y": ROW[1:]}]), BatchError, "'x': 4, 'y': 3"),
@@ -303,3 +317,53 @@ def test_position_is_refused_by_a_loader_made_otherwise():
     ):
         with pytest.raises(BatchError, match="loader like the one that saved it"):
             other.set_state(state)
+
+
+def test_lists_are_sequences():
+    batch = packed([[1, 2], [], [3]], 4, 1)
+    assert batch["tokens"].tolist() == [[1, 2, 3, 0]]
+    batch = bucketed([{"tokens": [1, 2, 3], "tags": [4, 5, 6]}] * 2)
+    assert batch["tags"].tolist() == [[4, 5, 6, 0]] * 2
+
+
+def test_numbers_of_numpy_are_options(tmp_path):
+    for loader in (
+        data.packed([ROW] * 8, np.int64(9), np.int32(2), open_rows=np.int64(4)),
+        data.bucketed([ROW] * 8, np.array([4, 8]), [np.int64(2), np.int64(2)]),
+        data.bucketed([{"x": ROW * 1.0}] * 8, [4], 2, pad_value=float("nan")),
+    ):
+        state = json.loads(json.dumps(loader.get_state()))
+        next(iter(loader))
+        loader.set_state(state)
+
+
+def test_bucket_that_never_fills_a_batch_is_warned_of():
+    documents = [np.arange(3)] * 8 + [np.arange(10)] * 3
+    loader = data.bucketed(documents, (4, 16), 4, shuffle=True)
+    with pytest.warns(UserWarning, match="All 3 examples of the bucket of 16"):
+        assert len(list(loader)) == 2
+    assert len(list(data.bucketed(documents, (4, 16), (4, 3), shuffle=True))) == 3
+
+
+def test_parts_do_not_keep_the_whole_in_memory():
+    long = np.arange(10_000, dtype=np.int32)
+    loader = data.packed([long, ROW], 8, 1, overlong="cut", open_rows=4)
+    batch = next(iter(loader))
+    assert batch["tokens"].tolist() == [list(range(8))]
+    part = parts_of(long, 0, 8, "cut")[0]
+    assert part.leaves["tokens"].base is None
+
+
+@pytest.mark.parametrize("inner", [None, 5])
+def test_wrappers_tell_how_many_shapes_there_are(inner):
+    class Wrapper(data.MappedLoader):
+        if inner is not None:
+            num_shapes = inner
+
+    buckets = data.bucketed([np.arange(n) for n in (2, 7, 3, 8)], (4, 8), 2)
+    assert data.num_shapes(Wrapper(buckets, dict)) == (inner or 2)
+    other = data.bucketed([np.arange(n) for n in (12, 17, 13, 18)], (14, 18), 2)
+    both = {"a": buckets, "b": other}
+    assert data.num_shapes(data.Mixture(both, {"a": 1, "b": 1}, by="batch")) == 4
+    arrays = {name: data.ArrayLoader(np.ones((8, 3)), 2) for name in "ab"}
+    assert data.num_shapes(data.Mixture(arrays, {"a": 1, "b": 1}, by="batch")) == 1

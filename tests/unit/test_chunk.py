@@ -145,7 +145,7 @@ def test_large_arrays_stay_on_the_host_and_large_chunks_are_cut(monkeypatch):
     chunks = list(feed.epoch(lambda: Form(8, 8)))
     assert [(type(c.source), c.num_steps, c.source.capacity) for c in chunks] == [
         (Stacked, 2, 3),
-        (Stacked, 1, 5),
+        (Stacked, 1, 3),
     ]
 
 
@@ -210,3 +210,13 @@ def test_repeated_takes_a_new_order_where_the_loader_shuffles():
     plain = loader(20, 4, shuffle=True)
     for _ in range(2):
         assert_same(unpacked(iter(repeated(feed, 2, even=True))), list(plain))
+
+
+@pytest.mark.parametrize("kind", ["arrays", "list"])
+def test_short_last_batch_has_the_room_of_a_whole_one(kind):
+    wide = data.ArrayLoader(np.ones((70, 20_000), np.float32), 64)
+    feed = Feed(wide if kind == "arrays" else data.as_loader(list(wide)), name="", resident=False)
+    chunks = list(feed.epoch(lambda: Form(256, 256)))
+    assert [chunk.num_steps for chunk in chunks] == [1, 1]
+    assert len({chunk.source.capacity for chunk in chunks}) == 1
+    assert len(list(Feed(data.as_loader([np.ones((4, 0))]), name="", resident=False).epoch())) == 1

@@ -139,7 +139,7 @@ def test_evaluation_is_exact_and_compiles_once_for_each_shape(compiled):
     assert compiled == ["the evaluation step"] * 2
     with pytest.raises(BatchError, match=r"\[\(3, 17\), \(15, 17\)\]"):
         model.predict(data.bucketed(SOME, (4, 16), 2))
-    with pytest.raises(BatchError, match="takes no argument named segment_ids"):
+    with pytest.raises(BatchError, match="second argument of Neighbours is not segment_ids"):
         model.eval_model(data.packed(DOCUMENTS, 20, 2))
 
 

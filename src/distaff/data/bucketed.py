@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from operator import index
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -46,7 +48,8 @@ def bucketed(
         seed: makes the orders, not negative.
         remainder: what becomes of the short batches, at most one of each bucket, at the end of an
             epoch: `"keep"`, at their own sizes, which an evaluation pads and masks and for each of
-            which a training step compiles once more; or `"drop"`, by default where it shuffles.
+            which a training step compiles once more; or `"drop"`, by default where it shuffles. A
+            bucket with fewer examples than a batch has then gives none, which is warned of.
         overlong: what becomes of sequences beyond the last boundary: an error, or they are cut, or
             left out.
         pad_value: what numbers are padded with; bools are padded with False.
@@ -69,12 +72,15 @@ def bucketed(
     check_overlong(overlong, ("error", "cut", "drop"))
     order = make_order(examples, min(sizes), shuffle=shuffle, seed=seed)
     buckets = _Buckets(boundaries, sizes, overlong, drops(remainder, shuffle), pad_value)
-    identity = {**order.identity(), **buckets._asdict(), "boundaries": [*boundaries]}
-    return Positioned(
-        Grouped(examples, order, buckets),
-        identity={**identity, "batch_sizes": [*sizes]},
-        num_shapes=len(boundaries),
-    )
+    identity = {
+        **order.identity(),
+        **buckets._asdict(),
+        "boundaries": [*boundaries],
+        "batch_sizes": [*sizes],
+        "pad_value": repr(pad_value),  # NaN does not equal itself
+    }
+    source = Grouped(examples, order, buckets)
+    return Positioned(source, identity=identity, num_shapes=len(boundaries))
 
 
 class _Buckets(NamedTuple):
@@ -100,14 +106,21 @@ class _Buckets(NamedTuple):
         return self._batch(groups, bucket) if is_full else None
 
     def rest(self, groups: list[Group]) -> Iterator[Batch]:
-        for bucket in range(len(groups)):
-            if groups[bucket].pieces and not self.drop:
+        for bucket, group in enumerate(groups):
+            if group.pieces and not self.drop:
                 yield self._batch(groups, bucket)
+            elif group.pieces and not group.num_batches:
+                warnings.warn(
+                    f"All {len(group.pieces)} examples of the bucket of {self.boundaries[bucket]} "
+                    f"are left out of the epoch: its batches have {self.batch_sizes[bucket]}. Give "
+                    "it a smaller batch_size, fewer boundaries, or remainder='keep'.",
+                    stacklevel=2,
+                )
 
     def _batch(self, groups: list[Group], bucket: int) -> Batch:
-        pieces, groups[bucket] = groups[bucket].pieces, Group()
-        length = self.boundaries[bucket]
-        return stacked([padded(piece.part, length, self.pad_value) for piece in pieces])
+        group, length = groups[bucket], self.boundaries[bucket]
+        groups[bucket] = Group(num_batches=group.num_batches + 1)
+        return stacked([padded(piece.part, length, self.pad_value) for piece in group.pieces])
 
 
 def _masked(part: Part, index: int) -> dict[str, Any]:
@@ -123,16 +136,23 @@ def _masked(part: Part, index: int) -> dict[str, Any]:
 def _checked(
     boundaries: Sequence[int], batch_size: int | Sequence[int]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    lengths = tuple(int(boundary) for boundary in boundaries)
+    try:
+        lengths = tuple(index(boundary) for boundary in boundaries)
+    except TypeError:
+        lengths = ()
     if not lengths or lengths[0] < 1 or list(lengths) != sorted(set(lengths)):
         raise ConfigError(
-            "boundaries are lengths of at least 1, in rising order; got "
-            f"{list(boundaries)}. Write for example (64, 128, 256)."
+            "boundaries are lengths, whole numbers of at least 1 in rising order; got "
+            f"{boundaries!r}. Write for example (64, 128, 256)."
         )
-    sizes = (batch_size,) * len(lengths) if isinstance(batch_size, int) else tuple(batch_size)
+    try:
+        each = batch_size if isinstance(batch_size, Sequence) else (batch_size,) * len(lengths)
+        sizes = tuple(index(size) for size in each)
+    except TypeError:
+        sizes = ()
     if len(sizes) != len(lengths) or min(sizes) < 1:
         raise ConfigError(
-            "batch_size is a number of at least 1, or one for each boundary; got "
-            f"batch_size={batch_size} for {len(lengths)} boundaries."
+            "batch_size is a whole number of at least 1, or one for each boundary; got "
+            f"batch_size={batch_size!r} for {len(lengths)} boundaries."
         )
     return lengths, sizes

@@ -174,6 +174,13 @@ class _Batches:
 
     def __init__(self, name: str, *, on_device: bool = True) -> None:
         self._name, self._on_device = name, on_device
+        self._most: dict[Any, int] = {}
+
+    def most(self, item: PyTree) -> int:
+        """How many suit a chunk; as many of a short batch as of a whole one, which came before."""
+        structure, leaves = _form(item)
+        form = structure, tuple((shape[1:], dtype) for shape, dtype in leaves)
+        return self._most.setdefault(form, _most(self.num_bytes(item)))
 
     def size(self, item: PyTree) -> int:
         return num_examples(item, name=self._name)
@@ -192,6 +199,10 @@ class _Gathers:
     def __init__(self, loader: ArrayLoader, on_device: PyTree | None) -> None:
         self._loader, self._on_device = loader, on_device
         self._row_bytes = max(1, _num_bytes(loader.arrays) // loader.num_examples)
+
+    def most(self, item: np.ndarray) -> int:
+        """How many suit a chunk, whatever the size of the batch."""
+        return _most(self.num_bytes(item) * self._loader.batch_size // len(item))
 
     def size(self, item: np.ndarray) -> int:
         return len(item)
@@ -274,7 +285,7 @@ def _chunks_of(
     while waiting:
         num_steps, capacity, rest = form()
         size, num_bytes = kind.size(waiting[0][0]), kind.num_bytes(waiting[0][0])
-        most = 1 + _MAX_CHUNK_BYTES // num_bytes
+        most = kind.most(waiting[0][0])
         num_steps, capacity = min(num_steps, capacity, most), min(capacity, most)
         waiting.extend(islice(items, max(num_steps - len(waiting), 0)))
         group = _of_one_form([item for item, _ in waiting[:num_steps]])
@@ -287,6 +298,10 @@ def _chunks_of(
         del group, source
         if not waiting:
             waiting.extend(islice(items, 1))
+
+
+def _most(num_bytes: int) -> int:
+    return 1 + _MAX_CHUNK_BYTES // max(1, num_bytes)
 
 
 def _as_it_is(chunks: Generator[Chunk], steady: Callable[[], bool]) -> Generator[Chunk]:

@@ -28,10 +28,12 @@ class Group:
     Attributes:
         pieces: in the order in which they came.
         length: the sum of their lengths.
+        num_batches: how many were made of this group in the epoch; unknown after a resume: 1.
     """
 
     pieces: list[Piece] = dataclasses.field(default_factory=list)
     length: int = 0
+    num_batches: int = 0
 
     def add(self, piece: Piece) -> None:
         """Adds a piece."""
@@ -94,7 +96,7 @@ class Grouped:
         """Reads what the groups of a position hold, each example once and in one sweep."""
         indices = sorted({index for group in groups for index, _ in group})
         parts = {index: self._grouping.parts(index, self._examples[index]) for index in indices}
-        held = [Group() for _ in groups]
+        held = [Group(num_batches=1) for _ in groups]
         for group, pieces in zip(held, groups, strict=True):
             for index, number in pieces:
                 group.add(Piece(index, number, parts[index][number]))

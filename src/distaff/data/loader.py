@@ -134,11 +134,14 @@ def num_batches(loader: Loader) -> int | None:
 def num_shapes(loader: Any) -> int:
     """Returns how many shapes the batches of a loader have, but for those of short last batches.
 
-    A loader may say so in its attribute `num_shapes`, or hand out what another one has, which is
-    its attribute `loader`. Others have one.
+    A loader may say so in its attribute `num_shapes`; or it has an attribute `loader`, whose
+    batches it hands out. Others have one.
     """
+    own = getattr(loader, "num_shapes", None)
     inner = getattr(loader, "loader", None)
-    return getattr(loader, "num_shapes", 1) if inner is None else num_shapes(inner)
+    if own is not None:
+        return own
+    return 1 if inner is None else num_shapes(inner)
 
 
 def num_examples(batch: Batch, *, name: str = "") -> int:

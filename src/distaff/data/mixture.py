@@ -12,7 +12,13 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from distaff.data.loader import as_held_by_jax, first_batch, num_batches, num_examples
+from distaff.data.loader import (
+    as_held_by_jax,
+    first_batch,
+    num_batches,
+    num_examples,
+    num_shapes,
+)
 from distaff.data.proportions import shares, turns
 from distaff.data.reader import Reader
 from distaff.errors import BatchError, ChangedBatchesError, ConfigError, leaf_name, nearest
@@ -117,6 +123,11 @@ class Mixture:
             self._ahead = self._draw(), place
         return self._ahead[0]
 
+    @property
+    def num_shapes(self) -> int:
+        """How many shapes the batches have; as `distaff.data.num_shapes` tells of loaders."""
+        return self._plan.num_shapes
+
     def abandon(self) -> None:
         """Lets the next `iter()` begin a new epoch, which goes on with the rows that follow."""
         self._resumed = False
@@ -172,10 +183,14 @@ class Mixture:
         firsts = [jax.tree.map(as_held_by_jax, first) for first in found]
         rows = [num_examples(first) for first in firsts]
         example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), firsts[0])
-        plan = _Plan(self._batch_size or rows[0], self._num_batches, example)
+        plan = _Plan(self._batch_size or rows[0], self._num_batches, num_shapes, example)
         if self._by == "example":
             for reader, first in zip(self._readers, firsts, strict=True):
                 self._check_form(reader.name, first, plan.example)
+        else:
+            shapes = [str(jax.tree.map(lambda x: (x.shape, x.dtype), first)) for first in firsts]
+            counts = {s: num_shapes(r.loader) for s, r in zip(shapes, self._readers, strict=True)}
+            plan = plan._replace(num_shapes=sum(counts.values()))
         lengths = [num_batches(each.loader) for each in self._readers]
         known = [length for length in lengths if length is not None]
         if self._num_batches or len(known) < len(lengths):
@@ -286,11 +301,13 @@ class _Plan(NamedTuple):
         batch_size: rows in a batch of the mixture.
         num_batches: in an epoch; None where it has no end.
         example: shapes and dtypes of the first batch of the first loader.
+        num_shapes: of the batches; loaders whose first batches are alike count once.
     """
 
     batch_size: int
     num_batches: int | None
     example: Batch
+    num_shapes: int = 1
 
 
 def _form(batch: Batch) -> Any:

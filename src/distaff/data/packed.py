@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from operator import index
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -70,12 +71,16 @@ def packed(
     check_overlong(overlong, ("error", "cut", "drop", "split"))
     order = make_order(examples, batch_size, shuffle=shuffle, seed=seed)
     num_rows = _ROWS_PER_BATCH_ROW * batch_size if open_rows is None else open_rows
-    if length < 1 or num_rows < batch_size:
+    try:
+        sizes = index(length), index(batch_size), index(num_rows)
+    except TypeError:
+        sizes = 0, 0, 0
+    if sizes[0] < 1 or sizes[2] < sizes[1]:
         raise ConfigError(
-            "length must be at least 1, and open_rows at least batch_size; got "
-            f"length={length}, batch_size={batch_size}, open_rows={open_rows}."
+            "length must be a whole number of at least 1, and open_rows one of at least batch_size;"
+            f" got length={length!r}, batch_size={batch_size!r}, open_rows={open_rows!r}."
         )
-    rows = _Rows(length, batch_size, num_rows, overlong, drops(remainder, shuffle))
+    rows = _Rows(*sizes, overlong, drops(remainder, shuffle))
     identity = {**order.identity(), **rows._asdict()}
     return Positioned(Grouped(examples, order, rows), identity=identity)
 

@@ -56,6 +56,7 @@ class Positioned:
         self._running: Iterator[Batch] | None = None
         self._is_new = self._resumed = False
         self._ahead: list[tuple[Batch, dict[str, Any]]] = []
+        self._place: dict[str, Any] | None = None
 
     def __len__(self) -> int:
         if self._length is None:
@@ -89,10 +90,13 @@ class Positioned:
         """Returns the position after the last batch that was handed out, fit for JSON."""
         if self._ahead:
             return self._ahead[0][1]
-        # Before its first batch, a library may not know its position.
-        is_inside = self._running is not None and self._batch and not self._is_new
-        saved = self._source.position() if is_inside else self._saved
-        return {"epoch": self._epoch, "batch": self._batch, "source": saved, **self._identity}
+        if self._place is None:
+            # Before its first batch, a library may not know its position.
+            is_inside = self._running is not None and self._batch and not self._is_new
+            saved = self._source.position() if is_inside else self._saved
+            numbers = {"epoch": self._epoch, "batch": self._batch}
+            self._place = {**numbers, "source": saved, **self._identity}
+        return dict(self._place)
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Goes to a position at once; the next `iter()` yields the rest of that epoch.
@@ -124,8 +128,8 @@ class Positioned:
 
     def _pull(self) -> Any:
         """Returns the next batch, or `_EPOCH_END`, and counts it."""
-        batch: Any = self._ahead.pop()[0] if self._ahead else next(self._start(), _EPOCH_END)
-        self._is_new = False
+        batch: Any = self._ahead.pop()[0] if self._ahead else self._read()
+        self._is_new, self._place = False, None
         if batch is not _EPOCH_END:
             self._batch += 1
         elif self._batch:
@@ -133,6 +137,15 @@ class Positioned:
         else:
             self._running = None
         return batch
+
+    def _read(self) -> Any:
+        """Reads on; after an error the place is the one before it, where reading begins again."""
+        place = self.get_state()
+        try:
+            return next(self._start(), _EPOCH_END)
+        except BaseException:
+            self._go_to(place["epoch"], place["batch"], place["source"])
+            raise
 
     def _start(self) -> Iterator[Batch]:
         if self._running is None:
@@ -149,7 +162,7 @@ class Positioned:
 
     def _go_to(self, epoch: int, batch: int, saved: Any) -> None:
         close = getattr(self._running, "close", None)
-        self._running, self._ahead = None, []
+        self._running, self._ahead, self._place = None, [], None
         self._epoch, self._batch, self._saved = epoch, batch, saved
         if close is not None:
             with suppress(ValueError):  # a thread that hangs in the source is left alone

@@ -67,22 +67,46 @@ def check_overlong(overlong: str, known: Sequence[str]) -> None:
 def padded(part: Part, length: int, pad_value: float) -> dict[str, Any]:
     """Returns the leaves of a part, each `[length, ...]`; bools are padded with False."""
 
-    def fill(leaf: Any) -> Any:
+    def fill(path: tuple[Any, ...], leaf: Any) -> Any:
         if not np.ndim(leaf):
             return leaf
         value = False if leaf.dtype == bool else pad_value
-        filled = np.full((length, *leaf.shape[1:]), value, leaf.dtype)
+        filled = np.empty((length, *leaf.shape[1:]), leaf.dtype)
         filled[: part.length] = leaf
+        filled[part.length :] = _as_dtype(value, leaf.dtype, leaf_name(path))
         return filled
 
-    return jax.tree.map(fill, part.leaves)
+    return jax.tree.map_with_path(fill, part.leaves)
+
+
+def _as_dtype(value: float, dtype: np.dtype, name: str) -> np.ndarray:
+    """Returns what pads, in the dtype of what is padded."""
+    is_whole = np.issubdtype(dtype, np.integer)
+    limits = np.iinfo(dtype) if is_whole else None
+    if limits and not (value == int(value) if np.isfinite(value) else False):
+        fits = False
+    else:
+        fits = limits is None or limits.min <= value <= limits.max
+    if not fits:
+        raise BatchError(
+            f"pad_value is a number that the padded arrays can hold; {name!r} is {dtype}, and "
+            f"cannot hold {value!r}. Give another one, or cast the array (data.MappedExamples)."
+        )
+    return np.asarray(value).astype(dtype)
 
 
 def _as_dict(example: Any, index: int) -> dict[str, Any]:
-    if isinstance(example, Mapping):
-        leaves = {name: jax.tree.map(np.asarray, leaf) for name, leaf in example.items()}
-    else:
-        leaves = {"tokens": np.asarray(example)}
+    try:
+        if isinstance(example, Mapping):
+            leaves = {n: jax.tree.map(_array, e, is_leaf=_is_list) for n, e in example.items()}
+        else:
+            leaves = {"tokens": _array(example)}
+    except ValueError as error:
+        raise BatchError(
+            "An example is a dict of arrays, or tokens alone, int [length]; example "
+            f"{index}, of type {type(example).__name__}, holds what is no array: {error}. Make "
+            "it a dict (data.MappedExamples)."
+        ) from error
     tokens = leaves.get("tokens")
     if not isinstance(tokens, np.ndarray):
         return leaves
@@ -92,7 +116,23 @@ def _as_dict(example: Any, index: int) -> dict[str, Any]:
             f"a dict; those of example {index} have shape {tokens.shape} and dtype {tokens.dtype}. "
             "Name other arrays in a dict (data.MappedExamples)."
         )
-    return {**leaves, "tokens": tokens.astype(np.int32, copy=False)}
+    narrow = tokens.astype(np.int32, copy=False)
+    if narrow.dtype != tokens.dtype and not np.array_equal(narrow, tokens):
+        raise BatchError(
+            f"Tokens are int32; those of example {index} reach from {tokens.min()} to "
+            f"{tokens.max()}. Look at the tokenizer."
+        )
+    return {**leaves, "tokens": narrow}
+
+
+def _array(value: Any) -> np.ndarray:
+    """Returns a list, number or array as an array; what is empty, and says no dtype, is int."""
+    array = np.asarray(value)
+    return array.astype(np.int32) if array.size == 0 and _is_list(value) else array
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
 
 
 def _length(leaves: dict[str, Any], index: int) -> int:
@@ -109,4 +149,11 @@ def _length(leaves: dict[str, Any], index: int) -> int:
 
 
 def _sliced(leaves: dict[str, Any], start: int, end: int) -> dict[str, Any]:
-    return jax.tree.map(lambda leaf: leaf[start:end] if leaf.ndim else leaf, leaves)
+    """Returns a part of a sequence; a copy, where the whole would wait in memory with it."""
+
+    def cut(leaf: Any) -> Any:
+        if not leaf.ndim or (start == 0 and end >= len(leaf)):
+            return leaf
+        return leaf[start:end].copy()
+
+    return jax.tree.map(cut, leaves)

@@ -58,6 +58,7 @@ class Stream:
             )
         self._source = source
         self._length = length
+        self.num_shapes: int = getattr(source, "num_shapes", 1)
         self._fingerprint = 0
         self._begin(0)
         self._resumed = False

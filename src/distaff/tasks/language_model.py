@@ -96,7 +96,7 @@ class LanguageModel(TrainerModule):
         module = self.model.module
         module = module.module if isinstance(module, Lora) else module
         self._vocab_size = getattr(module, "vocab_size", None)
-        self._takes_segments = "segment_ids" in parameters(module)
+        self._takes_segments = parameters(module)[1:2] == ["segment_ids"]
         max_length = getattr(module, "max_length", None)
         if samples:
             _as_tokens(self.config.sample_prompt.encode(), self._vocab_size)
@@ -175,8 +175,9 @@ class LanguageModel(TrainerModule):
         if not self._takes_segments:
             raise BatchError(
                 "The batches are packed, and the model would look across the sequences of a row: "
-                f"{type(self.model.module).__name__} takes no argument named segment_ids. Take a "
-                "model that does, such as zoo.GPT, or data.bucketed rather than data.packed."
+                f"the second argument of {type(self.model.module).__name__} is not segment_ids. "
+                "Take a model of (tokens, segment_ids), such as zoo.GPT, or data.bucketed rather "
+                "than data.packed."
             )
         return tokens[:, :-1], segments[:, :-1]
 

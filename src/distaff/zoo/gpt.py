@@ -83,10 +83,11 @@ class GPT(nn.Module):
                 f"GPT takes at most max_length={self.max_length} tokens; the input has "
                 f"{tokens.shape[1]}. Cut it, or make the model with a larger max_length."
             )
-        if segment_ids is not None and segment_ids.shape != tokens.shape:
+        if segment_ids is not None and jnp.shape(segment_ids) != tokens.shape:
             raise BatchError(
                 "GPT takes a segment id for each token; got segment_ids of shape "
-                f"{segment_ids.shape} for tokens of shape {tokens.shape}."
+                f"{jnp.shape(segment_ids)} for tokens of shape {tokens.shape}. Of the mode, write "
+                "train=False."
             )
         if self.features % (2 * self.num_heads):
             raise ConfigError(
