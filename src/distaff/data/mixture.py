@@ -183,7 +183,7 @@ class Mixture:
         firsts = [jax.tree.map(as_held_by_jax, first) for first in found]
         rows = [num_examples(first) for first in firsts]
         example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), firsts[0])
-        plan = _Plan(self._batch_size or rows[0], self._num_batches, num_shapes, example)
+        plan = _Plan(self._batch_size or rows[0], self._num_batches, example)
         if self._by == "example":
             for reader, first in zip(self._readers, firsts, strict=True):
                 self._check_form(reader.name, first, plan.example)
