@@ -120,11 +120,17 @@ SECTIONS = {
         "images/s",
     ),
     "loaders": Section(
-        "Loaders: shuffled rows of 64 floats and a label, batch 64, on the host",
+        "Loaders: shuffled rows of 64 numbers and a label, batch 64, on the host",
         "loaders",
         {
             "NumPy rows by hand": System("loaders", "by_hand"),
             "distaff, rows of an ArrayLoader": _loader("array_loader"),
+            "distaff, Mixture of two of them": _loader("mixture"),
+            "distaff, from_examples of rows in memory": _loader("examples"),
+            "distaff, TextLines": _loader("text"),
+            "distaff, TarExamples": _loader("tar"),
+            "distaff, ParquetExamples": _loader("parquet"),
+            "distaff, ArrayRecordExamples": _loader("array_record"),
             "distaff, generator function": _loader("stream"),
             "distaff, grain.MapDataset": _loader("grain_map"),
             "distaff, grain.IterDataset": _loader("grain_iter"),

@@ -6,10 +6,13 @@ import dataclasses
 import json
 import statistics
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from distaff.data import as_loader
 
 ROOT = Path(__file__).parents[2]
 SYSTEMS = ("distaff K=1", "distaff", "hand loop", "hand scan", "hand unrolled")
@@ -114,3 +117,18 @@ def test_loaders_are_measured_beside_rows_by_hand(
     speed = 64 * 1e3 / hand["ms_per_step"]
     assert float(table[0][1].replace(",", "")) == pytest.approx(speed, rel=0.01)
     assert table[0][3] == "1.00"
+
+
+def test_loaders_all_read_the_same_rows(benchmarks: Any, tmp_path: Path) -> None:
+    from benchmarks.systems import loaders
+
+    def rows(batch: Any) -> list[tuple[float, int]]:
+        return list(zip(batch["x"].sum(axis=1).tolist(), batch["label"].tolist(), strict=True))
+
+    workload = dataclasses.replace(benchmarks.workloads.ALL["loaders"], steps=10)
+    held, systems = loaders.arrays(workload), benchmarks.systems.SECTIONS["loaders"].systems
+    kinds = {system.options["kind"] for system in systems.values() if system.options}
+    for kind in kinds - {"torch", "hugging_face"}:
+        batches = list(as_loader(getattr(loaders, kind)(held, workload, tmp_path)))
+        assert [len(batch["label"]) for batch in batches] == [64] * 10, kind
+        assert sorted(chain.from_iterable(map(rows, batches))) == sorted(rows(held)), kind
