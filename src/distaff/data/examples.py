@@ -199,36 +199,47 @@ def stacked(examples: Sequence[PyTree]) -> Batch:
     Raises:
         BatchError: they differ in structure, or a leaf in its shape.
     """
-    check_structure(examples)
-    batch = jax.tree.map_with_path(_stacked_leaf, *examples)
+    batch = joined(_stacked_leaf, examples)
     num_examples(batch)
     return batch
 
 
-def check_structure(examples: Sequence[PyTree]) -> None:
-    """Looks at whether examples have the same leaves.
+def joined(
+    join: Callable[[tuple[Any, ...], Sequence[Any]], Any], examples: Sequence[PyTree]
+) -> PyTree:
+    """Returns a tree like each of the examples, which has at each leaf what is made of theirs.
+
+    Args:
+        join: `(path, leaves) -> leaf`, of the leaves at one path, one of each example.
+        examples: pytrees of one structure.
 
     Raises:
         BatchError: they differ in structure.
     """
-    first = jax.tree.structure(examples[0])
-    for other in examples[1:]:
-        if jax.tree.structure(other) != first:
+    with_path, structure = jax.tree.flatten_with_path(examples[0])
+    rows = []
+    for example in examples:
+        leaves, other = jax.tree.flatten(example)
+        if other != structure:
             raise BatchError(
-                f"All examples must have one structure; got {first} and "
-                f"{jax.tree.structure(other)}. Give them the same leaves (data.MappedExamples)."
+                f"All examples must have one structure; got {structure} and {other}. "
+                "Give them the same leaves (data.MappedExamples)."
             )
+        rows.append(leaves)
+    columns = zip(*rows, strict=True)
+    made = [join(path, leaves) for (path, _), leaves in zip(with_path, columns, strict=True)]
+    return jax.tree.unflatten(structure, made)
 
 
-def _stacked_leaf(path: tuple[Any, ...], *leaves: Any) -> np.ndarray:
-    shapes = {np.shape(leaf) for leaf in leaves}
-    if len(shapes) > 1:
+def _stacked_leaf(path: tuple[Any, ...], leaves: Sequence[Any]) -> np.ndarray:
+    try:
+        return as_held_by_jax(np.stack(leaves))
+    except ValueError as error:
+        shapes = sorted({np.shape(leaf) for leaf in leaves})
         raise BatchError(
-            f"All examples of a batch must have one shape; {leaf_name(path)!r} has "
-            f"{sorted(shapes)}. Pad or cut them (data.MappedExamples), or use data.bucketed or "
-            "data.packed for sequences."
-        )
-    return as_held_by_jax(np.stack(leaves))
+            f"All examples of a batch must have one shape; {leaf_name(path)!r} has {shapes}. Pad "
+            "or cut them (data.MappedExamples), or use data.bucketed or data.packed for sequences."
+        ) from error
 
 
 class _Batches:

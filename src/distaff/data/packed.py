@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
-import jax
 import numpy as np
 
-from distaff.data.examples import Examples, check_structure, drops, make_order, stacked
+from distaff.data.examples import Examples, drops, joined, make_order, stacked
 from distaff.data.grouped import Group, Grouped, Piece
 from distaff.data.positioned import Positioned
 from distaff.data.sequences import Part, check_overlong, padded, parts_of
@@ -126,10 +125,8 @@ class _Rows(NamedTuple):
 def _joined(pieces: Sequence[Piece]) -> Part:
     """Returns the parts of a row as one, with the entries that tell them apart."""
     lengths = [piece.part.length for piece in pieces]
-    leaves = [piece.part.leaves for piece in pieces]
-    check_structure(leaves)
-    joined = jax.tree.map_with_path(_joined_leaf, *leaves)
-    own = [name for name in _OWN if name in joined]
+    leaves = joined(_joined_leaf, [piece.part.leaves for piece in pieces])
+    own = [name for name in _OWN if name in leaves]
     if own:
         raise BatchError(
             f"Packed batches have the entries {_OWN} of their own; the examples hold {own}, too. "
@@ -137,10 +134,10 @@ def _joined(pieces: Sequence[Piece]) -> Part:
         )
     segment_ids = np.repeat(np.arange(1, len(lengths) + 1, dtype=np.int32), lengths)
     positions = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
-    return Part(sum(lengths), {**joined, "segment_ids": segment_ids, "positions": positions})
+    return Part(sum(lengths), {**leaves, "segment_ids": segment_ids, "positions": positions})
 
 
-def _joined_leaf(path: tuple[Any, ...], *leaves: Any) -> np.ndarray:
+def _joined_leaf(path: tuple[Any, ...], leaves: Sequence[Any]) -> np.ndarray:
     shapes = {leaf.shape[1:] if leaf.ndim else None for leaf in leaves}
     if None in shapes or len(shapes) > 1:
         raise BatchError(
