@@ -76,13 +76,13 @@ class BlockExamples(ABC):
         return int(self.starts[-1])
 
     def __getitem__(self, index: int, /) -> Any:
-        if not 0 <= index < len(self):
-            raise IndexError(f"{type(self).__name__} holds {len(self)} examples; got {index}")
         starts = self.starts.data  # items of which are read sooner than those of the array
+        if not 0 <= index < starts[-1]:
+            raise IndexError(f"{type(self).__name__} holds {len(self)} examples; got {index}")
         block = bisect_right(starts, index) - 1
-        return self.block(block)[index - starts[block]]
+        return self._block(block)[index - starts[block]]
 
-    def block(self, number: int) -> Examples:
+    def _block(self, number: int) -> Examples:
         """Returns the examples of a block, which is read where it is not in memory."""
         return self._kept.get(number, self.read_block)
 
@@ -211,7 +211,8 @@ def _check_examples(examples: Any) -> None:
 
 def _own(examples: Examples, name: str, default: Any = None) -> Any:
     """Returns an attribute that examples have themselves; `__getattr__` is not asked for it."""
-    return getattr(examples, name) if getattr_static(examples, name, None) is not None else default
+    is_own = getattr_static(examples, name, None) is not None
+    return getattr(examples, name, default) if is_own else default
 
 
 def drops(remainder: Literal["keep", "drop"] | None, shuffle: bool) -> bool:

@@ -91,7 +91,8 @@ class ParquetExamples(FileExamples):
         # In the order of the rows: the blocks of a window that ends are not read again.
         for block in dict.fromkeys(blocks.tolist()):
             here = blocks == block
-            if not cast(_Rows, self.block(block)).put(batch, here, rows[here] - self.starts[block]):
+            inside = rows[here] - self.starts[block]
+            if not cast(_Rows, self._block(block)).put(batch, here, inside):
                 return stacked([self[index] for index in indices])
         num_examples(batch)
         return {name: as_held_by_jax(values, (name,)) for name, values in batch.items()}
