@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
+from time import sleep
 
 import pytest
 
@@ -25,9 +26,14 @@ def test_kept_forgets_the_oldest():
 def test_kept_makes_a_value_once_for_many_threads():
     barrier, made = Barrier(4), []
 
+    def make(key: int) -> object:
+        sleep(0.001)  # in which other threads ask for it
+        made.append(key)
+        return object()
+
     def get(key: int) -> object:
         barrier.wait()
-        return kept.get(key, lambda key: made.append(key) or object())
+        return kept.get(key, make)
 
     kept = Kept(50)
     with ThreadPoolExecutor(4) as pool:
