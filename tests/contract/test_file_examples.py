@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import pickle
 import tarfile
+import weakref
 import zlib
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -51,6 +54,17 @@ class FileContract(LoaderContract):
         assert state["fingerprint"] == zlib.crc32(sizes.tobytes())
         with pytest.raises(BatchError, match="loader like the one that saved it"):
             self.make_loader().set_state({**state, "fingerprint": 0})
+
+    def test_another_process_gets_the_examples_without_their_blocks(self) -> None:
+        examples = self.examples()
+        examples = getattr(examples, "_examples", examples)  # without the function, a lambda
+        size = len(pickle.dumps(examples))
+        rows = [examples[index] for index in range(len(examples))]
+        content = pickle.dumps(examples)
+        assert len(content) == size
+        copy = pickle.loads(content)
+        found = [copy[index] for index in range(len(copy))]
+        jax.tree.map(np.testing.assert_array_equal, found, rows)
 
     def test_file_that_grows_is_noticed(self) -> None:
         loader = self.make_loader()
@@ -120,6 +134,44 @@ class TestArrayRecord(FileContract):
         self.paths[1].write_bytes(self.paths[1].read_bytes()[:length])
         with pytest.raises(DataFileError, match="not a whole ArrayRecord file"):
             self.examples()
+
+    def test_damaged_records_are_not_a_change(self, tmp_path: Path) -> None:
+        module = pytest.importorskip("array_record.python.array_record_module")
+        path = tmp_path / "damaged"
+        writer = module.ArrayRecordWriter(str(path), "group_size:4")
+        rng = np.random.default_rng(0)
+        for _ in range(200):
+            writer.write(rng.bytes(1000))
+        writer.close()
+        content = bytearray(path.read_bytes())
+        content[100_000:100_100] = bytes(100)
+        path.write_bytes(content)
+        records = data.ArrayRecordExamples(path, examples_per_block=16)
+        with pytest.raises(DataFileError, match=r"damaged in records .* Get or write it again"):
+            assert [records[index] for index in range(200)]
+
+    def test_few_files_are_open_and_none_twice(self, tmp_path: Path, monkeypatch: Any) -> None:
+        integration = pytest.importorskip("distaff.integrations.array_record")
+        opened, most = [], 0
+
+        class Records(integration.Records):
+            def __init__(self, file: Any) -> None:
+                nonlocal most
+                super().__init__(file)
+                opened.append(weakref.ref(self))
+                most = max(most, sum(each() is not None for each in opened))
+
+        monkeypatch.setattr(integration, "Records", Records)
+        loader = self.make_loader()
+        for _ in range(2):
+            list(loader)
+        assert len(opened) == len(self.paths)
+        del loader
+        self.paths = [tmp_path / f"many{number}" for number in range(20)]
+        for path in self.paths:
+            self.write(path)
+        list(self.make_loader())
+        assert most == 16
 
     def test_options_are_checked(self) -> None:
         with pytest.raises(ConfigError, match="examples_per_block"):

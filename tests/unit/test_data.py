@@ -132,6 +132,23 @@ def test_array_loader_holds_64_bit_numbers_in_32_bits():
     }
 
 
+EDGES = st.sampled_from([0, -(2**31), 2**31 - 1, -(2**31) - 1, 2**31, 2**32 - 1, 2**32])
+
+
+@given(
+    values=st.lists(EDGES | st.integers(-(2**63), 2**63 - 1), min_size=1), unsigned=st.booleans()
+)
+def test_array_loader_holds_integers_as_they_are_or_refuses_them(values, unsigned):
+    array = np.array(values).astype(np.uint64 if unsigned else np.int64)
+    limits = np.iinfo(np.uint32 if unsigned else np.int32)
+    if limits.min <= int(array.min()) and int(array.max()) <= limits.max:
+        loader = data.ArrayLoader({"id": array}, len(values))
+        assert data.first_batch(loader)["id"].tolist() == array.tolist()
+        return
+    with pytest.raises(BatchError, match=f"'id' has values from {array.min()} to {array.max()}"):
+        data.ArrayLoader({"id": array}, len(values))
+
+
 @pytest.mark.parametrize(
     ("arrays", "options", "error", "message"),
     [
@@ -143,7 +160,9 @@ def test_array_loader_holds_64_bit_numbers_in_32_bits():
         ),
         (rows(0), {"batch_size": 8}, BatchError, "hold at least one example"),
         (rows(3), {"batch_size": 0}, ConfigError, "batch_size=0"),
+        (rows(3), {"batch_size": 1.0}, ConfigError, "batch_size=1.0"),
         (rows(3), {"batch_size": 1, "seed": -1}, ConfigError, "seed=-1"),
+        (rows(3), {"batch_size": 1, "seed": None}, ConfigError, "seed=None"),
         (rows(3), {"batch_size": 1, "remainder": "kep"}, ConfigError, "Did you mean 'keep'"),
         ({"x": rows(3), "y": rows(4)}, {"batch_size": 1}, BatchError, r"'y' has shape \(4,\)"),
     ],

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -106,6 +108,101 @@ def test_an_epoch_reads_each_block_once(path):
     assert len(reads) == 15
 
 
+def test_no_more_blocks_are_in_memory_than_are_kept(path):
+    blocks, most = [], 0
+
+    class Watched(data.ParquetExamples):
+        def read(self, place):
+            nonlocal most
+            found = super().read(place)
+            blocks.append(weakref.ref(found))
+            most = max(most, sum(block() is not None for block in blocks))
+            return found
+
+    examples = Watched([path, path], ["int"], blocks_in_memory=3)
+    list(data.from_examples(examples, 7, shuffle=True))
+    assert most == 3
+
+
+def test_a_batch_may_have_rows_of_blocks_of_different_forms(tmp_path):
+    rows = [[1, 2], [3, 4], [5, 6], [7]]
+    path = write(tmp_path / "a.parquet", pa.table({"x": rows}), rows_per_block=2)
+    loader = data.from_examples(data.ParquetExamples(path), 3)
+    assert next(iter(loader))["x"].tolist() == rows[:3]
+    longer = pa.table({"x": [[1, 2], [3, 4], [5, 6, 7], [8, 9, 0]]})
+    path = write(tmp_path / "b.parquet", longer, rows_per_block=2)
+    with pytest.raises(BatchError, match=r"'x' has \[\(2,\), \(3,\)\]"):
+        next(iter(data.from_examples(data.ParquetExamples(path), 3)))
+
+
+def test_a_row_that_is_changed_stays_as_it_is_in_the_file(tmp_path):
+    table = pa.table(
+        {
+            "flags": [[True, False]] * 2,
+            "numbers": [[1.0, 2.0]] * 2,
+            "ragged": [[1], [2, 3]],
+            "nested": [[[1], [2, 3]], [[4]]],
+            "words": [["a"], ["b", "c"]],
+        }
+    )
+    examples = data.ParquetExamples(write(tmp_path / "a.parquet", table))
+    row, expected = examples[0], table.to_pylist()[0]
+    for name in ("flags", "numbers", "ragged"):
+        row[name][0] = 0
+    row["nested"][0][0] = 0
+    row["words"][0] = "z"
+    row = examples[0]
+    found = {name: row[name].tolist() for name in ("flags", "numbers", "ragged")}
+    nested = [each.tolist() for each in row["nested"]]
+    assert {**found, "nested": nested, "words": row["words"]} == expected
+
+
+def test_integers_beyond_32_bits_are_refused(path):
+    column = pa.array([2**40, *range(ROWS - 1)])
+    write(path, pa.table({"int": column}))
+    with pytest.raises(BatchError, match="'int' has values from 0 to 1099511627776"):
+        next(iter(data.from_examples(data.ParquetExamples(path), 4)))
+
+
+def test_columns_may_come_in_chunks(path, monkeypatch):
+    expected = [data.ParquetExamples(path)[index] for index in range(ROWS)]
+    read = arrow.Table._read
+
+    def in_chunks(self, block, columns):
+        whole = [column.chunk(0) for column in read(self, block, columns).columns]
+        parts = [pa.chunked_array([each[:1], each[1:1], each[1:]]) for each in whole]
+        return pa.table(parts, names=columns)
+
+    def overflow(arrays):
+        raise pa.ArrowInvalid("offset overflow while concatenating arrays")
+
+    monkeypatch.setattr(arrow.Table, "_read", in_chunks)
+    monkeypatch.setattr(pa, "concat_arrays", overflow)
+    examples = data.ParquetExamples(path)
+    found = [examples[index] for index in range(ROWS)]
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    columns = arrow.Table(examples.files[0]).read(0, NUMBERS, 0)
+    assert all(isinstance(values, np.ndarray) for values in columns.values())
+    column = pa.array([1, 2, None])
+    examples = data.ParquetExamples(write(path.with_stem("b"), pa.table({"x": column})))
+    with pytest.raises(BatchError, match="null in row 2 of"):
+        assert examples[0]
+
+
+def test_rows_of_arrow_are_counted_by_the_narrowest_column(tmp_path, monkeypatch):
+    names = ["text", "even", "word", "int", "byte", "double"]
+    path = write(tmp_path / "a.arrow", pa.table({name: COLUMNS[name] for name in names}))
+    read, batches = [], arrow.Table._batches
+
+    def counted(self, columns):
+        read.append(columns)
+        return batches(self, columns)
+
+    monkeypatch.setattr(arrow.Table, "_batches", counted)
+    assert len(data.ParquetExamples(path)) == ROWS
+    assert read == [None, [names.index("byte")]]
+
+
 @pytest.mark.parametrize("name", ["ragged", "text", "bytes", "time", "words"])
 def test_what_fills_no_batch(path, name):
     loader = data.from_examples(data.ParquetExamples(path, [name]), 4)
@@ -159,6 +256,23 @@ def cut(path: Path) -> Path:
     return path
 
 
+def streamed(path: Path) -> Path:
+    table = pa.table(COLUMNS)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    return path
+
+
+TIMES = pa.array([[1], [2]], pa.list_(pa.time32("s")))
+
+
+def test_intervals_are_refused(tmp_path):
+    column = pa.array([(1, 2, 3)], pa.month_day_nano_interval())
+    path = write(tmp_path / "a.arrow", pa.table({"x": column}))
+    with pytest.raises(ConfigError, match="'x' holds month_day_nano_interval"):
+        data.ParquetExamples(path)
+
+
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
 @pytest.mark.parametrize(
     ("make", "error", "said"),
@@ -173,6 +287,13 @@ def cut(path: Path) -> Path:
             lambda path: data.ParquetExamples(write(path, pa.table({"x": [{"a": 1}]}))),
             ConfigError,
             "'x' holds struct",
+        ),
+        (lambda path: data.ParquetExamples(path, "int"), ConfigError, r"Write \['int'\]"),
+        (lambda path: data.ParquetExamples(streamed(path)), DataFileError, "ipc.new_file"),
+        (
+            lambda path: data.ParquetExamples(write(path, pa.table({"x": TIMES}))),
+            ConfigError,
+            "'x' holds list<.*time32",
         ),
         (
             lambda path: data.ParquetExamples(write(path, pa.table(COLUMNS).slice(0, 0))),

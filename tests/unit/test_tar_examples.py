@@ -209,6 +209,9 @@ END = bytes(1024)
         (GOOD + header(kind=b"S") + bytes(512) + END, "sparse"),
         (GOOD + record(b"GNU.sparse.major", b"1") + header() + bytes(512) + END, "sparse"),
         (GOOD + GOOD + END, "'0' has two files 'cls'"),
+        (GOOD + END + GOOD + END, "ends at 1,024, and more follows.*several files"),
+        (GOOD + END[:512] + GOOD + END, "ends at 1,024, and more follows"),
+        (GOOD + bytes(5 * 2**19) + b"\n", "ends at 1,024, and more follows"),
     ],
 )
 def test_hostile_archive_is_refused(tmp_path, content, said):
@@ -224,6 +227,11 @@ def test_links_devices_and_folders_are_left_out(tmp_path):
     ] == ["1"]
 
 
+def test_any_number_of_zeros_may_end_an_archive(tmp_path):
+    contents = [GOOD + bytes(size) for size in (512, 1000, 5 * 2**19)]
+    assert [each["cls"] for each in all_of(examples_of(tmp_path, *contents))] == [1, 1, 1]
+
+
 def test_many_extended_headers_are_no_recursion(tmp_path):
     content = record(b"path", b"9.cls") * 5000 + header(size=b"1") + b"7".ljust(512) + END
     assert all_of(examples_of(tmp_path, content)) == [{"__key__": "9", "cls": 7}]
@@ -234,6 +242,7 @@ def test_many_extended_headers_are_no_recursion(tmp_path):
     [
         (lambda path: data.TarExamples(path / "a.tar.gz"), DataFileError, "gunzip"),
         (lambda path: data.TarExamples(path / "a", examples_per_block=0), ConfigError, "per_block"),
+        (lambda path: data.TarExamples(path / "a", examples_per_block=2.5), ConfigError, "=2.5"),
     ],
 )
 def test_what_is_refused(tmp_path, make, error, said):

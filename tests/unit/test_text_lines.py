@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import os
 import re
@@ -122,8 +123,11 @@ def test_changed_file_is_noticed(tmp_path, change, said):
         (lambda path: data.TextLines([]), DataFileError, "At least one file"),
         (lambda path: data.TextLines(path / "a.gz"), DataFileError, "gunzip .*a.gz"),
         (lambda path: data.TextLines(path / "a.zst"), DataFileError, "unzstd .*a.zst"),
+        (lambda path: data.TextLines(path / "a.bz2"), DataFileError, "bunzip2 .*a.bz2"),
+        (lambda path: data.TextLines(path / "b.bz2"), DataFileError, "bunzip2 .*b.bz2"),
         (lambda path: data.TextLines(path / "pipe"), DataFileError, "is no file"),
         (lambda path: data.TextLines(path / "a.txt", block_bytes=0), ConfigError, "block_bytes"),
+        (lambda path: data.TextLines(path / "a.txt", block_bytes=1e6), ConfigError, "block_bytes"),
         (lambda path: data.TextLines(path / "a.txt", encoding="utf-16"), ConfigError, "utf-16"),
         (lambda path: data.TextLines(path / "a.txt", encoding="rot13"), ConfigError, "rot13"),
         (lambda path: data.TextLines(path / "a.txt", encoding="none"), ConfigError, "none"),
@@ -131,11 +135,18 @@ def test_changed_file_is_noticed(tmp_path, change, said):
 )
 def test_what_is_refused(tmp_path, make, error, said):
     (tmp_path / "a.gz").write_bytes(gzip.compress(b"one\n"))
+    (tmp_path / "a.bz2").write_bytes(bz2.compress(b"one\n"))
+    (tmp_path / "b.bz2").write_bytes(bz2.compress(b""))
     (tmp_path / "a.zst").write_bytes(b"\x28\xb5\x2f\xfd" + bytes(20))
     (tmp_path / "a.txt").write_text("one\n")
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(error, match=said):
         make(tmp_path)
+
+
+def test_a_text_may_begin_as_a_compressed_file_might(tmp_path):
+    (tmp_path / "a.csv").write_text("BZhang,1\nBZh9,2\n")
+    assert all_of(data.TextLines(tmp_path / "a.csv")) == ["BZhang,1", "BZh9,2"]
 
 
 def test_endless_line_is_refused_before_it_fills_memory(tmp_path, monkeypatch):

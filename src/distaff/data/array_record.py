@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from typing import Any
 
 from distaff import _optional
 from distaff.data.files import Block, DataFile, FileExamples, Paths, Place, find_files
-from distaff.errors import ConfigError
+from distaff.data.kept import Kept
+from distaff.data.whole import whole
 
 _OPEN_FILES = 16
 
@@ -29,26 +30,28 @@ class ArrayRecordExamples(FileExamples):
         BatchError: there is no record.
         ConfigError: an option is out of range.
         DataFileError: a file is missing, or no whole ArrayRecord file; while it is read, it has
-            changed.
+            changed, or is damaged.
         MissingExtraError: the package `array_record` is not installed.
     """
 
     def __init__(
         self, paths: Paths, *, examples_per_block: int = 256, blocks_in_memory: int = 16
     ) -> None:
-        if examples_per_block < 1:
-            raise ConfigError(f"examples_per_block must be at least 1; got {examples_per_block}.")
-        package = _optional.load("array_record", extra="array-record")
-        self._opened = lru_cache(_OPEN_FILES)(package.Records)
+        examples_per_block = whole("examples_per_block", examples_per_block)
+        self._open = _optional.load("array_record", extra="array-record").Records
+        self._opened: Kept[DataFile, Any] = Kept(_OPEN_FILES)
         files = find_files(paths)
         blocks = (self._find_blocks(file, examples_per_block) for file in files)
         super().__init__(files, blocks, blocks_in_memory=blocks_in_memory)
 
     def read(self, place: Place) -> Sequence[bytes]:
-        return self._opened(self.files[place.file]).read(place.start, place.stop)
+        return self._records(self.files[place.file]).read(place.start, place.stop)
+
+    def _records(self, file: DataFile) -> Any:
+        return self._opened.get(file, self._open)
 
     def _find_blocks(self, file: DataFile, examples_per_block: int) -> Iterator[Block]:
-        num_records = len(self._opened(file))
+        num_records = len(self._records(file))
         for start in range(0, num_records, examples_per_block):
             stop = min(start + examples_per_block, num_records)
             yield Block(start, stop, stop - start)

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from distaff.data.loader import as_held_by_jax, num_examples
+from distaff.data.whole import whole
 from distaff.errors import BatchError, ConfigError, nearest
 from distaff.typing import Batch, PyTree
 
@@ -34,8 +35,8 @@ class ArrayLoader:
 
     Raises:
         BatchError: the arrays disagree in length, hold no examples, or fewer than one whole batch
-            where a short one is dropped.
-        ConfigError: an option is out of range.
+            where a short one is dropped; or an integer does not fit into 32 bits.
+        ConfigError: an option is no whole number, or out of range.
 
     >>> loader = ArrayLoader({"x": np.arange(5.0)}, batch_size=2)
     >>> [batch["x"].tolist() for batch in loader]
@@ -56,23 +57,18 @@ class ArrayLoader:
             raise ConfigError(
                 f"Unknown remainder {remainder!r}. {nearest(remainder, ('keep', 'drop'))}"
             )
-        if batch_size < 1 or seed < 0:
-            raise ConfigError(
-                "batch_size must be at least 1, and seed not negative; "
-                f"got batch_size={batch_size}, seed={seed}."
-            )
+        self.batch_size = whole("batch_size", batch_size)
         self.num_examples = num_examples(arrays)
-        self.batch_size = batch_size
         self._shuffle = shuffle
-        self._seed = seed
+        self._seed = whole("seed", seed, least=0)
         self._drop = remainder == "drop"
-        if self._drop and self.num_examples < batch_size:
+        if self._drop and self.num_examples < self.batch_size:
             raise BatchError(
                 f"The arrays must fill at least one batch; they hold {self.num_examples} examples, "
                 f"batch_size is {batch_size}, and a short batch is dropped. Give more examples, "
                 "lower batch_size, or keep the short batch with remainder='keep'."
             )
-        self._arrays = jax.tree.map(as_held_by_jax, arrays)
+        self._arrays = jax.tree.map_with_path(lambda path, leaf: as_held_by_jax(leaf, path), arrays)
         self._position = (0, 0)
         self._start = (0, 0)
 

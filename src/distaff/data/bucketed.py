@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import warnings
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from operator import index
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -14,6 +13,7 @@ from distaff.data.examples import Examples, drops, make_order, stacked
 from distaff.data.grouped import Group, Grouped, Piece
 from distaff.data.positioned import Positioned
 from distaff.data.sequences import Part, check_overlong, padded, parts_of
+from distaff.data.whole import whole
 from distaff.errors import BatchError, ConfigError
 from distaff.typing import Batch
 
@@ -136,23 +136,17 @@ def _masked(part: Part, index: int) -> dict[str, Any]:
 def _checked(
     boundaries: Sequence[int], batch_size: int | Sequence[int]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    try:
-        lengths = tuple(index(boundary) for boundary in boundaries)
-    except TypeError:
-        lengths = ()
-    if not lengths or lengths[0] < 1 or list(lengths) != sorted(set(lengths)):
+    given = boundaries if isinstance(boundaries, Iterable) else ()
+    lengths = tuple(whole("each of boundaries", boundary) for boundary in given)
+    if not lengths or list(lengths) != sorted(set(lengths)):
         raise ConfigError(
-            "boundaries are lengths, whole numbers of at least 1 in rising order; got "
-            f"{boundaries!r}. Write for example (64, 128, 256)."
+            f"boundaries are lengths in rising order; got {boundaries!r}. Write for example "
+            "(64, 128, 256)."
         )
-    try:
-        each = batch_size if isinstance(batch_size, Sequence) else (batch_size,) * len(lengths)
-        sizes = tuple(index(size) for size in each)
-    except TypeError:
-        sizes = ()
-    if len(sizes) != len(lengths) or min(sizes) < 1:
+    each = batch_size if isinstance(batch_size, Sequence) else (batch_size,) * len(lengths)
+    if len(each) != len(lengths):
         raise ConfigError(
-            "batch_size is a whole number of at least 1, or one for each boundary; got "
+            "batch_size is one number, or one for each boundary; got "
             f"batch_size={batch_size!r} for {len(lengths)} boundaries."
         )
-    return lengths, sizes
+    return lengths, tuple(whole("batch_size", size) for size in each)

@@ -5,16 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from inspect import getattr_static
 from itertools import islice
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
+from distaff.data.kept import Kept
 from distaff.data.loader import as_held_by_jax, num_examples
 from distaff.data.order import Order
 from distaff.data.positioned import Positioned
+from distaff.data.whole import whole
 from distaff.errors import BatchError, ConfigError, leaf_name, nearest
 from distaff.typing import Batch, PyTree
 
@@ -31,6 +33,9 @@ class Examples(Protocol):
 
     Two more are optional. `fingerprint`, an int, stands for the data: a position is refused where
     it is another. `read_batch(indices)` returns what stacking these examples would, sooner.
+
+    All four count only where an object has them itself: what a `__getattr__` finds belongs to other
+    examples, as does the `read_batch` of a class whose subclass has another `__getitem__`.
     """
 
     def __len__(self) -> int:
@@ -45,36 +50,41 @@ class Examples(Protocol):
 class BlockExamples(ABC):
     """Examples that lie in blocks, each of which is read whole; the last ones stay in memory.
 
+    Make one object for each loader: two loaders that are read in turn would each push the blocks of
+    the other out of memory. A pickle, as for worker processes, holds no blocks.
+
     Args:
         sizes: how many examples each block has, `[blocks]`.
         blocks_in_memory: how many blocks are kept. A shuffled epoch mixes so many at a time.
 
     Raises:
         BatchError: there is no example.
-        ConfigError: `blocks_in_memory` is less than 1.
+        ConfigError: `blocks_in_memory` is no whole number, or less than 1.
     """
 
     def __init__(self, sizes: Sequence[int] | np.ndarray, *, blocks_in_memory: int = 16) -> None:
-        if blocks_in_memory < 1:
-            raise ConfigError(f"blocks_in_memory must be at least 1; got {blocks_in_memory}.")
+        self.blocks_in_memory = whole("blocks_in_memory", blocks_in_memory)
         self.starts = np.concatenate([[0], np.cumsum(np.asarray(sizes, np.int64), dtype=np.int64)])
         if not len(self):
             raise BatchError(
                 f"{type(self).__name__} must hold at least one example; its {len(sizes)} blocks "
                 "hold none. Check the paths."
             )
-        self.blocks_in_memory = blocks_in_memory
-        self._bounds = self.starts.data  # items of which are read sooner than those of the array
-        self._kept = lru_cache(blocks_in_memory)(self.read_block)
+        self._kept: Kept[int, Examples] = Kept(self.blocks_in_memory)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def __getitem__(self, index: int, /) -> Any:
-        if not 0 <= index < len(self):
+        starts = self.starts.data  # items of which are read sooner than those of the array
+        if not 0 <= index < starts[-1]:
             raise IndexError(f"{type(self).__name__} holds {len(self)} examples; got {index}")
-        block = bisect_right(self._bounds, index) - 1
-        return self._kept(block)[index - self._bounds[block]]
+        block = bisect_right(starts, index) - 1
+        return self._block(block)[index - starts[block]]
+
+    def _block(self, number: int) -> Examples:
+        """Returns the examples of a block, which is read where it is not in memory."""
+        return self._kept.get(number, self.read_block)
 
     @abstractmethod
     def read_block(self, block: int) -> Examples:
@@ -88,16 +98,20 @@ class MappedExamples:
         examples: where they come from.
         function: `example -> example`. It has no memory and no randomness of its own.
 
+    Raises:
+        BatchError: the examples have no length, or cannot be read by index.
+
     >>> doubled = MappedExamples([1, 2, 3], lambda example: 2 * example)
     >>> [doubled[index] for index in range(len(doubled))]
     [2, 4, 6]
     """
 
     def __init__(self, examples: Examples, function: Callable[[Any], Any]) -> None:
+        _check_examples(examples)
         self._examples, self._function = examples, function
-        self.starts: np.ndarray | None = getattr(examples, "starts", None)
-        self.blocks_in_memory: int = getattr(examples, "blocks_in_memory", 1)
-        self.fingerprint: int | None = getattr(examples, "fingerprint", None)
+        self.starts: np.ndarray | None = _own(examples, "starts")
+        self.blocks_in_memory: int = _own(examples, "blocks_in_memory", 1)
+        self.fingerprint: int | None = _own(examples, "fingerprint")
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -127,20 +141,24 @@ def from_examples(
         remainder: what becomes of a short last batch, as `ArrayLoader` has it.
 
     Returns:
-        A loader of batches `[batch, ...]`.
+        A loader of batches `[batch, ...]`. The dtype of a leaf is that of its values, in 32 bits:
+        where they are ints of Python in one batch and floats in another, as JSON has them, convert
+        them in a `MappedExamples`.
 
     Raises:
-        BatchError: the examples have no length or fill no batch; while it reads, they differ.
+        BatchError: the examples have no length or fill no batch, or their `starts` are not those of
+            so many; while it reads, they differ, or an integer does not fit into 32 bits.
         ConfigError: an option is out of range.
 
     >>> loader = from_examples([{"x": np.ones(2)}, {"x": np.zeros(2)}, {"x": np.ones(2)}], 2)
     >>> [batch["x"].shape for batch in loader]
     [(2, 2), (1, 2)]
     """
+    batch_size = whole("batch_size", batch_size)
     order = make_order(examples, batch_size, shuffle=shuffle, seed=seed)
     is_short_dropped = drops(remainder, shuffle)
-    whole, rest = divmod(len(examples), batch_size)
-    length = whole + (rest > 0 and not is_short_dropped)
+    length, rest = divmod(len(examples), batch_size)
+    length += rest > 0 and not is_short_dropped
     if not length:
         raise BatchError(
             f"The examples must fill at least one batch; there are {len(examples)}, batch_size is "
@@ -156,28 +174,45 @@ def make_order(examples: Examples, batch_size: int, *, shuffle: bool, seed: int)
     """Returns the order in which a loader reads examples.
 
     Raises:
-        BatchError: they have no length, or cannot be read by index.
-        ConfigError: an option is out of range.
+        BatchError: they have no length, cannot be read by index, or have `starts` that do not lead
+            from 0 to their number.
+        ConfigError: an option is no whole number, or out of range.
     """
+    _check_examples(examples)
+    whole("batch_size", batch_size)
+    starts = _own(examples, "starts")
+    if starts is not None:
+        starts = np.asarray(starts, np.int64)
+        if [*starts[:1], *starts[-1:]] != [0, len(examples)]:
+            raise BatchError(
+                "`starts` must lead from 0 to the number of examples; those of "
+                f"{type(examples).__name__} are {starts}, and there are {len(examples)}. Give it "
+                "`starts` of its own, or None."
+            )
+    return Order(
+        len(examples),
+        shuffle=bool(shuffle),
+        seed=whole("seed", seed, least=0),
+        starts=starts,
+        window=whole("blocks_in_memory", _own(examples, "blocks_in_memory", 1)),
+        fingerprint=_own(examples, "fingerprint"),
+    )
+
+
+def _check_examples(examples: Any) -> None:
     if not isinstance(examples, Examples) or isinstance(examples, dict | str | bytes):
         raise BatchError(
             "Examples have a length and are read by index, examples[0]; got "
             f"{type(examples).__name__}. Write data.ArrayLoader(arrays, batch_size=...) for arrays "
-            "in memory, or give an iterable of batches to the trainer as it is."
+            "in memory, list(...) for an iterator over examples, or give an iterable of batches to "
+            "the trainer as it is."
         )
-    if batch_size < 1 or seed < 0:
-        raise ConfigError(
-            "batch_size must be at least 1, and seed not negative; "
-            f"got batch_size={batch_size}, seed={seed}."
-        )
-    return Order(
-        len(examples),
-        shuffle=shuffle,
-        seed=seed,
-        starts=getattr(examples, "starts", None),
-        window=getattr(examples, "blocks_in_memory", 1),
-        fingerprint=getattr(examples, "fingerprint", None),
-    )
+
+
+def _own(examples: Examples, name: str, default: Any = None) -> Any:
+    """Returns an attribute that examples have themselves; `__getattr__` is not asked for it."""
+    is_own = getattr_static(examples, name, None) is not None
+    return getattr(examples, name, default) if is_own else default
 
 
 def drops(remainder: Literal["keep", "drop"] | None, shuffle: bool) -> bool:
@@ -190,14 +225,15 @@ def drops(remainder: Literal["keep", "drop"] | None, shuffle: bool) -> bool:
         raise ConfigError(
             f"Unknown remainder {remainder!r}. {nearest(remainder, ('keep', 'drop'))}"
         )
-    return shuffle if remainder is None else remainder == "drop"
+    return bool(shuffle) if remainder is None else remainder == "drop"
 
 
 def stacked(examples: Sequence[PyTree]) -> Batch:
     """Returns a batch of examples, `[batch, ...]`, in 32 bits where `ArrayLoader` has 32 bits.
 
     Raises:
-        BatchError: they differ in structure, or a leaf in its shape.
+        BatchError: they differ in structure, or a leaf in its shape or kind of number, or an
+            integer does not fit into 32 bits.
     """
     batch = joined(_stacked_leaf, examples)
     num_examples(batch)
@@ -232,14 +268,22 @@ def joined(
 
 
 def _stacked_leaf(path: tuple[Any, ...], leaves: Sequence[Any]) -> np.ndarray:
+    arrays = [np.asanyarray(leaf) for leaf in leaves]
+    if len({array.dtype.kind for array in arrays}) > 1:
+        dtypes = sorted({array.dtype.name for array in arrays})
+        raise BatchError(
+            f"All examples of a batch must have one kind of number; {leaf_name(path)!r} has "
+            f"{', '.join(dtypes)}. Convert them, such as with np.float32 (data.MappedExamples)."
+        )
     try:
-        return as_held_by_jax(np.stack(leaves))
+        stack = np.stack(arrays)
     except ValueError as error:
         shapes = sorted({np.shape(leaf) for leaf in leaves})
         raise BatchError(
             f"All examples of a batch must have one shape; {leaf_name(path)!r} has {shapes}. Pad "
             "or cut them (data.MappedExamples), or use data.bucketed or data.packed for sequences."
         ) from error
+    return as_held_by_jax(stack, path)
 
 
 class _Batches:
@@ -247,9 +291,7 @@ class _Batches:
 
     def __init__(self, examples: Examples, order: Order, batch_size: int, length: int) -> None:
         self._order, self._batch_size, self._length = order, batch_size, length
-        self._read_batch = getattr(
-            examples, "read_batch", lambda indices: stacked([examples[i] for i in indices])
-        )
+        self._read_batch = _reader_of(examples)
 
     def start(self, epoch: int, batch: int, saved: Any) -> Iterator[Batch]:
         if batch > self._length:
@@ -262,3 +304,13 @@ class _Batches:
     def _read(self, indices: Iterator[int], batch: int) -> Iterator[Batch]:
         for _ in range(batch, self._length):
             yield self._read_batch(list(islice(indices, self._batch_size)))
+
+
+def _reader_of(examples: Any) -> Callable[[Sequence[int]], Batch]:
+    """Returns `read_batch`, but not that of a class whose subclass has another `__getitem__`."""
+    for kind in type(examples).__mro__:
+        if "read_batch" in vars(kind):
+            return examples.read_batch
+        if "__getitem__" in vars(kind):
+            break
+    return lambda indices: stacked([examples[index] for index in indices])

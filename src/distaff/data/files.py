@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import zlib
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
@@ -20,11 +21,12 @@ Paths: TypeAlias = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 """A file, a glob pattern, or several of them. The files of a pattern are sorted by name."""
 
 _COMPRESSED = {
-    b"\x1f\x8b\x08": "gunzip",
-    b"\x28\xb5\x2f\xfd": "unzstd",
-    b"BZh": "bunzip2",
-    b"\xfd7zXZ\0": "unxz",
+    rb"\x1f\x8b\x08": "gunzip",
+    rb"\x28\xb5\x2f\xfd": "unzstd",
+    rb"BZh[1-9](1AY&SY|\x17rE8P\x90)": "bunzip2",  # before the first block, or the end of none
+    rb"\xfd7zXZ\x00": "unxz",
 }
+"""How a compressed file begins, as a regular expression, and what unpacks it."""
 
 
 class DataFile(NamedTuple):
@@ -96,7 +98,7 @@ class FileExamples(BlockExamples):
 
     Raises:
         BatchError: there is no example.
-        ConfigError: `blocks_in_memory` is less than 1.
+        ConfigError: `blocks_in_memory` is no whole number, or less than 1.
     """
 
     def __init__(
@@ -150,9 +152,9 @@ def refuse_compressed(file: DataFile) -> None:
     Raises:
         DataFileError: it is compressed by gzip, Zstandard, bzip2 or xz.
     """
-    start = file.read(0, 8)
+    start = file.read(0, 10)
     for magic, remedy in _COMPRESSED.items():
-        if start.startswith(magic):
+        if re.match(magic, start):
             raise DataFileError(
                 f"A file must be read from any place, which no compressed file can be; {file.path} "
                 f"is compressed. Unpack it: {remedy} {file.path}"

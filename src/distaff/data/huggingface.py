@@ -13,6 +13,7 @@ from distaff.data.loader import Loader
 from distaff.data.mapped import MappedLoader
 from distaff.data.positioned import Positioned
 from distaff.data.stream import Stream
+from distaff.data.whole import whole
 from distaff.errors import BatchError
 from distaff.typing import Batch
 
@@ -55,6 +56,7 @@ def from_datasets(
             "from_datasets takes a datasets.Dataset or datasets.IterableDataset; got "
             f"{type(dataset).__name__}. Of a dict of splits, pass one: dataset['train']."
         )
+    batch_size = whole("batch_size", batch_size)
     if hasattr(dataset, "__len__"):
         table = dataset.with_format("numpy")
         rows = ArrayLoader(
@@ -66,7 +68,7 @@ def from_datasets(
         )
         return MappedLoader(rows, lambda batch: _rows_of(table, batch["row"]))
     # Its checks of the options are those of a loader of one batch.
-    ArrayLoader(np.zeros(max(batch_size, 1)), batch_size, seed=seed, remainder=remainder)
+    ArrayLoader(np.zeros(batch_size), batch_size, seed=seed, remainder=remainder)
     if shuffle:
         dataset = dataset.shuffle(seed=seed, buffer_size=_BUFFER_SIZE)
     drops = (remainder or ("drop" if shuffle else "keep")) == "drop"

@@ -189,10 +189,27 @@ def num_examples(batch: Batch, *, name: str = "") -> int:
     return shapes[first][0]
 
 
-def as_held_by_jax(leaf: Any) -> np.ndarray:
-    """Returns an array in the dtype that JAX would hold it in: 32 bits for 64, as it is set."""
+def as_held_by_jax(leaf: Any, path: tuple[Any, ...] = ()) -> np.ndarray:
+    """Returns an array in the dtype that JAX would hold it in: 32 bits for 64, as it is set.
+
+    Args:
+        leaf: what becomes an array.
+        path: where it stands in its tree, for the error.
+
+    Raises:
+        BatchError: an integer does not fit.
+    """
     array = np.asarray(leaf)
-    return array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
+    dtype = jax.dtypes.canonicalize_dtype(array.dtype)
+    if dtype != array.dtype and dtype.kind in "iu" and array.size:
+        limits, low, high = np.iinfo(dtype), array.min(), array.max()
+        if low < limits.min or high > limits.max:
+            raise BatchError(
+                f"Integers must fit into {dtype}, in which JAX holds them; {leaf_name(path)!r} has "
+                f"values from {low} to {high}. Number them from 0 (np.unique with return_inverse), "
+                "leave them out, or set jax_enable_x64."
+            )
+    return array.astype(dtype, copy=False)
 
 
 def first_batch(loader: Loader, *, name: str = "data") -> Batch:

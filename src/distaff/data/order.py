@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 
+_SLICE = 4096
+"""Indices that are ints of Python at once; an int takes four times the memory of an int64."""
+
 
 class Order:
     """The order of an epoch, a function of `(seed, epoch)` alone, that can be begun anywhere.
@@ -53,7 +56,9 @@ class Order:
         for window in self._windows(epoch):
             size = self._size(window)
             if start < size:
-                yield from self._shuffled(epoch, window)[start:].tolist()
+                order = self._shuffled(epoch, window)
+                for first in range(start, size, _SLICE):
+                    yield from order[first : first + _SLICE].tolist()
             start = max(start - size, 0)
 
     def identity(self) -> Mapping[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from operator import index
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -12,7 +11,8 @@ from distaff.data.examples import Examples, drops, joined, make_order, stacked
 from distaff.data.grouped import Group, Grouped, Piece
 from distaff.data.positioned import Positioned
 from distaff.data.sequences import Part, check_overlong, padded, parts_of
-from distaff.errors import BatchError, ConfigError, leaf_name
+from distaff.data.whole import whole
+from distaff.errors import BatchError, leaf_name
 from distaff.typing import Batch
 
 _ROWS_PER_BATCH_ROW = 4
@@ -70,16 +70,13 @@ def packed(
     check_overlong(overlong, ("error", "cut", "drop", "split"))
     order = make_order(examples, batch_size, shuffle=shuffle, seed=seed)
     num_rows = _ROWS_PER_BATCH_ROW * batch_size if open_rows is None else open_rows
-    try:
-        sizes = index(length), index(batch_size), index(num_rows)
-    except TypeError:
-        sizes = 0, 0, 0
-    if sizes[0] < 1 or sizes[2] < sizes[1]:
-        raise ConfigError(
-            "length must be a whole number of at least 1, and open_rows one of at least batch_size;"
-            f" got length={length!r}, batch_size={batch_size!r}, open_rows={open_rows!r}."
-        )
-    rows = _Rows(*sizes, overlong, drops(remainder, shuffle))
+    rows = _Rows(
+        whole("length", length),
+        whole("batch_size", batch_size),
+        whole("open_rows", num_rows, least=batch_size),
+        overlong,
+        drops(remainder, shuffle),
+    )
     identity = {**order.identity(), **rows._asdict()}
     return Positioned(Grouped(examples, order, rows), identity=identity)
 

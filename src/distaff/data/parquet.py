@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-import jax
 import numpy as np
 
 from distaff import _optional
@@ -20,7 +19,8 @@ class ParquetExamples(FileExamples):
     """The rows of Parquet files, or of Arrow IPC files (Feather 2), as dicts by column.
 
     A value is a number, an array of numbers for a list, a str, or bytes; rows whose lists differ
-    in their lengths have arrays of different lengths. A block is a row group, or a record batch.
+    in their lengths have arrays of different lengths. A row may be changed, and stays as it is in
+    the examples. A block is a row group, or a record batch.
     In memory are the chosen columns of `blocks_in_memory` of them, as arrays: write row groups
     that are small enough, of some 10,000 rows.
 
@@ -48,6 +48,8 @@ class ParquetExamples(FileExamples):
         files = find_files(paths)
         self._tables = [arrow.Table(file) for file in files]
         kinds = self._tables[0].column_types
+        if isinstance(columns, str):
+            raise ConfigError(f"columns must be a list of names; got a str. Write [{columns!r}].")
         self._columns = list(kinds) if columns is None else list(columns)
         if not self._columns:
             raise ConfigError("columns must name at least one column; got none. Name one.")
@@ -56,7 +58,8 @@ class ParquetExamples(FileExamples):
                 raise ConfigError(f"Unknown column {name!r}. {nearest(name, kinds)}")
             if not arrow.is_readable(kinds[name]):
                 raise ConfigError(
-                    "A column must hold numbers, times, texts, bytes, or lists of them; "
+                    "A column must hold numbers, dates, timestamps, durations, texts, bytes, or "
+                    "lists of them; "
                     f"{name!r} holds {kinds[name]}. Leave it out with columns=[...]."
                 )
             for file, table in zip(files, self._tables, strict=True):
@@ -84,39 +87,50 @@ class ParquetExamples(FileExamples):
         """
         rows = np.asarray(indices)
         blocks = np.searchsorted(self.starts, rows, side="right") - 1
+        batch: dict[str, np.ndarray] = {}
         # In the order of the rows: the blocks of a window that ends are not read again.
-        parts = {
-            block: cast(_Rows, self._kept(block)).columns
-            for block in dict.fromkeys(blocks.tolist())
-        }
-        forms = {tuple(_form(values) for values in columns.values()) for columns in parts.values()}
-        first = next(iter(parts.values()))
-        if len(forms) > 1 or not all(isinstance(values, np.ndarray) for values in first.values()):
-            return stacked([self[index] for index in indices])
-        batch = {
-            name: np.empty((len(rows), *values.shape[1:]), values.dtype)
-            for name, values in first.items()
-        }
-        for block, columns in parts.items():
+        for block in dict.fromkeys(blocks.tolist()):
             here = blocks == block
-            for name, values in columns.items():
-                batch[name][here] = values[rows[here] - self.starts[block]]
+            inside = rows[here] - self.starts[block]
+            if not cast(_Rows, self._block(block)).put(batch, here, inside):
+                return stacked([self[index] for index in indices])
         num_examples(batch)
-        return jax.tree.map(as_held_by_jax, batch)
+        return {name: as_held_by_jax(values, (name,)) for name, values in batch.items()}
 
 
 class _Rows:
     """Columns of a block, read row by row."""
 
     def __init__(self, columns: Mapping[str, Any]) -> None:
-        self.columns = columns
+        self._columns = columns
 
     def __len__(self) -> int:
-        return len(next(iter(self.columns.values())))
+        return len(next(iter(self._columns.values())))
 
     def __getitem__(self, index: int, /) -> dict[str, Any]:
-        return {name: values[index] for name, values in self.columns.items()}
+        return {name: _copied(values[index]) for name, values in self._columns.items()}
+
+    def put(self, batch: dict[str, np.ndarray], here: np.ndarray, rows: np.ndarray) -> bool:
+        """Puts rows into a batch; returns whether all columns are arrays that fit into it.
+
+        Args:
+            batch: its columns `[batch, ...]`; an empty one gets those that the block has.
+            here: in which places, bool `[batch]`.
+            rows: which of the block, int `[rows]`.
+        """
+        for name, values in self._columns.items():
+            if not isinstance(values, np.ndarray):
+                return False
+            if name not in batch:
+                batch[name] = np.empty((len(here), *values.shape[1:]), values.dtype)
+            if batch[name].shape[1:] != values.shape[1:]:
+                return False
+            batch[name][here] = values[rows]
+        return True
 
 
-def _form(values: Any) -> tuple[Any, ...] | None:
-    return (values.dtype, values.shape[1:]) if isinstance(values, np.ndarray) else None
+def _copied(value: Any) -> Any:
+    """Returns a value of a row, which has no memory in common with its block."""
+    if isinstance(value, list):
+        return [_copied(each) for each in value]
+    return value.copy() if isinstance(value, np.ndarray) else value

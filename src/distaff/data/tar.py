@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import BinaryIO, NamedTuple
 
 _BLOCK = 512
+_PIECE = 2**20
 _MAX_EXTENSION_BYTES = 2**20
 _FILES = (b"0", b"\0", b"7")
 _WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes
@@ -74,10 +75,21 @@ def _header(archive: BinaryIO, position: int, num_bytes: int) -> bytes | None:
     if len(header) < _BLOCK:
         raise ValueError(f"it ends at {num_bytes:,} bytes, without the zeros of an archive's end")
     if not any(header):
+        _check_end(archive, position)
         return None
     if _octal(header[148:156]) != sum(header[:148]) + 8 * ord(" ") + sum(header[156:]):
         raise ValueError(f"at {position:,} is no header with a right checksum")
     return header
+
+
+def _check_end(archive: BinaryIO, position: int) -> None:
+    """Raises an error where anything but zeros follows: no more is read behind an archive's end."""
+    while piece := archive.read(_PIECE):
+        if piece.strip(b"\0"):
+            raise ValueError(
+                f"it ends at {position:,}, and more follows, perhaps a second archive; give "
+                "archives as several files, or join them with tar --concatenate"
+            )
 
 
 def _size(header: bytes, kind: bytes, said: Mapping[str, str]) -> int:

@@ -22,7 +22,8 @@ from distaff.data.files import (
 )
 from distaff.data.source import opened
 from distaff.data.tar import Member, read_members
-from distaff.errors import ConfigError, DataFileError
+from distaff.data.whole import whole
+from distaff.errors import DataFileError
 
 _END = bytes(512)
 
@@ -62,8 +63,7 @@ class TarExamples(FileExamples):
         examples_per_block: int = 64,
         blocks_in_memory: int = 16,
     ) -> None:
-        if examples_per_block < 1:
-            raise ConfigError(f"examples_per_block must be at least 1; got {examples_per_block}.")
+        examples_per_block = whole("examples_per_block", examples_per_block)
         self._decode = decode
         files = find_files(paths)
         blocks = (_find_blocks(file, examples_per_block) for file in files)

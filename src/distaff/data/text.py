@@ -15,6 +15,7 @@ from distaff.data.files import (
     refuse_compressed,
 )
 from distaff.data.source import opened
+from distaff.data.whole import whole
 from distaff.errors import ConfigError, DataFileError
 
 _MAX_LINE_BYTES = 2**30
@@ -57,8 +58,7 @@ class TextLines(FileExamples):
         blocks_in_memory: int = 16,
         encoding: str | None = "utf-8",
     ) -> None:
-        if block_bytes < 1:
-            raise ConfigError(f"block_bytes must be at least 1; got {block_bytes}.")
+        block_bytes = whole("block_bytes", block_bytes)
         if encoding is not None:
             _check_encoding(encoding)
         self._encoding = encoding

@@ -36,9 +36,12 @@ class Records:
         """Returns consecutive records.
 
         Raises:
-            DataFileError: they are no longer there.
+            DataFileError: they cannot be read.
         """
         try:
             return self._reader.read(start, stop)
         except (IndexError, RuntimeError, ValueError) as error:
-            raise self._file.changed(str(error)) from error
+            raise DataFileError(
+                f"A file must be whole; {self._file.path} is damaged in records {start} to {stop}: "
+                f"{error}. Get or write it again."
+            ) from error

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -19,7 +20,10 @@ Column: TypeAlias = np.ndarray | Sequence[Any]
 """The values of a column: an array `[rows, ...]`, or by row where they are no such array."""
 
 _LISTS = (pa.ListType, pa.LargeListType)
-_NUMBERS = (types.is_boolean, types.is_integer, types.is_floating, types.is_temporal)
+_NUMBERS = (
+    *(types.is_boolean, types.is_integer, types.is_floating),
+    *(types.is_date, types.is_timestamp, types.is_duration),  # others become objects, or crash
+)
 _OBJECTS = (
     *(types.is_string, types.is_large_string, types.is_string_view),
     *(types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary),
@@ -42,9 +46,14 @@ class Table:
 
     def __init__(self, file: DataFile) -> None:
         self._file = file
-        is_parquet = file.read(0, 4) == b"PAR1"
+        start = file.read(0, 4)
+        if start == b"\xff\xff\xff\xff":
+            raise DataFileError(
+                f"An Arrow file must list its blocks; {file.path} is an Arrow stream, which does "
+                "not. Write it again with pyarrow.ipc.new_file."
+            )
         try:
-            self._metadata = pq.read_metadata(file.path) if is_parquet else None
+            self._metadata = pq.read_metadata(file.path) if start == b"PAR1" else None
             schema, self.sizes = self._contents()
         except (pa.ArrowException, OSError) as error:
             raise self._unreadable(error) from error
@@ -74,26 +83,33 @@ class Table:
             table = self._read(block, columns)
         except (pa.ArrowException, OSError) as error:
             raise self._unreadable(error) from error
-        found = {name: pa.concat_arrays(table.column(name).chunks) for name in columns}
-        for name, values in found.items():
-            row = _first_null(values)
+        return {name: self._values(name, table.column(name), first) for name in columns}
+
+    def _values(self, name: str, column: pa.ChunkedArray, first: int) -> Column:
+        """Returns the values of a column; Arrow itself joins no chunks of more than 2 GiB."""
+        parts = []
+        for chunk in column.chunks:
+            row = _first_null(chunk)
             if row is not None:
                 raise BatchError(
                     f"No value of a column may be null; {name!r} is null in row {first + row} of "
                     f"{self._file.path}. Fill or drop nulls before, or leave the column out with "
                     "columns=[...]."
                 )
-        return {name: _as_numpy(values) for name, values in found.items()}
+            parts.append(_as_numpy(chunk))
+            first += len(chunk)
+        return _joined([part for part in parts if len(part)])
 
     def _contents(self) -> tuple[pa.Schema, list[int]]:
         if self._metadata is not None:
             groups = map(self._metadata.row_group, range(self._metadata.num_row_groups))
             return self._metadata.schema.to_arrow_schema(), [group.num_rows for group in groups]
-        with self._batches([0]) as reader:
-            batches = map(reader.get_batch, range(reader.num_record_batches))
-            sizes = [batch.num_rows for batch in batches]
         with self._batches(None) as reader:
-            return reader.schema, sizes
+            schema = reader.schema
+        widths = [_width(kind) for kind in schema.types]
+        with self._batches([widths.index(min(widths, default=0))]) as reader:
+            batches = map(reader.get_batch, range(reader.num_record_batches))
+            return schema, [batch.num_rows for batch in batches]
 
     def _read(self, block: int, columns: Sequence[str]) -> pa.Table:
         if self._metadata is not None:
@@ -115,7 +131,7 @@ class Table:
 
 
 def is_readable(kind: pa.DataType) -> bool:
-    """Whether values are numbers, times, texts, bytes, or lists of such."""
+    """Whether values are numbers, dates, durations, texts, bytes, or lists of such."""
     if isinstance(kind, pa.BaseExtensionType):
         return is_readable(kind.storage_type)
     if isinstance(kind, (*_LISTS, pa.FixedSizeListType, pa.DictionaryType)):
@@ -139,6 +155,20 @@ def _plain(values: pa.Array) -> pa.Array:
     while isinstance(values, pa.ExtensionArray):
         values = values.storage
     return values.dictionary_decode() if isinstance(values, pa.DictionaryArray) else values
+
+
+def _width(kind: pa.DataType) -> float:
+    """Returns the bits of a number, which tell how little a column of them takes to read."""
+    return kind.bit_width if any(of_kind(kind) for of_kind in _NUMBERS) else math.inf
+
+
+def _joined(parts: Sequence[Column]) -> Column:
+    if len(parts) == 1:
+        return parts[0]
+    arrays = [part for part in parts if isinstance(part, np.ndarray)]
+    if len(arrays) == len(parts) and len({array.shape[1:] for array in arrays}) == 1:
+        return np.concatenate(arrays)
+    return list(chain.from_iterable(parts))
 
 
 def _as_numpy(values: pa.Array) -> Column:
