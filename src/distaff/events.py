@@ -8,7 +8,16 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from distaff.callbacks import StepInfo
-from distaff.data import Loader, Stream, as_loader, first_batches, limited, num_batches, unlimited
+from distaff.data import (
+    Loader,
+    Stream,
+    as_loader,
+    first_batches,
+    limited,
+    num_batches,
+    sources,
+    unlimited,
+)
 from distaff.errors import ConfigError, NonFiniteError
 from distaff.metrics import Metric
 from distaff.rows import BadStep
@@ -166,9 +175,9 @@ def made_of(val_loader: Any, plan: Plan) -> list[tuple[Any, Loader]]:
 
 
 def _check_passes(loader: Loader, count: int, name: str) -> None:
-    source = unlimited(loader)
-    if isinstance(source, Stream):
-        source.check_passes(count, name)
+    for source in sources(loader):
+        if isinstance(source, Stream):
+            source.check_passes(count, name)
 
 
 def given(val_loaders: Mapping[str, Any]) -> Any:

@@ -11,7 +11,7 @@ import jax
 
 from distaff.callbacks import StepInfo
 from distaff.checkpoint import MemoryStore, Store
-from distaff.data import SINGLE, Chunk, Stream, num_batches, unlimited
+from distaff.data import SINGLE, Chunk, Loader, Stream, num_batches, sources
 from distaff.data.left_out import Stretch, left_out, num_drawn
 from distaff.diagnosis import diagnose, replay
 from distaff.errors import CheckpointError, ConfigError, NonFiniteError
@@ -35,7 +35,7 @@ _MIN_REST = 4
 """On each side, at most a quarter of an epoch is left out."""
 
 _REMEDY = (
-    "Lower the learning rate, clip gradients (OptimizerConfig(clip_norm=1.0)), or look at the data"
+    "Lower the learning rate, clip gradients (OptimizerConfig(clip_norm=1.0)), or look at the data."
 )
 
 
@@ -53,7 +53,7 @@ class Recovering(WarmStart):
         Raises:
             ConfigError: it is to go back where its loader cannot.
         """
-        if self._goes_back and isinstance(unlimited(plan.train_loader), Stream):
+        if self._goes_back and _reads_streams(plan.train_loader):
             raise ConfigError(
                 "A policy of 'rollback' needs a train loader that can go back to an earlier batch, "
                 "and an iterable of your own cannot. Pass 'skip', or a loader with get_state and "
@@ -183,8 +183,7 @@ class Recovering(WarmStart):
 
     @property
     def _validates_on_streams(self) -> bool:
-        loaders = map(unlimited, self.plan.val_loaders.values())
-        return any(isinstance(loader, Stream) for loader in loaders)
+        return any(map(_reads_streams, self.plan.val_loaders.values()))
 
     def _kept(self) -> str:
         good = self.recording.store.latest()
@@ -239,3 +238,7 @@ class Recovering(WarmStart):
         """Whether a step may be run again: not where the run shall end."""
         self.watchdog.beat("a step that is run again", self.step, COMPILING)
         return self.interruption.reason is None
+
+
+def _reads_streams(loader: Loader) -> bool:
+    return any(isinstance(source, Stream) for source in sources(loader))

@@ -141,20 +141,27 @@ def _augmented(augment: AugmentFn, state: TrainState, batch: Batch, size: int) -
     """Returns what `augment` makes of a batch: all its leaves, maybe others, as many examples."""
     key = jax.random.fold_in(Context(state, train=True).rng, _AUGMENTATION)
     returned = augment(batch, key)
-    shapes = {leaf_name(path): np.shape(x) for path, x in jax.tree.leaves_with_path(returned)}
+    leaves = {leaf_name(path): leaf for path, leaf in jax.tree.leaves_with_path(returned)}
     rule = f"augment(batch, key) returns all leaves of its batch, each with {size} examples"
     for path, _ in jax.tree.leaves_with_path(batch):
-        if leaf_name(path) not in shapes:
+        if leaf_name(path) not in leaves:
             raise BatchError(
                 f"{rule}; {leaf_name(path)!r} is not in what it returned, of type "
-                f"{type(returned).__name__} with the leaves {list(shapes)}. Change some entries of "
+                f"{type(returned).__name__} with the leaves {list(leaves)}. Change some entries of "
                 "the batch and return the whole: {**batch, 'image': images}."
             )
-    for name, shape in shapes.items():
-        if shape[:1] != (size,):
+    for name, leaf in leaves.items():
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, complex | float | int):
             raise BatchError(
-                f"{rule}; {name!r} has shape {shape}. Change the number of examples in the loader."
+                f"{rule}, in an array; {name!r} is of type {type(leaf).__name__}. Leave it out, or "
+                "encode it as numbers."
             )
+        shape = np.shape(leaf)
+        if shape[:1] != (size,):
+            remedy = "Change the number of examples in the loader."
+            if not shape:
+                remedy = f"Give it one value per example: jnp.full({size}, value)."
+            raise BatchError(f"{rule}; {name!r} has shape {shape}. {remedy}")
     return returned
 
 

@@ -32,7 +32,7 @@ def cutout(key: Key, images: Any, size: int) -> jax.Array:
     """
     images = as_pictures(images)
     check_pixels("size", size, least=1)
-    return jnp.where(boxes(key, images, size, size), 0, images)
+    return jnp.where(boxes(key, images, size, size), jnp.zeros_like(images), images)
 
 
 def boxes(

@@ -53,7 +53,7 @@ def color_jitter(
     }
     for name, strength in strengths.items():
         if not is_finite(strength) or strength < 0 or (name == "hue" and strength > 0.5):
-            most = "in [0, 0.5]" if name == "hue" else "finite and at least 0"
+            most = "in [0, 0.5]" if name == "hue" else "at least 0 and finite in float32"
             raise ConfigError(f"{name} is a number, {most}; got {strength!r}.")
     if (saturation or hue) and images.shape[3] != 3:
         raise BatchError(

@@ -40,7 +40,7 @@ def random_crop(
     images = as_pictures(images)
     check_pixels("padding", padding, least=0)
     if mode not in ("reflect", "constant"):
-        raise ConfigError(f"Unknown mode {mode!r}. {nearest(mode, ('reflect', 'constant'))}")
+        raise ConfigError(f"Unknown mode {mode!r}. {nearest(str(mode), ('reflect', 'constant'))}")
     sides = ((0, 0), (padding, padding), (padding, padding), (0, 0))
     padded = jnp.pad(images, sides, mode=mode)
     corners = jax.random.randint(key, (len(images), 2), 0, 2 * padding + 1)

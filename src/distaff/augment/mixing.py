@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from distaff.augment.boxes import boxes
 from distaff.augment.pictures import as_pictures, is_finite
@@ -32,7 +33,7 @@ def mixup(key: Key, images: Any, labels: Any, alpha: float = 0.2) -> tuple[jax.A
 
     Raises:
         BatchError: `images` or `labels` has another form.
-        ConfigError: `alpha` is not a finite positive number.
+        ConfigError: `alpha` is not a positive, finite number in float32.
 
     >>> labels = jax.nn.one_hot(jnp.array([0, 1, 2]), 3)
     >>> images, labels = mixup(jax.random.key(0), jnp.ones((3, 8, 8, 1)), labels)
@@ -64,7 +65,7 @@ def cutmix(key: Key, images: Any, labels: Any, alpha: float = 1.0) -> tuple[jax.
 
     Raises:
         BatchError: `images` or `labels` has another form.
-        ConfigError: `alpha` is not a finite positive number.
+        ConfigError: `alpha` is not a positive, finite number in float32.
     """
     images, labels = as_pictures(images), _probabilities(images, labels)
     key, key_of_boxes = jax.random.split(key)
@@ -89,10 +90,10 @@ def _probabilities(images: Any, labels: Any) -> jax.Array:
 
 def _drawn(key: Key, size: int, alpha: float) -> tuple[jax.Array, jax.Array]:
     """Returns a weight for each example, and the example that it is mixed with, both `[batch]`."""
-    if not is_finite(alpha) or alpha <= 0:
+    if not is_finite(alpha) or alpha < float(np.finfo(np.float32).tiny):
         raise ConfigError(
-            f"alpha is a finite positive number, and is {alpha!r}. Leave the call out to mix "
-            "nothing."
+            f"alpha is a positive, finite number in float32, and is {alpha!r}. Leave the call out "
+            "to mix nothing."
         )
     key_of_weights, key_of_partners = jax.random.split(key)
     weights = jax.random.beta(key_of_weights, alpha, alpha, (size,), jnp.float32)

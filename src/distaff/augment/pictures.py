@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from numbers import Integral, Real
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from distaff.errors import BatchError, ConfigError
+
+_MAX = float(np.finfo(np.float32).max)
 
 
 def as_pictures(images: Any, *, only_floats: bool = False) -> jax.Array:
@@ -43,5 +45,6 @@ def check_pixels(name: str, value: Any, *, least: int) -> None:
 
 
 def is_finite(value: Any) -> bool:
-    """Whether an option is a number, neither NaN nor infinite."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether an option is a number, neither NaN nor infinite in float32."""
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    return is_number and -_MAX <= value <= _MAX

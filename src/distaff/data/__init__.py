@@ -32,6 +32,7 @@ from distaff.data.loader import (
     num_batches,
     num_examples,
     num_shapes,
+    sources,
 )
 from distaff.data.mapped import MappedLoader
 from distaff.data.mixture import Mixture
@@ -97,5 +98,6 @@ __all__ = [
     "read_cifar100",
     "read_idx",
     "shuffled_windows",
+    "sources",
     "unlimited",
 ]

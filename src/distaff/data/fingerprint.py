@@ -23,8 +23,9 @@ def fingerprint(batch: Batch, before: int = 0) -> int:
     """Returns a checksum of a batch, over a sample of its bytes.
 
     It covers the names, dtypes and shapes of all leaves, and of NumPy's arrays, and what becomes
-    one, all bytes up to 4 KiB and 31 pieces of 128 bytes, evenly spread, of larger ones. JAX arrays
-    count by their form only: to read them would wait for the device.
+    one, all bytes up to 4 KiB and 31 pieces of 128 bytes, evenly spread, of larger ones. So it does
+    of JAX arrays on the CPU, which it waits for. Those on an accelerator count by their form only:
+    to read them would wait for its queue; so do random keys, and arrays that were given away.
 
     Args:
         batch: a pytree of arrays.
@@ -35,12 +36,19 @@ def fingerprint(batch: Batch, before: int = 0) -> int:
     """
     checksum = before
     for path, leaf in jax.tree.leaves_with_path(batch):
-        is_jax = isinstance(leaf, jax.Array)
-        array = leaf if is_jax else np.asarray(leaf)
+        is_read = not isinstance(leaf, jax.Array) or _is_at_hand(leaf)
+        array = np.asarray(leaf) if is_read else leaf
         checksum = zlib.crc32(_form(path, array.dtype, array.shape), checksum)
-        if not is_jax and array.nbytes and not array.dtype.hasobject:
+        if is_read and array.nbytes and not array.dtype.hasobject:
             checksum = zlib.crc32(_sample(array), checksum)
     return checksum
+
+
+def _is_at_hand(array: jax.Array) -> bool:
+    """Whether the bytes of a JAX array are in the memory of this process."""
+    if array.is_deleted() or jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+        return False
+    return array.is_fully_addressable and all(d.platform == "cpu" for d in array.devices())
 
 
 @lru_cache(maxsize=256)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from distaff.data.loader import Loader, abandon, first_batch, num_batches
+from distaff.data.loader import Loader, abandon, close_made, first_batch, num_batches
 from distaff.errors import BatchError
 from distaff.typing import Batch
 
@@ -58,6 +58,10 @@ class Limited:
     def peek(self) -> Batch:
         """Returns the first batch to come, without handing it out."""
         return first_batch(self.loader)
+
+    def close_made(self) -> bool:
+        """Closes what the loader has made itself; returns whether that was anything."""
+        return close_made(self.loader)
 
     def get_state(self) -> dict[str, Any]:
         """Returns the position of the loader, and how many batches of the epoch were handed out."""

@@ -30,7 +30,8 @@ class Loader(Protocol):
     A loader may also have `__len__`, the number of batches in an epoch; `num_shapes`, how many
     shapes its batches have; `peek()`, which returns the first batch to come without handing it out;
     `abandon()`, after which the next `iter()` begins a new epoch; and `close_made()`, which closes
-    what it has made itself.
+    what it has made itself, and tells whether that was anything. One that takes its batches from
+    others has these in an attribute: `loader`, or a tuple `loaders`.
     """
 
     def __iter__(self) -> Iterator[Batch]:
@@ -95,6 +96,27 @@ def as_loader(data: Any, *, name: str = "data") -> Loader:
     return Stream(data)
 
 
+def sources(loader: Any) -> Iterator[Any]:
+    """Yields the loaders that the batches come from in the end: itself, where it wraps none.
+
+    Args:
+        loader: with its inner ones in the attribute `loader`, or a tuple `loaders`.
+    """
+    inner = getattr(loader, "loaders", None)
+    inner = inner if isinstance(inner, tuple) else (getattr(loader, "loader", None),)
+    if not all(isinstance(each, Loader) for each in inner):
+        yield loader
+        return
+    for each in inner:
+        yield from sources(each)
+
+
+def close_made(loader: Any) -> bool:
+    """Closes what a loader has made itself, if it can; returns whether that was anything."""
+    close = getattr(loader, "close_made", None)
+    return close is not None and bool(close())
+
+
 @contextmanager
 def closing_made(*pairs: tuple[Any, Any]) -> Generator[None]:
     """Closes in the end the loaders that were made of something else, so that nothing runs on.
@@ -110,8 +132,7 @@ def closing_made(*pairs: tuple[Any, Any]) -> Generator[None]:
         for given, made in pairs:
             if made is not given and hasattr(made, "close"):
                 made.close()
-            if hasattr(given, "close_made"):
-                given.close_made()
+            close_made(given)
 
 
 def abandon(loader: Loader) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from distaff.data.loader import Loader, abandon, first_batch, num_batches
+from distaff.data.loader import Loader, abandon, close_made, first_batch, num_batches
 from distaff.typing import Batch
 
 
@@ -54,11 +54,9 @@ class MappedLoader:
         """Lets the next `iter()` begin a new epoch."""
         abandon(self.loader)
 
-    def close_made(self) -> None:
-        """Closes what the loader has made itself."""
-        close = getattr(self.loader, "close_made", None)
-        if close is not None:
-            close()
+    def close_made(self) -> bool:
+        """Closes what the loader has made itself; returns whether that was anything."""
+        return close_made(self.loader)
 
     def get_state(self) -> dict[str, Any]:
         """Returns the position of the loader."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
-from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -18,8 +16,9 @@ from distaff.data.loader import (
     num_batches,
     num_examples,
     num_shapes,
+    sources,
 )
-from distaff.data.proportions import shares, turns
+from distaff.data.proportions import check_weight, shares, turns
 from distaff.data.reader import Reader
 from distaff.errors import BatchError, ChangedBatchesError, ConfigError, leaf_name, nearest
 from distaff.typing import Batch
@@ -37,8 +36,9 @@ class Mixture:
     stands, and is not to be iterated elsewhere meanwhile.
 
     An epoch of the mixture is a number of batches: the next one goes on where it ended, and so
-    does one after an epoch that was broken off. An evaluation thus sees other rows each time. To
-    evaluate, pass the loaders by name, which gives a loss for each: `val_loader={"web": ...}`.
+    does one after an epoch that was broken off, or failed. An evaluation thus sees other rows each
+    time. To evaluate, pass the loaders by name, which gives a loss for each:
+    `val_loader={"web": ...}`.
 
     Args:
         loaders: what `as_loader` takes, by name; two or more, as a rule.
@@ -58,7 +58,7 @@ class Mixture:
 
     Raises:
         BatchError: a loader is none.
-        ConfigError: an option is out of range, names differ, or one loader has two names.
+        ConfigError: an option is out of range, names differ, or two names share a loader.
 
     >>> web, books = [np.arange(3)] * 2, [np.arange(10, 12)]
     >>> mixture = Mixture({"web": web, "books": books}, {"web": 3, "books": 1}, batch_size=4)
@@ -89,7 +89,9 @@ class Mixture:
         self._by, self._batch_size, self._num_batches = by, batch_size, num_batches
         self._with_source = with_source
         self._shares = shares([weights[name] for name in loaders])
-        self._readers = [Reader(each, name=name) for name, each in loaders.items()]
+        self._readers = [
+            Reader(each, name=name, whole=by == "batch") for name, each in loaders.items()
+        ]
         self._taken = [0] * len(self._readers)
         self._batch, self._resumed = 0, False
         self._ahead: tuple[Batch, dict[str, Any]] | None = None
@@ -124,6 +126,11 @@ class Mixture:
         return self._ahead[0]
 
     @property
+    def loaders(self) -> tuple[Any, ...]:
+        """What it mixes, as loaders."""
+        return tuple(reader.loader for reader in self._readers)
+
+    @property
     def num_shapes(self) -> int:
         """How many shapes the batches have; as `distaff.data.num_shapes` tells of loaders."""
         return self._plan.num_shapes
@@ -132,19 +139,25 @@ class Mixture:
         """Lets the next `iter()` begin a new epoch, which goes on with the rows that follow."""
         self._resumed = False
 
-    def close_made(self) -> None:
-        """Closes the loaders that were made of iterables, which begin anew; others stay open."""
-        made = [reader for reader in self._readers if reader.is_made]
-        for reader in made:
-            reader.close()
-        if not made or self._ahead is None:
-            return
-        place, self._ahead = self._ahead[1], None
-        self._taken = list(place["taken"])
-        for reader, position in zip(self._readers, place["loaders"], strict=True):
-            if not reader.is_made:
+    def close_made(self) -> bool:
+        """Closes what was made of iterables, here or in a loader of these; the rest stays open.
+
+        What was closed begins anew, and so do the proportions; the others stay where they are.
+
+        Returns:
+            Whether that was anything.
+        """
+        closed = [reader.close_made() for reader in self._readers]
+        if not any(closed):
+            return False
+        if self._ahead is not None:
+            place, self._ahead = self._ahead[1], None
+            places = zip(self._readers, place["loaders"], closed, strict=True)
+            for reader, position in ((each, at) for each, at, is_closed in places if not is_closed):
                 with suppress(BatchError):  # a Stream goes on after what was in line
                     reader.go_to(position)
+        self._taken = [0] * len(self._readers)
+        return True
 
     def get_state(self) -> dict[str, Any]:
         """Returns the position after the last batch that was handed out, fit for JSON.
@@ -201,25 +214,29 @@ class Mixture:
         return plan._replace(num_batches=max(1, total // plan.batch_size))
 
     def _draw(self) -> Batch:
-        size = self._plan.batch_size
-        if self._by == "batch":
-            (chosen,) = turns(self._shares, self._taken, 1).tolist()
-            batch = self._readers[chosen].batch()
-            self._taken[chosen] += 1
-            whose = np.full(num_examples(batch, name=self._readers[chosen].name), chosen, np.int32)
+        """Returns the next batch; all loaders stay where they are if one of them fails."""
+        is_whole = self._by == "batch"
+        whose = turns(self._shares, self._taken, 1 if is_whole else self._plan.batch_size)
+        taken = self._taken + np.bincount(whose, minlength=len(self._readers))
+        if is_whole:
+            batch, size = self._readers[whose[0]].look_at_batch()
+            whose = whose.repeat(size)
         else:
-            whose = turns(self._shares, self._taken, size).copy()
             batch = self._mixed(whose)
-            counts = np.bincount(whose, minlength=len(self._readers)).tolist()
-            self._taken = [had + count for had, count in zip(self._taken, counts, strict=True)]
-        return self._labelled(batch, whose) if self._with_source else batch
+        if self._with_source:
+            batch = self._labelled(batch, whose)
+        rows = np.bincount(whose, minlength=len(self._readers)).tolist()
+        for reader, count in zip(self._readers, rows, strict=True):
+            reader.take(count)
+        self._taken = taken.tolist()
+        return batch
 
     def _mixed(self, whose: np.ndarray) -> Batch:
         """Returns a batch of the next rows of the loaders that each row is of."""
         places, parts = [], []
         for index, reader in enumerate(self._readers):
             rows = np.flatnonzero(whose == index)
-            for part in reader.rows(len(rows)):
+            for part in reader.look(len(rows)):
                 self._check_form(reader.name, part, self._plan.example)
                 size = num_examples(part)
                 places.append(rows[:size])
@@ -343,19 +360,16 @@ def _check_weights(loaders: Mapping[str, Any], weights: Mapping[str, Any]) -> No
             f"{list(loaders)} and weights of {list(weights)}."
         )
     for name, weight in weights.items():
-        is_number = isinstance(weight, Real) and not isinstance(weight, bool)
-        if not is_number or not math.isfinite(weight) or weight <= 0:
-            remedy = f" Leave {name!r} out." if is_number and weight == 0 else ""
-            raise ConfigError(
-                f"A weight is a positive, finite number; that of {name!r} is {weight!r}.{remedy}"
-            )
+        check_weight(name, weight)
     names: dict[int, str] = {}
-    for name, loader in loaders.items():
-        other = names.setdefault(id(loader), name)
+    pairs = ((name, source) for name, each in loaders.items() for source in sources(each))
+    for name, source in pairs:
+        other = names.setdefault(id(source), name)
         if other != name:
             raise ConfigError(
                 f"The loaders of a mixture are read independently; {other!r} and {name!r} are the "
-                "same object. Give it once, with the sum of the weights, or make a second one."
+                "same object, or read the same one. Give it once, with the sum of the weights, or "
+                "make a second one."
             )
 
 

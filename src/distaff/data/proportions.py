@@ -3,11 +3,38 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
+from heapq import heappop, heappush
+from numbers import Real
+from typing import Any
 
 import numpy as np
+
+from distaff.errors import ConfigError
+
+_LONGEST_ROUND = 2**16
+"""Turns that come again after so many at most are drawn once, and kept: 256 KiB a mixture."""
+
+
+def check_weight(name: str, weight: Any) -> None:
+    """Checks a weight.
+
+    Args:
+        name: of the loader that has it.
+        weight: any value.
+
+    Raises:
+        ConfigError: it is not a positive, finite number, in double precision.
+    """
+    is_number = isinstance(weight, Real) and not isinstance(weight, bool)
+    if not is_number or not 0 < weight <= sys.float_info.max:
+        remedy = f" Leave {name!r} out." if is_number and weight == 0 else ""
+        raise ConfigError(
+            f"A weight is a positive, finite number; that of {name!r} is {weight!r}.{remedy}"
+        )
 
 
 def shares(weights: Sequence[float]) -> tuple[int, ...]:
@@ -38,32 +65,54 @@ def turns(shares: tuple[int, ...], taken: Sequence[int], count: int) -> np.ndarr
 
     Args:
         shares: of each source, as `shares` returns them.
-        taken: how many turns each one has had.
+        taken: how many turns each one has had, all of them as `turns` gave them.
         count: how many there are.
 
     Returns:
-        The index of a source for each turn, int32 `[count]`; do not write to it.
+        The index of a source for each turn, int32 `[count]`.
 
     >>> turns((3, 1), (0, 0), 8).tolist()
     [0, 0, 1, 0, 0, 0, 1, 0]
     """
-    # They come again after so many turns.
-    rounds = sum(taken) // sum(shares)
-    behind = tuple(had - rounds * share for had, share in zip(taken, shares, strict=True))
-    return _turns(shares, behind, count)
+    if sum(shares) > _LONGEST_ROUND:
+        return _drawn(shares, taken, count)
+    start = sum(taken) % sum(shares)
+    return _round(shares).take(np.arange(start, start + count), mode="wrap")
 
 
-@lru_cache(maxsize=1024)
-def _turns(shares: tuple[int, ...], taken: tuple[int, ...], count: int) -> np.ndarray:
-    had, total, common = list(taken), sum(shares), math.lcm(*shares)
-    part = max(2 * len(shares) - 2, 1)
-    sources = range(len(shares))
-    found = np.empty(count, np.int32)
+@lru_cache(maxsize=16)
+def _round(shares: tuple[int, ...]) -> np.ndarray:
+    """Returns the turns of one round, after which they come again."""
+    return _drawn(shares, [0] * len(shares), sum(shares))
+
+
+def _drawn(shares: Sequence[int], taken: Sequence[int], count: int) -> np.ndarray:
+    """Draws turns: of the sources that are due, a heap names the one whose last chance is next.
+
+    With `k` sources, `p = 2 * k - 2`, a share `s` of `total`, and `h` turns had, a source is due
+    from turn `(p * h + 1) * total / (p * s)` on, rounded up, and to be served until one turn after
+    `(p * (h + 1) - 1) * total / (p * s)`, rounded down.
+    """
+    number, total, reached = len(shares), sum(shares), sum(taken)
+    part = max(2 * number - 2, 1)
+    units = [part * share for share in shares]
+    step, last = part * total, (part - 2) * total
+    # Numerators of when each one is due, counted from the first of these turns.
+    due = [
+        (part * had + 1) * total - reached * unit for had, unit in zip(taken, units, strict=True)
+    ]
+    from_turn: list[list[int]] = [[] for _ in range(count + 1)]
+    for source, unit in enumerate(units):
+        from_turn[min(max((due[source] - 1) // unit, 0), count)].append(source)
+    heap: list[int] = []
+    found = []
     for turn in range(count):
-        reached = sum(taken) + turn + 1
-        due = [i for i in sources if part * (shares[i] * reached - total * had[i]) >= total]
-        chosen = min(due, key=lambda i: (part * (had[i] + 1) - 1) * (common // shares[i]))
-        had[chosen] += 1
-        found[turn] = chosen
-    found.flags.writeable = False
-    return found
+        for source in from_turn[turn]:
+            heappush(heap, (due[source] + last) // units[source] * number + source)
+        source = heappop(heap) % number
+        found.append(source)
+        due[source] += step
+        begins = (due[source] - 1) // units[source]
+        if begins < count:
+            from_turn[begins if begins > turn else turn + 1].append(source)
+    return np.array(found, np.int32)

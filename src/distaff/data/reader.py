@@ -3,43 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
 
 import jax
 
 from distaff.data.fingerprint import fingerprint
-from distaff.data.loader import as_held_by_jax, as_loader, num_examples
+from distaff.data.loader import as_held_by_jax, as_loader, close_made, num_examples
 from distaff.errors import BatchError, ChangedBatchesError
 from distaff.typing import Batch
+
+
+class _Held(NamedTuple):
+    """A batch in line: its arrays, their rows and fingerprint, and the position before it."""
+
+    batch: Batch
+    size: int
+    mark: int
+    before: dict[str, Any]
 
 
 class Reader:
     """Reads a loader row by row, or batch by batch, from one epoch into the next.
 
     It goes on from where the loader stands, and remembers where that was before the batch of which
-    rows are left: a loader that cannot go back need not.
+    rows are left: a loader that cannot go back need not. What is looked at stays in line until it
+    is taken, so that nothing is lost where another loader fails meanwhile.
 
     Args:
         given: what `as_loader` takes.
         name: what errors call it.
+        whole: whether batches are read as they are, and not by row.
 
     Attributes:
         loader: what it reads.
-        is_made: whether that was made of what was given.
     """
 
-    def __init__(self, given: Any, *, name: str) -> None:
+    def __init__(self, given: Any, *, name: str, whole: bool = False) -> None:
         self.name, self.loader = name, as_loader(given, name=name)
-        self.is_made = self.loader is not given
+        self._given, self._whole = given, whole
         self._forget()
 
     def position(self) -> dict[str, Any]:
         """Returns where the loader stood before the batch that is held, and the rows used of it."""
-        if self._before is None:
-            self._before = dict(self.loader.get_state())
-        mark = self._mark if self._used else 0
-        return {"loader": self._before, "used": self._used, "fingerprint": mark}
+        mark = self._line[0].mark if self._used else 0
+        before = self._line[0].before if self._line else self._here()
+        return {"loader": before, "used": self._used, "fingerprint": mark}
 
     def go_to(self, position: Mapping[str, Any]) -> ChangedBatchesError | None:
         """Goes to what `position` returned.
@@ -60,62 +69,91 @@ class Reader:
                 changed = error
             self._forget()
         used = position["used"]
-        if used and self._held is None:
+        if used and not self._line:
             self._hold()
-        if used and (used >= self._size or position["fingerprint"] != self._mark):
+        self._used = 0
+        if not used:
+            return changed
+        size, mark = self._line[0].size, self._line[0].mark
+        if used >= size or position["fingerprint"] != mark:
             changed = ChangedBatchesError(
                 f"The {self.name} loader does not yield the batch again of which {used} rows were "
                 "used. Resume with the data that the run was started with, and seed what shuffles "
                 "or augments."
             )
-        if self._held is not None and used >= self._size:
-            self._drop()
-        else:
-            self._used = used
+        self.take(min(used, size))
         return changed
 
-    def rows(self, count: int) -> Iterator[Batch]:
+    def look(self, count: int) -> Iterator[Batch]:
         """Yields the next `count` rows, in one part for each batch that they are of."""
+        start, index = self._used, 0
         while count:
-            if self._held is None:
+            if index == len(self._line):
                 self._hold()
-            part = slice(self._used, self._used + count)
-            rows = jax.tree.map(lambda leaf, part=part: leaf[part], self._held)
-            taken = min(count, self._size - self._used)
-            self._used += taken
-            count -= taken
-            if self._used == self._size:
-                self._drop()
-            yield rows
+            held = self._line[index]
+            part = slice(start, start + count)
+            yield jax.tree.map(lambda leaf, part=part: leaf[part], held.batch)
+            count -= min(count, held.size - start)
+            start, index = 0, index + 1
 
-    def batch(self) -> Batch:
-        """Returns the next batch, whole."""
-        batch = self._next()
-        self._before = None
-        return batch
+    def look_at_batch(self) -> tuple[Batch, int]:
+        """Returns the next batch, whole, and how many rows it has."""
+        if not self._line:
+            self._hold()
+        return self._line[0].batch, self._line[0].size
 
-    def close(self) -> None:
-        """Closes the loader, which begins a new epoch then."""
-        self._forget()
+    def take(self, count: int) -> None:
+        """Takes rows that were looked at out of the line."""
+        self._used += count
+        while self._line and self._used >= self._line[0].size:
+            self._used -= self._line.pop(0).size
+
+    def close_made(self) -> bool:
+        """Closes what was made of an iterable, here or further in; returns whether that was any.
+
+        It begins anew then: from the start, unless that was an iterator, which goes on.
+        """
+        is_made = self.loader is not self._given
+        if not is_made and not close_made(self.loader):
+            return False
         close = getattr(self.loader, "close", None)
-        if close is not None:
+        if is_made and close is not None:
             close()
+        if is_made and not isinstance(self._given, Iterator):
+            self.loader = as_loader(self._given, name=self.name)
+        self._forget()
+        return True
 
     def _forget(self) -> None:
         self._running: Iterator[Batch] | None = None
-        self._drop()
+        self._line: list[_Held] = []
+        self._used = 0
+        self._stands: dict[str, Any] | None = None
 
-    def _drop(self) -> None:
-        self._held: Batch | None = None
-        self._used = self._size = self._mark = 0
-        self._before: dict[str, Any] | None = None
+    def _here(self) -> dict[str, Any]:
+        """Returns the position of the loader, which is behind all that is in line."""
+        if self._stands is None:
+            self._stands = dict(self.loader.get_state())
+        return self._stands
 
     def _hold(self) -> None:
-        self.position()  # kept before the loader moves on: it may not be able to go back
-        batch = self._next()
-        self._size = num_examples(batch, name=self.name)
-        self._held = jax.tree.map(as_held_by_jax, batch)
-        self._mark = fingerprint(self._held)
+        """Puts the next batch in line; after an error the place is the one before it."""
+        before = self._here()  # kept before the loader moves on: it may not be able to go back
+        try:
+            batch = self._next()
+            size = num_examples(batch, name=self.name)
+        except BaseException:
+            self._running = None
+            with suppress(Exception):  # a Stream goes on from where it is
+                self.loader.set_state(before)
+            raise
+        finally:
+            self._stands = None
+        mark = 0
+        if not self._whole:
+            batch = jax.tree.map(as_held_by_jax, batch)
+            mark = fingerprint(batch)
+        self._line.append(_Held(batch, size, mark, before))
 
     def _next(self) -> Batch:
         with self._named():

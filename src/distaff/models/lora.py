@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import math
+import sys
 import zlib
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
 import jax
@@ -47,7 +48,7 @@ class Lora:
         alpha: their scale, times `rank`.
 
     Raises:
-        ConfigError: an option is out of its range.
+        ConfigError: an option is out of its range, or the model is a `Lora` itself.
     """
 
     module: Any
@@ -58,13 +59,20 @@ class Lora:
 
     def __post_init__(self) -> None:
         """Refuses what cannot be built."""
+        if isinstance(self.module, Lora):
+            raise ConfigError(
+                f"A Lora is of an ordinary model; got one of {self.module}. Export the merged "
+                "weights of that one and begin with them, or match all kernels by one pattern."
+            )
         if not isinstance(self.pattern, str):
             raise ConfigError(f"pattern is a str such as '*/kernel'; got {self.pattern!r}.")
         if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
             raise ConfigError(f"rank is a whole number, at least 1; got {self.rank!r}.")
         alpha = self.alpha
-        if not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha <= 0:
+        is_number = isinstance(alpha, Real) and not isinstance(alpha, bool)
+        if not is_number or not 0 < alpha <= sys.float_info.max:
             raise ConfigError(f"alpha is a finite positive number; got {alpha!r}.")
+        object.__setattr__(self, "alpha", float(alpha))
 
 
 class LoraModel:
