@@ -22,7 +22,7 @@ SOURCES = Path(__file__).parents[1] / "src"
 
 # A room imports only from rooms that stand before it. "distaff" is the package's own __init__.py.
 ROOMS = (
-    *("typing", "errors", "garbage", "_optional"),
+    *("typing", "errors", "number", "garbage", "_optional"),
     *("slot", "state", "vitals", "spikes", "metrics", "monitor", "cadence", "duration"),
     *("config", "record", "environment", "run_directory", "run_lock", "execution", "allocator"),
     *("compile_cache", "throughput", "flight"),

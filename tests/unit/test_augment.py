@@ -322,6 +322,17 @@ IMAGES, LABELS = np.zeros((2, 4, 4, 3), np.float32), np.eye(2, dtype=np.float32)
         (lambda: augment.cutout(KEY, IMAGES, True), ConfigError, "size .* got True"),
         (lambda: augment.mixup(KEY, IMAGES, LABELS, 0), ConfigError, "alpha .* is 0.*Leave"),
         (lambda: augment.cutmix(KEY, IMAGES, LABELS, np.nan), ConfigError, "alpha .* is nan"),
+        (lambda: augment.mixup(KEY, IMAGES, LABELS, 1e-300), ConfigError, "alpha .* is 1e-300"),
+        (lambda: augment.mixup(KEY, IMAGES, LABELS, 1e-39), ConfigError, "alpha .* is 1e-39"),
+        (lambda: augment.mixup(KEY, IMAGES, LABELS, 10**400), ConfigError, "alpha .* is 1000"),
+        (lambda: augment.cutmix(KEY, IMAGES, LABELS, 1e300), ConfigError, r"alpha .* is 1e\+300"),
+        (
+            lambda: augment.color_jitter(KEY, IMAGES, brightness=1e39),
+            ConfigError,
+            r"brightness .* finite in float32; got 1e\+39",
+        ),
+        (lambda: augment.random_crop(KEY, IMAGES, 1, None), ConfigError, "Unknown mode None"),
+        (lambda: augment.random_crop(KEY, IMAGES, 1, ["reflect"]), ConfigError, "Unknown mode"),
         (
             lambda: augment.mixup(KEY, IMAGES, np.arange(2)),
             BatchError,
@@ -349,3 +360,16 @@ IMAGES, LABELS = np.zeros((2, 4, 4, 3), np.float32), np.eye(2, dtype=np.float32)
 def test_bad_input_is_named(attempt, error, words):
     with pytest.raises(error, match=words):
         attempt()
+
+
+@pytest.mark.parametrize("alpha", [1.2e-38, 3e38, 1, np.float16(2), np.float64(0.2)])
+def test_weights_of_any_alpha_that_is_taken_are_numbers(alpha):
+    _, labels = augment.mixup(KEY, IMAGES, LABELS, alpha)
+    np.testing.assert_allclose(labels.sum(axis=1), 1)
+
+
+@pytest.mark.parametrize("dtype", [np.bool_, np.uint8, np.int32, jnp.bfloat16, np.float32])
+def test_cutout_keeps_the_dtype(dtype):
+    cut = augment.cutout(KEY, np.ones((2, 8, 8, 1), dtype), 3)
+    assert cut.dtype == dtype
+    assert 2 * 64 - 2 * 9 <= int((cut == 1).sum()) < 2 * 64

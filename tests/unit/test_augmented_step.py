@@ -246,7 +246,12 @@ def test_run_that_was_stopped_within_an_epoch_goes_on_bit_for_bit(straight):
             r"4 examples; 'image' has shape \(3, 8, 8, 1\)",
         ),
         (lambda batch, key: {**batch, "new": jnp.zeros(3)}, r"'new' has shape \(3,\)"),
-        (lambda batch, key: {**batch, "label": batch["label"].sum()}, r"'label' has shape \(\)"),
+        (
+            lambda batch, key: {**batch, "label": batch["label"].sum()},
+            r"'label' has shape \(\)\. Give it one value per example: jnp\.full\(4, value\)",
+        ),
+        (lambda batch, key: {**batch, "new": 3}, r"'new' has shape \(\)\. Give it one value"),
+        (lambda batch, key: {**batch, "new": "x"}, "in an array; 'new' is of type str"),
     ],
 )
 def test_batch_of_another_form_is_refused(hook, words):

@@ -80,13 +80,28 @@ def test_fingerprint_of_a_row_of_batches_depends_on_each_and_on_their_order():
     assert len({of_all(order) for order in itertools.permutations(range(3))}) == 6
 
 
-def test_fingerprint_takes_jax_arrays_by_their_form_and_does_not_read_them():
-    gone = jnp.ones(4)
-    gone.delete()
-    assert fingerprint({"x": gone}) == fingerprint({"x": jnp.zeros(4)})
-    assert fingerprint({"x": jnp.zeros(4)}) != fingerprint({"x": jnp.zeros(5)})
+def test_fingerprint_of_jax_arrays_on_the_cpu_is_that_of_their_values():
+    values = np.arange(12, dtype=np.float32).reshape(4, 3)
+    assert fingerprint({"x": jnp.asarray(values)}) == fingerprint({"x": values})
+    mesh = jax.make_mesh((2,), ("batch",), devices=jax.devices()[:2])
+    sharding = jax.NamedSharding(mesh, jax.P("batch"))
+    assert fingerprint({"x": jax.device_put(values, sharding)}) == fingerprint({"x": values})
+
+
+class OnAccelerator:
+    platform = "gpu"
+
+
+def test_fingerprint_takes_jax_arrays_by_their_form_that_it_cannot_read_at_once(monkeypatch):
+    gone, other = jnp.ones(4), jnp.ones(4)
+    gone.delete(), other.delete()
+    assert fingerprint({"x": gone}) == fingerprint({"x": other})
     keys = jax.random.split(jax.random.key(0), 4)
+    assert fingerprint(keys) == fingerprint(jax.random.split(jax.random.key(1), 4))
     assert fingerprint(keys) != fingerprint(jax.random.key_data(keys))
+    monkeypatch.setattr(type(jnp.ones(1)), "devices", lambda array: {OnAccelerator()})
+    assert fingerprint({"x": jnp.zeros(4)}) == fingerprint({"x": jnp.ones(4)})
+    assert fingerprint({"x": jnp.zeros(4)}) != fingerprint({"x": jnp.zeros(5)})
 
 
 Pair = namedtuple("Pair", "image label")
@@ -152,6 +167,16 @@ def test_stream_refuses_to_go_on_with_other_batches_and_says_what_to_do(epochs, 
         stream.set_state(state)
     stream.set_state(stream.get_state())
     assert len(list(stream)) == 5 - num_batches
+
+
+def test_stream_of_other_jax_arrays_is_refused():
+    def batches(seed: int) -> list[jax.Array]:
+        return [jnp.asarray(batch) for batch in shuffling(seed)()]
+
+    state = after(batches(1), 0, 2).get_state()
+    data.Stream(batches(1)).set_state(state)
+    with pytest.raises(ChangedBatchesError):
+        data.Stream(batches(2)).set_state(state)
 
 
 @pytest.mark.parametrize(("epochs", "num_batches"), [(0, 0), (0, 2), (1, 0), (2, 3)])

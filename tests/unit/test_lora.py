@@ -200,6 +200,9 @@ def test_language_model_knows_the_limits_of_its_base() -> None:
         ({"rank": True}, "rank is a whole number"),
         ({"alpha": 0}, "alpha is a finite positive number"),
         ({"alpha": float("nan")}, "alpha is a finite positive number"),
+        ({"alpha": True}, "alpha is a finite positive number"),
+        ({"alpha": 10**400}, "alpha is a finite positive number"),
+        ({"module": Lora(MLP)}, "A Lora is of an ordinary model"),
         ({"pattern": ".*kernel"}, r"'\.\*kernel' matches none.*Kernels: \['Dense_0/kernel'"),
         ({"pattern": "*bias"}, "matches none"),
         ({"pattern": None}, "pattern is a str"),
@@ -207,7 +210,12 @@ def test_language_model_knows_the_limits_of_its_base() -> None:
 )
 def test_bad_options_are_refused(options: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
-        make("mlp", Lora(MLP, **options))
+        make("mlp", Lora(**{"module": MLP, **options}))
+
+
+def test_alpha_of_numpy_is_kept_as_a_float() -> None:
+    assert type(Lora(MLP, alpha=np.float32(2)).alpha) is float
+    assert Lora(MLP, alpha=np.int64(2)) == Lora(MLP, alpha=2)
 
 
 def test_matrices_have_the_dtype_and_the_scale_of_their_kernel() -> None:

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import distaff
-from distaff import data, metrics
+from distaff import data, metrics, number
 from distaff.data import ArrayLoader, Mixture, Stream, mixture, proportions
 from distaff.errors import BatchError, ChangedBatchesError, ConfigError
 from distaff.testing.loaders import assert_batches_equal
@@ -109,11 +109,15 @@ def test_rows_of_each_source_come_in_its_own_order_and_none_twice_or_never(make)
         np.testing.assert_array_equal(mine, np.concatenate(epochs)[: len(mine)])
 
 
+WHOLE, ANY = st.integers(1, 30), st.floats(1e-9, 1e9)
+WEIGHTS = st.one_of(*(st.lists(each, min_size=1, max_size=12) for each in (WHOLE, ANY)))
+
+
 @settings(deadline=None, max_examples=100)
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.data())
+@given(WEIGHTS, st.data())
 def test_turns_are_shares_to_within_one_at_every_prefix(weights, draws):
     shares = proportions.shares(weights)
-    count = draws.draw(st.integers(1, 2 * sum(shares)))
+    count = draws.draw(st.integers(1, min(2 * sum(shares), 700)))
     had = [0] * len(shares)
     bound = 1 - Fraction(1, max(2 * len(shares) - 2, 1)) if len(shares) > 1 else 0
     cut = draws.draw(st.integers(0, count))
@@ -127,7 +131,7 @@ def test_turns_are_shares_to_within_one_at_every_prefix(weights, draws):
         assert max(abs(each - count) for each, count in zip(due, had, strict=True)) <= bound
 
 
-@pytest.mark.parametrize("module", [mixture, proportions])
+@pytest.mark.parametrize("module", [mixture, proportions, number])
 def test_examples_in_docstrings_are_right(module):
     found = doctest.testmod(module)
     assert found.attempted
@@ -138,6 +142,14 @@ def test_shares_are_the_proportions_that_were_written():
     assert proportions.shares([0.1, 0.2, np.float32(0.7)]) == (1, 2, 7)
     assert proportions.shares([2, np.int64(4), Fraction(1, 3)]) == (6, 12, 1)
     assert proportions.shares([1e-300, 1]) == (1, 10**300)
+
+
+def test_turns_are_the_callers_own_and_what_is_kept_of_them_is_small():
+    first = proportions.turns((3, 1), (0, 0), 4)
+    first[:] = 7
+    assert proportions.turns((3, 1), (3, 1), 4).tolist() == [0, 0, 1, 0]
+    kept = proportions._round.cache_info().maxsize * proportions._LONGEST_ROUND * first.itemsize
+    assert kept <= 2**22
 
 
 def test_long_mixtures_are_drawn_to_within_one_row():
@@ -152,6 +164,8 @@ def test_epoch_holds_as_many_rows_as_the_loaders_have():
     assert len(pair(batch_size=100)) == 1
     assert len(pair(num_batches=9)) == 9
     assert len(pair(by="batch")) == 4 + 3
+    weights = {"a": np.float32(0.5), "b": Fraction(1, 2)}
+    assert len(Mixture({"a": numbers(0, 4, 2), "b": numbers(1, 4, 2)}, weights)) == 4
     assert [len(batch["x"]) for batch in pair(batch_size=4)] == [4] * 4
 
 
@@ -227,6 +241,7 @@ SAME = numbers(0, 4, 2)
         ({"a": [1]}, {"a": float("inf")}, {}, "that of 'a' is inf"),
         ({"a": [1]}, {"a": True}, {}, "that of 'a' is True"),
         ({"a": [1]}, {"a": "1"}, {}, "that of 'a' is '1'"),
+        ({"a": [1]}, {"a": 10**400}, {}, "that of 'a' is 1000"),
         ({"a": [1]}, {"b": 1}, {}, r"loaders \['a'\] and weights of \['b'\]"),
         ({1: [1]}, {1: 1}, {}, "a str; got the loaders"),
         ({}, {}, {}, "takes a dict of loaders by name"),

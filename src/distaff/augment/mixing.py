@@ -90,7 +90,7 @@ def _probabilities(images: Any, labels: Any) -> jax.Array:
 
 def _drawn(key: Key, size: int, alpha: float) -> tuple[jax.Array, jax.Array]:
     """Returns a weight for each example, and the example that it is mixed with, both `[batch]`."""
-    if not is_finite(alpha) or alpha < float(np.finfo(np.float32).tiny):
+    if not is_finite(alpha) or float(alpha) < np.finfo(np.float32).tiny:
         raise ConfigError(
             f"alpha is a positive, finite number in float32, and is {alpha!r}. Leave the call out "
             "to mix nothing."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distaff.errors import BatchError, ConfigError
+from distaff.number import as_float
 
 _MAX = float(np.finfo(np.float32).max)
 
@@ -46,5 +47,4 @@ def check_pixels(name: str, value: Any, *, least: int) -> None:
 
 def is_finite(value: Any) -> bool:
     """Whether an option is a number, neither NaN nor infinite in float32."""
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    return is_number and -_MAX <= value <= _MAX
+    return abs(as_float(value)) <= _MAX

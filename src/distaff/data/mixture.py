@@ -142,7 +142,7 @@ class Mixture:
     def close_made(self) -> bool:
         """Closes what was made of iterables, here or in a loader of these; the rest stays open.
 
-        What was closed begins anew, and so do the proportions; the others stay where they are.
+        What was closed begins anew; the others stay where they are.
 
         Returns:
             Whether that was anything.
@@ -152,11 +152,11 @@ class Mixture:
             return False
         if self._ahead is not None:
             place, self._ahead = self._ahead[1], None
+            self._taken = list(place["taken"])
             places = zip(self._readers, place["loaders"], closed, strict=True)
             for reader, position in ((each, at) for each, at, is_closed in places if not is_closed):
                 with suppress(BatchError):  # a Stream goes on after what was in line
                     reader.go_to(position)
-        self._taken = [0] * len(self._readers)
         return True
 
     def get_state(self) -> dict[str, Any]:
@@ -215,8 +215,8 @@ class Mixture:
 
     def _draw(self) -> Batch:
         """Returns the next batch; all loaders stay where they are if one of them fails."""
-        is_whole = self._by == "batch"
-        whose = turns(self._shares, self._taken, 1 if is_whole else self._plan.batch_size)
+        plan, is_whole = self._plan, self._by == "batch"
+        whose = turns(self._shares, self._taken, 1 if is_whole else plan.batch_size)
         taken = self._taken + np.bincount(whose, minlength=len(self._readers))
         if is_whole:
             batch, size = self._readers[whose[0]].look_at_batch()

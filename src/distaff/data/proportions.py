@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
 from heapq import heappop, heappush
-from numbers import Real
 from typing import Any
 
 import numpy as np
 
 from distaff.errors import ConfigError
+from distaff.number import as_float
 
 _LONGEST_ROUND = 2**16
 """Turns that come again after so many at most are drawn once, and kept: 256 KiB a mixture."""
@@ -29,9 +28,8 @@ def check_weight(name: str, weight: Any) -> None:
     Raises:
         ConfigError: it is not a positive, finite number, in double precision.
     """
-    is_number = isinstance(weight, Real) and not isinstance(weight, bool)
-    if not is_number or not 0 < weight <= sys.float_info.max:
-        remedy = f" Leave {name!r} out." if is_number and weight == 0 else ""
+    if not 0 < as_float(weight) < math.inf:
+        remedy = f" Leave {name!r} out." if as_float(weight) == 0 else ""
         raise ConfigError(
             f"A weight is a positive, finite number; that of {name!r} is {weight!r}.{remedy}"
         )

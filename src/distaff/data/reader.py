@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from distaff.data.fingerprint import fingerprint
-from distaff.data.loader import as_held_by_jax, as_loader, close_made, num_examples
+from distaff.data.loader import Loader, as_held_by_jax, as_loader, close_made, num_examples
 from distaff.errors import BatchError, ChangedBatchesError
 from distaff.typing import Batch
 
@@ -62,11 +62,8 @@ class Reader:
         changed = None
         if position["loader"] != self.position()["loader"]:
             self._running = None
-            try:
-                with self._named():
-                    self.loader.set_state(position["loader"])
-            except ChangedBatchesError as error:
-                changed = error
+            with self._named():
+                changed = self._move_to(position["loader"])
             self._forget()
         used = position["used"]
         if used and not self._line:
@@ -113,16 +110,36 @@ class Reader:
 
         It begins anew then: from the start, unless that was an iterator, which goes on.
         """
-        is_made = self.loader is not self._given
-        if not is_made and not close_made(self.loader):
+        if self.loader is not self._given:
+            self._close()
+            if self._begins_anew:
+                self.loader = as_loader(self._given, name=self.name)
+        elif not close_made(self.loader):
             return False
-        close = getattr(self.loader, "close", None)
-        if is_made and close is not None:
-            close()
-        if is_made and not isinstance(self._given, Iterator):
-            self.loader = as_loader(self._given, name=self.name)
         self._forget()
         return True
+
+    @property
+    def _begins_anew(self) -> bool:
+        return self.loader is not self._given and not isinstance(self._given, Iterator)
+
+    def _close(self) -> None:
+        close = getattr(self.loader, "close", None)
+        if close is not None:
+            close()
+
+    def _move_to(self, state: Mapping[str, Any]) -> ChangedBatchesError | None:
+        """Moves the loader; where it cannot go back, a new one is made that is read up to there."""
+        try:
+            return _moved(self.loader, state)
+        except BatchError:
+            if not self._begins_anew:
+                raise
+            anew = as_loader(self._given, name=self.name)
+            changed = _moved(anew, state)
+            self._close()
+            self.loader = anew
+            return changed
 
     def _forget(self) -> None:
         self._running: Iterator[Batch] | None = None
@@ -177,3 +194,12 @@ class Reader:
             yield
         except BatchError as error:
             raise type(error)(f"the {self.name} loader: {error}") from error
+
+
+def _moved(loader: Loader, state: Mapping[str, Any]) -> ChangedBatchesError | None:
+    """Moves a loader; returns the error of one that has come there all the same."""
+    try:
+        loader.set_state(state)
+    except ChangedBatchesError as error:
+        return error
+    return None

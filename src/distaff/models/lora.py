@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import sys
+import math
 import zlib
 from collections.abc import Callable, Mapping
-from numbers import Real
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 from distaff.errors import ConfigError, leaf_name
 from distaff.models import record
 from distaff.models.adapter import LayerRow, Model, Variables
+from distaff.number import as_float
 from distaff.typing import Key, Params
 
 BASE = "lora_base"
@@ -68,11 +68,10 @@ class Lora:
             raise ConfigError(f"pattern is a str such as '*/kernel'; got {self.pattern!r}.")
         if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
             raise ConfigError(f"rank is a whole number, at least 1; got {self.rank!r}.")
-        alpha = self.alpha
-        is_number = isinstance(alpha, Real) and not isinstance(alpha, bool)
-        if not is_number or not 0 < alpha <= sys.float_info.max:
-            raise ConfigError(f"alpha is a finite positive number; got {alpha!r}.")
-        object.__setattr__(self, "alpha", float(alpha))
+        alpha = as_float(self.alpha)
+        if not 0 < alpha < math.inf:
+            raise ConfigError(f"alpha is a finite positive number; got {self.alpha!r}.")
+        object.__setattr__(self, "alpha", alpha)
 
 
 class LoraModel:
