@@ -85,8 +85,8 @@ def test_resumed_mixture_goes_on_as_one_that_ran_through(make, stop, looks):
     expected = taken(uninterrupted, 24)
     running = (batch for _ in range(24) for batch in stopped)
     found = []
-    for number in range(stop):
-        if number == looks:
+    for index in range(stop):
+        if index == looks:
             stopped.peek()
         found.append(next(running))
     state = json.loads(json.dumps(stopped.get_state()))
