@@ -176,6 +176,19 @@ def test_mixture_of_iterables_goes_back_after_a_run_was_closed(given):
         assert_batches_equal([*found, *loader], whole)
 
 
+def test_closed_mixture_is_at_the_start_of_its_iterables_and_keeps_its_proportions():
+    def make() -> Mixture:
+        return Mixture({"a": list(rows(0)), "b": lambda: iter(rows(1))}, {"a": 2, "b": 1})
+
+    loader = make()
+    list(islice(loader, 5))
+    taken = loader.get_state()["taken"]
+    loader.peek()
+    loader.close_made()
+    assert loader.get_state()["loaders"] == make().get_state()["loaders"]
+    assert loader.get_state()["taken"] == taken
+
+
 def test_iterator_in_a_mixture_goes_on_after_a_run():
     loader = even({"a": iter(list(rows(0)))}, batch_size=3, num_batches=4)
     next(iter(loader))
