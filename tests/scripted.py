@@ -1,10 +1,10 @@
-"""What several test files need: a regression, and one whose validation is written beforehand."""
+"""What several test files need: a regression, one with scores written beforehand, a broken run."""
 
 from __future__ import annotations
 
 import jax.numpy as jnp
 
-from distaff import Monitor, TrainerModule
+from distaff import Callback, Monitor, StepInfo, TrainerModule
 
 
 class Regression(TrainerModule):
@@ -26,3 +26,18 @@ class ScriptedScores:
 
 class Scripted(ScriptedScores, Regression):
     """A regression with scores written beforehand."""
+
+
+class InterruptError(Exception):
+    """Stands for whatever ends a run."""
+
+
+class Break(Callback):
+    """Raises after a step; after none where that is None."""
+
+    def __init__(self, step: int | None) -> None:
+        self.step = step
+
+    def on_step_end(self, info: StepInfo) -> None:
+        if info.step == self.step:
+            raise InterruptError

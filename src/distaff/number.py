@@ -1,10 +1,33 @@
-"""Number: what is given for an option that is one."""
+"""Number: what is given for an option that is one, whole or real."""
 
 from __future__ import annotations
 
 import math
+import operator
 from numbers import Real
 from typing import Any
+
+from distaff.errors import ConfigError
+
+
+def whole(name: str, value: Any, least: int = 1) -> int:
+    """Returns a whole number as an int of Python, which JSON and so a checkpoint can hold.
+
+    Args:
+        name: of the option.
+        value: an int, or what stands for one, such as NumPy's integers.
+        least: the smallest that is allowed.
+
+    Raises:
+        ConfigError: it is no whole number, or less than `least`.
+    """
+    try:
+        number = None if isinstance(value, bool) else int(operator.index(value))
+    except TypeError:
+        number = None
+    if number is None or number < least:
+        raise ConfigError(f"{name} is a whole number, at least {least}; got {value!r}.")
+    return number
 
 
 def as_float(value: Any) -> float:

@@ -170,7 +170,6 @@ class TrainerModule(Hooks, Checked):
         )
         test = None if test_loader is None else as_loader(test_loader, name="test")
         made = (train_loader, unlimited(plan.train_loader)), (test_loader, test)
-        made = *made, *made_of(val_loader, plan)
         test = None if test is None else limited(test, self.config.most_batches)
         with (
             closing_made(*made, *made_of(val_loader, plan)),

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, get_args
 from distaff.compiling import Recompile
 from distaff.duration import seconds_of
 from distaff.errors import ConfigError, nearest
+from distaff.number import whole
 
 C = TypeVar("C", bound="TrainerConfig")
 
@@ -163,8 +164,7 @@ def check_count(name: str, value: Any) -> None:
     Raises:
         ConfigError: it is not a whole number, or less than 1.
     """
-    if not isinstance(value, Integral) or value < 1:
-        raise ConfigError(f"{name} is a whole number, at least 1; got {value!r}.")
+    whole(name, value)
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:

@@ -15,9 +15,10 @@ import jax
 import numpy as np
 import pytest
 
-from distaff import Callback, OptimizerConfig, data, tasks, zoo
+from distaff import OptimizerConfig, data, tasks, zoo
 from distaff.errors import BatchError, ConfigError, DataFileError
 from distaff.testing.loaders import LoaderContract, assert_batches_equal
+from scripted import Break, InterruptError
 
 X = np.random.default_rng(0).normal(size=(23, 3)).astype(np.float32)
 
@@ -176,21 +177,6 @@ class TestArrayRecord(FileContract):
     def test_options_are_checked(self) -> None:
         with pytest.raises(ConfigError, match="examples_per_block"):
             data.ArrayRecordExamples(self.paths, examples_per_block=0)
-
-
-class InterruptError(Exception):
-    """Stands for whatever ends a run."""
-
-
-class Break(Callback):
-    """Raises after a step."""
-
-    def __init__(self, step: int | None) -> None:
-        self.step = step
-
-    def on_step_end(self, info: Any) -> None:
-        if info.step == self.step:
-            raise InterruptError
 
 
 def test_run_goes_on_bit_for_bit(tmp_path):

@@ -11,9 +11,10 @@ import grain
 import numpy as np
 import pytest
 
-from distaff import Callback, OptimizerConfig, data, tasks, zoo
+from distaff import OptimizerConfig, data, tasks, zoo
 from distaff.errors import BatchError, CheckpointError
 from distaff.testing.loaders import LoaderContract, assert_batches_equal
+from scripted import Break, InterruptError
 
 ROWS = [
     {"x": np.random.default_rng(row).normal(size=3).astype(np.float32), "label": row % 2}
@@ -141,21 +142,6 @@ def train(loader: Any, val: Any = None, **options: Any) -> Any:
     )
     trainer.train_model(loader, val, num_epochs=3)
     return trainer
-
-
-class InterruptError(Exception):
-    """Stands for whatever ends a run."""
-
-
-class Break(Callback):
-    """Raises after a step."""
-
-    def __init__(self, step: int | None) -> None:
-        self.step = step
-
-    def on_step_end(self, info: Any) -> None:
-        if info.step == self.step:
-            raise InterruptError
 
 
 OPTIONS = {"optimizer": OptimizerConfig(schedule="constant"), "save_every": 1e-9}

@@ -19,6 +19,7 @@ from distaff import Callback, Monitor, OptimizerConfig, data
 from distaff.data import Limited
 from distaff.errors import BatchError, CheckpointError, ConfigError, MetricError
 from distaff.testing.loaders import LoaderContract, assert_batches_equal
+from scripted import Break, InterruptError
 
 ARRAYS = {
     "x": np.arange(80, dtype=np.float32).reshape(40, 2),
@@ -273,19 +274,6 @@ def test_error_names_the_validation_set():
 FAST = OptimizerConfig("adam", learning_rate=0.05, schedule="constant")
 
 
-class StopError(Exception):
-    pass
-
-
-class Break(Callback):
-    def __init__(self, step: int | None) -> None:
-        self.step = step
-
-    def on_step_end(self, info: Any) -> None:
-        if info.step == self.step:
-            raise StopError
-
-
 def resumable(step: int | None, root: str, val: Any, **options: Any) -> Any:
     run = trainer(root=root, callbacks=[Break(step)], save_every=1e-9, **options)
     run.monitor = Monitor("val_clean/loss")
@@ -300,7 +288,7 @@ def shuffled_sets() -> dict[str, Any]:
 @pytest.mark.parametrize("options", [{}, {"limit_batches": 4}, {"overfit_batches": 3}])
 def test_run_with_several_validation_sets_goes_on_bit_for_bit(options):
     whole = resumable(None, "whole", shuffled_sets(), **options)
-    with pytest.raises(StopError):
+    with pytest.raises(InterruptError):
         resumable(whole.step - 2, "cut", shuffled_sets(), **options)
     sets = shuffled_sets()
     resumed = resumable(None, "cut", sets, **options)
@@ -312,7 +300,7 @@ def test_run_with_several_validation_sets_goes_on_bit_for_bit(options):
 
 
 def test_run_does_not_go_on_with_other_validation_sets():
-    with pytest.raises(StopError):
+    with pytest.raises(InterruptError):
         resumable(13, "cut", shuffled_sets())
     clean = {"clean": arrays(shuffle=True, seed=5)}
     said = r"its validation sets were \['clean', 'noisy'\], and are \['clean', 'dirty'\]"
@@ -321,7 +309,7 @@ def test_run_does_not_go_on_with_other_validation_sets():
 
 
 def test_run_does_not_go_on_with_other_callbacks():
-    with pytest.raises(StopError):
+    with pytest.raises(InterruptError):
         resumable(13, "cut", shuffled_sets())
     without = trainer(root="cut", resume="must")
     without.monitor = Monitor("val_clean/loss")

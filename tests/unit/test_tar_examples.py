@@ -242,7 +242,7 @@ def test_many_extended_headers_are_no_recursion(tmp_path):
     [
         (lambda path: data.TarExamples(path / "a.tar.gz"), DataFileError, "gunzip"),
         (lambda path: data.TarExamples(path / "a", examples_per_block=0), ConfigError, "per_block"),
-        (lambda path: data.TarExamples(path / "a", examples_per_block=2.5), ConfigError, "=2.5"),
+        (lambda path: data.TarExamples(path / "a", examples_per_block=2.5), ConfigError, "got 2.5"),
     ],
 )
 def test_what_is_refused(tmp_path, make, error, said):

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from distaff.augment.pictures import as_pictures, check_pixels
+from distaff.augment.pictures import as_pictures
+from distaff.number import whole
 from distaff.typing import Key
 
 
@@ -31,7 +32,7 @@ def cutout(key: Key, images: Any, size: int) -> jax.Array:
         ConfigError: `size` is no whole number, or less than 1.
     """
     images = as_pictures(images)
-    check_pixels("size", size, least=1)
+    size = whole("size", size)
     return jnp.where(boxes(key, images, size, size), jnp.zeros_like(images), images)
 
 

@@ -7,8 +7,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from distaff.augment.pictures import as_pictures, check_pixels
+from distaff.augment.pictures import as_pictures
 from distaff.errors import ConfigError, nearest
+from distaff.number import whole
 from distaff.typing import Key
 
 
@@ -38,7 +39,7 @@ def random_crop(
     (2, 8, 8, 1)
     """
     images = as_pictures(images)
-    check_pixels("padding", padding, least=0)
+    padding = whole("padding", padding, least=0)
     if mode not in ("reflect", "constant"):
         raise ConfigError(f"Unknown mode {mode!r}. {nearest(str(mode), ('reflect', 'constant'))}")
     sides = ((0, 0), (padding, padding), (padding, padding), (0, 0))

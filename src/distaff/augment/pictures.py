@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from numbers import Integral
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distaff.errors import BatchError, ConfigError
+from distaff.errors import BatchError
 from distaff.number import as_float
 
 _MAX = float(np.finfo(np.float32).max)
@@ -33,16 +32,6 @@ def as_pictures(images: Any, *, only_floats: bool = False) -> jax.Array:
             "write images.astype(jnp.float32) / 255."
         )
     return images
-
-
-def check_pixels(name: str, value: Any, *, least: int) -> None:
-    """Checks an option that counts pixels.
-
-    Raises:
-        ConfigError: it is no whole number, or less than `least`.
-    """
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{name} is a number of pixels, at least {least}; got {value!r}.")
 
 
 def is_finite(value: Any) -> bool:

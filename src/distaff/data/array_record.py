@@ -8,7 +8,7 @@ from typing import Any
 from distaff import _optional
 from distaff.data.files import Block, DataFile, FileExamples, Paths, Place, find_files
 from distaff.data.kept import Kept
-from distaff.data.whole import whole
+from distaff.number import whole
 
 _OPEN_FILES = 16
 

@@ -8,9 +8,9 @@ from typing import Literal
 import jax
 import numpy as np
 
-from distaff.data.loader import as_held_by_jax, num_examples
-from distaff.data.whole import whole
-from distaff.errors import BatchError, ConfigError, nearest
+from distaff.data.loader import drops, held_by_jax, num_examples
+from distaff.errors import BatchError
+from distaff.number import whole
 from distaff.typing import Batch, PyTree
 
 
@@ -52,23 +52,18 @@ class ArrayLoader:
         seed: int = 0,
         remainder: Literal["keep", "drop"] | None = None,
     ) -> None:
-        remainder = remainder or ("drop" if shuffle else "keep")
-        if remainder not in ("keep", "drop"):
-            raise ConfigError(
-                f"Unknown remainder {remainder!r}. {nearest(remainder, ('keep', 'drop'))}"
-            )
         self.batch_size = whole("batch_size", batch_size)
         self.num_examples = num_examples(arrays)
         self._shuffle = shuffle
         self._seed = whole("seed", seed, least=0)
-        self._drop = remainder == "drop"
+        self._drop = drops(remainder, shuffle)
         if self._drop and self.num_examples < self.batch_size:
             raise BatchError(
                 f"The arrays must fill at least one batch; they hold {self.num_examples} examples, "
                 f"batch_size is {batch_size}, and a short batch is dropped. Give more examples, "
                 "lower batch_size, or keep the short batch with remainder='keep'."
             )
-        self._arrays = jax.tree.map_with_path(lambda path, leaf: as_held_by_jax(leaf, path), arrays)
+        self._arrays = held_by_jax(arrays)
         self._position = (0, 0)
         self._start = (0, 0)
 

@@ -9,12 +9,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from distaff.data.examples import Examples, drops, make_order, stacked
+from distaff.data.examples import Examples, make_order, stacked
 from distaff.data.grouped import Group, Grouped, Piece
+from distaff.data.loader import drops
 from distaff.data.positioned import Positioned
 from distaff.data.sequences import Part, check_overlong, padded, parts_of
-from distaff.data.whole import whole
 from distaff.errors import BatchError, ConfigError
+from distaff.number import whole
 from distaff.typing import Batch
 
 

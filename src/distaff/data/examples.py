@@ -13,11 +13,11 @@ import jax
 import numpy as np
 
 from distaff.data.kept import Kept
-from distaff.data.loader import as_held_by_jax, num_examples
+from distaff.data.loader import as_held_by_jax, drops, num_examples
 from distaff.data.order import Order
 from distaff.data.positioned import Positioned
-from distaff.data.whole import whole
-from distaff.errors import BatchError, ConfigError, leaf_name, nearest
+from distaff.errors import BatchError, leaf_name
+from distaff.number import whole
 from distaff.typing import Batch, PyTree
 
 
@@ -213,19 +213,6 @@ def _own(examples: Examples, name: str, default: Any = None) -> Any:
     """Returns an attribute that examples have themselves; `__getattr__` is not asked for it."""
     is_own = getattr_static(examples, name, None) is not None
     return getattr(examples, name, default) if is_own else default
-
-
-def drops(remainder: Literal["keep", "drop"] | None, shuffle: bool) -> bool:
-    """Returns whether a short last batch is left out; by default where the order is shuffled.
-
-    Raises:
-        ConfigError: `remainder` is neither.
-    """
-    if remainder not in ("keep", "drop", None):
-        raise ConfigError(
-            f"Unknown remainder {remainder!r}. {nearest(remainder, ('keep', 'drop'))}"
-        )
-    return bool(shuffle) if remainder is None else remainder == "drop"
 
 
 def stacked(examples: Sequence[PyTree]) -> Batch:

@@ -9,12 +9,12 @@ from typing import Any, Literal
 import numpy as np
 
 from distaff.data.arrays import ArrayLoader
-from distaff.data.loader import Loader
+from distaff.data.loader import Loader, drops
 from distaff.data.mapped import MappedLoader
 from distaff.data.positioned import Positioned
 from distaff.data.stream import Stream
-from distaff.data.whole import whole
 from distaff.errors import BatchError
+from distaff.number import whole
 from distaff.typing import Batch
 
 _BUFFER_SIZE = 1000
@@ -71,11 +71,11 @@ def from_datasets(
     ArrayLoader(np.zeros(batch_size), batch_size, seed=seed, remainder=remainder)
     if shuffle:
         dataset = dataset.shuffle(seed=seed, buffer_size=_BUFFER_SIZE)
-    drops = (remainder or ("drop" if shuffle else "keep")) == "drop"
-    rows = _Rows(dataset, batch_size, drops)
+    is_short_dropped = drops(remainder, shuffle)
+    rows = _Rows(dataset, batch_size, is_short_dropped)
     if shuffle or getattr(dataset, "_shuffling", None) is not None:
         return Stream(_Epochs(rows))
-    return Positioned(rows, identity={"batch_size": batch_size, "drop": int(drops)})
+    return Positioned(rows, identity={"batch_size": batch_size, "drop": int(is_short_dropped)})
 
 
 def _rows_of(table: Any, rows: np.ndarray) -> Batch:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
 from distaff.data.adapters import adapted
 from distaff.data.stream import Stream
-from distaff.errors import BatchError, ConfigError, leaf_name
+from distaff.errors import BatchError, ConfigError, leaf_name, nearest
 from distaff.typing import Batch
 
 _NOT_NUMBERS = "OSUTMm"
@@ -208,6 +208,24 @@ def num_examples(batch: Batch, *, name: str = "") -> int:
             f"{shapes[first]}. Leave empty batches out."
         )
     return shapes[first][0]
+
+
+def drops(remainder: Literal["keep", "drop"] | None, shuffle: bool) -> bool:
+    """Returns whether a short last batch is left out; by default where the order is shuffled.
+
+    Raises:
+        ConfigError: `remainder` is neither.
+    """
+    if remainder not in ("keep", "drop", None):
+        raise ConfigError(
+            f"Unknown remainder {remainder!r}. {nearest(remainder, ('keep', 'drop'))}"
+        )
+    return bool(shuffle) if remainder is None else remainder == "drop"
+
+
+def held_by_jax(tree: Any) -> Any:
+    """Returns a tree with each leaf as `as_held_by_jax` has it."""
+    return jax.tree.map_with_path(lambda path, leaf: as_held_by_jax(leaf, path), tree)
 
 
 def as_held_by_jax(leaf: Any, path: tuple[Any, ...] = ()) -> np.ndarray:

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from distaff.data.loader import (
-    as_held_by_jax,
     first_batch,
+    held_by_jax,
     num_batches,
     num_examples,
     num_shapes,
@@ -21,6 +21,7 @@ from distaff.data.loader import (
 from distaff.data.proportions import check_weight, shares, turns
 from distaff.data.reader import Reader
 from distaff.errors import BatchError, ChangedBatchesError, ConfigError, leaf_name, nearest
+from distaff.number import whole
 from distaff.typing import Batch
 
 _SOURCE = "source"
@@ -79,8 +80,8 @@ class Mixture:
         _check_weights(loaders, weights)
         if by not in ("example", "batch"):
             raise ConfigError(f"Unknown by={by!r}. {nearest(str(by), ('example', 'batch'))}")
-        _check_count("batch_size", batch_size)
-        _check_count("num_batches", num_batches)
+        batch_size = None if batch_size is None else whole("batch_size", batch_size)
+        num_batches = None if num_batches is None else whole("num_batches", num_batches)
         if by == "batch" and batch_size is not None:
             raise ConfigError(
                 f"With by='batch', batches stay as the loaders make them; got {batch_size=}. Give "
@@ -193,7 +194,7 @@ class Mixture:
     def _plan(self) -> _Plan:
         """Looks into all loaders, so that what does not fit is an error before the first batch."""
         found = [first_batch(each.loader, name=each.name) for each in self._readers]
-        firsts = [jax.tree.map(as_held_by_jax, first) for first in found]
+        firsts = [held_by_jax(first) for first in found]
         rows = [num_examples(first) for first in firsts]
         example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), firsts[0])
         plan = _Plan(self._batch_size or rows[0], self._num_batches, example)
@@ -371,11 +372,6 @@ def _check_weights(loaders: Mapping[str, Any], weights: Mapping[str, Any]) -> No
                 "same object, or read the same one. Give it once, with the sum of the weights, or "
                 "make a second one."
             )
-
-
-def _check_count(name: str, value: int | None) -> None:
-    if value is not None and (type(value) is not int or value < 1):
-        raise ConfigError(f"{name} is a whole number, at least 1; got {value!r}.")
 
 
 def _is_place(state: Mapping[str, Any], count: int) -> bool:

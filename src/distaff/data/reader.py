@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from distaff.data.fingerprint import fingerprint
-from distaff.data.loader import Loader, as_held_by_jax, as_loader, close_made, num_examples
+from distaff.data.loader import Loader, as_loader, close_made, held_by_jax, num_examples
 from distaff.errors import BatchError, ChangedBatchesError
 from distaff.typing import Batch
 
@@ -168,7 +168,7 @@ class Reader:
             self._stands = None
         mark = 0
         if not self._whole:
-            batch = jax.tree.map(as_held_by_jax, batch)
+            batch = held_by_jax(batch)
             mark = fingerprint(batch)
         self._line.append(_Held(batch, size, mark, before))
 

@@ -81,13 +81,8 @@ def padded(part: Part, length: int, pad_value: float) -> dict[str, Any]:
 
 def _as_dtype(value: float, dtype: np.dtype, name: str) -> np.ndarray:
     """Returns what pads, in the dtype of what is padded."""
-    is_whole = np.issubdtype(dtype, np.integer)
-    limits = np.iinfo(dtype) if is_whole else None
-    if limits and not (value == int(value) if np.isfinite(value) else False):
-        fits = False
-    else:
-        fits = limits is None or limits.min <= value <= limits.max
-    if not fits:
+    limits = np.iinfo(dtype) if np.issubdtype(dtype, np.integer) else None
+    if limits and not (float(value).is_integer() and limits.min <= value <= limits.max):
         raise BatchError(
             f"pad_value is a number that the padded arrays can hold; {name!r} is {dtype}, and "
             f"cannot hold {value!r}. Give another one, or cast the array (data.MappedExamples)."

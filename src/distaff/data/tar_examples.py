@@ -22,8 +22,8 @@ from distaff.data.files import (
 )
 from distaff.data.source import opened
 from distaff.data.tar import Member, read_members
-from distaff.data.whole import whole
 from distaff.errors import DataFileError
+from distaff.number import whole
 
 _END = bytes(512)
 

@@ -15,8 +15,8 @@ from distaff.data.files import (
     refuse_compressed,
 )
 from distaff.data.source import opened
-from distaff.data.whole import whole
 from distaff.errors import ConfigError, DataFileError
+from distaff.number import whole
 
 _MAX_LINE_BYTES = 2**30
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from distaff.errors import ConfigError, leaf_name
 from distaff.models import record
 from distaff.models.adapter import LayerRow, Model, Variables
-from distaff.number import as_float
+from distaff.number import as_float, whole
 from distaff.typing import Key, Params
 
 BASE = "lora_base"
@@ -66,11 +66,10 @@ class Lora:
             )
         if not isinstance(self.pattern, str):
             raise ConfigError(f"pattern is a str such as '*/kernel'; got {self.pattern!r}.")
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            raise ConfigError(f"rank is a whole number, at least 1; got {self.rank!r}.")
         alpha = as_float(self.alpha)
         if not 0 < alpha < math.inf:
             raise ConfigError(f"alpha is a finite positive number; got {self.alpha!r}.")
+        object.__setattr__(self, "rank", whole("rank", self.rank))
         object.__setattr__(self, "alpha", alpha)
 
 
