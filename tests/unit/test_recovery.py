@@ -80,7 +80,13 @@ def without(found: dict[str, np.ndarray], batches: range) -> dict[str, np.ndarra
 
 
 def trained(found: dict[str, np.ndarray], epochs: int = 1, callbacks: Any = (), **options: Any):
-    options = {"root": None, "enable_progress_bar": False, "log_every_n_steps": 7, **options}
+    fixed = {
+        "root": None,
+        "enable_progress_bar": False,
+        "log_every_n_steps": 7,
+        "steps_per_call": 4,
+    }
+    options = {**fixed, **options}
     fit = Fit(Normed(), optimizer=optax.adam(1e-2), callbacks=callbacks, **options)
     result = fit.train_model(data.ArrayLoader(found, SIZE), num_epochs=epochs)
     return fit, result
@@ -214,7 +220,7 @@ def test_rollback_is_as_if_the_batches_had_never_been(
 
 
 def test_what_a_checkpoint_holds_is_not_left_out_of_it(tmp_path: Path) -> None:
-    options = {"on_bad_numbers": "rollback", "steps_per_call": 4}
+    options = {"on_bad_numbers": "rollback"}
     found = arrays(x={30: np.nan})
     fit, result = trained(found, root=tmp_path / "back", save_every=1e-9, **options)
     clean, expected = trained(without(found, range(28, 39)), root=tmp_path / "clean", **options)
@@ -252,7 +258,7 @@ def test_rollback_over_epochs_leaves_out_batches_of_one(tmp_path: Path) -> None:
 
 def test_run_that_goes_back_and_is_interrupted_goes_on_without_the_batches(tmp_path: Path) -> None:
     found = arrays(x={30: np.nan})
-    options = {"on_bad_numbers": "rollback", "steps_per_call": 4, "epochs": 3}
+    options = {"on_bad_numbers": "rollback", "epochs": 3}
     with pytest.raises(KeyboardInterrupt):
         trained(found, root=tmp_path / "cut", callbacks=[Interrupt(2)], **options)
     fit, result = trained(found, root=tmp_path / "cut", callbacks=[Interrupt(9)], **options)
@@ -330,7 +336,7 @@ def test_spike_is_gone_back_from(tmp_path: Path) -> None:
 
 def test_resumed_run_looks_back_on_the_same_losses(tmp_path: Path) -> None:
     found = arrays(y={2: 1e4, 40: 1e4})
-    options = {"on_loss_spike": "skip", "steps_per_call": 4, "epochs": 3}
+    options = {"on_loss_spike": "skip", "epochs": 3}
     with pytest.raises(KeyboardInterrupt):
         trained(found, root=tmp_path / "cut", callbacks=[Interrupt(2)], **options)
     fit, result = trained(found, root=tmp_path / "cut", callbacks=[Interrupt(9)], **options)
@@ -428,6 +434,12 @@ def test_names_of_metrics_are_free_where_nothing_is_guarded(name: str) -> None:
             fit.train_model(data.ArrayLoader(arrays(), SIZE), num_epochs=1)
 
 
+@pytest.fixture(scope="module")
+def loss_of_two_epochs() -> float:
+    """Returns the training loss of the second epoch of a run without a policy."""
+    return trained(arrays(), 2)[1].metrics["train/loss"]
+
+
 @pytest.mark.parametrize("within", [False, True])
 @pytest.mark.parametrize(
     ("before", "after"),
@@ -440,7 +452,11 @@ def test_names_of_metrics_are_free_where_nothing_is_guarded(name: str) -> None:
     ],
 )
 def test_every_policy_goes_on_from_a_run_of_every_other(
-    before: dict[str, Any], after: dict[str, Any], within: bool, tmp_path: Path
+    before: dict[str, Any],
+    after: dict[str, Any],
+    within: bool,
+    loss_of_two_epochs: float,
+    tmp_path: Path,
 ) -> None:
     # The state is the same under each: nothing is bad.
     class Stop(Callback):
@@ -454,13 +470,9 @@ def test_every_policy_goes_on_from_a_run_of_every_other(
     else:
         with pytest.raises(KeyboardInterrupt):
             trained(arrays(), 2, first, root=tmp_path, **before)
-    idle = [Callback()]
-    _, result = trained(arrays(), 2, idle, root=tmp_path, **after)
-    _, expected = trained(arrays(), 2, idle, root=tmp_path / "whole", **after)
+    _, result = trained(arrays(), 2, [Callback()], root=tmp_path, **after)
     assert (result.path.name, result.step) == ("0001", 2 * BATCHES)
-    np.testing.assert_allclose(
-        result.metrics["train/loss"], expected.metrics["train/loss"], rtol=1e-4
-    )
+    np.testing.assert_allclose(result.metrics["train/loss"], loss_of_two_epochs, rtol=1e-4)
 
 
 def test_number_that_is_bad_behind_tolerated_spikes_is_seen() -> None:
@@ -542,7 +554,7 @@ def test_callbacks_go_back_with_a_run_in_memory(tmp_path: Path) -> None:
     class Once(Fit):
         def loss_fn(self, params, batch, ctx):
             error = super().loss_fn(params, batch, ctx)
-            return error + jnp.where(ctx.state.step == 190, jnp.nan, 0.0)
+            return error + jnp.where(ctx.state.step == 230, jnp.nan, 0.0)
 
     for root in (None, tmp_path):
         remembers = Remembers()

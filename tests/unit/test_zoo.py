@@ -15,15 +15,18 @@ def _size(tree) -> int:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> jax.Array:
-    return jax.random.normal(jax.random.key(1), (4, 8, 8, 1))
+def pictures() -> np.ndarray:
+    return np.random.default_rng(1).normal(size=(4, 8, 8, 1)).astype(np.float32)
+
+
+def _drawn(model, x, seed: int = 0):
+    return jax.jit(lambda key: model.init(key, x, train=False))(jax.random.key(seed))
 
 
 def test_cnn_has_the_documented_parameters_and_statistics(pictures):
-    variables = CNN().init(jax.random.key(0), pictures, train=False)
+    variables = jax.eval_shape(lambda: CNN().init(jax.random.key(0), pictures, train=False))
     assert _size(variables["params"]) == 30_762
-    shapes = jax.tree.map(jnp.shape, variables["batch_stats"])
-    assert shapes == {
+    assert jax.tree.map(jnp.shape, variables["batch_stats"]) == {
         f"BatchNorm_{block}": {"mean": (features,), "var": (features,)}
         for block, features in enumerate(CNN().features)
     }
@@ -32,7 +35,9 @@ def test_cnn_has_the_documented_parameters_and_statistics(pictures):
 @pytest.mark.parametrize("shape", [(8, 8, 1), (7, 9, 3), (1, 1, 2)])
 def test_cnn_returns_logits_for_any_picture_size(shape):
     model, x = CNN(num_classes=3, features=(4, 6)), jnp.ones((2, *shape))
-    logits, variables = model.init_with_output(jax.random.key(0), x, train=False)
+    logits, variables = jax.eval_shape(
+        lambda: model.init_with_output(jax.random.key(0), x, train=False)
+    )
     assert logits.shape == (2, 3)
     assert logits.dtype == jnp.float32
     assert variables["params"]["Conv_1"]["kernel"].shape == (3, 3, 4, 6)
@@ -40,7 +45,7 @@ def test_cnn_returns_logits_for_any_picture_size(shape):
 
 def test_cnn_changes_statistics_and_drops_values_in_training_only(pictures):
     model = CNN(features=(4,), dropout=0.5)
-    variables = model.init(jax.random.key(0), pictures, train=False)
+    variables = _drawn(model, pictures)
 
     def train(seed):
         rngs = {"dropout": jax.random.key(seed)}
@@ -101,37 +106,39 @@ def test_resnet_returns_logits_for_any_picture_size(shape):
 
 def test_resnet_changes_statistics_in_training_only(pictures):
     model = ResNet(blocks=(1, 1), features=(4, 6))
-    variables = model.init(jax.random.key(0), pictures, train=False)
+    variables = _drawn(model, pictures)
     before = variables["batch_stats"]
-    _, changed = model.apply(variables, pictures, mutable=["batch_stats"])
+    _, changed = jax.jit(lambda: model.apply(variables, pictures, mutable=["batch_stats"]))()
     leaves = zip(jax.tree.leaves(before), jax.tree.leaves(changed["batch_stats"]), strict=True)
     assert all(not np.allclose(old, new) for old, new in leaves)
-    together, unchanged = model.apply(variables, pictures, train=False, mutable=["batch_stats"])
+    evaluated = jax.jit(lambda x: model.apply(variables, x, train=False, mutable=["batch_stats"]))
+    together, unchanged = evaluated(pictures)
     jax.tree.map(np.testing.assert_array_equal, before, unchanged["batch_stats"])
-    alone = model.apply(variables, pictures[:1], train=False)
+    alone, _ = evaluated(pictures[:1])
     np.testing.assert_allclose(alone[0], together[0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (7, 9)])
 def test_resnet_block_of_zero_kernels_is_its_shortcut(shape):
     # Every other pixel, and zeros in the new channels: option A of He et al. 2016.
-    x = jax.random.uniform(jax.random.key(0), (2, *shape, 3))
+    x = np.random.default_rng(0).uniform(size=(2, *shape, 3)).astype(np.float32)
     block = ResidualBlock(5, stride=2)
-    variables = block.init(jax.random.key(1), x, train=False)
-    zeros = jax.tree.map(jnp.zeros_like, variables["params"])
-    output = block.apply({**variables, "params": zeros}, x, train=False)
+    variables = _drawn(block, x)
+    zeros = jax.tree.map(np.zeros_like, variables["params"])
+    output = jax.jit(lambda: block.apply({**variables, "params": zeros}, x, train=False))()
     np.testing.assert_array_equal(output[..., :3], x[:, ::2, ::2])
-    np.testing.assert_array_equal(output[..., 3:], jnp.zeros_like(output[..., 3:]))
+    np.testing.assert_array_equal(output[..., 3:], np.zeros_like(output[..., 3:]))
 
 
 def test_resnet_convolutions_meet_the_pixels_of_the_shortcut():
     # A kernel that copies its middle adds to each pixel of the shortcut that very pixel.
-    x = jax.random.uniform(jax.random.key(0), (1, 8, 8, 1))
+    x = np.random.default_rng(0).uniform(size=(1, 8, 8, 1)).astype(np.float32)
     block = ResidualBlock(1, stride=2)
-    variables = block.init(jax.random.key(1), x, train=False)
-    copy = jnp.zeros((3, 3, 1, 1)).at[1, 1].set(1.0)
+    variables = _drawn(block, x)
+    copy = np.zeros((3, 3, 1, 1), np.float32)
+    copy[1, 1] = 1.0
     params = {**variables["params"], "Conv_0": {"kernel": copy}, "Conv_1": {"kernel": copy}}
-    output = block.apply({**variables, "params": params}, x, train=False)
+    output = jax.jit(lambda: block.apply({**variables, "params": params}, x, train=False))()
     np.testing.assert_allclose(output, 2 * x[:, ::2, ::2], rtol=1e-4)
 
 
@@ -172,7 +179,7 @@ def test_resnet_equals_its_equations(pictures):
 
 def test_resnet_kernels_are_drawn_by_he(pictures):
     model = ResNet(blocks=(1,), features=(128,))
-    params = model.init(jax.random.key(0), pictures, train=False)["params"]
+    params = _drawn(model, pictures)["params"]
     kernel = params["ResidualBlock_0"]["Conv_0"]["kernel"]
     np.testing.assert_allclose(kernel.std(), (2 / (9 * 128)) ** 0.5, rtol=0.02)
 
@@ -211,7 +218,7 @@ def test_mlp_is_linear_relu_linear(pictures):
 
 def test_mlp_normalizes_and_drops_between_its_layers_in_training_only(pictures):
     model = MLP([512, 2], dropout=0.5, batch_norm=True)
-    variables = model.init(jax.random.key(0), pictures, train=False)
+    variables = _drawn(model, pictures)
     assert set(variables["params"]) == {"Dense_0", "BatchNorm_0", "Dense_1"}
     rngs = {"dropout": jax.random.key(1)}
     _, changed = model.apply(
