@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         "commit": machine.commit(),
         "machine": {"device": device, **machine.describe(), "load_before": machine.load()},
         "versions": machine.versions(),
-        "settings": vars(args) | {"output": str(args.output)},
+        "settings": {name: value for name, value in vars(args).items() if name != "output"},
         "workloads": {},
         "sections": {},
         "others": {},

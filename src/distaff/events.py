@@ -20,9 +20,10 @@ from distaff.data import (
 )
 from distaff.errors import ConfigError, NonFiniteError
 from distaff.metrics import Metric
+from distaff.number import whole
 from distaff.rows import BadStep
 from distaff.state import TrainState
-from distaff.trainer_config import TrainerConfig, check_count
+from distaff.trainer_config import TrainerConfig
 
 
 class ChunkEnd(NamedTuple):
@@ -126,9 +127,9 @@ def make_plan(
     """
     train = as_loader(train_loader, name="train")
     vals = _by_name(val_loader)
-    check_count("num_epochs", num_epochs)
+    whole("num_epochs", num_epochs)
     if steps_per_epoch is not None:
-        check_count("steps_per_epoch", steps_per_epoch)
+        whole("steps_per_epoch", steps_per_epoch)
     num_epochs = 1 if options.fast_dev_run else num_epochs
     every = 1 if options.fast_dev_run else options.check_val_every_n_epoch
     most = options.most_batches

@@ -122,12 +122,12 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         names = ("check_val_every_n_epoch", "log_every_n_steps", "keep_last", "keep_best")
         for name in (*names, "max_skips"):
-            check_count(name, getattr(self, name))
+            whole(name, getattr(self, name))
         for name in ("keep_every", "limit_batches", "overfit_batches"):
             if getattr(self, name) is not None:
-                check_count(name, getattr(self, name))
+                whole(name, getattr(self, name))
         if self.steps_per_call != "auto":
-            check_count("steps_per_call", self.steps_per_call)
+            whole("steps_per_call", self.steps_per_call)
         check_choice("recompile", self.recompile, Recompile)
         check_choice("on_bad_numbers", self.on_bad_numbers, BadNumbersPolicy)
         check_choice("on_loss_spike", self.on_loss_spike, SpikePolicy)
@@ -156,15 +156,6 @@ class TrainerConfig:
     def writes(self) -> bool:
         """Whether runs have a directory."""
         return self.root is not None and not self.fast_dev_run
-
-
-def check_count(name: str, value: Any) -> None:
-    """Checks that an option is a number of things.
-
-    Raises:
-        ConfigError: it is not a whole number, or less than 1.
-    """
-    whole(name, value)
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:

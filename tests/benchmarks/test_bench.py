@@ -43,6 +43,7 @@ def test_results_file_is_complete(results: dict[str, Any]) -> None:
     assert {"cpu", "cores", "memory_gb", "load_before", "load_after"} <= set(results["machine"])
     assert {"distaff", "jax", "python"} <= set(results["versions"]["core"])
     assert results["settings"]["rounds"] == 1
+    assert "output" not in results["settings"]  # a path of this machine; the file is shared
     measured = results["workloads"]["W1"]
     assert measured["skipped"] == {}
     assert tuple(measured["systems"]) == SYSTEMS

@@ -299,6 +299,7 @@ OPTIONS = {
     "seed": option_case({"seed": "a"}, "seed is a whole number", "got 'a'"),
     "name": option_case({"name": "../up"}, "simple path components", "'../up'", "For example"),
     "epochs": option_case({"num_epochs": 0}, "num_epochs is", "at least 1", "got 0"),
+    "bool epochs": option_case({"num_epochs": True}, "num_epochs is a whole number", "got True"),
     "half epochs": option_case({"num_epochs": 2.5}, "num_epochs is a whole number", "got 2.5"),
     "steps": option_case({"steps_per_epoch": 0}, "steps_per_epoch is", "at least 1", "got 0"),
     "minus": option_case({"steps_per_epoch": -1}, "steps_per_epoch is", "at least 1", "got -1"),

@@ -67,11 +67,9 @@ def from_datasets(
             remainder=remainder,
         )
         return MappedLoader(rows, lambda batch: _rows_of(table, batch["row"]))
-    # Its checks of the options are those of a loader of one batch.
-    ArrayLoader(np.zeros(batch_size), batch_size, seed=seed, remainder=remainder)
+    seed, is_short_dropped = whole("seed", seed, least=0), drops(remainder, shuffle)
     if shuffle:
         dataset = dataset.shuffle(seed=seed, buffer_size=_BUFFER_SIZE)
-    is_short_dropped = drops(remainder, shuffle)
     rows = _Rows(dataset, batch_size, is_short_dropped)
     if shuffle or getattr(dataset, "_shuffling", None) is not None:
         return Stream(_Epochs(rows))

@@ -22,9 +22,10 @@ from distaff.metrics import Mean, Perplexity
 from distaff.models import Lora
 from distaff.models.flags import parameters
 from distaff.monitor import Monitor
+from distaff.number import whole
 from distaff.state import TrainState
 from distaff.trainer import TrainerModule
-from distaff.trainer_config import TrainerConfig, check_count
+from distaff.trainer_config import TrainerConfig
 from distaff.typing import Batch, Key, Params
 from distaff.zoo.sampling import generate
 
@@ -55,8 +56,8 @@ class LanguageModelConfig(TrainerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.sample_every_n_steps is not None:
-            check_count("sample_every_n_steps", self.sample_every_n_steps)
-        check_count("sample_length", self.sample_length)
+            whole("sample_every_n_steps", self.sample_every_n_steps)
+        whole("sample_length", self.sample_length)
         if not isinstance(self.sample_prompt, str) or not self.sample_prompt:
             raise ConfigError(
                 f"sample_prompt is a str of one character or more; got {self.sample_prompt!r}."
@@ -227,7 +228,7 @@ class LanguageModel(TrainerModule):
             StateError: the model has no parameters yet.
             ConfigError: the prompt is empty or no tokens, or an option is out of its range.
         """
-        check_count("length", length)
+        whole("length", length)
         _check_temperature(temperature)
         given = _as_tokens(prompt, self._vocab_size)
         rows = np.atleast_2d(given)

@@ -21,9 +21,9 @@ from distaff.data import as_loader, first_batch, num_batches
 from distaff.display import NullDisplay, make_display
 from distaff.errors import ConfigError, MetricError, NonFiniteError, nearest
 from distaff.monitor import Monitor
+from distaff.number import whole
 from distaff.optim import OptimizerLike, build_optimizer, geometry, observed
 from distaff.trainer import TrainerModule
-from distaff.trainer_config import check_count
 from distaff.tune.comparison import Comparison, OptimizerResult, OptimizerRun
 
 Rate: TypeAlias = float | None
@@ -75,7 +75,7 @@ def compare(
             first run.
         MetricError: the monitored metric is none of the validation.
     """
-    check_count("num_epochs", num_epochs)
+    whole("num_epochs", num_epochs)
     rates = _rates(optimizers, grid)
     _check_seeds(seeds)
     compile_cache.enable()

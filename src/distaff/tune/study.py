@@ -13,8 +13,8 @@ from distaff.config import diff, override, to_json
 from distaff.display import make_display
 from distaff.errors import NonFiniteError, StateError
 from distaff.monitor import Monitor
+from distaff.number import whole
 from distaff.trainer import TrainerModule
-from distaff.trainer_config import check_count
 from distaff.tune.search import Search, Suggestion, Trial, listed
 from distaff.tune.space import Space, check_space, contains, space_to_json, values_of
 from distaff.tune.trial import Task
@@ -96,7 +96,7 @@ def study(
         StateError: no trial has come to an end that makes it the best.
     """
     optuna = _optional.load("optuna", extra="tune")
-    check_count("num_trials", num_trials)
+    whole("num_trials", num_trials)
     check_space(config, space)
     compile_cache.enable()
     task = Task(
