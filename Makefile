@@ -1,7 +1,11 @@
 # Two commands, each with its own set-up in .venv, made once and again when what it is made from changes:
 #
 #   make digits [ARGS="--num-epochs 5"]    trains on the handwritten digits
-#   make test                              lints, type-checks, runs every test
+#   make test                              lints, type-checks, runs the tests
+#
+# The long proofs, marked `slow`, which CI runs after the tests:
+#
+#   make test-slow
 #
 # What Distaff costs beside hand-written loops and other frameworks (docs/speed.md):
 #
@@ -24,13 +28,16 @@ bin := .venv/bin
 pinned := pyproject.toml $(wildcard constraints/*.txt)
 
 .NOTPARALLEL:
-.PHONY: digits test lint format clean chaos fuzz soak bench bench-quick bench-peers
+.PHONY: digits test test-slow lint format clean chaos fuzz soak bench bench-quick bench-peers
 
 digits: .venv/.digits
 	@$(bin)/distaff fit digits $(ARGS)
 
 test: lint
-	$(bin)/pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
+	$(bin)/pytest -n logical --maxprocesses 8 --dist worksteal -m "not slow" $(ARGS)
+
+test-slow: .venv/.test
+	$(bin)/pytest -n logical --maxprocesses 8 --dist worksteal -m slow $(ARGS)
 
 lint: .venv/.test
 	$(bin)/ruff format --check
