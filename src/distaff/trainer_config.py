@@ -13,6 +13,7 @@ from distaff.compiling import Recompile
 from distaff.duration import seconds_of
 from distaff.errors import ConfigError, nearest
 from distaff.number import whole
+from distaff.paths import as_path
 
 C = TypeVar("C", bound="TrainerConfig")
 
@@ -139,6 +140,8 @@ class TrainerConfig:
         for name in ("save_every", "max_time", "stuck_after"):
             if getattr(self, name) is not None:
                 seconds_of(getattr(self, name), name)
+        if self.root is not None:
+            as_path(self.root, "root")
         if not 0 < self.spike_threshold < math.inf:
             raise ConfigError(f"spike_threshold is a positive number; got {self.spike_threshold}.")
         depth = self.table_depth
