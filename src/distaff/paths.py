@@ -66,3 +66,11 @@ def _local(text: str, url: re.Match[str], name: str) -> str:
         "(gcsfuse, s3fs, NFS) and pass the path below the mount, or use a local directory and copy "
         "it afterwards."
     )
+
+
+def shown(path: Path) -> str:
+    """Returns a path as a display shows it: relative where it is below the current directory."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except (ValueError, OSError):  # elsewhere, or the current directory is gone
+        return str(path)

@@ -198,7 +198,7 @@ class DirectoryRecording:
         if self._is_taken and self.found is None:
             self.logger.resume(0)  # what a run has logged that was killed before its first save
         self.logger.log_config(record)
-        _log.info("run %s", self.path)
+        _log.info("run %s", self.directory.path)
 
     def _take(self, record: Mapping[str, Any]) -> list[str]:
         """Locks a directory for this run, and returns how its configuration differs from it."""
