@@ -25,7 +25,7 @@ ROOMS = (
     *("typing", "errors", "number", "garbage", "_optional"),
     *("slot", "state", "vitals", "spikes", "metrics", "monitor", "cadence", "duration"),
     *("config", "record", "environment", "run_directory", "run_lock", "execution", "allocator"),
-    *("compile_cache", "throughput", "flight"),
+    *("compile_cache", "throughput", "flight", "devices"),
     *("agreement", "interruption", "barrier", "watchdog"),
     *("signature", "compiling", "choices", "flops", "machine", "report"),
     *("models", "data", "augment", "optim", "parallel", "zoo", "trainer_config", "ranking"),
