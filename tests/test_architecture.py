@@ -22,11 +22,11 @@ SOURCES = Path(__file__).parents[1] / "src"
 
 # A room imports only from rooms that stand before it. "distaff" is the package's own __init__.py.
 ROOMS = (
-    *("typing", "errors", "number", "paths", "garbage", "quiet", "_optional"),
+    *("typing", "errors", "number", "garbage"),
+    *("paths", "quiet", "warn", "_optional"),
     *("slot", "state", "vitals", "spikes", "metrics", "monitor", "cadence", "duration"),
-    *("config", "record", "environment", "run_directory", "run_lock", "run_log"),
-    *("run_version", "execution", "allocator"),
-    *("compile_cache", "throughput", "flight"),
+    *("config", "record", "environment", "run_directory", "run_lock", "run_log", "run_version"),
+    *("execution", "allocator", "compile_cache", "throughput", "flight", "devices"),
     *("agreement", "interruption", "barrier", "watchdog"),
     *("signature", "compiling", "choices", "flops", "machine", "report"),
     *("models", "data", "augment", "optim", "parallel", "zoo", "trainer_config", "ranking"),

@@ -16,6 +16,7 @@ from distaff.compiling import Watch
 from distaff.config import from_json
 from distaff.data import Chunk, Feeds, Form, Loader, as_loader, first_batch, num_batches, num_shapes
 from distaff.data.left_out import Stretch, left_out, num_drawn
+from distaff.devices import check_one_process, idle_devices
 from distaff.display import rows_by_split
 from distaff.errors import ConfigError, StateError
 from distaff.events import BadNumbers, ChunkEnd, Interrupted, Plan
@@ -92,8 +93,7 @@ class Training(Predictor):
         self.interruption, self.tally, self.unsaved = Interruption(), Tally(), None
         self.begun_at, self.interrupted_by = (0, 0), ""
         self.left_out: list[Stretch] = []
-        self.num_skipped = 0
-        self.watchdog = Watchdog(None)
+        self.num_skipped, self.watchdog = 0, Watchdog(None)
 
     def init_logger(self) -> Recording:
         """Returns where metrics, checkpoints and configuration go; nothing is written yet."""
@@ -150,11 +150,11 @@ class Training(Predictor):
         """Counts a new run."""
         if self.state is None:  # before the display starts a thread, which would have an arena
             self.tune_process(first_batch(plan.train_loader, name="train"))
+        check_one_process()
         self.evaluation_watch.expect()
         self.plan, self.first_step, self.reached = plan, self.step, (self.step, self.epoch)
         self.begun_at, self.unsaved, self.last_save = (self.step, self.epoch), None, None
-        self.left_out, self.num_skipped = [], 0
-        self.tally = Tally(plan.first_epoch)
+        self.left_out, self.num_skipped, self.tally = [], 0, Tally(plan.first_epoch)
         self.best_models, self.callbacks.stop_reason, self.last_metrics = (), None, {}
         self.has_run, self.ledger, self._form_is_shown = False, Ledger(), False
         self._untrained, self._rates, self.report, self.interrupted_by = None, None, None, ""
@@ -230,6 +230,8 @@ class Training(Predictor):
             self._untrained = evidence_of_learning(self.ready_state())
             if self.schedule is not None:
                 self._rates = make_rates(self.schedule)
+            if line := idle_devices(self.example_batch):
+                self.show(line)
             self.display.compiling("the step")
 
     def around_epoch(self) -> AbstractContextManager[ChunkScope]:
@@ -244,10 +246,9 @@ class Training(Predictor):
         if self.step == self.first_step:
             self.display.running()
             self.show(self.ledger.read().compiled())
-        if not (self._form_is_shown or self.forms.measuring):
+        if not (self._form_is_shown or self.forms.measuring) and self.forms.describe():
             self._form_is_shown = True
-            if self.forms.describe():
-                self.show(f"steps as programs: {self.forms.describe()}")
+            self.show(f"steps as programs: {self.forms.describe()}")
         self.state, self.step = event.state, event.step
         self.tally.steps += event.num_steps
         self.watchdog.beat("a step", event.step)
