@@ -31,7 +31,7 @@ ROOMS = (
     *("signature", "compiling", "choices", "flops", "machine", "report"),
     *("models", "data", "augment", "optim", "parallel", "zoo", "trainer_config", "ranking"),
     *("context", "measured", "guard", "rows", "step", "accumulate", "precision", "diagnosis"),
-    *("forms", "fuse"),
+    *("forms", "fuse", "independence", "padding"),
     *("loggers", "display", "checkpoint", "callbacks", "weights"),
     *("events", "evaluate", "loop", "recording", "tally"),
     *("predictor", "training", "resume", "warm_start", "recovery", "checked", "hooks", "trainer"),

@@ -232,7 +232,7 @@ class TrainerModule(Hooks, Checked):
         """Evaluates the model over a loader: every example once, nothing changed.
 
         Args:
-            loader: any iterable of batches; the first is the largest.
+            loader: any iterable of batches, of any sizes.
             prefix: put before each metric's name: `"val/"` gives `val/loss`.
 
         Returns:
@@ -244,7 +244,7 @@ class TrainerModule(Hooks, Checked):
         """
         with self.ledger.spent("evaluation"):
             state, name = self.evaluation_state(), prefix.rstrip("/") or "evaluate"
-            with self.chunks(loader, name, even=self._evaluator.masks is True) as chunks:
+            with self.chunks(loader, name, even=self._evaluator.may_pad(state)) as chunks:
                 metrics = self._evaluator(state, chunks)
             self.check_values(metrics, name)
             return metrics_lib.compute(metrics, prefix)

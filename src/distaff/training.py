@@ -30,6 +30,7 @@ from distaff.metrics import compute, results
 from distaff.metrics.limits import Breach
 from distaff.monitor import Monitor
 from distaff.optim import OptimizerConfig, OptimizerLike, make_rates
+from distaff.padding import MayPad
 from distaff.predictor import Predictor
 from distaff.record import make_record
 from distaff.recording import NullRecording, Recording, make_recording
@@ -194,13 +195,13 @@ class Training(Predictor):
         )
 
     @contextmanager
-    def chunks(self, loader: Any, name: str, *, even: bool) -> Generator[Iterator[Chunk]]:
+    def chunks(self, loader: Any, name: str, *, even: MayPad) -> Generator[Iterator[Chunk]]:
         """Goes once through a loader, in chunks, with its progress shown.
 
         Args:
             loader: any iterable of batches.
             name: what errors and the display call it.
-            even: whether a short batch may be padded; see `Feed.repeated`.
+            even: whether short batches may be padded; see `Feed.repeated`.
         """
         self.evaluation_watch.expect(loader, num_shapes=num_shapes(loader))
         loader = as_loader(loader, name=name)

@@ -106,13 +106,13 @@ class Feed:
         self._ahead.wait()
         self._position = None
 
-    def repeated(self, form: Form, *, even: bool) -> Generator[Chunk]:
+    def repeated(self, form: Form, *, even: Callable[[Source], bool]) -> Generator[Chunk]:
         """Yields the chunks of one epoch, placed once where it is the same each time.
 
         Args:
             form: of the chunks.
-            even: whether to pad a short batch to the size of the first one. `Chunk.examples` is
-                the number without the padding.
+            even: whether batches like those of a source may be padded: a short one then has the
+                size of the first one. `Chunk.examples` is the number without the padding.
 
         Raises:
             BatchError: the loader is empty.
@@ -122,18 +122,19 @@ class Feed:
             return
         loader: Any = self.loader
         rows = list(loader.rows()) or list(loader.rows())
-        key = form, even, len(rows)
-        if self._kept is None or self._kept.key != key:
-            chunks = []
+        kept, key = self._kept, (form, len(rows))
+        if kept is None or kept.key != key or kept.even != even(kept.chunks[0].source):
+            chunks, is_even = [], False
             slices = _slices(loader.arrays, rows)
             for chunk in _chunks_of(slices, lambda: form, _Batches(self._name, on_device=False)):
-                source = chunk.source.padded(len(rows[0])) if even else chunk.source
+                is_even = is_even if chunks else even(chunk.source)
+                source = chunk.source.padded(len(rows[0])) if is_even else chunk.source
                 placed = jax.device_put(source, may_alias=False)
                 chunks.append(chunk._replace(source=placed))
                 yield chunks[-1]
-            self._kept = _Kept(key, chunks)
+            self._kept = _Kept(key, is_even, chunks)
         else:
-            yield from self._kept.chunks
+            yield from kept.chunks
 
     def _go_back(self) -> None:
         """Puts the loader where the last chunk handed out ends, if it can go there."""
@@ -219,7 +220,8 @@ class _Gathers:
 
 
 class _Kept(NamedTuple):
-    key: tuple[Form, bool, int]
+    key: tuple[Form, int]
+    even: bool
     chunks: list[Chunk]
 
 
