@@ -32,6 +32,7 @@ from distaff.hooks import Hooks
 from distaff.measured import StepFn, measured
 from distaff.optim import build_optimizer
 from distaff.recording import recorded
+from distaff.rehearsal import rehearsed
 from distaff.rows import WindowEnd
 from distaff.state import owned
 from distaff.step import EvalFn, EvalStep
@@ -208,6 +209,14 @@ class TrainerModule(Hooks, Checked):
         """
         ledger = self.ledger
         self.begin_epoch(epoch)
+        self.forms = rehearsed(
+            self._steps,
+            self.ready_state(),
+            self.feeds,
+            train_loader,
+            directory=self.recording.path,
+            remember=self.config.tune_process,
+        )
         with closing(self.training_chunks(train_loader)) as chunks, self.around_epoch() as guard:
             events = loop.steps(
                 self._steps,

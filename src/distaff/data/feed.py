@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
 from contextlib import closing
-from itertools import chain, islice
+from itertools import chain, islice, repeat
 from typing import Any, NamedTuple
 
 import jax
@@ -135,6 +135,19 @@ class Feed:
             self._kept = _Kept(key, is_even, chunks)
         else:
             yield from kept.chunks
+
+    def sample(self, batch: PyTree, form: Form) -> Chunk:
+        """Returns a chunk like those of an epoch, without reading the loader.
+
+        Args:
+            batch: like those that it yields; the chunk holds it as often as it has steps.
+            form: of the chunk.
+        """
+        size = num_examples(batch, name=self._name)
+        kind: Any = self._kind
+        item = np.arange(size, dtype=np.int32) if isinstance(kind, _Gathers) else batch
+        items = repeat((item, {}), form.num_steps)
+        return next(_chunks_of(items, lambda: form, kind))
 
     def _go_back(self) -> None:
         """Puts the loader where the last chunk handed out ends, if it can go there."""
