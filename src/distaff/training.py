@@ -16,18 +16,21 @@ from distaff.compiling import Watch
 from distaff.config import from_json
 from distaff.data import Chunk, Feeds, Form, Loader, as_loader, first_batch, num_batches, num_shapes
 from distaff.data.left_out import Stretch, left_out, num_drawn
+from distaff.devices import check_one_process, idle_devices
 from distaff.display import rows_by_split
 from distaff.errors import ConfigError, StateError
 from distaff.events import BadNumbers, ChunkEnd, Interrupted, Plan
-from distaff.forms import Fixed, Forms
+from distaff.forms import Choice, fixed
 from distaff.fuse import Steps
 from distaff.guard import Flags, shown
 from distaff.interruption import Interruption
 from distaff.loggers import Logger
 from distaff.machine import peak_flops
-from distaff.metrics import compute
+from distaff.metrics import compute, results
+from distaff.metrics.limits import Breach
 from distaff.monitor import Monitor
 from distaff.optim import OptimizerConfig, OptimizerLike, make_rates
+from distaff.padding import MayPad
 from distaff.predictor import Predictor
 from distaff.record import make_record
 from distaff.recording import NullRecording, Recording, make_recording
@@ -85,15 +88,14 @@ class Training(Predictor):
         self.schedule: Schedule | None = None
         self.last_metrics: dict[str, Any] = {}
         self.has_run = False
-        self.forms: Forms = Fixed(1)
+        self.forms: Choice = fixed(1)
         self.feeds, self.ledger = Feeds(), Ledger()
         self.evaluation_watch = self.make_watch()
         self.report: Report | None = None
         self.interruption, self.tally, self.unsaved = Interruption(), Tally(), None
         self.begun_at, self.interrupted_by = (0, 0), ""
         self.left_out: list[Stretch] = []
-        self.num_skipped = 0
-        self.watchdog = Watchdog(None)
+        self.num_skipped, self.watchdog = 0, Watchdog(None)
 
     def init_logger(self) -> Recording:
         """Returns where metrics, checkpoints and configuration go; nothing is written yet."""
@@ -150,13 +152,13 @@ class Training(Predictor):
         """Counts a new run."""
         if self.state is None:  # before the display starts a thread, which would have an arena
             self.tune_process(first_batch(plan.train_loader, name="train"))
+        check_one_process()
         self.evaluation_watch.expect()
         self.plan, self.first_step, self.reached = plan, self.step, (self.step, self.epoch)
         self.begun_at, self.unsaved, self.last_save = (self.step, self.epoch), None, None
-        self.left_out, self.num_skipped = [], 0
-        self.tally = Tally(plan.first_epoch)
+        self.left_out, self.num_skipped, self.tally = [], 0, Tally(plan.first_epoch)
         self.best_models, self.callbacks.stop_reason, self.last_metrics = (), None, {}
-        self.has_run, self.ledger, self._form_is_shown = False, Ledger(), False
+        self.has_run, self.ledger = False, Ledger()
         self._untrained, self._rates, self.report, self.interrupted_by = None, None, None, ""
         self.display.start(plan.last_epoch, plan.steps_per_epoch or num_batches(plan.train_loader))
         self.display.compiling("the model")
@@ -186,20 +188,19 @@ class Training(Predictor):
         return self.feeds.of(loader, name="train").epoch(
             lambda: forms.form,
             self.plan.steps_per_epoch,
-            steady=lambda: not forms.measuring,
             keep_place=True,
             done=num_drawn(tally.steps, without),
             without=without,
         )
 
     @contextmanager
-    def chunks(self, loader: Any, name: str, *, even: bool) -> Generator[Iterator[Chunk]]:
+    def chunks(self, loader: Any, name: str, *, even: MayPad) -> Generator[Iterator[Chunk]]:
         """Goes once through a loader, in chunks, with its progress shown.
 
         Args:
             loader: any iterable of batches.
             name: what errors and the display call it.
-            even: whether a short batch may be padded; see `Feed.repeated`.
+            even: whether short batches may be padded; see `Feed.repeated`.
         """
         self.evaluation_watch.expect(loader, num_shapes=num_shapes(loader))
         loader = as_loader(loader, name=name)
@@ -230,6 +231,8 @@ class Training(Predictor):
             self._untrained = evidence_of_learning(self.ready_state())
             if self.schedule is not None:
                 self._rates = make_rates(self.schedule)
+            if line := idle_devices(self.example_batch):
+                self.show(line)
             self.display.compiling("the step")
 
     def around_epoch(self) -> AbstractContextManager[ChunkScope]:
@@ -243,11 +246,7 @@ class Training(Predictor):
         """Takes over the new state, and tells display and callbacks."""
         if self.step == self.first_step:
             self.display.running()
-            self.show(self.ledger.read().compiled())
-        if not (self._form_is_shown or self.forms.measuring):
-            self._form_is_shown = True
-            if self.forms.describe():
-                self.show(f"steps as programs: {self.forms.describe()}")
+            self.show(f"{self.ledger.read().compiled()}; {self.forms.describe()}")
         self.state, self.step = event.state, event.step
         self.tally.steps += event.num_steps
         self.watchdog.beat("a step", event.step)
@@ -257,7 +256,7 @@ class Training(Predictor):
         self.display.advance(event.step, self.epoch, examples)
         for step, metrics in enumerate(event.metrics, event.step - event.num_steps + 1):
             state = event.state if step == event.step else None
-            seen = {n: metric for n, metric in metrics.items() if not isinstance(metric, Flags)}
+            seen = {n: x for n, x in results(metrics).items() if not isinstance(x, Flags)}
             self.emit("on_step_end", StepInfo(step, self.epoch, state, seen))
 
     def show(self, line: str) -> None:
@@ -277,7 +276,7 @@ class Training(Predictor):
             BadNumbers: a step in it is not to be trained on.
         """
         with self.ledger.spent("logging"):
-            self.judge(event.bad)
+            self.judge(event.bad, event.breach)
             if event.skipped:
                 self.num_skipped += len(event.skipped)
                 self.show(f"left out, as bad steps: {', '.join(map(str, event.skipped))}")
@@ -291,7 +290,7 @@ class Training(Predictor):
             self.recording.logger.log_metrics(metrics, step=event.step, epoch=self.epoch)
             self.log_throughput(_LAP_SECONDS)
 
-    def judge(self, bad: BadStep | None) -> None:
+    def judge(self, bad: BadStep | None, breach: Breach | None = None) -> None:
         """Ends the work on an epoch where a bad step is not to be trained on.
 
         Raises:

@@ -18,8 +18,16 @@ import tyro
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distaff.errors import ConfigError
-from distaff.optim import OptimizerConfig, build_optimizer, catalog, decay_mask, make_schedule
+from distaff.config import override
+from distaff.errors import ConfigError, leaf_name
+from distaff.optim import (
+    OptimizerConfig,
+    ParamGroup,
+    build_optimizer,
+    catalog,
+    decay_mask,
+    make_schedule,
+)
 
 TOTAL_STEPS = 20
 PARAMS = {
@@ -98,6 +106,11 @@ COSINE = optax.cosine_decay_schedule(0.1, TOTAL_STEPS, alpha=0.01)
             optax.lion(COSINE, weight_decay=0.2, mask=MASK),
         ),
         (OptimizerConfig("muon", learning_rate=0.1), optax.contrib.muon(COSINE)),
+        (OptimizerConfig("adafactor", learning_rate=0.1), optax.adafactor(COSINE)),
+        (
+            OptimizerConfig("adafactor", learning_rate=0.1, weight_decay=0.2),
+            optax.adafactor(COSINE, weight_decay_rate=0.2, weight_decay_mask=MASK),
+        ),
         (
             OptimizerConfig("lars", learning_rate=0.1, weight_decay=0.2),
             optax.lars(COSINE, weight_decay=0.2, weight_decay_mask=MASK),
@@ -138,13 +151,9 @@ def test_catalog_optimizers_without_masked_decay_do_not_decay_by_default():
 def test_build_optimizer_makes_a_step_with_every_name_of_optax(name):
     options = {
         "noisy_sgd": {"key": 0},
-        "dpsgd": {"l2_norm_clip": 1.0, "noise_multiplier": 0.1, "seed": 0},
     }.get(name, {})
     schedule = "constant" if name in catalog.FIXED_RATE else "cosine"
     grads = PARAMS
-    if name == "dpsgd":
-        grads = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), PARAMS)
-
     loss = optax.tree.norm
 
     def one_step(params):
@@ -198,6 +207,106 @@ def test_decay_mask_reads_attribute_and_sequence_keys():
     )
     mask = decay_mask([layer(np.ones([2, 2]), np.ones([2, 1])), np.ones([3, 3]), np.ones(3)])
     assert (mask[0].weight, mask[0].bias, mask[1], mask[2]) == (True, False, True, False)
+
+
+def decayed(params, mask=decay_mask):
+    return {
+        name
+        for path, on in jax.tree.leaves_with_path(mask(params))
+        if (name := leaf_name(path)) and on
+    }
+
+
+STACKED = {
+    "norm": {"gamma": np.ones((3, 4)), "beta": np.ones((3, 4)), "offset": np.ones((3, 4))},
+    "linear": {"w": np.ones((3, 4, 4)), "b": np.ones((3, 4))},
+    "rnn": {"weight_ih": np.ones((3, 8, 4)), "bias_ih": np.ones((3, 8))},
+    "ln_1": {"weight": np.ones((3, 4))},
+    "square": {"weight": np.ones((4, 4)), "bias": np.ones(4)},
+    "plain": {"weight": np.ones((3, 4)), "bias": np.ones((3, 4))},
+    "adapter": {"a": np.ones((4, 2)), "b": np.ones((2, 4))},
+    "mixer": {"lora_b": np.ones((2, 4)), "layerScale": np.ones((3, 4))},
+    "embedding": np.ones((8, 4)),
+}
+
+
+def test_decay_mask_spares_biases_and_scales_stacked_over_layers():
+    assert decayed(STACKED) == {
+        *("linear/w", "rnn/weight_ih", "square/weight", "adapter/a", "adapter/b", "mixer/lora_b"),
+        "embedding",
+    }
+
+
+def test_patterns_add_to_what_is_decayed_and_take_away_from_it():
+    config = OptimizerConfig(
+        "adamw",
+        weight_decay=0.5,
+        no_decay=("embedding", "*/w"),
+        also_decay=["norm/*", "*/b", "*/w"],
+    )
+    tx = build_optimizer(config, TOTAL_STEPS).tx
+    params = jax.tree.map(jnp.asarray, STACKED)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    moved = {leaf_name(path) for path, leaf in jax.tree.leaves_with_path(updates) if leaf.any()}
+    more = {"norm/gamma", "norm/beta", "norm/offset", "linear/b"}
+    assert moved == (decayed(STACKED) | more) - {"embedding", "linear/w"}
+
+
+@pytest.mark.parametrize("option", ["no_decay", "also_decay"])
+@pytest.mark.parametrize("where", ["config", "group"])
+def test_a_pattern_of_decay_that_matches_nothing_is_refused(option, where):
+    config = OptimizerConfig("adamw", weight_decay=0.1, **{option: ("*/bais",)})
+    if where == "group":
+        config = OptimizerConfig("adamw", groups=(ParamGroup("Dense_0/*", optimizer=config),))
+    with pytest.raises(ConfigError, match=rf"{option} must match .*'\*/bais' matches none.*bias"):
+        build_optimizer(config, TOTAL_STEPS).tx.init(PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "schedule"),
+    [
+        *(("adamw", 1e-3, "cosine"), ("prodigy", 1.0, "cosine"), ("momo_adam", 0.01, "cosine")),
+        *(("adadelta", 1.0, "cosine"), ("schedule_free_adamw", 0.0025, "constant")),
+        *(("lbfgs", 1.0, "constant"), ("schedule_free_sgd", 1.0, "constant")),
+    ],
+)
+def test_rate_and_schedule_follow_the_name_until_they_are_given(name, rate, schedule):
+    renamed = dataclasses.replace(OptimizerConfig("sgd"), name=name)
+    for config in (OptimizerConfig(name), renamed, override(OptimizerConfig(), {"name": name})):
+        assert (config.learning_rate, config.schedule) == (rate, schedule)
+    given = dataclasses.replace(OptimizerConfig(learning_rate=0.5, schedule="linear"), name=name)
+    assert (given.learning_rate, given.schedule) == (0.5, "linear")
+
+
+def test_optimizer_config_takes_scalars_of_numpy_and_jax():
+    config = OptimizerConfig(
+        learning_rate=np.float32(0.5),
+        warmup_steps=np.int64(3),
+        clip_norm=jnp.float32(2.0),
+        options={"b1": np.array(0.5), "nesterov": np.bool_(True)},
+    )
+    assert config == OptimizerConfig(
+        learning_rate=0.5, warmup_steps=3, clip_norm=2.0, options={"b1": 0.5, "nesterov": True}
+    )
+    json.dumps(dataclasses.asdict(config))
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3])
+def test_one_cycle_of_few_steps_rises_to_its_peak(num_steps):
+    schedule = make_schedule(OptimizerConfig(learning_rate=0.5, schedule="one_cycle"), num_steps)
+    rates = [float(schedule(step)) for step in range(num_steps + 1)]
+    assert max(rates[:-1]) == pytest.approx(0.5)
+    assert rates[0] == pytest.approx(0.5 if num_steps == 1 else 0.02)
+    assert rates[-1] == pytest.approx(0.005)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "exponential", "one_cycle"])
+def test_schedules_of_more_steps_than_int32_has_are_those_of_their_share(name):
+    config = OptimizerConfig(learning_rate=0.5, schedule=name, warmup_steps=5)
+    long, short = make_schedule(config, 2**32 + 5), make_schedule(config, 2**12 + 5)
+    for step in (0, 1, 100, 2**11 - 1):
+        share = jnp.int32(step * 2**20)
+        assert float(long(5 + share)) == pytest.approx(float(short(5 + step)), rel=1e-3)
 
 
 def one_cycle_by_hand(step: int, num_steps: int, peak: float, end: float) -> float:
@@ -342,7 +451,18 @@ def test_build_optimizer_refuses(optimizer, total_steps, message):
         ({"options": {"b1": math.nan}}, r"options\['b1'\] is nan"),
         ({"name": "prodigy", "options": {"betas": (0.9, 0.99)}}, r"options\['betas'\]"),
         ({"options": None}, r"options must be a mapping"),
-        ({"name": "dpsgd", "options": {"seed": 0}}, r"l2_norm_clip.*noise_multiplier"),
+        ({"name": "dpsgd", "options": {"seed": 0}}, r"gradient of each example.*create_functions"),
+        ({"options": {"b1": "0.9"}}, r"'b1'\] .*must be a number from 0.*'0\.9'|must be a number"),
+        ({"options": {"b1": None}}, r"must be a number, and is None"),
+        ({"options": {"b1": 2.0}}, r"from 0 to less than 1, and is 2\.0"),
+        ({"options": {"eps": -1e-8}}, r"at least 0, and is -1e-08"),
+        ({"options": {"mu_dtype": "bfloat17"}}, r"name of a dtype"),
+        ({"name": "sgd", "options": {"nesterov": "no"}}, r"True or False, and is 'no'"),
+        ({"name": "sgd", "options": {"momentum": "0.9"}}, r"must be a number"),
+        ({"name": "galore", "options": {"rank": 0}}, r"an int, at least 1, and is 0"),
+        ({"name": "galore", "options": {"rank": 2.0}}, r"an int, at least 1, and is 2\.0"),
+        ({"name": "prodigy", "options": {"weight_decay": 0.1}}, r"all parameters or none"),
+        ({"no_decay": "*/embedding"}, r"no_decay must be a tuple of patterns"),
         ({"name": "rprop"}, r"fixed learning rate.*'constant'"),
         ({"name": "adam", "weight_decay": 0.1}, r'1711\.05101.*"adamw", weight_decay=0\.1'),
         ({"name": "rmsprop", "weight_decay": 0.1}, r"'rmsprop'.*0\.1.*adamw.*momentum.*muon.*sgd"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import optax
 
@@ -12,10 +12,10 @@ from distaff.errors import ConfigError
 from distaff.optim import catalog
 from distaff.optim.config import OptimizerConfig, ParamGroup
 from distaff.optim.groups import frozen, group_labels, is_trained
-from distaff.optim.masks import decay_mask
+from distaff.optim.masks import check_patterns, make_decay_mask
 from distaff.optim.schedules import make_schedule
 from distaff.slot import with_known_args
-from distaff.typing import Schedule
+from distaff.typing import Params, PyTree, Schedule
 
 OptimizerLike: TypeAlias = (
     OptimizerConfig
@@ -79,26 +79,57 @@ def build_optimizer(optimizer: OptimizerLike, total_steps: int | None) -> Optimi
 
 
 def _from_config(config: OptimizerConfig, total_steps: int | None) -> Optimizer:
-    schedule = None if config.name in catalog.LEARNED else make_schedule(config, total_steps)
-    transforms = []
+    schedule = _schedule(config, total_steps)
+    tx = optax.with_extra_args_support(optax.chain(*_transforms(config, total_steps)))
+    return Optimizer(_checking_patterns(tx, config), schedule)
+
+
+def _schedule(config: OptimizerConfig, total_steps: int | None) -> Schedule | None:
+    return None if config.name in catalog.LEARNED else make_schedule(config, total_steps)
+
+
+def _transforms(
+    config: OptimizerConfig, total_steps: int | None
+) -> list[optax.GradientTransformation]:
+    transforms: list[optax.GradientTransformation] = []
     if config.clip_value is not None:
         transforms.append(optax.clip(config.clip_value))
     if config.clip_norm is not None:
         clip = optax.clip_by_global_norm(config.clip_norm)
         transforms.append(optax.masked(clip, is_trained(config.groups)) if config.groups else clip)
+    schedule = _schedule(config, total_steps)
     if config.groups:
         transforms.append(_grouped(config, total_steps))
     elif schedule is None:
         transforms.append(_learned(config, total_steps))
     else:
         transforms.extend(_with_decay(config, schedule))
-    return Optimizer(optax.with_extra_args_support(optax.chain(*transforms)), schedule)
+    return transforms
+
+
+def _checking_patterns(
+    tx: optax.GradientTransformationExtraArgs, config: OptimizerConfig
+) -> optax.GradientTransformationExtraArgs:
+    """Returns an optimizer that checks the patterns of decay once it sees all parameters."""
+    own = [g.optimizer for g in config.groups if isinstance(g.optimizer, OptimizerConfig)]
+    patterns = {
+        "no_decay": [pattern for each in (config, *own) for pattern in each.no_decay],
+        "also_decay": [pattern for each in (config, *own) for pattern in each.also_decay],
+    }
+    if not any(patterns.values()):
+        return tx
+
+    def init(params: Params) -> PyTree:
+        check_patterns(patterns, params)
+        return tx.init(params)
+
+    return optax.GradientTransformationExtraArgs(init, tx.update)
 
 
 def _grouped(config: OptimizerConfig, total_steps: int | None) -> optax.GradientTransformation:
     rest = dataclasses.replace(config, groups=(), clip_norm=None, clip_value=None)
     transforms = [_of_group(group, rest, total_steps) for group in config.groups]
-    transforms.append(build_optimizer(rest, total_steps).tx)
+    transforms.append(_of_part(rest, total_steps))
     # A line search then gets the gradient of its own parameters alone.
     return optax.partition(
         dict(enumerate(transforms)), group_labels(config.groups), mask_compatible_extra_args=True
@@ -112,26 +143,40 @@ def _of_group(
         return frozen()
     if group.learning_rate is not None:
         rest = dataclasses.replace(rest, learning_rate=group.learning_rate)
-    return build_optimizer(rest if group.optimizer is None else group.optimizer, total_steps).tx
+    own = rest if group.optimizer is None else group.optimizer
+    return _of_part(own, total_steps)
+
+
+def _of_part(
+    optimizer: OptimizerConfig | optax.GradientTransformation, total_steps: int | None
+) -> optax.GradientTransformation:
+    """Makes the optimizer of some parameters; patterns may match others."""
+    if isinstance(optimizer, OptimizerConfig):
+        return optax.chain(*_transforms(optimizer, total_steps))
+    return build_optimizer(optimizer, total_steps).tx
 
 
 def _with_decay(config: OptimizerConfig, schedule: Schedule) -> list[optax.GradientTransformation]:
     function = catalog.optimizers()[config.name]
     rate = config.learning_rate if config.name in catalog.FIXED_RATE else schedule
     decay = config.weight_decay
+    mask = make_decay_mask(config.no_decay, config.also_decay)
     mask_argument = catalog.mask_argument(config.name)
-    if mask_argument is not None:
-        masked_decay = {"weight_decay": decay, mask_argument: decay_mask}
-        return [function(rate, **masked_decay, **config.options)]
-    optimizer = function(rate, **config.options)
-    if decay == 0:
+    arguments: dict[str, Any] = dict(config.options)
+    if mask_argument is not None and (decay or config.name != "adafactor"):
+        arguments.update({catalog.decay_argument(config.name): decay, mask_argument: mask})
+    try:
+        optimizer = function(rate, **arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"Optax cannot make the optimizer {config.name!r} with the options "
+            f"{config.options!r}: {error}"
+        ) from error
+    if decay == 0 or mask_argument is not None:
         return [optimizer]
     if config.name in catalog.DECAY_IN_GRADIENT:
-        return [optax.add_decayed_weights(decay, decay_mask), optimizer]
-    return [
-        optimizer,
-        optax.add_decayed_weights(lambda step: -schedule(step) * decay, decay_mask),
-    ]
+        return [optax.add_decayed_weights(decay, mask), optimizer]
+    return [optimizer, optax.add_decayed_weights(lambda step: -schedule(step) * decay, mask)]
 
 
 def _learned(config: OptimizerConfig, total_steps: int | None) -> optax.GradientTransformation:
@@ -141,7 +186,10 @@ def _learned(config: OptimizerConfig, total_steps: int | None) -> optax.Gradient
             "is not known because the loader has no length. Pass steps_per_epoch to train_model."
         )
     make = catalog.LEARNED[config.name]
-    return make(total_steps=total_steps, weight_decay=config.weight_decay, **config.options)
+    mask = make_decay_mask(config.no_decay, config.also_decay)
+    return make(
+        total_steps=total_steps, weight_decay=config.weight_decay, mask=mask, **config.options
+    )
 
 
 def _check_factory(optimizer: object) -> None:

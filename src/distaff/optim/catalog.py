@@ -28,6 +28,17 @@ biases and norm scales among it.
 LEARNED: Mapping[str, Callable[..., optax.GradientTransformationExtraArgs]] = {"velo": velo}
 """Optimizers that are trained networks: no learning rate, but weights and the run's length."""
 
+REFUSED: Mapping[str, str] = {
+    "dpsgd": (
+        "'dpsgd' needs the gradient of each example, [batch, ...], and a training step computes "
+        "the mean gradient of a batch, whose noise would protect nobody. Pass "
+        "optax.contrib.dpsgd(...) as the optimizer, and override create_functions with a "
+        "train_step that computes jax.vmap(jax.grad(loss), (None, 0))(state.params, batch) and "
+        "returns state.apply_gradients(grads=...)."
+    )
+}
+"""Functions of Optax that a name alone does not make right, and how they are used."""
+
 _OF_THE_RUN = frozenset({"total_steps"})
 
 _DECAY_ARGUMENTS = frozenset(
@@ -46,7 +57,7 @@ def optimizers() -> Mapping[str, Callable[..., optax.GradientTransformation]]:
         name: function
         for module in (optax.contrib, optax)
         for name, function in vars(module).items()
-        if _is_optimizer(name, function)
+        if _is_optimizer(name, function) and name not in REFUSED
     }
     return {**found, "momentum": functools.partial(optax.sgd, momentum=0.9)}
 
@@ -68,10 +79,15 @@ def owner_of(argument: str) -> str | None:
     return argument if argument in {"learning_rate", "warmup_steps", "weight_decay"} else None
 
 
+def decay_argument(name: str) -> str:
+    """Returns what an optimizer calls its weight decay, if it has one."""
+    return "weight_decay_rate" if name == "adafactor" else "weight_decay"
+
+
 def mask_argument(name: str) -> str | None:
-    """Returns what an optimizer with a masked `weight_decay` calls the mask, or None."""
+    """Returns what an optimizer with a masked weight decay calls the mask, or None."""
     parameters = inspect.signature(optimizers()[name]).parameters
-    if "weight_decay" not in parameters or name in DECAY_IN_UPDATE:
+    if decay_argument(name) not in parameters or name in DECAY_IN_UPDATE:
         return None
     return next((mask for mask in ("mask", "weight_decay_mask") if mask in parameters), None)
 

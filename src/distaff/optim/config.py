@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import optax
 
 from distaff.errors import ConfigError, nearest
 from distaff.optim import catalog
-from distaff.optim.learned import WHERE_TO_GET
+from distaff.optim.defaults import (
+    RATE,
+    SCHEDULE,
+    DefaultRate,
+    DefaultSchedule,
+    default_rate,
+    default_schedule,
+)
+from distaff.optim.options import check_options, is_finite, no_decay_remedy, plain
 
 ScheduleName: TypeAlias = Literal[
     "constant", "cosine", "linear", "exponential", "inverse_sqrt", "one_cycle"
@@ -20,6 +26,11 @@ ScheduleName: TypeAlias = Literal[
 
 Option: TypeAlias = bool | int | float | str | None
 """What an option may be: the scalars of JSON."""
+
+
+_NUMBERS = (
+    *("learning_rate", "warmup_steps", "end_fraction", "weight_decay", "clip_norm", "clip_value"),
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,7 @@ class ParamGroup:
 
     def __post_init__(self) -> None:
         """Refuses what cannot be built."""
+        _take_plain(self, ("learning_rate",))
         _check_group(self)
 
 
@@ -61,16 +73,24 @@ class OptimizerConfig:
             `optax` or `optax.contrib` that makes an optimizer from a `learning_rate`; or velo, a
             trained network whose weights are in a folder, `options={"weights": "/folder"}`. It has
             no learning rate: the next four fields keep their defaults.
-        learning_rate: the highest learning rate of the run.
-        schedule: how the learning rate falls after the warm-up; one_cycle rises first.
+        learning_rate: the highest learning rate of the run. By default that of the Optax function,
+            such as 1.0 for prodigy, dowg or schedule_free_sgd, and 1e-3 where it has none.
+        schedule: how the learning rate falls after the warm-up; one_cycle rises first. By default
+            cosine; constant for schedule_free_sgd, schedule_free_adamw and lbfgs.
         warmup_steps: optimizer steps over which the learning rate rises linearly from 0.
-        end_fraction: the last learning rate divided by `learning_rate`, from 0 to 1. Not used by
-            constant and inverse_sqrt.
-        weight_decay: strength of weight decay, which leaves biases and norm scales alone. For
-            sgd and momentum it is L2 added to the gradient, for all others what their Optax
-            function calls `weight_decay` (adamw, lamb, lion, muon: decoupled, and multiplied by
-            the learning rate). The defaults of Optax, such as 1e-4 for adamw, are never used. For
-            velo see `distaff.optim.learned.velo`.
+        end_fraction: what the learning rate is divided by `learning_rate` once the run is over,
+            from 0 to 1; the last step still has a little more. Not used by constant and
+            inverse_sqrt.
+        weight_decay: strength of weight decay, which leaves biases and norm scales alone; see
+            `decay_mask`. For sgd and momentum it is L2 added to the gradient, for all others what
+            their Optax function calls `weight_decay` (adamw, lamb, lion, muon: decoupled, and
+            multiplied by the learning rate; adafactor: `weight_decay_rate`, without the learning
+            rate). The defaults of Optax, such as 1e-4 for adamw, are never used. For velo see
+            `distaff.optim.learned.velo`.
+        no_decay: shell patterns for the paths of parameters that are not decayed either, such as
+            `*/embedding`.
+        also_decay: patterns for those that are decayed, though they look like a bias or a scale.
+            What both match is not decayed.
         clip_norm: the largest global norm of the gradient; None for no limit.
         clip_value: the largest absolute value of each gradient entry; None for no limit.
         options: further arguments of the Optax function, such as `{"b1": 0.95}`.
@@ -88,25 +108,29 @@ class OptimizerConfig:
 
     name: str = "adamw"
     _: KW_ONLY
-    learning_rate: float = 1e-3
-    schedule: ScheduleName = "cosine"
+    learning_rate: float = RATE
+    schedule: ScheduleName = SCHEDULE  # ty: ignore[invalid-assignment]
     warmup_steps: int = 0
     end_fraction: float = 0.01
     weight_decay: float = 0.0
     clip_norm: float | None = None
     clip_value: float | None = None
+    no_decay: tuple[str, ...] = ()
+    also_decay: tuple[str, ...] = ()
     options: Mapping[str, Option] = field(default_factory=dict, hash=False)
     groups: tuple[ParamGroup, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuses what cannot be built."""
-        _check_numbers(self)
+        """Fills in what was not given, and refuses what cannot be built."""
+        _take_plain(self, _NUMBERS)
         _check_names(self)
+        _fill_in(self)
+        _check_numbers(self)
         _check_options(self)
         _check_combinations(self)
         _check_groups(self)
         _check_learned(self)
-        object.__setattr__(self, "options", dict(self.options))
+        _check_decay_patterns(self)
         object.__setattr__(self, "groups", tuple(self.groups))
 
 
@@ -121,7 +145,7 @@ def _check_group(group: ParamGroup) -> None:
             f"{given} must have exactly one of {', '.join(options)}, and has {named or 'none'}."
         )
     rate, optimizer = group.learning_rate, group.optimizer
-    if rate is not None and (not _is_finite(rate) or rate < 0):
+    if rate is not None and (not is_finite(rate) or rate < 0):
         raise ConfigError(
             f"The learning_rate of {given} must be a finite int or float >= 0, and is {rate!r}."
         )
@@ -139,6 +163,32 @@ def _check_group(group: ParamGroup) -> None:
         )
 
 
+def _take_plain(config: Any, names: Sequence[str]) -> None:
+    """Replaces scalars of NumPy and JAX by Python's own."""
+    for name in names:
+        object.__setattr__(config, name, plain(getattr(config, name)))
+
+
+def _fill_in(config: OptimizerConfig) -> None:
+    """Gives a config that leaves rate or schedule open those that its optimizer has by default."""
+    if isinstance(config.learning_rate, DefaultRate):
+        object.__setattr__(config, "learning_rate", default_rate(config.name))
+    if isinstance(config.schedule, DefaultSchedule):
+        object.__setattr__(config, "schedule", default_schedule(config.name))
+
+
+def _check_decay_patterns(config: OptimizerConfig) -> None:
+    for name in ("no_decay", "also_decay"):
+        patterns = getattr(config, name)
+        is_sequence = isinstance(patterns, tuple | list)
+        if not is_sequence or not all(isinstance(each, str) and each for each in patterns):
+            raise ConfigError(
+                f"{name} must be a tuple of patterns for the paths of parameters, such as "
+                f"('*/embedding',), and is {patterns!r}."
+            )
+        object.__setattr__(config, name, tuple(patterns))
+
+
 def _check_groups(config: OptimizerConfig) -> None:
     if not isinstance(config.groups, tuple | list):
         raise ConfigError(f"groups must be a tuple of ParamGroup, and is {config.groups!r}.")
@@ -153,7 +203,7 @@ def _check_groups(config: OptimizerConfig) -> None:
 def _check_numbers(config: OptimizerConfig) -> None:
     for name in ("learning_rate", "weight_decay", "end_fraction"):
         value = getattr(config, name)
-        if not _is_finite(value) or value < 0:
+        if not is_finite(value) or value < 0:
             raise ConfigError(f"{name} must be a finite int or float >= 0, and is {value!r}.")
     if config.end_fraction > 1:
         raise ConfigError(
@@ -162,18 +212,20 @@ def _check_numbers(config: OptimizerConfig) -> None:
         )
     for name in ("clip_norm", "clip_value"):
         value = getattr(config, name)
-        if value is not None and (not _is_finite(value) or value <= 0):
+        if value is not None and (not is_finite(value) or value <= 0):
             raise ConfigError(
                 f"{name} must be a finite int or float > 0, and is {value!r}. "
                 "For no clipping, use None."
             )
     steps = config.warmup_steps
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
-        raise ConfigError(f"warmup_steps must be an int >= 0, and is {steps!r}.")
+    if not isinstance(steps, int) or isinstance(steps, bool) or not 0 <= steps < 2**31:
+        raise ConfigError(f"warmup_steps must be an int >= 0 and < 2**31, and is {steps!r}.")
 
 
 def _check_names(config: OptimizerConfig) -> None:
     known = catalog.optimizers().keys() | catalog.LEARNED.keys()
+    if config.name in catalog.REFUSED:
+        raise ConfigError(f"The optimizer {catalog.REFUSED[config.name]}")
     if config.name not in known:
         raise ConfigError(
             f"No optimizer is called {config.name!r}. {nearest(str(config.name).lower(), known)} "
@@ -189,35 +241,8 @@ def _check_names(config: OptimizerConfig) -> None:
 def _check_options(config: OptimizerConfig) -> None:
     if not isinstance(config.options, Mapping):
         raise ConfigError(f"options must be a mapping by name, and is {config.options!r}.")
-    known = catalog.options_of(config.name)
-    for option, value in config.options.items():
-        owner = catalog.owner_of(option)
-        if owner is not None:
-            raise ConfigError(
-                f"options may not hold {option!r}, which the field {owner} of OptimizerConfig "
-                f"decides. Set {owner} instead."
-            )
-        if option not in known:
-            raise ConfigError(
-                f"The optimizer {config.name!r} has no option {option!r}. {nearest(option, known)}"
-            )
-        if not isinstance(value, Option) or (isinstance(value, float) and not math.isfinite(value)):
-            raise ConfigError(
-                "An option must be a bool, an int, a finite float, a str or None, and "
-                f"options[{option!r}] is {value!r}. For anything else, pass the "
-                "optax.GradientTransformation itself."
-            )
-    missing = [
-        option
-        for option, parameter in known.items()
-        if parameter.default is inspect.Parameter.empty and option not in config.options
-    ]
-    if missing:
-        remedy = f" {WHERE_TO_GET}" if config.name in catalog.LEARNED else ""
-        raise ConfigError(
-            f"The optimizer {config.name!r} needs these options, which have no default: "
-            f"{missing}.{remedy}"
-        )
+    object.__setattr__(config, "options", {n: plain(v) for n, v in config.options.items()})
+    check_options(config.name, config.options)
 
 
 def _check_combinations(config: OptimizerConfig) -> None:
@@ -268,9 +293,4 @@ def _decay_remedy(config: OptimizerConfig) -> str:
             f'2019, arXiv:1711.05101). Use OptimizerConfig("{decoupled}", '
             f"weight_decay={config.weight_decay!r})."
         )
-    able = [name for name in sorted(catalog.optimizers()) if catalog.takes_weight_decay(name)]
-    return f"Use weight_decay=0, or one of: {', '.join(able)}."
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return no_decay_remedy(config.name)

@@ -10,6 +10,9 @@ from distaff.errors import ConfigError
 from distaff.optim.config import OptimizerConfig
 from distaff.typing import Schedule
 
+_LONGEST = 2**30
+"""The most steps that a schedule divides by exactly."""
+
 _ENDLESS = {"constant", "inverse_sqrt"}
 _ONE_CYCLE_RISE = 25.0
 _ONE_CYCLE_RISE_SHARE = 0.3
@@ -27,8 +30,10 @@ def make_schedule(config: OptimizerConfig, total_steps: int | None) -> Schedule:
     * exponential: from `p` to `e` by the same factor at each step.
     * inverse_sqrt: `p * sqrt(w / max(step, w))` with `w = max(warmup_steps, 1)` and `step` counted
       from the start of the run (Vaswani et al. 2017, arXiv:1706.03762, section 5.3).
-    * one_cycle: from `p / 25` to `p` in 0.3 `n` steps, then to `e`, both along half a cosine
-      (Smith & Topin 2018, arXiv:1708.07120).
+    * one_cycle: from `p / 25` to `p` in 0.3 `n` steps, one at least, then to `e`, both along half
+      a cosine (Smith & Topin 2018, arXiv:1708.07120). A single step is at `p`.
+
+    The end `e` is the rate after `n` steps: the last step, number `n - 1`, still has a little more.
 
     Args:
         config: the schedule's name, peak, end and warm-up.
@@ -63,6 +68,9 @@ def make_schedule(config: OptimizerConfig, total_steps: int | None) -> Schedule:
 
 
 def _after_warmup(config: OptimizerConfig, num_steps: int) -> Schedule:
+    if num_steps > _LONGEST:  # Steps are counted in int32.
+        schedule = _after_warmup(config, _LONGEST)
+        return lambda step: schedule(jnp.asarray(step, jnp.float32) * (_LONGEST / num_steps))
     peak, end_fraction = config.learning_rate, config.end_fraction
     match config.schedule:
         case "constant":
@@ -76,7 +84,8 @@ def _after_warmup(config: OptimizerConfig, num_steps: int) -> Schedule:
         case "inverse_sqrt":
             return _inverse_sqrt_schedule(peak, config.warmup_steps)
         case "one_cycle":
-            summit = int(_ONE_CYCLE_RISE_SHARE * num_steps)
+            # A run of a few steps rises too: one step at most is at the peak from the beginning.
+            summit = max(int(_ONE_CYCLE_RISE_SHARE * num_steps), min(num_steps - 1, 1))
             return optax.piecewise_interpolate_schedule(
                 "cosine", peak / _ONE_CYCLE_RISE, {summit: _ONE_CYCLE_RISE, num_steps: end_fraction}
             )

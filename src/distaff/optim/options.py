@@ -1,0 +1,165 @@
+"""Checks of the options of an optimizer, by what its Optax function has as their defaults."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import typing
+from collections.abc import Mapping
+from numbers import Integral, Real
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distaff.errors import ConfigError, nearest
+from distaff.optim import catalog
+from distaff.optim.learned import WHERE_TO_GET
+
+_DECAYS = {"b1", "b2", "b3", "beta", "adam_b1", "adam_b2", "rho", "decay"}
+"""Options that say which share of an average stays; 1 would keep it as it is for ever."""
+
+_OBJECTS = {"base_optimizer", "weight_dimension_numbers", "muon_weight_dimension_numbers"}
+_SEEDS = {"key", "seed"}
+
+
+def plain(value: Any) -> Any:
+    """Returns a scalar of NumPy or JAX as Python's own, which JSON can hold; all else as it is."""
+    if isinstance(value, np.generic) or (
+        isinstance(value, np.ndarray | jax.Array) and value.ndim == 0
+    ):
+        return value.item()
+    return value
+
+
+def is_finite(value: object) -> bool:
+    """Returns whether a value is a finite int or float of Python."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Checks the options of an optimizer.
+
+    Args:
+        name: of a known optimizer.
+        options: by the name of Optax's argument.
+
+    Raises:
+        ConfigError: one is unknown, missing, of another type than Optax's default, or out of range.
+    """
+    known = catalog.options_of(name)
+    for option, value in options.items():
+        _check_owner(name, option)
+        if option not in known:
+            raise ConfigError(
+                f"The optimizer {name!r} has no option {option!r}. {nearest(option, known)}"
+            )
+        if not isinstance(value, bool | int | float | str | None) or (
+            isinstance(value, float) and not math.isfinite(value)
+        ):
+            raise ConfigError(
+                "An option must be a bool, an int, a finite float, a str or None, and "
+                f"options[{option!r}] is {value!r}. For anything else, pass the "
+                "optax.GradientTransformation itself."
+            )
+        wanted = "" if name in catalog.LEARNED else _wanted(option, value, known[option])
+        if wanted:
+            raise ConfigError(
+                f"options[{option!r}] of the optimizer {name!r} must be {wanted}, and is {value!r}."
+            )
+    _check_missing(name, options, known)
+
+
+def _check_owner(name: str, option: str) -> None:
+    owner = catalog.owner_of(option)
+    if owner is None:
+        return
+    if owner == "weight_decay" and not catalog.takes_weight_decay(name):
+        raise ConfigError(f"options may not hold {option!r}. {no_decay_remedy(name)}")
+    patterns = " Which parameters are decayed is set by no_decay and also_decay." * (
+        "mask" in option
+    )
+    raise ConfigError(
+        f"options may not hold {option!r}, which the field {owner} of OptimizerConfig decides. "
+        f"Set {owner} instead.{patterns}"
+    )
+
+
+def no_decay_remedy(name: str) -> str:
+    """Returns what to do for the decay of an optimizer whose decay no mask reaches, as sentences.
+
+    Args:
+        name: of a known optimizer.
+    """
+    parameters = inspect.signature(catalog.optimizers()[name]).parameters
+    able = [each for each in sorted(catalog.optimizers()) if catalog.takes_weight_decay(each)]
+    others = f"The others are: {', '.join(able)}."
+    if "weight_decay" not in parameters:
+        return f"Use weight_decay=0, or one of these: {', '.join(able)}."
+    return (
+        f"Optax's {name!r} decays all parameters or none, biases and norm scales too. To decay "
+        "them all, pass the transformation itself, with its weight_decay; to spare some, use "
+        f"another optimizer. {others}"
+    )
+
+
+def _check_missing(
+    name: str, options: Mapping[str, Any], known: Mapping[str, inspect.Parameter]
+) -> None:
+    missing = [
+        option
+        for option, parameter in known.items()
+        if parameter.default is inspect.Parameter.empty and option not in options
+    ]
+    if missing:
+        remedy = f" {WHERE_TO_GET}" if name in catalog.LEARNED else ""
+        raise ConfigError(
+            f"The optimizer {name!r} needs these options, which have no default: {missing}.{remedy}"
+        )
+
+
+def _wanted(option: str, value: Any, parameter: inspect.Parameter) -> str:
+    """Returns what an option must be, in words; empty where the value is that."""
+    default, kinds = parameter.default, typing.get_args(parameter.annotation)
+    if value is None and (default is None or type(None) in kinds):
+        return ""
+    if isinstance(value, str) and str in kinds and "dtype" not in option:
+        return ""
+    if option in _OBJECTS:
+        return "left out, or the optax.GradientTransformation passed itself"
+    if "dtype" in option:
+        return "" if _is_dtype(value) else "the name of a dtype, such as 'bfloat16'"
+    if option in _SEEDS:
+        return "" if isinstance(value, Integral) and not isinstance(value, bool) else "an int"
+    if isinstance(default, bool):
+        return "" if isinstance(value, bool) else "True or False"
+    if isinstance(default, str):
+        return "" if isinstance(value, str) else "a str"
+    if isinstance(default, int):
+        return _wanted_whole(value, min(default, 1))
+    if isinstance(default, float | None) or default is inspect.Parameter.empty:
+        return _wanted_real(option, value, default)
+    return f"a {type(default).__name__}: pass the optax.GradientTransformation itself"
+
+
+def _wanted_whole(value: Any, least: int) -> str:
+    is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+    return "" if is_whole and value >= least else f"an int, at least {least}"
+
+
+def _wanted_real(option: str, value: Any, default: Any) -> str:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return "a number"
+    if option in _DECAYS and isinstance(default, float) and default < 1:
+        return "" if 0 <= value < 1 else "a number from 0 to less than 1"
+    if option.startswith("eps"):
+        return "" if value >= 0 else "a number, at least 0"
+    return ""
+
+
+def _is_dtype(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and jnp.issubdtype(jnp.dtype(value), jnp.floating)
+    except TypeError:
+        return False
