@@ -48,7 +48,8 @@ def as_model(source: Any) -> Model:
     Args:
         source: a `flax.linen.Module`, whose variables are kept if it is bound; a
             `flax.nnx.Module`, or a function `f(rngs)` that makes one; an `equinox.Module`,
-            `(module, state)`, or a function `f(key)` that makes either; a pair `(init, apply)` of functions, such as Haiku's; or a `Model`.
+            `(module, state)`, or a function `f(key)` that makes either; a pair `(init, apply)` of
+            functions, such as Haiku's; or a `Model`.
 
     Raises:
         ConfigError: it is something else, such as a class whose constructor has other arguments.
