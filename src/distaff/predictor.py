@@ -61,7 +61,10 @@ class Predictor:
             return self.predict_fn(state.params, batch, Context(state, train=False))
 
         self._predict_step = self.execution.program(predict_step)
-        self._evaluation_params = self.execution.program(evaluation_params)
+        # A function of this trainer alone: a program lives as long as the function it is made of.
+        self._evaluation_params = self.execution.program(
+            lambda opt_state, params: evaluation_params(opt_state, params)
+        )
 
     def set_up(self, example_batch: Batch) -> None:
         """Calls the initialising methods in their order."""
