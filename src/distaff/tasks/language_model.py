@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from numbers import Real
 from typing import Any
 
@@ -25,7 +25,13 @@ from distaff.models.flags import parameters
 from distaff.monitor import Monitor
 from distaff.number import whole
 from distaff.state import TrainState
-from distaff.tasks.weighing import WeighingTask, check_ignore_index, weights_for
+from distaff.tasks.weighing import (
+    WeighingTask,
+    called,
+    check_ignore_index,
+    check_weights,
+    weights_for,
+)
 from distaff.trainer_config import TrainerConfig
 from distaff.typing import Batch, Key, Params
 from distaff.zoo.sampling import generate
@@ -159,6 +165,11 @@ class LanguageModel(WeighingTask):
             known = tokens if ignored is None else np.where(tokens == ignored, 0, tokens)
             self.object_to(unknown_tokens(known, vocab_size, name))
 
+    def _pass(self, loader: Any, name: str) -> Iterator[Batch]:
+        for batch in super()._pass(loader, name):
+            self._check_tokens(batch, name)
+            yield batch
+
     def mask(self, batch: Batch) -> jax.Array | None:
         """Returns how much each of `tokens[:, 1:]` counts, `[batch, length]`; None for all alike.
 
@@ -183,6 +194,7 @@ class LanguageModel(WeighingTask):
         """
         tokens, ignored = self.tokens(batch), self.config.ignore_index
         if ignored is not None and not 0 <= ignored < (self._vocab_size or math.inf):
+            tokens = jnp.asarray(tokens).astype(jnp.int32)
             tokens = jnp.where(tokens == ignored, 0, tokens)
         segments = batch.get("segment_ids") if isinstance(batch, Mapping) else None
         if segments is None:
@@ -211,7 +223,7 @@ class LanguageModel(WeighingTask):
             LossError: the model's outputs or the mask have another shape.
         """
         logits = ctx.apply(params, *self.model_inputs(batch))
-        tokens = self.tokens(batch)
+        tokens = jnp.asarray(self.tokens(batch)).astype(jnp.int32)
         targets, mask = tokens[:, 1:], self.mask(batch)
         mask = jnp.ones(targets.shape, bool) if mask is None else mask
         if logits.ndim != 3 or logits.shape[:2] != targets.shape or mask.shape != targets.shape:
@@ -223,7 +235,8 @@ class LanguageModel(WeighingTask):
         weight = self._weight(batch, tokens, mask, ctx)
         ignored = self.config.ignore_index
         is_known = jnp.ones(tokens.shape, bool) if ignored is None else tokens != ignored
-        ctx.check_indices("token", tokens, logits.shape[-1], where=is_known, advice=_ADVICE)
+        what = called("token", self.tokens(batch), batch)
+        ctx.check_indices(what, tokens, logits.shape[-1], where=is_known, advice=_ADVICE)
         losses = optax.softmax_cross_entropy_with_integer_labels(
             floating(logits), jnp.where(is_known[:, 1:], targets, 0)
         )
@@ -240,7 +253,7 @@ class LanguageModel(WeighingTask):
         """Returns the weight of each token that is predicted, float `[batch, length]`."""
         mask, given = jnp.asarray(mask), self.sample_weight(batch)
         if mask.dtype != bool:
-            ctx.check_weights("mask", mask)
+            check_weights("mask", mask, ctx)
         weight = floating(mask)
         if given is not None:
             of_all = given[:, 1:] if np.shape(given) == tokens.shape else given
