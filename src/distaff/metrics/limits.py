@@ -139,8 +139,9 @@ class Limits(Metric):
 
     def empty_like(self) -> Self:
         lowest = extremes_of(self.ends.dtype)[0]
-        ends = jnp.array([lowest, lowest, 0, 0], self.ends.dtype)
-        return dataclasses.replace(self, ends=jnp.broadcast_to(ends, self.ends.shape))
+        numpy, reach, counts = namespace(self.ends), self.ends[..., :2], self.ends[..., 2:]
+        nothing = numpy.full_like(reach, lowest), numpy.zeros_like(counts)
+        return dataclasses.replace(self, ends=numpy.concatenate(nothing, axis=-1))
 
     def compute(self) -> Any:
         """Returns whether all values are in their range."""
