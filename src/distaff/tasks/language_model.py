@@ -108,11 +108,7 @@ class LanguageModel(WeighingTask):
         # Runs whose steps no callback watches pay nothing for it.
         samples = (_Samples(self),) if options.get("sample_every_n_steps") else ()
         super().__init__(model, callbacks=(*callbacks, *samples), **options)
-        module = self.model.module
-        module = module.module if isinstance(module, Lora) else module
-        self._vocab_size = getattr(module, "vocab_size", None)
-        self._takes_segments = parameters(module)[1:2] == ["segment_ids"]
-        max_length = getattr(module, "max_length", None)
+        max_length = getattr(self._module, "max_length", None)
         if samples:
             _as_tokens(self.config.sample_prompt.encode(), self._vocab_size)
 
@@ -127,6 +123,15 @@ class LanguageModel(WeighingTask):
             )
 
         self._fill = self.execution.program(fill)
+
+    @property
+    def _module(self) -> Any:
+        module = self.model.module
+        return module.module if isinstance(module, Lora) else module
+
+    @property
+    def _vocab_size(self) -> int | None:
+        return getattr(self._module, "vocab_size", None)
 
     def tokens(self, batch: Batch) -> jax.Array:
         """Returns the tokens of a batch, int `[batch, length + 1]`. Override it for other batches.
@@ -204,7 +209,7 @@ class LanguageModel(WeighingTask):
                 "Packed batches have a segment id for each token; got segment_ids of shape "
                 f"{segments.shape} for tokens of shape {tokens.shape}."
             )
-        if not self._takes_segments:
+        if parameters(self._module)[1:2] != ["segment_ids"]:
             raise BatchError(
                 "The batches are packed, and the model would look across the sequences of a row: "
                 f"the second argument of {type(self.model.module).__name__} is not segment_ids. "
