@@ -14,7 +14,7 @@ from distaff import allocator, checkpoint, compile_cache
 from distaff.checkpoint import CheckpointStore, Store
 from distaff.config import from_json
 from distaff.context import Context
-from distaff.data import as_loader, entry, epoch_of, num_batches
+from distaff.data import Feeds, as_loader, entry, num_batches
 from distaff.display import Display, make_display
 from distaff.display.model_table import model_table
 from distaff.errors import CheckpointError, StateError
@@ -50,6 +50,7 @@ class Predictor:
     def __init__(self, model: Any, **options: Any) -> None:
         self.config = make_config(self.Config, options, type(self))
         self.model = as_model(model)
+        self.feeds = Feeds()
         self.display: Display = make_display(self.config.enable_progress_bar)
         if self.config.tune_process:
             compile_cache.enable()
@@ -165,7 +166,10 @@ class Predictor:
         return ctx.apply(params, *self.model_inputs(batch))
 
     def predict(self, loader: Any) -> PyTree:
-        """Gathers the outputs of `predict_fn` over a loader, in its order.
+        """Gathers the outputs of `predict_fn` over all examples of a loader.
+
+        They come in the data's own order, also where the loader shuffles, and none is left out. The
+        loader stays where it is.
 
         Args:
             loader: any iterable of batches; one pass of it is read.
@@ -325,10 +329,10 @@ class Predictor:
         return state.replace(params=self._evaluation_params(state.opt_state, state.params))
 
     def _pass(self, loader: Any, name: str) -> Iterator[Batch]:
-        """Goes once through a loader, with its progress shown."""
-        loader = as_loader(loader, name=name)
-        batches = epoch_of(loader, name=name)
-        return self.tracker(batches, description=name, total=num_batches(loader))
+        """Goes once through the examples of a loader, in their order, with its progress shown."""
+        with self.feeds.one_pass(as_loader(loader, name=name), name) as view:
+            batches = self.feeds.batches(view, name)
+            yield from self.tracker(batches, description=name, total=num_batches(view))
 
 
 def _two_keys(seed: Any) -> tuple[Key, Key]:

@@ -6,7 +6,14 @@ import logging
 import time
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    closing,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from typing import Any
 
 import numpy as np
@@ -14,7 +21,7 @@ import numpy as np
 from distaff.callbacks import Callback, Callbacks, ChunkScope, StepInfo, around_epoch
 from distaff.compiling import Watch
 from distaff.config import from_json
-from distaff.data import Chunk, Feeds, Form, Loader, as_loader, first_batch, num_batches, num_shapes
+from distaff.data import Chunk, Form, Loader, as_loader, first_batch, num_batches, num_shapes
 from distaff.data.left_out import Stretch, left_out, num_drawn
 from distaff.devices import check_one_process, idle_devices
 from distaff.display import rows_by_split
@@ -89,7 +96,7 @@ class Training(Predictor):
         self.last_metrics: dict[str, Any] = {}
         self.has_run = False
         self.forms: Choice = fixed(1)
-        self.feeds, self.ledger = Feeds(), Ledger()
+        self.ledger = Ledger()
         self.evaluation_watch = self.make_watch()
         self.report: Report | None = None
         self.interruption, self.tally, self.unsaved = Interruption(), Tally(), None
@@ -203,12 +210,15 @@ class Training(Predictor):
             even: whether short batches may be padded; see `Feed.repeated`.
         """
         self.evaluation_watch.expect(loader, num_shapes=num_shapes(loader))
-        loader = as_loader(loader, name=name)
-        capacity, length = self.forms.capacity, num_batches(loader)
-        # Gathered rows would be a program of its own for each data set.
-        feed = self.feeds.of(loader, name=name, resident=False)
-        total = None if length is None else -(-length // capacity)
-        with closing(feed.repeated(Form(capacity, capacity), even=even)) as chunks:
+        capacity = self.forms.capacity
+        with ExitStack() as stack:
+            view = stack.enter_context(self.feeds.one_pass(as_loader(loader, name=name), name))
+            length = num_batches(view)
+            # Gathered rows would be a program of its own for each data set.
+            feed = self.feeds.of(view, name=name, resident=False)
+            total = None if length is None else -(-length // capacity)
+            form = Form(capacity, capacity)
+            chunks = stack.enter_context(closing(feed.repeated(form, even=even)))
             yield self.tracker(self._unless_interrupted(chunks), description=name, total=total)
 
     def _unless_interrupted(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
