@@ -146,17 +146,7 @@ class Mixture:
         """
         if any(in_order(loader) is None for loader in self.loaders):
             return None
-        return Stream(lambda: iter(self._anew()), length=self._plan.num_batches)
-
-    def _anew(self) -> Mixture:
-        view = copy.copy(self)
-        view._readers = [
-            Reader(in_order(reader.loader), name=reader.name, whole=self._by == "batch")
-            for reader in self._readers
-        ]
-        view._taken, view._batch = [0] * len(self._readers), 0
-        view._resumed, view._ahead = False, None
-        return view
+        return Stream(lambda: iter(_in_order(self)), length=self._plan.num_batches)
 
     def abandon(self) -> None:
         """Lets the next `iter()` begin a new epoch, which goes on with the rows that follow."""
@@ -332,6 +322,19 @@ class Mixture:
                     reader.go_to(position)
             raise
         return changed
+
+
+def _in_order(mixture: Mixture) -> Mixture:
+    """Returns a mixture of the same loaders, each in its own order, that stands at its start."""
+    view: Any = copy.copy(mixture)
+    whole = mixture._by == "batch"
+    view._readers = [
+        Reader(in_order(reader.loader), name=reader.name, whole=whole)
+        for reader in mixture._readers
+    ]
+    view._taken, view._batch = [0] * len(view._readers), 0
+    view._resumed, view._ahead = False, None
+    return view
 
 
 class _Plan(NamedTuple):
