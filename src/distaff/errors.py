@@ -39,12 +39,23 @@ class LossError(DistaffError, ValueError):
     """A loss or a metric returned by the user's function has the wrong form."""
 
 
+class UnknownNameError(DistaffError, AttributeError):
+    """An attribute that other libraries have, under the name that it has there."""
+
+
 class StateError(DistaffError, ValueError):
     """A train state is used before it is complete, or with a member it does not have."""
 
 
 class MetricError(DistaffError, ValueError):
     """A metric is unknown, or two metrics of one name cannot be merged."""
+
+
+class UnknownMetricError(MetricError, KeyError):
+    """A metric is asked for that is not there; the nearest one is named."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class CheckpointError(DistaffError, ValueError):

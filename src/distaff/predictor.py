@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -17,11 +17,11 @@ from distaff.context import Context
 from distaff.data import as_loader, entry, epoch_of, num_batches
 from distaff.display import Display, make_display
 from distaff.display.model_table import model_table
-from distaff.errors import CheckpointError, StateError
+from distaff.errors import CheckpointError, ConfigError, StateError
 from distaff.evaluate import predict
 from distaff.execution import Compiled, Eager, Execution
 from distaff.models import Variables, as_model, is_linen_class, rebuild
-from distaff.optim import evaluation_params, has_evaluation_params
+from distaff.optim import OptimizerConfig, evaluation_params, has_evaluation_params
 from distaff.record import example_from, read_record
 from distaff.state import TrainState, placed_like
 from distaff.trainer_config import TrainerConfig, make_config
@@ -250,6 +250,8 @@ class Predictor:
     def recorded_options(cls, record: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the keyword arguments of the constructor that a run's record holds."""
         options = dict(vars(from_json(cls.Config, record["options"])))
+        with suppress(ConfigError):  # A transformation or a function is recorded by name only.
+            options["optimizer"] = from_json(OptimizerConfig, record.get("optimizer"))
         # How long that run might last, and what it went on from, is no matter of this one.
         own = ("resume", "allow_inexact_resume", "max_time")
         return {name: x for name, x in options.items() if name not in own}

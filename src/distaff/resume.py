@@ -23,6 +23,7 @@ from distaff.forms import continued
 from distaff.guard import form_of, shown
 from distaff.interruption import Interruption
 from distaff.metrics import as_json, compute
+from distaff.metrics.named import Named
 from distaff.ranking import kept, placed
 from distaff.report import Report
 from distaff.rows import BadStep
@@ -180,8 +181,8 @@ class Resumable(Training):
         """The first epoch that is not done."""
         return self.tally.epoch
 
-    def end_early(self, interrupted: Interrupted) -> dict[str, Any]:
-        """Saves what is not saved yet of a run that ends before its time; returns its metrics."""
+    def end_early(self, interrupted: Interrupted) -> None:
+        """Saves what is not saved yet of a run that ends before its time."""
         if self.unsaved is not None:
             self.save(self.unsaved)
         self.settle()
@@ -190,7 +191,6 @@ class Resumable(Training):
         for remark in Report(self.ledger.read()).remarks():
             self.show(remark)
         self.show(f"interrupted by {interrupted} at step {self.step}: {again}")
-        return self.last_metrics
 
     def keep_form(self, facts: Any) -> None:
         """Takes over the form of the steps that a run has chosen before it was interrupted."""
@@ -203,7 +203,7 @@ class Resumable(Training):
             reason=self.interrupted_by or self.stop_reason or "",
             step=self.reached[0],
             epoch=self.reached[1],
-            metrics=metrics,
+            metrics=Named(metrics),
             best=self.best,
             path=self.recording.path,
         )

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, get_args
 from distaff.compiling import Recompile
 from distaff.duration import seconds_of
 from distaff.errors import ConfigError, nearest
+from distaff.habits import OPTIONS, remedy
 from distaff.number import whole
 from distaff.paths import as_path
 
@@ -53,6 +54,9 @@ class TrainerConfig:
         allow_inexact_resume: go on also with a loader that is read anew and yields other batches
             than before, so that examples are missed or seen twice; a line then says so. By default
             this is an error.
+        keep_optimizer: whether a second call of `train_model` keeps the optimizer's state, such as
+            Adam's moments. False begins with a new one. The schedule of an `OptimizerConfig`, or
+            of a function of the number of steps, is made for one call, and begins again.
         max_time: the longest a run may last, such as "3h30m", a number of seconds, or a
             `timedelta`. It is then saved, and ends as interrupted.
         on_bad_numbers: what a step leads to that makes the loss, or a number of the state, NaN or
@@ -106,6 +110,7 @@ class TrainerConfig:
     resume: Literal["auto", "must", "never"] | int = "auto"
     save_every: str | float | None = "10m"
     allow_inexact_resume: bool = False
+    keep_optimizer: bool = True
     max_time: str | float | None = None
     on_bad_numbers: BadNumbersPolicy = "raise"
     on_loss_spike: SpikePolicy = "ignore"
@@ -207,7 +212,9 @@ def make_config(cls: type[C], options: dict[str, Any], owner: type) -> C:
                 for parameter in inspect.signature(base.__init__).parameters.values()
                 if parameter.kind is parameter.KEYWORD_ONLY
             ]
-            raise ConfigError(f"{owner.__name__} has no option {name!r}. {nearest(name, known)}")
+            raise ConfigError(
+                f"{owner.__name__} has no option {name!r}. {remedy(name, known, OPTIONS)}"
+            )
     return cls(**options)
 
 
