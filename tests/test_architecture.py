@@ -22,7 +22,7 @@ SOURCES = Path(__file__).parents[1] / "src"
 
 # A room imports only from rooms that stand before it. "distaff" is the package's own __init__.py.
 ROOMS = (
-    *("typing", "errors", "number", "garbage", "habits", "override"),
+    *("typing", "errors", "number", "garbage", "habits", "override", "named"),
     *("paths", "quiet", "warn", "_optional"),
     *("slot", "state", "vitals", "spikes", "metrics", "monitor", "cadence", "duration"),
     *("config", "record", "environment", "run_directory", "run_lock", "run_log", "run_version"),
@@ -30,7 +30,18 @@ ROOMS = (
     *("agreement", "interruption", "barrier", "watchdog"),
     *("signature", "compiling", "choices", "flops", "machine", "report"),
     *("models", "data", "augment", "optim", "parallel", "zoo", "trainer_config", "ranking"),
-    *("context", "measured", "guard", "rows", "step", "accumulate", "precision", "diagnosis"),
+    *(
+        "plain",
+        "constructor",
+        "context",
+        "measured",
+        "guard",
+        "rows",
+        "step",
+        "accumulate",
+        "precision",
+        "diagnosis",
+    ),
     *("forms", "fuse"),
     *("loggers", "display", "checkpoint", "callbacks", "weights"),
     *("events", "evaluate", "loop", "monitors", "recording", "tally"),

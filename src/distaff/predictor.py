@@ -13,14 +13,15 @@ import numpy as np
 from distaff import allocator, checkpoint, compile_cache
 from distaff.checkpoint import CheckpointStore, Store
 from distaff.config import from_json
+from distaff.constructor import call_of, made_again
 from distaff.context import Context
-from distaff.data import as_loader, entry, epoch_of, num_batches
+from distaff.data import as_loader, check_reader, entry, epoch_of, num_batches
 from distaff.display import Display, make_display
 from distaff.display.model_table import model_table
 from distaff.errors import CheckpointError, ConfigError, StateError
 from distaff.evaluate import predict
 from distaff.execution import Compiled, Eager, Execution
-from distaff.models import Variables, as_model, is_linen_class, rebuild
+from distaff.models import Variables, as_model
 from distaff.optim import OptimizerConfig, evaluation_params, has_evaluation_params
 from distaff.record import example_from, read_record
 from distaff.state import TrainState, placed_like
@@ -45,15 +46,23 @@ class Predictor:
 
     Config: ClassVar[type[TrainerConfig]] = TrainerConfig
     state_class: ClassVar[type[TrainState]] = TrainState
+    _state: TrainState | None = None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Notes how the constructor is called, which a run records; see `constructor`."""
+        self = super().__new__(cls)
+        self.call = call_of(cls, args, kwargs)
+        return self
 
     def __init__(self, model: Any, **options: Any) -> None:
+        self.call = self.call and self.call.with_model(model)
         self.config = make_config(self.Config, options, type(self))
         self.model = as_model(model)
         self.display: Display = make_display(self.config.enable_progress_bar)
         if self.config.tune_process:
             compile_cache.enable()
         self.execution: Execution = Eager() if self.config.debug else Compiled()
-        self.state: TrainState | None = None
+        self.state = None
         self.step, self.epoch = 0, 0
 
         def predict_step(state: TrainState, batch: Batch) -> PyTree:
@@ -61,6 +70,20 @@ class Predictor:
 
         self._predict_step = self.execution.program(predict_step)
         self._evaluation_params = self.execution.program(evaluation_params)
+
+    @property
+    def state(self) -> TrainState | None:
+        """All that a step may change; None before the model is made.
+
+        Raises:
+            StateError: a loader reads it that is read ahead; see `data.OnPolicy`.
+        """
+        check_reader(is_there=self._state is not None)
+        return self._state
+
+    @state.setter
+    def state(self, state: TrainState | None) -> None:
+        self._state = state
 
     def set_up(self, example_batch: Batch) -> None:
         """Calls the initialising methods in their order."""
@@ -209,7 +232,9 @@ class Predictor:
             example_batch: a batch like those of training; needed where batches are of a class of
                 your own and `model_inputs` is overridden: what is recorded of them is a dict.
             **options: options of the trainer that shall differ from the recorded ones; nothing is
-                drawn unless `enable_progress_bar=True` is among them.
+                drawn unless `enable_progress_bar=True` is among them. Arguments of a constructor of
+                your own are recorded, too, if they are plain values, dataclasses, or functions of
+                modules; the error names others, which are passed here.
 
         Raises:
             CheckpointError: nothing whole is there, or it is of another model.
@@ -220,13 +245,11 @@ class Predictor:
         directory, step = checkpoint.find(path)
         file = directory.parent / "config.json"
         record = read_record(file)
-        if model is None or is_linen_class(model):
-            model = rebuild(record["model"], model)
         if example_batch is None:
             example_batch = example_from(record["example_batch"])
         with _explained(file):
-            recorded = cls.recorded_options(record)
-        trainer = cls(model, **{**recorded, "enable_progress_bar": False, **options})
+            recorded = {**cls.recorded_options(record), "enable_progress_bar": False}
+        trainer = made_again(cls, record, model, recorded, options)
         with _explained(file):
             trainer.set_up(example_batch)
         trainer.restore(CheckpointStore(directory), step, _trained(trainer.ready_state()))

@@ -44,6 +44,7 @@ _HOW_IT_RUNS = {
 _HOW_IT_GOES_ON = (
     *("options.resume", "options.allow_inexact_resume", "options.max_time"),
     "distaff",
+    "constructor.given",
 )
 """What is not named where it has changed."""
 

@@ -14,7 +14,8 @@ from distaff.data import (
     Loader,
     as_loader,
     closing_made,
-    first_batch,
+    first_to_train,
+    is_on_policy,
     limited,
     num_batches,
     num_examples,
@@ -38,7 +39,7 @@ from distaff.rows import WindowEnd
 from distaff.state import owned
 from distaff.step import EvalFn, EvalStep
 from distaff.step import train_step as make_train_step
-from distaff.trainer_config import TrainResult
+from distaff.trainer_config import TrainResult, one_by_one
 from distaff.typing import Batch, Params
 
 
@@ -301,7 +302,7 @@ class TrainerModule(Hooks, Checked):
         Raises:
             DistaffError: any bad input, by its kind.
         """
-        batch = first_batch(plan.train_loader, name="train")
+        batch = first_to_train(plan.train_loader)
         if self.state is None:
             self.set_up(batch)
         elif self.recording.path is not None:
@@ -313,7 +314,7 @@ class TrainerModule(Hooks, Checked):
             self.execution,
             self._measured_step,
             (self.evaluation_state(), batch),  # of the same form as the state that is trained
-            self.config,
+            one_by_one(self.config) if is_on_policy(plan.train_loader) else self.config,
             Expected(steps_per_epoch, total, num_shapes(plan.train_loader)),
             watched=self.callbacks.watches_steps,
             watch=self.make_watch(),

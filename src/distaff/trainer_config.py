@@ -175,6 +175,20 @@ class TrainerConfig:
         return self.root is not None and not self.fast_dev_run
 
 
+def one_by_one(config: TrainerConfig) -> TrainerConfig:
+    """Returns the options of a run whose steps must not be fused.
+
+    Raises:
+        ConfigError: they ask for fused steps.
+    """
+    if config.steps_per_call not in (1, "auto"):
+        raise ConfigError(
+            f"steps_per_call={config.steps_per_call} runs steps as one program, and the batches of "
+            "data.OnPolicy depend on the step before. Leave steps_per_call out."
+        )
+    return dataclasses.replace(config, steps_per_call=1)
+
+
 def check_choice(name: str, value: Any, choices: Any) -> None:
     """Checks that an option is one of a few words.
 

@@ -19,7 +19,16 @@ from distaff.callbacks import (
     around_epoch,
 )
 from distaff.compiling import Watch
-from distaff.data import Chunk, Feeds, Form, Loader, as_loader, first_batch, num_batches, num_shapes
+from distaff.data import (
+    Chunk,
+    Feeds,
+    Form,
+    Loader,
+    as_loader,
+    first_to_train,
+    num_batches,
+    num_shapes,
+)
 from distaff.data.left_out import Stretch, left_out, num_drawn
 from distaff.devices import check_one_process, idle_devices
 from distaff.display import rows_by_split
@@ -139,6 +148,7 @@ class Training(Predictor):
             monitor=self.monitor,
             options=self.config,
             example_batch=self.example_batch,
+            **({} if self.call is None else {"constructor": self.call.record(self.config)}),
             **arguments,
         )
 
@@ -150,7 +160,7 @@ class Training(Predictor):
     def begin(self, plan: Plan) -> None:
         """Counts a new run."""
         if self.state is None:  # before the display starts a thread, which would have an arena
-            self.tune_process(first_batch(plan.train_loader, name="train"))
+            self.tune_process(first_to_train(plan.train_loader))
         check_one_process()
         self.evaluation_watch.expect()
         self.plan, self.first_step, self.reached = plan, self.step, (self.step, self.epoch)
