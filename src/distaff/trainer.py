@@ -212,12 +212,10 @@ class TrainerModule(Hooks, Checked):
             except Interrupted as reason:
                 self.end_early(reason)
         except BaseException as error:
-            self.callbacks.end(self.info(self.last_metrics), error)
+            self.callbacks.end(self.info(self.last_metrics), error=error)
             raise
-        ended = self.result(self.last_metrics)
-        with self.ledger.spent("callbacks"):
-            info = self.info(self.last_metrics)
-            self.callbacks.end(info._replace(status=ended.status, reason=ended.reason))
+        status, reason, *_ = self.result(self.last_metrics)
+        self.callbacks.end(self.info(self.last_metrics), status, reason)
 
     def train_epoch(self, train_loader: Loader, epoch: int) -> dict[str, Any]:
         """Trains on the batches of one epoch.

@@ -74,12 +74,20 @@ class Callbacks:
         if self.stop_reason is None:
             self.stop_reason, self.stop_status = request.reason or name, request.status
 
-    def end(self, info: StepInfo, error: BaseException | None = None) -> None:
+    def end(
+        self,
+        info: StepInfo,
+        status: str = "failed",
+        reason: str = "",
+        error: BaseException | None = None,
+    ) -> None:
         """Calls `on_training_end` of every callback whose run began, once, whatever others raise.
 
         Args:
-            info: where the run stands, with its status; the state may have been given away.
-            error: what has ended it, if anything has.
+            info: where the run stands; after an error, the state may have been given away.
+            status: how it ended; that of an error is known.
+            reason: why; likewise.
+            error: the exception that ended it, if one has.
 
         Raises:
             Exception: the first that a callback raised, where the run has not failed already;
@@ -89,7 +97,8 @@ class Callbacks:
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             reason, state = f"{type(error).__name__}: {error}", info.state
             state = None if _is_given_away(state) else state
-            info = info._replace(status=status, reason=reason, error=error, state=state)
+            info = info._replace(state=state)
+        info = info._replace(status=status, reason=reason, error=error)
         waiting, self._to_end, first = self._to_end, [], error
         for callback in waiting:
             try:
