@@ -8,13 +8,16 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
-from distaff.config import to_json
+from distaff.config import from_json, to_json
 from distaff.errors import CheckpointError, ConfigError
 from distaff.models import is_linen_class, rebuild
 from distaff.named import name_of
+from distaff.optim import OptimizerConfig
 from distaff.plain import LostError, recorded, restored
+from distaff.trainer_config import TrainerConfig
 
 T = TypeVar("T")
 
@@ -99,6 +102,24 @@ def call_of(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call
 def has_own_constructor(cls: type) -> bool:
     """Whether a class, or one that it inherits from, has a constructor of the user's own."""
     return not cls.__init__.__module__.startswith("distaff.")
+
+
+def recorded_options(cls: type[TrainerConfig], record: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns Distaff's own arguments of a constructor, as far as a run's record holds them.
+
+    Args:
+        cls: the class of the options.
+        record: of the run.
+
+    Raises:
+        ConfigError: an option is unknown, or has another type by now.
+    """
+    options = dict(vars(from_json(cls, record["options"])))
+    with suppress(ConfigError):  # A transformation or a function is recorded by name only.
+        options["optimizer"] = from_json(OptimizerConfig, record.get("optimizer"))
+    # How long that run might last, and what it went on from, is no matter of this one.
+    own = ("resume", "allow_inexact_resume", "max_time")
+    return {name: x for name, x in options.items() if name not in own}
 
 
 def made_again(

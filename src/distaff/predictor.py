@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -12,17 +12,16 @@ import numpy as np
 
 from distaff import allocator, checkpoint, compile_cache
 from distaff.checkpoint import CheckpointStore, Store
-from distaff.config import from_json
-from distaff.constructor import call_of, made_again
+from distaff.constructor import call_of, made_again, recorded_options
 from distaff.context import Context
 from distaff.data import as_loader, check_reader, entry, epoch_of, num_batches
 from distaff.display import Display, make_display
 from distaff.display.model_table import model_table
-from distaff.errors import CheckpointError, ConfigError, StateError
+from distaff.errors import CheckpointError, StateError
 from distaff.evaluate import predict
 from distaff.execution import Compiled, Eager, Execution
 from distaff.models import Variables, as_model
-from distaff.optim import OptimizerConfig, evaluation_params, has_evaluation_params
+from distaff.optim import evaluation_params, has_evaluation_params
 from distaff.record import example_from, read_record
 from distaff.state import TrainState, placed_like
 from distaff.trainer_config import TrainerConfig, make_config
@@ -248,7 +247,7 @@ class Predictor:
         if example_batch is None:
             example_batch = example_from(record["example_batch"])
         with _explained(file):
-            recorded = {**cls.recorded_options(record), "enable_progress_bar": False}
+            recorded = {**recorded_options(cls.Config, record), "enable_progress_bar": False}
         trainer = made_again(cls, record, model, recorded, options)
         with _explained(file):
             trainer.set_up(example_batch)
@@ -268,16 +267,6 @@ class Predictor:
         """
         directory, step = checkpoint.find(path)
         self.restore(CheckpointStore(directory), step, _trained(self.ready_state()))
-
-    @classmethod
-    def recorded_options(cls, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the keyword arguments of the constructor that a run's record holds."""
-        options = dict(vars(from_json(cls.Config, record["options"])))
-        with suppress(ConfigError):  # A transformation or a function is recorded by name only.
-            options["optimizer"] = from_json(OptimizerConfig, record.get("optimizer"))
-        # How long that run might last, and what it went on from, is no matter of this one.
-        own = ("resume", "allow_inexact_resume", "max_time")
-        return {name: x for name, x in options.items() if name not in own}
 
     def restore(self, store: Store, step: int, members: Iterable[str]) -> None:
         """Replaces members of the state by those of a checkpoint.

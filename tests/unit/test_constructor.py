@@ -21,7 +21,7 @@ import pytest
 
 from distaff import OptimizerConfig
 from distaff.config import to_json
-from distaff.constructor import made_again
+from distaff.constructor import made_again, recorded_options
 from distaff.errors import CheckpointError, ConfigError
 from distaff.models import rebuild
 from distaff.named import chosen, imported, module_name, name_of
@@ -157,7 +157,7 @@ def again(trainer: Any, cls: type | None = None, model: Any = None, **changes: A
     }
     record = json.loads(json.dumps(to_json(parts), allow_nan=False))
     cls = cls or type(trainer)
-    options = {**cls.recorded_options(record), "enable_progress_bar": False}
+    options = {**recorded_options(cls.Config, record), "enable_progress_bar": False}
     return made_again(cls, record, model, options, changes)
 
 
