@@ -43,6 +43,10 @@ class UnknownNameError(DistaffError, AttributeError):
     """An attribute that other libraries have, under the name that it has there."""
 
 
+class MaskError(LossError):
+    """A mask meets metrics that are not values per example."""
+
+
 class StateError(DistaffError, ValueError):
     """A train state is used before it is complete, or with a member it does not have."""
 

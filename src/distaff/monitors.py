@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from distaff.callbacks import EarlyStopping
@@ -9,13 +10,13 @@ from distaff.errors import ConfigError
 from distaff.monitor import Monitor, as_monitor
 
 
-def check(trainer: Any, base: type, of_validation: list[str]) -> None:
+def check(trainer: Any, base: type, validations: Mapping[str, Iterable[str]]) -> None:
     """Checks the metrics that a trainer and its callbacks look at, before a run begins.
 
     Args:
         trainer: whose `monitor` the callbacks take that have none of their own.
         base: its class, without overrides: an override may add metrics, or ignore them.
-        of_validation: names of the metrics of the validations; none where there is no validation.
+        validations: the names of the metrics of each validation, without `val/`, by its name.
 
     Raises:
         MetricError: there is no such metric.
@@ -25,6 +26,7 @@ def check(trainer: Any, base: type, of_validation: list[str]) -> None:
     def is_own(*names: str) -> bool:
         return any(getattr(type(trainer), n) is not getattr(base, n) for n in names)
 
+    of_validation = [f"{name}/{each}" for name, found in validations.items() for each in found]
     callbacks = trainer.callbacks
     trainer.monitor = as_monitor(trainer.monitor)
     callbacks.judge_by(trainer.monitor)

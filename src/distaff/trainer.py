@@ -35,6 +35,7 @@ from distaff.measured import StepFn, measured
 from distaff.optim import build_optimizer
 from distaff.optim.kept import kept_state
 from distaff.recording import recorded
+from distaff.rehearsal import rehearsed
 from distaff.rows import WindowEnd
 from distaff.state import owned
 from distaff.step import EvalFn, EvalStep
@@ -198,24 +199,10 @@ class TrainerModule(Hooks, Checked):
 
     def _run(self, plan: Plan, test_loader: Loader | None) -> dict[str, Any]:
         try:
-            self._train(plan)
+            _train(self, plan)
             return self.last_metrics if self.interrupted_by else self._finish(test_loader)
         finally:
             self.unsaved = None
-
-    def _train(self, plan: Plan) -> None:
-        """Trains to an end of whatever kind, and tells callbacks of it."""
-        try:
-            try:
-                for event, info in loop.epochs(self, plan):
-                    self.emit(event, info)
-            except Interrupted as reason:
-                self.end_early(reason)
-        except BaseException as error:
-            self.callbacks.end(self.info(self.last_metrics), error=error)
-            raise
-        status, reason, *_ = self.result(self.last_metrics)
-        self.callbacks.end(self.info(self.last_metrics), status, reason)
 
     def train_epoch(self, train_loader: Loader, epoch: int) -> dict[str, Any]:
         """Trains on the batches of one epoch.
@@ -228,6 +215,14 @@ class TrainerModule(Hooks, Checked):
         """
         ledger = self.ledger
         self.begin_epoch(epoch)
+        self.forms = rehearsed(
+            self._steps,
+            self.ready_state(),
+            self.feeds,
+            train_loader,
+            directory=self.recording.path,
+            remember=self.config.tune_process,
+        )
         with closing(self.training_chunks(train_loader)) as chunks, self.around_epoch() as guard:
             events = loop.steps(
                 self._steps,
@@ -253,7 +248,7 @@ class TrainerModule(Hooks, Checked):
         """Evaluates the model over a loader: every example once, nothing changed.
 
         Args:
-            loader: any iterable of batches; the first is the largest.
+            loader: any iterable of batches, of any sizes.
             prefix: put before each metric's name: `"val/"` gives `val/loss`.
 
         Returns:
@@ -265,7 +260,7 @@ class TrainerModule(Hooks, Checked):
         """
         with self.ledger.spent("evaluation"):
             state, name = self.evaluation_state(), prefix.rstrip("/") or "evaluate"
-            with self.chunks(loader, name, even=self._evaluator.masks is True) as chunks:
+            with self.chunks(loader, name, even=self._evaluator.may_pad(state)) as chunks:
                 metrics = self._evaluator(state, chunks)
             self.check_values(metrics, name)
             return metrics_lib.compute(metrics, prefix)
@@ -320,9 +315,7 @@ class TrainerModule(Hooks, Checked):
         self.forms, self._steps.ledger = self._steps.forms, self.ledger
         self.check_batch(batch, "train")
         found = {n: self.check_evaluation(v, n) for n, v in plan.val_loaders.items()}
-        monitors.check(
-            self, TrainerModule, [f"{n}/{metric}" for n, each in found.items() for metric in each]
-        )
+        monitors.check(self, TrainerModule, found)
         if test_loader is not None:
             self.check_evaluation(test_loader, "test")
 
@@ -343,3 +336,18 @@ class TrainerModule(Hooks, Checked):
             metrics.update(test_metrics)
         self.show_result(metrics)
         return metrics
+
+
+def _train(trainer: TrainerModule, plan: Plan) -> None:
+    """Trains to an end of whatever kind, and tells callbacks of it."""
+    try:
+        try:
+            for event, info in loop.epochs(trainer, plan):
+                trainer.emit(event, info)
+        except Interrupted as reason:
+            trainer.end_early(reason)
+    except BaseException as error:
+        trainer.callbacks.end(trainer.info(trainer.last_metrics), error=error)
+        raise
+    status, reason, *_ = trainer.result(trainer.last_metrics)
+    trainer.callbacks.end(trainer.info(trainer.last_metrics), status, reason)
