@@ -132,7 +132,7 @@ class TrainerModule(Hooks, Checked):
         """
         tx, self.schedule = build_optimizer(self.optimizer, total_steps)
         state = self.evaluation_state()
-        opt_state = self.execution.once(tx.init)(state.params)
+        opt_state = self.execution.once(lambda params: tx.init(params))(state.params)
         kept = kept_state(self.ready_state().opt_state, opt_state, self.optimizer)
         if self.config.keep_optimizer and kept is not None:
             state, opt_state = self.ready_state(), kept
