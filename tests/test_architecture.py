@@ -22,7 +22,7 @@ SOURCES = Path(__file__).parents[1] / "src"
 
 # A room imports only from rooms that stand before it. "distaff" is the package's own __init__.py.
 ROOMS = (
-    *("typing", "errors", "number", "garbage", "_optional"),
+    *("typing", "errors", "number", "garbage", "_optional", "digest", "sketch"),
     *("slot", "state", "vitals", "spikes", "metrics", "monitor", "cadence", "duration"),
     *("config", "record", "environment", "run_directory", "run_lock", "execution", "allocator"),
     *("compile_cache", "throughput", "flight", "devices"),
@@ -32,7 +32,7 @@ ROOMS = (
     *("context", "measured", "guard", "rows", "step", "accumulate", "precision", "diagnosis"),
     *("forms", "fuse"),
     *("loggers", "display", "checkpoint", "callbacks", "weights"),
-    *("events", "evaluate", "loop", "recording", "tally"),
+    *("events", "identity", "comparison", "candidates", "evaluate", "loop", "recording", "tally"),
     *("predictor", "training", "resume", "warm_start", "recovery", "checked", "hooks", "trainer"),
     *("tasks", "distaff"),
     *("tune", "inspect", "cli"),

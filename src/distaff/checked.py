@@ -7,10 +7,17 @@ from typing import Any
 
 from distaff.data import Chunk, Loader, One, first_batch, num_examples, num_shapes
 from distaff.data.inspection import narrowed, not_finite
-from distaff.errors import BatchError
+from distaff.errors import BatchError, DistaffError
 from distaff.evaluate import Evaluator
+from distaff.events import Plan
+from distaff.guard import is_needed
+from distaff.identity import Subject
+from distaff.measured import StepFn
 from distaff.metrics import compute
+from distaff.recording import DirectoryRecording
 from distaff.recovery import Recovering
+from distaff.state import TrainState
+from distaff.step import EvalFn
 from distaff.typing import Batch
 
 
@@ -18,6 +25,9 @@ class Checked(Recovering):
     """A training that looks at the first batch of each loader before it begins."""
 
     _evaluator: Evaluator
+    _measured_step: StepFn
+    eval_step: EvalFn
+    total_steps: int | None = None
 
     def check_batch(self, batch: Batch, name: str) -> None:
         """Looks at the first batch of a loader, once and on the host. Override it to check more.
@@ -49,6 +59,37 @@ class Checked(Recovering):
             raise BatchError(f"{complaint} Or pass on_bad_input='warn', which goes on with it.")
         if complaint and self.config.on_bad_input == "warn":
             warnings.warn(complaint, stacklevel=2)
+
+    def subject(self, plan: Plan) -> Subject | None:
+        """Returns what the identity of a run is found from; None of a run that writes nothing.
+
+        Args:
+            plan: of the run, which is prepared.
+        """
+        if not isinstance(self.recording, DirectoryRecording):
+            return None
+        loaders = {"train": plan.train_loader, **plan.val_loaders}
+        step = self._plain_step if is_needed(self.config) else self._measured_step
+        return Subject(
+            step=None if self.config.debug else step,
+            eval_step=None if self.config.debug else self.eval_step,
+            state=self.ready_state().replace(guard=None),
+            loaders={name: (each, first_batch(each, name=name)) for name, each in loaders.items()},
+            total_steps=self.total_steps,
+            stretched=self._stretched,
+            has_weights=self._not_loaded is None,
+        )
+
+    def _stretched(self, total_steps: int | None) -> TrainState:
+        """Returns the state with the optimizer that a run of another length would have."""
+        state, schedule = self.ready_state(), self.schedule
+        try:
+            self.init_optimizer(total_steps)
+            return self.ready_state().replace(guard=None)
+        except DistaffError:  # such as of a warm-up that is longer than that
+            return state.replace(guard=None)
+        finally:
+            self.state, self.schedule = state, schedule
 
     def check_evaluation(self, loader: Loader, name: str) -> dict[str, Any]:
         """Traces the evaluation of a loader's first batch, looks at that batch, and evaluates it.

@@ -251,7 +251,7 @@ class Predictor:
         """Returns the keyword arguments of the constructor that a run's record holds."""
         options = dict(vars(from_json(cls.Config, record["options"])))
         # How long that run might last, and what it went on from, is no matter of this one.
-        own = ("resume", "allow_inexact_resume", "max_time")
+        own = ("resume", "allow_inexact_resume", "allow_changes", "max_time")
         return {name: x for name, x in options.items() if name not in own}
 
     def restore(self, store: Store, step: int, members: Iterable[str]) -> None:

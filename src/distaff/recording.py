@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from distaff import config
+from distaff.candidates import (
+    Candidate,
+    Choice,
+    check_changes,
+    chosen,
+    found,
+    has_only_failed,
+)
 from distaff.checkpoint import CheckpointStore, MemoryStore, NullStore, Store, forget_after, tidy
+from distaff.comparison import Comparison
 from distaff.errors import CheckpointError, RunDirectoryError, RunInUseError
+from distaff.identity import Subject
 from distaff.loggers import FilesLogger, JsonlLogger, Logger, ManyLoggers, NullLogger
 from distaff.run_directory import RunDirectory
 from distaff.run_lock import locked
@@ -20,74 +30,69 @@ from distaff.trainer_config import TrainerConfig
 _log = logging.getLogger("distaff")
 
 
-_HOW_IT_RUNS = {
-    f"options.{name}"
-    for name in (
-        *("log_every_n_steps", "steps_per_call", "table_depth", "root"),
-        *("keep_last", "keep_best", "keep_every", "on_failed_save"),
-        *(
-            "enable_progress_bar",
-            "debug",
-            "recompile",
-            "tune_process",
-            "check_validation",
-            "save_every",
-            "stuck_after",
-        ),
-        *("on_bad_numbers", "on_loss_spike", "spike_threshold", "max_skips", "on_bad_input"),
-    )
-}
-"""Options that lead to the same model, or are what one changes to go on after a bad step."""
-
-_HOW_IT_GOES_ON = (
-    *("options.resume", "options.allow_inexact_resume", "options.max_time"),
-    "distaff",
-)
-"""What is not named where it has changed."""
-
-
 class Found(NamedTuple):
-    """What a run goes on from.
+    """What a run is resumed from.
 
     Attributes:
+        path: of the run.
         step: of the checkpoint.
         skipped: what is wrong with the newer ones.
-        changes: options that differ from those of the run before it, as `name: old -> new`.
+        notes: what differs from the run before it, or could not be compared.
     """
 
+    path: Path
     step: int
     skipped: list[str]
-    changes: list[str]
+    notes: list[str]
 
     def text(self, epoch: int) -> str:
-        """Returns in a few lines what is gone on from."""
-        lines = [f"going on from the checkpoint of step {self.step}, epoch {epoch}"]
-        return "\n".join([*lines, *self.skipped, *(f"changed: {each}" for each in self.changes)])
+        """Returns in a few lines what is resumed."""
+        line = f"resuming {self.path} from its checkpoint of step {self.step}, epoch {epoch}"
+        return "\n".join([line, *self.skipped, *self.notes])
+
+
+class Allowed(NamedTuple):
+    """How a run may differ from the one that it resumes.
+
+    Attributes:
+        changes: `allow_changes`, see `TrainerConfig`.
+        inexact: `allow_inexact_resume`.
+    """
+
+    changes: bool = False
+    inexact: bool = False
+
+
+_NOTHING = Allowed()
 
 
 class Recording(Protocol):
     """The outlets of a run. Nothing is written before `open`.
 
     `throughput` is apart from `logger`, which equal runs write equally. `found` is what the run
-    goes on from.
+    is resumed from; `remark` why it is not one that was there, if there is something to say.
     """
 
     logger: ManyLoggers
     throughput: Logger
     store: Store
     found: Found | None
+    remark: str
 
     @property
     def path(self) -> Path | None:
         """The run's directory, once it is open; None for a run without."""
         ...
 
-    def open(self, record: Mapping[str, Any], texts: Mapping[str, str]) -> None:
+    def open(
+        self, record: Mapping[str, Any], texts: Mapping[str, str], subject: Subject | None = None
+    ) -> None:
         """Starts to record.
 
         Args:
             record: the run's resolved configuration.
             texts: what to keep as text files, by file name.
+            subject: what its identity was found from.
         """
         ...
 
@@ -116,13 +121,16 @@ class NullRecording:
         self.throughput: Logger = NullLogger()
         self.store: Store = NullStore()
         self.found: Found | None = None
+        self.remark = ""
 
     @property
     def path(self) -> Path | None:
         """None."""
         return None
 
-    def open(self, record: Mapping[str, Any], texts: Mapping[str, str]) -> None:
+    def open(
+        self, record: Mapping[str, Any], texts: Mapping[str, str], subject: Subject | None = None
+    ) -> None:
         """Forgets the checkpoints of the run before, and hands the configuration to the loggers."""
         self.store = MemoryStore()
         self.logger.log_config(record)
@@ -146,6 +154,7 @@ class DirectoryRecording:
         loggers: the user's loggers, beside `metrics.jsonl`.
         make_store: makes a store of the directory of the checkpoints.
         resume: as in `TrainerConfig`.
+        allowed: how a run that is resumed may differ.
     """
 
     def __init__(
@@ -155,6 +164,7 @@ class DirectoryRecording:
         *,
         make_store: Callable[[Path], CheckpointStore] = CheckpointStore,
         resume: str | int = "never",
+        allowed: Allowed = _NOTHING,
     ) -> None:
         self.directory = directory
         self.logger = ManyLoggers(
@@ -165,27 +175,30 @@ class DirectoryRecording:
         self.throughput: Logger = JsonlLogger(lambda: self.directory.location / "throughput.jsonl")
         self.store: Store = NullStore()
         self.found: Found | None = None
-        self._make_store, self._resume = make_store, resume
-        self._lock, self._closing, self._is_taken = ExitStack(), ExitStack(), False
+        self.remark = ""
+        self._make_store, self._resume, self._allowed = make_store, resume, allowed
+        self._lock, self._closing = ExitStack(), ExitStack()
 
     @property
     def path(self) -> Path | None:
         """The run's directory, once it is open."""
         return self.directory.path if self.directory.created else None
 
-    def open(self, record: Mapping[str, Any], texts: Mapping[str, str]) -> None:
-        """Reserves a directory, or takes that of a run that did not come to its end.
+    def open(
+        self, record: Mapping[str, Any], texts: Mapping[str, str], subject: Subject | None = None
+    ) -> None:
+        """Reserves a directory, or takes that of the same run, which did not come to its end.
 
         Then it writes configuration, environment and status.
 
         Raises:
             RunDirectoryError: it cannot be written, or another run is in it.
-            CheckpointError: there is nothing to go on from, and there must be.
+            CheckpointError: there is nothing to resume, and there must be.
         """
         self.directory.check_writable()
-        changes = self._take(record)
+        taken = self._take(record, subject)
         self.store = store = self._make_store(self.directory.location / "checkpoints")
-        self.found = self._look(store, changes)
+        self.found = self._look(store, [] if taken is None else taken.notes)
         if self.found is None:
             self.confirm(record)
         self.directory.set_status("running")
@@ -193,61 +206,69 @@ class DirectoryRecording:
         for name, content in texts.items():
             self.directory.write_text(name, content)
         self._closing.enter_context(self.directory.open_log())
-        if self._is_taken and self.found is None:
+        if taken is not None and self.found is None:
             self.logger.resume(0)  # what a run has logged that was killed before its first save
-        self.logger.log_config(record)
+        self.logger.log_config({name: x for name, x in record.items() if name != "identity"})
         _log.info("run %s", self.path)
 
-    def _take(self, record: Mapping[str, Any]) -> list[str]:
-        """Locks a directory for this run, and returns how its configuration differs from it."""
-        if self.directory.created or self._resume == "never":
-            self.directory.create()
-            self._lock.enter_context(locked(self.directory.location))
-            return []
-        for path in self.directory.unfinished():
-            place = self.directory.location_of(path)
-            old = _record_in(place)
-            changes = _changes(old, record)
-            if old.get("first_epoch") != record["first_epoch"]:
-                continue
-            if self._resume == "auto" and not _is_same_run(changes):
-                _log.warning(
-                    "%s did not come to its end, and is another run (%s): this one begins anew; "
-                    "resume='must' goes on with it all the same",
-                    *(place, "; ".join(_shown(changes))),
-                )
-                continue
-            try:
-                self._lock.enter_context(locked(place))
-            except RunInUseError:
-                if self._resume == "auto":
-                    continue
-                raise
-            if path not in self.directory.unfinished() or _has_only_failed(place):
-                self._lock.close()  # it came to its end before the lock was ours
-                continue
-            _check_links(place)
-            is_back = isinstance(self._resume, int) and self._resume == _recorded_resume(old)
-            self._resume = "must" if is_back else self._resume  # go on, and not back once more
-            self.directory.take(path)
-            self._is_taken = True
-            return _shown(changes)
-        if self._resume != "auto":
+    def _take(self, record: Mapping[str, Any], subject: Subject | None) -> Comparison | None:
+        """Locks a directory for this run; returns how it differs from the one that it resumes."""
+        must = self._resume != "auto"
+        choice = Choice([], "")
+        if not self.directory.created and self._resume != "never":
+            inexact = self._allowed.inexact
+            choice = chosen(found(self.directory, record, subject, inexact=inexact), must=must)
+        for each in choice.candidates:
+            check_changes(each, allowed=self._allowed.changes)
+            if self._locks(each, must=must):
+                _check_links(each.place)
+                self._warn(each)
+                old = _recorded_resume(each.place)
+                is_back = isinstance(self._resume, int) and self._resume == old
+                self._resume = "must" if is_back else self._resume  # and not back once more
+                self.directory.take(each.path)
+                return each.comparison
+        if must and not self.directory.created and self._resume != "never":
             raise CheckpointError(
                 f"resume={self._resume!r} needs a run of this name that did not come to its end; "
                 "there is none. Check root and name, or pass resume='auto' to begin one."
             )
         self.directory.create()
         self._lock.enter_context(locked(self.directory.location))
-        return []
+        self.remark = choice.remark and f"{self.directory.path.name} is {choice.remark}"
+        return None
 
-    def _look(self, store: CheckpointStore, changes: list[str]) -> Found | None:
-        """Returns the checkpoint to go on from."""
+    def _locks(self, candidate: Candidate, *, must: bool) -> bool:
+        """Locks a run that is there; False where somebody else has it, or has had it meanwhile."""
+        try:
+            self._lock.enter_context(locked(candidate.place))
+        except RunInUseError:
+            if must:
+                raise
+            return False
+        status = RunDirectory.open(candidate.place).read_json("status.json")
+        now = candidate._replace(status=status)
+        if (now.may_resume if must else now.is_unfinished) and not has_only_failed(now.place):
+            return True
+        self._lock.close()  # it came to its end before the lock was ours
+        return False
+
+    @staticmethod
+    def _warn(candidate: Candidate) -> None:
+        if candidate.comparison.changes:
+            changes = "; ".join(candidate.comparison.changes)
+            warnings.warn(
+                f"{candidate.path} is resumed with the weights of another run: {changes}",
+                stacklevel=2,
+            )
+
+    def _look(self, store: CheckpointStore, notes: list[str]) -> Found | None:
+        """Returns the checkpoint to resume from."""
         if isinstance(self._resume, int):
-            return Found(self._resume, [], changes)
+            return Found(self.directory.path, self._resume, [], notes)
         step, skipped = store.newest_valid()
         tidy(store)
-        return None if step is None else Found(step, skipped, changes)
+        return None if step is None else Found(self.directory.path, step, skipped, notes)
 
     def confirm(self, record: Mapping[str, Any]) -> None:
         """Writes `config.json`, and puts aside the checkpoints after the one gone back to."""
@@ -292,19 +313,11 @@ def _kept(facts: Mapping[str, Any], store: Store) -> dict[str, Any]:
     return dict(facts)
 
 
-def _record_in(path: Path) -> Mapping[str, Any]:
-    """Returns the configuration that a run has recorded; an empty one if it cannot be read."""
-    try:
-        record = RunDirectory.open(path).read_json("config.json")
-    except RunDirectoryError as error:
-        _log.warning("%s cannot be continued: %s", path, error)
-        return {}
-    return record if isinstance(record, Mapping) else {}
-
-
-def _recorded_resume(record: Mapping[str, Any]) -> Any:
-    options = record.get("options")
-    return options.get("resume") if isinstance(options, Mapping) else None
+def _recorded_resume(place: Path) -> Any:
+    with suppress(RunDirectoryError):
+        options = RunDirectory.open(place).read_json("config.json").get("options")
+        return options.get("resume") if isinstance(options, Mapping) else None
+    return None
 
 
 def _check_links(path: Path) -> None:
@@ -321,32 +334,6 @@ def _check_links(path: Path) -> None:
             )
     for left in (*path.glob(".*.tmp"), *path.glob("metrics/.*.tmp")):
         left.unlink(missing_ok=True)
-
-
-def _has_only_failed(path: Path) -> bool:
-    """Whether a run ended by an error, before it had a checkpoint: its record stays as it is."""
-    status = RunDirectory.open(path).read_json("status.json")
-    return status["status"] == "failed" and not CheckpointStore(path / "checkpoints").steps()
-
-
-def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Returns what of a run's configuration differs, but for what says how it goes on."""
-    was, now = old.get("options"), new.get("options")
-    if isinstance(was, Mapping) and isinstance(now, Mapping):
-        # An option that the old run did not know yet was at its default.
-        defaults = config.to_json(TrainerConfig())
-        old = {**old, "options": {**{n: defaults[n] for n in now if n in defaults}, **was}}
-    found = config.diff(old, config.to_json(new))
-    return {name: values for name, values in found.items() if name not in _HOW_IT_GOES_ON}
-
-
-def _is_same_run(changes: Mapping[str, Any]) -> bool:
-    """Whether the same run may differ so: in how long it is, what it shows, or how it runs."""
-    return all(name == "num_epochs" or name in _HOW_IT_RUNS for name in changes)
-
-
-def _shown(changes: Mapping[str, tuple[Any, Any]]) -> list[str]:
-    return [f"{name}: {old!r} -> {new!r}" for name, (old, new) in changes.items()]
 
 
 def make_recording(
@@ -370,7 +357,10 @@ def make_recording(
         on_failed_save=options.on_failed_save,
     )
     directory = RunDirectory(options.root, name)
-    return DirectoryRecording(directory, loggers, make_store=make_store, resume=resume)
+    allowed = Allowed(options.allow_changes, options.allow_inexact_resume)
+    return DirectoryRecording(
+        directory, loggers, make_store=make_store, resume=resume, allowed=allowed
+    )
 
 
 @contextmanager
@@ -379,6 +369,7 @@ def recorded(
     record: Mapping[str, Any],
     texts: Mapping[str, str],
     outcome: Callable[[], dict[str, Any]],
+    subject: Subject | None = None,
 ) -> Generator[None]:
     """Opens a recording, and closes it whatever happens.
 
@@ -387,9 +378,10 @@ def recorded(
         record: the run's resolved configuration.
         texts: what to keep as text files, by file name.
         outcome: gives `status`, and facts, of a run that came to its end.
+        subject: what its identity was found from.
     """
     try:
-        recording.open(record, texts)
+        recording.open(record, texts, subject)
         yield
     except BaseException as error:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"

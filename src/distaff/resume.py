@@ -172,6 +172,8 @@ class Resumable(Training):
             saved = self.put_back(self.recording.store, found.step)
             self.recording.confirm(self.run_record)
             self.show(found.text(self.epoch))
+        elif self.recording.remark:
+            self.show(self.recording.remark)
         self.first_step, self.reached = self.step, (self.step, self.epoch)
         return saved
 

@@ -222,7 +222,8 @@ class RunDirectory:
             RunDirectoryError: the directory of all versions cannot be read.
         """
         found = []
-        for path in _versions(self._origin / self._parent):
+        for path in self.versions():
+            path = self.location_of(path)
             try:
                 status = RunDirectory.open(path).read_json("status.json")
             except RunDirectoryError as error:
@@ -236,6 +237,14 @@ class RunDirectory:
             else:
                 break
         return found
+
+    def versions(self) -> list[Path]:
+        """Returns the directories of all runs of this name, the newest first.
+
+        Raises:
+            RunDirectoryError: the directory of all versions cannot be read.
+        """
+        return [self._parent / path.name for path in _versions(self._origin / self._parent)]
 
     def take(self, path: Path) -> None:
         """Takes a version that is there already for its own, such as one of `unfinished`."""

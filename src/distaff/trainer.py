@@ -179,9 +179,11 @@ class TrainerModule(Hooks, Checked):
             self.begin(plan)
             self.prepare(plan, test)
             epochs = {"num_epochs": plan.num_epochs, "steps_per_epoch": plan.steps_per_epoch}
-            self.run_record = self.record(first_epoch=plan.first_epoch, **epochs)
+            subject = self.subject(plan)
+            identity = None if subject is None else subject.identity()
+            self.run_record = self.record(first_epoch=plan.first_epoch, **epochs, identity=identity)
             texts = {"model.txt": as_text(self.table)}
-            recording = recorded(self.recording, self.run_record, texts, self.outcome)
+            recording = recorded(self.recording, self.run_record, texts, self.outcome, subject)
             with recording, self.watching(), self.explaining():
                 self.has_run = True
                 metrics = self._run(plan, test)
@@ -284,6 +286,7 @@ class TrainerModule(Hooks, Checked):
             self.recording = self.init_logger()
         steps_per_epoch = plan.steps_per_epoch or num_batches(plan.train_loader)
         total = None if steps_per_epoch is None else steps_per_epoch * plan.num_epochs
+        self.total_steps = total
         self.init_optimizer(total)
         self._steps = make_steps(
             self.execution,

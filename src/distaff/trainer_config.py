@@ -43,15 +43,18 @@ class TrainerConfig:
             "raise" ends the run, within one step; "warn" warns and goes on, and tries the next one.
             A run whose best model was lost that way ends with the best of those that were written,
             or with the last weights, and says so.
-        resume: what a start does with a run of the same name that did not come to its end. "auto"
-            goes on with the newest one of the same seed, model and optimizer, from its newest
-            valid checkpoint; "must" goes on whatever is other now, and is an error where there is
-            none; "never" begins a new run. A number goes on from the checkpoint of that step.
+        resume: whether to resume an unfinished run of the same name. "auto" resumes the same run
+            only: of the same training step, data, seed and start weights; anything else begins a
+            new run, and a line says what changed. "must" raises an error where there is none, or
+            where something changed; "never" begins a new run. A number resumes as "must" does,
+            from the checkpoint of that step.
         save_every: about how much time lies between two checkpoints within an epoch, beside those
             at its end: what is lost at most where a machine dies. None for no such checkpoints.
         allow_inexact_resume: go on also with a loader that is read anew and yields other batches
             than before, so that examples are missed or seen twice; a line then says so. By default
             this is an error.
+        allow_changes: under `resume="must"` or a number, resume a run although something changed,
+            such as the loss or the data; a warning lists all of it.
         max_time: the longest a run may last, such as "3h30m", a number of seconds, or a
             `timedelta`. It is then saved, and ends as interrupted.
         on_bad_numbers: what a step leads to that makes the loss, or a number of the state, NaN or
@@ -102,6 +105,7 @@ class TrainerConfig:
     resume: Literal["auto", "must", "never"] | int = "auto"
     save_every: str | float | None = "10m"
     allow_inexact_resume: bool = False
+    allow_changes: bool = False
     max_time: str | float | None = None
     on_bad_numbers: BadNumbersPolicy = "raise"
     on_loss_spike: SpikePolicy = "ignore"

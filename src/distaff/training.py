@@ -98,7 +98,7 @@ class Training(Predictor):
     def init_logger(self) -> Recording:
         """Returns where metrics, checkpoints and configuration go; nothing is written yet."""
         name = self.config.name or type(self).__name__.lower()
-        # A trainer that has trained already goes on from there, and not from another run.
+        # A trainer that has trained already continues from there, and not from another run.
         resume = "never" if self.step else self.config.resume
         return make_recording(self.config, name, self.loggers, resume=resume)
 
