@@ -2,34 +2,47 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from distaff.checkpoint import CheckpointStore
-from distaff.comparison import Comparison, compared
+from distaff.comparison import Comparison
 from distaff.errors import CheckpointError, RunDirectoryError
-from distaff.identity import Subject
+from distaff.launch import Seat
 from distaff.run_directory import STATUSES, RunDirectory
 
 _log = logging.getLogger("distaff")
 
 
-class Candidate(NamedTuple):
+_MOST = 256
+
+
+class Candidate:
     """An earlier run of the same name.
 
-    Attributes:
+    Args:
         path: its directory, relative where the root is.
         place: its directory, absolute.
         status: what its `status.json` holds.
-        comparison: how the run to be differs from it.
+        compare: compares its record with that of the run to be.
     """
 
-    path: Path
-    place: Path
-    status: Mapping[str, Any]
-    comparison: Comparison
+    def __init__(
+        self,
+        path: Path,
+        place: Path,
+        status: Mapping[str, Any],
+        compare: Callable[[Mapping[str, Any]], Comparison],
+    ) -> None:
+        self.path, self.place, self.status, self._compare = path, place, status, compare
+
+    @functools.cached_property
+    def comparison(self) -> Comparison:
+        """How the run to be differs from it; its record is read for that."""
+        return self._compare(_read(self.place, "config.json") or {})
 
     @property
     def is_unfinished(self) -> bool:
@@ -43,37 +56,48 @@ class Candidate(NamedTuple):
         """Whether it can be resumed where that is asked for."""
         return self.is_unfinished or self.status["status"] in ("failed", "pruned")
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether it has a result."""
+        return self.status["status"] in ("finished", "stopped")
+
     def described(self) -> str:
         """Returns in a few words which run it is, and how it ended."""
         status, reason = self.status["status"], self.status.get("reason") or ""
-        ended = "was killed" if status == "running" else f"is {status}"
+        ended = {"running": "was killed", "failed": "failed"}.get(status, f"was {status}")
         step = self.status.get("step")
         at = "" if step is None else f" at step {step}"
         return f"{self.path.name}, which {ended}{at}{f' ({reason})' if reason else ''}"
 
 
 class Choice(NamedTuple):
-    """What a start may resume.
+    """What a start may take up.
 
     Attributes:
-        candidates: the best one first; the first that nobody is using is taken.
+        finished: the run whose result is that of the run to be; None where there is none.
+        candidates: those to resume, the best one first: the first that nobody uses is taken.
         remark: which run it is not, and why; empty where there is nothing to say.
     """
 
-    candidates: list[Candidate]
-    remark: str
+    finished: Candidate | None = None
+    candidates: Sequence[Candidate] = ()
+    remark: str = ""
 
 
 def found(
-    directory: RunDirectory, record: Mapping[str, Any], subject: Subject | None, *, inexact: bool
+    directory: RunDirectory, compare: Callable[[Mapping[str, Any]], Comparison]
 ) -> list[Candidate]:
-    """Returns the earlier runs of a name whose status is known, the newest first.
+    """Returns the last earlier runs of a name whose status is known, the newest first.
+
+    Args:
+        directory: of the run to be.
+        compare: compares the record of an earlier run with that of the run to be.
 
     Raises:
         RunDirectoryError: the directory of all of them cannot be read.
     """
     candidates = []
-    for path in directory.versions():
+    for path in directory.versions()[:_MOST]:
         place = directory.location_of(path)
         status = _read(place, "status.json")
         if status is None:
@@ -81,33 +105,50 @@ def found(
         if status.get("status") not in STATUSES:
             _log.warning("%s cannot be resumed: its status is not known", place)
             continue
-        comparison = compared(_read(place, "config.json") or {}, record, subject, inexact=inexact)
-        candidates.append(Candidate(path, place, status, comparison))
+        candidates.append(Candidate(path, place, status, compare))
     return candidates
 
 
-def chosen(candidates: list[Candidate], *, must: bool) -> Choice:
+def chosen(candidates: Sequence[Candidate], seat: Seat, *, must: bool, rerun: bool) -> Choice:
     """Chooses among earlier runs of a name.
 
-    Where one of the same identity has ended, older ones are of the past.
+    Where the same run has ended, older ones are of the past, unless its program has died.
 
     Args:
         candidates: the newest first.
+        seat: the place of the run to be in its program.
         must: whether one has to be resumed, whatever differs.
+        rerun: whether to train again what is finished.
     """
-    same, other = [], []
-    for each in candidates:
-        wanted = each.may_resume if must else each.is_unfinished
+    own = [each for each in candidates if each.status.get("key") == seat.key]
+    last = max((n for n, each in enumerate(own) if _counts(each, seat)), default=-1)
+    same: list[Candidate] = []
+    for each in own[: last + 1]:
         if each.comparison.changes:
-            other.append(each)
-        elif wanted:
-            same.append(each)
-        else:
+            continue
+        standing = seat.standing(each.status)
+        in_place = seat.key is not None or (standing == "open" and seat.is_of(each.status))
+        if each.may_resume if must else each.is_unfinished:
+            if standing == "alive" and seat.key is None:
+                continue
+            same = [each, *same] if in_place else [*same, each]
+            if in_place:
+                break
+        elif in_place and each.is_finished and not (rerun or each.comparison.doubts):
+            return Choice(finished=each)
+        elif standing == "closed":
             break
     if must:
-        ended = next((n for n, each in enumerate(candidates) if not each.may_resume), None)
-        return Choice([*same, *(each for each in candidates[:ended] if each not in same)], "")
-    return Choice(same, _remark(candidates, other))
+        ended = next((n for n, each in enumerate(own) if not each.may_resume), None)
+        others = [each for each in own[:ended] if each not in same]
+        return Choice(candidates=[*same, *others])
+    return Choice(candidates=same, remark="" if same else _remark(own, seat))
+
+
+def _counts(candidate: Candidate, seat: Seat) -> bool:
+    """Whether an earlier run may be taken up: there is no need to compare older ones."""
+    is_kept = seat.key is not None or seat.standing(candidate.status) == "open"
+    return candidate.may_resume or (candidate.is_finished and is_kept)
 
 
 def check_changes(candidate: Candidate, *, allowed: bool) -> None:
@@ -120,9 +161,9 @@ def check_changes(candidate: Candidate, *, allowed: bool) -> None:
     if changes and not allowed:
         listed = "".join(f"\n  {each}" for each in changes)
         raise CheckpointError(
-            f"resume='must' resumes the same run, and {candidate.path} was another one:{listed}\n"
-            "Start the program that made it, pass resume='auto' for a new run, or "
-            "allow_changes=True to resume it with these changes."
+            f"resume='must' resumes the same run only, and {candidate.path} was another one:"
+            f"{listed}\nRestore what was changed, pass allow_changes=True to resume it all the "
+            "same, or resume='auto' to begin a new run."
         )
 
 
@@ -132,17 +173,20 @@ def has_only_failed(place: Path) -> bool:
     return status["status"] == "failed" and not CheckpointStore(place / "checkpoints").steps()
 
 
-def _remark(candidates: list[Candidate], other: list[Candidate]) -> str:
-    """Returns why the newest run that has not finished is not resumed."""
-    newest = candidates[0] if candidates else None
-    if newest is None or not newest.may_resume:
-        return ""
-    if newest in other:
-        changes = "; ".join(newest.comparison.changes)
-        return f"a new run, and not {newest.described()}: {changes}"
-    if newest.is_unfinished:
-        return ""
-    return f"a new run, and not {newest.described()}; resume='must' resumes that one"
+def _remark(candidates: Sequence[Candidate], seat: Seat) -> str:
+    """Returns why a run that could have been taken up is not: that of its place, or the newest."""
+    dead = [each for each in candidates if seat.standing(each.status) != "alive"]
+    in_place = [
+        each for each in dead if seat.is_of(each.status) and seat.standing(each.status) == "open"
+    ]
+    newest = dead[:1] if dead and dead[0].may_resume else []
+    for each in in_place or newest:
+        changes = [*each.comparison.changes, *each.comparison.doubts]
+        if changes:
+            return f"a new run, and not {each.described()}: {'; '.join(changes)}"
+        if each.may_resume and not each.is_unfinished:
+            return f"a new run, and not {each.described()}; resume='must' resumes that one"
+    return ""
 
 
 def _read(place: Path, name: str) -> dict[str, Any] | None:

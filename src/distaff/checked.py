@@ -84,7 +84,8 @@ class Checked(Recovering):
         """Returns the state with the optimizer that a run of another length would have."""
         state, schedule = self.ready_state(), self.schedule
         try:
-            self.init_optimizer(total_steps)
+            trainer: Any = self  # whose override point it is
+            trainer.init_optimizer(total_steps)
             return self.ready_state().replace(guard=None)
         except DistaffError:  # such as of a warm-up that is longer than that
             return state.replace(guard=None)

@@ -108,12 +108,11 @@ def sample_digest(array: Any) -> str:
     if isinstance(array, jax.Array) and jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
         return _array(array)
     host = np.asarray(array)
-    data = host.ravel(order="K").view(np.uint8) if host.size and not host.dtype.hasobject else None
-    if data is not None and data.size > _MAX_BYTES:
+    data = _bytes(host)
+    if data.size > _MAX_BYTES:
         pieces = data[: data.size - data.size % _PIECES].reshape(_PIECES, -1)
-        data = np.ascontiguousarray(pieces[:, : _MAX_BYTES // _PIECES])
-    hashed = hashlib.blake2b(b"" if data is None else data, digest_size=8).hexdigest()
-    return f"{host.dtype}{host.shape}{hashed}"
+        data = pieces[:, : _MAX_BYTES // _PIECES]
+    return f"{host.dtype}{host.shape}{_hashed_bytes(data.tobytes())}"
 
 
 class _Walk:
@@ -336,9 +335,19 @@ def _array(array: Any) -> str:
     if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
         name = str(jax.random.key_impl(array))
         return f"key {_ADDRESS.sub('', name)} {_array(jax.random.key_data(array))}"
-    host = np.ascontiguousarray(array)
-    sha = hashlib.blake2b(host.view(np.uint8).reshape(-1) if host.size else b"", digest_size=8)
-    return f"{host.dtype}{np.shape(array)}{sha.hexdigest()}"
+    host = np.asarray(array)
+    return f"{host.dtype}{host.shape}{_hashed_bytes(_bytes(host).tobytes())}"
+
+
+def _bytes(array: np.ndarray) -> np.ndarray:
+    """Returns the bytes of an array, `[size]`; none of one that holds objects."""
+    if not array.size or array.dtype.hasobject:
+        return np.zeros(0, np.uint8)
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def _hashed_bytes(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
 def _function(function: Any, depth: int) -> str:

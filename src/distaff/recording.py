@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from distaff.candidates import (
-    Candidate,
-    Choice,
-    check_changes,
-    chosen,
-    found,
-    has_only_failed,
-)
+from distaff.candidates import Candidate
 from distaff.checkpoint import CheckpointStore, MemoryStore, NullStore, Store, forget_after, tidy
-from distaff.comparison import Comparison
-from distaff.errors import CheckpointError, RunDirectoryError, RunInUseError
+from distaff.ending import ending
 from distaff.identity import Subject
 from distaff.loggers import FilesLogger, JsonlLogger, Logger, ManyLoggers, NullLogger
 from distaff.run_directory import RunDirectory
-from distaff.run_lock import locked
+from distaff.takeover import Allowed, Takeover
 from distaff.trainer_config import TrainerConfig
 
 _log = logging.getLogger("distaff")
@@ -51,21 +42,6 @@ class Found(NamedTuple):
         return "\n".join([line, *self.skipped, *self.notes])
 
 
-class Allowed(NamedTuple):
-    """How a run may differ from the one that it resumes.
-
-    Attributes:
-        changes: `allow_changes`, see `TrainerConfig`.
-        inexact: `allow_inexact_resume`.
-    """
-
-    changes: bool = False
-    inexact: bool = False
-
-
-_NOTHING = Allowed()
-
-
 class Recording(Protocol):
     """The outlets of a run. Nothing is written before `open`.
 
@@ -77,11 +53,33 @@ class Recording(Protocol):
     throughput: Logger
     store: Store
     found: Found | None
-    remark: str
+
+    @property
+    def remark(self) -> str:
+        """Why the run is not one that was there; empty if there is nothing to say."""
+        ...
 
     @property
     def path(self) -> Path | None:
         """The run's directory, once it is open; None for a run without."""
+        ...
+
+    def finished(
+        self,
+        record: Mapping[str, Any],
+        subject: Subject | None,
+        *,
+        key: str | None = None,
+        rerun: bool = False,
+    ) -> Candidate | None:
+        """Returns the run that is finished already, and whose result that of this one would be.
+
+        Args:
+            record: the run's resolved configuration.
+            subject: what its identity was found from.
+            key: see `train_model`.
+            rerun: likewise.
+        """
         ...
 
     def open(
@@ -121,11 +119,23 @@ class NullRecording:
         self.throughput: Logger = NullLogger()
         self.store: Store = NullStore()
         self.found: Found | None = None
-        self.remark = ""
+
+    remark = ""
 
     @property
     def path(self) -> Path | None:
         """None."""
+        return None
+
+    def finished(
+        self,
+        record: Mapping[str, Any],
+        subject: Subject | None,
+        *,
+        key: str | None = None,
+        rerun: bool = False,
+    ) -> Candidate | None:
+        """Returns None."""
         return None
 
     def open(
@@ -164,7 +174,7 @@ class DirectoryRecording:
         *,
         make_store: Callable[[Path], CheckpointStore] = CheckpointStore,
         resume: str | int = "never",
-        allowed: Allowed = _NOTHING,
+        allowed: Allowed | None = None,
     ) -> None:
         self.directory = directory
         self.logger = ManyLoggers(
@@ -175,14 +185,47 @@ class DirectoryRecording:
         self.throughput: Logger = JsonlLogger(lambda: self.directory.location / "throughput.jsonl")
         self.store: Store = NullStore()
         self.found: Found | None = None
-        self.remark = ""
-        self._make_store, self._resume, self._allowed = make_store, resume, allowed
+        self._make_store = make_store
+        self._takeover = Takeover(directory, resume, allowed or Allowed())
         self._lock, self._closing = ExitStack(), ExitStack()
 
     @property
     def path(self) -> Path | None:
         """The run's directory, once it is open."""
         return self.directory.path if self.directory.created else None
+
+    @property
+    def remark(self) -> str:
+        """Why the run is not one that was there; empty if there is nothing to say."""
+        return self._takeover.remark
+
+    def finished(
+        self,
+        record: Mapping[str, Any],
+        subject: Subject | None,
+        *,
+        key: str | None = None,
+        rerun: bool = False,
+    ) -> Candidate | None:
+        """Returns the run that is finished already, and whose result that of this one would be.
+
+        Its checkpoints are then those of the store; nothing is written.
+        """
+        done = self._takeover.choose(record, subject, key=key, rerun=rerun)
+        if done is None:
+            return None
+        store = self._make_store(done.place / "checkpoints")
+        if store.newest_valid()[0] is None:  # somebody has removed them
+            self._takeover.forget()
+            return None
+        self.directory.take(done.path)
+        self.store = store
+        return done
+
+    @property
+    def may_resume(self) -> bool:
+        """Whether there is a run to take up, whose weights are in its checkpoints."""
+        return self._takeover.may_resume
 
     def open(
         self, record: Mapping[str, Any], texts: Mapping[str, str], subject: Subject | None = None
@@ -196,7 +239,7 @@ class DirectoryRecording:
             CheckpointError: there is nothing to resume, and there must be.
         """
         self.directory.check_writable()
-        taken = self._take(record, subject)
+        taken = self._takeover.take(record, subject, self._lock)
         self.store = store = self._make_store(self.directory.location / "checkpoints")
         self.found = self._look(store, [] if taken is None else taken.notes)
         if self.found is None:
@@ -211,69 +254,18 @@ class DirectoryRecording:
         self.logger.log_config({name: x for name, x in record.items() if name != "identity"})
         _log.info("run %s", self.path)
 
-    def _take(self, record: Mapping[str, Any], subject: Subject | None) -> Comparison | None:
-        """Locks a directory for this run; returns how it differs from the one that it resumes."""
-        must = self._resume != "auto"
-        choice = Choice([], "")
-        if not self.directory.created and self._resume != "never":
-            inexact = self._allowed.inexact
-            choice = chosen(found(self.directory, record, subject, inexact=inexact), must=must)
-        for each in choice.candidates:
-            check_changes(each, allowed=self._allowed.changes)
-            if self._locks(each, must=must):
-                _check_links(each.place)
-                self._warn(each)
-                old = _recorded_resume(each.place)
-                is_back = isinstance(self._resume, int) and self._resume == old
-                self._resume = "must" if is_back else self._resume  # and not back once more
-                self.directory.take(each.path)
-                return each.comparison
-        if must and not self.directory.created and self._resume != "never":
-            raise CheckpointError(
-                f"resume={self._resume!r} needs a run of this name that did not come to its end; "
-                "there is none. Check root and name, or pass resume='auto' to begin one."
-            )
-        self.directory.create()
-        self._lock.enter_context(locked(self.directory.location))
-        self.remark = choice.remark and f"{self.directory.path.name} is {choice.remark}"
-        return None
-
-    def _locks(self, candidate: Candidate, *, must: bool) -> bool:
-        """Locks a run that is there; False where somebody else has it, or has had it meanwhile."""
-        try:
-            self._lock.enter_context(locked(candidate.place))
-        except RunInUseError:
-            if must:
-                raise
-            return False
-        status = RunDirectory.open(candidate.place).read_json("status.json")
-        now = candidate._replace(status=status)
-        if (now.may_resume if must else now.is_unfinished) and not has_only_failed(now.place):
-            return True
-        self._lock.close()  # it came to its end before the lock was ours
-        return False
-
-    @staticmethod
-    def _warn(candidate: Candidate) -> None:
-        if candidate.comparison.changes:
-            changes = "; ".join(candidate.comparison.changes)
-            warnings.warn(
-                f"{candidate.path} is resumed with the weights of another run: {changes}",
-                stacklevel=2,
-            )
-
     def _look(self, store: CheckpointStore, notes: list[str]) -> Found | None:
         """Returns the checkpoint to resume from."""
-        if isinstance(self._resume, int):
-            return Found(self.directory.path, self._resume, [], notes)
+        if isinstance(self._takeover.resume, int):
+            return Found(self.directory.path, self._takeover.resume, [], notes)
         step, skipped = store.newest_valid()
         tidy(store)
         return None if step is None else Found(self.directory.path, step, skipped, notes)
 
     def confirm(self, record: Mapping[str, Any]) -> None:
         """Writes `config.json`, and puts aside the checkpoints after the one gone back to."""
-        if isinstance(self.store, CheckpointStore) and isinstance(self._resume, int):
-            forget_after(self.store, self._resume)
+        if isinstance(self.store, CheckpointStore) and isinstance(self._takeover.resume, int):
+            forget_after(self.store, self._takeover.resume)
         self.directory.write_json("config.json", record)
 
     def save_metrics(self, name: str, metrics: Mapping[str, Any]) -> None:
@@ -302,6 +294,7 @@ class DirectoryRecording:
                 self.directory.set_status("failed", **_kept(facts, self.store))
                 raise
             self.directory.set_status(status, **_kept(facts, self.store))
+            self._takeover.ended(status, facts)
 
 
 def _kept(facts: Mapping[str, Any], store: Store) -> dict[str, Any]:
@@ -311,29 +304,6 @@ def _kept(facts: Mapping[str, Any], store: Store) -> dict[str, Any]:
         if best is not None and best["step"] not in store.steps():
             return {**facts, "best": None}
     return dict(facts)
-
-
-def _recorded_resume(place: Path) -> Any:
-    with suppress(RunDirectoryError):
-        options = RunDirectory.open(place).read_json("config.json").get("options")
-        return options.get("resume") if isinstance(options, Mapping) else None
-    return None
-
-
-def _check_links(path: Path) -> None:
-    """Refuses to write where a link leads elsewhere; removes what a killed write has left.
-
-    Raises:
-        RunDirectoryError: something that a run writes is a link.
-    """
-    for name in ("checkpoints", "metrics", *(entry.name for entry in path.iterdir())):
-        if (path / name).is_symlink():
-            raise RunDirectoryError(
-                f"A run writes into its own directory; {str(path / name)!r} is a link out of it. "
-                "Remove it, or begin a new run: resume='never'."
-            )
-    for left in (*path.glob(".*.tmp"), *path.glob("metrics/.*.tmp")):
-        left.unlink(missing_ok=True)
 
 
 def make_recording(
@@ -384,8 +354,6 @@ def recorded(
         recording.open(record, texts, subject)
         yield
     except BaseException as error:
-        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        reason = f"{type(error).__name__}: {error}"
-        recording.close(**{**outcome(), "status": status, "reason": reason})
+        recording.close(**{**outcome(), **ending(error)})
         raise
     recording.close(**outcome())

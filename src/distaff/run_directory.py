@@ -50,6 +50,8 @@ class RunDirectory:
 
     def __init__(self, root: Path | str = "runs", name: str = "run") -> None:
         self._parent = Path(root) / _checked(name)
+        self.name = name
+        self.marks: dict[str, Any] = {}
         self._path: Path | None = None
         # A relative root stays where it was when the program goes to another directory.
         self._origin = Path.cwd()
@@ -78,6 +80,11 @@ class RunDirectory:
     def created(self) -> bool:
         """Whether the directory exists, so that files can be written."""
         return self._path is not None
+
+    @property
+    def root(self) -> Path:
+        """The absolute path of the directory that holds all runs."""
+        return (self._origin / self._parent).parents[self.name.count("/")]
 
     @property
     def path(self) -> Path:
@@ -209,7 +216,8 @@ class RunDirectory:
             self._counted = True
             starts += 1
         times = {"started": started, "ended": None if status == "running" else now}
-        self.write_json("status.json", {"status": status, **times, "starts": starts, **facts})
+        known = {"status": status, **times, "starts": starts, **self.marks}
+        self.write_json("status.json", {**known, **facts})
 
     def unfinished(self) -> list[Path]:
         """Returns the versions after the last one that came to its end, the newest first.

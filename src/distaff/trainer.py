@@ -138,6 +138,8 @@ class TrainerModule(Hooks, Checked):
         *,
         num_epochs: int,
         steps_per_epoch: int | None = None,
+        key: str | None = None,
+        rerun: bool = False,
     ) -> TrainResult:
         """Trains, validates, keeps the best model, and tests it.
 
@@ -153,6 +155,10 @@ class TrainerModule(Hooks, Checked):
             num_epochs: epochs to train.
             steps_per_epoch: cuts epochs of this many steps; needed for a loader without length
                 under a schedule that depends on it.
+            key: names the run within a program, such as `"fold-0"`. A run of the same name and
+                key that is finished, and the same, is loaded instead of trained again, at any
+                start; one that is unfinished is resumed, and no run of another key.
+            rerun: whether to train again what is finished.
 
         Returns:
             How it ended. The trainer holds the best weights afterwards.
@@ -169,10 +175,11 @@ class TrainerModule(Hooks, Checked):
             after_epoch=self.epoch,
         )
         test = None if test_loader is None else as_loader(test_loader, name="test")
-        made = (train_loader, unlimited(plan.train_loader)), (test_loader, test)
+        made = [(train_loader, unlimited(plan.train_loader)), (test_loader, test)]
+        made += made_of(val_loader, plan)
         test = None if test is None else limited(test, self.config.most_batches)
         with (
-            closing_made(*made, *made_of(val_loader, plan)),
+            closing_made(*made),
             self.listening(),
             closing(self.display),
         ):
@@ -183,6 +190,9 @@ class TrainerModule(Hooks, Checked):
             identity = None if subject is None else subject.identity()
             self.run_record = self.record(first_epoch=plan.first_epoch, **epochs, identity=identity)
             texts = {"model.txt": as_text(self.table)}
+            done = self.recording.finished(self.run_record, subject, key=key, rerun=rerun)
+            if done is not None:
+                return self.load_finished(done, made)
             recording = recorded(self.recording, self.run_record, texts, self.outcome, subject)
             with recording, self.watching(), self.explaining():
                 self.has_run = True
@@ -328,5 +338,6 @@ class TrainerModule(Hooks, Checked):
             self.save_metrics("test", test_metrics)
             self.recording.logger.log_metrics(test_metrics, step=self.step, epoch=self.epoch)
             metrics.update(test_metrics)
+        self.last_metrics = metrics
         self.show_result(metrics)
         return metrics

@@ -230,6 +230,8 @@ class TrainResult(NamedTuple):
             (`test/`); those of the last epoch that ended, if it was interrupted.
         best: the best model; None without validation, or if none could be written.
         path: the run directory; None if nothing is written.
+        first_step: completed updates when this call began; `step` where it has trained nothing,
+            because a run that it resumed, or found finished, had nothing left to train.
     """
 
     status: str
@@ -239,3 +241,4 @@ class TrainResult(NamedTuple):
     metrics: dict[str, Any]
     best: Best | None
     path: Path | None
+    first_step: int = 0

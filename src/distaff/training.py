@@ -98,8 +98,10 @@ class Training(Predictor):
     def init_logger(self) -> Recording:
         """Returns where metrics, checkpoints and configuration go; nothing is written yet."""
         name = self.config.name or type(self).__name__.lower()
-        # A trainer that has trained already continues from there, and not from another run.
-        resume = "never" if self.step else self.config.resume
+        # What a trainer that has trained already does next needs no run to be there.
+        resume = self.config.resume
+        if self.step and resume != "never":
+            resume = "auto"
         return make_recording(self.config, name, self.loggers, resume=resume)
 
     @property
@@ -266,6 +268,11 @@ class Training(Predictor):
         _log.info("%s", line)
         self.display.print(line)
 
+    def warn(self, line: str) -> None:
+        """Shows a line, and warns of it."""
+        self.show(line)
+        warnings.warn(line, stacklevel=2)
+
     def emit(self, event: str, info: StepInfo) -> None:
         """Tells callbacks of an event."""
         with self.ledger.spent("callbacks"):
@@ -342,6 +349,8 @@ class Training(Predictor):
         if self.best is not None:
             titles = {**titles, "val": f"val, epoch {self.best.epoch} (best)"}
         self.display.table(rows_by_split(metrics, titles))
+        if self.reached[0] == self.first_step:
+            self.show(f"nothing was left to train after step {self.first_step}")
         measure_peak = peak_flops if self.config.tune_process else lambda again: None
         self.report = make_report(self.ledger.read(), self._steps.flops, measure_peak)
         self.log_throughput()

@@ -102,6 +102,4 @@ class WarmStart(Resumable):
     def _may_go_on(self) -> bool:
         """Whether there may be a run to go on with, whose checkpoint then has the weights."""
         recording = self.recording
-        if self.config.resume == "never" or not isinstance(recording, DirectoryRecording):
-            return False
-        return not recording.directory.created and bool(recording.directory.unfinished())
+        return isinstance(recording, DirectoryRecording) and recording.may_resume

@@ -113,7 +113,7 @@ class Stream:
     def identity(self) -> dict[str, Any]:
         """Returns what kind of source it is; of a list or tuple, a digest of some batches."""
         source = self._source
-        if type(source) not in (list, tuple):
+        if not isinstance(source, list | tuple):
             return {"source": type(source).__qualname__}
         picked = source[:: max(1, len(source) // _SAMPLED_BATCHES)]
         leaves = (leaf for batch in picked for leaf in jax.tree.leaves(batch))

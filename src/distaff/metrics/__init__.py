@@ -15,7 +15,7 @@ from distaff.metrics.accumulators import (
     merge_rows,
     to_host,
 )
-from distaff.metrics.as_json import as_json
+from distaff.metrics.as_json import as_json, as_numbers
 from distaff.metrics.classification import AUROC, F1, ConfusionMatrix, IoU, Precision, Recall
 from distaff.metrics.language import Perplexity
 
@@ -36,6 +36,7 @@ __all__ = [
     "Recall",
     "Sum",
     "as_json",
+    "as_numbers",
     "compute",
     "declare",
     "merge",
