@@ -125,7 +125,8 @@ class _Walk:
     def program(self, jaxpr: Any, consts: Iterable[Any], scope: str = REST) -> Program:
         """Returns the digest of a jaxpr with the values of its constants."""
         values = {var: f"i{n} {_form(var)}" for n, var in enumerate(jaxpr.invars)}
-        values |= {v: _token(c) for v, c in zip(jaxpr.constvars, consts, strict=True)}
+        held = {v: _token(c) for v, c in zip(jaxpr.constvars, consts, strict=True)}
+        values |= held
         equations = [(each, _scope_of(each, scope)) for each in _live(jaxpr)]
         exported = _exported(jaxpr, equations)
         parts: dict[str, _Collected] = {}
@@ -137,7 +138,7 @@ class _Walk:
             values |= {var: f"{whole}.{n}" for n, var in enumerate(equation.outvars)}
             if equation.effects:
                 effects.append(whole)
-            part = parts.setdefault(own, _Collected())
+            part = parts.setdefault(own, _Collected(held))
             tokens = self._add(equation, head, inner, part, own)
             if exported.intersection(equation.outvars) or equation.effects:
                 part.tokens.append(tokens)
@@ -199,7 +200,7 @@ def _add_others(head: str, inner: list[Program], own: str, parts: dict[str, _Col
     """Adds what is inside of an equation, and in another part than it."""
     for name in {name for each in inner for name in each.parts} - {own}:
         programs = [each.parts[name] for each in inner if name in each.parts]
-        part = parts.setdefault(name, _Collected())
+        part = parts.setdefault(name, _Collected({}))
         part.numbers.update(dict.fromkeys(n for each in programs for n in each.numbers))
         forms, wholes = [each.form for each in programs], [each.whole for each in programs]
         part.tokens.append((_hashed(head, *forms), _hashed(head, *wholes)))
@@ -220,14 +221,17 @@ def _exported(jaxpr: Any, equations: list[tuple[Any, str]]) -> set[Any]:
 class _Collected:
     """What is found of a part of a program.
 
+    Args:
+        constants: tokens of the program's constants.
+
     Attributes:
-        values: tokens of the variables that are made in it, without and with numbers.
+        values: tokens of constants, and of the variables that are made in it, without and with numbers.
         tokens: of those that leave it.
         numbers: the different numbers, in order.
     """
 
-    def __init__(self) -> None:
-        self.values: dict[Any, tuple[str, str]] = {}
+    def __init__(self, constants: Mapping[Any, str]) -> None:
+        self.values = {var: (token, token) for var, token in constants.items()}
         self.tokens: list[tuple[str, str]] = []
         self.numbers: dict[str, None] = {}
 
