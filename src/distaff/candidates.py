@@ -12,7 +12,7 @@ from distaff.checkpoint import CheckpointStore
 from distaff.comparison import Comparison
 from distaff.errors import CheckpointError, RunDirectoryError
 from distaff.launch import Seat
-from distaff.run_directory import STATUSES, RunDirectory
+from distaff.run_directory import RunDirectory, noted_status
 
 _log = logging.getLogger("distaff")
 
@@ -24,8 +24,7 @@ class Candidate:
     """An earlier run of the same name.
 
     Args:
-        path: its directory, relative where the root is.
-        place: its directory, absolute.
+        path: its directory.
         status: what its `status.json` holds.
         compare: compares its record with that of the run to be.
     """
@@ -33,16 +32,15 @@ class Candidate:
     def __init__(
         self,
         path: Path,
-        place: Path,
         status: Mapping[str, Any],
         compare: Callable[[Mapping[str, Any]], Comparison],
     ) -> None:
-        self.path, self.place, self.status, self._compare = path, place, status, compare
+        self.path, self.status, self._compare = path, status, compare
 
     @functools.cached_property
     def comparison(self) -> Comparison:
         """How the run to be differs from it; its record is read for that."""
-        return self._compare(_read(self.place, "config.json") or {})
+        return self._compare(_record(self.path))
 
     @property
     def is_unfinished(self) -> bool:
@@ -98,14 +96,9 @@ def found(
     """
     candidates = []
     for path in directory.versions()[:_MOST]:
-        place = directory.location_of(path)
-        status = _read(place, "status.json")
-        if status is None:
-            continue
-        if status.get("status") not in STATUSES:
-            _log.warning("%s cannot be resumed: its status is not known", place)
-            continue
-        candidates.append(Candidate(path, place, status, compare))
+        status = noted_status(path)
+        if status is not None:
+            candidates.append(Candidate(path, status, compare))
     return candidates
 
 
@@ -167,10 +160,10 @@ def check_changes(candidate: Candidate, *, allowed: bool) -> None:
         )
 
 
-def has_only_failed(place: Path) -> bool:
+def has_only_failed(path: Path) -> bool:
     """Whether a run ended by an error, before it had a checkpoint: its record stays as it is."""
-    status = RunDirectory.open(place).read_json("status.json")
-    return status["status"] == "failed" and not CheckpointStore(place / "checkpoints").steps()
+    status = noted_status(path) or {"status": "running"}
+    return status["status"] == "failed" and not CheckpointStore(path / "checkpoints").steps()
 
 
 def _remark(candidates: Sequence[Candidate], seat: Seat) -> str:
@@ -189,10 +182,11 @@ def _remark(candidates: Sequence[Candidate], seat: Seat) -> str:
     return ""
 
 
-def _read(place: Path, name: str) -> dict[str, Any] | None:
+def _record(path: Path) -> dict[str, Any]:
+    """Returns the configuration that a run has recorded; an empty one if it cannot be read."""
     try:
-        value = RunDirectory.open(place).read_json(name)
+        record = RunDirectory.open(path).read_json("config.json")
     except RunDirectoryError as error:
-        _log.warning("%s cannot be resumed: %s", place, error)
-        return None
-    return value if isinstance(value, dict) else {}
+        _log.warning("%s cannot be compared: %s", path, error)
+        return {}
+    return record if isinstance(record, dict) else {}

@@ -225,7 +225,7 @@ class _Collected:
         constants: tokens of the program's constants.
 
     Attributes:
-        values: tokens of constants, and of the variables that are made in it, without and with numbers.
+        values: tokens of constants and of variables made in it, without and with numbers.
         tokens: of those that leave it.
         numbers: the different numbers, in order.
     """

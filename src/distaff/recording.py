@@ -15,6 +15,7 @@ from distaff.ending import ending
 from distaff.identity import Subject
 from distaff.loggers import FilesLogger, JsonlLogger, Logger, ManyLoggers, NullLogger
 from distaff.run_directory import RunDirectory
+from distaff.run_log import open_log
 from distaff.takeover import Allowed, Takeover
 from distaff.trainer_config import TrainerConfig
 
@@ -178,11 +179,11 @@ class DirectoryRecording:
     ) -> None:
         self.directory = directory
         self.logger = ManyLoggers(
-            JsonlLogger(lambda: self.directory.location / "metrics.jsonl"),
-            FilesLogger(lambda: self.directory.location),
+            JsonlLogger(lambda: self.directory.path / "metrics.jsonl"),
+            FilesLogger(lambda: self.directory.path),
             *loggers,
         )
-        self.throughput: Logger = JsonlLogger(lambda: self.directory.location / "throughput.jsonl")
+        self.throughput: Logger = JsonlLogger(lambda: self.directory.path / "throughput.jsonl")
         self.store: Store = NullStore()
         self.found: Found | None = None
         self._make_store = make_store
@@ -214,7 +215,7 @@ class DirectoryRecording:
         done = self._takeover.choose(record, subject, key=key, rerun=rerun)
         if done is None:
             return None
-        store = self._make_store(done.place / "checkpoints")
+        store = self._make_store(done.path / "checkpoints")
         if store.newest_valid()[0] is None:  # somebody has removed them
             self._takeover.forget()
             return None
@@ -240,7 +241,7 @@ class DirectoryRecording:
         """
         self.directory.check_writable()
         taken = self._takeover.take(record, subject, self._lock)
-        self.store = store = self._make_store(self.directory.location / "checkpoints")
+        self.store = store = self._make_store(self.directory.path / "checkpoints")
         self.found = self._look(store, [] if taken is None else taken.notes)
         if self.found is None:
             self.confirm(record)
@@ -248,11 +249,11 @@ class DirectoryRecording:
         self.directory.write_environment()
         for name, content in texts.items():
             self.directory.write_text(name, content)
-        self._closing.enter_context(self.directory.open_log())
+        self._closing.enter_context(open_log(self.directory.path))
         if taken is not None and self.found is None:
             self.logger.resume(0)  # what a run has logged that was killed before its first save
         self.logger.log_config({name: x for name, x in record.items() if name != "identity"})
-        _log.info("run %s", self.path)
+        _log.info("run %s", self.directory.path)
 
     def _look(self, store: CheckpointStore, notes: list[str]) -> Found | None:
         """Returns the checkpoint to resume from."""

@@ -21,8 +21,9 @@ from distaff.comparison import Comparison, compared
 from distaff.errors import CheckpointError, RunDirectoryError, RunInUseError
 from distaff.identity import Subject
 from distaff.launch import Seat, launch_of
-from distaff.run_directory import RunDirectory
+from distaff.run_directory import RunDirectory, noted_status
 from distaff.run_lock import locked
+from distaff.run_version import reserve
 
 
 class Allowed(NamedTuple):
@@ -126,7 +127,7 @@ class Takeover:
         for each in choice.candidates:
             check_changes(each, allowed=self._allowed.changes)
             if self._locks(each, lock):
-                _check_links(each.place)
+                _check_links(each.path)
                 self._resumed(each)
                 return each.comparison
         if self._must and not self.directory.created:
@@ -135,8 +136,7 @@ class Takeover:
                 "there is none. Check root and name, or pass resume='auto' to begin one."
             )
         is_new = not self.directory.created
-        self.directory.create()
-        lock.enter_context(locked(self.directory.location))
+        reserve(self.directory, lock)
         if is_new and self._seat is not None:
             self._begun(self._seat)
             self.remark = choice.remark and f"{self.directory.path.name} is {choice.remark}"
@@ -144,8 +144,8 @@ class Takeover:
 
     def ended(self, status: str, facts: Mapping[str, Any]) -> None:
         """Notes that the run has ended in this process."""
-        place = self.directory.location
-        end = Candidate(self.directory.path, place, {**facts, "status": status}, _equal)
+        place = self.directory.path
+        end = Candidate(place, {**facts, "status": status}, _equal)
         if self._seat is not None and not end.is_unfinished:
             self._seat.launch.ended(place)
 
@@ -155,7 +155,7 @@ class Takeover:
             self.directory.marks = {"launch": None, "key": seat.key}
             return
         seat.launch.begin()
-        seat.launch.opened(self.directory.location)
+        seat.launch.opened(self.directory.path)
         self.directory.marks = seat.marks()
 
     def _resumed(self, candidate: Candidate) -> None:
@@ -166,28 +166,28 @@ class Takeover:
                 f"{candidate.path} is resumed with the weights of another run: {changes}",
                 stacklevel=2,
             )
-        is_back = isinstance(self.resume, int) and self.resume == _recorded_resume(candidate.place)
+        is_back = isinstance(self.resume, int) and self.resume == _recorded_resume(candidate.path)
         self.resume = "must" if is_back else self.resume  # and not back once more
         self.directory.take(candidate.path)
         seat = self._seat
         if seat is not None and seat.adopt(candidate.status):
             marks = {name: candidate.status.get(name) for name in ("launch", "key")}
             self.directory.marks = marks
-            seat.launch.opened(self.directory.location)
+            seat.launch.opened(self.directory.path)
         elif seat is not None:
             self._begun(seat)
 
     def _locks(self, candidate: Candidate, lock: ExitStack) -> bool:
         """Locks a run that is there; False where somebody else has it, or has had it meanwhile."""
         try:
-            lock.enter_context(locked(candidate.place))
+            lock.enter_context(locked(candidate.path))
         except RunInUseError:
             if self._must:
                 raise
             return False
-        candidate.status = RunDirectory.open(candidate.place).read_json("status.json")
+        candidate.status = noted_status(candidate.path) or {"status": "running"}
         is_wanted = candidate.may_resume if self._must else candidate.is_unfinished
-        if is_wanted and not has_only_failed(candidate.place):
+        if is_wanted and not has_only_failed(candidate.path):
             return True
         lock.close()  # it came to its end before the lock was ours
         return False

@@ -13,6 +13,7 @@ import jax
 from distaff.callbacks.callback import Callback, StepInfo
 from distaff.callbacks.chunk_scope import ChunkScope
 from distaff.errors import ConfigError, StateError
+from distaff.paths import as_path
 
 _log = logging.getLogger("distaff")
 
@@ -55,7 +56,7 @@ class Profiler(Callback):
                 f"got num_steps={num_steps}, first_step={first_step}."
             )
         self.first_step, self.num_steps, self.python = first_step, num_steps, python
-        self.path = None if path is None else Path(path).absolute()
+        self.path = None if path is None else as_path(path, "path")
         self._forget()
 
     def on_training_start(self, info: StepInfo) -> None:
