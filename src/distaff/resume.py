@@ -7,12 +7,11 @@ resumes, and the log is cut to where it stood.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from distaff.callbacks import StepInfo
-from distaff.candidates import Candidate
 from distaff.checkpoint import Store
 from distaff.checkpoint.failure import warned
 from distaff.data import Loader, unlimited
@@ -287,16 +286,16 @@ class Resumable(Training):
         """
         info = store.info(step)
         self.restore(store, step, self.saved_members(info))
-        with _explained(step):
+        with explained(step):
             self.num_skipped = int(info.get("num_skipped", 0))
             self.left_out = [Stretch(*map(int, each)) for each in info.get("left_out", ())]
             self.tally = Tally.from_json(info["tally"], self._steps.columns)
             first_step, first_epoch = info["begun_at"]
             self.begun_at = int(first_step), int(first_epoch)
-            self._bring_back(info, store)
-            self._go_to(info["loader"], self.plan.train_loader, "train")
+            self.bring_back(info, store)
+            self.go_to(info["loader"], self.plan.train_loader, "train")
             if val and info["val_loader"] is not None and self.plan.val_loaders:
-                self._go_to_validation(info["val_loader"])
+                self.go_to_validation(info["val_loader"])
             self.keep_form(info["steps_per_call"])
             self.recording.logger.resume(step, info["logger"])
             is_best, metrics = info["is_best"], dict(as_numbers(info["metrics"]))
@@ -305,7 +304,7 @@ class Resumable(Training):
         self.tally = Tally(self.tally.epoch + 1)
         return self.info(metrics, is_best)
 
-    def _bring_back(self, info: Mapping[str, Any], store: Store) -> None:
+    def bring_back(self, info: Mapping[str, Any], store: Store) -> None:
         """Takes back the best models, the last metrics, and what callbacks remember."""
         # One that is no longer there, after going back to an earlier step, cannot be loaded.
         steps = store.steps()
@@ -318,46 +317,18 @@ class Resumable(Training):
         for callback, state in zip(callbacks, info["callbacks"], strict=True):
             callback.set_state(state)
 
-    def load_finished(self, done: Candidate, made: Iterable[tuple[Any, Any]]) -> TrainResult:
-        """Takes the result of a run that is finished, and leaves all as if it had just been made.
-
-        Args:
-            done: the run; the recording is that of it.
-            made: what was given as loaders, and the loaders it became: those of the user's own go
-                to where the run has left them.
-
-        Raises:
-            CheckpointError: its checkpoints cannot be read.
-        """
-        store, status = self.recording.store, done.status
-        step = store.latest()
-        assert step is not None  # or it would not be one to load
-        info = store.info(step)
-        self.has_run = True
-        own = [loader for given, loader in made if given is loader]
-        with _explained(step):
-            self._bring_back(info, store)
-            if any(unlimited(self.plan.train_loader) is each for each in own):
-                self._go_to(info["loader"], self.plan.train_loader, "train")
-            if info["val_loader"] is not None and self.plan.val_loaders:
-                self._go_to_validation(info["val_loader"], own)
-        self.load_model()
-        self.reached = self.first_step, _ = int(status["step"]), int(status["epoch"])
-        self.last_metrics = dict(as_numbers(status["metrics"]))
-        self.show(f"{done.path} is finished: it is loaded, and nothing is trained")
-        reason = str(status.get("reason") or "") or "finished before: nothing was trained"
-        return self.result(self.last_metrics)._replace(status=str(status["status"]), reason=reason)
-
-    def _go_to_validation(self, saved: Mapping[str, Any], own: Any = None) -> None:
+    def go_to_validation(self, saved: Mapping[str, Any], own: Any = None) -> None:
+        """Puts the validation loaders where they were; of several, only those in `own` if given."""
         loaders = {n.removeprefix("val_"): each for n, each in self.plan.val_loaders.items()}
         positions = {"val": saved} if "val" in self.plan.val_loaders else saved
         _check_same("validation sets", sorted(positions), sorted(loaders))
         for name, loader in loaders.items():
             if own is not None and not any(unlimited(loader) is each for each in own):
                 continue
-            self._go_to(positions[name], loader, name if name == "val" else f"val_{name}")
+            self.go_to(positions[name], loader, name if name == "val" else f"val_{name}")
 
-    def _go_to(self, position: Mapping[str, Any], loader: Loader, name: str) -> None:
+    def go_to(self, position: Mapping[str, Any], loader: Loader, name: str) -> None:
+        """Puts a loader where it was."""
         try:
             loader.set_state(position)
         except ChangedBatchesError as error:
@@ -370,7 +341,7 @@ class Resumable(Training):
 
 
 @contextmanager
-def _explained(step: int) -> Generator[None]:
+def explained(step: int) -> Generator[None]:
     """Turns what is wrong with the facts of a checkpoint into an error that names it."""
     try:
         yield

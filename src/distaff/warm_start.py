@@ -8,15 +8,15 @@ from typing import Any
 
 from distaff.callbacks import StepInfo
 from distaff.errors import DistaffError
+from distaff.finished import Reloadable
 from distaff.models import LoraModel
 from distaff.recording import DirectoryRecording
-from distaff.resume import Resumable
 from distaff.typing import Batch
 from distaff.weights import as_init_from, export_weights, loaded
 from distaff.weights.names import as_variables
 
 
-class WarmStart(Resumable):
+class WarmStart(Reloadable):
     """A training that may begin with weights from elsewhere, and gives its own away.
 
     Args:
