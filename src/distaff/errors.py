@@ -39,6 +39,10 @@ class LossError(DistaffError, ValueError):
     """A loss or a metric returned by the user's function has the wrong form."""
 
 
+class MaskError(LossError):
+    """A mask meets metrics that are not values per example."""
+
+
 class StateError(DistaffError, ValueError):
     """A train state is used before it is complete, or with a member it does not have."""
 

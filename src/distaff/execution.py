@@ -38,6 +38,10 @@ class Execution(Protocol):
         """Returns what the program would return, as `jax.ShapeDtypeStruct` or as arrays."""
         ...
 
+    def jaxpr(self, program: Callable[..., Any], *args: Any) -> Any:
+        """Returns what the program computes, as a jaxpr; None where it is not traced."""
+        ...
+
 
 class Compiled:
     """Each function becomes one XLA program per set of shapes."""
@@ -69,6 +73,10 @@ class Compiled:
         """Traces the program (the trace is reused when it runs); computes nothing."""
         return jax.eval_shape(program, *args)
 
+    def jaxpr(self, program: Callable[..., Any], *args: Any) -> Any:
+        """Traces the program (the trace is reused when it runs); computes nothing."""
+        return jax.make_jaxpr(program)(*args)
+
 
 class Eager:
     """Each function runs as plain Python: breakpoints, prints and concrete values work."""
@@ -92,3 +100,7 @@ class Eager:
     def shapes(self, program: Callable[..., Any], *args: Any) -> PyTree:
         """Runs the program once: traced code could not read concrete values."""
         return program(*args)
+
+    def jaxpr(self, program: Callable[..., Any], *args: Any) -> Any:
+        """Returns None: nothing is traced."""
+        return None

@@ -1,19 +1,64 @@
-"""Finished: a run whose result is taken, because the program that made it died later."""
+"""Finished: what a run has led to, or one before it whose program died later."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from distaff.candidates import Candidate
 from distaff.data import unlimited
-from distaff.metrics import as_numbers
+from distaff.errors import MetricError
+from distaff.metrics import as_json, as_numbers
+from distaff.ranking import best_json
+from distaff.report import Report
 from distaff.resume import Resumable, explained
 from distaff.trainer_config import TrainResult
 
 
 class Reloadable(Resumable):
-    """A training that takes a finished run for its own."""
+    """A training with a result, which may be that of a run that is finished already."""
+
+    def save_metrics(self, name: str, metrics: Mapping[str, Any]) -> None:
+        """Writes metrics to `metrics/<name>.json` in the run directory.
+
+        Raises:
+            StateError: nothing has been trained yet.
+        """
+        self.check_run()
+        self.recording.save_metrics(name, as_json(metrics))
+
+    def result(self, metrics: dict[str, Any]) -> TrainResult:
+        """Returns how a run that came to its end stands."""
+        return TrainResult(
+            status=self._status(),
+            reason=self.interrupted_by or self.stop_reason or self._nothing_left(),
+            step=self.reached[0],
+            epoch=self.reached[1],
+            metrics=metrics,
+            best=self.best,
+            path=self.recording.path,
+            first_step=self.first_step,
+        )
+
+    def _nothing_left(self) -> str:
+        is_done = self.recording.found is not None and self.reached[0] == self.first_step
+        return f"nothing was left to train after step {self.first_step}" if is_done else ""
+
+    def _status(self) -> str:
+        if self.interrupted_by:
+            return "interrupted"
+        return self.callbacks.stop_status if self.stop_reason else "finished"
+
+    def outcome(self) -> dict[str, Any]:
+        """Returns what `result` does, as it is written into the run's status."""
+        facts = self.result(self.last_metrics)._asdict()
+        del facts["path"], facts["first_step"]
+        with suppress(MetricError):  # which has ended the run
+            facts["metrics"] = as_json(self.last_metrics)
+        best = None if self.best is None else best_json(self.best)
+        report, form = self.report or Report(self.ledger.read()), self.forms.facts()
+        return {**facts, "best": best, "steps_per_call": form, "throughput": report.facts()}
 
     def load_finished(self, done: Candidate, made: Iterable[tuple[Any, Any]]) -> TrainResult:
         """Takes the result of a run that is finished, and leaves all as if it had just been made.
@@ -44,3 +89,9 @@ class Reloadable(Resumable):
         self.show(f"{done.path} is finished: it is loaded, and nothing is trained")
         reason = str(status.get("reason") or "") or "finished before: nothing was trained"
         return self.result(self.last_metrics)._replace(status=str(status["status"]), reason=reason)
+
+    def show_result(self, metrics: Mapping[str, Any]) -> None:
+        """Shows the metrics of a finished run; says so where nothing was trained in this call."""
+        super().show_result(metrics)
+        if self.reached[0] == self.first_step:
+            self.show(f"nothing was left to train after step {self.first_step}")

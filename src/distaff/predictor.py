@@ -166,7 +166,8 @@ class Predictor:
             StateError: the model has no parameters yet.
             BatchError: the loader is empty, or an output has no batch axis.
         """
-        return predict(self._predict_step, self.evaluation_state(), self._pass(loader, "predict"))
+        state, batches = self.evaluation_state(), self._pass(loader, "predict")
+        return predict(self._predict_step, state, batches, self.execution)
 
     def bind_model(self) -> Any:
         """Returns the model with its variables inside, in the form of its kind.

@@ -7,8 +7,9 @@ resumes, and the log is cut to where it stood.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 from distaff.callbacks import StepInfo
@@ -16,7 +17,7 @@ from distaff.checkpoint import Store
 from distaff.checkpoint.failure import warned
 from distaff.data import Loader, unlimited
 from distaff.data.left_out import Stretch
-from distaff.errors import ChangedBatchesError, CheckpointError, MetricError
+from distaff.errors import ChangedBatchesError, CheckpointError
 from distaff.events import BadNumbers, Interrupted, Pause, given
 from distaff.forms import continued
 from distaff.guard import form_of, shown
@@ -26,7 +27,7 @@ from distaff.ranking import best_from_json, best_json, kept, placed
 from distaff.report import Report
 from distaff.rows import BadStep
 from distaff.tally import Tally
-from distaff.trainer_config import Best, TrainResult
+from distaff.trainer_config import Best
 from distaff.training import Training
 from distaff.vitals import all_finite
 from distaff.watchdog import Watchdog
@@ -197,38 +198,6 @@ class Resumable(Training):
         """Takes over the form of the steps that a run has chosen before it was interrupted."""
         self.forms = self._steps.forms = continued(self.forms, facts)
 
-    def result(self, metrics: dict[str, Any]) -> TrainResult:
-        """Returns how a run that came to its end stands."""
-        return TrainResult(
-            status=self._status(),
-            reason=self.interrupted_by or self.stop_reason or self._nothing_left(),
-            step=self.reached[0],
-            epoch=self.reached[1],
-            metrics=metrics,
-            best=self.best,
-            path=self.recording.path,
-            first_step=self.first_step,
-        )
-
-    def _nothing_left(self) -> str:
-        is_done = self.recording.found is not None and self.reached[0] == self.first_step
-        return f"nothing was left to train after step {self.first_step}" if is_done else ""
-
-    def _status(self) -> str:
-        if self.interrupted_by:
-            return "interrupted"
-        return self.callbacks.stop_status if self.stop_reason else "finished"
-
-    def outcome(self) -> dict[str, Any]:
-        """Returns what `result` does, as it is written into the run's status."""
-        facts = self.result(self.last_metrics)._asdict()
-        del facts["path"], facts["first_step"]
-        with suppress(MetricError):  # which has ended the run
-            facts["metrics"] = as_json(self.last_metrics)
-        best = None if self.best is None else best_json(self.best)
-        report, form = self.report or Report(self.ledger.read()), self.forms.facts()
-        return {**facts, "best": best, "steps_per_call": form, "throughput": report.facts()}
-
     def facts(self, metrics: Mapping[str, Any], is_best: bool | None) -> dict[str, Any]:
         """Returns what a resume needs beside the arrays, as strict JSON.
 
@@ -335,9 +304,9 @@ class Resumable(Training):
             if not self.config.allow_inexact_resume:
                 raise ChangedBatchesError(f"the {name} loader: {error}") from error
             loader.set_state(loader.get_state())  # it stands where it shall
-            self.warn(
-                f"the resume is inexact: the {name} loader does not yield the same batches again"
-            )
+            line = f"the resume is inexact: the {name} loader does not yield the same batches again"
+            self.show(line)
+            warnings.warn(line, stacklevel=2)
 
 
 @contextmanager

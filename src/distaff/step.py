@@ -16,7 +16,7 @@ from distaff import metrics as metrics_lib
 from distaff.context import Context
 from distaff.data import num_examples
 from distaff.digest import named_scope
-from distaff.errors import BatchError, LossError, leaf_name
+from distaff.errors import BatchError, LossError, MaskError, leaf_name
 from distaff.measured import StepFn, reduced
 from distaff.metrics import Mean, Metric, PerExample
 from distaff.state import TrainState
@@ -105,10 +105,6 @@ class TrainStep:
         )
 
 
-class MaskError(LossError):
-    """A mask meets metrics that are not values per example."""
-
-
 class EvalStep:
     """An evaluation step: `(state, batch, mask) -> metrics`, without gradient or update.
 
@@ -127,16 +123,28 @@ class EvalStep:
         Raises:
             MaskError: a mask is given and the loss or a metric is not one value per example.
         """
-        size = num_examples(batch)
-        metrics = self._outputs(state, batch)
-        fixed = [name for name, value in metrics.items() if not isinstance(value, PerExample)]
-        if mask is not None and fixed:
-            raise MaskError(f"Only values per example can be masked; {fixed} are reduced already.")
-        return reduced(metrics, jnp.ones(size, bool) if mask is None else mask)
+        metrics = self.outputs(state, batch)
+        if mask is None:
+            return reduced(metrics, jnp.ones(num_examples(batch), bool))
+        return reduced(per_example(metrics), mask)
 
-    def _outputs(self, state: TrainState, batch: Batch) -> dict[str, Metric | PerExample]:
+    def outputs(self, state: TrainState, batch: Batch) -> dict[str, Metric | PerExample]:
+        """Returns the loss and the metrics of a batch, before any of them is reduced."""
         ctx = Context(state, train=False)
         return _declared(self._loss_fn(state.params, batch, ctx), num_examples(batch), ctx)[1]
+
+
+def per_example(metrics: Mapping[str, Metric | PerExample]) -> dict[str, PerExample]:
+    """Returns metrics that are all values per example, and can be masked.
+
+    Raises:
+        MaskError: one is not.
+    """
+    values = {name: each for name, each in metrics.items() if isinstance(each, PerExample)}
+    if len(values) < len(metrics):
+        fixed = [name for name in metrics if name not in values]
+        raise MaskError(f"Only values per example can be masked; {fixed} are reduced already.")
+    return values
 
 
 def _augmented(augment: AugmentFn, state: TrainState, batch: Batch, size: int) -> Batch:

@@ -32,6 +32,7 @@ from distaff.hooks import Hooks
 from distaff.measured import StepFn, measured
 from distaff.optim import build_optimizer
 from distaff.recording import recorded
+from distaff.rehearsal import rehearsed
 from distaff.rows import WindowEnd
 from distaff.state import owned
 from distaff.step import EvalFn, EvalStep
@@ -187,8 +188,9 @@ class TrainerModule(Hooks, Checked):
             self.prepare(plan, test)
             epochs = {"num_epochs": plan.num_epochs, "steps_per_epoch": plan.steps_per_epoch}
             subject = self.subject(plan)
-            identity = None if subject is None else subject.identity()
-            self.run_record = self.record(first_epoch=plan.first_epoch, **epochs, identity=identity)
+            self.run_record = self.record(
+                first_epoch=plan.first_epoch, **epochs, identity=subject and subject.identity()
+            )
             texts = {"model.txt": as_text(self.table)}
             done = self.recording.finished(self.run_record, subject, key=key, rerun=rerun)
             if done is not None:
@@ -220,6 +222,14 @@ class TrainerModule(Hooks, Checked):
         """
         ledger = self.ledger
         self.begin_epoch(epoch)
+        self.forms = rehearsed(
+            self._steps,
+            self.ready_state(),
+            self.feeds,
+            train_loader,
+            directory=self.recording.path,
+            remember=self.config.tune_process,
+        )
         with closing(self.training_chunks(train_loader)) as chunks, self.around_epoch() as guard:
             events = loop.steps(
                 self._steps,
@@ -244,7 +254,7 @@ class TrainerModule(Hooks, Checked):
         """Evaluates the model over a loader: every example once, nothing changed.
 
         Args:
-            loader: any iterable of batches; the first is the largest.
+            loader: any iterable of batches, of any sizes.
             prefix: put before each metric's name: `"val/"` gives `val/loss`.
 
         Returns:
@@ -256,19 +266,10 @@ class TrainerModule(Hooks, Checked):
         """
         with self.ledger.spent("evaluation"):
             state, name = self.evaluation_state(), prefix.rstrip("/") or "evaluate"
-            with self.chunks(loader, name, even=self._evaluator.masks is True) as chunks:
+            with self.chunks(loader, name, even=self._evaluator.may_pad(state)) as chunks:
                 metrics = self._evaluator(state, chunks)
             self.check_values(metrics, name)
             return metrics_lib.compute(metrics, prefix)
-
-    def save_metrics(self, name: str, metrics: Mapping[str, Any]) -> None:
-        """Writes metrics to `metrics/<name>.json` in the run directory.
-
-        Raises:
-            StateError: nothing has been trained yet.
-        """
-        self.check_run()
-        self.recording.save_metrics(name, metrics_lib.as_json(metrics))
 
     def save_model(self, metrics: Mapping[str, Any], is_best: bool) -> None:
         """Hands the whole state to the checkpoint store, which writes in the background.
