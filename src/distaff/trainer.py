@@ -179,11 +179,7 @@ class TrainerModule(Hooks, Checked):
         made = [(train_loader, unlimited(plan.train_loader)), (test_loader, test)]
         made += made_of(val_loader, plan)
         test = None if test is None else limited(test, self.config.most_batches)
-        with (
-            closing_made(*made),
-            self.listening(),
-            closing(self.display),
-        ):
+        with closing_made(*made), self.listening(), closing(self.display):
             self.begin(plan)
             self.prepare(plan, test)
             epochs = {"num_epochs": plan.num_epochs, "steps_per_epoch": plan.steps_per_epoch}
