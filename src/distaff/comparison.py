@@ -52,6 +52,10 @@ class Comparison(NamedTuple):
     doubts: list[str]
     notes: list[str]
 
+    def lines(self) -> list[str]:
+        """Returns what is to be said where the run is resumed."""
+        return [*(f"changed: {each}" for each in self.changes), *self.notes]
+
 
 def compared(
     old: Mapping[str, Any], new: Mapping[str, Any], subject: Subject | None, *, inexact: bool

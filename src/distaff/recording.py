@@ -242,7 +242,7 @@ class DirectoryRecording:
         self.directory.check_writable()
         taken = self._takeover.take(record, subject, self._lock)
         self.store = store = self._make_store(self.directory.path / "checkpoints")
-        self.found = self._look(store, [] if taken is None else taken.notes)
+        self.found = self._look(store, [] if taken is None else taken.lines())
         if self.found is None:
             self.confirm(record)
         self.directory.set_status("running")
