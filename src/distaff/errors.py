@@ -83,6 +83,10 @@ class RecompileWarning(UserWarning):
     """A program compiled again after its first time."""
 
 
+class ModeWarning(UserWarning):
+    """A model's dropout or running statistics do not follow whether it trains."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns a sentence that lists the known names, the closest one first.
 

@@ -23,7 +23,11 @@ class Execution(Protocol):
         ...
 
     def once(self, function: Callable[..., Any]) -> Any:
-        """Returns the function as a program that is called once, as an initialisation is."""
+        """Returns the function as a program that is called once, as an initialisation is.
+
+        JAX keeps the program as long as the function lives, and an optimizer's functions outlive
+        its trainer (JAX's caches hold them): pass one that is made for this call.
+        """
         ...
 
     def part(self, function: Callable[..., Any]) -> Any:

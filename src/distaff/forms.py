@@ -164,7 +164,12 @@ def continued(choice: Choice, facts: Any) -> Choice:
     Args:
         choice: that the same run would make now.
         facts: of the run before it, as `Choice.facts` gave them.
+
+    Raises:
+        ValueError: no run has written them.
     """
+    if not isinstance(facts, Mapping):
+        raise ValueError(f"its steps_per_call is {facts!r}")
     return (choice.why in (*_CHOSEN, "to be measured") and recorded(facts)) or choice
 
 

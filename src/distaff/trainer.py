@@ -127,7 +127,7 @@ class TrainerModule(Hooks, Checked):
         tx, self.schedule = build_optimizer(self.optimizer, total_steps)
         # A second run goes on from the model that the first has led to.
         state = self.evaluation_state()
-        opt_state = self.execution.once(tx.init)(state.params)
+        opt_state = self.execution.once(lambda params: tx.init(params))(state.params)
         guard = make_guard(self.config)
         self.state = owned(state.replace(tx=tx, opt_state=opt_state, guard=guard))
 

@@ -113,6 +113,8 @@ def test_resumed_run_keeps_its_choice_whatever_would_be_chosen_now():
         assert continued(now, facts) == now
     for own in (fixed(7), choose(watched=True)):
         assert continued(choose(), own.facts()) == choose()
+    with pytest.raises(ValueError, match="steps_per_call is 7"):
+        continued(choose(), 7)
 
 
 @pytest.mark.parametrize(
