@@ -321,8 +321,8 @@ class Training(Predictor):
             warnings.warn(
                 f"{missing} in the first {num_steps} steps. Either the loss does not depend on its "
                 "argument `params`: a loss that reads state.params instead has zero gradients. Or "
-                "the learning rate is zero, every parameter frozen, or gradients accumulate for "
-                "longer than that.",
+                "the learning rate is zero, every parameter frozen, every example without weight, "
+                "or gradients accumulate for longer than that.",
                 stacklevel=2,
             )
 
