@@ -118,7 +118,7 @@ def recorded_options(cls: type[TrainerConfig], record: Mapping[str, Any]) -> dic
     with suppress(ConfigError):  # A transformation or a function is recorded by name only.
         options["optimizer"] = from_json(OptimizerConfig, record.get("optimizer"))
     # How long that run might last, and what it went on from, is no matter of this one.
-    own = ("resume", "allow_inexact_resume", "max_time")
+    own = ("resume", "allow_inexact_resume", "allow_changes", "max_time")
     return {name: x for name, x in options.items() if name not in own}
 
 

@@ -23,6 +23,7 @@ from distaff.data import (
     unlimited,
 )
 from distaff.display import as_text
+from distaff.ending import ending
 from distaff.errors import LossError
 from distaff.evaluate import Evaluator
 from distaff.events import ChunkEnd, Interrupted, Plan, made_of, make_plan
@@ -148,6 +149,8 @@ class TrainerModule(Hooks, Checked):
         *,
         num_epochs: int,
         steps_per_epoch: int | None = None,
+        key: str | None = None,
+        rerun: bool = False,
     ) -> TrainResult:
         """Trains, validates, keeps the best model, and tests it.
 
@@ -163,6 +166,10 @@ class TrainerModule(Hooks, Checked):
             num_epochs: epochs to train.
             steps_per_epoch: cuts epochs of this many steps; needed for a loader without length
                 under a schedule that depends on it.
+            key: names the run within a program, such as `"fold-0"`. A run of the same name and
+                key that is finished, and the same, is loaded instead of trained again, at any
+                start; one that is unfinished is resumed, and no run of another key.
+            rerun: whether to train again what is finished.
 
         Returns:
             How it ended. The trainer holds the best weights afterwards.
@@ -179,19 +186,22 @@ class TrainerModule(Hooks, Checked):
             after_epoch=self.epoch,
         )
         test = None if test_loader is None else as_loader(test_loader, name="test")
-        made = (train_loader, unlimited(plan.train_loader)), (test_loader, test)
+        made = [(train_loader, unlimited(plan.train_loader)), (test_loader, test)]
+        made += made_of(val_loader, plan)
         test = None if test is None else limited(test, self.config.most_batches)
-        with (
-            closing_made(*made, *made_of(val_loader, plan)),
-            self.listening(),
-            closing(self.display),
-        ):
+        with closing_made(*made), self.listening(), closing(self.display):
             self.begin(plan)
             self.prepare(plan, test)
             epochs = {"num_epochs": plan.num_epochs, "steps_per_epoch": plan.steps_per_epoch}
-            self.run_record = self.record(first_epoch=plan.first_epoch, **epochs)
+            subject = self.subject(plan)
+            self.run_record = self.record(
+                first_epoch=plan.first_epoch, **epochs, identity=subject and subject.identity()
+            )
             texts = {"model.txt": as_text(self.table)}
-            recording = recorded(self.recording, self.run_record, texts, self.outcome)
+            done = self.recording.finished(self.run_record, subject, key=key, rerun=rerun)
+            if done is not None:
+                return self.load_finished(done, made)
+            recording = recorded(self.recording, self.run_record, texts, self.outcome, subject)
             with recording, self.watching(), self.explaining():
                 self.has_run = True
                 metrics = self._run(plan, test)
@@ -265,15 +275,6 @@ class TrainerModule(Hooks, Checked):
             self.check_values(metrics, name)
             return metrics_lib.compute(metrics, prefix)
 
-    def save_metrics(self, name: str, metrics: Mapping[str, Any]) -> None:
-        """Writes metrics to `metrics/<name>.json` in the run directory.
-
-        Raises:
-            StateError: nothing has been trained yet.
-        """
-        self.check_run()
-        self.recording.save_metrics(name, metrics_lib.as_json(metrics))
-
     def save_model(self, metrics: Mapping[str, Any], is_best: bool) -> None:
         """Hands the whole state to the checkpoint store, which writes in the background.
 
@@ -302,6 +303,7 @@ class TrainerModule(Hooks, Checked):
             self.recording = self.init_logger()
         steps_per_epoch = plan.steps_per_epoch or num_batches(plan.train_loader)
         total = None if steps_per_epoch is None else steps_per_epoch * plan.num_epochs
+        self.total_steps = total
         self.init_optimizer(total)
         self._steps = make_steps(
             self.execution,
@@ -334,6 +336,7 @@ class TrainerModule(Hooks, Checked):
             self.save_metrics("test", test_metrics)
             self.recording.logger.log_metrics(test_metrics, step=self.step, epoch=self.epoch)
             metrics.update(test_metrics)
+        self.last_metrics = metrics
         self.show_result(metrics)
         return metrics
 
@@ -347,7 +350,9 @@ def _train(trainer: TrainerModule, plan: Plan) -> None:
         except Interrupted as reason:
             trainer.end_early(reason)
     except BaseException as error:
-        trainer.callbacks.end(trainer.info(trainer.last_metrics), error=error)
+        facts = ending(error)
+        info = trainer.info(trainer.last_metrics)
+        trainer.callbacks.end(info, facts["status"], facts["reason"], error)
         raise
     status, reason, *_ = trainer.result(trainer.last_metrics)
     trainer.callbacks.end(trainer.info(trainer.last_metrics), status, reason)

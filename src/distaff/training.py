@@ -117,8 +117,10 @@ class Training(Predictor):
     def init_logger(self) -> Recording:
         """Returns where metrics, checkpoints and configuration go; nothing is written yet."""
         name = self.config.name or type(self).__name__.lower()
-        # A trainer that has trained already goes on from there, and not from another run.
-        resume = "never" if self.step else self.config.resume
+        # What a trainer that has trained already does next needs no run to be there.
+        resume = self.config.resume
+        if self.step and resume != "never":
+            resume = "auto"
         return make_recording(self.config, name, self.loggers, resume=resume)
 
     @property
@@ -329,8 +331,8 @@ class Training(Predictor):
             warnings.warn(
                 f"{missing} in the first {num_steps} steps. Either the loss does not depend on its "
                 "argument `params`: a loss that reads state.params instead has zero gradients. Or "
-                "the learning rate is zero, every parameter frozen, or gradients accumulate for "
-                "longer than that.",
+                "the learning rate is zero, every parameter frozen, every example without weight, "
+                "or gradients accumulate for longer than that.",
                 stacklevel=2,
             )
 

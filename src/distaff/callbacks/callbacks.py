@@ -77,28 +77,24 @@ class Callbacks:
     def end(
         self,
         info: StepInfo,
-        status: str = "failed",
-        reason: str = "",
+        status: str,
+        reason: str,
         error: BaseException | None = None,
     ) -> None:
         """Calls `on_training_end` of every callback whose run began, once, whatever others raise.
 
         Args:
             info: where the run stands; after an error, the state may have been given away.
-            status: how it ended; that of an error is known.
-            reason: why; likewise.
+            status: how it ended.
+            reason: why it was stopped, interrupted, or failed.
             error: the exception that ended it, if one has.
 
         Raises:
             Exception: the first that a callback raised, where the run has not failed already;
                 others are logged.
         """
-        if error is not None:
-            status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-            reason, state = f"{type(error).__name__}: {error}", info.state
-            state = None if _is_given_away(state) else state
-            info = info._replace(state=state)
-        info = info._replace(status=status, reason=reason, error=error)
+        state = info.state if error is None or not _is_given_away(info.state) else None
+        info = info._replace(state=state, status=status, reason=reason, error=error)
         waiting, self._to_end, first = self._to_end, [], error
         for callback in waiting:
             try:
