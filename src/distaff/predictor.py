@@ -190,11 +190,9 @@ class Predictor:
     def predict(self, loader: Any) -> PyTree:
         """Gathers the outputs of `predict_fn` over all examples of a loader.
 
-        They come in the data's own order, also where the loader shuffles, and none is left out. The
-        loader stays where it is.
-
         Args:
-            loader: any iterable of batches; one pass of it is read.
+            loader: any iterable of batches. Also of one that shuffles or drops, all examples are
+                read, in the data's own order; it stays where it is.
 
         Returns:
             NumPy arrays `[examples, ...]`, in the structure of one batch's outputs.
@@ -203,8 +201,8 @@ class Predictor:
             StateError: the model has no parameters yet.
             BatchError: the loader is empty, or an output has no batch axis.
         """
-        state, batches = self.evaluation_state(), self._pass(loader, "predict")
-        return predict(self._predict_step, state, batches, self.execution)
+        arguments = self.evaluation_state(), self._pass(loader, "predict"), self.execution
+        return predict(self._predict_step, *arguments)
 
     def bind_model(self) -> Any:
         """Returns the model with its variables inside, in the form of its kind.
@@ -336,8 +334,8 @@ class Predictor:
     def _pass(self, loader: Any, name: str) -> Iterator[Batch]:
         """Goes once through the examples of a loader, in their order, with its progress shown."""
         with self.feeds.one_pass(as_loader(loader, name=name), name) as view:
-            batches = self.feeds.batches(view, name)
-            yield from self.tracker(batches, description=name, total=num_batches(view))
+            length, batches = num_batches(view), self.feeds.batches(view, name)
+            yield from self.tracker(batches, description=name, total=length)
 
 
 def _load(
