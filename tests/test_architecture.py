@@ -32,7 +32,7 @@ ROOMS = (
     *("models", "data", "augment", "optim", "parallel", "zoo", "trainer_config", "ranking"),
     *("place", "context", "measured", "guard", "rows", "step", "accumulate", "precision"),
     "diagnosis",
-    *("forms", "fuse", "rehearsal", "independence", "padding"),
+    *("forms", "fuse", "rehearsal", "page_faults", "independence", "padding"),
     *("loggers", "display", "checkpoint", "callbacks", "weights"),
     *("events", "identity", "comparison", "ending", "launch", "candidates", "takeover"),
     *("evaluate", "loop", "recording", "tally"),

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import closing
 from typing import Any
 
-from distaff import loop
+from distaff import loop, page_faults
 from distaff import metrics as metrics_lib
 from distaff.checked import Checked
 from distaff.context import Context
@@ -230,7 +230,7 @@ class TrainerModule(Hooks, Checked):
             events = loop.steps(
                 self._steps,
                 self.ready_state(),
-                ledger.fetched(chunks),
+                ledger.fetched(page_faults.watched(chunks, self.config.tune_process)),
                 step=self.step,
                 stopping=lambda: self.stop_reason is not None,
                 pausing=self.pausing,
