@@ -22,7 +22,8 @@ SOURCES = Path(__file__).parents[1] / "src"
 
 # A room imports only from rooms that stand before it. "distaff" is the package's own __init__.py.
 ROOMS = (
-    *("typing", "errors", "number", "garbage", "digest", "sketch"),
+    *("typing", "errors", "number", "garbage", "habits", "override", "named"),
+    *("digest", "sketch"),
     *("paths", "quiet", "warn", "_optional"),
     *("slot", "state", "vitals", "spikes", "metrics", "monitor", "cadence", "duration"),
     *("config", "record", "environment", "run_directory", "run_lock", "run_log", "run_version"),
@@ -30,12 +31,13 @@ ROOMS = (
     *("agreement", "interruption", "barrier", "watchdog"),
     *("signature", "compiling", "choices", "flops", "work", "machine", "report"),
     *("models", "data", "augment", "optim", "parallel", "zoo", "trainer_config", "ranking"),
+    *("plain", "constructor"),
     *("place", "context", "measured", "guard", "rows", "step", "accumulate", "precision"),
     "diagnosis",
     *("forms", "fuse", "rehearsal", "page_faults", "independence", "padding"),
     *("loggers", "display", "checkpoint", "callbacks", "weights"),
     *("events", "identity", "comparison", "ending", "launch", "candidates", "takeover"),
-    *("evaluate", "loop", "recording", "tally"),
+    *("evaluate", "loop", "monitors", "recording", "tally"),
     *("initial", "predictor", "training", "resume", "finished", "warm_start", "recovery"),
     *("checked", "hooks", "trainer"),
     *("tasks", "distaff"),

@@ -182,8 +182,8 @@ class Resumable(Training):
         """The first epoch that is not done."""
         return self.tally.epoch
 
-    def end_early(self, interrupted: Interrupted) -> dict[str, Any]:
-        """Saves what is not saved yet of a run that ends before its time; returns its metrics."""
+    def end_early(self, interrupted: Interrupted) -> None:
+        """Saves what is not saved yet of a run that ends before its time."""
         if self.unsaved is not None:
             self.save(self.unsaved)
         self.settle()
@@ -192,7 +192,6 @@ class Resumable(Training):
         for remark in Report(self.ledger.read()).remarks():
             self.show(remark)
         self.show(f"interrupted by {interrupted} at step {self.step}: {again}")
-        return self.last_metrics
 
     def keep_form(self, facts: Any) -> None:
         """Takes over the form of the steps that a run has chosen before it was interrupted."""
