@@ -27,8 +27,10 @@ from distaff.evaluate import Evaluator
 from distaff.events import ChunkEnd, Interrupted, Plan, made_of, make_plan
 from distaff.forms import Expected
 from distaff.fuse import make_steps
+from distaff.gradients import check_trainable
 from distaff.guard import guarded, make_guard
 from distaff.hooks import Hooks
+from distaff.logged_rates import reporting
 from distaff.measured import StepFn, measured
 from distaff.optim import build_optimizer
 from distaff.recording import recorded
@@ -110,7 +112,7 @@ class TrainerModule(Hooks, Checked):
         self.train_step = self.execution.program(train_step, donate=0)
         self.eval_step = self.execution.program(eval_step)
         self._plain_step = measured(train_step)
-        self._measured_step = self.execution.part(guarded(self._plain_step, self.config))
+        self._measured_step = self.execution.part(guarded(reporting(self._plain_step), self.config))
         self._evaluator = Evaluator(eval_step, self.execution, self.evaluation_watch)
 
     def init_optimizer(self, total_steps: int | None) -> None:
@@ -123,9 +125,11 @@ class TrainerModule(Hooks, Checked):
         Raises:
             ConfigError: the optimizer does not fit the run.
         """
-        tx, self.schedule = build_optimizer(self.optimizer, total_steps)
+        per_epoch = None if total_steps is None else total_steps // self.plan.num_epochs
+        tx, self.schedule = build_optimizer(self.optimizer, total_steps, steps_per_epoch=per_epoch)
         # A second run goes on from the model that the first has led to.
         state = self.evaluation_state()
+        check_trainable(state.params)
         opt_state = self.execution.once(tx.init)(state.params)
         guard = make_guard(self.config)
         self.state = owned(state.replace(tx=tx, opt_state=opt_state, guard=guard))
@@ -226,6 +230,7 @@ class TrainerModule(Hooks, Checked):
                     self.after_window(event)
                 else:
                     self.pause(event)
+        self.end_window()
         return self.end_steps()
 
     def eval_model(self, loader: Any, prefix: str = "") -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from distaff.accumulate import may_have_rest, with_rest
 from distaff.callbacks import Callback, Callbacks, ChunkScope, StepInfo, around_epoch
 from distaff.compiling import Watch
 from distaff.config import from_json
@@ -24,11 +25,12 @@ from distaff.forms import Fixed, Forms
 from distaff.fuse import Steps
 from distaff.guard import Flags, shown
 from distaff.interruption import Interruption
+from distaff.logged_rates import host_rates
 from distaff.loggers import Logger
 from distaff.machine import peak_flops
 from distaff.metrics import compute
 from distaff.monitor import Monitor
-from distaff.optim import OptimizerConfig, OptimizerLike, make_rates
+from distaff.optim import OptimizerConfig, OptimizerLike, num_updates
 from distaff.predictor import Predictor
 from distaff.record import make_record
 from distaff.recording import NullRecording, Recording, make_recording
@@ -88,6 +90,7 @@ class Training(Predictor):
         self.has_run = False
         self.forms: Forms = Fixed(1)
         self.feeds, self.ledger = Feeds(), Ledger()
+        self._with_rest = self.execution.program(with_rest, donate=0)
         self.evaluation_watch = self.make_watch()
         self.report: Report | None = None
         self.interruption, self.tally, self.unsaved = Interruption(), Tally(), None
@@ -158,6 +161,7 @@ class Training(Predictor):
         self.best_models, self.callbacks.stop_reason, self.last_metrics = (), None, {}
         self.has_run, self.ledger, self._form_is_shown = False, Ledger(), False
         self._untrained, self._rates, self.report, self.interrupted_by = None, None, None, ""
+        self._looks_at = 2
         self.display.start(plan.last_epoch, plan.steps_per_epoch or num_batches(plan.train_loader))
         self.display.compiling("the model")
 
@@ -228,8 +232,8 @@ class Training(Predictor):
         self.watchdog.beat("the first step of an epoch", self.step, COMPILING)
         if self.step == self.first_step:
             self._untrained = evidence_of_learning(self.ready_state())
-            if self.schedule is not None:
-                self._rates = make_rates(self.schedule)
+            state = self.ready_state()
+            self._rates = host_rates(state.tx, state.params, self.schedule)
             if line := idle_devices(self.example_batch):
                 self.show(line)
             self.display.compiling("the step")
@@ -288,7 +292,8 @@ class Training(Predictor):
             self.display.update({n: v for n, v in metrics.items() if np.ndim(v) == 0})
             if self._rates is not None:
                 updates = max(1, event.step - self.begun_at[0] - self.num_skipped)
-                metrics["step/learning_rate"] = self._rates(updates - 1)
+                rates = {f"step/{n}": rate for n, rate in self._rates(updates - 1).items()}
+                metrics = {**metrics, **rates}
             self.recording.logger.log_metrics(metrics, step=event.step, epoch=self.epoch)
             self.log_throughput(_LAP_SECONDS)
 
@@ -313,7 +318,11 @@ class Training(Predictor):
         """Warns if nothing has been learned since the run began. It waits for the device, once."""
         num_steps = self.step - self.first_step - self.num_skipped
         # The learning rate of the first step is zero under a warm-up.
-        if self._untrained is None or num_steps < 2:
+        if self._untrained is None or num_steps < self._looks_at:
+            return
+        updates = num_updates(self.ready_state().opt_state)
+        if updates is not None and int(updates) < 2:  # It accumulates for longer than that.
+            self._looks_at = 2 * num_steps
             return
         untrained, self._untrained = self._untrained, None
         missing = what_is_missing(untrained, evidence_of_learning(self.ready_state()))
@@ -321,10 +330,15 @@ class Training(Predictor):
             warnings.warn(
                 f"{missing} in the first {num_steps} steps. Either the loss does not depend on its "
                 "argument `params`: a loss that reads state.params instead has zero gradients. Or "
-                "the learning rate is zero, every parameter frozen, or gradients accumulate for "
-                "longer than that.",
+                "the learning rate is zero, or every parameter is frozen.",
                 stacklevel=2,
             )
+
+    def end_window(self) -> None:
+        """Ends a window of accumulation that the epoch leaves incomplete, with an update."""
+        state = self.ready_state()
+        if may_have_rest(state):
+            self.state = self._with_rest(state)
 
     def end_epoch(self, epoch: int, metrics: dict[str, Any], is_best: bool) -> None:
         """Logs the metrics of an epoch and its validation, and shows them as one line."""
