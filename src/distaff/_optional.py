@@ -6,6 +6,7 @@ import importlib
 from types import ModuleType
 
 from distaff.errors import MissingExtraError
+from distaff.quiet import quiet
 
 
 def load(integration: str, *, extra: str) -> ModuleType:
@@ -22,7 +23,8 @@ def load(integration: str, *, extra: str) -> ModuleType:
         MissingExtraError: the package that the integration wraps is not installed.
     """
     try:
-        return importlib.import_module(f"distaff.integrations.{integration}")
+        with quiet():
+            return importlib.import_module(f"distaff.integrations.{integration}")
     except ModuleNotFoundError as error:
         if error.name and error.name.startswith("distaff"):
             raise

@@ -9,6 +9,7 @@ from jax.experimental import multihost_utils
 
 from distaff.duration import Duration, seconds_of
 from distaff.errors import BarrierError
+from distaff.quiet import quiet
 
 
 def barrier(name: str, timeout: Duration = "10m") -> None:
@@ -32,7 +33,8 @@ def barrier(name: str, timeout: Duration = "10m") -> None:
     if not jax.distributed.is_initialized():
         multihost_utils.sync_global_devices(name)
         return
-    from orbax.checkpoint.multihost import get_barrier_sync_fn  # slow, and not for one process
+    with quiet():
+        from orbax.checkpoint.multihost import get_barrier_sync_fn  # slow, and for several alone
 
     try:
         get_barrier_sync_fn()(key=name, timeout_ms=max(1, round(1000 * seconds)))

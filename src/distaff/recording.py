@@ -15,6 +15,8 @@ from distaff.errors import CheckpointError, RunDirectoryError, RunInUseError
 from distaff.loggers import FilesLogger, JsonlLogger, Logger, ManyLoggers, NullLogger
 from distaff.run_directory import RunDirectory
 from distaff.run_lock import locked
+from distaff.run_log import open_log
+from distaff.run_version import reserve
 from distaff.trainer_config import TrainerConfig
 
 _log = logging.getLogger("distaff")
@@ -158,11 +160,11 @@ class DirectoryRecording:
     ) -> None:
         self.directory = directory
         self.logger = ManyLoggers(
-            JsonlLogger(lambda: self.directory.location / "metrics.jsonl"),
-            FilesLogger(lambda: self.directory.location),
+            JsonlLogger(lambda: self.directory.path / "metrics.jsonl"),
+            FilesLogger(lambda: self.directory.path),
             *loggers,
         )
-        self.throughput: Logger = JsonlLogger(lambda: self.directory.location / "throughput.jsonl")
+        self.throughput: Logger = JsonlLogger(lambda: self.directory.path / "throughput.jsonl")
         self.store: Store = NullStore()
         self.found: Found | None = None
         self._make_store, self._resume = make_store, resume
@@ -184,7 +186,7 @@ class DirectoryRecording:
         """
         self.directory.check_writable()
         changes = self._take(record)
-        self.store = store = self._make_store(self.directory.location / "checkpoints")
+        self.store = store = self._make_store(self.directory.path / "checkpoints")
         self.found = self._look(store, changes)
         if self.found is None:
             self.confirm(record)
@@ -192,20 +194,18 @@ class DirectoryRecording:
         self.directory.write_environment()
         for name, content in texts.items():
             self.directory.write_text(name, content)
-        self._closing.enter_context(self.directory.open_log())
+        self._closing.enter_context(open_log(self.directory.path))
         if self._is_taken and self.found is None:
             self.logger.resume(0)  # what a run has logged that was killed before its first save
         self.logger.log_config(record)
-        _log.info("run %s", self.path)
+        _log.info("run %s", self.directory.path)
 
     def _take(self, record: Mapping[str, Any]) -> list[str]:
         """Locks a directory for this run, and returns how its configuration differs from it."""
         if self.directory.created or self._resume == "never":
-            self.directory.create()
-            self._lock.enter_context(locked(self.directory.location))
+            reserve(self.directory, self._lock)
             return []
-        for path in self.directory.unfinished():
-            place = self.directory.location_of(path)
+        for place in self.directory.unfinished():
             old = _record_in(place)
             changes = _changes(old, record)
             if old.get("first_epoch") != record["first_epoch"]:
@@ -223,13 +223,13 @@ class DirectoryRecording:
                 if self._resume == "auto":
                     continue
                 raise
-            if path not in self.directory.unfinished() or _has_only_failed(place):
+            if place not in self.directory.unfinished() or _has_only_failed(place):
                 self._lock.close()  # it came to its end before the lock was ours
                 continue
             _check_links(place)
             is_back = isinstance(self._resume, int) and self._resume == _recorded_resume(old)
             self._resume = "must" if is_back else self._resume  # go on, and not back once more
-            self.directory.take(path)
+            self.directory.take(place)
             self._is_taken = True
             return _shown(changes)
         if self._resume != "auto":
@@ -237,8 +237,7 @@ class DirectoryRecording:
                 f"resume={self._resume!r} needs a run of this name that did not come to its end; "
                 "there is none. Check root and name, or pass resume='auto' to begin one."
             )
-        self.directory.create()
-        self._lock.enter_context(locked(self.directory.location))
+        reserve(self.directory, self._lock)
         return []
 
     def _look(self, store: CheckpointStore, changes: list[str]) -> Found | None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import logging
 import os
 import secrets
 import tempfile
-import time
 from collections.abc import Generator, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,9 +16,11 @@ from typing import Any
 
 from distaff import config, environment
 from distaff.errors import ConfigError, RunDirectoryError, StateError, nearest
+from distaff.paths import as_path
 
 STATUSES = ("running", "finished", "stopped", "pruned", "interrupted", "failed")
 
+_BEFORE_STATUS = ("run.lock", "run.lock.claim", "config.json")
 _UNFINISHED = ("running", "interrupted", "failed")
 _log = logging.getLogger("distaff")
 _REMEDIES = {
@@ -27,8 +29,8 @@ _REMEDIES = {
     errno.ENOSPC: "Free some space, or choose a root on another disk.",
     errno.EDQUOT: "Free some space, or choose a root on another disk.",
     errno.ENOENT: "Check the path.",
+    errno.ENAMETOOLONG: "Choose a shorter name, or a root with a shorter path.",
 }
-_LOG_LINE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 # Never writable by everybody, whatever the umask.
 _DIRECTORY_MODE, FILE_MODE = 0o775, 0o664
 
@@ -49,10 +51,9 @@ class RunDirectory:
     """
 
     def __init__(self, root: Path | str = "runs", name: str = "run") -> None:
-        self._parent = Path(root) / _checked(name)
+        # Absolute: a relative root stays where it was when the program changes its directory.
+        self._parent = as_path(root, "root") / _checked(name)
         self._path: Path | None = None
-        # A relative root stays where it was when the program goes to another directory.
-        self._origin = Path.cwd()
         self._counted = False
 
     @classmethod
@@ -65,13 +66,13 @@ class RunDirectory:
         Raises:
             RunDirectoryError: there is no such directory.
         """
-        if not Path(path).is_dir():
+        place = as_path(path, "The path of a run")
+        if not place.is_dir():
             raise RunDirectoryError(
                 f"An existing run must be a directory; {str(path)!r} is not. Check the path."
             )
         run = cls()
-        run._path = Path(path)
-        run._parent = run._path.parent
+        run._path, run._parent = place, place.parent
         return run
 
     @property
@@ -81,7 +82,7 @@ class RunDirectory:
 
     @property
     def path(self) -> Path:
-        """The directory of this run, relative where the root is.
+        """The absolute path of this run.
 
         Raises:
             StateError: it is not created yet.
@@ -93,22 +94,13 @@ class RunDirectory:
             )
         return self._path
 
-    @property
-    def location(self) -> Path:
-        """The absolute path of this run, which holds whatever the current directory is.
-
-        Raises:
-            StateError: it is not created yet.
-        """
-        return self._origin / self.path
-
     def check_writable(self) -> None:
         """Tries whether `create` can succeed, and leaves nothing behind.
 
         Raises:
             RunDirectoryError: a file is in the way, or the file system refuses.
         """
-        nearest_existing = self._origin / (self._path or self._parent)
+        nearest_existing = self._path or self._parent
         while not os.path.lexists(nearest_existing):
             nearest_existing = nearest_existing.parent
         with explained(nearest_existing):
@@ -125,7 +117,7 @@ class RunDirectory:
         """
         if self._path is None:
             with explained(self._parent):
-                self._path = self._parent / _next_version(self._origin / self._parent).name
+                self._path = _next_version(self._parent)
         return self._path
 
     def write_json(self, name: str, value: Any) -> Path:
@@ -158,7 +150,7 @@ class RunDirectory:
             RunDirectoryError: it cannot be written.
             StateError: the run is not created yet.
         """
-        target = self.location / _checked(name)
+        target = self.path / _checked(name)
         with explained(target):
             target.parent.mkdir(_DIRECTORY_MODE, parents=True, exist_ok=True)
             write_whole(target, text)
@@ -174,7 +166,7 @@ class RunDirectory:
             RunDirectoryError: it is absent or is not JSON.
             StateError: the run is not created yet.
         """
-        target = self.location / _checked(name)
+        target = self.path / _checked(name)
         try:
             with explained(target, "read"):
                 return config.load(target)
@@ -212,38 +204,39 @@ class RunDirectory:
         self.write_json("status.json", {"status": status, **times, "starts": starts, **facts})
 
     def unfinished(self) -> list[Path]:
-        """Returns the versions after the last one that came to its end, the newest first.
+        """Returns the versions after the last one that ended, the newest first.
 
-        Those are the ones that are noted as running, interrupted or failed. Whether one that is
-        "running" still lives is what `run_lock.locked` tells. One whose `status.json` is missing,
-        or cannot be read, is passed over, and named in the log.
+        Their status is running, interrupted or failed. Whether one that is "running" still lives is
+        what `run_lock.locked` finds out. Where `status.json` is damaged or missing, the run counts
+        as unfinished if it has a checkpoint, and the log says so; without one it is passed over.
 
         Raises:
             RunDirectoryError: the directory of all versions cannot be read.
         """
         found = []
-        for path in _versions(self._origin / self._parent):
-            try:
-                status = RunDirectory.open(path).read_json("status.json")
-            except RunDirectoryError as error:
-                _log.warning("%s cannot be continued: %s", path, error)
-                continue
-            named = status.get("status") if isinstance(status, dict) else None
-            if named not in STATUSES:
-                _log.warning("%s cannot be continued: its status is not known", path)
-            elif named in _UNFINISHED:
-                found.append(self._parent / path.name)
-            else:
+        for path in _versions(self._parent):
+            status = _noted_status(path)
+            if status in _UNFINISHED:
+                found.append(path)
+            elif status is not None:
                 break
         return found
 
-    def take(self, path: Path) -> None:
-        """Takes a version that is there already for its own, such as one of `unfinished`."""
-        self._path = path
+    def left_over(self) -> list[Path]:
+        """Returns the newest versions that hold nothing, the oldest first.
 
-    def location_of(self, path: Path) -> Path:
-        """Returns the absolute path of a version, such as one of `unfinished`."""
-        return self._origin / path
+        A run that was killed at once has left them, or one is just starting there.
+        """
+        versions = itertools.takewhile(is_left_over, _versions(self._parent))
+        return list(versions)[::-1]
+
+    def take(self, path: Path | None) -> None:
+        """Takes a version that is there already for its own, such as one of `unfinished`.
+
+        Args:
+            path: its directory; None gives up the one that was taken before.
+        """
+        self._path = path
 
     def _starts(self, now: str) -> tuple[str, int]:
         """Returns when the run started first, and how often it did, as far as that was noted."""
@@ -255,37 +248,6 @@ class RunDirectory:
         started, starts = before.get("started"), before.get("starts", 1)
         known = type(starts) is int and starts > 0
         return started if isinstance(started, str) else now, starts if known else 1
-
-    @contextlib.contextmanager
-    def open_log(self) -> Generator[logging.Logger]:
-        """Appends what the logger `distaff` says to `log.txt`, from level INFO, while in the block.
-
-        Yields:
-            The logger.
-
-        Raises:
-            RunDirectoryError: `log.txt` cannot be written.
-        """
-        target = self.location / "log.txt"
-        with explained(target):
-            target.touch(FILE_MODE)
-            handler = logging.FileHandler(target, encoding="utf-8", errors="backslashreplace")
-        formatter = logging.Formatter(_LOG_LINE, datefmt="%Y-%m-%dT%H:%M:%SZ")
-        formatter.converter = time.gmtime
-        handler.setFormatter(formatter)
-        logger = logging.getLogger("distaff")
-        level = logger.level
-        logger.setLevel(level or logging.INFO)
-        # The display shows the same to whoever watches; the root logger would repeat it.
-        propagate, logger.propagate = logger.propagate, False
-        logger.addHandler(handler)
-        try:
-            yield logger
-        finally:
-            logger.removeHandler(handler)
-            logger.propagate = propagate
-            logger.setLevel(level)
-            handler.close()
 
 
 def _checked(name: str) -> str:
@@ -333,6 +295,36 @@ def _versions(parent: Path) -> list[Path]:
 
 def _is_version(entry: str) -> bool:
     return entry.isascii() and entry.isdecimal() and len(entry) < 20
+
+
+def is_left_over(path: Path) -> bool:
+    """Whether a version holds nothing but what a run writes before its status."""
+    with contextlib.suppress(OSError):
+        return all(name in _BEFORE_STATUS or _is_part(name) for name in os.listdir(path))
+    return False
+
+
+def _is_part(name: str) -> bool:
+    return name.startswith(".") and name.endswith(".tmp")
+
+
+def _noted_status(path: Path) -> str | None:
+    """Returns the status of a version; "running" where it is lost and there are checkpoints."""
+    problem = ""
+    try:
+        status = RunDirectory.open(path).read_json("status.json")
+        named = status.get("status") if isinstance(status, dict) else None
+        if named in STATUSES:
+            return named
+        problem = f"the status in {str(path / 'status.json')!r} is unknown"
+    except RunDirectoryError as error:
+        problem = str(error)
+    if any((path / "checkpoints").glob("step_*")):
+        _log.warning("%s counts as unfinished, since it has checkpoints: %s", path, problem)
+        return "running"
+    if (path / "status.json").exists():  # else it is only being made, or was left at once
+        _log.warning("%s cannot be continued: %s", path, problem)
+    return None
 
 
 def _next_version(parent: Path) -> Path:

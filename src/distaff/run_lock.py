@@ -108,6 +108,12 @@ def locked(directory: Path) -> Generator[None]:
             _release(path, descriptor, me)
 
 
+def is_held_elsewhere(directory: Path) -> bool:
+    """Whether a run on another machine has locked a directory, as far as its lock's file tells."""
+    holder = _read(Path(directory) / LOCK_FILE)
+    return holder is not None and holder.kernel != _kernel()
+
+
 def _take(path: Path, me: Holder) -> int:
     while True:
         descriptor = _open(path)

@@ -16,7 +16,7 @@ from distaff import metrics as metrics_lib
 from distaff import slot
 from distaff.context import Context
 from distaff.data import num_examples
-from distaff.errors import BatchError, LossError, leaf_name
+from distaff.errors import BatchError, LossError, MaskError, leaf_name
 from distaff.measured import StepFn, reduced
 from distaff.metrics import Mean, Metric, PerExample
 from distaff.state import TrainState
@@ -59,7 +59,7 @@ def train_step(loss_fn: LossFn, *, augment: AugmentFn | None = None) -> StepFn:
 
         def objective(params: Params) -> tuple[jax.Array, tuple[dict[str, Metric], dict[str, Any]]]:
             ctx = Context(state, train=True)
-            loss, metrics = _declared(loss_fn(params, batch, ctx), size)
+            loss, metrics = _declared(loss_fn(params, batch, ctx), size, ctx)
             if ctx.penalty is not None:
                 loss, metrics = _penalized(loss, metrics, ctx.penalty, size)
             return loss, (reduced(metrics, jnp.ones(size, bool)), ctx.changed)
@@ -111,10 +111,6 @@ class TrainStep:
         )
 
 
-class MaskError(LossError):
-    """A mask meets metrics that are not values per example."""
-
-
 class EvalStep:
     """An evaluation step: `(state, batch, mask) -> metrics`, without gradient or update.
 
@@ -133,16 +129,28 @@ class EvalStep:
         Raises:
             MaskError: a mask is given and the loss or a metric is not one value per example.
         """
-        size = num_examples(batch)
-        metrics = self._outputs(state, batch)
-        fixed = [name for name, value in metrics.items() if not isinstance(value, PerExample)]
-        if mask is not None and fixed:
-            raise MaskError(f"Only values per example can be masked; {fixed} are reduced already.")
-        return reduced(metrics, jnp.ones(size, bool) if mask is None else mask)
+        metrics = self.outputs(state, batch)
+        if mask is None:
+            return reduced(metrics, jnp.ones(num_examples(batch), bool))
+        return reduced(per_example(metrics), mask)
 
-    def _outputs(self, state: TrainState, batch: Batch) -> dict[str, Metric | PerExample]:
+    def outputs(self, state: TrainState, batch: Batch) -> dict[str, Metric | PerExample]:
+        """Returns the loss and the metrics of a batch, before any of them is reduced."""
         ctx = Context(state, train=False)
-        return _declared(self._loss_fn(state.params, batch, ctx), num_examples(batch))[1]
+        return _declared(self._loss_fn(state.params, batch, ctx), num_examples(batch), ctx)[1]
+
+
+def per_example(metrics: Mapping[str, Metric | PerExample]) -> dict[str, PerExample]:
+    """Returns metrics that are all values per example, and can be masked.
+
+    Raises:
+        MaskError: one is not.
+    """
+    values = {name: each for name, each in metrics.items() if isinstance(each, PerExample)}
+    if len(values) < len(metrics):
+        fixed = [name for name in metrics if name not in values]
+        raise MaskError(f"Only values per example can be masked; {fixed} are reduced already.")
+    return values
 
 
 def _augmented(augment: AugmentFn, state: TrainState, batch: Batch, size: int) -> Batch:
@@ -173,7 +181,9 @@ def _augmented(augment: AugmentFn, state: TrainState, batch: Batch, size: int) -
     return returned
 
 
-def _declared(returned: Any, size: int) -> tuple[jax.Array, dict[str, Metric | PerExample]]:
+def _declared(
+    returned: Any, size: int, ctx: Context
+) -> tuple[jax.Array, dict[str, Metric | PerExample]]:
     """Splits what a loss function returned into the scalar to differentiate and its metrics."""
     loss, extra = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, {})
     if not isinstance(extra, Mapping) or isinstance(loss, tuple | Mapping):
@@ -185,10 +195,17 @@ def _declared(returned: Any, size: int) -> tuple[jax.Array, dict[str, Metric | P
     if "loss" in extra:
         raise LossError("The name 'loss' is taken by the loss itself; rename that metric.")
     metrics = {"loss": _declared_loss(loss, size)}
+    extra = {**extra, **ctx.limits}
     metrics.update({name: metrics_lib.declare(name, value, size) for name, value in extra.items()})
     if isinstance(metrics["loss"], PerExample):
-        return metrics["loss"].reduce(jnp.ones(size, bool)).compute(), metrics
+        return _scalar(metrics["loss"].reduce(jnp.ones(size, bool))), metrics
     return jnp.asarray(loss), metrics
+
+
+def _scalar(mean: Any) -> jax.Array:
+    """Returns a mean, and 0 where nothing has a weight: a batch to learn nothing from."""
+    is_empty = mean.weight == 0
+    return jnp.where(is_empty, 0, mean.total) / jnp.where(is_empty, 1, mean.weight)
 
 
 def _penalized(

@@ -34,6 +34,7 @@ from distaff.logged_rates import reporting
 from distaff.measured import StepFn, measured
 from distaff.optim import build_optimizer
 from distaff.recording import recorded
+from distaff.rehearsal import rehearsed
 from distaff.rows import WindowEnd
 from distaff.state import owned
 from distaff.step import EvalFn, EvalStep
@@ -130,7 +131,7 @@ class TrainerModule(Hooks, Checked):
         # A second run goes on from the model that the first has led to.
         state = self.evaluation_state()
         check_trainable(state.params)
-        opt_state = self.execution.once(tx.init)(state.params)
+        opt_state = self.execution.once(lambda params: tx.init(params))(state.params)
         guard = make_guard(self.config)
         self.state = owned(state.replace(tx=tx, opt_state=opt_state, guard=guard))
 
@@ -212,6 +213,14 @@ class TrainerModule(Hooks, Checked):
         """
         ledger = self.ledger
         self.begin_epoch(epoch)
+        self.forms = rehearsed(
+            self._steps,
+            self.ready_state(),
+            self.feeds,
+            train_loader,
+            directory=self.recording.path,
+            remember=self.config.tune_process,
+        )
         with closing(self.training_chunks(train_loader)) as chunks, self.around_epoch() as guard:
             events = loop.steps(
                 self._steps,
@@ -237,7 +246,7 @@ class TrainerModule(Hooks, Checked):
         """Evaluates the model over a loader: every example once, nothing changed.
 
         Args:
-            loader: any iterable of batches; the first is the largest.
+            loader: any iterable of batches, of any sizes.
             prefix: put before each metric's name: `"val/"` gives `val/loss`.
 
         Returns:
@@ -249,8 +258,10 @@ class TrainerModule(Hooks, Checked):
         """
         with self.ledger.spent("evaluation"):
             state, name = self.evaluation_state(), prefix.rstrip("/") or "evaluate"
-            with self.chunks(loader, name, even=self._evaluator.masks is True) as chunks:
-                return metrics_lib.compute(self._evaluator(state, chunks), prefix)
+            with self.chunks(loader, name, even=self._evaluator.may_pad(state)) as chunks:
+                metrics = self._evaluator(state, chunks)
+            self.check_values(metrics, name)
+            return metrics_lib.compute(metrics, prefix)
 
     def save_metrics(self, name: str, metrics: Mapping[str, Any]) -> None:
         """Writes metrics to `metrics/<name>.json` in the run directory.

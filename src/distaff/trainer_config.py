@@ -13,6 +13,7 @@ from distaff.compiling import Recompile
 from distaff.duration import seconds_of
 from distaff.errors import ConfigError, nearest
 from distaff.number import whole
+from distaff.paths import as_path
 
 C = TypeVar("C", bound="TrainerConfig")
 
@@ -32,8 +33,10 @@ class TrainerConfig:
         check_val_every_n_epoch: epochs between validations, and between checkpoints.
         log_every_n_steps: steps per line of training metrics in the log.
         steps_per_call: steps that run as one program: more of them cost the host less. "auto"
-            measures in the first steps whether that is faster, and how many; where a callback
-            watches steps, it is 1.
+            estimates a good number from the operations of a step and the shapes of its arrays, so
+            that equal runs have equal numbers; on the CPU it is 1 for a model with convolutions.
+            "measure" times both forms before the first step, on a copy of the state, and the run
+            keeps the faster one. Both are 1 where a callback watches steps.
         keep_last: newest checkpoints to keep, beside the best. Older ones are removed once a new
             one is in place.
         keep_best: how many of the best models' checkpoints to keep, at least 1.
@@ -63,9 +66,12 @@ class TrainerConfig:
         spike_threshold: how many standard deviations above the median of the last 128 losses a
             spike is, by a robust estimate.
         max_skips: how many steps in a row may be skipped, and how often a run may go back.
-        on_bad_input: what values in the first batch of a loader lead to that are surely wrong, such
-            as NaN, or labels of classes that the model does not have: "raise" ends the run before
-            it begins, "warn" warns and goes on, "ignore" does not look.
+        on_bad_input: what to do about values that are surely wrong: NaN in the first batch of a
+            loader, and in any batch labels or tokens that the model does not have, or weights that
+            are negative. "raise" raises `BatchError`, "warn" warns, "ignore" does not look.
+        nan_ok: names of the leaves of a batch in which NaN stands for a missing value, such as
+            `("y",)`; of a tuple, `("1",)`. It is then no bad input. A `Regressor` leaves such
+            targets out; a loss of your own does so itself.
         stuck_after: how long a run may make no progress until the log is told where every thread
             stands; None to watch nothing. Compiling may take six times as long.
         limit_batches: take at most this many batches of each loader in an epoch. The training goes
@@ -94,7 +100,7 @@ class TrainerConfig:
     seed: int = 42
     check_val_every_n_epoch: int = 1
     log_every_n_steps: int = 50
-    steps_per_call: int | Literal["auto"] = "auto"
+    steps_per_call: int | Literal["auto", "measure"] = "auto"
     keep_last: int = 2
     keep_best: int = 1
     keep_every: int | None = None
@@ -108,6 +114,7 @@ class TrainerConfig:
     spike_threshold: float = 8.0
     max_skips: int = 10
     on_bad_input: BadInputPolicy = "raise"
+    nan_ok: tuple[str, ...] = ()
     stuck_after: str | float | None = "10m"
     limit_batches: int | None = None
     overfit_batches: int | None = None
@@ -126,19 +133,28 @@ class TrainerConfig:
         for name in ("keep_every", "limit_batches", "overfit_batches"):
             if getattr(self, name) is not None:
                 whole(name, getattr(self, name))
-        if self.steps_per_call != "auto":
+        if isinstance(self.steps_per_call, str):
+            check_choice("steps_per_call", self.steps_per_call, Literal["auto", "measure"])
+        else:
             whole("steps_per_call", self.steps_per_call)
         check_choice("recompile", self.recompile, Recompile)
         check_choice("on_bad_numbers", self.on_bad_numbers, BadNumbersPolicy)
         check_choice("on_loss_spike", self.on_loss_spike, SpikePolicy)
         check_choice("on_bad_input", self.on_bad_input, BadInputPolicy)
         check_choice("on_failed_save", self.on_failed_save, Literal["raise", "warn"])
+        if isinstance(self.nan_ok, str) or not all(isinstance(x, str) for x in self.nan_ok):
+            raise ConfigError(
+                f"nan_ok is a tuple of names of leaves, such as ('y',); got {self.nan_ok!r}."
+            )
+        object.__setattr__(self, "nan_ok", tuple(self.nan_ok))
         if self.resume not in ("auto", "must", "never") and type(self.resume) is not int:
             known = nearest(str(self.resume), ("auto", "must", "never"))
             raise ConfigError(f"resume has no value {self.resume!r}. {known} Or pass a step.")
         for name in ("save_every", "max_time", "stuck_after"):
             if getattr(self, name) is not None:
                 seconds_of(getattr(self, name), name)
+        if self.root is not None:
+            as_path(self.root, "root")
         if not 0 < self.spike_threshold < math.inf:
             raise ConfigError(f"spike_threshold is a positive number; got {self.spike_threshold}.")
         depth = self.table_depth

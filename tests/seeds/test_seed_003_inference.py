@@ -155,7 +155,7 @@ def test_a_relative_root_stays_where_it_was_when_the_program_goes_elsewhere(tmp_
     trainer.load_model()
     assert_same_bits(host(trainer.state.params), best)
     assert list(elsewhere.iterdir()) == []
-    assert result.path == Path("runs/line/0001")
+    assert result.path == Path("runs/line/0001").absolute()
     run = tmp_path / result.path
     kept = {path.name for path in (run / "metrics").iterdir()}
     assert kept == {"mine.json", "test.json", "val_epoch_0001.json", "val_epoch_0002.json"}

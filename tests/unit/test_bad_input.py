@@ -410,7 +410,7 @@ def test_trainer_can_be_used_after_a_refusal(tmp_path):
         trainer.train_model([BATCH] * 2, num_epochs=1)
     trainer.optimizer = OptimizerConfig()
     result = trainer.train_model([BATCH] * 2, num_epochs=1)
-    assert (result.step, result.path) == (2, Path("runs/regression/0001"))
+    assert (result.step, result.path) == (2, Path("runs/regression/0001").absolute())
     assert jax.tree.all(jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), trainer.state.params))
 
 

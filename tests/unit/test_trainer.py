@@ -216,7 +216,7 @@ def test_second_training_goes_on_in_a_directory_of_its_own():
     trainer = make(loggers=[logger], name="line")
     first = trainer.train_model(loader(), num_epochs=2)
     second = trainer.train_model(loader(), num_epochs=1)
-    assert (first.path, second.path) == (Path("runs/line/0001"), Path("runs/line/0002"))
+    assert [first.path, second.path] == [Path(f"runs/line/000{n}").absolute() for n in (1, 2)]
     assert (second.epoch, second.step, int(trainer.state.step)) == (3, 12, 12)
     assert epochs_of(logger, "train/loss") == [1, 2, 3]
     assert [read(run.path, "status.json")["step"] for run in (first, second)] == [8, 12]

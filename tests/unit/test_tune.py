@@ -125,7 +125,9 @@ def test_trials_are_ordinary_runs_and_only_the_best_is_tested():
     space = {**SPACE, "optimizer.name": Choice("sgd", "adam")}
     result = search(space=space, make_loaders=lambda config: (*loaders(config)[:2], test))
     assert [trial.number for trial in result.trials] == [0, 1, 2]
-    assert [str(trial.path) for trial in result.trials] == [f"runs/line/000{n}" for n in (1, 2, 3)]
+    assert [trial.path for trial in result.trials] == [
+        Path(f"runs/line/000{n}").absolute() for n in (1, 2, 3)
+    ]
     for trial in result.trials:
         recorded = read(trial.path, "config.json")
         assert trial.status == read(trial.path, "status.json")["status"] == "finished"
@@ -398,7 +400,7 @@ def test_values_that_always_end_in_an_error_count_as_failed():
     result = search(make_trainer, num_trials=2)
     failed, finished = result.trials
     assert (failed.number, failed.status, failed.value) == (2, "failed", None)
-    assert (failed.values, str(failed.path)) == ({RATE: 0.1}, "runs/line/0003")
+    assert (failed.values, failed.path) == ({RATE: 0.1}, Path("runs/line/0003").absolute())
     assert (finished.number, finished.status) == (3, "finished")
     assert read(failed.path, "status.json")["reason"] == "ZeroDivisionError: mine"
 

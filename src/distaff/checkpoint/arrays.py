@@ -14,6 +14,7 @@ import numpy as np
 
 from distaff.checkpoint.compare import first_difference, leaf_forms
 from distaff.errors import CheckpointError, leaf_name
+from distaff.quiet import quiet
 from distaff.typing import PyTree
 
 
@@ -51,7 +52,7 @@ def write(path: Path, arrays: PyTree, info: Mapping[str, Any]) -> None:
         arrays: on the host or on devices.
         info: strict JSON.
     """
-    with _context():
+    with quiet(), _context():
         _orbax().save(str(path), arrays, custom_metadata=dict(info))
 
 
@@ -75,7 +76,7 @@ def read(path: Path, abstract: Mapping[str, PyTree]) -> dict[str, PyTree]:
         raise OtherModelError(difference)
     for keys, leaf in jax.tree.leaves_with_path(asked):
         _check_chunks(leaf_name(keys), leaf)
-    with _context():
+    with quiet(), _context():
         return _orbax().load(str(path), target)
 
 
@@ -93,7 +94,8 @@ def metadata(path: Path) -> Mapping[str, PyTree]:
         ValueError: it does not describe a dict of arrays.
         Exception: whatever Orbax raises where it cannot read the folder.
     """
-    stored = _orbax().metadata(str(path)).metadata
+    with quiet():
+        stored = _orbax().metadata(str(path)).metadata
     if not isinstance(stored, Mapping):
         raise ValueError(f"it holds no dict of arrays, but {type(stored).__name__}")
     return stored
@@ -134,8 +136,8 @@ def _with_sharding(leaf: Any) -> Any:
 
 def _orbax() -> Any:
     """Returns Orbax's API, which a run can begin without."""
-    from orbax.checkpoint import v1
-
+    with quiet():
+        from orbax.checkpoint import v1
     return v1
 
 

@@ -9,6 +9,7 @@ from distaff.checkpoint import folders
 from distaff.checkpoint.retention import named_best
 from distaff.checkpoint.store import CheckpointStore
 from distaff.errors import CheckpointError
+from distaff.paths import as_path
 
 _log = logging.getLogger("distaff")
 
@@ -29,7 +30,7 @@ def find(path: Path | str) -> tuple[Path, int]:
     Raises:
         CheckpointError: there is no checkpoint at `path` that is whole and can be read.
     """
-    path = Path(path).expanduser().absolute()
+    path = as_path(path, "The path of a checkpoint")
     step = folders.step_of(path)
     if step is not None:
         return path.parent, step

@@ -27,6 +27,7 @@ from distaff.checkpoint.retention import Retention, named_best
 from distaff.checkpoint.snapshot import num_bytes, taken
 from distaff.checkpoint.writer import Save, Writer
 from distaff.errors import CheckpointError
+from distaff.paths import as_path
 from distaff.typing import PyTree
 
 _MAX_HELD_BYTES = 2**30
@@ -76,7 +77,7 @@ class CheckpointStore:
         keep_every: int | None = None,
         on_failed_save: Literal["raise", "warn"] = "raise",
     ) -> None:
-        self.directory = Path(directory).expanduser().absolute()
+        self.directory = as_path(directory, "directory")
         self.retention = Retention(keep_last=keep_last, keep_best=keep_best, keep_every=keep_every)
         self._goes_on = on_failed_save == "warn"
         self._damaged: frozenset[int] = frozenset()

@@ -12,6 +12,7 @@ from distaff import _optional, data, tasks
 from distaff.loggers import MemoryLogger
 from distaff.monitor import Monitor
 from distaff.optim import OptimizerConfig
+from distaff.paths import shown
 from distaff.trainer_config import TrainResult
 from distaff.zoo import CNN
 
@@ -72,7 +73,7 @@ class Digits:
         result = trainer.train_model(train, val, test, num_epochs=self.num_epochs)
         path = Path(str(result.path))
         if result.status == "interrupted":
-            print(f"{result.status} by {result.reason} run={path}")
+            print(f"{result.status} by {result.reason} run={shown(path)}")
             return result
         if plots is not None:
             history = MemoryLogger.read(path / "metrics.jsonl")  # also of before a resume
@@ -84,7 +85,7 @@ class Digits:
         metrics = result.metrics
         print(
             f"test/accuracy={metrics['test/accuracy']:.4f} test/loss={metrics['test/loss']:.4f} "
-            f"run={path}"
+            f"run={shown(path)}"
         )
         return result
 
@@ -102,4 +103,4 @@ def _draw_test(plots, trainer: tasks.Classifier, test: data.ArrayLoader, folder:
 def _written(path: Path) -> str:
     files = [path / name for name in ("config.json", "metrics.jsonl", "model.txt", "log.txt")]
     files += sorted((path / "figures").glob("*.png")) + sorted((path / "checkpoints").iterdir())
-    return "written:\n" + "\n".join(f"  {file}" for file in files)
+    return "written:\n" + "\n".join(f"  {file}" for file in map(shown, files))

@@ -13,6 +13,7 @@ import numpy as np
 
 from distaff.data.source import opened
 from distaff.errors import DataFileError
+from distaff.paths import as_path
 
 _SIDE = 32
 _PIXELS = 3 * _SIDE * _SIDE
@@ -32,7 +33,7 @@ def read_cifar10(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         DataFileError: the file cannot be read, or is no such file.
     """
-    images, labels = _records(Path(path), {"label": 10})
+    images, labels = _records(as_path(path, "path"), {"label": 10})
     return images, labels[0]
 
 
@@ -49,7 +50,9 @@ def read_cifar100(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray,
     Raises:
         DataFileError: the file cannot be read, or is no such file.
     """
-    images, (coarse, fine) = _records(Path(path), {"coarse label": 20, "fine label": 100})
+    images, (coarse, fine) = _records(
+        as_path(path, "path"), {"coarse label": 20, "fine label": 100}
+    )
     return images, fine, coarse
 
 
@@ -67,7 +70,7 @@ def read_class_names(path: str | os.PathLike[str], classes: int) -> tuple[str, .
     Raises:
         DataFileError: the file cannot be read, or has another number of names.
     """
-    with opened(Path(path)) as (file, _):
+    with opened(as_path(path, "path")) as (file, _):
         text = file.read(_MAX_NAMES_BYTES).decode("ascii", errors="replace")
     names = tuple(line.strip() for line in text.splitlines() if line.strip())
     if len(names) != classes or not all(name.isprintable() and name.isascii() for name in names):

@@ -16,6 +16,7 @@ import numpy as np
 from distaff.data.examples import BlockExamples, Examples
 from distaff.data.source import opened
 from distaff.errors import DataFileError
+from distaff.paths import as_path
 
 Paths: TypeAlias = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 """A file, a glob pattern, or several of them. The files of a pattern are sorted by name."""
@@ -139,7 +140,7 @@ def find_files(paths: Paths) -> list[DataFile]:
         DataFileError: a file is missing or is none, or no file fits a pattern.
     """
     single = isinstance(paths, str | os.PathLike)
-    named = [Path(path).expanduser() for path in ([paths] if single else paths)]
+    named = [as_path(path, "A path of data") for path in ([paths] if single else paths)]
     found = [path for name in named for path in _matching(name)]
     if not found:
         raise DataFileError("At least one file must be given; got none. Check the list of paths.")
@@ -167,6 +168,8 @@ def _matching(name: Path) -> list[Path]:
     pattern = str(name)
     is_pattern = glob.has_magic(pattern)
     found = sorted(glob.glob(pattern, recursive=True)) if is_pattern else []
+    if is_pattern and not found:  # a folder may have [brackets] in its name
+        found = sorted(map(str, name.parent.glob(name.name))) if name.parent.is_dir() else []
     files = [Path(path) for path in found if os.path.isfile(path)]
     if not files:
         what = "fits no file" if is_pattern else "is no file"

@@ -17,6 +17,7 @@ import numpy as np
 
 from distaff.data.source import opened
 from distaff.errors import DataFileError
+from distaff.paths import as_path
 
 _DTYPES = {
     0x08: np.dtype("u1"),
@@ -47,7 +48,7 @@ def read_idx(path: str | os.PathLike[str], *, max_bytes: int = 2**30) -> np.ndar
     Raises:
         DataFileError: the file cannot be read, is no IDX file, or has another length than it says.
     """
-    path = Path(path)
+    path = as_path(path, "path")
     with opened(path) as (file, file_bytes):
         is_gzip = file.read(2) == _GZIP_MAGIC
         file.seek(0)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from distaff.errors import DataFileError
+from distaff.paths import as_path
 
 _NOT_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 _WRITTEN_BY_THE_BUILD = ("config-", "_sysconfigdata")
@@ -33,7 +34,7 @@ def python_source(folder: str | os.PathLike[str] | None = None) -> tuple[bytes, 
     Raises:
         DataFileError: there is no such file.
     """
-    root = Path(sysconfig.get_path("stdlib") if folder is None else folder)
+    root = as_path(sysconfig.get_path("stdlib") if folder is None else folder, "folder")
     parts: dict[str, list[bytes]] = {"train": [], "val": [], "test": []}
     for path in sorted(_files(root)):
         try:

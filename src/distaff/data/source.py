@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from distaff.errors import DataFileError
+from distaff.paths import as_path
 
 
 class Source(NamedTuple):
@@ -40,7 +41,7 @@ def find(folder: str | os.PathLike[str], source: Source) -> list[Path]:
     Raises:
         DataFileError: files are missing, or several folders have them.
     """
-    folder = Path(folder).expanduser()
+    folder = as_path(folder, "folder")
     found = {place: _files_in(place, source) for place in _places(folder)}
     whole = [place for place, files in found.items() if None not in files]
     if len(whole) > 1 and whole[0] != folder:

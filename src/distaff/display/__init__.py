@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import sys
-from typing import TextIO
+from typing import Any, TextIO, cast
 
 from rich.console import Console, RenderableType
 
+from distaff.display.current import CurrentDisplay
 from distaff.display.lines import rows_by_split
 from distaff.display.model_table import model_table
 from distaff.display.plain import PlainDisplay
 from distaff.display.protocol import Display, NullDisplay
+from distaff.display.stream import SteadyStream
 from distaff.display.terminal import TerminalDisplay
 
 __all__ = [
@@ -27,26 +30,34 @@ __all__ = [
 
 def as_text(content: RenderableType, width: int = 140) -> str:
     """Returns anything that rich can render as plain text, at most `width` columns wide."""
-    console = Console(width=width, color_system=None, force_terminal=False)
-    with console.capture() as capture:
-        console.print(content)
-    return "".join(f"{line.rstrip()}\n" for line in capture.get().splitlines())
+    text = io.StringIO()
+    Console(file=text, width=width, color_system=None, force_terminal=False).print(content)
+    return "".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines())
 
 
-def make_display(enabled: bool, stream: TextIO | None = None) -> Display:
+def make_display(enabled: bool, stream: Any = None) -> Display:
     """Returns the display that suits a stream.
+
+    Whatever becomes of the stream, a display never raises an error and never makes a run wait.
 
     Args:
         enabled: `False` draws nothing at all.
-        stream: where to draw; `None` is standard output.
+        stream: where to draw; `None` is standard output, looked up whenever a run begins.
 
     Returns:
-        A live display on a terminal that can move its cursor, plain lines elsewhere.
+        A live display on a terminal that can move its cursor, plain lines elsewhere, nothing where
+        there is no standard output.
     """
     if not enabled:
         return NullDisplay()
-    stream = stream or sys.stdout
-    console = Console(file=stream)
-    if stream.isatty() and not console.is_dumb_terminal:
-        return TerminalDisplay(console)
-    return PlainDisplay(stream)
+    return CurrentDisplay(lambda: _suited(sys.stdout)) if stream is None else _suited(stream)
+
+
+def _suited(stream: Any) -> Display:
+    if stream is None:  # a program without a console
+        return NullDisplay()
+    steady = SteadyStream(stream)
+    console = Console(file=cast("TextIO", steady))
+    if steady.isatty() and not console.is_dumb_terminal:
+        return TerminalDisplay(console, finish=steady.finish)
+    return PlainDisplay(cast("TextIO", steady), finish=steady.finish)

@@ -21,9 +21,17 @@ class PlainDisplay:
     Args:
         stream: where the lines go.
         clock: gives a time in seconds that never goes back.
+        finish: called once the display is closed.
     """
 
-    def __init__(self, stream: TextIO, *, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        stream: TextIO,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+        finish: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._finish = finish
         self._stream = stream
         self._console = Console(
             file=stream,
@@ -96,4 +104,5 @@ class PlainDisplay:
             self._stream.flush()
 
     def close(self) -> None:
-        """Does nothing: every line is complete."""
+        """Waits for nothing but a stream that is slow; every line is complete."""
+        self._finish()

@@ -44,9 +44,17 @@ class TerminalDisplay:
     Args:
         console: the terminal.
         clock: gives a time in seconds that never goes back.
+        finish: called once the display is closed.
     """
 
-    def __init__(self, console: Console, *, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        console: Console,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+        finish: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._finish = finish
         self._console = console
         self._clock = clock
         self._live: Live | None = None
@@ -142,6 +150,7 @@ class TerminalDisplay:
         if live is not None:
             live.stop()
             self._begin(0, None)
+            self._finish()
 
     def _open(self) -> bool:
         """Shows the bar unless it is there already; returns whether it was not."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from distaff.errors import BatchError, ConfigError, MetricError, RunDirectoryError
+from distaff.paths import as_path
 
 # M. Okabe and K. Ito, Color Universal Design, 2008, https://jfly.uni-koeln.de/color/: distinct
 # to readers of every kind of colour vision.
@@ -186,7 +186,7 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     Raises:
         RunDirectoryError: the file cannot be written.
     """
-    path = Path(path)
+    path = as_path(path, "path")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from distaff.config import diff
 from distaff.errors import ConfigError, RunDirectoryError, nearest
+from distaff.paths import as_path
 from distaff.tune.owner import is_gone, this_process
 from distaff.tune.search import Trial, listed
 from distaff.tune.space import Choice, Dimension, Int, Space
@@ -105,6 +106,7 @@ class OptunaSearch:
     ) -> None:
         options = _checked(options)
         name = options.get("study_name", "study")
+        root = str(as_path(root, "root"))
         self._space, self._root = space, root
         direction = "minimize" if form["mode"] == "min" else "maximize"
         sampler = options.get("sampler")
@@ -271,7 +273,7 @@ def _storage(storage: str | Path | BaseStorage) -> BaseStorage:
         return storage
     is_url = isinstance(storage, str) and "://" in storage
     try:
-        return _database(str(storage)) if is_url else _journal(Path(storage))
+        return _database(str(storage)) if is_url else _journal(as_path(storage, "storage"))
     except Exception as error:  # each database has exceptions of its own
         place = str(storage).rpartition("@")[2]  # without a password
         raise RunDirectoryError(
@@ -282,8 +284,10 @@ def _storage(storage: str | Path | BaseStorage) -> BaseStorage:
 
 def _database(url: str) -> BaseStorage:
     if url.startswith("sqlite:///"):
-        file = Path(url.removeprefix("sqlite:///").partition("?")[0])
-        file.parent.mkdir(parents=True, exist_ok=True)
+        file, mark, options = url.removeprefix("sqlite:///").partition("?")
+        if file.startswith("~"):
+            url = f"sqlite:///{as_path(file, 'storage')}{mark}{options}"
+        as_path(file, "storage").parent.mkdir(parents=True, exist_ok=True)
     return RDBStorage(url)
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
 from distaff.errors import RunDirectoryError
+from distaff.paths import as_path
 from distaff.run_directory import FILE_MODE, write_whole
 
 Location: TypeAlias = str | os.PathLike[str] | Callable[[], str | os.PathLike[str]]
@@ -17,8 +17,15 @@ Location: TypeAlias = str | os.PathLike[str] | Callable[[], str | os.PathLike[st
 
 
 def locator(location: Location) -> Callable[[], str | os.PathLike[str]]:
-    """Returns a function that gives the path."""
-    return partial(Path, location) if isinstance(location, str | os.PathLike) else location
+    """Returns a function that gives the path; a path that is given is taken as it is now.
+
+    Raises:
+        ConfigError: it is a path of another file system.
+    """
+    if isinstance(location, str | os.PathLike):
+        path = as_path(location, "The path of a logger")
+        return lambda: path
+    return location
 
 
 @contextmanager

@@ -18,7 +18,7 @@ class Trial(NamedTuple):
             where it failed.
         values: what it was trained with, by dotted path.
         seed: of its model; None where it failed before it had one.
-        path: its run directory, relative where the root is; None where it failed before it had
+        path: its run directory, an absolute path; None where it failed before it had
             one.
     """
 

@@ -13,6 +13,7 @@ import numpy as np
 from distaff import _optional
 from distaff.checkpoint.manifest import sync_directory
 from distaff.errors import CheckpointError
+from distaff.paths import as_path
 from distaff.run_directory import FILE_MODE
 from distaff.typing import PyTree
 from distaff.weights.names import as_patterns, matching, named
@@ -41,7 +42,7 @@ def export_weights(path: str | Path, tree: PyTree, *, only: str | Sequence[str] 
         ConfigError: a pattern matches nothing.
         MissingExtraError: safetensors is not installed.
     """
-    target = Path(path).expanduser().absolute()
+    target = as_path(path, "path")
     if target.suffix != SUFFIX:
         raise CheckpointError(f"Weights are exported to a file that ends in {SUFFIX}; got {path}.")
     library = _optional.load("safetensors", extra="safetensors")

@@ -15,6 +15,7 @@ from distaff import _optional, checkpoint
 from distaff.checkpoint import CheckpointStore, arrays, folders
 from distaff.errors import CheckpointError, ConfigError
 from distaff.models import Variables
+from distaff.paths import as_path
 from distaff.typing import PyTree
 from distaff.weights.names import named
 
@@ -54,7 +55,7 @@ def open_source(source: Any) -> Source:
     """
     if not isinstance(source, str | os.PathLike):
         return _of_tree(source)
-    path = Path(source).expanduser().absolute()
+    path = as_path(source, "init_from")
     return _of_file(path) if path.suffix == SUFFIX else _of_checkpoint(path)
 
 

@@ -12,6 +12,7 @@ from distaff.errors import CheckpointError
 from distaff.optim.learned.gin import read_settings
 from distaff.optim.learned.msgpack import read_tree
 from distaff.optim.learned.settings import VeloWeights
+from distaff.paths import as_path
 
 _NAME = "aug12_continue_on_bigger_2xbs_200kstep_bigproblem_v2_5620"
 _FOLDER = f"gresearch/learned_optimization/pretrained_lopts/{_NAME}"
@@ -43,7 +44,7 @@ def read_weights(folder: str | os.PathLike[str]) -> VeloWeights:
     Raises:
         CheckpointError: a file is missing, or not as it must be.
     """
-    path = Path(os.path.expanduser(folder))
+    path = as_path(folder, "The folder of the weights")
     config, params = (_read(path / name, most) for name, most in _FILES.items())
     try:
         settings = read_settings(config.decode())
