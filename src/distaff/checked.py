@@ -90,19 +90,21 @@ class Checked(Recovering):
         """Tells of a value out of range: of each rule and loader only once, where it is borne."""
         if self.config.on_bad_input == "raise" or (name, breach.rule) not in self._told:
             self._told.add((name, breach.rule))
-            self.object_to(breach.text(place))
+            self.object_to(breach.text(place), is_borne=False)
 
-    def object_to(self, complaint: str) -> None:
+    def object_to(self, complaint: str, *, is_borne: bool = True) -> None:
         """Tells of bad input, in the way that `on_bad_input` asks for.
 
         Args:
             complaint: what is wrong; empty where nothing is.
+            is_borne: whether a careful user might train on it all the same.
 
         Raises:
             BatchError: something is, under `on_bad_input="raise"`.
         """
         if complaint and self.config.on_bad_input == "raise":
-            raise BatchError(f"{complaint} Or pass on_bad_input='warn', which goes on with it.")
+            option = " Or pass on_bad_input='warn' to train on it all the same." * is_borne
+            raise BatchError(f"{complaint}{option}")
         if complaint and self.config.on_bad_input == "warn":
             warnings.warn(complaint, stacklevel=2)
 

@@ -32,7 +32,7 @@ class Context:
             `params` argument, not `state.params`: JAX differentiates a function by its arguments.
         train: True in a training step, False in evaluation and prediction.
         penalty: the sum of what was added to the loss as a penalty; None without.
-        limits: what `check_indices` and `check_weights` were given, by the name of a metric.
+        limits: what `check_range` was given, by the name of a metric.
     """
 
     def __init__(self, state: TrainState, *, train: bool) -> None:
@@ -179,10 +179,10 @@ class Context:
     def check_indices(
         self, what: str, indices: jax.Array, size: int, *, where: Any = None, advice: str = ""
     ) -> None:
-        """Has the run end where an index of any batch is out of range; costs no wait for the host.
+        """Has the run end where an index of any batch is out of range; see `check_range`.
 
         JAX takes the index -1 for the last entry, and gives NaN for one that is too large: without
-        this, both train.
+        this, the model trains on both.
 
         Args:
             what: what they are, for the error: `"label"`.
@@ -194,23 +194,45 @@ class Context:
         Raises:
             LossError: they are no integers, or `where` has another shape.
         """
-        self._note(what, Limits.per_example(what, indices, size=size, where=where, advice=advice))
+        if not jnp.issubdtype(indices.dtype, jnp.integer):
+            raise LossError(
+                f"Indices are integers; {what!r} has dtype {indices.dtype}. Cast it: "
+                ".astype(jnp.int32)."
+            )
+        rule = f"A {what} is an index from 0 to {size - 1}"
+        self.check_range(rule, indices, 0, size - 1, where=where, advice=advice)
 
-    def check_weights(self, what: str, weights: jax.Array, *, advice: str = "") -> None:
-        """Has the run end where a weight of any batch is negative, NaN or infinite.
+    def check_range(
+        self,
+        rule: str,
+        values: jax.Array,
+        least: float,
+        most: float | None = None,
+        *,
+        where: Any = None,
+        advice: str = "",
+    ) -> None:
+        """Has the run end where a value of any batch is out of range, NaN or infinite.
+
+        The step notes the range, and the host reads it with the metrics: no step waits for it. The
+        error, `BatchError`, names the batch and the value; `on_bad_input` makes it a warning. Call
+        it in the loss itself, not in a function that `jax.vmap`, `scan` or `grad` transforms.
 
         Args:
-            what: what they are, for the error: `"sample weight"`.
-            weights: `[batch, ...]`.
+            rule: what must hold, as a clause, for the error: `"A weight is at least 0"`.
+            values: numbers `[batch, ...]`.
+            least: the least value that is allowed.
+            most: the largest one; None for any that is finite.
+            where: bool, with the shape of `values`: which of them count; None for all.
             advice: a sentence with the remedy, for the error.
-        """
-        self._note(what, Limits.per_example(what, weights, size=None, where=None, advice=advice))
 
-    def _note(self, what: str, limits: PerExample) -> None:
-        name, number = f"limits of {what}", 2
-        while name in self.limits:
-            name, number = f"limits of {what} {number}", number + 1
-        self.limits[name] = limits
+        Raises:
+            LossError: `where` has another shape.
+        """
+        name = f"limits {len(self.limits)}"
+        self.limits[name] = Limits.per_example(
+            rule, values, least, most, where=where, advice=advice
+        )
 
     def add_l2_loss(self, params: Params, coefficient: float, mask: Any = decay_mask) -> None:
         """Adds the penalty `optim.l2_loss(params, coefficient, mask)`.

@@ -19,6 +19,7 @@ from distaff.data import num_examples
 from distaff.errors import BatchError, LossError, MaskError, leaf_name
 from distaff.measured import StepFn, reduced
 from distaff.metrics import Mean, Metric, PerExample
+from distaff.optim.plateau import with_plateaus_kept
 from distaff.state import TrainState
 from distaff.typing import Batch, Key, Params
 
@@ -70,14 +71,14 @@ def train_step(loss_fn: LossFn, *, augment: AugmentFn | None = None) -> StepFn:
         args = None
         if slot.holds(state.opt_state, slot.AccumulateState):
             args = {"weight": getattr(metrics["loss"], "weight", size)}
-        state = state.apply_gradients(
+        after = state.apply_gradients(
             grads=grads,
             value=loss,
             value_fn=lambda params: objective(params)[0],
             optimizer_args=args,
             **changed,
         )
-        return state, metrics
+        return with_plateaus_kept(state, after, metrics["loss"]), metrics
 
     return step
 
@@ -199,7 +200,7 @@ def _declared(
     metrics.update({name: metrics_lib.declare(name, value, size) for name, value in extra.items()})
     if isinstance(metrics["loss"], PerExample):
         return _scalar(metrics["loss"].reduce(jnp.ones(size, bool))), metrics
-    return jnp.asarray(loss), metrics
+    return metrics_lib.floating(loss), metrics
 
 
 def _scalar(mean: Any) -> jax.Array:

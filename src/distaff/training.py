@@ -328,7 +328,8 @@ class Training(Predictor):
             warnings.warn(
                 f"{missing} in the first {num_steps} steps. Either the loss does not depend on its "
                 "argument `params`: a loss that reads state.params instead has zero gradients. Or "
-                "the learning rate is zero, or every parameter is frozen.",
+                "the learning rate is zero, every parameter frozen, or every example without "
+                "weight.",
                 stacklevel=2,
             )
 

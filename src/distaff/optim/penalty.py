@@ -54,7 +54,13 @@ def l2_loss(
 def _square(leaf: jax.Array) -> jax.Array:
     if jnp.iscomplexobj(leaf):
         return _square(leaf.real) + _square(leaf.imag)
-    return jnp.sum(jnp.square(leaf))
+    return jnp.sum(jnp.square(_wide(leaf)))
+
+
+def _wide(leaf: jax.Array) -> jax.Array:
+    """Returns floats of at least 32 bits: a sum in half precision stands still."""
+    is_half = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize < 4
+    return leaf.astype(jnp.float32) if is_half else leaf
 
 
 def decays(tx: optax.GradientTransformation, params: Params) -> bool:
