@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from distaff import slot
+from distaff.digest import named_scope
 from distaff.errors import StateError, nearest
 from distaff.gradients import check_gradients, check_params, check_trainable, descending
 from distaff.typing import Key, Params, PyTree
@@ -169,20 +170,18 @@ class TrainState(_FrozenPyTree):
             )
         self._check_members(members, reserved=("step", "params", "opt_state"))
         offered = {"value": value, "value_fn": value_fn, **(optimizer_args or {})}
-        updates, opt_state = slot.update(
-            self.tx, _prepared(grads, self), self.opt_state, self.params, offered
-        )
-        check_gradients(updates, self.params)
+        with named_scope("optimizer"):
+            updates, opt_state = slot.update(
+                self.tx, _prepared(grads, self), self.opt_state, self.params, offered
+            )
+            check_gradients(updates, self.params)
+            params = optax.apply_updates(self.params, updates)
         if "batch_stats" in members:
             members["batch_stats"] = slot.kept_statistics(
                 self.tx, self.batch_stats, members["batch_stats"]
             )
         return dataclasses.replace(
-            self,
-            step=self.step + 1,
-            params=optax.apply_updates(self.params, updates),
-            opt_state=opt_state,
-            **members,
+            self, step=self.step + 1, params=params, opt_state=opt_state, **members
         )
 
     def arrays(self) -> dict[str, PyTree]:
