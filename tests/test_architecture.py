@@ -34,7 +34,7 @@ ROOMS = (
     *("models", "data", "augment", "optim", "parallel", "zoo", "trainer_config", "ranking"),
     *("plain", "constructor"),
     *("place", "context", "measured", "logged_rates", "guard", "rows", "step"),
-    *("accumulate", "precision"),
+    *("accumulate", "learning", "precision"),
     "diagnosis",
     *("forms", "fuse", "rehearsal", "independence", "padding"),
     *("loggers", "display", "checkpoint", "callbacks", "weights"),

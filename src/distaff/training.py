@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from typing import Any
@@ -39,6 +38,7 @@ from distaff.forms import Choice, fixed
 from distaff.fuse import Steps
 from distaff.guard import Flags, shown
 from distaff.interruption import Interruption
+from distaff.learning import LearningCheck
 from distaff.logged_rates import host_rates
 from distaff.loggers import Logger
 from distaff.loggers.given import as_loggers
@@ -46,7 +46,7 @@ from distaff.machine import peak_flops
 from distaff.metrics import compute, results
 from distaff.metrics.limits import Breach
 from distaff.monitor import Monitor, as_monitor
-from distaff.optim import OptimizerLike, num_updates
+from distaff.optim import OptimizerLike
 from distaff.optim.given import as_optimizer
 from distaff.padding import MayPad
 from distaff.predictor import Predictor
@@ -58,7 +58,6 @@ from distaff.tally import Tally
 from distaff.throughput import Ledger
 from distaff.trainer_config import Best
 from distaff.typing import Batch, Schedule
-from distaff.vitals import evidence_of_learning, what_is_missing
 from distaff.watchdog import COMPILING, Watchdog
 
 _log = logging.getLogger("distaff")
@@ -174,8 +173,8 @@ class Training(Predictor):
         self.left_out, self.num_skipped, self.tally = [], 0, Tally(plan.first_epoch)
         self.best_models, self.callbacks.stop_reason, self.last_metrics = (), None, {}
         self.has_run, self.ledger = False, Ledger()
-        self._untrained, self._rates, self.report, self.interrupted_by = None, None, None, ""
-        self._looks_at = 2
+        self._rates, self.report, self.interrupted_by = None, None, ""
+        self._check_learning = LearningCheck(None)
         self.display.start(plan.last_epoch, plan.steps_per_epoch or num_batches(plan.train_loader))
         self.display.compiling("the model")
 
@@ -244,8 +243,8 @@ class Training(Predictor):
         self._epoch_start = time.perf_counter()
         self.watchdog.beat("the first step of an epoch", self.step, COMPILING)
         if self.step == self.first_step:
-            self._untrained = evidence_of_learning(self.ready_state())
             state = self.ready_state()
+            self._check_learning = LearningCheck(state)
             self._rates = host_rates(state.tx, state.params, self.schedule)
             if line := idle_devices(self.example_batch):
                 self.show(line)
@@ -296,7 +295,8 @@ class Training(Predictor):
             if event.skipped:
                 self.num_skipped += len(event.skipped)
                 self.show(f"left out, as bad steps: {', '.join(map(str, event.skipped))}")
-            self._check_progress()
+            num_steps = self.step - self.first_step - self.num_skipped
+            self._check_learning(self.ready_state(), num_steps)
             self.tally.add(event)
             metrics = compute(shown(event.metrics, self.config), "step/")
             self.display.update({n: v for n, v in metrics.items() if np.ndim(v) == 0})
@@ -323,27 +323,6 @@ class Training(Predictor):
         if lap is not None:
             step, epoch = self.reached  # The best model may be loaded by now.
             self.recording.throughput.log_metrics(Report(lap).line(), step=step, epoch=epoch)
-
-    def _check_progress(self) -> None:
-        """Warns if nothing has been learned since the run began. It waits for the device, once."""
-        num_steps = self.step - self.first_step - self.num_skipped
-        # The learning rate of the first step is zero under a warm-up.
-        if self._untrained is None or num_steps < self._looks_at:
-            return
-        updates = num_updates(self.ready_state().opt_state)
-        if updates is not None and int(updates) < 2:  # It accumulates for longer than that.
-            self._looks_at = 2 * num_steps
-            return
-        untrained, self._untrained = self._untrained, None
-        missing = what_is_missing(untrained, evidence_of_learning(self.ready_state()))
-        if missing:
-            warnings.warn(
-                f"{missing} in the first {num_steps} steps. Either the loss does not depend on its "
-                "argument `params`: a loss that reads state.params instead has zero gradients. Or "
-                "the learning rate is zero, every parameter frozen, or every example without "
-                "weight.",
-                stacklevel=2,
-            )
 
     def end_window(self) -> None:
         """Ends a window of accumulation that the epoch leaves incomplete, with an update."""

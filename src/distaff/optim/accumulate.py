@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from numbers import Integral
 from typing import Any
 
@@ -61,44 +62,47 @@ def accumulate(
     inner = with_known_args(tx)
     if every == 1:
         return inner
-    inner = with_rates(inner)
+    made = _Accumulation(with_rates(inner), int(every), tail)
+    return described(optax.GradientTransformationExtraArgs(made.init, made.update), tx, rates=None)
 
-    def init(params: Params) -> AccumulateState:
+
+@dataclasses.dataclass(frozen=True)
+class _Accumulation:
+    """The two functions of an optimizer that accumulates."""
+
+    inner: optax.GradientTransformationExtraArgs
+    every: int
+    tail: bool
+
+    def init(self, params: Params) -> AccumulateState:
+        """Returns the state before the first micro-step."""
         return AccumulateState(
             count=jnp.zeros([], jnp.int32),
             grads=jax.tree.map(_zeros, params),
             value=jnp.zeros([], jnp.float32),
             weight=jnp.zeros([], jnp.float32),
             num_updates=jnp.zeros([], jnp.int32),
-            inner=inner.init(params),
+            inner=self.inner.init(params),
         )
 
     def update(
-        updates: Params, state: PyTree, params: Params | None = None, **extra_args: Any
+        self, updates: Params, state: PyTree, params: Params | None = None, **extra_args: Any
     ) -> tuple[Params, AccumulateState]:
+        """Returns the updates of a micro-step, which are zero within a window, and the state."""
         asked = extra_args.pop(FLUSH, None)
         weight = extra_args.pop("weight", None)
-        sums = state.grads, state.value, state.weight
-        count = state.count
+        sums, count = (state.grads, state.value, state.weight), state.count
         if asked != "end":
             sums, count = _added(sums, updates, extra_args.get("value"), weight), count + 1
-        is_due = count == every
+        is_due = count == self.every
         if asked is not None:
-            is_due = (count > 0) & (tail or asked == "now")
+            is_due = (count > 0) & (self.tail or asked == "now")
 
         def step(sums: tuple[Any, ...], num_updates: jax.Array, inner_state: PyTree) -> Any:
-            total, value, weight_sum = sums
-            divisor = jnp.where(weight_sum == 0, 1, weight_sum)
-            mean = jax.tree.map(
-                lambda leaf, new: (leaf / divisor.astype(leaf.dtype)).astype(new.dtype),
-                *(total, updates),
-            )
-            averages = {"grad": mean, "value": value / divisor}
-            averages.update(value_fn=_unknown, obj_fn=_unknown)
-            given = {n: averages.get(n, arg) for n, arg in extra_args.items() if arg is not None}
+            given = dict(extra_args)
             if weight is not None and holds(inner_state, AccumulateState):
-                given["weight"] = weight_sum
-            changes, inner_state = inner.update(mean, inner_state, params, **given)
+                given["weight"] = sums[2]
+            changes, inner_state = self._updated(sums, updates, inner_state, params, given)
             return changes, jax.tree.map(jnp.zeros_like, sums), num_updates + 1, inner_state
 
         def wait(sums: tuple[Any, ...], num_updates: jax.Array, inner_state: PyTree) -> Any:
@@ -113,7 +117,24 @@ def accumulate(
         count = jnp.where(is_due, 0, count)
         return changes, AccumulateState(count, *sums, num_updates, inner_state)
 
-    return described(optax.GradientTransformationExtraArgs(init, update), tx, rates=None)
+    def _updated(
+        self,
+        sums: tuple[Any, ...],
+        like: Params,
+        inner_state: PyTree,
+        params: Params | None,
+        extra_args: dict[str, Any],
+    ) -> tuple[Params, PyTree]:
+        """Returns the updates and the state that the averages of a window lead to."""
+        total, value, weight = sums
+        divisor = jnp.where(weight == 0, 1, weight)
+        mean = jax.tree.map(
+            lambda leaf, new: (leaf / divisor.astype(leaf.dtype)).astype(new.dtype), total, like
+        )
+        averages = {"grad": mean, "value": value / divisor}
+        averages.update(value_fn=_unknown, obj_fn=_unknown)
+        given = {n: averages.get(n, arg) for n, arg in extra_args.items() if arg is not None}
+        return self.inner.update(mean, inner_state, params, **given)
 
 
 def num_updates(opt_state: PyTree) -> jax.Array | None:
