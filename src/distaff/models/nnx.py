@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -223,7 +224,10 @@ def _called(
         flags["rngs"] = nnx.Rngs(key)
     if key is not None:
         flags.update((name, key) for name in ("rng", "key") if name in names)
-    return function(*inputs, **{**flags, **kwargs})
+    with warnings.catch_warnings():
+        # Flax advises its caller to call the module otherwise: that is Distaff.
+        warnings.filterwarnings("ignore", r"Using 'Module\.sow", DeprecationWarning)
+        return function(*inputs, **{**flags, **kwargs})
 
 
 def _collection(leaf: Any) -> str | None:
