@@ -6,14 +6,22 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from distaff.callbacks import StopTraining
 from distaff.data import Chunk, Loader, One, first_batch, num_examples, num_shapes
 from distaff.data.inspection import leaf_names, narrowed, not_finite
-from distaff.errors import BatchError, ConfigError, nearest
+from distaff.errors import BatchError, ConfigError, DistaffError, nearest
 from distaff.evaluate import Evaluator
+from distaff.events import Plan
+from distaff.guard import is_needed
+from distaff.identity import Subject
+from distaff.measured import StepFn
 from distaff.metrics import Metric, compute, results
 from distaff.metrics.limits import Breach, first_breach
+from distaff.recording import DirectoryRecording
 from distaff.recovery import Recovering
 from distaff.rows import BadStep
+from distaff.state import TrainState
+from distaff.step import EvalFn
 from distaff.typing import Batch
 
 
@@ -21,6 +29,9 @@ class Checked(Recovering):
     """A training that looks at the first batch of each loader before it begins."""
 
     _evaluator: Evaluator
+    _measured_step: StepFn
+    eval_step: EvalFn
+    total_steps: int | None = None
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -108,6 +119,38 @@ class Checked(Recovering):
         if complaint and self.config.on_bad_input == "warn":
             warnings.warn(complaint, stacklevel=2)
 
+    def subject(self, plan: Plan) -> Subject | None:
+        """Returns what the identity of a run is found from; None of a run that writes nothing.
+
+        Args:
+            plan: of the run, which is prepared.
+        """
+        if not isinstance(self.recording, DirectoryRecording):
+            return None
+        loaders = {"train": plan.train_loader, **plan.val_loaders}
+        step = self._plain_step if is_needed(self.config) else self._measured_step
+        return Subject(
+            step=None if self.config.debug else step,
+            eval_step=None if self.config.debug else self.eval_step,
+            state=self.ready_state().replace(guard=None),
+            loaders={name: (each, first_batch(each, name=name)) for name, each in loaders.items()},
+            total_steps=self.total_steps,
+            stretched=self._stretched,
+            has_weights=self._not_loaded is None,
+        )
+
+    def _stretched(self, total_steps: int | None) -> TrainState:
+        """Returns the state with the optimizer that a run of another length would have."""
+        state, schedule = self.ready_state(), self.schedule
+        try:
+            trainer: Any = self  # whose override point it is
+            trainer.init_optimizer(total_steps)
+            return self.ready_state().replace(guard=None)
+        except DistaffError:  # such as of a warm-up that is longer than that
+            return state.replace(guard=None)
+        finally:
+            self.state, self.schedule = state, schedule
+
     def check_evaluation(self, loader: Loader, name: str) -> dict[str, Any]:
         """Traces the evaluation of a loader's first batch, looks at that batch, and evaluates it.
 
@@ -130,3 +173,11 @@ class Checked(Recovering):
             self.check_values(metrics, name)
             compute(metrics)
         return results(shapes)
+
+    def is_trained(self, epoch: int) -> bool:
+        """Whether the steps of an epoch are done, and what follows them may not be."""
+        return self.tally.is_trained and self.tally.epoch == epoch
+
+    def stop(self, request: StopTraining) -> None:
+        """Ends the run after this epoch's work, as a hook asks for."""
+        self.callbacks.stop(request, type(self).__name__)

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from distaff import slot
+from distaff.digest import named_scope
 from distaff.errors import StateError, leaf_name, nearest
 from distaff.typing import Key, Params, PyTree
 
@@ -164,13 +165,11 @@ class TrainState(_FrozenPyTree):
         self._check_members(members, reserved=("step", "params", "opt_state"))
         _check_gradients(grads, self.params)
         offered = {"value": value, "value_fn": value_fn, **(optimizer_args or {})}
-        updates, opt_state = slot.update(self.tx, grads, self.opt_state, self.params, offered)
+        with named_scope("optimizer"):
+            updates, opt_state = slot.update(self.tx, grads, self.opt_state, self.params, offered)
+            params = optax.apply_updates(self.params, updates)
         return dataclasses.replace(
-            self,
-            step=self.step + 1,
-            params=optax.apply_updates(self.params, updates),
-            opt_state=opt_state,
-            **members,
+            self, step=self.step + 1, params=params, opt_state=opt_state, **members
         )
 
     def arrays(self) -> dict[str, PyTree]:

@@ -15,6 +15,7 @@ import numpy as np
 from distaff import metrics as metrics_lib
 from distaff.context import Context
 from distaff.data import num_examples
+from distaff.digest import named_scope
 from distaff.errors import BatchError, LossError, MaskError, leaf_name
 from distaff.measured import StepFn, reduced
 from distaff.metrics import Mean, Metric, PerExample
@@ -59,7 +60,8 @@ def train_step(loss_fn: LossFn, *, augment: AugmentFn | None = None) -> StepFn:
 
         def objective(params: Params) -> tuple[jax.Array, tuple[dict[str, Metric], dict[str, Any]]]:
             ctx = Context(state, train=True)
-            loss, metrics = _declared(loss_fn(params, batch, ctx), size, ctx)
+            with named_scope("loss"):
+                loss, metrics = _declared(loss_fn(params, batch, ctx), size, ctx)
             if ctx.penalty is not None:
                 loss, metrics = _penalized(loss, metrics, ctx.penalty, size)
             return loss, (reduced(metrics, jnp.ones(size, bool)), ctx.changed)
@@ -149,7 +151,8 @@ def per_example(metrics: Mapping[str, Metric | PerExample]) -> dict[str, PerExam
 def _augmented(augment: AugmentFn, state: TrainState, batch: Batch, size: int) -> Batch:
     """Returns what `augment` makes of a batch: all its leaves, maybe others, as many examples."""
     key = jax.random.fold_in(Context(state, train=True).rng, _AUGMENTATION)
-    returned = augment(batch, key)
+    with named_scope("augmentation"):
+        returned = augment(batch, key)
     leaves = {leaf_name(path): leaf for path, leaf in jax.tree.leaves_with_path(returned)}
     rule = f"augment(batch, key) returns all leaves of its batch, each with {size} examples"
     for path, _ in jax.tree.leaves_with_path(batch):

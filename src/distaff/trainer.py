@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from typing import Any
 
-from distaff import loop
+from distaff import loop, monitors
 from distaff import metrics as metrics_lib
 from distaff.checked import Checked
 from distaff.context import Context
@@ -14,7 +14,8 @@ from distaff.data import (
     Loader,
     as_loader,
     closing_made,
-    first_batch,
+    first_to_train,
+    is_on_policy,
     limited,
     num_batches,
     num_examples,
@@ -22,22 +23,25 @@ from distaff.data import (
     unlimited,
 )
 from distaff.display import as_text
+from distaff.ending import ending
 from distaff.errors import LossError
 from distaff.evaluate import Evaluator
 from distaff.events import ChunkEnd, Interrupted, Plan, made_of, make_plan
 from distaff.forms import Expected
 from distaff.fuse import make_steps
 from distaff.guard import guarded, make_guard
-from distaff.hooks import Hooks
+from distaff.habits import ARGUMENTS, spelled
+from distaff.hooks import Hooks, check_class
 from distaff.measured import StepFn, measured
 from distaff.optim import build_optimizer
+from distaff.optim.kept import kept_state
 from distaff.recording import recorded
 from distaff.rehearsal import rehearsed
 from distaff.rows import WindowEnd
 from distaff.state import owned
 from distaff.step import EvalFn, EvalStep
 from distaff.step import train_step as make_train_step
-from distaff.trainer_config import TrainResult
+from distaff.trainer_config import TrainResult, one_by_one
 from distaff.typing import Batch, Params
 
 
@@ -64,6 +68,7 @@ class TrainerModule(Hooks, Checked):
     """
 
     def __init__(self, model: Any, *, example_batch: Batch = None, **options: Any) -> None:
+        check_class(self, TrainerModule)
         super().__init__(model, **options)
         if example_batch is not None:
             self.tune_process(example_batch)
@@ -117,6 +122,8 @@ class TrainerModule(Hooks, Checked):
     def init_optimizer(self, total_steps: int | None) -> None:
         """Gives the state its optimizer, right before training.
 
+        A second run keeps the optimizer's state of the first, unless `keep_optimizer=False`.
+
         Args:
             total_steps: optimizer steps of the run, which schedules are stretched over; None if
                 the loader has no length.
@@ -125,12 +132,15 @@ class TrainerModule(Hooks, Checked):
             ConfigError: the optimizer does not fit the run.
         """
         tx, self.schedule = build_optimizer(self.optimizer, total_steps)
-        # A second run goes on from the model that the first has led to.
         state = self.evaluation_state()
         opt_state = self.execution.once(lambda params: tx.init(params))(state.params)
+        kept = kept_state(self.ready_state().opt_state, opt_state, self.optimizer)
+        if self.config.keep_optimizer and kept is not None:
+            state, opt_state = self.ready_state(), kept
         guard = make_guard(self.config)
         self.state = owned(state.replace(tx=tx, opt_state=opt_state, guard=guard))
 
+    @spelled(ARGUMENTS)
     def train_model(
         self,
         train_loader: Any,
@@ -139,6 +149,8 @@ class TrainerModule(Hooks, Checked):
         *,
         num_epochs: int,
         steps_per_epoch: int | None = None,
+        key: str | None = None,
+        rerun: bool = False,
     ) -> TrainResult:
         """Trains, validates, keeps the best model, and tests it.
 
@@ -154,6 +166,10 @@ class TrainerModule(Hooks, Checked):
             num_epochs: epochs to train.
             steps_per_epoch: cuts epochs of this many steps; needed for a loader without length
                 under a schedule that depends on it.
+            key: names the run within a program, such as `"fold-0"`. A run of the same name and
+                key that is finished, and the same, is loaded instead of trained again, at any
+                start; one that is unfinished is resumed, and no run of another key.
+            rerun: whether to train again what is finished.
 
         Returns:
             How it ended. The trainer holds the best weights afterwards.
@@ -170,19 +186,22 @@ class TrainerModule(Hooks, Checked):
             after_epoch=self.epoch,
         )
         test = None if test_loader is None else as_loader(test_loader, name="test")
-        made = (train_loader, unlimited(plan.train_loader)), (test_loader, test)
+        made = [(train_loader, unlimited(plan.train_loader)), (test_loader, test)]
+        made += made_of(val_loader, plan)
         test = None if test is None else limited(test, self.config.most_batches)
-        with (
-            closing_made(*made, *made_of(val_loader, plan)),
-            self.listening(),
-            closing(self.display),
-        ):
+        with closing_made(*made), self.listening(), closing(self.display):
             self.begin(plan)
             self.prepare(plan, test)
             epochs = {"num_epochs": plan.num_epochs, "steps_per_epoch": plan.steps_per_epoch}
-            self.run_record = self.record(first_epoch=plan.first_epoch, **epochs)
+            subject = self.subject(plan)
+            self.run_record = self.record(
+                first_epoch=plan.first_epoch, **epochs, identity=subject and subject.identity()
+            )
             texts = {"model.txt": as_text(self.table)}
-            recording = recorded(self.recording, self.run_record, texts, self.outcome)
+            done = self.recording.finished(self.run_record, subject, key=key, rerun=rerun)
+            if done is not None:
+                return self.load_finished(done, made)
+            recording = recorded(self.recording, self.run_record, texts, self.outcome, subject)
             with recording, self.watching(), self.explaining():
                 self.has_run = True
                 metrics = self._run(plan, test)
@@ -190,11 +209,8 @@ class TrainerModule(Hooks, Checked):
 
     def _run(self, plan: Plan, test_loader: Loader | None) -> dict[str, Any]:
         try:
-            for event, info in loop.epochs(self, plan):
-                self.emit(event, info)
-            return self._finish(test_loader)
-        except Interrupted as reason:
-            return self.end_early(reason)
+            _train(self, plan)
+            return self.last_metrics if self.interrupted_by else self._finish(test_loader)
         finally:
             self.unsaved = None
 
@@ -237,6 +253,7 @@ class TrainerModule(Hooks, Checked):
                     self.pause(event)
         return self.end_steps()
 
+    @spelled(ARGUMENTS)
     def eval_model(self, loader: Any, prefix: str = "") -> dict[str, Any]:
         """Evaluates the model over a loader: every example once, nothing changed.
 
@@ -257,15 +274,6 @@ class TrainerModule(Hooks, Checked):
                 metrics = self._evaluator(state, chunks)
             self.check_values(metrics, name)
             return metrics_lib.compute(metrics, prefix)
-
-    def save_metrics(self, name: str, metrics: Mapping[str, Any]) -> None:
-        """Writes metrics to `metrics/<name>.json` in the run directory.
-
-        Raises:
-            StateError: nothing has been trained yet.
-        """
-        self.check_run()
-        self.recording.save_metrics(name, metrics_lib.as_json(metrics))
 
     def save_model(self, metrics: Mapping[str, Any], is_best: bool) -> None:
         """Hands the whole state to the checkpoint store, which writes in the background.
@@ -288,39 +296,30 @@ class TrainerModule(Hooks, Checked):
         Raises:
             DistaffError: any bad input, by its kind.
         """
-        batch = first_batch(plan.train_loader, name="train")
+        batch = first_to_train(plan.train_loader)
         if self.state is None:
             self.set_up(batch)
         elif self.recording.path is not None:
             self.recording = self.init_logger()
         steps_per_epoch = plan.steps_per_epoch or num_batches(plan.train_loader)
         total = None if steps_per_epoch is None else steps_per_epoch * plan.num_epochs
+        self.total_steps = total
         self.init_optimizer(total)
         self._steps = make_steps(
             self.execution,
             self._measured_step,
             (self.evaluation_state(), batch),  # of the same form as the state that is trained
-            self.config,
+            one_by_one(self.config) if is_on_policy(plan.train_loader) else self.config,
             Expected(steps_per_epoch, total, num_shapes(plan.train_loader)),
             watched=self.callbacks.watches_steps,
             watch=self.make_watch(),
         )
         self.forms, self._steps.ledger = self._steps.forms, self.ledger
         self.check_batch(batch, "train")
-        if plan.val_loaders:
-            found = {n: self.check_evaluation(v, n) for n, v in plan.val_loaders.items()}
-            self._check_monitors(f"{n}/{metric}" for n, each in found.items() for metric in each)
+        found = {n: self.check_evaluation(v, n) for n, v in plan.val_loaders.items()}
+        monitors.check(self, TrainerModule, found)
         if test_loader is not None:
             self.check_evaluation(test_loader, "test")
-
-    def _check_monitors(self, names: Iterable[str]) -> None:
-        """Checks that what is monitored exists, unless an override may add or ignore it."""
-        override_points = ("on_validation_epoch_end", "eval_model", "is_new_model_better")
-        if any(getattr(type(self), n) is not getattr(TrainerModule, n) for n in override_points):
-            return
-        known = list(names)
-        for monitor in (self.monitor, *self.callbacks.monitors):
-            monitor.check(known)
 
     def _finish(self, test_loader: Loader | None) -> dict[str, Any]:
         """Keeps the last state where no epoch's end has, loads the best, and tests it."""
@@ -330,11 +329,30 @@ class TrainerModule(Hooks, Checked):
         if store.latest() != self.step:
             self.save_model({}, is_best=False)
         self.load_model()
-        metrics = {**self.last_metrics, **(self.best_metrics or {})}
+        best = self.best_metrics or {}
+        metrics = {**self.last_metrics, **{n: x for n, x in best.items() if n[:6] != "train/"}}
         if test_loader is not None:
             test_metrics = self.eval_model(test_loader, "test/")
             self.save_metrics("test", test_metrics)
             self.recording.logger.log_metrics(test_metrics, step=self.step, epoch=self.epoch)
             metrics.update(test_metrics)
+        self.last_metrics = metrics
         self.show_result(metrics)
         return metrics
+
+
+def _train(trainer: TrainerModule, plan: Plan) -> None:
+    """Trains to an end of whatever kind, and tells callbacks of it."""
+    try:
+        try:
+            for event, info in loop.epochs(trainer, plan):
+                trainer.emit(event, info)
+        except Interrupted as reason:
+            trainer.end_early(reason)
+    except BaseException as error:
+        facts = ending(error)
+        info = trainer.info(trainer.last_metrics)
+        trainer.callbacks.end(info, facts["status"], facts["reason"], error)
+        raise
+    status, reason, *_ = trainer.result(trainer.last_metrics)
+    trainer.callbacks.end(trainer.info(trainer.last_metrics), status, reason)

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, get_args
 from distaff.compiling import Recompile
 from distaff.duration import seconds_of
 from distaff.errors import ConfigError, nearest
+from distaff.habits import OPTIONS, remedy
 from distaff.number import whole
 from distaff.paths import as_path
 
@@ -46,15 +47,21 @@ class TrainerConfig:
             "raise" ends the run, within one step; "warn" warns and goes on, and tries the next one.
             A run whose best model was lost that way ends with the best of those that were written,
             or with the last weights, and says so.
-        resume: what a start does with a run of the same name that did not come to its end. "auto"
-            goes on with the newest one of the same seed, model and optimizer, from its newest
-            valid checkpoint; "must" goes on whatever is other now, and is an error where there is
-            none; "never" begins a new run. A number goes on from the checkpoint of that step.
+        resume: whether to resume an unfinished run of the same name. "auto" resumes the same run
+            only: of the same training step, data, seed and start weights; anything else begins a
+            new run, and a line says what changed. "must" raises an error where there is none, or
+            where something changed; "never" begins a new run. A number resumes as "must" does,
+            from the checkpoint of that step.
         save_every: about how much time lies between two checkpoints within an epoch, beside those
             at its end: what is lost at most where a machine dies. None for no such checkpoints.
         allow_inexact_resume: go on also with a loader that is read anew and yields other batches
             than before, so that examples are missed or seen twice; a line then says so. By default
             this is an error.
+        allow_changes: under `resume="must"` or a number, resume a run although something changed,
+            such as the loss or the data; a warning lists all of it.
+        keep_optimizer: whether a second call of `train_model` keeps the optimizer's state, such as
+            Adam's moments. False begins with a new one. The schedule of an `OptimizerConfig`, or
+            of a function of the number of steps, is made for one call, and begins again.
         max_time: the longest a run may last, such as "3h30m", a number of seconds, or a
             `timedelta`. It is then saved, and ends as interrupted.
         on_bad_numbers: what a step leads to that makes the loss, or a number of the state, NaN or
@@ -108,6 +115,8 @@ class TrainerConfig:
     resume: Literal["auto", "must", "never"] | int = "auto"
     save_every: str | float | None = "10m"
     allow_inexact_resume: bool = False
+    allow_changes: bool = False
+    keep_optimizer: bool = True
     max_time: str | float | None = None
     on_bad_numbers: BadNumbersPolicy = "raise"
     on_loss_spike: SpikePolicy = "ignore"
@@ -174,6 +183,20 @@ class TrainerConfig:
         return self.root is not None and not self.fast_dev_run
 
 
+def one_by_one(config: TrainerConfig) -> TrainerConfig:
+    """Returns the options of a run whose steps must not be fused.
+
+    Raises:
+        ConfigError: they ask for fused steps.
+    """
+    if config.steps_per_call not in (1, "auto"):
+        raise ConfigError(
+            f"steps_per_call={config.steps_per_call} runs steps as one program, and the batches of "
+            "data.OnPolicy depend on the step before. Leave steps_per_call out."
+        )
+    return dataclasses.replace(config, steps_per_call=1)
+
+
 def check_choice(name: str, value: Any, choices: Any) -> None:
     """Checks that an option is one of a few words.
 
@@ -211,7 +234,9 @@ def make_config(cls: type[C], options: dict[str, Any], owner: type) -> C:
                 for parameter in inspect.signature(base.__init__).parameters.values()
                 if parameter.kind is parameter.KEYWORD_ONLY
             ]
-            raise ConfigError(f"{owner.__name__} has no option {name!r}. {nearest(name, known)}")
+            raise ConfigError(
+                f"{owner.__name__} has no option {name!r}. {remedy(name, known, OPTIONS)}"
+            )
     return cls(**options)
 
 
@@ -242,6 +267,8 @@ class TrainResult(NamedTuple):
             (`test/`); those of the last epoch that ended, if it was interrupted.
         best: the best model; None without validation, or if none could be written.
         path: the run directory; None if nothing is written.
+        first_step: completed updates when this call began; `step` where it has trained nothing,
+            because a run that it resumed, or found finished, had nothing left to train.
     """
 
     status: str
@@ -251,3 +278,4 @@ class TrainResult(NamedTuple):
     metrics: dict[str, Any]
     best: Best | None
     path: Path | None
+    first_step: int = 0

@@ -6,30 +6,46 @@ import logging
 import time
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 
-from distaff.callbacks import Callback, Callbacks, ChunkScope, StepInfo, around_epoch
+from distaff.callbacks import (
+    Callback,
+    Callbacks,
+    ChunkScope,
+    StepInfo,
+    around_epoch,
+)
 from distaff.compiling import Watch
-from distaff.config import from_json
-from distaff.data import Chunk, Feeds, Form, Loader, as_loader, first_batch, num_batches, num_shapes
+from distaff.data import (
+    Chunk,
+    Feeds,
+    Form,
+    Loader,
+    as_loader,
+    first_to_train,
+    num_batches,
+    num_shapes,
+)
 from distaff.data.left_out import Stretch, left_out, num_drawn
 from distaff.devices import check_one_process, idle_devices
 from distaff.display import rows_by_split
-from distaff.errors import ConfigError, StateError
+from distaff.errors import StateError
 from distaff.events import BadNumbers, ChunkEnd, Interrupted, Plan
 from distaff.forms import Choice, fixed
 from distaff.fuse import Steps
 from distaff.guard import Flags, shown
 from distaff.interruption import Interruption
 from distaff.loggers import Logger
+from distaff.loggers.given import as_loggers
 from distaff.machine import peak_flops
 from distaff.metrics import compute, results
 from distaff.metrics.limits import Breach
-from distaff.monitor import Monitor
-from distaff.optim import OptimizerConfig, OptimizerLike, make_rates
+from distaff.monitor import Monitor, as_monitor
+from distaff.optim import OptimizerLike, make_rates
+from distaff.optim.given import as_optimizer
 from distaff.padding import MayPad
 from distaff.predictor import Predictor
 from distaff.record import make_record
@@ -56,8 +72,8 @@ class Training(Predictor):
         model: an unbound `flax.linen.Module`.
         optimizer: an `OptimizerConfig`, an Optax transformation, or a function of the total number
             of steps that returns one.
-        loggers: loggers of your own, beside the run directory's.
-        callbacks: code of your own at the six events of a run.
+        loggers: a list of your own loggers, alongside the run directory's.
+        callbacks: a list of code of your own at the six events of a run.
         **options: see `TrainerConfig`.
     """
 
@@ -76,13 +92,14 @@ class Training(Predictor):
         model: Any,
         *,
         optimizer: OptimizerLike | None = None,
-        loggers: Sequence[Logger] = (),
-        callbacks: Iterable[Callback] = (),
+        loggers: Sequence[Logger] | None = (),
+        callbacks: Iterable[Callback] | None = (),
         **options: Any,
     ) -> None:
         super().__init__(model, **options)
-        self.optimizer: OptimizerLike = OptimizerConfig() if optimizer is None else optimizer
-        self.loggers, self.callbacks = tuple(loggers), Callbacks(callbacks)
+        self.optimizer: OptimizerLike = as_optimizer(optimizer)
+        self.loggers, self.callbacks = as_loggers(loggers), Callbacks(callbacks)
+        self.monitor = as_monitor(self.monitor)
         self.recording: Recording = NullRecording()
         self.best_models: tuple[Best, ...] = ()
         self.schedule: Schedule | None = None
@@ -100,8 +117,10 @@ class Training(Predictor):
     def init_logger(self) -> Recording:
         """Returns where metrics, checkpoints and configuration go; nothing is written yet."""
         name = self.config.name or type(self).__name__.lower()
-        # A trainer that has trained already goes on from there, and not from another run.
-        resume = "never" if self.step else self.config.resume
+        # What a trainer that has trained already does next needs no run to be there.
+        resume = self.config.resume
+        if self.step and resume != "never":
+            resume = "auto"
         return make_recording(self.config, name, self.loggers, resume=resume)
 
     @property
@@ -132,16 +151,9 @@ class Training(Predictor):
             monitor=self.monitor,
             options=self.config,
             example_batch=self.example_batch,
+            **({} if self.call is None else {"constructor": self.call.record(self.config)}),
             **arguments,
         )
-
-    @classmethod
-    def recorded_options(cls, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the recorded options; with them the optimizer, where it was a config."""
-        options = super().recorded_options(record)
-        with suppress(ConfigError):  # A transformation or a function is recorded by name only.
-            options["optimizer"] = from_json(OptimizerConfig, record.get("optimizer"))
-        return options
 
     def make_watch(self) -> Watch:
         """Returns what watches the programs of a run, or those of evaluations."""
@@ -151,7 +163,7 @@ class Training(Predictor):
     def begin(self, plan: Plan) -> None:
         """Counts a new run."""
         if self.state is None:  # before the display starts a thread, which would have an arena
-            self.tune_process(first_batch(plan.train_loader, name="train"))
+            self.tune_process(first_to_train(plan.train_loader))
         check_one_process()
         self.evaluation_watch.expect()
         self.plan, self.first_step, self.reached = plan, self.step, (self.step, self.epoch)

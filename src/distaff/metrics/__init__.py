@@ -15,9 +15,10 @@ from distaff.metrics.accumulators import (
     results,
     to_host,
 )
-from distaff.metrics.as_json import as_json
+from distaff.metrics.as_json import as_json, as_numbers
 from distaff.metrics.classification import AUROC, F1, ConfusionMatrix, IoU, Precision, Recall
 from distaff.metrics.extremes import Max, Min
+from distaff.metrics.filled import filled
 from distaff.metrics.language import Perplexity
 
 __all__ = [
@@ -37,8 +38,10 @@ __all__ = [
     "Recall",
     "Sum",
     "as_json",
+    "as_numbers",
     "compute",
     "declare",
+    "filled",
     "floating",
     "merge",
     "merge_rows",

@@ -13,7 +13,15 @@ from jax.core import Tracer
 
 from distaff.config import to_json
 from distaff.errors import ConfigError
-from distaff.models.adapter import Adapter, LayerRow, Variables, leaf_of, nested
+from distaff.models.adapter import (
+    Adapter,
+    LayerRow,
+    Variables,
+    has_numbers,
+    leaf_of,
+    nested,
+    without_numbers,
+)
 from distaff.models.flags import method_of, mode_flag, parameters
 from distaff.models.layers import Library, Opened, Path, listed_calls
 from distaff.models.linen_collections import is_asked
@@ -53,6 +61,17 @@ class NnxModel(Adapter):
         """Returns this model, whose passes are noted."""
         copy = NnxModel.__new__(NnxModel)
         copy.__dict__.update(self.__dict__, _observed=observed)
+        copy.__dict__.pop("light", None)
+        return copy
+
+    @functools.cached_property
+    def light(self) -> NnxModel:
+        """The model without the numbers of its module, such as of one passed ready-made."""
+        graph, state = nnx.split(self.module)
+        if not has_numbers(state):
+            return self
+        copy = NnxModel(nnx.merge(graph, without_numbers(state)), self._observed)
+        copy.__dict__["light"] = copy
         return copy
 
     @functools.cached_property
