@@ -33,7 +33,7 @@ ROOMS = (
     *("signature", "compiling", "choices", "flops", "work", "machine", "report"),
     *("models", "data", "augment", "optim", "parallel", "zoo", "trainer_config", "ranking"),
     *("plain", "constructor"),
-    *("place", "context", "measured", "logged_rates", "guard", "rows", "step"),
+    *("place", "context", "measured", "counted", "logged_rates", "guard", "rows", "step"),
     *("accumulate", "learning", "precision"),
     "diagnosis",
     *("forms", "fuse", "rehearsal", "page_faults", "independence", "padding"),

@@ -10,6 +10,7 @@ from distaff import loop, monitors, page_faults
 from distaff import metrics as metrics_lib
 from distaff.checked import Checked
 from distaff.context import Context
+from distaff.counted import Counted
 from distaff.data import (
     Loader,
     as_loader,
@@ -117,7 +118,9 @@ class TrainerModule(Hooks, Checked):
         """Makes programs of the pure functions; nothing compiles before its first call."""
         self.train_step = self.execution.program(train_step, donate=0)
         self.eval_step = self.execution.program(eval_step)
-        self._plain_step = measured(train_step)
+        own = type(self).create_functions is not TrainerModule.create_functions
+        self._counted = Counted(train_step) if own else None
+        self._plain_step = measured(self._counted or train_step)
         self._measured_step = self.execution.part(guarded(reporting(self._plain_step), self.config))
         self._evaluator = Evaluator(eval_step, self.execution, self.evaluation_watch)
 
@@ -313,6 +316,11 @@ class TrainerModule(Hooks, Checked):
         total = None if steps_per_epoch is None else steps_per_epoch * plan.num_epochs
         self.total_steps = total
         self.init_optimizer(total)
+        self._updates_per_step = 1
+        if self._counted is not None:
+            self._updates_per_step = self._counted.count(self.ready_state(), batch)
+        if self._updates_per_step > 1:
+            self.init_optimizer(None if total is None else total * self._updates_per_step)
         self._steps = make_steps(
             self.execution,
             self._measured_step,

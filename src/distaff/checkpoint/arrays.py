@@ -17,6 +17,9 @@ from distaff.errors import CheckpointError, leaf_name
 from distaff.quiet import quiet
 from distaff.typing import PyTree
 
+_EMPTY = "$empty"
+"""The entry beside the arrays that says which of them have no numbers, by name, and their shape."""
+
 
 def import_early() -> None:
     """Imports Orbax in the background: it takes a third of what JAX does."""
@@ -52,8 +55,15 @@ def write(path: Path, arrays: PyTree, info: Mapping[str, Any]) -> None:
         arrays: on the host or on devices.
         info: strict JSON.
     """
+    empty = {
+        leaf_name(keys): list(np.shape(leaf))
+        for keys, leaf in jax.tree.leaves_with_path(arrays)
+        if np.size(leaf) == 0
+    }
+    kept = {_EMPTY: empty} if empty else {}
     with quiet(), _context():
-        _orbax().save(str(path), arrays, custom_metadata=dict(info))
+        stored = jax.tree.map(_storable, arrays)
+        _orbax().save(str(path), stored, custom_metadata={**info, **kept})
 
 
 def read(path: Path, abstract: Mapping[str, PyTree]) -> dict[str, PyTree]:
@@ -75,9 +85,11 @@ def read(path: Path, abstract: Mapping[str, PyTree]) -> dict[str, PyTree]:
     if difference is not None:
         raise OtherModelError(difference)
     for keys, leaf in jax.tree.leaves_with_path(asked):
-        _check_chunks(leaf_name(keys), leaf)
+        if np.size(leaf):
+            _check_chunks(leaf_name(keys), leaf)
     with quiet(), _context():
-        return _orbax().load(str(path), target)
+        loaded = _orbax().load(str(path), jax.tree.map(_storable, target))
+    return jax.tree.map(_as_asked, loaded, target)
 
 
 class OtherModelError(ValueError):
@@ -95,9 +107,13 @@ def metadata(path: Path) -> Mapping[str, PyTree]:
         Exception: whatever Orbax raises where it cannot read the folder.
     """
     with quiet():
-        stored = _orbax().metadata(str(path)).metadata
+        described = _orbax().metadata(str(path))
+    stored = described.metadata
     if not isinstance(stored, Mapping):
         raise ValueError(f"it holds no dict of arrays, but {type(stored).__name__}")
+    empty = dict(described.custom_metadata or {}).get(_EMPTY)
+    if isinstance(empty, Mapping):
+        return jax.tree.map_with_path(lambda keys, leaf: _or_empty(keys, leaf, empty), stored)
     return stored
 
 
@@ -112,6 +128,29 @@ def damage(path: Path) -> str | None:
     except Exception as error:
         return str(error)
     return None
+
+
+def _or_empty(keys: tuple[Any, ...], leaf: Any, empty: Mapping[str, Any]) -> Any:
+    """Returns what a folder says of a leaf, or the shape of one without numbers."""
+    shape = empty.get(leaf_name(keys))
+    return leaf if shape is None else jax.ShapeDtypeStruct(tuple(map(int, shape)), leaf.dtype)
+
+
+def _storable(leaf: Any) -> Any:
+    """Returns a leaf, or one number in the place of an array without any, which Orbax refuses."""
+    if np.size(leaf):
+        return leaf
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct((1,), leaf.dtype, sharding=leaf.sharding)
+    return np.zeros((1,), leaf.dtype)
+
+
+def _as_asked(loaded: Any, target: Any) -> Any:
+    if np.size(target):
+        return loaded
+    if isinstance(target, np.ndarray):
+        return np.zeros(target.shape, target.dtype)
+    return jax.device_put(np.zeros(target.shape, target.dtype), target.sharding)
 
 
 def _check_chunks(name: str, leaf: Any) -> None:
