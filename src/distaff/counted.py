@@ -24,17 +24,20 @@ class Counted:
 
     Args:
         step: `(state, batch) -> (state, metrics)`.
+        is_own: whether it is of the user's own; all others make one update.
 
     Attributes:
         num_updates: by how much a call moves `state.step`; set by `count`.
     """
 
-    def __init__(self, step: StepFn) -> None:
-        self._step = step
+    def __init__(self, step: StepFn, *, is_own: bool = True) -> None:
+        self._step, self._is_own = step, is_own
         self.num_updates = 1
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Any]:
         """Returns the state after one batch, and the metrics."""
+        if not self._is_own:
+            return self._step(state, batch)
         inside = state if self.num_updates == 1 else state.replace(step=self._count_of(state))
         after, metrics = self._step(inside, batch)
         return after.replace(step=state.step + 1), metrics
@@ -52,6 +55,8 @@ class Counted:
         Raises:
             StateError: that depends on the step.
         """
+        if not self._is_own:
+            return 1
         try:
             moved = _moved_by(self._step, state, batch)
         except StateError:

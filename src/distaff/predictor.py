@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 import jax
-import numpy as np
 
 from distaff import allocator, checkpoint, compile_cache
 from distaff.checkpoint import CheckpointStore, Store
@@ -24,6 +23,7 @@ from distaff.initial import normalized, on_host, rows_of
 from distaff.models import Variables, as_model
 from distaff.optim import evaluation_params, has_evaluation_params
 from distaff.record import example_from, read_record
+from distaff.seeds import folded
 from distaff.state import TrainState, placed_like
 from distaff.trainer_config import TrainerConfig, make_config
 from distaff.typing import Batch, Key, Params, PyTree
@@ -128,7 +128,7 @@ class Predictor:
 
     def init_model(self, example_batch: Batch) -> None:
         """Makes the state before training: variables and root key, no optimizer yet."""
-        init_key, root_key = self.execution.once(_two_keys)(folded_seed(self.config.seed))
+        init_key, root_key = self.execution.once(_two_keys)(folded(self.config.seed))
         variables = self._initial(example_batch, init_key)
         self.state = self.state_class.create(
             apply_fn=self.model.apply_fn, rng=root_key, **variables._asdict()
@@ -362,15 +362,6 @@ def _load(
         with _explained(file):
             trainer.set_up(example_from(record["example_batch"], whole=True))
         trainer.restore(store, step, _trained(trainer.ready_state()))
-
-
-def folded_seed(seed: int) -> np.int64:
-    """Returns a seed of any size as one of 64 bits; those that fit stay as they are."""
-    seed = int(seed)
-    while not -(2**63) <= seed < 2**63:
-        high, low = divmod(seed, 2**62)
-        seed = low ^ (high * 0x9E3779B97F4A7C15 % 2**62 + 1)
-    return np.int64(seed)
 
 
 def _two_keys(seed: Any) -> tuple[Key, Key]:

@@ -118,9 +118,9 @@ class TrainerModule(Hooks, Checked):
         """Makes programs of the pure functions; nothing compiles before its first call."""
         self.train_step = self.execution.program(train_step, donate=0)
         self.eval_step = self.execution.program(eval_step)
-        own = type(self).create_functions is not TrainerModule.create_functions
-        self._counted = Counted(train_step) if own else None
-        self._plain_step = measured(self._counted or train_step)
+        is_own = type(self).create_functions is not TrainerModule.create_functions
+        self._counted = Counted(train_step, is_own=is_own)
+        self._plain_step = measured(self._counted)
         self._measured_step = self.execution.part(guarded(reporting(self._plain_step), self.config))
         self._evaluator = Evaluator(eval_step, self.execution, self.evaluation_watch)
 
@@ -315,12 +315,7 @@ class TrainerModule(Hooks, Checked):
         steps_per_epoch = plan.steps_per_epoch or num_batches(plan.train_loader)
         total = None if steps_per_epoch is None else steps_per_epoch * plan.num_epochs
         self.total_steps = total
-        self.init_optimizer(total)
-        self._updates_per_step = 1
-        if self._counted is not None:
-            self._updates_per_step = self._counted.count(self.ready_state(), batch)
-        if self._updates_per_step > 1:
-            self.init_optimizer(None if total is None else total * self._updates_per_step)
+        _init_optimizer(self, total, batch)
         self._steps = make_steps(
             self.execution,
             self._measured_step,
@@ -355,6 +350,14 @@ class TrainerModule(Hooks, Checked):
         self.last_metrics = metrics
         self.show_result(metrics)
         return metrics
+
+
+def _init_optimizer(trainer: TrainerModule, total_steps: int | None, batch: Batch) -> None:
+    """Initialises the optimizer, for as many updates as the steps of the run make."""
+    trainer.init_optimizer(total_steps)
+    count = trainer._updates_per_step = trainer._counted.count(trainer.ready_state(), batch)
+    if count > 1:
+        trainer.init_optimizer(None if total_steps is None else total_steps * count)
 
 
 def _train(trainer: TrainerModule, plan: Plan) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,7 +103,9 @@ def line(params, example):
 
 
 def test_dpsgd_takes_the_gradient_of_each_example_and_not_their_mean():
-    tx = optax.contrib.dpsgd(0.1, l2_norm_clip=0.5, noise_multiplier=0.1, key=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        tx = optax.contrib.dpsgd(0.1, l2_norm_clip=0.5, noise_multiplier=0.1, seed=0)
     params = {"w": jnp.ones((3, 3)), "unused": jnp.zeros(3)}
     examples = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)), jnp.float32)
     grads = jax.vmap(jax.grad(lambda p, x: line(p, x).sum()), (None, 0))(params, examples)
