@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from distaff import allocator, checkpoint, compile_cache
-from distaff.checkpoint import CheckpointStore, Store
+from distaff.checkpoint import Store
 from distaff.config import from_json
 from distaff.context import Context
 from distaff.data import as_loader, entry, epoch_of, num_batches
@@ -22,7 +22,7 @@ from distaff.evaluate import predict
 from distaff.execution import Compiled, Eager, Execution
 from distaff.models import Variables, as_model, is_linen_class, rebuild
 from distaff.optim import evaluation_params, has_evaluation_params
-from distaff.record import example_from, read_record
+from distaff.record import example_from
 from distaff.state import TrainState, placed_like
 from distaff.trainer_config import TrainerConfig, make_config
 from distaff.typing import Batch, Key, Params, PyTree
@@ -217,9 +217,8 @@ class Predictor:
         """
         if options.get("tune_process", True):
             allocator.tune()  # before the checkpoint is looked at, which starts JAX
-        directory, step = checkpoint.find(path)
-        file = directory.parent / "config.json"
-        record = read_record(file)
+        found = checkpoint.located(path)
+        file, record = found.origin, found.record()
         if model is None or is_linen_class(model):
             model = rebuild(record["model"], model)
         if example_batch is None:
@@ -229,7 +228,7 @@ class Predictor:
         trainer = cls(model, **{**recorded, "enable_progress_bar": False, **options})
         with _explained(file):
             trainer.set_up(example_batch)
-        trainer.restore(CheckpointStore(directory), step, _trained(trainer.ready_state()))
+        trainer.restore(found.store, found.step, _trained(trainer.ready_state()))
         return trainer
 
     def load_weights(self, path: str | Path) -> None:
@@ -243,8 +242,8 @@ class Predictor:
             StateError: the model has no parameters yet.
             CheckpointError: nothing whole is there, or it is of another model.
         """
-        directory, step = checkpoint.find(path)
-        self.restore(CheckpointStore(directory), step, _trained(self.ready_state()))
+        found = checkpoint.located(path)
+        self.restore(found.store, found.step, _trained(self.ready_state()))
 
     @classmethod
     def recorded_options(cls, record: Mapping[str, Any]) -> dict[str, Any]:

@@ -230,6 +230,7 @@ class Resumable(Training):
         """
         positions = {n: dict(self.feeds.position(v)) for n, v in self.plan.val_loaders.items()}
         return {
+            "record": self.run_record,
             "step": self.step,
             "epoch": self.epoch,
             "metrics": as_json(metrics),

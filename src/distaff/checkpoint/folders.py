@@ -38,8 +38,17 @@ def step_of(folder: Path) -> int | None:
         folder: a path that need not exist.
     """
     name = _WHOLE.fullmatch(folder.name)
-    is_whole = name and name_of(int(name[1])) == folder.name and not folder.is_symlink()
-    return int(name[1]) if name and is_whole and (folder / _COMMIT_MARKER).is_file() else None
+    is_named = name and name_of(int(name[1])) == folder.name and not folder.is_symlink()
+    return int(name[1]) if name and is_named and is_whole(folder) else None
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder, of any name, is a checkpoint that was written to its end.
+
+    Args:
+        folder: a path that need not exist.
+    """
+    return (folder / _COMMIT_MARKER).is_file()
 
 
 def steps_in(directory: Path) -> tuple[int, ...]:

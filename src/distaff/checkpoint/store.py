@@ -82,7 +82,7 @@ class CheckpointStore:
         self._goes_on = on_failed_save == "warn"
         self._damaged: frozenset[int] = frozenset()
         self._provisional: frozenset[int] = frozenset()
-        self._is_tidy = False
+        self._is_tidy = self._is_readable = False
         self._writer = Writer(self._write, goes_on=self._goes_on)
         arrays.import_early()
 
@@ -293,8 +293,11 @@ class CheckpointStore:
         unfinished.parent.mkdir(0o700)
         try:
             arrays.write(unfinished, save.arrays, _marked(save.info))
-            manifest.seal(unfinished)
+            if not self._is_readable:
+                arrays.check_readable(unfinished, save.arrays)
+            manifest.seal(unfinished, save.step)
             folders.put_in_place(unfinished, path, is_damaged=save.step in self._damaged)
+            self._is_readable = True
             self._damaged -= {save.step}
             manifest.sync_directory(self.directory)
         finally:
