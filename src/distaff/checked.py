@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from distaff.data import Chunk, Loader, One, first_batch, num_examples, num_shapes
-from distaff.data.inspection import narrowed, not_finite
-from distaff.errors import BatchError
+from distaff.data.inspection import leaf_names, narrowed, not_finite
+from distaff.errors import BatchError, ConfigError, nearest
 from distaff.evaluate import Evaluator
-from distaff.metrics import compute
+from distaff.metrics import Metric, compute, results
+from distaff.metrics.limits import Breach, first_breach
 from distaff.recovery import Recovering
+from distaff.rows import BadStep
 from distaff.typing import Batch
 
 
@@ -18,6 +21,10 @@ class Checked(Recovering):
     """A training that looks at the first batch of each loader before it begins."""
 
     _evaluator: Evaluator
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._told: set[tuple[str, str]] = set()
 
     def check_batch(self, batch: Batch, name: str) -> None:
         """Looks at the first batch of a loader, once and on the host. Override it to check more.
@@ -30,11 +37,60 @@ class Checked(Recovering):
             BatchError: an input is NaN or infinite, under `on_bad_input="raise"`. A run that goes
                 on after bad steps (`on_bad_numbers`) takes them as they come.
         """
+        known = leaf_names(batch)
+        for leaf in self.config.nan_ok if name == "train" else ():
+            if leaf not in known:
+                raise ConfigError(
+                    f"nan_ok names leaves of the batches; {leaf!r} is not one. "
+                    f"{nearest(leaf, known)}"
+                )
         cast = narrowed(batch, name)
         if cast and self.config.on_bad_input != "ignore":
             warnings.warn(cast, stacklevel=2)
         if name != "train" or self.config.on_bad_numbers == "raise":
-            self.object_to(not_finite(batch, name))
+            weight = self.sample_weight(batch)
+            missing = {"nan_ok": self.config.nan_ok, "weight": weight}
+            self.object_to(not_finite(batch, name, **missing))
+
+    def sample_weight(self, batch: Batch) -> Any:
+        """Returns the weights of a batch that the loss uses, `[batch, ...]`; None without.
+
+        What has the weight 0 may hold NaN. Override it where your loss uses weights.
+        """
+        return None
+
+    def judge(self, bad: BadStep | None, breach: Breach | None = None) -> None:
+        """Ends the work on an epoch where a bad step is not to be trained on; see `Training`.
+
+        Raises:
+            BatchError: a batch has a value out of range, under `on_bad_input="raise"`.
+        """
+        if breach is not None and (bad is None or breach.batch < bad.step):
+            step = breach.batch + 1
+            batch = self._batch_of(BadStep(step, is_spike=False)) + 1
+            place = f"batch {batch} of epoch {self.epoch} of the train loader (step {step})"
+            self._tell(breach, place, "train")
+        super().judge(bad, breach)
+
+    def check_values(self, metrics: Mapping[str, Metric], name: str) -> None:
+        """Checks that no batch of an evaluation had a value out of range.
+
+        Args:
+            metrics: of the evaluation, on the host.
+            name: of the loader.
+
+        Raises:
+            BatchError: one had, under `on_bad_input="raise"`.
+        """
+        breach = first_breach(metrics)
+        if breach is not None:
+            self._tell(breach, f"batch {breach.batch + 1} of the {name} loader", name)
+
+    def _tell(self, breach: Breach, place: str, name: str) -> None:
+        """Tells of a value out of range: of each rule and loader only once, where it is borne."""
+        if self.config.on_bad_input == "raise" or (name, breach.rule) not in self._told:
+            self._told.add((name, breach.rule))
+            self.object_to(breach.text(place))
 
     def object_to(self, complaint: str) -> None:
         """Tells of bad input, in the way that `on_bad_input` asks for.
@@ -68,5 +124,7 @@ class Checked(Recovering):
         if name != "test" and self.config.check_validation:
             self.evaluation_watch.expect(loader, num_shapes=num_shapes(loader))
             chunk = Chunk(1, num_examples(batch), One(batch))
-            compute(self._evaluator(self.evaluation_state(), [chunk]))
-        return shapes
+            metrics = self._evaluator(self.evaluation_state(), [chunk])
+            self.check_values(metrics, name)
+            compute(metrics)
+        return results(shapes)

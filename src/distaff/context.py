@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from distaff.errors import ConfigError, LossError, StateError
+from distaff.metrics import PerExample
+from distaff.metrics.limits import Limits
 from distaff.models import Variables, model_of
 from distaff.optim import decay_mask, decays, l2_loss
 from distaff.state import TrainState
@@ -25,6 +27,7 @@ class Context:
             `params` argument, not `state.params`: JAX differentiates a function by its arguments.
         train: True in a training step, False in evaluation and prediction.
         penalty: the sum of what was added to the loss as a penalty; None without.
+        limits: what `check_indices` and `check_weights` were given, by the name of a metric.
     """
 
     def __init__(self, state: TrainState, *, train: bool) -> None:
@@ -39,6 +42,7 @@ class Context:
             self._root = jax.random.fold_in(state.rng, tag)
         self._applied = 0
         self.penalty: jax.Array | None = None
+        self.limits: dict[str, PerExample] = {}
 
     @property
     def rng(self) -> Key:
@@ -114,6 +118,42 @@ class Context:
                 f"{value.dtype}. Sum or average it first."
             )
         self.penalty = value if self.penalty is None else self.penalty + value
+
+    def check_indices(
+        self, what: str, indices: jax.Array, size: int, *, where: Any = None, advice: str = ""
+    ) -> None:
+        """Has the run end where an index of any batch is out of range; costs no wait for the host.
+
+        JAX takes the index -1 for the last entry, and gives NaN for one that is too large: without
+        this, both train.
+
+        Args:
+            what: what they are, for the error: `"label"`.
+            indices: int `[batch, ...]`.
+            size: they are from 0 to `size - 1`.
+            where: bool, with the shape of `indices`: which of them count; None for all.
+            advice: a sentence with the remedy, for the error.
+
+        Raises:
+            LossError: they are no integers, or `where` has another shape.
+        """
+        self._note(what, Limits.per_example(what, indices, size=size, where=where, advice=advice))
+
+    def check_weights(self, what: str, weights: jax.Array, *, advice: str = "") -> None:
+        """Has the run end where a weight of any batch is negative, NaN or infinite.
+
+        Args:
+            what: what they are, for the error: `"sample weight"`.
+            weights: `[batch, ...]`.
+            advice: a sentence with the remedy, for the error.
+        """
+        self._note(what, Limits.per_example(what, weights, size=None, where=None, advice=advice))
+
+    def _note(self, what: str, limits: PerExample) -> None:
+        name, number = f"limits of {what}", 2
+        while name in self.limits:
+            name, number = f"limits of {what} {number}", number + 1
+        self.limits[name] = limits
 
     def add_l2_loss(self, params: Params, coefficient: float, mask: Any = decay_mask) -> None:
         """Adds the penalty `optim.l2_loss(params, coefficient, mask)`.

@@ -20,6 +20,7 @@ from distaff.data import (
 )
 from distaff.errors import ConfigError, NonFiniteError
 from distaff.metrics import Metric
+from distaff.metrics.limits import Breach
 from distaff.number import whole
 from distaff.rows import BadStep
 from distaff.state import TrainState
@@ -51,11 +52,13 @@ class Pause(NamedTuple):
         step: completed updates so far.
         rows: of steps whose window is not full yet, uint32 `[rows, width]`.
         bad: the first bad step among them; None without.
+        breach: the first batch among them with a value out of range; see `WindowEnd`.
     """
 
     step: int
     rows: np.ndarray
     bad: BadStep | None = None
+    breach: Breach | None = None
 
 
 class Interrupted(Exception):  # noqa: N818 - a request, not an error

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from distaff.errors import MetricError
 from distaff.measured import StepFn
-from distaff.metrics import Metric, Sum
+from distaff.metrics import Mean, Metric, Sum
 from distaff.metrics.accumulators import pytree
 from distaff.spikes import Losses, is_spike, no_losses, remembered
 from distaff.state import TrainState
@@ -97,7 +97,7 @@ def guarded(step: StepFn, config: TrainerConfig) -> StepFn:
     def guarded_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Metric]]:
         after, metrics = step(state, batch)
         loss, guard = _loss(metrics, needed=config.on_loss_spike != "ignore"), state.guard
-        is_bad = new_bad(state, after) | ~jnp.isfinite(loss)
+        is_bad = new_bad(state, after) | ~jnp.isfinite(jnp.where(_is_known(metrics), loss, 0))
         losses, spikes = guard.losses, jnp.bool_(False)
         if losses is not None:
             spikes = is_spike(losses, loss)
@@ -109,7 +109,8 @@ def guarded(step: StepFn, config: TrainerConfig) -> StepFn:
         if "skip" in (config.on_bad_numbers, config.on_loss_spike):
             is_skipped &= in_a_row <= config.max_skips
             after = _chosen(is_skipped, state.replace(step=after.step), after)
-            empty = {name: metric.empty_like() for name, metric in metrics.items()}
+            # A limit is kept: a step that its own batch has spoiled is not to pass in silence.
+            empty = {n: x.empty_like() if x.is_result else x for n, x in metrics.items()}
             metrics = _chosen(is_skipped, empty, metrics)
         # A spike that is not left out, after so many in a row, is a new level of the loss.
         spiked = spikes & (config.on_loss_spike != "skip")
@@ -133,6 +134,12 @@ def _loss(metrics: Mapping[str, Metric], *, needed: bool) -> jax.Array:
             f"{sorted(metrics)}. Return one, or pass on_loss_spike='ignore'."
         )
     return jnp.float32(jnp.mean(metrics["loss"].compute()) if "loss" in metrics else 0.0)
+
+
+def _is_known(metrics: Mapping[str, Metric]) -> jax.Array:
+    """Returns whether a loss has a weight: without, there was nothing to learn from."""
+    loss = metrics.get("loss")
+    return jnp.any(loss.weight != 0) if isinstance(loss, Mean) else jnp.bool_(True)
 
 
 def _chosen(condition: jax.Array, tree: PyTree, other: PyTree) -> Any:

@@ -85,7 +85,7 @@ def steps(
         if pausing():
             yield from readout.due()
             rows = readout.left()
-            yield Pause(step, rows, readout.bad(rows))
+            yield Pause(step, rows, readout.bad(rows), readout.breach(rows))
     yield from readout.rest()
 
 

@@ -153,7 +153,7 @@ class Resumable(Training):
 
     def pause(self, event: Pause) -> None:
         """Saves the run within an epoch, and ends it if that was asked for."""
-        self.judge(event.bad)
+        self.judge(event.bad, event.breach)
         self.tally.pause(event)
         self.save(self.facts({}, None))
         if self.interruption.ending:

@@ -14,6 +14,8 @@ import numpy as np
 from distaff import metrics as metrics_lib
 from distaff.guard import FLAGS, Flags
 from distaff.metrics import Metric
+from distaff.metrics.accumulators import known_or_zero
+from distaff.metrics.limits import Breach, first_breach
 from distaff.typing import PyTree
 
 _MAX_STRIP_BYTES = 2**16
@@ -136,12 +138,15 @@ class WindowEnd(NamedTuple):
         metrics: merged metrics, on the host.
         bad: the first step that was bad, and was not left out; None without.
         skipped: the steps that were left out.
+        breach: the first batch with a value out of range, counted from 0 at the first step of a
+            run; None without.
     """
 
     step: int
     metrics: dict[str, Metric]
     bad: BadStep | None = None
     skipped: tuple[int, ...] = ()
+    breach: Breach | None = None
 
 
 class BadStep(NamedTuple):
@@ -209,6 +214,13 @@ class Readout:
         flags = _flags(self._columns.metrics(rows), len(rows))
         return _judged(self._last - len(rows), flags)[0]
 
+    def breach(self, rows: np.ndarray) -> Breach | None:
+        """Returns the first batch with a value out of range among the rows of `left`."""
+        if not len(rows):
+            return None
+        merged = metrics_lib.merge_rows(self._columns.metrics(rows))
+        return _breach(merged, self._last - len(rows))
+
     def rest(self) -> Iterator[WindowEnd]:
         """Yields the windows that are left, the last one as far as it has come."""
         yield from self._windows(self._last)
@@ -228,7 +240,7 @@ class Readout:
             first, step = step, min(step - step % self._every + self._every, end)
             part = slice(first - start, step - start)
             merged = metrics_lib.merge_rows(structure.unflatten([leaf[part] for leaf in leaves]))
-            yield WindowEnd(step, merged, *_judged(first, flags[:, part]))
+            yield WindowEnd(step, merged, *_judged(first, flags[:, part]), _breach(merged, first))
 
     def _rows(self, start: int, end: int) -> list[np.ndarray]:
         """Returns the rows of the steps after one and up to another, strip by strip."""
@@ -245,9 +257,15 @@ def _flags(metrics: Mapping[str, Metric], num_rows: int) -> np.ndarray:
     if isinstance(metrics.get(FLAGS), Flags):
         flags[:] = np.asarray(metrics[FLAGS].compute()).T[:3] > 0
     if "loss" in metrics and num_rows:
-        losses = np.asarray(metrics["loss"].compute()).reshape(num_rows, -1)
+        losses = np.asarray(known_or_zero(metrics["loss"])).reshape(num_rows, -1)
         flags[0] |= ~np.isfinite(losses).all(axis=1) & ~flags[2]
     return flags
+
+
+def _breach(metrics: Mapping[str, Metric], first: int) -> Breach | None:
+    """Returns the first breach of a limit among the merged metrics of the steps after one."""
+    found = first_breach(metrics)
+    return None if found is None else found._replace(batch=first + found.batch)
 
 
 def _judged(first: int, flags: np.ndarray) -> tuple[BadStep | None, tuple[int, ...]]:

@@ -58,7 +58,7 @@ def train_step(loss_fn: LossFn, *, augment: AugmentFn | None = None) -> StepFn:
 
         def objective(params: Params) -> tuple[jax.Array, tuple[dict[str, Metric], dict[str, Any]]]:
             ctx = Context(state, train=True)
-            loss, metrics = _declared(loss_fn(params, batch, ctx), size)
+            loss, metrics = _declared(loss_fn(params, batch, ctx), size, ctx)
             if ctx.penalty is not None:
                 loss, metrics = _penalized(loss, metrics, ctx.penalty, size)
             return loss, (reduced(metrics, jnp.ones(size, bool)), ctx.changed)
@@ -134,7 +134,7 @@ class EvalStep:
 
     def _outputs(self, state: TrainState, batch: Batch) -> dict[str, Metric | PerExample]:
         ctx = Context(state, train=False)
-        return _declared(self._loss_fn(state.params, batch, ctx), num_examples(batch))[1]
+        return _declared(self._loss_fn(state.params, batch, ctx), num_examples(batch), ctx)[1]
 
 
 def _augmented(augment: AugmentFn, state: TrainState, batch: Batch, size: int) -> Batch:
@@ -165,7 +165,9 @@ def _augmented(augment: AugmentFn, state: TrainState, batch: Batch, size: int) -
     return returned
 
 
-def _declared(returned: Any, size: int) -> tuple[jax.Array, dict[str, Metric | PerExample]]:
+def _declared(
+    returned: Any, size: int, ctx: Context
+) -> tuple[jax.Array, dict[str, Metric | PerExample]]:
     """Splits what a loss function returned into the scalar to differentiate and its metrics."""
     loss, extra = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, {})
     if not isinstance(extra, Mapping) or isinstance(loss, tuple | Mapping):
@@ -177,10 +179,17 @@ def _declared(returned: Any, size: int) -> tuple[jax.Array, dict[str, Metric | P
     if "loss" in extra:
         raise LossError("The name 'loss' is taken by the loss itself; rename that metric.")
     metrics = {"loss": _declared_loss(loss, size)}
+    extra = {**extra, **ctx.limits}
     metrics.update({name: metrics_lib.declare(name, value, size) for name, value in extra.items()})
     if isinstance(metrics["loss"], PerExample):
-        return metrics["loss"].reduce(jnp.ones(size, bool)).compute(), metrics
+        return _scalar(metrics["loss"].reduce(jnp.ones(size, bool))), metrics
     return jnp.asarray(loss), metrics
+
+
+def _scalar(mean: Any) -> jax.Array:
+    """Returns a mean, and 0 where nothing has a weight: a batch to learn nothing from."""
+    is_empty = mean.weight == 0
+    return jnp.where(is_empty, 0, mean.total) / jnp.where(is_empty, 1, mean.weight)
 
 
 def _penalized(

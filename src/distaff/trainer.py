@@ -245,7 +245,9 @@ class TrainerModule(Hooks, Checked):
         with self.ledger.spent("evaluation"):
             state, name = self.evaluation_state(), prefix.rstrip("/") or "evaluate"
             with self.chunks(loader, name, even=self._evaluator.masks is True) as chunks:
-                return metrics_lib.compute(self._evaluator(state, chunks), prefix)
+                metrics = self._evaluator(state, chunks)
+            self.check_values(metrics, name)
+            return metrics_lib.compute(metrics, prefix)
 
     def save_metrics(self, name: str, metrics: Mapping[str, Any]) -> None:
         """Writes metrics to `metrics/<name>.json` in the run directory.

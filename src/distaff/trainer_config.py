@@ -64,9 +64,12 @@ class TrainerConfig:
         spike_threshold: how many standard deviations above the median of the last 128 losses a
             spike is, by a robust estimate.
         max_skips: how many steps in a row may be skipped, and how often a run may go back.
-        on_bad_input: what values in the first batch of a loader lead to that are surely wrong, such
-            as NaN, or labels of classes that the model does not have: "raise" ends the run before
-            it begins, "warn" warns and goes on, "ignore" does not look.
+        on_bad_input: what to do about values that are surely wrong: NaN in the first batch of a
+            loader, and in any batch labels or tokens that the model does not have, or weights that
+            are negative. "raise" raises `BatchError`, "warn" warns, "ignore" does not look.
+        nan_ok: names of the leaves of a batch in which NaN stands for a missing value, such as
+            `("y",)`; of a tuple, `("1",)`. It is then no bad input. A `Regressor` leaves such
+            targets out; a loss of your own does so itself.
         stuck_after: how long a run may make no progress until the log is told where every thread
             stands; None to watch nothing. Compiling may take six times as long.
         limit_batches: take at most this many batches of each loader in an epoch. The training goes
@@ -109,6 +112,7 @@ class TrainerConfig:
     spike_threshold: float = 8.0
     max_skips: int = 10
     on_bad_input: BadInputPolicy = "raise"
+    nan_ok: tuple[str, ...] = ()
     stuck_after: str | float | None = "10m"
     limit_batches: int | None = None
     overfit_batches: int | None = None
@@ -134,6 +138,11 @@ class TrainerConfig:
         check_choice("on_loss_spike", self.on_loss_spike, SpikePolicy)
         check_choice("on_bad_input", self.on_bad_input, BadInputPolicy)
         check_choice("on_failed_save", self.on_failed_save, Literal["raise", "warn"])
+        if isinstance(self.nan_ok, str) or not all(isinstance(x, str) for x in self.nan_ok):
+            raise ConfigError(
+                f"nan_ok is a tuple of names of leaves, such as ('y',); got {self.nan_ok!r}."
+            )
+        object.__setattr__(self, "nan_ok", tuple(self.nan_ok))
         if self.resume not in ("auto", "must", "never") and type(self.resume) is not int:
             known = nearest(str(self.resume), ("auto", "must", "never"))
             raise ConfigError(f"resume has no value {self.resume!r}. {known} Or pass a step.")

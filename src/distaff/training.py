@@ -26,7 +26,8 @@ from distaff.guard import Flags, shown
 from distaff.interruption import Interruption
 from distaff.loggers import Logger
 from distaff.machine import peak_flops
-from distaff.metrics import compute
+from distaff.metrics import compute, results
+from distaff.metrics.limits import Breach
 from distaff.monitor import Monitor
 from distaff.optim import OptimizerConfig, OptimizerLike, make_rates
 from distaff.predictor import Predictor
@@ -258,7 +259,7 @@ class Training(Predictor):
         self.display.advance(event.step, self.epoch, examples)
         for step, metrics in enumerate(event.metrics, event.step - event.num_steps + 1):
             state = event.state if step == event.step else None
-            seen = {n: metric for n, metric in metrics.items() if not isinstance(metric, Flags)}
+            seen = {n: x for n, x in results(metrics).items() if not isinstance(x, Flags)}
             self.emit("on_step_end", StepInfo(step, self.epoch, state, seen))
 
     def show(self, line: str) -> None:
@@ -278,7 +279,7 @@ class Training(Predictor):
             BadNumbers: a step in it is not to be trained on.
         """
         with self.ledger.spent("logging"):
-            self.judge(event.bad)
+            self.judge(event.bad, event.breach)
             if event.skipped:
                 self.num_skipped += len(event.skipped)
                 self.show(f"left out, as bad steps: {', '.join(map(str, event.skipped))}")
@@ -292,7 +293,7 @@ class Training(Predictor):
             self.recording.logger.log_metrics(metrics, step=event.step, epoch=self.epoch)
             self.log_throughput(_LAP_SECONDS)
 
-    def judge(self, bad: BadStep | None) -> None:
+    def judge(self, bad: BadStep | None, breach: Breach | None = None) -> None:
         """Ends the work on an epoch where a bad step is not to be trained on.
 
         Raises:

@@ -253,8 +253,8 @@ def test_merge_rows_is_the_merge_of_the_rows():
         "mean": Mean(numbers, ones),
         "means": Mean(table, ones),
         "sum": Sum(table),
-        "min": Min(table),
-        "max": Max(numbers),
+        "min": Min(table, ones),
+        "max": Max(numbers, ones),
         "last": Last(numbers, ones),
         "own": Largest(numbers, ones),
     }

@@ -28,18 +28,19 @@ def entry(batch: Batch, names: Sequence[str], position: int, *, what: str, overr
             return batch[position]
         held = f"{len(batch)} items"
     else:
-        named = _named(batch)
+        entries = named(batch)
         for name in names:
-            if name in named:
-                return named[name]
-        held = str(sorted(named)) if named else type(batch).__name__
+            if name in entries:
+                return entries[name]
+        held = str(sorted(entries)) if entries else type(batch).__name__
     raise BatchError(
         f"{what} is looked for in a batch under the names {list(names)}, or at position "
         f"{position} of a tuple; this batch holds {held}. Override {override} to return it."
     )
 
 
-def _named(batch: Batch) -> Mapping[str, Any]:
+def named(batch: Batch) -> Mapping[str, Any]:
+    """Returns the entries of a batch by name; none where they have no names."""
     if isinstance(batch, Mapping):
         return batch
     if hasattr(batch, "_asdict"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
@@ -16,28 +16,49 @@ _ROUNDING = 0.01
 """How far the sum of probabilities may be from 1: bfloat16 has three digits."""
 
 
-def not_finite(batch: Batch, name: str) -> str:
+def not_finite(batch: Batch, name: str, *, nan_ok: Collection[str] = (), weight: Any = None) -> str:
     """Returns what is wrong with a batch that holds NaN or infinities; nothing without.
 
     Args:
         batch: a pytree of arrays `[batch, ...]`; those of JAX are fetched.
         name: of the loader that it comes from.
+        nan_ok: names of the leaves in which NaN is no mistake.
+        weight: of the examples `[batch]`, or of their values `[batch, ...]`; what has none may be
+            anything. None for none.
 
     >>> not_finite({"x": np.array([[1.0, np.nan]])}, "train").split(";")[0]
     'All inputs must be finite'
     """
     for leaf_path, values in _floats(batch):
-        bad = ~np.isfinite(values)
+        bad = np.isinf(values) if leaf_path in nan_ok else ~np.isfinite(values)
+        if bad.any() and weight is not None:
+            bad &= _counting(np.asarray(weight), values)
         if bad.any():
-            num_nan = int(np.isnan(values).sum())
+            num_nan = int(np.isnan(values[bad]).sum())
             counts = (f"{num_nan} NaN", f"{int(bad.sum()) - num_nan} infinite")
             found = " and ".join(each for each in counts if not each.startswith("0 "))
             return (
                 f"All inputs must be finite; of a batch of the {name} loader, {leaf_path!r} has "
                 f"{found} among {values.size} values, first in example {np.argwhere(bad)[0][0]}. "
-                "Look at how it is read, and fill or leave out what is missing."
+                "Look at how it is read, and fill or leave out what is missing. Or, if NaN stands "
+                f"for a missing value that the loss leaves out, pass nan_ok=({leaf_path!r},)."
             )
     return ""
+
+
+def _counting(weight: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Returns which values of a leaf `[batch, ...]` have a weight."""
+    if values.shape[: weight.ndim] != weight.shape:
+        weight = np.abs(weight).reshape(len(weight), -1).sum(1)
+    if values.shape[:1] != weight.shape[:1]:
+        return np.ones(values.shape, bool)
+    counting = (weight != 0).reshape(weight.shape + (1,) * (values.ndim - weight.ndim))
+    return np.broadcast_to(counting, values.shape)
+
+
+def leaf_names(batch: Batch) -> list[str]:
+    """Returns the names of the leaves of a batch, as errors write them."""
+    return [leaf_name(path) for path, _ in jax.tree.leaves_with_path(batch)]
 
 
 def narrowed(batch: Batch, name: str) -> str:
@@ -113,12 +134,13 @@ def unknown_tokens(tokens: Any, vocab_size: int, name: str) -> str:
     )
 
 
-def no_probabilities(labels: Any, name: str) -> str:
+def no_probabilities(labels: Any, name: str, counts: Any = True) -> str:
     """Returns what is wrong with labels that should be probabilities; nothing where they are.
 
     Args:
         labels: float `[batch, classes]`; others are not looked at.
         name: of the loader that they come from.
+        counts: which of them count, bool `[batch]`.
 
     >>> no_probabilities(np.array([[0.5, 0.5], [0.5, 1.5]]), "val").split(";")[0]
     'Labels of shape [batch, classes] are probabilities, and add up to 1'
@@ -128,7 +150,8 @@ def no_probabilities(labels: Any, name: str) -> str:
         return ""
     values = values.astype(np.float64)
     sums = values.sum(axis=1)
-    bad = np.flatnonzero((values < 0).any(axis=1) | (abs(sums - 1) > _ROUNDING))
+    is_bad = ~(values >= 0).all(axis=1) | ~(abs(sums - 1) <= _ROUNDING)
+    bad = np.flatnonzero(is_bad & counts)
     if not bad.size:
         return ""
     first = bad[0]

@@ -2,21 +2,21 @@
 
 from distaff.metrics.accumulators import (
     Last,
-    Max,
     Mean,
     Metric,
     Metrics,
-    Min,
     PerExample,
     Sum,
     compute,
     declare,
     merge,
     merge_rows,
+    results,
     to_host,
 )
 from distaff.metrics.as_json import as_json
 from distaff.metrics.classification import AUROC, F1, ConfusionMatrix, IoU, Precision, Recall
+from distaff.metrics.extremes import Max, Min
 from distaff.metrics.language import Perplexity
 
 __all__ = [
@@ -40,5 +40,6 @@ __all__ = [
     "declare",
     "merge",
     "merge_rows",
+    "results",
     "to_host",
 ]

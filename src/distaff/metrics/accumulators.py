@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distaff.errors import LossError, MetricError
+from distaff.metrics.whole import added
 from distaff.state import static
 
 C = TypeVar("C", bound=type)
@@ -47,9 +48,11 @@ class Metric(ABC):
 
     Attributes:
         refused_in_training: why a training step must not return this kind; empty where it may.
+        is_result: whether it is a number to report; see `metrics.limits` for one that is not.
     """
 
     refused_in_training: ClassVar[str] = ""
+    is_result: ClassVar[bool] = True
 
     @abstractmethod
     def merge(self, other: Self) -> Self:
@@ -115,6 +118,11 @@ def floating(values: Any) -> jax.Array:
     return values if values.dtype == jnp.float64 else values.astype(jnp.float32)
 
 
+def is_whole(values: jax.Array) -> bool:
+    """Returns whether an array holds integers or bools."""
+    return values.dtype == jnp.bool_ or bool(jnp.issubdtype(values.dtype, jnp.integer))
+
+
 @pytree
 class Mean(Metric):
     """A weighted mean, kept as the sum of weighted values and the sum of weights."""
@@ -127,21 +135,30 @@ class Mean(Metric):
         """Declares values per example whose weighted mean is wanted.
 
         Args:
-            values: `[batch, ...]`, each the mean over its own weight.
-            weight: `[batch]`, such as the number of tokens; 1 without. What has no weight does
-                not count, even if it is NaN.
+            values: `[batch, ...]`.
+            weight: with one or more of the leading axes of `values`; 1 without. `[batch]` weighs
+                each example, such as with its number of tokens: a value is then the mean over its
+                own weight. `[batch, length]` weighs each token, and the mean is over all tokens of
+                all examples. What has no weight does not count, even if it is NaN.
 
         Raises:
-            LossError: `weight` is not one number per example.
+            LossError: the shape of `weight` is not that of the leading axes of `values`.
         """
         values = floating(values)
-        weight = jnp.ones(values.shape[:1], values.dtype) if weight is None else floating(weight)
-        if weight.shape != values.shape[:1]:
+        if weight is None:
+            return PerExample((values, jnp.ones(values.shape[:1], values.dtype)), cls)
+        weight = floating(weight)
+        if weight.ndim == 0 or weight.shape != values.shape[: weight.ndim]:
             raise LossError(
-                f"The weight of a mean is one number per example, shape {values.shape[:1]} for "
-                f"values of shape {values.shape}; it has shape {weight.shape}. Average over the "
-                "other axes first: values per example, each with the sum of its weights."
+                "The weight of a mean is one number for each example, or one for each value, and "
+                f"has the leading axes of the values, {values.shape}; it has shape {weight.shape}. "
+                f"Pass a weight of shape {values.shape[:1]} or {values.shape}."
             )
+        if weight.ndim > 1:
+            axes, own = tuple(range(1, weight.ndim)), aligned(weight, values)
+            total = jnp.where(own != 0, values * own, 0).sum(axes)
+            weight = weight.sum(axes)
+            values = total / aligned(jnp.where(weight == 0, 1, weight), total)
         return PerExample((values, weight), cls)
 
     @classmethod
@@ -177,8 +194,15 @@ class Sum(Metric):
 
     @classmethod
     def per_example(cls, values: Any) -> PerExample:
-        """Declares values per example, `[batch, ...]`, whose sum is wanted."""
-        return PerExample((floating(values),), cls)
+        """Declares values per example, `[batch, ...]`, whose sum is wanted.
+
+        Sums of integers are exact, however large they are.
+        """
+        values = jnp.asarray(values)
+        is_narrow = is_whole(values) and values.dtype.itemsize <= 4
+        if cls is Sum and is_narrow:
+            return PerExample((values,), WholeSum)
+        return PerExample((values if is_whole(values) else floating(values),), cls)
 
     @classmethod
     def reduce(cls, mask: jax.Array, *values: jax.Array) -> Self:
@@ -197,63 +221,32 @@ class Sum(Metric):
         return type(self)(jnp.zeros_like(self.total))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Extreme(Metric):
-    value: Any
+@pytree
+class WholeSum(Sum):
+    """A sum of whole numbers, as `Sum.per_example` makes it of integers.
+
+    Args:
+        total: the sum, rounded to float32.
+        rest: what was rounded away: both together, in float64, are the exact sum.
+    """
+
+    rest: Any
 
     @classmethod
-    def per_example(cls, values: Any) -> PerExample:
-        """Declares values per example, `[batch, ...]`, whose extreme is wanted."""
-        return PerExample((floating(values),), cls)
+    def reduce(cls, mask: jax.Array, *values: jax.Array) -> Self:
+        return cls(*added(masked(mask, values[0], 0)))
 
-    @classmethod
-    @abstractmethod
-    def _neutral(cls) -> float: ...
+    def merge(self, other: Self) -> Self:
+        return type(self)(self.total + other.total, self.rest + other.rest)
+
+    def over_rows(self) -> Self:
+        return type(self)(self.total.sum(0), self.rest.sum(0))
 
     def compute(self) -> Any:
-        numpy = namespace(self.value)
-        return numpy.where(self.value == self._neutral(), float("nan"), self.value)
+        return self.total + self.rest
 
     def empty_like(self) -> Self:
-        return type(self)(jnp.full_like(self.value, self._neutral()))
-
-
-@pytree
-class Min(_Extreme):
-    """The smallest value."""
-
-    @classmethod
-    def _neutral(cls) -> float:
-        return float("inf")
-
-    @classmethod
-    def reduce(cls, mask: jax.Array, *values: jax.Array) -> Self:
-        return cls(jnp.min(masked(mask, values[0], cls._neutral()), axis=0))
-
-    def merge(self, other: Self) -> Self:
-        return type(self)(namespace(self.value).minimum(self.value, other.value))
-
-    def over_rows(self) -> Self:
-        return type(self)(self.value.min(0))
-
-
-@pytree
-class Max(_Extreme):
-    """The largest value."""
-
-    @classmethod
-    def _neutral(cls) -> float:
-        return float("-inf")
-
-    @classmethod
-    def reduce(cls, mask: jax.Array, *values: jax.Array) -> Self:
-        return cls(jnp.max(masked(mask, values[0], cls._neutral()), axis=0))
-
-    def merge(self, other: Self) -> Self:
-        return type(self)(namespace(self.value).maximum(self.value, other.value))
-
-    def over_rows(self) -> Self:
-        return type(self)(self.value.max(0))
+        return type(self)(jnp.zeros_like(self.total), jnp.zeros_like(self.rest))
 
 
 @pytree
@@ -358,6 +351,19 @@ def to_host(metrics: Metrics) -> dict[str, Metric]:
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), fetched)
 
 
+def known_or_zero(metric: Metric) -> Any:
+    """Returns a metric's value, and 0 for a mean of nothing, whose weights are all 0."""
+    value = metric.compute()
+    if not isinstance(metric, Mean):
+        return value
+    return namespace(value).where(aligned(metric.weight, value) == 0, 0, value)
+
+
+def results(metrics: Mapping[str, Metric]) -> dict[str, Metric]:
+    """Returns those of the metrics that are numbers to report."""
+    return {name: metric for name, metric in metrics.items() if metric.is_result}
+
+
 def compute(metrics: Metrics, prefix: str = "") -> dict[str, Any]:
     """Computes host metrics, the loss first.
 
@@ -368,6 +374,7 @@ def compute(metrics: Metrics, prefix: str = "") -> dict[str, Any]:
     Returns:
         Python floats, or float64 arrays for those that are not one number.
     """
+    metrics = results(metrics)
     names = sorted(metrics, key=lambda name: (name != "loss", name))
     return {prefix + name: _plain(metrics[name].compute()) for name in names}
 

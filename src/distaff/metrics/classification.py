@@ -20,10 +20,12 @@ from distaff.metrics.accumulators import (
     PerExample,
     aligned,
     floating,
+    is_whole,
     masked,
     namespace,
     pytree,
 )
+from distaff.metrics.whole import counted
 from distaff.state import static
 
 Average: TypeAlias = Literal["binary", "micro", "macro", "weighted"] | None
@@ -45,9 +47,9 @@ class _Counts(Metric):
         known = (labels >= 0) & (labels < num_classes)
         known &= (predictions >= 0) & (predictions < num_classes)
         cells = jnp.where(known, labels * num_classes + predictions, num_classes**2)
-        counts = jnp.zeros(num_classes**2, kept.dtype).at[cells].add(kept, mode="drop")
+        counts = counted(cells.ravel(), kept.ravel(), num_classes**2)
         is_wrong = jnp.any((kept != 0) & ~known)
-        counts = jnp.where(is_wrong, float("nan"), floating(counts))
+        counts = jnp.where(is_wrong, float("nan"), counts)
         return cls(counts.reshape(num_classes, num_classes), **settings)
 
     def merge(self, other: Self) -> Self:
@@ -67,7 +69,7 @@ class ConfusionMatrix(_Counts):
     Rows are labels, columns are predictions, as in `sklearn.metrics.confusion_matrix`.
 
     Args:
-        counts: float `[classes, classes]`; whole counts are exact in float32 up to 2**24.
+        counts: float `[classes, classes]`. Those of a batch are rounded to float32, once.
     """
 
     @classmethod
@@ -329,14 +331,14 @@ def _classes(
 
 
 def _weight(weight: Any, labels: jax.Array) -> jax.Array:
-    """Returns one weight per label; whole ones as int32, whose sums are exact."""
-    weight = jnp.ones(labels.shape, jnp.int32) if weight is None else jnp.asarray(weight)
+    """Returns one weight per label: bool, int32, or float of at least 32 bits."""
+    weight = jnp.ones(labels.shape, bool) if weight is None else jnp.asarray(weight)
     if weight.shape != labels.shape[: weight.ndim]:
         raise LossError(
             f"Each label has a weight, or all labels of an example have one; labels have shape "
             f"{labels.shape}, weight has shape {weight.shape}. Pass weights [batch] or "
             f"{labels.shape}."
         )
-    is_whole = jnp.issubdtype(weight.dtype, jnp.integer) or weight.dtype == bool
-    weight = weight.astype(jnp.int32) if is_whole else floating(weight)
+    if weight.dtype != bool:
+        weight = weight.astype(jnp.int32) if is_whole(weight) else floating(weight)
     return jnp.broadcast_to(aligned(weight, labels), labels.shape)

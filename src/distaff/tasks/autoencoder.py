@@ -13,8 +13,14 @@ import numpy as np
 
 from distaff.context import Context
 from distaff.errors import ConfigError, LossError
+from distaff.metrics import Mean
 from distaff.monitor import Monitor
-from distaff.trainer import TrainerModule
+from distaff.tasks.weighing import (
+    WeighingTask,
+    of_examples,
+    unweighted_filled,
+    weights_for,
+)
 from distaff.trainer_config import TrainerConfig
 from distaff.typing import Batch, Key, Params
 
@@ -47,14 +53,16 @@ class AutoencoderConfig(TrainerConfig):
             raise ConfigError(f"data_range is a finite number > 0; got {self.data_range!r}.")
 
 
-class Autoencoder(TrainerModule):
+class Autoencoder(WeighingTask):
     """Trains a model that returns its input, `[batch, ...]`, by mean squared error.
 
     With `noise` it is a denoising autoencoder (P. Vincent et al., Extracting and Composing Robust
     Features with Denoising Autoencoders, ICML 2008): the model sees corrupted inputs, in validation
     and test too, and is judged by the clean ones. The noise of an evaluation is the same whatever
-    the step, so that results compare. The best model is the one with the lowest `val/loss`.
-    `predict` returns reconstructions of the inputs as they are.
+    the step, so that results compare. Weights, `sample_weight` or `weight`, or the third item of a
+    tuple, weigh loss and metrics: `[batch]`, or with more leading axes of the inputs. The best
+    model is the one with the lowest `val/loss`. `predict` returns reconstructions of the inputs as
+    they are.
 
     Args:
         model: as for `TrainerModule`, as every other argument. What `model_inputs` returns first is
@@ -93,6 +101,9 @@ class Autoencoder(TrainerModule):
                 f"An Autoencoder's inputs are floats; got {inputs.dtype}. Scale them in the "
                 "loader, for example images / 255."
             )
+        weight = weights_for(self.sample_weight(batch), inputs.shape, ctx)
+        inputs = unweighted_filled(inputs, weight)
+        rest = unweighted_filled(rest, of_examples(weight))
         outputs = ctx.apply(params, self.corrupt(inputs, ctx.rng), *rest)
         if jnp.shape(outputs) != inputs.shape:
             raise LossError(
@@ -102,8 +113,13 @@ class Autoencoder(TrainerModule):
             )
         dtype = np.promote_types(outputs.dtype, np.float32)
         error = jnp.square(outputs.astype(dtype) - inputs.astype(dtype))
-        loss = error.mean(tuple(range(1, error.ndim)))
-        return loss, {"psnr": _psnr(loss, self.config.data_range)}
+        loss = error.mean(tuple(range(1 if weight is None else weight.ndim, error.ndim)))
+        if weight is None:
+            return loss, {"psnr": _psnr(loss, self.config.data_range)}
+        declared = Mean.per_example(loss, weight)
+        of_each, weight = declared.values
+        psnr = Mean.per_example(_psnr(of_each, self.config.data_range), weight)
+        return declared, {"psnr": psnr}
 
 
 def _psnr(error: jax.Array, data_range: float) -> jax.Array:

@@ -2,40 +2,75 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from distaff.context import Context
 from distaff.data import entry
 from distaff.data.inspection import no_probabilities, out_of_range
 from distaff.errors import LossError
+from distaff.metrics import Mean
+from distaff.metrics.accumulators import floating
 from distaff.monitor import Monitor
-from distaff.trainer import TrainerModule
+from distaff.tasks.weighing import (
+    WeighingTask,
+    check_ignore_index,
+    unweighted_filled,
+    weights_for,
+)
+from distaff.trainer_config import TrainerConfig
 from distaff.typing import Batch, Params
 
 _LABEL_NAMES = ("label", "labels", "y", "target", "targets")
+_ADVICE = (
+    "Give the model as many outputs as there are classes, or look at how labels are read. To leave "
+    "examples with a certain label out, pass ignore_index=label."
+)
 
 
-class Classifier(TrainerModule):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassifierConfig(TrainerConfig):
+    """The options of a `Classifier`, alongside those of every trainer.
+
+    Args:
+        ignore_index: a label whose examples count neither in the loss nor in a metric, such as
+            -100; None for none.
+
+    Raises:
+        ConfigError: an option is out of its range.
+    """
+
+    ignore_index: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ignore_index(self.ignore_index)
+
+
+class Classifier(WeighingTask):
     """Trains a model that returns logits `[batch, classes]`, by softmax cross-entropy.
 
     Batches are dicts or dataclasses with `label` (or `labels`, `y`, `target`, `targets`) beside the
     model's input; or tuples `(input, label)`. Labels are class indices, int `[batch]`, or the
     probability of each class, float `[batch, classes]`, as `distaff.augment.mixup` makes them; the
-    likeliest class is then the one that counts as right. The best model is the one with the highest
-    `val/accuracy`. `predict` returns the logits.
+    likeliest class is then the one that counts as right. An index out of range raises an error, in
+    whatever batch it is. A weight for each example, `sample_weight` or `weight` `[batch]`, or the
+    third item of a tuple, weighs the loss and the accuracy. The best model is the one with the
+    highest `val/accuracy`. `predict` returns the logits.
 
     Args:
         model: as for `TrainerModule`, as every other argument.
+        **options: those of `ClassifierConfig`, such as `ignore_index=-100`.
     """
 
+    Config = ClassifierConfig
+    config: ClassifierConfig
     monitor = Monitor("val/accuracy", mode="max")
-
-    _num_classes: int | None = None
-    """As the loss has seen it when it was traced; None before, or under a loss of one's own."""
 
     def labels(self, batch: Batch) -> jax.Array:
         """Returns the labels of a batch, int `[batch]` or float `[batch, classes]`.
@@ -56,24 +91,51 @@ class Classifier(TrainerModule):
         """
         super().check_batch(batch, name)
         # A loss around this one may change the labels before it hands them on, or mask some.
-        is_own = type(self).loss_fn is Classifier.loss_fn
-        if is_own and self._num_classes is not None:
-            labels = self.labels(batch)
-            self.object_to(out_of_range(labels, self._num_classes, name))
-            self.object_to(no_probabilities(labels, name))
+        num_classes = self.num_outputs(batch) if type(self).loss_fn is Classifier.loss_fn else None
+        if num_classes is None:
+            return
+        labels, weight = np.asarray(self.labels(batch)), self.sample_weight(batch)
+        counts = np.ones(len(labels), bool) if weight is None else np.asarray(weight) != 0
+        if labels.ndim > 1:
+            self.object_to(no_probabilities(labels, name, counts))
+            return
+        if self.config.ignore_index is not None:
+            counts &= labels != self.config.ignore_index
+        self.object_to(out_of_range(np.where(counts, labels, 0), num_classes, name))
 
     def loss_fn(self, params: Params, batch: Batch, ctx: Context) -> Any:
-        """Returns the cross-entropy `[batch]`, and the accuracy."""
-        logits = ctx.apply(params, *self.model_inputs(batch))
+        """Returns the cross-entropy `[batch]`, and the accuracy; both are weighted."""
         labels = self.labels(batch)
+        weight = weights_for(self.sample_weight(batch), labels.shape[:1], ctx)
+        weight = _without(labels, self.config.ignore_index, weight)
+        inputs = unweighted_filled(self.model_inputs(batch), weight)
+        logits = ctx.apply(params, *inputs)
         _check_forms(logits, labels)
-        self._num_classes = logits.shape[1]
+        logits = floating(logits)
         if labels.ndim == 2:
-            loss = optax.softmax_cross_entropy(logits, labels.astype(logits.dtype))
+            labels = unweighted_filled(labels.astype(logits.dtype), weight)
+            loss = optax.softmax_cross_entropy(logits, labels)
             labels = labels.argmax(axis=-1)
         else:
+            where = None if weight is None else weight != 0
+            labels = labels.astype(jnp.int32)
+            ctx.check_indices("label", labels, logits.shape[1], where=where, advice=_ADVICE)
+            labels = labels if where is None else jnp.where(where, labels, 0)
             loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return loss, {"accuracy": logits.argmax(axis=-1) == labels}
+        hits = logits.argmax(axis=-1) == labels
+        if weight is None:
+            return loss, {"accuracy": hits}
+        return Mean.per_example(loss, weight), {"accuracy": Mean.per_example(hits, weight)}
+
+
+def _without(
+    labels: jax.Array, ignore_index: int | None, weight: jax.Array | None
+) -> jax.Array | None:
+    """Returns weights that are 0 where the label is the one to ignore."""
+    if ignore_index is None or labels.ndim != 1:
+        return weight
+    kept = jnp.asarray(labels) != ignore_index
+    return kept.astype(jnp.float32) if weight is None else jnp.where(kept, weight, 0)
 
 
 def _check_forms(logits: jax.Array, labels: jax.Array) -> None:
@@ -83,8 +145,13 @@ def _check_forms(logits: jax.Array, labels: jax.Array) -> None:
             "A Classifier's model returns logits [batch, classes] for labels [batch] or "
             f"[batch, classes]; got logits {logits.shape} and labels {labels.shape}."
         )
-    if not jnp.issubdtype(labels.dtype, jnp.integer if are_indices else jnp.floating):
+    is_right = (
+        labels.dtype == bool or jnp.issubdtype(labels.dtype, jnp.integer)
+        if are_indices
+        else jnp.issubdtype(labels.dtype, jnp.floating)
+    )
+    if not is_right:
         raise LossError(
-            "Labels are class indices, of an int dtype [batch], or probabilities, of a float dtype "
-            f"[batch, classes]; got {labels.dtype} {labels.shape}. Cast them, if that is all."
+            "Labels are class indices, of an int dtype or bool [batch], or probabilities, of a "
+            f"float dtype [batch, classes]; got {labels.dtype} {labels.shape}. Cast them to it."
         )

@@ -19,18 +19,23 @@ from distaff.context import Context
 from distaff.data.inspection import unknown_tokens
 from distaff.errors import BatchError, ConfigError, LossError
 from distaff.metrics import Mean, Perplexity
+from distaff.metrics.accumulators import aligned, floating
 from distaff.models import Lora
 from distaff.models.flags import parameters
 from distaff.monitor import Monitor
 from distaff.number import whole
 from distaff.state import TrainState
-from distaff.trainer import TrainerModule
+from distaff.tasks.weighing import WeighingTask, check_ignore_index, weights_for
 from distaff.trainer_config import TrainerConfig
 from distaff.typing import Batch, Key, Params
 from distaff.zoo.sampling import generate
 
 _NATS_PER_BIT = math.log(2)
 _BYTES = 256
+_ADVICE = (
+    "Give the model the vocab_size of the tokenizer, and pad with a token that it has, or leave "
+    "one out: ignore_index=token."
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +43,9 @@ class LanguageModelConfig(TrainerConfig):
     """The options of a `LanguageModel`, beside those of every trainer.
 
     Args:
+        ignore_index: a token that is not predicted, such as a padding token, or -100; None for
+            none. A model is given the token 0 for one that it cannot have, such as -100: to hide a
+            prompt from the loss, and not from the model, use `mask`.
         sample_every_n_steps: steps between samples, which the loggers get as the text `sample`;
             None for none. Tokens are taken for bytes, in UTF-8.
         sample_prompt: what a sample begins with.
@@ -48,6 +56,7 @@ class LanguageModelConfig(TrainerConfig):
         ConfigError: an option is out of its range.
     """
 
+    ignore_index: int | None = None
     sample_every_n_steps: int | None = None
     sample_prompt: str = "\n"
     sample_length: int = 400
@@ -55,6 +64,7 @@ class LanguageModelConfig(TrainerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_ignore_index(self.ignore_index)
         if self.sample_every_n_steps is not None:
             whole("sample_every_n_steps", self.sample_every_n_steps)
         whole("sample_length", self.sample_length)
@@ -65,17 +75,18 @@ class LanguageModelConfig(TrainerConfig):
         _check_temperature(self.temperature)
 
 
-class LanguageModel(TrainerModule):
+class LanguageModel(WeighingTask):
     """Trains a causal model of tokens, `[batch, length] -> logits [batch, length, vocab]`.
 
     Batches are dicts with `tokens`, int `[batch, length + 1]`, or such an array alone: each token
-    but the first is predicted from those before it. A dict may also hold `mask`, bool
-    `[batch, length]`, which tells the tokens that count among `tokens[:, 1:]`, or `[batch, length +
-    1]`, which tells it of all of them, as `data.bucketed` does; and `segment_ids`, int `[batch,
-    length + 1]`, as `data.packed` does: no token is then predicted from another segment, and the
-    model takes `segment_ids`, `[batch, length]`, after the tokens. All averages are per token,
-    exact over masks and uneven batches. The best model is the one with the lowest `val/loss`.
-    `predict` returns the logits of `tokens[:, 1:]`.
+    but the first is predicted from those before it. A dict may also hold `mask`, `[batch, length]`,
+    which says how much each of `tokens[:, 1:]` counts (bool, or a weight), or `[batch, length + 1]`
+    for all of them, as `data.bucketed` does; a `sample_weight` of these shapes, or `[batch]`; and
+    `segment_ids`, int `[batch, length + 1]`, as `data.packed` does: no token is then predicted from
+    another segment, and the model takes `segment_ids`, `[batch, length]`, after the tokens. All
+    averages are per token, exact over weights and uneven batches. A token that the model does not
+    have raises an error, in whatever batch it is. The best model is the one with the lowest
+    `val/loss`. `predict` returns the logits of `tokens[:, 1:]`.
 
     Args:
         model: as for `TrainerModule`, as every other argument. An attribute `max_length` of it
@@ -86,9 +97,6 @@ class LanguageModel(TrainerModule):
     Config = LanguageModelConfig
     config: LanguageModelConfig
     monitor = Monitor("val/loss", mode="min")
-
-    _num_logits: int | None = None
-    """As the loss has seen it when it was traced; None before, or under a loss of one's own."""
 
     def __init__(self, model: Any, *, callbacks: Iterable[Callback] = (), **options: Any) -> None:
         # Runs whose steps no callback watches pay nothing for it.
@@ -141,12 +149,21 @@ class LanguageModel(TrainerModule):
                 `loss_fn` of its own.
         """
         super().check_batch(batch, name)
-        is_own = type(self).loss_fn is LanguageModel.loss_fn
-        if is_own and self._num_logits is not None:
-            self.object_to(unknown_tokens(self.tokens(batch), self._num_logits, name))
+        if type(self).loss_fn is LanguageModel.loss_fn:
+            self._check_tokens(batch, name)
+
+    def _check_tokens(self, batch: Batch, name: str) -> None:
+        tokens, vocab_size = np.asarray(self.tokens(batch)), self.num_outputs(batch)
+        if vocab_size is not None:
+            ignored = self.config.ignore_index
+            known = tokens if ignored is None else np.where(tokens == ignored, 0, tokens)
+            self.object_to(unknown_tokens(known, vocab_size, name))
 
     def mask(self, batch: Batch) -> jax.Array | None:
-        """Returns which of `tokens[:, 1:]` count, bool `[batch, length]`; None for all of them."""
+        """Returns how much each of `tokens[:, 1:]` counts, `[batch, length]`; None for all alike.
+
+        Bool, or a weight of another dtype.
+        """
         if not isinstance(batch, Mapping):
             return None
         mask, segments = batch.get("mask"), batch.get("segment_ids")
@@ -155,7 +172,7 @@ class LanguageModel(TrainerModule):
         if segments is None:
             return mask
         is_inside = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
-        return is_inside if mask is None else is_inside & mask
+        return is_inside if mask is None else jnp.where(is_inside, mask, jnp.zeros_like(mask))
 
     def model_inputs(self, batch: Batch) -> tuple[Any, ...]:
         """Returns all tokens but the last, which is only predicted, and their segments if any.
@@ -164,7 +181,9 @@ class LanguageModel(TrainerModule):
             BatchError: there are `segment_ids`, and the model takes none, or they have another
                 shape than the tokens.
         """
-        tokens = self.tokens(batch)
+        tokens, ignored = self.tokens(batch), self.config.ignore_index
+        if ignored is not None and not 0 <= ignored < (self._vocab_size or math.inf):
+            tokens = jnp.where(tokens == ignored, 0, tokens)
         segments = batch.get("segment_ids") if isinstance(batch, Mapping) else None
         if segments is None:
             return (tokens[:, :-1],)
@@ -192,8 +211,8 @@ class LanguageModel(TrainerModule):
             LossError: the model's outputs or the mask have another shape.
         """
         logits = ctx.apply(params, *self.model_inputs(batch))
-        targets = self.tokens(batch)[:, 1:]
-        mask = self.mask(batch)
+        tokens = self.tokens(batch)
+        targets, mask = tokens[:, 1:], self.mask(batch)
         mask = jnp.ones(targets.shape, bool) if mask is None else mask
         if logits.ndim != 3 or logits.shape[:2] != targets.shape or mask.shape != targets.shape:
             raise LossError(
@@ -201,15 +220,42 @@ class LanguageModel(TrainerModule):
                 "length + 1], and a mask is [batch, length]; got logits "
                 f"{logits.shape}, tokens {self.tokens(batch).shape} and mask {mask.shape}."
             )
-        self._num_logits = logits.shape[-1]
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-        counts = mask.sum(axis=1)
-        loss = jnp.where(mask, losses, 0).sum(axis=1) / jnp.maximum(counts, 1)
+        weight = self._weight(batch, tokens, mask, ctx)
+        ignored = self.config.ignore_index
+        is_known = jnp.ones(tokens.shape, bool) if ignored is None else tokens != ignored
+        ctx.check_indices("token", tokens, logits.shape[-1], where=is_known, advice=_ADVICE)
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            floating(logits), jnp.where(is_known[:, 1:], targets, 0)
+        )
+        counts = weight.sum(axis=1)
+        total = (jnp.where(weight != 0, losses, 0) * weight).sum(axis=1)
+        loss = total / jnp.where(counts == 0, 1, counts)
         bits = "bits_per_byte" if logits.shape[-1] == _BYTES else "bits_per_token"
         return Mean.per_example(loss, weight=counts), {
             bits: Mean.per_example(loss / _NATS_PER_BIT, weight=counts),
             "perplexity": Perplexity.per_example(loss, weight=counts),
         }
+
+    def _weight(self, batch: Batch, tokens: Any, mask: Any, ctx: Context) -> jax.Array:
+        """Returns the weight of each token that is predicted, float `[batch, length]`."""
+        mask, given = jnp.asarray(mask), self.sample_weight(batch)
+        if mask.dtype != bool:
+            ctx.check_weights("mask", mask)
+        weight = floating(mask)
+        if given is not None:
+            of_all = given[:, 1:] if np.shape(given) == tokens.shape else given
+            given = weights_for(of_all, weight.shape, ctx)
+            weight = weight * aligned(given, weight)
+        if self.config.ignore_index is not None:
+            weight = jnp.where(tokens[:, 1:] == self.config.ignore_index, 0, weight)
+        return weight
+
+    def sample_weight(self, batch: Batch) -> Any:
+        """Returns the weights of a batch, `[batch]`, `[batch, length]` or `[batch, length + 1]`.
+
+        None where all count alike, and of a batch that is no dict. See also `mask`.
+        """
+        return super().sample_weight(batch) if isinstance(batch, Mapping) else None
 
     def sample(self, prompt: Any, length: int, *, temperature: float = 1.0, seed: int = 0) -> Any:
         """Draws what follows a beginning, with the parameters of evaluation.

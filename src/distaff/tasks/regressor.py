@@ -11,19 +11,28 @@ import numpy as np
 from distaff.context import Context
 from distaff.data import entry
 from distaff.errors import LossError
+from distaff.metrics import Mean
+from distaff.metrics.accumulators import aligned
 from distaff.monitor import Monitor
-from distaff.trainer import TrainerModule
+from distaff.tasks.weighing import (
+    WeighingTask,
+    of_examples,
+    unweighted_filled,
+    weights_for,
+)
 from distaff.typing import Batch, Params
 
 _TARGET_NAMES = ("y", "target", "targets", "label", "labels")
 
 
-class Regressor(TrainerModule):
+class Regressor(WeighingTask):
     """Trains a model that returns numbers `[batch, ...]`, by mean squared error.
 
     Batches are dicts or dataclasses with `y` (or `target`, `targets`, `label`, `labels`), of the
-    shape of the model's outputs, beside the model's input; or tuples `(input, target)`. The best
-    model is the one with the lowest `val/loss`. `predict` returns the outputs.
+    shape of the model's outputs, beside the model's input; or tuples `(input, target)`. Weights,
+    `sample_weight` or `weight`, or the third item of a tuple, weigh loss and metrics: `[batch]`, or
+    with more leading axes of the targets. A target of NaN counts as missing under the option
+    `nan_ok`. The best model is the one with the lowest `val/loss`. `predict` returns the outputs.
 
     Args:
         model: as for `TrainerModule`, as every other argument.
@@ -42,18 +51,36 @@ class Regressor(TrainerModule):
     def loss_fn(self, params: Params, batch: Batch, ctx: Context) -> Any:
         """Returns the mean squared error `[batch]`, and the mean absolute error, `mae`.
 
-        Both are means over all axes but the first, in float32 at least.
+        Both are means over all axes but the first, in float32 at least; under weights for each
+        value, over the values of all examples.
 
         Raises:
-            LossError: outputs and targets differ in shape, or the outputs are no floats.
+            LossError: outputs and targets, or weights and targets, differ in shape, or the outputs
+                are no floats.
         """
-        outputs = ctx.apply(params, *self.model_inputs(batch))
         targets = self.targets(batch)
+        weight = weights_for(self.sample_weight(batch), targets.shape, ctx)
+        if self.config.nan_ok and jnp.issubdtype(targets.dtype, jnp.floating):
+            weight = _without_missing(targets, weight)
+        inputs = unweighted_filled(self.model_inputs(batch), of_examples(weight))
+        outputs = ctx.apply(params, *inputs)
         _check(outputs, targets)
         dtype = np.promote_types(outputs.dtype, np.float32)
-        error = outputs.astype(dtype) - targets.astype(dtype)
-        axes = tuple(range(1, error.ndim))
-        return jnp.square(error).mean(axes), {"mae": jnp.abs(error).mean(axes)}
+        error = outputs.astype(dtype) - unweighted_filled(targets, weight).astype(dtype)
+        square, distance = jnp.square(error), jnp.abs(error)
+        axes = tuple(range(1 if weight is None else weight.ndim, error.ndim))
+        square, distance = square.mean(axes), distance.mean(axes)
+        if weight is None:
+            return square, {"mae": distance}
+        return Mean.per_example(square, weight), {"mae": Mean.per_example(distance, weight)}
+
+
+def _without_missing(targets: jax.Array, weight: jax.Array | None) -> jax.Array:
+    """Returns a weight for each target, 0 where it is NaN."""
+    known = ~jnp.isnan(targets)
+    if weight is None:
+        return known.astype(jnp.float32)
+    return jnp.where(known, aligned(weight, targets), 0)
 
 
 def _check(outputs: Any, targets: Any) -> None:

@@ -1,0 +1,86 @@
+"""Whole: sums that lose nothing, kept in integers where float32 would round each addend away."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+_LIMB = 12
+"""Bits of a limb: an int32 holds the sum of 2**18 of them, which is a block."""
+
+_BLOCK = 2**18
+_HALF = 16
+_ROWS = 2**15
+
+
+def counted(cells: jax.Array, weight: jax.Array, num_cells: int) -> jax.Array:
+    """Adds up weights by cell, as exactly as float32 can hold the sums.
+
+    A plain scatter into float32 adds one number after the other: a count stops at 2**24, and a sum
+    of a million weights is off by a percent. Here each weight is cut into limbs of 12 bits, which
+    integers add up without rounding.
+
+    Args:
+        cells: of each weight, int32 `[n]`; those outside of the range count nowhere.
+        weight: bool, int32, or float `[n]`.
+        num_cells: how many there are.
+
+    Returns:
+        Float32 `[num_cells]`, or float64 for such weights; NaN if a weight that counts is not
+        finite.
+    """
+    if weight.dtype == jnp.float64:
+        return jnp.zeros(num_cells, weight.dtype).at[cells].add(weight, mode="drop")
+    if weight.dtype == jnp.bool_:
+        return _scattered(cells, weight.astype(jnp.int32)[:, None], num_cells)[..., 0].sum(0)
+    unit = jnp.float32(1)
+    if jnp.issubdtype(weight.dtype, jnp.floating):
+        largest = jnp.max(jnp.abs(weight), initial=0)
+        exponent = jnp.frexp(largest)[1]
+        # A power of two: dividing by it, and multiplying with it, rounds nothing.
+        scaled = jnp.ldexp(weight, _LIMB - exponent)
+        limbs = []
+        for _ in range(3):
+            limb = jnp.floor(scaled)
+            limbs.append(limb.astype(jnp.int32))
+            scaled = (scaled - limb) * 2**_LIMB
+        unit = jnp.where(jnp.isfinite(largest), jnp.ldexp(unit, exponent - 3 * _LIMB), jnp.nan)
+    else:
+        low = weight & (2**_LIMB - 1)
+        middle = (weight >> _LIMB) & (2**_LIMB - 1)
+        limbs = [weight >> 2 * _LIMB, middle, low]
+    sums = _scattered(cells, jnp.stack(limbs, axis=-1), num_cells)
+    powers = jnp.array([[[2.0 ** (2 * _LIMB), 2.0**_LIMB, 1.0]]], jnp.float32)
+    return (sums * powers).sum((0, 2)) * unit
+
+
+def _scattered(cells: jax.Array, limbs: jax.Array, num_cells: int) -> jax.Array:
+    """Returns the sums of limbs `[n, k]` by block and cell: float32 `[blocks, cells, k]`."""
+    num_blocks = max(1, -(-len(cells) // _BLOCK))
+    blocks = jnp.arange(len(cells), dtype=jnp.int32) // _BLOCK
+    room = jnp.zeros((num_blocks, num_cells, limbs.shape[1]), jnp.int32)
+    return room.at[blocks, cells].add(limbs, mode="drop").astype(jnp.float32)
+
+
+def added(values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Adds up whole numbers along the first axis, without overflow and without rounding.
+
+    Args:
+        values: integers of 32 bits or fewer, or bools, `[n, ...]`.
+
+    Returns:
+        Two float32 arrays `[...]` whose sum, in float64, is the exact one.
+    """
+    if values.dtype != jnp.uint32:
+        values = values.astype(jnp.int32)
+    num_blocks = max(1, -(-len(values) // _ROWS))
+    missing = num_blocks * _ROWS - len(values) if num_blocks > 1 else 0
+    values = jnp.pad(values, [(0, missing), *[(0, 0)] * (values.ndim - 1)])
+    values = values.reshape(num_blocks, -1, *values.shape[1:])
+    low = (values & (2**_HALF - 1)).astype(jnp.int32).sum(1)
+    high = (values >> _HALF).astype(jnp.int32).sum(1) + (low >> _HALF)
+    low, high = (low & (2**_HALF - 1)).sum(0), high.sum(0)
+    rounded = high.astype(jnp.float32)
+    # What float32 has rounded away of the high half is small, and goes to the low one.
+    rest = (high - rounded.astype(jnp.int32)) * 2**_HALF + low
+    return rounded * 2**_HALF, rest.astype(jnp.float32)

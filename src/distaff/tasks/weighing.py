@@ -1,0 +1,144 @@
+"""Weighing: how much each example, or each of its values, counts in a task's loss and metrics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distaff.context import Context
+from distaff.data.entry import named
+from distaff.errors import BatchError, ConfigError, LossError
+from distaff.metrics.accumulators import aligned, floating
+from distaff.state import TrainState
+from distaff.trainer import TrainerModule
+from distaff.typing import Batch
+
+_NAMES = ("sample_weight", "sample_weights", "weight", "weights")
+_PLACE = 2
+_ADVICE = "Leave an example out with the weight 0."
+
+
+class WeighingTask(TrainerModule):
+    """A task whose batches may hold a weight for each example.
+
+    It is the entry `sample_weight`, `sample_weights`, `weight` or `weights` of a dict or dataclass,
+    or the third item of a tuple, `(input, label, weight)`.
+    """
+
+    def __init__(self, model: Any, **options: Any) -> None:
+        super().__init__(model, **options)
+
+        def forward(state: TrainState, batch: Batch) -> Any:
+            return Context(state, train=False).apply(state.params, *self.model_inputs(batch))
+
+        self._forward = self.execution.program(forward)
+
+    def num_outputs(self, batch: Batch) -> int | None:
+        """Returns the length of the last axis of what the model returns: its classes, or tokens.
+
+        Args:
+            batch: a batch; nothing is computed of it.
+
+        Returns:
+            None as long as the model has no parameters.
+        """
+        if self.state is None:
+            return None
+        return self.execution.shapes(self._forward, self.evaluation_state(), batch).shape[-1]
+
+    def sample_weight(self, batch: Batch) -> Any:
+        """Returns the weights of a batch, `[batch]`; None where all examples count alike.
+
+        Override it for other batches, or to return None.
+
+        Raises:
+            BatchError: the third item of a tuple is no array of floats or bools.
+        """
+        if isinstance(batch, tuple | list) and not hasattr(batch, "_fields"):
+            return _third(batch[_PLACE]) if len(batch) > _PLACE else None
+        entries = named(batch)
+        return next((entries[name] for name in _NAMES if entries.get(name) is not None), None)
+
+
+def weights_for(
+    weight: Any, shape: tuple[int, ...], ctx: Context, *, what: str = "sample weight"
+) -> jax.Array | None:
+    """Returns weights as floats of the leading axes of a shape, and has every batch checked.
+
+    Args:
+        weight: bool, int or float; None for none.
+        shape: of what is weighed, `[batch, ...]`.
+        ctx: of the step.
+        what: what they are called in errors.
+
+    Raises:
+        LossError: they have another shape.
+    """
+    if weight is None:
+        return None
+    weight = jnp.asarray(weight)
+    if weight.ndim == 0 or weight.shape != shape[: weight.ndim]:
+        whole = f" or {shape}" if len(shape) > 1 else ""
+        raise LossError(
+            f"A {what} is one number for each example, or one for each value: of shape {shape[:1]}"
+            f"{whole}; got {weight.shape}. Reshape it in the loader, or override sample_weight("
+            "self, batch)."
+        )
+    ctx.check_weights(what, weight, advice=_ADVICE)
+    return floating(weight)
+
+
+def unweighted_filled(tree: Any, weight: jax.Array | None, filler: Any = 0) -> Any:
+    """Returns arrays in which what is not finite, and has no weight, is replaced.
+
+    A loss of NaN with the weight 0 counts as 0, but its gradient is 0 times NaN. So nothing may be
+    computed of such a number.
+
+    Args:
+        tree: arrays `[batch, ...]`; integers stay as they are.
+        weight: with the leading axes of each of them; None for none.
+        filler: what takes their place.
+    """
+    if weight is None:
+        return tree
+
+    def filled(array: Any) -> Any:
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            return array
+        array = jnp.asarray(array)
+        is_kept = (aligned(weight, array) != 0) | jnp.isfinite(array)
+        return jnp.where(is_kept, array, jnp.asarray(filler, array.dtype))
+
+    return jax.tree.map(filled, tree)
+
+
+def of_examples(weight: jax.Array | None) -> jax.Array | None:
+    """Returns the weight of each example `[batch]`: the mean over its values."""
+    if weight is None or weight.ndim == 1:
+        return weight
+    return weight.mean(tuple(range(1, weight.ndim)))
+
+
+def check_ignore_index(value: Any) -> None:
+    """Checks the option `ignore_index`.
+
+    Raises:
+        ConfigError: it is no whole number.
+    """
+    if value is None or (isinstance(value, int | np.integer) and not isinstance(value, bool)):
+        return
+    raise ConfigError(f"ignore_index is a whole number, such as -100, or None; got {value!r}.")
+
+
+def _third(item: Any) -> Any:
+    dtype = getattr(item, "dtype", None)
+    if dtype is None or not (jnp.issubdtype(dtype, jnp.floating) or dtype == np.bool_):
+        raise BatchError(
+            "The third item of a tuple (input, label, weight) is the weight of each example, of a "
+            f"float or bool dtype [batch]; got {dtype or type(item).__name__}. Cast it, if it is "
+            "one; if not, yield a dict, or override sample_weight(self, batch) to return None."
+        )
+    return item
