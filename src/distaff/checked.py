@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ from distaff.metrics.limits import Breach, first_breach
 from distaff.recovery import Recovering
 from distaff.rows import BadStep
 from distaff.typing import Batch
+from distaff.warn import warn
 
 
 class Checked(Recovering):
@@ -46,7 +46,7 @@ class Checked(Recovering):
                 )
         cast = narrowed(batch, name)
         if cast and self.config.on_bad_input != "ignore":
-            warnings.warn(cast, stacklevel=2)
+            warn(cast, stacklevel=2)
         if name != "train" or self.config.on_bad_numbers == "raise":
             weight = self.sample_weight(batch)
             missing = {"nan_ok": self.config.nan_ok, "weight": weight}
@@ -104,7 +104,7 @@ class Checked(Recovering):
         if complaint and self.config.on_bad_input == "raise":
             raise BatchError(f"{complaint} Or pass on_bad_input='warn', which goes on with it.")
         if complaint and self.config.on_bad_input == "warn":
-            warnings.warn(complaint, stacklevel=2)
+            warn(complaint, stacklevel=2)
 
     def check_evaluation(self, loader: Loader, name: str) -> dict[str, Any]:
         """Traces the evaluation of a loader's first batch, looks at that batch, and evaluates it.

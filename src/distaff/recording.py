@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from distaff import config
+from distaff import checkpoint, config
 from distaff.checkpoint import CheckpointStore, MemoryStore, NullStore, Store, forget_after, tidy
 from distaff.errors import CheckpointError, RunDirectoryError, RunInUseError
-from distaff.loggers import FilesLogger, JsonlLogger, Logger, ManyLoggers, NullLogger
+from distaff.loggers import Logger, ManyLoggers, NullLogger, TolerantLogger
+from distaff.outlets import Outlets
 from distaff.run_directory import RunDirectory
 from distaff.run_lock import locked
-from distaff.run_log import open_log
 from distaff.run_version import reserve
 from distaff.trainer_config import TrainerConfig
 
@@ -26,7 +26,7 @@ _HOW_IT_RUNS = {
     f"options.{name}"
     for name in (
         *("log_every_n_steps", "steps_per_call", "table_depth", "root"),
-        *("keep_last", "keep_best", "keep_every", "on_failed_save"),
+        *("keep_last", "keep_best", "keep_every", "on_failed_save", "on_failed_log"),
         *(
             "enable_progress_bar",
             "debug",
@@ -148,6 +148,7 @@ class DirectoryRecording:
         loggers: the user's loggers, beside `metrics.jsonl`.
         make_store: makes a store of the directory of the checkpoints.
         resume: as in `TrainerConfig`.
+        warns: whether a file that the disk does not take is a warning.
     """
 
     def __init__(
@@ -157,18 +158,15 @@ class DirectoryRecording:
         *,
         make_store: Callable[[Path], CheckpointStore] = CheckpointStore,
         resume: str | int = "never",
+        warns: bool = False,
     ) -> None:
         self.directory = directory
-        self.logger = ManyLoggers(
-            JsonlLogger(lambda: self.directory.path / "metrics.jsonl"),
-            FilesLogger(lambda: self.directory.path),
-            *loggers,
-        )
-        self.throughput: Logger = JsonlLogger(lambda: self.directory.path / "throughput.jsonl")
+        self.outlets = Outlets(directory, loggers, warns=warns)
+        self.logger, self.throughput = self.outlets.logger, self.outlets.throughput
         self.store: Store = NullStore()
         self.found: Found | None = None
         self._make_store, self._resume = make_store, resume
-        self._lock, self._closing, self._is_taken = ExitStack(), ExitStack(), False
+        self._lock, self._is_taken = ExitStack(), False
 
     @property
     def path(self) -> Path | None:
@@ -186,18 +184,16 @@ class DirectoryRecording:
         """
         self.directory.check_writable()
         changes = self._take(record)
+        changes += self.directory.environment_changes() if self._is_taken else []
         self.store = store = self._make_store(self.directory.path / "checkpoints")
         self.found = self._look(store, changes)
         if self.found is None:
             self.confirm(record)
-        self.directory.set_status("running")
-        self.directory.write_environment()
-        for name, content in texts.items():
-            self.directory.write_text(name, content)
-        self._closing.enter_context(open_log(self.directory.path))
+        self.outlets.open(texts, is_taken=self._is_taken)
         if self._is_taken and self.found is None:
             self.logger.resume(0)  # what a run has logged that was killed before its first save
         self.logger.log_config(record)
+        self.outlets.keep_states()
         _log.info("run %s", self.directory.path)
 
     def _take(self, record: Mapping[str, Any]) -> list[str]:
@@ -252,11 +248,12 @@ class DirectoryRecording:
         """Writes `config.json`, and puts aside the checkpoints after the one gone back to."""
         if isinstance(self.store, CheckpointStore) and isinstance(self._resume, int):
             forget_after(self.store, self._resume)
-        self.directory.write_json("config.json", record)
+        self.outlets.files.write_json("config.json", record)
 
     def save_metrics(self, name: str, metrics: Mapping[str, Any]) -> None:
         """Writes `metrics/<name>.json`, whole or not at all."""
-        self.directory.write_json(f"metrics/{name}.json", metrics)
+        self.outlets.files.write_json(f"metrics/{name}.json", metrics)
+        self.outlets.keep_states()
 
     def close(self, status: str, **facts: Any) -> None:
         """Finishes checkpoints, loggers and log file in this order, then writes the status.
@@ -265,30 +262,14 @@ class DirectoryRecording:
 
         Raises:
             CheckpointError: the last checkpoint could not be written; the status is then `failed`.
+            Exception: a logger of the user's could not be closed; the status is as it was to be.
         """
         with self._lock:  # until the status says that the run is over
             if not self.directory.created:
                 self.logger.close(status)
                 return
             _log.info("%s at step %s", status, facts.get("step"))
-            try:
-                with self._closing as closing:
-                    closing.callback(self.logger.close, status)
-                    closing.callback(self.throughput.close, status)
-                    closing.callback(self.store.close)
-            except BaseException:
-                self.directory.set_status("failed", **_kept(facts, self.store))
-                raise
-            self.directory.set_status(status, **_kept(facts, self.store))
-
-
-def _kept(facts: Mapping[str, Any], store: Store) -> dict[str, Any]:
-    """Returns the facts of a run that has ended, without a best model that could not be written."""
-    best = facts.get("best")
-    with suppress(OSError):
-        if best is not None and best["step"] not in store.steps():
-            return {**facts, "best": None}
-    return dict(facts)
+            self.outlets.close(self.store, status, facts)
 
 
 def _record_in(path: Path) -> Mapping[str, Any]:
@@ -296,8 +277,9 @@ def _record_in(path: Path) -> Mapping[str, Any]:
     try:
         record = RunDirectory.open(path).read_json("config.json")
     except RunDirectoryError as error:
-        _log.warning("%s cannot be continued: %s", path, error)
-        return {}
+        record = checkpoint.recorded(path / "checkpoints")
+        what = "its newest checkpoint has the record" if record else "it cannot be continued"
+        _log.warning("%s: %s. %s", path, what, error)
     return record if isinstance(record, Mapping) else {}
 
 
@@ -324,8 +306,9 @@ def _check_links(path: Path) -> None:
 
 def _has_only_failed(path: Path) -> bool:
     """Whether a run ended by an error, before it had a checkpoint: its record stays as it is."""
-    status = RunDirectory.open(path).read_json("status.json")
-    return status["status"] == "failed" and not CheckpointStore(path / "checkpoints").steps()
+    if CheckpointStore(path / "checkpoints").steps():
+        return False
+    return RunDirectory.open(path).read_json("status.json")["status"] == "failed"
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -359,6 +342,8 @@ def make_recording(
         loggers: the user's loggers.
         resume: as in `TrainerConfig`.
     """
+    if options.on_failed_log == "warn":
+        loggers = [TolerantLogger(each, "on_failed_log") for each in loggers]
     if options.root is None or not options.writes:
         return NullRecording(loggers)
     make_store = partial(
@@ -369,7 +354,8 @@ def make_recording(
         on_failed_save=options.on_failed_save,
     )
     directory = RunDirectory(options.root, name)
-    return DirectoryRecording(directory, loggers, make_store=make_store, resume=resume)
+    warns = options.on_failed_save == "warn"
+    return DirectoryRecording(directory, loggers, make_store=make_store, resume=resume, warns=warns)
 
 
 @contextmanager
@@ -393,6 +379,9 @@ def recorded(
     except BaseException as error:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         reason = f"{type(error).__name__}: {error}"
-        recording.close(**{**outcome(), "status": status, "reason": reason})
+        try:
+            recording.close(**{**outcome(), "status": status, "reason": reason})
+        except Exception as also:
+            error.add_note(f"When the run was closed: {type(also).__name__}: {also}")
         raise
     recording.close(**outcome())

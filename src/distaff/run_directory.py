@@ -176,8 +176,21 @@ class RunDirectory:
             ) from error
 
     def write_environment(self) -> Path:
-        """Writes `env.json`: versions, platform, devices, processes, command line, commit."""
-        return self.write_json("env.json", environment.describe())
+        """Writes `env.json`: versions, platform, devices, processes, command line, commit.
+
+        Those of earlier starts of the run stay, in `starts`.
+        """
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        return self.write_json("env.json", environment.with_start(self._environment(), now))
+
+    def environment_changes(self) -> list[str]:
+        """Returns what this start runs on that is other than at the start before, by name."""
+        return environment.changes(self._environment(), environment.describe())
+
+    def _environment(self) -> Any:
+        with contextlib.suppress(RunDirectoryError):
+            return self.read_json("env.json")
+        return None
 
     def set_status(self, status: str, **facts: Any) -> None:
         """Writes `status.json`: the status, when the run started and ended, and further facts.

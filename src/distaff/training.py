@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from typing import Any
@@ -40,6 +39,7 @@ from distaff.throughput import Ledger
 from distaff.trainer_config import Best
 from distaff.typing import Batch, Schedule
 from distaff.vitals import evidence_of_learning, what_is_missing
+from distaff.warn import warn
 from distaff.watchdog import COMPILING, Watchdog
 
 _log = logging.getLogger("distaff")
@@ -319,7 +319,7 @@ class Training(Predictor):
         untrained, self._untrained = self._untrained, None
         missing = what_is_missing(untrained, evidence_of_learning(self.ready_state()))
         if missing:
-            warnings.warn(
+            warn(
                 f"{missing} in the first {num_steps} steps. Either the loss does not depend on its "
                 "argument `params`: a loss that reads state.params instead has zero gradients. Or "
                 "the learning rate is zero, every parameter frozen, or gradients accumulate for "
