@@ -202,7 +202,7 @@ class DirectoryRecording:
             reserve(self.directory, self._lock)
             return []
         for place in self.directory.unfinished():
-            old = _record_in(place)
+            old = checkpoint.recorded(place)
             changes = _changes(old, record)
             if old.get("first_epoch") != record["first_epoch"]:
                 continue
@@ -270,17 +270,6 @@ class DirectoryRecording:
                 return
             _log.info("%s at step %s", status, facts.get("step"))
             self.outlets.close(self.store, status, facts)
-
-
-def _record_in(path: Path) -> Mapping[str, Any]:
-    """Returns the configuration that a run has recorded; an empty one if it cannot be read."""
-    try:
-        record = RunDirectory.open(path).read_json("config.json")
-    except RunDirectoryError as error:
-        record = checkpoint.recorded(path / "checkpoints")
-        what = "its newest checkpoint has the record" if record else "it cannot be continued"
-        _log.warning("%s: %s. %s", path, what, error)
-    return record if isinstance(record, Mapping) else {}
 
 
 def _recorded_resume(record: Mapping[str, Any]) -> Any:

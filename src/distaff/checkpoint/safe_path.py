@@ -11,6 +11,7 @@ from pathlib import Path
 
 # Orbax looks for files by glob patterns made of the path, where [, ], * and ? mean something else;
 # TensorStore wants UTF-8, and no control characters.
+_OPEN_FILES = "/proc/self/fd"
 _PLAIN = re.compile(r"[\w./ +=,@:-]*", re.ASCII)
 
 
@@ -39,7 +40,7 @@ def safe(folder: Path) -> Generator[Path]:
         return
     descriptor = os.open(folder.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        through = Path(f"/proc/self/fd/{descriptor}")
+        through = Path(_OPEN_FILES, str(descriptor))
         if through.is_dir():
             yield through / folder.name
         else:

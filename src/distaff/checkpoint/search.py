@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from distaff.checkpoint import folders, manifest
 from distaff.checkpoint.retention import named_best
 from distaff.checkpoint.store import CheckpointStore
+from distaff.config import load
 from distaff.errors import CheckpointError
 from distaff.paths import as_path
 from distaff.record import checked_record, read_record
@@ -135,20 +136,31 @@ def located(path: Path | str) -> Located:
     return Located(store, step, directory / folders.name_of(step))
 
 
-def recorded(directory: Path) -> Any:
-    """Returns the record of the run that has saved the newest checkpoint which can be read.
+def recorded(run: Path) -> dict[str, Any]:
+    """Returns the record of a run: `config.json`, or what its newest readable checkpoint holds.
 
     Args:
-        directory: of the checkpoints; it need not exist.
+        run: its directory.
 
     Returns:
-        None where there is none.
+        An empty record where neither can be read; the log says so.
     """
-    store = CheckpointStore(directory)
+    try:
+        record = load(run / "config.json")
+        problem = "" if isinstance(record, dict) else "it holds no record"
+    except (OSError, ValueError) as error:
+        record, problem = None, str(error)
+    if isinstance(record, dict):
+        return record
+    store = CheckpointStore(run / "checkpoints")
     for step in reversed(store.steps()):
         with contextlib.suppress(CheckpointError):
-            return store.info(step).get("record")
-    return None
+            record = store.info(step).get("record")
+            break
+    is_there = isinstance(record, dict)
+    instead = "its newest checkpoint has the record" if is_there else "it cannot be continued"
+    _log.warning("%s: config.json cannot be read (%s); %s", run, problem, instead)
+    return record if isinstance(record, dict) else {}
 
 
 def _unlinked(path: Path) -> Path:
@@ -200,3 +212,4 @@ def forget_after(store: CheckpointStore, step: int) -> None:
     """
     store.info(step)
     folders.abandon_after(store.directory, step)
+    store.refresh()
