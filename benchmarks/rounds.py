@@ -27,7 +27,7 @@ _TOO_SLOW, _LONG_SECONDS = 6.0, 5.0
 """A system whose round takes this many times as long as the fastest one's, and this long, gets one
 round only."""
 
-_MAX_WARM_UPS = 6
+_WARM_UPS = 2
 
 _PER_ROUND = ("epoch_end_seconds", "write_seconds", "rss_mb")
 
@@ -228,11 +228,8 @@ def _asked(name: str, skipped: dict[str, str], ask: Callable[[], Any]) -> Any:
 
 def _warm_up(worker: Worker) -> dict[str, Any]:
     entry: dict[str, Any] = {"seconds": [], "warmup_seconds": [], "losses": []}
-    for number in range(_MAX_WARM_UPS):
-        reply = worker.round()
-        _take(entry, "warmup_seconds", reply)
-        if number and reply.get("settled", True):
-            break
+    for _ in range(_WARM_UPS):
+        _take(entry, "warmup_seconds", worker.round())
     return entry
 
 
@@ -259,5 +256,5 @@ def _take(entry: dict[str, Any], kind: str, reply: dict[str, Any]) -> None:
     for key, value in reply.items():
         if key in _PER_ROUND:
             entry.setdefault(key, []).append(value)
-        elif key not in ("seconds", "loss", "settled"):
+        elif key not in ("seconds", "loss"):
             entry[key] = value

@@ -75,7 +75,7 @@ class Rounds:
 
         Args:
             loss: mean over the steps of the round.
-            **facts: further figures of the round; `settled=False` asks for another warm-up.
+            **facts: further figures of the round.
         """
         seconds = time.perf_counter() - self._start
         self._reply = {"seconds": seconds, "loss": float(loss), **facts}

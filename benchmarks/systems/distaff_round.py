@@ -21,8 +21,7 @@ class RoundedEpochs(distaff.TrainerModule):
         self.rounds.start()
         metrics = super().train_epoch(train_loader, epoch)
         jax.block_until_ready(self.state)
-        settled = not self.forms.measuring
-        self.rounds.done(metrics["train/loss"], settled=settled, forms=self.forms.describe())
+        self.rounds.done(metrics["train/loss"], forms=self.forms.describe())
         self.epoch_end = time.perf_counter()
         return metrics
 

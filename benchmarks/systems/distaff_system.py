@@ -1,10 +1,10 @@
 """Distaff with its defaults: progress display, JSON log, check for NaN and checkpoints are on.
 
 A round is one `train_epoch`, with everything that the loop does in it: feeding, steps, metrics, log
-lines, the display, and the wait for the device at the end. The choice between single and fused
-steps falls in the warm-up. Out of it, between two rounds, are the end of the epoch and its
-checkpoint, which is written in the background: it would slow the other systems' rounds. What the
-end of an epoch keeps the trainer busy for is measured beside it, as `epoch_end_seconds`.
+lines, the display, and the wait for the device at the end. Out of it, between two rounds, are the
+end of the epoch and its checkpoint, which is written in the background: it would slow the other
+systems' rounds. What the end of an epoch keeps the trainer busy for is measured beside it, as
+`epoch_end_seconds`.
 """
 
 from __future__ import annotations

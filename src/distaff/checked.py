@@ -7,12 +7,19 @@ from typing import Any
 
 from distaff.data import Chunk, Loader, One, first_batch, num_examples, num_shapes
 from distaff.data.inspection import leaf_names, narrowed, not_finite
-from distaff.errors import BatchError, ConfigError, nearest
+from distaff.errors import BatchError, ConfigError, DistaffError, nearest
 from distaff.evaluate import Evaluator
+from distaff.events import Plan
+from distaff.guard import is_needed
+from distaff.identity import Subject
+from distaff.measured import StepFn
 from distaff.metrics import Metric, compute, results
 from distaff.metrics.limits import Breach, first_breach
+from distaff.recording import DirectoryRecording
 from distaff.recovery import Recovering
 from distaff.rows import BadStep
+from distaff.state import TrainState
+from distaff.step import EvalFn
 from distaff.typing import Batch
 from distaff.warn import warn
 
@@ -21,6 +28,9 @@ class Checked(Recovering):
     """A training that looks at the first batch of each loader before it begins."""
 
     _evaluator: Evaluator
+    _measured_step: StepFn
+    eval_step: EvalFn
+    total_steps: int | None = None
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -90,21 +100,55 @@ class Checked(Recovering):
         """Tells of a value out of range: of each rule and loader only once, where it is borne."""
         if self.config.on_bad_input == "raise" or (name, breach.rule) not in self._told:
             self._told.add((name, breach.rule))
-            self.object_to(breach.text(place))
+            self.object_to(breach.text(place), is_borne=False)
 
-    def object_to(self, complaint: str) -> None:
+    def object_to(self, complaint: str, *, is_borne: bool = True) -> None:
         """Tells of bad input, in the way that `on_bad_input` asks for.
 
         Args:
             complaint: what is wrong; empty where nothing is.
+            is_borne: whether a careful user might train on it all the same.
 
         Raises:
             BatchError: something is, under `on_bad_input="raise"`.
         """
         if complaint and self.config.on_bad_input == "raise":
-            raise BatchError(f"{complaint} Or pass on_bad_input='warn', which goes on with it.")
+            option = " Or pass on_bad_input='warn' to train on it all the same." * is_borne
+            raise BatchError(f"{complaint}{option}")
         if complaint and self.config.on_bad_input == "warn":
             warn(complaint, stacklevel=2)
+
+    def subject(self, plan: Plan) -> Subject | None:
+        """Returns what the identity of a run is found from; None of a run that writes nothing.
+
+        Args:
+            plan: of the run, which is prepared.
+        """
+        if not isinstance(self.recording, DirectoryRecording):
+            return None
+        loaders = {"train": plan.train_loader, **plan.val_loaders}
+        step = self._plain_step if is_needed(self.config) else self._measured_step
+        return Subject(
+            step=None if self.config.debug else step,
+            eval_step=None if self.config.debug else self.eval_step,
+            state=self.ready_state().replace(guard=None),
+            loaders={name: (each, first_batch(each, name=name)) for name, each in loaders.items()},
+            total_steps=self.total_steps,
+            stretched=self._stretched,
+            has_weights=self._not_loaded is None,
+        )
+
+    def _stretched(self, total_steps: int | None) -> TrainState:
+        """Returns the state with the optimizer that a run of another length would have."""
+        state, schedule = self.ready_state(), self.schedule
+        try:
+            trainer: Any = self  # whose override point it is
+            trainer.init_optimizer(total_steps)
+            return self.ready_state().replace(guard=None)
+        except DistaffError:  # such as of a warm-up that is longer than that
+            return state.replace(guard=None)
+        finally:
+            self.state, self.schedule = state, schedule
 
     def check_evaluation(self, loader: Loader, name: str) -> dict[str, Any]:
         """Traces the evaluation of a loader's first batch, looks at that batch, and evaluates it.

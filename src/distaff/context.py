@@ -12,7 +12,12 @@ from distaff.errors import ConfigError, LossError, StateError
 from distaff.metrics import PerExample
 from distaff.metrics.limits import Limits
 from distaff.models import Variables, model_of
+from distaff.models.flags import names_mode
+from distaff.models.functional import FunctionModel
+from distaff.models.observed import Observed, observing
+from distaff.models.randomness import NoKeyError, is_key
 from distaff.optim import decay_mask, decays, l2_loss
+from distaff.place import Place, same_leaves
 from distaff.state import TrainState
 from distaff.typing import Key, Params
 
@@ -27,7 +32,7 @@ class Context:
             `params` argument, not `state.params`: JAX differentiates a function by its arguments.
         train: True in a training step, False in evaluation and prediction.
         penalty: the sum of what was added to the loss as a penalty; None without.
-        limits: what `check_indices` and `check_weights` were given, by the name of a metric.
+        limits: what `check_range` was given, by the name of a metric.
     """
 
     def __init__(self, state: TrainState, *, train: bool) -> None:
@@ -43,6 +48,7 @@ class Context:
         self._applied = 0
         self.penalty: jax.Array | None = None
         self.limits: dict[str, PerExample] = {}
+        self._place = Place.here()
 
     @property
     def rng(self) -> Key:
@@ -65,30 +71,78 @@ class Context:
         training a changed statistic is seen by the next call and kept in the new state.
 
         Args:
-            params: the loss function's own `params` argument, or `{"params": params}`.
+            params: the loss function's own `params` argument, or collections by name, `{"params":
+                params, ...}`; of those that are not given, the pass has the state's.
             *inputs: handed to the model.
-            **kwargs: handed to the model; they win over what would be passed for `train`.
+            **kwargs: handed to the model; they win over what would be passed for `train`. `rngs=`
+                is the key to draw from instead of the call's own, which a loop needs. For Flax,
+                `mutable=` names collections to be returned besides, such as what modules sow.
 
         Returns:
-            The model's outputs.
+            The model's outputs; `(outputs, collections)` with `mutable=`.
 
         Raises:
-            LossError: in training, `params` is `state.params`, which is not differentiated.
+            LossError: in training, `params` is `state.params`, which is not differentiated; or the
+                pass is in a loop, or another transformation, and draws from the key of the call or
+                changes variables there.
         """
-        if isinstance(params, Mapping) and set(params) == {"params"}:
-            params = params["params"]
+        params, given = self._collections_of(params)
         self._check_differentiated(params)
-        key = None if self._root is None else jax.random.fold_in(self._root, 1 + self._applied)
-        self._applied += 1
-        outputs, variables = model_of(self.state.apply_fn).apply(
-            Variables(params, self._batch_stats, self._collections),
-            *inputs,
-            train=self.train,
-            key=key,
-            **kwargs,
-        )
-        self._batch_stats, self._collections = variables.batch_stats, variables.collections
+        place = self._place.of_call()
+        model = model_of(self.state.apply_fn)
+        key = self._key(place)
+        if is_key(kwargs.get("rngs")) and not isinstance(model, FunctionModel):
+            key = kwargs.pop("rngs")
+        before = Variables.of({**self._held(params), **given})
+        observed = None
+        if not names_mode(kwargs):
+            observed = Observed(self.train, type(model.module).__name__)
+            model = observing(model, observed)
+        try:
+            outputs, after = model.apply(before, *inputs, train=self.train, key=key, **kwargs)
+        except NoKeyError as error:
+            raise place.loop_error(error) if place.is_repeated else error from None
+        if observed is not None:
+            observed.check()
+        self._keep(before, after, place)
         return outputs
+
+    def _held(self, params: Params) -> dict[str, Any]:
+        return Variables(params, self._batch_stats, self._collections).by_collection()
+
+    def _collections_of(self, params: Any) -> tuple[Params, dict[str, Any]]:
+        """Returns the parameters, and the other collections that are passed with them."""
+        if not isinstance(params, Mapping) or "params" not in params:
+            return params, {}
+        own, inner = self.state.params, params["params"]
+        # A model of functions may call a part of its parameters so.
+        if isinstance(own, Mapping) and "params" in own and set(inner) != set(own):
+            return params, {}
+        return inner, {name: x for name, x in params.items() if name != "params"}
+
+    def _key(self, place: Place) -> Key | None:
+        """Returns the call's own key; None in a loop, which would draw the same in each turn."""
+        number, self._applied = 1 + self._applied, self._applied + 1
+        if self._root is None or place.is_repeated:
+            return None
+        return jax.random.fold_in(self._root, number)
+
+    def _keep(self, before: Variables, after: Variables, place: Place) -> None:
+        """Keeps what a pass has changed of the state's collections."""
+        held, changed = before.by_collection(), after.by_collection()
+        moved = [
+            name
+            for name in self._held(before.params)
+            if name != "params" and not same_leaves(held.get(name), changed.get(name))
+        ]
+        if moved and place.is_inner:
+            raise place.change_error(moved)
+        if not moved:
+            return
+        if self._batch_stats is not None:
+            self._batch_stats = changed.get("batch_stats", self._batch_stats)
+        if self._collections is not None:
+            self._collections = {n: changed.get(n, x) for n, x in self._collections.items()}
 
     def _check_differentiated(self, params: Params) -> None:
         own = {id(leaf) for leaf in jax.tree.leaves(self.state.params)}
@@ -109,8 +163,11 @@ class Context:
             value: a float scalar, a function of the loss function's own `params` or its outputs.
 
         Raises:
-            LossError: `value` is no float scalar.
+            LossError: `value` is no float scalar, or is added inside a JAX transformation.
         """
+        place = self._place.of_call()
+        if place.is_inner:
+            raise place.change_error(["a penalty"])
         value = jnp.asarray(value)
         if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
             raise LossError(
@@ -122,10 +179,10 @@ class Context:
     def check_indices(
         self, what: str, indices: jax.Array, size: int, *, where: Any = None, advice: str = ""
     ) -> None:
-        """Has the run end where an index of any batch is out of range; costs no wait for the host.
+        """Has the run end where an index of any batch is out of range; see `check_range`.
 
         JAX takes the index -1 for the last entry, and gives NaN for one that is too large: without
-        this, both train.
+        this, the model trains on both.
 
         Args:
             what: what they are, for the error: `"label"`.
@@ -137,23 +194,45 @@ class Context:
         Raises:
             LossError: they are no integers, or `where` has another shape.
         """
-        self._note(what, Limits.per_example(what, indices, size=size, where=where, advice=advice))
+        if not jnp.issubdtype(indices.dtype, jnp.integer):
+            raise LossError(
+                f"Indices are integers; {what!r} has dtype {indices.dtype}. Cast it: "
+                ".astype(jnp.int32)."
+            )
+        rule = f"A {what} is an index from 0 to {size - 1}"
+        self.check_range(rule, indices, 0, size - 1, where=where, advice=advice)
 
-    def check_weights(self, what: str, weights: jax.Array, *, advice: str = "") -> None:
-        """Has the run end where a weight of any batch is negative, NaN or infinite.
+    def check_range(
+        self,
+        rule: str,
+        values: jax.Array,
+        least: float,
+        most: float | None = None,
+        *,
+        where: Any = None,
+        advice: str = "",
+    ) -> None:
+        """Has the run end where a value of any batch is out of range, NaN or infinite.
+
+        The step notes the range, and the host reads it with the metrics: no step waits for it. The
+        error, `BatchError`, names the batch and the value; `on_bad_input` makes it a warning. Call
+        it in the loss itself, not in a function that `jax.vmap`, `scan` or `grad` transforms.
 
         Args:
-            what: what they are, for the error: `"sample weight"`.
-            weights: `[batch, ...]`.
+            rule: what must hold, as a clause, for the error: `"A weight is at least 0"`.
+            values: numbers `[batch, ...]`.
+            least: the least value that is allowed.
+            most: the largest one; None for any that is finite.
+            where: bool, with the shape of `values`: which of them count; None for all.
             advice: a sentence with the remedy, for the error.
-        """
-        self._note(what, Limits.per_example(what, weights, size=None, where=None, advice=advice))
 
-    def _note(self, what: str, limits: PerExample) -> None:
-        name, number = f"limits of {what}", 2
-        while name in self.limits:
-            name, number = f"limits of {what} {number}", number + 1
-        self.limits[name] = limits
+        Raises:
+            LossError: `where` has another shape.
+        """
+        name = f"limits {len(self.limits)}"
+        self.limits[name] = Limits.per_example(
+            rule, values, least, most, where=where, advice=advice
+        )
 
     def add_l2_loss(self, params: Params, coefficient: float, mask: Any = decay_mask) -> None:
         """Adds the penalty `optim.l2_loss(params, coefficient, mask)`.

@@ -39,6 +39,10 @@ class LossError(DistaffError, ValueError):
     """A loss or a metric returned by the user's function has the wrong form."""
 
 
+class MaskError(LossError):
+    """A mask meets metrics that are not values per example."""
+
+
 class StateError(DistaffError, ValueError):
     """A train state is used before it is complete, or with a member it does not have."""
 
@@ -77,6 +81,10 @@ class RecompileError(DistaffError, RuntimeError):
 
 class RecompileWarning(UserWarning):
     """A program compiled again after its first time."""
+
+
+class ModeWarning(UserWarning):
+    """A model's dropout or running statistics do not follow whether it trains."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -1,8 +1,9 @@
-"""Evaluation and prediction: the fold of a step over a loader, exact over a short last batch."""
+"""Evaluation and prediction: the fold of a step over a loader, exact over batches of any sizes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -13,12 +14,13 @@ from distaff import metrics as metrics_lib
 from distaff.compiling import Watch
 from distaff.data import Chunk, One, Source, num_examples, pad
 from distaff.errors import BatchError, leaf_name
-from distaff.execution import Execution
-from distaff.measured import accumulating
-from distaff.metrics import Metric
+from distaff.execution import Compiled, Execution
+from distaff.measured import accumulating, reduced
+from distaff.metrics import Metric, PerExample
+from distaff.padding import MayPad, Padding, Sizes, form_of_examples
 from distaff.rows import Columns
 from distaff.state import TrainState
-from distaff.step import EvalFn, EvalStep, MaskError
+from distaff.step import EvalFn, EvalStep, per_example
 from distaff.typing import Batch, PyTree
 
 _IN_FLIGHT = 32
@@ -27,27 +29,26 @@ _IN_FLIGHT = 32
 class Evaluator:
     """Folds an evaluation step over a loader.
 
-    Every example counts once. A batch shorter than the first whose examples have its shapes is
-    padded to its size and masked where the step can mask (an `EvalStep` whose loss and metrics are
-    values per example), so that one program serves all of these shapes; otherwise it keeps its own
-    size, which compiles once more.
+    Every example counts once, and batches may have any sizes. A batch that is smaller than one
+    before it, whose examples have its shapes, is padded to the size of that one and masked, so that
+    one program serves both. It keeps its own size, which compiles once more, where the step cannot
+    mask (its loss or a metric is not one value per example, or it is a function of your own), or
+    where an example's values depend on other examples; see `Padding`.
 
     Args:
         eval_step: an `EvalStep`, or any `(state, batch) -> metrics`.
         execution: how the step is made to run.
         watch: watches what compiles.
-
-    Attributes:
-        masks: whether the step can mask; None as long as that is not known.
     """
 
     def __init__(
         self, eval_step: EvalFn | EvalStep, execution: Execution, watch: Watch | None = None
     ) -> None:
-        self._eval_step = eval_step
-        self.masks: bool | None = None if isinstance(eval_step, EvalStep) else False
-        self._execution = execution
-        self._columns: dict[int, Columns] = {}
+        self._eval_step, self._execution = eval_step, execution
+        self._padding: Padding | None = None
+        if isinstance(eval_step, EvalStep):
+            self._outputs = execution.part(eval_step.outputs)
+            self._padding = Padding(execution, self._per_example)
         self._one = execution.part(self._accumulating_one)
         self._run = execution.program(self._accumulating)
         watch, arguments = watch or Watch(), ("state", "source", "mask", "num_steps")
@@ -65,10 +66,9 @@ class Evaluator:
         Raises:
             BatchError: there is no batch.
         """
-        full_sizes, waiting, total = {}, [], None
+        sizes, waiting, total = Sizes(self.may_pad(state)), [], None
         for chunk in chunks:
-            full_size = full_sizes.setdefault(_shapes(chunk.source), chunk.examples)
-            waiting.append(self._measure(state, chunk, full_size))
+            waiting.append(self._measure(state, chunk, sizes))
             if len(waiting) == _IN_FLIGHT:
                 total, waiting = _drained(total, waiting), []
         total = _drained(total, waiting)
@@ -76,38 +76,39 @@ class Evaluator:
             raise BatchError("An evaluation needs at least one batch; the loader gave none.")
         return total
 
+    def may_pad(self, state: TrainState) -> MayPad:
+        """Returns whether batches may be padded in an evaluation of a state."""
+        return (lambda source: False) if self._padding is None else self._padding.of(state)
+
     def shapes(self, state: TrainState, batch: Batch) -> dict[str, Metric]:
         """Returns the metrics of one full batch, as shapes where the step can be traced."""
-        mask = np.ones(num_examples(batch), bool)
-        if self._can_mask(state, One(batch), mask):
-            return self._execution.shapes(self._run, state, One(batch), mask)
-        return self._execution.shapes(self._run, state, One(batch), None)
+        may_pad = self.may_pad(state)(One(batch))
+        mask = np.ones(num_examples(batch), bool) if may_pad else None
+        return self._execution.shapes(self._run, state, One(batch), mask)
 
-    def _measure(
-        self, state: TrainState, chunk: Chunk, full_size: int
-    ) -> dict[str, Metric] | _Rows:
+    def _measure(self, state: TrainState, chunk: Chunk, sizes: Sizes) -> dict[str, Metric] | _Rows:
         source, mask = chunk.source, None
-        if self._can_mask(state, source, np.ones(chunk.examples, bool)):
-            if chunk.examples > full_size:
-                raise BatchError(
-                    f"In evaluation the first batch is the largest; it had {full_size} examples "
-                    f"and a later one {chunk.examples}. Yield batches of one size, the last one "
-                    "shorter."
-                )
-            source, mask = source.padded(full_size), np.arange(full_size) < chunk.examples
+        form = form_of_examples(source, axes=1 if isinstance(source, One) else 2)
+        full = sizes.full(form, chunk.examples, lambda: source)
+        if full.may_pad:
+            source, mask = source.padded(full.size), np.arange(full.size) < chunk.examples
         if source.capacity == 1:
             return self._call(state, source, mask)
-        table = self._call_fused(state, source, mask, np.int32(chunk.num_steps))
-        size = chunk.examples if mask is None else full_size
-        return _Rows(chunk.num_steps, table, self._columns[size])
+        return _Rows(
+            chunk.num_steps, self._call_fused(state, source, mask, np.int32(chunk.num_steps))
+        )
+
+    def _per_example(self, state: TrainState, batch: Batch) -> dict[str, PerExample]:
+        return per_example(self._outputs(state, batch))
 
     def _accumulating_one(
         self, state: TrainState, batch: Batch, mask: jax.Array | None
     ) -> dict[str, Metric]:
-        # Only an `EvalStep` is ever given a mask; see `_measure`.
-        step: Any = self._eval_step
-        metrics = step(state, batch) if mask is None else step(state, batch, mask)
-        return accumulating(metrics, num_examples(batch))
+        size = num_examples(batch)
+        if self._padding is None:
+            return accumulating(self._eval_step(state, batch), size)
+        kept = jnp.ones(size, bool) if mask is None else mask
+        return reduced(self._outputs(state, batch), kept)
 
     def _accumulating(
         self, state: TrainState, source: Source, mask: jax.Array | None, index: Any = 0
@@ -116,45 +117,43 @@ class Evaluator:
 
     def _accumulating_each(
         self, state: TrainState, source: Source, mask: jax.Array | None, num_steps: jax.Array
-    ) -> jax.Array:
-        """Returns a row for each batch: uint32 `[capacity, width]`; those after the last are 0."""
-        size = num_examples(jax.eval_shape(lambda: source.batch(0)))
+    ) -> _Table:
+        """Returns a row for each batch; those after the last are 0."""
         columns = Columns(jax.eval_shape(self._accumulating, state, source, mask))
-        self._columns[size] = columns  # while it is traced, before it is run for the first time
 
         def body(index: jax.Array, table: jax.Array) -> jax.Array:
             row = columns.row(self._accumulating(state, source, mask, index))
             return table.at[index].set(row)
 
         table = jnp.zeros((source.capacity, columns.width), jnp.uint32)
-        return jax.lax.fori_loop(0, num_steps, body, table)
-
-    def _can_mask(self, state: TrainState, source: Source, mask: np.ndarray) -> bool:
-        if self.masks is None:
-            try:
-                self._execution.shapes(self._run, state, source, mask)
-                self.masks = True
-            except MaskError:
-                self.masks = False
-        return self.masks
+        return _Table(jax.lax.fori_loop(0, num_steps, body, table), columns)
 
 
-def _shapes(source: Source) -> tuple[tuple[int, ...], ...]:
-    """Returns the shapes of an example of the batches, whatever their number and size."""
-    axes = 1 if isinstance(source, One) else 2
-    return tuple(leaf.shape[axes:] for leaf in jax.tree.leaves(source))
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Table:
+    """What a program returns of several batches: their metrics, and how these are laid out.
+
+    The layout is a static part of the output, and thus belongs to the program that made it.
+
+    Args:
+        rows: uint32 `[capacity, width]`.
+        columns: what is in a row.
+    """
+
+    rows: jax.Array
+    columns: Columns = field(metadata={"static": True})
 
 
 class _Rows(NamedTuple):
-    """The metrics of several batches, on the device; see `Columns`."""
+    """The metrics of several batches, on the device."""
 
     num_rows: int
-    table: jax.Array
-    columns: Columns
+    table: _Table
 
     def merged(self) -> dict[str, Metric]:
-        rows = self.columns.metrics(np.asarray(self.table)[: self.num_rows])
-        return metrics_lib.merge_rows(rows)
+        rows = np.asarray(self.table.rows)[: self.num_rows]
+        return metrics_lib.merge_rows(self.table.columns.metrics(rows))
 
 
 def _drained(
@@ -170,13 +169,16 @@ def predict(
     predict_step: Callable[[TrainState, Batch], PyTree],
     state: TrainState,
     batches: Iterable[Batch],
+    execution: Execution | None = None,
 ) -> PyTree:
     """Gathers a model's outputs over a loader, in its order, on the host.
 
     Args:
         predict_step: `(state, batch) -> outputs`, each output `[batch, ...]`.
         state: used, not changed.
-        batches: one pass over a data set; a short batch is padded, and its padding cut off.
+        batches: one pass over a data set. A batch that is smaller than one before it is padded to
+            its size, and the padding cut off, if no output depends on other examples than its own.
+        execution: how the step is made to run; compiled by default.
 
     Returns:
         The outputs as numpy arrays, `[examples, ...]`, in the structure of one batch's outputs.
@@ -185,12 +187,16 @@ def predict(
         BatchError: there is no batch, an output has no batch axis, or its other axes differ from
             batch to batch.
     """
-    full_size, gathered = 0, []
+    may_pad = Padding(execution or Compiled(), predict_step).of(state)
+    full_sizes: dict[Any, int] = {}
+    gathered: list[tuple[PyTree, int, int]] = []
     for batch in batches:
-        size = num_examples(batch)
-        full_size = max(full_size, size)
-        outputs = predict_step(state, pad(batch, full_size))
-        gathered.append((outputs, size, full_size))
+        size, form = num_examples(batch), form_of_examples(batch)
+        full_size = full_sizes[form] = max(size, full_sizes.get(form, 0))
+        padded = batch if size == full_size else pad(batch, full_size)
+        if size < full_size and not may_pad(One(padded)):
+            padded, full_size = batch, size
+        gathered.append((predict_step(state, padded), size, full_size))
         if len(gathered) > _IN_FLIGHT:
             late = len(gathered) - _IN_FLIGHT - 1
             gathered[late] = _fetched(*gathered[late])

@@ -23,7 +23,11 @@ class Execution(Protocol):
         ...
 
     def once(self, function: Callable[..., Any]) -> Any:
-        """Returns the function as a program that is called once, as an initialisation is."""
+        """Returns the function as a program that is called once, as an initialisation is.
+
+        JAX keeps the program as long as the function lives, and an optimizer's functions outlive
+        its trainer (JAX's caches hold them): pass one that is made for this call.
+        """
         ...
 
     def part(self, function: Callable[..., Any]) -> Any:
@@ -36,6 +40,10 @@ class Execution(Protocol):
 
     def shapes(self, program: Callable[..., Any], *args: Any) -> PyTree:
         """Returns what the program would return, as `jax.ShapeDtypeStruct` or as arrays."""
+        ...
+
+    def jaxpr(self, program: Callable[..., Any], *args: Any) -> Any:
+        """Returns what the program computes, as a jaxpr; None where it is not traced."""
         ...
 
 
@@ -69,6 +77,10 @@ class Compiled:
         """Traces the program (the trace is reused when it runs); computes nothing."""
         return jax.eval_shape(program, *args)
 
+    def jaxpr(self, program: Callable[..., Any], *args: Any) -> Any:
+        """Traces the program (the trace is reused when it runs); computes nothing."""
+        return jax.make_jaxpr(program)(*args)
+
 
 class Eager:
     """Each function runs as plain Python: breakpoints, prints and concrete values work."""
@@ -92,3 +104,7 @@ class Eager:
     def shapes(self, program: Callable[..., Any], *args: Any) -> PyTree:
         """Runs the program once: traced code could not read concrete values."""
         return program(*args)
+
+    def jaxpr(self, program: Callable[..., Any], *args: Any) -> Any:
+        """Returns None: nothing is traced."""
+        return None

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distaff import compile_cache, compiling
 from distaff.compiling import Watch
-from distaff.data import Chunk, Form, One, Source
+from distaff.data import Chunk, One, Source
 from distaff.errors import MetricError
 from distaff.execution import Execution
 from distaff.flops import Flops, flops_of
-from distaff.forms import Expected, Forms, make_forms
+from distaff.forms import Choice, Expected, chosen
 from distaff.measured import StepFn
 from distaff.metrics import Metric
 from distaff.rows import Columns, Strip, blank
@@ -52,13 +49,12 @@ def make_steps(
     for metric in metrics.values():
         if metric.refused_in_training:
             raise MetricError(metric.refused_in_training)
-    forms = make_forms(
+    forms = chosen(
         1 if config.debug else config.steps_per_call,
         metrics,
         expected,
         watched=watched,
         jaxpr=lambda: jax.make_jaxpr(step)(*example),
-        file=_choices() if config.tune_process else None,
     )
     every, watch = config.log_every_n_steps, watch or Watch()
     steps = Steps(
@@ -73,11 +69,6 @@ def make_steps(
     watch.expect(num_shapes=expected.num_shapes)
     steps.example = jax.eval_shape(lambda *each: each, *example)
     return steps
-
-
-def _choices() -> Path | None:
-    directory = compile_cache.home()
-    return None if directory is None else directory / "forms.json"
 
 
 def single(step: StepFn, columns: Columns, *, watched: bool) -> Callable[..., Any]:
@@ -144,7 +135,7 @@ class Steps:
         execution: how programs are made.
         step: the step, as `measured` gives it.
         metrics: the metrics of one step, or their shapes.
-        forms: chooses the form.
+        forms: the choice of the form; it may be replaced before the first step.
         log_every: steps per window.
         watched: whether the metrics of every step are wanted, and not only those of windows.
         watch: watches what compiles.
@@ -158,7 +149,7 @@ class Steps:
         step: StepFn,
         metrics: Mapping[str, Metric],
         *,
-        forms: Forms,
+        forms: Choice,
         log_every: int,
         watched: bool = False,
         watch: Watch | None = None,
@@ -167,7 +158,7 @@ class Steps:
         self.blank = Strip(
             0, 0, blank(self.columns.strip_rows(log_every), self.columns.width), True
         )
-        self.ledger, self._watched, self._examples = Ledger(), watched, 0
+        self.ledger, self._watched, self._is_placed = Ledger(), watched, False
         kept, watch = metrics if watched else {}, watch or Watch()
         self._one = execution.program(single(step, self.columns, watched=watched), donate=0)
         loop = fused(step, self.columns, kept)
@@ -177,9 +168,9 @@ class Steps:
         self._fused = watch.over(many, "the fused steps", ("state", "source", "num_steps"))
         self._full = watch.over(full, "the fused steps of a full chunk", ("state", "source"))
 
-    def form(self) -> Form:
-        """Returns the form of the next chunk."""
-        return self.forms.form
+    def begin(self) -> None:
+        """Begins with another state: the first chunk says on which devices it goes."""
+        self._is_placed = False
 
     def __call__(
         self, state: TrainState, strip: Strip, chunk: Chunk, step: int
@@ -196,20 +187,14 @@ class Steps:
             The new state; the rows of the steps, which may be added to those of the steps before;
             the metrics of each step, none if they are not watched.
         """
-        if not self._examples:
-            self._examples = chunk.examples
+        if not self._is_placed:
+            self._is_placed = True
             state, table = placed_with((state, self.blank.table), chunk.source)
             strip = self.blank = self.blank._replace(table=table)
-        start, num_compiled = time.perf_counter(), compiling.count()
         outer = self.ledger.turn_to("host")
         state, strip, metrics = self._hand_over(state, strip, chunk, step)
         self.ledger.handed(strip.table)
         self.ledger.turn_to(outer)
-        if self.forms.measuring:
-            jax.block_until_ready(state)
-            seconds = (time.perf_counter() - start) / chunk.num_steps
-            counts = compiling.count() == num_compiled and self._is_like_first(chunk)
-            self.forms.took(seconds if counts else None)
         return state, strip, metrics
 
     def flops(self) -> Flops | None:
@@ -235,11 +220,6 @@ class Steps:
         state, table, measured = self._single(state, strip.table, chunk.source)
         strip = Strip(strip.first, strip.num_rows + 1, table, True)
         return state, strip, [measured] * self._watched
-
-    def _is_like_first(self, chunk: Chunk) -> bool:
-        """Tells whether a chunk has as many examples per step as the first, in the form asked."""
-        is_asked = (chunk.source.capacity == 1) == (self.forms.form.capacity == 1)
-        return is_asked and chunk.examples == self._examples
 
 
 def _row(tree: PyTree, row: int) -> PyTree:

@@ -31,6 +31,7 @@ class Outlets:
         logger: of metrics.
         throughput: is apart from `logger`, which equal runs write equally.
         files: of the run.
+        status: how the run ended, once it is closed.
     """
 
     def __init__(self, directory: RunDirectory, loggers: Sequence[Logger], *, warns: bool) -> None:
@@ -45,6 +46,7 @@ class Outlets:
         self.logger = ManyLoggers(*own[:2], *loggers)
         self.throughput: Logger = own[2]
         self._directory = directory
+        self.status = ""
         self._states: dict[str, Any] = {}
         self._closing = ExitStack()
 
@@ -107,6 +109,7 @@ class Outlets:
             best = known.get("best")
             if best is not None and best["step"] not in store.steps():
                 known["best"] = None
+        self.status = status
         self.files.write("status.json", partial(self._directory.set_status, status, **known))
 
     def _open_log(self) -> None:

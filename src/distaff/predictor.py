@@ -20,6 +20,7 @@ from distaff.display.model_table import model_table
 from distaff.errors import CheckpointError, StateError
 from distaff.evaluate import predict
 from distaff.execution import Compiled, Eager, Execution
+from distaff.initial import normalized, on_host, rows_of
 from distaff.models import Variables, as_model, is_linen_class, rebuild
 from distaff.optim import evaluation_params, has_evaluation_params
 from distaff.record import example_from
@@ -60,7 +61,10 @@ class Predictor:
             return self.predict_fn(state.params, batch, Context(state, train=False))
 
         self._predict_step = self.execution.program(predict_step)
-        self._evaluation_params = self.execution.program(evaluation_params)
+        # A function of this trainer alone: a program lives as long as the function it is made of.
+        self._evaluation_params = self.execution.program(
+            lambda opt_state, params: evaluation_params(opt_state, params)
+        )
 
     def set_up(self, example_batch: Batch) -> None:
         """Calls the initialising methods in their order."""
@@ -90,24 +94,31 @@ class Predictor:
         Args:
             example_batch: a batch like those of training; outputs and FLOPs are for one like it.
         """
-        rows = self.model.layers(
-            jax.eval_shape(jax.random.key, 0), *self.model_inputs(example_batch)
-        )
-        self.table = model_table(
-            rows, type(self.model.module).__name__, depth=self.config.table_depth
-        )
+        kind = type(self.model.module).__name__
+        key = jax.eval_shape(jax.random.key, 0)
+        try:
+            rows = self.model.layers(key, *self.model_inputs(example_batch))
+        except Exception:  # It has other inputs, or computes on the host: `run_model_init` decides.
+            rows = rows_of(self._initial(example_batch, jax.random.key(0)), kind)
+        self.table = model_table(rows, kind, depth=self.config.table_depth)
         self.display.print(self.table)
 
     def init_model(self, example_batch: Batch) -> None:
         """Makes the state before training: variables and root key, no optimizer yet."""
         init_key, root_key = self.execution.once(_two_keys)(np.int64(self.config.seed))
-        variables = self.run_model_init(example_batch, init_key)
+        variables = self._initial(example_batch, init_key)
         self.state = self.state_class.create(
             apply_fn=self.model.apply_fn, rng=root_key, **variables._asdict()
         )
 
+    def _initial(self, example_batch: Batch, key: Key) -> Variables:
+        return normalized(self.run_model_init(example_batch, key))
+
     def run_model_init(self, example_batch: Batch, key: Key) -> Variables:
         """Returns the model's initial variables. Override it for a model with other arguments.
+
+        What it returns may be a dict of collections, too, as `module.init` of Flax Linen makes it.
+        An initializer that computes with NumPy runs on the host, outside of any program.
 
         Args:
             example_batch: a batch like those of training.
@@ -121,7 +132,7 @@ class Predictor:
         def init(key: Key, batch: Batch) -> Variables:
             return self.model.init(key, *self.model_inputs(batch))
 
-        return self.execution.once(init)(key, example_batch)
+        return on_host(init, self.execution.once(init), key, example_batch)
 
     def model_inputs(self, batch: Batch) -> tuple[Any, ...]:
         """Returns what of a batch the model is called with. Override it for other batches.
@@ -166,7 +177,8 @@ class Predictor:
             StateError: the model has no parameters yet.
             BatchError: the loader is empty, or an output has no batch axis.
         """
-        return predict(self._predict_step, self.evaluation_state(), self._pass(loader, "predict"))
+        state, batches = self.evaluation_state(), self._pass(loader, "predict")
+        return predict(self._predict_step, state, batches, self.execution)
 
     def bind_model(self) -> Any:
         """Returns the model with its variables inside, in the form of its kind.
@@ -221,6 +233,7 @@ class Predictor:
         file, record = found.origin, found.record()
         if model is None or is_linen_class(model):
             model = rebuild(record["model"], model)
+        is_recorded = example_batch is None
         if example_batch is None:
             example_batch = example_from(record["example_batch"])
         with _explained(file):
@@ -228,7 +241,15 @@ class Predictor:
         trainer = cls(model, **{**recorded, "enable_progress_bar": False, **options})
         with _explained(file):
             trainer.set_up(example_batch)
-        trainer.restore(found.store, found.step, _trained(trainer.ready_state()))
+        try:
+            trainer.restore(found.store, found.step, _trained(trainer.ready_state()))
+        except CheckpointError:
+            if not (is_recorded and trainer.ready_state().collections):
+                raise
+            # A variable may have the size of the batch, such as the carry of an RNN.
+            with _explained(file):
+                trainer.set_up(example_from(record["example_batch"], whole=True))
+            trainer.restore(found.store, found.step, _trained(trainer.ready_state()))
         return trainer
 
     def load_weights(self, path: str | Path) -> None:
@@ -250,7 +271,7 @@ class Predictor:
         """Returns the keyword arguments of the constructor that a run's record holds."""
         options = dict(vars(from_json(cls.Config, record["options"])))
         # How long that run might last, and what it went on from, is no matter of this one.
-        own = ("resume", "allow_inexact_resume", "max_time")
+        own = ("resume", "allow_inexact_resume", "allow_changes", "max_time")
         return {name: x for name, x in options.items() if name not in own}
 
     def restore(self, store: Store, step: int, members: Iterable[str]) -> None:

@@ -79,8 +79,12 @@ def _batch_form(batch: Batch) -> Any:
     return None
 
 
-def example_from(form: Any) -> Batch:
+def example_from(form: Any, *, whole: bool = False) -> Batch:
     """Makes a batch of zeros from a recorded form.
+
+    Args:
+        form: what the record has of the batch.
+        whole: whether it has as many examples as the recorded one; otherwise it has one.
 
     Raises:
         CheckpointError: the form was not recorded, or is none.
@@ -88,16 +92,16 @@ def example_from(form: Any) -> Batch:
     if isinstance(form, Mapping) and "$array" in form:
         try:
             shape, dtype = form["$array"]["shape"], form["$array"]["dtype"]
-            return np.zeros([1, *shape[1:]], jnp.dtype(dtype))
+            return np.zeros(shape if whole else [1, *shape[1:]], jnp.dtype(dtype))
         except (KeyError, TypeError, ValueError, MemoryError) as error:
             raise CheckpointError(
                 f"The run's batches were recorded with an array of the form {form['$array']!r}, "
                 f"which is none: {error}. Pass example_batch=... to load_from_checkpoint."
             ) from error
     if isinstance(form, Mapping):
-        return {name: example_from(value) for name, value in form.items()}
+        return {name: example_from(value, whole=whole) for name, value in form.items()}
     if isinstance(form, list):
-        return tuple(example_from(value) for value in form)
+        return tuple(example_from(value, whole=whole) for value in form)
     raise CheckpointError(
         "The run's batches hold something else than arrays with names or positions, so their form "
         "is not recorded. Pass example_batch=... to load_from_checkpoint."

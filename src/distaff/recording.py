@@ -9,69 +9,45 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from distaff import checkpoint, config
+from distaff.candidates import Candidate
 from distaff.checkpoint import CheckpointStore, MemoryStore, NullStore, Store, forget_after, tidy
-from distaff.errors import CheckpointError, RunDirectoryError, RunInUseError
+from distaff.ending import ending
+from distaff.identity import Subject
 from distaff.loggers import Logger, ManyLoggers, NullLogger, TolerantLogger
 from distaff.outlets import Outlets
 from distaff.run_directory import RunDirectory
-from distaff.run_lock import locked
-from distaff.run_version import reserve
+from distaff.takeover import Allowed, Takeover
 from distaff.trainer_config import TrainerConfig
 
 _log = logging.getLogger("distaff")
 
 
-_HOW_IT_RUNS = {
-    f"options.{name}"
-    for name in (
-        *("log_every_n_steps", "steps_per_call", "table_depth", "root"),
-        *("keep_last", "keep_best", "keep_every", "on_failed_save", "on_failed_log"),
-        *(
-            "enable_progress_bar",
-            "debug",
-            "recompile",
-            "tune_process",
-            "check_validation",
-            "save_every",
-            "stuck_after",
-        ),
-        *("on_bad_numbers", "on_loss_spike", "spike_threshold", "max_skips", "on_bad_input"),
-    )
-}
-"""Options that lead to the same model, or are what one changes to go on after a bad step."""
-
-_HOW_IT_GOES_ON = (
-    *("options.resume", "options.allow_inexact_resume", "options.max_time"),
-    "distaff",
-)
-"""What is not named where it has changed."""
-
-
 class Found(NamedTuple):
-    """What a run goes on from.
+    """What a run is resumed from.
 
     Attributes:
+        path: of the run.
         step: of the checkpoint.
         skipped: what is wrong with the newer ones.
-        changes: options that differ from those of the run before it, as `name: old -> new`.
+        notes: what differs from the run before it, or could not be compared.
     """
 
+    path: Path
     step: int
     skipped: list[str]
-    changes: list[str]
+    notes: list[str]
 
     def text(self, epoch: int) -> str:
-        """Returns in a few lines what is gone on from."""
-        lines = [f"going on from the checkpoint of step {self.step}, epoch {epoch}"]
-        return "\n".join([*lines, *self.skipped, *(f"changed: {each}" for each in self.changes)])
+        """Returns in a few lines what is resumed."""
+        line = f"resuming {self.path} from its checkpoint of step {self.step}, epoch {epoch}"
+        return "\n".join([line, *self.skipped, *self.notes])
 
 
 class Recording(Protocol):
     """The outlets of a run. Nothing is written before `open`.
 
     `throughput` is apart from `logger`, which equal runs write equally. `found` is what the run
-    goes on from.
+    is resumed from; `remark` why it is not one that was there, if there is something to say.
     """
 
     logger: ManyLoggers
@@ -80,16 +56,42 @@ class Recording(Protocol):
     found: Found | None
 
     @property
+    def remark(self) -> str:
+        """Why the run is not one that was there; empty if there is nothing to say."""
+        ...
+
+    @property
     def path(self) -> Path | None:
         """The run's directory, once it is open; None for a run without."""
         ...
 
-    def open(self, record: Mapping[str, Any], texts: Mapping[str, str]) -> None:
+    def finished(
+        self,
+        record: Mapping[str, Any],
+        subject: Subject | None,
+        *,
+        key: str | None = None,
+        rerun: bool = False,
+    ) -> Candidate | None:
+        """Returns the run that is finished already, and whose result that of this one would be.
+
+        Args:
+            record: the run's resolved configuration.
+            subject: what its identity was found from.
+            key: see `train_model`.
+            rerun: likewise.
+        """
+        ...
+
+    def open(
+        self, record: Mapping[str, Any], texts: Mapping[str, str], subject: Subject | None = None
+    ) -> None:
         """Starts to record.
 
         Args:
             record: the run's resolved configuration.
             texts: what to keep as text files, by file name.
+            subject: what its identity was found from.
         """
         ...
 
@@ -119,12 +121,27 @@ class NullRecording:
         self.store: Store = NullStore()
         self.found: Found | None = None
 
+    remark = ""
+
     @property
     def path(self) -> Path | None:
         """None."""
         return None
 
-    def open(self, record: Mapping[str, Any], texts: Mapping[str, str]) -> None:
+    def finished(
+        self,
+        record: Mapping[str, Any],
+        subject: Subject | None,
+        *,
+        key: str | None = None,
+        rerun: bool = False,
+    ) -> Candidate | None:
+        """Returns None."""
+        return None
+
+    def open(
+        self, record: Mapping[str, Any], texts: Mapping[str, str], subject: Subject | None = None
+    ) -> None:
         """Forgets the checkpoints of the run before, and hands the configuration to the loggers."""
         self.store = MemoryStore()
         self.logger.log_config(record)
@@ -148,6 +165,7 @@ class DirectoryRecording:
         loggers: the user's loggers, beside `metrics.jsonl`.
         make_store: makes a store of the directory of the checkpoints.
         resume: as in `TrainerConfig`.
+        allowed: how a run that is resumed may differ.
         warns: whether a file that the disk does not take is a warning.
     """
 
@@ -158,6 +176,7 @@ class DirectoryRecording:
         *,
         make_store: Callable[[Path], CheckpointStore] = CheckpointStore,
         resume: str | int = "never",
+        allowed: Allowed | None = None,
         warns: bool = False,
     ) -> None:
         self.directory = directory
@@ -165,89 +184,85 @@ class DirectoryRecording:
         self.logger, self.throughput = self.outlets.logger, self.outlets.throughput
         self.store: Store = NullStore()
         self.found: Found | None = None
-        self._make_store, self._resume = make_store, resume
-        self._lock, self._is_taken = ExitStack(), False
+        self._make_store = make_store
+        self._takeover = Takeover(directory, resume, allowed or Allowed())
+        self._lock = ExitStack()
 
     @property
     def path(self) -> Path | None:
         """The run's directory, once it is open."""
         return self.directory.path if self.directory.created else None
 
-    def open(self, record: Mapping[str, Any], texts: Mapping[str, str]) -> None:
-        """Reserves a directory, or takes that of a run that did not come to its end.
+    @property
+    def remark(self) -> str:
+        """Why the run is not one that was there; empty if there is nothing to say."""
+        return self._takeover.remark
+
+    def finished(
+        self,
+        record: Mapping[str, Any],
+        subject: Subject | None,
+        *,
+        key: str | None = None,
+        rerun: bool = False,
+    ) -> Candidate | None:
+        """Returns the run that is finished already, and whose result that of this one would be.
+
+        Its checkpoints are then those of the store; nothing is written.
+        """
+        done = self._takeover.choose(record, subject, key=key, rerun=rerun)
+        if done is None:
+            return None
+        store = self._make_store(done.path / "checkpoints")
+        if store.newest_valid()[0] is None:  # somebody has removed them
+            self._takeover.forget()
+            return None
+        self.directory.take(done.path)
+        self.store = store
+        return done
+
+    @property
+    def may_resume(self) -> bool:
+        """Whether there is a run to take up, whose weights are in its checkpoints."""
+        return self._takeover.may_resume
+
+    def open(
+        self, record: Mapping[str, Any], texts: Mapping[str, str], subject: Subject | None = None
+    ) -> None:
+        """Reserves a directory, or takes that of the same run, which did not come to its end.
 
         Then it writes configuration, environment and status.
 
         Raises:
             RunDirectoryError: it cannot be written, or another run is in it.
-            CheckpointError: there is nothing to go on from, and there must be.
+            CheckpointError: there is nothing to resume, and there must be.
         """
         self.directory.check_writable()
-        changes = self._take(record)
-        changes += self.directory.environment_changes() if self._is_taken else []
+        taken = self._takeover.take(record, subject, self._lock)
         self.store = store = self._make_store(self.directory.path / "checkpoints")
-        self.found = self._look(store, changes)
+        changes = [f"changed: {each}" for each in self.directory.environment_changes()]
+        self.found = self._look(store, [] if taken is None else [*taken.lines(), *changes])
         if self.found is None:
             self.confirm(record)
-        self.outlets.open(texts, is_taken=self._is_taken)
-        if self._is_taken and self.found is None:
+        self.outlets.open(texts, is_taken=taken is not None)
+        if taken is not None and self.found is None:
             self.logger.resume(0)  # what a run has logged that was killed before its first save
-        self.logger.log_config(record)
+        self.logger.log_config({name: x for name, x in record.items() if name != "identity"})
         self.outlets.keep_states()
         _log.info("run %s", self.directory.path)
 
-    def _take(self, record: Mapping[str, Any]) -> list[str]:
-        """Locks a directory for this run, and returns how its configuration differs from it."""
-        if self.directory.created or self._resume == "never":
-            reserve(self.directory, self._lock)
-            return []
-        for place in self.directory.unfinished():
-            old = checkpoint.recorded(place)
-            changes = _changes(old, record)
-            if old.get("first_epoch") != record["first_epoch"]:
-                continue
-            if self._resume == "auto" and not _is_same_run(changes):
-                _log.warning(
-                    "%s did not come to its end, and is another run (%s): this one begins anew; "
-                    "resume='must' goes on with it all the same",
-                    *(place, "; ".join(_shown(changes))),
-                )
-                continue
-            try:
-                self._lock.enter_context(locked(place))
-            except RunInUseError:
-                if self._resume == "auto":
-                    continue
-                raise
-            if place not in self.directory.unfinished() or _has_only_failed(place):
-                self._lock.close()  # it came to its end before the lock was ours
-                continue
-            _check_links(place)
-            is_back = isinstance(self._resume, int) and self._resume == _recorded_resume(old)
-            self._resume = "must" if is_back else self._resume  # go on, and not back once more
-            self.directory.take(place)
-            self._is_taken = True
-            return _shown(changes)
-        if self._resume != "auto":
-            raise CheckpointError(
-                f"resume={self._resume!r} needs a run of this name that did not come to its end; "
-                "there is none. Check root and name, or pass resume='auto' to begin one."
-            )
-        reserve(self.directory, self._lock)
-        return []
-
-    def _look(self, store: CheckpointStore, changes: list[str]) -> Found | None:
-        """Returns the checkpoint to go on from."""
-        if isinstance(self._resume, int):
-            return Found(self._resume, [], changes)
+    def _look(self, store: CheckpointStore, notes: list[str]) -> Found | None:
+        """Returns the checkpoint to resume from."""
+        if isinstance(self._takeover.resume, int):
+            return Found(self.directory.path, self._takeover.resume, [], notes)
         step, skipped = store.newest_valid()
         tidy(store)
-        return None if step is None else Found(step, skipped, changes)
+        return None if step is None else Found(self.directory.path, step, skipped, notes)
 
     def confirm(self, record: Mapping[str, Any]) -> None:
         """Writes `config.json`, and puts aside the checkpoints after the one gone back to."""
-        if isinstance(self.store, CheckpointStore) and isinstance(self._resume, int):
-            forget_after(self.store, self._resume)
+        if isinstance(self.store, CheckpointStore) and isinstance(self._takeover.resume, int):
+            forget_after(self.store, self._takeover.resume)
         self.outlets.files.write_json("config.json", record)
 
     def save_metrics(self, name: str, metrics: Mapping[str, Any]) -> None:
@@ -269,55 +284,11 @@ class DirectoryRecording:
                 self.logger.close(status)
                 return
             _log.info("%s at step %s", status, facts.get("step"))
-            self.outlets.close(self.store, status, facts)
-
-
-def _recorded_resume(record: Mapping[str, Any]) -> Any:
-    options = record.get("options")
-    return options.get("resume") if isinstance(options, Mapping) else None
-
-
-def _check_links(path: Path) -> None:
-    """Refuses to write where a link leads elsewhere; removes what a killed write has left.
-
-    Raises:
-        RunDirectoryError: something that a run writes is a link.
-    """
-    for name in ("checkpoints", "metrics", *(entry.name for entry in path.iterdir())):
-        if (path / name).is_symlink():
-            raise RunDirectoryError(
-                f"A run writes into its own directory; {str(path / name)!r} is a link out of it. "
-                "Remove it, or begin a new run: resume='never'."
-            )
-    for left in (*path.glob(".*.tmp"), *path.glob("metrics/.*.tmp")):
-        left.unlink(missing_ok=True)
-
-
-def _has_only_failed(path: Path) -> bool:
-    """Whether a run ended by an error, before it had a checkpoint: its record stays as it is."""
-    if CheckpointStore(path / "checkpoints").steps():
-        return False
-    return RunDirectory.open(path).read_json("status.json")["status"] == "failed"
-
-
-def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Returns what of a run's configuration differs, but for what says how it goes on."""
-    was, now = old.get("options"), new.get("options")
-    if isinstance(was, Mapping) and isinstance(now, Mapping):
-        # An option that the old run did not know yet was at its default.
-        defaults = config.to_json(TrainerConfig())
-        old = {**old, "options": {**{n: defaults[n] for n in now if n in defaults}, **was}}
-    found = config.diff(old, config.to_json(new))
-    return {name: values for name, values in found.items() if name not in _HOW_IT_GOES_ON}
-
-
-def _is_same_run(changes: Mapping[str, Any]) -> bool:
-    """Whether the same run may differ so: in how long it is, what it shows, or how it runs."""
-    return all(name == "num_epochs" or name in _HOW_IT_RUNS for name in changes)
-
-
-def _shown(changes: Mapping[str, tuple[Any, Any]]) -> list[str]:
-    return [f"{name}: {old!r} -> {new!r}" for name, (old, new) in changes.items()]
+            try:
+                self.outlets.close(self.store, status, facts)
+            finally:
+                if self.outlets.status == status:
+                    self._takeover.ended(status, facts)
 
 
 def make_recording(
@@ -342,9 +313,11 @@ def make_recording(
         keep_every=options.keep_every,
         on_failed_save=options.on_failed_save,
     )
-    directory = RunDirectory(options.root, name)
     warns = options.on_failed_save == "warn"
-    return DirectoryRecording(directory, loggers, make_store=make_store, resume=resume, warns=warns)
+    directory = RunDirectory(options.root, name)
+    allowed = Allowed(options.allow_changes, options.allow_inexact_resume)
+    parts = {"make_store": make_store, "resume": resume, "allowed": allowed, "warns": warns}
+    return DirectoryRecording(directory, loggers, **parts)
 
 
 @contextmanager
@@ -353,6 +326,7 @@ def recorded(
     record: Mapping[str, Any],
     texts: Mapping[str, str],
     outcome: Callable[[], dict[str, Any]],
+    subject: Subject | None = None,
 ) -> Generator[None]:
     """Opens a recording, and closes it whatever happens.
 
@@ -361,16 +335,15 @@ def recorded(
         record: the run's resolved configuration.
         texts: what to keep as text files, by file name.
         outcome: gives `status`, and facts, of a run that came to its end.
+        subject: what its identity was found from.
     """
     try:
-        recording.open(record, texts)
+        recording.open(record, texts, subject)
         yield
     except BaseException as error:
-        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        reason = f"{type(error).__name__}: {error}"
         try:
-            recording.close(**{**outcome(), "status": status, "reason": reason})
-        except Exception as also:
+            recording.close(**{**outcome(), **ending(error)})
+        except Exception as also:  # what ended the run stays the error
             error.add_note(f"When the run was closed: {type(also).__name__}: {also}")
         raise
     recording.close(**outcome())

@@ -13,7 +13,7 @@ from distaff.callbacks import StepInfo
 from distaff.checkpoint import MemoryStore, Store
 from distaff.data import SINGLE, Chunk, Loader, Stream, num_batches, sources
 from distaff.data.left_out import Stretch, left_out, num_drawn
-from distaff.diagnosis import diagnose, replay
+from distaff.diagnosis import OUT_OF_RANGE, diagnose, replay
 from distaff.errors import CheckpointError, ConfigError, NonFiniteError
 from distaff.events import BadNumbers, Plan
 from distaff.measured import StepFn
@@ -36,6 +36,11 @@ _MIN_REST = 4
 
 _REMEDY = (
     "Lower the learning rate, clip gradients (OptimizerConfig(clip_norm=1.0)), or look at the data."
+)
+
+_INDEX_REMEDY = (
+    "Look at the batch for indices, such as labels or tokens, that are negative or too large. "
+    "ctx.check_indices in the loss names the batch that holds one."
 )
 
 
@@ -149,7 +154,8 @@ class Recovering(WarmStart):
             "skip": f" max_skips={self.config.max_skips} bad steps before it have been skipped.",
             "raise": f" Or go on: {option}='skip' or 'rollback'.",
         }
-        return NonFiniteError(f"{account}{self._kept()} {_REMEDY}{further.get(policy, '')}")
+        remedy = _INDEX_REMEDY if OUT_OF_RANGE in account else _REMEDY
+        return NonFiniteError(f"{account}{self._kept()} {remedy}{further.get(policy, '')}")
 
     def _batch_of(self, bad: BadStep) -> int:
         """Returns which batch of the epoch a step was trained on, counted from 0."""

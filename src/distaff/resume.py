@@ -7,35 +7,38 @@ resumes, and the log is cut to where it stood.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import Any
-
-import numpy as np
 
 from distaff.callbacks import StepInfo
 from distaff.checkpoint import Store
 from distaff.checkpoint.failure import warned
-from distaff.data import Loader
+from distaff.data import Loader, unlimited
 from distaff.data.left_out import Stretch
 from distaff.errors import ChangedBatchesError, CheckpointError
 from distaff.events import BadNumbers, Interrupted, Pause, given
 from distaff.forms import continued
 from distaff.guard import form_of, shown
 from distaff.interruption import Interruption
-from distaff.metrics import as_json, compute
-from distaff.ranking import kept, placed
+from distaff.metrics import as_json, as_numbers, compute
+from distaff.ranking import best_from_json, best_json, kept, placed
 from distaff.report import Report
 from distaff.rows import BadStep
+from distaff.state import TrainState, is_intact
 from distaff.tally import Tally
-from distaff.trainer_config import Best, TrainResult
+from distaff.trainer_config import Best
 from distaff.training import Training
 from distaff.vitals import all_finite
+from distaff.warn import warn
 from distaff.watchdog import Watchdog
 from distaff.weights import EVALUATION_PARAMS
 
 
 class Resumable(Training):
     """A training that can be saved at any step, and goes on from where it was saved."""
+
+    _taken_up: tuple[TrainState, int, int] | None = None
 
     def listening(self) -> Interruption:
         """Returns what hears of reasons to end or to save a run, to be entered."""
@@ -165,6 +168,16 @@ class Resumable(Training):
         self.unsaved = self.facts({}, None)
         return compute(shown(self.tally.total or {}, self.config), "train/")
 
+    def take_up(self) -> None:
+        """Loads the state of a resumed run, so that `on_training_start` has its step and arrays.
+
+        The rest follows in `go_on`: what that hook changes is not what was saved.
+        """
+        found, store = self.recording.found, self.recording.store
+        if found is not None:
+            self.restore(store, found.step, self.saved_members(store.info(found.step)))
+            self._taken_up = (self.ready_state(), self.step, self.epoch)
+
     def go_on(self) -> StepInfo | None:
         """Goes to where a resumed run was saved; returns what `on_checkpoint` was told there."""
         saved, found = None, self.recording.found
@@ -172,6 +185,8 @@ class Resumable(Training):
             saved = self.put_back(self.recording.store, found.step)
             self.recording.confirm(self.run_record)
             self.show(found.text(self.epoch))
+        elif self.recording.remark:
+            self.show(self.recording.remark)
         self.first_step, self.reached = self.step, (self.step, self.epoch)
         return saved
 
@@ -196,31 +211,6 @@ class Resumable(Training):
         """Takes over the form of the steps that a run has chosen before it was interrupted."""
         self.forms = self._steps.forms = continued(self.forms, facts)
 
-    def result(self, metrics: dict[str, Any]) -> TrainResult:
-        """Returns how a run that came to its end stands."""
-        return TrainResult(
-            status=self._status(),
-            reason=self.interrupted_by or self.stop_reason or "",
-            step=self.reached[0],
-            epoch=self.reached[1],
-            metrics=metrics,
-            best=self.best,
-            path=self.recording.path,
-        )
-
-    def _status(self) -> str:
-        if self.interrupted_by:
-            return "interrupted"
-        return self.callbacks.stop_status if self.stop_reason else "finished"
-
-    def outcome(self) -> dict[str, Any]:
-        """Returns what `result` does, as it is written into the run's status."""
-        facts = self.result(self.last_metrics)._asdict()
-        del facts["path"]
-        best = None if self.best is None else self.best._asdict()
-        report, form = self.report or Report(self.ledger.read()), self.forms.facts()
-        return {**facts, "best": best, "steps_per_call": form, "throughput": report.facts()}
-
     def facts(self, metrics: Mapping[str, Any], is_best: bool | None) -> dict[str, Any]:
         """Returns what a resume needs beside the arrays, as strict JSON.
 
@@ -235,9 +225,7 @@ class Resumable(Training):
             "epoch": self.epoch,
             "metrics": as_json(metrics),
             "best_steps": [model.step for model in self.best_models],
-            "best_models": [
-                {**model._asdict(), "metrics": as_json(model.metrics)} for model in self.best_models
-            ],
+            "best_models": [best_json(model) for model in self.best_models],
             "is_best": is_best,
             "provisional": is_best is None,
             # At the end of an epoch, what it has given is in the log.
@@ -280,80 +268,79 @@ class Resumable(Training):
             CheckpointError: it cannot be read, or is of another model or another data set.
         """
         info = store.info(step)
-        self.restore(store, step, self.saved_members(info))
-        try:
+        taken_up, self._taken_up = self._taken_up, None
+        if taken_up is not None and is_intact(taken_up[0]):
+            self.state, self.step, self.epoch = taken_up
+        else:
+            self.restore(store, step, self.saved_members(info))
+        with explained(step):
             self.num_skipped = int(info.get("num_skipped", 0))
             self.left_out = [Stretch(*map(int, each)) for each in info.get("left_out", ())]
             self.tally = Tally.from_json(info["tally"], self._steps.columns)
             first_step, first_epoch = info["begun_at"]
             self.begun_at = int(first_step), int(first_epoch)
-            # One that is no longer there, after going back to an earlier step, cannot be loaded.
-            steps = store.steps()
-            there = [model for model in _best_models(info) if model.step in steps]
-            self.best_models = kept(there, self.config.keep_best)
-            self.last_metrics = dict(_numbers(info["last_metrics"]))
-            self.callbacks.stop_reason, self.callbacks.stop_status = info["stop"]
-            callbacks = self.callbacks.callbacks
-            _check_same("callbacks", len(info["callbacks"]), len(callbacks))
-            for callback, state in zip(callbacks, info["callbacks"], strict=True):
-                callback.set_state(state)
-            self._go_to(info["loader"], self.plan.train_loader, "train")
+            self.bring_back(info, store)
+            self.go_to(info["loader"], self.plan.train_loader, "train")
             if val and info["val_loader"] is not None and self.plan.val_loaders:
-                self._go_to_validation(info["val_loader"])
+                self.go_to_validation(info["val_loader"])
             self.keep_form(info["steps_per_call"])
             self.recording.logger.resume(step, info["logger"])
-            is_best, metrics = info["is_best"], dict(_numbers(info["metrics"]))
-        except Exception as error:  # a callback of the user's own may fail in its own way
-            reason = str(error).rstrip(".")
-            raise CheckpointError(
-                f"The run cannot go on from its checkpoint of step {step}: {reason}. Start it with "
-                "the code, the data and the callbacks that it was started with, or anew: "
-                "resume='never'."
-            ) from error
+            is_best, metrics = info["is_best"], dict(as_numbers(info["metrics"]))
         if is_best is None:
             return None
         self.tally = Tally(self.tally.epoch + 1)
         return self.info(metrics, is_best)
 
-    def _go_to_validation(self, saved: Mapping[str, Any]) -> None:
+    def bring_back(self, info: Mapping[str, Any], store: Store) -> None:
+        """Takes back the best models, the last metrics, and what callbacks remember."""
+        # One that is no longer there, after going back to an earlier step, cannot be loaded.
+        steps = store.steps()
+        there = [model for model in best_from_json(info) if model.step in steps]
+        self.best_models = kept(there, self.config.keep_best)
+        self.last_metrics = dict(as_numbers(info["last_metrics"]))
+        self.callbacks.stop_reason, self.callbacks.stop_status = info["stop"]
+        callbacks = self.callbacks.callbacks
+        _check_same("callbacks", len(info["callbacks"]), len(callbacks))
+        for callback, state in zip(callbacks, info["callbacks"], strict=True):
+            callback.set_state(state)
+
+    def go_to_validation(self, saved: Mapping[str, Any], own: Any = None) -> None:
+        """Puts the validation loaders where they were; of several, only those in `own` if given."""
         loaders = {n.removeprefix("val_"): each for n, each in self.plan.val_loaders.items()}
         positions = {"val": saved} if "val" in self.plan.val_loaders else saved
         _check_same("validation sets", sorted(positions), sorted(loaders))
         for name, loader in loaders.items():
-            self._go_to(positions[name], loader, name if name == "val" else f"val_{name}")
+            if own is not None and not any(unlimited(loader) is each for each in own):
+                continue
+            self.go_to(positions[name], loader, name if name == "val" else f"val_{name}")
 
-    def _go_to(self, position: Mapping[str, Any], loader: Loader, name: str) -> None:
+    def go_to(self, position: Mapping[str, Any], loader: Loader, name: str) -> None:
+        """Puts a loader where it was."""
         try:
             loader.set_state(position)
         except ChangedBatchesError as error:
             if not self.config.allow_inexact_resume:
                 raise ChangedBatchesError(f"the {name} loader: {error}") from error
             loader.set_state(loader.get_state())  # it stands where it shall
-            self.show(
-                f"the resume is inexact: the {name} loader does not yield the same batches again"
-            )
+            line = f"the resume is inexact: the {name} loader does not yield the same batches again"
+            self.show(line)
+            warn(line, stacklevel=2)
+
+
+@contextmanager
+def explained(step: int) -> Generator[None]:
+    """Turns what is wrong with the facts of a checkpoint into an error that names it."""
+    try:
+        yield
+    except Exception as error:  # a callback of the user's own may fail in its own way
+        reason = str(error).rstrip(".")
+        raise CheckpointError(
+            f"The run cannot go on from its checkpoint of step {step}: {reason}. Start it with "
+            "the code, the data and the callbacks that it was started with, or anew: "
+            "resume='never'."
+        ) from error
 
 
 def _check_same(what: str, saved: Any, here: Any) -> None:
     if saved != here:
         raise ValueError(f"its {what} were {saved}, and are {here}")
-
-
-def _best_models(info: Mapping[str, Any]) -> list[Best]:
-    """Returns the best models that a checkpoint names, best first."""
-    models = info.get("best_models")
-    if models is None:  # a checkpoint of the time when only one was kept
-        models = [] if info["best"] is None else [info["best"]]
-    return [
-        Best(int(model["step"]), int(model["epoch"]), dict(_numbers(model["metrics"])))
-        for model in models
-    ]
-
-
-def _numbers(value: Any) -> Any:
-    """Returns what `as_json` was made of: text is what JSON has no number for."""
-    if isinstance(value, Mapping):
-        return {name: _numbers(each) for name, each in value.items()}
-    if isinstance(value, list):
-        return np.asarray(value, np.float64)
-    return float(value) if isinstance(value, str) else value

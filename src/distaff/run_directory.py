@@ -53,6 +53,8 @@ class RunDirectory:
     def __init__(self, root: Path | str = "runs", name: str = "run") -> None:
         # Absolute: a relative root stays where it was when the program changes its directory.
         self._parent = as_path(root, "root") / _checked(name)
+        self.name = name
+        self.marks: dict[str, Any] = {}
         self._path: Path | None = None
         self._counted = False
 
@@ -79,6 +81,11 @@ class RunDirectory:
     def created(self) -> bool:
         """Whether the directory exists, so that files can be written."""
         return self._path is not None
+
+    @property
+    def root(self) -> Path:
+        """The absolute path of the directory that holds all runs."""
+        return self._parent.parents[self.name.count("/")]
 
     @property
     def path(self) -> Path:
@@ -214,7 +221,8 @@ class RunDirectory:
             self._counted = True
             starts += 1
         times = {"started": started, "ended": None if status == "running" else now}
-        self.write_json("status.json", {"status": status, **times, "starts": starts, **facts})
+        known = {"status": status, **times, "starts": starts, **self.marks}
+        self.write_json("status.json", {**known, **facts})
 
     def unfinished(self) -> list[Path]:
         """Returns the versions after the last one that ended, the newest first.
@@ -228,12 +236,19 @@ class RunDirectory:
         """
         found = []
         for path in _versions(self._parent):
-            status = _noted_status(path)
-            if status in _UNFINISHED:
-                found.append(path)
-            elif status is not None:
+            status = noted_status(path)
+            if status is not None and status["status"] not in _UNFINISHED:
                 break
+            found += [] if status is None else [path]
         return found
+
+    def versions(self) -> list[Path]:
+        """Returns the directories of all runs of this name, the newest first.
+
+        Raises:
+            RunDirectoryError: the directory of all versions cannot be read.
+        """
+        return _versions(self._parent)
 
     def left_over(self) -> list[Path]:
         """Returns the newest versions that hold nothing, the oldest first.
@@ -321,20 +336,27 @@ def _is_part(name: str) -> bool:
     return name.startswith(".") and name.endswith(".tmp")
 
 
-def _noted_status(path: Path) -> str | None:
-    """Returns the status of a version; "running" where it is lost and there are checkpoints."""
+def noted_status(path: Path) -> dict[str, Any] | None:
+    """Returns what `status.json` of a run holds, its status at least.
+
+    Args:
+        path: the directory of the run.
+
+    Returns:
+        The status "running" where the file is damaged or missing, and there are checkpoints; None
+        without.
+    """
     problem = ""
     try:
         status = RunDirectory.open(path).read_json("status.json")
-        named = status.get("status") if isinstance(status, dict) else None
-        if named in STATUSES:
-            return named
+        if isinstance(status, dict) and status.get("status") in STATUSES:
+            return status
         problem = f"the status in {str(path / 'status.json')!r} is unknown"
     except RunDirectoryError as error:
         problem = str(error)
     if any((path / "checkpoints").glob("step_*")):
         _log.warning("%s counts as unfinished, since it has checkpoints: %s", path, problem)
-        return "running"
+        return {"status": "running"}
     if (path / "status.json").exists():  # else it is only being made, or was left at once
         _log.warning("%s cannot be continued: %s", path, problem)
     return None

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from distaff import slot
+from distaff.digest import named_scope
 from distaff.errors import StateError, leaf_name, nearest
 from distaff.typing import Key, Params, PyTree
 
@@ -164,13 +165,11 @@ class TrainState(_FrozenPyTree):
         self._check_members(members, reserved=("step", "params", "opt_state"))
         _check_gradients(grads, self.params)
         offered = {"value": value, "value_fn": value_fn, **(optimizer_args or {})}
-        updates, opt_state = slot.update(self.tx, grads, self.opt_state, self.params, offered)
+        with named_scope("optimizer"):
+            updates, opt_state = slot.update(self.tx, grads, self.opt_state, self.params, offered)
+            params = optax.apply_updates(self.params, updates)
         return dataclasses.replace(
-            self,
-            step=self.step + 1,
-            params=optax.apply_updates(self.params, updates),
-            opt_state=opt_state,
-            **members,
+            self, step=self.step + 1, params=params, opt_state=opt_state, **members
         )
 
     def arrays(self) -> dict[str, PyTree]:
@@ -189,6 +188,12 @@ class TrainState(_FrozenPyTree):
                     f"{cls.__name__} has no member {name!r} to set here. {nearest(name, known)} "
                     f"To add a member, subclass it: class MyState({cls.__name__}): {name}: ..."
                 )
+
+
+def is_intact(state: TrainState) -> bool:
+    """Whether no array of a state was donated or deleted."""
+    leaves = jax.tree.leaves(state.arrays())
+    return not any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves)
 
 
 def _check_params(params: Params) -> None:

@@ -15,9 +15,11 @@ import numpy as np
 from distaff import metrics as metrics_lib
 from distaff.context import Context
 from distaff.data import num_examples
-from distaff.errors import BatchError, LossError, leaf_name
+from distaff.digest import named_scope
+from distaff.errors import BatchError, LossError, MaskError, leaf_name
 from distaff.measured import StepFn, reduced
 from distaff.metrics import Mean, Metric, PerExample
+from distaff.optim.plateau import with_plateaus_kept
 from distaff.state import TrainState
 from distaff.typing import Batch, Key, Params
 
@@ -58,7 +60,8 @@ def train_step(loss_fn: LossFn, *, augment: AugmentFn | None = None) -> StepFn:
 
         def objective(params: Params) -> tuple[jax.Array, tuple[dict[str, Metric], dict[str, Any]]]:
             ctx = Context(state, train=True)
-            loss, metrics = _declared(loss_fn(params, batch, ctx), size, ctx)
+            with named_scope("loss"):
+                loss, metrics = _declared(loss_fn(params, batch, ctx), size, ctx)
             if ctx.penalty is not None:
                 loss, metrics = _penalized(loss, metrics, ctx.penalty, size)
             return loss, (reduced(metrics, jnp.ones(size, bool)), ctx.changed)
@@ -66,10 +69,10 @@ def train_step(loss_fn: LossFn, *, augment: AugmentFn | None = None) -> StepFn:
         (loss, (metrics, changed)), grads = jax.value_and_grad(objective, has_aux=True)(
             state.params
         )
-        state = state.apply_gradients(
+        after = state.apply_gradients(
             grads=grads, value=loss, value_fn=lambda params: objective(params)[0], **changed
         )
-        return state, metrics
+        return with_plateaus_kept(state, after, metrics["loss"]), metrics
 
     return step
 
@@ -103,10 +106,6 @@ class TrainStep:
         )
 
 
-class MaskError(LossError):
-    """A mask meets metrics that are not values per example."""
-
-
 class EvalStep:
     """An evaluation step: `(state, batch, mask) -> metrics`, without gradient or update.
 
@@ -125,22 +124,35 @@ class EvalStep:
         Raises:
             MaskError: a mask is given and the loss or a metric is not one value per example.
         """
-        size = num_examples(batch)
-        metrics = self._outputs(state, batch)
-        fixed = [name for name, value in metrics.items() if not isinstance(value, PerExample)]
-        if mask is not None and fixed:
-            raise MaskError(f"Only values per example can be masked; {fixed} are reduced already.")
-        return reduced(metrics, jnp.ones(size, bool) if mask is None else mask)
+        metrics = self.outputs(state, batch)
+        if mask is None:
+            return reduced(metrics, jnp.ones(num_examples(batch), bool))
+        return reduced(per_example(metrics), mask)
 
-    def _outputs(self, state: TrainState, batch: Batch) -> dict[str, Metric | PerExample]:
+    def outputs(self, state: TrainState, batch: Batch) -> dict[str, Metric | PerExample]:
+        """Returns the loss and the metrics of a batch, before any of them is reduced."""
         ctx = Context(state, train=False)
         return _declared(self._loss_fn(state.params, batch, ctx), num_examples(batch), ctx)[1]
+
+
+def per_example(metrics: Mapping[str, Metric | PerExample]) -> dict[str, PerExample]:
+    """Returns metrics that are all values per example, and can be masked.
+
+    Raises:
+        MaskError: one is not.
+    """
+    values = {name: each for name, each in metrics.items() if isinstance(each, PerExample)}
+    if len(values) < len(metrics):
+        fixed = [name for name in metrics if name not in values]
+        raise MaskError(f"Only values per example can be masked; {fixed} are reduced already.")
+    return values
 
 
 def _augmented(augment: AugmentFn, state: TrainState, batch: Batch, size: int) -> Batch:
     """Returns what `augment` makes of a batch: all its leaves, maybe others, as many examples."""
     key = jax.random.fold_in(Context(state, train=True).rng, _AUGMENTATION)
-    returned = augment(batch, key)
+    with named_scope("augmentation"):
+        returned = augment(batch, key)
     leaves = {leaf_name(path): leaf for path, leaf in jax.tree.leaves_with_path(returned)}
     rule = f"augment(batch, key) returns all leaves of its batch, each with {size} examples"
     for path, _ in jax.tree.leaves_with_path(batch):
@@ -183,7 +195,7 @@ def _declared(
     metrics.update({name: metrics_lib.declare(name, value, size) for name, value in extra.items()})
     if isinstance(metrics["loss"], PerExample):
         return _scalar(metrics["loss"].reduce(jnp.ones(size, bool))), metrics
-    return jnp.asarray(loss), metrics
+    return metrics_lib.floating(loss), metrics
 
 
 def _scalar(mean: Any) -> jax.Array:

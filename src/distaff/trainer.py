@@ -32,6 +32,7 @@ from distaff.hooks import Hooks
 from distaff.measured import StepFn, measured
 from distaff.optim import build_optimizer
 from distaff.recording import recorded
+from distaff.rehearsal import rehearsed
 from distaff.rows import WindowEnd
 from distaff.state import owned
 from distaff.step import EvalFn, EvalStep
@@ -126,7 +127,7 @@ class TrainerModule(Hooks, Checked):
         tx, self.schedule = build_optimizer(self.optimizer, total_steps)
         # A second run goes on from the model that the first has led to.
         state = self.evaluation_state()
-        opt_state = self.execution.once(tx.init)(state.params)
+        opt_state = self.execution.once(lambda params: tx.init(params))(state.params)
         guard = make_guard(self.config)
         self.state = owned(state.replace(tx=tx, opt_state=opt_state, guard=guard))
 
@@ -138,6 +139,8 @@ class TrainerModule(Hooks, Checked):
         *,
         num_epochs: int,
         steps_per_epoch: int | None = None,
+        key: str | None = None,
+        rerun: bool = False,
     ) -> TrainResult:
         """Trains, validates, keeps the best model, and tests it.
 
@@ -153,6 +156,10 @@ class TrainerModule(Hooks, Checked):
             num_epochs: epochs to train.
             steps_per_epoch: cuts epochs of this many steps; needed for a loader without length
                 under a schedule that depends on it.
+            key: names the run within a program, such as `"fold-0"`. A run of the same name and
+                key that is finished, and the same, is loaded instead of trained again, at any
+                start; one that is unfinished is resumed, and no run of another key.
+            rerun: whether to train again what is finished.
 
         Returns:
             How it ended. The trainer holds the best weights afterwards.
@@ -169,19 +176,22 @@ class TrainerModule(Hooks, Checked):
             after_epoch=self.epoch,
         )
         test = None if test_loader is None else as_loader(test_loader, name="test")
-        made = (train_loader, unlimited(plan.train_loader)), (test_loader, test)
+        made = [(train_loader, unlimited(plan.train_loader)), (test_loader, test)]
+        made += made_of(val_loader, plan)
         test = None if test is None else limited(test, self.config.most_batches)
-        with (
-            closing_made(*made, *made_of(val_loader, plan)),
-            self.listening(),
-            closing(self.display),
-        ):
+        with closing_made(*made), self.listening(), closing(self.display):
             self.begin(plan)
             self.prepare(plan, test)
             epochs = {"num_epochs": plan.num_epochs, "steps_per_epoch": plan.steps_per_epoch}
-            self.run_record = self.record(first_epoch=plan.first_epoch, **epochs)
+            subject = self.subject(plan)
+            self.run_record = self.record(
+                first_epoch=plan.first_epoch, **epochs, identity=subject and subject.identity()
+            )
             texts = {"model.txt": as_text(self.table)}
-            recording = recorded(self.recording, self.run_record, texts, self.outcome)
+            done = self.recording.finished(self.run_record, subject, key=key, rerun=rerun)
+            if done is not None:
+                return self.load_finished(done, made)
+            recording = recorded(self.recording, self.run_record, texts, self.outcome, subject)
             with recording, self.watching(), self.explaining():
                 self.has_run = True
                 metrics = self._run(plan, test)
@@ -208,6 +218,14 @@ class TrainerModule(Hooks, Checked):
         """
         ledger = self.ledger
         self.begin_epoch(epoch)
+        self.forms = rehearsed(
+            self._steps,
+            self.ready_state(),
+            self.feeds,
+            train_loader,
+            directory=self.recording.path,
+            remember=self.config.tune_process,
+        )
         with closing(self.training_chunks(train_loader)) as chunks, self.around_epoch() as guard:
             events = loop.steps(
                 self._steps,
@@ -232,7 +250,7 @@ class TrainerModule(Hooks, Checked):
         """Evaluates the model over a loader: every example once, nothing changed.
 
         Args:
-            loader: any iterable of batches; the first is the largest.
+            loader: any iterable of batches, of any sizes.
             prefix: put before each metric's name: `"val/"` gives `val/loss`.
 
         Returns:
@@ -244,19 +262,10 @@ class TrainerModule(Hooks, Checked):
         """
         with self.ledger.spent("evaluation"):
             state, name = self.evaluation_state(), prefix.rstrip("/") or "evaluate"
-            with self.chunks(loader, name, even=self._evaluator.masks is True) as chunks:
+            with self.chunks(loader, name, even=self._evaluator.may_pad(state)) as chunks:
                 metrics = self._evaluator(state, chunks)
             self.check_values(metrics, name)
             return metrics_lib.compute(metrics, prefix)
-
-    def save_metrics(self, name: str, metrics: Mapping[str, Any]) -> None:
-        """Writes metrics to `metrics/<name>.json` in the run directory.
-
-        Raises:
-            StateError: nothing has been trained yet.
-        """
-        self.check_run()
-        self.recording.save_metrics(name, metrics_lib.as_json(metrics))
 
     def save_model(self, metrics: Mapping[str, Any], is_best: bool) -> None:
         """Hands the whole state to the checkpoint store, which writes in the background.
@@ -286,6 +295,7 @@ class TrainerModule(Hooks, Checked):
             self.recording = self.init_logger()
         steps_per_epoch = plan.steps_per_epoch or num_batches(plan.train_loader)
         total = None if steps_per_epoch is None else steps_per_epoch * plan.num_epochs
+        self.total_steps = total
         self.init_optimizer(total)
         self._steps = make_steps(
             self.execution,
@@ -327,5 +337,6 @@ class TrainerModule(Hooks, Checked):
             self.save_metrics("test", test_metrics)
             self.recording.logger.log_metrics(test_metrics, step=self.step, epoch=self.epoch)
             metrics.update(test_metrics)
+        self.last_metrics = metrics
         self.show_result(metrics)
         return metrics

@@ -33,8 +33,10 @@ class TrainerConfig:
         check_val_every_n_epoch: epochs between validations, and between checkpoints.
         log_every_n_steps: steps per line of training metrics in the log.
         steps_per_call: steps that run as one program: more of them cost the host less. "auto"
-            measures in the first steps whether that is faster, and how many; where a callback
-            watches steps, it is 1.
+            estimates a good number from the operations of a step and the shapes of its arrays, so
+            that equal runs have equal numbers; on the CPU it is 1 for a model with convolutions.
+            "measure" times both forms before the first step, on a copy of the state, and the run
+            keeps the faster one. Both are 1 where a callback watches steps.
         keep_last: newest checkpoints to keep, beside the best. Older ones are removed once a new
             one is in place.
         keep_best: how many of the best models' checkpoints to keep, at least 1.
@@ -48,15 +50,18 @@ class TrainerConfig:
         on_failed_log: what a logger of your own that raises an error leads to, such as one whose
             server is away: "warn" warns, leaves a gap there and tries the next call; "raise" ends
             the run.
-        resume: what a start does with a run of the same name that did not come to its end. "auto"
-            goes on with the newest one of the same seed, model and optimizer, from its newest
-            valid checkpoint; "must" goes on whatever is other now, and is an error where there is
-            none; "never" begins a new run. A number goes on from the checkpoint of that step.
+        resume: whether to resume an unfinished run of the same name. "auto" resumes the same run
+            only: of the same training step, data, seed and start weights; anything else begins a
+            new run, and a line says what changed. "must" raises an error where there is none, or
+            where something changed; "never" begins a new run. A number resumes as "must" does,
+            from the checkpoint of that step.
         save_every: about how much time lies between two checkpoints within an epoch, beside those
             at its end: what is lost at most where a machine dies. None for no such checkpoints.
         allow_inexact_resume: go on also with a loader that is read anew and yields other batches
             than before, so that examples are missed or seen twice; a line then says so. By default
             this is an error.
+        allow_changes: under `resume="must"` or a number, resume a run although something changed,
+            such as the loss or the data; a warning lists all of it.
         max_time: the longest a run may last, such as "3h30m", a number of seconds, or a
             `timedelta`. It is then saved, and ends as interrupted.
         on_bad_numbers: what a step leads to that makes the loss, or a number of the state, NaN or
@@ -102,7 +107,7 @@ class TrainerConfig:
     seed: int = 42
     check_val_every_n_epoch: int = 1
     log_every_n_steps: int = 50
-    steps_per_call: int | Literal["auto"] = "auto"
+    steps_per_call: int | Literal["auto", "measure"] = "auto"
     keep_last: int = 2
     keep_best: int = 1
     keep_every: int | None = None
@@ -111,6 +116,7 @@ class TrainerConfig:
     resume: Literal["auto", "must", "never"] | int = "auto"
     save_every: str | float | None = "10m"
     allow_inexact_resume: bool = False
+    allow_changes: bool = False
     max_time: str | float | None = None
     on_bad_numbers: BadNumbersPolicy = "raise"
     on_loss_spike: SpikePolicy = "ignore"
@@ -136,7 +142,9 @@ class TrainerConfig:
         for name in ("keep_every", "limit_batches", "overfit_batches"):
             if getattr(self, name) is not None:
                 whole(name, getattr(self, name))
-        if self.steps_per_call != "auto":
+        if isinstance(self.steps_per_call, str):
+            check_choice("steps_per_call", self.steps_per_call, Literal["auto", "measure"])
+        else:
             whole("steps_per_call", self.steps_per_call)
         check_choice("recompile", self.recompile, Recompile)
         check_choice("on_bad_numbers", self.on_bad_numbers, BadNumbersPolicy)
@@ -244,6 +252,8 @@ class TrainResult(NamedTuple):
             (`test/`); those of the last epoch that ended, if it was interrupted.
         best: the best model; None without validation, or if none could be written.
         path: the run directory; None if nothing is written.
+        first_step: completed updates when this call began; `step` where it has trained nothing,
+            because a run that it resumed, or found finished, had nothing left to train.
     """
 
     status: str
@@ -253,3 +263,4 @@ class TrainResult(NamedTuple):
     metrics: dict[str, Any]
     best: Best | None
     path: Path | None
+    first_step: int = 0

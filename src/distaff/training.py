@@ -19,7 +19,7 @@ from distaff.devices import check_one_process, idle_devices
 from distaff.display import rows_by_split
 from distaff.errors import ConfigError, StateError
 from distaff.events import BadNumbers, ChunkEnd, Interrupted, Plan
-from distaff.forms import Fixed, Forms
+from distaff.forms import Choice, fixed
 from distaff.fuse import Steps
 from distaff.guard import Flags, shown
 from distaff.interruption import Interruption
@@ -29,6 +29,7 @@ from distaff.metrics import compute, results
 from distaff.metrics.limits import Breach
 from distaff.monitor import Monitor
 from distaff.optim import OptimizerConfig, OptimizerLike, make_rates
+from distaff.padding import MayPad
 from distaff.predictor import Predictor
 from distaff.record import make_record
 from distaff.recording import NullRecording, Recording, make_recording
@@ -87,7 +88,7 @@ class Training(Predictor):
         self.schedule: Schedule | None = None
         self.last_metrics: dict[str, Any] = {}
         self.has_run = False
-        self.forms: Forms = Fixed(1)
+        self.forms: Choice = fixed(1)
         self.feeds, self.ledger = Feeds(), Ledger()
         self.evaluation_watch = self.make_watch()
         self.report: Report | None = None
@@ -99,8 +100,10 @@ class Training(Predictor):
     def init_logger(self) -> Recording:
         """Returns where metrics, checkpoints and configuration go; nothing is written yet."""
         name = self.config.name or type(self).__name__.lower()
-        # A trainer that has trained already goes on from there, and not from another run.
-        resume = "never" if self.step else self.config.resume
+        # What a trainer that has trained already does next needs no run to be there.
+        resume = self.config.resume
+        if self.step and resume != "never":
+            resume = "auto"
         return make_recording(self.config, name, self.loggers, resume=resume)
 
     @property
@@ -157,7 +160,7 @@ class Training(Predictor):
         self.begun_at, self.unsaved, self.last_save = (self.step, self.epoch), None, None
         self.left_out, self.num_skipped, self.tally = [], 0, Tally(plan.first_epoch)
         self.best_models, self.callbacks.stop_reason, self.last_metrics = (), None, {}
-        self.has_run, self.ledger, self._form_is_shown = False, Ledger(), False
+        self.has_run, self.ledger = False, Ledger()
         self._untrained, self._rates, self.report, self.interrupted_by = None, None, None, ""
         self.display.start(plan.last_epoch, plan.steps_per_epoch or num_batches(plan.train_loader))
         self.display.compiling("the model")
@@ -187,20 +190,19 @@ class Training(Predictor):
         return self.feeds.of(loader, name="train").epoch(
             lambda: forms.form,
             self.plan.steps_per_epoch,
-            steady=lambda: not forms.measuring,
             keep_place=True,
             done=num_drawn(tally.steps, without),
             without=without,
         )
 
     @contextmanager
-    def chunks(self, loader: Any, name: str, *, even: bool) -> Generator[Iterator[Chunk]]:
+    def chunks(self, loader: Any, name: str, *, even: MayPad) -> Generator[Iterator[Chunk]]:
         """Goes once through a loader, in chunks, with its progress shown.
 
         Args:
             loader: any iterable of batches.
             name: what errors and the display call it.
-            even: whether a short batch may be padded; see `Feed.repeated`.
+            even: whether short batches may be padded; see `Feed.repeated`.
         """
         self.evaluation_watch.expect(loader, num_shapes=num_shapes(loader))
         loader = as_loader(loader, name=name)
@@ -246,10 +248,7 @@ class Training(Predictor):
         """Takes over the new state, and tells display and callbacks."""
         if self.step == self.first_step:
             self.display.running()
-            self.show(self.ledger.read().compiled())
-        if not (self._form_is_shown or self.forms.measuring) and self.forms.describe():
-            self._form_is_shown = True
-            self.show(f"steps as programs: {self.forms.describe()}")
+            self.show(f"{self.ledger.read().compiled()}; {self.forms.describe()}")
         self.state, self.step = event.state, event.step
         self.tally.steps += event.num_steps
         self.watchdog.beat("a step", event.step)
@@ -322,8 +321,8 @@ class Training(Predictor):
             warn(
                 f"{missing} in the first {num_steps} steps. Either the loss does not depend on its "
                 "argument `params`: a loss that reads state.params instead has zero gradients. Or "
-                "the learning rate is zero, every parameter frozen, or gradients accumulate for "
-                "longer than that.",
+                "the learning rate is zero, every parameter frozen, every example without weight, "
+                "or gradients accumulate for longer than that.",
                 stacklevel=2,
             )
 

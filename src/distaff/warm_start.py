@@ -8,15 +8,15 @@ from typing import Any
 
 from distaff.callbacks import StepInfo
 from distaff.errors import DistaffError
+from distaff.finished import Reloadable
 from distaff.models import LoraModel
 from distaff.recording import DirectoryRecording
-from distaff.resume import Resumable
 from distaff.typing import Batch
 from distaff.weights import as_init_from, export_weights, loaded
 from distaff.weights.names import as_variables
 
 
-class WarmStart(Resumable):
+class WarmStart(Reloadable):
     """A training that may begin with weights from elsewhere, and gives its own away.
 
     Args:
@@ -102,6 +102,4 @@ class WarmStart(Resumable):
     def _may_go_on(self) -> bool:
         """Whether there may be a run to go on with, whose checkpoint then has the weights."""
         recording = self.recording
-        if self.config.resume == "never" or not isinstance(recording, DirectoryRecording):
-            return False
-        return not recording.directory.created and bool(recording.directory.unfinished())
+        return isinstance(recording, DirectoryRecording) and recording.may_resume

@@ -205,5 +205,5 @@ def test_run_goes_on_bit_for_bit(tmp_path):
         train("cut", 7)
     resumed = train("cut", None)
     (log,) = (tmp_path / "cut").glob("*/0001/log.txt")
-    assert log.read_text().count("going on from") == 1
+    assert log.read_text().count("from its checkpoint of step") == 1
     assert_batches_equal(resumed.state.params, whole.state.params)

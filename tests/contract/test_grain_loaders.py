@@ -157,7 +157,7 @@ def test_run_goes_on_bit_for_bit(make):
     with pytest.raises(InterruptError):
         train(make(), make(), root="cut", callbacks=[Break(6)], **OPTIONS)
     resumed = train(make(), make(), root="cut", callbacks=[Break(None)], **OPTIONS)
-    assert Path("cut/grain/0001/log.txt").read_text().count("going on from") == 1
+    assert Path("cut/grain/0001/log.txt").read_text().count("from its checkpoint of step") == 1
     assert resumed.step == whole.step
     assert_batches_equal(resumed.state.params, whole.state.params)
 

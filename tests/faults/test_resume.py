@@ -198,7 +198,10 @@ def test_run_of_each_format_goes_on(name: str, tmp_path: Path) -> None:
 def test_run_goes_on_with_other_options_which_are_named(tmp_path: Path) -> None:
     first = trained(tmp_path, epochs=2)
     (first.path / "status.json").write_text('{"status": "interrupted"}')
-    second = trained(tmp_path, epochs=3, resume=2, seed=7)
+    with pytest.raises(CheckpointError, match=r"options.seed: 42 -> 7(.|\n)*allow_changes=True"):
+        trained(tmp_path, epochs=3, resume=2, seed=7)
+    with pytest.warns(UserWarning, match="with the weights of another run: options.seed"):
+        second = trained(tmp_path, epochs=3, resume=2, seed=7, allow_changes=True)
     assert (second.path, second.step) == (first.path, 6)
     log = (first.path / "log.txt").read_text()
     assert "changed: options.seed: 42 -> 7" in log
@@ -223,8 +226,13 @@ def test_run_that_cannot_go_on_says_why_and_stays_as_it_was(tmp_path: Path) -> N
     run = trained(tmp_path, epochs=2).path
     (run / "status.json").write_text('{"status": "interrupted"}')
     config = (run / "config.json").read_bytes()
-    with pytest.raises(CheckpointError, match="another model"):
+    with pytest.raises(CheckpointError, match=r"was another one:(.|\n)*model.features"):
         trained(tmp_path, epochs=2, features=5, resume="must")
+    with (
+        pytest.warns(UserWarning, match="with the weights of another run"),
+        pytest.raises(CheckpointError, match="another model"),
+    ):
+        trained(tmp_path, epochs=2, features=5, resume="must", allow_changes=True)
     with pytest.raises(CheckpointError, match="no checkpoint of step 3"):
         trained(tmp_path, epochs=2, resume=3)
     assert (run / "config.json").read_bytes() == config

@@ -176,7 +176,7 @@ def test_padded_repeats_the_last_example_of_each_batch(capacity, resident):
 
 
 def repeated(feed: Feed, capacity: int, *, even: bool) -> list[Chunk]:
-    return list(feed.repeated(Form(capacity, capacity), even=even))
+    return list(feed.repeated(Form(capacity, capacity), even=lambda source: even))
 
 
 @pytest.mark.parametrize("even", [True, False])

@@ -75,7 +75,7 @@ EXACT = {"loss": SQUARED.mean(), "max": 10.0, "sum": 55.0, "weighted": 7.0, "y":
     ("execution", "capacity"), [(Compiled(), 1), (Eager(), 1), (Compiled(), 2), (Compiled(), 5)]
 )
 @pytest.mark.parametrize("metrics", [per_example, reduced])
-@pytest.mark.parametrize("sizes", [(4, 4, 3), (11,), (4, 1, 4, 2)])
+@pytest.mark.parametrize("sizes", [(4, 4, 3), (11,), (1, 4, 1, 5)])
 def test_evaluator_is_exact_over_all_examples(sizes, metrics, execution: Execution, capacity: int):
     evaluate = Evaluator(EvalStep(Counted(metrics)), execution)
     assert compute(evaluated(evaluate, state(), batches(*sizes), capacity)) == pytest.approx(
@@ -99,8 +99,7 @@ def test_evaluator_traces_reduced_metrics_once_per_size():
     evaluate = Evaluator(EvalStep(loss), Compiled())
     for _ in range(2):
         evaluated(evaluate, model, batches(4, 4, 3))
-    asked_for_a_mask, sizes = 1, 2
-    assert loss.calls == asked_for_a_mask + sizes
+    assert loss.calls == 2
 
 
 @pytest.mark.parametrize("execution", [Compiled(), Eager()])
@@ -125,11 +124,45 @@ def test_evaluator_leaves_the_state_usable():
     assert model.params["w"].tolist() == [1, 1, 1]
 
 
-@pytest.mark.parametrize("sizes", [(3, 4), (4, 3, 4, 5)])
-def test_evaluator_refuses_a_batch_larger_than_the_first(sizes):
-    evaluate = Evaluator(EvalStep(Counted(per_example)), Compiled())
-    with pytest.raises(BatchError, match=f"it had {sizes[0]} examples and a later one {sizes[-1]}"):
-        evaluated(evaluate, state(), ({"x": X[:n], "y": Y[:n]} for n in sizes))
+def test_evaluator_compiles_once_for_each_size_that_is_the_largest_so_far():
+    loss, model = Counted(per_example), state()
+    evaluate = Evaluator(EvalStep(loss), Compiled())
+    for _ in range(2):
+        assert compute(evaluated(evaluate, model, batches(3, 6, 2))) == pytest.approx(EXACT)
+    assert loss.calls == 2
+
+
+def contrastive(params: Any, batch: Any, ctx: Context) -> Any:
+    logits = params["w"][0] * batch["x"] @ batch["x"].T
+    return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.arange(len(logits)))
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.0])
+@pytest.mark.parametrize("capacity", [1, 3])
+def test_evaluator_does_not_pad_where_examples_meet(capacity, scale):
+    model = state().replace(params={"w": scale * jnp.ones(3)})
+    evaluate = Evaluator(EvalStep(contrastive), Compiled())
+    found = compute(evaluated(evaluate, model, batches(4, 4, 3), capacity))["loss"]
+    parts = [contrastive(model.params, batch, None) for batch in batches(4, 4, 3)]
+    assert found == pytest.approx(float(jnp.concatenate(parts).mean()), rel=1e-6)
+
+
+def test_fused_metrics_belong_to_the_data_set_that_they_are_of():
+    def loss_fn(params: Any, batch: Any, ctx: Context) -> Any:
+        width = batch["x"].shape[1]
+        other = jnp.full((len(batch["y"]), 5 - width), -1.0)
+        return batch["y"], {"x": Mean.per_example(batch["x"]), "z": Mean.per_example(other)}
+
+    sets = [
+        [{"x": np.tile(np.arange(width, dtype=np.float32), (4, 1)), "y": Y[:4]}] * 3
+        for width in (2, 3)
+    ]
+    evaluate, model = Evaluator(EvalStep(loss_fn), Compiled()), state()
+    for _ in range(2):
+        for width, each in zip((2, 3), sets, strict=True):
+            found = compute(evaluated(evaluate, model, each, 3))
+            assert found["x"].tolist() == list(range(width))
+            assert found["z"].tolist() == [-1.0] * (5 - width)
 
 
 def test_evaluation_and_prediction_need_a_batch():
@@ -161,6 +194,16 @@ def test_predict_gathers_in_order_and_cuts_the_padding(sizes):
     np.testing.assert_array_equal(outputs["both"][0], Y)
     np.testing.assert_array_equal(outputs["both"][1], Y > 3)
     assert traces == len({max(sizes[: count + 1]) for count in range(len(sizes))})
+
+
+@pytest.mark.parametrize("execution", [Compiled(), Eager()])
+def test_predict_does_not_pad_where_examples_meet(execution):
+    def step(state: TrainState, batch: Any) -> Any:
+        return batch["y"] - batch["y"].mean()
+
+    outputs = predict(execution.program(step), state(), batches(3, 4, 4), execution)
+    parts = [batch["y"] - batch["y"].mean() for batch in batches(3, 4, 4)]
+    np.testing.assert_allclose(outputs, np.concatenate(parts), rtol=1e-6)
 
 
 @pytest.mark.parametrize("count", [32, 33, 34, 80])

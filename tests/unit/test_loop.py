@@ -16,7 +16,7 @@ from distaff import loop
 from distaff.data import Chunk, One
 from distaff.events import ChunkEnd
 from distaff.execution import Eager
-from distaff.forms import Fixed
+from distaff.forms import fixed
 from distaff.fuse import Steps
 from distaff.metrics import Mean
 from distaff.rows import WindowEnd
@@ -52,7 +52,7 @@ class Batches:
 def steps(
     program: Program, batches: Batches, *, step: int, log_every: int, stopping: Any = bool
 ) -> Iterator[ChunkEnd | WindowEnd]:
-    run = Steps(Eager(), program, METRICS, forms=Fixed(1), log_every=log_every, watched=True)
+    run = Steps(Eager(), program, METRICS, forms=fixed(1), log_every=log_every, watched=True)
     chunks = (Chunk(1, len(batch), One(batch)) for batch in batches)
     return loop.steps(run, step, chunks, step=step, stopping=stopping)
 

@@ -18,7 +18,7 @@ from distaff.warn import warn
 _log = logging.getLogger("distaff")
 
 _WARM_UP_CHUNKS = 16
-"""By then the form of the steps is chosen, which takes nine chunks at most (`distaff.forms`)."""
+"""By then everything is compiled, and the reader of a slow loader has started."""
 
 
 class Profiler(Callback):
@@ -32,8 +32,7 @@ class Profiler(Callback):
 
     Args:
         first_step: the step to begin with, counted from 1 in the whole training: the chunk that
-            holds it is the first. None begins after sixteen chunks: then everything is compiled,
-            and the form of the steps chosen (see `steps_per_call`).
+            holds it is the first. None begins after sixteen chunks: then everything is compiled.
         num_steps: record chunks until they have this many steps.
         path: where to write instead of the run directory's `profile/`.
         python: record each call of a Python function too, which slows the host.

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from distaff.data.loader import drops, held_by_jax, num_examples
+from distaff.digest import digest, sample_digest
 from distaff.errors import BatchError
 from distaff.number import whole
 from distaff.typing import Batch, PyTree
+
+_SAMPLED_ROWS = 64
 
 
 class ArrayLoader:
@@ -133,6 +136,13 @@ class ArrayLoader:
                 f"epoch={epoch}, batch={batch}. The state was not made by get_state."
             )
         self._position = self._start = (epoch, batch)
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what the batches depend on: the options, and a digest of rows of the arrays."""
+        rows = np.unique(np.linspace(0, self.num_examples - 1, _SAMPLED_ROWS).astype(int))
+        leaves = jax.tree.leaves(self._arrays)
+        rows_digest = digest(*(sample_digest(leaf[rows]) for leaf in leaves))
+        return {**self._identity(), "rows": rows_digest}
 
     def _identity(self) -> dict[str, int]:
         return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
 from contextlib import closing
-from itertools import chain, islice
+from itertools import chain, islice, repeat
 from typing import Any, NamedTuple
 
 import jax
@@ -106,13 +106,13 @@ class Feed:
         self._ahead.wait()
         self._position = None
 
-    def repeated(self, form: Form, *, even: bool) -> Generator[Chunk]:
+    def repeated(self, form: Form, *, even: Callable[[Source], bool]) -> Generator[Chunk]:
         """Yields the chunks of one epoch, placed once where it is the same each time.
 
         Args:
             form: of the chunks.
-            even: whether to pad a short batch to the size of the first one. `Chunk.examples` is
-                the number without the padding.
+            even: whether batches like those of a source may be padded: a short one then has the
+                size of the first one. `Chunk.examples` is the number without the padding.
 
         Raises:
             BatchError: the loader is empty.
@@ -122,18 +122,32 @@ class Feed:
             return
         loader: Any = self.loader
         rows = list(loader.rows()) or list(loader.rows())
-        key = form, even, len(rows)
-        if self._kept is None or self._kept.key != key:
-            chunks = []
+        kept, key = self._kept, (form, len(rows))
+        if kept is None or kept.key != key or kept.even != even(kept.chunks[0].source):
+            chunks, is_even = [], False
             slices = _slices(loader.arrays, rows)
             for chunk in _chunks_of(slices, lambda: form, _Batches(self._name, on_device=False)):
-                source = chunk.source.padded(len(rows[0])) if even else chunk.source
+                is_even = is_even if chunks else even(chunk.source)
+                source = chunk.source.padded(len(rows[0])) if is_even else chunk.source
                 placed = jax.device_put(source, may_alias=False)
                 chunks.append(chunk._replace(source=placed))
                 yield chunks[-1]
-            self._kept = _Kept(key, chunks)
+            self._kept = _Kept(key, is_even, chunks)
         else:
-            yield from self._kept.chunks
+            yield from kept.chunks
+
+    def sample(self, batch: PyTree, form: Form) -> Chunk:
+        """Returns a chunk like those of an epoch, without reading the loader.
+
+        Args:
+            batch: like those that it yields; the chunk holds it as often as it has steps.
+            form: of the chunk.
+        """
+        size = num_examples(batch, name=self._name)
+        kind: Any = self._kind
+        item = np.arange(size, dtype=np.int32) if isinstance(kind, _Gathers) else batch
+        items = repeat((item, {}), form.num_steps)
+        return next(_chunks_of(items, lambda: form, kind))
 
     def _go_back(self) -> None:
         """Puts the loader where the last chunk handed out ends, if it can go there."""
@@ -219,7 +233,8 @@ class _Gathers:
 
 
 class _Kept(NamedTuple):
-    key: tuple[Form, bool, int]
+    key: tuple[Form, int]
+    even: bool
     chunks: list[Chunk]
 
 

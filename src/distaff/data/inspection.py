@@ -12,7 +12,7 @@ import numpy as np
 from distaff.errors import leaf_name
 from distaff.typing import Batch
 
-_ROUNDING = 0.01
+ROUNDING = 0.01
 """How far the sum of probabilities may be from 1: bfloat16 has three digits."""
 
 
@@ -150,7 +150,7 @@ def no_probabilities(labels: Any, name: str, counts: Any = True) -> str:
         return ""
     values = values.astype(np.float64)
     sums = values.sum(axis=1)
-    is_bad = ~(values >= 0).all(axis=1) | ~(abs(sums - 1) <= _ROUNDING)
+    is_bad = ~(values >= 0).all(axis=1) | ~(abs(sums - 1) <= ROUNDING)
     bad = np.flatnonzero(is_bad & counts)
     if not bad.size:
         return ""

@@ -272,6 +272,10 @@ class Mixture:
             "them alike (data.MappedLoader), or mix whole batches: by='batch'."
         )
 
+    def identity(self) -> dict[str, Any]:
+        """Returns what a position is only good with."""
+        return self._identity()
+
     def _identity(self) -> dict[str, Any]:
         """Returns what a position is only good with."""
         return {

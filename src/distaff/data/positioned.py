@@ -98,6 +98,10 @@ class Positioned:
             self._place = {**numbers, "source": saved, **self._identity}
         return dict(self._place)
 
+    def identity(self) -> dict[str, Any]:
+        """Returns the facts that a position is only good with."""
+        return dict(self._identity)
+
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Goes to a position at once; the next `iter()` yields the rest of that epoch.
 

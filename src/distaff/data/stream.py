@@ -10,11 +10,13 @@ import jax
 import numpy as np
 
 from distaff.data.fingerprint import fingerprint
+from distaff.digest import digest, sample_digest
 from distaff.errors import BatchError, ChangedBatchesError
 from distaff.typing import Batch
 
 _EPOCH_END = object()
 _FINGERPRINT = "fingerprint"
+_SAMPLED_BATCHES = 8
 _ANEW = (
     "Pass a list, a function that returns a new generator (the function, not its call), or the "
     "number of batches in an epoch (steps_per_epoch)."
@@ -107,6 +109,15 @@ class Stream:
         """Returns the position after the last batch that was handed out, with its fingerprint."""
         position = {"epoch": self._epoch, "batch": self._batch}
         return {**position, _FINGERPRINT: self._fingerprint}
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what kind of source it is; of a list or tuple, a digest of some batches."""
+        source = self._source
+        if not isinstance(source, list | tuple):
+            return {"source": type(source).__qualname__}
+        picked = source[:: max(1, len(source) // _SAMPLED_BATCHES)]
+        leaves = (leaf for batch in picked for leaf in jax.tree.leaves(batch))
+        return {"batches": digest(*map(sample_digest, leaves))}
 
     def set_state(self, state: Mapping[str, int]) -> None:
         """Reads on to a position; the next `iter()` yields the rest of that epoch.

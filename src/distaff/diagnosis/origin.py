@@ -30,6 +30,9 @@ _CALLS = {
 _ELEMENTWISE = {"add", "add_any", "sub", "mul", "div", "select_n", "log", "sqrt", "rsqrt"}
 """Operations whose result at a place depends on the operands at that place only."""
 
+OUT_OF_RANGE = "an index is out of range"
+"""What an origin says of NaN that fills the place of an entry that is not there."""
+
 _SHOWN_OPERANDS = 3
 _FEW = 2**16
 
@@ -46,6 +49,7 @@ class Origin(NamedTuple):
         line: of the user's code, such as `"model.py:31"`; empty where only libraries are in it.
         argument: name of the argument's leaf, if it was an argument.
         cause: of NaN, what had made the inf that it was made of, if it was.
+        note: what else is known of the operation, as a clause; or empty.
     """
 
     order: int
@@ -56,6 +60,7 @@ class Origin(NamedTuple):
     line: str = ""
     argument: str = ""
     cause: Origin | None = None
+    note: str = ""
 
     @property
     def root(self) -> Origin:
@@ -72,7 +77,8 @@ class Origin(NamedTuple):
                 f"{self.argument!r} holds" if self.argument else "the program has as a constant"
             )
             return f"{self.kind} that {holder}"
-        return f"{self.operation}({self.operands}), which is {self.kind}{self._place()}"
+        note = f": {self.note}" * bool(self.note)
+        return f"{self.operation}({self.operands}), which is {self.kind}{self._place()}{note}"
 
     def _place(self) -> str:
         scope, line = f" in {self.scope}" * bool(self.scope), f" at {self.line}" * bool(self.line)
@@ -279,6 +285,7 @@ class _Walk:
             scope=place.scope(path),
             line=place.line(path),
             cause=cause,
+            note=_of_indices(path[-1], operands) if kind == "NaN" else "",
         )
 
     def _origin(self, **facts: Any) -> Origin:
@@ -303,6 +310,20 @@ def _kinds(array: Any) -> tuple[bool, bool]:
 
 def _any_bad(arrays: Iterable[Any]) -> bool:
     return any(any(_kinds(array)) for array in arrays)
+
+
+def _of_indices(equation: Any, operands: Sequence[_Value]) -> str:
+    """Returns what is wrong with the indices of an operation that fills what is not there."""
+    if equation.primitive.name != "gather":
+        return ""
+    entries, indices = (np.asarray(operand.array) for operand in operands[:2])
+    sizes = [entries.shape[axis] for axis in equation.params["dimension_numbers"].start_index_map]
+    for column, size in enumerate(sizes):
+        found = indices[..., column]
+        if found.size and (found.min() < 0 or found.max() >= size):
+            reach = f"they reach from {found.min()} to {found.max()}"
+            return f"{OUT_OF_RANGE}, for {reach} and the axis has {size} entries"
+    return ""
 
 
 def _passes(

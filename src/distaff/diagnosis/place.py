@@ -12,6 +12,8 @@ import flax
 import jax
 import optax
 
+from distaff.digest import is_scope
+
 _DISTAFF = Path(__file__).parents[1]
 _LIBRARIES = tuple(str(Path(each.__file__).parent) + os.sep for each in (jax, flax, optax))
 _STANDARD_LIBRARY = str(Path(os.__file__).parent) + os.sep
@@ -32,7 +34,7 @@ def scope(path: tuple[Any, ...]) -> str:
         name = re.sub(r"\w+\(|\)", "", piece)  # of transpose(jvp(MLP)), MLP
         if names and name == names[0] and name != piece:
             names = []  # What a gradient computes anew is named from the start again.
-        if name and name not in ("checkpoint", "rematted_computation"):
+        if name and not is_scope(name) and name not in ("checkpoint", "rematted_computation"):
             names.append(name)
     return "/".join(names)
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from rich.table import Table
 
@@ -141,7 +142,8 @@ def _flops(rows: Sequence[LayerRow]) -> str:
 
 
 def _bytes(shape: tuple[int, ...], dtype: jnp.dtype) -> int:
-    return math.prod(shape) * jnp.dtype(dtype).itemsize
+    is_key = jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    return math.prod(shape) * (dtype if is_key else jnp.dtype(dtype)).itemsize
 
 
 def _scaled(number: float, base: int, units: Sequence[str]) -> str:

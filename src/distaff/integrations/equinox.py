@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -12,8 +16,9 @@ import jax.numpy as jnp
 from distaff.config import to_json
 from distaff.errors import ConfigError
 from distaff.models.adapter import Adapter, LayerRow, Variables, leaf_of, nested
-from distaff.models.flags import method_of, mode_flag, parameters
+from distaff.models.flags import method_of, mode_flag, parameters, switched
 from distaff.models.layers import Library, Opened, Path, listed_calls
+from distaff.models.randomness import KEY_NAMES, asking_for_key
 from distaff.typing import Key
 
 AXIS = "batch"
@@ -28,11 +33,13 @@ class EquinoxModel(Adapter):
     collection `state`, its arrays by their order. In training a pass may change the state alone.
 
     Modules take one example, as Equinox's own layers do: a pass maps them over the leading axis of
-    all inputs, an axis of the name `batch`. Each example has its own `key`, if the module takes one
-    under that name; what else is passed by keyword is not mapped.
+    all inputs, an axis of the name `batch`, or of the name that `eqx.nn.BatchNorm` layers inside
+    have for it. Each example has its own key, if the module takes a `key` or `rng`; what else is
+    passed by keyword is not mapped.
 
-    `equinox.nn.inference_mode` is on in evaluation and off in training for all modules inside; the
-    called method is told too if it has a parameter for it, as with Linen.
+    All modules inside are told whether to train that have a field for it, such as `inference`, as
+    `equinox.nn.inference_mode` does, or `training`; the called method is told too if it has a
+    parameter for it, as with Linen.
 
     Args:
         source: a module, or `(module, state)` as `equinox.nn.make_with_state` makes it: their
@@ -118,7 +125,10 @@ class EquinoxModel(Adapter):
     @functools.cached_property
     def _made(self) -> tuple[Any, Any]:
         if self._is_function:
-            return eqx.filter_eval_shape(self._call_source, jax.random.key(0))
+            try:
+                return eqx.filter_eval_shape(self._call_source, jax.random.key(0))
+            except jax.errors.JAXTypeError:  # It computes on the host.
+                return self._call_source(jax.random.key(0))
         return _pair(self._source)
 
     def _call_source(self, key: Key) -> tuple[Any, Any]:
@@ -151,7 +161,7 @@ class EquinoxModel(Adapter):
             else leaf_of(collections, slot.collection, slot.path)
             for slot in parts.slots
         ]
-        module = eqx.nn.inference_mode(jax.tree.unflatten(parts.structure, leaves), not train)
+        module = in_mode(jax.tree.unflatten(parts.structure, leaves), train)
         if parts.state is None:
             return module, None
         held = [leaf_of(collections, "state", (str(n),)) for n in range(parts.state.num_leaves)]
@@ -170,23 +180,26 @@ class EquinoxModel(Adapter):
         """Returns the outputs for a batch, and the state after it."""
         kwargs = dict(kwargs)
         function = method_of(module, kwargs.pop("method", None))
-        accepted = parameters(function)
-        flags: dict[str, Any] = mode_flag(function, train)
-        takes_key = "key" in accepted and "key" not in kwargs
+        accepted = parameters(function)[len(inputs) :]
+        flags: dict[str, Any] = mode_flag(function, train, len(inputs))
+        key_name = next((n for n in KEY_NAMES if n in accepted and n not in kwargs), None)
         takes_state = state is not None and "state" in accepted
 
         def one(inputs: tuple[Any, ...], key: Key | None) -> tuple[Any, Any]:
-            given = {**flags, **({"key": key} if takes_key else {}), **kwargs}
+            given = {**flags, **({key_name: key} if key_name else {}), **kwargs}
             if takes_state:
                 return function(*inputs, state=state, **given)
             return function(*inputs, **given), state
 
-        if not self._vmap:
-            return one(inputs, key)
-        draws = takes_key and key is not None
-        keys = jax.random.split(key, _num_examples(inputs)) if draws else None
-        mapped = jax.vmap(one, in_axes=(0, 0), out_axes=(0, None), axis_name=AXIS)
-        return mapped(inputs, keys)
+        name = type(module).__name__
+        with asking_for_key(name, key_name is not None and key is None), explained(name):
+            if not self._vmap:
+                return one(inputs, key)
+            draws = key_name is not None and key is not None
+            keys = jax.random.split(key, _num_examples(inputs)) if draws else None
+            axis = axis_of(module, AXIS)
+            mapped = jax.vmap(one, in_axes=(0, 0), out_axes=(0, None), axis_name=axis)
+            return mapped(inputs, keys)
 
 
 class _Slot(NamedTuple):
@@ -227,6 +240,74 @@ def _form(leaf: Any) -> Any:
 
 def _name(key: Any) -> str:
     return jax.tree_util.keystr((key,), simple=True)
+
+
+def in_mode(node: Any, train: bool) -> Any:
+    """Returns a tree whose modules train, or do not, also by fields that are static."""
+    if isinstance(node, eqx.Module):
+        changed = {}
+        for field in dataclasses.fields(node):
+            value = getattr(node, field.name, None)
+            new = switched(field.name, value, train)
+            new = in_mode(value, train) if new is value else new
+            if new is not value:
+                changed[field.name] = new
+        if not changed:
+            return node
+        copied = copy.copy(node)
+        for name, value in changed.items():
+            object.__setattr__(copied, name, value)
+        return copied
+
+    def is_inner(each: Any) -> bool:
+        return isinstance(each, eqx.Module)
+
+    leaves, structure = jax.tree.flatten(node, is_leaf=is_inner)
+    inner = [in_mode(leaf, train) if is_inner(leaf) else leaf for leaf in leaves]
+    is_same = all(a is b for a, b in zip(leaves, inner, strict=True))
+    return node if is_same else jax.tree.unflatten(structure, inner)
+
+
+def axis_of(module: Any, default: str) -> Any:
+    """Returns the name of the axis of examples that the layers inside agree on.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    layers = jax.tree.leaves(module, is_leaf=lambda x: isinstance(x, eqx.nn.BatchNorm))
+    names = {x.axis_name for x in layers if isinstance(x, eqx.nn.BatchNorm)}
+    if len(names) > 1 or any(not isinstance(name, str) for name in names):
+        raise ConfigError(
+            "A batch has one axis of examples, and the BatchNorm layers have the axis_name "
+            f"{sorted(map(repr, names))}. Give all of them axis_name={default!r}."
+        )
+    return next(iter(names), default)
+
+
+@contextmanager
+def explained(name: str) -> Generator[None]:
+    """Turns two errors of JAX into one that says what an Equinox module has to do.
+
+    Raises:
+        ConfigError: the state is another for each example, or there is no axis of some name.
+    """
+    try:
+        yield
+    except NameError as error:
+        if "axis" not in str(error):
+            raise
+        raise ConfigError(
+            f"{name} is mapped over an axis of the name {AXIS!r}, and asks for another: {error} "
+            f"Write axis_name={AXIS!r}."
+        ) from error
+    except ValueError as error:
+        if "out_axes" not in str(error):
+            raise
+        raise ConfigError(
+            f"A state of Equinox belongs to the whole batch, and that of {name} differs between "
+            f"examples. Average it before it is set: jax.lax.pmean(value, {AXIS!r}). Or write the "
+            "module for whole batches: distaff.models.whole_batches(module)."
+        ) from error
 
 
 def _num_examples(inputs: tuple[Any, ...]) -> int:

@@ -9,12 +9,13 @@ from distaff.metrics.accumulators import (
     Sum,
     compute,
     declare,
+    floating,
     merge,
     merge_rows,
     results,
     to_host,
 )
-from distaff.metrics.as_json import as_json
+from distaff.metrics.as_json import as_json, as_numbers
 from distaff.metrics.classification import AUROC, F1, ConfusionMatrix, IoU, Precision, Recall
 from distaff.metrics.extremes import Max, Min
 from distaff.metrics.language import Perplexity
@@ -36,8 +37,10 @@ __all__ = [
     "Recall",
     "Sum",
     "as_json",
+    "as_numbers",
     "compute",
     "declare",
+    "floating",
     "merge",
     "merge_rows",
     "results",

@@ -156,7 +156,7 @@ class Mean(Metric):
             )
         if weight.ndim > 1:
             axes, own = tuple(range(1, weight.ndim)), aligned(weight, values)
-            total = jnp.where(own != 0, values * own, 0).sum(axes)
+            total = (jnp.where(own != 0, values, 0) * own).sum(axes)
             weight = weight.sum(axes)
             values = total / aligned(jnp.where(weight == 0, 1, weight), total)
         return PerExample((values, weight), cls)
@@ -196,7 +196,7 @@ class Sum(Metric):
     def per_example(cls, values: Any) -> PerExample:
         """Declares values per example, `[batch, ...]`, whose sum is wanted.
 
-        Sums of integers are exact, however large they are.
+        Sums of integers are exact, up to 2**47 in a batch.
         """
         values = jnp.asarray(values)
         is_narrow = is_whole(values) and values.dtype.itemsize <= 4

@@ -23,6 +23,15 @@ def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _finite_or_text(_numbers(name, value)) for name, value in values.items()}
 
 
+def as_numbers(value: Any) -> Any:
+    """Returns what `as_json` was made of: lists are arrays of float64, texts NaN or infinite."""
+    if isinstance(value, Mapping):
+        return {name: as_numbers(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return np.asarray(value, np.float64)
+    return float(value) if isinstance(value, str) else value
+
+
 def _numbers(name: str, value: Any) -> Any:
     if type(value) is float:
         return value

@@ -7,6 +7,7 @@ reads it with them.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -53,125 +54,124 @@ class Limits(Metric):
     """The lowest and the highest value of the batches; of the first batch that breaks a limit.
 
     Args:
-        low: the lowest value that counts.
-        high: the highest one.
-        first: the first batch that breaks a limit, counted from 0; -1 while none does.
-        batches: how many there are.
-        what: what the values are, such as `"label"`.
-        size: how many entries the indices may name; None for weights.
+        ends: four numbers, `[..., 4]`, of the dtype of the values: the lowest value reversed (`~x`
+            of integers, `-x` of floats), so that one reduction gives both ends; the highest value;
+            how many batches there are; and which of them the values are of, counted from 0.
+        rule: what must hold, as a clause, for the error.
+        least: the least value that is allowed.
+        most: the largest one; None for any that is finite.
         advice: a sentence with the remedy, for the error.
+        are_whole: whether the values are integers.
     """
 
     is_result: ClassVar[bool] = False
 
-    low: Any
-    high: Any
-    first: Any
-    batches: Any
-    what: str = static()
-    size: int | None = static()
+    ends: Any
+    rule: str = static()
+    least: float = static()
+    most: float | None = static()
     advice: str = static()
+    are_whole: bool = static()
 
     @classmethod
     def per_example(
-        cls, what: str, values: Any, *, size: int | None, where: Any, advice: str
+        cls,
+        rule: str,
+        values: Any,
+        least: float,
+        most: float | None = None,
+        *,
+        where: Any = None,
+        advice: str = "",
     ) -> PerExample:
-        """Declares indices, or weights, whose range is to be noted.
+        """Declares values whose range is to be noted.
 
         Args:
-            what: what they are, such as `"label"`.
-            values: int `[batch, ...]`; of weights also bool or float.
-            size: the indices are from 0 to `size - 1`; None for weights, which are at least 0.
+            rule: what must hold, as a clause, for the error: `"A weight is at least 0"`.
+            values: numbers `[batch, ...]`.
+            least: the least value that is allowed.
+            most: the largest one; None for any that is finite.
             where: bool `[batch, ...]`, which of them count; None for all.
             advice: a sentence with the remedy, for the error.
 
         Raises:
-            LossError: indices are no integers, or `where` has another shape.
+            LossError: `where` has another shape.
         """
         values = jnp.asarray(values)
-        if is_whole(values):
-            values = values.astype(jnp.int32) if values.dtype.itemsize < 4 else values
-        elif size is None:
+        if not is_whole(values):
             values = floating(values)
-        else:
-            raise LossError(f"Indices are integers; {what!r} has dtype {values.dtype}. Cast it.")
+        elif values.dtype.itemsize < 4 or jnp.issubdtype(values.dtype, jnp.unsignedinteger):
+            values = values.astype(jnp.int64 if values.dtype.itemsize == 8 else jnp.int32)
         where = jnp.ones(values.shape, bool) if where is None else jnp.asarray(where)
         if where.shape != values.shape:
             raise LossError(
-                f"Of each index it must be known whether it counts; {what!r} has shape "
-                f"{values.shape}, where has shape {where.shape}. Broadcast it to the former."
+                "A check needs to know of each value whether it counts; the values have shape "
+                f"{values.shape}, and where has shape {where.shape}. Broadcast it to the former."
             )
-        settings = ("what", what), ("size", size), ("advice", advice)
+        settings = ("rule", rule), ("least", least), ("most", most), ("advice", advice)
+        settings = *settings, ("are_whole", is_whole(values))
         return PerExample((values, where), cls, settings)
 
     @classmethod
     def reduce(cls, mask: jax.Array, *values: jax.Array, **settings: Any) -> Self:
         array, where = values
-        kept = masked(mask, where, False)
-        least, most = extremes_of(array.dtype)
-        low = jnp.min(array, initial=most, where=kept)
-        high = jnp.max(array, initial=least, where=kept)
-        is_good = low >= 0  # which NaN is not
-        if settings["size"] is not None:
-            is_good &= high < settings["size"]
-        elif not is_whole(array):
-            is_good &= high < jnp.inf
-        first = jnp.where(is_good, -1, 0)
-        return cls(low, high, first.astype(jnp.int32), jnp.int32(1), **settings)
+        lowest = extremes_of(array.dtype)[0]
+        both = jnp.stack([_reversed(array), array])
+        kept = jnp.broadcast_to(masked(mask, where, False)[None], both.shape)
+        ends = jnp.max(both, axis=range(1, both.ndim), initial=lowest, where=kept)
+        return cls(jnp.concatenate([ends, jnp.array([1, 0], ends.dtype)]), **settings)
 
     def merge(self, other: Self) -> Self:
-        numpy = namespace(self.first)
-        mine, is_bad = self.first >= 0, (self.first >= 0) | (other.first >= 0)
-
-        def chosen(here: Any, there: Any, either: Any) -> Any:
-            return numpy.where(mine, here, numpy.where(is_bad, there, either))
-
-        low = chosen(self.low, other.low, numpy.minimum(self.low, other.low))
-        high = chosen(self.high, other.high, numpy.maximum(self.high, other.high))
-        first = chosen(self.first, self.batches + other.first, self.first)
-        return self._with(low, high, first, self.batches + other.batches)
+        pair = namespace(self.ends).stack([self.ends, other.ends])
+        return dataclasses.replace(self, ends=pair).over_rows()
 
     def over_rows(self) -> Self:
-        numpy = namespace(self.first)
-        is_bad = self.first >= 0
+        numpy = namespace(self.ends)
+        is_bad = ~self._are_kept(self.ends)
         row, any_bad = numpy.argmax(is_bad, axis=0), is_bad.any(axis=0)
-
-        def at_row(leaf: Any) -> Any:
-            return numpy.take_along_axis(leaf, row[None], axis=0)[0]
-
-        before = numpy.cumsum(self.batches, axis=0) - self.batches
-        first = numpy.where(any_bad, at_row(before + self.first), -1)
-        low = numpy.where(any_bad, at_row(self.low), self.low.min(0))
-        high = numpy.where(any_bad, at_row(self.high), self.high.max(0))
-        return self._with(low, high, first, self.batches.sum(0))
-
-    def _with(self, *leaves: Any) -> Self:
-        return type(self)(*leaves, self.what, self.size, self.advice)
+        total = self.ends[..., 2].sum(0)
+        before = numpy.cumsum(self.ends[..., 2], axis=0) - self.ends[..., 2]
+        first = numpy.take_along_axis(before + self.ends[..., 3], row[None], axis=0)[0]
+        worst = numpy.take_along_axis(self.ends[..., :2], row[None, ..., None], axis=0)[0]
+        reach = numpy.where(any_bad[..., None], worst, self.ends[..., :2].max(0))
+        counts = numpy.stack([total, numpy.where(any_bad, first, 0)], axis=-1)
+        return dataclasses.replace(self, ends=numpy.concatenate([reach, counts], axis=-1))
 
     def empty_like(self) -> Self:
-        least, most = extremes_of(jnp.asarray(self.low).dtype)
-        zeros = jnp.zeros_like(self.first)
-        low, high = jnp.full_like(self.low, most), jnp.full_like(self.high, least)
-        return self._with(low, high, zeros - 1, zeros)
+        lowest = extremes_of(self.ends.dtype)[0]
+        numpy, reach, counts = namespace(self.ends), self.ends[..., :2], self.ends[..., 2:]
+        nothing = numpy.full_like(reach, lowest), numpy.zeros_like(counts)
+        return dataclasses.replace(self, ends=numpy.concatenate(nothing, axis=-1))
 
     def compute(self) -> Any:
-        """Returns the first batch that breaks a limit; -1 where none does."""
-        return self.first
+        """Returns whether all values are in their range."""
+        return self._are_kept(self.ends)
 
     def breach(self) -> Breach | None:
         """Returns the first batch that breaks a limit; None where none does. On the host."""
-        firsts = np.ravel(self.first)
-        place = np.flatnonzero(firsts >= 0)
-        if not place.size:
+        rows = np.reshape(self.ends, (-1, 4))
+        bad = rows[~self._are_kept(rows)]
+        if not len(bad):
             return None
-        place = min(place, key=lambda index: firsts[index])
-        low, high = (_plain(np.ravel(leaf)[place]) for leaf in (self.low, self.high))
-        bad = high if low >= 0 else low
-        rule = f"A {self.what} is an index from 0 to {(self.size or 0) - 1}"
-        if self.size is None:
-            rule = f"A {self.what} is a finite number, at least 0"
+        ends = min(bad, key=lambda row: row[3])
+        low, high = _plain(self._low(ends)), _plain(ends[1])
+        value = high if low >= self.least else low
         reach = "" if low == high or low != low else f", and they reach from {low} to {high}"
-        return Breach(int(firsts[place]), rule, f"one is {bad}{reach}", self.advice)
+        return Breach(int(ends[3]), self.rule, f"one is {value}{reach}", self.advice)
+
+    def _low(self, ends: Any) -> Any:
+        return -1 - ends[..., 0] if self.are_whole else -ends[..., 0]
+
+    def _are_kept(self, ends: Any) -> Any:
+        low, high = self._low(ends), ends[..., 1]
+        is_empty = high < low
+        are_kept = (low >= self.least) & (high < np.inf if self.most is None else high <= self.most)
+        return are_kept | is_empty  # NaN is none of these
+
+
+def _reversed(values: jax.Array) -> jax.Array:
+    """Returns values in the opposite order; no integer overflows."""
+    return ~values if is_whole(values) else -values
 
 
 def _plain(value: Any) -> Any:

@@ -8,6 +8,9 @@ import jax.numpy as jnp
 _LIMB = 12
 """Bits of a limb: an int32 holds the sum of 2**18 of them, which is a block."""
 
+_LIMBS = 4
+"""Of a float weight, below the largest one: a cell of small weights keeps its digits, too."""
+
 _BLOCK = 2**18
 _HALF = 16
 _ROWS = 2**15
@@ -33,25 +36,24 @@ def counted(cells: jax.Array, weight: jax.Array, num_cells: int) -> jax.Array:
         return jnp.zeros(num_cells, weight.dtype).at[cells].add(weight, mode="drop")
     if weight.dtype == jnp.bool_:
         return _scattered(cells, weight.astype(jnp.int32)[:, None], num_cells)[..., 0].sum(0)
-    unit = jnp.float32(1)
     if jnp.issubdtype(weight.dtype, jnp.floating):
         largest = jnp.max(jnp.abs(weight), initial=0)
         exponent = jnp.frexp(largest)[1]
         # A power of two: dividing by it, and multiplying with it, rounds nothing.
-        scaled = jnp.ldexp(weight, _LIMB - exponent)
-        limbs = []
-        for _ in range(3):
-            limb = jnp.floor(scaled)
-            limbs.append(limb.astype(jnp.int32))
-            scaled = (scaled - limb) * 2**_LIMB
-        unit = jnp.where(jnp.isfinite(largest), jnp.ldexp(unit, exponent - 3 * _LIMB), jnp.nan)
+        scaled, limbs = jnp.ldexp(weight, _LIMB - exponent), []
+        for _ in range(_LIMBS - 1):
+            limbs.append(jnp.floor(scaled))
+            scaled = (scaled - limbs[-1]) * 2**_LIMB
+        limbs = [limb.astype(jnp.int32) for limb in (*limbs, jnp.round(scaled))]
+        unit = jnp.ldexp(jnp.float32(1), exponent - _LIMBS * _LIMB)
+        unit = jnp.where(jnp.isfinite(largest), unit, jnp.nan)
     else:
         low = weight & (2**_LIMB - 1)
         middle = (weight >> _LIMB) & (2**_LIMB - 1)
-        limbs = [weight >> 2 * _LIMB, middle, low]
+        limbs, unit = [weight >> 2 * _LIMB, middle, low], jnp.float32(1)
     sums = _scattered(cells, jnp.stack(limbs, axis=-1), num_cells)
-    powers = jnp.array([[[2.0 ** (2 * _LIMB), 2.0**_LIMB, 1.0]]], jnp.float32)
-    return (sums * powers).sum((0, 2)) * unit
+    powers = [2.0 ** (_LIMB * place) for place in reversed(range(len(limbs)))]
+    return (sums * jnp.array([[powers]], jnp.float32)).sum((0, 2)) * unit
 
 
 def _scattered(cells: jax.Array, limbs: jax.Array, num_cells: int) -> jax.Array:
@@ -64,6 +66,8 @@ def _scattered(cells: jax.Array, limbs: jax.Array, num_cells: int) -> jax.Array:
 
 def added(values: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Adds up whole numbers along the first axis, without overflow and without rounding.
+
+    The sum is exact up to 2**47.
 
     Args:
         values: integers of 32 bits or fewer, or bools, `[n, ...]`.

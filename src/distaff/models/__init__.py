@@ -46,9 +46,10 @@ def as_model(source: Any) -> Model:
     """Returns the functional face of a user's model.
 
     Args:
-        source: an unbound `flax.linen.Module`; a `flax.nnx.Module`, or a function `f(rngs)` that
-            makes one; an `equinox.Module`, `(module, state)`, or a function `f(key)` that makes
-            either; a pair `(init, apply)` of functions, such as Haiku's; or a `Model`.
+        source: a `flax.linen.Module`, whose variables are kept if it is bound; a
+            `flax.nnx.Module`, or a function `f(rngs)` that makes one; an `equinox.Module`,
+            `(module, state)`, or a function `f(key)` that makes either; a pair `(init, apply)` of
+            functions, such as Haiku's; or a `Model`.
 
     Raises:
         ConfigError: it is something else, such as a class whose constructor has other arguments.
@@ -65,7 +66,8 @@ def as_model(source: Any) -> Model:
     if is_model(source):
         return source
     if isinstance(source, tuple) and len(source) == 2 and all(map(callable, source)):
-        return Functions(*source)
+        owner = _owner(*source)
+        return Functions(*source) if owner is None else LinenModel(owner)
     match _only_argument(source):
         case "rngs":
             return NnxModel(source)
@@ -107,6 +109,14 @@ def model_of(apply_fn: Callable[..., Any] | None) -> Model:
     if is_model(owner) and apply_fn == owner.apply_fn:
         return owner
     return FunctionModel(apply_fn)
+
+
+def _owner(init: Any, apply: Any) -> nn.Module | None:
+    """Returns the module whose own `init` and `apply` these are, if any."""
+    owner = getattr(apply, "__self__", None)
+    if not isinstance(owner, nn.Module) or apply != owner.apply or init != owner.init:
+        return None
+    return owner
 
 
 def _equinox(source: Any, **options: Any) -> Model:

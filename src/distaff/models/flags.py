@@ -2,39 +2,108 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 import inspect
-from collections.abc import Callable
-from typing import Any
+import re
+import sys
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
 
-_TRAIN_FLAGS = ("train", "training", "is_training")
-_EVAL_FLAGS = ("deterministic", "use_running_average")
+_TRAIN = frozenset(
+    (
+        *("train", "istrain", "trainmode", "intrain", "traintime", "trainphase", "phasetrain"),
+        *("training", "istraining", "trainingmode", "intraining"),
+    )
+)
+_EVALUATE = frozenset(
+    (
+        *("deterministic", "isdeterministic", "userunningaverage"),
+        *("eval", "iseval", "evalmode", "evaluate", "evaluating", "isevaluating"),
+        *("evaluation", "isevaluation", "evaluationmode"),
+        *("inference", "isinference", "ininference", "inferencemode", "infer", "inferring"),
+        *("test", "istest", "testmode", "testtime", "testing", "istesting"),
+    )
+)
+_TRAIN_IN_CALLS = frozenset(
+    ("enabledropout", "applydropout", "dropoutenabled", "updatestats", "updatebatchstats")
+)
+"""As fields, these are hyperparameters: whether there is any dropout at all."""
+
+_MODES = frozenset(("mode", "phase", "runmode"))
+_TRAIN_WORDS = ("train", "training", "fit")
+_EVALUATION_WORDS = (
+    *("eval", "evaluation", "evaluate", "test", "testing", "inference", "infer", "predict"),
+    *("prediction", "val", "valid", "validation"),
+)
+_LEFT_ALONE = object()
+
+NAMES_IN_WORDS = "train, is_training, deterministic, inference or eval"
+"""For errors and warnings."""
 
 
 def parameters(function: Callable[..., Any]) -> list[str]:
     """Returns the names of a function's parameters; none for one that Python cannot look into."""
-    try:
-        return list(inspect.signature(function).parameters)
-    except (TypeError, ValueError):
-        return []
+    return list(_signature(function))
 
 
-def mode_flag(function: Callable[..., Any], train: bool) -> dict[str, bool]:
-    """Returns the keyword argument that tells a function whether it trains; none if it has none.
+def num_positional(function: Callable[..., Any]) -> int:
+    """Returns how many arguments a function wants by position; a large number for any number.
+
+    A parameter whose default is a value, such as `width=8`, is an option.
+    """
+    found = _signature(function).values()
+    if not found or any(each.kind is each.VAR_POSITIONAL for each in found):
+        return sys.maxsize
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    wanted = [x for x in found if x.kind in kinds and (x.default is None or x.default is x.empty)]
+    return max(len(wanted), 1)
+
+
+def mode_flag(function: Callable[..., Any], train: bool, num_inputs: int = 0) -> dict[str, Any]:
+    """Returns the keyword arguments that tell a function whether it trains; none if it has none.
 
     Args:
-        function: its parameter `train`, `training` or `is_training` is given `train`, or else its
-            parameter `deterministic` or `use_running_average` the opposite.
+        function: its parameters of a name such as `train` or `is_training` are given `train`, those
+            of a name such as `deterministic`, `inference` or `eval` the opposite, and one called
+            `mode` a word, where its default, its `Literal` or its `Enum` says which words it knows.
         train: whether it trains.
+        num_inputs: how many of its parameters are passed by position; they are inputs, whatever
+            their name.
     """
-    accepted = parameters(function)
-    for name in _TRAIN_FLAGS:
-        if name in accepted:
-            return {name: train}
-    for name in _EVAL_FLAGS:
-        if name in accepted:
-            return {name: not train}
-    return {}
+    flags = {}
+    for parameter in list(_signature(function).values())[num_inputs:]:
+        is_named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        value = _flag(parameter, train) if is_named else _LEFT_ALONE
+        if value is not _LEFT_ALONE:
+            flags[parameter.name] = value
+    return flags
+
+
+def names_mode(names: Iterable[str]) -> bool:
+    """Tells whether one of these names is of a mode flag: the caller has chosen the mode."""
+    known = _TRAIN | _EVALUATE | _TRAIN_IN_CALLS | _MODES
+    return any(_plain(name) in known for name in names)
+
+
+def switched(name: str, value: Any, train: bool) -> Any:
+    """Returns what an attribute of a module is in training or in evaluation.
+
+    Args:
+        name: of the attribute. One that is no mode flag keeps its value.
+        value: a bool, or a word such as `"train"` for the name `mode`; others are kept.
+        train: whether the module trains.
+    """
+    plain = _plain(name)
+    if isinstance(value, bool) and plain in _TRAIN:
+        return train
+    if isinstance(value, bool) and plain in _EVALUATE:
+        return not train
+    if plain in _MODES and _is_word(value):
+        word = _word(_known_words(value), train, value)
+        return value if word is _LEFT_ALONE else word
+    return value
 
 
 def method_of(module: Any, method: Callable[..., Any] | str | None) -> Callable[..., Any]:
@@ -49,4 +118,65 @@ def method_of(module: Any, method: Callable[..., Any] | str | None) -> Callable[
         return module
     if isinstance(method, str):
         return getattr(module, method)
-    return functools.partial(method, module)
+    return functools.partial(getattr(method, "__func__", method), module)
+
+
+def _signature(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return {}
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "")
+
+
+def _flag(parameter: inspect.Parameter, train: bool) -> Any:
+    """Returns what a parameter is given, `_LEFT_ALONE` for one that is no mode flag."""
+    plain, default = _plain(parameter.name), parameter.default
+    if plain in _MODES:
+        words = _annotated_words(parameter.annotation) or _known_words(default)
+        if default is parameter.empty and not words:
+            words = ("train", "eval")
+        return _word(words, train, default) if words else _LEFT_ALONE
+    # Few-shot models have inputs called `train` and `test`; these have no truth value as default.
+    if not (default is None or default is parameter.empty or isinstance(default, int)):
+        return _LEFT_ALONE
+    if plain in _TRAIN | _TRAIN_IN_CALLS:
+        return train
+    return not train if plain in _EVALUATE else _LEFT_ALONE
+
+
+def _word(words: tuple[Any, ...], train: bool, default: Any) -> Any:
+    """Returns the word for a mode: the default if it is one, else the first."""
+    wanted = _TRAIN_WORDS if train else _EVALUATION_WORDS
+    fitting = [each for each in words if _text(each) in wanted]
+    if not fitting:
+        return _LEFT_ALONE
+    return default if default in fitting else fitting[0]
+
+
+def _known_words(default: Any) -> tuple[Any, ...]:
+    """Returns the words that a parameter or an attribute knows by what it is now."""
+    if isinstance(default, enum.Enum):
+        return tuple(type(default))
+    return (default, "train", "eval") if _is_word(default) else ()
+
+
+def _annotated_words(annotation: Any) -> tuple[Any, ...]:
+    if isinstance(annotation, str):
+        return tuple(re.findall(r"['\"](\w+)['\"]", annotation))
+    if typing.get_origin(annotation) is Literal:
+        return typing.get_args(annotation)
+    is_enum = isinstance(annotation, type) and issubclass(annotation, enum.Enum)
+    return tuple(annotation) if is_enum else ()
+
+
+def _is_word(value: Any) -> bool:
+    return _text(value) in (*_TRAIN_WORDS, *_EVALUATION_WORDS)
+
+
+def _text(value: Any) -> str:
+    text = value.name if isinstance(value, enum.Enum) else value
+    return text.lower() if isinstance(text, str) else ""

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
 from distaff.errors import ConfigError
 from distaff.models.adapter import Adapter, LayerRow, Variables
-from distaff.models.flags import mode_flag, parameters
+from distaff.models.flags import mode_flag, num_positional, parameters
 from distaff.models.layers import Path, describe, flops, listed, own_flops
+from distaff.models.randomness import KEY_NAMES, asking_for_key
 from distaff.typing import Key
 
-_KEYS = ("rng", "key")
+_COLLECTIONS = {"params", "batch_stats"}
 
 
 class Functions(Adapter):
@@ -21,15 +22,16 @@ class Functions(Adapter):
 
     What `apply` takes is told by the names of its arguments. After the model's parameters come
     `state`, if it has that name, and `rng` or `key`, then the inputs; an `rng` or `key` further
-    back is passed by keyword, and so are `train`, `training`, `is_training`, `deterministic` and
-    `use_running_average`. With `state`, `init` returns `(params, state)` and `apply`
+    back is passed by keyword, and so is a mode flag, such as `train`, `is_training`,
+    `deterministic` or `inference`. With `state`, `init` returns `(params, state)` and `apply`
     `(outputs, state)`: the state is the collection `state`, and changes in training only.
 
-    The key is a fixed one in evaluation. A function that cannot be told whether it trains has to be
-    by its caller: `ctx.apply(params, x, is_training=ctx.train)`.
+    `init` may take the key alone. The key of `apply` is a fixed one in evaluation. A function that
+    cannot be told whether it trains has to be by its caller:
+    `ctx.apply(params, x, my_flag=ctx.train)`.
 
     Args:
-        init: `init(key, *inputs)` returns the parameters: any pytree of arrays.
+        init: `init(key, *inputs)`, or `init(key)`, returns the parameters: any pytree of arrays.
         apply: `apply(params, *inputs)` returns the outputs.
 
     Example:
@@ -52,8 +54,9 @@ class Functions(Adapter):
         names = parameters(apply)
         self._has_state = names[1:2] == ["state"]
         position = 1 + self._has_state
-        self._key_is_positional = names[position : position + 1] in [[name] for name in _KEYS]
-        named = [name for name in _KEYS if name in names]
+        self._num_before = position
+        self._key_is_positional = names[position : position + 1] in [[name] for name in KEY_NAMES]
+        named = [name for name in KEY_NAMES if name in names]
         self._key_name = named[0] if named and not self._key_is_positional else None
 
     @property
@@ -69,8 +72,15 @@ class Functions(Adapter):
 
     def init(self, key: Key, *inputs: Any) -> Variables:
         """Calls `init`, which is told that it trains if it has a parameter for that."""
-        flag: dict[str, Any] = mode_flag(self._init, True)
-        made = self._init(key, *inputs, **flag)
+        given = inputs[: num_positional(self._init) - 1]
+        flag: dict[str, Any] = mode_flag(self._init, True, 1 + len(given))
+        made = self._init(key, *given, **flag)
+        if isinstance(made, Mapping) and set(made) >= _COLLECTIONS:
+            raise ConfigError(
+                f"What init returns is trained, and it returned the collections {sorted(made)}, "
+                "as a Flax Linen module makes them: running statistics are no parameters. Pass the "
+                "module itself as the model."
+            )
         if not self._has_state:
             return Variables(made)
         if not isinstance(made, tuple) or len(made) != 2:
@@ -89,12 +99,16 @@ class Functions(Adapter):
         first: list[Any] = [variables.params]
         if self._has_state:
             first.append((variables.collections or {}).get("state", {}))
-        flags: dict[str, Any] = mode_flag(self._apply, train)
+        num_first = self._num_before + self._key_is_positional
+        flags: dict[str, Any] = mode_flag(self._apply, train, num_first + len(inputs))
         if self._key_is_positional:
             first.append(key)
         elif self._key_name is not None:
             flags[self._key_name] = key
-        outputs = self._apply(*first, *inputs, **{**flags, **kwargs})
+        flags.update(kwargs)
+        takes_key = self._key_is_positional or self._key_name is not None
+        with asking_for_key("The model", takes_key and key is None):
+            outputs = self._apply(*first, *inputs, **flags)
         if not self._has_state:
             return outputs, variables
         outputs, state = outputs
@@ -126,7 +140,8 @@ class FunctionModel:
     """Someone's own forward function, as found in `TrainState.apply_fn`.
 
     Args:
-        apply_fn: called as `apply_fn({"params": params}, *inputs, **kwargs)`.
+        apply_fn: called as `apply_fn({"params": params}, *inputs, **kwargs)`, with the state's
+            other collections beside `params`.
     """
 
     def __init__(self, apply_fn: Callable[..., Any]) -> None:
@@ -146,14 +161,14 @@ class FunctionModel:
     def apply(
         self, variables: Variables, *inputs: Any, train: bool, key: Key | None, **kwargs: Any
     ) -> tuple[Any, Variables]:
-        """Calls the function; it draws nothing and changes nothing."""
-        return self.apply_fn({"params": variables.params}, *inputs, **kwargs), variables
+        """Calls the function, which changes nothing; it is told whether it trains."""
+        flags: dict[str, Any] = mode_flag(self.apply_fn, train, 1 + len(inputs))
+        outputs = self.apply_fn(variables.by_collection(), *inputs, **{**flags, **kwargs})
+        return outputs, variables
 
     def bind(self, variables: Variables) -> Callable[..., Any]:
         """Returns the function with its parameters inside."""
-        return lambda *inputs, **kwargs: self.apply_fn(
-            {"params": variables.params}, *inputs, **kwargs
-        )
+        return lambda *inputs, **kwargs: self.apply_fn(variables.by_collection(), *inputs, **kwargs)
 
     def layers(self, key: Key, *inputs: Any) -> list[LayerRow]:
         """Lists nothing: a function has no modules."""

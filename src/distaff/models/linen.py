@@ -2,36 +2,60 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+from flax.errors import ModifyScopeVariableError
 
 from distaff.models.adapter import LayerRow, Variables
-from distaff.models.flags import mode_flag
 from distaff.models.layers import by_module, describe, flops, own_flops
+from distaff.models.linen_collections import (
+    as_before,
+    as_initializer,
+    carried,
+    evaluated,
+    is_asked,
+    joined,
+    wants,
+)
+from distaff.models.linen_modes import LayerObserver, arguments, in_mode
+from distaff.models.observed import Observed
+from distaff.models.randomness import drawing, streams
 from distaff.typing import Key
 
 
 class LinenModel:
     """A `flax.linen.Module` as pure functions.
 
-    Whether to train is told under the name the called method has for it: `train`, `training`,
-    `is_training`, or, inverted, `deterministic` or `use_running_average`; a method with none of
-    them is called without. Every random stream, whatever its name, draws from the one key that a
-    pass is given (Linen falls back to the stream `params` for names it does not find).
+    Whether to train is told under the name the called method has for it, such as `train`,
+    `is_training`, or, inverted, `deterministic`, `eval` or `inference`, and under the name of a
+    field, such as `train: bool`; see `distaff.models.flags`. Every random stream, whatever its
+    name, draws from the one key that a pass is given.
 
     Args:
-        module: an unbound Linen module.
+        module: a Linen module. One that is bound brings its variables.
+        observed: notes what the layers make of the mode; None where nobody looks.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, observed: Observed | None = None) -> None:
+        self._variables: Mapping[str, Any] | None = None
+        if module.scope is not None:
+            module, self._variables = module.unbind()
+        self.module, self._observed = module, observed
 
-    def ready(self, key: Key) -> None:
-        """Returns None: `init` makes the variables."""
+    def observing(self, observed: Observed) -> LinenModel:
+        """Returns this model, whose passes are noted."""
+        return LinenModel(self.module, observed)
+
+    def ready(self, key: Key) -> Variables | None:
+        """Returns the variables of a bound module; None where `init` makes them."""
+        if self._variables is None:
+            return None
+        held = {name: x for name, x in self._variables.items() if name != "intermediates"}
+        return Variables.of(nn.unbox(held))
 
     @property
     def apply_fn(self) -> Callable[..., Any]:
@@ -46,52 +70,54 @@ class LinenModel:
     def init(self, key: Key, *inputs: Any) -> Variables:
         """Makes the variables for inputs shaped like these, as in training.
 
-        A collection that modules sow into is left out: it would grow with every pass.
+        Left out is a collection that modules sow into, which a pass would add to for ever, and one
+        that is there for gradients alone, as `perturb` makes it. Boxes (`nn.with_partitioning`) are
+        opened.
         """
-        collections = dict(self._init(key, *inputs))
-        others = [name for name in collections if name not in ("params", "batch_stats")]
-        if others:
-            mode: dict[str, Any] = self._mode(None, True)
-            changing = [name for name in collections if name != "params"]
-            again = jax.eval_shape(
-                lambda: self.module.apply(
-                    collections, *inputs, rngs=_streams(key), mutable=changing, **mode
-                )[1]
-            )
-            for name in others:
-                if jax.tree.structure(again[name]) != jax.tree.structure(collections[name]):
-                    del collections[name]
-        return Variables.of(collections)
+        collections = nn.unbox(dict(self._init(key, *inputs)))
+
+        def run(collections: Mapping[str, Any], train: bool, mutable: Any) -> Any:
+            call = self._prepared(inputs, {}, train)
+            return self._drawn(call, collections, train, key, mutable)
+
+        return Variables.of(carried(collections, run))
 
     def apply(
         self, variables: Variables, *inputs: Any, train: bool, key: Key | None, **kwargs: Any
     ) -> tuple[Any, Variables]:
         """Runs the forward pass; in training, every collection but `params` may change.
 
-        `mutable=[...]` names collections to be returned besides, as in Linen: `outputs, changed`.
+        `mutable=` names collections to be returned besides, as in Linen: `outputs, changed`.
+        `rngs=` is a key for all random streams, or keys for some of them by name. What a pass in
+        evaluation changes is dropped.
+
+        Raises:
+            ConfigError: running statistics would move in evaluation.
+            NoKeyError: the model draws random numbers, and there is no key.
         """
         collections = variables.by_collection()
-        asked = kwargs.pop("mutable", None)
+        asked, rngs = kwargs.pop("mutable", None), kwargs.pop("rngs", None)
+        if kwargs.get("capture_intermediates"):
+            asked = asked or ["intermediates"]
         kept = [name for name in collections if name != "params"] if train else []
-        mutable = list(dict.fromkeys([*kept, *(asked or ())]))
-        call = functools.partial(
-            self.module.apply,
-            collections,
-            *inputs,
-            rngs=None if key is None else _streams(key),
-            **{**self._mode(kwargs.get("method"), train), **kwargs},
-        )
-        if not mutable:
-            return call(), variables
-        outputs, changed = call(mutable=mutable)
-        collections.update({name: changed[name] for name in kept})
-        if asked is not None:
-            outputs = outputs, {name: changed[name] for name in asked if name in changed}
-        return outputs, Variables.of(collections)
+        given = rngs if isinstance(rngs, Mapping) else {}
+        key = key if rngs is None or given else rngs
+        call = self._prepared(inputs, kwargs, train, key)
+        mutable = joined(kept, asked)
+        with nn.intercept_methods(LayerObserver(self._observed)) if self._observed else _NOTHING:
+            outputs = self._drawn(call, collections, train, key, mutable, given)
+        if mutable is False:
+            return outputs, variables
+        outputs, changed = outputs
+        for name in kept:
+            collections[name] = as_before(collections[name], changed.get(name, {}))
+        if is_asked(asked):
+            outputs = outputs, {name: x for name, x in changed.items() if wants(asked, name)}
+        return outputs, Variables.of(collections) if kept else variables
 
     def bind(self, variables: Variables) -> nn.Module:
         """Returns `module.bind(variables)`: call it as in Linen, `bound(x, train=False)`."""
-        return self.module.bind(variables.by_collection())
+        return in_mode(self.module, False).bind(variables.by_collection())
 
     def layers(self, key: Key, *inputs: Any) -> list[LayerRow]:
         """Lists the modules in order of call, by abstract evaluation.
@@ -113,7 +139,7 @@ class LinenModel:
 
         def init(key: Key, *inputs: Any) -> Any:
             with nn.intercept_methods(record):
-                return self._init(key, *inputs)
+                return self.init(key, *inputs).by_collection()
 
         variables = jax.eval_shape(init, key, *inputs)
         owned = by_module(variables, set(rows))
@@ -128,19 +154,64 @@ class LinenModel:
         ]
 
     def _init(self, key: Key, *inputs: Any) -> Any:
-        mode: dict[str, Any] = self._mode(None, True)
-        return self.module.init(_streams(key), *inputs, **mode)
+        module = in_mode(self.module, True)
+        args, kwargs = arguments(module, None, inputs, {}, train=True, key=key)
+        return module.init(streams(key), *args, **kwargs)
 
-    def _mode(self, method: Callable[..., Any] | str | None, train: bool) -> dict[str, bool]:
-        if method is None:
-            method = type(self.module).__call__
-        elif isinstance(method, str):
-            method = getattr(type(self.module), method)
-        return mode_flag(method, train)
+    def _prepared(
+        self, inputs: tuple[Any, ...], kwargs: dict[str, Any], train: bool, key: Key | None = None
+    ) -> Callable[..., Any]:
+        """Returns `module.apply` as a function of collections, streams and `mutable`."""
+        module = in_mode(self.module, train)
+        method = kwargs.get("method")
+        rest = {name: value for name, value in kwargs.items() if name != "method"}
+
+        def call(collections: Any, rngs: Any, mutable: Any, by_position: bool = False) -> Any:
+            args, named = arguments(
+                module, method, inputs, rest, train=train, key=key, by_position=by_position
+            )
+            try:
+                return module.apply(
+                    collections, *args, rngs=rngs or None, method=method, mutable=mutable, **named
+                )
+            except jax.errors.ConcretizationTypeError:
+                # nn.remat and nn.jit have static arguments by position alone.
+                if by_position or not named:
+                    raise
+            except jax.errors.TracerArrayConversionError as error:
+                raise as_initializer(error, type(module).__name__) from error
+            return call(collections, rngs, mutable, by_position=True)
+
+        return call
+
+    def _drawn(
+        self,
+        call: Callable[..., Any],
+        collections: Mapping[str, Any],
+        train: bool,
+        key: Key | None,
+        mutable: Any,
+        given: Mapping[str, Key] | None = None,
+    ) -> Any:
+        """Calls the module with its streams; in evaluation, what it changes is dropped."""
+        name = type(self.module).__name__
+        first = ("dropout",) if train else ()
+
+        def drawn(mutable: Any) -> Any:
+            def with_streams(rngs: Any) -> Any:
+                return call(collections, rngs, mutable)
+
+            return drawing(with_streams, key, first=first, given=given or {}, model=name)
+
+        try:
+            return drawn(mutable)
+        except ModifyScopeVariableError as error:
+            if train:
+                raise
+            return evaluated(drawn, collections, mutable, error, name)
 
 
-def _streams(key: Key) -> dict[str, Key]:
-    return {"params": jax.random.fold_in(key, 0), "dropout": jax.random.fold_in(key, 1)}
+_NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 def _own_flops(
@@ -202,6 +273,6 @@ class _Call(NamedTuple):
         def forward(arrays: dict[int, jax.Array], key: Key) -> Any:
             leaves = [arrays.get(i, leaf) for i, leaf in enumerate(self.leaves)]
             variables, args, kwargs = jax.tree.unflatten(self.structure, leaves)
-            return self.module.apply(variables, *args, rngs=_streams(key), **kwargs)
+            return self.module.apply(variables, *args, rngs=streams(key), **kwargs)
 
         return flops(forward, arrays, jax.eval_shape(jax.random.key, 0))

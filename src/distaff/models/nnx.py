@@ -16,6 +16,9 @@ from distaff.errors import ConfigError
 from distaff.models.adapter import Adapter, LayerRow, Variables, leaf_of, nested
 from distaff.models.flags import method_of, mode_flag, parameters
 from distaff.models.layers import Library, Opened, Path, listed_calls
+from distaff.models.linen_collections import is_asked
+from distaff.models.nnx_modules import Snapshot, set_mode, sown, without_sown
+from distaff.models.observed import Observed
 from distaff.typing import Key
 
 
@@ -24,30 +27,43 @@ class NnxModel(Adapter):
 
     Its variables are plain nested dictionaries: `nnx.Param` is what is trained, `nnx.BatchStat` the
     running statistics, any other type of variable a collection of its class's name, and arrays that
-    are no variable the collection `arrays`. A variable that a pass adds, as `sow` does, is dropped.
+    are no variable the collection `arrays`. What modules sow is no state; `mutable="Intermediate"`
+    returns it, by the class of its variables, beside the outputs of its pass.
 
     Random streams are no variables: each pass begins every stream anew, from a key of its own that
     is drawn from the key of the pass. So they need no checkpoint, and the key that a module was
     made with, and how often it has drawn, make no difference.
 
-    Whether to train is told to all modules inside that have the attributes `deterministic` or
-    `use_running_average`, as `module.train()` and `module.eval()` do, and to the called method if
-    it has a parameter for it, as with Linen.
+    Whether to train is told to all modules inside that have an attribute for it, such as
+    `deterministic`, `use_running_average` or `is_training`, as `module.train()` and `module.eval()`
+    do, and to the called method if it has a parameter for it, as with Linen.
 
     Args:
         source: a module, whose variables are the initial ones whatever the seed; or a function
             `f(rngs)` that makes one, which is called with the trainer's seed.
     """
 
-    def __init__(self, source: nnx.Module | Callable[..., Any]) -> None:
-        self._source = source
+    def __init__(
+        self, source: nnx.Module | Callable[..., Any], observed: Observed | None = None
+    ) -> None:
+        self._source: Any = without_sown(source) if isinstance(source, nnx.Module) else source
+        self._observed = observed
+
+    def observing(self, observed: Observed) -> NnxModel:
+        """Returns this model, whose passes are noted."""
+        copy = NnxModel.__new__(NnxModel)
+        copy.__dict__.update(self.__dict__, _observed=observed)
+        return copy
 
     @functools.cached_property
     def module(self) -> nnx.Module:
         """The module; one without numbers where a function makes it."""
         if isinstance(self._source, nnx.Module):
             return self._source
-        return nnx.eval_shape(lambda: self._made(jax.random.key(0)))
+        try:
+            return nnx.eval_shape(lambda: self._made(jax.random.key(0)))
+        except jax.errors.JAXTypeError:  # It computes on the host.
+            return self._made(jax.random.key(0))
 
     def ready(self, key: Key) -> Variables | None:
         """Returns the variables of a module that was passed ready-made."""
@@ -79,14 +95,24 @@ class NnxModel(Adapter):
     ) -> tuple[Any, Variables]:
         """Runs the forward pass; in training, every variable but the parameters may change.
 
-        `method="encode"` calls another method. A parameter `rngs` is given streams if the caller
-        does not.
+        `method="encode"` calls another method. A parameter `rngs` is given streams, and one called
+        `rng` or `key` a key, if the caller does not.
+
+        Raises:
+            NoKeyError: it draws random numbers in training, and there is no key.
         """
+        asked = kwargs.pop("mutable", None)
         module = self._merged(variables, train, key)
+        before = Snapshot.of(module)
         outputs = _called(module, inputs, kwargs, train, key)
+        before.check(module, must_not_draw=train and key is None, observed=self._observed)
+        state = nnx.split(module)[1]
+        if is_asked(asked):
+            known = {slot.path for slot in self._parts.slots}
+            outputs = outputs, sown(state, known, asked)
         if not train:
             return outputs, variables
-        return outputs, self._read(nnx.split(module)[1])._replace(params=variables.params)
+        return outputs, self._read(state)._replace(params=variables.params)
 
     def bind(self, variables: Variables) -> nnx.Module:
         """Returns a live module with the variables inside, in evaluation: `bound(x)`.
@@ -149,12 +175,7 @@ class NnxModel(Adapter):
             is_variable = isinstance(slot.leaf, nnx.Variable)
             leaves.append((slot.path, slot.leaf.replace(value) if is_variable else value))
         module = nnx.merge(self._parts.graph, nnx.from_flat_state(leaves))
-        return nnx.view(
-            module,
-            raise_if_not_found=False,
-            deterministic=not train,
-            use_running_average=not train,
-        )
+        return set_mode(module, train)
 
 
 class _Slot(NamedTuple):
@@ -177,9 +198,12 @@ def _called(
 ) -> Any:
     kwargs = dict(kwargs)
     function = method_of(module, kwargs.pop("method", None))
-    flags: dict[str, Any] = mode_flag(function, train)
-    if key is not None and "rngs" in parameters(function):
+    flags: dict[str, Any] = mode_flag(function, train, len(inputs))
+    names = parameters(function)[len(inputs) :]
+    if key is not None and "rngs" in names:
         flags["rngs"] = nnx.Rngs(key)
+    if key is not None:
+        flags.update((name, key) for name in ("rng", "key") if name in names)
     return function(*inputs, **{**flags, **kwargs})
 
 

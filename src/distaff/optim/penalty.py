@@ -45,9 +45,15 @@ def l2_loss(
         raise ConfigError(f"coefficient must be a finite number >= 0, and is {coefficient!r}.")
     applies = mask(params) if callable(mask) else mask
     squares = jax.tree.map(
-        lambda leaf, on: jnp.sum(jnp.square(leaf)) if on else 0.0, params, applies
+        lambda leaf, on: jnp.sum(jnp.square(_wide(leaf))) if on else 0.0, params, applies
     )
     return jnp.asarray(0.5 * coefficient * sum(jax.tree.leaves(squares)))
+
+
+def _wide(leaf: jax.Array) -> jax.Array:
+    """Returns floats of at least 32 bits: a sum in half precision stands still."""
+    is_half = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize < 4
+    return leaf.astype(jnp.float32) if is_half else leaf
 
 
 def decays(tx: optax.GradientTransformation, params: Params) -> bool:

@@ -12,13 +12,14 @@ import optax
 
 from distaff.context import Context
 from distaff.data import entry
-from distaff.data.inspection import no_probabilities, out_of_range
+from distaff.data.inspection import ROUNDING, no_probabilities, out_of_range
 from distaff.errors import LossError
 from distaff.metrics import Mean
 from distaff.metrics.accumulators import floating
 from distaff.monitor import Monitor
 from distaff.tasks.weighing import (
     WeighingTask,
+    called,
     check_ignore_index,
     unweighted_filled,
     weights_for,
@@ -114,12 +115,13 @@ class Classifier(WeighingTask):
         logits = floating(logits)
         if labels.ndim == 2:
             labels = unweighted_filled(labels.astype(logits.dtype), weight)
+            _check_probabilities(labels, weight, ctx)
             loss = optax.softmax_cross_entropy(logits, labels)
             labels = labels.argmax(axis=-1)
         else:
             where = None if weight is None else weight != 0
-            labels = labels.astype(jnp.int32)
-            ctx.check_indices("label", labels, logits.shape[1], where=where, advice=_ADVICE)
+            what, labels = called("label", labels, batch), labels.astype(jnp.int32)
+            ctx.check_indices(what, labels, logits.shape[1], where=where, advice=_ADVICE)
             labels = labels if where is None else jnp.where(where, labels, 0)
             loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         hits = logits.argmax(axis=-1) == labels
@@ -128,13 +130,25 @@ class Classifier(WeighingTask):
         return Mean.per_example(loss, weight), {"accuracy": Mean.per_example(hits, weight)}
 
 
+def _check_probabilities(labels: jax.Array, weight: jax.Array | None, ctx: Context) -> None:
+    lowest = labels.min(axis=1)
+    ctx.check_range(
+        "The probabilities of the classes are at least 0, and their sum is 1",
+        jnp.where(lowest < 0, lowest, labels.sum(axis=1)),
+        1 - ROUNDING,
+        1 + ROUNDING,
+        where=None if weight is None else weight != 0,
+        advice="Divide counts by their sum, or take the softmax of logits.",
+    )
+
+
 def _without(
     labels: jax.Array, ignore_index: int | None, weight: jax.Array | None
 ) -> jax.Array | None:
     """Returns weights that are 0 where the label is the one to ignore."""
     if ignore_index is None or labels.ndim != 1:
         return weight
-    kept = jnp.asarray(labels) != ignore_index
+    kept = jnp.asarray(labels).astype(jnp.int32) != ignore_index
     return kept.astype(jnp.float32) if weight is None else jnp.where(kept, weight, 0)
 
 

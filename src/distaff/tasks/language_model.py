@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from numbers import Real
 from typing import Any
 
@@ -25,7 +25,13 @@ from distaff.models.flags import parameters
 from distaff.monitor import Monitor
 from distaff.number import whole
 from distaff.state import TrainState
-from distaff.tasks.weighing import WeighingTask, check_ignore_index, weights_for
+from distaff.tasks.weighing import (
+    WeighingTask,
+    called,
+    check_ignore_index,
+    check_weights,
+    weights_for,
+)
 from distaff.trainer_config import TrainerConfig
 from distaff.typing import Batch, Key, Params
 from distaff.zoo.sampling import generate
@@ -102,11 +108,7 @@ class LanguageModel(WeighingTask):
         # Runs whose steps no callback watches pay nothing for it.
         samples = (_Samples(self),) if options.get("sample_every_n_steps") else ()
         super().__init__(model, callbacks=(*callbacks, *samples), **options)
-        module = self.model.module
-        module = module.module if isinstance(module, Lora) else module
-        self._vocab_size = getattr(module, "vocab_size", None)
-        self._takes_segments = parameters(module)[1:2] == ["segment_ids"]
-        max_length = getattr(module, "max_length", None)
+        max_length = getattr(self._module, "max_length", None)
         if samples:
             _as_tokens(self.config.sample_prompt.encode(), self._vocab_size)
 
@@ -121,6 +123,15 @@ class LanguageModel(WeighingTask):
             )
 
         self._fill = self.execution.program(fill)
+
+    @property
+    def _module(self) -> Any:
+        module = self.model.module
+        return module.module if isinstance(module, Lora) else module
+
+    @property
+    def _vocab_size(self) -> int | None:
+        return getattr(self._module, "vocab_size", None)
 
     def tokens(self, batch: Batch) -> jax.Array:
         """Returns the tokens of a batch, int `[batch, length + 1]`. Override it for other batches.
@@ -159,6 +170,11 @@ class LanguageModel(WeighingTask):
             known = tokens if ignored is None else np.where(tokens == ignored, 0, tokens)
             self.object_to(unknown_tokens(known, vocab_size, name))
 
+    def _pass(self, loader: Any, name: str) -> Iterator[Batch]:
+        for batch in super()._pass(loader, name):
+            self._check_tokens(batch, name)
+            yield batch
+
     def mask(self, batch: Batch) -> jax.Array | None:
         """Returns how much each of `tokens[:, 1:]` counts, `[batch, length]`; None for all alike.
 
@@ -183,6 +199,7 @@ class LanguageModel(WeighingTask):
         """
         tokens, ignored = self.tokens(batch), self.config.ignore_index
         if ignored is not None and not 0 <= ignored < (self._vocab_size or math.inf):
+            tokens = jnp.asarray(tokens).astype(jnp.int32)
             tokens = jnp.where(tokens == ignored, 0, tokens)
         segments = batch.get("segment_ids") if isinstance(batch, Mapping) else None
         if segments is None:
@@ -192,7 +209,7 @@ class LanguageModel(WeighingTask):
                 "Packed batches have a segment id for each token; got segment_ids of shape "
                 f"{segments.shape} for tokens of shape {tokens.shape}."
             )
-        if not self._takes_segments:
+        if parameters(self._module)[1:2] != ["segment_ids"]:
             raise BatchError(
                 "The batches are packed, and the model would look across the sequences of a row: "
                 f"the second argument of {type(self.model.module).__name__} is not segment_ids. "
@@ -211,7 +228,7 @@ class LanguageModel(WeighingTask):
             LossError: the model's outputs or the mask have another shape.
         """
         logits = ctx.apply(params, *self.model_inputs(batch))
-        tokens = self.tokens(batch)
+        tokens = jnp.asarray(self.tokens(batch)).astype(jnp.int32)
         targets, mask = tokens[:, 1:], self.mask(batch)
         mask = jnp.ones(targets.shape, bool) if mask is None else mask
         if logits.ndim != 3 or logits.shape[:2] != targets.shape or mask.shape != targets.shape:
@@ -223,7 +240,8 @@ class LanguageModel(WeighingTask):
         weight = self._weight(batch, tokens, mask, ctx)
         ignored = self.config.ignore_index
         is_known = jnp.ones(tokens.shape, bool) if ignored is None else tokens != ignored
-        ctx.check_indices("token", tokens, logits.shape[-1], where=is_known, advice=_ADVICE)
+        what = called("token", self.tokens(batch), batch)
+        ctx.check_indices(what, tokens, logits.shape[-1], where=is_known, advice=_ADVICE)
         losses = optax.softmax_cross_entropy_with_integer_labels(
             floating(logits), jnp.where(is_known[:, 1:], targets, 0)
         )
@@ -240,7 +258,7 @@ class LanguageModel(WeighingTask):
         """Returns the weight of each token that is predicted, float `[batch, length]`."""
         mask, given = jnp.asarray(mask), self.sample_weight(batch)
         if mask.dtype != bool:
-            ctx.check_weights("mask", mask)
+            check_weights("mask", mask, ctx)
         weight = floating(mask)
         if given is not None:
             of_all = given[:, 1:] if np.shape(given) == tokens.shape else given

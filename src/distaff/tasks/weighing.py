@@ -10,7 +10,7 @@ import numpy as np
 
 from distaff.context import Context
 from distaff.data.entry import named
-from distaff.errors import BatchError, ConfigError, LossError
+from distaff.errors import BatchError, ConfigError, LossError, leaf_name
 from distaff.metrics.accumulators import aligned, floating
 from distaff.state import TrainState
 from distaff.trainer import TrainerModule
@@ -87,8 +87,22 @@ def weights_for(
             f"{whole}; got {weight.shape}. Reshape it in the loader, or override sample_weight("
             "self, batch)."
         )
-    ctx.check_weights(what, weight, advice=_ADVICE)
+    check_weights(what, weight, ctx)
     return floating(weight)
+
+
+def called(what: str, leaf: Any, batch: Batch) -> str:
+    """Returns what a leaf of a batch is, with its name: `"label ('y')"`."""
+    for path, other in jax.tree.leaves_with_path(batch):
+        if other is leaf and path:
+            return f"{what} ({leaf_name(path)!r})"
+    return what
+
+
+def check_weights(what: str, weight: jax.Array, ctx: Context) -> None:
+    """Has the weights of every batch checked: finite, and none is negative."""
+    rule = f"A {what} is a finite number, at least 0"
+    ctx.check_range(rule, weight, 0, advice=_ADVICE)
 
 
 def unweighted_filled(tree: Any, weight: jax.Array | None, filler: Any = 0) -> Any:
@@ -126,11 +140,13 @@ def check_ignore_index(value: Any) -> None:
     """Checks the option `ignore_index`.
 
     Raises:
-        ConfigError: it is no whole number.
+        ConfigError: it is no whole number of 32 bits.
     """
-    if value is None or (isinstance(value, int | np.integer) and not isinstance(value, bool)):
-        return
-    raise ConfigError(f"ignore_index is a whole number, such as -100, or None; got {value!r}.")
+    is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if value is not None and not (is_whole and abs(int(value)) < 2**31):
+        raise ConfigError(
+            f"ignore_index is a whole number of 32 bits, such as -100, or None; got {value!r}."
+        )
 
 
 def _third(item: Any) -> Any:

@@ -122,9 +122,9 @@ class Task:
         reporting = Reporting(suggestion, trainer.monitor, self.num_epochs)
         trainer.callbacks = Callbacks([*trainer.callbacks.callbacks, reporting])
         suggestion.note(seed=trainer.config.seed)
-        epochs = {"num_epochs": self.num_epochs, "steps_per_epoch": self.steps_per_epoch}
+        epochs, steps = self.num_epochs, self.steps_per_epoch
         try:
-            result = trainer.train_model(train, val, **epochs)
+            result = trainer.train_model(train, val, num_epochs=epochs, steps_per_epoch=steps)
         except NonFiniteError as error:
             suggestion.note(reason=str(error))
             return "failed", None

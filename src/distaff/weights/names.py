@@ -90,7 +90,8 @@ def matching(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
         ConfigError: a pattern matches none.
     """
     for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+        is_all_of_none = pattern == "*" and not names
+        if not (is_all_of_none or any(fnmatch.fnmatchcase(name, pattern) for name in names)):
             raise ConfigError(
                 f"A pattern must match the name of an array, and {pattern!r} matches none. It is a "
                 f"shell pattern, in which * stands for any text.{listed(map(repr, names))}"

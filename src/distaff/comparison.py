@@ -1,0 +1,191 @@
+"""Comparison: how a run to be differs from one that has recorded what it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from distaff import config
+from distaff.digest import REST
+from distaff.identity import Subject
+from distaff.sketch import is_near
+from distaff.trainer_config import TrainerConfig
+
+_HOW_IT_RUNS = {
+    f"options.{name}"
+    for name in (
+        *("log_every_n_steps", "steps_per_call", "table_depth", "root"),
+        *("keep_last", "keep_best", "keep_every", "on_failed_save", "on_failed_log"),
+        *(
+            "enable_progress_bar",
+            "debug",
+            "recompile",
+            "tune_process",
+            "check_validation",
+            "save_every",
+            "stuck_after",
+        ),
+        *("on_bad_numbers", "on_loss_spike", "spike_threshold", "max_skips", "on_bad_input"),
+    )
+}
+"""Options that lead to the same model, or are what one changes to resume after a bad step."""
+
+_HOW_IT_RESUMES = (
+    *("options.resume", "options.allow_inexact_resume", "options.max_time"),
+    *("options.allow_changes", "distaff"),
+)
+"""What is not named where it has changed."""
+
+_LABELS = {REST: "the training step"}
+
+
+class Comparison(NamedTuple):
+    """How a run differs from another one.
+
+    Attributes:
+        changes: what makes it another run.
+        doubts: loaders whose first batch differs: of other data, or drawn without a seed.
+        notes: what differs and does not, or could not be compared.
+    """
+
+    changes: list[str]
+    doubts: list[str]
+    notes: list[str]
+
+    def lines(self) -> list[str]:
+        """Returns what is to be said where the run is resumed."""
+        return [*(f"changed: {each}" for each in self.changes), *self.notes]
+
+
+def compared(
+    old: Mapping[str, Any], new: Mapping[str, Any], subject: Subject | None, *, inexact: bool
+) -> Comparison:
+    """Compares the record of an earlier run with that of a run to be.
+
+    Args:
+        old: as `config.json` holds it; of an older version of Distaff, without an identity.
+        new: likewise, with an identity.
+        subject: what the identity of the new one was found from.
+        inexact: whether first batches may differ, as those drawn without a seed.
+    """
+    options = _options(old, new)
+    was, now = old.get("identity"), new.get("identity")
+    changes = [text for name, text in options.items() if not _is_same(name)]
+    notes = [f"changed: {text}" for name, text in options.items() if _is_same(name)]
+    if not isinstance(was, Mapping) or not isinstance(now, Mapping):
+        return Comparison(changes, [], [*notes, f"program, data and start weights {_UNKNOWN}"])
+    program, remarks = _program(was, now, subject)
+    is_named = any(name.startswith("optimizer") for name in options)
+    changes += [text for text in program if not (is_named and text.startswith("optimizer"))]
+    data, doubts = _data(was, now, inexact=inexact)
+    one, other = was.get("weights"), now.get("weights")
+    if (
+        one
+        and other
+        and not (one["form"] == other["form"] and is_near(one["sketch"], other["sketch"]))
+    ):
+        data.append("start weights differ")
+    return Comparison([*changes, *data], doubts, [*notes, *remarks])
+
+
+_DIGESTS = ("rows", "batches")
+_UNKNOWN = "were not recorded, and could not be compared"
+
+
+def _options(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+    """Returns what of a run's configuration differs, but for what says how it resumes."""
+    was, now = old.get("options"), new.get("options")
+    if isinstance(was, Mapping) and isinstance(now, Mapping):
+        # An option that the old run did not know yet was at its default.
+        defaults = config.to_json(TrainerConfig())
+        old = {**old, "options": {**{n: defaults[n] for n in now if n in defaults}, **was}}
+    pair = [{n: x for n, x in each.items() if n != "identity"} for each in (old, new)]
+    found = config.diff(pair[0], config.to_json(pair[1]))
+    return {
+        name: f"{name}: {before!r} -> {after!r}"
+        for name, (before, after) in found.items()
+        if name not in _HOW_IT_RESUMES
+    }
+
+
+def _is_same(name: str) -> bool:
+    """Whether the same run may differ so: in how long it is, what it shows, or how it runs."""
+    return name == "num_epochs" or name in _HOW_IT_RUNS
+
+
+def _program(
+    old: Mapping[str, Any], new: Mapping[str, Any], subject: Subject | None
+) -> tuple[list[str], list[str]]:
+    """Returns how the programs differ, and what is to be said where they could not be compared."""
+    was, now = old.get("step"), new.get("step")
+    if not was or not now:
+        return [], ["the training step could not be traced, and was not compared"]
+    total = old.get("total_steps")
+    if subject is not None and total != new.get("total_steps") and was["whole"] != now["whole"]:
+        now = subject.step_for(total) or now  # a longer run: its schedule is stretched
+    changes = list(_parts(was, now))
+    one, other = old.get("evaluation"), new.get("evaluation")
+    if not changes and one and other and one != other:
+        changes = ["evaluation differs"]
+    versions = old.get("versions") or {}, new.get("versions") or {}
+    if changes and versions[0] != versions[1]:
+        return [], [f"the program could not be compared: {_versions(*versions)}"]
+    return changes, []
+
+
+def _parts(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    """Yields which parts of the training step differ."""
+    if old["whole"] == new["whole"]:
+        return
+    names = sorted({*old["parts"], *new["parts"]})
+    pairs = [(name, old["parts"].get(name), new["parts"].get(name)) for name in names]
+    changed = [pair for pair in pairs if pair[1] != pair[2]]
+    if not changed:
+        yield f"{_LABELS[REST]} differs"
+    for name, was, now in changed:
+        label = _LABELS.get(name, name)
+        numbers = ""
+        if was and now and was["form"] == now["form"]:
+            gone = [each for each in was["numbers"] if each not in now["numbers"]]
+            come = [each for each in now["numbers"] if each not in was["numbers"]]
+            is_rate = name == "optimizer" and len(gone) == len(come) == 1
+            what = "learning rate, or another number, of the step" if is_rate else "numbers"
+            numbers = f", {what}: {', '.join(gone)} -> {', '.join(come)}" if gone or come else ""
+        yield f"{label} differs{numbers}"
+
+
+def _versions(old: Mapping[str, str], new: Mapping[str, str]) -> str:
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return ", ".join(f"{name} {old.get(name)} -> {new.get(name)}" for name in names)
+
+
+def _data(
+    old: Mapping[str, Any], new: Mapping[str, Any], *, inexact: bool
+) -> tuple[list[str], list[str]]:
+    """Returns how the data differ, and which may do so for want of a seed."""
+    was, now = old.get("data") or {}, new.get("data") or {}
+    changes, doubts = [], []
+    for name in {**was, **now}:
+        if name not in was or name not in now:
+            changes.append(f"{name} data differs: {'given' if name in now else 'left out'} now")
+            continue
+        one, other = was[name], now[name]
+        found = [f"{name} data differs: {text}" for text in _facts(one, other)]
+        changes += found
+        is_known = one["first"] == other["first"] or one["position"] != other["position"]
+        if not (found or inexact or is_known):
+            is_verified = any("source" in each for each in other["facts"])
+            (doubts if is_verified else changes).append(f"{name} data differs")
+    return changes, doubts
+
+
+def _facts(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    for name in ("kind", "length", "batch"):
+        if old[name] != new[name]:
+            yield f"{name} {old[name]} -> {new[name]}"
+    for was, now in zip(old["facts"], new["facts"], strict=False):
+        for name in {**was, **now}:
+            if was.get(name) != now.get(name) and name in _DIGESTS:
+                yield "other values"
+            elif was.get(name) != now.get(name):
+                yield f"{name} {was.get(name)} -> {now.get(name)}"
