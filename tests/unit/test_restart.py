@@ -51,25 +51,21 @@ class Service(MemoryLogger):
 
 
 class Model(tasks.Classifier):
-    changes_state = False
+    kind = "reads"
 
     def on_training_start(self):
         self.seen = (self.step, self.epoch)
-        if self.changes_state:  # as one that loads weights where a training starts
+        if self.kind == "changes":  # as one that loads weights where a training starts
             self.state = jax.tree.map(jnp.zeros_like, self.state)
             self.step = 77
+        elif self.kind == "deletes":
+            jax.tree.map(lambda leaf: leaf.delete(), self.state.params)
 
 
-class DeletesState(Model):
-    def on_training_start(self):
-        super().on_training_start()
-        jax.tree.map(lambda leaf: leaf.delete(), self.state.params)
-
-
-def trained(root, logger, *, cls=Model, fails=0):
+def trained(root, logger, *, fails=0):
     callback = Told()
     options = {"root": root, "name": "m", "enable_progress_bar": False, "steps_per_call": 1}
-    trainer = cls(zoo.MLP((2, 10)), loggers=[logger], callbacks=[callback], **options)
+    trainer = Model(zoo.MLP((2, 10)), loggers=[logger], callbacks=[callback], **options)
     trainer.on_validation_epoch_end = lambda epoch, *_: 1 / (fails - epoch)
     train, val, _ = data.digits(batch_size=512)
     result = None
@@ -94,11 +90,12 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["reads", "changes", "deletes"])
-def test_training_start_of_a_resumed_run_has_its_step_and_changes_nothing(kind, whole, tmp_path):
+def test_training_start_of_a_resumed_run_has_its_step_and_changes_nothing(
+    kind, whole, tmp_path, monkeypatch
+):
     trained(tmp_path, MemoryLogger(), fails=3)
-    cls = DeletesState if kind == "deletes" else type("M", (Model,), {"changes_state": True})
-    cls = Model if kind == "reads" else cls
-    trainer, callback, result = trained(tmp_path, MemoryLogger(), cls=cls, fails=9)
+    monkeypatch.setattr(Model, "kind", kind)
+    trainer, callback, result = trained(tmp_path, MemoryLogger(), fails=9)
     assert result.path.name == "0001"
     assert trainer.seen == (4, 2)
     if kind == "reads":
