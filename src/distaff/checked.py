@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from distaff.callbacks import StopTraining
 from distaff.data import Chunk, Loader, One, first_batch, num_examples, num_shapes
 from distaff.data.inspection import leaf_names, narrowed, not_finite
 from distaff.errors import BatchError, ConfigError, DistaffError, nearest
@@ -172,3 +173,11 @@ class Checked(Recovering):
             self.check_values(metrics, name)
             compute(metrics)
         return results(shapes)
+
+    def is_trained(self, epoch: int) -> bool:
+        """Whether the steps of an epoch are done, and what follows them may not be."""
+        return self.tally.is_trained and self.tally.epoch == epoch
+
+    def stop(self, request: StopTraining) -> None:
+        """Ends the run after this epoch's work, as a hook asks for."""
+        self.callbacks.stop(request, type(self).__name__)

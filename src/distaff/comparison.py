@@ -32,7 +32,7 @@ _HOW_IT_RUNS = {
 
 _HOW_IT_RESUMES = (
     *("options.resume", "options.allow_inexact_resume", "options.max_time"),
-    *("options.allow_changes", "distaff"),
+    *("options.allow_changes", "distaff", "constructor.given"),
 )
 """What is not named where it has changed."""
 

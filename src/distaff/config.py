@@ -37,6 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distaff.errors import ConfigError, nearest
+from distaff.named import name_of
 
 Value = TypeVar("Value")
 
@@ -117,7 +118,7 @@ def _array_to_json(array: Any) -> Any:
 
 
 def _qualified_name(named: Any) -> str:
-    return f"{named.__module__}:{named.__qualname__}"
+    return name_of(named)
 
 
 def from_json(cls: type[Value], data: Any) -> Value:

@@ -39,6 +39,10 @@ class LossError(DistaffError, ValueError):
     """A loss or a metric returned by the user's function has the wrong form."""
 
 
+class UnknownNameError(DistaffError, AttributeError):
+    """An attribute that other libraries have, under the name that it has there."""
+
+
 class MaskError(LossError):
     """A mask meets metrics that are not values per example."""
 
@@ -49,6 +53,13 @@ class StateError(DistaffError, ValueError):
 
 class MetricError(DistaffError, ValueError):
     """A metric is unknown, or two metrics of one name cannot be merged."""
+
+
+class UnknownMetricError(MetricError, KeyError):
+    """A metric is asked for that is not there; the nearest one is named."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class CheckpointError(DistaffError, ValueError):

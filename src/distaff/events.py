@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from distaff.callbacks import StepInfo
+from distaff.callbacks import StepInfo, StopTraining
 from distaff.data import (
     Loader,
     Stream,
@@ -21,6 +21,7 @@ from distaff.data import (
 from distaff.errors import ConfigError, NonFiniteError
 from distaff.metrics import Metric
 from distaff.metrics.limits import Breach
+from distaff.monitor import Monitor
 from distaff.number import whole
 from distaff.rows import BadStep
 from distaff.state import TrainState
@@ -201,6 +202,8 @@ def given(val_loaders: Mapping[str, Any]) -> Any:
 class Run(Protocol):
     """What the loop asks of a trainer: its override points, and where it stands."""
 
+    monitor: Monitor
+
     @property
     def stop_reason(self) -> str | None:
         """Why the run shall end; None while it shall not."""
@@ -208,6 +211,13 @@ class Run(Protocol):
     @property
     def best_metrics(self) -> dict[str, Any] | None:
         """Validation metrics of the best model so far."""
+
+    def is_trained(self, epoch: int) -> bool:
+        """Whether the steps of an epoch are done, and what follows them may not be."""
+        ...
+
+    def stop(self, request: StopTraining) -> None:
+        """Ends the run after this epoch's work."""
 
     def info(self, metrics: Mapping[str, Any], is_best: bool = False) -> StepInfo:
         """Returns what callbacks are told."""

@@ -10,6 +10,7 @@ from distaff.candidates import Candidate
 from distaff.data import unlimited
 from distaff.errors import MetricError
 from distaff.metrics import as_json, as_numbers
+from distaff.metrics.named import Named
 from distaff.ranking import best_json
 from distaff.report import Report
 from distaff.resume import Resumable, explained
@@ -35,7 +36,7 @@ class Reloadable(Resumable):
             reason=self.interrupted_by or self.stop_reason or self._nothing_left(),
             step=self.reached[0],
             epoch=self.reached[1],
-            metrics=metrics,
+            metrics=Named(metrics),
             best=self.best,
             path=self.recording.path,
             first_step=self.first_step,

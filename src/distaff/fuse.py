@@ -16,7 +16,7 @@ from distaff.execution import Execution
 from distaff.flops import Flops, flops_of
 from distaff.forms import Choice, Expected, chosen
 from distaff.measured import StepFn
-from distaff.metrics import Metric
+from distaff.metrics import Metric, results
 from distaff.rows import Columns, Strip, blank
 from distaff.state import TrainState, placed_with
 from distaff.throughput import Ledger
@@ -155,6 +155,7 @@ class Steps:
         watch: Watch | None = None,
     ) -> None:
         self.columns, self.log_every, self.forms = Columns(metrics), log_every, forms
+        self.names = tuple(results(metrics))
         self.blank = Strip(
             0, 0, blank(self.columns.strip_rows(log_every), self.columns.width), True
         )

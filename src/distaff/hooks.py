@@ -2,14 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Never
 
+from distaff.habits import METHODS, check_methods, unknown_name
+from distaff.override import check_overrides
 from distaff.step import AugmentFn
 from distaff.typing import Batch, Key
+
+HOOKS = ("on_training_start", "on_training_epoch_end", "on_validation_epoch_end")
+
+OVERRIDE_POINTS = (
+    *HOOKS,
+    *("loss_fn", "augment", "model_inputs", "predict_fn", "run_model_init", "init_model"),
+    *("print_tabulate", "init_logger", "create_functions", "create_jitted_functions"),
+    *("init_optimizer", "train_epoch", "eval_model", "tracker", "check_batch", "load_model"),
+    *("save_metrics", "save_model", "is_new_model_better"),
+)
+"""The methods that a run calls on a trainer, and a subclass may override."""
+
+
+def check_class(trainer: Any, base: type) -> None:
+    """Checks that what a trainer's class defines is called, and can be.
+
+    Args:
+        trainer: of a class of the user's own.
+        base: the class that calls it.
+
+    Raises:
+        ConfigError: a hook has a name that nothing calls, or an override other arguments.
+    """
+    check_methods(type(trainer), base, HOOKS, METHODS)
+    check_overrides(trainer, base, OVERRIDE_POINTS)
 
 
 class Hooks:
     """Override points without which a run is complete."""
+
+    def __getattr__(self, name: str) -> Never:
+        raise unknown_name(self, name)
 
     def augment(self, batch: Batch, key: Key) -> Batch:
         """Returns a batch to train on in place of one of the loader, such as a shifted picture.

@@ -7,18 +7,20 @@
             at each log boundary: read the rows of the window before this one
             where the run shall end, or is to be saved: pause
         on_training_epoch_end                                        on_epoch_end
-        every n-th epoch:
+        every n-th epoch, and at the last one:
             eval_model
             on_validation_epoch_end                                  on_validation_end
             save_metrics
             is_new_model_better
         end_epoch
-        every n-th epoch:
+        every n-th epoch, and at the last one:
             save_model                                               on_checkpoint
-    on_training_end
+                                                                     on_training_end
 
 On the left what the trainer does, each line an override point; on the right the events that
-callbacks see. `epochs` yields the events of a run, `steps` those of one epoch.
+callbacks see. `epochs` yields the events of a run, `steps` those of one epoch. The last epoch is
+the one in which a callback stops the run. `on_training_end` comes after every end, an error
+included; the trainer emits it.
 
 A run that was interrupted goes on where its checkpoint was made: within an epoch's steps, after
 them, or after `save_model`. What the log holds at a checkpoint is what came before it. A run that
@@ -33,7 +35,7 @@ from typing import Any
 
 import numpy as np
 
-from distaff.callbacks import StepInfo
+from distaff.callbacks import StepInfo, StopTraining
 from distaff.data import Chunk
 from distaff.events import BadNumbers, ChunkEnd, Pause, Plan, Run, given
 from distaff.flight import Flight
@@ -100,7 +102,7 @@ def epochs(run: Run, plan: Plan) -> Iterator[tuple[str, StepInfo]]:
         The name of an event and what callbacks are told.
     """
     run.take_up()
-    run.on_training_start()
+    _hooked(run, run.on_training_start)
     yield "on_training_start", run.info({})
     saved = run.go_on()
     if saved is not None:
@@ -111,29 +113,37 @@ def epochs(run: Run, plan: Plan) -> Iterator[tuple[str, StepInfo]]:
             break
         except BadNumbers as found:
             run.recover(found)
-    yield "on_training_end", run.info({})
+
+
+def _hooked(run: Run, hook: Callable[..., None], *arguments: Any) -> None:
+    """Calls a hook of the trainer, which may stop the run as a callback does."""
+    try:
+        hook(*arguments)
+    except StopTraining as stop:
+        run.stop(stop)
 
 
 def _rest(run: Run, plan: Plan) -> Iterator[tuple[str, StepInfo]]:
     """Runs the epochs that are not done."""
     for epoch in range(run.epoch_to_train, plan.last_epoch + 1):
-        if run.stop_reason:
+        if run.stop_reason and not run.is_trained(epoch):
             break
         metrics = run.train_epoch(plan.train_loader, epoch)
-        if run.stop_reason:
-            break
-        run.on_training_epoch_end(epoch, metrics)
+        _hooked(run, run.on_training_epoch_end, epoch, metrics)
         yield "on_epoch_end", run.info(metrics)
         validation: dict[str, Any] = {}
-        is_due, is_best = epoch % plan.check_val_every_n_epoch == 0, False
+        is_last = epoch == plan.last_epoch or bool(run.stop_reason)
+        is_due, is_best = is_last or epoch % plan.check_val_every_n_epoch == 0, False
         if is_due and plan.val_loaders:
             for name, loader in plan.val_loaders.items():
                 validation.update(run.eval_model(loader, f"{name}/"))
-            run.on_validation_epoch_end(epoch, validation, given(plan.val_loaders))
+            _hooked(run, run.on_validation_epoch_end, epoch, validation, given(plan.val_loaders))
             yield "on_validation_end", run.info(validation)
             run.save_metrics(f"val_epoch_{epoch:04d}", validation)
-            is_best = run.is_new_model_better(validation, run.best_metrics)
+        judged = run.monitor.judged(metrics, validation)
+        if is_due and judged:
+            is_best = run.is_new_model_better(judged, run.best_metrics)
         run.end_epoch(epoch, {**metrics, **validation}, is_best)
         if is_due:
-            run.save_model(validation, is_best)
-            yield "on_checkpoint", run.info(validation, is_best)
+            run.save_model(judged, is_best)
+            yield "on_checkpoint", run.info(judged, is_best)

@@ -11,17 +11,17 @@ import jax
 import numpy as np
 
 from distaff import allocator, checkpoint, compile_cache
-from distaff.checkpoint import Store
-from distaff.config import from_json
+from distaff.checkpoint import Located, Store
+from distaff.constructor import call_of, made_again, recorded_options
 from distaff.context import Context
-from distaff.data import as_loader, entry, epoch_of, num_batches
+from distaff.data import as_loader, check_reader, entry, epoch_of, num_batches
 from distaff.display import Display, make_display
 from distaff.display.model_table import model_table
 from distaff.errors import CheckpointError, StateError
 from distaff.evaluate import predict
 from distaff.execution import Compiled, Eager, Execution
 from distaff.initial import normalized, on_host, rows_of
-from distaff.models import Variables, as_model, is_linen_class, rebuild
+from distaff.models import Variables, as_model
 from distaff.optim import evaluation_params, has_evaluation_params
 from distaff.record import example_from
 from distaff.state import TrainState, placed_like
@@ -46,15 +46,23 @@ class Predictor:
 
     Config: ClassVar[type[TrainerConfig]] = TrainerConfig
     state_class: ClassVar[type[TrainState]] = TrainState
+    _state: TrainState | None = None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Notes how the constructor is called, which a run records; see `constructor`."""
+        self = super().__new__(cls)
+        self.call = call_of(cls, args, kwargs)
+        return self
 
     def __init__(self, model: Any, **options: Any) -> None:
+        self.call = self.call and self.call.with_model(model)
         self.config = make_config(self.Config, options, type(self))
         self.model = as_model(model)
         self.display: Display = make_display(self.config.enable_progress_bar)
         if self.config.tune_process:
             compile_cache.enable()
         self.execution: Execution = Eager() if self.config.debug else Compiled()
-        self.state: TrainState | None = None
+        self.state = None
         self.step, self.epoch = 0, 0
 
         def predict_step(state: TrainState, batch: Batch) -> PyTree:
@@ -65,6 +73,20 @@ class Predictor:
         self._evaluation_params = self.execution.program(
             lambda opt_state, params: evaluation_params(opt_state, params)
         )
+
+    @property
+    def state(self) -> TrainState | None:
+        """All that a step may change; None before the model is made.
+
+        Raises:
+            StateError: a loader reads it that is read ahead; see `data.OnPolicy`.
+        """
+        check_reader(is_there=self._state is not None)
+        return self._state
+
+    @state.setter
+    def state(self, state: TrainState | None) -> None:
+        self._state = state
 
     def set_up(self, example_batch: Batch) -> None:
         """Calls the initialising methods in their order."""
@@ -221,7 +243,9 @@ class Predictor:
             example_batch: a batch like those of training; needed where batches are of a class of
                 your own and `model_inputs` is overridden: what is recorded of them is a dict.
             **options: options of the trainer that shall differ from the recorded ones; nothing is
-                drawn unless `enable_progress_bar=True` is among them.
+                drawn unless `enable_progress_bar=True` is among them. Arguments of a constructor of
+                your own are recorded, too, if they are plain values, dataclasses, or functions of
+                modules; the error names others, which are passed here.
 
         Raises:
             CheckpointError: nothing whole is there, or it is of another model.
@@ -231,25 +255,15 @@ class Predictor:
             allocator.tune()  # before the checkpoint is looked at, which starts JAX
         found = checkpoint.located(path)
         file, record = found.origin, found.record()
-        if model is None or is_linen_class(model):
-            model = rebuild(record["model"], model)
         is_recorded = example_batch is None
         if example_batch is None:
             example_batch = example_from(record["example_batch"])
         with _explained(file):
-            recorded = cls.recorded_options(record)
-        trainer = cls(model, **{**recorded, "enable_progress_bar": False, **options})
+            recorded = {**recorded_options(cls.Config, record), "enable_progress_bar": False}
+        trainer = made_again(cls, record, model, recorded, options)
         with _explained(file):
             trainer.set_up(example_batch)
-        try:
-            trainer.restore(found.store, found.step, _trained(trainer.ready_state()))
-        except CheckpointError:
-            if not (is_recorded and trainer.ready_state().collections):
-                raise
-            # A variable may have the size of the batch, such as the carry of an RNN.
-            with _explained(file):
-                trainer.set_up(example_from(record["example_batch"], whole=True))
-            trainer.restore(found.store, found.step, _trained(trainer.ready_state()))
+        _load(trainer, found, record if is_recorded else None, file)
         return trainer
 
     def load_weights(self, path: str | Path) -> None:
@@ -265,14 +279,6 @@ class Predictor:
         """
         found = checkpoint.located(path)
         self.restore(found.store, found.step, _trained(self.ready_state()))
-
-    @classmethod
-    def recorded_options(cls, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the keyword arguments of the constructor that a run's record holds."""
-        options = dict(vars(from_json(cls.Config, record["options"])))
-        # How long that run might last, and what it went on from, is no matter of this one.
-        own = ("resume", "allow_inexact_resume", "allow_changes", "max_time")
-        return {name: x for name, x in options.items() if name not in own}
 
     def restore(self, store: Store, step: int, members: Iterable[str]) -> None:
         """Replaces members of the state by those of a checkpoint.
@@ -327,6 +333,26 @@ class Predictor:
         loader = as_loader(loader, name=name)
         batches = epoch_of(loader, name=name)
         return self.tracker(batches, description=name, total=num_batches(loader))
+
+
+def _load(trainer: Predictor, found: Located, record: Mapping[str, Any] | None, file: Path) -> None:
+    """Loads what a model needs of a run's checkpoint.
+
+    Args:
+        trainer: set up for a batch of one example, where `record` is given.
+        found: the checkpoint.
+        record: of the run, whose batch it was set up for; None for a batch that was passed.
+        file: the record's.
+    """
+    try:
+        trainer.restore(found.store, found.step, _trained(trainer.ready_state()))
+    except CheckpointError:
+        if record is None or not trainer.ready_state().collections:
+            raise
+        # A variable may have the size of the batch, such as the carry of an RNN.
+        with _explained(file):
+            trainer.set_up(example_from(record["example_batch"], whole=True))
+        trainer.restore(found.store, found.step, _trained(trainer.ready_state()))
 
 
 def _two_keys(seed: Any) -> tuple[Key, Key]:

@@ -21,6 +21,7 @@ from distaff.events import BadNumbers, Interrupted, Pause, given
 from distaff.forms import continued
 from distaff.guard import form_of, shown
 from distaff.interruption import Interruption
+from distaff.logged_rates import without_rates
 from distaff.metrics import as_json, as_numbers, compute
 from distaff.ranking import best_from_json, best_json, kept, placed
 from distaff.report import Report
@@ -166,7 +167,8 @@ class Resumable(Training):
         """Ends the steps of an epoch; from here on it can be saved as it is now."""
         self.tally.rows, self.tally.is_trained = None, True
         self.unsaved = self.facts({}, None)
-        return compute(shown(self.tally.total or {}, self.config), "train/")
+        metrics = without_rates(self.tally.total or {})
+        return compute(shown(metrics, self.config), "train/")
 
     def take_up(self) -> None:
         """Loads the state of a resumed run, so that `on_training_start` has its step and arrays.
@@ -195,8 +197,8 @@ class Resumable(Training):
         """The first epoch that is not done."""
         return self.tally.epoch
 
-    def end_early(self, interrupted: Interrupted) -> dict[str, Any]:
-        """Saves what is not saved yet of a run that ends before its time; returns its metrics."""
+    def end_early(self, interrupted: Interrupted) -> None:
+        """Saves what is not saved yet of a run that ends before its time."""
         if self.unsaved is not None:
             self.save(self.unsaved)
         self.settle()
@@ -205,7 +207,6 @@ class Resumable(Training):
         for remark in Report(self.ledger.read()).remarks():
             self.show(remark)
         self.show(f"interrupted by {interrupted} at step {self.step}: {again}")
-        return self.last_metrics
 
     def keep_form(self, facts: Any) -> None:
         """Takes over the form of the steps that a run has chosen before it was interrupted."""

@@ -24,10 +24,8 @@ _BEFORE_STATUS = ("run.lock", "run.lock.claim", "config.json")
 _UNFINISHED = ("running", "interrupted", "failed")
 _log = logging.getLogger("distaff")
 _REMEDIES = {
-    errno.EEXIST: "Move that file away, or choose another root.",
-    errno.ENOTDIR: "Move that file away, or choose another root.",
-    errno.ENOSPC: "Free some space, or choose a root on another disk.",
-    errno.EDQUOT: "Free some space, or choose a root on another disk.",
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR), "Move that file away, or choose another root."),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free space, or choose a root on another disk."),
     errno.ENOENT: "Check the path.",
     errno.ENAMETOOLONG: "Choose a shorter name, or a root with a shorter path.",
 }

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from typing import Any
 
-from distaff import loop
+from distaff import loop, monitors, page_faults
 from distaff import metrics as metrics_lib
 from distaff.checked import Checked
 from distaff.context import Context
@@ -14,7 +14,8 @@ from distaff.data import (
     Loader,
     as_loader,
     closing_made,
-    first_batch,
+    first_to_train,
+    is_on_policy,
     limited,
     num_batches,
     num_examples,
@@ -22,22 +23,27 @@ from distaff.data import (
     unlimited,
 )
 from distaff.display import as_text
+from distaff.ending import ending
 from distaff.errors import LossError
 from distaff.evaluate import Evaluator
 from distaff.events import ChunkEnd, Interrupted, Plan, made_of, make_plan
 from distaff.forms import Expected
 from distaff.fuse import make_steps
+from distaff.gradients import check_trainable
 from distaff.guard import guarded, make_guard
-from distaff.hooks import Hooks
+from distaff.habits import ARGUMENTS, spelled
+from distaff.hooks import Hooks, check_class
+from distaff.logged_rates import reporting
 from distaff.measured import StepFn, measured
 from distaff.optim import build_optimizer
+from distaff.optim.kept import kept_state
 from distaff.recording import recorded
 from distaff.rehearsal import rehearsed
 from distaff.rows import WindowEnd
 from distaff.state import owned
 from distaff.step import EvalFn, EvalStep
 from distaff.step import train_step as make_train_step
-from distaff.trainer_config import TrainResult
+from distaff.trainer_config import TrainResult, one_by_one
 from distaff.typing import Batch, Params
 
 
@@ -64,6 +70,7 @@ class TrainerModule(Hooks, Checked):
     """
 
     def __init__(self, model: Any, *, example_batch: Batch = None, **options: Any) -> None:
+        check_class(self, TrainerModule)
         super().__init__(model, **options)
         if example_batch is not None:
             self.tune_process(example_batch)
@@ -111,11 +118,13 @@ class TrainerModule(Hooks, Checked):
         self.train_step = self.execution.program(train_step, donate=0)
         self.eval_step = self.execution.program(eval_step)
         self._plain_step = measured(train_step)
-        self._measured_step = self.execution.part(guarded(self._plain_step, self.config))
+        self._measured_step = self.execution.part(guarded(reporting(self._plain_step), self.config))
         self._evaluator = Evaluator(eval_step, self.execution, self.evaluation_watch)
 
     def init_optimizer(self, total_steps: int | None) -> None:
         """Gives the state its optimizer, right before training.
+
+        A second run keeps the optimizer's state of the first, unless `keep_optimizer=False`.
 
         Args:
             total_steps: optimizer steps of the run, which schedules are stretched over; None if
@@ -124,13 +133,18 @@ class TrainerModule(Hooks, Checked):
         Raises:
             ConfigError: the optimizer does not fit the run.
         """
-        tx, self.schedule = build_optimizer(self.optimizer, total_steps)
-        # A second run goes on from the model that the first has led to.
+        per_epoch = None if total_steps is None else total_steps // self.plan.num_epochs
+        tx, self.schedule = build_optimizer(self.optimizer, total_steps, steps_per_epoch=per_epoch)
         state = self.evaluation_state()
+        check_trainable(state.params)
         opt_state = self.execution.once(lambda params: tx.init(params))(state.params)
+        kept = kept_state(self.ready_state().opt_state, opt_state, self.optimizer)
+        if self.config.keep_optimizer and kept is not None:
+            state, opt_state = self.ready_state(), kept
         guard = make_guard(self.config)
         self.state = owned(state.replace(tx=tx, opt_state=opt_state, guard=guard))
 
+    @spelled(ARGUMENTS)
     def train_model(
         self,
         train_loader: Any,
@@ -199,11 +213,8 @@ class TrainerModule(Hooks, Checked):
 
     def _run(self, plan: Plan, test_loader: Loader | None) -> dict[str, Any]:
         try:
-            for event, info in loop.epochs(self, plan):
-                self.emit(event, info)
-            return self._finish(test_loader)
-        except Interrupted as reason:
-            return self.end_early(reason)
+            _train(self, plan)
+            return self.last_metrics if self.interrupted_by else self._finish(test_loader)
         finally:
             self.unsaved = None
 
@@ -230,7 +241,7 @@ class TrainerModule(Hooks, Checked):
             events = loop.steps(
                 self._steps,
                 self.ready_state(),
-                ledger.fetched(chunks),
+                ledger.fetched(page_faults.watched(chunks, self.config.tune_process)),
                 step=self.step,
                 stopping=lambda: self.stop_reason is not None,
                 pausing=self.pausing,
@@ -244,8 +255,10 @@ class TrainerModule(Hooks, Checked):
                     self.after_window(event)
                 else:
                     self.pause(event)
+        self.end_window()
         return self.end_steps()
 
+    @spelled(ARGUMENTS)
     def eval_model(self, loader: Any, prefix: str = "") -> dict[str, Any]:
         """Evaluates the model over a loader: every example once, nothing changed.
 
@@ -288,7 +301,7 @@ class TrainerModule(Hooks, Checked):
         Raises:
             DistaffError: any bad input, by its kind.
         """
-        batch = first_batch(plan.train_loader, name="train")
+        batch = first_to_train(plan.train_loader)
         if self.state is None:
             self.set_up(batch)
         elif self.recording.path is not None:
@@ -301,27 +314,17 @@ class TrainerModule(Hooks, Checked):
             self.execution,
             self._measured_step,
             (self.evaluation_state(), batch),  # of the same form as the state that is trained
-            self.config,
+            one_by_one(self.config) if is_on_policy(plan.train_loader) else self.config,
             Expected(steps_per_epoch, total, num_shapes(plan.train_loader)),
             watched=self.callbacks.watches_steps,
             watch=self.make_watch(),
         )
         self.forms, self._steps.ledger = self._steps.forms, self.ledger
         self.check_batch(batch, "train")
-        if plan.val_loaders:
-            found = {n: self.check_evaluation(v, n) for n, v in plan.val_loaders.items()}
-            self._check_monitors(f"{n}/{metric}" for n, each in found.items() for metric in each)
+        found = {n: self.check_evaluation(v, n) for n, v in plan.val_loaders.items()}
+        monitors.check(self, TrainerModule, found)
         if test_loader is not None:
             self.check_evaluation(test_loader, "test")
-
-    def _check_monitors(self, names: Iterable[str]) -> None:
-        """Checks that what is monitored exists, unless an override may add or ignore it."""
-        override_points = ("on_validation_epoch_end", "eval_model", "is_new_model_better")
-        if any(getattr(type(self), n) is not getattr(TrainerModule, n) for n in override_points):
-            return
-        known = list(names)
-        for monitor in (self.monitor, *self.callbacks.monitors):
-            monitor.check(known)
 
     def _finish(self, test_loader: Loader | None) -> dict[str, Any]:
         """Keeps the last state where no epoch's end has, loads the best, and tests it."""
@@ -331,7 +334,8 @@ class TrainerModule(Hooks, Checked):
         if store.latest() != self.step:
             self.save_model({}, is_best=False)
         self.load_model()
-        metrics = {**self.last_metrics, **(self.best_metrics or {})}
+        best = self.best_metrics or {}
+        metrics = {**self.last_metrics, **{n: x for n, x in best.items() if n[:6] != "train/"}}
         if test_loader is not None:
             test_metrics = self.eval_model(test_loader, "test/")
             self.save_metrics("test", test_metrics)
@@ -340,3 +344,20 @@ class TrainerModule(Hooks, Checked):
         self.last_metrics = metrics
         self.show_result(metrics)
         return metrics
+
+
+def _train(trainer: TrainerModule, plan: Plan) -> None:
+    """Trains to an end of whatever kind, and tells callbacks of it."""
+    try:
+        try:
+            for event, info in loop.epochs(trainer, plan):
+                trainer.emit(event, info)
+        except Interrupted as reason:
+            trainer.end_early(reason)
+    except BaseException as error:
+        facts = ending(error)
+        info = trainer.info(trainer.last_metrics)
+        trainer.callbacks.end(info, facts["status"], facts["reason"], error)
+        raise
+    status, reason, *_ = trainer.result(trainer.last_metrics)
+    trainer.callbacks.end(trainer.info(trainer.last_metrics), status, reason)

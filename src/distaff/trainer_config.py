@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, get_args
 from distaff.compiling import Recompile
 from distaff.duration import seconds_of
 from distaff.errors import ConfigError, nearest
+from distaff.habits import OPTIONS, remedy
 from distaff.number import whole
 from distaff.paths import as_path
 
@@ -62,6 +63,9 @@ class TrainerConfig:
             this is an error.
         allow_changes: under `resume="must"` or a number, resume a run although something changed,
             such as the loss or the data; a warning lists all of it.
+        keep_optimizer: whether a second call of `train_model` keeps the optimizer's state, such as
+            Adam's moments. False begins with a new one. The schedule of an `OptimizerConfig`, or
+            of a function of the number of steps, is made for one call, and begins again.
         max_time: the longest a run may last, such as "3h30m", a number of seconds, or a
             `timedelta`. It is then saved, and ends as interrupted.
         on_bad_numbers: what a step leads to that makes the loss, or a number of the state, NaN or
@@ -117,6 +121,7 @@ class TrainerConfig:
     save_every: str | float | None = "10m"
     allow_inexact_resume: bool = False
     allow_changes: bool = False
+    keep_optimizer: bool = True
     max_time: str | float | None = None
     on_bad_numbers: BadNumbersPolicy = "raise"
     on_loss_spike: SpikePolicy = "ignore"
@@ -184,6 +189,20 @@ class TrainerConfig:
         return self.root is not None and not self.fast_dev_run
 
 
+def one_by_one(config: TrainerConfig) -> TrainerConfig:
+    """Returns the options of a run whose steps must not be fused.
+
+    Raises:
+        ConfigError: they ask for fused steps.
+    """
+    if config.steps_per_call not in (1, "auto"):
+        raise ConfigError(
+            f"steps_per_call={config.steps_per_call} runs steps as one program, and the batches of "
+            "data.OnPolicy depend on the step before. Leave steps_per_call out."
+        )
+    return dataclasses.replace(config, steps_per_call=1)
+
+
 def check_choice(name: str, value: Any, choices: Any) -> None:
     """Checks that an option is one of a few words.
 
@@ -221,7 +240,9 @@ def make_config(cls: type[C], options: dict[str, Any], owner: type) -> C:
                 for parameter in inspect.signature(base.__init__).parameters.values()
                 if parameter.kind is parameter.KEYWORD_ONLY
             ]
-            raise ConfigError(f"{owner.__name__} has no option {name!r}. {nearest(name, known)}")
+            raise ConfigError(
+                f"{owner.__name__} has no option {name!r}. {remedy(name, known, OPTIONS)}"
+            )
     return cls(**options)
 
 

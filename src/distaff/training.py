@@ -5,30 +5,49 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 
-from distaff.callbacks import Callback, Callbacks, ChunkScope, StepInfo, around_epoch
+from distaff.accumulate import may_have_rest, with_rest
+from distaff.callbacks import (
+    Callback,
+    Callbacks,
+    ChunkScope,
+    StepInfo,
+    around_epoch,
+)
 from distaff.compiling import Watch
-from distaff.config import from_json
-from distaff.data import Chunk, Feeds, Form, Loader, as_loader, first_batch, num_batches, num_shapes
+from distaff.data import (
+    Chunk,
+    Feeds,
+    Form,
+    Loader,
+    as_loader,
+    first_to_train,
+    num_batches,
+    num_shapes,
+)
 from distaff.data.left_out import Stretch, left_out, num_drawn
 from distaff.devices import check_one_process, idle_devices
 from distaff.display import rows_by_split
-from distaff.errors import ConfigError, StateError
+from distaff.errors import StateError
 from distaff.events import BadNumbers, ChunkEnd, Interrupted, Plan
 from distaff.forms import Choice, fixed
 from distaff.fuse import Steps
 from distaff.guard import Flags, shown
 from distaff.interruption import Interruption
+from distaff.learning import LearningCheck
+from distaff.logged_rates import host_rates
 from distaff.loggers import Logger
+from distaff.loggers.given import as_loggers
 from distaff.machine import peak_flops
 from distaff.metrics import compute, results
 from distaff.metrics.limits import Breach
-from distaff.monitor import Monitor
-from distaff.optim import OptimizerConfig, OptimizerLike, make_rates
+from distaff.monitor import Monitor, as_monitor
+from distaff.optim import OptimizerLike
+from distaff.optim.given import as_optimizer
 from distaff.padding import MayPad
 from distaff.predictor import Predictor
 from distaff.record import make_record
@@ -39,8 +58,6 @@ from distaff.tally import Tally
 from distaff.throughput import Ledger
 from distaff.trainer_config import Best
 from distaff.typing import Batch, Schedule
-from distaff.vitals import evidence_of_learning, what_is_missing
-from distaff.warn import warn
 from distaff.watchdog import COMPILING, Watchdog
 
 _log = logging.getLogger("distaff")
@@ -56,8 +73,8 @@ class Training(Predictor):
         model: an unbound `flax.linen.Module`.
         optimizer: an `OptimizerConfig`, an Optax transformation, or a function of the total number
             of steps that returns one.
-        loggers: loggers of your own, beside the run directory's.
-        callbacks: code of your own at the six events of a run.
+        loggers: a list of your own loggers, alongside the run directory's.
+        callbacks: a list of code of your own at the six events of a run.
         **options: see `TrainerConfig`.
     """
 
@@ -76,13 +93,14 @@ class Training(Predictor):
         model: Any,
         *,
         optimizer: OptimizerLike | None = None,
-        loggers: Sequence[Logger] = (),
-        callbacks: Iterable[Callback] = (),
+        loggers: Sequence[Logger] | None = (),
+        callbacks: Iterable[Callback] | None = (),
         **options: Any,
     ) -> None:
         super().__init__(model, **options)
-        self.optimizer: OptimizerLike = OptimizerConfig() if optimizer is None else optimizer
-        self.loggers, self.callbacks = tuple(loggers), Callbacks(callbacks)
+        self.optimizer: OptimizerLike = as_optimizer(optimizer)
+        self.loggers, self.callbacks = as_loggers(loggers), Callbacks(callbacks)
+        self.monitor = as_monitor(self.monitor)
         self.recording: Recording = NullRecording()
         self.best_models: tuple[Best, ...] = ()
         self.schedule: Schedule | None = None
@@ -90,6 +108,7 @@ class Training(Predictor):
         self.has_run = False
         self.forms: Choice = fixed(1)
         self.feeds, self.ledger = Feeds(), Ledger()
+        self._with_rest = self.execution.program(lambda state: with_rest(state), donate=0)
         self.evaluation_watch = self.make_watch()
         self.report: Report | None = None
         self.interruption, self.tally, self.unsaved = Interruption(), Tally(), None
@@ -134,16 +153,9 @@ class Training(Predictor):
             monitor=self.monitor,
             options=self.config,
             example_batch=self.example_batch,
+            **({} if self.call is None else {"constructor": self.call.record(self.config)}),
             **arguments,
         )
-
-    @classmethod
-    def recorded_options(cls, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the recorded options; with them the optimizer, where it was a config."""
-        options = super().recorded_options(record)
-        with suppress(ConfigError):  # A transformation or a function is recorded by name only.
-            options["optimizer"] = from_json(OptimizerConfig, record.get("optimizer"))
-        return options
 
     def make_watch(self) -> Watch:
         """Returns what watches the programs of a run, or those of evaluations."""
@@ -153,7 +165,7 @@ class Training(Predictor):
     def begin(self, plan: Plan) -> None:
         """Counts a new run."""
         if self.state is None:  # before the display starts a thread, which would have an arena
-            self.tune_process(first_batch(plan.train_loader, name="train"))
+            self.tune_process(first_to_train(plan.train_loader))
         check_one_process()
         self.evaluation_watch.expect()
         self.plan, self.first_step, self.reached = plan, self.step, (self.step, self.epoch)
@@ -161,7 +173,8 @@ class Training(Predictor):
         self.left_out, self.num_skipped, self.tally = [], 0, Tally(plan.first_epoch)
         self.best_models, self.callbacks.stop_reason, self.last_metrics = (), None, {}
         self.has_run, self.ledger = False, Ledger()
-        self._untrained, self._rates, self.report, self.interrupted_by = None, None, None, ""
+        self._rates, self.report, self.interrupted_by = None, None, ""
+        self._check_learning = LearningCheck(None)
         self.display.start(plan.last_epoch, plan.steps_per_epoch or num_batches(plan.train_loader))
         self.display.compiling("the model")
 
@@ -230,9 +243,9 @@ class Training(Predictor):
         self._epoch_start = time.perf_counter()
         self.watchdog.beat("the first step of an epoch", self.step, COMPILING)
         if self.step == self.first_step:
-            self._untrained = evidence_of_learning(self.ready_state())
-            if self.schedule is not None:
-                self._rates = make_rates(self.schedule)
+            state = self.ready_state()
+            self._check_learning = LearningCheck(state)
+            self._rates = host_rates(state.tx, state.params, self.schedule)
             if line := idle_devices(self.example_batch):
                 self.show(line)
             self.display.compiling("the step")
@@ -282,13 +295,15 @@ class Training(Predictor):
             if event.skipped:
                 self.num_skipped += len(event.skipped)
                 self.show(f"left out, as bad steps: {', '.join(map(str, event.skipped))}")
-            self._check_progress()
+            num_steps = self.step - self.first_step - self.num_skipped
+            self._check_learning(self.ready_state(), num_steps)
             self.tally.add(event)
             metrics = compute(shown(event.metrics, self.config), "step/")
             self.display.update({n: v for n, v in metrics.items() if np.ndim(v) == 0})
             if self._rates is not None:
                 updates = max(1, event.step - self.begun_at[0] - self.num_skipped)
-                metrics["step/learning_rate"] = self._rates(updates - 1)
+                rates = {f"step/{n}": rate for n, rate in self._rates(updates - 1).items()}
+                metrics = {**metrics, **rates}
             self.recording.logger.log_metrics(metrics, step=event.step, epoch=self.epoch)
             self.log_throughput(_LAP_SECONDS)
 
@@ -309,22 +324,11 @@ class Training(Predictor):
             step, epoch = self.reached  # The best model may be loaded by now.
             self.recording.throughput.log_metrics(Report(lap).line(), step=step, epoch=epoch)
 
-    def _check_progress(self) -> None:
-        """Warns if nothing has been learned since the run began. It waits for the device, once."""
-        num_steps = self.step - self.first_step - self.num_skipped
-        # The learning rate of the first step is zero under a warm-up.
-        if self._untrained is None or num_steps < 2:
-            return
-        untrained, self._untrained = self._untrained, None
-        missing = what_is_missing(untrained, evidence_of_learning(self.ready_state()))
-        if missing:
-            warn(
-                f"{missing} in the first {num_steps} steps. Either the loss does not depend on its "
-                "argument `params`: a loss that reads state.params instead has zero gradients. Or "
-                "the learning rate is zero, every parameter frozen, every example without weight, "
-                "or gradients accumulate for longer than that.",
-                stacklevel=2,
-            )
+    def end_window(self) -> None:
+        """Ends a window of accumulation that the epoch leaves incomplete, with an update."""
+        state = self.ready_state()
+        if may_have_rest(state):
+            self.state = self._with_rest(state)
 
     def end_epoch(self, epoch: int, metrics: dict[str, Any], is_best: bool) -> None:
         """Logs the metrics of an epoch and its validation, and shows them as one line."""

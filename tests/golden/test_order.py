@@ -90,12 +90,12 @@ def test_trainer_with_an_example_batch_initialises_in_its_constructor(loader):
     ]
 
 
-def test_trainer_validates_every_n_epochs_and_saves_the_last(loader):
+def test_trainer_validates_every_n_epochs_and_at_the_end(loader):
     trainer = Recorder(MLP([1]), check_val_every_n_epoch=2, enable_progress_bar=False)
     trainer.train_model(loader, loader, num_epochs=3)
     assert calls == [
         *("train_model", *CONSTRUCTOR, "init_optimizer", "on_training_start"),
-        *(*TRAINING, *TRAINING, *VALIDATION, *TRAINING, "save_model", "load_model"),
+        *(*TRAINING, *TRAINING, *VALIDATION, *TRAINING, *VALIDATION, "load_model"),
     ]
 
 

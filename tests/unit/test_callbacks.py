@@ -122,7 +122,8 @@ def test_a_callback_hears_all_six_events_and_remembers_nothing_by_default():
     ],
 )
 def test_early_stopping_bears_as_many_validations_as_it_has_patience(losses, options, stopped):
-    assert stopped_after(EarlyStopping(Monitor("val/loss"), **options), losses) == stopped
+    stopping = EarlyStopping("val/loss", check_finite=False, **options)
+    assert stopped_after(stopping, losses) == stopped
 
 
 def test_early_stopping_says_what_has_not_improved():
@@ -154,5 +155,5 @@ def test_early_stopping_goes_on_from_its_state_as_if_never_interrupted(losses, c
 @pytest.mark.parametrize("options", [{"patience": 0}, {"min_delta": -0.1}, {"min_delta": math.nan}])
 def test_early_stopping_refuses_options_out_of_range(options):
     name, value = next(iter(options.items()))
-    with pytest.raises(ConfigError, match=f"{name}={value}"):
+    with pytest.raises(ConfigError, match=f"{name}.*{value}"):
         EarlyStopping(Monitor("val/loss"), **options)

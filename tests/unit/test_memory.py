@@ -8,15 +8,17 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import distaff
-from distaff import data
+from distaff import data, models
 
 X = np.random.default_rng(0).normal(size=(24, 4)).astype(np.float32)
 
@@ -60,11 +62,27 @@ def evaluated() -> Regression:
     return trainer
 
 
+class Net(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.dense, self.drop = nnx.Linear(4, 1, rngs=rngs), nnx.Dropout(0.1, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.drop(self.dense(x))
+
+
+def equinox() -> eqx.Module:
+    return eqx.nn.Linear(4, 1, key=jax.random.key(0))
+
+
 MAKE: dict[str, Callable[[], Regression]] = {
     "evaluated": evaluated,
     "schedule-free": lambda: trained(
         optimizer=distaff.OptimizerConfig("schedule_free_sgd", learning_rate=1e-2)
     ),
+    "nnx": lambda: trained(Net(nnx.Rngs(0))),
+    "nnx, lora": lambda: trained(models.Lora(Net(nnx.Rngs(0)), "*/kernel", rank=1)),
+    "equinox": lambda: trained(equinox()),
+    "linen, bound": lambda: trained(nn.Dense(1).bind(nn.Dense(1).init(jax.random.key(0), X))),
     "recorded": lambda: trained(root="runs"),
     "failed": lambda: trained(callbacks=[Broken()]),
     "stopped": lambda: trained(callbacks=[Stopped()]),

@@ -202,11 +202,11 @@ def test_metric_of_ones_own_is_logged_saved_and_monitored():
     assert result.metrics["val/score"] == 1.0
 
 
-def test_validation_comes_every_n_epochs():
+def test_validation_comes_every_n_epochs_and_at_the_end():
     logger = MemoryLogger()
     trainer = make(check_val_every_n_epoch=2, loggers=[logger])
     result = trainer.train_model(loader(), loader(1), num_epochs=5)
-    assert epochs_of(logger, "val/loss") == [2, 4]
+    assert epochs_of(logger, "val/loss") == [2, 4, 5]
     assert epochs_of(logger, "train/loss") == [1, 2, 3, 4, 5]
     assert (result.path / "checkpoints" / "step_00000020").is_dir()
 

@@ -331,7 +331,7 @@ def test_study_goes_on_where_its_root_was_moved():
 def test_study_does_not_go_on_as_another(change, complaint, begun):
     def maximizing(config: Config) -> Any:
         made = trainer(config)
-        made.monitor = Monitor("val/loss", "max")
+        made.monitor = Monitor("val/loss", "max", insist=True)
         return made
 
     if "make_trainer" in change:

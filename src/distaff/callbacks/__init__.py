@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from distaff.callbacks.callback import Callback, Callbacks, StepInfo, StopTraining
+from distaff.callbacks.callback import Callback, StepInfo, StopTraining
+from distaff.callbacks.callbacks import Callbacks
 from distaff.callbacks.chunk_scope import ChunkScope, WatchesChunks, around_epoch
 from distaff.callbacks.early_stopping import EarlyStopping
 from distaff.callbacks.profiler import Profiler

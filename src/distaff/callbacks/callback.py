@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-from distaff.callbacks.chunk_scope import WatchesChunks
-from distaff.monitor import Monitor
 from distaff.state import TrainState
 
 
@@ -22,6 +20,11 @@ class StepInfo(NamedTuple):
         metrics: at a step, that step's metrics on the device (reading one waits for the step);
             at an epoch or a validation, computed values by name, such as `{"val/loss": 0.3}`.
         is_best: at a checkpoint, whether the model is the best so far.
+        status: at the end of the training, how it ended: `"finished"`, `"stopped"`, `"pruned"`,
+            `"interrupted"` or `"failed"`; empty at every other event.
+        reason: why it was stopped, interrupted, or failed; empty otherwise.
+        error: the exception that ended it; None for any other end. After an error, `state` is None
+            where a step that failed had taken the arrays.
     """
 
     step: int
@@ -29,10 +32,16 @@ class StepInfo(NamedTuple):
     state: TrainState | None
     metrics: Mapping[str, Any]
     is_best: bool = False
+    status: str = ""
+    reason: str = ""
+    error: BaseException | None = None
 
 
 class StopTraining(Exception):  # noqa: N818 - a request, not an error
     """Raised by a callback to end the run as a normal end, after the epoch's work is saved.
+
+    Raised within an epoch, it ends the epoch there: metrics are of the steps so far, which are
+    validated and saved.
 
     Args:
         reason: shown to the user and written beside the run's status; empty for the callback's
@@ -67,7 +76,11 @@ class Callback:
         """Called when a checkpoint was handed to the store."""
 
     def on_training_end(self, info: StepInfo) -> None:
-        """Called once, after the last step, also when a run is stopped."""
+        """Called once at the end of the training, whatever ended it: see `info.status`.
+
+        A run that was stopped, interrupted or failed calls it, too. An error raised here after
+        another one is logged. The test follows it.
+        """
 
     def get_state(self) -> dict[str, Any]:
         """Returns what this callback remembers, as strict JSON."""
@@ -75,36 +88,3 @@ class Callback:
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Takes back what `get_state` returned."""
-
-
-class Callbacks:
-    """Hands each event to every callback, and remembers the first reason to stop.
-
-    Args:
-        callbacks: called in this order.
-    """
-
-    def __init__(self, callbacks: Iterable[Callback]) -> None:
-        self.callbacks = tuple(callbacks)
-        self.stop_reason: str | None = None
-        self.stop_status = "stopped"
-        self.chunk_watchers = [each for each in self.callbacks if isinstance(each, WatchesChunks)]
-        self.watches_steps = any(
-            type(callback).on_step_end is not Callback.on_step_end for callback in self.callbacks
-        )
-
-    @property
-    def monitors(self) -> list[Monitor]:
-        """What the callbacks look at."""
-        watched = [getattr(callback, "monitor", None) for callback in self.callbacks]
-        return [each for each in watched if isinstance(each, Monitor)]
-
-    def emit(self, event: str, info: StepInfo) -> None:
-        """Calls the method `event` of every callback with `info`."""
-        for callback in self.callbacks:
-            try:
-                getattr(callback, event)(info)
-            except StopTraining as stop:
-                if self.stop_reason is None:
-                    self.stop_reason = stop.reason or type(callback).__name__
-                    self.stop_status = stop.status

@@ -1,67 +1,169 @@
-"""Early stopping on a validation metric."""
+"""Early stopping on a metric of validation or training."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from distaff.callbacks.callback import Callback, StepInfo, StopTraining
 from distaff.errors import ConfigError
+from distaff.habits import STOPPING, spelled
 from distaff.metrics import as_json
-from distaff.monitor import Monitor
+from distaff.monitor import Monitor, as_monitor
+from distaff.number import as_float, whole
+from distaff.warn import warn
 
 
 class EarlyStopping(Callback):
-    """Stops when a metric has not improved for `patience` validations.
+    """Stops when a metric has not improved for `patience` looks at it.
+
+    A metric of validation is looked at after each validation, one of training (`train/...`) after
+    each epoch.
 
     Args:
-        monitor: the metric to watch, such as `Monitor("val/loss")`.
-        patience: number of validations without improvement that are borne.
+        monitor: the metric, such as `"val/loss"` or a `Monitor`; None for the trainer's.
+        patience: number of looks without improvement to tolerate before stopping.
         min_delta: by how much a value must be better to count as an improvement.
+        min_epochs: never stop before this many epochs of the run have ended; 0 for no such limit.
+        stopping_threshold: stop once the metric is better than this.
+        divergence_threshold: stop once the metric is worse than this.
+        check_finite: stop once the metric is NaN or infinite; False counts that as no improvement.
 
     Raises:
         ConfigError: an argument is out of its range.
     """
 
-    def __init__(self, monitor: Monitor, *, patience: int = 5, min_delta: float = 0.0) -> None:
-        if patience < 1 or not min_delta >= 0:
+    @spelled(STOPPING)
+    def __init__(
+        self,
+        monitor: Monitor | str | None = None,
+        *,
+        patience: int = 5,
+        min_delta: float = 0.0,
+        min_epochs: int = 0,
+        stopping_threshold: float | None = None,
+        divergence_threshold: float | None = None,
+        check_finite: bool = True,
+    ) -> None:
+        whole("patience", patience)
+        whole("min_epochs", min_epochs, least=0)
+        if not 0 <= as_float(min_delta) < math.inf:
             raise ConfigError(
-                f"EarlyStopping needs patience >= 1 and min_delta >= 0; "
-                f"got patience={patience}, min_delta={min_delta}."
+                f"EarlyStopping needs a finite min_delta >= 0; got min_delta={min_delta}."
             )
-        self.monitor, self.patience, self.min_delta = monitor, patience, min_delta
+        thresholds = (stopping_threshold, divergence_threshold)
+        if any(each is not None and math.isnan(as_float(each)) for each in thresholds):
+            raise ConfigError(
+                "A threshold of EarlyStopping is a number or None; got stopping_threshold="
+                f"{stopping_threshold!r}, divergence_threshold={divergence_threshold!r}."
+            )
+        self.own = None if monitor is None else as_monitor(monitor)
+        self.monitor = self.own
+        self.patience, self.min_delta, self.min_epochs = patience, min_delta, min_epochs
+        self.stopping_threshold = stopping_threshold
+        self.divergence_threshold = divergence_threshold
+        self.check_finite = check_finite
         self.best: float | None = None
-        self.waited = 0
+        self.waited = self.looked = self.begun = 0
+
+    def judge_by(self, monitor: Monitor) -> None:
+        """Takes the trainer's monitor where it has none of its own; called before each run.
+
+        Raises:
+            ConfigError: it calls the other direction of the trainer's metric better.
+        """
+        if self.own is not None and self.own.name == monitor.name and self.own != monitor:
+            raise ConfigError(
+                f"EarlyStopping calls {self.own.name!r} better where it is {self.own.mode}, and "
+                f"the trainer keeps the model of the {monitor.mode}. Write EarlyStopping() to take "
+                "the trainer's monitor, or correct one of the two."
+            )
+        self.monitor = self.own or monitor
 
     def on_training_start(self, info: StepInfo) -> None:
         """Forgets an earlier run."""
-        self.best, self.waited = None, 0
+        self.best, self.waited, self.looked, self.begun = None, 0, 0, info.epoch
+
+    def on_epoch_end(self, info: StepInfo) -> None:
+        """Looks at a metric of training.
+
+        Raises:
+            MetricError: the epoch has no such metric.
+            StopTraining: it is time to stop.
+        """
+        if self._watched.is_of_training:
+            self._look(info)
 
     def on_validation_end(self, info: StepInfo) -> None:
-        """Compares the monitored metric with the best so far.
+        """Looks at a metric of validation.
 
         Raises:
             MetricError: the validation has no such metric.
-            StopTraining: patience is used up.
+            StopTraining: it is time to stop.
         """
-        value = self.monitor.value(info.metrics)
-        if self.monitor.better(value, self.best, self.min_delta):
-            self.best, self.waited = value, 0
-            return
-        self.waited += 1
-        if self.waited >= self.patience:
-            raise StopTraining(
-                f"{self.monitor.name} has not improved on {self.best:.6g} "
-                f"for {self.waited} validations"
+        if not self._watched.is_of_training:
+            self._look(info)
+
+    def on_training_end(self, info: StepInfo) -> None:
+        """Warns if a finished run never had the metric."""
+        if info.status == "finished" and not self.looked:
+            warn(
+                f"EarlyStopping never saw {self._watched.name!r}, and did nothing in this run. "
+                "Validate at least once, or monitor a metric of training such as 'train/loss'.",
+                stacklevel=2,
             )
 
     def get_state(self) -> dict[str, Any]:
-        """Returns the best value and the number of validations since."""
+        """Returns the best value, the looks since and in all, and the epoch before the run."""
         # JSON has no NaN, which is the best value after a first validation that failed.
         best = None if self.best is None else as_json({"best": self.best})["best"]
-        return {"best": best, "waited": self.waited}
+        facts = {"waited": self.waited, "looked": self.looked, "begun": self.begun}
+        return {"best": best, **facts}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Takes back what `get_state` returned."""
         self.best = None if state["best"] is None else float(state["best"])
-        self.waited = state["waited"]
+        self.waited, self.looked = state["waited"], state.get("looked", 1)
+        self.begun = state.get("begun", 0)
+
+    @property
+    def _watched(self) -> Monitor:
+        if self.monitor is None:
+            raise ConfigError(
+                "EarlyStopping has no monitor outside of a trainer. Pass one: "
+                "EarlyStopping('val/loss')."
+            )
+        return self.monitor
+
+    def _look(self, info: StepInfo) -> None:
+        monitor = self._watched
+        value = monitor.value(info.metrics)
+        self.looked += 1
+        if monitor.better(value, self.best, self.min_delta):
+            self.best, self.waited = value, 0
+        else:
+            self.waited += 1
+        reason = self._reason(value)
+        if reason and info.epoch - self.begun >= self.min_epochs:
+            raise StopTraining(reason)
+
+    def _reason(self, value: float) -> str:
+        """Returns why to stop; empty where there is no reason."""
+        monitor, best = self._watched, self.best
+        if self.check_finite and not math.isfinite(value):
+            return f"{monitor.name} is {value:g}; EarlyStopping(check_finite=False) tolerates it"
+        if self._is_beyond(value, self.stopping_threshold, better=True):
+            return f"{monitor.name} of {value:.6g} is better than {self.stopping_threshold:g}"
+        if self._is_beyond(value, self.divergence_threshold, better=False):
+            return f"{monitor.name} of {value:.6g} is worse than {self.divergence_threshold:g}"
+        if self.waited < self.patience:
+            return ""
+        looks = "epochs" if monitor.is_of_training else "validations"
+        return f"{monitor.name} has not improved on {best:.6g} for {self.waited} {looks}"
+
+    def _is_beyond(self, value: float, threshold: float | None, *, better: bool) -> bool:
+        if threshold is None or math.isnan(value):
+            return False
+        first, second = (value, threshold) if better else (threshold, value)
+        return self._watched.better(first, second)

@@ -36,6 +36,7 @@ from distaff.data.loader import (
 )
 from distaff.data.mapped import MappedLoader
 from distaff.data.mixture import Mixture
+from distaff.data.on_policy import OnPolicy, check_reader, first_to_train, is_on_policy
 from distaff.data.packed import packed
 from distaff.data.parquet import ParquetExamples
 from distaff.data.pictures import cifar10, cifar10_names, cifar100, cifar100_names, mnist
@@ -62,6 +63,7 @@ __all__ = [
     "MappedExamples",
     "MappedLoader",
     "Mixture",
+    "OnPolicy",
     "One",
     "ParquetExamples",
     "Positioned",
@@ -73,6 +75,7 @@ __all__ = [
     "TextLines",
     "as_loader",
     "bucketed",
+    "check_reader",
     "cifar10",
     "cifar10_names",
     "cifar100",
@@ -83,9 +86,11 @@ __all__ = [
     "epoch_of",
     "first_batch",
     "first_batches",
+    "first_to_train",
     "from_datasets",
     "from_examples",
     "held_out_windows",
+    "is_on_policy",
     "limited",
     "mnist",
     "num_batches",

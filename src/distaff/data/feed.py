@@ -16,6 +16,7 @@ from distaff.data.ahead import Ahead
 from distaff.data.arrays import ArrayLoader
 from distaff.data.chunk import SINGLE, Chunk, Form, Gathered, One, Source, Stacked, gather, stack
 from distaff.data.loader import Loader, epoch_of, num_examples
+from distaff.data.on_policy import is_on_policy, marked
 from distaff.typing import PyTree
 
 _log = logging.getLogger("distaff")
@@ -85,7 +86,8 @@ class Feed:
         """
         self._position = self.loader.get_state()
         # Rows take microseconds; a thread takes longer than they do.
-        read = _as_it_is if isinstance(self._kind, _Gathers) else self._ahead.read
+        is_quick = isinstance(self._kind, _Gathers) or is_on_policy(self.loader)
+        read = _as_it_is if is_quick else self._ahead.read
         try:
             with closing(
                 read(self._chunks(form, steps_per_epoch, done, without), steady)
@@ -179,7 +181,9 @@ class Feed:
     def _items(self, steps_per_epoch: int | None) -> Iterator[tuple[Any, Mapping[str, Any]]]:
         """Yields the batches of an epoch, or their rows, each with the position after it."""
         source = _Rows(self.loader) if isinstance(self._kind, _Gathers) else self.loader
-        for item in epoch_of(source, steps_per_epoch, name=self._name):
+        items = epoch_of(source, steps_per_epoch, name=self._name)
+        # An evaluation changes no state: its loader may read it.
+        for item in marked(items, self.loader) if self._name == "train" else items:
             yield item, source.get_state()
 
 

@@ -15,7 +15,15 @@ import jax.numpy as jnp
 
 from distaff.config import to_json
 from distaff.errors import ConfigError
-from distaff.models.adapter import Adapter, LayerRow, Variables, leaf_of, nested
+from distaff.models.adapter import (
+    Adapter,
+    LayerRow,
+    Variables,
+    has_numbers,
+    leaf_of,
+    nested,
+    without_numbers,
+)
 from distaff.models.flags import method_of, mode_flag, parameters, switched
 from distaff.models.layers import Library, Opened, Path, listed_calls
 from distaff.models.randomness import KEY_NAMES, asking_for_key
@@ -50,6 +58,15 @@ class EquinoxModel(Adapter):
 
     def __init__(self, source: Any, *, vmap: bool = True) -> None:
         self._source, self._vmap = source, vmap
+
+    @functools.cached_property
+    def light(self) -> EquinoxModel:
+        """The model without the numbers of its module, such as of one passed ready-made."""
+        if not has_numbers(self._made):
+            return self
+        light = EquinoxModel(without_numbers(self._made), vmap=self._vmap)
+        light.__dict__["light"] = light
+        return light
 
     @property
     def module(self) -> Any:

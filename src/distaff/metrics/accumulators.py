@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distaff.errors import LossError, MetricError
+from distaff.metrics.named import Named
 from distaff.metrics.whole import added
 from distaff.state import static
 
@@ -376,7 +377,7 @@ def compute(metrics: Metrics, prefix: str = "") -> dict[str, Any]:
     """
     metrics = results(metrics)
     names = sorted(metrics, key=lambda name: (name != "loss", name))
-    return {prefix + name: _plain(metrics[name].compute()) for name in names}
+    return Named({prefix + name: _plain(metrics[name].compute()) for name in names})
 
 
 def _plain(value: Any) -> Any:

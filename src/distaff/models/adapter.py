@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, Protocol, TypeGuard
+from typing import Any, NamedTuple, Protocol, Self, TypeGuard
 
+import jax
 from flax import traverse_util
 
 from distaff.errors import StateError
@@ -144,8 +145,13 @@ class Adapter(ABC):
 
     @property
     def apply_fn(self) -> Callable[..., Any]:
-        """The method `forward`."""
-        return self.forward
+        """The method `forward` of `light`: JAX's caches keep the structure of a state for long."""
+        return self.light.forward
+
+    @property
+    def light(self) -> Self:
+        """The model without the numbers that it came with; by default it came with none."""
+        return self
 
     def forward(
         self,
@@ -157,6 +163,21 @@ class Adapter(ABC):
     ) -> Any:
         """Returns the outputs for collections by name, `{"params": ..., "batch_stats": ...}`."""
         return self.apply(Variables.of(variables), *inputs, train=train, key=key, **kwargs)[0]
+
+
+def has_numbers(tree: PyTree) -> bool:
+    """Tells whether a pytree holds a JAX array, and not only the forms of some."""
+    return any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(tree))
+
+
+def without_numbers(tree: PyTree) -> PyTree:
+    """Returns a pytree with the form of each JAX array in its place."""
+
+    def form(leaf: Any) -> Any:
+        is_array = isinstance(leaf, jax.Array)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_array else leaf
+
+    return jax.tree.map(form, tree)
 
 
 def nested(leaves: Iterable[tuple[str, tuple[str, ...], Any]]) -> Variables:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 import math
 import zlib
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 
 from distaff.errors import ConfigError, leaf_name
 from distaff.models import record
-from distaff.models.adapter import LayerRow, Model, Variables
+from distaff.models.adapter import LayerRow, Model, Variables, is_model
 from distaff.number import as_float, whole
 from distaff.typing import Key, Params
 
@@ -93,8 +94,18 @@ class LoraModel:
 
     @property
     def apply_fn(self) -> Callable[..., Any]:
-        """The base's forward function, with merged kernels."""
-        return self.forward
+        """The base's forward function, with merged kernels; the base's numbers are not in it."""
+        return self.light.forward
+
+    @functools.cached_property
+    def light(self) -> LoraModel:
+        """The model around a base without the numbers that it came with."""
+        owner = getattr(self.inner.apply_fn, "__self__", None)
+        if not is_model(owner) or owner is self.inner:
+            return self
+        copy = LoraModel(owner, dataclasses.replace(self.module, module=None))
+        copy.__dict__["light"] = copy
+        return copy
 
     def forward(self, variables: Mapping[str, Any], *inputs: Any, **kwargs: Any) -> Any:
         """Runs the base's own forward function.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,7 +14,15 @@ from jax.core import Tracer
 
 from distaff.config import to_json
 from distaff.errors import ConfigError
-from distaff.models.adapter import Adapter, LayerRow, Variables, leaf_of, nested
+from distaff.models.adapter import (
+    Adapter,
+    LayerRow,
+    Variables,
+    has_numbers,
+    leaf_of,
+    nested,
+    without_numbers,
+)
 from distaff.models.flags import method_of, mode_flag, parameters
 from distaff.models.layers import Library, Opened, Path, listed_calls
 from distaff.models.linen_collections import is_asked
@@ -53,6 +62,17 @@ class NnxModel(Adapter):
         """Returns this model, whose passes are noted."""
         copy = NnxModel.__new__(NnxModel)
         copy.__dict__.update(self.__dict__, _observed=observed)
+        copy.__dict__.pop("light", None)
+        return copy
+
+    @functools.cached_property
+    def light(self) -> NnxModel:
+        """The model without the numbers of its module, such as of one passed ready-made."""
+        graph, state = nnx.split(self.module)
+        if not has_numbers(state):
+            return self
+        copy = NnxModel(nnx.merge(graph, without_numbers(state)), self._observed)
+        copy.__dict__["light"] = copy
         return copy
 
     @functools.cached_property
@@ -204,7 +224,10 @@ def _called(
         flags["rngs"] = nnx.Rngs(key)
     if key is not None:
         flags.update((name, key) for name in ("rng", "key") if name in names)
-    return function(*inputs, **{**flags, **kwargs})
+    with warnings.catch_warnings():
+        # Flax advises its caller to call the module otherwise: that is Distaff.
+        warnings.filterwarnings("ignore", r"Using 'Module\.sow", DeprecationWarning)
+        return function(*inputs, **{**flags, **kwargs})
 
 
 def _collection(leaf: Any) -> str | None:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from distaff.config import to_json
 from distaff.errors import CheckpointError
+from distaff.named import chosen, imported, name_of
 
 _LINENS_OWN = ("parent", "name")
 _REMEDY = "Pass the module itself: load_from_checkpoint(path, model=...)."
@@ -37,7 +38,7 @@ def rebuild(record: Any, cls: Any = None) -> nn.Module:
             f"{record.get('kind')}: {record['$module']}. {_REMEDY}"
         )
     cls = cls or _imported(str(record.get("$class")))
-    name = _name(cls)
+    name = name_of(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     arguments = {}
     for field_name, recorded in record.items():
@@ -61,17 +62,13 @@ def is_linen_class(model: Any) -> bool:
 
 
 def _imported(name: str) -> Any:
-    known = {_name(cls): cls for cls in _subclasses(nn.Module)}
-    if name not in known:
+    found = chosen(name, _subclasses(nn.Module))
+    if found is None:
         raise CheckpointError(
             f"The model was recorded as {name!r}, and no module class of that name is imported. "
             f"Import it first. {_REMEDY}"
         )
-    return known[name]
-
-
-def _name(cls: type[nn.Module]) -> str:
-    return f"{cls.__module__}:{cls.__qualname__}"
+    return found
 
 
 def _is_default(recorded: Any, default: Any, field_name: str) -> bool:
@@ -90,6 +87,10 @@ def _value(recorded: Any, name: str) -> Any:
         return recorded
     if "$class" in recorded:
         return rebuild(recorded)
+    if set(recorded) == {"$function"}:
+        function = imported(str(recorded["$function"]))
+        if function is not None:
+            return function
     try:
         match dict(recorded):
             case {"$dtype": dtype}:

@@ -1,0 +1,69 @@
+"""Checks of what is given as loggers, before a run begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from distaff.errors import ConfigError
+from distaff.loggers.protocol import Logger, NullLogger
+from distaff.override import check_override
+
+_METHODS = ("log_metrics", "log_config", "close")
+_NAMES = {
+    "csv": "CsvLogger()",
+    "console": "ConsoleLogger()",
+    "jsonl": "nothing: each run writes metrics.jsonl",
+    "tensorboard": "TensorBoardLogger()",
+    "wandb": "WandbLogger(project=...)",
+    "mlflow": "MlflowLogger()",
+}
+
+
+def as_loggers(given: Any) -> tuple[Logger, ...]:
+    """Returns loggers as a tuple.
+
+    Args:
+        given: a list of loggers, or None for none.
+
+    Raises:
+        ConfigError: it is not one, or one of them is no logger.
+    """
+    if given is None:
+        return ()
+    if isinstance(given, str | bytes | type) or _is_logger(given):
+        _check(given)
+        name = type(given).__name__
+        raise ConfigError(f"loggers is a list; got one {name}. Write loggers=[{name}(...)].")
+    if isinstance(given, Mapping) or not isinstance(given, Iterable):
+        raise ConfigError(
+            f"loggers is a list of loggers; got {given!r}. Write loggers=[loggers.CsvLogger()]."
+        )
+    loggers = tuple(given)
+    for logger in loggers:
+        _check(logger)
+    return loggers
+
+
+def _is_logger(given: Any) -> bool:
+    return all(callable(getattr(given, name, None)) for name in _METHODS)
+
+
+def _check(logger: Any) -> None:
+    if isinstance(logger, str):
+        form = _NAMES.get(logger.lower(), "CsvLogger()")
+        form = form if form.startswith("nothing") else f"distaff.loggers.{form}"
+        raise ConfigError(f"A logger is an object; got {logger!r}. Write {form}.")
+    if isinstance(logger, type):
+        name = logger.__name__
+        raise ConfigError(
+            f"A logger is an object; got the class {name}. Write loggers=[{name}(...)]."
+        )
+    missing = [name for name in _METHODS if not callable(getattr(logger, name, None))]
+    if missing:
+        raise ConfigError(
+            f"A logger has the methods {', '.join(_METHODS)}; {logger!r} lacks {missing}. See "
+            "distaff.loggers.Logger; loggers of other libraries have other methods."
+        )
+    for name in _METHODS:
+        check_override(logger, name, getattr(NullLogger, name))
