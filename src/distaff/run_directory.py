@@ -25,7 +25,7 @@ _UNFINISHED = ("running", "interrupted", "failed")
 _log = logging.getLogger("distaff")
 _REMEDIES = {
     **dict.fromkeys((errno.EEXIST, errno.ENOTDIR), "Move that file away, or choose another root."),
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free space, or choose a root on another disk."),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free some space, or choose another disk."),
     errno.ENOENT: "Check the path.",
     errno.ENAMETOOLONG: "Choose a shorter name, or a root with a shorter path.",
 }
