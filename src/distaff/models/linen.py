@@ -11,6 +11,7 @@ import jax
 from flax.errors import ModifyScopeVariableError
 
 from distaff.models.adapter import LayerRow, Variables
+from distaff.models.as_in_linen import applies_collections, initialises_by_keyword
 from distaff.models.layers import by_module, describe, flops, own_flops
 from distaff.models.linen_collections import (
     as_before,
@@ -66,6 +67,7 @@ class LinenModel:
         """The module: its class and hyperparameters are written down, and it is rebuilt of them."""
         return self.module
 
+    @initialises_by_keyword
     def init(self, key: Key, *inputs: Any) -> Variables:
         """Makes the variables for inputs shaped like these, as in training.
 
@@ -81,6 +83,7 @@ class LinenModel:
 
         return Variables.of(carried(collections, run))
 
+    @applies_collections
     def apply(
         self, variables: Variables, *inputs: Any, train: bool, key: Key | None, **kwargs: Any
     ) -> tuple[Any, Variables]:

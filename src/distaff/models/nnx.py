@@ -23,6 +23,7 @@ from distaff.models.adapter import (
     nested,
     without_numbers,
 )
+from distaff.models.as_in_linen import applies_collections
 from distaff.models.flags import method_of, mode_flag, parameters
 from distaff.models.layers import Library, Opened, Path, listed_calls
 from distaff.models.linen_collections import is_asked
@@ -110,6 +111,7 @@ class NnxModel(Adapter):
             return self._read(nnx.split(self._source)[1])
         return self._read(nnx.split(self._made(key))[1])
 
+    @applies_collections
     def apply(
         self, variables: Variables, *inputs: Any, train: bool, key: Key | None, **kwargs: Any
     ) -> tuple[Any, Variables]:
