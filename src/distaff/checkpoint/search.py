@@ -204,7 +204,7 @@ def forget_after(store: CheckpointStore, step: int) -> None:
     """Puts the checkpoints of later steps aside, so that a run can go on from this one.
 
     Args:
-        store: of the run.
+        store: of the run; it has not saved yet.
         step: one of `store.steps()`.
 
     Raises:
@@ -212,4 +212,3 @@ def forget_after(store: CheckpointStore, step: int) -> None:
     """
     store.info(step)
     folders.abandon_after(store.directory, step)
-    store.refresh()

@@ -140,10 +140,6 @@ class CheckpointStore:
         """Returns the steps that have a checkpoint which looks whole, ascending; reads none."""
         return folders.steps_in(self.directory, self._whole)
 
-    def refresh(self) -> None:
-        """Lists the directory again before the next save: somebody else has changed it."""
-        self._own = None
-
     def latest(self) -> int | None:
         """Returns the newest step, None where there is no checkpoint."""
         return max(self.steps(), default=None)
