@@ -305,6 +305,7 @@ class TrainerModule(Hooks, Checked):
             DistaffError: any bad input, by its kind.
         """
         batch = first_to_train(plan.train_loader)
+        self.feeds.of(plan.train_loader, name="train").expect(batch)
         if self.state is None:
             self.set_up(batch)
         elif self.recording.path is not None:
