@@ -77,6 +77,18 @@ class Counted:
         return state.step * self.num_updates
 
 
+def counted(step: StepFn, kind: type, base: type) -> Counted:
+    """Returns a step of a trainer, counted.
+
+    Args:
+        step: its training step.
+        kind: its class.
+        base: the class whose `create_functions` makes steps of one update.
+    """
+    methods = [getattr(each, "create_functions", None) for each in (kind, base)]
+    return Counted(step, is_own=methods[0] is not methods[1])
+
+
 def _moved_by(step: StepFn, state: TrainState, batch: Batch) -> set[int]:
     """Returns by how much a step moves `state.step`: several numbers where it depends on it."""
     found: list[Any] = []

@@ -10,7 +10,7 @@ from distaff import loop, monitors, page_faults
 from distaff import metrics as metrics_lib
 from distaff.checked import Checked
 from distaff.context import Context
-from distaff.counted import Counted
+from distaff.counted import counted
 from distaff.data import (
     Loader,
     as_loader,
@@ -118,8 +118,7 @@ class TrainerModule(Hooks, Checked):
         """Makes programs of the pure functions; nothing compiles before its first call."""
         self.train_step = self.execution.program(train_step, donate=0)
         self.eval_step = self.execution.program(eval_step)
-        is_own = type(self).create_functions is not TrainerModule.create_functions
-        self._counted = Counted(train_step, is_own=is_own)
+        self._counted = counted(train_step, type(self), TrainerModule)
         self._plain_step = measured(self._counted)
         self._measured_step = self.execution.part(guarded(reporting(self._plain_step), self.config))
         self._evaluator = Evaluator(eval_step, self.execution, self.evaluation_watch)
@@ -232,19 +231,14 @@ class TrainerModule(Hooks, Checked):
         """
         ledger = self.ledger
         self.begin_epoch(epoch)
-        self.forms = rehearsed(
-            self._steps,
-            self.ready_state(),
-            self.feeds,
-            train_loader,
-            directory=self.recording.path,
-            remember=self.config.tune_process,
-        )
+        tunes, path = self.config.tune_process, self.recording.path
+        steps, state = self._steps, self.ready_state()
+        self.forms = rehearsed(steps, state, self.feeds, train_loader, path, remember=tunes)
         with closing(self.training_chunks(train_loader)) as chunks, self.around_epoch() as guard:
             events = loop.steps(
-                self._steps,
-                self.ready_state(),
-                ledger.fetched(page_faults.watched(chunks, self.config.tune_process)),
+                steps,
+                state,
+                ledger.fetched(page_faults.watched(chunks, tunes)),
                 step=self.step,
                 stopping=lambda: self.stop_reason is not None,
                 pausing=self.pausing,
@@ -308,6 +302,7 @@ class TrainerModule(Hooks, Checked):
             DistaffError: any bad input, by its kind.
         """
         batch = first_to_train(plan.train_loader)
+        self.feeds.of(plan.train_loader, name="train").expect(batch)
         if self.state is None:
             self.set_up(batch)
         elif self.recording.path is not None:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distaff.checkpoint.compare import first_difference, leaf_forms
+from distaff.checkpoint.safe_path import safe
 from distaff.errors import CheckpointError, leaf_name
 from distaff.quiet import quiet
 from distaff.typing import PyTree
@@ -61,9 +62,9 @@ def write(path: Path, arrays: PyTree, info: Mapping[str, Any]) -> None:
         if np.size(leaf) == 0
     }
     kept = {_EMPTY: empty} if empty else {}
-    with quiet(), _context():
+    with quiet(), safe(path) as place, _context():
         stored = jax.tree.map(_storable, arrays)
-        _orbax().save(str(path), stored, custom_metadata={**info, **kept})
+        _orbax().save(str(place), stored, custom_metadata={**info, **kept})
 
 
 def read(path: Path, abstract: Mapping[str, PyTree]) -> dict[str, PyTree]:
@@ -87,8 +88,8 @@ def read(path: Path, abstract: Mapping[str, PyTree]) -> dict[str, PyTree]:
     for keys, leaf in jax.tree.leaves_with_path(asked):
         if np.size(leaf):
             _check_chunks(leaf_name(keys), leaf)
-    with quiet(), _context():
-        loaded = _orbax().load(str(path), jax.tree.map(_storable, target))
+    with quiet(), safe(path) as place, _context():
+        loaded = _orbax().load(str(place), jax.tree.map(_storable, target))
     return jax.tree.map(_as_asked, loaded, target)
 
 
@@ -106,8 +107,8 @@ def metadata(path: Path) -> Mapping[str, PyTree]:
         ValueError: it does not describe a dict of arrays.
         Exception: whatever Orbax raises where it cannot read the folder.
     """
-    with quiet():
-        described = _orbax().metadata(str(path))
+    with quiet(), safe(path) as place:
+        described = _orbax().metadata(str(place))
     stored = described.metadata
     if not isinstance(stored, Mapping):
         raise ValueError(f"it holds no dict of arrays, but {type(stored).__name__}")
@@ -151,6 +152,35 @@ def _as_asked(loaded: Any, target: Any) -> Any:
     if isinstance(target, np.ndarray):
         return np.zeros(target.shape, target.dtype)
     return jax.device_put(np.zeros(target.shape, target.dtype), target.sharding)
+
+
+def check_readable(path: Path, arrays: Mapping[str, PyTree]) -> None:
+    """Reads back what was just written: the forms of all arrays, and the smallest member's values.
+
+    Args:
+        path: the folder.
+        arrays: what was written.
+
+    Raises:
+        ValueError: something else is read.
+        Exception: whatever Orbax raises where it cannot read the folder.
+    """
+    difference = first_difference(leaf_forms(metadata(path)), leaf_forms(arrays))
+    if difference is not None:
+        raise ValueError(f"what was written is not what is read. {difference}")
+    sizes = {name: _num_bytes(tree) for name, tree in arrays.items()}
+    for name in sorted((name for name in sizes if sizes[name]), key=sizes.__getitem__)[:1]:
+        found = read(path, {name: arrays[name]})[name]
+        same = jax.tree.map(lambda a, b: a.tobytes() == b.tobytes(), found, arrays[name])
+        if not jax.tree.all(same):
+            raise ValueError(f"{name!r} is read with other values than were written")
+
+
+def _num_bytes(tree: PyTree) -> int:
+    """Returns the size of a tree on the host; 0 where a leaf is elsewhere."""
+    leaves = jax.tree.leaves(tree)
+    on_host = all(isinstance(leaf, np.ndarray) for leaf in leaves)
+    return sum(leaf.nbytes for leaf in leaves) if on_host else 0
 
 
 def _check_chunks(name: str, leaf: Any) -> None:
