@@ -19,6 +19,7 @@ from distaff.callbacks import (
     around_epoch,
 )
 from distaff.compiling import Watch
+from distaff.constructor import constructed
 from distaff.data import (
     Chunk,
     Feeds,
@@ -153,7 +154,7 @@ class Training(Predictor):
             monitor=self.monitor,
             options=self.config,
             example_batch=self.example_batch,
-            **({} if self.call is None else {"constructor": self.call.record(self.config)}),
+            **constructed(self._made_by, self.config),
             **arguments,
         )
 
