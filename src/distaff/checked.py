@@ -163,7 +163,8 @@ class Checked(Recovering):
         Raises:
             DistaffError: any bad input, by its kind.
         """
-        batch = first_batch(loader, name=name)
+        view = self.feeds.view(loader)
+        batch = first_batch(loader if view is None else view, name=name)
         shapes = self._evaluator.shapes(self.evaluation_state(), batch)
         self.check_batch(batch, name)
         if name != "test" and self.config.check_validation:

@@ -14,7 +14,7 @@ from distaff import allocator, checkpoint, compile_cache
 from distaff.checkpoint import CheckpointStore, Store
 from distaff.constructor import call_of, made_again, recorded_options
 from distaff.context import Context
-from distaff.data import OfTraining, as_loader, entry, epoch_of, num_batches
+from distaff.data import Feeds, OfTraining, as_loader, entry, num_batches
 from distaff.display import Display, make_display
 from distaff.display.model_table import model_table
 from distaff.errors import CheckpointError, StateError
@@ -59,6 +59,7 @@ class Predictor:
         self._made_by = self._made_by and self._made_by.with_model(model)
         self.config = make_config(self.Config, options, type(self))
         self.model = as_model(model)
+        self.feeds = Feeds()
         self.display: Display = make_display(self.config.enable_progress_bar)
         if self.config.tune_process:
             compile_cache.enable()
@@ -174,10 +175,10 @@ class Predictor:
         return ctx.apply(params, *self.model_inputs(batch))
 
     def predict(self, loader: Any) -> PyTree:
-        """Gathers the outputs of `predict_fn` over a loader, in its order.
+        """Gathers the outputs of `predict_fn` over all examples of a loader.
 
         Args:
-            loader: any iterable of batches; one pass of it is read.
+            loader: any iterable of batches; it stays where it is, see `TrainerModule.eval_model`.
 
         Returns:
             NumPy arrays `[examples, ...]`, in the structure of one batch's outputs.
@@ -186,8 +187,8 @@ class Predictor:
             StateError: the model has no parameters yet.
             BatchError: the loader is empty, or an output has no batch axis.
         """
-        state, batches = self.evaluation_state(), self._pass(loader, "predict")
-        return predict(self._predict_step, state, batches, self.execution)
+        batches = self._pass(loader, "predict")
+        return predict(self._predict_step, self.evaluation_state(), batches, self.execution)
 
     def bind_model(self) -> Any:
         """Returns the model with its variables inside, in the form of its kind.
@@ -319,10 +320,10 @@ class Predictor:
         return state.replace(params=self._evaluation_params(state.opt_state, state.params))
 
     def _pass(self, loader: Any, name: str) -> Iterator[Batch]:
-        """Goes once through a loader, with its progress shown."""
-        loader = as_loader(loader, name=name)
-        batches = epoch_of(loader, name=name)
-        return self.tracker(batches, description=name, total=num_batches(loader))
+        """Goes once through the examples of a loader, in their order, with its progress shown."""
+        with self.feeds.one_pass(as_loader(loader, name=name), name) as view:
+            total, batches = num_batches(view), self.feeds.batches(view, name)
+            yield from self.tracker(batches, description=name, total=total)
 
 
 def _load(

@@ -262,6 +262,9 @@ class TrainerModule(Hooks, Checked):
     def eval_model(self, loader: Any, prefix: str = "") -> dict[str, Any]:
         """Evaluates the model over a loader: every example once, nothing changed.
 
+        Of a loader that shuffles or drops, each example counts all the same, in the data's own
+        order, and the loader stays where it is.
+
         Args:
             loader: any iterable of batches, of any sizes.
             prefix: put before each metric's name: `"val/"` gives `val/loss`.

@@ -5,7 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    closing,
+    contextmanager,
+    nullcontext,
+)
 from typing import Any
 
 import numpy as np
@@ -22,7 +28,6 @@ from distaff.compiling import Watch
 from distaff.constructor import constructed
 from distaff.data import (
     Chunk,
-    Feeds,
     Form,
     Loader,
     as_loader,
@@ -108,7 +113,7 @@ class Training(Predictor):
         self.last_metrics: dict[str, Any] = {}
         self.has_run = False
         self.forms: Choice = fixed(1)
-        self.feeds, self.ledger = Feeds(), Ledger()
+        self.ledger = Ledger()
         self._with_rest = self.execution.program(lambda state: with_rest(state), donate=0)
         self.evaluation_watch = self.make_watch()
         self.report: Report | None = None
@@ -219,12 +224,15 @@ class Training(Predictor):
             even: whether short batches may be padded; see `Feed.repeated`.
         """
         self.evaluation_watch.expect(loader, num_shapes=num_shapes(loader))
-        loader = as_loader(loader, name=name)
-        capacity, length = self.forms.capacity, num_batches(loader)
-        # Gathered rows would be a program of its own for each data set.
-        feed = self.feeds.of(loader, name=name, resident=False)
-        total = None if length is None else -(-length // capacity)
-        with closing(feed.repeated(Form(capacity, capacity), even=even)) as chunks:
+        capacity = self.forms.capacity
+        with ExitStack() as stack:
+            view = stack.enter_context(self.feeds.one_pass(as_loader(loader, name=name), name))
+            length = num_batches(view)
+            # Gathered rows would be a program of its own for each data set.
+            feed = self.feeds.of(view, name=name, resident=False)
+            total = None if length is None else -(-length // capacity)
+            form = Form(capacity, capacity)
+            chunks = stack.enter_context(closing(feed.repeated(form, even=even)))
             yield self.tracker(self._unless_interrupted(chunks), description=name, total=total)
 
     def _unless_interrupted(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:

@@ -79,12 +79,37 @@ class Generator:
         self.rng.bit_generator.state = json.loads(tensor.numpy().tobytes())
 
 
+class RandomSampler:
+    """Says that the order is random."""
+
+
 @named("torch.utils.data.dataloader", "DataLoader")
 class DataLoader:
     """Yields lists `[x, y]` of tensors, as the default collation does."""
 
-    def __init__(self, generator: Generator | None = None, *, rows: int = 11, step: int = 3):
-        self.generator, self.rows, self.step = generator, rows, step
+    num_workers, collate_fn, worker_init_fn, multiprocessing_context, timeout = (
+        0,
+        None,
+        None,
+        None,
+        0,
+    )
+    batch_sampler, dataset = None, ()
+
+    def __init__(
+        self,
+        source: Any = None,
+        batch_size: int | None = None,
+        *,
+        generator: Generator | None = None,
+        rows: int = 11,
+        step: int = 3,
+        **options: Any,
+    ) -> None:
+        # One that is made for an evaluation gets a dataset first.
+        self.generator = source if isinstance(source, Generator) else generator
+        self.rows, self.step = rows, batch_size or step
+        self.batch_size, self.sampler = self.step, RandomSampler() if self.generator else None
 
     def __len__(self) -> int:
         return -(-self.rows // self.step)
@@ -146,7 +171,18 @@ class StatefulDataLoader(DataLoader):
 def fake_torch(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Has what makes a tensor of a position."""
     if not request.node.name.startswith("test_real"):
-        monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(from_numpy=Tensor))
+        utils = SimpleNamespace(
+            DataLoader=DataLoader,
+            BatchSampler=tuple,
+            IterableDataset=tuple,
+            RandomSampler=RandomSampler,
+            SequentialSampler=type(None),
+            SubsetRandomSampler=list,
+        )
+        torch = SimpleNamespace(
+            from_numpy=Tensor, Generator=lambda: None, utils=SimpleNamespace(data=utils)
+        )
+        monkeypatch.setitem(sys.modules, "torch", torch)
 
 
 class TestTorchLoader(LoaderContract):

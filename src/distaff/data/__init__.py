@@ -19,7 +19,8 @@ from distaff.data.chunk import (
 from distaff.data.cifar import read_cifar10, read_cifar100
 from distaff.data.entry import entry
 from distaff.data.examples import BlockExamples, Examples, MappedExamples, from_examples
-from distaff.data.feed import Feed, Feeds
+from distaff.data.feed import Feed
+from distaff.data.feeds import Feeds
 from distaff.data.huggingface import from_datasets
 from distaff.data.idx import read_idx
 from distaff.data.limited import Limited, first_batches, limited, unlimited

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import copy_context
 from queue import SimpleQueue
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -55,12 +56,16 @@ class Ahead(Generic[T]):
     Args:
         pace: decides.
         clock: gives a time in seconds that never goes back.
+        lock: held while an item is got: data that two of them read are read by one at a time.
     """
 
     def __init__(
-        self, pace: Pace | None = None, clock: Callable[[], float] = time.perf_counter
+        self,
+        pace: Pace | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+        lock: AbstractContextManager[Any] | None = None,
     ) -> None:
-        self._pace, self._clock = pace or Pace(), clock
+        self._pace, self._clock, self._lock = pace or Pace(), clock, lock or nullcontext()
         self._reader: _Reader | None = None
 
     @property
@@ -87,7 +92,8 @@ class Ahead(Generic[T]):
             first = True  # opening files, or a new order, says nothing of the items after it
             while not (self._pace.slow and steady()):
                 start = self._clock()
-                item: Any = next(items, _END)
+                with self._lock:
+                    item: Any = next(items, _END)
                 if item is _END:
                     return
                 if not first:
@@ -101,7 +107,7 @@ class Ahead(Generic[T]):
                 items.close()
 
     def _read_in_thread(self, items: Generator[T]) -> Generator[T]:
-        self._reader = reader = _Reader.start(items, self._pace, self._clock)
+        self._reader = reader = _Reader.start(items, self._pace, self._clock, self._lock)
         try:
             while (got := reader.got.get()).error is None:
                 reader.wanted.release()
@@ -131,7 +137,13 @@ class _Reader(NamedTuple):
     stopped: threading.Event
 
     @classmethod
-    def start(cls, items: Generator[Any], pace: Pace, clock: Callable[[], float]) -> _Reader:
+    def start(
+        cls,
+        items: Generator[Any],
+        pace: Pace,
+        clock: Callable[[], float],
+        lock: AbstractContextManager[Any],
+    ) -> _Reader:
         got: SimpleQueue[_Got] = SimpleQueue()
         wanted, stopped = threading.Semaphore(DEPTH), threading.Event()
 
@@ -139,7 +151,8 @@ class _Reader(NamedTuple):
             try:
                 while wanted.acquire() and not stopped.is_set():
                     start = clock()
-                    item = next(items, _END)
+                    with lock:
+                        item = next(items, _END)
                     pace.took(clock() - start)
                     if item is _END:
                         break

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import jax
 import numpy as np
@@ -106,6 +107,13 @@ class ArrayLoader:
         if batch == len(self):
             epoch, batch = epoch + 1, 0
         return self.gathered(self._rows_of(self._order(epoch), batch))
+
+    def in_order(self) -> Self:
+        """Returns a loader of the same arrays that neither shuffles nor drops; see `Loader`."""
+        view = copy.copy(self)
+        view._shuffle, view._drop = False, False
+        view._position = view._start = (0, 0)
+        return view
 
     def get_state(self) -> dict[str, int]:
         """Returns the position after the last batch handed out, and what its order depends on."""

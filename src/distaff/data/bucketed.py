@@ -81,7 +81,13 @@ def bucketed(
         "pad_value": repr(pad_value),  # NaN does not equal itself
     }
     source = Grouped(examples, order, buckets)
-    return Positioned(source, identity=identity, num_shapes=len(boundaries))
+    options: Any = {"remainder": "keep", "overlong": overlong, "pad_value": pad_value}
+    return Positioned(
+        source,
+        identity=identity,
+        num_shapes=len(boundaries),
+        in_order=lambda: bucketed(examples, boundaries, sizes, **options),
+    )
 
 
 class _Buckets(NamedTuple):

@@ -167,7 +167,12 @@ def from_examples(
         )
     identity = {**order.identity(), "batch_size": batch_size, "drop": is_short_dropped}
     source = _Batches(examples, order, batch_size, length)
-    return Positioned(source, length=length, identity=identity)
+    return Positioned(
+        source,
+        length=length,
+        identity=identity,
+        in_order=lambda: from_examples(examples, batch_size, remainder="keep"),
+    )
 
 
 def make_order(examples: Examples, batch_size: int, *, shuffle: bool, seed: int) -> Order:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from itertools import chain, islice, repeat
 from typing import Any, NamedTuple
 
@@ -23,7 +23,6 @@ _log = logging.getLogger("distaff")
 
 _MAX_RESIDENT_BYTES = 2**29
 _MAX_CHUNK_BYTES = 2**25
-_MIN_FEEDS = 4
 
 
 class Feed:
@@ -34,16 +33,24 @@ class Feed:
         name: what errors call it, such as `"train"`.
         resident: whether to place arrays in memory on the device once, and gather there, rather
             than with NumPy. What other loaders yield is stacked on the host.
+        lock: held while a chunk is read; see `Ahead`.
     """
 
-    def __init__(self, loader: Loader, *, name: str, resident: bool) -> None:
+    def __init__(
+        self,
+        loader: Loader,
+        *,
+        name: str,
+        resident: bool,
+        lock: AbstractContextManager[Any] | None = None,
+    ) -> None:
         self.loader = loader
         self._name = name
         self._kind: _Batches | _Gathers = _Batches(name)
         # A subclass may yield something else than the rows of its arrays.
         if type(loader) is ArrayLoader:
             self._kind = _Gathers(loader, _placed(loader) if resident else None)
-        self._ahead: Ahead[Chunk] = Ahead()
+        self._ahead: Ahead[Chunk] = Ahead(lock=lock)
         self._position: Mapping[str, Any] | None = None
         self._kept: _Kept | None = None
 
@@ -240,44 +247,6 @@ class _Kept(NamedTuple):
     key: tuple[Form, int]
     even: bool
     chunks: list[Chunk]
-
-
-class Feeds:
-    """The feeds of the loaders that were seen last, so that their arrays are placed once."""
-
-    def __init__(self) -> None:
-        self._feeds: list[Feed] = []
-        self._room = _MIN_FEEDS
-
-    def make_room(self, count: int) -> None:
-        """Has room for so many loaders that take turns."""
-        self._room = max(_MIN_FEEDS, count)
-
-    def of(self, loader: Loader, *, name: str, resident: bool | None = None) -> Feed:
-        """Returns the feed of a loader; see `Feed`. By default arrays stay on the host of a CPU."""
-        if resident is None:
-            # On the CPU, XLA gathers row by row, and NumPy gathers while the device computes.
-            resident = jax.default_backend() != "cpu"
-        found = self._known(loader)
-        feed = found or Feed(loader, name=name, resident=resident)
-        others = [each for each in self._feeds if each is not feed]
-        older = [each for each in others[self._room - 1 :] if each.running]
-        self._feeds = [feed, *others[: self._room - 1], *older]
-        return feed
-
-    def position(self, loader: Loader) -> Mapping[str, Any]:
-        """Returns where a loader stood after the last chunk that was handed out of it."""
-        feed = self._known(loader)
-        return loader.get_state() if feed is None else feed.position
-
-    def settle(self, loader: Loader) -> None:
-        """Returns when no thread reads a loader any more, which may then be put elsewhere."""
-        feed = self._known(loader)
-        if feed is not None:
-            feed.settle()
-
-    def _known(self, loader: Loader) -> Feed | None:
-        return next((feed for feed in self._feeds if feed.loader is loader), None)
 
 
 class _Rows:

@@ -11,7 +11,7 @@ import numpy as np
 from distaff.data.arrays import ArrayLoader
 from distaff.data.loader import Loader, drops
 from distaff.data.mapped import MappedLoader
-from distaff.data.positioned import Positioned
+from distaff.data.positioned import FirstEpoch, Positioned
 from distaff.data.stream import Stream
 from distaff.errors import BatchError
 from distaff.number import whole
@@ -68,12 +68,18 @@ def from_datasets(
         )
         return MappedLoader(rows, lambda batch: _rows_of(table, batch["row"]))
     seed, is_short_dropped = whole("seed", seed, least=0), drops(remainder, shuffle)
+    kept = _Rows(dataset, batch_size, drops=False)
+
+    def in_order() -> Positioned:
+        return Positioned(FirstEpoch(kept))
+
     if shuffle:
         dataset = dataset.shuffle(seed=seed, buffer_size=_BUFFER_SIZE)
     rows = _Rows(dataset, batch_size, is_short_dropped)
     if shuffle or getattr(dataset, "_shuffling", None) is not None:
-        return Stream(_Epochs(rows))
-    return Positioned(rows, identity={"batch_size": batch_size, "drop": int(is_short_dropped)})
+        return Stream(_Epochs(rows), in_order=in_order)
+    identity = {"batch_size": batch_size, "drop": int(is_short_dropped)}
+    return Positioned(rows, identity=identity, in_order=in_order)
 
 
 def _rows_of(table: Any, rows: np.ndarray) -> Batch:

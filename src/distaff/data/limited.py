@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
 
-from distaff.data.loader import Loader, abandon, close_made, first_batch, num_batches
+from distaff.data.loader import (
+    Loader,
+    abandon,
+    close_made,
+    first_batch,
+    in_order,
+    num_batches,
+)
 from distaff.errors import BatchError
 from distaff.typing import Batch
 
@@ -58,6 +65,11 @@ class Limited:
     def peek(self) -> Batch:
         """Returns the first batch to come, without handing it out."""
         return first_batch(self.loader)
+
+    def in_order(self) -> Self | None:
+        """Returns the first batches of the loader in the data's own order; see `Loader`."""
+        view = in_order(self.loader)
+        return None if view is None else type(self)(view, self._most)
 
     def close_made(self) -> bool:
         """Closes what the loader has made itself; returns whether that was anything."""

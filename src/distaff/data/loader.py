@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import jax
 import numpy as np
@@ -20,6 +21,9 @@ _ENCODE = "Encode it as numbers, or leave it out."
 _PAD = "Pad all examples to one shape, and yield a mask of what is real beside them."
 
 
+W = TypeVar("W")
+
+
 @runtime_checkable
 class Loader(Protocol):
     """Yields batches, epoch by epoch, and knows its position.
@@ -32,6 +36,9 @@ class Loader(Protocol):
     `abandon()`, after which the next `iter()` begins a new epoch; and `close_made()`, which closes
     what it has made itself, and tells whether that was anything. One that takes its batches from
     others has these in an attribute: `loader`, or a tuple `loaders`.
+
+    `in_order()` returns a loader to evaluate on, which moves nothing of this one: each iteration
+    yields every example once, in the data's own order, none left out; or None where there is none.
     """
 
     def __iter__(self) -> Iterator[Batch]:
@@ -133,6 +140,25 @@ def closing_made(*pairs: tuple[Any, Any]) -> Generator[None]:
             if made is not given and hasattr(made, "close"):
                 made.close()
             close_made(given)
+
+
+def in_order(loader: Any) -> Any:
+    """Returns a loader of the same examples that moves nothing of it; see `Loader`.
+
+    Returns:
+        None where the loader has none.
+    """
+    make = getattr(loader, "in_order", None)
+    return None if make is None else make()
+
+
+def over(wrapper: W, loader: Any) -> W | None:
+    """Returns a wrapper of a loader over another loader; None without one."""
+    if loader is None:
+        return None
+    copied: Any = copy.copy(wrapper)
+    copied.loader = loader
+    return copied
 
 
 def abandon(loader: Loader) -> None:

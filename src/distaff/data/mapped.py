@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Self
 
-from distaff.data.loader import Loader, abandon, close_made, first_batch, num_batches
+from distaff.data.loader import (
+    Loader,
+    abandon,
+    close_made,
+    first_batch,
+    in_order,
+    num_batches,
+    over,
+)
 from distaff.typing import Batch
 
 
@@ -49,6 +57,10 @@ class MappedLoader:
     def peek(self) -> Batch:
         """Returns the first batch to come, without handing it out."""
         return self._function(first_batch(self.loader))
+
+    def in_order(self) -> Self | None:
+        """Returns it over the loader in the data's own order; see `Loader`."""
+        return over(self, in_order(self.loader))
 
     def abandon(self) -> None:
         """Lets the next `iter()` begin a new epoch."""

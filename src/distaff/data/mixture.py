@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -13,13 +14,14 @@ import numpy as np
 from distaff.data.loader import (
     first_batch,
     held_by_jax,
+    in_order,
     num_batches,
     num_examples,
     num_shapes,
-    sources,
 )
-from distaff.data.proportions import check_weight, shares, turns
+from distaff.data.proportions import check_weights, shares, turns
 from distaff.data.reader import Reader
+from distaff.data.stream import Stream
 from distaff.errors import BatchError, ChangedBatchesError, ConfigError, leaf_name, nearest
 from distaff.number import whole
 from distaff.typing import Batch
@@ -37,8 +39,8 @@ class Mixture:
     stands, and is not to be iterated elsewhere meanwhile.
 
     An epoch of the mixture is a number of batches: the next one goes on where it ended, and so
-    does one after an epoch that was broken off, or failed. An evaluation thus sees other rows each
-    time. To evaluate, pass the loaders by name, which gives a loss for each:
+    does one after an epoch that was broken off, or failed. An evaluation sees the first epoch each
+    time. To evaluate every example once, pass the loaders by name, which gives a loss for each:
     `val_loader={"web": ...}`.
 
     Args:
@@ -77,7 +79,7 @@ class Mixture:
         num_batches: int | None = None,
         with_source: bool = False,
     ) -> None:
-        _check_weights(loaders, weights)
+        check_weights(loaders, weights)
         if by not in ("example", "batch"):
             raise ConfigError(f"Unknown by={by!r}. {nearest(str(by), ('example', 'batch'))}")
         batch_size = None if batch_size is None else whole("batch_size", batch_size)
@@ -135,6 +137,16 @@ class Mixture:
     def num_shapes(self) -> int:
         """How many shapes the batches have; as `distaff.data.num_shapes` tells of loaders."""
         return self._plan.num_shapes
+
+    def in_order(self) -> Any:
+        """Returns the first epoch of a mixture of the loaders in their own orders; see `Loader`.
+
+        Each of them gives its share of the rows, as in training: a small loader's rows come several
+        times, a large one's not all. To evaluate every example once, pass the loaders by name.
+        """
+        if any(in_order(loader) is None for loader in self.loaders):
+            return None
+        return Stream(lambda: iter(_in_order(self)), length=self._plan.num_batches)
 
     def abandon(self) -> None:
         """Lets the next `iter()` begin a new epoch, which goes on with the rows that follow."""
@@ -316,6 +328,19 @@ class Mixture:
         return changed
 
 
+def _in_order(mixture: Mixture) -> Mixture:
+    """Returns a mixture of the same loaders, each in its own order, that stands at its start."""
+    view: Any = copy.copy(mixture)
+    whole = mixture._by == "batch"
+    view._readers = [
+        Reader(in_order(reader.loader), name=reader.name, whole=whole)
+        for reader in mixture._readers
+    ]
+    view._taken, view._batch = [0] * len(view._readers), 0
+    view._resumed, view._ahead = False, None
+    return view
+
+
 class _Plan(NamedTuple):
     """What the first batches of the loaders tell.
 
@@ -350,32 +375,6 @@ def _difference(batch: Batch, example: Batch) -> str:
         if found.get(name) != expected.get(name):
             return f"{name!r}: {found.get(name, 'none')} and {expected.get(name, 'none')}"
     return f"structure: {jax.tree.structure(batch)} and {jax.tree.structure(example)}"
-
-
-def _check_weights(loaders: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
-    if not isinstance(loaders, Mapping) or not isinstance(weights, Mapping) or not loaders:
-        raise ConfigError(
-            "A mixture takes a dict of loaders by name, and a dict of their weights; got "
-            f"{type(loaders).__name__} and {type(weights).__name__}. Write for example "
-            "Mixture({'web': a, 'books': b}, {'web': 3, 'books': 1})."
-        )
-    if loaders.keys() != weights.keys() or not all(isinstance(name, str) for name in loaders):
-        raise ConfigError(
-            "A mixture has a weight for each loader, under the same name, a str; got the loaders "
-            f"{list(loaders)} and weights of {list(weights)}."
-        )
-    for name, weight in weights.items():
-        check_weight(name, weight)
-    names: dict[int, str] = {}
-    pairs = ((name, source) for name, each in loaders.items() for source in sources(each))
-    for name, source in pairs:
-        other = names.setdefault(id(source), name)
-        if other != name:
-            raise ConfigError(
-                f"The loaders of a mixture are read independently; {other!r} and {name!r} are the "
-                "same object, or read the same one. Give it once, with the sum of the weights, or "
-                "make a second one."
-            )
 
 
 def _is_place(state: Mapping[str, Any], count: int) -> bool:

@@ -79,7 +79,12 @@ def packed(
         drops(remainder, shuffle),
     )
     identity = {**order.identity(), **rows._asdict()}
-    return Positioned(Grouped(examples, order, rows), identity=identity)
+    options: Any = {"remainder": "keep", "overlong": overlong, "open_rows": open_rows}
+    return Positioned(
+        Grouped(examples, order, rows),
+        identity=identity,
+        in_order=lambda: packed(examples, length, batch_size, **options),
+    )
 
 
 class _Rows(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -32,6 +32,25 @@ class Restartable(Protocol):
         ...
 
 
+class FirstEpoch:
+    """Data of which every epoch is like the first one.
+
+    Args:
+        source: the data.
+    """
+
+    def __init__(self, source: Restartable) -> None:
+        self._source = source
+
+    def start(self, epoch: int, batch: int, saved: Any) -> Iterator[Batch]:
+        """Returns the batches of the first epoch, or the rest of it."""
+        return self._source.start(0, batch, saved)
+
+    def position(self) -> Any:
+        """Returns the position after the last batch handed out, of values that JSON has."""
+        return self._source.position()
+
+
 class Positioned:
     """A loader over data of another library, which goes to a position without reading up to it.
 
@@ -40,6 +59,8 @@ class Positioned:
         length: batches in an epoch; None where that is not known.
         identity: facts that a position is only good with, of values that JSON has.
         num_shapes: as `distaff.data.num_shapes` tells of loaders.
+        in_order: makes a loader of the same data to evaluate on; see `Loader`. Without it, an
+            evaluation reads the next epoch, and goes back to where it was.
     """
 
     def __init__(
@@ -49,8 +70,9 @@ class Positioned:
         length: int | None = None,
         identity: Mapping[str, Any] | None = None,
         num_shapes: int = 1,
+        in_order: Callable[[], Any] | None = None,
     ) -> None:
-        self.num_shapes = num_shapes
+        self.num_shapes, self._in_order = num_shapes, in_order
         self._source, self._length, self._identity = source, length, dict(identity or {})
         self._epoch, self._batch, self._saved = 0, 0, None
         self._running: Iterator[Batch] | None = None
@@ -69,6 +91,10 @@ class Positioned:
         self._resumed = False
         while (batch := self._pull()) is not _EPOCH_END:
             yield batch
+
+    def in_order(self) -> Any:
+        """Returns a loader to evaluate on, or None; see `Loader`."""
+        return None if self._in_order is None else self._in_order()
 
     def peek(self) -> Batch | None:
         """Returns the next batch, which stays in line, or None where there is none."""

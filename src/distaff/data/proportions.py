@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from heapq import heappop, heappush
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from distaff.data.loader import sources
 from distaff.errors import ConfigError
 from distaff.number import as_float
 
@@ -114,3 +115,34 @@ def _drawn(shares: Sequence[int], taken: Sequence[int], count: int) -> np.ndarra
         if begins < count:
             from_turn[begins if begins > turn else turn + 1].append(source)
     return np.array(found, np.int32)
+
+
+def check_weights(loaders: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
+    """Checks that each loader of a mixture has a weight, and that no two read the same one.
+
+    Raises:
+        ConfigError: it is not so.
+    """
+    if not isinstance(loaders, Mapping) or not isinstance(weights, Mapping) or not loaders:
+        raise ConfigError(
+            "A mixture takes a dict of loaders by name, and a dict of their weights; got "
+            f"{type(loaders).__name__} and {type(weights).__name__}. Write for example "
+            "Mixture({'web': a, 'books': b}, {'web': 3, 'books': 1})."
+        )
+    if loaders.keys() != weights.keys() or not all(isinstance(name, str) for name in loaders):
+        raise ConfigError(
+            "A mixture has a weight for each loader, under the same name, a str; got the loaders "
+            f"{list(loaders)} and weights of {list(weights)}."
+        )
+    for name, weight in weights.items():
+        check_weight(name, weight)
+    names: dict[int, str] = {}
+    pairs = ((name, source) for name, each in loaders.items() for source in sources(each))
+    for name, source in pairs:
+        other = names.setdefault(id(source), name)
+        if other != name:
+            raise ConfigError(
+                f"The loaders of a mixture are read independently; {other!r} and {name!r} are the "
+                "same object, or read the same one. Give it once, with the sum of the weights, or "
+                "make a second one."
+            )

@@ -42,6 +42,8 @@ class Stream:
     Args:
         source: an iterable of batches, or a function without arguments that returns one.
         length: number of batches in an epoch; `len(source)` where it is not given.
+        in_order: makes a loader of the same data to evaluate on; see `Loader`. Without it, that is
+            another `Stream` over the source.
 
     Raises:
         BatchError: the source is neither.
@@ -52,6 +54,7 @@ class Stream:
         source: Iterable[Batch] | Callable[[], Iterable[Batch]],
         *,
         length: int | None = None,
+        in_order: Callable[[], Any] | None = None,
     ) -> None:
         if not isinstance(source, Iterable) and not callable(source):
             raise BatchError(
@@ -60,6 +63,7 @@ class Stream:
             )
         self._source = source
         self._length = length
+        self._in_order = in_order
         self.num_shapes: int = getattr(source, "num_shapes", 1)
         self._fingerprint = 0
         self._begin(0)
@@ -79,6 +83,14 @@ class Stream:
         self._resumed = False
         while (batch := self._pull()) is not _EPOCH_END:
             yield batch
+
+    def in_order(self) -> Any:
+        """Returns a loader to evaluate on; of an iterator, which has one pass, it is this one."""
+        if self._in_order is not None:
+            return self._in_order()
+        if isinstance(self._source, Iterator):
+            return self
+        return type(self)(self._source, length=self._length)
 
     def check_passes(self, count: int, name: str) -> None:
         """Checks, before a run begins, that the source can be iterated this often.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -34,9 +35,24 @@ def torch_loader(loader: Any) -> Any:
         length = len(loader)
     except TypeError:
         length = None
+
+    def in_order() -> Stream:
+        view = _in_order(loader)
+        if view is not None:
+            return Stream(_Batches(view), length=None if length is None else len(view))
+        warnings.warn(
+            "An evaluation of a DataLoader takes the examples that its sampler draws, in that "
+            "order: Distaff knows no order of its own for the sampler "
+            f"{type(loader.sampler).__name__} or its batch_sampler. "
+            "To evaluate every example once, give it a DataLoader(dataset, batch_size) that does "
+            "not shuffle.",
+            stacklevel=2,
+        )
+        return Stream(_Unmoved(loader), length=length)
+
     if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
-        return Positioned(_Stateful(loader), length=length)
-    return Stream(_Batches(loader), length=length)
+        return Positioned(_Stateful(loader), length=length, in_order=in_order)
+    return Stream(_Batches(loader), length=length, in_order=in_order)
 
 
 def as_arrays(batch: Any) -> Batch:
@@ -52,6 +68,49 @@ class _Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         return map(as_arrays, iter(self._loader))
+
+
+class _Unmoved(_Batches):
+    """The batches of a data loader, whose generator stays as it was."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        generator = self._loader.generator
+        state = None if generator is None else generator.get_state()
+        try:
+            yield from super().__iter__()
+        finally:
+            if generator is not None:
+                generator.set_state(state)
+
+
+def _in_order(loader: Any) -> Any:
+    """Returns a data loader of the same examples, each once and in their order; None without one.
+
+    It draws from a generator of its own, and so moves nothing of the other one.
+    """
+    torch: Any = sys.modules["torch"]
+    utils, sampler = torch.utils.data, loader.sampler
+    whole = isinstance(loader.dataset, utils.IterableDataset)
+    whole |= type(sampler) in (utils.SequentialSampler, utils.RandomSampler)
+    whole &= not getattr(sampler, "replacement", False)
+    whole &= getattr(sampler, "_num_samples", None) is None
+    indices = getattr(sampler, "indices", None)
+    is_part = type(sampler) is utils.SubsetRandomSampler and indices is not None
+    has_own = type(loader.batch_sampler) not in (utils.BatchSampler, type(None))
+    is_known = type(loader).__module__.split(".")[0] in ("torch", "torchdata")
+    if has_own or not (whole or is_part) or not is_known:
+        return None
+    return utils.DataLoader(
+        loader.dataset,
+        loader.batch_size,
+        sampler=[int(index) for index in indices] if is_part else None,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        timeout=loader.timeout,
+        generator=torch.Generator(),
+    )
 
 
 class _Stateful:

@@ -10,7 +10,7 @@ from typing import Any
 import grain
 
 from distaff.data import Loader
-from distaff.data.positioned import Positioned
+from distaff.data.positioned import FirstEpoch, Positioned
 from distaff.errors import BatchError
 from distaff.typing import Batch
 
@@ -30,15 +30,23 @@ def make_loader(data: Any) -> Loader:
         # What was repeated already has a length that no epoch has.
         indices = None if len(data) > sys.maxsize // 2 else len(data)
         length = None if _leaves_out(data) else indices
-        return Positioned(_Mapped(data, indices), length=length, identity={"num_batches": indices})
+        return Positioned(
+            _Mapped(data, indices),
+            length=length,
+            identity={"num_batches": indices},
+            in_order=lambda: Positioned(FirstEpoch(_Mapped(data, indices)), length=length),
+        )
     if isinstance(data, grain.IterDataset):
-        return Positioned(_Iterated(data, json.dumps, json.loads))
-    if isinstance(data, grain.DataLoader):
-        return Positioned(_Iterated(data, bytes.decode, str.encode))
-    raise BatchError(
-        "Of Grain, a run takes what it can iterate anew in each epoch: a MapDataset, IterDataset "
-        f"or DataLoader; got {type(data).__name__}. Pass the dataset, rather than iter(dataset)."
-    )
+        texts: Any = (json.dumps, json.loads)
+    elif isinstance(data, grain.DataLoader):
+        texts = (bytes.decode, str.encode)
+    else:
+        raise BatchError(
+            "Of Grain, a run takes what it can iterate anew in each epoch: a MapDataset, "
+            f"IterDataset or DataLoader; got {type(data).__name__}. Pass the dataset, rather than "
+            "iter(dataset)."
+        )
+    return Positioned(_Iterated(data, *texts), in_order=lambda: Positioned(_Iterated(data, *texts)))
 
 
 class _Mapped:
