@@ -88,7 +88,7 @@ def compared(
     return Comparison([*changes, *data], doubts, [*notes, *remarks])
 
 
-_DIGESTS = ("rows", "batches")
+_DIGESTS = ("values", "batches")
 _UNKNOWN = "were not recorded, and could not be compared"
 
 

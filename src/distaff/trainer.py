@@ -172,7 +172,8 @@ class TrainerModule(Hooks, Checked):
                 under a schedule that depends on it.
             key: names the run within a program, such as `"fold-0"`. A run of the same name and
                 key that is finished, and the same, is loaded instead of trained again, at any
-                start; one that is unfinished is resumed, and no run of another key.
+                start; one that is unfinished is resumed, and no run of another key. Without a run
+                directory it does nothing.
             rerun: whether to train again what is finished.
 
         Returns:
