@@ -119,6 +119,18 @@ class Checked(Recovering):
         if complaint and self.config.on_bad_input == "warn":
             warn(complaint, stacklevel=2)
 
+    def identify(self, plan: Plan) -> Subject | None:
+        """Makes the record of a run; returns what its identity was found from.
+
+        Args:
+            plan: of the run, which is prepared.
+        """
+        subject = self.subject(plan)
+        epochs = {"num_epochs": plan.num_epochs, "steps_per_epoch": plan.steps_per_epoch}
+        identity = None if subject is None else subject.identity()
+        self.run_record = self.record(first_epoch=plan.first_epoch, **epochs, identity=identity)
+        return subject
+
     def subject(self, plan: Plan) -> Subject | None:
         """Returns what the identity of a run is found from; None of a run that writes nothing.
 

@@ -197,11 +197,7 @@ class TrainerModule(Hooks, Checked):
         with closing_made(*made), self.listening(), closing(self.display):
             self.begin(plan)
             self.prepare(plan, test)
-            epochs = {"num_epochs": plan.num_epochs, "steps_per_epoch": plan.steps_per_epoch}
-            subject = self.subject(plan)
-            self.run_record = self.record(
-                first_epoch=plan.first_epoch, **epochs, identity=subject and subject.identity()
-            )
+            subject = self.identify(plan)
             texts = {"model.txt": as_text(self.table)}
             done = self.recording.finished(self.run_record, subject, key=key, rerun=rerun)
             if done is not None:
