@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,13 +16,15 @@ from distaff.candidates import (
     found,
     has_only_failed,
 )
+from distaff.checkpoint import recorded
 from distaff.comparison import Comparison, compared
-from distaff.errors import CheckpointError, RunDirectoryError, RunInUseError
+from distaff.errors import CheckpointError, ConfigError, RunDirectoryError, RunInUseError
 from distaff.identity import Subject
 from distaff.launch import Seat, launch_of
 from distaff.run_directory import RunDirectory, noted_status
 from distaff.run_lock import locked
 from distaff.run_version import reserve
+from distaff.warn import warn
 
 
 class Allowed(NamedTuple):
@@ -76,7 +77,14 @@ class Takeover:
             subject: what its identity was found from.
             key: see `train_model`.
             rerun: likewise.
+
+        Raises:
+            ConfigError: the key is no text.
         """
+        if key is not None and (not isinstance(key, str) or not key):
+            raise ConfigError(
+                f"key names a run within a program; got {key!r}. Pass a text, such as 'fold-0'."
+            )
         self._choice = Choice()
         if self.directory.created:
             return None
@@ -162,7 +170,7 @@ class Takeover:
         """Takes the directory of a run, and its place in the program."""
         if candidate.comparison.changes:
             changes = "; ".join(candidate.comparison.changes)
-            warnings.warn(
+            warn(
                 f"{candidate.path} is resumed with the weights of another run: {changes}",
                 stacklevel=2,
             )
@@ -198,10 +206,8 @@ def _equal(old: Mapping[str, Any]) -> Comparison:
 
 
 def _recorded_resume(place: Path) -> Any:
-    with suppress(RunDirectoryError):
-        options = RunDirectory.open(place).read_json("config.json").get("options")
-        return options.get("resume") if isinstance(options, Mapping) else None
-    return None
+    options = recorded(place).get("options")
+    return options.get("resume") if isinstance(options, Mapping) else None
 
 
 def _check_links(path: Path) -> None:

@@ -172,7 +172,8 @@ class TrainerModule(Hooks, Checked):
                 under a schedule that depends on it.
             key: names the run within a program, such as `"fold-0"`. A run of the same name and
                 key that is finished, and the same, is loaded instead of trained again, at any
-                start; one that is unfinished is resumed, and no run of another key.
+                start; one that is unfinished is resumed, and no run of another key. Without a run
+                directory it does nothing.
             rerun: whether to train again what is finished.
 
         Returns:
@@ -196,11 +197,7 @@ class TrainerModule(Hooks, Checked):
         with closing_made(*made), self.listening(), closing(self.display):
             self.begin(plan)
             self.prepare(plan, test)
-            epochs = {"num_epochs": plan.num_epochs, "steps_per_epoch": plan.steps_per_epoch}
-            subject = self.subject(plan)
-            self.run_record = self.record(
-                first_epoch=plan.first_epoch, **epochs, identity=subject and subject.identity()
-            )
+            subject = self.identify(plan)
             texts = {"model.txt": as_text(self.table)}
             done = self.recording.finished(self.run_record, subject, key=key, rerun=rerun)
             if done is not None:
@@ -229,19 +226,14 @@ class TrainerModule(Hooks, Checked):
         """
         ledger = self.ledger
         self.begin_epoch(epoch)
-        self.forms = rehearsed(
-            self._steps,
-            self.ready_state(),
-            self.feeds,
-            train_loader,
-            directory=self.recording.path,
-            remember=self.config.tune_process,
-        )
+        tunes, path = self.config.tune_process, self.recording.path
+        steps, state = self._steps, self.ready_state()
+        self.forms = rehearsed(steps, state, self.feeds, train_loader, path, remember=tunes)
         with closing(self.training_chunks(train_loader)) as chunks, self.around_epoch() as guard:
             events = loop.steps(
-                self._steps,
-                self.ready_state(),
-                ledger.fetched(page_faults.watched(chunks, self.config.tune_process)),
+                steps,
+                state,
+                ledger.fetched(page_faults.watched(chunks, tunes)),
                 step=self.step,
                 stopping=lambda: self.stop_reason is not None,
                 pausing=self.pausing,
@@ -305,6 +297,7 @@ class TrainerModule(Hooks, Checked):
             DistaffError: any bad input, by its kind.
         """
         batch = first_to_train(plan.train_loader)
+        self.feeds.of(plan.train_loader, name="train").expect(batch)
         if self.state is None:
             self.set_up(batch)
         elif self.recording.path is not None:
