@@ -168,8 +168,11 @@ class FunctionModel:
     def apply(
         self, variables: Variables, *inputs: Any, train: bool, key: Key | None, **kwargs: Any
     ) -> tuple[Any, Variables]:
-        """Calls the function, which changes nothing; it is told whether it trains."""
+        """Calls the function, which changes nothing, with its mode and a key if it takes them."""
         flags: dict[str, Any] = mode_flag(self.apply_fn, train, 1 + len(inputs))
+        accepted = parameters(self.apply_fn)[1 + len(inputs) :]
+        if key is not None:
+            flags.update((name, key) for name in ("key", "rng") if name in accepted)
         outputs = self.apply_fn(variables.by_collection(), *inputs, **{**flags, **kwargs})
         return outputs, variables
 
