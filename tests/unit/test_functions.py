@@ -201,5 +201,6 @@ def test_init_takes_the_key_alone_or_a_shape() -> None:
     assert as_model(option).init(KEY, X).params == {"width": 3}
     dense = stax.serial(stax.Dense(2), stax.Relu)
     model = as_model(dense)
-    outputs, _ = model.apply(model.init(KEY, X), X, train=True, key=None)
+    with jax.numpy_rank_promotion("allow"):
+        outputs, _ = model.apply(model.init(KEY, X), X, train=True, key=None)
     assert outputs.shape == (len(X), 2)
