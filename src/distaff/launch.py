@@ -85,6 +85,7 @@ class Launch:
     def __init__(self, root: Path) -> None:
         self._folder = root / _FOLDER
         self._held: dict[str, int] = {}
+        self._begun = ""
         self._counts: Counter[str] = Counter()
         self._unfinished: set[Path] = set()
 
@@ -109,6 +110,7 @@ class Launch:
         with contextlib.suppress(OSError):
             self._folder.mkdir(exist_ok=True)
             if self._take(name, os.O_CREAT | os.O_EXCL):
+                self._begun = name
                 os.write(self._held[name], json.dumps(about).encode() + b"\n")
 
     def standing(self, name: str) -> Standing:
@@ -129,6 +131,12 @@ class Launch:
         finally:
             os.close(descriptor)
         return "open" if self._path(name).is_file() else "closed"
+
+    def inherits(self, status: Mapping[str, Any]) -> bool:
+        """Whether an earlier run is of an open launch that another process has begun."""
+        launch = status.get("launch")
+        name = launch.get("id") if isinstance(launch, Mapping) else None
+        return isinstance(name, str) and name != self._begun and self.standing(name) == "open"
 
     def adopt(self, name: str) -> bool:
         """Takes an open launch for the own one; False where another process was quicker."""
