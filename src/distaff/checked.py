@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from distaff.callbacks import StopTraining
-from distaff.data import Chunk, Loader, One, first_batch, first_to_train, num_examples, num_shapes
+from distaff.data import Chunk, Loader, One, first_batch, num_examples, num_shapes
 from distaff.data.inspection import leaf_names, narrowed, not_finite
 from distaff.errors import BatchError, ConfigError, DistaffError, nearest
 from distaff.evaluate import Evaluator
@@ -36,6 +36,7 @@ class Checked(Recovering):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._told: set[tuple[str, str]] = set()
+        self.first: dict[str, Batch] = {}
 
     def check_batch(self, batch: Batch, name: str) -> None:
         """Looks at the first batch of a loader, once and on the host. Override it to check more.
@@ -137,11 +138,12 @@ class Checked(Recovering):
         Args:
             plan: of the run, which is prepared.
         """
+        # Nothing is read for it: a source may not be the same after it.
+        first, self.first = self.first, {}
         if not isinstance(self.recording, DirectoryRecording):
             return None
-        loaders = {"train": (plan.train_loader, first_to_train(plan.train_loader))}
-        for name, loader in plan.val_loaders.items():
-            loaders[name] = loader, first_batch(loader, name=name)
+        named = {"train": plan.train_loader, **plan.val_loaders}
+        loaders = {name: (each, first[name]) for name, each in named.items() if name in first}
         step = self._plain_step if is_needed(self.config) else self._measured_step
         return Subject(
             step=None if self.config.debug else step,
@@ -179,6 +181,7 @@ class Checked(Recovering):
         """
         view = self.feeds.view(loader)
         batch = first_batch(loader if view is None else view, name=name)
+        self.first[name] = batch
         shapes = self._evaluator.shapes(self.evaluation_state(), batch)
         self.check_batch(batch, name)
         if name != "test" and self.config.check_validation:

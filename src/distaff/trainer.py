@@ -318,6 +318,7 @@ class TrainerModule(Hooks, Checked):
             watch=self.make_watch(),
         )
         self.forms, self._steps.ledger = self._steps.forms, self.ledger
+        self.first["train"] = batch
         self.check_batch(batch, "train")
         found = {n: self.check_evaluation(v, n) for n, v in plan.val_loaders.items()}
         monitors.check(self, TrainerModule, found)
