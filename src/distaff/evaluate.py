@@ -39,15 +39,18 @@ class Evaluator:
         eval_step: an `EvalStep`, or any `(state, batch) -> metrics`.
         execution: how the step is made to run.
         watch: watches what compiles.
+
+    Attributes:
+        outputs: `(state, batch) -> metrics`, before any of them is reduced.
     """
 
     def __init__(
         self, eval_step: EvalFn | EvalStep, execution: Execution, watch: Watch | None = None
     ) -> None:
-        self._eval_step, self._execution = eval_step, execution
+        self._execution = execution
         self._padding: Padding | None = None
+        self.outputs = execution.part(getattr(eval_step, "outputs", eval_step))
         if isinstance(eval_step, EvalStep):
-            self._outputs = execution.part(eval_step.outputs)
             self._padding = Padding(execution, self._per_example)
         self._one = execution.part(self._accumulating_one)
         self._run = execution.program(self._accumulating)
@@ -99,16 +102,16 @@ class Evaluator:
         )
 
     def _per_example(self, state: TrainState, batch: Batch) -> dict[str, PerExample]:
-        return per_example(self._outputs(state, batch))
+        return per_example(self.outputs(state, batch))
 
     def _accumulating_one(
         self, state: TrainState, batch: Batch, mask: jax.Array | None
     ) -> dict[str, Metric]:
         size = num_examples(batch)
         if self._padding is None:
-            return accumulating(self._eval_step(state, batch), size)
+            return accumulating(self.outputs(state, batch), size)
         kept = jnp.ones(size, bool) if mask is None else mask
-        return reduced(self._outputs(state, batch), kept)
+        return reduced(self.outputs(state, batch), kept)
 
     def _accumulating(
         self, state: TrainState, source: Source, mask: jax.Array | None, index: Any = 0

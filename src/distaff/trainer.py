@@ -319,6 +319,7 @@ class TrainerModule(Hooks, Checked):
         )
         self.forms, self._steps.ledger = self._steps.forms, self.ledger
         self.check_batch(batch, "train")
+        self.check_broadcasts(self._measured_step, batch, train=True)
         found = {n: self.check_evaluation(v, n) for n, v in plan.val_loaders.items()}
         monitors.check(self, TrainerModule, found)
         if test_loader is not None:

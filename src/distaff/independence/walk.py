@@ -70,7 +70,7 @@ class Walk:
 
     def _through(self, equation: Any, places: list[Place]) -> list[Place]:
         name, count = equation.primitive.name, len(equation.outvars)
-        inner = _inner(equation)
+        inner = called(equation)
         if inner is not None:
             return self(inner, places)
         if name in _LOOPS:
@@ -145,7 +145,7 @@ class Walk:
 _LOOPS: dict[str, Any] = {"scan": Walk.scan, "while": Walk.loop, "cond": Walk.cond}
 
 
-def _inner(equation: Any) -> Any:
+def called(equation: Any) -> Any:
     """Returns the program that an equation calls with its own operands; None without one."""
     if equation.primitive.name not in _CALLS:
         return None
