@@ -151,6 +151,7 @@ class TrainerModule(Hooks, Checked):
         steps_per_epoch: int | None = None,
         key: str | None = None,
         rerun: bool = False,
+        repeat: bool = False,
     ) -> TrainResult:
         """Trains, validates, keeps the best model, and tests it.
 
@@ -165,11 +166,13 @@ class TrainerModule(Hooks, Checked):
             test_loader: tested on once, at the end, with the best weights.
             num_epochs: epochs to train.
             steps_per_epoch: cuts epochs of this many steps; needed for a loader without length
-                under a schedule that depends on it.
+                under a schedule that depends on it. An epoch begins where the last one ended.
             key: names the run within a program, such as `"fold-0"`. A run of the same name and
                 key that is finished, and the same, is loaded instead of trained again, at any
                 start; one that is unfinished is resumed, and no run of another key.
             rerun: whether to train again what is finished.
+            repeat: whether a loader of fewer than `steps_per_epoch` batches starts again within an
+                epoch; otherwise that is an error.
 
         Returns:
             How it ended. The trainer holds the best weights afterwards.
@@ -184,6 +187,7 @@ class TrainerModule(Hooks, Checked):
             steps_per_epoch=steps_per_epoch,
             options=self.config,
             after_epoch=self.epoch,
+            repeat=repeat,
         )
         test = None if test_loader is None else as_loader(test_loader, name="test")
         made = [(train_loader, unlimited(plan.train_loader)), (test_loader, test)]

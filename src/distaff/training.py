@@ -208,6 +208,7 @@ class Training(Predictor):
             keep_place=True,
             done=num_drawn(tally.steps, without),
             without=without,
+            repeat=self.plan.repeat,
         )
 
     @contextmanager

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from distaff.data.adapters import adapted
+from distaff.data.dataclass_batches import known_to_jax
 from distaff.data.stream import Stream
 from distaff.errors import BatchError, ConfigError, leaf_name, nearest
 from distaff.typing import Batch
@@ -211,7 +212,7 @@ def num_examples(batch: Batch, *, name: str = "") -> int:
     >>> num_examples({"image": np.zeros((32, 8, 8, 1)), "label": np.zeros(32)})
     32
     """
-    leaves = jax.tree_util.tree_leaves_with_path(batch)
+    leaves = jax.tree_util.tree_leaves_with_path(known_to_jax(batch))
     whose = f"a batch of the {name} loader" if name else "a batch"
     if not leaves:
         raise BatchError(
@@ -299,7 +300,11 @@ def first_batch(loader: Loader, *, name: str = "data") -> Batch:
 
 
 def epoch_of(
-    loader: Loader, steps_per_epoch: int | None = None, *, name: str = "data"
+    loader: Loader,
+    steps_per_epoch: int | None = None,
+    *,
+    name: str = "data",
+    repeat: bool = True,
 ) -> Iterator[Batch]:
     """Yields the batches of one epoch.
 
@@ -309,12 +314,13 @@ def epoch_of(
             start again where the loader runs out: a cut for infinite streams. None: what the
             loader calls an epoch.
         name: what the error calls the loader, such as `"train"`.
+        repeat: whether a loader may have fewer batches than `steps_per_epoch`.
 
     Yields:
         Batches.
 
     Raises:
-        BatchError: the loader is empty.
+        BatchError: the loader is empty; or a whole pass has too few batches, without `repeat`.
         ConfigError: `steps_per_epoch` is less than 1.
     """
     if steps_per_epoch is not None:
@@ -324,6 +330,7 @@ def epoch_of(
     missing = steps_per_epoch
     while missing != 0:
         before, taken = loader.get_state(), 0
+        is_whole = missing != steps_per_epoch or before.get("batch") == 0
         for batch in islice(loader, missing):
             taken += 1
             yield batch
@@ -331,6 +338,12 @@ def epoch_of(
         if not taken and loader.get_state() == before:
             raise _empty(name)
         missing = 0 if missing is None else missing - taken
+        if missing and is_whole and not repeat:
+            raise BatchError(
+                f"The {name} loader ran out after {taken} batches, and steps_per_epoch="
+                f"{steps_per_epoch}. Lower it, give more batches, or pass repeat=True to "
+                "train_model: the loader then starts again within an epoch."
+            )
 
 
 def _peek_and_return(loader: Loader) -> Batch | None:
