@@ -17,7 +17,7 @@ from distaff.errors import BatchError, leaf_name
 from distaff.execution import Compiled, Execution
 from distaff.measured import accumulating, reduced
 from distaff.metrics import Metric, PerExample
-from distaff.padding import MayPad, Padding, Sizes, form_of_examples
+from distaff.padding import MayPad, Padding, Sizes, form_of_examples, has_rows
 from distaff.rows import Columns
 from distaff.state import TrainState
 from distaff.step import EvalFn, EvalStep, per_example
@@ -196,8 +196,9 @@ def predict(
     for batch in batches:
         size, form = num_examples(batch), form_of_examples(batch)
         full_size = full_sizes[form] = max(size, full_sizes.get(form, 0))
-        padded = batch if size == full_size else pad(batch, full_size)
-        if size < full_size and not may_pad(One(padded)):
+        is_short = size < full_size and has_rows(batch)
+        padded = pad(batch, full_size) if is_short else batch
+        if not is_short or not may_pad(One(padded)):
             padded, full_size = batch, size
         gathered.append((predict_step(state, padded), size, full_size))
         if len(gathered) > _IN_FLIGHT:

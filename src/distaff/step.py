@@ -15,7 +15,7 @@ import numpy as np
 from distaff import broadcasts
 from distaff import metrics as metrics_lib
 from distaff.context import Context
-from distaff.data import num_examples
+from distaff.data import counts_itself, num_examples
 from distaff.digest import named_scope
 from distaff.errors import BatchError, LossError, MaskError, leaf_name
 from distaff.measured import StepFn, reduced
@@ -181,11 +181,13 @@ def _augmented(augment: AugmentFn, state: TrainState, batch: Batch, size: int) -
                 "encode it as numbers."
             )
         shape = np.shape(leaf)
-        if shape[:1] != (size,):
+        if shape[:1] != (size,) and not counts_itself(returned):
             remedy = "Change the number of examples in the loader."
             if not shape:
                 remedy = f"Give it one value per example: jnp.full({size}, value)."
             raise BatchError(f"{rule}; {name!r} has shape {shape}. {remedy}")
+    if counts_itself(returned) and num_examples(returned) != size:
+        raise BatchError(f"{rule}; it returned a batch of {num_examples(returned)} examples.")
     return returned
 
 

@@ -122,3 +122,52 @@ def test_dataclass_with_what_is_no_array_is_an_error_that_names_it():
 
     with pytest.raises(BatchError, match=r"must hold numbers; 'name' has dtype"):
         train([Named(X[:4], "a")])
+
+
+@dataclasses.dataclass
+class Graphs:
+    """Graphs of one batch: their nodes, one after the other, and a target for each graph."""
+
+    nodes: Any
+    graph_of_node: Any
+    target: Any
+
+    @property
+    def num_examples(self) -> int:
+        return self.target.shape[0]
+
+
+def graphs(*sizes: int) -> Graphs:
+    nodes = np.arange(sum(sizes), dtype=np.float32)[:, None]
+    owners = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+    target = np.array([[nodes[owners == n].sum()] for n in range(len(sizes))], np.float32)
+    return Graphs(nodes, owners, target)
+
+
+class OfGraphs(tasks.Regressor):
+    def predict_fn(self, params, batch, ctx):
+        out = ctx.apply(params, batch.nodes)
+        return jax.ops.segment_sum(out, batch.graph_of_node, batch.num_examples)
+
+    def loss_fn(self, params, batch, ctx):
+        return jax.numpy.square(self.predict_fn(params, batch, ctx) - batch.target)[:, 0]
+
+    def model_inputs(self, batch):
+        return (batch.nodes,)
+
+
+def test_batches_of_graphs_say_how_many_examples_they_have():
+    batches = [graphs(1, 2, 3), graphs(2, 2, 2), graphs(4, 1)]
+    trainer = OfGraphs(nn.Dense(1), root=None, enable_progress_bar=False, optimizer=optax.sgd(1e-3))
+    trainer.train_model(batches, batches, num_epochs=1)
+    outputs = trainer.predict(batches)
+    targets = np.concatenate([batch.target for batch in batches])
+    assert outputs.shape == (8, 1)
+    assert trainer.eval_model(batches)["loss"] == pytest.approx(
+        np.square(outputs - targets).mean(), rel=1e-5
+    )
+
+
+def test_batch_of_unequal_leaves_is_told_how_to_count():
+    with pytest.raises(BatchError, match="a dataclass with a property num_examples"):
+        train([{"x": X[:4], "y": X[:3]}])

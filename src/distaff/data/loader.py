@@ -15,6 +15,7 @@ from distaff.data.adapters import adapted
 from distaff.data.dataclass_batches import known_to_jax
 from distaff.data.stream import Stream
 from distaff.errors import BatchError, ConfigError, leaf_name, nearest
+from distaff.number import whole
 from distaff.typing import Batch
 
 _NOT_NUMBERS = "OSUTMm"
@@ -196,7 +197,8 @@ def num_examples(batch: Batch, *, name: str = "") -> int:
     """Returns the length of the leading axis that all leaves of a batch share.
 
     Only `shape` and `dtype` are read: NumPy and JAX arrays, tracers and
-    `jax.ShapeDtypeStruct` will do.
+    `jax.ShapeDtypeStruct` will do. A batch of graphs, whose leaves differ in their leading axis,
+    says what an example is: its class has a property `num_examples`.
 
     Args:
         batch: a pytree of arrays `[batch, ...]`.
@@ -220,14 +222,21 @@ def num_examples(batch: Batch, *, name: str = "") -> int:
             f"{type(batch).__name__} without leaves. Yield for example {{'image': images, 'label': "
             "labels}."
         )
-    shapes = {leaf_name(path): _array_shape(leaf_name(path), leaf, whose) for path, leaf in leaves}
+    own = counts_itself(batch)
+    shapes = {
+        (name := leaf_name(path)): _array_shape(name, leaf, whose, has_axis=not own)
+        for path, leaf in leaves
+    }
+    if own:
+        return whole(f"num_examples of {whose}", batch.num_examples)
     first, *others = shapes
     for other in others:
         if shapes[other][0] != shapes[first][0]:
             raise BatchError(
                 f"All leaves of {whose} must have the same leading length; "
                 f"{other!r} has shape {shapes[other]}, {first!r} has shape {shapes[first]}. "
-                "Yield one row per example in every leaf."
+                "Yield one row per example in every leaf. For examples of several rows, such as "
+                "graphs, make the batch a dataclass with a property num_examples."
             )
     if shapes[first][0] == 0:
         raise BatchError(
@@ -235,6 +244,11 @@ def num_examples(batch: Batch, *, name: str = "") -> int:
             f"{shapes[first]}. Leave empty batches out."
         )
     return shapes[first][0]
+
+
+def counts_itself(batch: Batch) -> bool:
+    """Whether a batch says itself how many examples it has; its leaves may then have any shapes."""
+    return not hasattr(batch, "shape") and hasattr(batch, "num_examples")
 
 
 def drops(remainder: Literal["keep", "drop"] | None, shuffle: bool) -> bool:
@@ -356,7 +370,7 @@ def _peek_and_return(loader: Loader) -> Batch | None:
     return batch
 
 
-def _array_shape(name: str, leaf: Any, whose: str) -> tuple[int, ...]:
+def _array_shape(name: str, leaf: Any, whose: str, *, has_axis: bool = True) -> tuple[int, ...]:
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
         is_text = isinstance(leaf, str | bytes)
         remedy = _ENCODE if is_text else "Write numpy.asarray([...]) around all examples' values."
@@ -371,7 +385,7 @@ def _array_shape(name: str, leaf: Any, whose: str) -> tuple[int, ...]:
             f"All leaves of {whose} must hold numbers; {name!r} has dtype {leaf.dtype}{held}. "
             f"{_PAD if is_ragged else _ENCODE}"
         )
-    if not leaf.shape:
+    if has_axis and not leaf.shape:
         raise BatchError(
             f"All leaves of {whose} must have a leading axis [batch, ...]; {name!r} is a scalar. "
             "Put the values of all examples into one array, or leave it out."
