@@ -25,7 +25,8 @@ ROOMS = (
     *("typing", "errors", "number", "garbage", "habits", "override", "named"),
     *("digest", "sketch"),
     *("paths", "quiet", "warn", "_optional"),
-    *("slot", "state", "vitals", "spikes", "metrics", "monitor", "cadence", "duration"),
+    *("gradients", "slot", "state", "vitals", "spikes"),
+    *("metrics", "monitor", "cadence", "duration"),
     *("config", "record", "environment", "run_directory", "run_lock", "run_log", "run_version"),
     *("execution", "allocator", "compile_cache", "throughput", "flight", "devices"),
     *("agreement", "interruption", "barrier", "watchdog"),
@@ -33,9 +34,10 @@ ROOMS = (
     *("models", "data", "augment", "optim", "parallel", "zoo", "trainer_config", "ranking"),
     *("plain", "constructor"),
     *("independence", "broadcasts"),
-    *("place", "context", "measured", "guard", "rows", "step", "accumulate", "precision"),
+    *("place", "context", "measured", "logged_rates", "guard", "rows", "step"),
+    *("accumulate", "learning", "precision"),
     "diagnosis",
-    *("forms", "fuse", "rehearsal", "padding"),
+    *("forms", "fuse", "rehearsal", "page_faults", "padding"),
     *("loggers", "display", "checkpoint", "callbacks", "weights"),
     *("events", "identity", "comparison", "ending", "launch", "candidates", "takeover"),
     *("evaluate", "loop", "monitors", "recording", "tally"),
@@ -277,11 +279,13 @@ def stores(function: ast.AST) -> Iterator[int]:
     for node in ast.walk(function):
         targets: list[ast.AST] = []
         if isinstance(node, ast.Assign):
-            targets = [part for target in node.targets for part in ast.walk(target)]
+            parts = [part for target in node.targets for part in ast.walk(target)]
+            targets = [each for each in parts if isinstance(getattr(each, "ctx", None), ast.Store)]
         elif isinstance(node, (ast.AugAssign, ast.AnnAssign)):
             targets = [node.target]
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            targets = [node.func.value] if node.func.attr in MUTATORS else []
+            is_mutator = node.func.attr in MUTATORS and len(node.args) < 3
+            targets = [node.func.value] if is_mutator else []
         places = [each for each in targets if isinstance(each, (ast.Attribute, ast.Subscript))]
         if isinstance(node, (ast.Global, ast.Nonlocal)) or any(
             rooted(each) == "self" for each in places

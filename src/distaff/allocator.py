@@ -63,8 +63,18 @@ def tune(num_bytes: Callable[[], int] | None = None) -> str:
 @functools.cache
 def _tune(reason: str) -> str:
     outcome = reason or (_TOO_LATE if _has_started() else "") or _set()
-    (_log.warning if outcome == _TOO_LATE else _log.info)("memory allocator: %s", outcome)
+    _log.info("memory allocator: %s", outcome)
+    if outcome == _TOO_LATE:
+        _late.add(outcome)
     return outcome
+
+
+_late: set[str] = set()
+
+
+def is_late() -> bool:
+    """Tells whether `tune` was called in this process when it was too late for it."""
+    return bool(_late)
 
 
 def made_bytes(function: Callable[..., Any], *args: Any) -> int:
@@ -94,9 +104,9 @@ def _told_by(num_bytes: Callable[[], int]) -> int | None:
 
 
 _TOO_LATE = (
-    "left as it is, because JAX had started before the trainer was made. Steps on the CPU are up "
-    "to a quarter slower so. Call distaff.allocator.tune() before any JAX array is made, or set "
-    "DISTAFF_MALLOC=off to hear no more of it."
+    "left as it is, because JAX had started before the trainer was made. Steps of large models on "
+    "the CPU may be slower, which is measured in the first steps. To tune it, call "
+    "distaff.allocator.tune() before any JAX array is made."
 )
 
 

@@ -153,6 +153,15 @@ class Checked(Recovering):
         finally:
             self.state, self.schedule = state, schedule
 
+    def check_training(self, batch: Batch) -> None:
+        """Looks at the first batch that is trained on, and at the step that is.
+
+        Raises:
+            DistaffError: any bad input, by its kind.
+        """
+        self.check_batch(batch, "train")
+        self.check_broadcasts(self._measured_step, batch, train=True)
+
     def check_broadcasts(self, step: Callable[..., Any], batch: Batch, *, train: bool) -> None:
         """Checks that the loss does not meet each prediction with each label by mistake.
 

@@ -83,8 +83,9 @@ def imported(name: str) -> Any:
     module, _, path = name.rpartition(":")
     if module.split(".")[0] in sys.stdlib_module_names and module_name("__main__") != module:
         return None
-    exact = [each for each in list(sys.modules) if module_name(each) == module]
-    modules = exact or [each for each in list(sys.modules) if _last(each) == _last(module)]
+    scripts = [each for each in _SCRIPTS if each in sys.modules and module_name(each) == module]
+    modules = [module] if module in sys.modules else scripts
+    modules = modules or [each for each in list(sys.modules) if _last(each) == _last(module)]
     found = [_member(sys.modules[each], path) for each in modules]
     return chosen(name, [each for each in found if each is not None])
 

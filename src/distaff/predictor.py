@@ -190,11 +190,8 @@ class Predictor:
     def predict(self, loader: Any) -> PyTree:
         """Gathers the outputs of `predict_fn` over all examples of a loader.
 
-        They come in the data's own order, also where the loader shuffles, and none is left out. The
-        loader stays where it is.
-
         Args:
-            loader: any iterable of batches; one pass of it is read.
+            loader: any iterable of batches; it stays where it is, see `TrainerModule.eval_model`.
 
         Returns:
             NumPy arrays `[examples, ...]`, in the structure of one batch's outputs.
@@ -203,8 +200,8 @@ class Predictor:
             StateError: the model has no parameters yet.
             BatchError: the loader is empty, or an output has no batch axis.
         """
-        state, batches = self.evaluation_state(), self._pass(loader, "predict")
-        return predict(self._predict_step, state, batches, self.execution)
+        batches = self._pass(loader, "predict")
+        return predict(self._predict_step, self.evaluation_state(), batches, self.execution)
 
     def bind_model(self) -> Any:
         """Returns the model with its variables inside, in the form of its kind.
@@ -336,8 +333,8 @@ class Predictor:
     def _pass(self, loader: Any, name: str) -> Iterator[Batch]:
         """Goes once through the examples of a loader, in their order, with its progress shown."""
         with self.feeds.one_pass(as_loader(loader, name=name), name) as view:
-            batches = self.feeds.batches(view, name)
-            yield from self.tracker(batches, description=name, total=num_batches(view))
+            total, batches = num_batches(view), self.feeds.batches(view, name)
+            yield from self.tracker(batches, description=name, total=total)
 
 
 def _load(

@@ -22,6 +22,7 @@ from distaff.events import BadNumbers, Interrupted, Pause, given
 from distaff.forms import continued
 from distaff.guard import form_of, shown
 from distaff.interruption import Interruption
+from distaff.logged_rates import without_rates
 from distaff.metrics import as_json, as_numbers, compute
 from distaff.ranking import best_from_json, best_json, kept, placed
 from distaff.report import Report
@@ -163,7 +164,8 @@ class Resumable(Training):
         """Ends the steps of an epoch; from here on it can be saved as it is now."""
         self.tally.rows, self.tally.is_trained = None, True
         self.unsaved = self.facts({}, None)
-        return compute(shown(self.tally.total or {}, self.config), "train/")
+        metrics = without_rates(self.tally.total or {})
+        return compute(shown(metrics, self.config), "train/")
 
     def go_on(self) -> StepInfo | None:
         """Goes to where a resumed run was saved; returns what `on_checkpoint` was told there."""

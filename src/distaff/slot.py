@@ -5,18 +5,89 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
-from distaff.errors import StateError
+from distaff.errors import StateError, leaf_name
+from distaff.gradients import check_gradients, descending, is_complex, num_per_example
 from distaff.typing import Params, PyTree
 
 _REFUSED = re.compile(r"unexpected keyword argument '(\w+)'")
 _ASKED = re.compile(r"missing \d+ required keyword-only argument|must be provided")
+
+
+FLUSH = "flush"
+"""What asks an optimizer that accumulates for an update before its window is full.
+
+`"end"` offers no gradient, and asks for an update of those that it has; `"now"` for one with this
+gradient.
+"""
+
+
+class AccumulateState(NamedTuple):
+    """The state of an optimizer that accumulates; see `distaff.optim.accumulate`.
+
+    Attributes:
+        count: micro-steps since the last update, int32 `[]`.
+        grads: the weighted sum of their gradients, in float32 or wider.
+        value: the weighted sum of their losses, float32 `[]`; 0 where none are given.
+        weight: the sum of their weights, float32 `[]`.
+        num_updates: updates so far, int32 `[]`.
+        inner: the state of the optimizer itself.
+    """
+
+    count: jax.Array
+    grads: Params
+    value: jax.Array
+    weight: jax.Array
+    num_updates: jax.Array
+    inner: PyTree
+
+
+class Described(optax.GradientTransformationExtraArgs):
+    """An optimizer that says more of itself than Optax asks for.
+
+    Attributes:
+        rates: from parameters to learning rates by update, by the name they are logged under.
+        keeps: whether the running statistics at a path stay as they are.
+    """
+
+    rates: Callable[[Params], Mapping[str, Callable[[Any], Any]]] | None = None
+    keeps: Callable[[str], bool] | None = None
+
+
+def described(tx: optax.GradientTransformationExtraArgs, like: Any = None, **facts: Any) -> Any:
+    """Returns an optimizer with a description.
+
+    Args:
+        tx: the optimizer.
+        like: one whose description it takes over, if it has any.
+        **facts: attributes of `Described`.
+    """
+    made = Described(tx.init, tx.update)
+    facts = {"rates": getattr(like, "rates", None), "keeps": getattr(like, "keeps", None), **facts}
+    for name, value in facts.items():
+        setattr(made, name, value)
+    return made
+
+
+def found(opt_state: PyTree, *kinds: type) -> Iterator[Any]:
+    """Yields the states of some kinds in an optimizer's state, the outermost of each branch."""
+
+    def is_found(node: Any) -> bool:
+        return isinstance(node, kinds)
+
+    return filter(is_found, jax.tree.leaves(opt_state, is_leaf=is_found))
+
+
+def holds(opt_state: PyTree, *kinds: type) -> bool:
+    """Returns whether an optimizer's state has one of these kinds in it."""
+    return next(found(opt_state, *kinds), None) is not None
 
 
 def with_known_args(
@@ -49,7 +120,7 @@ def with_known_args(
     ) -> tuple[PyTree, PyTree]:
         if "grad_fn" in named and "value_fn" in offered:
             gradient = jax.grad(offered["value_fn"])
-            offered = {"grad_fn": lambda params, _: gradient(params), **offered}
+            offered = {"grad_fn": lambda params, _: descending(gradient(params)), **offered}
         known = {name: arg for name, arg in offered.items() if takes_all or name in named}
         return tx.update(updates, state, params, **known)
 
@@ -80,8 +151,18 @@ def update(
     given = {name: arg for name, arg in offered.items() if arg is not None}
     if "value_fn" in given:
         given["value_fn"] = _of_shown(given["value_fn"], params)
+        if holds(opt_state, optax.contrib.HutchinsonState, optax.contrib.SophiaState):
+            given.setdefault("obj_fn", given["value_fn"])
+    if holds(opt_state, optax.ScaleByBacktrackingLinesearchState) and is_complex(grads):
+        raise StateError(
+            "optax.scale_by_backtracking_linesearch does not search along complex parameters: it "
+            "takes the slope for another one. Use optax.scale_by_zoom_linesearch or optax.lbfgs."
+        )
     try:
-        return with_known_args(tx).update(grads, opt_state, params, grad=grads, **given)
+        updates, new_state = with_known_args(tx).update(
+            grads, opt_state, params, grad=grads, **given
+        )
+        return updates, _with_still_averages(opt_state, new_state, updates)
     except (TypeError, ValueError) as error:
         refused = _REFUSED.search(str(error))
         if refused is not None and refused[1] in {"grad", *given}:
@@ -97,6 +178,42 @@ def update(
                 "value_fn=lambda params: ...), with any other argument in optimizer_args."
             ) from error
         raise
+
+
+def check_examples(grads: Params, opt_state: PyTree, params: Params) -> None:
+    """Checks the shapes of gradients: those of parameters, or one for each example.
+
+    Args:
+        grads: gradients.
+        opt_state: the state of the optimizer that is to take them.
+        params: the parameters.
+
+    Raises:
+        StateError: they have other shapes, or an optimizer that needs the gradient of each example
+            is given their mean.
+    """
+    is_private = holds(opt_state, optax.contrib.DifferentiallyPrivateAggregateState)
+    if num_per_example(grads, params) is not None:
+        return
+    check_gradients(grads, params)
+    if is_private:
+        raise StateError(
+            "optax.contrib.dpsgd clips the gradient of each example and adds noise to their mean, "
+            "so it needs gradients [examples, *shape]; it was given the mean gradient of a batch, "
+            "for which its noise protects nobody. Override create_functions with a train_step "
+            "that computes jax.vmap(jax.grad(loss), (None, 0))(state.params, batch), and returns "
+            "state.apply_gradients(grads=...)."
+        )
+
+
+def kept_statistics(tx: Any, before: PyTree, after: PyTree) -> PyTree:
+    """Returns running statistics after a step, those of frozen parts as they were before it."""
+    keeps = getattr(tx, "keeps", None)
+    if keeps is None or jax.tree.structure(before) != jax.tree.structure(after):
+        return after
+    return jax.tree_util.tree_map_with_path(
+        lambda path, old, new: old if keeps(leaf_name(path)) else new, before, after
+    )
 
 
 def is_masked(node: Any) -> bool:
@@ -121,3 +238,42 @@ def _of_shown(value_fn: Callable[..., jax.Array], params: Params) -> Callable[..
         return value_fn(whole, *args, **kwargs)
 
     return of_shown
+
+
+def _with_still_averages(before: PyTree, after: PyTree, updates: Params) -> PyTree:
+    """Returns an optimizer's state in which averages of frozen parameters stand still, too.
+
+    `optax.contrib.schedule_free` moves the point that it averages, whatever a transformation behind
+    it, such as `optax.freeze`, then leaves of the update; a model is evaluated with the average.
+    """
+    kind = optax.contrib.ScheduleFreeState
+
+    def is_average(node: Any) -> bool:
+        return isinstance(node, kind)
+
+    def still(old: Any, new: Any) -> Any:
+        if not is_average(new) or not _is_of(new.z, updates):
+            return new
+        moved = jax.tree.map(
+            lambda z, z_before, update: z if is_masked(z) else _if_any(update, z, z_before),
+            *(new.z, old.z, updates),
+            is_leaf=is_masked,
+        )
+        return new._replace(z=moved)
+
+    if not holds(after, kind):
+        return after
+    return jax.tree.map(still, before, after, is_leaf=is_average)
+
+
+def _is_of(shown: PyTree, params: Params) -> bool:
+    """Returns whether a tree has the structure of parameters, but for masked ones."""
+    try:
+        jax.tree.map(lambda *_: None, shown, params, is_leaf=is_masked)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _if_any(update: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    return jnp.where((update != 0).any(), new, old)

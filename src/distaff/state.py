@@ -13,7 +13,8 @@ import optax
 
 from distaff import slot
 from distaff.digest import named_scope
-from distaff.errors import StateError, leaf_name, nearest
+from distaff.errors import StateError, nearest
+from distaff.gradients import check_gradients, check_params, check_trainable, descending
 from distaff.typing import Key, Params, PyTree
 
 
@@ -97,11 +98,13 @@ class TrainState(_FrozenPyTree):
             A state with `step` 0 and the optimizer's initial state.
 
         Raises:
-            StateError: a keyword is not a member of this class, or `params` holds an optimizer's
-                state.
+            StateError: a keyword is not a member of this class; or `params` holds an optimizer's
+                state, or, beside an optimizer, an array that is neither float nor complex.
         """
         cls._check_members(members, reserved=("opt_state",))
-        _check_params(params)
+        check_params(params)
+        if tx is not None:
+            check_trainable(params)
         step = members.get("step", 0)
         if not isinstance(step, jax.Array):
             step = jax.device_put(np.asarray(step, np.int32))
@@ -121,7 +124,7 @@ class TrainState(_FrozenPyTree):
             StateError: a keyword is not a member of this class.
         """
         self._check_members(members)
-        _check_params(members.get("params"))
+        check_params(members.get("params"))
         return dataclasses.replace(self, **members)
 
     def apply_gradients(
@@ -137,7 +140,10 @@ class TrainState(_FrozenPyTree):
 
         Args:
             *misplaced: refused; every argument has its keyword.
-            grads: gradient of the loss, with the structure of `params`.
+            grads: gradient of the loss, with the structure of `params`, as `jax.grad` returns it:
+                those of complex parameters are conjugated here. An optimizer that aggregates the
+                gradients of examples (`optax.contrib.dpsgd`) takes leaves `[examples, *shape]`;
+                `optax.lookahead` takes the gradient of `params.fast`.
             value: the loss, a scalar. Handed on with `grad=grads` to optimizers that ask for it
                 (`optax.contrib.reduce_on_plateau`, line searches, learned optimizers).
             value_fn: the loss as a function of the parameters, for line searches; for an optimizer
@@ -163,11 +169,17 @@ class TrainState(_FrozenPyTree):
                 "Create it with TrainState.create(params=..., tx=optax.adam(1e-3))."
             )
         self._check_members(members, reserved=("step", "params", "opt_state"))
-        _check_gradients(grads, self.params)
         offered = {"value": value, "value_fn": value_fn, **(optimizer_args or {})}
         with named_scope("optimizer"):
-            updates, opt_state = slot.update(self.tx, grads, self.opt_state, self.params, offered)
+            updates, opt_state = slot.update(
+                self.tx, _prepared(grads, self), self.opt_state, self.params, offered
+            )
+            check_gradients(updates, self.params)
             params = optax.apply_updates(self.params, updates)
+        if "batch_stats" in members:
+            members["batch_stats"] = slot.kept_statistics(
+                self.tx, self.batch_stats, members["batch_stats"]
+            )
         return dataclasses.replace(
             self, step=self.step + 1, params=params, opt_state=opt_state, **members
         )
@@ -190,40 +202,13 @@ class TrainState(_FrozenPyTree):
                 )
 
 
-def _check_params(params: Params) -> None:
-    """Refuses what an optimizer's `update` returned: updates and its own state, no parameters."""
-
-    def is_optax_state(node: Any) -> bool:
-        return type(node).__module__.partition(".")[0] == "optax"
-
-    if any(is_optax_state(node) for node in jax.tree.leaves(params, is_leaf=is_optax_state)):
-        raise StateError(
-            "params holds the state of an optimizer, as optimizer.update returns it. Write "
-            "updates, opt_state = optimizer.update(grads, opt_state, params), then "
-            "params = optax.apply_updates(params, updates); or state.apply_gradients(grads=grads), "
-            "which does both."
-        )
-
-
-def _check_gradients(grads: Params, params: Params) -> None:
-    got, expected = _shapes(grads), _shapes(params)
-    structures = [jax.tree.structure(tree) for tree in (grads, params)]
-    if got == expected and structures[0] == structures[1]:
-        return
-    leaves = "; ".join(
-        f"{n!r} is {got.get(n, 'missing')} in grads, {expected.get(n, 'missing')} in params"
-        for n in {**expected, **got}
-        if got.get(n) != expected.get(n)
-    )
-    raise StateError(
-        "grads must have the structure and the shapes of params. "
-        f"{leaves or ' is not '.join(map(str, structures))}. "
-        "Differentiate the loss with respect to state.params."
-    )
-
-
-def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
-    return {leaf_name(path): jnp.shape(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
+def _prepared(grads: Params, state: TrainState) -> Params:
+    """Returns gradients as an optimizer takes them: checked, and pointing uphill."""
+    params = state.params
+    if isinstance(params, optax.LookaheadParams):
+        params, grads = params.fast, getattr(grads, "fast", grads)
+    slot.check_examples(grads, state.opt_state, params)
+    return descending(grads)
 
 
 def owned(state: PyTree) -> PyTree:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distaff import broadcasts
+from distaff import broadcasts, slot
 from distaff import metrics as metrics_lib
 from distaff.context import Context
 from distaff.data import counts_itself, num_examples
@@ -75,8 +75,15 @@ def train_step(loss_fn: LossFn, *, augment: AugmentFn | None = None) -> StepFn:
         (loss, (metrics, changed)), grads = jax.value_and_grad(objective, has_aux=True)(
             state.params
         )
+        args = None
+        if slot.holds(state.opt_state, slot.AccumulateState):
+            args = {"weight": getattr(metrics["loss"], "weight", size)}
         after = state.apply_gradients(
-            grads=grads, value=loss, value_fn=lambda params: objective(params)[0], **changed
+            grads=grads,
+            value=loss,
+            value_fn=lambda params: objective(params)[0],
+            optimizer_args=args,
+            **changed,
         )
         return with_plateaus_kept(state, after, metrics["loss"]), metrics
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import closing
 from typing import Any
 
-from distaff import loop, monitors
+from distaff import loop, monitors, page_faults
 from distaff import metrics as metrics_lib
 from distaff.checked import Checked
 from distaff.context import Context
@@ -29,9 +29,11 @@ from distaff.evaluate import Evaluator
 from distaff.events import ChunkEnd, Interrupted, Plan, made_of, make_plan
 from distaff.forms import Expected
 from distaff.fuse import make_steps
+from distaff.gradients import check_trainable
 from distaff.guard import guarded, make_guard
 from distaff.habits import ARGUMENTS, spelled
 from distaff.hooks import Hooks, check_class
+from distaff.logged_rates import reporting
 from distaff.measured import StepFn, measured
 from distaff.optim import build_optimizer
 from distaff.optim.kept import kept_state
@@ -116,7 +118,7 @@ class TrainerModule(Hooks, Checked):
         self.train_step = self.execution.program(train_step, donate=0)
         self.eval_step = self.execution.program(eval_step)
         self._plain_step = measured(train_step)
-        self._measured_step = self.execution.part(guarded(self._plain_step, self.config))
+        self._measured_step = self.execution.part(guarded(reporting(self._plain_step), self.config))
         self._evaluator = Evaluator(eval_step, self.execution, self.evaluation_watch)
 
     def init_optimizer(self, total_steps: int | None) -> None:
@@ -131,8 +133,10 @@ class TrainerModule(Hooks, Checked):
         Raises:
             ConfigError: the optimizer does not fit the run.
         """
-        tx, self.schedule = build_optimizer(self.optimizer, total_steps)
+        per_epoch = None if total_steps is None else total_steps // self.plan.num_epochs
+        tx, self.schedule = build_optimizer(self.optimizer, total_steps, steps_per_epoch=per_epoch)
         state = self.evaluation_state()
+        check_trainable(state.params)
         opt_state = self.execution.once(lambda params: tx.init(params))(state.params)
         kept = kept_state(self.ready_state().opt_state, opt_state, self.optimizer)
         if self.config.keep_optimizer and kept is not None:
@@ -171,8 +175,7 @@ class TrainerModule(Hooks, Checked):
                 key that is finished, and the same, is loaded instead of trained again, at any
                 start; one that is unfinished is resumed, and no run of another key.
             rerun: whether to train again what is finished.
-            repeat: whether a loader of fewer than `steps_per_epoch` batches starts again within an
-                epoch; otherwise that is an error.
+            repeat: whether a loader shorter than `steps_per_epoch` starts again within an epoch.
 
         Returns:
             How it ended. The trainer holds the best weights afterwards.
@@ -241,7 +244,7 @@ class TrainerModule(Hooks, Checked):
             events = loop.steps(
                 self._steps,
                 self.ready_state(),
-                ledger.fetched(chunks),
+                ledger.fetched(page_faults.watched(chunks, self.config.tune_process)),
                 step=self.step,
                 stopping=lambda: self.stop_reason is not None,
                 pausing=self.pausing,
@@ -255,14 +258,12 @@ class TrainerModule(Hooks, Checked):
                     self.after_window(event)
                 else:
                     self.pause(event)
+        self.end_window()
         return self.end_steps()
 
     @spelled(ARGUMENTS)
     def eval_model(self, loader: Any, prefix: str = "") -> dict[str, Any]:
-        """Evaluates the model over a loader: every example once, nothing changed.
-
-        Of a loader that shuffles or drops, each example counts all the same, in the data's own
-        order, and the loader stays where it is.
+        """Evaluates the model over a loader: every example once, in order, nothing changed.
 
         Args:
             loader: any iterable of batches, of any sizes.
@@ -322,8 +323,7 @@ class TrainerModule(Hooks, Checked):
             watch=self.make_watch(),
         )
         self.forms, self._steps.ledger = self._steps.forms, self.ledger
-        self.check_batch(batch, "train")
-        self.check_broadcasts(self._measured_step, batch, train=True)
+        self.check_training(batch)
         found = {n: self.check_evaluation(v, n) for n, v in plan.val_loaders.items()}
         monitors.check(self, TrainerModule, found)
         if test_loader is not None:

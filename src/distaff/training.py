@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import (
     AbstractContextManager,
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from distaff.accumulate import may_have_rest, with_rest
 from distaff.callbacks import (
     Callback,
     Callbacks,
@@ -43,13 +43,15 @@ from distaff.forms import Choice, fixed
 from distaff.fuse import Steps
 from distaff.guard import Flags, shown
 from distaff.interruption import Interruption
+from distaff.learning import LearningCheck
+from distaff.logged_rates import host_rates
 from distaff.loggers import Logger
 from distaff.loggers.given import as_loggers
 from distaff.machine import peak_flops
 from distaff.metrics import compute, results
 from distaff.metrics.limits import Breach
 from distaff.monitor import Monitor, as_monitor
-from distaff.optim import OptimizerLike, make_rates
+from distaff.optim import OptimizerLike
 from distaff.optim.given import as_optimizer
 from distaff.padding import MayPad
 from distaff.predictor import Predictor
@@ -61,7 +63,6 @@ from distaff.tally import Tally
 from distaff.throughput import Ledger
 from distaff.trainer_config import Best
 from distaff.typing import Batch, Schedule
-from distaff.vitals import evidence_of_learning, what_is_missing
 from distaff.watchdog import COMPILING, Watchdog
 
 _log = logging.getLogger("distaff")
@@ -112,6 +113,7 @@ class Training(Predictor):
         self.has_run = False
         self.forms: Choice = fixed(1)
         self.ledger = Ledger()
+        self._with_rest = self.execution.program(lambda state: with_rest(state), donate=0)
         self.evaluation_watch = self.make_watch()
         self.report: Report | None = None
         self.interruption, self.tally, self.unsaved = Interruption(), Tally(), None
@@ -176,7 +178,8 @@ class Training(Predictor):
         self.left_out, self.num_skipped, self.tally = [], 0, Tally(plan.first_epoch)
         self.best_models, self.callbacks.stop_reason, self.last_metrics = (), None, {}
         self.has_run, self.ledger = False, Ledger()
-        self._untrained, self._rates, self.report, self.interrupted_by = None, None, None, ""
+        self._rates, self.report, self.interrupted_by = None, None, ""
+        self._check_learning = LearningCheck(None)
         self.display.start(plan.last_epoch, plan.steps_per_epoch or num_batches(plan.train_loader))
         self.display.compiling("the model")
 
@@ -249,9 +252,9 @@ class Training(Predictor):
         self._epoch_start = time.perf_counter()
         self.watchdog.beat("the first step of an epoch", self.step, COMPILING)
         if self.step == self.first_step:
-            self._untrained = evidence_of_learning(self.ready_state())
-            if self.schedule is not None:
-                self._rates = make_rates(self.schedule)
+            state = self.ready_state()
+            self._check_learning = LearningCheck(state)
+            self._rates = host_rates(state.tx, state.params, self.schedule)
             if line := idle_devices(self.example_batch):
                 self.show(line)
             self.display.compiling("the step")
@@ -301,13 +304,15 @@ class Training(Predictor):
             if event.skipped:
                 self.num_skipped += len(event.skipped)
                 self.show(f"left out, as bad steps: {', '.join(map(str, event.skipped))}")
-            self._check_progress()
+            num_steps = self.step - self.first_step - self.num_skipped
+            self._check_learning(self.ready_state(), num_steps)
             self.tally.add(event)
             metrics = compute(shown(event.metrics, self.config), "step/")
             self.display.update({n: v for n, v in metrics.items() if np.ndim(v) == 0})
             if self._rates is not None:
                 updates = max(1, event.step - self.begun_at[0] - self.num_skipped)
-                metrics["step/learning_rate"] = self._rates(updates - 1)
+                rates = {f"step/{n}": rate for n, rate in self._rates(updates - 1).items()}
+                metrics = {**metrics, **rates}
             self.recording.logger.log_metrics(metrics, step=event.step, epoch=self.epoch)
             self.log_throughput(_LAP_SECONDS)
 
@@ -328,22 +333,11 @@ class Training(Predictor):
             step, epoch = self.reached  # The best model may be loaded by now.
             self.recording.throughput.log_metrics(Report(lap).line(), step=step, epoch=epoch)
 
-    def _check_progress(self) -> None:
-        """Warns if nothing has been learned since the run began. It waits for the device, once."""
-        num_steps = self.step - self.first_step - self.num_skipped
-        # The learning rate of the first step is zero under a warm-up.
-        if self._untrained is None or num_steps < 2:
-            return
-        untrained, self._untrained = self._untrained, None
-        missing = what_is_missing(untrained, evidence_of_learning(self.ready_state()))
-        if missing:
-            warnings.warn(
-                f"{missing} in the first {num_steps} steps. Either the loss does not depend on its "
-                "argument `params`: a loss that reads state.params instead has zero gradients. Or "
-                "the learning rate is zero, every parameter frozen, every example without weight, "
-                "or gradients accumulate for longer than that.",
-                stacklevel=2,
-            )
+    def end_window(self) -> None:
+        """Ends a window of accumulation that the epoch leaves incomplete, with an update."""
+        state = self.ready_state()
+        if may_have_rest(state):
+            self.state = self._with_rest(state)
 
     def end_epoch(self, epoch: int, metrics: dict[str, Any], is_best: bool) -> None:
         """Logs the metrics of an epoch and its validation, and shows them as one line."""

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
+from distaff.slot import AccumulateState
 from distaff.state import TrainState
 from distaff.typing import PyTree
 
@@ -38,7 +40,7 @@ def evidence_of_learning(state: TrainState) -> Evidence:
     """
     params = _floats(state.params)
     shapes = {leaf.shape for leaf in params if leaf.ndim}
-    averages = [leaf for leaf in _floats(state.opt_state) if leaf.shape in shapes]
+    averages = [leaf for leaf in _floats(_without_sums(state.opt_state)) if leaf.shape in shapes]
     sizes = np.cumsum([0, *sorted(leaf.nbytes for leaf in params + averages)])
     largest = max(np.diff(sizes)[sizes[1:] <= _MAX_BYTES], default=0)
     looked_at = [[leaf for leaf in group if leaf.nbytes <= largest] for group in (params, averages)]
@@ -60,13 +62,28 @@ def what_is_missing(before: Evidence, after: Evidence) -> str:
     return "Every gradient has been zero" if same_averages and not is_copied else ""
 
 
+def _without_sums(opt_state: PyTree) -> PyTree:
+    """Returns an optimizer's state without sums of gradients, which each update makes zero."""
+    kinds = (AccumulateState, optax.MultiStepsState)
+
+    def is_sum(node: Any) -> bool:
+        return isinstance(node, kinds)
+
+    def inner(node: Any) -> Any:
+        if isinstance(node, AccumulateState):
+            return node.inner
+        return node.inner_opt_state if is_sum(node) else node
+
+    return jax.tree.map(inner, opt_state, is_leaf=is_sum)
+
+
 def _fingerprints(leaves: list[jax.Array]) -> np.ndarray:
     bits = [np.ascontiguousarray(leaf).view(np.uint8) for leaf in leaves]
     return np.array([zlib.crc32(x.data) if x.any() else 0 for x in bits], np.uint32)
 
 
 def _floats(tree: PyTree) -> list[jax.Array]:
-    return [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
 
 
 def all_finite(tree: PyTree) -> bool:

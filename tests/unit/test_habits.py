@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import flax.linen as nn
+import jax
 import numpy as np
 import optax
 import pytest
@@ -263,3 +264,22 @@ def test_a_trainer_without_a_loss_names_the_method():
     batch = {"x": np.ones((2, 3), np.float32)}
     with pytest.raises(distaff.DistaffError, match="Define loss_fn"):
         make(Lossless).train_model([batch], num_epochs=1)
+
+
+class ByHand(Regression):
+    """Written as for a trainer that keeps the Linen module itself as its model."""
+
+    def run_model_init(self, example_batch, key):
+        return self.model.init(key, example_batch["x"])
+
+    def loss_fn(self, params, batch, ctx):
+        return (self.model.apply({"params": params}, batch["x"])[:, 0] - batch["y"]) ** 2
+
+
+def test_model_is_called_as_linen_has_it():
+    batch = {"x": np.ones((2, 3), np.float32), "y": np.ones(2, np.float32)}
+    by_hand, usual = make(ByHand), make()
+    losses = [each.train_model([batch], num_epochs=3).metrics for each in (by_hand, usual)]
+    assert losses[0] == losses[1]
+    made = usual.model.init({"params": jax.random.key(0)}, batch["x"])
+    assert set(made) == {"params"}

@@ -253,3 +253,27 @@ def test_labels_of_other_dtypes_are_indices(labels: np.ndarray):
     assert run.eval_model([{"x": X, "y": labels}]) == run.eval_model(
         [{"x": X, "y": labels.astype(np.int32)}]
     )
+
+
+@pytest.mark.parametrize("of_values", [False, True])
+def test_loss_of_ones_own_fills_what_has_no_weight(of_values: bool):
+    targets = X[::-1].copy()
+    weight = np.ones((N, 3), np.float32)
+    weight[4:6] = 0
+    if of_values:
+        weight[9, 1] = 0
+    holes = np.where(weight == 0, np.nan, targets)
+    inputs = np.where(weight.any(1, keepdims=True), X, np.inf)
+
+    class Own(distaff.TrainerModule):
+        def loss_fn(self, params: Any, batch: Any, ctx: Any) -> Any:
+            weight = batch["m"] if of_values else batch["m"][:, 0]
+            batch = metrics.filled(batch, weight)
+            error = ctx.apply(params, batch["x"]) - batch["y"]
+            values = error**2 if of_values else (error**2).mean(1)
+            return metrics.Mean.per_example(values, weight=weight)
+
+    run = task(Own, {"x": inputs, "y": holes, "m": weight}, optimizer=optax.sgd(0.1))
+    state, _ = stepped(run, {"x": inputs, "y": holes, "m": weight})
+    gradient = np.where(weight > 0, 2 * (0.5 * X - targets) * X, 0).sum(0) / weight.sum()
+    np.testing.assert_allclose(state.params["w"], 0.5 - 0.1 * gradient, rtol=1e-5)

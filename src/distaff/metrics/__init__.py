@@ -18,6 +18,7 @@ from distaff.metrics.accumulators import (
 from distaff.metrics.as_json import as_json, as_numbers
 from distaff.metrics.classification import AUROC, F1, ConfusionMatrix, IoU, Precision, Recall
 from distaff.metrics.extremes import Max, Min
+from distaff.metrics.filled import filled
 from distaff.metrics.language import Perplexity
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "as_numbers",
     "compute",
     "declare",
+    "filled",
     "floating",
     "merge",
     "merge_rows",

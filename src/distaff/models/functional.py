@@ -9,6 +9,7 @@ import jax
 
 from distaff.errors import ConfigError
 from distaff.models.adapter import Adapter, LayerRow, Variables
+from distaff.models.as_in_linen import applies_collections
 from distaff.models.flags import mode_flag, num_positional, parameters
 from distaff.models.layers import Path, describe, flops, listed, own_flops
 from distaff.models.randomness import KEY_NAMES, asking_for_key
@@ -92,6 +93,7 @@ class Functions(Adapter):
         params, state = made
         return Variables(params, collections={"state": state} if jax.tree.leaves(state) else None)
 
+    @applies_collections
     def apply(
         self, variables: Variables, *inputs: Any, train: bool, key: Key | None, **kwargs: Any
     ) -> tuple[Any, Variables]:
@@ -158,6 +160,7 @@ class FunctionModel:
             "TrainState.create(params=...), or give a model: distaff.models.Functions(init, apply)."
         )
 
+    @applies_collections
     def apply(
         self, variables: Variables, *inputs: Any, train: bool, key: Key | None, **kwargs: Any
     ) -> tuple[Any, Variables]:

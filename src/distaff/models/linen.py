@@ -11,17 +11,17 @@ import jax
 from flax.errors import ModifyScopeVariableError
 
 from distaff.models.adapter import LayerRow, Variables
+from distaff.models.as_in_linen import applies_collections, initialises_by_keyword
 from distaff.models.layers import by_module, describe, flops, own_flops
 from distaff.models.linen_collections import (
     as_before,
-    as_initializer,
     carried,
     evaluated,
     is_asked,
     joined,
     wants,
 )
-from distaff.models.linen_modes import LayerObserver, arguments, in_mode
+from distaff.models.linen_modes import LayerObserver, arguments, in_mode, lifted
 from distaff.models.observed import Observed
 from distaff.models.randomness import drawing, streams
 from distaff.typing import Key
@@ -67,6 +67,7 @@ class LinenModel:
         """The module: its class and hyperparameters are written down, and it is rebuilt of them."""
         return self.module
 
+    @initialises_by_keyword
     def init(self, key: Key, *inputs: Any) -> Variables:
         """Makes the variables for inputs shaped like these, as in training.
 
@@ -77,11 +78,12 @@ class LinenModel:
         collections = nn.unbox(dict(self._init(key, *inputs)))
 
         def run(collections: Mapping[str, Any], train: bool, mutable: Any) -> Any:
-            call = self._prepared(inputs, {}, train)
+            call = self._prepared(inputs, {}, train, key)
             return self._drawn(call, collections, train, key, mutable)
 
         return Variables.of(carried(collections, run))
 
+    @applies_collections
     def apply(
         self, variables: Variables, *inputs: Any, train: bool, key: Key | None, **kwargs: Any
     ) -> tuple[Any, Variables]:
@@ -155,32 +157,42 @@ class LinenModel:
 
     def _init(self, key: Key, *inputs: Any) -> Any:
         module = in_mode(self.module, True)
-        args, kwargs = arguments(module, None, inputs, {}, train=True, key=key)
-        return module.init(streams(key), *args, **kwargs)
+        name = type(module).__name__
+
+        def call(rngs: Any) -> Any:
+            def called(by_position: bool) -> Any:
+                args, named = arguments(
+                    module, None, inputs, {}, train=True, key=key, by_position=by_position
+                )
+                return module.init(rngs, *args, **named)
+
+            return lifted(called, name)
+
+        return drawing(call, key, first=("params", "dropout"), given={}, model=name)
 
     def _prepared(
-        self, inputs: tuple[Any, ...], kwargs: dict[str, Any], train: bool, key: Key | None = None
+        self, inputs: tuple[Any, ...], kwargs: dict[str, Any], train: bool, key: Key | None
     ) -> Callable[..., Any]:
         """Returns `module.apply` as a function of collections, streams and `mutable`."""
         module = in_mode(self.module, train)
-        method = kwargs.get("method")
-        rest = {name: value for name, value in kwargs.items() if name != "method"}
+        rest, options = dict(kwargs), {"method": kwargs.get("method")}
+        rest.pop("method", None)
 
-        def call(collections: Any, rngs: Any, mutable: Any, by_position: bool = False) -> Any:
-            args, named = arguments(
-                module, method, inputs, rest, train=train, key=key, by_position=by_position
-            )
-            try:
-                return module.apply(
-                    collections, *args, rngs=rngs or None, method=method, mutable=mutable, **named
+        def call(collections: Any, rngs: Any, mutable: Any) -> Any:
+            def called(by_position: bool) -> Any:
+                args, named = arguments(
+                    module,
+                    options["method"],
+                    inputs,
+                    rest,
+                    train=train,
+                    key=key,
+                    by_position=by_position,
                 )
-            except jax.errors.ConcretizationTypeError:
-                # nn.remat and nn.jit have static arguments by position alone.
-                if by_position or not named:
-                    raise
-            except jax.errors.TracerArrayConversionError as error:
-                raise as_initializer(error, type(module).__name__) from error
-            return call(collections, rngs, mutable, by_position=True)
+                given: dict[str, Any] = {**options, "rngs": rngs or None, "mutable": mutable}
+                return module.apply(collections, *args, **given, **named)
+
+            return lifted(called, type(module).__name__)
 
         return call
 

@@ -10,11 +10,9 @@ import jax
 from flax.core import DenyList
 from flax.errors import ModifyScopeVariableError
 
-from distaff.errors import ConfigError
 from distaff.models.observed import statistics_in_evaluation
 
 _ADDRESS = re.compile(r"0x[0-9a-f]+")
-_SCOPE = re.compile(r"flax.core.scope\.py")
 _WHERE = re.compile(r'in "/?([^"]*)" because')
 
 
@@ -42,10 +40,22 @@ def carried(collections: Mapping[str, Any], run: Callable[..., Any]) -> dict[str
 
     after = jax.eval_shape(trained, collections)
     for name in others:
-        grows = jax.tree.structure(after.get(name)) != jax.tree.structure(collections[name])
-        if grows or _is_idle(name, collections, run, is_same=name in same):
+        kept[name] = _steady(collections[name], after.get(name, {}))
+        if not kept[name] or _is_idle(name, collections, run, is_same=name in same):
             del kept[name]
     return kept
+
+
+def _steady(before: Any, after: Any) -> Any:
+    """Returns a collection without the variables whose form a pass changes: they grow."""
+    if not isinstance(before, Mapping) or not isinstance(after, Mapping):
+        return before
+    found = {name: _steady(x, after.get(name, x)) for name, x in before.items()}
+    return {
+        name: x
+        for name, x in found.items()
+        if isinstance(x, Mapping) or jax.tree.structure(x) == jax.tree.structure(after.get(name, x))
+    }
 
 
 def _is_idle(
@@ -139,17 +149,3 @@ def as_before(before: Any, after: Any) -> Any:
     if not isinstance(before, Mapping) or not isinstance(after, Mapping):
         return after
     return {name: as_before(x, after[name]) if name in after else x for name, x in before.items()}
-
-
-def as_initializer(error: Exception, model: str) -> Exception:
-    """Returns an error of JAX, or one that says what is wrong with an initializer of Linen.
-
-    Linen traces the initializer of each parameter in every pass, to compare shapes.
-    """
-    if _SCOPE.search(str(error)) is None:
-        return error
-    return ConfigError(
-        f"JAX traces an initializer of {model}, which computes with NumPy, and cannot: "
-        f"{str(error).partition('.')[0]}. Use jax.numpy in it, such as jnp.linalg.qr; or make the "
-        "array before, and let the initializer return it."
-    )

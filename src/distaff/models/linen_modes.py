@@ -5,18 +5,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 
+from distaff.errors import ConfigError
 from distaff.models.flags import mode_flag, switched
 from distaff.models.observed import Observed
 from distaff.models.randomness import KEY_NAMES
 from distaff.typing import Key
 
 _OWN = "flax"
+_SCOPE = re.compile(r"flax.core.scope\.py")
 
 
 def in_mode(module: nn.Module, train: bool) -> nn.Module:
@@ -163,6 +166,37 @@ def _key_argument(
     if key is None or not wanted:
         return {}
     return dict(zip(wanted, jax.random.split(jax.random.fold_in(key, 2), len(wanted)), strict=True))
+
+
+def lifted(call: Callable[[bool], Any], model: str) -> Any:
+    """Calls a module whose mode is passed by keyword, or by position where it has to be.
+
+    `nn.remat` and `nn.jit` have static arguments by position alone; a flag by keyword is traced.
+
+    Args:
+        call: takes whether all arguments up to the mode flag are passed by position.
+        model: its name, for errors.
+
+    Raises:
+        ConfigError: an initializer cannot be traced.
+    """
+    try:
+        return call(False)
+    except jax.errors.ConcretizationTypeError:
+        pass
+    except jax.errors.TracerArrayConversionError as error:
+        if _SCOPE.search(str(error)) is None:
+            raise
+        # Linen traces the initializer of each parameter in every pass, to compare shapes.
+        raise ConfigError(
+            f"JAX traces an initializer of {model}, which computes with NumPy, and cannot: "
+            f"{str(error).partition('.')[0]}. Use jax.numpy in it, such as jnp.linalg.qr; or make "
+            "the array before, and let the initializer return it."
+        ) from error
+    except ValueError as error:
+        if "static_argnums" not in str(error):
+            raise
+    return call(True)
 
 
 class LayerObserver:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from distaff.models.adapter import (
     nested,
     without_numbers,
 )
+from distaff.models.as_in_linen import applies_collections
 from distaff.models.flags import method_of, mode_flag, parameters
 from distaff.models.layers import Library, Opened, Path, listed_calls
 from distaff.models.linen_collections import is_asked
@@ -109,6 +111,7 @@ class NnxModel(Adapter):
             return self._read(nnx.split(self._source)[1])
         return self._read(nnx.split(self._made(key))[1])
 
+    @applies_collections
     def apply(
         self, variables: Variables, *inputs: Any, train: bool, key: Key | None, **kwargs: Any
     ) -> tuple[Any, Variables]:
@@ -223,7 +226,10 @@ def _called(
         flags["rngs"] = nnx.Rngs(key)
     if key is not None:
         flags.update((name, key) for name in ("rng", "key") if name in names)
-    return function(*inputs, **{**flags, **kwargs})
+    with warnings.catch_warnings():
+        # Flax advises its caller to call the module otherwise: that is Distaff.
+        warnings.filterwarnings("ignore", r"Using 'Module\.sow", DeprecationWarning)
+        return function(*inputs, **{**flags, **kwargs})
 
 
 def _collection(leaf: Any) -> str | None:

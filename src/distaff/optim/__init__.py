@@ -1,6 +1,7 @@
 """Optimizers: a config becomes an Optax transformation, with its schedule and weight-decay mask."""
 
-from distaff.optim.accumulate import AccumulateState, accumulate
+from distaff.optim.accumulate import AccumulateState, accumulate, num_updates
+from distaff.optim.applied import applied_rates
 from distaff.optim.build import Optimizer, OptimizerLike, build_optimizer
 from distaff.optim.config import OptimizerConfig, ParamGroup
 from distaff.optim.evaluation import evaluation_params, has_evaluation_params
@@ -20,6 +21,7 @@ __all__ = [
     "OptimizerLike",
     "ParamGroup",
     "accumulate",
+    "applied_rates",
     "build_optimizer",
     "decay_mask",
     "decays",
@@ -29,6 +31,7 @@ __all__ = [
     "l2_loss",
     "make_rates",
     "make_schedule",
+    "num_updates",
     "observed",
     "with_known_args",
 ]

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
+import jax
 import optax
 
 from distaff.errors import ConfigError
 from distaff.optim import catalog
+from distaff.optim.accumulate import accumulate
+from distaff.optim.applied import RATE
 from distaff.optim.config import OptimizerConfig, ParamGroup
-from distaff.optim.groups import frozen, group_labels, is_trained
+from distaff.optim.groups import (
+    frozen,
+    group_labels,
+    group_names,
+    is_trained,
+    keeps_statistics,
+)
 from distaff.optim.masks import check_patterns, make_decay_mask
 from distaff.optim.schedules import make_schedule
-from distaff.slot import with_known_args
+from distaff.slot import described, with_known_args
 from distaff.typing import Params, PyTree, Schedule
 
 OptimizerLike: TypeAlias = (
@@ -26,30 +35,42 @@ OptimizerLike: TypeAlias = (
 """The forms of an optimizer: a config, the transformation itself, a function of `total_steps`."""
 
 
+_WHOLE: Mapping[str, Any] = {
+    "groups": (),
+    "clip_norm": None,
+    "clip_value": None,
+    "accumulate": 1,
+}
+"""The options of a config that are about all parameters together, as a part has them."""
+
+
 class Optimizer(NamedTuple):
     """An optimizer ready for a train state.
 
     Attributes:
         tx: the Optax transformation; its `update` accepts any keyword argument.
-        schedule: the learning rate by optimizer step, outside of groups; None where it is not
-            known.
+        schedule: the learning rate by update, outside of groups; None where it is not known.
     """
 
     tx: optax.GradientTransformationExtraArgs
     schedule: Schedule | None
 
 
-def build_optimizer(optimizer: OptimizerLike, total_steps: int | None) -> Optimizer:
+def build_optimizer(
+    optimizer: OptimizerLike, total_steps: int | None, *, steps_per_epoch: int | None = None
+) -> Optimizer:
     """Makes the optimizer of a run.
 
     A config becomes the chain `clip_value` → `clip_norm` → optimizer, so that momentum and second
     moments see the clipped gradient, and weight decay is never clipped. With groups, the norm is
-    still one, of all gradients but the frozen ones.
+    still one, of all gradients but the frozen ones. All of it is within `accumulate`, if the config
+    accumulates.
 
     Args:
         optimizer: an `OptimizerConfig`; an `optax.GradientTransformation` or `optax.MultiSteps`,
             taken as it is; or a function `f(total_steps)` that returns one of these.
-        total_steps: optimizer steps of the whole run; None where they are not known.
+        total_steps: training steps of the whole run; None where they are not known.
+        steps_per_epoch: of these; under accumulation each epoch ends with an update.
 
     Returns:
         The transformation and, for a config, its schedule.
@@ -60,7 +81,7 @@ def build_optimizer(optimizer: OptimizerLike, total_steps: int | None) -> Optimi
             group has no parameters.
     """
     if isinstance(optimizer, OptimizerConfig):
-        return _from_config(optimizer, total_steps)
+        return _from_config(optimizer, _num_updates(optimizer, total_steps, steps_per_epoch))
     if isinstance(optimizer, optax.GradientTransformation | optax.MultiSteps):
         return Optimizer(with_known_args(optimizer), schedule=None)
     _check_factory(optimizer)
@@ -75,13 +96,55 @@ def build_optimizer(optimizer: OptimizerLike, total_steps: int | None) -> Optimi
             "A function given as optimizer must return an OptimizerConfig or an "
             f"optax.GradientTransformation, and {optimizer!r} returned {made!r}."
         )
-    return build_optimizer(made, total_steps)
+    return build_optimizer(made, total_steps, steps_per_epoch=steps_per_epoch)
+
+
+def _num_updates(
+    config: OptimizerConfig, total_steps: int | None, steps_per_epoch: int | None
+) -> int | None:
+    """Returns how many updates a run makes, which its schedule is stretched over."""
+    if total_steps is None or config.accumulate == 1:
+        return total_steps
+    per_epoch = min(steps_per_epoch or total_steps, total_steps)
+    epochs, rest = divmod(total_steps, per_epoch)
+    return epochs * -(-per_epoch // config.accumulate) + -(-rest // config.accumulate)
 
 
 def _from_config(config: OptimizerConfig, total_steps: int | None) -> Optimizer:
     schedule = _schedule(config, total_steps)
     tx = optax.with_extra_args_support(optax.chain(*_transforms(config, total_steps)))
-    return Optimizer(_checking_patterns(tx, config), schedule)
+    tx = described(
+        _checking_patterns(tx, config),
+        rates=_rates(config, total_steps),
+        keeps=keeps_statistics(config.groups),
+    )
+    return Optimizer(accumulate(tx, config.accumulate), schedule)
+
+
+def _rates(
+    config: OptimizerConfig, total_steps: int | None
+) -> Callable[[Params], Mapping[str, Schedule]]:
+    """Returns the learning rate of each group that has parameters, by the name it is logged as."""
+    outer = _schedule(config, total_steps)
+    if not config.groups:
+        return lambda params: {} if outer is None else {RATE: outer}
+    rates: list[tuple[str, Schedule | None]] = []
+    for name, group in zip(group_names(config.groups), config.groups, strict=True):
+        own = _own_config(group, config)
+        known = isinstance(own, OptimizerConfig) and not group.freeze
+        rates.append((f"{RATE}/{name}", _schedule(own, total_steps) if known else None))
+    rates.append((RATE, outer))
+    labels = group_labels(config.groups)
+
+    def by_name(params: Params) -> dict[str, Schedule]:
+        used = set(jax.tree.leaves(labels(params)))
+        return {
+            name: schedule
+            for index, (name, schedule) in enumerate(rates)
+            if index in used and schedule is not None
+        }
+
+    return by_name
 
 
 def _schedule(config: OptimizerConfig, total_steps: int | None) -> Schedule | None:
@@ -127,8 +190,11 @@ def _checking_patterns(
 
 
 def _grouped(config: OptimizerConfig, total_steps: int | None) -> optax.GradientTransformation:
-    rest = dataclasses.replace(config, groups=(), clip_norm=None, clip_value=None)
-    transforms = [_of_group(group, rest, total_steps) for group in config.groups]
+    rest = dataclasses.replace(config, **_WHOLE)
+    transforms = [
+        frozen() if group.freeze else _of_part(_own_config(group, config), total_steps)
+        for group in config.groups
+    ]
     transforms.append(_of_part(rest, total_steps))
     # A line search then gets the gradient of its own parameters alone.
     return optax.partition(
@@ -136,15 +202,16 @@ def _grouped(config: OptimizerConfig, total_steps: int | None) -> optax.Gradient
     )
 
 
-def _of_group(
-    group: ParamGroup, rest: OptimizerConfig, total_steps: int | None
-) -> optax.GradientTransformation:
-    if group.freeze:
-        return frozen()
-    if group.learning_rate is not None:
-        rest = dataclasses.replace(rest, learning_rate=group.learning_rate)
-    own = rest if group.optimizer is None else group.optimizer
-    return _of_part(own, total_steps)
+def _own_config(
+    group: ParamGroup, config: OptimizerConfig
+) -> OptimizerConfig | optax.GradientTransformation:
+    """Returns the optimizer of a group that is trained."""
+    if group.optimizer is not None:
+        return group.optimizer
+    rest = dataclasses.replace(config, **_WHOLE)
+    if group.learning_rate is None:
+        return rest
+    return dataclasses.replace(rest, learning_rate=group.learning_rate)
 
 
 def _of_part(

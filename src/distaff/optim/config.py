@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import optax
 
 from distaff.errors import ConfigError, nearest
+from distaff.number import whole
 from distaff.optim import catalog
 from distaff.optim.defaults import (
     RATE,
@@ -30,6 +31,7 @@ Option: TypeAlias = bool | int | float | str | None
 
 _NUMBERS = (
     *("learning_rate", "warmup_steps", "end_fraction", "weight_decay", "clip_norm", "clip_value"),
+    "accumulate",
 )
 
 
@@ -44,6 +46,9 @@ class ParamGroup:
             gradients, and is limited in the config that holds the groups.
         learning_rate: their highest learning rate; all else is as for the other parameters.
         freeze: whether they keep their values, bit for bit. They then cost no optimizer state.
+        freeze_statistics: whether `freeze` also holds for the running statistics
+            (`state.batch_stats`) at paths that the pattern matches. In training a layer still
+            normalises by the statistics of the batch.
 
     Raises:
         ConfigError: none or several of the options are given, or one of them is of no use here.
@@ -54,6 +59,7 @@ class ParamGroup:
     optimizer: OptimizerConfig | optax.GradientTransformation | None = None
     learning_rate: float | None = None
     freeze: bool = False
+    freeze_statistics: bool = True
 
     def __post_init__(self) -> None:
         """Refuses what cannot be built."""
@@ -77,7 +83,7 @@ class OptimizerConfig:
             such as 1.0 for prodigy, dowg or schedule_free_sgd, and 1e-3 where it has none.
         schedule: how the learning rate falls after the warm-up; one_cycle rises first. By default
             cosine; constant for schedule_free_sgd, schedule_free_adamw and lbfgs.
-        warmup_steps: optimizer steps over which the learning rate rises linearly from 0.
+        warmup_steps: optimizer updates over which the learning rate rises linearly from 0.
         end_fraction: what the learning rate is divided by `learning_rate` once the run is over,
             from 0 to 1; the last step still has a little more. Not used by constant and
             inverse_sqrt.
@@ -93,6 +99,11 @@ class OptimizerConfig:
             What both match is not decayed.
         clip_norm: the largest global norm of the gradient; None for no limit.
         clip_value: the largest absolute value of each gradient entry; None for no limit.
+        accumulate: batches per update. The gradients of that many batches are averaged, each with
+            the weight of its loss, and update the parameters once: as one batch of all their
+            examples does. `warmup_steps`, the schedule and the optimizer count updates; clipping
+            acts on the averaged gradient; an epoch ends with an update of the batches that are
+            left. The step count of the trainer stays that of batches.
         options: further arguments of the Optax function, such as `{"b1": 0.95}`.
         groups: parameters that are trained in another way. The first group whose pattern matches
             has a parameter; what none matches is trained as the other fields say.
@@ -117,6 +128,7 @@ class OptimizerConfig:
     clip_value: float | None = None
     no_decay: tuple[str, ...] = ()
     also_decay: tuple[str, ...] = ()
+    accumulate: int = 1
     options: Mapping[str, Option] = field(default_factory=dict, hash=False)
     groups: tuple[ParamGroup, ...] = ()
 
@@ -154,12 +166,15 @@ def _check_group(group: ParamGroup) -> None:
             f"The optimizer of {given} must be an OptimizerConfig or an "
             f"optax.GradientTransformation, and is {optimizer!r}."
         )
-    outer = ("clip_norm", "clip_value", "groups") if isinstance(optimizer, OptimizerConfig) else ()
-    misplaced = {name: getattr(optimizer, name) for name in outer if getattr(optimizer, name)}
+    whole_only = {"clip_norm": None, "clip_value": None, "groups": (), "accumulate": 1}
+    outer = whole_only if isinstance(optimizer, OptimizerConfig) else {}
+    misplaced = {
+        n: getattr(optimizer, n) for n, none in outer.items() if getattr(optimizer, n) != none
+    }
     if misplaced:
         raise ConfigError(
-            f"Clipping and groups belong to the OptimizerConfig that holds all groups; the "
-            f"optimizer of {given} has {misplaced!r}. Move them there."
+            "Clipping and groups belong to the OptimizerConfig that holds all groups, as does "
+            f"accumulation; the optimizer of {given} has {misplaced!r}. Move them there."
         )
 
 
@@ -217,6 +232,7 @@ def _check_numbers(config: OptimizerConfig) -> None:
                 f"{name} must be a finite int or float > 0, and is {value!r}. "
                 "For no clipping, use None."
             )
+    whole("accumulate", config.accumulate)
     steps = config.warmup_steps
     if not isinstance(steps, int) or isinstance(steps, bool) or not 0 <= steps < 2**31:
         raise ConfigError(f"warmup_steps must be an int >= 0 and < 2**31, and is {steps!r}.")
@@ -250,6 +266,12 @@ def _check_combinations(config: OptimizerConfig) -> None:
         raise ConfigError(
             "The schedule 'exponential' never reaches 0, and end_fraction is 0. "
             "Use a small fraction such as 0.01, or another schedule."
+        )
+    if config.accumulate > 1 and config.name in ("lbfgs", "sophia"):
+        raise ConfigError(
+            f"The optimizer {config.name!r} evaluates the loss of its batch at other parameters, "
+            f"and accumulate is {config.accumulate}: the batches before the last one are gone by "
+            "then. Use accumulate=1 with larger batches."
         )
     has_fixed_rate = config.schedule == "constant" and config.warmup_steps == 0
     if config.name in catalog.FIXED_RATE and not has_fixed_rate:

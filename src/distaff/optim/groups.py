@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Callable, Sequence
 
 import jax
@@ -42,6 +43,28 @@ def is_trained(groups: Sequence[ParamGroup]) -> Callable[[Params], PyTree]:
     labels = group_labels(groups)
     freezes = [*(group.freeze for group in groups), False]
     return lambda params: jax.tree.map(lambda label: not freezes[label], labels(params))
+
+
+def keeps_statistics(groups: Sequence[ParamGroup]) -> Callable[[str], bool] | None:
+    """Returns whether running statistics at a path stay as they are; None where none do."""
+    if not any(group.freeze and group.freeze_statistics for group in groups):
+        return None
+
+    def keeps(name: str) -> bool:
+        matching = (group for group in groups if fnmatch.fnmatchcase(name, group.pattern))
+        group = next(matching, None)
+        return group is not None and group.freeze and group.freeze_statistics
+
+    return keeps
+
+
+def group_names(groups: Sequence[ParamGroup]) -> list[str]:
+    """Returns a name for each group, for the log: its pattern without what loggers refuse."""
+    names: list[str] = []
+    for index, group in enumerate(groups):
+        name = re.sub(r"[^\w./-]+", "", group.pattern).strip("/.") or "all"
+        names.append(f"{name}_{index}" if name in names else name)
+    return names
 
 
 def frozen() -> optax.GradientTransformation:

@@ -8,6 +8,7 @@ import jax
 import optax
 
 from distaff.optim import catalog
+from distaff.optim.applied import RatesState
 from distaff.optim.build import OptimizerLike
 from distaff.optim.config import OptimizerConfig
 from distaff.typing import PyTree
@@ -56,6 +57,8 @@ def begun_again(old: Any, fresh: Any) -> Any:
             return old
         if old._fields == ("count",):
             return fresh
+        if isinstance(old, RatesState):
+            return fresh._replace(inner=begun_again(old.inner, fresh.inner))
         new = {name: getattr(fresh, name) for name in _OF_HYPERPARAMS if name in old._fields}
         return old._replace(**new, inner_state=begun_again(old.inner_state, fresh.inner_state))
 
@@ -65,4 +68,5 @@ def begun_again(old: Any, fresh: Any) -> Any:
 def _has_schedule(node: Any) -> bool:
     """Whether a node counts the steps of a schedule, and of nothing else."""
     fields = getattr(node, "_fields", ())
-    return fields == ("count",) or {"hyperparams", "inner_state"} <= set(fields)
+    is_rates = isinstance(node, RatesState)
+    return is_rates or fields == ("count",) or {"hyperparams", "inner_state"} <= set(fields)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from distaff.errors import StateError
-from distaff.slot import with_known_args
+from distaff.slot import FLUSH, described, with_known_args
 from distaff.typing import Params, PyTree
 
 
@@ -70,9 +70,11 @@ def observed(tx: optax.GradientTransformation) -> optax.GradientTransformationEx
     ) -> tuple[Params, ObservedState]:
         grads = updates
         updates, inner_state = inner.update(grads, state.inner, params, **extra_args)
-        return updates, ObservedState(inner_state, _geometry(grads, updates))
+        has_gradient = extra_args.get(FLUSH) != "end"
+        seen = _geometry(grads, updates) if has_gradient else state.geometry
+        return updates, ObservedState(inner_state, seen)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return described(optax.GradientTransformationExtraArgs(init, update), inner)
 
 
 def geometry(opt_state: PyTree) -> Geometry:
@@ -108,8 +110,12 @@ def _geometry(grads: Params, updates: Params) -> Geometry:
 
 
 def _dot(left: Params, right: Params) -> jax.Array:
-    """Returns the inner product of two trees, float32 `[]`."""
-    products = jax.tree.map(
-        lambda a, b: jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32)), left, right
-    )
+    """Returns the inner product of two trees, float32 `[]`; of complex ones its real part."""
+
+    def product(a: jax.Array, b: jax.Array) -> jax.Array:
+        if jnp.iscomplexobj(a):
+            return _dot((a.real, a.imag), (b.real, b.imag))
+        return jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32))
+
+    products = jax.tree.map(product, left, right)
     return jax.tree.reduce(jnp.add, products, jnp.zeros([], jnp.float32))

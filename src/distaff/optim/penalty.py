@@ -13,10 +13,13 @@ import optax
 
 from distaff.errors import ConfigError
 from distaff.optim.masks import decay_mask
-from distaff.slot import with_known_args
+from distaff.slot import FLUSH, with_known_args
 from distaff.typing import Params, PyTree
 
 _PROBED_STEPS = 64
+_COUNTS = [*range(1, 1025), *(2**k + j for k in range(11, 31) for j in (-1, 0, 2 ** (k - 1)))]
+"""Counts of steps, and of micro-steps in a window, from which two more are probed."""
+
 _ROUNDING = 1e-13
 
 
@@ -44,10 +47,14 @@ def l2_loss(
     if isinstance(coefficient, int | float) and not 0 <= coefficient < math.inf:
         raise ConfigError(f"coefficient must be a finite number >= 0, and is {coefficient!r}.")
     applies = mask(params) if callable(mask) else mask
-    squares = jax.tree.map(
-        lambda leaf, on: jnp.sum(jnp.square(_wide(leaf))) if on else 0.0, params, applies
-    )
+    squares = jax.tree.map(lambda leaf, on: _square(leaf) if on else 0.0, params, applies)
     return jnp.asarray(0.5 * coefficient * sum(jax.tree.leaves(squares)))
+
+
+def _square(leaf: jax.Array) -> jax.Array:
+    if jnp.iscomplexobj(leaf):
+        return _square(leaf.real) + _square(leaf.imag)
+    return jnp.sum(jnp.square(_wide(leaf)))
 
 
 def _wide(leaf: jax.Array) -> jax.Array:
@@ -61,7 +68,8 @@ def decays(tx: optax.GradientTransformation, params: Params) -> bool:
 
     Without a gradient, only decay moves parameters of one in another way than parameters of zero.
     That is tried out, in 64 bits, on parameters named like `params`, of at most 2 along each axis:
-    64 steps, so that a warm-up from 0 or an accumulation of gradients does not hide the decay.
+    64 steps, and then two steps from each of many counts of steps before, so that a warm-up from 0,
+    a schedule that begins late, or an accumulation of gradients does not hide the decay.
 
     It finds the decay of every optimizer of Optax that has one, but for `prodigy`, whose update is
     NaN without gradients, and `sophia`, which needs more than a gradient. `fromage` shrinks all
@@ -93,14 +101,15 @@ def _decays(tx: Any, structure: Any, shapes: tuple[tuple[int, ...], ...]) -> boo
 
 def _moves(tx: optax.GradientTransformationExtraArgs, ones: Params) -> bool:
     zeros = jax.tree.map(jnp.zeros_like, ones)
-    unused = {"grad": zeros, "value": jnp.zeros([]), "value_fn": lambda _: jnp.zeros([])}
     # The network of a learned optimizer sees the parameters, and would move them in any case.
-    unused["decay_only"] = True
+    unused = {"decay_only": True, FLUSH: "now", "grad": zeros, "value": jnp.zeros([])}
 
-    @jax.jit
+    def loss(params: Params) -> jax.Array:
+        return jnp.zeros([])
+
     def step(found: jax.Array, *opt_states: PyTree) -> tuple[PyTree, ...]:
         (first, first_state), (second, second_state) = (
-            tx.update(zeros, opt_state, params, **unused)
+            tx.update(zeros, opt_state, params, **unused, value_fn=loss)
             for opt_state, params in zip(opt_states, (ones, zeros), strict=True)
         )
         # Noise in an update, as of optax.noisy_sgd, is the same in both.
@@ -108,7 +117,28 @@ def _moves(tx: optax.GradientTransformationExtraArgs, ones: Params) -> bool:
         found |= jax.tree.reduce(jnp.logical_or, apart, jnp.asarray(False))
         return found, first_state, second_state
 
-    carry = (jnp.asarray(False), tx.init(ones), tx.init(zeros))
+    start = tx.init(ones), tx.init(zeros)
+    carry, compiled = (jnp.asarray(False), *start), jax.jit(step)
     for _ in range(_PROBED_STEPS):
-        carry = step(*carry)
-    return bool(carry[0])
+        carry = compiled(*carry)
+    return bool(carry[0]) or _moves_later(step, start)
+
+
+def _moves_later(step: Callable[..., Any], start: tuple[PyTree, PyTree]) -> bool:
+    """Returns whether decay shows in one of two steps after as many as one of `_COUNTS`."""
+
+    def at(count: jax.Array, state: PyTree) -> PyTree:
+        def moved(leaf: jax.Array) -> jax.Array:
+            is_count = leaf.ndim == 0 and jnp.issubdtype(leaf.dtype, jnp.integer)
+            return count.astype(leaf.dtype) if is_count else leaf
+
+        return jax.tree.map(moved, state)
+
+    def later(count: jax.Array) -> jax.Array:
+        carry = (jnp.asarray(False), *(at(count, state) for state in start))
+        return step(*step(*carry))[0]
+
+    if not any(jnp.issubdtype(leaf.dtype, jnp.integer) for leaf in jax.tree.leaves(start)):
+        return False
+    counts = jnp.asarray([count for count in _COUNTS if count < 2**31], jnp.int32)
+    return bool(jax.jit(jax.vmap(later))(counts).any())

@@ -6,6 +6,7 @@ The smallest program waits for all steps that were handed to the device before i
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,17 +18,18 @@ _BLOCK = 1024
 """Steps whose rates are computed at once."""
 
 
-def make_rates(schedule: Schedule) -> Callable[[int], float]:
+def make_rates(schedule: Schedule) -> Callable[[int], Any]:
     """Returns a schedule's values as floats, without waiting for steps in flight.
 
     Args:
         schedule: the learning rate by optimizer step, as a function that JAX can trace.
 
     Returns:
-        `step -> learning_rate`. Ask it for steps in ascending order.
+        `step -> learning_rate`, an array where the schedule returns one. Ask it for steps in
+        ascending order.
     """
     if not jax.make_jaxpr(schedule)(0).eqns:  # constant
-        rate = float(schedule(0))
+        rate = _plain(np.asarray(schedule(0)))
         return lambda step: rate
     return _Rates(schedule)
 
@@ -40,10 +42,10 @@ class _Rates:
         self._blocks: dict[int, jax.Array] = {}
         self._prepare(0)
 
-    def __call__(self, step: int) -> float:
+    def __call__(self, step: int) -> Any:
         block, row = divmod(step, _BLOCK)
         self._prepare(block)
-        return float(np.asarray(self._blocks[block])[row])
+        return _plain(np.asarray(self._blocks[block])[row])
 
     def _prepare(self, block: int) -> None:
         """Has a block computed and, while there is time, the one after it."""
@@ -54,3 +56,7 @@ class _Rates:
                 kept[number] = self._compute(np.int32(number))
                 kept[number].copy_to_host_async()
         self._blocks = kept
+
+
+def _plain(rate: np.ndarray) -> Any:
+    return rate if np.ndim(rate) else float(rate)

@@ -13,12 +13,10 @@ import numpy as np
 
 from distaff.context import Context
 from distaff.errors import ConfigError, LossError
-from distaff.metrics import Mean
+from distaff.metrics import Mean, filled
 from distaff.monitor import Monitor
 from distaff.tasks.weighing import (
     WeighingTask,
-    of_examples,
-    unweighted_filled,
     weights_for,
 )
 from distaff.trainer_config import TrainerConfig
@@ -102,8 +100,8 @@ class Autoencoder(WeighingTask):
                 "loader, for example images / 255."
             )
         weight = weights_for(self.sample_weight(batch), inputs.shape, ctx)
-        inputs = unweighted_filled(inputs, weight)
-        rest = unweighted_filled(rest, of_examples(weight))
+        inputs = filled(inputs, weight)
+        rest = filled(rest, weight)
         outputs = ctx.apply(params, self.corrupt(inputs, ctx.rng), *rest)
         if jnp.shape(outputs) != inputs.shape:
             raise LossError(

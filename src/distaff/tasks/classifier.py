@@ -14,14 +14,13 @@ from distaff.context import Context
 from distaff.data import entry
 from distaff.data.inspection import ROUNDING, no_probabilities, out_of_range
 from distaff.errors import LossError
-from distaff.metrics import Mean
+from distaff.metrics import Mean, filled
 from distaff.metrics.accumulators import floating
 from distaff.monitor import Monitor
 from distaff.tasks.weighing import (
     WeighingTask,
     called,
     check_ignore_index,
-    unweighted_filled,
     weights_for,
 )
 from distaff.trainer_config import TrainerConfig
@@ -109,12 +108,12 @@ class Classifier(WeighingTask):
         labels = self.labels(batch)
         weight = weights_for(self.sample_weight(batch), labels.shape[:1], ctx)
         weight = _without(labels, self.config.ignore_index, weight)
-        inputs = unweighted_filled(self.model_inputs(batch), weight)
+        inputs = filled(self.model_inputs(batch), weight)
         logits = ctx.apply(params, *inputs)
         _check_forms(logits, labels)
         logits = floating(logits)
         if labels.ndim == 2:
-            labels = unweighted_filled(labels.astype(logits.dtype), weight)
+            labels = filled(labels.astype(logits.dtype), weight)
             _check_probabilities(labels, weight, ctx)
             loss = optax.softmax_cross_entropy(logits, labels)
             labels = labels.argmax(axis=-1)

@@ -11,13 +11,11 @@ import numpy as np
 from distaff.context import Context
 from distaff.data import entry
 from distaff.errors import LossError
-from distaff.metrics import Mean
+from distaff.metrics import Mean, filled
 from distaff.metrics.accumulators import aligned
 from distaff.monitor import Monitor
 from distaff.tasks.weighing import (
     WeighingTask,
-    of_examples,
-    unweighted_filled,
     weights_for,
 )
 from distaff.typing import Batch, Params
@@ -62,11 +60,11 @@ class Regressor(WeighingTask):
         weight = weights_for(self.sample_weight(batch), targets.shape, ctx)
         if self.config.nan_ok and jnp.issubdtype(targets.dtype, jnp.floating):
             weight = _without_missing(targets, weight)
-        inputs = unweighted_filled(self.model_inputs(batch), of_examples(weight))
+        inputs = filled(self.model_inputs(batch), weight)
         outputs = ctx.apply(params, *inputs)
         _check(outputs, targets)
         dtype = np.promote_types(outputs.dtype, np.float32)
-        error = outputs.astype(dtype) - unweighted_filled(targets, weight).astype(dtype)
+        error = outputs.astype(dtype) - filled(targets, weight).astype(dtype)
         square, distance = jnp.square(error), jnp.abs(error)
         axes = tuple(range(1 if weight is None else weight.ndim, error.ndim))
         square, distance = square.mean(axes), distance.mean(axes)

@@ -11,7 +11,7 @@ import numpy as np
 from distaff.context import Context
 from distaff.data.entry import named
 from distaff.errors import BatchError, ConfigError, LossError, leaf_name
-from distaff.metrics.accumulators import aligned, floating
+from distaff.metrics.accumulators import floating
 from distaff.state import TrainState
 from distaff.trainer import TrainerModule
 from distaff.typing import Batch
@@ -103,37 +103,6 @@ def check_weights(what: str, weight: jax.Array, ctx: Context) -> None:
     """Has the weights of every batch checked: finite, and none is negative."""
     rule = f"A {what} is a finite number, at least 0"
     ctx.check_range(rule, weight, 0, advice=_ADVICE)
-
-
-def unweighted_filled(tree: Any, weight: jax.Array | None, filler: Any = 0) -> Any:
-    """Returns arrays in which what is not finite, and has no weight, is replaced.
-
-    A loss of NaN with the weight 0 counts as 0, but its gradient is 0 times NaN. So nothing may be
-    computed of such a number.
-
-    Args:
-        tree: arrays `[batch, ...]`; integers stay as they are.
-        weight: with the leading axes of each of them; None for none.
-        filler: what takes their place.
-    """
-    if weight is None:
-        return tree
-
-    def filled(array: Any) -> Any:
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            return array
-        array = jnp.asarray(array)
-        is_kept = (aligned(weight, array) != 0) | jnp.isfinite(array)
-        return jnp.where(is_kept, array, jnp.asarray(filler, array.dtype))
-
-    return jax.tree.map(filled, tree)
-
-
-def of_examples(weight: jax.Array | None) -> jax.Array | None:
-    """Returns the weight of each example `[batch]`: the mean over its values."""
-    if weight is None or weight.ndim == 1:
-        return weight
-    return weight.mean(tuple(range(1, weight.ndim)))
 
 
 def check_ignore_index(value: Any) -> None:

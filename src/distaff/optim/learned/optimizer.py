@@ -115,7 +115,7 @@ def velo(
     tx = _velo(weights, total_steps // every)
     if weight_decay > 0:
         tx = optax.chain(tx, optax.add_decayed_weights(-weight_decay, mask))
-    return accumulate(tx, every)
+    return accumulate(tx, every, tail=False)  # as the original, which paces itself by windows
 
 
 def _velo(weights: VeloWeights, num_steps: int) -> optax.GradientTransformationExtraArgs:
