@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distaff.checkpoint import CheckpointStore
+from distaff.checkpoint import CheckpointStore, recorded
 from distaff.comparison import Comparison
-from distaff.errors import CheckpointError, RunDirectoryError
+from distaff.errors import CheckpointError
 from distaff.launch import Seat
 from distaff.run_directory import RunDirectory, noted_status
 
@@ -40,7 +40,7 @@ class Candidate:
     @functools.cached_property
     def comparison(self) -> Comparison:
         """How the run to be differs from it; its record is read for that."""
-        return self._compare(_record(self.path))
+        return self._compare(recorded(self.path))
 
     @property
     def is_unfinished(self) -> bool:
@@ -180,13 +180,3 @@ def _remark(candidates: Sequence[Candidate], seat: Seat) -> str:
         if each.may_resume and not each.is_unfinished:
             return f"a new run, and not {each.described()}; resume='must' resumes that one"
     return ""
-
-
-def _record(path: Path) -> dict[str, Any]:
-    """Returns the configuration that a run has recorded; an empty one if it cannot be read."""
-    try:
-        record = RunDirectory.open(path).read_json("config.json")
-    except RunDirectoryError as error:
-        _log.warning("%s cannot be compared: %s", path, error)
-        return {}
-    return record if isinstance(record, dict) else {}

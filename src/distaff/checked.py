@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,6 +24,7 @@ from distaff.rows import BadStep
 from distaff.state import TrainState
 from distaff.step import EvalFn
 from distaff.typing import Batch
+from distaff.warn import warn
 
 
 class Checked(Recovering):
@@ -59,7 +59,7 @@ class Checked(Recovering):
                 )
         cast = narrowed(batch, name)
         if cast and self.config.on_bad_input != "ignore":
-            warnings.warn(cast, stacklevel=2)
+            warn(cast, stacklevel=2)
         if name != "train" or self.config.on_bad_numbers == "raise":
             weight = self.sample_weight(batch)
             missing = {"nan_ok": self.config.nan_ok, "weight": weight}
@@ -119,7 +119,7 @@ class Checked(Recovering):
             option = " Or pass on_bad_input='warn' to train on it all the same." * is_borne
             raise BatchError(f"{complaint}{option}")
         if complaint and self.config.on_bad_input == "warn":
-            warnings.warn(complaint, stacklevel=2)
+            warn(complaint, stacklevel=2)
 
     def subject(self, plan: Plan) -> Subject | None:
         """Returns what the identity of a run is found from; None of a run that writes nothing.

@@ -15,7 +15,7 @@ _HOW_IT_RUNS = {
     f"options.{name}"
     for name in (
         *("log_every_n_steps", "steps_per_call", "table_depth", "root"),
-        *("keep_last", "keep_best", "keep_every", "on_failed_save"),
+        *("keep_last", "keep_best", "keep_every", "on_failed_save", "on_failed_log"),
         *(
             "enable_progress_bar",
             "debug",

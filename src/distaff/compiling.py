@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -13,6 +12,7 @@ import jax.monitoring
 
 from distaff.errors import RecompileError, RecompileWarning
 from distaff.signature import Difference, Signature, difference, signature
+from distaff.warn import warn
 
 _log = logging.getLogger("distaff")
 
@@ -108,7 +108,7 @@ class Watch:
         if self._num_warnings <= _MAX_WARNINGS:
             last = "Only the log tells of more. " * (self._num_warnings == _MAX_WARNINGS)
             text = f"{text} {last}recompile='ignore' turns this off."
-            warnings.warn(text, RecompileWarning, stacklevel=2)
+            warn(text, RecompileWarning, stacklevel=2)
 
 
 class Watched:

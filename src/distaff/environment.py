@@ -10,7 +10,49 @@ from typing import Any
 
 import jax
 
+_MOST_STARTS = 999
 _PACKAGES = ("distaff", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def with_start(before: Any, time: str) -> dict[str, Any]:
+    """Returns what `env.json` holds after one more start of a run.
+
+    Args:
+        before: what it held; anything if it could not be read.
+        time: of the start.
+
+    Returns:
+        What this start runs on, and in `starts` the same of every start, the oldest first.
+    """
+    now = describe()
+    return {**now, "starts": [*_starts(before)[-_MOST_STARTS:], {"time": time, **now}]}
+
+
+def changes(before: Any, now: dict[str, Any]) -> list[str]:
+    """Returns what a start runs on that is other than at the start before, by name.
+
+    Args:
+        before: what `env.json` held; anything if it could not be read.
+        now: what `describe` returns.
+    """
+    old = (_starts(before) or [{}])[-1]
+    was, are = ({**each.get("packages", {}), **each.get("devices", {})} for each in (old, now))
+    pairs = {name: (was.get(name), value) for name, value in are.items() if name in was}
+    pairs = {"python": (old.get("python", now["python"]), now["python"]), **pairs}
+    return [f"{name}: {a} -> {b}" for name, (a, b) in pairs.items() if a != b]
+
+
+def _starts(before: Any) -> list[dict[str, Any]]:
+    if not isinstance(before, dict):
+        return []
+    starts = before.get("starts", [before])  # the file had one start, before it had a list
+    starts = starts if isinstance(starts, list) else []
+    return [each for each in starts if _is_description(each)]
+
+
+def _is_description(value: Any) -> bool:
+    parts = isinstance(value, dict) and [value.get("packages", {}), value.get("devices", {})]
+    return bool(parts) and all(isinstance(each, dict) for each in parts)
 
 
 def describe() -> dict[str, Any]:

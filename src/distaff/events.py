@@ -239,6 +239,9 @@ class Run(Protocol):
     def on_training_start(self) -> None:
         """Called before the first step."""
 
+    def take_up(self) -> None:
+        """Loads the state of a run that is resumed."""
+
     def go_on(self) -> StepInfo | None:
         """Goes to where a resumed run was saved; returns what `on_checkpoint` was told there."""
         ...

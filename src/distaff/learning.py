@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-
 from distaff.optim import num_updates
 from distaff.state import TrainState
 from distaff.vitals import Evidence, evidence_of_learning, what_is_missing
+from distaff.warn import warn
 
 
 class LearningCheck:
@@ -40,7 +39,7 @@ class LearningCheck:
         before, self._before = self._before, None
         missing = what_is_missing(before, evidence_of_learning(state))
         if missing:
-            warnings.warn(
+            warn(
                 f"{missing} in the first {num_steps} steps. Either the loss does not depend on its "
                 "argument `params`: a loss that reads state.params instead has zero gradients. Or "
                 "the learning rate is zero, every parameter frozen, or every example without "

@@ -101,6 +101,7 @@ def epochs(run: Run, plan: Plan) -> Iterator[tuple[str, StepInfo]]:
     Yields:
         The name of an event and what callbacks are told.
     """
+    run.take_up()
     _hooked(run, run.on_training_start)
     yield "on_training_start", run.info({})
     saved = run.go_on()

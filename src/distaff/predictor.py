@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from distaff import allocator, checkpoint, compile_cache
-from distaff.checkpoint import CheckpointStore, Store
+from distaff.checkpoint import Located, Store
 from distaff.constructor import call_of, made_again, recorded_options
 from distaff.context import Context
 from distaff.data import Feeds, as_loader, check_reader, entry, num_batches
@@ -23,7 +23,7 @@ from distaff.execution import Compiled, Eager, Execution
 from distaff.initial import normalized, on_host, rows_of
 from distaff.models import Variables, as_model
 from distaff.optim import evaluation_params, has_evaluation_params
-from distaff.record import example_from, read_record
+from distaff.record import example_from
 from distaff.state import TrainState, placed_like
 from distaff.trainer_config import TrainerConfig, make_config
 from distaff.typing import Batch, Key, Params, PyTree
@@ -254,9 +254,8 @@ class Predictor:
         """
         if options.get("tune_process", True):
             allocator.tune()  # before the checkpoint is looked at, which starts JAX
-        directory, step = checkpoint.find(path)
-        file = directory.parent / "config.json"
-        record = read_record(file)
+        found = checkpoint.located(path)
+        file, record = found.origin, found.record()
         is_recorded = example_batch is None
         if example_batch is None:
             example_batch = example_from(record["example_batch"])
@@ -265,7 +264,7 @@ class Predictor:
         trainer = made_again(cls, record, model, recorded, options)
         with _explained(file):
             trainer.set_up(example_batch)
-        _load(trainer, CheckpointStore(directory), step, record if is_recorded else None, file)
+        _load(trainer, found, record if is_recorded else None, file)
         return trainer
 
     def load_weights(self, path: str | Path) -> None:
@@ -279,8 +278,8 @@ class Predictor:
             StateError: the model has no parameters yet.
             CheckpointError: nothing whole is there, or it is of another model.
         """
-        directory, step = checkpoint.find(path)
-        self.restore(CheckpointStore(directory), step, _trained(self.ready_state()))
+        found = checkpoint.located(path)
+        self.restore(found.store, found.step, _trained(self.ready_state()))
 
     def restore(self, store: Store, step: int, members: Iterable[str]) -> None:
         """Replaces members of the state by those of a checkpoint.
@@ -337,31 +336,24 @@ class Predictor:
             yield from self.tracker(batches, description=name, total=total)
 
 
-def _load(
-    trainer: Predictor,
-    store: CheckpointStore,
-    step: int,
-    record: Mapping[str, Any] | None,
-    file: Path,
-) -> None:
+def _load(trainer: Predictor, found: Located, record: Mapping[str, Any] | None, file: Path) -> None:
     """Loads what a model needs of a run's checkpoint.
 
     Args:
         trainer: set up for a batch of one example, where `record` is given.
-        store: where the checkpoint is.
-        step: which one.
+        found: the checkpoint.
         record: of the run, whose batch it was set up for; None for a batch that was passed.
         file: the record's.
     """
     try:
-        trainer.restore(store, step, _trained(trainer.ready_state()))
+        trainer.restore(found.store, found.step, _trained(trainer.ready_state()))
     except CheckpointError:
         if record is None or not trainer.ready_state().collections:
             raise
         # A variable may have the size of the batch, such as the carry of an RNN.
         with _explained(file):
             trainer.set_up(example_from(record["example_batch"], whole=True))
-        trainer.restore(store, step, _trained(trainer.ready_state()))
+        trainer.restore(found.store, found.step, _trained(trainer.ready_state()))
 
 
 def _two_keys(seed: Any) -> tuple[Key, Key]:

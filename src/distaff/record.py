@@ -38,13 +38,29 @@ def read_record(path: Path) -> dict[str, Any]:
         record = load(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"Cannot read {path}, the run's record: {error}. {remedy}") from error
+    return checked_record(record, path)
+
+
+def checked_record(record: Any, path: Path) -> dict[str, Any]:
+    """Returns a record, if it is one.
+
+    Args:
+        record: what was read.
+        path: where from.
+
+    Raises:
+        CheckpointError: it lacks an entry.
+    """
     missing = [
         name
         for name in ("model", "options", "example_batch")
         if not isinstance(record, dict) or name not in record
     ]
     if missing:
-        raise CheckpointError(f"{path} is no record of a run: it lacks {missing}. {remedy}")
+        raise CheckpointError(
+            f"{path} is no record of a run: it lacks {missing}. Pass the path of a run directory, "
+            "or of a checkpoint inside one."
+        )
     return record
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -13,9 +13,9 @@ from distaff.candidates import Candidate
 from distaff.checkpoint import CheckpointStore, MemoryStore, NullStore, Store, forget_after, tidy
 from distaff.ending import ending
 from distaff.identity import Subject
-from distaff.loggers import FilesLogger, JsonlLogger, Logger, ManyLoggers, NullLogger
+from distaff.loggers import Logger, ManyLoggers, NullLogger, TolerantLogger
+from distaff.outlets import Outlets
 from distaff.run_directory import RunDirectory
-from distaff.run_log import open_log
 from distaff.takeover import Allowed, Takeover
 from distaff.trainer_config import TrainerConfig
 
@@ -166,6 +166,7 @@ class DirectoryRecording:
         make_store: makes a store of the directory of the checkpoints.
         resume: as in `TrainerConfig`.
         allowed: how a run that is resumed may differ.
+        warns: whether a file that the disk does not take is a warning.
     """
 
     def __init__(
@@ -176,19 +177,16 @@ class DirectoryRecording:
         make_store: Callable[[Path], CheckpointStore] = CheckpointStore,
         resume: str | int = "never",
         allowed: Allowed | None = None,
+        warns: bool = False,
     ) -> None:
         self.directory = directory
-        self.logger = ManyLoggers(
-            JsonlLogger(lambda: self.directory.path / "metrics.jsonl"),
-            FilesLogger(lambda: self.directory.path),
-            *loggers,
-        )
-        self.throughput: Logger = JsonlLogger(lambda: self.directory.path / "throughput.jsonl")
+        self.outlets = Outlets(directory, loggers, warns=warns)
+        self.logger, self.throughput = self.outlets.logger, self.outlets.throughput
         self.store: Store = NullStore()
         self.found: Found | None = None
         self._make_store = make_store
         self._takeover = Takeover(directory, resume, allowed or Allowed())
-        self._lock, self._closing = ExitStack(), ExitStack()
+        self._lock = ExitStack()
 
     @property
     def path(self) -> Path | None:
@@ -242,17 +240,15 @@ class DirectoryRecording:
         self.directory.check_writable()
         taken = self._takeover.take(record, subject, self._lock)
         self.store = store = self._make_store(self.directory.path / "checkpoints")
-        self.found = self._look(store, [] if taken is None else taken.lines())
+        changes = [f"changed: {each}" for each in self.directory.environment_changes()]
+        self.found = self._look(store, [] if taken is None else [*taken.lines(), *changes])
         if self.found is None:
             self.confirm(record)
-        self.directory.set_status("running")
-        self.directory.write_environment()
-        for name, content in texts.items():
-            self.directory.write_text(name, content)
-        self._closing.enter_context(open_log(self.directory.path))
+        self.outlets.open(texts, is_taken=taken is not None)
         if taken is not None and self.found is None:
             self.logger.resume(0)  # what a run has logged that was killed before its first save
         self.logger.log_config({name: x for name, x in record.items() if name != "identity"})
+        self.outlets.keep_states()
         _log.info("run %s", self.directory.path)
 
     def _look(self, store: CheckpointStore, notes: list[str]) -> Found | None:
@@ -267,11 +263,12 @@ class DirectoryRecording:
         """Writes `config.json`, and puts aside the checkpoints after the one gone back to."""
         if isinstance(self.store, CheckpointStore) and isinstance(self._takeover.resume, int):
             forget_after(self.store, self._takeover.resume)
-        self.directory.write_json("config.json", record)
+        self.outlets.files.write_json("config.json", record)
 
     def save_metrics(self, name: str, metrics: Mapping[str, Any]) -> None:
         """Writes `metrics/<name>.json`, whole or not at all."""
-        self.directory.write_json(f"metrics/{name}.json", metrics)
+        self.outlets.files.write_json(f"metrics/{name}.json", metrics)
+        self.outlets.keep_states()
 
     def close(self, status: str, **facts: Any) -> None:
         """Finishes checkpoints, loggers and log file in this order, then writes the status.
@@ -280,6 +277,7 @@ class DirectoryRecording:
 
         Raises:
             CheckpointError: the last checkpoint could not be written; the status is then `failed`.
+            Exception: a logger of the user's could not be closed; the status is as it was to be.
         """
         with self._lock:  # until the status says that the run is over
             if not self.directory.created:
@@ -287,24 +285,10 @@ class DirectoryRecording:
                 return
             _log.info("%s at step %s", status, facts.get("step"))
             try:
-                with self._closing as closing:
-                    closing.callback(self.logger.close, status)
-                    closing.callback(self.throughput.close, status)
-                    closing.callback(self.store.close)
-            except BaseException:
-                self.directory.set_status("failed", **_kept(facts, self.store))
-                raise
-            self.directory.set_status(status, **_kept(facts, self.store))
-            self._takeover.ended(status, facts)
-
-
-def _kept(facts: Mapping[str, Any], store: Store) -> dict[str, Any]:
-    """Returns the facts of a run that has ended, without a best model that could not be written."""
-    best = facts.get("best")
-    with suppress(OSError):
-        if best is not None and best["step"] not in store.steps():
-            return {**facts, "best": None}
-    return dict(facts)
+                self.outlets.close(self.store, status, facts)
+            finally:
+                if self.outlets.status == status:
+                    self._takeover.ended(status, facts)
 
 
 def make_recording(
@@ -318,6 +302,8 @@ def make_recording(
         loggers: the user's loggers.
         resume: as in `TrainerConfig`.
     """
+    if options.on_failed_log == "warn":
+        loggers = [TolerantLogger(each, "on_failed_log") for each in loggers]
     if options.root is None or not options.writes:
         return NullRecording(loggers)
     make_store = partial(
@@ -327,11 +313,11 @@ def make_recording(
         keep_every=options.keep_every,
         on_failed_save=options.on_failed_save,
     )
+    warns = options.on_failed_save == "warn"
     directory = RunDirectory(options.root, name)
     allowed = Allowed(options.allow_changes, options.allow_inexact_resume)
-    return DirectoryRecording(
-        directory, loggers, make_store=make_store, resume=resume, allowed=allowed
-    )
+    parts = {"make_store": make_store, "resume": resume, "allowed": allowed, "warns": warns}
+    return DirectoryRecording(directory, loggers, **parts)
 
 
 @contextmanager
@@ -355,6 +341,9 @@ def recorded(
         recording.open(record, texts, subject)
         yield
     except BaseException as error:
-        recording.close(**{**outcome(), **ending(error)})
+        try:
+            recording.close(**{**outcome(), **ending(error)})
+        except Exception as also:  # what ended the run stays the error
+            error.add_note(f"When the run was closed: {type(also).__name__}: {also}")
         raise
     recording.close(**outcome())

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 
 from distaff.callbacks import StepInfo
-from distaff.checkpoint import MemoryStore, Store
+from distaff.checkpoint import CheckpointStore, MemoryStore, Store, forget_after
 from distaff.data import SINGLE, Chunk, Loader, Stream, num_batches, sources
-from distaff.data.left_out import Stretch, left_out, num_drawn
+from distaff.data.left_out import Stretch, left_out, num_drawn, relapses
 from distaff.diagnosis import OUT_OF_RANGE, diagnose, replay
 from distaff.errors import CheckpointError, ConfigError, NonFiniteError
 from distaff.events import BadNumbers, Plan
@@ -28,8 +28,8 @@ _MAX_REPLAY_SECONDS = 60.0
 
 _REACH, _MAX_TRIES = 8, 3
 """How many batches on each side of a bad step are left out: what it fails of is often the batches
-before it. Twice as many each time that the run goes back to the same checkpoint, which it does this
-often: then the batches are not to blame."""
+before it. Twice as many each time that the next bad step comes soon after, which it may this often:
+then the batches are not to blame."""
 
 _MIN_REST = 4
 """On each side, at most a quarter of an epoch is left out."""
@@ -89,7 +89,7 @@ class Recovering(WarmStart):
         To explain a bad step, memory will do, where it is little.
         """
         if self._goes_back:
-            self.save(self.facts({}, None))
+            self.save({**self.facts({}, None), "provisional": False})  # outlives saves by time
             return
         self.origin = MemoryStore()
         arrays = self.ready_state().arrays()
@@ -124,13 +124,15 @@ class Recovering(WarmStart):
             NonFiniteError: it is not, or the run has gone back too often.
         """
         store, epoch, batch = self.recording.store, self.epoch, self._batch_of(found.bad)
+        tries = relapses(self.left_out, epoch, batch, self._length)
+        first = max(self.step - self.tally.steps, found.bad.step - 1 - self._reach(tries))
         store.wait()
-        account, good = self._account(found), store.latest()
-        refusal = self._too_often(good)
+        account, good = self._account(found), _newest(store, first)
+        refusal = self._too_often(good, tries)
         if self._policy(found.bad) != "rollback" or good is None or refusal:
             raise self._failure(found, account + refusal) from None
         try:
-            self._go_back(store, good, epoch, batch)
+            self._go_back(store, good, epoch, batch, self._reach(tries))
         except CheckpointError as error:
             raise self._failure(found, f"{account}It cannot go back: {error} ") from error
         gone = self.left_out[-1]
@@ -162,30 +164,37 @@ class Recovering(WarmStart):
         step_of_epoch = bad.step - (self.step - self.tally.steps)
         return num_drawn(step_of_epoch, left_out(self.left_out, self.epoch)) - 1
 
-    def _too_often(self, step: int | None) -> str:
-        """Returns a sentence on why the run does not go back to a checkpoint once more, if so."""
+    @property
+    def _length(self) -> int | None:
+        return self.plan.steps_per_epoch or num_batches(self.plan.train_loader)
+
+    def _reach(self, tries: int) -> int:
+        """Returns how many batches are left out on each side of a bad one."""
+        reach, length = _REACH * 2**tries, self._length
+        return reach if length is None else min(reach, max(1, length // _MIN_REST))
+
+    def _too_often(self, step: int | None, tries: int) -> str:
+        """Returns a sentence on why the run does not go back once more, if so."""
         if len(self.left_out) >= self.config.max_skips:
             return f"The run has gone back {len(self.left_out)} times: max_skips. "
-        tries = sum(each.back_to == step for each in self.left_out)
         if tries >= _MAX_TRIES:
             return f"The run has gone back to step {step} {tries} times: it is not the batches. "
         return ""
 
-    def _go_back(self, store: Store, step: int, epoch: int, batch: int) -> None:
+    def _go_back(self, store: Store, step: int, epoch: int, batch: int, reach: int) -> None:
         """Goes back to a checkpoint, which from then on names what is left out around a batch."""
         before = self.left_out
-        reach = _REACH * 2 ** sum(each.back_to == step for each in before)
-        length = self.plan.steps_per_epoch or num_batches(self.plan.train_loader)
-        reach = reach if length is None else min(reach, max(1, length // _MIN_REST))
         self.feeds.settle(self.plan.train_loader)
         saved = self.put_back(store, step, val=not self._validates_on_streams)
+        if isinstance(store, CheckpointStore) and step != store.latest():
+            forget_after(store, step)
         start = max(0, batch - reach)
         if self.tally.epoch == epoch:  # what is in the state cannot be left out of it
             start = max(start, num_drawn(self.tally.steps, left_out(before, epoch)))
         self.left_out = [*before, Stretch(epoch, start, batch + reach + 1, step)]
         self.reached = self.step, self.epoch
         facts = self.facts({}, None) if saved is None else self.facts(saved.metrics, saved.is_best)
-        self.save(facts)
+        self.save({**facts, "provisional": store.info(step)["provisional"]})
 
     @property
     def _validates_on_streams(self) -> bool:
@@ -244,6 +253,15 @@ class Recovering(WarmStart):
         """Whether a step may be run again: not where the run shall end."""
         self.watchdog.beat("a step that is run again", self.step, COMPILING)
         return self.interruption.reason is None
+
+
+def _newest(store: Store, step: int) -> int | None:
+    """Returns the newest checkpoint up to a step; the newest of all where there is none.
+
+    One that was saved by the clock may lie within the batches that are left out: where there is an
+    older one, the clock then has no part in which batches these are.
+    """
+    return max((each for each in store.steps() if each <= step), default=store.latest())
 
 
 def _reads_streams(loader: Loader) -> bool:

@@ -51,8 +51,8 @@ def rehearsed(
     state: TrainState,
     feeds: Feeds,
     loader: Loader,
-    *,
     directory: Path | None,
+    *,
     remember: bool,
 ) -> Choice:
     """Returns the choice of a run that is about to begin: measured, if that is still to be done.

@@ -7,7 +7,6 @@ resumes, and the log is cut to where it stood.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -27,16 +26,20 @@ from distaff.metrics import as_json, as_numbers, compute
 from distaff.ranking import best_from_json, best_json, kept, placed
 from distaff.report import Report
 from distaff.rows import BadStep
+from distaff.state import TrainState, is_intact
 from distaff.tally import Tally
 from distaff.trainer_config import Best
 from distaff.training import Training
 from distaff.vitals import all_finite
+from distaff.warn import warn
 from distaff.watchdog import Watchdog
 from distaff.weights import EVALUATION_PARAMS
 
 
 class Resumable(Training):
     """A training that can be saved at any step, and goes on from where it was saved."""
+
+    _taken_up: tuple[TrainState, int, int] | None = None
 
     def listening(self) -> Interruption:
         """Returns what hears of reasons to end or to save a run, to be entered."""
@@ -167,6 +170,16 @@ class Resumable(Training):
         metrics = without_rates(self.tally.total or {})
         return compute(shown(metrics, self.config), "train/")
 
+    def take_up(self) -> None:
+        """Loads the state of a resumed run, so that `on_training_start` has its step and arrays.
+
+        The rest follows in `go_on`: what that hook changes is not what was saved.
+        """
+        found, store = self.recording.found, self.recording.store
+        if found is not None:
+            self.restore(store, found.step, self.saved_members(store.info(found.step)))
+            self._taken_up = (self.ready_state(), self.step, self.epoch)
+
     def go_on(self) -> StepInfo | None:
         """Goes to where a resumed run was saved; returns what `on_checkpoint` was told there."""
         saved, found = None, self.recording.found
@@ -208,6 +221,7 @@ class Resumable(Training):
         """
         positions = {n: dict(self.feeds.position(v)) for n, v in self.plan.val_loaders.items()}
         return {
+            "record": self.run_record,
             "step": self.step,
             "epoch": self.epoch,
             "metrics": as_json(metrics),
@@ -255,7 +269,11 @@ class Resumable(Training):
             CheckpointError: it cannot be read, or is of another model or another data set.
         """
         info = store.info(step)
-        self.restore(store, step, self.saved_members(info))
+        taken_up, self._taken_up = self._taken_up, None
+        if taken_up is not None and is_intact(taken_up[0]):
+            self.state, self.step, self.epoch = taken_up
+        else:
+            self.restore(store, step, self.saved_members(info))
         with explained(step):
             self.num_skipped = int(info.get("num_skipped", 0))
             self.left_out = [Stretch(*map(int, each)) for each in info.get("left_out", ())]
@@ -307,7 +325,7 @@ class Resumable(Training):
             loader.set_state(loader.get_state())  # it stands where it shall
             line = f"the resume is inexact: the {name} loader does not yield the same batches again"
             self.show(line)
-            warnings.warn(line, stacklevel=2)
+            warn(line, stacklevel=2)
 
 
 @contextmanager

@@ -24,10 +24,8 @@ _BEFORE_STATUS = ("run.lock", "run.lock.claim", "config.json")
 _UNFINISHED = ("running", "interrupted", "failed")
 _log = logging.getLogger("distaff")
 _REMEDIES = {
-    errno.EEXIST: "Move that file away, or choose another root.",
-    errno.ENOTDIR: "Move that file away, or choose another root.",
-    errno.ENOSPC: "Free some space, or choose a root on another disk.",
-    errno.EDQUOT: "Free some space, or choose a root on another disk.",
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR), "Move that file away, or choose another root."),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free some space, or choose another disk."),
     errno.ENOENT: "Check the path.",
     errno.ENAMETOOLONG: "Choose a shorter name, or a root with a shorter path.",
 }
@@ -183,8 +181,21 @@ class RunDirectory:
             ) from error
 
     def write_environment(self) -> Path:
-        """Writes `env.json`: versions, platform, devices, processes, command line, commit."""
-        return self.write_json("env.json", environment.describe())
+        """Writes `env.json`: versions, platform, devices, processes, command line, commit.
+
+        Those of earlier starts of the run stay, in `starts`.
+        """
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        return self.write_json("env.json", environment.with_start(self._environment(), now))
+
+    def environment_changes(self) -> list[str]:
+        """Returns what this start runs on that is other than at the start before, by name."""
+        return environment.changes(self._environment(), environment.describe())
+
+    def _environment(self) -> Any:
+        with contextlib.suppress(RunDirectoryError):
+            return self.read_json("env.json")
+        return None
 
     def set_status(self, status: str, **facts: Any) -> None:
         """Writes `status.json`: the status, when the run started and ended, and further facts.

@@ -35,10 +35,19 @@ class _Relay(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Passes a record on; without any handler above, log.txt alone has it."""
         parent = _logger.parent
-        if parent is None or not parent.hasHandlers():
+        if parent is None or not _handlers_of(parent):
             return
         if record.levelno >= (self._level or parent.getEffectiveLevel()):
-            parent.callHandlers(record)
+            with contextlib.suppress(Exception):  # one on a standard error that is closed
+                parent.callHandlers(record)
+
+
+def _handlers_of(logger: logging.Logger | None) -> list[logging.Handler]:
+    """Returns the handlers of a logger and of those that it propagates to."""
+    if logger is None:
+        return []
+    above = _handlers_of(logger.parent) if logger.propagate else []
+    return [*logger.handlers, *above]
 
 
 @contextlib.contextmanager

@@ -286,3 +286,9 @@ def strongly_typed(tree: PyTree) -> PyTree:
         return jax.lax.convert_element_type(leaf, form.dtype) if form.weak_type else leaf
 
     return jax.tree.map(strong, tree)
+
+
+def is_intact(state: TrainState) -> bool:
+    """Whether no array of a state was donated or deleted."""
+    leaves = jax.tree.leaves(state.arrays())
+    return not any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves)

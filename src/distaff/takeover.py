@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from distaff.candidates import (
     found,
     has_only_failed,
 )
+from distaff.checkpoint import recorded
 from distaff.comparison import Comparison, compared
 from distaff.errors import CheckpointError, RunDirectoryError, RunInUseError
 from distaff.identity import Subject
@@ -24,6 +24,7 @@ from distaff.launch import Seat, launch_of
 from distaff.run_directory import RunDirectory, noted_status
 from distaff.run_lock import locked
 from distaff.run_version import reserve
+from distaff.warn import warn
 
 
 class Allowed(NamedTuple):
@@ -162,7 +163,7 @@ class Takeover:
         """Takes the directory of a run, and its place in the program."""
         if candidate.comparison.changes:
             changes = "; ".join(candidate.comparison.changes)
-            warnings.warn(
+            warn(
                 f"{candidate.path} is resumed with the weights of another run: {changes}",
                 stacklevel=2,
             )
@@ -198,10 +199,8 @@ def _equal(old: Mapping[str, Any]) -> Comparison:
 
 
 def _recorded_resume(place: Path) -> Any:
-    with suppress(RunDirectoryError):
-        options = RunDirectory.open(place).read_json("config.json").get("options")
-        return options.get("resume") if isinstance(options, Mapping) else None
-    return None
+    options = recorded(place).get("options")
+    return options.get("resume") if isinstance(options, Mapping) else None
 
 
 def _check_links(path: Path) -> None:

@@ -232,19 +232,14 @@ class TrainerModule(Hooks, Checked):
         """
         ledger = self.ledger
         self.begin_epoch(epoch)
-        self.forms = rehearsed(
-            self._steps,
-            self.ready_state(),
-            self.feeds,
-            train_loader,
-            directory=self.recording.path,
-            remember=self.config.tune_process,
-        )
+        tunes, path = self.config.tune_process, self.recording.path
+        steps, state = self._steps, self.ready_state()
+        self.forms = rehearsed(steps, state, self.feeds, train_loader, path, remember=tunes)
         with closing(self.training_chunks(train_loader)) as chunks, self.around_epoch() as guard:
             events = loop.steps(
-                self._steps,
-                self.ready_state(),
-                ledger.fetched(page_faults.watched(chunks, self.config.tune_process)),
+                steps,
+                state,
+                ledger.fetched(page_faults.watched(chunks, tunes)),
                 step=self.step,
                 stopping=lambda: self.stop_reason is not None,
                 pausing=self.pausing,
@@ -305,6 +300,7 @@ class TrainerModule(Hooks, Checked):
             DistaffError: any bad input, by its kind.
         """
         batch = first_to_train(plan.train_loader)
+        self.feeds.of(plan.train_loader, name="train").expect(batch)
         if self.state is None:
             self.set_up(batch)
         elif self.recording.path is not None:

@@ -45,8 +45,12 @@ class TrainerConfig:
             at the ends of epochs: a multiple that lies within one has none, and keeps nothing.
         on_failed_save: what a checkpoint that cannot be written leads to, such as on a full disk:
             "raise" ends the run, within one step; "warn" warns and goes on, and tries the next one.
+            It holds for every other file of a run too, which is written later if it can be.
             A run whose best model was lost that way ends with the best of those that were written,
             or with the last weights, and says so.
+        on_failed_log: what a logger of your own that raises an error leads to, such as one whose
+            server is away: "warn" warns, leaves a gap there and tries the next call; "raise" ends
+            the run.
         resume: whether to resume an unfinished run of the same name. "auto" resumes the same run
             only: of the same training step, data, seed and start weights; anything else begins a
             new run, and a line says what changed. "must" raises an error where there is none, or
@@ -112,6 +116,7 @@ class TrainerConfig:
     keep_best: int = 1
     keep_every: int | None = None
     on_failed_save: Literal["raise", "warn"] = "raise"
+    on_failed_log: Literal["raise", "warn"] = "warn"
     resume: Literal["auto", "must", "never"] | int = "auto"
     save_every: str | float | None = "10m"
     allow_inexact_resume: bool = False
@@ -151,6 +156,7 @@ class TrainerConfig:
         check_choice("on_loss_spike", self.on_loss_spike, SpikePolicy)
         check_choice("on_bad_input", self.on_bad_input, BadInputPolicy)
         check_choice("on_failed_save", self.on_failed_save, Literal["raise", "warn"])
+        check_choice("on_failed_log", self.on_failed_log, Literal["raise", "warn"])
         if isinstance(self.nan_ok, str) or not all(isinstance(x, str) for x in self.nan_ok):
             raise ConfigError(
                 f"nan_ok is a tuple of names of leaves, such as ('y',); got {self.nan_ok!r}."

@@ -388,3 +388,38 @@ def test_missing_package_names_its_extra(name, package):
     extra = name.removesuffix("Logger").lower()
     assert package in output
     assert f'pip install "distaff[{extra}]"' in output
+
+
+@pytest.mark.parametrize("make", [offline, MlflowLogger])
+def test_resumed_run_continues_its_run_at_the_service(make, tmp_path):
+    first = make(tmp_path / "service")
+    assert first.get_state() is None
+    first.log_config({"a": 1, "b": 2})
+    first.log_metrics({"loss": 2.0}, step=1, epoch=1)
+    state = json.loads(json.dumps(first.get_state()))
+    first.close("failed")
+    second = make(tmp_path / "service")
+    second.set_state(state)
+    assert second.get_state() == state
+    second.log_config({"a": 1, "b": 3, "c": 4})  # an option may differ, and MLflow changes none
+    second.log_metrics({"loss": 1.0}, step=2, epoch=2)
+    assert second.get_state() == state
+    second.close("finished")
+    second.log_metrics({"loss": 3.0}, step=3, epoch=1)
+    assert second.get_state() != state  # another run, as after every close
+    second.close("finished")
+    if make is MlflowLogger:
+        client, runs = mlflow_runs(tmp_path / "service")
+        known = client.get_run(state["run_id"])
+        assert (len(runs), known.info.status) == (2, "FINISHED")
+        assert known.data.params == {"a": "1", "b": "2", "c": "4"}
+        history = client.get_metric_history(state["run_id"], "loss")
+        assert [(each.step, each.value) for each in history] == [(1, 2.0), (2, 1.0)]
+
+
+def test_mlflow_logger_begins_another_run_where_the_one_to_continue_is_gone(tmp_path):
+    logger = MlflowLogger(tmp_path / "runs")
+    logger.set_state({"run_id": "0" * 32})
+    logger.log_metrics({"loss": 1.0}, step=1, epoch=1)
+    assert logger.get_state() != {"run_id": "0" * 32}
+    logger.close("finished")

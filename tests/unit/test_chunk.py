@@ -149,6 +149,19 @@ def test_large_arrays_stay_on_the_host_and_large_chunks_are_cut(monkeypatch):
     ]
 
 
+def test_chunks_are_those_of_a_whole_batch_where_a_short_one_comes_first(monkeypatch):
+    monkeypatch.setattr("distaff.data.feed._MAX_CHUNK_BYTES", 100)
+    whole, short = np.ones([10, 1], np.float32), np.ones([1, 1], np.float32)
+    capacities = []
+    for expected in ([], [whole]):
+        feed = Feed(data.as_loader([short, whole, whole]), name="train", resident=True)
+        for batch in expected:
+            feed.expect(batch)
+        chunks = feed.epoch(lambda: Form(8, 8))
+        capacities.append([chunk.source.capacity for chunk in chunks])
+    assert capacities == [[8, 8], [3, 3]]
+
+
 def test_feeds_remember_the_loaders_seen_last():
     feeds, loaders = Feeds(), [loader() for _ in range(5)]
     first = feeds.of(loaders[0], name="train")

@@ -21,6 +21,7 @@ import pytest
 
 import distaff
 from distaff import Monitor, OptimizerConfig, data
+from distaff.checkpoint import CheckpointStore
 from distaff.errors import BatchError, CheckpointError, ConfigError
 
 SCRIPT = """
@@ -228,13 +229,17 @@ def test_hostile_record_is_refused_and_runs_nothing(run, copied, changes, named,
     ["", "[]", "{}", '{"model": 1}', "[" * 100_000, "\x00", '{"model": '],
     ids=["empty", "list", "nothing", "incomplete", "deep", "binary", "cut"],
 )
-def test_record_that_is_none_is_refused(run, copied, text):
+def test_record_that_is_none_is_replaced_by_that_of_the_checkpoint(run, copied, text, caplog):
     (copied / "config.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"config\.json"):
-        run.load(copied)
+    np.testing.assert_array_equal(run.load(copied).predict(loader(2)), run.predictions)
+    assert "config.json" in caplog.text
 
 
-def test_record_that_is_missing_is_refused(run, copied):
+@pytest.mark.parametrize("is_there", [True, False])
+def test_record_that_is_nowhere_is_refused(run, copied, is_there, monkeypatch):
+    info = CheckpointStore.info
+    own = {"record": {"model": 1}} if is_there else {"record": None}
+    monkeypatch.setattr(CheckpointStore, "info", lambda *each: {**info(*each), **own})
     (copied / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"config\.json.*Pass the path of a run directory"):
         run.load(copied)
@@ -273,7 +278,7 @@ def test_loaded_trainer_trains_on_in_a_new_directory(run, capfd):
     before = snapshot(run.path)
     loaded = run.load(root="mine", name="tuned")
     result = loaded.train_model(loader(), loader(1), num_epochs=2)
-    assert (result.step, result.epoch, result.path) == (12, 4, Path("mine/tuned/0001"))
+    assert (result.step, result.epoch, result.path) == (12, 4, Path("mine/tuned/0001").absolute())
     assert snapshot(run.path) == before
     assert capfd.readouterr().out == ""
     again = run.load(result.path)

@@ -150,8 +150,9 @@ def test_logger_that_fails_at_the_start_leaves_no_running_run():
             raise ConnectionError("no network")
 
     loggers = [MemoryLogger(), Unreachable()]
+    trainer = make(name="line", loggers=loggers, on_failed_log="raise")
     with pytest.raises(ConnectionError):
-        make(name="line", loggers=loggers).train_model(loader(), num_epochs=1)
+        trainer.train_model(loader(), num_epochs=1)
     assert [logger.status for logger in loggers] == ["failed", "failed"]
     assert read("runs/line/0001", "status.json")["status"] == "failed"
     assert logging.getLogger("distaff").handlers == []

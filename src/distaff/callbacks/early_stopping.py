@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from distaff.habits import STOPPING, spelled
 from distaff.metrics import as_json
 from distaff.monitor import Monitor, as_monitor
 from distaff.number import as_float, whole
+from distaff.warn import warn
 
 
 class EarlyStopping(Callback):
@@ -108,7 +108,7 @@ class EarlyStopping(Callback):
     def on_training_end(self, info: StepInfo) -> None:
         """Warns if a finished run never had the metric."""
         if info.status == "finished" and not self.looked:
-            warnings.warn(
+            warn(
                 f"EarlyStopping never saw {self._watched.name!r}, and did nothing in this run. "
                 "Validate at least once, or monitor a metric of training such as 'train/loss'.",
                 stacklevel=2,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from distaff.callbacks.callback import Callback, StepInfo
 from distaff.callbacks.chunk_scope import ChunkScope
 from distaff.errors import ConfigError, StateError
 from distaff.paths import as_path
+from distaff.warn import warn
 
 _log = logging.getLogger("distaff")
 
@@ -66,7 +66,7 @@ class Profiler(Callback):
         """Warns if no step was recorded."""
         if not self._done:
             begin = f"step {self.first_step}" if self.first_step else f"chunk {_WARM_UP_CHUNKS + 1}"
-            warnings.warn(
+            warn(
                 f"Profiler recorded nothing: it was to begin at {begin}, and the run ended at step "
                 f"{info.step} (chunk {self._chunks}). Set first_step to a step of the run.",
                 stacklevel=2,

@@ -3,11 +3,12 @@
 from distaff.checkpoint.memory import MemoryStore
 from distaff.checkpoint.protocol import NullStore, Store
 from distaff.checkpoint.retention import best_steps, expired
-from distaff.checkpoint.search import find, forget_after, tidy
+from distaff.checkpoint.search import Located, find, forget_after, located, recorded, tidy
 from distaff.checkpoint.store import CheckpointStore
 
 __all__ = [
     "CheckpointStore",
+    "Located",
     "MemoryStore",
     "NullStore",
     "Store",
@@ -15,5 +16,7 @@ __all__ = [
     "expired",
     "find",
     "forget_after",
+    "located",
+    "recorded",
     "tidy",
 ]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distaff.checkpoint.compare import first_difference, leaf_forms
+from distaff.checkpoint.safe_path import safe
 from distaff.errors import CheckpointError, leaf_name
 from distaff.quiet import quiet
 from distaff.typing import PyTree
@@ -52,8 +53,8 @@ def write(path: Path, arrays: PyTree, info: Mapping[str, Any]) -> None:
         arrays: on the host or on devices.
         info: strict JSON.
     """
-    with quiet(), _context():
-        _orbax().save(str(path), arrays, custom_metadata=dict(info))
+    with quiet(), safe(path) as place, _context():
+        _orbax().save(str(place), arrays, custom_metadata=dict(info))
 
 
 def read(path: Path, abstract: Mapping[str, PyTree]) -> dict[str, PyTree]:
@@ -76,8 +77,8 @@ def read(path: Path, abstract: Mapping[str, PyTree]) -> dict[str, PyTree]:
         raise OtherModelError(difference)
     for keys, leaf in jax.tree.leaves_with_path(asked):
         _check_chunks(leaf_name(keys), leaf)
-    with quiet(), _context():
-        return _orbax().load(str(path), target)
+    with quiet(), safe(path) as place, _context():
+        return _orbax().load(str(place), target)
 
 
 class OtherModelError(ValueError):
@@ -94,8 +95,8 @@ def metadata(path: Path) -> Mapping[str, PyTree]:
         ValueError: it does not describe a dict of arrays.
         Exception: whatever Orbax raises where it cannot read the folder.
     """
-    with quiet():
-        stored = _orbax().metadata(str(path)).metadata
+    with quiet(), safe(path) as place:
+        stored = _orbax().metadata(str(place)).metadata
     if not isinstance(stored, Mapping):
         raise ValueError(f"it holds no dict of arrays, but {type(stored).__name__}")
     return stored
@@ -112,6 +113,35 @@ def damage(path: Path) -> str | None:
     except Exception as error:
         return str(error)
     return None
+
+
+def check_readable(path: Path, arrays: Mapping[str, PyTree]) -> None:
+    """Reads back what was just written: the forms of all arrays, and the smallest member's values.
+
+    Args:
+        path: the folder.
+        arrays: what was written.
+
+    Raises:
+        ValueError: something else is read.
+        Exception: whatever Orbax raises where it cannot read the folder.
+    """
+    difference = first_difference(leaf_forms(metadata(path)), leaf_forms(arrays))
+    if difference is not None:
+        raise ValueError(f"what was written is not what is read. {difference}")
+    sizes = {name: _num_bytes(tree) for name, tree in arrays.items()}
+    for name in sorted((name for name in sizes if sizes[name]), key=sizes.__getitem__)[:1]:
+        found = read(path, {name: arrays[name]})[name]
+        same = jax.tree.map(lambda a, b: a.tobytes() == b.tobytes(), found, arrays[name])
+        if not jax.tree.all(same):
+            raise ValueError(f"{name!r} is read with other values than were written")
+
+
+def _num_bytes(tree: PyTree) -> int:
+    """Returns the size of a tree on the host; 0 where a leaf is elsewhere."""
+    leaves = jax.tree.leaves(tree)
+    on_host = all(isinstance(leaf, np.ndarray) for leaf in leaves)
+    return sum(leaf.nbytes for leaf in leaves) if on_host else 0
 
 
 def _check_chunks(name: str, leaf: Any) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from distaff.errors import CheckpointError
+from distaff.warn import warn
 
 _log = logging.getLogger("distaff")
 
@@ -73,7 +73,7 @@ def warned(text: str) -> None:
         text: whole sentences.
     """
     _log.warning("%s", text)
-    warnings.warn(text, stacklevel=3)
+    warn(text, stacklevel=3)
 
 
 def unreadable(path: Path, problem: Exception | str, steps: Sequence[int]) -> CheckpointError:

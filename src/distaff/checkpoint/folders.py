@@ -38,18 +38,38 @@ def step_of(folder: Path) -> int | None:
         folder: a path that need not exist.
     """
     name = _WHOLE.fullmatch(folder.name)
-    is_whole = name and name_of(int(name[1])) == folder.name and not folder.is_symlink()
-    return int(name[1]) if name and is_whole and (folder / _COMMIT_MARKER).is_file() else None
+    is_named = name and name_of(int(name[1])) == folder.name and not folder.is_symlink()
+    return int(name[1]) if name and is_named and is_whole(folder) else None
 
 
-def steps_in(directory: Path) -> tuple[int, ...]:
+def is_whole(folder: Path) -> bool:
+    """Whether a folder, of any name, is a checkpoint that was written to its end.
+
+    Args:
+        folder: a path that need not exist.
+    """
+    return (folder / _COMMIT_MARKER).is_file()
+
+
+def steps_in(directory: Path, known: set[tuple[str, int]] | None = None) -> tuple[int, ...]:
     """Returns the steps that have a folder which looks whole, ascending.
 
     Args:
         directory: a path that need not exist.
+        known: name and inode of the folders that were found to be whole, which are not looked at
+            again; what is found is added.
     """
-    folders = directory.iterdir() if directory.is_dir() else ()
-    return tuple(sorted(step for step in map(step_of, folders) if step is not None))
+    known = set() if known is None else known
+    try:
+        with os.scandir(directory) as entries:
+            named = [(each.name, each.inode()) for each in entries if _WHOLE.fullmatch(each.name)]
+    except OSError:
+        if directory.is_dir():
+            raise
+        return ()
+    known &= set(named)
+    known |= {each for each in set(named) - known if step_of(directory / each[0]) is not None}
+    return tuple(sorted(int(name.removeprefix("step_")) for name, _ in known))
 
 
 def make(directory: Path) -> None:
@@ -98,6 +118,8 @@ def remove(folder: Path) -> bool:
     """
     try:
         folder = folder.rename(folder.with_suffix(EXPIRED))
+    except FileNotFoundError:  # somebody else has removed it
+        return True
     except OSError as error:
         _log.warning("a checkpoint that is no longer needed stays: %s", error)
         return False

@@ -34,13 +34,14 @@ _FOR_EVERYBODY = stat.S_IWOTH
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP)
 
 
-def seal(folder: Path) -> None:
+def seal(folder: Path, step: int) -> None:
     """Writes the manifest of a finished folder, and has all of it reach the disk.
 
     Nothing in the folder stays writable by everybody, whatever the umask is.
 
     Args:
         folder: what Orbax has written.
+        step: of the checkpoint, which a folder of another name does not tell.
 
     Raises:
         OSError: it cannot be written.
@@ -53,7 +54,7 @@ def seal(folder: Path) -> None:
                 size, checksum = _measured(file)
                 os.fsync(file.fileno())
             files[entry.relative_to(folder).as_posix()] = {"size": size, "crc32": checksum}
-    text = json.dumps({"format": FORMAT, "files": files}, indent=1)
+    text = json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1)
     descriptor = os.open(folder / NAME, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o664)
     with open(descriptor, "wb") as file:
         file.write(text.encode())
@@ -97,6 +98,21 @@ def damage(folder: Path, *names: str) -> str | None:
         return _untrusted(folder) or _difference(folder, names)
     except (OSError, ValueError, RecursionError) as error:
         return str(error)
+
+
+def step_in(folder: Path) -> int | None:
+    """Returns the step that a checkpoint itself tells; None where it tells none.
+
+    Args:
+        folder: a checkpoint, under any name.
+    """
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        sealed = _read_json(folder, NAME) if (folder / NAME).exists() else {}
+        for told in (sealed, read_info(folder)):
+            step = told.get("step")
+            if type(step) is int and step >= 0:
+                return step
+    return None
 
 
 def read_info(folder: Path) -> dict[str, Any]:

@@ -16,7 +16,10 @@ from distaff.typing import PyTree
 
 
 class MemoryStore:
-    """Keeps the newest checkpoint of one run and all that it names as best; nothing on disk."""
+    """Keeps the newest checkpoint of one run and all that it names as best; nothing on disk.
+
+    Of one whose `info["provisional"]` is true, the newest lasting one before it stays, too.
+    """
 
     def __init__(self) -> None:
         self._kept: dict[int, tuple[dict[str, PyTree], dict[str, Any]]] = {}
@@ -25,7 +28,8 @@ class MemoryStore:
         """Copies the arrays to the host; of a step that is kept already, only `info` is new."""
         arrays = self._kept[step][0] if step in self._kept else jax.tree.map(_copied, dict(tree))
         self._kept[step] = (arrays, json.loads(json.dumps(info)))
-        wanted = (step, *best_steps(info))
+        lasting = [n for n, (_, facts) in self._kept.items() if not facts.get("provisional")]
+        wanted = (step, max(lasting, default=step), *best_steps(info))
         self._kept = {kept: value for kept, value in self._kept.items() if kept in wanted}
 
     def steps(self) -> tuple[int, ...]:

@@ -82,7 +82,9 @@ class CheckpointStore:
         self._goes_on = on_failed_save == "warn"
         self._damaged: frozenset[int] = frozenset()
         self._provisional: frozenset[int] = frozenset()
-        self._is_tidy = False
+        self._is_tidy = self._is_readable = False
+        self._whole: set[tuple[str, int]] = set()
+        self._own: frozenset[int] | None = None
         self._writer = Writer(self._write, goes_on=self._goes_on)
         arrays.import_early()
 
@@ -136,7 +138,7 @@ class CheckpointStore:
 
     def steps(self) -> tuple[int, ...]:
         """Returns the steps that have a checkpoint which looks whole, ascending; reads none."""
-        return folders.steps_in(self.directory)
+        return folders.steps_in(self.directory, self._whole)
 
     def latest(self) -> int | None:
         """Returns the newest step, None where there is no checkpoint."""
@@ -271,8 +273,11 @@ class CheckpointStore:
                 waiting = self.info(step)
         return info == waiting
 
-    def _undamaged(self) -> set[int]:
-        return {*self.steps()} - self._damaged
+    def _undamaged(self) -> frozenset[int]:
+        """Returns the steps that are there; listed once, since nobody else saves here."""
+        if self._own is None:
+            self._own = frozenset(self.steps())
+        return self._own - self._damaged
 
     def _tell(self, step: int, error: BaseException) -> None:
         """Tells of a save that failed; all that do so come here."""
@@ -293,9 +298,13 @@ class CheckpointStore:
         unfinished.parent.mkdir(0o700)
         try:
             arrays.write(unfinished, save.arrays, _marked(save.info))
-            manifest.seal(unfinished)
+            if not self._is_readable:
+                arrays.check_readable(unfinished, save.arrays)
+            manifest.seal(unfinished, save.step)
             folders.put_in_place(unfinished, path, is_damaged=save.step in self._damaged)
+            self._is_readable = True
             self._damaged -= {save.step}
+            self._own = self._undamaged() | {save.step}
             manifest.sync_directory(self.directory)
         finally:
             shutil.rmtree(unfinished.parent, ignore_errors=True)
@@ -304,7 +313,9 @@ class CheckpointStore:
 
     def _remove_expired(self, save: Save) -> None:
         for step in self.retention.expired(self._undamaged(), save.info, self._provisional):
-            self._is_tidy &= folders.remove(self._path(step))
+            is_gone = folders.remove(self._path(step))
+            self._is_tidy &= is_gone
+            self._own = self._undamaged() - {step} if is_gone else self._undamaged()
 
     def _path(self, step: int) -> Path:
         return self.directory / folders.name_of(step)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
@@ -17,6 +16,7 @@ from distaff.data.sequences import Part, check_overlong, padded, parts_of
 from distaff.errors import BatchError, ConfigError
 from distaff.number import whole
 from distaff.typing import Batch
+from distaff.warn import warn
 
 
 def bucketed(
@@ -117,7 +117,7 @@ class _Buckets(NamedTuple):
             if group.pieces and not self.drop:
                 yield self._batch(groups, bucket)
             elif group.pieces and not group.num_batches:
-                warnings.warn(
+                warn(
                     f"All {len(group.pieces)} examples of the bucket of {self.boundaries[bucket]} "
                     f"are left out of the epoch: its batches have {self.batch_sizes[bucket]}. Give "
                     "it a smaller batch_size, fewer boundaries, or remainder='keep'.",

@@ -147,6 +147,15 @@ class Feed:
         else:
             yield from kept.chunks
 
+    def expect(self, batch: PyTree) -> None:
+        """Takes over how many batches suit a chunk from a whole one.
+
+        A run that resumes before the short batch of an epoch's end has the chunks of one that did
+        not stop.
+        """
+        if isinstance(self._kind, _Batches):
+            self._kind.most(batch)
+
     def sample(self, batch: PyTree, form: Form) -> Chunk:
         """Returns a chunk like those of an epoch, without reading the loader.
 

@@ -39,3 +39,21 @@ def num_drawn(steps: int, without: Set[int]) -> int:
     for batch in sorted(without):
         drawn += batch < drawn
     return drawn
+
+
+_RELAPSE = 128
+"""After so many batches without a bad one, the next bad one is other trouble."""
+
+
+def relapses(stretches: Iterable[Stretch], epoch: int, batch: int, length: int | None) -> int:
+    """Returns how many stretches a bad batch comes shortly after.
+
+    Args:
+        stretches: that are left out already.
+        epoch: of the bad batch.
+        batch: which one of that epoch, counted from 0.
+        length: batches in an epoch; None if that is not known.
+    """
+    known = [each for each in stretches if each.epoch == epoch or length is not None]
+    since = ((epoch - each.epoch) * (length or 0) + batch - each.stop for each in known)
+    return sum(batches <= _RELAPSE for batches in since)

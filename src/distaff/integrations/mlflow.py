@@ -16,6 +16,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
+from mlflow.exceptions import MlflowException
 
 from distaff.loggers import png
 from distaff.loggers.disk import Location, locator, replace
@@ -39,7 +40,8 @@ class MlflowLogger:
     after 6000 characters, and whole as the artifact `config.json`. A metric
     that is not one number is left out: MLflow has no place for it. Takes figures, images and texts,
     as artifacts. The run starts with the first call, and after `close` the next call starts
-    another.
+    another. A run that Distaff resumes continues its run in MLflow, whose parameters stay: MLflow
+    changes none.
 
     `mlflow ui --backend-store-uri <directory>` shows a directory, with the environment variable
     `MLFLOW_ALLOW_FILE_STORE=true`. It needs the whole package `mlflow`; the extra `distaff[mlflow]`
@@ -69,6 +71,7 @@ class MlflowLogger:
         self._tracking_uri = tracking_uri
         self._clock = clock
         self._run: tuple[MlflowClient, str] | None = None
+        self._resumed: str | None = None
 
     def log_metrics(self, metrics: Values, *, step: int, epoch: int) -> None:
         """Records the metrics that are one number, and the epoch as the metric `epoch`.
@@ -92,8 +95,9 @@ class MlflowLogger:
         """Records the configuration as parameters, and as `config.json`."""
         # In the files of a directory, a "/" is a directory, and a name cannot be that as well.
         values = {_key(name).replace("/", "_"): text for name, text in _flat(config)}
-        params = [Param(name, text) for name, text in values.items()]
         client, run = self._opened()
+        known = client.get_run(run).data.params  # of the start before, in a resumed run
+        params = [Param(name, text) for name, text in values.items() if name not in known]
         for start in range(0, len(params), _MAX_PARAMS):
             client.log_batch(run, params=params[start : start + _MAX_PARAMS])
         self._add_file("config.json", json.dumps(config, indent=2).encode())
@@ -112,10 +116,21 @@ class MlflowLogger:
 
     def close(self, status: str) -> None:
         """Ends the run: FINISHED, KILLED where it was interrupted, FAILED where it failed."""
-        opened, self._run = self._run, None
+        opened, self._run, self._resumed = self._run, None, None
         if opened is not None:
             client, run = opened
             client.set_terminated(run, _STATUSES.get(status, "FAILED"))
+
+    def get_state(self) -> JSON:
+        """Returns the id of the run; None before the first call."""
+        run = self._resumed if self._run is None else self._run[1]
+        return None if run is None else {"run_id": run}
+
+    def set_state(self, state: JSON) -> None:
+        """Has the next call continue a run, if it is there."""
+        match state:
+            case {"run_id": str() as run} if run:
+                self._resumed = run
 
     def _opened(self) -> tuple[MlflowClient, str]:
         if self._run is None:
@@ -125,6 +140,9 @@ class MlflowLogger:
                 os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
                 uri = str(Path(self._locate()).absolute())
             client = MlflowClient(tracking_uri=uri)
+            if self._resumed is not None and self._is_continued(client, self._resumed):
+                self._run = client, self._resumed
+                return self._run
             experiment = client.get_experiment_by_name(self._experiment)
             identity = (
                 experiment.experiment_id
@@ -134,6 +152,18 @@ class MlflowLogger:
             run = client.create_run(identity, run_name=self._run_name)
             self._run = client, run.info.run_id
         return self._run
+
+    def _is_continued(self, client: MlflowClient, run: str) -> bool:
+        """Opens a run again; False where it is no longer there."""
+        try:
+            if client.get_run(run).info.lifecycle_stage == "deleted":
+                return False
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return False
+        client.update_run(run, status="RUNNING")
+        return True
 
     def _add_file(self, name: str, content: bytes) -> None:
         client, run = self._opened()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import html
+import secrets
+import string
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +22,7 @@ from distaff.typing import Values
 
 # 255 is what Weights & Biases itself notes for a run that was interrupted.
 _EXIT_CODES = {"finished": 0, "stopped": 0, "pruned": 0, "interrupted": 255, "failed": 1}
+_LETTERS = string.ascii_lowercase + string.digits
 _OWN = ("project", "mode", "dir", "config", "reinit")
 
 
@@ -29,7 +32,9 @@ class WandbLogger:
     A metric that is not one number is a histogram of its finite values. Curves are drawn over
     `step`, a column beside `epoch`: a run may go back to an earlier step, as the test of its best
     model does, while the service's own step only grows. Takes figures, images, histograms and
-    texts. The run starts with the first call, and after `close` the next call starts another.
+    texts. The run starts with the first call, and after `close` the next call starts another. A run
+    that Distaff resumes continues its run in Weights & Biases; what it logs again, after a kill,
+    has the same `step`.
 
     Args:
         project: the project's name.
@@ -58,6 +63,7 @@ class WandbLogger:
         self._options: dict[str, Any] = {"project": project, "mode": mode, **options}
         self._locate = locator(directory)
         self._open_run: wandb.Run | None = None
+        self._id: str | None = options.get("id")
 
     def log_metrics(self, metrics: Values, *, step: int, epoch: int) -> None:
         """Records a row.
@@ -99,15 +105,29 @@ class WandbLogger:
     def close(self, status: str) -> None:
         """Ends the run: with exit code 0, 1 where it failed, 255 where it was interrupted."""
         run, self._open_run = self._open_run, None
+        self._id = self._options.get("id")
         if run is not None:
             run.finish(exit_code=_EXIT_CODES.get(status, 1))
+
+    def get_state(self) -> JSON:
+        """Returns the id of the run; None before the first call."""
+        return None if self._id is None else {"id": self._id}
+
+    def set_state(self, state: JSON) -> None:
+        """Has the next call continue a run."""
+        match state:
+            case {"id": str() as identity} if identity:
+                self._id = identity
 
     @property
     def _run(self) -> wandb.Run:
         if self._open_run is None:
             directory = Path(self._locate()).absolute()
             directory.mkdir(parents=True, exist_ok=True)
-            self._open_run = wandb.init(dir=str(directory), reinit="create_new", **self._options)
+            # The id is chosen here, so that a service that is away for a moment changes nothing.
+            self._id = self._id or "".join(secrets.choice(_LETTERS) for _ in range(8))
+            options: dict[str, Any] = {"resume": "allow", **self._options, "id": self._id}
+            self._open_run = wandb.init(dir=str(directory), reinit="create_new", **options)
             self._open_run.define_metric("*", step_metric="step")
         return self._open_run
 

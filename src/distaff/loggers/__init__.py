@@ -16,7 +16,14 @@ from distaff.loggers.files import FilesLogger
 from distaff.loggers.jsonl import JsonlLogger
 from distaff.loggers.many import ManyLoggers
 from distaff.loggers.memory import Medium, MemoryLogger, Record
-from distaff.loggers.protocol import Logger, MediaLogger, NullLogger, ResumingLogger
+from distaff.loggers.protocol import (
+    Logger,
+    MediaLogger,
+    NullLogger,
+    ResumingLogger,
+    StatefulLogger,
+)
+from distaff.loggers.tolerant import TolerantLogger
 
 __all__ = [
     "ConsoleLogger",
@@ -31,6 +38,8 @@ __all__ = [
     "NullLogger",
     "Record",
     "ResumingLogger",
+    "StatefulLogger",
+    "TolerantLogger",
 ]
 
 _INTEGRATIONS = {

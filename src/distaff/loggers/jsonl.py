@@ -7,6 +7,8 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,10 +22,13 @@ from distaff.typing import Values
 _log = logging.getLogger("distaff")
 
 _BLOCK = 2**16  # bytes that are searched at once for the end of a line
+_MOST_HELD = 2**24
 
 
 class JsonlLogger:
     """Appends one line of strict JSON to a file per call of `log_metrics`.
+
+    A line that cannot be written is an error, and is written before the next one if that can be.
 
     A line is `{"step": 60, "epoch": 3, "time": 1767225600.0, "train/loss": 0.31}`. JSON has no NaN
     and no infinity: they are written as the strings `"nan"`, `"inf"` and `"-inf"`, which Python's
@@ -41,7 +46,8 @@ class JsonlLogger:
         self._locate = locator(path)
         self._path = Path()
         self._clock = clock
-        self._file: BinaryIO | None = None
+        self._file: FileIO | None = None
+        self._held = b""  # what a full disk did not take
 
     def log_metrics(self, metrics: Values, *, step: int, epoch: int) -> None:
         """Writes one line; it is in the file when the call returns.
@@ -58,15 +64,23 @@ class JsonlLogger:
 
     def close(self, status: str) -> None:
         """Closes the file. Metrics logged afterwards open it again."""
-        file, self._file = self._file, None
-        if file is not None:
-            with explained(self._path):
-                file.close()
+        file = self._file
+        if file is None and not self._held:
+            return
+        with explained(self._path):
+            try:
+                self._append(b"")
+            finally:
+                self._held = b""
+                self._file = None
+                if file is not None:
+                    file.close()
 
     def position(self) -> int:
         """Returns where the next line begins, in bytes; all before it has left the process."""
         if self._file is not None:
             with explained(self._path):
+                self._append(b"")
                 return self._file.seek(0, os.SEEK_END)
         path = Path(self._locate())
         with explained(path):
@@ -99,17 +113,42 @@ class JsonlLogger:
         if self._file is None:
             self._path = Path(self._locate())
         with explained(self._path):
-            if self._file is None:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = open(self._path, "a+b", opener=open_private)  # noqa: SIM115 kept open
-                end = _end_of_lines(self._file)
-                if end < self._file.seek(0, os.SEEK_END):
-                    self._file.truncate(end)
-            self._file.write(line)
-            self._file.flush()
+            self._append(line)
+
+    def _append(self, line: bytes) -> None:
+        """Writes a line, and those before it that could not be written."""
+        if len(self._held) < _MOST_HELD:
+            self._held += line
+        if self._file is None and self._held:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(  # noqa: SIM115 kept open
+                self._path, "a+b", buffering=0, opener=open_private
+            )
+            end = _end_of_lines(self._file)
+            if end < self._file.seek(0, os.SEEK_END):
+                self._file.truncate(end)
+        if self._file is not None and self._held:
+            _append(self._file, self._held)
+            self._held = b""
 
 
-def _end_of_lines(file: BinaryIO) -> int:
+def _append(file: FileIO, content: bytes) -> None:
+    """Writes at the end of a file, all of it or nothing.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    end, view = file.seek(0, os.SEEK_END), memoryview(content)
+    try:
+        while view:
+            view = view[file.write(view) :]
+    except OSError:
+        with suppress(OSError):
+            file.truncate(end)
+        raise
+
+
+def _end_of_lines(file: FileIO | BinaryIO) -> int:
     """Returns where a last line without an end begins, which a killed run leaves behind."""
     end = file.seek(0, os.SEEK_END)
     while end > 0:

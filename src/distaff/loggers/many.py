@@ -68,6 +68,20 @@ class ManyLoggers:
             else:
                 logger.resume(step)
 
+    def get_state(self) -> dict[str, JSON]:
+        """Returns the states of the loggers that have one; see `StatefulLogger`."""
+        states = {
+            key: each.get_state() for key, each in self._named() if hasattr(each, "get_state")
+        }
+        return {key: state for key, state in states.items() if state is not None}
+
+    def set_state(self, state: JSON) -> None:
+        """Gives the loggers their states back, each to the one in the same place."""
+        known = state if isinstance(state, Mapping) else {}
+        for key, logger in self._named():
+            if key in known and hasattr(logger, "set_state"):
+                logger.set_state(known[key])
+
     def close(self, status: str) -> None:
         """Closes every logger, also after one has failed, and then raises the first failure."""
         failures: list[Exception] = []
@@ -81,9 +95,13 @@ class ManyLoggers:
 
     def _named(self) -> list[tuple[str, Any]]:
         """Returns the loggers by place and kind, so that none gets the position of another."""
-        return [(f"{i}:{type(logger).__name__}", logger) for i, logger in enumerate(self.loggers)]
+        return [(f"{i}:{_kind(logger)}", logger) for i, logger in enumerate(self.loggers)]
 
     def _hand_on(self, method: str, name: str, medium: Any, step: int) -> None:
         for logger in self.loggers:
             if hasattr(logger, method):
                 getattr(logger, method)(name, medium, step=step)
+
+
+def _kind(logger: Any) -> str:
+    return getattr(logger, "kind", None) or type(logger).__name__

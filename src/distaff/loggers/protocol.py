@@ -1,4 +1,4 @@
-"""What a logger is: the three calls a run makes on it, and six that it may take besides."""
+"""What a logger is: the three calls a run makes on it, and eight that it may take besides."""
 
 from __future__ import annotations
 
@@ -104,6 +104,25 @@ class ResumingLogger(Protocol):
                 was logged for greater steps is dropped, and what belongs to this step stays.
             position: what `position` returned at the checkpoint. It is not passed to a logger
                 without that method, nor where the checkpoint has none.
+        """
+        ...
+
+
+class StatefulLogger(Protocol):
+    """Has a run of its own at a service, which a resumed run continues.
+
+    Without these methods, each start is another run there.
+    """
+
+    def get_state(self) -> JSON:
+        """Returns what identifies the run at the service; None where there is none yet."""
+        ...
+
+    def set_state(self, state: JSON) -> None:
+        """Has the next call continue a run; called before any other call of a resumed run.
+
+        Args:
+            state: what `get_state` returned.
         """
         ...
 

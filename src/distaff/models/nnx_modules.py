@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from distaff.models.flags import switched
 from distaff.models.linen_collections import wants
 from distaff.models.observed import Observed
 from distaff.models.randomness import no_key
+from distaff.warn import warn
 
 
 def without_sown(module: nnx.Module) -> nnx.Module:
@@ -112,7 +112,7 @@ class Snapshot(NamedTuple):
         for (path, attribute), value in now.numbers.items():
             if self.numbers.get((path, attribute), value) != value:
                 where = f"{path}.{attribute}" if path else attribute
-                warnings.warn(
+                warn(
                     f"The pass changes {where!r} of {name}, a Python number: it is a part of the "
                     "program, and each pass begins with the same one. Make it a variable: "
                     "self.count = nnx.Variable(jnp.zeros((), jnp.int32)), and "

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TypeVar
 
 from distaff.errors import ConfigError, ModeWarning
 from distaff.models.flags import NAMES_IN_WORDS
+from distaff.warn import warn
 
 _REMEDY = (
     f"A model is told whether it trains by an argument, or a field, of a name such as "
@@ -88,7 +88,7 @@ def statistics_in_evaluation(model: str, layers: list[str]) -> ConfigError:
 
 
 def _warn(text: str) -> None:
-    warnings.warn(text, ModeWarning, stacklevel=2)
+    warn(text, ModeWarning, stacklevel=2)
 
 
 def _listed(names: list[str]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -25,6 +24,7 @@ from distaff.number import whole
 from distaff.optim import OptimizerLike, build_optimizer, geometry, observed
 from distaff.trainer import TrainerModule
 from distaff.tune.comparison import Comparison, OptimizerResult, OptimizerRun
+from distaff.warn import warn
 
 Rate: TypeAlias = float | None
 """A learning rate; None where an optimizer has none."""
@@ -123,7 +123,7 @@ class _Contest:
             other = as_loader(self.loaders(seeds[1])[0], name="train")
             batches = [jax.tree.leaves(first_batch(loader)) for loader in (train, other)]
             if all(map(np.array_equal, *batches)):
-                warnings.warn(
+                warn(
                     f"make_loaders gives the same first batch for the seeds {seeds[0]} and "
                     f"{seeds[1]}, so the runs differ by their initial parameters alone. Shuffle, "
                     "and hand the seed on: data.ArrayLoader(..., shuffle=True, seed=seed).",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable
 from contextlib import closing
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from distaff.trainer import TrainerModule
 from distaff.tune.search import Search, Suggestion, Trial, listed
 from distaff.tune.space import Space, check_space, contains, space_to_json, values_of
 from distaff.tune.trial import Task
+from distaff.warn import warn
 
 
 class StudyResult(NamedTuple):
@@ -147,7 +147,7 @@ def _check_config(search: Search, config: Any, space: Space) -> None:
         return
     changes = {path: change for path, change in diff(begun, now).items() if path not in space}
     if changes:
-        warnings.warn(
+        warn(
             f"The study was begun with another config ({listed(changes)}). Its "
             "trials are compared with those to come all the same. If that is wrong, choose another "
             "study_name.",

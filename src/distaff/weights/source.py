@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from distaff import _optional, checkpoint
-from distaff.checkpoint import CheckpointStore, arrays, folders
+from distaff.checkpoint import arrays
 from distaff.errors import CheckpointError, ConfigError
 from distaff.models import Variables
 from distaff.paths import as_path
@@ -86,9 +86,7 @@ def _of_file(path: Path) -> Source:
 
 
 def _of_checkpoint(path: Path) -> Source:
-    directory, step = checkpoint.find(path)
-    store = CheckpointStore(directory)
-    folder = directory / folders.name_of(step)
+    store, step, folder = checkpoint.located(path)
     problem = store.check(step)  # before Orbax reads it, whose threads outlive what they fail at
     if problem is not None:
         raise CheckpointError(

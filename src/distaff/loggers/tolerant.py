@@ -1,0 +1,97 @@
+"""A logger that may fail: what it does not take is missing there, and the run continues."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from distaff.errors import RunDirectoryError
+from distaff.loggers.protocol import JSON
+from distaff.typing import Values
+from distaff.warn import warn
+
+_log = logging.getLogger("distaff")
+
+
+def is_of_storage(error: BaseException) -> bool:
+    """Whether a file could not be written because of the disk, and not because of its content."""
+    cause = error.__cause__ if isinstance(error, RunDirectoryError) else error
+    return isinstance(cause, OSError)
+
+
+class TolerantLogger:
+    """Hands each call to a logger, and warns where that fails.
+
+    The next call is tried all the same. Of failures in a row the first one is a warning; once the
+    logger takes a call again, the log says how many are missing. A configuration that failed is
+    handed over again before the next metrics.
+
+    Args:
+        logger: any logger.
+        option: how the user can have the error instead, such as `"on_failed_log"`.
+        catches: says which errors are warned of; all others are raised.
+    """
+
+    def __init__(
+        self,
+        logger: Any,
+        option: str,
+        catches: Callable[[BaseException], bool] = lambda _: True,
+    ) -> None:
+        self.logger, self.kind = logger, type(logger).__name__
+        self._option, self._catches = option, catches
+        self._num_lost = 0
+        self._config: Mapping[str, JSON] | None = None
+
+    def log_metrics(self, metrics: Values, *, step: int, epoch: int) -> None:
+        """Records metrics, if the logger takes them."""
+        if self._config is not None:
+            self.log_config(self._config)
+        self._call("log_metrics", metrics, step=step, epoch=epoch)
+
+    def log_config(self, config: Mapping[str, JSON]) -> None:
+        """Records the configuration, now or before the next metrics."""
+        self._config = config
+        self._call("log_config", config)
+        if not self._num_lost:
+            self._config = None
+
+    def close(self, status: str) -> None:
+        """Closes the logger, and says how much is missing in it."""
+        num_lost = self._num_lost
+        self._call("close", status)
+        if num_lost and self._num_lost:
+            _log.warning("%s: the last %d calls failed", self.kind, self._num_lost)
+        self._num_lost = 0
+
+    def __getattr__(self, name: str) -> Any:
+        """Returns a further method of the logger, such as `log_figure`; none where it has none."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        method = getattr(self.logger, name)
+        return partial(self._call, name) if callable(method) else method
+
+    def _call(self, name: str, *arguments: Any, **options: Any) -> Any:
+        try:
+            result = getattr(self.logger, name)(*arguments, **options)
+        except Exception as error:
+            if not self._catches(error):
+                raise
+            self._num_lost += 1
+            text = f"{self.kind}.{name} failed: {type(error).__name__}: {error}"
+            if self._num_lost > 1:
+                _log.info("%s", text)
+                return None
+            text = (
+                f"{text.rstrip('.')}. The run continues, and the logger is tried again; "
+                f"{self._option}='raise' makes this an error."
+            )
+            _log.warning("%s", text)
+            warn(text)
+            return None
+        if self._num_lost and name != "close":
+            _log.info("%s works again; %d calls are missing in it", self.kind, self._num_lost)
+            self._num_lost = 0
+        return result
