@@ -133,7 +133,7 @@ class Checked(Recovering):
         step = self._plain_step if is_needed(self.config) else self._measured_step
         return Subject(
             step=None if self.config.debug else step,
-            eval_step=None if self.config.debug else self.eval_step,
+            eval_step=None if self.config.debug else self._evaluator.step,
             state=self.ready_state().replace(guard=None),
             loaders={name: (each, first_batch(each, name=name)) for name, each in loaders.items()},
             total_steps=self.total_steps,

@@ -83,6 +83,10 @@ class Evaluator:
         """Returns whether batches may be padded in an evaluation of a state."""
         return (lambda source: False) if self._padding is None else self._padding.of(state)
 
+    def step(self, state: TrainState, batch: Batch) -> dict[str, Metric]:
+        """Returns the metrics of one batch, as they are merged. The step's trace is reused."""
+        return self._accumulating_one(state, batch, None)
+
     def shapes(self, state: TrainState, batch: Batch) -> dict[str, Metric]:
         """Returns the metrics of one full batch, as shapes where the step can be traced."""
         may_pad = self.may_pad(state)(One(batch))
