@@ -587,7 +587,7 @@ def _moving_by_hand(params, rest, x, train):
 
 
 KINDS["functions with a state"] = Kind(
-    lambda: (lambda key: ({"w": jnp.ones((WIDTH, 1))}, {"mean": jnp.zeros(WIDTH)}), _moving),
+    lambda: (lambda key: ({"w": jnp.full((WIDTH, 1), 2.0)}, {"mean": jnp.zeros(WIDTH)}), _moving),
     _moving_by_hand,
 )
 

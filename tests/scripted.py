@@ -28,8 +28,8 @@ class Scripted(ScriptedScores, Regression):
     """A regression with scores written beforehand."""
 
 
-class InterruptError(Exception):
-    """Stands for whatever ends a run."""
+class InterruptError(OSError):
+    """Stands for whatever ends a run from outside, as a lost disk does: a start resumes it."""
 
 
 class Break(Callback):

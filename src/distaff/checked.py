@@ -8,7 +8,7 @@ from typing import Any
 from distaff import broadcasts
 from distaff.callbacks import StopTraining
 from distaff.context import Context
-from distaff.data import Chunk, Loader, One, first_batch, num_examples, num_shapes
+from distaff.data import Chunk, Loader, One, first_batch, first_to_train, num_examples, num_shapes
 from distaff.data.inspection import leaf_names, narrowed, not_finite
 from distaff.errors import BatchError, ConfigError, DistaffError, nearest
 from distaff.evaluate import Evaluator
@@ -121,6 +121,18 @@ class Checked(Recovering):
         if complaint and self.config.on_bad_input == "warn":
             warn(complaint, stacklevel=2)
 
+    def identify(self, plan: Plan) -> Subject | None:
+        """Makes the record of a run; returns what its identity was found from.
+
+        Args:
+            plan: of the run, which is prepared.
+        """
+        subject = self.subject(plan)
+        epochs = {"num_epochs": plan.num_epochs, "steps_per_epoch": plan.steps_per_epoch}
+        identity = None if subject is None else subject.identity()
+        self.run_record = self.record(first_epoch=plan.first_epoch, **epochs, identity=identity)
+        return subject
+
     def subject(self, plan: Plan) -> Subject | None:
         """Returns what the identity of a run is found from; None of a run that writes nothing.
 
@@ -129,13 +141,15 @@ class Checked(Recovering):
         """
         if not isinstance(self.recording, DirectoryRecording):
             return None
-        loaders = {"train": plan.train_loader, **plan.val_loaders}
+        loaders = {"train": (plan.train_loader, first_to_train(plan.train_loader))}
+        for name, loader in plan.val_loaders.items():
+            loaders[name] = loader, first_batch(loader, name=name)
         step = self._plain_step if is_needed(self.config) else self._measured_step
         return Subject(
             step=None if self.config.debug else step,
             eval_step=None if self.config.debug else self._evaluator.step,
             state=self.ready_state().replace(guard=None),
-            loaders={name: (each, first_batch(each, name=name)) for name, each in loaders.items()},
+            loaders=loaders,
             total_steps=self.total_steps,
             stretched=self._stretched,
             has_weights=self._not_loaded is None,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import MISSING
 from typing import Any, NamedTuple
 
 from distaff import config
 from distaff.digest import REST
 from distaff.identity import Subject
+from distaff.optim import OptimizerConfig
 from distaff.sketch import is_near
 from distaff.trainer_config import TrainerConfig
 
@@ -26,6 +28,7 @@ _HOW_IT_RUNS = {
             "stuck_after",
         ),
         *("on_bad_numbers", "on_loss_spike", "spike_threshold", "max_skips", "on_bad_input"),
+        *("nan_ok", "on_failed_log"),
     )
 }
 """Options that lead to the same model, or are what one changes to resume after a bad step."""
@@ -88,24 +91,31 @@ def compared(
     return Comparison([*changes, *data], doubts, [*notes, *remarks])
 
 
-_DIGESTS = ("rows", "batches")
+_DIGESTS = ("values", "batches")
 _UNKNOWN = "were not recorded, and could not be compared"
 
 
 def _options(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
     """Returns what of a run's configuration differs, but for what says how it resumes."""
-    was, now = old.get("options"), new.get("options")
-    if isinstance(was, Mapping) and isinstance(now, Mapping):
-        # An option that the old run did not know yet was at its default.
-        defaults = config.to_json(TrainerConfig())
-        old = {**old, "options": {**{n: defaults[n] for n in now if n in defaults}, **was}}
+    defaults = {"options": TrainerConfig(), "optimizer": OptimizerConfig()}
+    for part, default in defaults.items():
+        was, now = old.get(part), new.get(part)
+        if isinstance(was, Mapping) and isinstance(now, Mapping):
+            # A field that the old run did not know yet was at its default.
+            known = config.to_json(default)
+            old = {**old, part: {**{n: known[n] for n in now if n in known}, **was}}
     pair = [{n: x for n, x in each.items() if n != "identity"} for each in (old, new)]
     found = config.diff(pair[0], config.to_json(pair[1]))
     return {
-        name: f"{name}: {before!r} -> {after!r}"
+        name: f"{name}: {_said(before)} -> {_said(after)}"
         for name, (before, after) in found.items()
         if name not in _HOW_IT_RESUMES
+        and not (before is MISSING and not after)  # a field of a newer version, that is not used
     }
+
+
+def _said(value: Any) -> str:
+    return "nothing" if value is MISSING else repr(value)
 
 
 def _is_same(name: str) -> bool:

@@ -75,8 +75,16 @@ def call_of(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call
 
     Returns:
         None for a constructor of Distaff's own, and for a call that Python will refuse.
+
+    Raises:
+        ConfigError: one of Distaff's own gets more by position than the model.
     """
     if not has_own_constructor(cls):
+        if len(args) > 1:
+            raise ConfigError(
+                f"{cls.__name__} takes the model by position, and all else by keyword; got "
+                f"{len(args)} arguments. Write {cls.__name__}(model, example_batch=batch, ...)."
+            )
         return None
     signature = inspect.signature(cls.__init__)
     try:
@@ -97,6 +105,11 @@ def call_of(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call
             call.named[name] = recorded(value)
             call.places[id(value)] = (call.named, name)
     return call
+
+
+def constructed(call: Call | None, options: Any) -> dict[str, Any]:
+    """Returns the part of a run's record that holds a call; nothing for one of Distaff's own."""
+    return {} if call is None else {"constructor": call.record(options)}
 
 
 def has_own_constructor(cls: type) -> bool:

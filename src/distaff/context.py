@@ -74,8 +74,9 @@ class Context:
             params: the loss function's own `params` argument, or collections by name, `{"params":
                 params, ...}`; of those that are not given, the pass has the state's.
             *inputs: handed to the model.
-            **kwargs: handed to the model; they win over what would be passed for `train`. `rngs=`
-                is the key to draw from instead of the call's own, which a loop needs. For Flax,
+            **kwargs: handed to the model; they win over what would be passed for its mode. `train=`
+                is the mode of the pass, whatever the model's name for it. `rngs=` or `key=` is
+                the key to draw from instead of the call's own, which a loop needs. For Flax,
                 `mutable=` names collections to be returned besides, such as what modules sow.
 
         Returns:
@@ -91,15 +92,19 @@ class Context:
         place = self._place.of_call()
         model = model_of(self.state.apply_fn)
         key = self._key(place)
-        if is_key(kwargs.get("rngs")) and not isinstance(model, FunctionModel):
-            key = kwargs.pop("rngs")
+        # A forward function of the user's own may have an argument `rngs` itself.
+        for name in ("key",) if isinstance(model, FunctionModel) else ("key", "rngs"):
+            if is_key(kwargs.get(name)):
+                key = kwargs.pop(name)
         before = Variables.of({**self._held(params), **given})
-        observed = None
-        if not names_mode(kwargs):
+        observed, train = None, kwargs.pop("train", None)
+        if train is None and not names_mode(kwargs):
             observed = Observed(self.train, type(model.module).__name__)
             model = observing(model, observed)
+        train = self.train if train is None else train
+        _check_keywords(train, kwargs)
         try:
-            outputs, after = model.apply(before, *inputs, train=self.train, key=key, **kwargs)
+            outputs, after = model.apply(before, *inputs, train=train, key=key, **kwargs)
         except NoKeyError as error:
             raise place.loop_error(error) if place.is_repeated else error from None
         if observed is not None:
@@ -261,3 +266,17 @@ class Context:
     def changed(self) -> dict[str, Any]:
         """Members of the state that the forward passes changed, with their new values."""
         return {"batch_stats": self._batch_stats, "collections": self._collections}
+
+
+def _check_keywords(train: Any, kwargs: Mapping[str, Any]) -> None:
+    """Refuses two keywords that mean something else to every model."""
+    if not isinstance(train, bool):
+        raise ConfigError(
+            "train=... of ctx.apply says whether the pass trains, True or False; got "
+            f"{type(train).__name__}. Pass an input of that name by position."
+        )
+    if "key" in kwargs:
+        raise ConfigError(
+            "key=... of ctx.apply is the random key of the pass; got "
+            f"{type(kwargs['key']).__name__}. Pass an input of that name by position."
+        )

@@ -31,7 +31,7 @@ _ADDRESS = re.compile(r"( at)? 0x[0-9a-fA-F]+")
 _MAX_NUMBERS = 64
 _MAX_DEPTH = 6
 _MAX_TERMS = 256
-_MAX_BYTES, _PIECES = 2**22, 4093
+_MAX_BYTES, _PIECES, _ROWS = 2**22, 509, 64
 
 _HOW_IT_RUNS = {
     *("name", "inline", "keep_unused", "donated_invars", "compiler_options_kvs", "ctx_mesh"),
@@ -108,11 +108,14 @@ def sample_digest(array: Any) -> str:
     if isinstance(array, jax.Array) and jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
         return _array(array)
     host = np.asarray(array)
+    form = f"{host.dtype}{host.shape}"
+    if host.nbytes > _MAX_BYTES and not host.flags.c_contiguous:
+        host = host[np.linspace(0, len(host) - 1, min(len(host), _ROWS)).astype(int)]
     data = _bytes(host)
     if data.size > _MAX_BYTES:
         pieces = data[: data.size - data.size % _PIECES].reshape(_PIECES, -1)
         data = pieces[:, : _MAX_BYTES // _PIECES]
-    return f"{host.dtype}{host.shape}{_hashed_bytes(data.tobytes())}"
+    return f"{form}{_hashed_bytes(data.tobytes())}"
 
 
 class _Walk:
@@ -267,9 +270,14 @@ def _live(jaxpr: Any) -> list[Any]:
 
 
 def _scope_of(equation: Any, scope: str) -> str:
-    found = _SCOPE.findall(str(equation.source_info.name_stack))
-    known = [name for name in found if name in SCOPES]
-    return known[-1] if known else scope
+    return _innermost(equation.source_info.name_stack) or scope
+
+
+@functools.lru_cache(maxsize=4096)
+def _innermost(stack: Any) -> str:
+    """Returns the last of our scopes in a stack of names; empty without."""
+    known = [name for name in _SCOPE.findall(str(stack)) if name in SCOPES]
+    return known[-1] if known else ""
 
 
 def _is_literal(var: Any) -> bool:
@@ -286,7 +294,11 @@ def _shown(number: Any) -> str:
 
 
 def _form(var: Any) -> str:
-    aval = var.aval
+    return _form_of(var.aval)
+
+
+@functools.lru_cache(maxsize=4096)
+def _form_of(aval: Any) -> str:
     shape, dtype = getattr(aval, "shape", None), getattr(aval, "dtype", None)
     return f"{dtype}{shape}{getattr(aval, 'weak_type', '')}" if dtype is not None else str(aval)
 

@@ -169,6 +169,12 @@ def remedy(name: str, known: Iterable[str], table: Mapping[str, str]) -> str:
 def unknown_name(owner: Any, name: str) -> AttributeError:
     """Returns the error for an attribute that a trainer does not have."""
     text = f"{type(owner).__name__!r} object has no attribute {name!r}"
+    if "config" not in vars(owner) and not name.startswith("__"):
+        return UnknownNameError(
+            f"{text}. Its constructor has not called super().__init__(model, **options) before.",
+            name=name,
+            obj=owner,
+        )
     if name in CALLS:
         return UnknownNameError(f"{text}. Use {CALLS[name]}.", name=name, obj=owner)
     return AttributeError(text, name=name, obj=owner)
@@ -208,6 +214,12 @@ def spelled(table: Mapping[str, str]) -> Callable[[Callable[P, R]], Callable[P, 
         return checked
 
     return decorated
+
+
+def spell(cls: type, table: Mapping[str, str]) -> None:
+    """Makes the constructor of a dataclass name the right form, as `spelled` does."""
+    make: Any = cls.__init__
+    setattr(cls, "__init__", spelled(table)(make))  # noqa: B010 - a type checker would object
 
 
 def check_methods(

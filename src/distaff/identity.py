@@ -25,7 +25,7 @@ from distaff.step import EvalFn
 from distaff.typing import Batch
 
 _NOT_WEIGHTS = ("opt_state", "guard", "step")
-_LIBRARIES = ("jax", "flax", "optax", "distaff", "equinox")
+_LIBRARIES = ("jax", "flax", "optax", "equinox")
 
 
 class Subject(NamedTuple):
@@ -92,8 +92,9 @@ _NO_PART = {"form": "", "whole": "", "numbers": []}
 
 
 def _versions() -> dict[str, str]:
-    found = {name: version(name) for name in _LIBRARIES if name in sys.modules}
-    return {"python": platform.python_version(), **found}
+    modules = {name: sys.modules[name] for name in _LIBRARIES if name in sys.modules}
+    found = {name: str(getattr(each, "__version__", "")) for name, each in modules.items()}
+    return {"python": platform.python_version(), **found, "distaff": version("distaff")}
 
 
 def _traced(function: Callable[..., Any], *arguments: Any) -> dict[str, Any] | None:

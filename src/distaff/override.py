@@ -27,6 +27,9 @@ def check_override(owner: Any, name: str, method: Callable[..., Any]) -> None:
     form = f"def {name}({', '.join(('self', *_shown(parameters)))})"
     if not callable(override):
         raise ConfigError(f"{whose} is called by the trainer, and is {override!r}. Write {form}.")
+    yields = inspect.isgeneratorfunction(override) or inspect.iscoroutinefunction(override)
+    if yields and not inspect.isgeneratorfunction(method) and name != "tracker":
+        raise ConfigError(f"{whose} is called and not iterated or awaited. Write {form}, no yield.")
     try:
         signature = inspect.signature(override)
     except (TypeError, ValueError):

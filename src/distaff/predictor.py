@@ -14,7 +14,7 @@ from distaff import allocator, checkpoint, compile_cache
 from distaff.checkpoint import Located, Store
 from distaff.constructor import call_of, made_again, recorded_options
 from distaff.context import Context
-from distaff.data import Feeds, as_loader, check_reader, entry, num_batches
+from distaff.data import Feeds, OfTraining, as_loader, entry, num_batches
 from distaff.display import Display, make_display
 from distaff.display.model_table import model_table
 from distaff.errors import CheckpointError, StateError
@@ -46,16 +46,17 @@ class Predictor:
 
     Config: ClassVar[type[TrainerConfig]] = TrainerConfig
     state_class: ClassVar[type[TrainState]] = TrainState
-    _state: TrainState | None = None
+    state = OfTraining[TrainState | None]()
+    step = OfTraining[int]()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Notes how the constructor is called, which a run records; see `constructor`."""
         self = super().__new__(cls)
-        self.call = call_of(cls, args, kwargs)
+        self._made_by = call_of(cls, args, kwargs)
         return self
 
     def __init__(self, model: Any, **options: Any) -> None:
-        self.call = self.call and self.call.with_model(model)
+        self._made_by = self._made_by and self._made_by.with_model(model)
         self.config = make_config(self.Config, options, type(self))
         self.model = as_model(model)
         self.feeds = Feeds()
@@ -74,20 +75,6 @@ class Predictor:
         self._evaluation_params = self.execution.program(
             lambda opt_state, params: evaluation_params(opt_state, params)
         )
-
-    @property
-    def state(self) -> TrainState | None:
-        """All that a step may change; None before the model is made.
-
-        Raises:
-            StateError: a loader reads it that is read ahead; see `data.OnPolicy`.
-        """
-        check_reader(is_there=self._state is not None)
-        return self._state
-
-    @state.setter
-    def state(self, state: TrainState | None) -> None:
-        self._state = state
 
     def set_up(self, example_batch: Batch) -> None:
         """Calls the initialising methods in their order."""
@@ -262,6 +249,8 @@ class Predictor:
         with _explained(file):
             recorded = {**recorded_options(cls.Config, record), "enable_progress_bar": False}
         trainer = made_again(cls, record, model, recorded, options)
+        if not trainer.config.enable_progress_bar or "enable_progress_bar" not in options:
+            trainer.display = make_display(False)  # whatever a constructor of its own asks for
         with _explained(file):
             trainer.set_up(example_batch)
         _load(trainer, found, record if is_recorded else None, file)

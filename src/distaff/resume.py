@@ -277,7 +277,9 @@ class Resumable(Training):
         with explained(step):
             self.num_skipped = int(info.get("num_skipped", 0))
             self.left_out = [Stretch(*map(int, each)) for each in info.get("left_out", ())]
-            self.tally = Tally.from_json(info["tally"], self._steps.columns)
+            # At the end of an epoch, what it has given is in the log.
+            done = {} if info["is_best"] is None else {"total": None, "rows": None}
+            self.tally = Tally.from_json({**info["tally"], **done}, self._steps.columns)
             first_step, first_epoch = info["begun_at"]
             self.begun_at = int(first_step), int(first_epoch)
             self.bring_back(info, store)

@@ -18,7 +18,7 @@ from distaff.candidates import (
 )
 from distaff.checkpoint import recorded
 from distaff.comparison import Comparison, compared
-from distaff.errors import CheckpointError, RunDirectoryError, RunInUseError
+from distaff.errors import CheckpointError, ConfigError, RunDirectoryError, RunInUseError
 from distaff.identity import Subject
 from distaff.launch import Seat, launch_of
 from distaff.run_directory import RunDirectory, noted_status
@@ -77,7 +77,14 @@ class Takeover:
             subject: what its identity was found from.
             key: see `train_model`.
             rerun: likewise.
+
+        Raises:
+            ConfigError: the key is no text.
         """
+        if key is not None and (not isinstance(key, str) or not key):
+            raise ConfigError(
+                f"key names a run within a program; got {key!r}. Pass a text, such as 'fold-0'."
+            )
         self._choice = Choice()
         if self.directory.created:
             return None

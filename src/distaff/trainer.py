@@ -173,7 +173,8 @@ class TrainerModule(Hooks, Checked):
                 under a schedule that depends on it. An epoch begins where the last one ended.
             key: names the run within a program, such as `"fold-0"`. A run of the same name and
                 key that is finished, and the same, is loaded instead of trained again, at any
-                start; one that is unfinished is resumed, and no run of another key.
+                start; one that is unfinished is resumed, and no run of another key. Without a run
+                directory it does nothing.
             rerun: whether to train again what is finished.
             repeat: whether a loader shorter than `steps_per_epoch` starts again within an epoch.
 
@@ -199,11 +200,7 @@ class TrainerModule(Hooks, Checked):
         with closing_made(*made), self.listening(), closing(self.display):
             self.begin(plan)
             self.prepare(plan, test)
-            epochs = {"num_epochs": plan.num_epochs, "steps_per_epoch": plan.steps_per_epoch}
-            subject = self.subject(plan)
-            self.run_record = self.record(
-                first_epoch=plan.first_epoch, **epochs, identity=subject and subject.identity()
-            )
+            subject = self.identify(plan)
             texts = {"model.txt": as_text(self.table)}
             done = self.recording.finished(self.run_record, subject, key=key, rerun=rerun)
             if done is not None:

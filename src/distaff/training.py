@@ -25,6 +25,7 @@ from distaff.callbacks import (
     around_epoch,
 )
 from distaff.compiling import Watch
+from distaff.constructor import constructed
 from distaff.data import (
     Chunk,
     Form,
@@ -158,7 +159,7 @@ class Training(Predictor):
             monitor=self.monitor,
             options=self.config,
             example_batch=self.example_batch,
-            **({} if self.call is None else {"constructor": self.call.record(self.config)}),
+            **constructed(self._made_by, self.config),
             **arguments,
         )
 

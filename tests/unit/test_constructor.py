@@ -21,7 +21,7 @@ import pytest
 
 from distaff import OptimizerConfig
 from distaff.config import to_json
-from distaff.constructor import made_again, recorded_options
+from distaff.constructor import constructed, made_again, recorded_options
 from distaff.errors import CheckpointError, ConfigError
 from distaff.models import rebuild
 from distaff.named import chosen, imported, module_name, name_of
@@ -152,7 +152,7 @@ def again(trainer: Any, cls: type | None = None, model: Any = None, **changes: A
     parts = {
         "options": trainer.config,
         "optimizer": trainer.optimizer,
-        "constructor": trainer.call and trainer.call.record(trainer.config),
+        **constructed(trainer._made_by, trainer.config),
         "model": trainer.model.record,
     }
     record = json.loads(json.dumps(to_json(parts), allow_nan=False))
@@ -203,7 +203,7 @@ def test_what_was_not_recorded_is_named_and_can_be_passed():
 
 def test_a_run_of_another_class_names_what_is_missing():
     plain = Regression(nn.Dense(1), **OPTIONS)
-    assert plain.call is None
+    assert plain._made_by is None
     with pytest.raises(CheckpointError, match=r"'weight': the run has not recorded it"):
         again(plain, Weighted)
     assert again(plain, Weighted, weight=2).weight == 2
@@ -226,7 +226,7 @@ def test_a_change_that_a_constructor_does_not_take_is_an_error():
 
 def test_options_do_not_make_a_run_another_one():
     first, second = (Weighted(nn.Dense(1), 1, root=root) for root in ("a", "b"))
-    records = [each.call.record(each.config) for each in (first, second)]
+    records = [each._made_by.record(each.config) for each in (first, second)]
     assert records[0] == records[1]
     assert records[0]["given"] == ["root"]
 
@@ -272,18 +272,25 @@ class Mine(distaff.TrainerModule):
 
 
 if __name__ == "__main__":
-    trainer = Mine(Net(), 0.25, half, root="runs", name="mine", enable_progress_bar=False)
+    trainer = Mine(Net(), 0.25, half, root="runs", name="mine")
     trainer.train_model([np.ones((4, 2), np.float32)], num_epochs=1)
 """
 
 
-def test_a_run_of_a_script_is_loaded_by_whoever_imports_it(monkeypatch):
+def test_a_run_of_a_script_is_loaded_by_whoever_imports_it(monkeypatch, capsys):
     Path("train_mine.py").write_text(SCRIPT)
-    subprocess.run([sys.executable, "train_mine.py"], check=True)
+    subprocess.run([sys.executable, "train_mine.py"], check=True, stdout=subprocess.DEVNULL)
     monkeypatch.syspath_prepend(".")
     import train_mine  # ty: ignore[unresolved-import]
 
+    capsys.readouterr()
     loaded = train_mine.Mine.load_from_checkpoint("runs/mine/0001")
     assert (loaded.weight, loaded.final) == (0.25, train_mine.half)
     assert type(loaded.model.module) is train_mine.Net
+    assert capsys.readouterr().out == ""
     assert loaded.predict([np.ones((4, 2), np.float32)]).shape == (4, 1)
+
+
+def test_more_than_the_model_by_position_is_an_error():
+    with pytest.raises(ConfigError, match=r"Regression\(model, example_batch=batch"):
+        Regression(nn.Dense(1), {"x": np.ones(2)})  # ty: ignore[too-many-positional-arguments]

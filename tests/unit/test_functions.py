@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.example_libraries import stax
 
+from distaff import Context, TrainState
 from distaff.config import to_json
 from distaff.errors import ConfigError
 from distaff.models import Functions, Variables, as_model, model_of
@@ -173,3 +175,32 @@ def test_parameters_may_be_one_array() -> None:
     model = as_model((lambda key, x: jnp.ones(x.shape[1]), lambda params, x: x @ params))
     row = model.layers(jax.random.key(0), jnp.ones((2, 3)))[0]
     assert [tuple(shape) for _, _, shape, _ in row.variables] == [(3,)]
+
+
+def test_forward_function_of_ones_own_has_collections_mode_and_key() -> None:
+    def forward(variables, x, train, key=None):
+        return x * variables["batch_stats"]["scale"], train, key
+
+    state = TrainState.create(
+        params={"w": jnp.ones(1)},
+        batch_stats={"scale": jnp.full((), 3.0)},
+        apply_fn=forward,
+        rng=KEY,
+    )
+    params = {"w": jnp.ones(1)}
+    outputs, train, key = Context(state, train=True).apply(params, X)
+    np.testing.assert_array_equal(outputs, 3 * X)
+    assert train is True
+    assert key is not None
+    assert Context(state, train=False).apply(params, X, train=True, key=KEY)[1:] == (True, KEY)
+
+
+def test_init_takes_the_key_alone_or_a_shape() -> None:
+    assert as_model((lambda key: {"w": key}, lambda p, x: x)).init(KEY, X).params["w"] is KEY
+    option = (lambda key, x, width=3: {"width": width}, lambda p, x: x)
+    assert as_model(option).init(KEY, X).params == {"width": 3}
+    dense = stax.serial(stax.Dense(2), stax.Relu)
+    model = as_model(dense)
+    with jax.numpy_rank_promotion("allow"):
+        outputs, _ = model.apply(model.init(KEY, X), X, train=True, key=None)
+    assert outputs.shape == (len(X), 2)

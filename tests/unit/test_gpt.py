@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -248,3 +249,14 @@ def test_generate_follows_key_and_temperature():
     np.testing.assert_allclose(share(0.5), np.array([36, 9, 1]) / 46, atol=0.03)
     assert share(0.0).tolist() == [1, 0, 0]
     assert share(1.0, seed=0).tolist() != share(1.0, seed=1).tolist()
+
+
+def test_sampling_from_half_precision_logits_draws_as_from_float32():
+    logits = jnp.asarray([[0.0, 0.01, 0.02, 3.0]] * 2, jnp.bfloat16)
+    tokens = jnp.zeros((2, 60), jnp.int32)
+
+    def draw(dtype: Any) -> Any:
+        rows = jnp.broadcast_to(logits.astype(dtype)[:, None], (2, 60, 4))
+        return generate(lambda _: rows, tokens, 1, key=jax.random.key(0))
+
+    np.testing.assert_array_equal(draw(jnp.bfloat16), draw(jnp.float32))

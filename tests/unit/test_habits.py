@@ -283,3 +283,27 @@ def test_model_is_called_as_linen_has_it():
     assert losses[0] == losses[1]
     made = usual.model.init({"params": jax.random.key(0)}, batch["x"])
     assert set(made) == {"params"}
+
+
+def test_fields_of_an_optimizer_name_the_right_form():
+    with pytest.raises(ConfigError, match=r"OptimizerConfig has no argument 'lr'.*learning_rate"):
+        OptimizerConfig("adam", lr=1e-3)  # ty: ignore[unknown-argument]
+    with pytest.raises(ConfigError, match=r"no argument 'momentum'.*options="):
+        OptimizerConfig("sgd", momentum=0.9)  # ty: ignore[unknown-argument]
+
+
+def test_a_constructor_that_forgot_the_trainers_is_named():
+    class Forgetful(Regression):
+        def __init__(self, model):
+            self.mine = model
+
+    with pytest.raises(UnknownNameError, match=r"super\(\)\.__init__"):
+        Forgetful(nn.Dense(1)).train_model([], num_epochs=1)
+
+
+def test_hooks_that_yield_are_an_error():
+    def hook(self, epoch, metrics):
+        yield epoch
+
+    with pytest.raises(ConfigError, match=r"Own\.on_training_epoch_end is called and not iterated"):
+        make(subclass(on_training_epoch_end=hook))

@@ -158,6 +158,18 @@ def test_token_out_of_range_in_a_later_batch_ends_training_and_prediction(value:
         run.predict(batches)
 
 
+@pytest.mark.parametrize("kind", [tasks.Classifier, tasks.Regressor])
+def test_negative_token_of_a_model_with_an_embedding_is_out_of_range(kind: Any):
+    tokens = np.arange(16, dtype=np.int32)[:, None] % 5
+    model = (lambda key, *inputs: {"w": jnp.ones((5, 3))}, lambda p, x: p["w"][x[:, 0]])
+    run = kind(model, **QUIET, example_batch={"tokens": tokens[:4], "y": Y[:4]})
+    targets = Y[:16] if kind is tasks.Classifier else X[:16]
+    assert run.eval_model(data.ArrayLoader({"tokens": tokens, "y": targets}, 4))["loss"] > 0
+    tokens[9] = -1
+    with pytest.raises(BatchError, match=r"A token \('tokens'\) .*in batch 3 .*one is -1"):
+        run.eval_model(data.ArrayLoader({"tokens": tokens, "y": targets}, 4))
+
+
 def test_loss_of_ones_own_has_its_indices_checked():
     class Lookup(distaff.TrainerModule):
         def loss_fn(self, params: Any, batch: Any, ctx: Any) -> Any:

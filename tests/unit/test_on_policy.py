@@ -78,6 +78,17 @@ def test_loader_that_is_read_ahead_cannot_look_at_the_state(first_to_look, secon
     assert trainer.ready_state() is trainer.state
 
 
+def test_loader_that_is_read_ahead_cannot_count_by_the_trainers_step():
+    trainer = make()
+
+    def batches() -> Iterator[Any]:
+        for _ in range(trainer.step + 1):
+            yield EXAMPLE
+
+    with pytest.raises(StateError, match="state or step"):
+        trainer.train_model(batches, num_epochs=1)
+
+
 def test_validation_may_look_at_the_state():
     trainer = make(check_validation=False)
 

@@ -207,6 +207,17 @@ def test_evaluation_drops_changes_and_training_keeps_the_form():
     assert jax.tree.map(int, after.collections) == {"counters": {"calls": 2}}
 
 
+def test_mode_and_key_of_a_pass_may_be_chosen():
+    ctx, params = context(Dropping(), train=False)
+    np.testing.assert_array_equal(ctx.apply(params, X), X)
+    chosen = ctx.apply(params, X, train=True, key=KEY)
+    np.testing.assert_array_equal(chosen, ctx.apply(params, X, train=True, rngs=KEY))
+    assert (chosen == 0).any()
+    for kwargs in ({"train": X}, {"key": X}):
+        with pytest.raises(ConfigError, match="by position"):
+            ctx.apply(params, X, **kwargs)
+
+
 def test_collections_that_are_passed_are_those_of_the_pass():
     ctx, params = context(nn.BatchNorm(use_running_average=True), train=False)
     moved = {"mean": jnp.full(3, 5.0), "var": jnp.ones(3)}

@@ -33,13 +33,19 @@ MODEL = (scaled, lambda params, x: params["w"][None] * x)
 
 
 def task(kind: Any, example: Any, **options: Any) -> Any:
-    return kind(MODEL, **QUIET, example_batch=jax.tree.map(lambda a: a[:8], example), **options)
+    example = jax.tree.map(lambda leaf: leaf[:8], example)
+    options = {"optimizer": optax.sgd(0.1), **options}
+    return kind(MODEL, **QUIET, example_batch=example, **options)
+
+
+def ready(run: Any) -> Any:
+    """Returns the state of a task with its optimizer."""
+    return run.state.replace(tx=run.optimizer, opt_state=run.optimizer.init(run.state.params))
 
 
 def stepped(run: Any, batch: Any) -> tuple[Any, Any]:
     """Returns the parameters after one step of a task, and the metrics of the step."""
-    run.init_optimizer(10)
-    state, found = run.create_functions()[0](run.state, batch)
+    state, found = run.create_functions()[0](ready(run), batch)
     return state, metrics.compute(metrics.to_host(found))
 
 
@@ -277,3 +283,12 @@ def test_loss_of_ones_own_fills_what_has_no_weight(of_values: bool):
     state, _ = stepped(run, {"x": inputs, "y": holes, "m": weight})
     gradient = np.where(weight > 0, 2 * (0.5 * X - targets) * X, 0).sum(0) / weight.sum()
     np.testing.assert_allclose(state.params["w"], 0.5 - 0.1 * gradient, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [tasks.Classifier, tasks.Regressor, tasks.Autoencoder])
+def test_tracing_a_loss_leaves_the_task_as_it_was(kind: Any):
+    batch = {"x": X, "y": Y if kind is tasks.Classifier else X, "weight": W}
+    run = task(kind, batch)
+    before = dict(vars(run))
+    jax.eval_shape(run.create_functions()[0], ready(run), batch)
+    assert vars(run) == before

@@ -38,7 +38,7 @@ from distaff.data.loader import (
 )
 from distaff.data.mapped import MappedLoader
 from distaff.data.mixture import Mixture
-from distaff.data.on_policy import OnPolicy, check_reader, first_to_train, is_on_policy
+from distaff.data.on_policy import OfTraining, OnPolicy, first_to_train, is_on_policy
 from distaff.data.packed import packed
 from distaff.data.parquet import ParquetExamples
 from distaff.data.pictures import cifar10, cifar10_names, cifar100, cifar100_names, mnist
@@ -65,6 +65,7 @@ __all__ = [
     "MappedExamples",
     "MappedLoader",
     "Mixture",
+    "OfTraining",
     "OnPolicy",
     "One",
     "ParquetExamples",
@@ -77,7 +78,6 @@ __all__ = [
     "TextLines",
     "as_loader",
     "bucketed",
-    "check_reader",
     "cifar10",
     "cifar10_names",
     "cifar100",

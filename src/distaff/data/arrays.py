@@ -15,8 +15,6 @@ from distaff.errors import BatchError
 from distaff.number import whole
 from distaff.typing import Batch, PyTree
 
-_SAMPLED_ROWS = 64
-
 
 class ArrayLoader:
     """A loader over arrays in memory.
@@ -146,11 +144,12 @@ class ArrayLoader:
         self._position = self._start = (epoch, batch)
 
     def identity(self) -> dict[str, Any]:
-        """Returns what the batches depend on: the options, and a digest of rows of the arrays."""
-        rows = np.unique(np.linspace(0, self.num_examples - 1, _SAMPLED_ROWS).astype(int))
-        leaves = jax.tree.leaves(self._arrays)
-        rows_digest = digest(*(sample_digest(leaf[rows]) for leaf in leaves))
-        return {**self._identity(), "rows": rows_digest}
+        """Returns what the batches depend on: the options, and a digest of the arrays' values.
+
+        Of an array of more than 4 MiB, pieces count that are spread over it.
+        """
+        values = digest(*map(sample_digest, jax.tree.leaves(self._arrays)))
+        return {**self._identity(), "values": values}
 
     def _identity(self) -> dict[str, int]:
         return {

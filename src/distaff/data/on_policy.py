@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar, overload
 
 from distaff.data.loader import Loader, as_loader, first_batch, num_batches
 from distaff.data.stream import Stream
@@ -73,11 +73,11 @@ class OnPolicy:
 
 def is_on_policy(loader: Any) -> bool:
     """Whether the batches of a loader, or of one that it wraps, may depend on the training."""
-    while loader is not None:
-        if isinstance(loader, OnPolicy):
-            return True
-        loader = getattr(loader, "loader", None)
-    return False
+    if isinstance(loader, OnPolicy):
+        return True
+    inner = getattr(loader, "loaders", None)
+    inner = inner if isinstance(inner, tuple) else (getattr(loader, "loader", None),)
+    return any(is_on_policy(each) for each in inner if each is not None)
 
 
 def first_to_train(loader: Loader) -> Batch:
@@ -103,20 +103,43 @@ def marked(items: Iterator[T], loader: Any) -> Generator[T]:
         yield item
 
 
-def check_reader(*, is_there: bool) -> None:
-    """Checks that the trainer's state may be read by this thread now.
+class OfTraining(Generic[T]):
+    """A member of a trainer that a step changes: no loader may read it that is read ahead.
 
-    Args:
-        is_there: whether there is a state.
+    It is the member itself for whoever else reads or sets it.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = f"_{name}"
+
+    @overload
+    def __get__(self, owner: None, cls: type) -> OfTraining[T]: ...
+
+    @overload
+    def __get__(self, owner: object, cls: type) -> T: ...
+
+    def __get__(self, owner: Any, cls: type) -> Any:
+        if owner is None:
+            return self
+        value = vars(owner).get(self._name)
+        _check_reader(is_there=value is not None)
+        return value
+
+    def __set__(self, owner: Any, value: T) -> None:
+        vars(owner)[self._name] = value
+
+
+def _check_reader(*, is_there: bool) -> None:
+    """Checks that a member may be read by this thread now.
 
     Raises:
-        StateError: a loader that is read ahead asks for it, or one asks before there is any.
+        StateError: a loader that is read ahead asks for it, or one asks before it is there.
     """
     mark = _reading.get()
     if mark == _AHEAD:
         raise StateError(
-            "The train loader reads the trainer's state while it makes a batch. Batches are "
-            "fetched ahead of the steps, so that it would see old parameters, or arrays that a "
+            "The train loader reads the trainer's state or step while it makes a batch. Batches "
+            "are fetched ahead of the steps, so that it would see old parameters, or arrays that a "
             "step has taken. Wrap the loader: train_model(data.OnPolicy(loader), ...)."
         )
     if mark == _AFTER and not is_there:

@@ -27,8 +27,9 @@ class Functions(Adapter):
     `deterministic` or `inference`. With `state`, `init` returns `(params, state)` and `apply`
     `(outputs, state)`: the state is the collection `state`, and changes in training only.
 
-    `init` may take the key alone. The key of `apply` is a fixed one in evaluation. A function that
-    cannot be told whether it trains has to be by its caller:
+    `init` may take the key alone, or the key and `input_shape`, as those of
+    `jax.example_libraries.stax` do. The key of `apply` is a fixed one in evaluation. A function
+    that cannot be told whether it trains has to be by its caller:
     `ctx.apply(params, x, my_flag=ctx.train)`.
 
     Args:
@@ -73,6 +74,9 @@ class Functions(Adapter):
 
     def init(self, key: Key, *inputs: Any) -> Variables:
         """Calls `init`, which is told that it trains if it has a parameter for that."""
+        if parameters(self._init)[1:2] == ["input_shape"]:  # jax.example_libraries.stax
+            _, made = self._init(key, inputs[0].shape)
+            return Variables(made)
         given = inputs[: num_positional(self._init) - 1]
         flag: dict[str, Any] = mode_flag(self._init, True, 1 + len(given))
         made = self._init(key, *given, **flag)
@@ -164,8 +168,11 @@ class FunctionModel:
     def apply(
         self, variables: Variables, *inputs: Any, train: bool, key: Key | None, **kwargs: Any
     ) -> tuple[Any, Variables]:
-        """Calls the function, which changes nothing; it is told whether it trains."""
+        """Calls the function, which changes nothing, with its mode and a key if it takes them."""
         flags: dict[str, Any] = mode_flag(self.apply_fn, train, 1 + len(inputs))
+        accepted = parameters(self.apply_fn)[1 + len(inputs) :]
+        if key is not None:
+            flags.update((name, key) for name in ("key", "rng") if name in accepted)
         outputs = self.apply_fn(variables.by_collection(), *inputs, **{**flags, **kwargs})
         return outputs, variables
 

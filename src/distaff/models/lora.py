@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from distaff.errors import ConfigError, leaf_name
 from distaff.models import record
 from distaff.models.adapter import LayerRow, Model, Variables, is_model
+from distaff.models.observed import Observed, observing
 from distaff.number import as_float, whole
 from distaff.typing import Key, Params
 
@@ -84,6 +85,10 @@ class LoraModel:
 
     def __init__(self, inner: Model, lora: Lora) -> None:
         self.inner, self.module = inner, lora
+
+    def observing(self, observed: Observed) -> LoraModel:
+        """Returns this model, whose passes are noted."""
+        return LoraModel(observing(self.inner, observed), self.module)
 
     @property
     def record(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.errors import InvalidRngError
 
 from distaff.errors import DistaffError, StateError
@@ -22,6 +23,7 @@ KEY_NAMES = (
 """Parameters of these names are given a random key."""
 
 _OWN_FOLDS = {"params": 0, "dropout": 1}
+_OF_A_KEY = re.compile(r"\b(key|rng|prng|random)", re.IGNORECASE)
 _MISSING = re.compile(r'PRNG for "([^"]*)"')
 
 
@@ -60,14 +62,14 @@ def asking_for_key(model: str, is_without: bool) -> Generator[None]:
     except DistaffError:
         raise
     except Exception as error:
-        if is_without:
+        if is_without and _OF_A_KEY.search(str(error)):
             raise no_key(model) from error
         raise
 
 
 def is_key(value: Any) -> bool:
     """Tells a random key, typed or not, from other values."""
-    if not hasattr(value, "dtype") or not hasattr(value, "shape"):
+    if not isinstance(value, jax.Array | np.ndarray):
         return False
     if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         return value.shape == ()

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import optax
 
 from distaff.errors import ConfigError, nearest
+from distaff.habits import OPTIMIZER, spell
 from distaff.number import whole
 from distaff.optim import catalog
 from distaff.optim.defaults import (
@@ -316,3 +317,7 @@ def _decay_remedy(config: OptimizerConfig) -> str:
             f"weight_decay={config.weight_decay!r})."
         )
     return no_decay_remedy(config.name)
+
+
+for _cls in (OptimizerConfig, ParamGroup):
+    spell(_cls, OPTIMIZER)

@@ -108,7 +108,7 @@ class Classifier(WeighingTask):
         labels = self.labels(batch)
         weight = weights_for(self.sample_weight(batch), labels.shape[:1], ctx)
         weight = _without(labels, self.config.ignore_index, weight)
-        inputs = filled(self.model_inputs(batch), weight)
+        inputs = filled(self.checked_inputs(batch, ctx), weight)
         logits = ctx.apply(params, *inputs)
         _check_forms(logits, labels)
         logits = floating(logits)

@@ -60,7 +60,7 @@ class Regressor(WeighingTask):
         weight = weights_for(self.sample_weight(batch), targets.shape, ctx)
         if self.config.nan_ok and jnp.issubdtype(targets.dtype, jnp.floating):
             weight = _without_missing(targets, weight)
-        inputs = filled(self.model_inputs(batch), weight)
+        inputs = filled(self.checked_inputs(batch, ctx), weight)
         outputs = ctx.apply(params, *inputs)
         _check(outputs, targets)
         dtype = np.promote_types(outputs.dtype, np.float32)

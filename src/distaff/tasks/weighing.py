@@ -18,6 +18,7 @@ from distaff.typing import Batch
 
 _NAMES = ("sample_weight", "sample_weights", "weight", "weights")
 _PLACE = 2
+_TOKENS = "Pad with a token that the model has."
 _ADVICE = "Leave an example out with the weight 0."
 
 
@@ -48,6 +49,19 @@ class WeighingTask(TrainerModule):
         if self.state is None:
             return None
         return self.execution.shapes(self._forward, self.evaluation_state(), batch).shape[-1]
+
+    def checked_inputs(self, batch: Batch, ctx: Context) -> tuple[Any, ...]:
+        """Returns the model's inputs, and has tokens among them checked: none is negative.
+
+        A token that is too large becomes NaN in the model, but -1 is read as the last one.
+        """
+        inputs = self.model_inputs(batch)
+        tokens = named(batch).get("tokens")
+        is_input = tokens is not None and any(each is tokens for each in inputs)
+        if is_input and jnp.issubdtype(tokens.dtype, jnp.integer):
+            what = called("token", tokens, batch)
+            ctx.check_range(f"A {what} is an index, at least 0", tokens, 0, advice=_TOKENS)
+        return inputs
 
     def sample_weight(self, batch: Batch) -> Any:
         """Returns the weights of a batch, `[batch]`; None where all examples count alike.

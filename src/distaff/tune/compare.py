@@ -19,7 +19,7 @@ from distaff.callbacks import Callback, Callbacks, StepInfo
 from distaff.data import as_loader, first_batch, num_batches
 from distaff.display import NullDisplay, make_display
 from distaff.errors import ConfigError, MetricError, NonFiniteError, nearest
-from distaff.monitor import Monitor
+from distaff.monitor import Monitor, as_monitor
 from distaff.number import whole
 from distaff.optim import OptimizerLike, build_optimizer, geometry, observed
 from distaff.trainer import TrainerModule
@@ -79,7 +79,7 @@ def compare(
     rates = _rates(optimizers, grid)
     _check_seeds(seeds)
     compile_cache.enable()
-    contest = _Contest(make_trainer, make_loaders, num_epochs, monitor)
+    contest = _Contest(make_trainer, make_loaders, num_epochs, as_monitor(monitor))
     total_steps = contest.check_loaders(seeds) * num_epochs
     for name, make_optimizer in optimizers.items():
         for rate in rates[name]:

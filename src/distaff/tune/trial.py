@@ -168,12 +168,25 @@ class Reporting(Callback):
     def __init__(self, suggestion: Suggestion, monitor: Monitor, num_epochs: int) -> None:
         self._suggestion, self._monitor, self._num_epochs = suggestion, monitor, num_epochs
 
-    def on_validation_end(self, info: StepInfo) -> None:
-        """Reports the monitored metric.
+    def on_epoch_end(self, info: StepInfo) -> None:
+        """Reports a monitored metric of training.
 
         Raises:
             StopTraining: the trial is pruned.
         """
+        if self._monitor.is_of_training:
+            self._report(info)
+
+    def on_validation_end(self, info: StepInfo) -> None:
+        """Reports a monitored metric of validation.
+
+        Raises:
+            StopTraining: the trial is pruned.
+        """
+        if not self._monitor.is_of_training:
+            self._report(info)
+
+    def _report(self, info: StepInfo) -> None:
         value = self._monitor.value(info.metrics)
         self._suggestion.report(value, info.epoch)
         if info.epoch < self._num_epochs and self._suggestion.should_prune():

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from distaff.errors import BatchError, ConfigError
+from distaff.metrics import floating
 
 _INIT_SCALE = 0.02
 _RUNS = 4
@@ -154,8 +155,8 @@ def causal_attention(
         if segment_ids is not None:
             visible &= _in_one_segment(segment_ids[:, start:end], segment_ids[:, :end])
         scores = query[:, :, start:end] @ jnp.swapaxes(key[:, :, :end], 2, 3)
-        weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf))
-        outputs.append(weights @ value[:, :, :end])
+        weights = jax.nn.softmax(jnp.where(visible, floating(scores), -jnp.inf))
+        outputs.append(weights.astype(value.dtype) @ value[:, :, :end])
     return jnp.swapaxes(jnp.concatenate(outputs, axis=2), 1, 2)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from distaff.metrics import floating
 from distaff.typing import Key
 
 
@@ -51,6 +52,7 @@ def generate(
 
 
 def _draw(key: Key, logits: jax.Array, temperature: jax.typing.ArrayLike) -> jax.Array:
+    logits = floating(logits)  # in half precision the noise itself would be rounded
     is_greedy = jnp.asarray(temperature) == 0
     drawn = jax.random.categorical(key, logits / jnp.where(is_greedy, 1, temperature))
     return jnp.where(is_greedy, logits.argmax(axis=-1), drawn)
