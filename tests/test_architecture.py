@@ -22,7 +22,7 @@ SOURCES = Path(__file__).parents[1] / "src"
 
 # A room imports only from rooms that stand before it. "distaff" is the package's own __init__.py.
 ROOMS = (
-    *("typing", "errors", "number", "garbage", "habits", "override", "named"),
+    *("typing", "errors", "number", "seeds", "garbage", "habits", "override", "named"),
     *("digest", "sketch"),
     *("paths", "quiet", "warn", "_optional"),
     *("gradients", "slot", "state", "vitals", "spikes"),
@@ -35,7 +35,7 @@ ROOMS = (
     *("models", "data", "augment", "optim", "parallel", "zoo", "trainer_config", "ranking"),
     *("plain", "constructor"),
     *("independence", "broadcasts"),
-    *("place", "context", "measured", "logged_rates", "guard", "rows", "step"),
+    *("place", "context", "measured", "counted", "logged_rates", "guard", "rows", "step"),
     *("accumulate", "learning", "precision"),
     "diagnosis",
     *("forms", "fuse", "rehearsal", "page_faults", "padding"),

@@ -22,8 +22,15 @@ from distaff.trainer_config import TrainerConfig
 T = TypeVar("T")
 
 _MODEL = {"$model": True}
-_GIVEN = {"optimizer", "loggers", "callbacks", "example_batch", "init_from"}
-"""What a trainer takes besides its options, and a run records elsewhere, or not at all."""
+_ABSENT: Mapping[str, Any] = {
+    "loggers": (),
+    "callbacks": (),
+    "example_batch": None,
+    "init_from": None,
+}
+"""What a trainer takes besides its options that a loaded one does without."""
+
+_GIVEN = {"optimizer", *_ABSENT}
 
 
 class Call(NamedTuple):
@@ -61,6 +68,7 @@ class Call(NamedTuple):
         values = to_json(options)
         given = [name for name in self.loose if name in own | _GIVEN]
         given += [name for name, x in self.named.items() if name in own and x == values[name]]
+        given += [name for name in self.named if name in _ABSENT]
         return {
             "class": self.owner,
             "named": {name: x for name, x in self.named.items() if name not in given},
@@ -208,6 +216,7 @@ class _Maker:
         self.missing: dict[str, str] = {}
         self._call: Mapping[str, Any] = call or {}
         given = self._call.get("given", list(options))
+        self._optimizer = options.get("optimizer", OptimizerConfig())
         self._options = {name: options[name] for name in given if name in options}
 
     def named(self, model: Callable[[], Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -225,8 +234,8 @@ class _Maker:
                 self._restore(found, name, recorded_here[name])
             elif name in self._options:
                 found[name] = self._options[name]
-            elif name in ("loggers", "callbacks"):
-                found[name] = ()
+            elif name in _ABSENT:
+                found[name] = _ABSENT[name]
             elif parameter.default is parameter.empty:
                 self.missing[name] = "the run has not recorded it"
         return found
@@ -273,6 +282,9 @@ class _Maker:
         try:
             found[name] = restored(data)
         except LostError as error:
-            self.missing[name] = str(error)
+            if name == "optimizer":  # which a loaded model does without
+                found[name] = self._optimizer
+            else:
+                self.missing[name] = str(error)
         except Exception as error:
             self.missing[name] = f"it cannot be made again: {error}"

@@ -100,6 +100,14 @@ CALLS: Mapping[str, str] = {
 }
 """What is asked of a trainer: what it has instead."""
 
+RESULTS: Mapping[str, str] = {
+    **dict.fromkeys(("history", "logs"), "result.path / 'metrics.jsonl', or a MemoryLogger"),
+    **dict.fromkeys(("model", "params", "state", "best_params"), "trainer.state, or bind_model()"),
+    **dict.fromkeys(("best_metrics", "best_epoch", "best_score"), "result.best"),
+    **dict.fromkeys(("loss", "accuracy", "val_loss", "test_loss"), "result.metrics['val/loss']"),
+}
+"""What is asked of a result: what there is instead."""
+
 _VALIDATION_END = "on_validation_epoch_end(self, epoch, metrics, val_loader)"
 _EPOCH_END = "on_training_epoch_end(self, epoch, metrics)"
 
@@ -166,17 +174,29 @@ def remedy(name: str, known: Iterable[str], table: Mapping[str, str]) -> str:
     return f"Write {table[name]}." if name in table else nearest(name, known)
 
 
-def unknown_name(owner: Any, name: str) -> AttributeError:
-    """Returns the error for an attribute that a trainer does not have."""
+def unknown_trainer_name(owner: Any, name: str) -> AttributeError:
+    """Returns the error for an attribute that a trainer does not have, or not yet."""
+    if "config" in vars(owner) or name.startswith("__"):
+        return unknown_name(owner, name, CALLS)
+    return UnknownNameError(
+        f"{type(owner).__name__!r} object has no attribute {name!r}. Its constructor has not "
+        "called super().__init__(model, **options) before.",
+        name=name,
+        obj=owner,
+    )
+
+
+def unknown_name(owner: Any, name: str, table: Mapping[str, str]) -> AttributeError:
+    """Returns the error for an attribute that an object does not have.
+
+    Args:
+        owner: the object.
+        name: of the attribute.
+        table: names from elsewhere, and what it has instead.
+    """
     text = f"{type(owner).__name__!r} object has no attribute {name!r}"
-    if "config" not in vars(owner) and not name.startswith("__"):
-        return UnknownNameError(
-            f"{text}. Its constructor has not called super().__init__(model, **options) before.",
-            name=name,
-            obj=owner,
-        )
-    if name in CALLS:
-        return UnknownNameError(f"{text}. Use {CALLS[name]}.", name=name, obj=owner)
+    if name in table:
+        return UnknownNameError(f"{text}. Use {table[name]}.", name=name, obj=owner)
     return AttributeError(text, name=name, obj=owner)
 
 

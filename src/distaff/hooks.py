@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Never
 
-from distaff.habits import METHODS, check_methods, unknown_name
+from distaff.habits import METHODS, check_methods, unknown_trainer_name
 from distaff.override import check_overrides
 from distaff.step import AugmentFn
 from distaff.typing import Batch, Key
@@ -39,7 +39,7 @@ class Hooks:
     """Override points without which a run is complete."""
 
     def __getattr__(self, name: str) -> Never:
-        raise unknown_name(self, name)
+        raise unknown_trainer_name(self, name)
 
     def augment(self, batch: Batch, key: Key) -> Batch:
         """Returns a batch to train on in place of one of the loader, such as a shifted picture.

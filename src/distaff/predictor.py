@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 import jax
-import numpy as np
 
 from distaff import allocator, checkpoint, compile_cache
 from distaff.checkpoint import Located, Store
@@ -24,6 +23,7 @@ from distaff.initial import normalized, on_host, rows_of
 from distaff.models import Variables, as_model
 from distaff.optim import evaluation_params, has_evaluation_params
 from distaff.record import example_from
+from distaff.seeds import folded
 from distaff.state import TrainState, placed_like
 from distaff.trainer_config import TrainerConfig, make_config
 from distaff.typing import Batch, Key, Params, PyTree
@@ -115,7 +115,7 @@ class Predictor:
 
     def init_model(self, example_batch: Batch) -> None:
         """Makes the state before training: variables and root key, no optimizer yet."""
-        init_key, root_key = self.execution.once(_two_keys)(np.int64(self.config.seed))
+        init_key, root_key = self.execution.once(_two_keys)(folded(self.config.seed))
         variables = self._initial(example_batch, init_key)
         self.state = self.state_class.create(
             apply_fn=self.model.apply_fn, rng=root_key, **variables._asdict()

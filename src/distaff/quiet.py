@@ -30,6 +30,22 @@ class _Warnings(logging.Filter):
         return record.levelno >= logging.WARNING or not is_theirs
 
 
+class _SteadyLogger(logging.Logger):
+    """A logger whose handlers end no run where their stream, such as standard error, is closed.
+
+    `logging` itself swallows their errors, unless it cannot write these to standard error either.
+    """
+
+    def callHandlers(self, record: logging.LogRecord) -> None:  # noqa: N802 the name in logging
+        """Hands a record to each handler."""
+        with contextlib.suppress(OSError, ValueError):
+            super().callHandlers(record)
+
+
+_own = logging.getLogger("distaff")
+if type(_own) is logging.Logger:
+    _own.__class__ = _SteadyLogger
+
 _lock = threading.Lock()
 _filter = _Warnings()
 _depth = 0

@@ -180,21 +180,33 @@ def update(
         raise
 
 
-def check_examples(grads: Params, opt_state: PyTree, params: Params) -> None:
-    """Checks the shapes of gradients: those of parameters, or one for each example.
+def prepared(grads: Params, opt_state: PyTree, whole: Params) -> Params:
+    """Returns gradients as an optimizer takes them: checked, and pointing uphill.
+
+    Their shapes are those of the parameters, or have one more axis, of examples, in front.
 
     Args:
-        grads: gradients.
+        grads: gradients, as `jax.grad` returns them.
         opt_state: the state of the optimizer that is to take them.
-        params: the parameters.
+        whole: the parameters.
 
     Raises:
         StateError: they have other shapes, or an optimizer that needs the gradient of each example
             is given their mean.
     """
+    if holds(opt_state, optax.LookaheadState) and not isinstance(whole, optax.LookaheadParams):
+        raise StateError(
+            "optax.lookahead trains optax.LookaheadParams, and the parameters are of type "
+            f"{type(whole).__name__}. Make the state with "
+            "params=optax.LookaheadParams.init_synced(params), differentiate the loss with respect "
+            "to state.params.fast, and evaluate with state.params.slow."
+        )
+    params = whole
+    if isinstance(whole, optax.LookaheadParams):
+        params, grads = whole.fast, getattr(grads, "fast", grads)
     is_private = holds(opt_state, optax.contrib.DifferentiallyPrivateAggregateState)
     if num_per_example(grads, params) is not None:
-        return
+        return descending(grads)
     check_gradients(grads, params)
     if is_private:
         raise StateError(
@@ -204,6 +216,7 @@ def check_examples(grads: Params, opt_state: PyTree, params: Params) -> None:
             "that computes jax.vmap(jax.grad(loss), (None, 0))(state.params, batch), and returns "
             "state.apply_gradients(grads=...)."
         )
+    return descending(grads)
 
 
 def kept_statistics(tx: Any, before: PyTree, after: PyTree) -> PyTree:

@@ -14,7 +14,7 @@ import optax
 from distaff import slot
 from distaff.digest import named_scope
 from distaff.errors import StateError, nearest
-from distaff.gradients import check_gradients, check_params, check_trainable, descending
+from distaff.gradients import check_gradients, check_params, check_trainable
 from distaff.typing import Key, Params, PyTree
 
 
@@ -171,9 +171,8 @@ class TrainState(_FrozenPyTree):
         self._check_members(members, reserved=("step", "params", "opt_state"))
         offered = {"value": value, "value_fn": value_fn, **(optimizer_args or {})}
         with named_scope("optimizer"):
-            updates, opt_state = slot.update(
-                self.tx, _prepared(grads, self), self.opt_state, self.params, offered
-            )
+            grads = slot.prepared(grads, self.opt_state, self.params)
+            updates, opt_state = slot.update(self.tx, grads, self.opt_state, self.params, offered)
             check_gradients(updates, self.params)
             params = optax.apply_updates(self.params, updates)
         if "batch_stats" in members:
@@ -200,15 +199,6 @@ class TrainState(_FrozenPyTree):
                     f"{cls.__name__} has no member {name!r} to set here. {nearest(name, known)} "
                     f"To add a member, subclass it: class MyState({cls.__name__}): {name}: ..."
                 )
-
-
-def _prepared(grads: Params, state: TrainState) -> Params:
-    """Returns gradients as an optimizer takes them: checked, and pointing uphill."""
-    params = state.params
-    if isinstance(params, optax.LookaheadParams):
-        params, grads = params.fast, getattr(grads, "fast", grads)
-    slot.check_examples(grads, state.opt_state, params)
-    return descending(grads)
 
 
 def owned(state: PyTree) -> PyTree:

@@ -10,6 +10,7 @@ from distaff import loop, monitors, page_faults
 from distaff import metrics as metrics_lib
 from distaff.checked import Checked
 from distaff.context import Context
+from distaff.counted import counted
 from distaff.data import (
     Loader,
     as_loader,
@@ -117,7 +118,8 @@ class TrainerModule(Hooks, Checked):
         """Makes programs of the pure functions; nothing compiles before its first call."""
         self.train_step = self.execution.program(train_step, donate=0)
         self.eval_step = self.execution.program(eval_step)
-        self._plain_step = measured(train_step)
+        self._counted = counted(train_step, type(self), TrainerModule)
+        self._plain_step = measured(self._counted)
         self._measured_step = self.execution.part(guarded(reporting(self._plain_step), self.config))
         self._evaluator = Evaluator(eval_step, self.execution, self.evaluation_watch)
 
@@ -305,7 +307,7 @@ class TrainerModule(Hooks, Checked):
         steps_per_epoch = plan.steps_per_epoch or num_batches(plan.train_loader)
         total = None if steps_per_epoch is None else steps_per_epoch * plan.num_epochs
         self.total_steps = total
-        self.init_optimizer(total)
+        _init_optimizer(self, total, batch)
         self._steps = make_steps(
             self.execution,
             self._measured_step,
@@ -340,6 +342,14 @@ class TrainerModule(Hooks, Checked):
         self.last_metrics = metrics
         self.show_result(metrics)
         return metrics
+
+
+def _init_optimizer(trainer: TrainerModule, total_steps: int | None, batch: Batch) -> None:
+    """Initialises the optimizer, for as many updates as the steps of the run make."""
+    trainer.init_optimizer(total_steps)
+    count = trainer._updates_per_step = trainer._counted.count(trainer.ready_state(), batch)
+    if count > 1:
+        trainer.init_optimizer(None if total_steps is None else total_steps * count)
 
 
 def _train(trainer: TrainerModule, plan: Plan) -> None:

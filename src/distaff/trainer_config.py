@@ -7,12 +7,12 @@ import inspect
 import math
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, Never, TypeAlias, TypeVar, get_args
 
 from distaff.compiling import Recompile
 from distaff.duration import seconds_of
 from distaff.errors import ConfigError, nearest
-from distaff.habits import OPTIONS, remedy
+from distaff.habits import OPTIONS, RESULTS, remedy, unknown_name
 from distaff.number import whole
 from distaff.paths import as_path
 
@@ -285,3 +285,6 @@ class TrainResult(NamedTuple):
     best: Best | None
     path: Path | None
     first_step: int = 0
+
+    def __getattr__(self, name: str) -> Never:
+        raise unknown_name(self, name, RESULTS)

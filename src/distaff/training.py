@@ -92,6 +92,7 @@ class Training(Predictor):
     unsaved: dict[str, Any] | None
     last_save: int | None
     interrupted_by: str
+    _updates_per_step: int
     _steps: Steps
 
     def __init__(
@@ -312,7 +313,10 @@ class Training(Predictor):
             self.display.update({n: v for n, v in metrics.items() if np.ndim(v) == 0})
             if self._rates is not None:
                 updates = max(1, event.step - self.begun_at[0] - self.num_skipped)
-                rates = {f"step/{n}": rate for n, rate in self._rates(updates - 1).items()}
+                rates = {
+                    f"step/{n}": rate
+                    for n, rate in self._rates(updates * self._updates_per_step - 1).items()
+                }
                 metrics = {**metrics, **rates}
             self.recording.logger.log_metrics(metrics, step=event.step, epoch=self.epoch)
             self.log_throughput(_LAP_SECONDS)

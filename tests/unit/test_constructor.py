@@ -19,6 +19,7 @@ import numpy as np
 import optax
 import pytest
 
+import distaff
 from distaff import OptimizerConfig
 from distaff.config import to_json
 from distaff.constructor import constructed, made_again, recorded_options
@@ -162,6 +163,22 @@ def again(trainer: Any, cls: type | None = None, model: Any = None, **changes: A
 
 
 OPTIONS = {"root": None, "enable_progress_bar": False, "optimizer": OptimizerConfig("sgd")}
+
+
+class Explicit(Regression):
+    def __init__(self, model, optimizer, example_batch, callbacks, rate=0.1):
+        self.rate = rate
+        options = {"optimizer": optimizer, "example_batch": example_batch, "callbacks": callbacks}
+        super().__init__(model, root=None, enable_progress_bar=False, tune_process=False, **options)
+
+
+def test_what_a_loaded_trainer_does_without_is_not_asked_for():
+    batch = {"x": np.ones((2, 3), np.float32), "y": np.ones(2, np.float32)}
+    trainer = Explicit(nn.Dense(1), optax.adam(0.1), batch, [distaff.Callback()], rate=0.2)
+    record = trainer._made_by.record(trainer.config)
+    assert set(record["named"]) == {"model", "optimizer", "rate"}
+    made = again(trainer)
+    assert (made.rate, made.state, made.optimizer) == (0.2, None, OptimizerConfig())
 
 
 @pytest.mark.parametrize(

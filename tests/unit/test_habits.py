@@ -244,6 +244,9 @@ def test_result_names_the_nearest_metric():
         result.metrics["val/los"]
     assert isinstance(caught.value, MetricError)
     assert (result.metrics.get("val/los"), "val/los" in result.metrics) == (None, False)
+    with pytest.raises(UnknownNameError, match=r"metrics\.jsonl"):
+        result.history  # ty: ignore[unresolved-attribute]  # noqa: B018
+    assert not hasattr(result, "mine")
     with pytest.raises(MetricError, match="Known: 'loss'"):
         make(example_batch=batch).eval_model([batch])["accuracy"]
 
@@ -288,6 +291,8 @@ def test_model_is_called_as_linen_has_it():
 def test_fields_of_an_optimizer_name_the_right_form():
     with pytest.raises(ConfigError, match=r"OptimizerConfig has no argument 'lr'.*learning_rate"):
         OptimizerConfig("adam", lr=1e-3)  # ty: ignore[unknown-argument]
+    with pytest.raises(ConfigError, match=r"optimizer=optax\.adamw"):
+        OptimizerConfig(optax.adam(1e-3))  # ty: ignore[invalid-argument-type]
     with pytest.raises(ConfigError, match=r"no argument 'momentum'.*options="):
         OptimizerConfig("sgd", momentum=0.9)  # ty: ignore[unknown-argument]
 

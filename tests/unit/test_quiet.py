@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import sys
+import warnings
 
 import pytest
 from absl import logging as absl_logging
@@ -10,6 +13,7 @@ from absl import logging as absl_logging
 from distaff import data, tasks, zoo
 from distaff.quiet import quiet
 from distaff.run_log import open_log
+from distaff.warn import warn
 
 
 class Kept(logging.Handler):
@@ -85,6 +89,22 @@ def test_logs_that_close_in_any_order_leave_the_logger_as_it_was(tmp_path):
     second.__exit__(None, None, None)
     assert (logger.level, logger.propagate, logger.handlers) == before
     assert (tmp_path / "log.txt").read_text().endswith("still there\n")
+
+
+def test_handler_on_a_standard_error_that_is_closed_ends_nothing(root, tmp_path, monkeypatch):
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    root.addHandler(handler)
+    stream.close()
+    monkeypatch.setattr(sys, "stderr", stream)
+    logger = logging.getLogger("distaff")
+    logger.warning("without a run")
+    with open_log(tmp_path):
+        logger.warning("in a run")
+    monkeypatch.setattr(warnings, "warn", lambda *_, **__: stream.write("a warning"))
+    warn("shown nowhere")
+    root.removeHandler(handler)
+    assert "in a run" in (tmp_path / "log.txt").read_text()
 
 
 def test_quiet_lets_warnings_and_the_programs_own_lines_through(root, kept):

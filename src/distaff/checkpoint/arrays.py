@@ -18,6 +18,9 @@ from distaff.errors import CheckpointError, leaf_name
 from distaff.quiet import quiet
 from distaff.typing import PyTree
 
+_EMPTY = "$empty"
+"""The entry beside the arrays that says which of them have no numbers, by name, and their shape."""
+
 
 def import_early() -> None:
     """Imports Orbax in the background: it takes a third of what JAX does."""
@@ -53,8 +56,15 @@ def write(path: Path, arrays: PyTree, info: Mapping[str, Any]) -> None:
         arrays: on the host or on devices.
         info: strict JSON.
     """
+    empty = {
+        leaf_name(keys): list(np.shape(leaf))
+        for keys, leaf in jax.tree.leaves_with_path(arrays)
+        if np.size(leaf) == 0
+    }
+    kept = {_EMPTY: empty} if empty else {}
     with quiet(), safe(path) as place, _context():
-        _orbax().save(str(place), arrays, custom_metadata=dict(info))
+        stored = jax.tree.map(_storable, arrays)
+        _orbax().save(str(place), stored, custom_metadata={**info, **kept})
 
 
 def read(path: Path, abstract: Mapping[str, PyTree]) -> dict[str, PyTree]:
@@ -76,9 +86,11 @@ def read(path: Path, abstract: Mapping[str, PyTree]) -> dict[str, PyTree]:
     if difference is not None:
         raise OtherModelError(difference)
     for keys, leaf in jax.tree.leaves_with_path(asked):
-        _check_chunks(leaf_name(keys), leaf)
+        if np.size(leaf):
+            _check_chunks(leaf_name(keys), leaf)
     with quiet(), safe(path) as place, _context():
-        return _orbax().load(str(place), target)
+        loaded = _orbax().load(str(place), jax.tree.map(_storable, target))
+    return jax.tree.map(_as_asked, loaded, target)
 
 
 class OtherModelError(ValueError):
@@ -96,9 +108,13 @@ def metadata(path: Path) -> Mapping[str, PyTree]:
         Exception: whatever Orbax raises where it cannot read the folder.
     """
     with quiet(), safe(path) as place:
-        stored = _orbax().metadata(str(place)).metadata
+        described = _orbax().metadata(str(place))
+    stored = described.metadata
     if not isinstance(stored, Mapping):
         raise ValueError(f"it holds no dict of arrays, but {type(stored).__name__}")
+    empty = dict(described.custom_metadata or {}).get(_EMPTY)
+    if isinstance(empty, Mapping):
+        return jax.tree.map_with_path(lambda keys, leaf: _or_empty(keys, leaf, empty), stored)
     return stored
 
 
@@ -113,6 +129,29 @@ def damage(path: Path) -> str | None:
     except Exception as error:
         return str(error)
     return None
+
+
+def _or_empty(keys: tuple[Any, ...], leaf: Any, empty: Mapping[str, Any]) -> Any:
+    """Returns what a folder says of a leaf, or the shape of one without numbers."""
+    shape = empty.get(leaf_name(keys))
+    return leaf if shape is None else jax.ShapeDtypeStruct(tuple(map(int, shape)), leaf.dtype)
+
+
+def _storable(leaf: Any) -> Any:
+    """Returns a leaf, or one number in the place of an array without any, which Orbax refuses."""
+    if np.size(leaf):
+        return leaf
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct((1,), leaf.dtype, sharding=leaf.sharding)
+    return np.zeros((1,), leaf.dtype)
+
+
+def _as_asked(loaded: Any, target: Any) -> Any:
+    if np.size(target):
+        return loaded
+    if isinstance(target, np.ndarray):
+        return np.zeros(target.shape, target.dtype)
+    return jax.device_put(np.zeros(target.shape, target.dtype), target.sharding)
 
 
 def check_readable(path: Path, arrays: Mapping[str, PyTree]) -> None:

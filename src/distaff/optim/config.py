@@ -134,6 +134,12 @@ class OptimizerConfig:
     groups: tuple[ParamGroup, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise ConfigError(
+                f"OptimizerConfig takes the name of an optimizer; got {self.name!r}. Write "
+                'OptimizerConfig("adamw", ...); or, for a transformation of Optax, pass it to the '
+                "trainer as it is: optimizer=optax.adamw(1e-3)."
+            )
         """Fills in what was not given, and refuses what cannot be built."""
         _take_plain(self, _NUMBERS)
         _check_names(self)
