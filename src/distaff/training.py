@@ -225,10 +225,11 @@ class Training(Predictor):
             name: what errors and the display call it.
             even: whether short batches may be padded; see `Feed.repeated`.
         """
-        self.evaluation_watch.expect(loader, num_shapes=num_shapes(loader))
         capacity = self.forms.capacity
         with ExitStack() as stack:
-            view = stack.enter_context(self.feeds.one_pass(as_loader(loader, name=name), name))
+            made = as_loader(loader, name=name)
+            self.evaluation_watch.expect(loader, num_shapes=num_shapes(made))
+            view = stack.enter_context(self.feeds.one_pass(made, name))
             length = num_batches(view)
             # Gathered rows would be a program of its own for each data set.
             feed = self.feeds.of(view, name=name, resident=False)

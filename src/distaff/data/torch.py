@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import sys
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 from distaff.data.positioned import Positioned
 from distaff.data.stream import Stream
 from distaff.typing import Batch
+from distaff.warn import warn
 
 _ARRAY, _BYTES, _TUPLE = "$array", "$bytes", "$tuple"
 
@@ -40,7 +40,7 @@ def torch_loader(loader: Any) -> Any:
         view = _in_order(loader)
         if view is not None:
             return Stream(_Batches(view), length=None if length is None else len(view))
-        warnings.warn(
+        warn(
             "An evaluation of a DataLoader takes the examples that its sampler draws, in that "
             "order: Distaff knows no order of its own for the sampler "
             f"{type(loader.sampler).__name__} or its batch_sampler. "
