@@ -140,8 +140,9 @@ def chosen(candidates: Sequence[Candidate], seat: Seat, *, must: bool, rerun: bo
 
 def _counts(candidate: Candidate, seat: Seat) -> bool:
     """Whether an earlier run may be taken up: there is no need to compare older ones."""
-    is_kept = seat.key is not None or seat.standing(candidate.status) == "open"
-    return candidate.may_resume or (candidate.is_finished and is_kept)
+    if candidate.may_resume or not candidate.is_finished:
+        return candidate.may_resume
+    return seat.key is not None or seat.standing(candidate.status) == "open"
 
 
 def check_changes(candidate: Candidate, *, allowed: bool) -> None:

@@ -16,6 +16,7 @@ import platform
 import secrets
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -30,7 +31,7 @@ except ImportError:  # Windows
     fcntl = None
 
 _FOLDER = ".launches"
-_MOST = 32
+_MOST, _TRIES = 32, 50
 _lock = threading.RLock()
 _launches: dict[Path, Launch] = {}
 
@@ -84,6 +85,7 @@ class Launch:
     def __init__(self, root: Path) -> None:
         self._folder = root / _FOLDER
         self._held: dict[str, int] = {}
+        self._begun = ""
         self._counts: Counter[str] = Counter()
         self._unfinished: set[Path] = set()
 
@@ -108,22 +110,43 @@ class Launch:
         with contextlib.suppress(OSError):
             self._folder.mkdir(exist_ok=True)
             if self._take(name, os.O_CREAT | os.O_EXCL):
+                self._begun = name
                 os.write(self._held[name], json.dumps(about).encode() + b"\n")
 
     def standing(self, name: str) -> Standing:
         """Returns whether a launch is open, of a process that lives, or closed."""
         if name in self._held:
             return "open"
-        if not self._path(name).is_file():
+        if fcntl is None or not self._path(name).is_file():
             return "closed"
-        if not self._take(name):
-            return "alive" if self._path(name).is_file() else "closed"
-        self._release(name)
-        return "open"
+        try:
+            descriptor = os.open(self._path(name), os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+        except OSError:
+            return "closed"
+        try:
+            # Shared: processes that look at the same time do not take each other for its holder.
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return "alive"
+        finally:
+            os.close(descriptor)
+        return "open" if self._path(name).is_file() else "closed"
+
+    def inherits(self, status: Mapping[str, Any]) -> bool:
+        """Whether an earlier run is of an open launch that another process has begun."""
+        launch = status.get("launch")
+        name = launch.get("id") if isinstance(launch, Mapping) else None
+        return isinstance(name, str) and name != self._begun and self.standing(name) == "open"
 
     def adopt(self, name: str) -> bool:
         """Takes an open launch for the own one; False where another process was quicker."""
-        return name in self._held or self._take(name)
+        for _ in range(_TRIES):
+            if name in self._held or self._take(name):
+                return True
+            if self.standing(name) != "open":
+                return False
+            time.sleep(0.01)  # somebody has just looked at it
+        return False
 
     def opened(self, run: Path) -> None:
         """Notes that a run has begun."""

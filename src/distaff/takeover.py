@@ -109,8 +109,11 @@ class Takeover:
         """Whether there may be a run to take up."""
         if self.directory.created or self.resume == "never":
             return False
-        candidates = found(self.directory, _equal)
-        return any(each.may_resume or each.status.get("launch") for each in candidates)
+        launch = launch_of(self.directory.root)
+        return any(
+            each.may_resume or each.status.get("key") or launch.inherits(each.status)
+            for each in found(self.directory, _equal)
+        )
 
     def take(
         self, record: Mapping[str, Any], subject: Subject | None, lock: ExitStack
