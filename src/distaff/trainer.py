@@ -135,8 +135,9 @@ class TrainerModule(Hooks, Checked):
         Raises:
             ConfigError: the optimizer does not fit the run.
         """
-        per_epoch = None if total_steps is None else total_steps // self.plan.num_epochs
-        tx, self.schedule = build_optimizer(self.optimizer, total_steps, steps_per_epoch=per_epoch)
+        tx, self.schedule = build_optimizer(
+            self.optimizer, total_steps, steps_per_epoch=self._steps_per_epoch
+        )
         state = self.evaluation_state()
         check_trainable(state.params)
         opt_state = self.execution.once(lambda params: tx.init(params))(state.params)
@@ -307,6 +308,7 @@ class TrainerModule(Hooks, Checked):
         steps_per_epoch = plan.steps_per_epoch or num_batches(plan.train_loader)
         total = None if steps_per_epoch is None else steps_per_epoch * plan.num_epochs
         self.total_steps = total
+        self._steps_per_epoch = steps_per_epoch
         _init_optimizer(self, total, batch)
         self._steps = make_steps(
             self.execution,
@@ -349,7 +351,10 @@ def _init_optimizer(trainer: TrainerModule, total_steps: int | None, batch: Batc
     trainer.init_optimizer(total_steps)
     count = trainer._updates_per_step = trainer._counted.count(trainer.ready_state(), batch)
     if count > 1:
-        trainer.init_optimizer(None if total_steps is None else total_steps * count)
+        if total_steps is not None and trainer._steps_per_epoch is not None:
+            total_steps *= count
+            trainer._steps_per_epoch *= count
+        trainer.init_optimizer(total_steps)
 
 
 def _train(trainer: TrainerModule, plan: Plan) -> None:

@@ -92,7 +92,8 @@ class Training(Predictor):
     unsaved: dict[str, Any] | None
     last_save: int | None
     interrupted_by: str
-    _updates_per_step: int
+    _updates_per_step: int = 1
+    _steps_per_epoch: int | None = None
     _steps: Steps
 
     def __init__(
