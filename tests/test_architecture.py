@@ -34,10 +34,11 @@ ROOMS = (
     *("signature", "compiling", "choices", "flops", "work", "machine", "report"),
     *("models", "data", "augment", "optim", "parallel", "zoo", "trainer_config", "ranking"),
     *("plain", "constructor"),
+    *("independence", "broadcasts"),
     *("place", "context", "measured", "counted", "logged_rates", "guard", "rows", "step"),
     *("accumulate", "learning", "precision"),
     "diagnosis",
-    *("forms", "fuse", "rehearsal", "page_faults", "independence", "padding"),
+    *("forms", "fuse", "rehearsal", "page_faults", "padding"),
     *("loggers", "display", "checkpoint", "callbacks", "weights"),
     *("events", "identity", "comparison", "ending", "launch", "candidates", "takeover"),
     *("evaluate", "loop", "monitors", "outlets", "recording", "tally"),
@@ -250,7 +251,74 @@ def docstring_violations(house: House) -> list[str]:
     return found
 
 
+TRACERS = {
+    *("program", "part", "once", "jaxpr", "shapes"),  # of an `Execution`
+    *("jit", "make_jaxpr", "eval_shape", "grad", "value_and_grad", "vmap", "checkpoint"),
+    *("scan", "fori_loop", "while_loop", "cond", "switch"),
+}
+TRACED = {"loss_fn", "predict_fn", "augment", "train_step", "eval_step"}
+MUTATORS = {"append", "add", "update", "setdefault", "pop", "extend", "insert", "remove", "clear"}
+
+
+def named(node: ast.AST) -> str:
+    """Returns the name of a function, or of a method of `self`; empty for anything else."""
+    if isinstance(node, ast.Name):
+        return node.id
+    is_own = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+    return node.attr if is_own and node.value.id == "self" else ""
+
+
+def rooted(node: ast.AST) -> str:
+    """Returns the object that an attribute or an entry is of, as far down as it goes."""
+    while isinstance(node, (ast.Attribute, ast.Subscript)):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def stores(function: ast.AST) -> Iterator[int]:
+    """Yields the lines in which a function stores something that outlives its call."""
+    for node in ast.walk(function):
+        targets: list[ast.AST] = []
+        if isinstance(node, ast.Assign):
+            parts = [part for target in node.targets for part in ast.walk(target)]
+            targets = [each for each in parts if isinstance(getattr(each, "ctx", None), ast.Store)]
+        elif isinstance(node, (ast.AugAssign, ast.AnnAssign)):
+            targets = [node.target]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            is_mutator = node.func.attr in MUTATORS and len(node.args) < 3
+            targets = [node.func.value] if is_mutator else []
+        places = [each for each in targets if isinstance(each, (ast.Attribute, ast.Subscript))]
+        if isinstance(node, (ast.Global, ast.Nonlocal)) or any(
+            rooted(each) == "self" for each in places
+        ):
+            yield node.lineno
+
+
+def trace_violations(house: House) -> list[str]:
+    """Functions that are traced, and store something: it would be there for one signature only."""
+    found = []
+    for name, source in house.items():
+        tree = parse(source)
+        functions = [node for node in ast.walk(tree) if isinstance(node, FUNCTION)]
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        traced = set(TRACED)
+        for call in calls:
+            if isinstance(call.func, ast.Attribute) and call.func.attr in TRACERS:
+                traced |= {named(each) for each in call.args} - {""}
+        while True:
+            bodies = [each for each in functions if each.name in traced]
+            inner = [node for each in bodies for node in ast.walk(each)]
+            called = {named(node.func) for node in inner if isinstance(node, ast.Call)} - {""}
+            if called <= traced:
+                break
+            traced |= called
+        lines = {(line, each.name) for each in bodies for line in stores(each)}
+        found += [f"{name}:{line} {each} stores while it is traced" for line, each in sorted(lines)]
+    return found
+
+
 RULES = (
+    trace_violations,
     layer_violations,
     cycle_violations,
     third_party_violations,
@@ -351,6 +419,25 @@ def test_rules_accept_good_house(rule: Callable[[House], list[str]]) -> None:
             "distaff.data",
             "def f():\n if a:\n  for b in c:\n   try:\n    x()\n   except E:\n    if d: pass",
             "f: 4 levels",
+        ),
+        (
+            trace_violations,
+            "distaff.data",
+            "class _C:\n def loss_fn(self, p):\n  self.seen = p",
+            "stores while",
+        ),
+        (
+            trace_violations,
+            "distaff.data",
+            "class _C:\n def _f(self, x):\n  self.known[x] = 1\n def _g(self):\n  jax.jit(self._f)",
+            "_f stores while",
+        ),
+        (
+            trace_violations,
+            "distaff.data",
+            "class _C:\n def _f(self):\n  self._h()\n def _h(self):\n  self.all.append(1)\n"
+            " def _g(self, execution):\n  execution.part(self._f)",
+            "_h stores while",
         ),
         (docstring_violations, "distaff.data", "def f(): pass", "f has no docstring"),
         (docstring_violations, "distaff.data", "class C:\n  'C.'\n  def f(self): pass", "f has no"),

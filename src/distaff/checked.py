@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from distaff import broadcasts
 from distaff.callbacks import StopTraining
+from distaff.context import Context
 from distaff.data import Chunk, Loader, One, first_batch, num_examples, num_shapes
 from distaff.data.inspection import leaf_names, narrowed, not_finite
 from distaff.errors import BatchError, ConfigError, DistaffError, nearest
@@ -147,7 +149,7 @@ class Checked(Recovering):
         step = self._plain_step if is_needed(self.config) else self._measured_step
         return Subject(
             step=None if self.config.debug else step,
-            eval_step=None if self.config.debug else self.eval_step,
+            eval_step=None if self.config.debug else self._evaluator.step,
             state=self.ready_state().replace(guard=None),
             loaders=loaders,
             total_steps=self.total_steps,
@@ -167,6 +169,33 @@ class Checked(Recovering):
         finally:
             self.state, self.schedule = state, schedule
 
+    def check_training(self, batch: Batch) -> None:
+        """Looks at the first batch that is trained on, and at the step that is.
+
+        Raises:
+            DistaffError: any bad input, by its kind.
+        """
+        self.check_batch(batch, "train")
+        self.check_broadcasts(self._measured_step, batch, train=True)
+
+    def check_broadcasts(self, step: Callable[..., Any], batch: Batch, *, train: bool) -> None:
+        """Checks that the loss does not meet each prediction with each label by mistake.
+
+        Args:
+            step: `(state, batch) -> metrics`, whose trace is reused.
+            batch: a batch like those of the run.
+            train: whether it is a training step.
+
+        Raises:
+            LossError: it does; see `broadcasts`.
+        """
+        state, size = self.evaluation_state(), num_examples(batch)
+        closed = self.execution.jaxpr(step, state, batch)
+        if closed is not None and broadcasts.has_pairs(closed, size):
+            arguments = state.params, batch
+            loss_fn: Any = getattr(self, "loss_fn", None)
+            broadcasts.check(loss_fn, arguments, lambda: Context(state, train=train), size)
+
     def check_evaluation(self, loader: Loader, name: str) -> dict[str, Any]:
         """Traces the evaluation of a loader's first batch, looks at that batch, and evaluates it.
 
@@ -184,6 +213,7 @@ class Checked(Recovering):
         self.first[name] = batch
         shapes = self._evaluator.shapes(self.evaluation_state(), batch)
         self.check_batch(batch, name)
+        self.check_broadcasts(self._evaluator.outputs, batch, train=False)
         if name != "test" and self.config.check_validation:
             self.evaluation_watch.expect(loader, num_shapes=num_shapes(loader))
             chunk = Chunk(1, num_examples(batch), One(batch))

@@ -17,7 +17,7 @@ from distaff.errors import BatchError, leaf_name
 from distaff.execution import Compiled, Execution
 from distaff.measured import accumulating, reduced
 from distaff.metrics import Metric, PerExample
-from distaff.padding import MayPad, Padding, Sizes, form_of_examples
+from distaff.padding import MayPad, Padding, Sizes, form_of_examples, has_rows
 from distaff.rows import Columns
 from distaff.state import TrainState
 from distaff.step import EvalFn, EvalStep, per_example
@@ -39,15 +39,18 @@ class Evaluator:
         eval_step: an `EvalStep`, or any `(state, batch) -> metrics`.
         execution: how the step is made to run.
         watch: watches what compiles.
+
+    Attributes:
+        outputs: `(state, batch) -> metrics`, before any of them is reduced.
     """
 
     def __init__(
         self, eval_step: EvalFn | EvalStep, execution: Execution, watch: Watch | None = None
     ) -> None:
-        self._eval_step, self._execution = eval_step, execution
+        self._execution = execution
         self._padding: Padding | None = None
+        self.outputs = execution.part(getattr(eval_step, "outputs", eval_step))
         if isinstance(eval_step, EvalStep):
-            self._outputs = execution.part(eval_step.outputs)
             self._padding = Padding(execution, self._per_example)
         self._one = execution.part(self._accumulating_one)
         self._run = execution.program(self._accumulating)
@@ -80,6 +83,10 @@ class Evaluator:
         """Returns whether batches may be padded in an evaluation of a state."""
         return (lambda source: False) if self._padding is None else self._padding.of(state)
 
+    def step(self, state: TrainState, batch: Batch) -> dict[str, Metric]:
+        """Returns the metrics of one batch, as they are merged. The step's trace is reused."""
+        return self._accumulating_one(state, batch, None)
+
     def shapes(self, state: TrainState, batch: Batch) -> dict[str, Metric]:
         """Returns the metrics of one full batch, as shapes where the step can be traced."""
         may_pad = self.may_pad(state)(One(batch))
@@ -99,16 +106,16 @@ class Evaluator:
         )
 
     def _per_example(self, state: TrainState, batch: Batch) -> dict[str, PerExample]:
-        return per_example(self._outputs(state, batch))
+        return per_example(self.outputs(state, batch))
 
     def _accumulating_one(
         self, state: TrainState, batch: Batch, mask: jax.Array | None
     ) -> dict[str, Metric]:
         size = num_examples(batch)
         if self._padding is None:
-            return accumulating(self._eval_step(state, batch), size)
+            return accumulating(self.outputs(state, batch), size)
         kept = jnp.ones(size, bool) if mask is None else mask
-        return reduced(self._outputs(state, batch), kept)
+        return reduced(self.outputs(state, batch), kept)
 
     def _accumulating(
         self, state: TrainState, source: Source, mask: jax.Array | None, index: Any = 0
@@ -193,8 +200,9 @@ def predict(
     for batch in batches:
         size, form = num_examples(batch), form_of_examples(batch)
         full_size = full_sizes[form] = max(size, full_sizes.get(form, 0))
-        padded = batch if size == full_size else pad(batch, full_size)
-        if size < full_size and not may_pad(One(padded)):
+        is_short = size < full_size and has_rows(batch)
+        padded = pad(batch, full_size) if is_short else batch
+        if not is_short or not may_pad(One(padded)):
             padded, full_size = batch, size
         gathered.append((predict_step(state, padded), size, full_size))
         if len(gathered) > _IN_FLIGHT:

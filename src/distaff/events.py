@@ -91,6 +91,7 @@ class Plan(NamedTuple):
         first_epoch: the first epoch to train, counted from 1.
         last_epoch: the last one, included.
         check_val_every_n_epoch: epochs between validations, and between checkpoints.
+        repeat: whether the train loader may start again within an epoch.
     """
 
     train_loader: Loader
@@ -99,6 +100,7 @@ class Plan(NamedTuple):
     first_epoch: int
     last_epoch: int
     check_val_every_n_epoch: int
+    repeat: bool = False
 
     @property
     def num_epochs(self) -> int:
@@ -114,6 +116,7 @@ def make_plan(
     steps_per_epoch: int | None,
     options: TrainerConfig,
     after_epoch: int = 0,
+    repeat: bool = False,
 ) -> Plan:
     """Makes the plan of a run of `num_epochs` more epochs; loaders may be any iterables of batches.
 
@@ -124,6 +127,7 @@ def make_plan(
         steps_per_epoch: where to cut them; None for the train loader's own.
         options: how often to validate, and how many batches to take.
         after_epoch: completed epochs.
+        repeat: whether the train loader may start again within an epoch.
 
     Raises:
         BatchError: a loader is no iterable of batches, or one that cannot be iterated so often.
@@ -140,17 +144,26 @@ def make_plan(
     if options.overfit_batches is not None:
         batches = first_batches(train, options.overfit_batches)
         train, vals = Stream(batches), {name: Stream(batches) for name in vals}
-    length = steps_per_epoch or num_batches(train)
+    repeat |= options.overfit_batches is not None
+    length = num_batches(train)
+    if steps_per_epoch is not None and not repeat and (length or steps_per_epoch) < steps_per_epoch:
+        raise ConfigError(
+            f"steps_per_epoch={steps_per_epoch} is more than the train loader has: {length} "
+            "batches. Lower it, or pass repeat=True to train_model: the loader then starts again "
+            "within an epoch."
+        )
+    length = steps_per_epoch or length
     if most is not None and length is not None:
         steps_per_epoch = min(length, most)
     elif most is not None:
         train = limited(train, most)
     vals = {name: limited(loader, most) for name, loader in vals.items()}
-    _check_passes(train, 1 if steps_per_epoch else num_epochs, "train")
+    num_steps = None if steps_per_epoch is None else num_epochs * steps_per_epoch
+    _check_passes(train, 1 if steps_per_epoch else num_epochs, "train", num_steps)
     for name, loader in vals.items():
         _check_passes(loader, num_epochs // every, name)
     first, last = after_epoch + 1, after_epoch + num_epochs
-    return Plan(train, vals, steps_per_epoch, first, last, every)
+    return Plan(train, vals, steps_per_epoch, first, last, every, repeat)
 
 
 def _by_name(val_loader: Any) -> dict[str, Loader]:
@@ -179,10 +192,10 @@ def made_of(val_loader: Any, plan: Plan) -> list[tuple[Any, Loader]]:
     return [(val_loader[name], unlimited(loader)) for name, loader in loaders.items()]
 
 
-def _check_passes(loader: Loader, count: int, name: str) -> None:
+def _check_passes(loader: Loader, count: int, name: str, num_batches: int | None = None) -> None:
     for source in sources(loader):
         if isinstance(source, Stream):
-            source.check_passes(count, name)
+            source.check_passes(count, name, num_batches)
 
 
 def given(val_loaders: Mapping[str, Any]) -> Any:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from distaff.data import Source
+from distaff.data import Source, num_examples
 from distaff.errors import MaskError
 from distaff.execution import Execution
 from distaff.independence import keeps_apart
@@ -48,7 +48,7 @@ class Padding:
 
     def _found(self, state: PyTree, source: Source) -> bool:
         batch = jax.eval_shape(lambda each: each.batch(0), source)
-        if len({leaf.shape[:1] for leaf in jax.tree.leaves(batch)}) != 1:
+        if not has_rows(batch):
             return False
 
         def trace(state: PyTree, batch: Batch) -> Any:
@@ -58,6 +58,11 @@ class Padding:
             return keeps_apart(trace, state, batch)
         except MaskError:
             return False
+
+
+def has_rows(batch: Batch) -> bool:
+    """Returns whether each array of a batch has one row for each example."""
+    return {leaf.shape[:1] for leaf in jax.tree.leaves(batch)} == {(num_examples(batch),)}
 
 
 class Full(NamedTuple):

@@ -184,7 +184,10 @@ class Resumable(Training):
         """Goes to where a resumed run was saved; returns what `on_checkpoint` was told there."""
         saved, found = None, self.recording.found
         if found is not None:
+            asked = self.callbacks.stop_reason, self.callbacks.stop_status
             saved = self.put_back(self.recording.store, found.step)
+            if asked[0] is not None:  # at the start of this run
+                self.callbacks.stop_reason, self.callbacks.stop_status = asked
             self.recording.confirm(self.run_record)
             self.show(found.text(self.epoch))
         elif self.recording.remark:

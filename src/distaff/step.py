@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distaff import broadcasts, slot
 from distaff import metrics as metrics_lib
-from distaff import slot
 from distaff.context import Context
-from distaff.data import num_examples
+from distaff.data import counts_itself, num_examples
 from distaff.digest import named_scope
 from distaff.errors import BatchError, LossError, MaskError, leaf_name
 from distaff.measured import StepFn, reduced
@@ -59,10 +59,15 @@ def train_step(loss_fn: LossFn, *, augment: AugmentFn | None = None) -> StepFn:
         size = num_examples(batch)
         batch = batch if augment is None else _augmented(augment, state, batch, size)
 
+        def context() -> Context:
+            return Context(state, train=True)
+
         def objective(params: Params) -> tuple[jax.Array, tuple[dict[str, Metric], dict[str, Any]]]:
-            ctx = Context(state, train=True)
+            ctx = context()
             with named_scope("loss"):
-                loss, metrics = _declared(loss_fn(params, batch, ctx), size, ctx)
+                returned = loss_fn(params, batch, ctx)
+                broadcasts.look(returned, size, loss_fn, (params, batch), context)
+                loss, metrics = _declared(returned, size, ctx)
             if ctx.penalty is not None:
                 loss, metrics = _penalized(loss, metrics, ctx.penalty, size)
             return loss, (reduced(metrics, jnp.ones(size, bool)), ctx.changed)
@@ -139,8 +144,14 @@ class EvalStep:
 
     def outputs(self, state: TrainState, batch: Batch) -> dict[str, Metric | PerExample]:
         """Returns the loss and the metrics of a batch, before any of them is reduced."""
-        ctx = Context(state, train=False)
-        return _declared(self._loss_fn(state.params, batch, ctx), num_examples(batch), ctx)[1]
+
+        def context() -> Context:
+            return Context(state, train=False)
+
+        ctx, size = context(), num_examples(batch)
+        returned = self._loss_fn(state.params, batch, ctx)
+        broadcasts.look(returned, size, self._loss_fn, (state.params, batch), context)
+        return _declared(returned, size, ctx)[1]
 
 
 def per_example(metrics: Mapping[str, Metric | PerExample]) -> dict[str, PerExample]:
@@ -177,11 +188,13 @@ def _augmented(augment: AugmentFn, state: TrainState, batch: Batch, size: int) -
                 "encode it as numbers."
             )
         shape = np.shape(leaf)
-        if shape[:1] != (size,):
+        if shape[:1] != (size,) and not counts_itself(returned):
             remedy = "Change the number of examples in the loader."
             if not shape:
                 remedy = f"Give it one value per example: jnp.full({size}, value)."
             raise BatchError(f"{rule}; {name!r} has shape {shape}. {remedy}")
+    if counts_itself(returned) and num_examples(returned) != size:
+        raise BatchError(f"{rule}; it returned a batch of {num_examples(returned)} examples.")
     return returned
 
 
@@ -235,7 +248,12 @@ def _declared_loss(loss: Any, size: int) -> Metric | PerExample:
         remedy = (
             f"loss.mean(axis={axes})" if values.shape[:1] == (size,) and axes else "loss.mean()"
         )
-        raise LossError(
-            f"{rule}; the loss function returned shape {values.shape}. Average it first: {remedy}."
-        )
+        advice = f"Average it first: {remedy}."
+        if values.shape[:2] == (size, size):
+            advice = (
+                f"An array of shape [{size}, {size}] often comes from a broadcast of [{size}, 1] "
+                f"with [{size}]: give predictions and labels one shape. If its second axis is not "
+                f"the batch, average it first: {remedy}."
+            )
+        raise LossError(f"{rule}; the loss function returned shape {values.shape}. {advice}")
     return metrics_lib.declare("loss", loss if isinstance(loss, PerExample) else values, size)

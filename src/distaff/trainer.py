@@ -135,8 +135,9 @@ class TrainerModule(Hooks, Checked):
         Raises:
             ConfigError: the optimizer does not fit the run.
         """
-        per_epoch = None if total_steps is None else total_steps // self.plan.num_epochs
-        tx, self.schedule = build_optimizer(self.optimizer, total_steps, steps_per_epoch=per_epoch)
+        tx, self.schedule = build_optimizer(
+            self.optimizer, total_steps, steps_per_epoch=self._steps_per_epoch
+        )
         state = self.evaluation_state()
         check_trainable(state.params)
         opt_state = self.execution.once(lambda params: tx.init(params))(state.params)
@@ -157,6 +158,7 @@ class TrainerModule(Hooks, Checked):
         steps_per_epoch: int | None = None,
         key: str | None = None,
         rerun: bool = False,
+        repeat: bool = False,
     ) -> TrainResult:
         """Trains, validates, keeps the best model, and tests it.
 
@@ -171,12 +173,13 @@ class TrainerModule(Hooks, Checked):
             test_loader: tested on once, at the end, with the best weights.
             num_epochs: epochs to train.
             steps_per_epoch: cuts epochs of this many steps; needed for a loader without length
-                under a schedule that depends on it.
+                under a schedule that depends on it. An epoch begins where the last one ended.
             key: names the run within a program, such as `"fold-0"`. A run of the same name and
                 key that is finished, and the same, is loaded instead of trained again, at any
                 start; one that is unfinished is resumed, and no run of another key. Without a run
                 directory it does nothing.
             rerun: whether to train again what is finished.
+            repeat: whether a loader shorter than `steps_per_epoch` starts again within an epoch.
 
         Returns:
             How it ended. The trainer holds the best weights afterwards.
@@ -191,6 +194,7 @@ class TrainerModule(Hooks, Checked):
             steps_per_epoch=steps_per_epoch,
             options=self.config,
             after_epoch=self.epoch,
+            repeat=repeat,
         )
         test = None if test_loader is None else as_loader(test_loader, name="test")
         made = [(train_loader, unlimited(plan.train_loader)), (test_loader, test)]
@@ -254,10 +258,7 @@ class TrainerModule(Hooks, Checked):
 
     @spelled(ARGUMENTS)
     def eval_model(self, loader: Any, prefix: str = "") -> dict[str, Any]:
-        """Evaluates the model over a loader: every example once, nothing changed.
-
-        Of a loader that shuffles or drops, each example counts all the same, in the data's own
-        order, and the loader stays where it is.
+        """Evaluates the model over a loader: every example once, in order, nothing changed.
 
         Args:
             loader: any iterable of batches, of any sizes.
@@ -307,6 +308,7 @@ class TrainerModule(Hooks, Checked):
         steps_per_epoch = plan.steps_per_epoch or num_batches(plan.train_loader)
         total = None if steps_per_epoch is None else steps_per_epoch * plan.num_epochs
         self.total_steps = total
+        self._steps_per_epoch = steps_per_epoch
         _init_optimizer(self, total, batch)
         self._steps = make_steps(
             self.execution,
@@ -319,7 +321,7 @@ class TrainerModule(Hooks, Checked):
         )
         self.forms, self._steps.ledger = self._steps.forms, self.ledger
         self.first["train"] = batch
-        self.check_batch(batch, "train")
+        self.check_training(batch)
         found = {n: self.check_evaluation(v, n) for n, v in plan.val_loaders.items()}
         monitors.check(self, TrainerModule, found)
         if test_loader is not None:
@@ -350,7 +352,10 @@ def _init_optimizer(trainer: TrainerModule, total_steps: int | None, batch: Batc
     trainer.init_optimizer(total_steps)
     count = trainer._updates_per_step = trainer._counted.count(trainer.ready_state(), batch)
     if count > 1:
-        trainer.init_optimizer(None if total_steps is None else total_steps * count)
+        if total_steps is not None and trainer._steps_per_epoch is not None:
+            total_steps *= count
+            trainer._steps_per_epoch *= count
+        trainer.init_optimizer(total_steps)
 
 
 def _train(trainer: TrainerModule, plan: Plan) -> None:

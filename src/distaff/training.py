@@ -92,7 +92,8 @@ class Training(Predictor):
     unsaved: dict[str, Any] | None
     last_save: int | None
     interrupted_by: str
-    _updates_per_step: int
+    _updates_per_step: int = 1
+    _steps_per_epoch: int | None = None
     _steps: Steps
 
     def __init__(
@@ -213,6 +214,7 @@ class Training(Predictor):
             keep_place=True,
             done=num_drawn(tally.steps, without),
             without=without,
+            repeat=self.plan.repeat,
         )
 
     @contextmanager
@@ -224,10 +226,11 @@ class Training(Predictor):
             name: what errors and the display call it.
             even: whether short batches may be padded; see `Feed.repeated`.
         """
-        self.evaluation_watch.expect(loader, num_shapes=num_shapes(loader))
         capacity = self.forms.capacity
         with ExitStack() as stack:
-            view = stack.enter_context(self.feeds.one_pass(as_loader(loader, name=name), name))
+            made = as_loader(loader, name=name)
+            self.evaluation_watch.expect(loader, num_shapes=num_shapes(made))
+            view = stack.enter_context(self.feeds.one_pass(made, name))
             length = num_batches(view)
             # Gathered rows would be a program of its own for each data set.
             feed = self.feeds.of(view, name=name, resident=False)

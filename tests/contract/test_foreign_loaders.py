@@ -79,6 +79,7 @@ class Generator:
         self.rng.bit_generator.state = json.loads(tensor.numpy().tobytes())
 
 
+@named("torch.utils.data.sampler", "RandomSampler")
 class RandomSampler:
     """Says that the order is random."""
 
@@ -109,7 +110,7 @@ class DataLoader:
         # One that is made for an evaluation gets a dataset first.
         self.generator = source if isinstance(source, Generator) else generator
         self.rows, self.step = rows, batch_size or step
-        self.batch_size, self.sampler = self.step, RandomSampler() if self.generator else None
+        self.batch_size, self.sampler = self.step, RandomSampler()
 
     def __len__(self) -> int:
         return -(-self.rows // self.step)
@@ -173,11 +174,7 @@ def fake_torch(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) 
     if not request.node.name.startswith("test_real"):
         utils = SimpleNamespace(
             DataLoader=DataLoader,
-            BatchSampler=tuple,
             IterableDataset=tuple,
-            RandomSampler=RandomSampler,
-            SequentialSampler=type(None),
-            SubsetRandomSampler=list,
         )
         torch = SimpleNamespace(
             from_numpy=Tensor, Generator=lambda: None, utils=SimpleNamespace(data=utils)

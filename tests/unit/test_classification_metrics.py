@@ -303,7 +303,7 @@ def test_auroc_on_the_device_is_not_merged():
 
 
 @pytest.mark.parametrize("execution", [Compiled(), Eager()])
-def test_evaluation_pads_the_last_batch_and_traces_once(execution: Any):
+def test_evaluation_pads_the_last_batch_where_it_is_traced(execution: Any):
     calls = []
 
     def loss_fn(params: Any, batch: Any, ctx: Any) -> Any:
@@ -322,7 +322,8 @@ def test_evaluation_pads_the_last_batch_and_traces_once(execution: Any):
     expected = sklearn_metrics.roc_auc_score(Y, logits)
     assert evaluated["auroc"] == pytest.approx(expected, rel=1e-12)
     assert evaluated["perplexity"] == pytest.approx(np.exp(logits.mean()), rel=1e-5)
-    assert set(calls) == {(8, 3)}
+    # Plain Python is not traced, so that nothing is known of its rows: each batch has its own size.
+    assert set(calls) == ({(8, 3)} if isinstance(execution, Compiled) else {(8, 3), (6, 3)})
     assert len(calls) == 1 or isinstance(execution, Eager)
 
 

@@ -39,10 +39,18 @@ class Parabola(TrainerModule):
 class Counted(data.ArrayLoader):
     """Counts its passes, and can take its time for each."""
 
-    passes, pause = 0, 0.0
+    pause = 0.0
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.counted = []  # shared by copies, such as the one that an evaluation reads
+
+    @property
+    def passes(self):
+        return len(self.counted)
 
     def __iter__(self):
-        self.passes += 1
+        self.counted.append(None)
         time.sleep(self.pause)
         yield from super().__iter__()
 
@@ -142,6 +150,30 @@ def test_test_set_is_read_by_the_chosen_runs_alone_and_once(minibatch):
     assert all(test.passes == 0 for train, _, test in minibatch.loaders if not train.passes)
     for run in found.results["sgd"].runs:
         assert {"val/loss", "val/gap", "test/loss", "test/gap"} == set(run.metrics)
+
+
+def test_a_rate_is_chosen_by_a_seed_that_is_not_reported(minibatch):
+    found = minibatch.compare(grid=(0.01, 0.1), seeds=[3, 5], num_epochs=1)
+    assert [trainer.config.seed for trainer in minibatch.trainers] == [6, 6, 3, 5]
+    assert [run.seed for run in found.results["sgd"].runs] == [3, 5]
+
+
+@pytest.mark.parametrize(
+    ("rate", "grid", "edge"),
+    [
+        (0.1, {0.1: 1.0, 0.2: 2.0, 0.3: 3.0}, "lowest"),
+        (0.2, {0.1: 1.0, 0.2: 0.5, 0.3: 3.0}, None),
+        (0.3, {0.1: 1.0, 0.2: 0.5, 0.3: 0.1}, "highest"),
+        (0.1, {}, None),
+        (None, {None: 1.0}, None),
+    ],
+)
+def test_a_rate_at_the_edge_of_its_grid_is_named(rate, grid, edge):
+    result = OptimizerResult(learning_rate=rate, grid=grid, runs=(run_of([1.0]),))
+    assert result.edge == edge
+    table = Comparison(results={"sgd": result}, target=0.1).table()
+    assert (f"at the edge of its grid: sgd ({edge})" in table) == (edge is not None)
+    assert ("*" in table) == (edge is not None)
 
 
 def test_a_grid_of_one_rate_costs_no_further_run(minibatch):

@@ -148,6 +148,21 @@ def test_a_stopped_run_that_dies_in_its_validation_is_validated_by_the_next_star
     assert result.best.step == 3
 
 
+def test_a_resumed_run_that_is_stopped_at_its_start_trains_nothing():
+    class Never(Callback):
+        def on_training_start(self, info):
+            if info.step:
+                raise StopTraining("not today")
+
+    options = {"root": "runs", "name": "never"}
+    first = make(callbacks=[Never(), Witness(press_ctrl_c)], **options)
+    assert first.train_model(loader(), loader(1), num_epochs=2).status == "interrupted"
+    result = make(callbacks=[Never(), Witness()], **options).train_model(
+        loader(), loader(1), num_epochs=2
+    )
+    assert (result.status, result.reason, result.step) == ("stopped", "not today", 3)
+
+
 def trained(optimizer: Any, *epochs: int, **options: Any) -> tuple[Any, list[float]]:
     logger = MemoryLogger()
     trainer = make(optimizer=optimizer, loggers=[logger], log_every_n_steps=1, **options)

@@ -230,3 +230,14 @@ def test_data_that_is_read_ahead_is_not_read_by_an_evaluation_at_the_same_time()
     trainer.train_model(loader, num_epochs=2)
     assert trainer.step == 10
     assert len(examples.threads) > 1
+
+
+def test_an_evaluation_that_moves_a_loader_for_good_says_so():
+    class Forgetful(Foreign):
+        def set_state(self, state):
+            if state != self.get_state():
+                raise BatchError("it knows no way back")
+
+    trainer = train(shuffled())
+    with pytest.warns(UserWarning, match="has moved the predict loader.*no way back"):
+        assert len(trainer.predict(Forgetful())) == 20

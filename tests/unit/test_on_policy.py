@@ -60,9 +60,10 @@ class Environment:
         self.place = state["place"]
 
 
-def test_each_batch_is_made_of_the_state_that_it_trains():
+@pytest.mark.parametrize("seconds", [0.0, 0.01], ids=["quick", "slow"])
+def test_each_batch_is_made_of_the_state_that_it_trains(seconds):
     trainer = make()
-    environment = Environment(trainer)
+    environment = Environment(trainer, seconds)
     trainer.train_model(data.OnPolicy(environment), num_epochs=2)
     assert environment.seen[-11:] == list(range(1, 12))
     assert set(environment.seen) == set(range(12))

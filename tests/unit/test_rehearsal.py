@@ -141,7 +141,7 @@ def test_run_that_was_killed_before_its_first_checkpoint_keeps_its_form(monkeypa
     kept = json.loads(file.read_text())
     monkeypatch.setattr(rehearsal, "_measured", None)
     _, facts, path = trained(name="run", tune_process=False)
-    assert (path, facts) == (file.parent, kept)
+    assert (path, facts) == (file.parent.resolve(), kept)
 
 
 def test_loader_of_arrays_and_a_placed_batch_are_measured_in_their_own_form():

@@ -230,7 +230,7 @@ def test_second_training_without_files_forgets_the_first_ones_checkpoints():
     assert trainer.step == 4
     trainer.scores = (0.0, 0.0, 1.0)
     # Its first checkpoint has the step of the last one of the run before.
-    trainer.train_model(loader(3), loader(1), num_epochs=2, steps_per_epoch=8)
+    trainer.train_model(loader(3), loader(1), num_epochs=2, steps_per_epoch=8, repeat=True)
     assert trainer.step == 12
     jax.tree.map(np.testing.assert_array_equal, trainer.state.params, snapshots.params[2])
 

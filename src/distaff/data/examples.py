@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import jax
 import numpy as np
 
+from distaff.data.dataclass_batches import known_to_jax
 from distaff.data.kept import Kept
 from distaff.data.loader import as_held_by_jax, drops, num_examples
 from distaff.data.order import Order
@@ -244,7 +245,7 @@ def joined(
     Raises:
         BatchError: they differ in structure.
     """
-    with_path, structure = jax.tree.flatten_with_path(examples[0])
+    with_path, structure = jax.tree.flatten_with_path(known_to_jax(examples[0]))
     rows = []
     for example in examples:
         leaves, other = jax.tree.flatten(example)

@@ -73,6 +73,7 @@ class Feed:
         keep_place: bool = False,
         done: int = 0,
         without: Set[int] = frozenset(),
+        repeat: bool = True,
     ) -> Generator[Chunk]:
         """Yields the chunks of one epoch. Close it: chunks may be got ahead, by a thread.
 
@@ -87,6 +88,7 @@ class Feed:
             done: batches of the epoch that were drawn before: the loader stands after them. What is
                 left of it may be nothing.
             without: which batches of the epoch are drawn and left out, counted from 0.
+            repeat: as `epoch_of` takes it.
 
         Raises:
             BatchError: the loader is empty.
@@ -97,7 +99,7 @@ class Feed:
         read = _as_it_is if is_quick else self._ahead.read
         try:
             with closing(
-                read(self._chunks(form, steps_per_epoch, done, without), steady)
+                read(self._chunks(form, steps_per_epoch, done, without, repeat=repeat), steady)
             ) as chunks:
                 for chunk in chunks:
                     self._position = chunk.position
@@ -182,22 +184,30 @@ class Feed:
             self._position = None
 
     def _chunks(
-        self, form: Callable[[], Form], steps_per_epoch: int | None, done: int, without: Set[int]
+        self,
+        form: Callable[[], Form],
+        steps_per_epoch: int | None,
+        done: int,
+        without: Set[int],
+        *,
+        repeat: bool,
     ) -> Generator[Chunk]:
         if done and done == steps_per_epoch:
             return
-        items = self._items(steps_per_epoch and steps_per_epoch - done)
+        items = self._items(steps_per_epoch and steps_per_epoch - done, repeat=repeat)
         waiting: list[Any] = list(islice(items, 1))
         if not waiting and not done:  # a loader may stand at the end of an epoch
-            items = self._items(steps_per_epoch)
+            items = self._items(steps_per_epoch, repeat=repeat)
         numbered = enumerate(chain(waiting, items), done)
         kept = (item for number, item in numbered if number not in without)
         yield from _chunks_of(kept if without else chain(waiting, items), form, self._kind)
 
-    def _items(self, steps_per_epoch: int | None) -> Iterator[tuple[Any, Mapping[str, Any]]]:
+    def _items(
+        self, steps_per_epoch: int | None, *, repeat: bool
+    ) -> Iterator[tuple[Any, Mapping[str, Any]]]:
         """Yields the batches of an epoch, or their rows, each with the position after it."""
         source = _Rows(self.loader) if isinstance(self._kind, _Gathers) else self.loader
-        items = epoch_of(source, steps_per_epoch, name=self._name)
+        items = epoch_of(source, steps_per_epoch, name=self._name, repeat=repeat)
         # An evaluation changes no state: its loader may read it.
         for item in marked(items, self.loader) if self._name == "train" else items:
             yield item, source.get_state()

@@ -13,6 +13,7 @@ from distaff.data.feed import Feed
 from distaff.data.loader import Loader, epoch_of, in_order
 from distaff.errors import BatchError
 from distaff.typing import Batch
+from distaff.warn import warn
 
 _MIN_FEEDS = 4
 
@@ -78,7 +79,18 @@ class Feeds:
         try:
             yield loader
         finally:
+            self._back(loader, state, name)
+
+    def _back(self, loader: Loader, state: Mapping[str, Any], name: str) -> None:
+        """Puts a loader back, if it can go there."""
+        try:
             loader.set_state(state)
+        except BatchError as error:
+            loader.set_state(loader.get_state())
+            warn(
+                f"An evaluation has moved the {name} loader, which continues from where it is now: "
+                f"{error}"
+            )
 
     def batches(self, loader: Loader, name: str) -> Iterator[Batch]:
         """Yields the batches of the next epoch, while no other one is read.

@@ -12,8 +12,10 @@ import jax
 import numpy as np
 
 from distaff.data.adapters import adapted
+from distaff.data.dataclass_batches import known_to_jax
 from distaff.data.stream import Stream
 from distaff.errors import BatchError, ConfigError, leaf_name, nearest
+from distaff.number import whole
 from distaff.typing import Batch
 
 _NOT_NUMBERS = "OSUTMm"
@@ -195,7 +197,8 @@ def num_examples(batch: Batch, *, name: str = "") -> int:
     """Returns the length of the leading axis that all leaves of a batch share.
 
     Only `shape` and `dtype` are read: NumPy and JAX arrays, tracers and
-    `jax.ShapeDtypeStruct` will do.
+    `jax.ShapeDtypeStruct` will do. A batch of graphs, whose leaves differ in their leading axis,
+    says what an example is: its class has a property `num_examples`.
 
     Args:
         batch: a pytree of arrays `[batch, ...]`.
@@ -211,7 +214,7 @@ def num_examples(batch: Batch, *, name: str = "") -> int:
     >>> num_examples({"image": np.zeros((32, 8, 8, 1)), "label": np.zeros(32)})
     32
     """
-    leaves = jax.tree_util.tree_leaves_with_path(batch)
+    leaves = jax.tree_util.tree_leaves_with_path(known_to_jax(batch))
     whose = f"a batch of the {name} loader" if name else "a batch"
     if not leaves:
         raise BatchError(
@@ -219,14 +222,21 @@ def num_examples(batch: Batch, *, name: str = "") -> int:
             f"{type(batch).__name__} without leaves. Yield for example {{'image': images, 'label': "
             "labels}."
         )
-    shapes = {leaf_name(path): _array_shape(leaf_name(path), leaf, whose) for path, leaf in leaves}
+    own = counts_itself(batch)
+    shapes = {
+        (name := leaf_name(path)): _array_shape(name, leaf, whose, has_axis=not own)
+        for path, leaf in leaves
+    }
+    if own:
+        return whole(f"num_examples of {whose}", batch.num_examples)
     first, *others = shapes
     for other in others:
         if shapes[other][0] != shapes[first][0]:
             raise BatchError(
                 f"All leaves of {whose} must have the same leading length; "
                 f"{other!r} has shape {shapes[other]}, {first!r} has shape {shapes[first]}. "
-                "Yield one row per example in every leaf."
+                "Yield one row per example in every leaf. For examples of several rows, such as "
+                "graphs, make the batch a dataclass with a property num_examples."
             )
     if shapes[first][0] == 0:
         raise BatchError(
@@ -234,6 +244,11 @@ def num_examples(batch: Batch, *, name: str = "") -> int:
             f"{shapes[first]}. Leave empty batches out."
         )
     return shapes[first][0]
+
+
+def counts_itself(batch: Batch) -> bool:
+    """Whether a batch says itself how many examples it has; its leaves may then have any shapes."""
+    return not hasattr(batch, "shape") and hasattr(batch, "num_examples")
 
 
 def drops(remainder: Literal["keep", "drop"] | None, shuffle: bool) -> bool:
@@ -299,7 +314,11 @@ def first_batch(loader: Loader, *, name: str = "data") -> Batch:
 
 
 def epoch_of(
-    loader: Loader, steps_per_epoch: int | None = None, *, name: str = "data"
+    loader: Loader,
+    steps_per_epoch: int | None = None,
+    *,
+    name: str = "data",
+    repeat: bool = True,
 ) -> Iterator[Batch]:
     """Yields the batches of one epoch.
 
@@ -309,12 +328,13 @@ def epoch_of(
             start again where the loader runs out: a cut for infinite streams. None: what the
             loader calls an epoch.
         name: what the error calls the loader, such as `"train"`.
+        repeat: whether a loader may have fewer batches than `steps_per_epoch`.
 
     Yields:
         Batches.
 
     Raises:
-        BatchError: the loader is empty.
+        BatchError: the loader is empty; or a whole pass has too few batches, without `repeat`.
         ConfigError: `steps_per_epoch` is less than 1.
     """
     if steps_per_epoch is not None:
@@ -324,6 +344,7 @@ def epoch_of(
     missing = steps_per_epoch
     while missing != 0:
         before, taken = loader.get_state(), 0
+        is_whole = missing != steps_per_epoch or before.get("batch") == 0
         for batch in islice(loader, missing):
             taken += 1
             yield batch
@@ -331,6 +352,12 @@ def epoch_of(
         if not taken and loader.get_state() == before:
             raise _empty(name)
         missing = 0 if missing is None else missing - taken
+        if missing and is_whole and not repeat:
+            raise BatchError(
+                f"The {name} loader ran out after {taken} batches, and steps_per_epoch="
+                f"{steps_per_epoch}. Lower it, give more batches, or pass repeat=True to "
+                "train_model: the loader then starts again within an epoch."
+            )
 
 
 def _peek_and_return(loader: Loader) -> Batch | None:
@@ -343,7 +370,7 @@ def _peek_and_return(loader: Loader) -> Batch | None:
     return batch
 
 
-def _array_shape(name: str, leaf: Any, whose: str) -> tuple[int, ...]:
+def _array_shape(name: str, leaf: Any, whose: str, *, has_axis: bool = True) -> tuple[int, ...]:
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
         is_text = isinstance(leaf, str | bytes)
         remedy = _ENCODE if is_text else "Write numpy.asarray([...]) around all examples' values."
@@ -358,7 +385,7 @@ def _array_shape(name: str, leaf: Any, whose: str) -> tuple[int, ...]:
             f"All leaves of {whose} must hold numbers; {name!r} has dtype {leaf.dtype}{held}. "
             f"{_PAD if is_ragged else _ENCODE}"
         )
-    if not leaf.shape:
+    if has_axis and not leaf.shape:
         raise BatchError(
             f"All leaves of {whose} must have a leading axis [batch, ...]; {name!r} is a scalar. "
             "Put the values of all examples into one array, or leave it out."

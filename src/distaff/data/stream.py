@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
 from contextlib import suppress
+from functools import cached_property
 from typing import Any
 
 import jax
 import numpy as np
 
+from distaff.data.dataclass_batches import known_to_jax
 from distaff.data.fingerprint import fingerprint
 from distaff.digest import digest, sample_digest
 from distaff.errors import BatchError, ChangedBatchesError
@@ -20,6 +22,12 @@ _SAMPLED_BATCHES = 8
 _ANEW = (
     "Pass a list, a function that returns a new generator (the function, not its call), or the "
     "number of batches in an epoch (steps_per_epoch)."
+)
+
+
+_MORE = (
+    "Yield more batches, train for fewer steps, or pass a list or a function that returns a new "
+    "generator (the function, not its call)."
 )
 
 
@@ -64,8 +72,8 @@ class Stream:
         self._source = source
         self._length = length
         self._in_order = in_order
-        self.num_shapes: int = getattr(source, "num_shapes", 1)
-        self._fingerprint = 0
+        self._fingerprint = self._num_given = 0
+        self._wanted = ""
         self._begin(0)
         self._resumed = False
 
@@ -92,16 +100,27 @@ class Stream:
             return self
         return type(self)(self._source, length=self._length)
 
-    def check_passes(self, count: int, name: str) -> None:
+    @cached_property
+    def num_shapes(self) -> int:
+        """How many shapes the batches have; of a list or tuple they are counted."""
+        source: Any = self._source
+        if type(source) in (list, tuple):
+            return _num_forms([_form(batch) for batch in source])
+        return getattr(source, "num_shapes", 1)
+
+    def check_passes(self, count: int, name: str, num_batches: int | None = None) -> None:
         """Checks, before a run begins, that the source can be iterated this often.
 
         Args:
             count: epochs that are asked for.
             name: what the error calls the loader, such as `"train"`.
+            num_batches: how many batches the run needs, for a later error; None if unknown.
 
         Raises:
             BatchError: it is an iterator or a running generator, and more than one is asked for.
         """
+        self._num_given = 0
+        self._wanted = "" if num_batches is None else f" of {num_batches} that are needed"
         if count > 1 and isinstance(self._source, Iterator):
             raise BatchError(
                 f"The {name} loader must yield its batches anew in each of {count} epochs; the "
@@ -115,7 +134,7 @@ class Stream:
             if item is None:
                 return None
             self._ahead.append(item)
-        return jax.tree.map(_own, self._ahead[-1])
+        return jax.tree.map(_own, known_to_jax(self._ahead[-1]))
 
     def get_state(self) -> dict[str, int]:
         """Returns the position after the last batch that was handed out, with its fingerprint."""
@@ -196,7 +215,8 @@ class Stream:
         """Returns the next batch, or `_EPOCH_END`, and counts it."""
         item = self._ahead.pop(0) if self._ahead else next(self._line, _EPOCH_END)
         if item is not _EPOCH_END:
-            item = jax.tree.map(_own, item)
+            item = jax.tree.map(_own, known_to_jax(item))
+            self._num_given += 1
             # That of an epoch that is over stays until the next one begins.
             self._fingerprint = fingerprint(item, self._fingerprint if self._batch else 0)
             self._batch += 1
@@ -213,8 +233,9 @@ class Stream:
                 yield batch
             if empty and (self._epoch or self._batch):
                 raise BatchError(
-                    f"The {type(self._source).__name__} has no batches for epoch {self._epoch}: it "
-                    f"can be iterated only once. {_ANEW}"
+                    f"The {type(self._source).__name__} ran out: it gave {self._num_given} batches"
+                    f"{self._wanted}, and has none for epoch {self._epoch}. It can be iterated "
+                    f"only once. {_MORE if self._wanted else _ANEW}"
                 )
             if empty:
                 return
@@ -230,6 +251,27 @@ class Stream:
                 f"it returned {type(batches).__name__}. Did it return instead of yield?"
             )
         return batches
+
+
+def _form(batch: Batch) -> Any:
+    leaves, structure = jax.tree.flatten(known_to_jax(batch))
+    return structure, tuple((np.shape(leaf), getattr(leaf, "dtype", None)) for leaf in leaves)
+
+
+def _num_forms(forms: list[Any]) -> int:
+    """Returns how many there are, but for that of a last batch that is shorter than another one."""
+    found = set(forms[:-1])
+    if forms and not any(_is_shorter(forms[-1], other) for other in found):
+        found.add(forms[-1])
+    return max(1, len(found))
+
+
+def _is_shorter(form: Any, other: Any) -> bool:
+    """Whether batches differ in nothing but that one has fewer examples."""
+    pairs = zip(form[1], other[1], strict=False)
+    return form[0] == other[0] and all(
+        a[1] == b[1] and a[0][1:] == b[0][1:] and a[0][:1] < b[0][:1] for a, b in pairs
+    )
 
 
 def _own(leaf: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import sys
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 from distaff.data.positioned import Positioned
 from distaff.data.stream import Stream
 from distaff.typing import Batch
+from distaff.warn import warn
 
 _ARRAY, _BYTES, _TUPLE = "$array", "$bytes", "$tuple"
 
@@ -40,7 +40,7 @@ def torch_loader(loader: Any) -> Any:
         view = _in_order(loader)
         if view is not None:
             return Stream(_Batches(view), length=None if length is None else len(view))
-        warnings.warn(
+        warn(
             "An evaluation of a DataLoader takes the examples that its sampler draws, in that "
             "order: Distaff knows no order of its own for the sampler "
             f"{type(loader.sampler).__name__} or its batch_sampler. "
@@ -91,14 +91,15 @@ def _in_order(loader: Any) -> Any:
     torch: Any = sys.modules["torch"]
     utils, sampler = torch.utils.data, loader.sampler
     whole = isinstance(loader.dataset, utils.IterableDataset)
-    whole |= type(sampler) in (utils.SequentialSampler, utils.RandomSampler)
+    whole |= _is_torchs(sampler, "SequentialSampler", "RandomSampler")
     whole &= not getattr(sampler, "replacement", False)
     whole &= getattr(sampler, "_num_samples", None) is None
     indices = getattr(sampler, "indices", None)
-    is_part = type(sampler) is utils.SubsetRandomSampler and indices is not None
-    has_own = type(loader.batch_sampler) not in (utils.BatchSampler, type(None))
-    is_known = type(loader).__module__.split(".")[0] in ("torch", "torchdata")
-    if has_own or not (whole or is_part) or not is_known:
+    is_part = _is_torchs(sampler, "SubsetRandomSampler") and indices is not None
+    batches = loader.batch_sampler
+    is_known = _is_torchs(loader, "DataLoader", "StatefulDataLoader")
+    is_known &= batches is None or _is_torchs(batches, "BatchSampler")
+    if not is_known or not (whole or is_part):
         return None
     return utils.DataLoader(
         loader.dataset,
@@ -111,6 +112,12 @@ def _in_order(loader: Any) -> Any:
         timeout=loader.timeout,
         generator=torch.Generator(),
     )
+
+
+def _is_torchs(value: Any, *names: str) -> bool:
+    """Whether an object is of a class of torch or torchdata itself, rather than of a subclass."""
+    package = type(value).__module__.split(".")[0]
+    return package in ("torch", "torchdata") and type(value).__name__ in names
 
 
 class _Stateful:

@@ -32,7 +32,7 @@ def scope(path: tuple[Any, ...]) -> str:
     names: list[str] = []
     for piece in stacks.split("/"):
         name = re.sub(r"\w+\(|\)", "", piece)  # of transpose(jvp(MLP)), MLP
-        if names and name == names[0] and name != piece:
+        if name != piece and (is_scope(name) or name in names[:1]):
             names = []  # What a gradient computes anew is named from the start again.
         if name and not is_scope(name) and name not in ("checkpoint", "rematted_computation"):
             names.append(name)

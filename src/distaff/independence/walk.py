@@ -70,7 +70,7 @@ class Walk:
 
     def _through(self, equation: Any, places: list[Place]) -> list[Place]:
         name, count = equation.primitive.name, len(equation.outvars)
-        inner = _inner(equation)
+        inner = called(equation)
         if inner is not None:
             return self(inner, places)
         if name in _LOOPS:
@@ -95,8 +95,9 @@ class Walk:
 
     def scan(self, equation: Any, places: list[Place]) -> list[Place]:
         """Goes through a scan: over time, or over the examples themselves."""
-        params = equation.params
-        num_consts, num_carry = params["num_consts"], params["num_carry"]
+        body = equation.params["jaxpr"]
+        num_carry = _num_same(equation.outvars, body.jaxpr.outvars)
+        num_consts = _num_same(equation.invars, body.jaxpr.invars) - num_carry
         consts, carry = places[:num_consts], places[num_consts : num_consts + num_carry]
         columns = places[num_consts + num_carry :]
         is_over = any(p.kind is Kind.ROWS and p.axis == 0 for p in columns)
@@ -104,7 +105,7 @@ class Walk:
         if is_over:
             consts = [MIXED if place.has_examples else place for place in consts]
         carry, stacked = self._settled(
-            lambda carry: self(params["jaxpr"], [*consts, *carry, *sliced]), carry, is_over=is_over
+            lambda carry: self(body, [*consts, *carry, *sliced]), carry, is_over=is_over
         )
         return [*carry, *(_stacked(place, is_over=is_over) for place in stacked)]
 
@@ -145,7 +146,7 @@ class Walk:
 _LOOPS: dict[str, Any] = {"scan": Walk.scan, "while": Walk.loop, "cond": Walk.cond}
 
 
-def _inner(equation: Any) -> Any:
+def called(equation: Any) -> Any:
     """Returns the program that an equation calls with its own operands; None without one."""
     if equation.primitive.name not in _CALLS:
         return None
@@ -154,6 +155,12 @@ def _inner(equation: Any) -> Any:
         return None
     closed = found[0] if hasattr(found[0], "consts") else ClosedJaxpr(found[0], ())
     return closed if len(closed.jaxpr.invars) == len(equation.invars) else None
+
+
+def _num_same(outer: Sequence[Any], inner: Sequence[Any]) -> int:
+    """Returns how many arrays a scan does not slice or stack: they keep their axes."""
+    pairs = zip(outer, inner, strict=True)
+    return sum(len(a.aval.shape) == len(b.aval.shape) for a, b in pairs)
 
 
 def _is_inexact(var: Any) -> bool:

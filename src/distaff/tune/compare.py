@@ -62,7 +62,8 @@ def compare(
             costs no further run; `(None,)` is the grid of an optimizer that has none.
         make_loaders: `(seed) -> (train, val, test)`, new loaders for each run; `test` may be None.
             The order of the training data is to differ from seed to seed.
-        seeds: of the runs that are compared.
+        seeds: of the runs that are compared. A learning rate is chosen by runs of one more seed,
+            `max(seeds) + 1`, which are not reported.
         num_epochs: epochs of each run.
         target: a training loss; steps and seconds until it are measured.
         monitor: the validation metric that chooses a learning rate, by its best value in a run.
@@ -148,8 +149,10 @@ class _Contest:
         """Chooses a learning rate, and trains with it."""
         chosen, tried = rates[0], {}
         if len(rates) > 1:
+            # A seed of its own: the luck of the one that a rate was chosen by is not reported.
+            seed = max(seeds) + 1
             for rate in rates:
-                _, tried[rate] = self.run(name, make_optimizer(rate), rate, seeds[0], test=False)
+                _, tried[rate] = self.run(name, make_optimizer(rate), rate, seed, test=False)
                 if self.monitor.better(tried[rate], tried[chosen]):
                     chosen = rate
             if np.isnan(tried[chosen]):

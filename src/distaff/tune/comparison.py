@@ -136,10 +136,22 @@ class OptimizerResult:
 
     @property
     def shown_rate(self) -> str:
-        """The learning rate as a table or a legend shows it."""
+        """The learning rate as a table or a legend shows it; `0.1*` at an edge of the grid."""
         if self.learning_rate is None:
             return "-"
-        return "diverged" if np.isnan(self.learning_rate) else f"{self.learning_rate:g}"
+        if np.isnan(self.learning_rate):
+            return "diverged"
+        return f"{self.learning_rate:g}" + "*" * (self.edge is not None)
+
+    @property
+    def edge(self) -> Literal["lowest", "highest"] | None:
+        """Which end of the grid the chosen rate is at, beyond which a better one may lie."""
+        rates = [rate for rate in self.grid if rate is not None]
+        if len(rates) < 2 or self.learning_rate not in rates:
+            return None
+        if self.learning_rate == min(rates):
+            return "lowest"
+        return "highest" if self.learning_rate == max(rates) else None
 
     def curve(self, name: Literal["losses", "cosines"]) -> Curve:
         """Returns how a quantity, averaged over the last epoch, went with the steps."""
@@ -195,7 +207,8 @@ class Comparison:
         """Returns the rows as text: mean ± standard error over the seeds.
 
         Of several metrics the validation and test losses are left out. A number such as `(3/5)`
-        says how many runs a mean is of, where it is not of all.
+        says how many runs a mean is of, where it is not of all. A rate at the edge of its grid has
+        an asterisk, and a line below the table names it.
         """
         rows = self.rows()
         measured = list(dict.fromkeys(name for row in rows.values() for name in row))
@@ -213,7 +226,17 @@ class Comparison:
         for name, row in rows.items():
             shown = [str(row[title]) if title in row else "-" for title in titles]
             lines.append([name, self.results[name].shown_rate, *shown])
-        return _aligned(lines)
+        return "\n".join([_aligned(lines), *self._remarks()])
+
+    def _remarks(self) -> list[str]:
+        edges = {name: result.edge for name, result in self.results.items()}
+        at_edge = [f"{name} ({edge})" for name, edge in edges.items() if edge is not None]
+        if not at_edge:
+            return []
+        return [
+            f"* at the edge of its grid: {', '.join(at_edge)}. A better rate may lie beyond it; "
+            "widen the grid."
+        ]
 
 
 def _estimate(values: Iterable[float]) -> Estimate:
