@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from flax.core import DenyList
+from flax.core import DenyList, freeze
 
 from distaff import Context, TrainState
 from distaff.errors import ConfigError, LossError
@@ -254,6 +254,8 @@ def test_boxes_are_opened_and_arrays_are_those_of_a_program():
     assert jax.tree.map(lambda x: str(x.dtype), found.collections) == {
         "tables": {"a": "float32", "b": "int32"}
     }
+    frozen = normalized(Variables(freeze({"a": X}), None, freeze({"b": {"c": X}})))
+    assert [type(frozen.params), type(frozen.collections)] == [dict, dict]
     with pytest.raises(ConfigError, match="run_model_init returns"):
         normalized([1])
 
@@ -273,6 +275,17 @@ def test_initializer_of_linen_that_computes_on_the_host_is_named():
     model = as_model(HostInitializer())
     with pytest.raises(ConfigError, match=r"initializer of HostInitializer.*jnp\.linalg\.qr"):
         model.apply(Variables(params), X, train=True, key=None)
+
+
+class Needs(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, scale):
+        return x * scale
+
+
+def test_argument_that_is_missing_is_named_with_its_remedy():
+    with pytest.raises(ConfigError, match=r"'scale'.*override run_model_init"):
+        as_model(Needs()).init(KEY, X)
 
 
 class NnxSowing(nnx.Module):
