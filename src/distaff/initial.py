@@ -27,7 +27,7 @@ def normalized(variables: Any) -> Variables:
     Raises:
         ConfigError: it is something else.
     """
-    if isinstance(variables, Mapping) and "params" in variables:
+    if isinstance(variables, Mapping) and ("params" in variables or not variables):
         variables = Variables.of(variables)
     if not isinstance(variables, Variables):
         raise ConfigError(

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 from flax.core import DenyList, freeze
 
-from distaff import Context, TrainState
+from distaff import Context, TrainerModule, TrainState
 from distaff.errors import ConfigError, LossError
 from distaff.initial import normalized
 from distaff.models import Variables, as_model, whole_batches
@@ -133,7 +133,9 @@ class Streams(nn.Module):
         def draw(cell, carry, _):
             return carry, jax.random.normal(cell.make_rng("noise"))
 
-        steps = nn.scan(draw, variable_broadcast="params", split_rngs={"noise": True}, length=3)
+        steps = nn.scan(
+            draw, variable_broadcast="params", split_rngs={"params": False, "noise": True}, length=3
+        )
         return steps(self, None, None)[1], jax.random.normal(self.make_rng("other"))
 
 
@@ -286,6 +288,19 @@ class Needs(nn.Module):
 def test_argument_that_is_missing_is_named_with_its_remedy():
     with pytest.raises(ConfigError, match=r"'scale'.*override run_model_init"):
         as_model(Needs()).init(KEY, X)
+
+
+class Task(TrainerModule):
+    def run_model_init(self, example_batch, key):
+        return self.model.module.init(key, example_batch, scale=2.0)
+
+    def predict_fn(self, params, batch, ctx):
+        return ctx.apply(params, batch, scale=2.0)
+
+
+def test_run_model_init_of_ones_own_is_enough_for_other_arguments():
+    task = Task(Needs(), example_batch=np.asarray(X), root=None, enable_progress_bar=False)
+    np.testing.assert_array_equal(task.predict([np.asarray(X)]), 2 * X)
 
 
 class NnxSowing(nnx.Module):
