@@ -45,6 +45,16 @@ class Kind(NamedTuple):
 KINDS: dict[str, Kind] = {}
 
 
+def without_keys(tree: Any) -> Any:
+    """Returns a tree with the numbers of its random keys, which can be compared."""
+
+    def plain(leaf: Any) -> Any:
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return jax.random.key_data(leaf) if is_key else leaf
+
+    return jax.tree.map(plain, tree)
+
+
 def linen(
     name: str,
     module: Callable[[], Any],
@@ -278,6 +288,15 @@ class Counter(nn.Module):
         return nn.Dense(1)(x)
 
 
+class Keyed(nn.Module):
+    """Holds a random key, from which it draws the same number each time."""
+
+    @nn.compact
+    def __call__(self, x):
+        key = self.variable("noise", "key", lambda: jax.random.key(0))
+        return nn.Dense(1)(x) + jax.random.normal(key.value, ())
+
+
 class Carry(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -330,6 +349,7 @@ linen("linen weight norm", Weighted)
 linen("linen auxiliary outputs", Auxiliary, outputs=lambda outputs: outputs[0])
 linen("linen keyword", Scaled, call=lambda x, train: {"scale": 2.0})
 linen("linen counter", Counter)
+linen("linen key", Keyed)
 linen("linen carry", Carry)
 linen("linen perturb", Perturbed)
 linen("linen boxes", Boxed)

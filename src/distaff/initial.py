@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from flax.core import FrozenDict, unfreeze
 
 from distaff.errors import ConfigError
 from distaff.models import LayerRow, Variables
@@ -15,7 +16,7 @@ from distaff.models.layers import listed
 
 
 def normalized(variables: Any) -> Variables:
-    """Returns variables as a state keeps them: opened boxes, and arrays that a program may hold.
+    """Returns variables as a state keeps them: dicts, opened boxes, arrays that a program may hold.
 
     A NumPy array of float64 or int64 becomes what JAX makes of it, as it does in the first step: so
     a checkpoint fits the model that it is of.
@@ -26,14 +27,15 @@ def normalized(variables: Any) -> Variables:
     Raises:
         ConfigError: it is something else.
     """
-    if isinstance(variables, Mapping) and "params" in variables:
+    if isinstance(variables, Mapping) and ("params" in variables or not variables):
         variables = Variables.of(variables)
     if not isinstance(variables, Variables):
         raise ConfigError(
             "run_model_init returns distaff.models.Variables(params, ...), or the collections that "
             f"module.init returns, {{'params': ...}}; got {type(variables).__name__}."
         )
-    return jax.tree.map(_canonical, nn.unbox(variables))
+    thawed = Variables(*(unfreeze(x) if isinstance(x, FrozenDict) else x for x in variables))
+    return jax.tree.map(_canonical, nn.unbox(thawed))
 
 
 def _canonical(leaf: Any) -> Any:

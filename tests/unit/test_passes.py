@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from flax.core import DenyList
+from flax.core import DenyList, freeze
 
-from distaff import Context, TrainState
+from distaff import Context, TrainerModule, TrainState
 from distaff.errors import ConfigError, LossError
 from distaff.initial import normalized
 from distaff.models import Variables, as_model, whole_batches
@@ -133,7 +133,9 @@ class Streams(nn.Module):
         def draw(cell, carry, _):
             return carry, jax.random.normal(cell.make_rng("noise"))
 
-        steps = nn.scan(draw, variable_broadcast="params", split_rngs={"noise": True}, length=3)
+        steps = nn.scan(
+            draw, variable_broadcast="params", split_rngs={"params": False, "noise": True}, length=3
+        )
         return steps(self, None, None)[1], jax.random.normal(self.make_rng("other"))
 
 
@@ -254,6 +256,8 @@ def test_boxes_are_opened_and_arrays_are_those_of_a_program():
     assert jax.tree.map(lambda x: str(x.dtype), found.collections) == {
         "tables": {"a": "float32", "b": "int32"}
     }
+    frozen = normalized(Variables(freeze({"a": X}), None, freeze({"b": {"c": X}})))
+    assert [type(frozen.params), type(frozen.collections)] == [dict, dict]
     with pytest.raises(ConfigError, match="run_model_init returns"):
         normalized([1])
 
@@ -273,6 +277,30 @@ def test_initializer_of_linen_that_computes_on_the_host_is_named():
     model = as_model(HostInitializer())
     with pytest.raises(ConfigError, match=r"initializer of HostInitializer.*jnp\.linalg\.qr"):
         model.apply(Variables(params), X, train=True, key=None)
+
+
+class Needs(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, scale):
+        return x * scale
+
+
+def test_argument_that_is_missing_is_named_with_its_remedy():
+    with pytest.raises(ConfigError, match=r"'scale'.*override run_model_init"):
+        as_model(Needs()).init(KEY, X)
+
+
+class Task(TrainerModule):
+    def run_model_init(self, example_batch, key):
+        return self.model.module.init(key, example_batch, scale=2.0)
+
+    def predict_fn(self, params, batch, ctx):
+        return ctx.apply(params, batch, scale=2.0)
+
+
+def test_run_model_init_of_ones_own_is_enough_for_other_arguments():
+    task = Task(Needs(), example_batch=np.asarray(X), root=None, enable_progress_bar=False)
+    np.testing.assert_array_equal(task.predict([np.asarray(X)]), 2 * X)
 
 
 class NnxSowing(nnx.Module):

@@ -19,6 +19,7 @@ from distaff.models.randomness import KEY_NAMES
 from distaff.typing import Key
 
 _OWN = "flax"
+_LACKS = re.compile(r"(\w+)\.\w+\(\) missing \d+ required")
 _SCOPE = re.compile(r"flax.core.scope\.py")
 
 
@@ -178,7 +179,7 @@ def lifted(call: Callable[[bool], Any], model: str) -> Any:
         model: its name, for errors.
 
     Raises:
-        ConfigError: an initializer cannot be traced.
+        ConfigError: an argument is missing, or an initializer cannot be traced.
     """
     try:
         return call(False)
@@ -192,6 +193,16 @@ def lifted(call: Callable[[bool], Any], model: str) -> Any:
             f"JAX traces an initializer of {model}, which computes with NumPy, and cannot: "
             f"{str(error).partition('.')[0]}. Use jax.numpy in it, such as jnp.linalg.qr; or make "
             "the array before, and let the initializer return it."
+        ) from error
+    except TypeError as error:
+        found = _LACKS.search(str(error))
+        if found is None or found[1] != model:
+            raise
+        raise ConfigError(
+            f"{model} is called with what model_inputs(batch) returns and with its mode, and needs "
+            f"more: {error}. For positional arguments, override model_inputs. For others, "
+            "override run_model_init(example_batch, key), and pass them in the loss: "
+            "ctx.apply(params, x, name=value)."
         ) from error
     except ValueError as error:
         if "static_argnums" not in str(error):
