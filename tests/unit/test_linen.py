@@ -359,12 +359,17 @@ def test_as_model_takes_an_instance_of_a_module_only():
             as_model(wrong)
 
 
+def other_than_default(x: jax.Array) -> jax.Array:
+    return -x
+
+
 @pytest.mark.parametrize(
     "module",
     [
         Options(),
         Options(widths=(3,), dtype=jnp.float32, limit=float("-inf")),
         Options(dtype=None, table={"a": 1, "b": {"c": (1.5, "x", None)}}),
+        Options(activation=other_than_default),
         Options(kernel_init=nn.initializers.he_normal()),
         Options(parts=(Block(3), nn.Dense(2, use_bias=False))),
         Block(inner=Block(5, inner=nn.Dense(1))),
@@ -384,10 +389,6 @@ def test_rebuild_brings_back_what_was_recorded(module):
     )
 
 
-def other_than_default(x: jax.Array) -> jax.Array:
-    return -x
-
-
 NAMELESS = (lambda x: x, lambda x: -x)
 
 
@@ -401,7 +402,6 @@ ME = f"{__name__}:Options"
 @pytest.mark.parametrize(
     ("record", "named"),
     [
-        (to_json(Options(activation=other_than_default)), "other_than_default"),
         (to_json(Anonymous(activation=NAMELESS[1])), "<lambda>"),
         ({"$class": "os:system", "command": "touch hacked"}, "'os:system'"),
         ({"$class": "builtins:eval"}, "'builtins:eval'"),
