@@ -120,8 +120,10 @@ class Context:
         if not isinstance(params, Mapping) or "params" not in params:
             return params, {}
         own, inner = self.state.params, params["params"]
-        # A model of functions may call a part of its parameters so.
-        if isinstance(own, Mapping) and "params" in own and set(inner) != set(own):
+        is_function = isinstance(model_of(self.state.apply_fn), FunctionModel)
+        # A model of functions may call a part of its parameters so; of another one, the state may
+        # hold what `module.init` returned as it is.
+        if is_function and isinstance(own, Mapping) and "params" in own and set(inner) != set(own):
             return params, {}
         return inner, {name: x for name, x in params.items() if name != "params"}
 
