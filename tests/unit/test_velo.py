@@ -201,7 +201,7 @@ def test_accumulation_begins_above_150000_steps(monkeypatch):
     given = []
     monkeypatch.setattr(
         "distaff.optim.learned.optimizer.accumulate",
-        lambda tx, every: given.append(every) or accumulate(tx, every),
+        lambda tx, every, tail: given.append(every) or accumulate(tx, every),
     )
     for steps in (150_001, 300_000, 300_001):
         velo(WEIGHTS, steps)
