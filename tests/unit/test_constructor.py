@@ -54,7 +54,7 @@ VALUES = (
 )
 
 
-@pytest.mark.parametrize("value", VALUES, ids=repr)
+@pytest.mark.parametrize("value", VALUES)
 def test_plain_values_come_back_as_they_were(value):
     back = restored(json.loads(json.dumps(recorded(value), allow_nan=False)))
     assert (type(back), back) == (type(value), value)
