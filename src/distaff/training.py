@@ -176,6 +176,7 @@ class Training(Predictor):
             self.tune_process(first_to_train(plan.train_loader))
         check_one_process()
         self.evaluation_watch.expect()
+        self.feeds.validate_on(plan.val_loaders.values(), plan.train_loader)
         self.plan, self.first_step, self.reached = plan, self.step, (self.step, self.epoch)
         self.begun_at, self.unsaved, self.last_save = (self.step, self.epoch), None, None
         self.left_out, self.num_skipped, self.tally = [], 0, Tally(plan.first_epoch)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import jax
 
 from distaff.data.feed import Feed
-from distaff.data.loader import Loader, epoch_of, in_order
+from distaff.data.loader import Loader, epoch_of, in_order, sources
+from distaff.data.stream import Stream
 from distaff.errors import BatchError
 from distaff.typing import Batch
 from distaff.warn import warn
@@ -24,6 +25,7 @@ class Feeds:
     def __init__(self) -> None:
         self._feeds: list[Feed] = []
         self._views: list[tuple[Loader, Loader]] = []
+        self._in_place: list[Loader] = []
         self._room = _MIN_FEEDS
         self.lock = threading.RLock()  # a loader may itself predict
 
@@ -43,12 +45,28 @@ class Feeds:
         self._feeds = [feed, *others[: self._room - 1], *older]
         return feed
 
+    def validate_on(self, loaders: Iterable[Loader], train_loader: Loader) -> None:
+        """Notes the loaders of a run's validations.
+
+        An iterable of the user's own that only validations read is read where it stands, so that
+        its position is saved, and its batches are verified at a resume.
+        """
+        trained = list(sources(train_loader))
+        self._in_place = [
+            loader
+            for loader in loaders
+            if any(isinstance(each, Stream) and each.is_read_again for each in sources(loader))
+            and not any(each is other for each in sources(loader) for other in trained)
+        ]
+
     def view(self, loader: Loader) -> Loader | None:
         """Returns what to evaluate on in place of a loader, always the same; see `Loader`.
 
         Returns:
             None where the loader has no `in_order`.
         """
+        if any(loader is each for each in self._in_place):
+            return loader
         known = next((view for given, view in self._views if given is loader), None)
         view = in_order(loader) if known is None else known
         others = [each for each in self._views if each[0] is not loader]

@@ -100,6 +100,11 @@ class Stream:
             return self
         return type(self)(self._source, length=self._length)
 
+    @property
+    def is_read_again(self) -> bool:
+        """Whether a position is reached by reading again, and other batches may come then."""
+        return self._in_order is None and type(self._source) not in (list, tuple)
+
     @cached_property
     def num_shapes(self) -> int:
         """How many shapes the batches have; of a list or tuple they are counted."""
