@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -168,8 +169,16 @@ def has_only_failed(path: Path) -> bool:
 
 
 def _remark(candidates: Sequence[Candidate], seat: Seat) -> str:
-    """Returns why a run that could have been taken up is not: that of its place, or the newest."""
-    dead = [each for each in candidates if seat.standing(each.status) != "alive"]
+    """Returns why a run that could have been taken up is not: that of its place, or the newest.
+
+    Runs before one that has finished in order are of the past.
+    """
+
+    def is_recent(each: Candidate) -> bool:
+        return not (each.is_finished and seat.standing(each.status) == "closed")
+
+    recent = itertools.takewhile(is_recent, candidates)
+    dead = [each for each in recent if seat.standing(each.status) != "alive"]
     in_place = [
         each for each in dead if seat.is_of(each.status) and seat.standing(each.status) == "open"
     ]

@@ -71,6 +71,8 @@ def compared(
         subject: what the identity of the new one was found from.
         inexact: whether first batches may differ, as those drawn without a seed.
     """
+    if not old:
+        return Comparison(["its record cannot be read"], [], [])
     options = _options(old, new)
     was, now = old.get("identity"), new.get("identity")
     changes = [text for name, text in options.items() if not _is_same(name)]

@@ -201,10 +201,10 @@ def tidy(store: CheckpointStore) -> None:
 
 
 def forget_after(store: CheckpointStore, step: int) -> None:
-    """Puts the checkpoints of later steps aside, so that a run can go on from this one.
+    """Puts the checkpoints of later steps aside, so that a run can resume from this one.
 
     Args:
-        store: of the run; it has not saved yet.
+        store: of the run; nothing is being saved.
         step: one of `store.steps()`.
 
     Raises:
@@ -212,3 +212,4 @@ def forget_after(store: CheckpointStore, step: int) -> None:
     """
     store.info(step)
     folders.abandon_after(store.directory, step)
+    store.list_again()

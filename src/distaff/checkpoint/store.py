@@ -37,21 +37,17 @@ class CheckpointStore:
     """The checkpoints of one run: `<directory>/step_00001200/`, one folder each.
 
     A folder appears under its name only when it is whole. After each save the last `keep_last`
-    checkpoints, the best ones and the multiples of `keep_every` are kept, the others removed; which
-    ones are best, the run says: `info["best_steps"]`, best first, or the single `info["best_step"]`
-    of the newest checkpoint. Nothing is written before the first save. Close the store, or use it
-    in a `with` statement: Python may end before a save in the background does.
+    checkpoints, the best ones and the multiples of `keep_every` are kept, the others removed. The
+    newest checkpoint names the best ones: `info["best_steps"]`, best first, or `info["best_step"]`.
+    Nothing is written before the first save. Close the store, or use a `with` statement, since
+    Python may end before a save in the background does.
 
-    A save that fails leaves the checkpoints before it as they are. It is told by the next call of
-    `save`, `check_failure`, `wait` or `close`: as an error, or, with `on_failed_save="warn"`, as a
-    warning, after which later saves are tried. What is wrong with what is saved is always an error.
+    A save that fails leaves the checkpoints before it as they are. The next call of `save`,
+    `check_failure`, `wait` or `close` raises it, or warns with `on_failed_save="warn"`.
 
-    One whose `info["provisional"]` is true is kept until the next one is there, and counts as none
-    of the last.
-
-    Saves are written one after the other. One that would be removed before its turn comes, because
-    newer ones wait behind it, is not written at all: a loop that saves faster than the disk writes
-    does not wait for it.
+    A checkpoint whose `info["provisional"]` is true is kept until the next one is there, and does
+    not count for `keep_last`. Saves are written one after the other; one that newer saves would
+    remove before its turn comes is not written, so that a fast loop does not wait for the disk.
 
     What `check`, `newest_valid` or `load` found damaged is from then on neither counted nor
     removed; a save of the same step renames it to `step_00001200.damaged`. Only one process may
@@ -264,6 +260,10 @@ class CheckpointStore:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def list_again(self) -> None:
+        """Looks at the directory again before the next save, after something else changed it."""
+        self._own = None
 
     def _is_saved(self, step: int, info: Mapping[str, Any]) -> bool:
         """Whether a checkpoint is written, or waits to be, with just this info."""
