@@ -62,7 +62,8 @@ def main(options: Options) -> dict[str, float]:
     run = {"name": "language-model", "root": options.root, "loggers": [history]}
     trainer = tasks.LanguageModel(model, optimizer=OPTIMIZER, **samples, **run)
     epochs = {"num_epochs": options.num_epochs, "steps_per_epoch": options.steps_per_epoch}
-    result = trainer.train_model(train, val, test, **epochs)
+    # An epoch may be longer than the text.
+    result = trainer.train_model(train, val, test, repeat=True, **epochs)
     if result.status == "interrupted":
         raise SystemExit(130)  # as Ctrl-C ends a program; start it again to go on
     xz = lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)

@@ -38,7 +38,7 @@ class Checked(Recovering):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._told: set[tuple[str, str]] = set()
-        self.first: dict[str, Batch] = {}
+        self._first_batches: dict[str, Batch] = {}
 
     def check_batch(self, batch: Batch, name: str) -> None:
         """Looks at the first batch of a loader, once and on the host. Override it to check more.
@@ -141,7 +141,7 @@ class Checked(Recovering):
             plan: of the run, which is prepared.
         """
         # Nothing is read for it: a source may not be the same after it.
-        first, self.first = self.first, {}
+        first, self._first_batches = self._first_batches, {}
         if not isinstance(self.recording, DirectoryRecording):
             return None
         named = {"train": plan.train_loader, **plan.val_loaders}
@@ -210,7 +210,7 @@ class Checked(Recovering):
         """
         view = self.feeds.view(loader)
         batch = first_batch(loader if view is None else view, name=name)
-        self.first[name] = batch
+        self._first_batches[name] = batch
         shapes = self._evaluator.shapes(self.evaluation_state(), batch)
         self.check_batch(batch, name)
         self.check_broadcasts(self._evaluator.outputs, batch, train=False)

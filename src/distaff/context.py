@@ -13,7 +13,7 @@ from distaff.metrics import PerExample
 from distaff.metrics.limits import Limits
 from distaff.models import Variables, model_of
 from distaff.models.flags import names_mode
-from distaff.models.functional import FunctionModel
+from distaff.models.functional import FunctionModel, Functions
 from distaff.models.observed import Observed, observing
 from distaff.models.randomness import NoKeyError, is_key
 from distaff.optim import decay_mask, decays, l2_loss
@@ -120,7 +120,7 @@ class Context:
         if not isinstance(params, Mapping) or "params" not in params:
             return params, {}
         own, inner = self.state.params, params["params"]
-        is_function = isinstance(model_of(self.state.apply_fn), FunctionModel)
+        is_function = isinstance(model_of(self.state.apply_fn), FunctionModel | Functions)
         # A model of functions may call a part of its parameters so; of another one, the state may
         # hold what `module.init` returned as it is.
         if is_function and isinstance(own, Mapping) and "params" in own and set(inner) != set(own):

@@ -320,7 +320,7 @@ class TrainerModule(Hooks, Checked):
             watch=self.make_watch(),
         )
         self.forms, self._steps.ledger = self._steps.forms, self.ledger
-        self.first["train"] = batch
+        self._first_batches["train"] = batch
         self.check_training(batch)
         found = {n: self.check_evaluation(v, n) for n, v in plan.val_loaders.items()}
         monitors.check(self, TrainerModule, found)

@@ -274,7 +274,7 @@ class BestInTheMiddle(Regression):
 
 
 def test_second_run_starts_from_the_average_as_a_loaded_model_does(tmp_path):
-    trainer = make(root=str(tmp_path))
+    trainer = make(root=str(tmp_path), keep_optimizer=False)
     result = trainer.train_model(loader(), num_epochs=2)
     evaluated = evaluation_params(trainer.state.opt_state, trainer.state.params)
     loaded = Regression.load_from_checkpoint(result.path, root=None)

@@ -124,11 +124,8 @@ def test_what_is_offered_adds_nothing_to_the_program_of_who_does_not_take_it():
     def bare(state: TrainState) -> TrainState:
         _, grads = jax.value_and_grad(loss_of)(state.params)
         updates, opt_state = optax.adam(1e-3).update(grads, state.opt_state)
-        return state.replace(
-            step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            opt_state=opt_state,
-        )
+        params = optax.apply_updates(state.params, updates)
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state)
 
     state = TrainState.create(params=PARAMS, tx=optax.adam(1e-3))
     assert str(jax.make_jaxpr(offering)(state)) == str(jax.make_jaxpr(bare)(state))

@@ -142,7 +142,7 @@ def test_only_a_plain_file_of_sensible_size_is_opened(folder, name, kind):
 
 
 def test_a_path_that_is_none_is_refused():
-    with pytest.raises(CheckpointError, match="null"):
+    with pytest.raises(ConfigError, match="null"):
         read_weights("a\0b")
 
 
