@@ -37,7 +37,7 @@ test: lint
 	$(bin)/pytest -n logical --maxprocesses 8 --dist worksteal -m "not slow" $(ARGS)
 
 test-slow: .venv/.test
-	$(bin)/pytest -n logical --maxprocesses 8 --dist worksteal -m slow $(ARGS)
+	$(bin)/pytest -n logical --maxprocesses 8 --dist worksteal -m slow --timeout 1200 $(ARGS)
 
 lint: .venv/.test
 	$(bin)/ruff format --check
