@@ -174,7 +174,8 @@ def test_a_run_resumed_within_a_window_ends_bit_for_bit_as_one_that_was_not(tmp_
 def test_accumulating_for_long_is_no_sign_of_a_training_that_learns_nothing(optimizer):
     loader = data.ArrayLoader({"x": X, "y": Y}, batch_size=2)
     options = {"root": None, "enable_progress_bar": False, "log_every_n_steps": 1}
-    Line(LINE, optimizer=optimizer, **options).train_model(loader, num_epochs=1)
+    result = Line(LINE, optimizer=optimizer, **options).train_model(loader, num_epochs=1)
+    assert result.status == "finished"  # a warning would have been an error
 
 
 @pytest.mark.parametrize(

@@ -186,3 +186,4 @@ def test_pipe_without_a_reader_is_not_even_tried(pipe):
     display.print("a")
     display.close()
     stream.close()  # raises nothing: nothing is left in its buffer
+    assert stream.closed
