@@ -28,7 +28,7 @@ _HOW_IT_RUNS = {
             "stuck_after",
         ),
         *("on_bad_numbers", "on_loss_spike", "spike_threshold", "max_skips", "on_bad_input"),
-        *("nan_ok", "on_failed_log"),
+        "nan_ok",
     )
 }
 """Options that lead to the same model, or are what one changes to resume after a bad step."""
