@@ -84,14 +84,15 @@ class Evaluator:
         return (lambda source: False) if self._padding is None else self._padding.of(state)
 
     def step(self, state: TrainState, batch: Batch) -> dict[str, Metric]:
-        """Returns the metrics of one batch, as they are merged. The step's trace is reused."""
-        return self._accumulating_one(state, batch, None)
+        """Returns the metrics of one full batch, as they are merged, from the trace of a run."""
+        return self._run(state, One(batch), self._mask(state, batch))
 
     def shapes(self, state: TrainState, batch: Batch) -> dict[str, Metric]:
         """Returns the metrics of one full batch, as shapes where the step can be traced."""
-        may_pad = self.may_pad(state)(One(batch))
-        mask = np.ones(num_examples(batch), bool) if may_pad else None
-        return self._execution.shapes(self._run, state, One(batch), mask)
+        return self._execution.shapes(self._run, state, One(batch), self._mask(state, batch))
+
+    def _mask(self, state: TrainState, batch: Batch) -> np.ndarray | None:
+        return np.ones(num_examples(batch), bool) if self.may_pad(state)(One(batch)) else None
 
     def _measure(self, state: TrainState, chunk: Chunk, sizes: Sizes) -> dict[str, Metric] | _Rows:
         source, mask = chunk.source, None
