@@ -26,7 +26,7 @@ ROOMS = (
     *("digest", "sketch"),
     *("paths", "quiet", "warn", "_optional"),
     *("gradients", "slot", "state", "vitals", "spikes"),
-    *("metrics", "monitor", "cadence", "duration"),
+    *("metrics", "monitor", "duration"),
     *("config", "record", "environment", "run_directory", "run_lock", "run_log", "run_version"),
     "run_files",
     *("execution", "allocator", "compile_cache", "throughput", "flight", "devices"),

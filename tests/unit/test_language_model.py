@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import cast
 
 import flax.linen as nn
 import jax
@@ -8,11 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import distaff
 from distaff import data, tasks
+from distaff.callbacks import StepInfo
 from distaff.errors import BatchError, ConfigError, LossError, StateError
 from distaff.loggers import MemoryLogger
+from distaff.tasks.language_model import _Samples
 from distaff.zoo import GPT
 
 TEXT = bytes(np.random.default_rng(0).integers(97, 123, 500, dtype=np.uint8))
@@ -193,6 +199,25 @@ def test_samples_are_written_every_n_steps(tmp_path):
         "sample_16.txt",
         "sample_20.txt",
     ]
+
+
+@settings(deadline=None)
+@given(st.integers(1, 500), st.integers(0, 10_000), st.integers(0, 600))
+def test_a_sample_is_due_at_each_multiple_of_its_steps_and_at_no_other(every, start, num_steps):
+    steps = range(start + 1, start + num_steps + 1)
+    due: list[int] = []
+    logger = SimpleNamespace(log_text=lambda name, text, step: due.append(step))
+    config = SimpleNamespace(
+        sample_every_n_steps=every, sample_prompt="a", sample_length=1, temperature=1.0
+    )
+    trainer = SimpleNamespace(
+        config=config, sample=lambda *_, **__: b"", recording=SimpleNamespace(logger=logger)
+    )
+    samples = _Samples(cast("tasks.LanguageModel", trainer))
+    samples.on_training_start(StepInfo(start, 1, None, {}))
+    for step in steps:
+        samples.on_step_end(StepInfo(step, 1, None, {}))
+    assert due == [step for step in steps if step in range(0, start + num_steps + 1, every)]
 
 
 @pytest.mark.parametrize(

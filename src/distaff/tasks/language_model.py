@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from distaff.cadence import Every, Progress
 from distaff.callbacks import Callback, StepInfo
 from distaff.context import Context
 from distaff.data.inspection import unknown_tokens
@@ -313,16 +312,11 @@ class _Samples(Callback):
 
     def __init__(self, trainer: LanguageModel) -> None:
         self._trainer = trainer
-        self._last = Progress()
-
-    def on_training_start(self, info: StepInfo) -> None:
-        self._last = Progress(step=info.step)
 
     def on_step_end(self, info: StepInfo) -> None:
-        config, now = self._trainer.config, Progress(step=info.step)
-        previous, self._last = self._last, now
+        config = self._trainer.config
         every = config.sample_every_n_steps
-        if every is None or not Every(every, "steps").due(previous, now):
+        if every is None or info.step % every:
             return
         text = self._trainer.sample(
             config.sample_prompt.encode(), config.sample_length, temperature=config.temperature
