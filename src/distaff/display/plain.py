@@ -10,12 +10,13 @@ from rich.console import Console, RenderableType
 
 from distaff.display.lines import epoch_text, metrics_table
 from distaff.display.pace import Pace
+from distaff.display.protocol import Display
 from distaff.typing import Scalars
 
 T = TypeVar("T")
 
 
-class PlainDisplay:
+class PlainDisplay(Display):
     """Writes lines of plain text, without control characters, each one when it is complete.
 
     Args:
@@ -46,24 +47,17 @@ class PlainDisplay:
         self._step_width = 1
 
     def start(self, num_epochs: int, steps_per_epoch: int | None) -> None:
-        """Begins to count the examples and the time of a training."""
         self._step_width = len(str(num_epochs * steps_per_epoch)) if steps_per_epoch else 6
         self._pace = Pace(self._clock)
 
     def compiling(self, what: str) -> None:
-        """Leaves the time from here on out of the rate."""
         self._pace.hold("compiling")
 
     def running(self) -> None:
-        """Counts the time again."""
         self._pace.release("compiling")
 
     def advance(self, step: int, epoch: int, examples: int) -> None:
-        """Counts examples."""
         self._pace.examples += examples
-
-    def update(self, metrics: Scalars) -> None:
-        """Does nothing: metrics come with the line of their epoch."""
 
     def epoch_line(
         self,
@@ -74,7 +68,6 @@ class PlainDisplay:
         seconds: float,
         is_best: bool,
     ) -> None:
-        """Writes the line of one completed epoch, with every field."""
         padded_step = f"{step:{self._step_width}}"
         rate = self._pace.lap()
         self.print(
@@ -84,7 +77,6 @@ class PlainDisplay:
     def track(
         self, iterable: Iterable[T], description: str, total: int | None = None
     ) -> Iterator[T]:
-        """Yields the items, and leaves their time out of the rate of training."""
         self._pace.hold("track")
         try:
             yield from iterable
@@ -92,11 +84,9 @@ class PlainDisplay:
             self._pace.release("track")
 
     def table(self, rows: Mapping[str, Scalars]) -> None:
-        """Writes metrics by split."""
         self.print(metrics_table(rows))
 
     def print(self, content: RenderableType) -> None:
-        """Writes a text as it is, or a renderable as plain text."""
         if isinstance(content, str):
             print(content, file=self._stream, flush=True)
         else:
@@ -104,5 +94,4 @@ class PlainDisplay:
             self._stream.flush()
 
     def close(self) -> None:
-        """Waits for nothing but a stream that is slow; every line is complete."""
         self._finish()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from rich.console import RenderableType
 
@@ -12,8 +12,11 @@ from distaff.typing import Scalars
 T = TypeVar("T")
 
 
-class Display(Protocol):
-    """Shows a run. Whoever opens one closes it, also on an error: `contextlib.closing(display)`."""
+class Display:
+    """Shows a run. Close it also on an error: `contextlib.closing(display)`.
+
+    Each method does nothing here, but `track`, which yields the items.
+    """
 
     def start(self, num_epochs: int, steps_per_epoch: int | None) -> None:
         """Begins to show a training.
@@ -22,15 +25,12 @@ class Display(Protocol):
             num_epochs: epochs of the whole run.
             steps_per_epoch: optimizer updates per epoch; without it no time left is shown.
         """
-        ...
 
     def compiling(self, what: str) -> None:
         """Says that a program, such as `"the train step"`, compiles; its time is in no rate."""
-        ...
 
     def running(self) -> None:
         """Says that the compilation is over."""
-        ...
 
     def advance(self, step: int, epoch: int, examples: int) -> None:
         """Notes completed steps. Called at every step, and cheap: it draws nothing.
@@ -40,11 +40,9 @@ class Display(Protocol):
             epoch: the epoch they belong to, counted from 1.
             examples: examples seen since the last call.
         """
-        ...
 
     def update(self, metrics: Scalars) -> None:
         """Replaces the metrics that the live display shows."""
-        ...
 
     def epoch_line(
         self,
@@ -65,7 +63,6 @@ class Display(Protocol):
             seconds: how long the epoch took.
             is_best: whether its model is the best so far; the line then ends with a star.
         """
-        ...
 
     def track(
         self, iterable: Iterable[T], description: str, total: int | None = None
@@ -77,61 +74,17 @@ class Display(Protocol):
             description: what is being done, such as `"validating"`.
             total: number of items, where it is known.
         """
-        ...
-
-    def table(self, rows: Mapping[str, Scalars]) -> None:
-        """Writes metrics by split, such as `{"train": {"loss": 0.31}, "test": {"loss": 0.35}}`."""
-        ...
-
-    def print(self, content: RenderableType) -> None:
-        """Writes a text, or anything that rich can render, above the live display."""
-        ...
-
-    def close(self) -> None:
-        """Removes the live display; a second call does nothing."""
-        ...
-
-
-class NullDisplay:
-    """Draws nothing."""
-
-    def start(self, num_epochs: int, steps_per_epoch: int | None) -> None:
-        """Does nothing."""
-
-    def compiling(self, what: str) -> None:
-        """Does nothing."""
-
-    def running(self) -> None:
-        """Does nothing."""
-
-    def advance(self, step: int, epoch: int, examples: int) -> None:
-        """Does nothing."""
-
-    def update(self, metrics: Scalars) -> None:
-        """Does nothing."""
-
-    def epoch_line(
-        self,
-        epoch: int,
-        num_epochs: int,
-        step: int,
-        metrics: Scalars,
-        seconds: float,
-        is_best: bool,
-    ) -> None:
-        """Does nothing."""
-
-    def track(
-        self, iterable: Iterable[T], description: str, total: int | None = None
-    ) -> Iterator[T]:
-        """Yields the items."""
         return iter(iterable)
 
     def table(self, rows: Mapping[str, Scalars]) -> None:
-        """Does nothing."""
+        """Writes metrics by split, such as `{"train": {"loss": 0.31}, "test": {"loss": 0.35}}`."""
 
     def print(self, content: RenderableType) -> None:
-        """Does nothing."""
+        """Writes a text, or anything that rich can render, above the live display."""
 
     def close(self) -> None:
-        """Does nothing."""
+        """Removes the live display; a second call does nothing."""
+
+
+class NullDisplay(Display):
+    """Draws nothing."""

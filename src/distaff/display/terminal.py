@@ -13,6 +13,7 @@ from rich.text import Text
 
 from distaff.display.lines import clock_time, epoch_text, metrics_table, number
 from distaff.display.pace import Pace, Stopwatch
+from distaff.display.protocol import Display
 from distaff.typing import Scalars
 
 T = TypeVar("T")
@@ -35,7 +36,7 @@ class _Tracked:
         return f"{self.description} {self.done}{total}"
 
 
-class TerminalDisplay:
+class TerminalDisplay(Display):
     """Keeps two lines at the end of a terminal up to date, and writes everything else above them.
 
     The methods only note values; a thread of rich draws them a few times per second, so that a step
@@ -73,24 +74,20 @@ class TerminalDisplay:
         self._metrics: tuple[str, ...] = ()
 
     def start(self, num_epochs: int, steps_per_epoch: int | None) -> None:
-        """Shows the bar of a training."""
         self._begin(num_epochs, num_epochs * steps_per_epoch if steps_per_epoch else None)
         self._open()
 
     def compiling(self, what: str) -> None:
-        """Shows that a program compiles, and for how long it has been doing so."""
         self._pace.hold("compiling")
         self._elapsed.run(False)
         self._compiling = (what, self._clock())
 
     def running(self) -> None:
-        """Shows the time left again."""
         self._compiling = None
         self._elapsed.run(True)
         self._pace.release("compiling")
 
     def advance(self, step: int, epoch: int, examples: int) -> None:
-        """Notes completed steps."""
         if self._first_advance is None:
             self._first_advance = (self._elapsed.seconds(), step)
         self._step = step
@@ -98,7 +95,6 @@ class TerminalDisplay:
         self._pace.examples += examples
 
     def update(self, metrics: Scalars) -> None:
-        """Shows these metrics from the next refresh on."""
         self._metrics = tuple(
             f"{name.rpartition('/')[2]} {number(value)}" for name, value in metrics.items()
         )
@@ -112,7 +108,6 @@ class TerminalDisplay:
         seconds: float,
         is_best: bool,
     ) -> None:
-        """Writes the line of one completed epoch, as wide as the terminal allows."""
         padded_step = f"{step:{self._step_width()}}"
         rate = self._pace.lap()
         width = self._console.width
@@ -122,8 +117,7 @@ class TerminalDisplay:
     def track(
         self, iterable: Iterable[T], description: str, total: int | None = None
     ) -> Iterator[T]:
-        """Yields the items; outside of a training the bar is theirs, and ends with them."""
-        opened = self._open()
+        opened = self._open()  # outside of a training the bar is theirs, and ends with them
         self._pace.hold("track")
         try:
             for done, item in enumerate(iterable):
@@ -136,16 +130,13 @@ class TerminalDisplay:
                 self.close()
 
     def table(self, rows: Mapping[str, Scalars]) -> None:
-        """Writes metrics by split."""
         self._console.print(metrics_table(rows))
 
     def print(self, content: RenderableType) -> None:
-        """Writes above the bar; a text goes out as it is, longer lines included."""
         is_text = isinstance(content, str)
         self._console.print(content, markup=False, highlight=False, soft_wrap=is_text)
 
     def close(self) -> None:
-        """Removes the bar and gives the terminal back as it was."""
         live, self._live = self._live, None
         if live is not None:
             live.stop()
