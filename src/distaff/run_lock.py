@@ -1,16 +1,14 @@
-"""One run at a time in a directory: a lock that ends with its process, however that ends.
+"""One run at a time in a directory: `flock` on `run.lock`, a file that names the run.
 
-The lock is `flock` on the file `run.lock`, which is there while a run is, and names it:
+The kernel releases the lock when the process ends, also by SIGKILL; no forked child keeps it.
 
-- On one machine two runs never share a directory: processes and threads, in containers too. The
-  kernel lets go when the process dies, also by SIGKILL; a forked child does not keep the lock.
+- On one machine two runs never share a directory: processes and threads, in containers too.
 - On several machines the same holds where the file system passes `flock` on, as NFS does unless it
   is mounted with `local_lock` or `nolock`. It may take NFS two minutes to notice that a machine
   is gone; until then the directory is in use.
-- Where `flock` does not reach the other machine, or is missing, the holder's pulse decides: it
-  touches the file every ten seconds, and is believed dead once the file has rested for a minute. A
-  holder that was stopped for so long, and then goes on, is not noticed. Without `flock`, a process
-  killed in the very millisecond of taking the lock leaves `run.lock.claim`, to be removed by hand.
+- Without `flock` (some cluster file systems, Windows), a second run is stopped only if the file
+  names a process of this machine that is alive: two that start at once, or on two machines, are not
+  kept apart, which the log says.
 """
 
 from __future__ import annotations
@@ -20,8 +18,6 @@ import errno
 import json
 import logging
 import os
-import platform
-import secrets
 import threading
 import time
 from collections.abc import Generator
@@ -31,6 +27,7 @@ from pathlib import Path
 
 from distaff import config
 from distaff.errors import RunInUseError
+from distaff.process import is_alive, this_process
 from distaff.run_directory import FILE_MODE, explained
 
 try:
@@ -42,45 +39,43 @@ _log = logging.getLogger("distaff")
 
 LOCK_FILE = "run.lock"
 
-_PULSE = 10.0  # seconds between two touches of the file
-_PATIENCE = 60.0  # seconds without a touch after which a holder elsewhere is dead
 _MOST_BYTES = 4096
 _UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 
-# Held while a descriptor is opened and noted, so that no fork comes between the two.
+# Held while a lock is taken or released, so that neither a fork nor another thread comes between.
 _forking = threading.RLock()
 _descriptors: set[int] = set()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Holder:
-    """Who holds a lock, as its file tells.
+    """Who holds a lock, as its file says: a process as `this_process` names it.
 
     Attributes:
-        process: the process id.
+        pid: the process id.
         host: the name of the machine.
+        system: its present boot, and the process ids among which `pid` counts.
+        started: when the process started; None where the system does not tell.
         since: when the run began, in UTC.
-        kernel: the machine's present boot, or its name where it does not number its boots.
-        namespace: the process ids among which `process` counts.
-        birth: when the process started, in the kernel's count; empty where that is unknown.
-        token: different for each lock.
     """
 
-    process: int
+    pid: int
     host: str
+    system: str
+    started: int | None
     since: str
-    kernel: str
-    namespace: str
-    birth: str
-    token: str
+
+    @property
+    def is_alive(self) -> bool | None:
+        """Whether the process is alive; None where that cannot be known from here."""
+        return is_alive(asdict(self))
 
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Generator[None]:
     """Keeps other runs out of a run directory while in the block.
 
-    What a dead process has left locked is taken over, which the log tells. Where only the pulse can
-    tell whether a process of another machine is dead, this takes a minute.
+    The lock of a process that was killed is taken over, and the log says so.
 
     Args:
         directory: an existing run directory.
@@ -89,59 +84,36 @@ def locked(directory: Path) -> Generator[None]:
         RunInUseError: another process, or thread, holds it; it is named.
         RunDirectoryError: the lock's file cannot be written.
     """
-    path = Path(directory).absolute() / LOCK_FILE
-    me = _myself()
-    with explained(path):
-        descriptor = _take(path, me)
-    rest = threading.Event()
-    pulse = threading.Thread(
-        target=_beat, args=(path, descriptor, rest), name="distaff-run-lock", daemon=True
-    )
-    pulse.start()
+    path, process = Path(directory).absolute() / LOCK_FILE, os.getpid()
+    with explained(path), _forking:
+        descriptor = _take(path)
     try:
         yield
     finally:
         # A forked child may leave the block too; the lock is not its own.
-        if os.getpid() == me.process:
-            rest.set()
-            pulse.join()
-            _release(path, descriptor, me)
+        if os.getpid() == process:
+            _release(path, descriptor)
 
 
 def is_held_elsewhere(directory: Path) -> bool:
-    """Whether a run on another machine has locked a directory, as far as its lock's file tells."""
+    """Returns whether the lock's file names a run on another machine."""
     holder = _read(Path(directory) / LOCK_FILE)
-    return holder is not None and holder.kernel != _kernel()
+    return holder is not None and holder.system != this_process()["system"]
 
 
-def _take(path: Path, me: Holder) -> int:
+def _take(path: Path) -> int:
     while True:
         descriptor = _open(path)
         try:
-            taken = _try(path, descriptor, me)
+            is_locked = _flock(path, descriptor)
+            if _is_at(path, descriptor):
+                _check_ended(path, is_locked=is_locked)
+                _write(descriptor)
+                return descriptor
         except BaseException:
             _close(descriptor)
             raise
-        if taken:
-            return descriptor
-        _close(descriptor)
-
-
-def _try(path: Path, descriptor: int, me: Holder) -> bool:
-    """Takes the lock; False where its last holder has removed the file that was opened.
-
-    Raises:
-        RunInUseError: another holds it.
-    """
-    by_kernel = _flock(path, descriptor)
-    with contextlib.nullcontext() if by_kernel else _alone(path):
-        if not _is_at(path, descriptor):
-            return False
-        _check_ended(path, by_kernel=by_kernel)
-        if not _is_at(path, descriptor):  # removed while we waited for a sign of life
-            return False
-        _write(descriptor, me)
-        return True
+        _close(descriptor)  # its last holder has removed the file
 
 
 def _flock(path: Path, descriptor: int) -> bool:
@@ -163,97 +135,49 @@ def _flock(path: Path, descriptor: int) -> bool:
     return True
 
 
-@contextlib.contextmanager
-def _alone(path: Path) -> Generator[None]:
-    """Makes looking at the lock's file and writing it one act, where there is no flock."""
-    claim = path.with_name(f"{path.name}.claim")
-    deadline = time.monotonic() + 2
-    while True:
-        try:
-            os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY, FILE_MODE))
-            break
-        except FileExistsError:
-            if time.monotonic() > deadline:
-                raise RunInUseError(
-                    f"A run directory takes one run at a time; in {str(path.parent)!r} another is "
-                    f"just starting. Wait until it ends, or remove {claim.name!r} if there is none."
-                ) from None
-        time.sleep(0.02)
-    try:
-        yield
-    finally:
-        claim.unlink(missing_ok=True)
+def _check_ended(path: Path, *, is_locked: bool) -> None:
+    """Looks at the run that the lock's file names, if any.
 
-
-def _check_ended(path: Path, *, by_kernel: bool) -> None:
+    Raises:
+        RunInUseError: there is no lock, and its process is alive.
+    """
     holder = _read(path)
-    if holder is None:
-        return
-    if by_kernel and holder.kernel == _kernel():
-        ended = True  # or its kernel, which is ours, would not have given us the lock
-    elif (alive := _alive(holder)) is not None:
-        ended = not alive
-    else:
+    if not is_locked:
+        if holder is not None and holder.is_alive:
+            raise _in_use(path, holder)
         _log.warning(
-            "%s was locked by process %d on %s: waiting %.0f s for a sign of life",
-            *(path.parent, holder.process, holder.host, _PATIENCE),
+            "%s: there are no file locks here, and nothing keeps two runs apart that start at "
+            "once or on two machines: start one at a time",
+            path.parent,
         )
-        ended = _rests(path)
-    if not ended:
-        raise _in_use(path, holder)
-    _log.warning(
-        "%s: taken over from process %d on %s, which began at %s and is dead",
-        *(path.parent, holder.process, holder.host, holder.since),
-    )
+    if holder is not None:
+        _log.warning(
+            "%s: taken over from process %d on %s, which began at %s and is dead",
+            *(path.parent, holder.pid, holder.host, holder.since),
+        )
 
 
-def _rests(path: Path) -> bool:
-    """Returns whether nobody touches the file for a while."""
-    deadline = time.monotonic() + _PATIENCE
-    first = _touched(path)
-    while time.monotonic() < deadline:
-        time.sleep(_PATIENCE / 60)
-        if _touched(path) not in (first, None):
-            return False
-    return True
-
-
-def _touched(path: Path) -> int | None:
-    # NFS asks the server when a file is opened, and may answer from memory otherwise.
-    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-        return os.fstat(file.fileno()).st_mtime_ns
-    return None
-
-
-def _beat(path: Path, descriptor: int, rest: threading.Event) -> None:
-    target = descriptor if os.utime in os.supports_fd else path
-    while not rest.wait(_PULSE):
-        with contextlib.suppress(OSError):  # the file system is away for a moment
-            os.utime(target)
-
-
-def _release(path: Path, descriptor: int, me: Holder) -> None:
+def _release(path: Path, descriptor: int) -> None:
     # Removed before it is unlocked. If it cannot be, the next run takes it over.
-    with contextlib.suppress(OSError):
-        if _read(path) == me:
-            path.unlink()
-    _close(descriptor)
+    with _forking:
+        with contextlib.suppress(OSError):
+            if _is_at(path, descriptor):
+                path.unlink()
+        _close(descriptor)
 
 
 def _open(path: Path) -> int:
     # A link in the place of the lock must not lead to the truncation of another file.
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-    with _forking:
-        descriptor = os.open(path, flags, FILE_MODE)
-        _descriptors.add(descriptor)
+    descriptor = os.open(path, flags, FILE_MODE)
+    _descriptors.add(descriptor)
     return descriptor
 
 
 def _close(descriptor: int) -> None:
-    with _forking:
-        if descriptor in _descriptors:
-            _descriptors.remove(descriptor)
-            os.close(descriptor)
+    if descriptor in _descriptors:
+        _descriptors.remove(descriptor)
+        os.close(descriptor)
 
 
 def _let_go() -> None:
@@ -277,7 +201,8 @@ def _is_at(path: Path, descriptor: int) -> bool:
         return False
 
 
-def _write(descriptor: int, me: Holder) -> None:
+def _write(descriptor: int) -> None:
+    me = Holder(**this_process(), since=datetime.now(UTC).isoformat(timespec="seconds"))
     os.ftruncate(descriptor, 0)
     os.lseek(descriptor, 0, os.SEEK_SET)
     os.write(descriptor, json.dumps(asdict(me)).encode() + b"\n")
@@ -290,11 +215,11 @@ def _read(path: Path) -> Holder | None:
             holder = Holder(**config.loads(file.read(_MOST_BYTES)))
     except (FileNotFoundError, ValueError, TypeError):
         return None
-    types = {name: int if name == "process" else str for name in Holder.__annotations__}
-    known = all(type(getattr(holder, name)) is kind for name, kind in types.items())
-    if not known or not (holder.host + holder.since).isprintable():
+    texts = (holder.host, holder.system, holder.since)
+    known = type(holder.pid) is int and type(holder.started) in (int, type(None))
+    if not known or not all(type(text) is str and text.isprintable() for text in texts):
         return None
-    return holder if 0 < holder.process < 2**31 else None
+    return holder if 0 < holder.pid < 2**31 else None
 
 
 def _living_holder(path: Path) -> Holder | None:
@@ -302,7 +227,7 @@ def _living_holder(path: Path) -> Holder | None:
     deadline = time.monotonic() + 1
     while True:
         holder = _read(path)
-        if (holder is not None and _alive(holder) is not False) or time.monotonic() > deadline:
+        if (holder is not None and holder.is_alive is not False) or time.monotonic() > deadline:
             return holder
         time.sleep(0.01)
 
@@ -310,57 +235,8 @@ def _living_holder(path: Path) -> Holder | None:
 def _in_use(path: Path, holder: Holder | None) -> RunInUseError:
     who = "another process"
     if holder is not None:
-        who = f"process {holder.process} on {holder.host!r} since {holder.since}"
+        who = f"process {holder.pid} on {holder.host!r} since {holder.since}"
     return RunInUseError(
         f"A run directory takes one run at a time; {str(path.parent)!r} is in use by {who}. "
         f"Wait until that ends, stop it, or choose another directory."
     )
-
-
-def _myself() -> Holder:
-    return Holder(
-        process=os.getpid(),
-        host=platform.node(),
-        since=datetime.now(UTC).isoformat(timespec="seconds"),
-        kernel=_kernel(),
-        namespace=_namespace(),
-        birth=_birth(os.getpid()) or "",
-        token=secrets.token_hex(8),
-    )
-
-
-def _kernel() -> str:
-    with contextlib.suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return platform.node()
-
-
-def _namespace() -> str:
-    with contextlib.suppress(OSError):
-        return os.readlink("/proc/self/ns/pid")
-    return ""
-
-
-def _birth(process: int) -> str | None:
-    """Returns when a process started, empty where it is dead; None where the system hides it."""
-    try:
-        # proc(5): the name stands in parentheses, and may hold some; state and start come after.
-        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return "" if fields[0] in "ZX" else fields[19]
-
-
-def _alive(holder: Holder) -> bool | None:
-    """Returns whether a process lives; None where that cannot be known from here."""
-    here = (_kernel(), _namespace())
-    if os.name != "posix" or (holder.kernel, holder.namespace) != here:
-        return None
-    try:
-        os.kill(holder.process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # it is another user's
-    birth = _birth(holder.process)
-    return birth is None or birth == holder.birth

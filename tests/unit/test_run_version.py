@@ -52,8 +52,8 @@ def test_version_that_another_run_has_just_made_is_left_to_it(tmp_path):
     lock_file = made / "run.lock"
     with locked(made):
         holder = json.loads(lock_file.read_text())
-    lock_file.write_text(json.dumps({**holder, "kernel": "another machine"}))
-    with ExitStack() as lock:  # to find out whether that one is alive would take a minute
+    lock_file.write_text(json.dumps({**holder, "system": "another machine"}))
+    with ExitStack() as lock:  # whether that one is alive is not known
         assert begun(tmp_path, lock).name == "0003"
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,8 @@ import pytest
 from optuna import pruners, samplers, storages
 
 from distaff.integrations import optuna as integration
-from distaff.tune import Choice, Float, Int, owner
-from distaff.tune.owner import is_gone, this_process
+from distaff.process import this_process
+from distaff.tune import Choice, Float, Int
 
 
 def play(num_trials: int = 8, space: Any = None, first: Any = None, **options: Any) -> Any:
@@ -254,20 +252,3 @@ def test_trial_that_was_killed_while_it_began_is_ended_after_a_minute(monkeypatc
     assert played.underway() == ["trial 0 (process unknown on unknown)"]
     monkeypatch.setattr(integration, "_PATIENCE", timedelta(0))
     assert played.ask(1).number == 1
-
-
-def test_process_is_gone_when_it_has_ended(monkeypatch):
-    assert not is_gone(this_process())
-    assert is_gone({**this_process(), "started": 1})  # its number is another's by now
-    assert not is_gone({**this_process(), "host": "elsewhere", "started": 1})
-    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
-        child = {**this_process(), "pid": process.pid, "started": owner._started(process.pid)}
-        assert not is_gone(child)
-        process.stdin.close()
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        assert is_gone(child)  # though its parent has not asked yet
-    assert is_gone(child)
-    # Where there is no /proc, such as on macOS.
-    monkeypatch.setattr(owner, "_started", lambda pid: None)
-    assert is_gone({**child, "started": None})
-    assert not is_gone({**this_process(), "started": None})

@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 from distaff.config import diff
 from distaff.errors import ConfigError, RunDirectoryError, nearest
 from distaff.paths import as_path
-from distaff.tune.owner import is_gone, this_process
+from distaff.process import is_alive, this_process
 from distaff.tune.search import Trial, listed
 from distaff.tune.space import Choice, Dimension, Int, Space
 
@@ -355,7 +355,7 @@ def _again(trial: FrozenTrial) -> FrozenTrial:
 def _is_left_alone(trial: FrozenTrial) -> bool:
     owner = trial.user_attrs.get("owner")
     if owner is not None:
-        return is_gone(owner)
+        return is_alive(owner) is False
     begun = trial.datetime_start
     return begun is not None and datetime.now() - begun > _PATIENCE
 
