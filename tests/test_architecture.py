@@ -32,7 +32,7 @@ ROOMS = (
     *("execution", "allocator", "compile_cache", "throughput", "flight", "devices"),
     *("agreement", "interruption", "barrier", "watchdog"),
     *("signature", "compiling", "choices", "flops", "work", "machine", "report"),
-    *("models", "data", "augment", "optim", "parallel", "zoo", "trainer_config", "ranking"),
+    *("models", "data", "augment", "optim", "parallel", "zoo"),
     *("plain", "constructor"),
     *("independence", "broadcasts"),
     *("place", "context", "measured", "counted", "logged_rates", "guard", "rows", "step"),

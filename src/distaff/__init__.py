@@ -22,10 +22,11 @@ with spared():
     from distaff.models import Lora
     from distaff.monitor import Monitor
     from distaff.optim import OptimizerConfig
+    from distaff.result import Best, TrainResult
     from distaff.state import TrainState
     from distaff.step import EvalStep, TrainStep, train_step
     from distaff.trainer import TrainerModule
-    from distaff.trainer_config import Best, TrainerConfig, TrainResult
+    from distaff.trainer_config import TrainerConfig
     from distaff.weights import InitFrom, export_weights
 
 __all__ = [

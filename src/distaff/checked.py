@@ -10,6 +10,7 @@ from distaff.callbacks import StopTraining
 from distaff.context import Context
 from distaff.data import Chunk, Loader, One, first_batch, num_examples, num_shapes
 from distaff.data.inspection import leaf_names, narrowed, not_finite
+from distaff.directory_recording import DirectoryRecording
 from distaff.errors import BatchError, ConfigError, DistaffError, nearest
 from distaff.evaluate import Evaluator
 from distaff.events import Plan
@@ -18,7 +19,6 @@ from distaff.identity import Subject
 from distaff.measured import StepFn
 from distaff.metrics import Metric, compute, results
 from distaff.metrics.limits import Breach, first_breach
-from distaff.recording import DirectoryRecording
 from distaff.recovery import Recovering
 from distaff.rows import BadStep
 from distaff.state import TrainState

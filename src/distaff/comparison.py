@@ -10,34 +10,11 @@ from distaff import config
 from distaff.digest import REST
 from distaff.identity import Subject
 from distaff.optim import OptimizerConfig
+from distaff.options import Options
 from distaff.sketch import is_near
-from distaff.trainer_config import TrainerConfig
 
-_HOW_IT_RUNS = {
-    f"options.{name}"
-    for name in (
-        *("log_every_n_steps", "steps_per_call", "table_depth", "root"),
-        *("keep_last", "keep_best", "keep_every", "on_failed_save", "on_failed_log"),
-        *(
-            "enable_progress_bar",
-            "debug",
-            "recompile",
-            "tune_process",
-            "check_validation",
-            "save_every",
-            "stuck_after",
-        ),
-        *("on_bad_numbers", "on_loss_spike", "spike_threshold", "max_skips", "on_bad_input"),
-        "nan_ok",
-    )
-}
-"""Options that lead to the same model, or are what one changes to resume after a bad step."""
-
-_HOW_IT_RESUMES = (
-    *("options.resume", "options.allow_inexact_resume", "options.max_time"),
-    *("options.allow_changes", "distaff", "constructor.given"),
-)
-"""What is not named where it has changed."""
+_ALWAYS_IGNORED = ("distaff", "constructor.given")
+"""What is not named where it has changed, as the options that are to be ignored."""
 
 _LABELS = {REST: "the training step"}
 
@@ -61,7 +38,12 @@ class Comparison(NamedTuple):
 
 
 def compared(
-    old: Mapping[str, Any], new: Mapping[str, Any], subject: Subject | None, *, inexact: bool
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    subject: Subject | None,
+    *,
+    inexact: bool,
+    options: type[Options],
 ) -> Comparison:
     """Compares the record of an earlier run with that of a run to be.
 
@@ -70,17 +52,19 @@ def compared(
         new: likewise, with an identity.
         subject: what the identity of the new one was found from.
         inexact: whether first batches may differ, as those drawn without a seed.
+        options: the class of the new run's options, which says of each whether it changes a run.
     """
     if not old:
         return Comparison(["its record cannot be read"], [], [])
-    options = _options(old, new)
+    found = _options(old, new, options)
+    same = {"num_epochs", *(f"options.{name}" for name in options.names("same run"))}
     was, now = old.get("identity"), new.get("identity")
-    changes = [text for name, text in options.items() if not _is_same(name)]
-    notes = [f"changed: {text}" for name, text in options.items() if _is_same(name)]
+    changes = [text for name, text in found.items() if name not in same]
+    notes = [f"changed: {text}" for name, text in found.items() if name in same]
     if not isinstance(was, Mapping) or not isinstance(now, Mapping):
         return Comparison(changes, [], [*notes, f"program, data and start weights {_UNKNOWN}"])
     program, remarks = _program(was, now, subject)
-    is_named = any(name.startswith("optimizer") for name in options)
+    is_named = any(name.startswith("optimizer") for name in found)
     changes += [text for text in program if not (is_named and text.startswith("optimizer"))]
     data, doubts = _data(was, now, inexact=inexact)
     one, other = was.get("weights"), now.get("weights")
@@ -97,9 +81,11 @@ _DIGESTS = ("values", "batches")
 _UNKNOWN = "were not recorded, and could not be compared"
 
 
-def _options(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+def _options(
+    old: Mapping[str, Any], new: Mapping[str, Any], options: type[Options]
+) -> dict[str, str]:
     """Returns what of a run's configuration differs, but for what says how it resumes."""
-    defaults = {"options": TrainerConfig(), "optimizer": OptimizerConfig()}
+    defaults = {"options": options(), "optimizer": OptimizerConfig()}
     for part, default in defaults.items():
         was, now = old.get(part), new.get(part)
         if isinstance(was, Mapping) and isinstance(now, Mapping):
@@ -107,22 +93,18 @@ def _options(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
             known = config.to_json(default)
             old = {**old, part: {**{n: known[n] for n in now if n in known}, **was}}
     pair = [{n: x for n, x in each.items() if n != "identity"} for each in (old, new)]
+    ignored = {*_ALWAYS_IGNORED, *(f"options.{name}" for name in options.names("ignored"))}
     found = config.diff(pair[0], config.to_json(pair[1]))
     return {
         name: f"{name}: {_said(before)} -> {_said(after)}"
         for name, (before, after) in found.items()
-        if name not in _HOW_IT_RESUMES
+        if name not in ignored
         and not (before is MISSING and not after)  # a field of a newer version, that is not used
     }
 
 
 def _said(value: Any) -> str:
     return "nothing" if value is MISSING else repr(value)
-
-
-def _is_same(name: str) -> bool:
-    """Whether the same run may differ so: in how long it is, what it shows, or how it runs."""
-    return name == "num_epochs" or name in _HOW_IT_RUNS
 
 
 def _program(

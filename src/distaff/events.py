@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -23,9 +24,9 @@ from distaff.metrics import Metric
 from distaff.metrics.limits import Breach
 from distaff.monitor import Monitor
 from distaff.number import whole
+from distaff.options import Options, at_least, option, or_none
 from distaff.rows import BadStep
 from distaff.state import TrainState
-from distaff.trainer_config import TrainerConfig
 
 
 class ChunkEnd(NamedTuple):
@@ -108,13 +109,43 @@ class Plan(NamedTuple):
         return self.last_epoch - self.first_epoch + 1
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanOptions(Options):
+    """How much of its data a run takes, and when it validates."""
+
+    check_val_every_n_epoch: int = option(
+        1, "Epochs between validations, and between checkpoints.", check=at_least(1)
+    )
+    limit_batches: int | None = option(
+        None,
+        """Take at most this many batches of each loader in an epoch. The training continues in
+        the next epoch with those that follow; None for all.""",
+        check=or_none(at_least(1)),
+    )
+    overfit_batches: int | None = option(
+        None,
+        """Train in each epoch on the same first batches of the train loader, this many, and
+        validate on them: their loss is to go to zero. None for a usual run.""",
+        check=or_none(at_least(1)),
+    )
+    fast_dev_run: bool = option(
+        False,
+        "Try the code out: one epoch of one batch of each loader; nothing is written.",
+    )
+
+    @property
+    def most_batches(self) -> int | None:
+        """The most batches of a loader to take in an epoch; None for all."""
+        return 1 if self.fast_dev_run else self.limit_batches
+
+
 def make_plan(
     train_loader: Any,
     val_loader: Any,
     *,
     num_epochs: int,
     steps_per_epoch: int | None,
-    options: TrainerConfig,
+    options: PlanOptions,
     after_epoch: int = 0,
     repeat: bool = False,
 ) -> Plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
@@ -9,10 +10,37 @@ from typing import Any, Protocol
 import jax
 from jax.core import Tracer
 
+from distaff.compiling import Recompile
+from distaff.options import Options, one_of, option
 from distaff.typing import PyTree
 
 _LITTLE_EFFORT = {"xla_backend_optimization_level": 1}
 """Of XLA's CPU backend, from 0 to 3, its default. Level 0 changes the last bits of results."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExecutionOptions(Options):
+    """How functions are made to run."""
+
+    debug: bool = option(
+        False,
+        "Run every step as plain Python, so that breakpoints and prints work.",
+        resume="same run",
+    )
+    recompile: Recompile = option(
+        "warn",
+        """What to do when a training or evaluation program compiles again, after its first time:
+        "warn" says which leaf has changed and what to do, "error" raises `RecompileError`,
+        "ignore" says nothing.""",
+        check=one_of(Recompile),
+        resume="same run",
+    )
+    tune_process: bool = option(
+        True,
+        """Keep compiled programs on disk (`distaff.compile_cache`), and have the C library keep
+        the memory that steps on the CPU need again (`distaff.allocator`).""",
+        resume="same run",
+    )
 
 
 class Execution(Protocol):

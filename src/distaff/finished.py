@@ -13,8 +13,8 @@ from distaff.metrics import as_json, as_numbers
 from distaff.metrics.named import Named
 from distaff.ranking import best_json
 from distaff.report import Report
+from distaff.result import TrainResult
 from distaff.resume import Resumable, explained
-from distaff.trainer_config import TrainResult
 
 
 class Reloadable(Resumable):

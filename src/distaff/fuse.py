@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -11,24 +12,66 @@ import numpy as np
 
 from distaff.compiling import Watch
 from distaff.data import Chunk, One, Source
-from distaff.errors import MetricError
-from distaff.execution import Execution
+from distaff.errors import ConfigError, MetricError
+from distaff.execution import Execution, ExecutionOptions
 from distaff.flops import Flops, flops_of
 from distaff.forms import Choice, Expected, chosen
 from distaff.measured import StepFn
 from distaff.metrics import Metric, results
+from distaff.options import at_least, check_choice, option
 from distaff.rows import Columns, Strip, blank
 from distaff.state import TrainState, placed_with
 from distaff.throughput import Ledger
-from distaff.trainer_config import TrainerConfig
 from distaff.typing import Batch, PyTree
+
+
+def _steps_per_call(name: str, value: Any) -> Any:
+    if isinstance(value, str):
+        check_choice(name, value, Literal["auto", "measure"])
+        return value
+    return at_least(1)(name, value)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DispatchOptions(ExecutionOptions):
+    """How the steps of a run are grouped into programs and log lines."""
+
+    log_every_n_steps: int = option(
+        50,
+        "Steps per line of training metrics in the log.",
+        check=at_least(1),
+        resume="same run",
+    )
+    steps_per_call: int | Literal["auto", "measure"] = option(
+        "auto",
+        """Steps that run as one program: more of them cost the host less. "auto" estimates a good
+        number from the operations of a step and the shapes of its arrays, so that equal runs have
+        equal numbers; on the CPU it is 1 for a model with convolutions. "measure" times both forms
+        before the first step, on a copy of the state, and the run keeps the faster one. Both are 1
+        where a callback watches steps.""",
+        check=_steps_per_call,
+        resume="same run",
+    )
+
+    def one_by_one(self) -> Self:
+        """Returns the options of a run whose steps must not be fused.
+
+        Raises:
+            ConfigError: they ask for fused steps.
+        """
+        if self.steps_per_call not in (1, "auto"):
+            raise ConfigError(
+                f"steps_per_call={self.steps_per_call} runs steps as one program, and the batches "
+                "of data.OnPolicy depend on the step before. Leave steps_per_call out."
+            )
+        return dataclasses.replace(self, steps_per_call=1)
 
 
 def make_steps(
     execution: Execution,
     step: StepFn,
     example: tuple[TrainState, Batch],
-    config: TrainerConfig,
+    config: DispatchOptions,
     expected: Expected,
     *,
     watched: bool,

@@ -6,8 +6,9 @@ spike. Nothing is fetched for it: what it sees is a row of metrics like any othe
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +17,52 @@ from distaff.errors import MetricError
 from distaff.measured import StepFn
 from distaff.metrics import Mean, Metric, Sum
 from distaff.metrics.accumulators import pytree
+from distaff.options import Options, at_least, one_of, option, positive
 from distaff.spikes import Losses, is_spike, no_losses, remembered
 from distaff.state import TrainState
-from distaff.trainer_config import TrainerConfig
 from distaff.typing import Batch, PyTree
 from distaff.vitals import new_bad
 
+BadNumbersPolicy: TypeAlias = Literal["raise", "skip", "rollback"]
+SpikePolicy: TypeAlias = Literal["ignore", "raise", "skip", "rollback"]
+
 FLAGS = "guard"
 """The name under which a guarded step returns its `Flags`, beside its metrics."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecoveryOptions(Options):
+    """What to do about bad steps."""
+
+    on_bad_numbers: BadNumbersPolicy = option(
+        "raise",
+        """What to do when the loss or the state becomes NaN or infinite: "raise" ends the run with
+        `NonFiniteError`, which says where the first bad number came from; "skip" leaves the state
+        as it was before that step; "rollback" returns to the last checkpoint, and skips the
+        batches around that step.""",
+        check=one_of(BadNumbersPolicy),
+        resume="same run",
+    )
+    on_loss_spike: SpikePolicy = option(
+        "ignore",
+        """Likewise for a loss that stands out from those before it; by default nobody looks for
+        one.""",
+        check=one_of(SpikePolicy),
+        resume="same run",
+    )
+    spike_threshold: float = option(
+        8.0,
+        """How many standard deviations above the median of the last 128 losses a spike is, by a
+        robust estimate.""",
+        check=positive,
+        resume="same run",
+    )
+    max_skips: int = option(
+        10,
+        "How many steps in a row may be skipped, and how often a run may roll back.",
+        check=at_least(1),
+        resume="same run",
+    )
 
 
 @pytree
@@ -48,12 +87,12 @@ class Guard(NamedTuple):
     in_a_row: jax.Array
 
 
-def is_needed(config: TrainerConfig) -> bool:
+def is_needed(config: RecoveryOptions) -> bool:
     """Whether steps need a guard: where only the loss is watched, the host does that alone."""
     return config.on_bad_numbers != "raise" or config.on_loss_spike != "ignore"
 
 
-def make_guard(config: TrainerConfig) -> Guard | None:
+def make_guard(config: RecoveryOptions) -> Guard | None:
     """Returns what a guard remembers before the first step; None where none is needed."""
     if not is_needed(config):
         return None
@@ -68,7 +107,7 @@ def form_of(guard: Guard | None) -> str | None:
     return "steps" if guard.losses is None else "losses"
 
 
-def shown(metrics: Mapping[str, Metric], config: TrainerConfig) -> dict[str, Metric]:
+def shown(metrics: Mapping[str, Metric], config: RecoveryOptions) -> dict[str, Metric]:
     """Returns metrics with what their flags count as metrics of their own, under policies."""
     rest = {name: metric for name, metric in metrics.items() if not isinstance(metric, Flags)}
     if len(rest) == len(metrics):
@@ -81,7 +120,7 @@ def shown(metrics: Mapping[str, Metric], config: TrainerConfig) -> dict[str, Met
     return rest
 
 
-def guarded(step: StepFn, config: TrainerConfig) -> StepFn:
+def guarded(step: StepFn, config: RecoveryOptions) -> StepFn:
     """Wraps a step, as `measured` gives it, in the guard that the options ask for.
 
     Where a step is left out, the state stays as it was but for `step`, which counts it, and its

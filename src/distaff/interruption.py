@@ -5,6 +5,7 @@ See `docs/decisions/0013-interruption.md`.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import sys
@@ -19,6 +20,8 @@ import jax
 
 from distaff.agreement import Agreement
 from distaff.duration import Duration, seconds_of
+from distaff.options import Options, option, or_none
+from distaff.options import time as checked_time
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -30,6 +33,33 @@ _ENDING: dict[int, bytes] = {
     signal.SIGINT: b"\nCtrl-C: the run is saved at the end of this step. "
     b"A second Ctrl-C ends it at once, unsaved.\n",
 }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SupervisionOptions(Options):
+    """When a run is saved, ended and found to be stuck."""
+
+    save_every: str | float | None = option(
+        "10m",
+        """About how much time lies between two checkpoints within an epoch, beside those at its
+        end: what is lost at most where a machine dies. None for no such checkpoints.""",
+        check=or_none(checked_time),
+        resume="same run",
+    )
+    max_time: str | float | None = option(
+        None,
+        """The longest a run may last, such as "3h30m", a number of seconds, or a `timedelta`. It is
+        then saved, and ends as interrupted.""",
+        check=or_none(checked_time),
+        resume="ignored",
+    )
+    stuck_after: str | float | None = option(
+        "10m",
+        """How long a run may make no progress until the log is told where every thread stands;
+        None to watch nothing. Compiling may take six times as long.""",
+        check=or_none(checked_time),
+        resume="same run",
+    )
 
 
 class Interruption:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from distaff.metrics import as_json, as_numbers
-from distaff.trainer_config import Best
+from distaff.result import Best
 
 Better: TypeAlias = Callable[[Mapping[str, Any], Mapping[str, Any] | None], bool]
 """Tells whether the metrics of a new model are better than those of an old one."""

@@ -25,10 +25,10 @@ from distaff.logged_rates import without_rates
 from distaff.metrics import as_json, as_numbers, compute
 from distaff.ranking import best_from_json, best_json, kept, placed
 from distaff.report import Report
+from distaff.result import Best
 from distaff.rows import BadStep
 from distaff.state import TrainState, is_intact
 from distaff.tally import Tally
-from distaff.trainer_config import Best
 from distaff.training import Training
 from distaff.vitals import all_finite
 from distaff.warn import warn

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 from distaff.candidates import (
     Candidate,
@@ -18,25 +19,57 @@ from distaff.candidates import (
 )
 from distaff.checkpoint import recorded
 from distaff.comparison import Comparison, compared
-from distaff.errors import CheckpointError, ConfigError, RunDirectoryError, RunInUseError
+from distaff.errors import (
+    CheckpointError,
+    ConfigError,
+    RunDirectoryError,
+    RunInUseError,
+    nearest,
+)
 from distaff.identity import Subject
 from distaff.launch import Seat, launch_of
+from distaff.options import Options, option
 from distaff.run_directory import RunDirectory, noted_status
 from distaff.run_lock import locked
 from distaff.run_version import reserve
 from distaff.warn import warn
 
 
-class Allowed(NamedTuple):
-    """How a run may differ from the one that it resumes.
+def _resume(name: str, value: Any) -> Any:
+    words = ("auto", "must", "never")
+    if value not in words and type(value) is not int:
+        known = nearest(str(value), words)
+        raise ConfigError(f"{name} has no value {value!r}. {known} Or pass a step.")
+    return value
 
-    Attributes:
-        changes: `allow_changes`, see `TrainerConfig`.
-        inexact: `allow_inexact_resume`.
-    """
 
-    changes: bool = False
-    inexact: bool = False
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ResumeOptions(Options):
+    """Which run a start resumes, and how it may differ from it."""
+
+    resume: Literal["auto", "must", "never"] | int = option(
+        "auto",
+        """Whether to resume an unfinished run of the same name. "auto" resumes the same run only:
+        of the same training step, data, seed and start weights; anything else begins a new run,
+        and a line says what changed. "must" raises an error where there is none, or where something
+        changed; "never" begins a new run. A number resumes as "must" does, from the checkpoint of
+        that step.""",
+        check=_resume,
+        resume="ignored",
+    )
+    allow_inexact_resume: bool = option(
+        False,
+        """Resume also with a loader that is read from its start and yields other batches than
+        before, so that examples are missed or seen twice; a line then says so. By default this is
+        an error.""",
+        resume="ignored",
+    )
+    allow_changes: bool = option(
+        False,
+        """Under `resume="must"` or a number, resume a run although something changed, such as the
+        loss or the data; a warning lists all of it.""",
+        resume="ignored",
+    )
 
 
 class Takeover:
@@ -45,15 +78,15 @@ class Takeover:
     Args:
         directory: of the run; not reserved yet, or its own already.
         resume: as in `TrainerConfig`.
-        allowed: how a run that is resumed may differ.
+        options: how a run that is resumed may differ; those of the trainer.
 
     Attributes:
         resume: `"must"` instead of a step, once the run has gone back to that.
         remark: why the run is not one that was there, if there is something to say.
     """
 
-    def __init__(self, directory: RunDirectory, resume: str | int, allowed: Allowed) -> None:
-        self.directory, self.resume, self._allowed = directory, resume, allowed
+    def __init__(self, directory: RunDirectory, resume: str | int, options: ResumeOptions) -> None:
+        self.directory, self.resume, self._options = directory, resume, options
         self.remark = ""
         self._choice: Choice | None = None
         self._seat: Seat | None = None
@@ -92,7 +125,13 @@ class Takeover:
         self._seat = seat
         if self.resume == "never":
             return None
-        compare = partial(compared, new=record, subject=subject, inexact=self._allowed.inexact)
+        compare = partial(
+            compared,
+            new=record,
+            subject=subject,
+            inexact=self._options.allow_inexact_resume,
+            options=type(self._options),
+        )
         candidates = found(self.directory, compare)
         self._choice = chosen(candidates, seat, must=self._must, rerun=rerun)
         done = self._choice.finished
@@ -136,7 +175,7 @@ class Takeover:
             self.choose(record, subject)
         choice, self._choice = self._choice or Choice(), None
         for each in choice.candidates:
-            check_changes(each, allowed=self._allowed.changes)
+            check_changes(each, allowed=self._options.allow_changes)
             if self._locks(each, lock):
                 _check_links(each.path)
                 self._resumed(each)

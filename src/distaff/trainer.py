@@ -40,11 +40,11 @@ from distaff.optim import build_optimizer
 from distaff.optim.kept import kept_state
 from distaff.recording import recorded
 from distaff.rehearsal import rehearsed
+from distaff.result import TrainResult
 from distaff.rows import WindowEnd
 from distaff.state import owned
 from distaff.step import EvalFn, EvalStep
 from distaff.step import train_step as make_train_step
-from distaff.trainer_config import TrainResult, one_by_one
 from distaff.typing import Batch, Params
 
 
@@ -314,7 +314,7 @@ class TrainerModule(Hooks, Checked):
             self.execution,
             self._measured_step,
             (self.evaluation_state(), batch),  # of the same form as the state that is trained
-            one_by_one(self.config) if is_on_policy(plan.train_loader) else self.config,
+            self.config.one_by_one() if is_on_policy(plan.train_loader) else self.config,
             Expected(steps_per_epoch, total, num_shapes(plan.train_loader)),
             watched=self.callbacks.watches_steps,
             watch=self.make_watch(),

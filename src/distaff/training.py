@@ -37,6 +37,7 @@ from distaff.data import (
 )
 from distaff.data.left_out import Stretch, left_out, num_drawn
 from distaff.devices import check_one_process, idle_devices
+from distaff.directory_recording import make_recording
 from distaff.display import rows_by_split
 from distaff.errors import StateError
 from distaff.events import BadNumbers, ChunkEnd, Interrupted, Plan
@@ -57,12 +58,12 @@ from distaff.optim.given import as_optimizer
 from distaff.padding import MayPad
 from distaff.predictor import Predictor
 from distaff.record import make_record
-from distaff.recording import NullRecording, Recording, make_recording
+from distaff.recording import NullRecording, Recording
 from distaff.report import Report, make_report
+from distaff.result import Best
 from distaff.rows import BadStep, WindowEnd
 from distaff.tally import Tally
 from distaff.throughput import Ledger
-from distaff.trainer_config import Best
 from distaff.typing import Batch, Schedule
 from distaff.watchdog import COMPILING, Watchdog
 

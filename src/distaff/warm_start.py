@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from distaff.callbacks import StepInfo
+from distaff.directory_recording import DirectoryRecording
 from distaff.errors import DistaffError
 from distaff.finished import Reloadable
 from distaff.models import LoraModel
-from distaff.recording import DirectoryRecording
 from distaff.typing import Batch
 from distaff.weights import as_init_from, export_weights, loaded
 from distaff.weights.names import as_variables

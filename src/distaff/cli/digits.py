@@ -13,7 +13,7 @@ from distaff.loggers import MemoryLogger
 from distaff.monitor import Monitor
 from distaff.optim import OptimizerConfig
 from distaff.paths import shown
-from distaff.trainer_config import TrainResult
+from distaff.result import TrainResult
 from distaff.zoo import CNN
 
 _SPLITS = ("train", "val", "test")

@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TypeVar
+from numbers import Integral
+from typing import Any, TypeVar
 
 from rich.console import RenderableType
 
+from distaff.errors import ConfigError
+from distaff.options import Options, option
 from distaff.typing import Scalars
 
 T = TypeVar("T")
+
+
+def _depth(name: str, value: Any) -> Any:
+    if value is not None and (not isinstance(value, Integral) or value < 0):
+        raise ConfigError(f"{name} is a whole number, at least 0, or None; got {value!r}.")
+    return value
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DisplayOptions(Options):
+    """What a trainer shows."""
+
+    table_depth: int | None = option(
+        None,
+        """Levels of modules in the model table, 0 for the whole model in one line; None for every
+        module and each of its arrays.""",
+        check=_depth,
+        resume="same run",
+    )
+    enable_progress_bar: bool = option(True, "False draws nothing.", resume="same run")
 
 
 class Display:

@@ -6,10 +6,11 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from distaff.checkpoint.compare import leaf_forms
-from distaff.errors import ConfigError, nearest
+from distaff.errors import ConfigError
+from distaff.options import check_choice
 from distaff.typing import PyTree
 from distaff.weights.names import as_patterns, named
 
@@ -49,8 +50,8 @@ class InitFrom:
 
     def __post_init__(self) -> None:
         """Refuses what cannot be used."""
-        _check_choice("missing", self.missing, Literal["error", "keep"])
-        _check_choice("unused", self.unused, Literal["error", "ignore"])
+        check_choice("missing", self.missing, Literal["error", "keep"])
+        check_choice("unused", self.unused, Literal["error", "ignore"])
         object.__setattr__(self, "only", as_patterns(self.only))
         if not isinstance(self.rename, Mapping):
             raise ConfigError(
@@ -100,9 +101,3 @@ class InitFrom:
 def as_init_from(source: Any) -> InitFrom | None:
     """Returns what a user passes as `init_from` in its full form; None stays None."""
     return source if source is None or isinstance(source, InitFrom) else InitFrom(source)
-
-
-def _check_choice(name: str, value: Any, choices: Any) -> None:
-    if value not in get_args(choices):
-        known = nearest(str(value), get_args(choices))
-        raise ConfigError(f"{name} has no value {value!r}. {known}")
