@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from distaff.run_directory import write_whole
+from distaff.files import write_whole
 
 _MAX_ENTRIES = 256
 _MAX_BYTES = 2**20

@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from distaff.run_directory import FILE_MODE
+from distaff.files import FILE_MODE
 
 try:
     import fcntl

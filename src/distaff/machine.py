@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from distaff import compile_cache
-from distaff.run_directory import write_whole
+from distaff.files import write_whole
 
 _log = logging.getLogger("distaff")
 

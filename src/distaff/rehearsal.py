@@ -18,9 +18,9 @@ import jax
 from distaff import compile_cache, compiling
 from distaff.choices import Entry, program_key
 from distaff.data import SINGLE, Feed, Feeds, Form, Loader, first_batch
+from distaff.files import write_whole
 from distaff.forms import Choice, Measurement, Timing, num_at_once, recorded, settled
 from distaff.fuse import Steps
-from distaff.run_directory import write_whole
 from distaff.state import TrainState, owned
 from distaff.typing import Batch
 

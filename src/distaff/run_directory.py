@@ -7,15 +7,15 @@ import errno
 import itertools
 import logging
 import os
-import secrets
 import tempfile
-from collections.abc import Generator, Iterable
+from collections.abc import Generator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from distaff import config, environment
 from distaff.errors import ConfigError, RunDirectoryError, StateError, nearest
+from distaff.files import write_whole
 from distaff.paths import as_path
 
 STATUSES = ("running", "finished", "stopped", "pruned", "interrupted", "failed")
@@ -30,7 +30,7 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "Choose a shorter name, or a root with a shorter path.",
 }
 # Never writable by everybody, whatever the umask.
-_DIRECTORY_MODE, FILE_MODE = 0o775, 0o664
+_DIRECTORY_MODE = 0o775
 
 
 class RunDirectory:
@@ -372,29 +372,3 @@ def _next_version(parent: Path) -> Path:
             version += 1
         else:
             return path
-
-
-def write_whole(
-    target: Path, content: str | bytes | Iterable[bytes], *, mode: int = FILE_MODE
-) -> None:
-    """Writes a file that is, whatever happens, whole or as it was.
-
-    Args:
-        target: the file.
-        content: its new content; a text is written in UTF-8.
-        mode: its permissions, which the umask lessens.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode)
-        with open(descriptor, "wb") as file:
-            content = content.encode() if isinstance(content, str) else content
-            file.writelines([content] if isinstance(content, bytes) else content)
-            file.flush()
-            os.fsync(descriptor)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -31,7 +31,8 @@ from pathlib import Path
 
 from distaff import config
 from distaff.errors import RunInUseError
-from distaff.run_directory import FILE_MODE, explained
+from distaff.files import FILE_MODE
+from distaff.run_directory import explained
 
 try:
     import fcntl

@@ -9,7 +9,8 @@ import time
 from collections.abc import Generator
 from pathlib import Path
 
-from distaff.run_directory import FILE_MODE, explained
+from distaff.files import FILE_MODE
+from distaff.run_directory import explained
 
 _LINE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Self, dataclass_transform
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -15,36 +15,11 @@ from distaff import slot
 from distaff.digest import named_scope
 from distaff.errors import StateError, nearest
 from distaff.gradients import check_gradients, check_params, check_trainable
+from distaff.pytrees import FrozenPyTree, static
 from distaff.typing import Key, Params, PyTree
 
 
-def static(**kwargs: Any) -> Any:
-    """Declares a member that is part of the program rather than an array of the state.
-
-    A static member is compared when a compiled step is looked up: changing it compiles anew.
-    It must be hashable.
-    """
-    return dataclasses.field(metadata={"static": True}, **kwargs)
-
-
-@dataclass_transform(
-    kw_only_default=True, frozen_default=True, field_specifiers=(static, dataclasses.field)
-)
-class _FrozenPyTree:
-    """Makes each subclass a frozen keyword-only dataclass that JAX knows as a pytree."""
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        dataclass: Any = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
-        fields = dataclasses.fields(dataclass)
-        jax.tree_util.register_dataclass(
-            cls,
-            data_fields=[f.name for f in fields if not f.metadata.get("static", False)],
-            meta_fields=[f.name for f in fields if f.metadata.get("static", False)],
-        )
-
-
-class TrainState(_FrozenPyTree):
+class TrainState(FrozenPyTree):
     """The state of training: `step` counts the completed optimizer updates of the whole state.
 
     Subclass it to carry more; each annotated member becomes part of the pytree:

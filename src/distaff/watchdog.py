@@ -15,7 +15,7 @@ import jax
 from distaff.barrier import barrier
 from distaff.duration import Duration, seconds_of
 from distaff.errors import BarrierError
-from distaff.run_directory import FILE_MODE
+from distaff.files import FILE_MODE
 
 STUCK_AFTER = "10m"
 """How long no progress is a stall: what collectives on GPUs wait before they give up. A false alarm

@@ -23,7 +23,7 @@ from distaff import TrainState
 from distaff.diagnosis import Finding, diagnose, replay
 from distaff.measured import measured
 from distaff.optim import accumulate
-from distaff.state import static
+from distaff.pytrees import static
 from distaff.step import train_step
 from distaff.vitals import new_bad
 

@@ -16,7 +16,8 @@ from distaff import TrainState
 from distaff.checkpoint import CheckpointStore
 from distaff.errors import StateError
 from distaff.metrics import Mean
-from distaff.state import owned, placed_like, placed_with, static
+from distaff.pytrees import static
+from distaff.state import owned, placed_like, placed_with
 from distaff.vitals import all_finite
 
 TARGET = jnp.array([1.0, -2.0, 0.5])

@@ -28,7 +28,7 @@ import numpy as np
 from distaff.errors import LossError, MetricError
 from distaff.metrics.named import Named
 from distaff.metrics.whole import added
-from distaff.state import static
+from distaff.pytrees import static
 
 C = TypeVar("C", bound=type)
 

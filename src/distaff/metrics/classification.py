@@ -26,7 +26,7 @@ from distaff.metrics.accumulators import (
     pytree,
 )
 from distaff.metrics.whole import counted
-from distaff.state import static
+from distaff.pytrees import static
 
 Average: TypeAlias = Literal["binary", "micro", "macro", "weighted"] | None
 """How the scores of the classes become one number; None leaves one score for each class."""

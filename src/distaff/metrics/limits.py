@@ -26,7 +26,7 @@ from distaff.metrics.accumulators import (
     pytree,
 )
 from distaff.metrics.extremes import extremes_of
-from distaff.state import static
+from distaff.pytrees import static
 
 
 class Breach(NamedTuple):

@@ -13,8 +13,8 @@ import numpy as np
 from distaff import _optional
 from distaff.checkpoint.manifest import sync_directory
 from distaff.errors import CheckpointError
+from distaff.files import FILE_MODE
 from distaff.paths import as_path
-from distaff.run_directory import FILE_MODE
 from distaff.typing import PyTree
 from distaff.weights.names import as_patterns, matching, named
 from distaff.weights.source import SUFFIX, is_random_key
