@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distaff.core.config.options import Options, one_of, option
+from distaff.core.typing import Batch
 from distaff.errors import ConfigError, leaf_name
-from distaff.options import Options, one_of, option
-from distaff.typing import Batch
 
 ROUNDING = 0.01
 """How far the sum of probabilities may be from 1: bfloat16 has three digits."""
