@@ -103,7 +103,7 @@ def main() -> None:
         from benchmarks.models import without_distaff
 
         without_distaff()
-        facts["allocator"] = importlib.import_module("distaff.allocator").tune()
+        facts["allocator"] = importlib.import_module("distaff.execution.allocator").tune()
     run = getattr(importlib.import_module(f"benchmarks.systems.{system.module}"), system.function)
     rounds = Rounds(sys.stdin, replies)
     rounds.send(ready=True, **facts)

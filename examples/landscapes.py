@@ -20,8 +20,8 @@ from distaff import OptimizerConfig
 from distaff.integrations import matplotlib as figures
 from distaff.integrations import matplotlib_optimizers
 from distaff.optim import build_optimizer
-from distaff.run_directory import RunDirectory
-from distaff.zoo.landscapes import LANDSCAPES, descend
+from distaff.run.directory.run_directory import RunDirectory
+from distaff.tune.landscapes import LANDSCAPES, descend
 
 OPTIMIZERS = {
     "sgd": optax.sgd,

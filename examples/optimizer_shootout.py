@@ -18,7 +18,7 @@ import tyro
 from distaff import OptimizerConfig, data, tasks, zoo
 from distaff.integrations import matplotlib as figures
 from distaff.integrations import matplotlib_optimizers
-from distaff.run_directory import RunDirectory
+from distaff.run.directory.run_directory import RunDirectory
 from distaff.tune import Comparison, compare
 
 # Schedule-free needs no schedule, L-BFGS searches along its line, VeLO has learned its steps.

@@ -20,49 +20,18 @@ import pytest
 
 SOURCES = Path(__file__).parents[1] / "src"
 
-# A room imports only from rooms that stand before it. "distaff" is the package's own __init__.py.
-ROOMS = (
-    *("typing", "errors", "number", "seeds", "garbage", "habits", "override", "named"),
-    *("digest", "sketch"),
-    *("paths", "quiet", "warn", "_optional"),
-    *("gradients", "slot", "state", "vitals", "spikes"),
-    *("metrics", "monitor", "duration"),
-    *(
-        "config",
-        "record",
-        "environment",
-        "process",
-        "run_directory",
-        "run_lock",
-        "run_log",
-        "run_version",
-    ),
-    "run_files",
-    *("execution", "allocator", "compile_cache", "throughput", "flight", "devices"),
-    *("agreement", "interruption", "barrier", "watchdog"),
-    *("signature", "compiling", "choices", "flops", "work", "machine", "report"),
-    *("models", "data", "augment", "optim", "parallel", "zoo", "trainer_config", "ranking"),
-    *("plain", "constructor"),
-    *("independence", "broadcasts"),
-    *("place", "context", "measured", "counted", "logged_rates", "guard", "rows", "step"),
-    *("accumulate", "learning", "precision"),
-    "diagnosis",
-    *("forms", "fuse", "rehearsal", "page_faults", "padding"),
-    *("loggers", "display", "checkpoint", "callbacks", "weights"),
-    *("events", "identity", "comparison", "ending", "launch", "candidates", "takeover"),
-    *("evaluate", "loop", "monitors", "outlets", "recording", "tally"),
-    *("initial", "predictor", "training", "resume", "finished", "warm_start", "recovery"),
-    *("checked", "hooks", "trainer"),
-    *("tasks", "distaff"),
-    *("tune", "inspect", "cli"),
-    *("integrations", "testing"),
+# A package imports only from those before it. "distaff" is its own __init__.py.
+PACKAGES = (
+    *("errors", "core", "data", "augment", "metrics", "models", "zoo", "optim"),
+    *("step", "execution", "checkpoint", "loggers", "callbacks", "run", "trainer", "tasks"),
+    *("distaff", "tune", "cli", "integrations", "testing"),
 )
 
 CORE = {"jax", "flax", "optax", "orbax", "numpy", "rich", "tyro"}
-ROOMS_THAT_MAY_IMPORT = {
+PACKAGES_THAT_MAY_IMPORT = {
     "tyro": {"cli"},
-    "orbax": {"checkpoint", "barrier"},
-    "rich": {"display", "cli", "inspect"},
+    "orbax": {"checkpoint", "execution"},
+    "rich": {"run", "cli"},
     "pytest": {"testing"},
 }
 NOWHERE = {"tensorflow", "pickle", "cloudpickle", "dill", "marshal", "shelve"}
@@ -80,6 +49,8 @@ MAX_FUNCTION_LINES = 50
 MAX_CLASS_LINES = 300
 MAX_NESTING = 3
 MAX_PARAMETERS = 8
+MAX_MODULES = 14
+MAX_SUBPACKAGES = 8
 
 House: TypeAlias = Mapping[str, str]
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -131,22 +102,30 @@ def imports(house: House) -> Iterator[Import]:
                     yield Import(name, target, node.lineno)
 
 
-def room(module: str) -> str:
-    """Returns the room of a module of Distaff."""
+def package(module: str) -> str:
+    """Returns the package below `distaff` that a module belongs to."""
     return ".".join(module.split(".")[:2]).removeprefix("distaff.")
 
 
 def layer_violations(house: House) -> list[str]:
-    """Imports between rooms that do not point up the list, and rooms that are not in it."""
-    found = [f"{name}: {room(name)!r} is not in ROOMS" for name in house if room(name) not in ROOMS]
+    """Imports between packages that do not point up the list, and packages that are not in it."""
+    found = [
+        f"{name}: {package(name)!r} is not in PACKAGES"
+        for name in house
+        if package(name) not in PACKAGES
+    ]
     for edge in imports(house):
-        target = room(edge.target)
+        target = package(edge.target)
         if edge.target.startswith("."):
             found.append(f"{edge}, which is relative")
         elif target == "integrations" and edge.target.startswith("distaff"):
             found.append(f"{edge}, which is found by string only")
-        elif edge.target.split(".")[0] == "distaff" and room(edge.source) != target:
-            allowed = ROOMS[: ROOMS.index(room(edge.source))] if room(edge.source) in ROOMS else ()
+        elif edge.target.split(".")[0] == "distaff" and package(edge.source) != target:
+            allowed = (
+                PACKAGES[: PACKAGES.index(package(edge.source))]
+                if package(edge.source) in PACKAGES
+                else ()
+            )
             found += [] if target in allowed else [f"{edge}, which stands below it"]
     return found
 
@@ -165,24 +144,38 @@ def cycle_violations(house: House) -> list[str]:
 
 
 def third_party_violations(house: House) -> list[str]:
-    """Third parties outside the core's list, or outside the room that may import them."""
+    """Third parties outside the core's list, or outside the package that may import them."""
     found = []
     guests: dict[str, set[str]] = {}
     for edge in imports(house):
-        package = edge.target.split(".")[0]
-        rooms = ROOMS_THAT_MAY_IMPORT.get(package, {room(edge.source)})
-        if package in NOWHERE:
+        guest = edge.target.split(".")[0]
+        hosts = PACKAGES_THAT_MAY_IMPORT.get(guest, {package(edge.source)})
+        if guest in NOWHERE:
             found.append(f"{edge}, which nothing may")
-        elif package in {"distaff", *sys.stdlib_module_names} or edge.target.startswith("."):
+        elif guest in {"distaff", *sys.stdlib_module_names} or edge.target.startswith("."):
             continue
-        elif room(edge.source) == "integrations":
-            guests.setdefault(edge.source, set()).update({package} - CORE)
-        elif package not in CORE | ROOMS_THAT_MAY_IMPORT.keys():
+        elif package(edge.source) == "integrations":
+            guests.setdefault(edge.source, set()).update({guest} - CORE)
+        elif guest not in CORE | PACKAGES_THAT_MAY_IMPORT.keys():
             found.append(f"{edge}, which is not in the core")
-        elif room(edge.source) not in rooms:
-            found.append(f"{edge}, which only {sorted(rooms)} may")
+        elif package(edge.source) not in hosts:
+            found.append(f"{edge}, which only {sorted(hosts)} may")
     several = {name: sorted(packages) for name, packages in guests.items() if len(packages) > 1}
     return found + [f"{name} wraps more than one: {packages}" for name, packages in several.items()]
+
+
+def crowding_violations(house: House) -> list[str]:
+    """Packages with more modules or sub-packages than a reader takes in at a glance."""
+    packages = {name.rpartition(".")[0] for name in house} - {""}
+    found = []
+    for name in sorted(packages):
+        inside = [each for each in house if each.rpartition(".")[0] == name]
+        inner = [each for each in inside if each in packages]
+        if len(inside) - len(inner) > MAX_MODULES and name != "distaff":
+            found.append(f"{name} has {len(inside) - len(inner)} modules")
+        if len(inner) > MAX_SUBPACKAGES and name != "distaff":
+            found.append(f"{name} has {len(inner)} sub-packages")
+    return found
 
 
 def nesting(node: ast.AST) -> int:
@@ -331,6 +324,7 @@ RULES = (
     layer_violations,
     cycle_violations,
     third_party_violations,
+    crowding_violations,
     size_violations,
     docstring_violations,
 )
@@ -343,13 +337,13 @@ def test_house_keeps_rule(rule: Callable[[House], list[str]]) -> None:
 
 
 GOOD = {
-    "distaff.typing": "import jax",
-    "distaff.errors": "from distaff.typing import Key",
+    "distaff.errors": "import jax",
+    "distaff.core.typing": "from distaff.errors import Key",
     "distaff.data": "from distaff.data import arrays",
     "distaff.data.arrays": "from distaff import errors\nimport numpy.typing",
-    "distaff.display": "from rich.table import Table",
+    "distaff.run.display": "from rich.table import Table",
     "distaff.integrations.wandb": "import wandb.sdk, numpy\nfrom distaff.data import arrays",
-    "distaff.loop": "def f(a, b, c, d, e, g, h, i):\n    '''F.'''\n"
+    "distaff.run.loop": "def f(a, b, c, d, e, g, h, i):\n    '''F.'''\n"
     "    if a:\n        for b in c:\n            with d:\n                e()\n"
     "            def g():\n                while h:\n                    i()\n"
     "    elif b:\n        pass\n    elif c:\n        while d:\n            pass\n",
@@ -368,10 +362,10 @@ def test_rules_accept_good_house(rule: Callable[[House], list[str]]) -> None:
 @pytest.mark.parametrize(
     ("rule", "name", "source", "complaint"),
     [
-        (layer_violations, "distaff.utils", "", "'utils' is not in ROOMS"),
-        (layer_violations, "distaff.metrics", "import distaff.loop", "below it"),
-        (layer_violations, "distaff.metrics", "from distaff import loop", "below it"),
-        (layer_violations, "distaff.metrics", "from distaff.data.arrays import f", "below it"),
+        (layer_violations, "distaff.utils", "", "'utils' is not in PACKAGES"),
+        (layer_violations, "distaff.metrics", "import distaff.run.loop", "below it"),
+        (layer_violations, "distaff.metrics", "from distaff.run import loop", "below it"),
+        (layer_violations, "distaff.metrics", "from distaff.step.state import f", "below it"),
         (layer_violations, "distaff.metrics", "from distaff import TrainState", "below it"),
         (
             layer_violations,
@@ -396,15 +390,15 @@ def test_rules_accept_good_house(rule: Callable[[House], list[str]]) -> None:
         ),
         (
             cycle_violations,
-            "distaff.typing",
-            "def f():\n    import distaff.errors",
-            "distaff.typing",
+            "distaff.errors",
+            "def f():\n    import distaff.core.typing",
+            "distaff.errors",
         ),
         (third_party_violations, "distaff.cli", "import pandas", "not in the core"),
         (third_party_violations, "distaff.cli", "from torch import nn", "not in the core"),
-        (third_party_violations, "distaff.loop", "def f():\n    from rich import text", "only"),
+        (third_party_violations, "distaff.step", "def f():\n    from rich import text", "only"),
         (third_party_violations, "distaff.tasks", "from orbax.checkpoint import v1", "only"),
-        (third_party_violations, "distaff.config", "import tyro", "only ['cli'] may"),
+        (third_party_violations, "distaff.core.config", "import tyro", "only ['cli'] may"),
         (third_party_violations, "distaff.data", "import pytest", "only ['testing'] may"),
         (third_party_violations, "distaff.checkpoint", "import pickle", "nothing may"),
         (third_party_violations, "distaff.integrations.tf", "import tensorflow", "nothing may"),
@@ -465,6 +459,22 @@ def test_rule_catches(
     assert complaint in found
 
 
+def test_crowded_packages_are_named() -> None:
+    modules = {f"distaff.data.module_{n}": "" for n in range(MAX_MODULES)}
+    packages = {f"distaff.data.package_{n}.a": "" for n in range(MAX_SUBPACKAGES + 1)}
+    inits = {name.rpartition(".")[0]: "" for name in packages}
+    assert crowding_violations({"distaff.data": "", **modules}) == []
+    (found,) = crowding_violations({"distaff.data": "", **modules, "distaff.data.one_more": ""})
+    assert "15 modules" in found
+    (found,) = crowding_violations({"distaff.data": "", **packages, **inits})
+    assert "9 sub-packages" in found
+
+
+def test_top_of_the_package_is_the_list_of_packages() -> None:
+    names = {path.stem for path in (SOURCES / "distaff").iterdir() if path.name != "__pycache__"}
+    assert names == {*PACKAGES, "__init__", "py"} - {"distaff"}
+
+
 def run_python(code: str) -> str:
     """Runs code in a new interpreter that may keep its bytecode, and returns what it printed."""
     finished = subprocess.run(
@@ -479,7 +489,7 @@ def run_python(code: str) -> str:
 
 
 def test_core_imports_without_optional_packages() -> None:
-    core = [name for name in HOUSE if room(name) not in ("integrations", "testing")]
+    core = [name for name in HOUSE if package(name) not in ("integrations", "testing")]
     code = "\n".join(f"import {name}" for name in core)
     assert run_python(WITHOUT_OPTIONAL + code) == ""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distaff.garbage import spared
+from distaff.core.gc import spared
 
 with spared():
     from distaff import (
@@ -17,16 +17,17 @@ with spared():
         tasks,
     )
     from distaff.callbacks import Callback, EarlyStopping, Profiler, StepInfo, StopTraining
-    from distaff.context import Context
+    from distaff.checkpoint.weights import InitFrom, export_weights
     from distaff.errors import DistaffError
+    from distaff.metrics.monitor import Monitor
     from distaff.models import Lora
-    from distaff.monitor import Monitor
     from distaff.optim import OptimizerConfig
-    from distaff.state import TrainState
-    from distaff.step import EvalStep, TrainStep, train_step
-    from distaff.trainer import TrainerModule
-    from distaff.trainer_config import Best, TrainerConfig, TrainResult
-    from distaff.weights import InitFrom, export_weights
+    from distaff.run.result import Best, TrainResult
+    from distaff.step.context import Context
+    from distaff.step.state import TrainState
+    from distaff.step.step import EvalStep, TrainStep, train_step
+    from distaff.trainer.config import TrainerConfig
+    from distaff.trainer.module import TrainerModule
 
 __all__ = [
     "Best",

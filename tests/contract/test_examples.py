@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distaff import data
-from distaff.data.examples import stacked
-from distaff.data.order import Order
+from distaff.data.examples.examples import stacked
+from distaff.data.examples.order import Order
 from distaff.errors import BatchError, ConfigError
 from distaff.testing.loaders import LoaderContract
 
@@ -145,7 +145,7 @@ def test_order_is_a_permutation_that_begins_anywhere(sizes, window, epoch, seed,
     order = Order(count, shuffle=True, seed=seed, starts=starts, window=window)
     whole = list(order.epoch(epoch))
     assert sorted(whole) == list(range(count))
-    with mock.patch("distaff.data.order._SLICE", slice_size):
+    with mock.patch("distaff.data.examples.order._SLICE", slice_size):
         assert list(order.epoch(epoch, start)) == whole[start:]
 
 

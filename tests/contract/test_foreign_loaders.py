@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from distaff import data, tasks, zoo
-from distaff.data.adapters import KINDS
+from distaff.data.adapters.adapters import KINDS
 from distaff.errors import BatchError, ChangedBatchesError, ConfigError
 from distaff.testing.loaders import LoaderContract, assert_batches_equal
 

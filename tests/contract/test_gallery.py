@@ -12,8 +12,8 @@ import optax
 import pytest
 
 from distaff import Context, TrainState, train_step
-from distaff.initial import normalized, on_host
 from distaff.models import as_model
+from distaff.trainer.initial import normalized, on_host
 from gallery import KINDS, WIDTH, Kind, without_keys
 
 FAMILIES = sorted({name.split()[0] for name in KINDS})

@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from distaff import Context, TrainerModule, TrainState, data, train_step
-from distaff.config import to_json
+from distaff.core.config.encoding import to_json
 from distaff.errors import CheckpointError
 from distaff.models import Variables, as_model
 from model_kinds import KINDS, NAMES, Kind, LinenMLP

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distaff import data
-from distaff.data.sequences import parts_of
+from distaff.data.sequences.sequences import parts_of
 from distaff.errors import BatchError, ConfigError
 from distaff.testing.loaders import LoaderContract, assert_batches_equal
 

@@ -16,13 +16,13 @@ import pytest
 
 import support
 from distaff import Callback, Lora, TrainerModule, data
-from distaff.data.chunk import Gathered
-from distaff.data.feed import Feed
+from distaff.checkpoint.weights.names import named
+from distaff.checkpoint.weights.source import open_source
 from distaff.errors import ChangedBatchesError, CheckpointError
+from distaff.execution.feed.chunk import Gathered
+from distaff.execution.feed.feed import Feed
 from distaff.models import as_model
 from distaff.testing.loaders import LoaderContract
-from distaff.weights.names import named
-from distaff.weights.source import open_source
 from loader_kinds import BATCH, LOADERS, Rows
 from model_kinds import KINDS, NAMES, Kind
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import optax
 
-from distaff.zoo.landscapes import LANDSCAPES
+from distaff.tune.landscapes import LANDSCAPES
 
 
 def test_landscapes_tells_how_near_each_optimizer_comes(example, tmp_path, capsys) -> None:

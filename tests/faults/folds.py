@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distaff import Callback, OptimizerConfig, TrainerModule, TrainResult, data
-from distaff.display.model_table import model_table
+from distaff.run.display.model_table import model_table
 from distaff.zoo import MLP
 
 X = np.random.default_rng(0).normal(size=(48, 5)).astype(np.float32)

@@ -10,8 +10,9 @@ import warnings
 
 import pytest
 
-from distaff import Callback, data, run_directory, tasks, zoo
+from distaff import Callback, data, tasks, zoo
 from distaff.loggers import JsonlLogger, MemoryLogger, disk, jsonl
+from distaff.run.directory import run_directory
 
 FILES = (
     *("config.json", "env.json", "status.json", "model.txt", "log.txt", "metrics.jsonl"),

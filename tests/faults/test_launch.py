@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from tests.faults import folds
 
-from distaff import launch
+from distaff.run.identity import launch
 
 SCRIPT = Path(__file__).with_name("folds.py")
 

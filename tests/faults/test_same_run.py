@@ -18,8 +18,8 @@ import pytest
 
 import distaff
 from distaff import Callback, OptimizerConfig, data
-from distaff.display.model_table import model_table
 from distaff.errors import CheckpointError
+from distaff.run.display.model_table import model_table
 from distaff.zoo import MLP
 
 X = np.linspace(-1, 1, 48, dtype=np.float32).reshape(16, 3)

@@ -107,10 +107,10 @@ def test_fused_steps_are_single_steps_bit_for_bit(kind, log_every):
 def test_full_chunks_of_an_accelerator_have_a_program_of_their_own(monkeypatch, kind):
     single, expected = trained(1, kind)
     programs = []
-    monkeypatch.setattr("distaff.forms._is_accelerated", lambda: True)
+    monkeypatch.setattr("distaff.execution.dispatch.steps_per_call._is_accelerated", lambda: True)
     make = distaff.execution.Compiled.program
     monkeypatch.setattr(
-        "distaff.execution.Compiled.program",
+        "distaff.execution.execution.Compiled.program",
         lambda *each, **options: programs.append(make(*each, **options)) or programs[-1],
     )
     # An epoch has six batches of 8, five as one program and one more; and one of 2.

@@ -12,11 +12,11 @@ import optax
 import pytest
 
 from distaff import Context, TrainState, TrainStep, train_step
-from distaff.data import One
-from distaff.execution import Compiled, Eager, Execution
-from distaff.fuse import single
-from distaff.measured import measured
-from distaff.rows import Columns, blank
+from distaff.execution.dispatch.dispatcher import single
+from distaff.execution.dispatch.packed_metrics import Columns, blank
+from distaff.execution.execution import Compiled, Eager, Execution
+from distaff.execution.feed.chunk import One
+from distaff.step.normalise import measured
 
 STEPS = 10
 # A power of two: compilers may divide by it or multiply by its inverse, it is the same.

@@ -11,7 +11,7 @@ import pytest
 
 import distaff
 from distaff import data, zoo
-from distaff.flight import MAX_BYTES, MAX_CHUNKS, Flight
+from distaff.execution.dispatch.in_flight import MAX_BYTES, MAX_CHUNKS, Flight
 
 X = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
 ARRAY = type(jnp.zeros(1))
@@ -119,7 +119,7 @@ class Stop(distaff.Callback):
 @pytest.mark.parametrize("slow", [True, False])
 @pytest.mark.parametrize("kind", ["arrays", "list"])
 def test_checkpoint_keeps_the_place_of_the_last_batch_trained_on(monkeypatch, kind, slow):
-    monkeypatch.setattr("distaff.data.ahead.Pace.slow", property(lambda pace: slow))
+    monkeypatch.setattr("distaff.execution.feed.prefetch.Pace.slow", property(lambda pace: slow))
     loader: Any = data.ArrayLoader({"x": X}, 4)
     loader = data.MappedLoader(loader, dict) if kind == "arrays" else data.Stream(list(loader))
     trainer = Trainer(zoo.MLP((4, 1)), root=None, enable_progress_bar=False, callbacks=[Stop()])

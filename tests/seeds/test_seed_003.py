@@ -46,11 +46,11 @@ import pytest
 
 import distaff
 from distaff import Callback, OptimizerConfig, TrainerConfig, data
-from distaff.config import from_json
+from distaff.core.config.encoding import from_json
 from distaff.errors import ConfigError
 from distaff.loggers import MemoryLogger
 from distaff.models import Variables
-from distaff.recording import NullRecording
+from distaff.run.recorder import NullRecording
 
 X = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32)
 

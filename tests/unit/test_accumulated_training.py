@@ -13,11 +13,11 @@ import pytest
 
 import distaff
 from distaff import OptimizerConfig, TrainState, data, metrics
-from distaff.accumulate import may_have_rest, with_rest
 from distaff.errors import ConfigError
 from distaff.loggers import MemoryLogger
 from distaff.optim import ParamGroup, accumulate, build_optimizer, num_updates
-from distaff.step import train_step
+from distaff.step.remainder import may_have_rest, with_rest
+from distaff.step.step import train_step
 
 LINE = (lambda key, x: {"w": jnp.ones(3), "b": jnp.zeros(())}, lambda p, x: x @ p["w"] + p["b"])
 _random = np.random.default_rng(0)

@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distaff import data
-from distaff.data import ArrayLoader, Feed, Form, Stream
-from distaff.data.ahead import DEPTH, Ahead, Pace
+from distaff.data import ArrayLoader, Stream
+from distaff.execution.feed.chunk import Form
+from distaff.execution.feed.feed import Feed
+from distaff.execution.feed.prefetch import DEPTH, Ahead, Pace
 
 
 class Always(Pace):
@@ -110,7 +112,7 @@ def test_closed_reader_closes_the_generator_where_it_ran():
 
 
 def test_read_that_hangs_is_left_alone_and_waited_for_before_the_next(monkeypatch):
-    monkeypatch.setattr("distaff.data.ahead._JOIN_SECONDS", 0.05)
+    monkeypatch.setattr("distaff.execution.feed.prefetch._JOIN_SECONDS", 0.05)
     go_on = threading.Event()
 
     def hanging() -> Generator[int]:

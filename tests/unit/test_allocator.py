@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from distaff import allocator
+from distaff.execution import allocator
 
 SCRIPT = """
 import ctypes, logging, sys
@@ -21,7 +21,7 @@ class Library:
         calls.append((name, value))
         return 1
 {before}
-from distaff import allocator
+from distaff.execution import allocator
 if not {real}:
     ctypes.CDLL = lambda name: Library()
 print(allocator.tune(), len(calls))
@@ -95,7 +95,8 @@ TRAINER = """
 import logging
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
 import numpy as np
-from distaff import allocator, data, tasks, zoo
+from distaff.execution import allocator
+from distaff import data, tasks, zoo
 loader = data.ArrayLoader(
     {{"image": np.zeros((64, 8, 8, 1), np.float32), "label": np.zeros(64, np.int32)}}, 64
 )

@@ -15,9 +15,9 @@ import pytest
 
 import distaff
 from distaff import TrainState, TrainStep, augment, data, optim, tasks, train_step
-from distaff.display.model_table import model_table
 from distaff.errors import BatchError, StateError
 from distaff.metrics import Last
+from distaff.run.display.model_table import model_table
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.random((40, 8, 8, 1), np.float32)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from distaff import OptimizerConfig, data, tasks, zoo
-from distaff.context import Context
 from distaff.errors import ConfigError, LossError
+from distaff.step.context import Context
 from distaff.tasks.autoencoder import AutoencoderConfig
 
 

@@ -14,10 +14,11 @@ import optax
 import pytest
 
 import distaff
-from distaff import EvalStep, TrainState, broadcasts, data, train_step
-from distaff.context import Context
+from distaff import EvalStep, TrainState, data, train_step
 from distaff.errors import LossError
 from distaff.metrics import Mean
+from distaff.step import broadcasts
+from distaff.step.context import Context
 
 SIZE = 6
 RNG = np.random.default_rng(0)

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from distaff import choices
-from distaff.choices import Entry, program_key
+from distaff.execution.compile import measured_choices
+from distaff.execution.compile.measured_choices import Entry, program_key
 
 DAY = 24 * 3600.0
 
@@ -43,7 +43,7 @@ def test_entry_without_a_file_keeps_nothing(tmp_path):
 
 
 def test_file_is_for_its_owner_and_keeps_the_newest(tmp_path, monkeypatch):
-    monkeypatch.setattr(choices, "_MAX_ENTRIES", 3)
+    monkeypatch.setattr(measured_choices, "_MAX_ENTRIES", 3)
     file = tmp_path / "forms.json"
     before = os.umask(0)
     try:
@@ -141,7 +141,9 @@ def test_program_key_is_that_of_the_program_the_machine_and_the_software(monkeyp
     for name in ("distaff", "jax", "jaxlib"):
         with monkeypatch.context() as patched:
             patched.setattr(
-                choices.importlib.metadata, "version", lambda asked, n=name: f"{asked == n}"
+                measured_choices.importlib.metadata,
+                "version",
+                lambda asked, n=name: f"{asked == n}",
             )
             keys.append(program_key(jaxpr(), 4))
     with monkeypatch.context() as patched:

@@ -13,8 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distaff import data
-from distaff.data import ArrayLoader, Chunk, Feed, Feeds, Form, Gathered, One, Stacked
+from distaff.data import ArrayLoader
 from distaff.errors import BatchError
+from distaff.execution.feed.chunk import Chunk, Form, Gathered, One, Stacked
+from distaff.execution.feed.feed import Feed
+from distaff.execution.feed.feeds import Feeds
 
 
 def loader(num_examples: int = 23, batch_size: int = 4, **options: Any) -> ArrayLoader:
@@ -137,7 +140,7 @@ def test_subclass_that_may_yield_something_else_is_not_gathered():
 
 
 def test_large_arrays_stay_on_the_host_and_large_chunks_are_cut(monkeypatch):
-    from distaff.data import feed as module
+    from distaff.execution.feed import feed as module
 
     monkeypatch.setattr(module, "_MAX_RESIDENT_BYTES", 100)
     monkeypatch.setattr(module, "_MAX_CHUNK_BYTES", 100)
@@ -150,7 +153,7 @@ def test_large_arrays_stay_on_the_host_and_large_chunks_are_cut(monkeypatch):
 
 
 def test_chunks_are_those_of_a_whole_batch_where_a_short_one_comes_first(monkeypatch):
-    monkeypatch.setattr("distaff.data.feed._MAX_CHUNK_BYTES", 100)
+    monkeypatch.setattr("distaff.execution.feed.feed._MAX_CHUNK_BYTES", 100)
     whole, short = np.ones([10, 1], np.float32), np.ones([1, 1], np.float32)
     capacities = []
     for expected in ([], [whole]):

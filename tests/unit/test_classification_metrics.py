@@ -23,9 +23,9 @@ from distaff import EvalStep, Monitor, TrainerModule, TrainState, data, metrics,
 from distaff.checkpoint import CheckpointStore
 from distaff.data import ArrayLoader
 from distaff.errors import ConfigError, LossError, MetricError
-from distaff.evaluate import Evaluator
-from distaff.execution import Compiled, Eager
+from distaff.execution.execution import Compiled, Eager
 from distaff.metrics import AUROC, F1, ConfusionMatrix, IoU, Perplexity, Precision, Recall
+from distaff.run.evaluation import Evaluator
 
 SKLEARN: Any = {
     Precision: partial(sklearn_metrics.precision_score, zero_division=0),

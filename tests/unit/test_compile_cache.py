@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from distaff import compile_cache
+from distaff.execution import compile_cache
 
 DIRECTORY, SECONDS = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
 

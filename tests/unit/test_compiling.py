@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 import distaff
-from distaff import compiling, data, tasks, zoo
-from distaff.compiling import Watch
+from distaff import data, tasks, zoo
 from distaff.errors import ConfigError, RecompileError, RecompileWarning
+from distaff.execution.compile import recompiles
+from distaff.execution.compile.recompiles import Watch
 
 
 def watched(recompile: Any = "error", **options: Any) -> tuple[Watch, Any]:
@@ -152,9 +153,9 @@ def test_programs_of_others_do_not_count():
         return original(*args)
 
     program._program = busy
-    before = compiling.count()
+    before = recompiles.count()
     program(*args)
-    assert compiling.count() == before + 2  # not those of the thread
+    assert recompiles.count() == before + 2  # not those of the thread
     with pytest.raises(RecompileError, match=r"float32\[4\]"):
         program(np.float32(1), np.ones(4, np.float32))
 

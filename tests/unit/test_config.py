@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distaff import config
+from distaff.core.config import encoding
 from distaff.errors import ConfigError
 
 
@@ -107,31 +107,33 @@ configs = st.builds(
 
 
 def through_text(value: Any) -> Any:
-    return json.loads(config.dumps(config.to_json(value)))
+    return json.loads(encoding.dumps(encoding.to_json(value)))
 
 
 @settings(deadline=None)
 @given(configs)
 def test_config_survives_the_round_trip_through_text(original):
-    restored = config.from_json(Config, through_text(original))
+    restored = encoding.from_json(Config, through_text(original))
     assert restored == original
     assert repr(restored) == repr(original)
-    assert config.diff(original, restored) == {}
+    assert encoding.diff(original, restored) == {}
 
 
 def test_nan_survives_the_round_trip_in_strict_json():
-    text = config.dumps(config.to_json(Optimizer(learning_rate=float("nan"), clip=float("-inf"))))
+    text = encoding.dumps(
+        encoding.to_json(Optimizer(learning_rate=float("nan"), clip=float("-inf")))
+    )
     assert "NaN" not in text
     assert "Infinity" not in text
-    restored = config.from_json(Optimizer, json.loads(text))
+    restored = encoding.from_json(Optimizer, json.loads(text))
     assert restored.learning_rate != restored.learning_rate
     assert restored.clip == float("-inf")
 
 
 def test_dumps_keeps_the_order_and_refuses_bare_nan():
-    assert config.dumps({"b": 1, "a": [2]}) == '{\n  "b": 1,\n  "a": [\n    2\n  ]\n}\n'
+    assert encoding.dumps({"b": 1, "a": [2]}) == '{\n  "b": 1,\n  "a": [\n    2\n  ]\n}\n'
     with pytest.raises(ValueError, match="JSON compliant"):
-        config.dumps({"loss": float("nan")})
+        encoding.dumps({"loss": float("nan")})
 
 
 class Tower(nn.Module):
@@ -167,14 +169,14 @@ class Tower(nn.Module):
     ],
 )
 def test_to_json_records_hyperparameters_of_any_kind(value, recorded):
-    actual = config.to_json(value)
+    actual = encoding.to_json(value)
     assert actual == recorded
     assert type(actual) is type(recorded)
-    assert config.to_json(json.loads(config.dumps(actual))) == recorded
+    assert encoding.to_json(json.loads(encoding.dumps(actual))) == recorded
 
 
 def test_to_json_records_a_linen_module_by_class_and_fields():
-    recorded = config.to_json(Tower(block=nn.Dense(3)))
+    recorded = encoding.to_json(Tower(block=nn.Dense(3)))
     assert list(recorded) == ["$class", "width", "activation", "dtype", "block"]
     assert recorded["$class"] == f"{__name__}:Tower"
     assert recorded["activation"]["$function"].endswith(":relu")
@@ -183,7 +185,7 @@ def test_to_json_records_a_linen_module_by_class_and_fields():
 
 
 def test_to_json_is_the_same_in_every_process():
-    assert "0x" not in str(config.to_json({"make": partial(Tower().method)}))
+    assert "0x" not in str(encoding.to_json({"make": partial(Tower().method)}))
 
 
 @pytest.mark.parametrize(
@@ -211,26 +213,26 @@ def test_to_json_is_the_same_in_every_process():
 )
 def test_from_json_refuses_with_the_path_and_the_value(data, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
-        config.from_json(Config, {"num_classes": 10, **data})
+        encoding.from_json(Config, {"num_classes": 10, **data})
 
 
 def test_from_json_needs_every_field_without_a_default():
     with pytest.raises(ConfigError, match="num_classes has no default"):
-        config.from_json(Config, {"shuffle": True})
+        encoding.from_json(Config, {"shuffle": True})
     with pytest.raises(ConfigError, match="The config must be Config"):
-        config.from_json(Config, [])
+        encoding.from_json(Config, [])
 
 
 def test_from_json_names_the_path_in_a_union_with_one_dataclass():
     with pytest.raises(ConfigError, match=re.escape("'optimizer.nam' does not. Did you mean")):
-        config.from_json(Named, {"optimizer": {"nam": "adam"}})
-    assert config.from_json(Named, {"optimizer": "adam"}).optimizer == "adam"
+        encoding.from_json(Named, {"optimizer": {"nam": "adam"}})
+    assert encoding.from_json(Named, {"optimizer": "adam"}).optimizer == "adam"
 
 
 def test_from_json_imports_nothing_that_the_data_name():
     data = {"activation": {"$function": "flax.linen:relu"}}
     with pytest.raises(ConfigError, match="activation must be"):
-        config.from_json(Unreadable, data)
+        encoding.from_json(Unreadable, data)
 
 
 def test_override_replaces_nested_values_and_leaves_the_original():
@@ -242,7 +244,7 @@ def test_override_replaces_nested_values_and_leaves_the_original():
         "root": "elsewhere",
         "names": ["x"],
     }
-    changed = config.override(original, changes)
+    changed = encoding.override(original, changes)
     assert changed.optimizer == Optimizer(learning_rate=2.0, clip=1.0)
     assert type(changed.optimizer.learning_rate) is float
     assert (changed.scales, changed.root, changed.names) == ({"a": 3.0}, Path("elsewhere"), ["x"])
@@ -258,7 +260,7 @@ def test_override_validates_all_changes_together():
         def __post_init__(self):
             assert self.start < self.end
 
-    assert config.override(Span(), {"start": 5, "end": 6}) == Span(5, 6)
+    assert encoding.override(Span(), {"start": 5, "end": 6}) == Span(5, 6)
 
 
 @pytest.mark.parametrize(
@@ -273,16 +275,16 @@ def test_override_validates_all_changes_together():
 )
 def test_override_refuses_unknown_paths_and_wrong_types(changes, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
-        config.override(Config(num_classes=10, scales={"a": 1.0}), changes)
+        encoding.override(Config(num_classes=10, scales={"a": 1.0}), changes)
 
 
 @settings(deadline=None)
 @given(optimizers, optimizers)
 def test_diff_is_what_override_needs(old, new):
-    changes = {path: after for path, (_, after) in config.diff(old, new).items()}
+    changes = {path: after for path, (_, after) in encoding.diff(old, new).items()}
     if any(isinstance(after, dict) for after in changes.values()):  # inf, tagged
         changes = {path: getattr(new, path) for path in changes}
-    assert config.override(old, changes) == new
+    assert encoding.override(old, changes) == new
 
 
 def test_diff_names_what_changed_on_configs_and_on_json():
@@ -290,9 +292,9 @@ def test_diff_names_what_changed_on_configs_and_on_json():
     new = dataclasses.replace(
         old, optimizer=Optimizer(clip=2.0), scales={"b": 1.0}, anything=Tower(activation=nn.gelu)
     )
-    difference = config.diff(config.to_json(old), new)
+    difference = encoding.diff(encoding.to_json(old), new)
     assert list(difference) == ["optimizer.clip", "scales.a", "scales.b", "anything.activation"]
     assert difference["optimizer.clip"] == (None, 2.0)
     assert difference["scales.a"] == (1.0, dataclasses.MISSING)
     assert difference["scales.b"] == (dataclasses.MISSING, 1.0)
-    assert config.diff({"shuffle": True}, {"shuffle": 1}) == {"shuffle": (True, 1)}
+    assert encoding.diff({"shuffle": True}, {"shuffle": 1}) == {"shuffle": (True, 1)}

@@ -21,12 +21,12 @@ import pytest
 
 import distaff
 from distaff import OptimizerConfig
-from distaff.config import to_json
-from distaff.constructor import constructed, made_again, recorded_options
+from distaff.core.config.encoding import to_json
+from distaff.core.names import chosen, imported, module_name, name_of
 from distaff.errors import CheckpointError, ConfigError
 from distaff.models import rebuild
-from distaff.named import chosen, imported, module_name, name_of
-from distaff.plain import LostError, recorded, restored
+from distaff.trainer.constructor import constructed, made_again, recorded_options
+from distaff.trainer.plain import LostError, recorded, restored
 from distaff.zoo import MLP
 from scripted import Regression
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from distaff import data, tasks, zoo
-from distaff.devices import check_one_process, idle_devices
 from distaff.errors import ConfigError
+from distaff.execution.devices import check_one_process, idle_devices
 
 BATCH = {"image": np.ones((8, 3), np.float32), "label": np.zeros(8, np.int32)}
 

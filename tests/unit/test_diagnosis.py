@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from distaff import TrainState
-from distaff.diagnosis import Finding, diagnose, replay
-from distaff.measured import measured
+from distaff.core.pytrees import static
 from distaff.optim import accumulate
-from distaff.state import static
-from distaff.step import train_step
-from distaff.vitals import new_bad
+from distaff.run.diagnosis import Finding, diagnose, replay
+from distaff.step.finite import new_bad
+from distaff.step.normalise import measured
+from distaff.step.step import train_step
 
 X = np.linspace(-1.0, 1.0, 24, dtype=np.float32).reshape(8, 3)
 Y = np.linspace(0.0, 1.0, 8, dtype=np.float32)

@@ -13,8 +13,8 @@ import numpy as np
 import optax
 import pytest
 
-from distaff.digest import Program, named_scope, program_digest, sample_digest
-from distaff.sketch import is_near, sketch
+from distaff.core.digest import Program, named_scope, program_digest, sample_digest
+from distaff.run.identity.sketch import is_near, sketch
 
 TABLE = np.linspace(0, 1, 12, dtype=np.float32)
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.table import Table
 
-from distaff.display import NullDisplay, PlainDisplay, TerminalDisplay, make_display
-from distaff.display.lines import epoch_text, number
-from distaff.display.pace import Pace
+from distaff.run.display import NullDisplay, PlainDisplay, TerminalDisplay, make_display
+from distaff.run.display.lines import epoch_text, number
+from distaff.run.display.pace import Pace
 
 METRICS = {"train/loss": 0.25, "train/accuracy": 0.9, "val/loss": 0.5, "val/accuracy": 0.8}
 

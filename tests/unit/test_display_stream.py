@@ -13,9 +13,9 @@ import threading
 import pytest
 
 from distaff import data, tasks, zoo
-from distaff.display import NullDisplay, PlainDisplay, make_display
-from distaff.display import stream as display_stream
-from distaff.display.stream import SteadyStream
+from distaff.run.display import NullDisplay, PlainDisplay, make_display
+from distaff.run.display import stream as display_stream
+from distaff.run.display.stream import SteadyStream
 
 
 class Plain:

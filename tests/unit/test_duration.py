@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distaff.duration import seconds_of
+from distaff.core.config.durations import seconds_of
 from distaff.errors import ConfigError
 
 counts = st.integers(0, 999)

@@ -18,7 +18,7 @@ import pytest
 from distaff import Callback, EarlyStopping, Monitor, OptimizerConfig, StepInfo, StopTraining, data
 from distaff.errors import ConfigError, MetricError
 from distaff.loggers import MemoryLogger
-from distaff.monitor import direction
+from distaff.metrics.monitor import direction
 from distaff.optim.kept import begun_again, kept_state
 from scripted import Break, InterruptError, Regression
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distaff.config import to_json
+from distaff.core.config.encoding import to_json
 from distaff.errors import ConfigError
 from distaff.models import Variables, as_model, model_of, whole_batches
 

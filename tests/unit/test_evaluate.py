@@ -13,12 +13,14 @@ import optax
 import pytest
 
 from distaff import EvalStep, TrainState
-from distaff.context import Context
-from distaff.data import Feed, Form, as_loader, pad
+from distaff.data import as_loader
 from distaff.errors import BatchError
-from distaff.evaluate import Evaluator, predict
-from distaff.execution import Compiled, Eager, Execution
+from distaff.execution.execution import Compiled, Eager, Execution
+from distaff.execution.feed.chunk import Form, pad
+from distaff.execution.feed.feed import Feed
 from distaff.metrics import Max, Mean, Sum, compute
+from distaff.run.evaluation import Evaluator, predict
+from distaff.step.context import Context
 
 X = np.random.default_rng(1).normal(size=(11, 3)).astype(np.float32)
 Y = np.arange(11, dtype=np.float32)

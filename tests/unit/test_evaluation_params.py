@@ -296,7 +296,7 @@ def traces(monkeypatch):
         found.append(1)
         return evaluation_params(opt_state, params)
 
-    monkeypatch.setattr("distaff.predictor.evaluation_params", counted)
+    monkeypatch.setattr("distaff.trainer.predictor.evaluation_params", counted)
     return found
 
 

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from distaff import zoo
-from distaff.execution import Compiled, Eager
+from distaff.execution.execution import Compiled, Eager
 from distaff.tasks import Classifier
 
 MODELS = {

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from distaff import data
-from distaff.data.fingerprint import fingerprint
+from distaff.data.examples.fingerprint import fingerprint
 from distaff.errors import BatchError, ChangedBatchesError
 
 QUICK = settings(deadline=None, max_examples=100)

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distaff import compile_cache, machine
-from distaff.flops import Flops, flops_of
+from distaff.execution import compile_cache, peak_flops
+from distaff.execution.flops import Flops, flops_of
 
 MATRIX = jax.ShapeDtypeStruct((32, 32), np.float32)
 
@@ -20,7 +20,7 @@ MATRIX = jax.ShapeDtypeStruct((32, 32), np.float32)
 @pytest.fixture(autouse=True)
 def machine_file(monkeypatch) -> Path:
     """Where the peak, which is fast to measure here, is remembered."""
-    monkeypatch.setattr(machine, "_SIZES", (16, 32))
+    monkeypatch.setattr(peak_flops, "_SIZES", (16, 32))
     return Path(os.environ["XDG_CACHE_HOME"], "distaff", "machine.json")
 
 
@@ -58,7 +58,7 @@ def test_flops_that_nobody_knows_are_none(monkeypatch):
 
 
 def test_peak_is_measured_once_and_remembered(machine_file, monkeypatch):
-    peak = machine.peak_flops()
+    peak = peak_flops.peak_flops()
     assert peak is not None
     assert peak > 0
     ((key, remembered),) = json.loads(machine_file.read_text()).items()
@@ -67,42 +67,42 @@ def test_peak_is_measured_once_and_remembered(machine_file, monkeypatch):
     assert machine_file.parent == compile_cache.home()
     assert [entry.name for entry in machine_file.parent.iterdir()] == ["machine.json"]
 
-    monkeypatch.setattr(machine, "_measure", lambda: pytest.fail("measured again"))
-    assert machine.peak_flops() == peak
+    monkeypatch.setattr(peak_flops, "_measure", lambda: pytest.fail("measured again"))
+    assert peak_flops.peak_flops() == peak
 
 
 def test_peak_of_another_precision_is_another_one(machine_file, monkeypatch):
     peaks = iter([1.0, 2.0])
-    monkeypatch.setattr(machine, "_measure", lambda: next(peaks))
-    assert machine.peak_flops() == 1
+    monkeypatch.setattr(peak_flops, "_measure", lambda: next(peaks))
+    assert peak_flops.peak_flops() == 1
     with jax.default_matmul_precision("highest"):
-        assert machine.peak_flops() == 2
-    assert machine.peak_flops() == 1
+        assert peak_flops.peak_flops() == 2
+    assert peak_flops.peak_flops() == 1
     assert sorted(json.loads(machine_file.read_text()).values()) == [1, 2]
 
 
 def test_peak_measured_again_is_the_highest(monkeypatch):
     peaks = iter([2.0, 1.0, 3.0])
-    monkeypatch.setattr(machine, "_measure", lambda: next(peaks))
-    assert [machine.peak_flops(again=True) for _ in range(3)] == [2, 2, 3]
+    monkeypatch.setattr(peak_flops, "_measure", lambda: next(peaks))
+    assert [peak_flops.peak_flops(again=True) for _ in range(3)] == [2, 2, 3]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "3", '{"%s": -1}', '{"%s": "1"}', '{"%s": NaN}'])
 def test_corrupt_memory_is_measured_anew(machine_file, monkeypatch, text):
     machine_file.parent.mkdir(parents=True)
-    machine_file.write_text(text.replace("%s", machine._key()))
-    monkeypatch.setattr(machine, "_measure", lambda: 5.0)
-    assert machine.peak_flops() == 5
-    assert json.loads(machine_file.read_text()) == {machine._key(): 5}
+    machine_file.write_text(text.replace("%s", peak_flops._key()))
+    monkeypatch.setattr(peak_flops, "_measure", lambda: 5.0)
+    assert peak_flops.peak_flops() == 5
+    assert json.loads(machine_file.read_text()) == {peak_flops._key(): 5}
 
 
 def test_peak_without_a_place_is_measured_and_not_remembered(machine_file, monkeypatch):
     machine_file.parent.parent.mkdir()
     machine_file.parent.write_text("in the way")
-    assert machine.peak_flops()
+    assert peak_flops.peak_flops()
     machine_file.parent.unlink()
     machine_file.mkdir(parents=True)  # a folder where the file should be
-    assert machine.peak_flops()
+    assert peak_flops.peak_flops()
     assert list(machine_file.parent.iterdir()) == [machine_file]
 
 
@@ -110,5 +110,5 @@ def test_peak_that_cannot_be_measured_is_none(monkeypatch):
     def broken():
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(machine, "_measure", broken)
-    assert machine.peak_flops() is None
+    monkeypatch.setattr(peak_flops, "_measure", broken)
+    assert peak_flops.peak_flops() is None

@@ -11,9 +11,18 @@ import jax.numpy as jnp
 import pytest
 
 from distaff import TrainerConfig
-from distaff.data import SINGLE, Form
 from distaff.errors import ConfigError
-from distaff.forms import Choice, Expected, Timing, chosen, continued, fixed, recorded, settled
+from distaff.execution.dispatch.steps_per_call import (
+    Choice,
+    Expected,
+    Timing,
+    chosen,
+    continued,
+    fixed,
+    recorded,
+    settled,
+)
+from distaff.execution.feed.chunk import SINGLE, Form
 
 METRICS = {"loss": jax.ShapeDtypeStruct((2,), jnp.float32)}
 
@@ -55,7 +64,7 @@ def test_larger_steps_are_fewer_and_the_largest_run_one_at_a_time_in_the_loop():
 
 def test_convolutions_are_fused_on_accelerators_only(monkeypatch):
     assert choose(jaxpr=convolution).form == SINGLE
-    monkeypatch.setattr("distaff.forms._is_accelerated", lambda: True)
+    monkeypatch.setattr("distaff.execution.dispatch.steps_per_call._is_accelerated", lambda: True)
     assert choose(jaxpr=convolution).form.num_steps > 1
 
 
@@ -80,7 +89,9 @@ def test_steps_run_one_by_one_where_there_is_no_choice(steps_per_call):
 def test_short_steps_of_a_long_run_have_programs_of_fixed_length(
     monkeypatch, accelerated, seconds, is_long
 ):
-    monkeypatch.setattr("distaff.forms._is_accelerated", lambda: accelerated)
+    monkeypatch.setattr(
+        "distaff.execution.dispatch.steps_per_call._is_accelerated", lambda: accelerated
+    )
     pays = accelerated and is_long and seconds < 1e-3
     kept = Form(20, 20, 64) if pays else Form(20, 64)
     assert settled(Form(20, 64), seconds, is_long=is_long) == kept

@@ -11,7 +11,7 @@ import pytest
 from jax.example_libraries import stax
 
 from distaff import Context, TrainState
-from distaff.config import to_json
+from distaff.core.config.encoding import to_json
 from distaff.errors import ConfigError
 from distaff.models import Functions, Variables, as_model, model_of
 from distaff.models.functional import FunctionModel

@@ -12,10 +12,10 @@ import os
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from distaff.checkpoint.record import example_from, read_record
 from distaff.errors import DistaffError
 from distaff.loggers import CsvLogger, JsonlLogger
-from distaff.record import example_from, read_record
-from distaff.run_directory import RunDirectory
+from distaff.run.directory.run_directory import RunDirectory
 
 fuzz = settings(
     deadline=None,

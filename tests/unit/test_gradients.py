@@ -15,7 +15,7 @@ import distaff
 from distaff import OptimizerConfig, TrainState, data
 from distaff.errors import ConfigError, DistaffError, StateError
 from distaff.optim import ParamGroup, build_optimizer, evaluation_params
-from distaff.step import train_step
+from distaff.step.step import train_step
 
 TARGET = 1 + 1j
 

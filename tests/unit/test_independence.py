@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from distaff import zoo
-from distaff.independence import keeps_apart
+from distaff.step.independence import keeps_apart
 
 SIZE = 6
 RNG = np.random.default_rng(0)

@@ -11,7 +11,7 @@ import threading
 import pytest
 
 from distaff.errors import ConfigError
-from distaff.interruption import Interruption
+from distaff.run.supervision.interruption import Interruption
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -184,7 +184,7 @@ def test_handler_that_somebody_sets_meanwhile_stays():
 
 SCRIPT = """
 import os, signal, sys, threading, time
-from distaff.interruption import Interruption
+from distaff.run.supervision.interruption import Interruption
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

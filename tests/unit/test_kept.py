@@ -8,7 +8,7 @@ from time import sleep
 
 import pytest
 
-from distaff.data.kept import Kept
+from distaff.data.examples.block_cache import Kept
 
 
 def test_kept_forgets_the_oldest():

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distaff.errors import ConfigError
-from distaff.zoo.landscapes import (
+from distaff.tune.landscapes import (
     ACKLEY,
     BOOTH,
     BRANIN,

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 import distaff
 from distaff import data, metrics, tasks
 from distaff.errors import BatchError, ConfigError, LossError, NonFiniteError
+from distaff.execution.dispatch.packed_metrics import Columns
 from distaff.metrics.limits import Limits, first_breach
-from distaff.rows import Columns
-from distaff.step import EvalStep
+from distaff.step.step import EvalStep
 
 QUIET: dict[str, Any] = {"root": None, "enable_progress_bar": False}
 LOGITS = (lambda key, *inputs: {"w": jnp.ones(())}, lambda p, x: p["w"] * x)

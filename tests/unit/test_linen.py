@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distaff.config import to_json
+from distaff.core.config.encoding import to_json
 from distaff.errors import CheckpointError, ConfigError
 from distaff.models import LinenModel, Variables, as_model, rebuild
 

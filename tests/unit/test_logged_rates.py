@@ -9,9 +9,9 @@ import pytest
 
 import distaff
 from distaff import OptimizerConfig, data
-from distaff.logged_rates import host_rates
 from distaff.loggers import MemoryLogger
 from distaff.optim import ParamGroup, applied_rates, build_optimizer
+from distaff.step.logged_rates import host_rates
 
 MODEL = (lambda key, x: {"w": jnp.ones(3), "b": jnp.zeros(())}, lambda p, x: x @ p["w"] + p["b"])
 PARAMS = {"w": jnp.ones(3), "b": jnp.zeros(())}

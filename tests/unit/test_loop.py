@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distaff import loop
-from distaff.data import Chunk, One
-from distaff.events import ChunkEnd
-from distaff.execution import Eager
-from distaff.forms import fixed
-from distaff.fuse import Steps
+from distaff.execution.dispatch.dispatcher import Steps
+from distaff.execution.dispatch.packed_metrics import WindowEnd
+from distaff.execution.dispatch.steps_per_call import fixed
+from distaff.execution.execution import Eager
+from distaff.execution.feed.chunk import Chunk, One
 from distaff.metrics import Mean
-from distaff.rows import WindowEnd
+from distaff.run import loop
+from distaff.run.events import ChunkEnd
 
 METRICS = {"loss": Mean(jnp.float32(0), jnp.float32(0))}
 

@@ -213,7 +213,7 @@ def test_validation_is_looked_at_once_and_only_where_that_is_asked_for(monkeypat
         calls.append(sum(chunk.num_steps for chunk in chunks))
         return original(self, state, chunks)
 
-    monkeypatch.setattr("distaff.evaluate.Evaluator.__call__", counting)
+    monkeypatch.setattr("distaff.run.evaluation.Evaluator.__call__", counting)
     trainer().train_model(arrays(), arrays(), arrays(), num_epochs=2)
     assert calls == [1, 10, 10, 10]
     calls.clear()

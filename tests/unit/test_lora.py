@@ -17,11 +17,11 @@ import pytest
 
 import distaff
 from distaff import InitFrom, Lora, export_weights, tasks, zoo
-from distaff.display import as_text
-from distaff.display.model_table import model_table
+from distaff.checkpoint.weights import named
 from distaff.errors import CheckpointError, ConfigError
 from distaff.models import Variables, as_model
-from distaff.weights import named
+from distaff.run.display import as_text
+from distaff.run.display.model_table import model_table
 
 
 class Regression(distaff.TrainerModule):

@@ -19,8 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import distaff
-from distaff import data, metrics, number
-from distaff.data import ArrayLoader, Mixture, Stream, mixture, proportions
+from distaff import data, metrics
+from distaff.core.config import checks
+from distaff.data import ArrayLoader, Mixture, Stream
+from distaff.data.wrappers import mixture, proportions
 from distaff.errors import BatchError, ChangedBatchesError, ConfigError
 from distaff.testing.loaders import assert_batches_equal
 
@@ -131,7 +133,7 @@ def test_turns_are_shares_to_within_one_at_every_prefix(weights, draws):
         assert max(abs(each - count) for each, count in zip(due, had, strict=True)) <= bound
 
 
-@pytest.mark.parametrize("module", [mixture, proportions, number])
+@pytest.mark.parametrize("module", [mixture, proportions, checks])
 def test_examples_in_docstrings_are_right(module):
     found = doctest.testmod(module)
     assert found.attempted

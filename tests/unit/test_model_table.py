@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from distaff import TrainerModule
-from distaff.display import as_text, model_table
 from distaff.errors import ConfigError
 from distaff.models import LayerRow, as_model
+from distaff.run.display import as_text, model_table
 from distaff.zoo import CNN
 
 F32, BF16 = np.dtype("float32"), jnp.dtype("bfloat16")

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from distaff import TrainerModule, TrainState
-from distaff.config import to_json
+from distaff.core.config.encoding import to_json
 from distaff.errors import CheckpointError, ConfigError, StateError
 from distaff.models import NnxModel, Variables, as_model, model_of, rebuild
 

@@ -18,7 +18,7 @@ import tyro
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distaff.config import override
+from distaff.core.config.encoding import override
 from distaff.errors import ConfigError, leaf_name
 from distaff.optim import (
     OptimizerConfig,

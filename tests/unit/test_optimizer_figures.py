@@ -9,7 +9,7 @@ from matplotlib.colors import to_hex
 from distaff.errors import ConfigError, MetricError
 from distaff.integrations import matplotlib_optimizers as figures
 from distaff.tune.comparison import Comparison, OptimizerResult, OptimizerRun
-from distaff.zoo.landscapes import BOOTH, BRANIN, LANDSCAPES
+from distaff.tune.landscapes import BOOTH, BRANIN, LANDSCAPES
 
 
 def result(*losses, rate=0.1):

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from distaff import allocator, page_faults
-from distaff.data import Chunk
-from distaff.page_faults import Usage, watched
+from distaff.execution import allocator, page_faults
+from distaff.execution.feed.chunk import Chunk
+from distaff.execution.page_faults import Usage, watched
 
 CHUNK: Any = Chunk(4, 8, None)  # nobody looks at its batches
 

@@ -12,7 +12,7 @@ import pytest
 import tyro
 
 from distaff import TrainState
-from distaff.config import from_json, to_json
+from distaff.core.config.encoding import from_json, to_json
 from distaff.errors import ConfigError
 from distaff.optim import OptimizerConfig, ParamGroup, build_optimizer, decay_mask
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distaff import data
-from distaff.data.examples import stacked
+from distaff.data.examples.examples import stacked
 from distaff.errors import BatchError, ConfigError, DataFileError
 from distaff.testing.loaders import assert_batches_equal
 

@@ -15,9 +15,9 @@ from flax.core import DenyList, freeze
 
 from distaff import Context, TrainerModule, TrainState
 from distaff.errors import ConfigError, LossError
-from distaff.initial import normalized
 from distaff.models import Variables, as_model, whole_batches
 from distaff.models.randomness import NoKeyError
+from distaff.trainer.initial import normalized
 
 KEY = jax.random.key(0)
 X = jnp.linspace(-1, 1, 12).reshape(4, 3)

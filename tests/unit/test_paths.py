@@ -9,10 +9,10 @@ import pytest
 
 from distaff import Profiler, data, export_weights, tasks, zoo
 from distaff.checkpoint import CheckpointStore, find
+from distaff.core.paths import as_path
 from distaff.errors import CheckpointError, ConfigError, DataFileError
 from distaff.loggers import CsvLogger, JsonlLogger
-from distaff.paths import as_path
-from distaff.run_directory import RunDirectory
+from distaff.run.directory.run_directory import RunDirectory
 
 
 @pytest.fixture

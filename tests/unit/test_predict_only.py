@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import distaff
 from distaff import zoo
-from distaff.display.model_table import model_table
+from distaff.run.display.model_table import model_table
 
 SCRIPT = """
 import sys

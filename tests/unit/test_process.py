@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 
-from distaff import process
-from distaff.process import is_alive, this_process
+from distaff.run.directory import process
+from distaff.run.directory.process import is_alive, this_process
 
 
 def test_process_is_dead_when_it_has_ended(monkeypatch):

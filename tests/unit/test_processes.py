@@ -15,9 +15,9 @@ import jax
 import numpy as np
 import pytest
 
-from distaff.agreement import Agreement
-from distaff.barrier import barrier, missing_processes
 from distaff.errors import BarrierError, ConfigError
+from distaff.execution.agreement import Agreement
+from distaff.execution.barrier import barrier, missing_processes
 
 PAIR = """
 import json, os, sys, time
@@ -30,11 +30,11 @@ jax.distributed.initialize(
     address, 2, rank, coordinator_bind_address=address if rank == 0 else None,
     initialization_timeout=60, shutdown_timeout_seconds=10,
 )
-from distaff.agreement import Agreement
-from distaff.barrier import barrier
+from distaff.execution.agreement import Agreement
+from distaff.execution.barrier import barrier
 from distaff.errors import BarrierError
-from distaff.interruption import Interruption
-from distaff.watchdog import Watchdog
+from distaff.run.supervision.interruption import Interruption
+from distaff.run.supervision.watchdog import Watchdog
 
 def stops_at(interruption):
     for step in range(1, 3000):
@@ -143,7 +143,7 @@ def test_barrier_error_is_a_timeout():
 
 def test_fast_and_slow_processes_exchange_at_the_same_calls(monkeypatch):
     meeting, told, calls = threading.Barrier(2, timeout=10.0), {}, ({}, {})
-    monkeypatch.setattr("distaff.agreement.SECONDS_BETWEEN", 0.05)
+    monkeypatch.setattr("distaff.execution.agreement.SECONDS_BETWEEN", 0.05)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
 
     def process_allgather(row):
@@ -153,7 +153,9 @@ def test_fast_and_slow_processes_exchange_at_the_same_calls(monkeypatch):
         meeting.wait()
         return rows
 
-    monkeypatch.setattr("distaff.agreement.multihost_utils.process_allgather", process_allgather)
+    monkeypatch.setattr(
+        "distaff.execution.agreement.multihost_utils.process_allgather", process_allgather
+    )
 
     def run(rank):
         agreement = Agreement(preempted=3)

@@ -11,9 +11,9 @@ import pytest
 from absl import logging as absl_logging
 
 from distaff import data, tasks, zoo
-from distaff.quiet import quiet
-from distaff.run_log import open_log
-from distaff.warn import warn
+from distaff.core.quiet import quiet
+from distaff.core.warnings import warn
+from distaff.run.directory.run_log import open_log
 
 
 class Kept(logging.Handler):

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from distaff import Callback, data
 from distaff.checkpoint import CheckpointStore, find
 from distaff.errors import ConfigError
-from distaff.ranking import kept, placed
-from distaff.trainer_config import Best
+from distaff.run.ranking import kept, placed
+from distaff.run.result import Best
 from scripted import Scripted
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from distaff import OptimizerConfig, data, tasks
-from distaff.context import Context
 from distaff.errors import BatchError, LossError
+from distaff.step.context import Context
 
 
 class Outputs(nn.Module):

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 
 import distaff
-from distaff import compile_cache, data, rehearsal, tasks, zoo
-from distaff.data import SINGLE, Form
-from distaff.forms import Timing
-from distaff.rehearsal import fused_first, single_first
+from distaff import data, tasks, zoo
+from distaff.execution import compile_cache
+from distaff.execution.dispatch import calibration
+from distaff.execution.dispatch.calibration import fused_first, single_first
+from distaff.execution.dispatch.steps_per_call import Timing
+from distaff.execution.feed.chunk import SINGLE, Form
 
 
 def tried(trying: Any, single: Any, fused: Any) -> tuple[list[Form], Form, Timing]:
@@ -139,7 +141,7 @@ def test_run_that_was_killed_before_its_first_checkpoint_keeps_its_form(monkeypa
         trained(callbacks=[Killed()], name="run", tune_process=False)
     (file,) = Path("runs/run").rglob("steps_per_call.json")
     kept = json.loads(file.read_text())
-    monkeypatch.setattr(rehearsal, "_measured", None)
+    monkeypatch.setattr(calibration, "_measured", None)
     _, facts, path = trained(name="run", tune_process=False)
     assert (path, facts) == (file.parent.resolve(), kept)
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from distaff import data, tasks, zoo
-from distaff.flops import Flops
-from distaff.report import Report, make_report
-from distaff.throughput import PARTS, Throughput
+from distaff.execution.flops import Flops
+from distaff.execution.timers import PARTS, Throughput
+from distaff.run.report import Report, make_report
 
 
 def read(**seconds: float) -> Throughput:
@@ -90,8 +90,8 @@ def test_flops_and_peak_are_asked_for_where_the_run_was_worth_it(seconds, known,
 
 @pytest.mark.parametrize("tune_process", [True, False])
 def test_run_that_was_worth_it_reports_its_share_of_the_peak(monkeypatch, capsys, tune_process):
-    monkeypatch.setattr("distaff.report._WORTH_SECONDS", 0.0)
-    monkeypatch.setattr("distaff.training.peak_flops", lambda again: 1e12)
+    monkeypatch.setattr("distaff.run.report._WORTH_SECONDS", 0.0)
+    monkeypatch.setattr("distaff.trainer.training.peak_flops", lambda again: 1e12)
     train, _, _ = data.digits(batch_size=128)
     trainer = tasks.Classifier(zoo.MLP((8, 10)), tune_process=tune_process)
     result = trainer.train_model(train, num_epochs=1)
@@ -107,7 +107,7 @@ def test_run_that_was_worth_it_reports_its_share_of_the_peak(monkeypatch, capsys
 
 
 def test_debugged_run_has_no_flops(monkeypatch):
-    monkeypatch.setattr("distaff.report._WORTH_SECONDS", 0.0)
+    monkeypatch.setattr("distaff.run.report._WORTH_SECONDS", 0.0)
     train, _, _ = data.digits(batch_size=512)
     options = {"debug": True, "root": None, "enable_progress_bar": False, "tune_process": False}
     trainer = tasks.Classifier(zoo.MLP((8, 10)), **options)

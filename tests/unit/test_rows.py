@@ -11,8 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distaff.execution.dispatch.packed_metrics import (
+    BadStep,
+    Columns,
+    Readout,
+    Strip,
+    WindowEnd,
+    blank,
+)
 from distaff.metrics import Last, Max, Mean, Sum, merge, to_host
-from distaff.rows import BadStep, Columns, Readout, Strip, WindowEnd, blank
 
 ONE = {
     "loss": Mean(jnp.float32(0.1), jnp.float32(3)),

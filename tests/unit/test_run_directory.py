@@ -23,8 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distaff.errors import ConfigError, RunDirectoryError, StateError
-from distaff.run_directory import RunDirectory
-from distaff.run_log import open_log
+from distaff.run.directory.run_directory import RunDirectory
+from distaff.run.directory.run_log import open_log
 
 
 def everything_below(directory):
@@ -354,7 +354,7 @@ def test_open_log_writes_in_utc_only_while_it_is_open(run, monkeypatch):
     before = (logger.level, logger.propagate, list(logger.handlers))
     with contextlib.suppress(RuntimeError), open_log(run.path) as opened:
         assert opened is logger
-        logging.getLogger("distaff.loop").info("step %d", 3)
+        logging.getLogger("distaff.run.loop").info("step %d", 3)
         raise RuntimeError
     logger.warning("too late")
     assert (logger.level, logger.propagate, logger.handlers) == before

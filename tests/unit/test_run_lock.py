@@ -16,15 +16,16 @@ import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distaff import run_lock
 from distaff.errors import RunDirectoryError, RunInUseError
-from distaff.process import this_process
-from distaff.run_lock import LOCK_FILE, Holder, locked
+from distaff.run.directory import run_lock
+from distaff.run.directory.process import this_process
+from distaff.run.directory.run_lock import LOCK_FILE, Holder, locked
 
 # Imports what the lock needs, and no more: twenty processes that import JAX take a minute.
 PROLOGUE = """
@@ -34,11 +35,11 @@ sys.modules["jax"] = types.ModuleType("jax")
 import importlib
 package = types.ModuleType("distaff"); package.__path__ = [sys.argv[2]]
 sys.modules["distaff"] = package
-config = types.ModuleType("distaff.config")
-import json; config.loads = json.loads
-sys.modules["distaff.config"] = package.config = config
+encoding = types.ModuleType("distaff.core.config.encoding")
+import json; encoding.loads = json.loads
+sys.modules["distaff.core.config.encoding"] = encoding
 logging.basicConfig(level="WARNING")
-from distaff import run_lock
+from distaff.run.directory import run_lock
 if sys.argv[3] == "without flock":
     run_lock.fcntl = None
 """
@@ -72,7 +73,7 @@ def start(tmp_path):
     started = []
 
     def start(way="with flock", body=HOLD):
-        source = os.path.dirname(run_lock.__file__)
+        source = str(Path(run_lock.__file__).parents[2])
         process = subprocess.Popen(
             [sys.executable, "-c", PROLOGUE + body, str(tmp_path), source, way],
             stdin=subprocess.PIPE,

@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from threading import Barrier
 
-from distaff.run_directory import RunDirectory
-from distaff.run_lock import locked
-from distaff.run_version import reserve
+from distaff.run.directory.run_directory import RunDirectory
+from distaff.run.directory.run_lock import locked
+from distaff.run.directory.run_version import reserve
 
 
 def begun(root, lock):

@@ -11,7 +11,7 @@ import pytest
 from optuna import pruners, samplers, storages
 
 from distaff.integrations import optuna as integration
-from distaff.process import this_process
+from distaff.run.directory.process import this_process
 from distaff.tune import Choice, Float, Int
 
 

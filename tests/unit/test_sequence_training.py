@@ -13,10 +13,11 @@ import optax
 import pytest
 
 import distaff
-from distaff import compiling, data, tasks
-from distaff.context import Context
+from distaff import data, tasks
 from distaff.errors import BatchError, RecompileError
-from distaff.state import TrainState
+from distaff.execution.compile import recompiles
+from distaff.step.context import Context
+from distaff.step.state import TrainState
 from distaff.zoo import GPT
 
 VOCAB = 17
@@ -55,14 +56,14 @@ class Segmented(nn.Module):
 def compiled(monkeypatch):
     """What is compiled, of all that is watched."""
     found: list[str] = []
-    look = compiling.Watched._look
+    look = recompiles.Watched._look
 
     def looked(self: Any, args: Any, num_compiles: int) -> None:
         before = len(self._signatures)
         look(self, args, num_compiles)
         found.extend([self._what] * (len(self._signatures) - before))
 
-    monkeypatch.setattr(compiling.Watched, "_look", looked)
+    monkeypatch.setattr(recompiles.Watched, "_look", looked)
     return found
 
 

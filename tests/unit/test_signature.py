@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distaff.data import Gathered, One, Stacked
-from distaff.signature import difference, signature
+from distaff.execution.compile.signature import difference, signature
+from distaff.execution.feed.chunk import Gathered, One, Stacked
 
 DTYPES = (np.float32, np.int32, np.uint8, np.bool_)
 leaves = st.tuples(st.lists(st.integers(1, 3), max_size=3), st.sampled_from(DTYPES))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distaff.config import override
+from distaff.core.config.encoding import override
 from distaff.errors import ConfigError
 from distaff.optim import OptimizerConfig
 from distaff.tune import Choice, Float, Int

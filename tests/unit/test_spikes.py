@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distaff.spikes import WARM_UP, WINDOW, is_spike, no_losses, remembered
+from distaff.step.outliers import WARM_UP, WINDOW, is_spike, no_losses, remembered
 
 LENGTH = 600
 

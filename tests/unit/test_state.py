@@ -14,10 +14,11 @@ import pytest
 
 from distaff import TrainState
 from distaff.checkpoint import CheckpointStore
+from distaff.core.pytrees import static
 from distaff.errors import StateError
 from distaff.metrics import Mean
-from distaff.state import owned, placed_like, placed_with, static
-from distaff.vitals import all_finite
+from distaff.step.finite import all_finite
+from distaff.step.state import owned, placed_like, placed_with
 
 TARGET = jnp.array([1.0, -2.0, 0.5])
 

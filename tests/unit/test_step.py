@@ -15,10 +15,10 @@ import pytest
 
 from distaff import EvalStep, TrainState, TrainStep, train_step
 from distaff.errors import BatchError, ConfigError, LossError, StateError
-from distaff.measured import accumulating, measured
 from distaff.metrics import Last, Mean, Metric, Sum, compute, to_host
-from distaff.state import owned
-from distaff.step import Context, MaskError
+from distaff.step.normalise import accumulating, measured
+from distaff.step.state import owned
+from distaff.step.step import Context, MaskError
 
 SIZE = 8
 X = np.random.default_rng(0).normal(size=(SIZE, 3)).astype(np.float32)

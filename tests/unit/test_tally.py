@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distaff.events import Pause
+from distaff.execution.dispatch.packed_metrics import Columns, Readout, Strip, WindowEnd
 from distaff.metrics import Mean, merge
-from distaff.rows import Columns, Readout, Strip, WindowEnd
-from distaff.tally import Tally
+from distaff.run.events import Pause
+from distaff.run.tally import Tally
 
 METRICS = {"loss": Mean(jnp.float32(0), jnp.float32(0))}
 COLUMNS = Columns(METRICS)

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from distaff import data
-from distaff.data.tar import read_members
+from distaff.data.formats.tar import read_members
 from distaff.errors import BatchError, ConfigError, DataFileError, DistaffError
 
 fuzz = settings(

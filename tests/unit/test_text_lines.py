@@ -152,7 +152,7 @@ def test_a_text_may_begin_as_a_compressed_file_might(tmp_path):
 def test_endless_line_is_refused_before_it_fills_memory(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     path.write_text("one\n" + "x" * 1000)
-    monkeypatch.setattr("distaff.data.text._MAX_LINE_BYTES", 100)
+    monkeypatch.setattr("distaff.data.formats.text._MAX_LINE_BYTES", 100)
     with pytest.raises(DataFileError, match="at most 100 bytes"):
         data.TextLines(path, block_bytes=10)
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from distaff import Callback, data, tasks, zoo
+from distaff.execution.timers import PARTS, TRAINING, Ledger, Throughput
 from distaff.loggers import MemoryLogger
-from distaff.throughput import PARTS, TRAINING, Ledger, Throughput
 
 
 class Clock:
@@ -212,7 +212,7 @@ def test_steps_that_compute_inside_of_their_call_are_the_devices():
 
 
 def test_throughput_is_logged_in_a_file_of_its_own(monkeypatch):
-    monkeypatch.setattr("distaff.training._LAP_SECONDS", 0.0)
+    monkeypatch.setattr("distaff.trainer.training._LAP_SECONDS", 0.0)
     train, val, _ = data.digits(batch_size=128)
     memory = MemoryLogger()
     trainer = tasks.Classifier(

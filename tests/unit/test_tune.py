@@ -20,8 +20,14 @@ from optuna import pruners
 
 import distaff
 from distaff import Callback, EarlyStopping, Monitor, OptimizerConfig, data
-from distaff.config import override
-from distaff.errors import ConfigError, MetricError, NonFiniteError, RunDirectoryError, StateError
+from distaff.core.config.encoding import override
+from distaff.errors import (
+    ConfigError,
+    MetricError,
+    NonFiniteError,
+    RunDirectoryError,
+    StateError,
+)
 from distaff.loggers import MemoryLogger
 from distaff.tune import Choice, Float, Int, study
 

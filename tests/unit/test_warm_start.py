@@ -23,11 +23,11 @@ from safetensors.numpy import load_file, save_file
 
 import distaff
 from distaff import InitFrom, OptimizerConfig, export_weights
-from distaff.display.model_table import model_table
+from distaff.checkpoint.weights import loaded, named
 from distaff.errors import CheckpointError, ConfigError, DistaffError, MissingExtraError
 from distaff.models import Variables
 from distaff.optim import ParamGroup
-from distaff.weights import loaded, named
+from distaff.run.display.model_table import model_table
 
 
 class Net(nn.Module):

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 
 from distaff.errors import ConfigError
-from distaff.watchdog import Watchdog
+from distaff.run.supervision.watchdog import Watchdog
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

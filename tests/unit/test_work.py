@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from distaff.work import Work, seconds_of, work_of
+from distaff.execution.dispatch.work import Work, seconds_of, work_of
 
 
 def counted(function: Callable[..., Any], *shapes: tuple[int, ...]) -> Work:

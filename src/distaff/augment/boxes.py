@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from distaff.augment.pictures import as_pictures
-from distaff.number import whole
-from distaff.typing import Key
+from distaff.core.config.checks import whole
+from distaff.core.typing import Key
 
 
 def cutout(key: Key, images: Any, size: int) -> jax.Array:

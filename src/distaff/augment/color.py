@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 
-from distaff import _optional
 from distaff.augment.pictures import as_pictures, is_finite
+from distaff.core import optional
+from distaff.core.typing import Key
 from distaff.errors import BatchError, ConfigError
-from distaff.typing import Key
 
 
 def color_jitter(
@@ -63,4 +63,4 @@ def color_jitter(
     strengths = {name: strength for name, strength in strengths.items() if strength}
     if not strengths:
         return images
-    return _optional.load("dm_pix", extra="images").color_jitter(key, images, strengths)
+    return optional.load("dm_pix", extra="images").color_jitter(key, images, strengths)

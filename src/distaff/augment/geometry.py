@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from distaff.augment.pictures import as_pictures
+from distaff.core.config.checks import whole
+from distaff.core.typing import Key
 from distaff.errors import ConfigError, nearest
-from distaff.number import whole
-from distaff.typing import Key
 
 
 def random_crop(

@@ -10,8 +10,8 @@ import numpy as np
 
 from distaff.augment.boxes import boxes
 from distaff.augment.pictures import as_pictures, is_finite
+from distaff.core.typing import Key
 from distaff.errors import BatchError, ConfigError
-from distaff.typing import Key
 
 
 def mixup(key: Key, images: Any, labels: Any, alpha: float = 0.2) -> tuple[jax.Array, jax.Array]:

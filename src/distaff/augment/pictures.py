@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distaff.core.config.checks import as_float
 from distaff.errors import BatchError
-from distaff.number import as_float
 
 _MAX = float(np.finfo(np.float32).max)
 

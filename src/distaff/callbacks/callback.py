@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-from distaff.state import TrainState
+from distaff.step.state import TrainState
 
 
 class StepInfo(NamedTuple):

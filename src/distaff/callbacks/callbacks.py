@@ -11,8 +11,8 @@ from distaff.callbacks.callback import Callback, StepInfo, StopTraining
 from distaff.callbacks.chunk_scope import WatchesChunks
 from distaff.callbacks.early_stopping import EarlyStopping
 from distaff.callbacks.given import as_callbacks
-from distaff.monitor import Monitor
-from distaff.state import TrainState
+from distaff.metrics.monitor import Monitor
+from distaff.step.state import TrainState
 
 _log = logging.getLogger("distaff")
 

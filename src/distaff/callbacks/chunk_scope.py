@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Protocol, TypeAlias, runtime_checkable
 
-from distaff.throughput import Ledger
+from distaff.execution.timers import Ledger
 
 ChunkScope: TypeAlias = Callable[[range], AbstractContextManager[None]]
 """Gives what a chunk shall run in, by its steps: one, or many as one program, counted from 1."""

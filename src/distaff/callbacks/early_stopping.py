@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from distaff.callbacks.callback import Callback, StepInfo, StopTraining
+from distaff.core.config.checks import as_float, whole
+from distaff.core.config.other_frameworks import STOPPING, spelled
+from distaff.core.warnings import warn
 from distaff.errors import ConfigError
-from distaff.habits import STOPPING, spelled
 from distaff.metrics import as_json
-from distaff.monitor import Monitor, as_monitor
-from distaff.number import as_float, whole
-from distaff.warn import warn
+from distaff.metrics.monitor import Monitor, as_monitor
 
 
 class EarlyStopping(Callback):

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from distaff.callbacks.callback import Callback
+from distaff.core.config.other_frameworks import EVENTS, check_methods
+from distaff.core.config.overrides import check_overrides
 from distaff.errors import ConfigError
-from distaff.habits import EVENTS, check_methods
-from distaff.override import check_overrides
 
 EVENT_NAMES = tuple(name for name in vars(Callback) if name.startswith("on_"))
 _FORM = (

@@ -11,9 +11,9 @@ import jax
 
 from distaff.callbacks.callback import Callback, StepInfo
 from distaff.callbacks.chunk_scope import ChunkScope
+from distaff.core.paths import as_path
+from distaff.core.warnings import warn
 from distaff.errors import ConfigError, StateError
-from distaff.paths import as_path
-from distaff.warn import warn
 
 _log = logging.getLogger("distaff")
 

@@ -14,9 +14,9 @@ import numpy as np
 
 from distaff.checkpoint.compare import first_difference, leaf_forms
 from distaff.checkpoint.safe_path import safe
+from distaff.core.quiet import quiet
+from distaff.core.typing import PyTree
 from distaff.errors import CheckpointError, leaf_name
-from distaff.quiet import quiet
-from distaff.typing import PyTree
 
 _EMPTY = "$empty"
 """The entry beside the arrays that says which of them have no numbers, by name, and their shape."""

@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 
+from distaff.core.typing import PyTree
 from distaff.errors import leaf_name
-from distaff.typing import PyTree
 
 
 def leaf_forms(tree: PyTree) -> dict[str, str]:

@@ -8,8 +8,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from distaff.core.warnings import warn
 from distaff.errors import CheckpointError
-from distaff.warn import warn
 
 _log = logging.getLogger("distaff")
 

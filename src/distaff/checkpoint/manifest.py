@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from distaff import config
+from distaff.core.config import encoding
 
 FORMAT = 1
 """Version of the format that is written. Checkpoints of version 0 have no manifest."""
@@ -213,7 +213,7 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     if len(text) > MAX_JSON_BYTES:
         raise ValueError(f"{name} has more than {MAX_JSON_BYTES} bytes")
     try:
-        value = config.loads(text)
+        value = encoding.loads(text)
     except ValueError as error:
         raise ValueError(f"{name} is no JSON: {error}") from error
     if not isinstance(value, dict):

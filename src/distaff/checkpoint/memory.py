@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from distaff.checkpoint.retention import best_steps
+from distaff.core.typing import PyTree
 from distaff.errors import CheckpointError
-from distaff.typing import PyTree
 
 
 class MemoryStore:

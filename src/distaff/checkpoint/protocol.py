@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from distaff.core.typing import PyTree
 from distaff.errors import CheckpointError
-from distaff.typing import PyTree
 
 
 class Store(Protocol):

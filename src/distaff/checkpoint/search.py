@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distaff.checkpoint import folders, manifest
+from distaff.checkpoint.record import checked_record, read_record
 from distaff.checkpoint.retention import named_best
 from distaff.checkpoint.store import CheckpointStore
-from distaff.config import load
+from distaff.core.config.encoding import load
+from distaff.core.paths import as_path
 from distaff.errors import CheckpointError
-from distaff.paths import as_path
-from distaff.record import checked_record, read_record
 
 _log = logging.getLogger("distaff")
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distaff.typing import PyTree
+from distaff.core.typing import PyTree
 
 
 def taken(tree: PyTree) -> PyTree:

@@ -26,9 +26,9 @@ from distaff.checkpoint.failure import (
 from distaff.checkpoint.retention import Retention, named_best
 from distaff.checkpoint.snapshot import num_bytes, taken
 from distaff.checkpoint.writer import Save, Writer
+from distaff.core.paths import as_path
+from distaff.core.typing import PyTree
 from distaff.errors import CheckpointError
-from distaff.paths import as_path
-from distaff.typing import PyTree
 
 _MAX_HELD_BYTES = 2**30
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Set
 from typing import Any, NamedTuple
 
-from distaff.typing import PyTree
+from distaff.core.typing import PyTree
 
 
 class Save(NamedTuple):

@@ -8,12 +8,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from distaff import _optional, data, tasks
+from distaff import data, tasks
+from distaff.core import optional
+from distaff.core.paths import shown
 from distaff.loggers import MemoryLogger
-from distaff.monitor import Monitor
+from distaff.metrics.monitor import Monitor
 from distaff.optim import OptimizerConfig
-from distaff.paths import shown
-from distaff.trainer_config import TrainResult
+from distaff.run.result import TrainResult
 from distaff.zoo import CNN
 
 _SPLITS = ("train", "val", "test")
@@ -58,7 +59,7 @@ class Digits:
             DistaffError: an option is refused, or an extra is missing.
         """
         # Looked for first: a missing package must not be noticed after the training.
-        plots = _optional.load("matplotlib", extra="plots") if self.figures else None
+        plots = optional.load("matplotlib", extra="plots") if self.figures else None
         train, val, test = data.digits(self.batch_size, self.seed)
         trainer = tasks.Classifier(
             CNN(features=self.features, dropout=self.dropout),

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from distaff.data.array_record import ArrayRecordExamples
+from distaff.data.adapters.huggingface import from_datasets
 from distaff.data.arrays import ArrayLoader
-from distaff.data.bucketed import bucketed
-from distaff.data.builtin import digits
-from distaff.data.chunk import (
-    SINGLE,
-    Chunk,
-    Form,
-    Gathered,
-    One,
-    Source,
-    Stacked,
-    pad,
-)
-from distaff.data.cifar import read_cifar10, read_cifar100
+from distaff.data.datasets.cifar import read_cifar10, read_cifar100
+from distaff.data.datasets.digits import digits
+from distaff.data.datasets.idx import read_idx
+from distaff.data.datasets.pictures import cifar10, cifar10_names, cifar100, cifar100_names, mnist
 from distaff.data.entry import entry
-from distaff.data.examples import BlockExamples, Examples, MappedExamples, from_examples
-from distaff.data.feed import Feed
-from distaff.data.feeds import Feeds
-from distaff.data.huggingface import from_datasets
-from distaff.data.idx import read_idx
-from distaff.data.limited import Limited, first_batches, limited, unlimited
+from distaff.data.examples.examples import BlockExamples, Examples, MappedExamples, from_examples
+from distaff.data.formats.array_record import ArrayRecordExamples
+from distaff.data.formats.parquet import ParquetExamples
+from distaff.data.formats.tar_examples import TarExamples
+from distaff.data.formats.text import TextLines
 from distaff.data.loader import (
     Loader,
     as_loader,
@@ -36,30 +26,22 @@ from distaff.data.loader import (
     num_shapes,
     sources,
 )
-from distaff.data.mapped import MappedLoader
-from distaff.data.mixture import Mixture
 from distaff.data.on_policy import OfTraining, OnPolicy, first_to_train, is_on_policy
-from distaff.data.packed import packed
-from distaff.data.parquet import ParquetExamples
-from distaff.data.pictures import cifar10, cifar10_names, cifar100, cifar100_names, mnist
 from distaff.data.positioned import Positioned, Restartable
 from distaff.data.python_source import python_source
+from distaff.data.sequences.bucketed import bucketed
+from distaff.data.sequences.packed import packed
+from distaff.data.sequences.windows import held_out_windows, shuffled_windows
 from distaff.data.stream import Stream
-from distaff.data.tar_examples import TarExamples
-from distaff.data.text import TextLines
-from distaff.data.windows import held_out_windows, shuffled_windows
+from distaff.data.wrappers.limited import Limited, first_batches, limited, unlimited
+from distaff.data.wrappers.mapped import MappedLoader
+from distaff.data.wrappers.mixture import Mixture
 
 __all__ = [
-    "SINGLE",
     "ArrayLoader",
     "ArrayRecordExamples",
     "BlockExamples",
-    "Chunk",
     "Examples",
-    "Feed",
-    "Feeds",
-    "Form",
-    "Gathered",
     "Limited",
     "Loader",
     "MappedExamples",
@@ -67,12 +49,9 @@ __all__ = [
     "Mixture",
     "OfTraining",
     "OnPolicy",
-    "One",
     "ParquetExamples",
     "Positioned",
     "Restartable",
-    "Source",
-    "Stacked",
     "Stream",
     "TarExamples",
     "TextLines",
@@ -100,7 +79,6 @@ __all__ = [
     "num_examples",
     "num_shapes",
     "packed",
-    "pad",
     "python_source",
     "read_cifar10",
     "read_cifar100",

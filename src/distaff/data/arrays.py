@@ -9,11 +9,11 @@ from typing import Any, Literal, Self
 import jax
 import numpy as np
 
+from distaff.core.config.checks import whole
+from distaff.core.digest import digest, sample_digest
+from distaff.core.typing import Batch, PyTree
 from distaff.data.loader import drops, held_by_jax, num_examples
-from distaff.digest import digest, sample_digest
 from distaff.errors import BatchError
-from distaff.number import whole
-from distaff.typing import Batch, PyTree
 
 
 class ArrayLoader:

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from distaff.core.typing import Batch
 from distaff.errors import BatchError
-from distaff.typing import Batch
 
 
 def entry(batch: Batch, names: Sequence[str], position: int, *, what: str, override: str) -> Any:

@@ -2,18 +2,57 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distaff.errors import leaf_name
-from distaff.typing import Batch
+from distaff.core.config.options import Options, one_of, option
+from distaff.core.typing import Batch
+from distaff.errors import ConfigError, leaf_name
 
 ROUNDING = 0.01
 """How far the sum of probabilities may be from 1: bfloat16 has three digits."""
+
+
+BadInputPolicy: TypeAlias = Literal["raise", "warn", "ignore"]
+
+
+def _names(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str) or not all(isinstance(each, str) for each in value):
+        raise ConfigError(f"{name} is a tuple of names of leaves, such as ('y',); got {value!r}.")
+    return tuple(value)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InspectionOptions(Options):
+    """What to do about bad input, and where to look for it."""
+
+    on_bad_input: BadInputPolicy = option(
+        "raise",
+        """What to do about values that are surely wrong: NaN in the first batch of a loader, and
+        in any batch labels or tokens that the model does not have, or weights that are negative.
+        "raise" raises `BatchError`, "warn" warns, "ignore" does not look.""",
+        check=one_of(BadInputPolicy),
+        resume="same run",
+    )
+    nan_ok: tuple[str, ...] = option(
+        (),
+        """Names of the leaves of a batch in which NaN stands for a missing value, such as
+        `("y",)`; of a tuple, `("1",)`. It is then no bad input. A `Regressor` leaves such targets
+        out; a loss of your own does so itself.""",
+        check=_names,
+        resume="same run",
+    )
+    check_validation: bool = option(
+        True,
+        """Evaluate one batch of each validation loader before the training begins, so that a
+        mistake in it shows at once.""",
+        resume="same run",
+    )
 
 
 def not_finite(batch: Batch, name: str, *, nan_ok: Collection[str] = (), weight: Any = None) -> str:

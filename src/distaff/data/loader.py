@@ -11,12 +11,12 @@ from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 import jax
 import numpy as np
 
-from distaff.data.adapters import adapted
+from distaff.core.config.checks import whole
+from distaff.core.typing import Batch
+from distaff.data.adapters.adapters import adapted
 from distaff.data.dataclass_batches import known_to_jax
 from distaff.data.stream import Stream
 from distaff.errors import BatchError, ConfigError, leaf_name, nearest
-from distaff.number import whole
-from distaff.typing import Batch
 
 _NOT_NUMBERS = "OSUTMm"
 _ENCODE = "Encode it as numbers, or leave it out."

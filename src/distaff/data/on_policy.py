@@ -6,10 +6,10 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, Generic, TypeVar, overload
 
+from distaff.core.typing import Batch
 from distaff.data.loader import Loader, as_loader, first_batch, num_batches
 from distaff.data.stream import Stream
 from distaff.errors import ChangedBatchesError, StateError
-from distaff.typing import Batch
 
 T = TypeVar("T")
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, Protocol
 
+from distaff.core.typing import Batch
 from distaff.errors import BatchError
-from distaff.typing import Batch
 
 _EPOCH_END = object()
 _KEYS = {"epoch", "batch", "source"}

@@ -8,8 +8,8 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from distaff.core.paths import as_path
 from distaff.errors import DataFileError
-from distaff.paths import as_path
 
 _NOT_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 _WRITTEN_BY_THE_BUILD = ("config-", "_sysconfigdata")

@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from distaff.core.digest import digest, sample_digest
+from distaff.core.typing import Batch
 from distaff.data.dataclass_batches import known_to_jax
-from distaff.data.fingerprint import fingerprint
-from distaff.digest import digest, sample_digest
+from distaff.data.examples.fingerprint import fingerprint
 from distaff.errors import BatchError, ChangedBatchesError
-from distaff.typing import Batch
 
 _EPOCH_END = object()
 _FINGERPRINT = "fingerprint"

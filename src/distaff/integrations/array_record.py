@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array_record.python import array_record_module  # ty: ignore[import-not-found] no stubs
 
-from distaff.data.files import DataFile
+from distaff.data.formats.files import DataFile
 from distaff.errors import DataFileError
 
 _RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import types
 
-from distaff.data.files import DataFile
+from distaff.data.formats.files import DataFile
 from distaff.errors import BatchError, DataFileError
 
 Column: TypeAlias = np.ndarray | Sequence[Any]

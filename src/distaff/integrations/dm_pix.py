@@ -9,7 +9,7 @@ import dm_pix
 import jax
 import jax.numpy as jnp
 
-from distaff.typing import Key
+from distaff.core.typing import Key
 
 _CHANGES: dict[str, Callable[[Key, jax.Array, float], Any]] = {
     "brightness": dm_pix.random_brightness,

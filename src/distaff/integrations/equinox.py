@@ -13,7 +13,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from distaff.config import to_json
+from distaff.core.config.encoding import to_json
+from distaff.core.typing import Key
 from distaff.errors import ConfigError
 from distaff.models.adapter import (
     Adapter,
@@ -28,7 +29,6 @@ from distaff.models.as_in_linen import applies_collections
 from distaff.models.flags import method_of, mode_flag, parameters, switched
 from distaff.models.layers import Library, Opened, Path, listed_calls
 from distaff.models.randomness import KEY_NAMES, asking_for_key
-from distaff.typing import Key
 
 AXIS = "batch"
 """The name of the axis of examples: `eqx.nn.BatchNorm(..., axis_name="batch")`."""

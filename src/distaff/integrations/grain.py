@@ -9,10 +9,10 @@ from typing import Any
 
 import grain
 
+from distaff.core.typing import Batch
 from distaff.data import Loader
 from distaff.data.positioned import FirstEpoch, Positioned
 from distaff.errors import BatchError
-from distaff.typing import Batch
 
 
 def make_loader(data: Any) -> Loader:

@@ -16,8 +16,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from distaff.core.paths import as_path
 from distaff.errors import BatchError, ConfigError, MetricError, RunDirectoryError
-from distaff.paths import as_path
 
 # M. Okabe and K. Ito, Color Universal Design, 2008, https://jfly.uni-koeln.de/color/: distinct
 # to readers of every kind of colour vision.

@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from distaff.errors import ConfigError, MetricError
 from distaff.tune.comparison import Comparison, Curve
-from distaff.zoo.landscapes import Landscape
+from distaff.tune.landscapes import Landscape
 
 # M. Okabe and K. Ito, Color Universal Design, 2008, https://jfly.uni-koeln.de/color/: distinct
 # to readers of every kind of colour vision. Its yellow is left out: it does not show on white.

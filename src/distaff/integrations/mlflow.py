@@ -18,12 +18,12 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
+from distaff.core.typing import Values
 from distaff.loggers import png
 from distaff.loggers.disk import Location, locator, replace
 from distaff.loggers.files import file_name
 from distaff.loggers.protocol import JSON
 from distaff.loggers.row import as_arrays
-from distaff.typing import Values
 
 _STATUSES = {
     **dict.fromkeys(("finished", "stopped", "pruned"), "FINISHED"),

@@ -17,10 +17,10 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 
-from distaff.config import diff
+from distaff.core.config.encoding import diff
+from distaff.core.paths import as_path
 from distaff.errors import ConfigError, RunDirectoryError, nearest
-from distaff.paths import as_path
-from distaff.process import is_alive, this_process
+from distaff.run.directory.process import is_alive, this_process
 from distaff.tune.search import Trial, listed
 from distaff.tune.space import Choice, Dimension, Int, Space
 

@@ -13,11 +13,11 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tensorboardX.proto.summary_pb2 import Summary  # ty: ignore[import-not-found] made at import
 
+from distaff.core.typing import Values
 from distaff.loggers import png
 from distaff.loggers.disk import Location, locator
 from distaff.loggers.protocol import JSON
 from distaff.loggers.row import as_arrays
-from distaff.typing import Values
 
 _writers = itertools.count()
 

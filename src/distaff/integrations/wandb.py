@@ -13,12 +13,12 @@ from typing import Any, Literal
 import numpy as np
 import wandb
 
+from distaff.core.typing import Values
 from distaff.errors import ConfigError
 from distaff.loggers.disk import Location, locator
 from distaff.loggers.png import as_pixels, encode_figure
 from distaff.loggers.protocol import JSON
 from distaff.loggers.row import as_arrays
-from distaff.typing import Values
 
 # 255 is what Weights & Biases itself notes for a run that was interrupted.
 _EXIT_CODES = {"finished": 0, "stopped": 0, "pruned": 0, "interrupted": 255, "failed": 1}

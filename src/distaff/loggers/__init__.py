@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from distaff import _optional
+from distaff.core import optional
 from distaff.errors import nearest
 from distaff.loggers.console import ConsoleLogger
 from distaff.loggers.csv import CsvLogger
@@ -53,6 +53,6 @@ def __getattr__(name: str) -> Any:
     """Loads a logger of a third party; what is missing names the extra that installs it."""
     if name in _INTEGRATIONS:
         integration = _INTEGRATIONS[name]
-        return getattr(_optional.load(integration, extra=integration), name)
+        return getattr(optional.load(integration, extra=integration), name)
     known = (*__all__, *_INTEGRATIONS)
     raise AttributeError(f"{__name__} has no attribute {name!r}. {nearest(name, known)}")

@@ -8,8 +8,8 @@ from typing import TextIO
 
 import numpy as np
 
+from distaff.core.typing import Values
 from distaff.loggers.protocol import JSON
-from distaff.typing import Values
 
 
 class ConsoleLogger:

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from distaff.core.typing import Values
 from distaff.errors import RunDirectoryError
 from distaff.loggers.disk import Location, explained, is_file, locator, open_private, replace
 from distaff.loggers.protocol import JSON
 from distaff.loggers.row import COLUMNS, as_row
-from distaff.typing import Values
 
 
 class CsvLogger:

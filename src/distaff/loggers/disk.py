@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
+from distaff.core.files import FILE_MODE, write_whole
+from distaff.core.paths import as_path
 from distaff.errors import RunDirectoryError
-from distaff.paths import as_path
-from distaff.run_directory import FILE_MODE, write_whole
 
 Location: TypeAlias = str | os.PathLike[str] | Callable[[], str | os.PathLike[str]]
 """A path, or a function that gives it: a run's directory has its name only once training starts."""

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from distaff.core.typing import Values
 from distaff.errors import ConfigError
 from distaff.loggers import png
 from distaff.loggers.disk import Location, explained, locator, replace
 from distaff.loggers.protocol import JSON
-from distaff.typing import Values
 
 
 class FilesLogger:

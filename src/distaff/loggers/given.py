@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from distaff.core.config.overrides import check_override
 from distaff.errors import ConfigError
 from distaff.loggers.protocol import Logger, NullLogger
-from distaff.override import check_override
 
 _METHODS = ("log_metrics", "log_config", "close")
 _NAMES = {

@@ -12,12 +12,12 @@ from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
-from distaff import config
+from distaff.core.config import encoding
+from distaff.core.typing import Values
 from distaff.errors import RunDirectoryError
 from distaff.loggers.disk import Location, explained, is_file, locator, open_private, replace
 from distaff.loggers.protocol import JSON
 from distaff.loggers.row import as_row
-from distaff.typing import Values
 
 _log = logging.getLogger("distaff")
 
@@ -182,7 +182,7 @@ def _lines_up_to(path: Path, step: int) -> Iterator[bytes]:
             if not line.endswith(b"\n"):
                 break
             try:
-                row = config.loads(line)
+                row = encoding.loads(line)
                 known = type(row["step"]) is int
             except (ValueError, TypeError, LookupError):
                 known = False

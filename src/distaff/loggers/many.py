@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from distaff.core.typing import Values
 from distaff.loggers.protocol import JSON, Logger
-from distaff.typing import Values
 
 
 class ManyLoggers:

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from distaff.core.typing import Values
 from distaff.errors import MetricError
 from distaff.metrics import as_json
-from distaff.typing import Values
 
 COLUMNS = ("step", "epoch", "time")
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from distaff.core.typing import Values
+from distaff.core.warnings import warn
 from distaff.errors import RunDirectoryError
 from distaff.loggers.protocol import JSON
-from distaff.typing import Values
-from distaff.warn import warn
 
 _log = logging.getLogger("distaff")
 

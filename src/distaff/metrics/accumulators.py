@@ -25,10 +25,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distaff.core.pytrees import static
 from distaff.errors import LossError, MetricError
 from distaff.metrics.named import Named
 from distaff.metrics.whole import added
-from distaff.state import static
 
 C = TypeVar("C", bound=type)
 

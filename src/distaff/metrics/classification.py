@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distaff.core.pytrees import static
 from distaff.errors import ConfigError, LossError, MetricError, nearest
 from distaff.metrics.accumulators import (
     Metric,
@@ -26,7 +27,6 @@ from distaff.metrics.accumulators import (
     pytree,
 )
 from distaff.metrics.whole import counted
-from distaff.state import static
 
 Average: TypeAlias = Literal["binary", "micro", "macro", "weighted"] | None
 """How the scores of the classes become one number; None leaves one score for each class."""

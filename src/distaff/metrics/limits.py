@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distaff.core.pytrees import static
 from distaff.errors import LossError
 from distaff.metrics.accumulators import (
     Metric,
@@ -26,7 +27,6 @@ from distaff.metrics.accumulators import (
     pytree,
 )
 from distaff.metrics.extremes import extremes_of
-from distaff.state import static
 
 
 class Breach(NamedTuple):

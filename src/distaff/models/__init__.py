@@ -10,7 +10,7 @@ from typing import Any
 import flax.linen as nn
 import flax.nnx as flax_nnx
 
-from distaff import _optional
+from distaff.core import optional
 from distaff.errors import ConfigError
 from distaff.models.adapter import LayerRow, Model, Variables, is_model
 from distaff.models.functional import FunctionModel, Functions
@@ -120,7 +120,7 @@ def _owner(init: Any, apply: Any) -> nn.Module | None:
 
 
 def _equinox(source: Any, **options: Any) -> Model:
-    return _optional.load("equinox", extra="equinox").EquinoxModel(source, **options)
+    return optional.load("equinox", extra="equinox").EquinoxModel(source, **options)
 
 
 def _is_equinox(source: Any) -> bool:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, Protocol, Self, TypeGuard
 import jax
 from flax import traverse_util
 
+from distaff.core.typing import Key, Params, PyTree
 from distaff.errors import StateError
-from distaff.typing import Key, Params, PyTree
 
 
 class Variables(NamedTuple):
@@ -79,7 +79,7 @@ class Model(Protocol):
 
     @property
     def record(self) -> Any:
-        """What a run writes down of it, for `distaff.config.to_json`: the same for equal models."""
+        """What a run records of it, as strict JSON can hold it: the same for equal models."""
         ...
 
     def ready(self, key: Key) -> Variables | None:

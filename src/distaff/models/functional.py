@@ -7,13 +7,13 @@ from typing import Any
 
 import jax
 
+from distaff.core.typing import Key
 from distaff.errors import ConfigError
 from distaff.models.adapter import Adapter, LayerRow, Variables
 from distaff.models.as_in_linen import applies_collections
 from distaff.models.flags import mode_flag, num_positional, parameters
 from distaff.models.layers import Path, describe, flops, listed, own_flops
 from distaff.models.randomness import KEY_NAMES, asking_for_key
-from distaff.typing import Key
 
 _COLLECTIONS = {"params", "batch_stats"}
 

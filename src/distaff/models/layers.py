@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import jax
 
+from distaff.core.typing import Key
 from distaff.errors import leaf_name
 from distaff.models.adapter import LayerRow, Model, Variables
-from distaff.typing import Key
 
 Path = tuple[str, ...]
 

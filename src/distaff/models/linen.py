@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 from flax.errors import ModifyScopeVariableError
 
+from distaff.core.typing import Key
 from distaff.models.adapter import LayerRow, Variables
 from distaff.models.as_in_linen import applies_collections, initialises_by_keyword
 from distaff.models.layers import by_module, describe, flops, own_flops
@@ -24,7 +25,6 @@ from distaff.models.linen_collections import (
 from distaff.models.linen_modes import LayerObserver, arguments, in_mode, lifted
 from distaff.models.observed import Observed
 from distaff.models.randomness import drawing, streams
-from distaff.typing import Key
 
 
 class LinenModel:

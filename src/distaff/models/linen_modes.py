@@ -12,11 +12,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from distaff.core.typing import Key
 from distaff.errors import ConfigError
 from distaff.models.flags import mode_flag, switched
 from distaff.models.observed import Observed
 from distaff.models.randomness import KEY_NAMES
-from distaff.typing import Key
 
 _OWN = "flax"
 _LACKS = re.compile(r"(\w+)\.\w+\(\) missing \d+ required")

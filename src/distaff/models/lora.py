@@ -16,12 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from distaff.core.config.checks import as_float, whole
+from distaff.core.typing import Key, Params
 from distaff.errors import ConfigError, leaf_name
 from distaff.models import record
 from distaff.models.adapter import LayerRow, Model, Variables, is_model
 from distaff.models.observed import Observed, observing
-from distaff.number import as_float, whole
-from distaff.typing import Key, Params
 
 BASE = "lora_base"
 """The collection of the base's parameters: no optimizer sees them, a checkpoint has them."""
@@ -230,7 +230,7 @@ def rebuild(recorded: Any, cls: Any = None) -> Any:
     """Rebuilds a model from its record, as `record.rebuild` does, and a `Lora` around it.
 
     Args:
-        recorded: what `distaff.config.to_json` recorded of it.
+        recorded: what `distaff.core.config.encoding.to_json` recorded of it.
         cls: its class, or that of its base.
 
     Raises:

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.core import Tracer
 
-from distaff.config import to_json
+from distaff.core.config.encoding import to_json
+from distaff.core.typing import Key
 from distaff.errors import ConfigError
 from distaff.models.adapter import (
     Adapter,
@@ -29,7 +30,6 @@ from distaff.models.layers import Library, Opened, Path, listed_calls
 from distaff.models.linen_collections import is_asked
 from distaff.models.nnx_modules import Snapshot, set_mode, sown, without_sown
 from distaff.models.observed import Observed
-from distaff.typing import Key
 
 
 class NnxModel(Adapter):

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
+from distaff.core.warnings import warn
 from distaff.errors import ModeWarning
 from distaff.models.adapter import nested
 from distaff.models.flags import switched
 from distaff.models.linen_collections import wants
 from distaff.models.observed import Observed
 from distaff.models.randomness import no_key
-from distaff.warn import warn
 
 
 def without_sown(module: nnx.Module) -> nnx.Module:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+from distaff.core.warnings import warn
 from distaff.errors import ConfigError, ModeWarning
 from distaff.models.flags import NAMES_IN_WORDS
-from distaff.warn import warn
 
 _REMEDY = (
     f"A model is told whether it trains by an argument, or a field, of a name such as "

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.errors import InvalidRngError
 
+from distaff.core.typing import Key
 from distaff.errors import DistaffError, StateError
-from distaff.typing import Key
 
 KEY_NAMES = (
     *("key", "rng", "prng", "prng_key", "rng_key", "random_key", "dropout_key", "dropout_rng"),

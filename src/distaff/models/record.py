@@ -9,16 +9,16 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from distaff.config import to_json
+from distaff.core.config.encoding import to_json
+from distaff.core.names import chosen, imported, name_of
 from distaff.errors import CheckpointError
-from distaff.named import chosen, imported, name_of
 
 _LINENS_OWN = ("parent", "name")
 _REMEDY = "Pass the module itself: load_from_checkpoint(path, model=...)."
 
 
 def rebuild(record: Any, cls: Any = None) -> nn.Module:
-    """Rebuilds a Linen module from what `distaff.config.to_json` recorded of it.
+    """Rebuilds a Linen module from what `distaff.core.config.encoding.to_json` recorded of it.
 
     A hyperparameter that JSON cannot hold, such as a function, is taken from the class's default
     if that is what was recorded.

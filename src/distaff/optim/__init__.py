@@ -1,16 +1,16 @@
 """Optimizers: a config becomes an Optax transformation, with its schedule and weight-decay mask."""
 
-from distaff.optim.accumulate import AccumulateState, accumulate, num_updates
 from distaff.optim.applied import applied_rates
 from distaff.optim.build import Optimizer, OptimizerLike, build_optimizer
 from distaff.optim.config import OptimizerConfig, ParamGroup
 from distaff.optim.evaluation import evaluation_params, has_evaluation_params
-from distaff.optim.masks import decay_mask
-from distaff.optim.observe import Geometry, ObservedState, geometry, observed
-from distaff.optim.penalty import decays, l2_loss
 from distaff.optim.rates import make_rates
 from distaff.optim.schedules import make_schedule
-from distaff.slot import with_known_args
+from distaff.optim.transforms.accumulate import AccumulateState, accumulate, num_updates
+from distaff.optim.transforms.extra_args import with_known_args
+from distaff.optim.transforms.masks import decay_mask
+from distaff.optim.transforms.observe import Geometry, ObservedState, geometry, observed
+from distaff.optim.transforms.penalty import decays, l2_loss
 
 __all__ = [
     "AccumulateState",

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from distaff.slot import Described, described
-from distaff.typing import Params, PyTree
+from distaff.core.typing import Params, PyTree
+from distaff.optim.transforms.extra_args import Described, described
 
 RATE = "learning_rate"
 """The name under which a learning rate is logged; of a group: `learning_rate/<group>`."""

@@ -9,22 +9,22 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import optax
 
+from distaff.core.typing import Params, PyTree, Schedule
 from distaff.errors import ConfigError
 from distaff.optim import catalog
-from distaff.optim.accumulate import accumulate
 from distaff.optim.applied import RATE
 from distaff.optim.config import OptimizerConfig, ParamGroup
-from distaff.optim.groups import (
+from distaff.optim.schedules import make_schedule
+from distaff.optim.transforms.accumulate import accumulate
+from distaff.optim.transforms.extra_args import described, with_known_args
+from distaff.optim.transforms.masks import check_patterns, make_decay_mask
+from distaff.optim.transforms.param_groups import (
     frozen,
     group_labels,
     group_names,
     is_trained,
     keeps_statistics,
 )
-from distaff.optim.masks import check_patterns, make_decay_mask
-from distaff.optim.schedules import make_schedule
-from distaff.slot import described, with_known_args
-from distaff.typing import Params, PyTree, Schedule
 
 OptimizerLike: TypeAlias = (
     OptimizerConfig

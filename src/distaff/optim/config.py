@@ -8,9 +8,9 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import optax
 
+from distaff.core.config.checks import whole
+from distaff.core.config.other_frameworks import OPTIMIZER, spell
 from distaff.errors import ConfigError, nearest
-from distaff.habits import OPTIMIZER, spell
-from distaff.number import whole
 from distaff.optim import catalog
 from distaff.optim.defaults import (
     RATE,

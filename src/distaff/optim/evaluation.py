@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
+from distaff.core.typing import Params, PyTree
 from distaff.errors import ConfigError
-from distaff.slot import filled, is_masked
-from distaff.typing import Params, PyTree
+from distaff.optim.transforms.extra_args import filled, is_masked
 
 
 def evaluation_params(opt_state: PyTree, params: Params) -> Params:

@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import optax
 
+from distaff.core.typing import PyTree
 from distaff.optim import catalog
 from distaff.optim.applied import RatesState
 from distaff.optim.build import OptimizerLike
 from distaff.optim.config import OptimizerConfig
-from distaff.typing import PyTree
 
 _OF_HYPERPARAMS = ("count", "hyperparams", "hyperparams_states")
 

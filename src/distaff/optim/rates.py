@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distaff.typing import Schedule
+from distaff.core.typing import Schedule
 
 _BLOCK = 1024
 """Steps whose rates are computed at once."""

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from distaff.core.typing import Schedule
 from distaff.errors import ConfigError
 from distaff.optim.config import OptimizerConfig
-from distaff.typing import Schedule
 
 _LONGEST = 2**30
 """The most steps that a schedule divides by exactly."""

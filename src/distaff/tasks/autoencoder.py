@@ -11,16 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distaff.context import Context
+from distaff.core.typing import Batch, Key, Params
 from distaff.errors import ConfigError, LossError
 from distaff.metrics import Mean, filled
-from distaff.monitor import Monitor
+from distaff.metrics.monitor import Monitor
+from distaff.step.context import Context
 from distaff.tasks.weighing import (
     WeighingTask,
     weights_for,
 )
-from distaff.trainer_config import TrainerConfig
-from distaff.typing import Batch, Key, Params
+from distaff.trainer.config import TrainerConfig
 
 _LARGEST_PSNR = 100.0
 

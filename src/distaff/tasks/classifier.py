@@ -10,21 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from distaff.context import Context
+from distaff.core.typing import Batch, Params
 from distaff.data import entry
 from distaff.data.inspection import ROUNDING, no_probabilities, out_of_range
 from distaff.errors import LossError
 from distaff.metrics import Mean, filled
 from distaff.metrics.accumulators import floating
-from distaff.monitor import Monitor
+from distaff.metrics.monitor import Monitor
+from distaff.step.context import Context
 from distaff.tasks.weighing import (
     WeighingTask,
     called,
     check_ignore_index,
     weights_for,
 )
-from distaff.trainer_config import TrainerConfig
-from distaff.typing import Batch, Params
+from distaff.trainer.config import TrainerConfig
 
 _LABEL_NAMES = ("label", "labels", "y", "target", "targets")
 _ADVICE = (

@@ -14,16 +14,17 @@ import numpy as np
 import optax
 
 from distaff.callbacks import Callback, StepInfo
-from distaff.context import Context
+from distaff.core.config.checks import whole
+from distaff.core.typing import Batch, Key, Params
 from distaff.data.inspection import unknown_tokens
 from distaff.errors import BatchError, ConfigError, LossError
 from distaff.metrics import Mean, Perplexity
 from distaff.metrics.accumulators import aligned, floating
+from distaff.metrics.monitor import Monitor
 from distaff.models import Lora
 from distaff.models.flags import parameters
-from distaff.monitor import Monitor
-from distaff.number import whole
-from distaff.state import TrainState
+from distaff.step.context import Context
+from distaff.step.state import TrainState
 from distaff.tasks.weighing import (
     WeighingTask,
     called,
@@ -31,8 +32,7 @@ from distaff.tasks.weighing import (
     check_weights,
     weights_for,
 )
-from distaff.trainer_config import TrainerConfig
-from distaff.typing import Batch, Key, Params
+from distaff.trainer.config import TrainerConfig
 from distaff.zoo.sampling import generate
 
 _NATS_PER_BIT = math.log(2)

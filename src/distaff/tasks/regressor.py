@@ -8,17 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distaff.context import Context
+from distaff.core.typing import Batch, Params
 from distaff.data import entry
 from distaff.errors import LossError
 from distaff.metrics import Mean, filled
 from distaff.metrics.accumulators import aligned
-from distaff.monitor import Monitor
+from distaff.metrics.monitor import Monitor
+from distaff.step.context import Context
 from distaff.tasks.weighing import (
     WeighingTask,
     weights_for,
 )
-from distaff.typing import Batch, Params
 
 _TARGET_NAMES = ("y", "target", "targets", "label", "labels")
 

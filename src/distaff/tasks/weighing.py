@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distaff.context import Context
+from distaff.core.typing import Batch
 from distaff.data.entry import named
 from distaff.errors import BatchError, ConfigError, LossError, leaf_name
 from distaff.metrics.accumulators import floating
-from distaff.state import TrainState
-from distaff.trainer import TrainerModule
-from distaff.typing import Batch
+from distaff.step.context import Context
+from distaff.step.state import TrainState
+from distaff.trainer.module import TrainerModule
 
 _NAMES = ("sample_weight", "sample_weights", "weight", "weights")
 _PLACE = 2

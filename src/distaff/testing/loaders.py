@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from distaff.core.typing import Batch
 from distaff.data import Loader, first_batch, num_batches, num_examples
-from distaff.typing import Batch
 
 
 class LoaderContract(ABC):

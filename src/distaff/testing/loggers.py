@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from distaff.core.typing import Values
 from distaff.loggers import Logger, Record
-from distaff.typing import Values
 
 
 class LoggerContract(ABC):

@@ -13,18 +13,18 @@ import jax.monitoring
 import numpy as np
 import optax
 
-from distaff import compile_cache
 from distaff import metrics as metrics_lib
 from distaff.callbacks import Callback, Callbacks, StepInfo
+from distaff.core.config.checks import whole
+from distaff.core.warnings import warn
 from distaff.data import as_loader, first_batch, num_batches
-from distaff.display import NullDisplay, make_display
 from distaff.errors import ConfigError, MetricError, NonFiniteError, nearest
-from distaff.monitor import Monitor, as_monitor
-from distaff.number import whole
+from distaff.execution import compile_cache
+from distaff.metrics.monitor import Monitor, as_monitor
 from distaff.optim import OptimizerLike, build_optimizer, geometry, observed
-from distaff.trainer import TrainerModule
+from distaff.run.display import NullDisplay, make_display
+from distaff.trainer.module import TrainerModule
 from distaff.tune.comparison import Comparison, OptimizerResult, OptimizerRun
-from distaff.warn import warn
 
 Rate: TypeAlias = float | None
 """A learning rate; None where an optimizer has none."""

@@ -96,7 +96,7 @@ class Search(Protocol):
 
 
 def listed(changes: Mapping[str, tuple[Any, Any]]) -> str:
-    """Returns what `distaff.config.diff` found, as an error says it."""
+    """Returns what `distaff.core.config.encoding.diff` found, as an error says it."""
     shown = {
         path: ["absent" if value is MISSING else repr(value) for value in change]
         for path, change in changes.items()

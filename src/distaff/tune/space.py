@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, TypeAlias
 
-from distaff.config import override, to_json
+from distaff.core.config.encoding import override, to_json
 from distaff.errors import ConfigError
 
 

@@ -7,17 +7,18 @@ from collections.abc import Callable
 from contextlib import closing
 from typing import Any, NamedTuple
 
-from distaff import _optional, compile_cache
-from distaff.config import diff, override, to_json
-from distaff.display import make_display
+from distaff.core import optional
+from distaff.core.config.checks import whole
+from distaff.core.config.encoding import diff, override, to_json
+from distaff.core.warnings import warn
 from distaff.errors import NonFiniteError, StateError
-from distaff.monitor import Monitor
-from distaff.number import whole
-from distaff.trainer import TrainerModule
+from distaff.execution import compile_cache
+from distaff.metrics.monitor import Monitor
+from distaff.run.display import make_display
+from distaff.trainer.module import TrainerModule
 from distaff.tune.search import Search, Suggestion, Trial, listed
 from distaff.tune.space import Space, check_space, contains, space_to_json, values_of
 from distaff.tune.trial import Task
-from distaff.warn import warn
 
 
 class StudyResult(NamedTuple):
@@ -64,7 +65,7 @@ def study(
     are tried again; after three attempts they count as failed. Several processes may work at one
     study: on one machine, each takes over what another left when it was killed.
 
-    Compiled programs are kept on disk for all trials: see `distaff.compile_cache.enable`.
+    Compiled programs are kept on disk for all trials: see `distaff.execution.compile_cache.enable`.
 
     Args:
         make_trainer: `(config) -> trainer`, a new trainer at each call.
@@ -95,7 +96,7 @@ def study(
         RunDirectoryError: the storage cannot be opened.
         StateError: no trial has come to an end that makes it the best.
     """
-    optuna = _optional.load("optuna", extra="tune")
+    optuna = optional.load("optuna", extra="tune")
     whole("num_trials", num_trials)
     check_space(config, space)
     compile_cache.enable()

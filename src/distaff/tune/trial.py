@@ -9,13 +9,13 @@ from typing import Any
 
 from distaff.callbacks import Callback, Callbacks, StepInfo, StopTraining
 from distaff.data import as_loader, first_batch
-from distaff.display import NullDisplay
 from distaff.errors import ConfigError, NonFiniteError
-from distaff.events import make_plan
 from distaff.metrics import as_json
-from distaff.monitor import Monitor
-from distaff.run_directory import RunDirectory
-from distaff.trainer import TrainerModule
+from distaff.metrics.monitor import Monitor
+from distaff.run.directory.run_directory import RunDirectory
+from distaff.run.display import NullDisplay
+from distaff.run.events import make_plan
+from distaff.trainer.module import TrainerModule
 from distaff.tune.search import Suggestion, Trial
 
 

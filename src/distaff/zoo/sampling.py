@@ -7,8 +7,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from distaff.core.typing import Key
 from distaff.metrics import floating
-from distaff.typing import Key
 
 
 def generate(

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from distaff.core.typing import Params, PyTree
 from distaff.errors import ConfigError, LossError, StateError
-from distaff.optim.accumulate import accumulate
 from distaff.optim.learned.features import (
     LossAverages,
     Moments,
@@ -34,8 +34,8 @@ from distaff.optim.learned.network import (
 )
 from distaff.optim.learned.settings import VeloWeights
 from distaff.optim.learned.weights import read_weights
-from distaff.optim.masks import decay_mask
-from distaff.typing import Params, PyTree
+from distaff.optim.transforms.accumulate import accumulate
+from distaff.optim.transforms.masks import decay_mask
 
 _LARGEST_GRADIENT = 1000.0
 _BUGGED_HORIZON = 10

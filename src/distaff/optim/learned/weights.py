@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from distaff.core.paths import as_path
 from distaff.errors import CheckpointError
 from distaff.optim.learned.gin import read_settings
 from distaff.optim.learned.msgpack import read_tree
 from distaff.optim.learned.settings import VeloWeights
-from distaff.paths import as_path
 
 _NAME = "aug12_continue_on_bigger_2xbs_200kstep_bigproblem_v2_5620"
 _FOLDER = f"gresearch/learned_optimization/pretrained_lopts/{_NAME}"

@@ -1,0 +1,108 @@
+"""A run's record: `config.json`, which says what was trained, and on batches of what form."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from distaff.core.config.encoding import load, to_json
+from distaff.core.typing import Batch
+from distaff.errors import CheckpointError
+
+
+def make_record(**parts: Any) -> dict[str, Any]:
+    """Returns a run's record as strict JSON.
+
+    Args:
+        **parts: whatever determines the run, by name; `model`, `options` and `example_batch`
+            are read back by `load_from_checkpoint`.
+    """
+    form = _batch_form(parts.pop("example_batch"))
+    return {"distaff": version("distaff"), **to_json(parts), "example_batch": form}
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Reads a run's record.
+
+    Raises:
+        CheckpointError: it is missing, is no JSON, or lacks an entry.
+    """
+    remedy = "Pass the path of a run directory, or of a checkpoint inside one."
+    try:
+        record = load(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"Cannot read {path}, the run's record: {error}. {remedy}") from error
+    return checked_record(record, path)
+
+
+def checked_record(record: Any, path: Path) -> dict[str, Any]:
+    """Returns a record, if it is one.
+
+    Args:
+        record: what was read.
+        path: where from.
+
+    Raises:
+        CheckpointError: it lacks an entry.
+    """
+    missing = [
+        name
+        for name in ("model", "options", "example_batch")
+        if not isinstance(record, dict) or name not in record
+    ]
+    if missing:
+        raise CheckpointError(
+            f"{path} is no record of a run: it lacks {missing}. Pass the path of a run directory, "
+            "or of a checkpoint inside one."
+        )
+    return record
+
+
+def _batch_form(batch: Batch) -> Any:
+    """Returns shapes and dtypes of a batch; one of named entries, of any kind, becomes a dict."""
+    if hasattr(batch, "_asdict"):
+        batch = batch._asdict()
+    elif dataclasses.is_dataclass(batch):
+        batch = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    if isinstance(batch, Mapping):
+        return {str(name): _batch_form(value) for name, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return [_batch_form(value) for value in batch]
+    if hasattr(batch, "shape"):
+        return {"$array": {"shape": list(batch.shape), "dtype": str(batch.dtype)}}
+    return None
+
+
+def example_from(form: Any, *, whole: bool = False) -> Batch:
+    """Makes a batch of zeros from a recorded form.
+
+    Args:
+        form: what the record has of the batch.
+        whole: whether it has as many examples as the recorded one; otherwise it has one.
+
+    Raises:
+        CheckpointError: the form was not recorded, or is none.
+    """
+    if isinstance(form, Mapping) and "$array" in form:
+        try:
+            shape, dtype = form["$array"]["shape"], form["$array"]["dtype"]
+            return np.zeros(shape if whole else [1, *shape[1:]], jnp.dtype(dtype))
+        except (KeyError, TypeError, ValueError, MemoryError) as error:
+            raise CheckpointError(
+                f"The run's batches were recorded with an array of the form {form['$array']!r}, "
+                f"which is none: {error}. Pass example_batch=... to load_from_checkpoint."
+            ) from error
+    if isinstance(form, Mapping):
+        return {name: example_from(value, whole=whole) for name, value in form.items()}
+    if isinstance(form, list):
+        return tuple(example_from(value, whole=whole) for value in form)
+    raise CheckpointError(
+        "The run's batches hold something else than arrays with names or positions, so their form "
+        "is not recorded. Pass example_batch=... to load_from_checkpoint."
+    )

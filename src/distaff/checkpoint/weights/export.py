@@ -1,0 +1,76 @@
+"""Export: a model's arrays as one safetensors file."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from distaff.checkpoint.manifest import sync_directory
+from distaff.checkpoint.weights.names import as_patterns, matching, named
+from distaff.checkpoint.weights.source import SUFFIX, is_random_key
+from distaff.core import optional
+from distaff.core.files import FILE_MODE
+from distaff.core.paths import as_path
+from distaff.core.typing import PyTree
+from distaff.errors import CheckpointError
+
+
+def export_weights(path: str | Path, tree: PyTree, *, only: str | Sequence[str] = "*") -> Path:
+    """Writes the arrays of a model as a safetensors file, whole or not at all.
+
+    Names are paths: `encoder/Dense_0/kernel` for a parameter, with the collection before it for any
+    other array, `batch_stats/BatchNorm_0/mean`. Random keys are left out. A file of that name is
+    replaced. With several processes the first one writes.
+
+    Args:
+        path: the file, which ends in `.safetensors`.
+        tree: a tree of parameters, a dict with the key `params` and other collections beside it, or
+            a `TrainState`.
+        only: shell patterns for the names to write.
+
+    Returns:
+        The absolute path of the file.
+
+    Raises:
+        CheckpointError: an array is of a dtype that the format lacks, or the file cannot be
+            written.
+        ConfigError: a pattern matches nothing.
+        MissingExtraError: safetensors is not installed.
+    """
+    target = as_path(path, "path")
+    if target.suffix != SUFFIX:
+        raise CheckpointError(f"Weights are exported to a file that ends in {SUFFIX}; got {path}.")
+    library = optional.load("safetensors", extra="safetensors")
+    leaves = {name: leaf for name, leaf in named(tree).items() if not is_random_key(leaf)}
+    arrays = {name: np.asarray(leaves[name]) for name in matching(list(leaves), as_patterns(only))}
+    if jax.process_index() > 0:
+        return target
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        library.write(temporary, arrays)
+        _put_in_place(temporary, target)
+    except OSError as error:
+        raise CheckpointError(
+            f"The weights cannot be written to {target}: {error}. Free space there, or choose a "
+            "directory that you may write to."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
+
+
+def _put_in_place(temporary: Path, target: Path) -> None:
+    temporary.chmod(FILE_MODE)
+    descriptor = os.open(temporary, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    os.replace(temporary, target)
+    sync_directory(target.parent)

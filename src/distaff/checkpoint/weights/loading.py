@@ -1,0 +1,160 @@
+"""Weights of a source put into a model, or an error that names each leaf that differs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distaff.checkpoint.weights.init_from import InitFrom
+from distaff.checkpoint.weights.names import listed, matching, named, parts
+from distaff.checkpoint.weights.source import Form, Source, is_random_key, open_source
+from distaff.core.typing import PyTree
+from distaff.errors import CheckpointError, leaf_name
+from distaff.models import Variables
+from distaff.models.lora import LoraModel, is_own
+
+
+class Loaded(NamedTuple):
+    """A model's arrays after loading, and a sentence on where they are from."""
+
+    variables: Variables
+    text: str
+
+
+def loaded(model: Any, variables: Variables, init_from: InitFrom) -> Loaded:
+    """Returns a model's arrays with those of a source in their places.
+
+    A `Lora` takes the weights of its base; its own of a source that names one of them.
+
+    Args:
+        model: the functional face of the model.
+        variables: its initial arrays, which say shapes, dtypes and placement.
+        init_from: the source, and how it is read.
+
+    Raises:
+        CheckpointError: the source cannot be read, or does not fit: each leaf is named.
+        ConfigError: a pattern matches nothing.
+    """
+    source = open_source(init_from.source)
+    if isinstance(model, LoraModel) and not any(is_own(name) for name in source.forms):
+        filled, text = _loaded(model.base(variables), source, init_from)
+        return Loaded(model.with_base(variables, filled), text)
+    return _loaded(variables, source, init_from)
+
+
+def _loaded(variables: Variables, source: Source, init_from: InitFrom) -> Loaded:
+    arrays = named(variables)
+    keys = {name for name, leaf in arrays.items() if is_random_key(leaf)}
+    model = {name: leaf for name, leaf in arrays.items() if name not in keys}
+    wanted = matching(list(model), init_from.only)
+    offered, problems = _renamed(source, init_from, keys)
+    found = [name for name in wanted if name in offered]
+    kept = [name for name in wanted if name not in offered]
+    problems += _differences(model, found, offered, source)
+    if init_from.missing == "error" or not found:
+        problems += [f"missing: {name!r}, {_form(_form_of(model[name]))}" for name in kept]
+    if init_from.unused == "error":
+        problems += [
+            f"unused: {_both(old, new)}, {_form(source.forms[old])}"
+            for new, old in offered.items()
+            if new not in model
+        ]
+    if problems:
+        raise _refused(source, problems)
+    read = source.read([offered[name] for name in found])
+    values = {name: read[offered[name]] for name in found}
+    casts = Counter(
+        f"{values[name].dtype} -> {model[name].dtype}"
+        for name in found
+        if values[name].dtype != model[name].dtype
+    )
+    placed = {name: _placed(name, values[name], model[name], source) for name in found}
+    text = f"weights from {source.origin}: {len(found)} arrays, {len(model) - len(found)} kept"
+    text += "".join(f"; {number} converted {cast}" for cast, number in casts.items())
+    return Loaded(_filled(variables, placed), text)
+
+
+def _renamed(
+    source: Source, init_from: InitFrom, keys: set[str]
+) -> tuple[dict[str, str], list[str]]:
+    """Returns the names in the source by those in the model, and what is wrong with them."""
+    offered: dict[str, str] = {}
+    problems = []
+    for old in source.forms:
+        new = init_from.renamed(old)
+        if new in offered:
+            problems.append(f"two of one name: {offered[new]!r} and {old!r} become {new!r}")
+        offered[new] = old
+    if init_from.rename and all(new == old for new, old in offered.items()):
+        problems.append(f"without effect: rename={dict(init_from.rename)!r} changes no name")
+    return {new: old for new, old in offered.items() if new not in keys}, problems
+
+
+def _differences(
+    model: dict[str, Any], found: list[str], offered: dict[str, str], source: Source
+) -> Iterator[str]:
+    for name in found:
+        theirs, ours = source.forms[offered[name]], _form_of(model[name])
+        if theirs[0] != ours[0] or not _fits(theirs[1], ours[1]):
+            kind = "shape" if theirs[0] != ours[0] else "dtype"
+            where = _both(offered[name], name)
+            yield f"other {kind}: {where} is {_form(theirs)} in the source, {_form(ours)} here"
+
+
+def _fits(theirs: Any, ours: Any) -> bool:
+    """Whether arrays of a dtype may become those of another: a float one of another width."""
+    floats = jnp.issubdtype(theirs, jnp.floating) and jnp.issubdtype(ours, jnp.floating)
+    return theirs == ours or (floats and np.dtype(theirs).itemsize != np.dtype(ours).itemsize)
+
+
+def _placed(name: str, value: np.ndarray, like: Any, source: Source) -> jax.Array:
+    """Returns an array in the dtype of another and on its devices."""
+    with np.errstate(over="ignore"):  # seen below
+        cast = value.astype(like.dtype)
+    if cast.dtype != value.dtype and not np.array_equal(np.isfinite(cast), np.isfinite(value)):
+        raise CheckpointError(
+            f"A float is converted to another width where it stays finite; {name!r} from "
+            f"{source.origin} has numbers that {cast.dtype} cannot hold. Use a wider dtype in the "
+            "model."
+        )
+    is_fixed = isinstance(like, jax.Array) and like.committed
+    return jax.device_put(cast, like.sharding if is_fixed else None, may_alias=False)
+
+
+def _filled(variables: Variables, values: dict[str, jax.Array]) -> Variables:
+    def filled(prefix: str, tree: PyTree) -> PyTree:
+        return jax.tree.map_with_path(
+            lambda path, leaf: values.get(prefix + leaf_name(path), leaf), tree
+        )
+
+    trees = {prefix: filled(prefix, tree) for prefix, tree in parts(variables).items()}
+    params, batch_stats = trees.pop(""), trees.pop("batch_stats/", None)
+    others = {prefix.removesuffix("/"): tree for prefix, tree in trees.items()}
+    return Variables(params, batch_stats, others or None)
+
+
+def _refused(source: Source, problems: list[str]) -> CheckpointError:
+    return CheckpointError(
+        "init_from gives each array of the model its value, and uses each array of the source; "
+        f"{source.origin} differs:{listed(problems)}\n"
+        "Pass InitFrom(source, ...): rename={'^encoder/': 'backbone/'} for other names, "
+        "only='backbone/*' for a part of the model, missing='keep' for the model's own initial "
+        "values, unused='ignore' for what the model lacks."
+    )
+
+
+def _form_of(leaf: Any) -> Form:
+    return tuple(leaf.shape), leaf.dtype
+
+
+def _form(form: Form) -> str:
+    return f"{form[1]}{list(form[0])}"
+
+
+def _both(old: str, new: str) -> str:
+    return repr(new) if old == new else f"{new!r} (from {old!r})"

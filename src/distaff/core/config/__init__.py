@@ -1,0 +1,1 @@
+"""Options, and how they are checked, encoded and compared."""

@@ -1,0 +1,146 @@
+"""Options: each is declared, described, checked and classified beside what it configures."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import operator
+import textwrap
+from collections.abc import Callable
+from numbers import Integral
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
+
+from distaff.core.config.checks import as_float, whole
+from distaff.core.config.durations import seconds_of
+from distaff.core.paths import as_path
+from distaff.errors import ConfigError, nearest
+
+T = TypeVar("T", bound="Options")
+
+Check: TypeAlias = Callable[[str, Any], Any]
+"""`(name, value) -> value`; raises ConfigError."""
+
+Resume: TypeAlias = Literal["same run", "another run", "ignored"]
+"""What a run is whose option differs from that of an earlier one: the same, or another one; or
+nobody is told of it."""
+
+
+def option(
+    default: Any, doc: str, *, check: Check | None = None, resume: Resume = "another run"
+) -> Any:
+    """Declares an option, a field of a dataclass of `Options`.
+
+    Args:
+        default: its default.
+        doc: what it does, as one paragraph; shown by `help`, in editors and on the command line.
+        check: returns the value to keep, or raises ConfigError.
+        resume: whether a run with another value is the same run.
+    """
+    doc = " ".join(doc.split())
+    metadata = {"doc": doc, "check": check, "resume": resume}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options that are checked when they are made.
+
+    Raises:
+        ConfigError: an option is out of its range.
+    """
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            check = field.metadata.get("check")
+            if check is not None:
+                value = check(field.name, getattr(self, field.name))
+                object.__setattr__(self, field.name, value)
+
+    @classmethod
+    def names(cls, resume: Resume) -> frozenset[str]:
+        """Returns the names of the options that are classified so."""
+        fields = dataclasses.fields(cls)
+        return frozenset(f.name for f in fields if f.metadata.get("resume") == resume)
+
+
+def described(cls: type[T]) -> type[T]:
+    """Adds a section `Args` to the docstring of a class of options, made of their descriptions."""
+    sections = inspect.cleandoc(cls.__doc__ or "").partition("\n\nRaises:")
+    entries = [_entry(field.name, field.metadata["doc"]) for field in dataclasses.fields(cls)]
+    cls.__doc__ = "\n".join([f"{sections[0]}\n\nArgs:", *entries]) + "".join(sections[1:])
+    return cls
+
+
+def _entry(name: str, doc: str) -> str:
+    return textwrap.fill(
+        f"{name}: {doc}",
+        width=96,
+        initial_indent="    ",
+        subsequent_indent="        ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def at_least(least: int) -> Check:
+    """Returns a check that a value is a whole number, at least `least`."""
+    return lambda name, value: whole(name, value, least)
+
+
+def one_of(choices: Any) -> Check:
+    """Returns a check that a value is one of the words of a `Literal` type."""
+
+    def check(name: str, value: Any) -> Any:
+        check_choice(name, value, choices)
+        return value
+
+    return check
+
+
+def or_none(check: Check) -> Check:
+    """Returns a check that lets None pass, too."""
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def integer(name: str, value: Any) -> int:
+    """Checks that a value is a whole number, which may be negative."""
+    if not isinstance(value, Integral):
+        raise ConfigError(f"{name} is a whole number; got {value!r}.")
+    return operator.index(value)
+
+
+def positive(name: str, value: Any) -> Any:
+    """Checks that a value is a positive, finite number."""
+    if not 0 < as_float(value) < math.inf:
+        raise ConfigError(f"{name} is a positive number; got {value!r}.")
+    return value
+
+
+def time(name: str, value: Any) -> Any:
+    """Checks that a value is a positive time; see `seconds_of`."""
+    seconds_of(value, name)
+    return value
+
+
+def path(name: str, value: Any) -> Any:
+    """Checks that a value is a local path; see `as_path`."""
+    as_path(value, name)
+    return value
+
+
+def check_choice(name: str, value: Any, choices: Any) -> None:
+    """Checks that a value is one of a few words.
+
+    Args:
+        name: of the option.
+        value: of it.
+        choices: a `Literal` type.
+
+    Raises:
+        ConfigError: it is none of them; the nearest one is named.
+    """
+    if value not in get_args(choices):
+        raise ConfigError(
+            f"{name} has no value {value!r}. {nearest(str(value), get_args(choices))}"
+        )

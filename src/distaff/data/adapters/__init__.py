@@ -1,0 +1,1 @@
+"""Loaders and data sets of other libraries."""

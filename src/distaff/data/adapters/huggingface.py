@@ -1,0 +1,117 @@
+"""Hugging Face's datasets as loaders, for users who have them: nothing of them is imported."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+
+from distaff.core.config.checks import whole
+from distaff.core.typing import Batch
+from distaff.data.arrays import ArrayLoader
+from distaff.data.loader import Loader, drops
+from distaff.data.positioned import FirstEpoch, Positioned
+from distaff.data.stream import Stream
+from distaff.data.wrappers.mapped import MappedLoader
+from distaff.errors import BatchError
+
+_BUFFER_SIZE = 1000
+
+
+def from_datasets(
+    dataset: Any,
+    batch_size: int,
+    *,
+    shuffle: bool = False,
+    seed: int = 0,
+    remainder: Literal["keep", "drop"] | None = None,
+) -> Loader:
+    """Returns a loader over the rows of a `datasets.Dataset` or `datasets.IterableDataset`.
+
+    Columns that hold texts, or lists of several lengths, are to be encoded or removed before:
+    `dataset.map(encode, remove_columns=["text"])`.
+
+    A `Dataset` goes to any position at once, and its orders are those of an `ArrayLoader`. So does
+    an `IterableDataset` as it comes; a shuffled one, whose buffer no position holds, is read again
+    up to it.
+
+    Args:
+        dataset: the rows; split them before.
+        batch_size: rows in a batch.
+        shuffle: whether each epoch has a new order; of an `IterableDataset` within 1000 rows.
+        seed: makes the orders, not negative.
+        remainder: what becomes of a short last batch, as `ArrayLoader` has it.
+
+    Returns:
+        A loader of dicts of arrays by column.
+
+    Raises:
+        BatchError: it is no dataset, or fills no batch.
+        ConfigError: an option is out of range.
+    """
+    if not hasattr(dataset, "with_format"):
+        raise BatchError(
+            "from_datasets takes a datasets.Dataset or datasets.IterableDataset; got "
+            f"{type(dataset).__name__}. Of a dict of splits, pass one: dataset['train']."
+        )
+    batch_size = whole("batch_size", batch_size)
+    if hasattr(dataset, "__len__"):
+        table = dataset.with_format("numpy")
+        rows = ArrayLoader(
+            {"row": np.arange(len(table))},
+            batch_size,
+            shuffle=shuffle,
+            seed=seed,
+            remainder=remainder,
+        )
+        return MappedLoader(rows, lambda batch: _rows_of(table, batch["row"]))
+    seed, is_short_dropped = whole("seed", seed, least=0), drops(remainder, shuffle)
+    kept = _Rows(dataset, batch_size, drops=False)
+
+    def in_order() -> Positioned:
+        return Positioned(FirstEpoch(kept))
+
+    if shuffle:
+        dataset = dataset.shuffle(seed=seed, buffer_size=_BUFFER_SIZE)
+    rows = _Rows(dataset, batch_size, is_short_dropped)
+    if shuffle or getattr(dataset, "_shuffling", None) is not None:
+        return Stream(_Epochs(rows), in_order=in_order)
+    identity = {"batch_size": batch_size, "drop": int(is_short_dropped)}
+    return Positioned(rows, identity=identity, in_order=in_order)
+
+
+def _rows_of(table: Any, rows: np.ndarray) -> Batch:
+    is_slice = len(rows) == rows[-1] - rows[0] + 1 and bool((np.diff(rows) == 1).all())
+    # Arrow reads a slice without looking for each of its rows.
+    return table[int(rows[0]) : int(rows[-1]) + 1] if is_slice else table[rows.tolist()]
+
+
+class _Rows:
+    """An `IterableDataset`, read in a row."""
+
+    def __init__(self, dataset: Any, batch_size: int, drops: bool) -> None:
+        self._dataset, self._batch_size, self._drops = dataset, batch_size, drops
+        self._running: Any = None
+
+    def start(self, epoch: int, batch: int, saved: Any) -> Iterator[Batch]:
+        self._running = self._dataset.with_format("numpy")  # a copy, which stands at its start
+        self._running.set_epoch(epoch)
+        if batch:
+            self._running.load_state_dict(json.loads(saved))
+        return iter(self._running.iter(self._batch_size, drop_last_batch=self._drops))
+
+    def position(self) -> str:
+        return json.dumps(self._running.state_dict())
+
+
+class _Epochs:
+    """The epochs of a dataset, one with each iteration."""
+
+    def __init__(self, rows: _Rows) -> None:
+        self._rows, self._epoch = rows, -1
+
+    def __iter__(self) -> Iterator[Batch]:
+        self._epoch += 1
+        return self._rows.start(self._epoch, 0, None)

@@ -1,0 +1,57 @@
+"""Records of ArrayRecord files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from distaff.core import optional
+from distaff.core.config.checks import whole
+from distaff.data.examples.block_cache import Kept
+from distaff.data.formats.files import Block, DataFile, FileExamples, Paths, Place, find_files
+
+_OPEN_FILES = 16
+
+
+class ArrayRecordExamples(FileExamples):
+    """The records of ArrayRecord files, which are bytes; a `MappedExamples` decodes them.
+
+    The format: https://github.com/google/array_record. In memory are
+    `examples_per_block * blocks_in_memory` records, the indices of 16 files at most, and 32 bytes
+    for each block.
+
+    Args:
+        paths: a file, a glob pattern, or several of them.
+        examples_per_block: how many consecutive records are read at once. A multiple of the
+            `group_size` that the files were written with reads no group twice.
+        blocks_in_memory: how many blocks are kept. A shuffled epoch mixes so many at a time.
+
+    Raises:
+        BatchError: there is no record.
+        ConfigError: an option is out of range.
+        DataFileError: a file is missing, or no whole ArrayRecord file; while it is read, it has
+            changed, or is damaged.
+        MissingExtraError: the package `array_record` is not installed.
+    """
+
+    def __init__(
+        self, paths: Paths, *, examples_per_block: int = 256, blocks_in_memory: int = 16
+    ) -> None:
+        examples_per_block = whole("examples_per_block", examples_per_block)
+        self._open = optional.load("array_record", extra="array-record").Records
+        self._opened: Kept[DataFile, Any] = Kept(_OPEN_FILES)
+        files = find_files(paths)
+        blocks = (self._find_blocks(file, examples_per_block) for file in files)
+        super().__init__(files, blocks, blocks_in_memory=blocks_in_memory)
+
+    def read(self, place: Place) -> Sequence[bytes]:
+        return self._records(self.files[place.file]).read(place.start, place.stop)
+
+    def _records(self, file: DataFile) -> Any:
+        return self._opened.get(file, self._open)
+
+    def _find_blocks(self, file: DataFile, examples_per_block: int) -> Iterator[Block]:
+        num_records = len(self._records(file))
+        for start in range(0, num_records, examples_per_block):
+            stop = min(start + examples_per_block, num_records)
+            yield Block(start, stop, stop - start)

@@ -1,0 +1,136 @@
+"""Rows of Parquet and Arrow files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+
+from distaff.core import optional
+from distaff.core.typing import Batch
+from distaff.data.examples.examples import stacked
+from distaff.data.formats.files import Block, FileExamples, Paths, Place, find_files
+from distaff.data.loader import as_held_by_jax, num_examples
+from distaff.errors import ConfigError, DataFileError, nearest
+
+
+class ParquetExamples(FileExamples):
+    """The rows of Parquet files, or of Arrow IPC files (Feather 2), as dicts by column.
+
+    A value is a number, an array of numbers for a list, a str, or bytes; rows whose lists differ
+    in their lengths have arrays of different lengths. A row may be changed, and stays as it is in
+    the examples. A block is a row group, or a record batch.
+    In memory are the chosen columns of `blocks_in_memory` of them, as arrays: write row groups
+    that are small enough, of some 10,000 rows.
+
+    `data.from_examples` gathers batches from these arrays, without rows in between, where all
+    columns hold numbers of one shape. A `MappedLoader` around it changes whole batches; a
+    `MappedExamples` makes each row a dict first, and is slower.
+
+    Args:
+        paths: a file, a glob pattern, or several of them; all have the columns, of one type.
+        columns: their names. None: all.
+        blocks_in_memory: how many blocks are kept. A shuffled epoch mixes so many at a time.
+
+    Raises:
+        BatchError: there is no row; while it is read, a value is null.
+        ConfigError: an option is out of range, or a column is unknown.
+        DataFileError: a file is missing, damaged, or has other columns than the first; while it
+            is read, it has changed.
+        MissingExtraError: the package `pyarrow` is not installed.
+    """
+
+    def __init__(
+        self, paths: Paths, columns: Sequence[str] | None = None, *, blocks_in_memory: int = 4
+    ) -> None:
+        arrow = optional.load("arrow", extra="arrow")
+        files = find_files(paths)
+        self._tables = [arrow.Table(file) for file in files]
+        kinds = self._tables[0].column_types
+        if isinstance(columns, str):
+            raise ConfigError(f"columns must be a list of names; got a str. Write [{columns!r}].")
+        self._columns = list(kinds) if columns is None else list(columns)
+        if not self._columns:
+            raise ConfigError("columns must name at least one column; got none. Name one.")
+        for name in self._columns:
+            if name not in kinds:
+                raise ConfigError(f"Unknown column {name!r}. {nearest(name, kinds)}")
+            if not arrow.is_readable(kinds[name]):
+                raise ConfigError(
+                    "A column must hold numbers, dates, timestamps, durations, texts, bytes, or "
+                    "lists of them; "
+                    f"{name!r} holds {kinds[name]}. Leave it out with columns=[...]."
+                )
+            for file, table in zip(files, self._tables, strict=True):
+                if table.column_types.get(name) != kinds[name]:
+                    raise DataFileError(
+                        f"All files must have one type of each column; {name!r} is {kinds[name]} "
+                        f"in {files[0].path}, and {table.column_types.get(name, 'missing')} in "
+                        f"{file.path}. Write them alike, or leave the column out."
+                    )
+        blocks = [
+            [Block(number, number + 1, size) for number, size in enumerate(table.sizes)]
+            for table in self._tables
+        ]
+        super().__init__(files, blocks, blocks_in_memory=blocks_in_memory)
+
+    def read(self, place: Place) -> _Rows:
+        table = self._tables[place.file]
+        return _Rows(table.read(place.start, self._columns, place.first))
+
+    def read_batch(self, indices: Sequence[int]) -> Batch:
+        """Returns rows as arrays by column, `[rows, ...]`, like stacking them one by one.
+
+        Raises:
+            BatchError: the values of a column differ in their shapes, or are no numbers.
+        """
+        rows = np.asarray(indices)
+        blocks = np.searchsorted(self.starts, rows, side="right") - 1
+        batch: dict[str, np.ndarray] = {}
+        # In the order of the rows: the blocks of a window that ends are not read again.
+        for block in dict.fromkeys(blocks.tolist()):
+            here = blocks == block
+            inside = rows[here] - self.starts[block]
+            if not cast(_Rows, self._block(block)).put(batch, here, inside):
+                return stacked([self[index] for index in indices])
+        num_examples(batch)
+        return {name: as_held_by_jax(values, (name,)) for name, values in batch.items()}
+
+
+class _Rows:
+    """Columns of a block, read row by row."""
+
+    def __init__(self, columns: Mapping[str, Any]) -> None:
+        self._columns = columns
+
+    def __len__(self) -> int:
+        return len(next(iter(self._columns.values())))
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]:
+        return {name: _copied(values[index]) for name, values in self._columns.items()}
+
+    def put(self, batch: dict[str, np.ndarray], here: np.ndarray, rows: np.ndarray) -> bool:
+        """Puts rows into a batch; returns whether all columns are arrays that fit into it.
+
+        Args:
+            batch: its columns `[batch, ...]`; an empty one gets those that the block has.
+            here: in which places, bool `[batch]`.
+            rows: which of the block, int `[rows]`.
+        """
+        for name, values in self._columns.items():
+            if not isinstance(values, np.ndarray):
+                return False
+            if name not in batch:
+                batch[name] = np.empty((len(here), *values.shape[1:]), values.dtype)
+            if batch[name].shape[1:] != values.shape[1:]:
+                return False
+            batch[name][here] = values[rows]
+        return True
+
+
+def _copied(value: Any) -> Any:
+    """Returns a value of a row, which has no memory in common with its block."""
+    if isinstance(value, list):
+        return [_copied(each) for each in value]
+    return value.copy() if isinstance(value, np.ndarray) else value

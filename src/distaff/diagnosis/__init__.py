@@ -1,6 +1,0 @@
-"""Diagnosis: where, in a step that has gone wrong, a number became NaN or infinite."""
-
-from distaff.diagnosis.diagnose import Finding, Replayed, diagnose, replay
-from distaff.diagnosis.origin import OUT_OF_RANGE
-
-__all__ = ["OUT_OF_RANGE", "Finding", "Replayed", "diagnose", "replay"]

@@ -1,0 +1,161 @@
+"""The C allocator under XLA's CPU backend: asked to keep the memory that every step needs again.
+
+XLA takes the temporary buffers of a program from the C library at every call and gives them back
+after it. glibc hands large ones back to the system, which must then fill new pages with zeros:
+10,000 to 40,000 page faults per step of a middling model, a fifth of its time. See
+`docs/decisions/0007-the-allocator.md` for what was measured.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend.core import jaxprs_in_params
+
+_log = logging.getLogger("distaff")
+
+# <malloc.h> of glibc.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
+_SETTINGS = {
+    _M_ARENA_MAX: 1,
+    _M_MMAP_MAX: 0,
+    _M_TRIM_THRESHOLD: 2**31 - 1,
+    _M_TOP_PAD: 256 * 2**20,
+}
+
+
+_MIN_BYTES = 5 * 10**7
+"""What a forward pass makes at least where tuning gains; below, it costs small steps up to 40 %."""
+
+
+def tune(num_bytes: Callable[[], int] | None = None) -> str:
+    """Tunes glibc's allocator for XLA on the CPU, once in a process.
+
+    It does nothing but on Linux with glibc, where JAX runs on the CPU alone, and before JAX's
+    backend has started: its threads have arenas of their own from then on. The environment variable
+    `DISTAFF_MALLOC=off` turns it off.
+
+    Args:
+        num_bytes: tells how large the arrays are that a forward pass makes, without starting JAX's
+            backend (`made_bytes`): small ones gain nothing. Asked only where it matters; what it
+            cannot tell counts as large. None tunes at any size.
+
+    Returns:
+        What was done, and why not more: `"tuned"`, or the reason why it was left alone.
+    """
+    reason = _reason_against()
+    if num_bytes is not None and not reason:
+        made = _told_by(num_bytes)
+        if made is not None and made < _MIN_BYTES:
+            reason = f"left as it is (a forward pass makes {made / 1e6:.3g} MB, which is little)"
+    return _tune(reason)
+
+
+@functools.cache
+def _tune(reason: str) -> str:
+    outcome = reason or (_TOO_LATE if _has_started() else "") or _set()
+    _log.info("memory allocator: %s", outcome)
+    if outcome == _TOO_LATE:
+        _late.add(outcome)
+    return outcome
+
+
+_late: set[str] = set()
+
+
+def is_late() -> bool:
+    """Tells whether `tune` was called in this process when it was too late for it."""
+    return bool(_late)
+
+
+def made_bytes(function: Callable[..., Any], *args: Any) -> int:
+    """Returns the size of all arrays that a function makes on its way, in bytes.
+
+    Args:
+        function: traced, not run.
+        *args: its arguments, or their shapes.
+    """
+    return _made_bytes(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _made_bytes(jaxpr: Any) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        inner = [_made_bytes(each) for each in jaxprs_in_params(equation.params)]
+        shaped = [each.aval for each in equation.outvars if hasattr(each.aval, "size")]
+        total += sum(inner) if inner else sum(x.size * x.dtype.itemsize for x in shaped)
+    return total
+
+
+def _told_by(num_bytes: Callable[[], int]) -> int | None:
+    try:
+        return num_bytes()
+    except Exception:  # A model that cannot be traced is reported where it is set up.
+        return None
+
+
+_TOO_LATE = (
+    "left as it is, because JAX had started before the trainer was made. Steps of large models on "
+    "the CPU may be slower, which is measured in the first steps. To tune it, call "
+    "distaff.execution.allocator.tune() before any JAX array is made."
+)
+
+
+def _reason_against() -> str:
+    if os.environ.get("DISTAFF_MALLOC", "").lower() in ("off", "0", "false", "no"):
+        return "left as it is (DISTAFF_MALLOC)"
+    if sys.platform != "linux" or "glibc" not in _libc():
+        return "left as it is (not glibc)"
+    if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
+        return "left as the environment sets it"
+    if os.environ.get("LD_PRELOAD"):
+        return "left as it is (LD_PRELOAD may have replaced it)"
+    if not _on_cpu_alone():
+        return "left as it is (JAX may run on an accelerator)"
+    return ""
+
+
+def _set() -> str:
+    mallopt = ctypes.CDLL(None).mallopt
+    refused = [name for name, value in _SETTINGS.items() if mallopt(name, value) != 1]
+    return f"tuned in part ({refused} refused)" if refused else "tuned"
+
+
+def _libc() -> str:
+    try:
+        return os.confstr("CS_GNU_LIBC_VERSION") or ""
+    except (AttributeError, ValueError, OSError):
+        return ""
+
+
+def _on_cpu_alone() -> bool:
+    """Tells whether JAX will run on the CPU, without starting it."""
+    config: Any = jax.config  # whose options are made at run time
+    platforms = config.jax_platforms
+    if platforms:
+        return platforms == "cpu"
+    plugins = importlib.metadata.entry_points(group="jax_plugins")
+    packages = ("jax_plugins", "libtpu")
+    return not plugins and not any(importlib.util.find_spec(name) for name in packages)
+
+
+def _has_started() -> bool:
+    """Tells whether JAX's backend has started: from then on the number of CPU devices is fixed."""
+    config: Any = jax.config  # whose options are made at run time
+    number = config.jax_num_cpu_devices
+    try:
+        # Only a change is looked at.
+        jax.config.update("jax_num_cpu_devices", 1 if number == -1 else number + 1)
+        jax.config.update("jax_num_cpu_devices", number)
+    except RuntimeError:
+        return True
+    return False

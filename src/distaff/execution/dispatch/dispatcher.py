@@ -1,0 +1,270 @@
+"""Programs of one step, and of many steps at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distaff.core.config.options import at_least, check_choice, option
+from distaff.core.typing import Batch, PyTree
+from distaff.errors import ConfigError, MetricError
+from distaff.execution.compile.recompiles import Watch
+from distaff.execution.dispatch.packed_metrics import Columns, Strip, blank
+from distaff.execution.dispatch.steps_per_call import Choice, Expected, chosen
+from distaff.execution.execution import Execution, ExecutionOptions
+from distaff.execution.feed.chunk import Chunk, One, Source
+from distaff.execution.flops import Flops, flops_of
+from distaff.execution.timers import Ledger
+from distaff.metrics import Metric, results
+from distaff.step.normalise import StepFn
+from distaff.step.state import TrainState, placed_with
+
+
+def _steps_per_call(name: str, value: Any) -> Any:
+    if isinstance(value, str):
+        check_choice(name, value, Literal["auto", "measure"])
+        return value
+    return at_least(1)(name, value)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DispatchOptions(ExecutionOptions):
+    """How the steps of a run are grouped into programs and log lines."""
+
+    log_every_n_steps: int = option(
+        50,
+        "Steps per line of training metrics in the log.",
+        check=at_least(1),
+        resume="same run",
+    )
+    steps_per_call: int | Literal["auto", "measure"] = option(
+        "auto",
+        """Steps that run as one program: more of them cost the host less. "auto" estimates a good
+        number from the operations of a step and the shapes of its arrays, so that equal runs have
+        equal numbers; on the CPU it is 1 for a model with convolutions. "measure" times both forms
+        before the first step, on a copy of the state, and the run keeps the faster one. Both are 1
+        where a callback watches steps.""",
+        check=_steps_per_call,
+        resume="same run",
+    )
+
+    def one_by_one(self) -> Self:
+        """Returns the options of a run whose steps must not be fused.
+
+        Raises:
+            ConfigError: they ask for fused steps.
+        """
+        if self.steps_per_call not in (1, "auto"):
+            raise ConfigError(
+                f"steps_per_call={self.steps_per_call} runs steps as one program, and the batches "
+                "of data.OnPolicy depend on the step before. Leave steps_per_call out."
+            )
+        return dataclasses.replace(self, steps_per_call=1)
+
+
+def make_steps(
+    execution: Execution,
+    step: StepFn,
+    example: tuple[TrainState, Batch],
+    config: DispatchOptions,
+    expected: Expected,
+    *,
+    watched: bool,
+    watch: Watch | None = None,
+) -> Steps:
+    """Makes what runs the steps of a run; the step is traced, nothing is compiled.
+
+    Args:
+        execution: how programs are made.
+        step: a training step as `measured` gives it.
+        example: a state and a batch like those of the run.
+        config: `steps_per_call`, `log_every_n_steps` and `debug` are read.
+        expected: what is known of the run's batches.
+        watched: whether the metrics of every step are wanted.
+        watch: watches what compiles.
+    """
+    _, metrics = execution.shapes(step, *example)
+    for metric in metrics.values():
+        if metric.refused_in_training:
+            raise MetricError(metric.refused_in_training)
+    forms = chosen(
+        1 if config.debug else config.steps_per_call,
+        metrics,
+        expected,
+        watched=watched,
+        jaxpr=lambda: jax.make_jaxpr(step)(*example),
+    )
+    every, watch = config.log_every_n_steps, watch or Watch()
+    steps = Steps(
+        execution,
+        step,
+        metrics,
+        forms=forms,
+        log_every=every,
+        watched=watched,
+        watch=watch,
+    )
+    watch.expect(num_shapes=expected.num_shapes)
+    steps.example = jax.eval_shape(lambda *each: each, *example)
+    return steps
+
+
+def single(step: StepFn, columns: Columns, *, watched: bool) -> Callable[..., Any]:
+    """Makes a program of one step.
+
+    Args:
+        step: a training step as `measured` gives it.
+        columns: of its metrics.
+        watched: whether its metrics are wanted for themselves, too.
+
+    Returns:
+        `(state, table, source) -> (state, table, metrics)`: the metrics become the last row of the
+        table, whose first row falls out; they are empty where they are not watched.
+    """
+
+    def program(
+        state: TrainState, table: jax.Array, source: Source
+    ) -> tuple[TrainState, jax.Array, Any]:
+        state, metrics = step(state, source.batch(0))
+        table = jnp.concatenate([table[1:], columns.row(metrics)[None]])
+        return state, table, metrics if watched else {}
+
+    return program
+
+
+def fused(step: StepFn, columns: Columns, metrics: PyTree) -> Callable[..., Any]:
+    """Makes one program of many steps, whose number is an argument: no remainder compiles anew.
+
+    Args:
+        step: a training step as `measured` gives it.
+        columns: of its metrics.
+        metrics: the metrics of one step, or their shapes, where those of every step are wanted for
+            themselves, too; an empty pytree where they are not.
+
+    Returns:
+        `(state, source, num_steps) -> (state, table, metrics)`: the metrics of each step are a row
+        of the table `[source.capacity, width]`; rows after the last step mean nothing. A number of
+        steps that is an int, and no array, is built into the program.
+    """
+
+    def program(
+        state: TrainState, source: Source, num_steps: jax.Array | int
+    ) -> tuple[TrainState, jax.Array, Any]:
+        def body(index: jax.Array, carry: PyTree) -> PyTree:
+            state, table, kept = carry
+            state, measured = step(state, source.batch(index))
+            if jax.tree.leaves(kept):
+                kept = jax.tree.map(lambda rows, leaf: rows.at[index].set(leaf), kept, measured)
+            return state, table.at[index].set(columns.row(measured)), kept
+
+        table = jnp.zeros((source.capacity, columns.width), jnp.uint32)
+        room = jax.tree.map(
+            lambda leaf: jnp.zeros((source.capacity, *leaf.shape), leaf.dtype), metrics
+        )
+        return jax.lax.fori_loop(0, num_steps, body, (state, table, room))
+
+    return program
+
+
+class Steps:
+    """Runs chunks of steps, in the form that suits them.
+
+    Args:
+        execution: how programs are made.
+        step: the step, as `measured` gives it.
+        metrics: the metrics of one step, or their shapes.
+        forms: the choice of the form; it may be replaced before the first step.
+        log_every: steps per window.
+        watched: whether the metrics of every step are wanted, and not only those of windows.
+        watch: watches what compiles.
+    """
+
+    example: tuple[TrainState, Batch] | None = None
+
+    def __init__(
+        self,
+        execution: Execution,
+        step: StepFn,
+        metrics: Mapping[str, Metric],
+        *,
+        forms: Choice,
+        log_every: int,
+        watched: bool = False,
+        watch: Watch | None = None,
+    ) -> None:
+        self.columns, self.log_every, self.forms = Columns(metrics), log_every, forms
+        self.names = tuple(results(metrics))
+        self.blank = Strip(
+            0, 0, blank(self.columns.strip_rows(log_every), self.columns.width), True
+        )
+        self.ledger, self._watched, self._is_placed = Ledger(), watched, False
+        kept, watch = metrics if watched else {}, watch or Watch()
+        self._one = execution.program(single(step, self.columns, watched=watched), donate=0)
+        loop = fused(step, self.columns, kept)
+        many = execution.program(loop, donate=0)
+        full = execution.program(lambda *each: loop(*each, each[1].capacity), donate=0)
+        self._single = watch.over(self._one, "the step", ("state", "table", "source"))
+        self._fused = watch.over(many, "the fused steps", ("state", "source", "num_steps"))
+        self._full = watch.over(full, "the fused steps of a full chunk", ("state", "source"))
+
+    def begin(self) -> None:
+        """Begins with another state: the first chunk says on which devices it goes."""
+        self._is_placed = False
+
+    def __call__(
+        self, state: TrainState, strip: Strip, chunk: Chunk, step: int
+    ) -> tuple[TrainState, Strip, list[Any]]:
+        """Runs a chunk.
+
+        Args:
+            state: given away.
+            strip: what the chunk before returned; `blank` before the first one.
+            chunk: the batches.
+            step: completed steps before the first one.
+
+        Returns:
+            The new state; the rows of the steps, which may be added to those of the steps before;
+            the metrics of each step, none if they are not watched.
+        """
+        if not self._is_placed:
+            self._is_placed = True
+            state, table = placed_with((state, self.blank.table), chunk.source)
+            strip = self.blank = self.blank._replace(table=table)
+        outer = self.ledger.turn_to("host")
+        state, strip, metrics = self._hand_over(state, strip, chunk, step)
+        self.ledger.handed(strip.table)
+        self.ledger.turn_to(outer)
+        return state, strip, metrics
+
+    def flops(self) -> Flops | None:
+        """Counts the FLOPs of one step; see `flops_of`."""
+        if self.example is None:
+            return None
+        state, batch = self.example
+        return flops_of(self._one, state, self.blank.table, One(batch))
+
+    def _hand_over(
+        self, state: TrainState, strip: Strip, chunk: Chunk, step: int
+    ) -> tuple[TrainState, Strip, list[Any]]:
+        if chunk.source.capacity > 1:
+            is_full = self.forms.form.rest and chunk.num_steps == chunk.source.capacity
+            end = () if is_full else (np.int32(chunk.num_steps),)
+            program = self._full if is_full else self._fused
+            state, table, measured = program(state, chunk.source, *end)
+            metrics = [_row(measured, row) for row in range(chunk.num_steps * self._watched)]
+            return state, Strip(step, chunk.num_steps, table, False), metrics
+        is_full = strip.num_rows in (0, len(strip.table))
+        if is_full or not strip.at_end or step % self.log_every == 0:
+            strip = self.blank._replace(first=step)
+        state, table, measured = self._single(state, strip.table, chunk.source)
+        strip = Strip(strip.first, strip.num_rows + 1, table, True)
+        return state, strip, [measured] * self._watched
+
+
+def _row(tree: PyTree, row: int) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf[row], tree)

@@ -1,0 +1,290 @@
+"""Rows: the metrics of each step as a row of bits, merged on the host, a window at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distaff import metrics as metrics_lib
+from distaff.core.typing import PyTree
+from distaff.metrics import Metric
+from distaff.metrics.accumulators import known_or_zero
+from distaff.metrics.limits import Breach, first_breach
+from distaff.step.guard import FLAGS, Flags
+
+_MAX_STRIP_BYTES = 2**16
+_MAX_STRIP_ROWS = 64
+
+
+class Columns:
+    """Where the numbers of a step's metrics lie in a row of uint32.
+
+    One array per step or per program costs the device and the host less than one for each number.
+    Bits, and not floats, so that every dtype keeps its value.
+
+    Args:
+        metrics: the metrics of one step, or their shapes.
+
+    Attributes:
+        width: uint32 numbers in a row.
+    """
+
+    def __init__(self, metrics: Mapping[str, Metric]) -> None:
+        self._example = dict(metrics)
+        leaves, self._structure = jax.tree.flatten(self._example)
+        self._forms = [(leaf.shape, _wide(leaf.dtype)) for leaf in leaves]
+        sizes = [int(np.prod(shape)) * dtype.itemsize // 4 for shape, dtype in self._forms]
+        self._ends = np.cumsum([0, *sizes])
+        self.width = int(self._ends[-1])
+
+    def row(self, metrics: Mapping[str, Metric]) -> jax.Array:
+        """Returns the metrics of a step as one row: uint32 `[width]`. Works inside a program."""
+        leaves = self._structure.flatten_up_to(dict(metrics))
+        parts = [
+            jax.lax.bitcast_convert_type(jnp.asarray(leaf, dtype), jnp.uint32).reshape(-1)
+            for leaf, (_, dtype) in zip(leaves, self._forms, strict=True)
+        ]
+        return jnp.concatenate([jnp.zeros(0, jnp.uint32), *parts])
+
+    def metrics(self, rows: np.ndarray) -> dict[str, Metric]:
+        """Returns the metrics in rows `[rows, width]`: float64 leaves `[rows, ...]`."""
+        parts = zip(self._ends[:-1], self._ends[1:], self._forms, strict=True)
+        leaves = [
+            np.ascontiguousarray(rows[:, start:end])
+            .view(dtype)
+            .reshape(len(rows), *shape)
+            .astype(np.float64)
+            for start, end, (shape, dtype) in parts
+        ]
+        return self._structure.unflatten(leaves)
+
+    def like(self, leaves: Sequence[np.ndarray]) -> dict[str, Metric]:
+        """Returns merged metrics with these leaves: float64, in the shapes of a step's.
+
+        Raises:
+            ValueError: they are of another form.
+        """
+        forms = [(leaf.dtype, leaf.shape) for leaf in leaves]
+        if forms != [(np.dtype(np.float64), shape) for shape, _ in self._forms]:
+            raise ValueError(f"the metrics of a step are not of the form {forms}")
+        return self._structure.unflatten(leaves)
+
+    def unlike(self) -> Columns:
+        """Returns the columns of the same step with a guard, if this one has none; or without."""
+        rest = {name: x for name, x in self._example.items() if not isinstance(x, Flags)}
+        if len(rest) == len(self._example):
+            flags = jax.ShapeDtypeStruct((len(Flags.names),), np.dtype(np.float32))
+            rest[FLAGS] = Flags(flags)
+        return Columns(rest)
+
+    def translated(self, rows: np.ndarray, columns: Columns) -> np.ndarray:
+        """Returns rows of other columns as rows of these; what they have not is 0."""
+        known = {name: rows[:, start:end] for name, (start, end) in columns.spans.items()}
+        parts = [np.zeros((len(rows), 0), np.uint32)]
+        for name, (start, end) in self.spans.items():
+            parts.append(known.get(name, np.zeros((len(rows), end - start), np.uint32)))
+        return np.concatenate(parts, axis=1)
+
+    def completed(self, metrics: Mapping[str, Metric]) -> dict[str, Metric]:
+        """Returns merged metrics with those names that a step has; flags that are missing are 0."""
+        none = Flags(np.zeros(len(Flags.names)))
+        return {name: metrics.get(name, none) for name in self._example}
+
+    @cached_property
+    def spans(self) -> dict[str, tuple[int, int]]:
+        """Where in a row the numbers of each metric begin and end, by name, in their order."""
+        sizes = {name: len(jax.tree.leaves(self._example[name])) for name in sorted(self._example)}
+        ends = self._ends[np.cumsum([0, *sizes.values()])].tolist()
+        return dict(zip(sizes, pairwise(ends), strict=True))
+
+    def strip_rows(self, log_every: int) -> int:
+        """Returns how many rows of single steps to keep in one array."""
+        fitting = _MAX_STRIP_BYTES // (4 * max(self.width, 1))
+        return max(1, min(log_every, fitting, _MAX_STRIP_ROWS))
+
+
+class Strip(NamedTuple):
+    """Rows of consecutive steps, on the device.
+
+    Attributes:
+        first: completed steps before the first row.
+        num_rows: rows that are filled.
+        table: uint32 `[rows, width]`.
+        at_end: whether the filled rows are its last ones, rather than its first.
+    """
+
+    first: int
+    num_rows: int
+    table: jax.Array
+    at_end: bool
+
+    def fetch(self) -> np.ndarray:
+        """Returns the filled rows, on the host; waits for them."""
+        rows = np.asarray(self.table)
+        return rows[len(rows) - self.num_rows :] if self.at_end else rows[: self.num_rows]
+
+
+class WindowEnd(NamedTuple):
+    """The steps since the previous log line, read from the device.
+
+    Attributes:
+        step: the last step of the window.
+        metrics: merged metrics, on the host.
+        bad: the first step that was bad, and was not left out; None without.
+        skipped: the steps that were left out.
+        breach: the first batch with a value out of range, counted from 0 at the first step of a
+            run; None without.
+    """
+
+    step: int
+    metrics: dict[str, Metric]
+    bad: BadStep | None = None
+    skipped: tuple[int, ...] = ()
+    breach: Breach | None = None
+
+
+class BadStep(NamedTuple):
+    """A step whose loss, or what it made of the state, is not to be trained on.
+
+    Attributes:
+        step: completed updates with it.
+        is_spike: whether its loss is a spike; else something is NaN or infinite.
+    """
+
+    step: int
+    is_spike: bool
+
+
+class Readout:
+    """Reads the rows of an epoch, window by window, and each window when the next one is full.
+
+    Args:
+        columns: what is in a row.
+        log_every: a window ends at each multiple of this in the global step.
+        step: completed steps.
+        rows: of the last of these steps, which belong to a window that is not read yet.
+    """
+
+    def __init__(
+        self, columns: Columns, log_every: int, step: int, rows: np.ndarray | None = None
+    ) -> None:
+        self._columns, self._every = columns, log_every
+        self._strips: list[Strip] = []
+        self._read = self._full = self._last = step
+        if rows is not None and len(rows):
+            self._read = self._full = step - len(rows)
+            self._strips = [Strip(self._read, len(rows), jax.device_put(rows), False)]
+
+    def add(self, strip: Strip, step: int) -> Iterator[WindowEnd]:
+        """Takes the rows up to a step, and yields the windows that have become due.
+
+        Args:
+            strip: a new one, or the one before with more rows.
+            step: the step of its last row.
+        """
+        if self._strips and self._strips[-1].first == strip.first:
+            self._strips.pop()
+        self._strips.append(strip)
+        self._last, due = step, self._full
+        full = step - step % self._every
+        if full > self._full:
+            self._full = full
+            for each in self._strips:
+                if each.first + each.num_rows > due:
+                    each.table.copy_to_host_async()
+            yield from self._windows(due)
+
+    def due(self) -> Iterator[WindowEnd]:
+        """Yields the windows that are full; waits for them."""
+        yield from self._windows(self._full)
+
+    def left(self) -> np.ndarray:
+        """Returns the rows of steps that no window has yet, uint32 `[rows, width]`; see `due`."""
+        rows = self._rows(self._read, self._last)
+        return np.concatenate([np.zeros((0, self._columns.width), np.uint32), *rows])
+
+    def bad(self, rows: np.ndarray) -> BadStep | None:
+        """Returns the first bad step among those of `left`."""
+        flags = _flags(self._columns.metrics(rows), len(rows))
+        return _judged(self._last - len(rows), flags)[0]
+
+    def breach(self, rows: np.ndarray) -> Breach | None:
+        """Returns the first batch with a value out of range among the rows of `left`."""
+        if not len(rows):
+            return None
+        merged = metrics_lib.merge_rows(self._columns.metrics(rows))
+        return _breach(merged, self._last - len(rows))
+
+    def rest(self) -> Iterator[WindowEnd]:
+        """Yields the windows that are left, the last one as far as it has come."""
+        yield from self._windows(self._last)
+
+    def _windows(self, end: int) -> Iterator[WindowEnd]:
+        """Yields the windows up to a step; their rows are fetched and taken apart together."""
+        start, self._read = self._read, end
+        if start == end:
+            return
+        rows = self._rows(start, end)
+        self._strips = [each for each in self._strips if each.first + each.num_rows > end]
+        metrics = self._columns.metrics(np.concatenate(rows))
+        flags = _flags(metrics, end - start)
+        leaves, structure = jax.tree.flatten(metrics)
+        step = start
+        while step < end:
+            first, step = step, min(step - step % self._every + self._every, end)
+            part = slice(first - start, step - start)
+            merged = metrics_lib.merge_rows(structure.unflatten([leaf[part] for leaf in leaves]))
+            yield WindowEnd(step, merged, *_judged(first, flags[:, part]), _breach(merged, first))
+
+    def _rows(self, start: int, end: int) -> list[np.ndarray]:
+        """Returns the rows of the steps after one and up to another, strip by strip."""
+        return [
+            strip.fetch()[max(start - strip.first, 0) : end - strip.first]
+            for strip in self._strips
+            if strip.first < end and strip.first + strip.num_rows > start
+        ]
+
+
+def _flags(metrics: Mapping[str, Metric], num_rows: int) -> np.ndarray:
+    """Returns which rows are bad, are spikes, were left out: bool `[3, rows]`."""
+    flags = np.zeros((3, num_rows), bool)
+    if isinstance(metrics.get(FLAGS), Flags):
+        flags[:] = np.asarray(metrics[FLAGS].compute()).T[:3] > 0
+    if "loss" in metrics and num_rows:
+        losses = np.asarray(known_or_zero(metrics["loss"])).reshape(num_rows, -1)
+        flags[0] |= ~np.isfinite(losses).all(axis=1) & ~flags[2]
+    return flags
+
+
+def _breach(metrics: Mapping[str, Metric], first: int) -> Breach | None:
+    """Returns the first breach of a limit among the merged metrics of the steps after one."""
+    found = first_breach(metrics)
+    return None if found is None else found._replace(batch=first + found.batch)
+
+
+def _judged(first: int, flags: np.ndarray) -> tuple[BadStep | None, tuple[int, ...]]:
+    """Returns the first bad step after a step, and those that were left out."""
+    is_bad, is_spike, is_skipped = flags
+    found = np.flatnonzero(is_bad | is_spike)[:1]
+    bad = None
+    if found.size:
+        bad = BadStep(first + int(found[0]) + 1, not is_bad[found[0]])
+    return bad, tuple(first + int(row) + 1 for row in np.flatnonzero(is_skipped))
+
+
+def _wide(dtype: Any) -> np.dtype:
+    """Returns the dtype of 32 or 64 bits that holds every value of another."""
+    if jnp.dtype(dtype).itemsize >= 4:
+        return np.dtype(dtype)
+    return np.dtype(np.float32 if jnp.issubdtype(dtype, jnp.floating) else np.int32)
+
+
+def blank(rows: int, width: int) -> PyTree:
+    """Returns a table without filled rows: uint32 `[rows, width]`."""
+    return jax.device_put(np.zeros((rows, width), np.uint32))

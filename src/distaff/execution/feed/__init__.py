@@ -1,0 +1,1 @@
+"""Batches, grouped into chunks and read ahead."""

@@ -1,0 +1,104 @@
+"""The machine: how many FLOPs per second it reaches at best, measured once and remembered."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from distaff.core.files import write_whole
+from distaff.execution import compile_cache
+
+_log = logging.getLogger("distaff")
+
+_SIZES = (1024, 2048, 4096)
+_REPEATS = 3
+
+_LONG_SECONDS = 0.01
+"""A product that takes this long is large enough: starting it is lost in the noise."""
+
+
+def peak_flops(again: bool = False) -> float | None:
+    """Returns the peak of one device, in FLOPs per second: of a product of float32 matrices.
+
+    The product runs with the precision that the user's own products have, on a GPU that of
+    TF32 unless JAX is told otherwise. It takes about 0.2 s on a CPU, and is remembered in
+    `machine.json` beside the compiled programs: for the kind of the device, the number of cores,
+    JAX's version and the precision. That file may be deleted at any
+    time. A machine that is busy with something else while it is measured seems slower than it is.
+
+    Args:
+        again: measure also where a peak is remembered, and keep the higher one.
+
+    Returns:
+        The peak; None where it cannot be measured.
+    """
+    home, key = compile_cache.home(), _key()
+    path = None if home is None else home / "machine.json"
+    known = {} if path is None else _remembered(path)
+    if again or key not in known:
+        try:
+            measured = _measure()
+        except Exception as error:  # out of memory, say: a run must not fail for its report
+            _log.debug("the peak of this machine cannot be measured: %s", error)
+            return known.get(key)
+        known = {**known, key: max(measured, known.get(key, 0.0))}
+        if path is not None:
+            with suppress(OSError):
+                write_whole(path, json.dumps(known, indent=2) + "\n", mode=0o600)
+    return known[key]
+
+
+def _key() -> str:
+    config: Any = jax.config  # whose options are made at run time
+    device = jax.local_devices()[0]
+    return (
+        f"{device.platform} {device.device_kind}, {_num_cores()} cores, jax {jax.__version__}, "
+        f"precision {config.jax_default_matmul_precision or 'default'}"
+    )
+
+
+def _num_cores() -> int:
+    """Returns the cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except (AttributeError, OSError):  # not on every system
+        return os.cpu_count() or 1
+
+
+def _measure() -> float:
+    product, best = jax.jit(jnp.matmul), 0.0
+    for size in _SIZES:
+        matrix = jnp.sin(jnp.arange(size * size, dtype=jnp.float32)).reshape(size, size)
+        product(matrix, matrix).block_until_ready()
+        seconds = min(_timed(product, matrix) for _ in range(_REPEATS))
+        best = max(best, 2 * size**3 / seconds)
+        if seconds >= _LONG_SECONDS:
+            break
+    return best
+
+
+def _timed(product: Any, matrix: jax.Array) -> float:
+    start = time.perf_counter()
+    product(matrix, matrix).block_until_ready()
+    return max(time.perf_counter() - start, 1e-9)
+
+
+def _remembered(path: Path) -> dict[str, float]:
+    """Returns the peaks in a file; none where it is absent or not as it was written."""
+    with suppress(OSError, ValueError, AttributeError):
+        peaks = json.loads(path.read_bytes())
+        return {
+            key: float(peak)
+            for key, peak in peaks.items()
+            if isinstance(peak, int | float) and math.isfinite(peak) and peak > 0
+        }
+    return {}

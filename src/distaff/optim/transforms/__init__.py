@@ -1,0 +1,1 @@
+"""Optax transformations, and what a step offers to them."""

@@ -1,0 +1,88 @@
+"""Which group of an optimizer a parameter belongs to, by the pattern of its path."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from distaff.core.typing import Params, PyTree
+from distaff.errors import ConfigError, leaf_name, nearest
+from distaff.optim.config import ParamGroup
+
+
+def group_labels(groups: Sequence[ParamGroup]) -> Callable[[Params], PyTree]:
+    """Returns a function from parameters to labels, as `optax.partition` takes it.
+
+    The label of a parameter is the index of the first group whose pattern matches its path, and
+    `len(groups)` where none does. The function raises ConfigError if a group gets no parameter.
+    """
+
+    def label_of(path: tuple) -> int:
+        name = leaf_name(path)
+        matching = (i for i, g in enumerate(groups) if fnmatch.fnmatchcase(name, g.pattern))
+        return next(matching, len(groups))
+
+    def labels(params: Params) -> PyTree:
+        labelled = jax.tree_util.tree_map_with_path(lambda path, _: label_of(path), params)
+        used = set(jax.tree.leaves(labelled))
+        for index, group in enumerate(groups):
+            if index not in used:
+                raise _without_parameters(group.pattern, params)
+        return labelled
+
+    return labels
+
+
+def is_trained(groups: Sequence[ParamGroup]) -> Callable[[Params], PyTree]:
+    """Returns a function from parameters to a mask: False for those that a group freezes."""
+    labels = group_labels(groups)
+    freezes = [*(group.freeze for group in groups), False]
+    return lambda params: jax.tree.map(lambda label: not freezes[label], labels(params))
+
+
+def keeps_statistics(groups: Sequence[ParamGroup]) -> Callable[[str], bool] | None:
+    """Returns whether running statistics at a path stay as they are; None where none do."""
+    if not any(group.freeze and group.freeze_statistics for group in groups):
+        return None
+
+    def keeps(name: str) -> bool:
+        matching = (group for group in groups if fnmatch.fnmatchcase(name, group.pattern))
+        group = next(matching, None)
+        return group is not None and group.freeze and group.freeze_statistics
+
+    return keeps
+
+
+def group_names(groups: Sequence[ParamGroup]) -> list[str]:
+    """Returns a name for each group, for the log: its pattern without what loggers refuse."""
+    names: list[str] = []
+    for index, group in enumerate(groups):
+        name = re.sub(r"[^\w./-]+", "", group.pattern).strip("/.") or "all"
+        names.append(f"{name}_{index}" if name in names else name)
+    return names
+
+
+def frozen() -> optax.GradientTransformation:
+    """Makes the transformation that leaves parameters as they are, bit for bit."""
+    # optax.set_to_zero would not: -0.0 + 0.0 is 0.0, whereas x + -0.0 is x for every x.
+    return optax.stateless(
+        lambda updates, _: jax.tree.map(lambda leaf: jnp.full_like(leaf, -0.0), updates)
+    )
+
+
+def _without_parameters(pattern: str, params: Params) -> ConfigError:
+    names = [leaf_name(path) for path, _ in jax.tree.leaves_with_path(params)]
+    if fnmatch.filter(names, pattern):
+        return ConfigError(
+            f"ParamGroup({pattern!r}) is without effect: earlier groups have all the parameters "
+            "it matches, and the first match counts. Put the narrower pattern first."
+        )
+    return ConfigError(
+        "The pattern of a ParamGroup must match the path of a parameter, and "
+        f"{pattern!r} matches none. {nearest(pattern, names)}"
+    )

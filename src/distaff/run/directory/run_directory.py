@@ -1,0 +1,375 @@
+"""The directory of one run: `<root>/<name>/0001`, whose files are whole or absent."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import logging
+import os
+import tempfile
+from collections.abc import Generator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from distaff.core.config import encoding
+from distaff.core.files import write_whole
+from distaff.core.paths import as_path
+from distaff.errors import ConfigError, RunDirectoryError, StateError, nearest
+from distaff.run.directory import environment
+
+STATUSES = ("running", "finished", "stopped", "pruned", "interrupted", "failed")
+
+_BEFORE_STATUS = ("run.lock", "run.lock.claim", "config.json")
+_UNFINISHED = ("running", "interrupted", "failed")
+_log = logging.getLogger("distaff")
+_REMEDIES = {
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR), "Move that file away, or choose another root."),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free some space, or choose another disk."),
+    errno.ENOENT: "Check the path.",
+    errno.ENAMETOOLONG: "Choose a shorter name, or a root with a shorter path.",
+}
+# Never writable by everybody, whatever the umask.
+_DIRECTORY_MODE = 0o775
+
+
+class RunDirectory:
+    """The place of a run's files; nothing is written before `create`.
+
+    A run called "digits" is put in `runs/digits/0001`, the next one in `runs/digits/0002`; none is
+    overwritten. It holds `config.json`, `env.json`, `status.json`, `metrics.jsonl`,
+    `metrics/*.json`, `throughput.jsonl`, `checkpoints/step_00001200/` and `log.txt`.
+
+    Args:
+        root: the directory that holds all runs.
+        name: the run's name: one path component, or several joined by "/".
+
+    Raises:
+        ConfigError: the name is not such a path.
+    """
+
+    def __init__(self, root: Path | str = "runs", name: str = "run") -> None:
+        # Absolute: a relative root stays where it was when the program changes its directory.
+        self._parent = as_path(root, "root") / _checked(name)
+        self.name = name
+        self.marks: dict[str, Any] = {}
+        self._path: Path | None = None
+        self._counted = False
+
+    @classmethod
+    def open(cls, path: Path | str) -> RunDirectory:
+        """Returns the run that a directory already holds.
+
+        Args:
+            path: the directory of the run, such as `runs/digits/0001`.
+
+        Raises:
+            RunDirectoryError: there is no such directory.
+        """
+        place = as_path(path, "The path of a run")
+        if not place.is_dir():
+            raise RunDirectoryError(
+                f"An existing run must be a directory; {str(path)!r} is not. Check the path."
+            )
+        run = cls()
+        run._path, run._parent = place, place.parent
+        return run
+
+    @property
+    def created(self) -> bool:
+        """Whether the directory exists, so that files can be written."""
+        return self._path is not None
+
+    @property
+    def root(self) -> Path:
+        """The absolute path of the directory that holds all runs."""
+        return self._parent.parents[self.name.count("/")]
+
+    @property
+    def path(self) -> Path:
+        """The absolute path of this run.
+
+        Raises:
+            StateError: it is not created yet.
+        """
+        if self._path is None:
+            raise StateError(
+                f"A run's path is known once it is created; the run below {str(self._parent)!r} "
+                f"is not. Call create() first."
+            )
+        return self._path
+
+    def check_writable(self) -> None:
+        """Tries whether `create` can succeed, and leaves nothing behind.
+
+        Raises:
+            RunDirectoryError: a file is in the way, or the file system refuses.
+        """
+        nearest_existing = self._path or self._parent
+        while not os.path.lexists(nearest_existing):
+            nearest_existing = nearest_existing.parent
+        with explained(nearest_existing):
+            os.rmdir(tempfile.mkdtemp(prefix=".distaff-", dir=nearest_existing))
+
+    def create(self) -> Path:
+        """Reserves the next version, or returns the one that this object has reserved before.
+
+        Returns:
+            The new, empty directory.
+
+        Raises:
+            RunDirectoryError: it cannot be created.
+        """
+        if self._path is None:
+            with explained(self._parent):
+                self._path = _next_version(self._parent)
+        return self._path
+
+    def write_json(self, name: str, value: Any) -> Path:
+        """Writes a value as `encoding.to_json` records it; the file is whole or as it was.
+
+        Args:
+            name: the file relative to the run, such as `metrics/test.json`.
+            value: anything that `encoding.to_json` takes.
+
+        Returns:
+            The file.
+
+        Raises:
+            RunDirectoryError: it cannot be written.
+            StateError: the run is not created yet.
+        """
+        return self.write_text(name, encoding.dumps(encoding.to_json(value)))
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Writes a text in UTF-8; the file is whole or as it was.
+
+        Args:
+            name: the file relative to the run.
+            text: its new content.
+
+        Returns:
+            The file.
+
+        Raises:
+            RunDirectoryError: it cannot be written.
+            StateError: the run is not created yet.
+        """
+        target = self.path / _checked(name)
+        with explained(target):
+            target.parent.mkdir(_DIRECTORY_MODE, parents=True, exist_ok=True)
+            write_whole(target, text)
+        return target
+
+    def read_json(self, name: str) -> Any:
+        """Returns the parsed content of a JSON file.
+
+        Args:
+            name: the file relative to the run.
+
+        Raises:
+            RunDirectoryError: it is absent or is not JSON.
+            StateError: the run is not created yet.
+        """
+        target = self.path / _checked(name)
+        try:
+            with explained(target, "read"):
+                return encoding.load(target)
+        except ValueError as error:
+            raise RunDirectoryError(
+                f"A file of a run must be JSON; {str(target)!r} is not: {error}. Remove it."
+            ) from error
+
+    def write_environment(self) -> Path:
+        """Writes `env.json`: versions, platform, devices, processes, command line, commit.
+
+        Those of earlier starts of the run stay, in `starts`.
+        """
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        return self.write_json("env.json", environment.with_start(self._environment(), now))
+
+    def environment_changes(self) -> list[str]:
+        """Returns what this start runs on that is other than at the start before, by name."""
+        return environment.changes(self._environment(), environment.describe())
+
+    def _environment(self) -> Any:
+        with contextlib.suppress(RunDirectoryError):
+            return self.read_json("env.json")
+        return None
+
+    def set_status(self, status: str, **facts: Any) -> None:
+        """Writes `status.json`: the status, when the run started and ended, and further facts.
+
+        A run that is started again keeps when it started first; `starts` counts how often an object
+        of this class has called it `"running"`.
+
+        Args:
+            status: one of `STATUSES`.
+            **facts: what to record beside it, such as `step` and `epoch`.
+
+        Raises:
+            ConfigError: the status is unknown.
+            RunDirectoryError: it cannot be written.
+        """
+        if status not in STATUSES:
+            raise ConfigError(f"A run has no status {status!r}. {nearest(status, STATUSES)}")
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        started, starts = self._starts(now)
+        if status == "running" and not self._counted:
+            self._counted = True
+            starts += 1
+        times = {"started": started, "ended": None if status == "running" else now}
+        known = {"status": status, **times, "starts": starts, **self.marks}
+        self.write_json("status.json", {**known, **facts})
+
+    def unfinished(self) -> list[Path]:
+        """Returns the versions after the last one that ended, the newest first.
+
+        Their status is running, interrupted or failed. Whether one that is "running" still lives is
+        what `run_lock.locked` finds out. Where `status.json` is damaged or missing, the run counts
+        as unfinished if it has a checkpoint, and the log says so; without one it is passed over.
+
+        Raises:
+            RunDirectoryError: the directory of all versions cannot be read.
+        """
+        found = []
+        for path in _versions(self._parent):
+            status = noted_status(path)
+            if status is not None and status["status"] not in _UNFINISHED:
+                break
+            found += [] if status is None else [path]
+        return found
+
+    def versions(self) -> list[Path]:
+        """Returns the directories of all runs of this name, the newest first.
+
+        Raises:
+            RunDirectoryError: the directory of all versions cannot be read.
+        """
+        return _versions(self._parent)
+
+    def left_over(self) -> list[Path]:
+        """Returns the newest versions that hold nothing, the oldest first.
+
+        A run that was killed at once has left them, or one is just starting there.
+        """
+        versions = itertools.takewhile(is_left_over, _versions(self._parent))
+        return list(versions)[::-1]
+
+    def take(self, path: Path | None) -> None:
+        """Takes a version that is there already for its own, such as one of `unfinished`.
+
+        Args:
+            path: its directory; None gives up the one that was taken before.
+        """
+        self._path = path
+
+    def _starts(self, now: str) -> tuple[str, int]:
+        """Returns when the run started first, and how often it did, as far as that was noted."""
+        before = None
+        with contextlib.suppress(RunDirectoryError):  # no status yet
+            before = self.read_json("status.json")
+        if not isinstance(before, dict):
+            return now, 0
+        started, starts = before.get("started"), before.get("starts", 1)
+        known = type(starts) is int and starts > 0
+        return started if isinstance(started, str) else now, starts if known else 1
+
+
+def _checked(name: str) -> str:
+    parts = name.split("/")
+    if not name.isprintable() or "\\" in name or {"", ".", ".."} & set(parts):
+        raise ConfigError(
+            f"A name within a run directory must be simple path components joined by '/', "
+            f"without '..', but it is {name!r}. For example: 'digits' or 'sweep/digits'."
+        )
+    return name
+
+
+@contextlib.contextmanager
+def explained(path: Path, verb: str = "written") -> Generator[None]:
+    """Turns what the file system refuses in the block into an error with a remedy.
+
+    Args:
+        path: the file or directory in question.
+        verb: what cannot be done with it.
+
+    Raises:
+        RunDirectoryError: there was an OSError.
+    """
+    try:
+        yield
+    except RunDirectoryError:
+        raise
+    except OSError as error:
+        remedy = _REMEDIES.get(error.errno or 0, "Choose another root, or change its permissions.")
+        raise RunDirectoryError(
+            f"A run directory must be one that can be {verb}; {str(path)!r} cannot: "
+            f"{error.strerror or error}. {remedy}"
+        ) from error
+
+
+def _versions(parent: Path) -> list[Path]:
+    """Returns the directories of a run's versions, the newest first."""
+    with explained(parent, "read"):
+        if not parent.is_dir():
+            return []
+        entries = [entry for entry in os.listdir(parent) if _is_version(entry)]
+        paths = [parent / entry for entry in sorted(entries, key=int, reverse=True)]
+        return [path for path in paths if path.is_dir()]
+
+
+def _is_version(entry: str) -> bool:
+    return entry.isascii() and entry.isdecimal() and len(entry) < 20
+
+
+def is_left_over(path: Path) -> bool:
+    """Whether a version holds nothing but what a run writes before its status."""
+    with contextlib.suppress(OSError):
+        return all(name in _BEFORE_STATUS or _is_part(name) for name in os.listdir(path))
+    return False
+
+
+def _is_part(name: str) -> bool:
+    return name.startswith(".") and name.endswith(".tmp")
+
+
+def noted_status(path: Path) -> dict[str, Any] | None:
+    """Returns what `status.json` of a run holds, its status at least.
+
+    Args:
+        path: the directory of the run.
+
+    Returns:
+        The status "running" where the file is damaged or missing, and there are checkpoints; None
+        without.
+    """
+    problem = ""
+    try:
+        status = RunDirectory.open(path).read_json("status.json")
+        if isinstance(status, dict) and status.get("status") in STATUSES:
+            return status
+        problem = f"the status in {str(path / 'status.json')!r} is unknown"
+    except RunDirectoryError as error:
+        problem = str(error)
+    if any((path / "checkpoints").glob("step_*")):
+        _log.warning("%s counts as unfinished, since it has checkpoints: %s", path, problem)
+        return {"status": "running"}
+    if (path / "status.json").exists():  # else it is only being made, or was left at once
+        _log.warning("%s cannot be continued: %s", path, problem)
+    return None
+
+
+def _next_version(parent: Path) -> Path:
+    parent.mkdir(parents=True, exist_ok=True)
+    taken = [int(entry) for entry in os.listdir(parent) if _is_version(entry)]
+    version = max(taken, default=0) + 1
+    while True:
+        path = parent / f"{version:04d}"
+        try:
+            os.mkdir(path, _DIRECTORY_MODE)  # atomic: one of two processes gets this version
+        except FileExistsError:
+            version += 1
+        else:
+            return path

@@ -1,0 +1,111 @@
+"""`log.txt`: the lines of the logger `distaff` in a run's directory."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Generator
+from pathlib import Path
+
+from distaff.core.files import FILE_MODE
+from distaff.run.directory.run_directory import explained
+
+_LINE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class _File(logging.FileHandler):
+    """A log file that may be on a full disk: a line that cannot be written is lost."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 the name in logging
+        """Does nothing: the standard handler would write a traceback to standard error."""
+
+
+class _Relay(logging.Handler):
+    """Passes records to the handlers of the loggers above, as they would have got them.
+
+    During a run the level of the logger `distaff` is lowered, so that `log.txt` has every line; a
+    program that asked for warnings alone shall not get more of them on its screen.
+    """
+
+    def __init__(self, level: int) -> None:
+        super().__init__()
+        self._level = level  # of the logger, before it was lowered
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Passes a record on; without any handler above, log.txt alone has it."""
+        parent = _logger.parent
+        if parent is None or not _handlers_of(parent):
+            return
+        if record.levelno >= (self._level or parent.getEffectiveLevel()):
+            with contextlib.suppress(Exception):  # one on a standard error that is closed
+                parent.callHandlers(record)
+
+
+def _handlers_of(logger: logging.Logger | None) -> list[logging.Handler]:
+    """Returns the handlers of a logger and of those that it propagates to."""
+    if logger is None:
+        return []
+    above = _handlers_of(logger.parent) if logger.propagate else []
+    return [*logger.handlers, *above]
+
+
+@contextlib.contextmanager
+def open_log(directory: Path) -> Generator[logging.Logger]:
+    """Appends the lines of the logger `distaff` to `log.txt`, from level INFO, while in the block.
+
+    The program's own handlers get the lines that its own levels let through, as without a run.
+
+    Args:
+        directory: of the run.
+
+    Yields:
+        The logger.
+
+    Raises:
+        RunDirectoryError: `log.txt` cannot be written.
+    """
+    target = directory / "log.txt"
+    with explained(target):
+        target.touch(FILE_MODE)
+        file = _File(target, encoding="utf-8", errors="backslashreplace")
+    formatter = logging.Formatter(_LINE, datefmt="%Y-%m-%dT%H:%M:%SZ")
+    formatter.converter = time.gmtime
+    file.setFormatter(formatter)
+    with _lowered():
+        _logger.addHandler(file)
+        try:
+            yield _logger
+        finally:
+            _logger.removeHandler(file)
+            file.close()
+
+
+@contextlib.contextmanager
+def _lowered() -> Generator[None]:
+    """Lowers the level of the logger while any run of this process has its log open."""
+    with _lock:
+        if not _before:
+            _before.append((_logger.level, _logger.propagate, _Relay(_logger.level)))
+            if _logger.propagate:
+                _logger.addHandler(_before[0][2])
+            _logger.setLevel(_logger.level or logging.INFO)
+            _logger.propagate = False
+        else:
+            _before.append(_before[0])
+    try:
+        yield
+    finally:
+        with _lock:
+            level, propagate, relay = _before.pop()
+            if not _before:
+                _logger.removeHandler(relay)
+                _logger.propagate = propagate
+                _logger.setLevel(level)
+
+
+_logger = logging.getLogger("distaff")
+_lock = threading.Lock()
+_before: list[tuple[int, bool, _Relay]] = []
+"""How the logger was before the first open log, once for each that is open."""

@@ -1,0 +1,136 @@
+"""Numbers, epochs and metrics as text of constant width."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from distaff.core.typing import Scalars
+
+NUMBER_WIDTH = 6
+
+
+def number(value: float) -> str:
+    """Returns a number in six characters, with as many digits as they hold.
+
+    Args:
+        value: any float; beyond the range of float32 the text may be one character longer.
+
+    Returns:
+        The text, padded on the left.
+
+    >>> [number(value) for value in (0.12344, 12.345, -3.14159, 1.2e-5, 1234567.0, 7.0)]
+    ['0.1234', '12.345', '-3.142', '1.2e-5', ' 1.2e6', '7.0000']
+    """
+    tiny = 0 < abs(value) < 1e-3
+    text = ""
+    for form in (".1e", ".0e") if tiny else (".4f", ".3f", ".2f", ".1f", ".0f", ".1e", ".0e"):
+        text = f"{value:{form}}".replace("e+", "e").replace("e0", "e").replace("e-0", "e-")
+        if len(text) <= NUMBER_WIDTH:
+            break
+    return text.rjust(NUMBER_WIDTH)
+
+
+def clock_time(seconds: float) -> str:
+    """Returns a duration as `1:23` or `1:02:03`."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def metric_fields(metrics: Scalars) -> list[str]:
+    """Returns one field per split, in the order met: `["train loss 0.1234", "val loss 0.1402"]`."""
+    splits: dict[str, list[str]] = {}
+    for name, value in metrics.items():
+        split, _, metric = name.rpartition("/")
+        splits.setdefault(split, []).append(f"{metric} {number(value)}")
+    return [" ".join([split, *texts]).lstrip() for split, texts in splits.items()]
+
+
+def epoch_text(
+    epoch: int,
+    num_epochs: int,
+    step: str,
+    metrics: Scalars,
+    seconds: float,
+    examples_per_second: float,
+    is_best: bool,
+    width: int | None,
+) -> str:
+    """Returns the line of one epoch.
+
+    Where `width` is too narrow, the rate, the seconds and the step are left out, in this order.
+
+    >>> metrics = {"train/loss": 0.25, "val/loss": 0.5}
+    >>> epoch_text(3, 20, " 60", metrics, 0.82, 1234, True, 80)
+    'epoch  3/20  step  60  train loss 0.2500  val loss 0.5000   0.8 s *'
+    """
+    fields = [
+        (0, f"epoch {epoch:{len(str(num_epochs))}}/{num_epochs}"),
+        (1, f"step {step}"),
+        *((0, field) for field in metric_fields(metrics)),
+        (2, f"{seconds:4.{1 if seconds < 100 else 0}f} s"),
+    ]
+    if examples_per_second:
+        fields.append((3, f"{examples_per_second:6.0f} examples/s"))
+    room = None if width is None else width - 2
+    return fit(fields, width=room) + (" *" if is_best else "")
+
+
+def fit(fields: Sequence[tuple[int, str]], *, width: int | None) -> str:
+    """Joins fields with two spaces, leaving out what does not fit.
+
+    Args:
+        fields: rank and text of each field, in the order of the line. The highest rank goes first;
+            rank 0 stays, and stands one space apart if need be.
+        width: columns at hand; `None` is without limit.
+    """
+    texts = [text for _, text in fields]
+    for rank in sorted({rank for rank, _ in fields}, reverse=True):
+        texts = [text for field_rank, text in fields if field_rank <= rank]
+        line = "  ".join(texts)
+        if width is None or len(line) <= width:
+            return line
+    return " ".join(texts)
+
+
+def rows_by_split(metrics: Mapping[str, Any], titles: Mapping[str, str]) -> dict[str, Scalars]:
+    """Returns the metrics of a run that are one number, as the rows of a table.
+
+    Args:
+        metrics: by name, such as `val/loss`.
+        titles: what to call the splits `train`, `val` and `test`.
+    """
+    rows = {}
+    for split in ("train", "val", "test"):
+        found = {
+            name.removeprefix(f"{split}/"): value
+            for name, value in metrics.items()
+            if name.startswith(f"{split}/") and np.ndim(value) == 0
+        }
+        if found:
+            rows[titles.get(split, split)] = found
+    return rows
+
+
+def metrics_table(rows: Mapping[str, Scalars]) -> Table:
+    """Returns a table with one column per split and one row per metric.
+
+    Args:
+        rows: metrics by split; a name may carry its split, as in `{"test": {"test/loss": 0.35}}`.
+    """
+    by_split = {
+        split: {name.removeprefix(f"{split}/"): value for name, value in metrics.items()}
+        for split, metrics in rows.items()
+    }
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 3, 0, 0))
+    table.add_column("")
+    for split in by_split:
+        table.add_column(split, justify="right")
+    for name in dict.fromkeys(name for metrics in by_split.values() for name in metrics):
+        cells = [number(metrics[name]) if name in metrics else "-" for metrics in by_split.values()]
+        table.add_row(name, *cells)
+    return table

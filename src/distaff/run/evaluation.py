@@ -1,0 +1,239 @@
+"""Evaluation and prediction: the fold of a step over a loader, exact over batches of any sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distaff import metrics as metrics_lib
+from distaff.core.typing import Batch, PyTree
+from distaff.data import num_examples
+from distaff.errors import BatchError, leaf_name
+from distaff.execution.compile.recompiles import Watch
+from distaff.execution.dispatch.packed_metrics import Columns
+from distaff.execution.execution import Compiled, Execution
+from distaff.execution.feed.chunk import Chunk, One, Source, pad
+from distaff.execution.feed.padding import MayPad, Padding, Sizes, form_of_examples, has_rows
+from distaff.metrics import Metric, PerExample
+from distaff.step.normalise import accumulating, reduced
+from distaff.step.state import TrainState
+from distaff.step.step import EvalFn, EvalStep, per_example
+
+_IN_FLIGHT = 32
+
+
+class Evaluator:
+    """Folds an evaluation step over a loader.
+
+    Every example counts once, and batches may have any sizes. A batch that is smaller than one
+    before it, whose examples have its shapes, is padded to the size of that one and masked, so that
+    one program serves both. It keeps its own size, which compiles once more, where the step cannot
+    mask (its loss or a metric is not one value per example, or it is a function of your own), or
+    where an example's values depend on other examples; see `Padding`.
+
+    Args:
+        eval_step: an `EvalStep`, or any `(state, batch) -> metrics`.
+        execution: how the step is made to run.
+        watch: watches what compiles.
+
+    Attributes:
+        outputs: `(state, batch) -> metrics`, before any of them is reduced.
+    """
+
+    def __init__(
+        self, eval_step: EvalFn | EvalStep, execution: Execution, watch: Watch | None = None
+    ) -> None:
+        self._execution = execution
+        self._padding: Padding | None = None
+        self.outputs = execution.part(getattr(eval_step, "outputs", eval_step))
+        if isinstance(eval_step, EvalStep):
+            self._padding = Padding(execution, self._per_example)
+        self._one = execution.part(self._accumulating_one)
+        self._run = execution.program(self._accumulating)
+        watch, arguments = watch or Watch(), ("state", "source", "mask", "num_steps")
+        many = execution.program(self._accumulating_each)
+        self._call = watch.over(self._run, "the evaluation step", arguments)
+        self._call_fused = watch.over(many, "the fused evaluation steps", arguments)
+
+    def __call__(self, state: TrainState, chunks: Iterable[Chunk]) -> dict[str, Metric]:
+        """Returns the metrics over all examples, on the host.
+
+        Args:
+            state: evaluated, not changed.
+            chunks: one pass over a data set.
+
+        Raises:
+            BatchError: there is no batch.
+        """
+        sizes, waiting, total = Sizes(self.may_pad(state)), [], None
+        for chunk in chunks:
+            waiting.append(self._measure(state, chunk, sizes))
+            if len(waiting) == _IN_FLIGHT:
+                total, waiting = _drained(total, waiting), []
+        total = _drained(total, waiting)
+        if total is None:
+            raise BatchError("An evaluation needs at least one batch; the loader gave none.")
+        return total
+
+    def may_pad(self, state: TrainState) -> MayPad:
+        """Returns whether batches may be padded in an evaluation of a state."""
+        return (lambda source: False) if self._padding is None else self._padding.of(state)
+
+    def step(self, state: TrainState, batch: Batch) -> dict[str, Metric]:
+        """Returns the metrics of one full batch, as they are merged, from the trace of a run."""
+        return self._run(state, One(batch), self._mask(state, batch))
+
+    def shapes(self, state: TrainState, batch: Batch) -> dict[str, Metric]:
+        """Returns the metrics of one full batch, as shapes where the step can be traced."""
+        return self._execution.shapes(self._run, state, One(batch), self._mask(state, batch))
+
+    def _mask(self, state: TrainState, batch: Batch) -> np.ndarray | None:
+        return np.ones(num_examples(batch), bool) if self.may_pad(state)(One(batch)) else None
+
+    def _measure(self, state: TrainState, chunk: Chunk, sizes: Sizes) -> dict[str, Metric] | _Rows:
+        source, mask = chunk.source, None
+        form = form_of_examples(source, axes=1 if isinstance(source, One) else 2)
+        full = sizes.full(form, chunk.examples, lambda: source)
+        if full.may_pad:
+            source, mask = source.padded(full.size), np.arange(full.size) < chunk.examples
+        if source.capacity == 1:
+            return self._call(state, source, mask)
+        return _Rows(
+            chunk.num_steps, self._call_fused(state, source, mask, np.int32(chunk.num_steps))
+        )
+
+    def _per_example(self, state: TrainState, batch: Batch) -> dict[str, PerExample]:
+        return per_example(self.outputs(state, batch))
+
+    def _accumulating_one(
+        self, state: TrainState, batch: Batch, mask: jax.Array | None
+    ) -> dict[str, Metric]:
+        size = num_examples(batch)
+        if self._padding is None:
+            return accumulating(self.outputs(state, batch), size)
+        kept = jnp.ones(size, bool) if mask is None else mask
+        return reduced(self.outputs(state, batch), kept)
+
+    def _accumulating(
+        self, state: TrainState, source: Source, mask: jax.Array | None, index: Any = 0
+    ) -> dict[str, Metric]:
+        return self._one(state, source.batch(index), mask)
+
+    def _accumulating_each(
+        self, state: TrainState, source: Source, mask: jax.Array | None, num_steps: jax.Array
+    ) -> _Table:
+        """Returns a row for each batch; those after the last are 0."""
+        columns = Columns(jax.eval_shape(self._accumulating, state, source, mask))
+
+        def body(index: jax.Array, table: jax.Array) -> jax.Array:
+            row = columns.row(self._accumulating(state, source, mask, index))
+            return table.at[index].set(row)
+
+        table = jnp.zeros((source.capacity, columns.width), jnp.uint32)
+        return _Table(jax.lax.fori_loop(0, num_steps, body, table), columns)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Table:
+    """What a program returns of several batches: their metrics, and how these are laid out.
+
+    The layout is a static part of the output, and thus belongs to the program that made it.
+
+    Args:
+        rows: uint32 `[capacity, width]`.
+        columns: what is in a row.
+    """
+
+    rows: jax.Array
+    columns: Columns = field(metadata={"static": True})
+
+
+class _Rows(NamedTuple):
+    """The metrics of several batches, on the device."""
+
+    num_rows: int
+    table: _Table
+
+    def merged(self) -> dict[str, Metric]:
+        rows = np.asarray(self.table.rows)[: self.num_rows]
+        return metrics_lib.merge_rows(self.table.columns.metrics(rows))
+
+
+def _drained(
+    total: dict[str, Metric] | None, waiting: list[dict[str, Metric] | _Rows]
+) -> dict[str, Metric] | None:
+    for each in waiting:
+        fetched = each.merged() if isinstance(each, _Rows) else metrics_lib.to_host(each)
+        total = fetched if total is None else metrics_lib.merge(total, fetched)
+    return total
+
+
+def predict(
+    predict_step: Callable[[TrainState, Batch], PyTree],
+    state: TrainState,
+    batches: Iterable[Batch],
+    execution: Execution | None = None,
+) -> PyTree:
+    """Gathers a model's outputs over a loader, in its order, on the host.
+
+    Args:
+        predict_step: `(state, batch) -> outputs`, each output `[batch, ...]`.
+        state: used, not changed.
+        batches: one pass over a data set. A batch that is smaller than one before it is padded to
+            its size, and the padding cut off, if no output depends on other examples than its own.
+        execution: how the step is made to run; compiled by default.
+
+    Returns:
+        The outputs as numpy arrays, `[examples, ...]`, in the structure of one batch's outputs.
+
+    Raises:
+        BatchError: there is no batch, an output has no batch axis, or its other axes differ from
+            batch to batch.
+    """
+    may_pad = Padding(execution or Compiled(), predict_step).of(state)
+    full_sizes: dict[Any, int] = {}
+    gathered: list[tuple[PyTree, int, int]] = []
+    for batch in batches:
+        size, form = num_examples(batch), form_of_examples(batch)
+        full_size = full_sizes[form] = max(size, full_sizes.get(form, 0))
+        is_short = size < full_size and has_rows(batch)
+        padded = pad(batch, full_size) if is_short else batch
+        if not is_short or not may_pad(One(padded)):
+            padded, full_size = batch, size
+        gathered.append((predict_step(state, padded), size, full_size))
+        if len(gathered) > _IN_FLIGHT:
+            late = len(gathered) - _IN_FLIGHT - 1
+            gathered[late] = _fetched(*gathered[late])
+    if not gathered:
+        raise BatchError("A prediction needs at least one batch; the loader gave none.")
+    parts = [_fetched(*entry)[0] for entry in gathered]
+    return jax.tree.map_with_path(_joined, *parts)
+
+
+def _joined(path: tuple[Any, ...], *leaves: np.ndarray) -> np.ndarray:
+    shapes = {leaf.shape[1:] for leaf in leaves}
+    if len(shapes) > 1:
+        name = f" {leaf_name(path)!r}" if path else ""
+        raise BatchError(
+            f"The outputs of a prediction are alike for all examples; the output{name} has shapes "
+            f"[batch, ...] with {sorted(shapes)} after the batch. Pad the examples to one length, "
+            "data.bucketed(examples, [length], ...), or predict each length by itself."
+        )
+    return np.concatenate(leaves)
+
+
+def _fetched(outputs: PyTree, size: int, padded_size: int) -> tuple[PyTree, int, int]:
+    shapes = {leaf_name(path): np.shape(leaf) for path, leaf in jax.tree.leaves_with_path(outputs)}
+    if not shapes or any(shape[:1] != (padded_size,) for shape in shapes.values()):
+        raise BatchError(
+            f"A prediction has one entry per example in every array, here {padded_size}; "
+            f"it has the shapes {shapes}. Return arrays [batch, ...]."
+        )
+    kept = jax.tree.map(lambda leaf: np.asarray(leaf)[:size], outputs)
+    return kept, size, size

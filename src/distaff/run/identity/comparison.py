@@ -1,0 +1,185 @@
+"""Comparison: how a run to be differs from one that has recorded what it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING
+from typing import Any, NamedTuple
+
+from distaff.core.config import encoding
+from distaff.core.config.options import Options
+from distaff.core.digest import REST
+from distaff.optim import OptimizerConfig
+from distaff.run.identity.identity import Subject
+from distaff.run.identity.sketch import is_near
+
+_ALWAYS_IGNORED = ("distaff", "constructor.given")
+"""What is not named where it has changed, as the options that are to be ignored."""
+
+_LABELS = {REST: "the training step"}
+
+
+class Comparison(NamedTuple):
+    """How a run differs from another one.
+
+    Attributes:
+        changes: what makes it another run.
+        doubts: loaders whose first batch differs: of other data, or drawn without a seed.
+        notes: what differs and does not, or could not be compared.
+    """
+
+    changes: list[str]
+    doubts: list[str]
+    notes: list[str]
+
+    def lines(self) -> list[str]:
+        """Returns what is to be said where the run is resumed."""
+        return [*(f"changed: {each}" for each in self.changes), *self.notes]
+
+
+def compared(
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    subject: Subject | None,
+    *,
+    inexact: bool,
+    options: type[Options],
+) -> Comparison:
+    """Compares the record of an earlier run with that of a run to be.
+
+    Args:
+        old: as `config.json` holds it; of an older version of Distaff, without an identity.
+        new: likewise, with an identity.
+        subject: what the identity of the new one was found from.
+        inexact: whether first batches may differ, as those drawn without a seed.
+        options: the class of the new run's options, which says of each whether it changes a run.
+    """
+    if not old:
+        return Comparison(["its record cannot be read"], [], [])
+    found = _options(old, new, options)
+    same = {"num_epochs", *(f"options.{name}" for name in options.names("same run"))}
+    was, now = old.get("identity"), new.get("identity")
+    changes = [text for name, text in found.items() if name not in same]
+    notes = [f"changed: {text}" for name, text in found.items() if name in same]
+    if not isinstance(was, Mapping) or not isinstance(now, Mapping):
+        return Comparison(changes, [], [*notes, f"program, data and start weights {_UNKNOWN}"])
+    program, remarks = _program(was, now, subject)
+    is_named = any(name.startswith("optimizer") for name in found)
+    changes += [text for text in program if not (is_named and text.startswith("optimizer"))]
+    data, doubts = _data(was, now, inexact=inexact)
+    one, other = was.get("weights"), now.get("weights")
+    if (
+        one
+        and other
+        and not (one["form"] == other["form"] and is_near(one["sketch"], other["sketch"]))
+    ):
+        data.append("start weights differ")
+    return Comparison([*changes, *data], doubts, [*notes, *remarks])
+
+
+_DIGESTS = ("values", "batches")
+_UNKNOWN = "were not recorded, and could not be compared"
+
+
+def _options(
+    old: Mapping[str, Any], new: Mapping[str, Any], options: type[Options]
+) -> dict[str, str]:
+    """Returns what of a run's configuration differs, but for what says how it resumes."""
+    defaults = {"options": options(), "optimizer": OptimizerConfig()}
+    for part, default in defaults.items():
+        was, now = old.get(part), new.get(part)
+        if isinstance(was, Mapping) and isinstance(now, Mapping):
+            # A field that the old run did not know yet was at its default.
+            known = encoding.to_json(default)
+            old = {**old, part: {**{n: known[n] for n in now if n in known}, **was}}
+    pair = [{n: x for n, x in each.items() if n != "identity"} for each in (old, new)]
+    ignored = {*_ALWAYS_IGNORED, *(f"options.{name}" for name in options.names("ignored"))}
+    found = encoding.diff(pair[0], encoding.to_json(pair[1]))
+    return {
+        name: f"{name}: {_said(before)} -> {_said(after)}"
+        for name, (before, after) in found.items()
+        if name not in ignored
+        and not (before is MISSING and not after)  # a field of a newer version, that is not used
+    }
+
+
+def _said(value: Any) -> str:
+    return "nothing" if value is MISSING else repr(value)
+
+
+def _program(
+    old: Mapping[str, Any], new: Mapping[str, Any], subject: Subject | None
+) -> tuple[list[str], list[str]]:
+    """Returns how the programs differ, and what is to be said where they could not be compared."""
+    was, now = old.get("step"), new.get("step")
+    if not was or not now:
+        return [], ["the training step could not be traced, and was not compared"]
+    total = old.get("total_steps")
+    if subject is not None and total != new.get("total_steps") and was["whole"] != now["whole"]:
+        now = subject.step_for(total) or now  # a longer run: its schedule is stretched
+    changes = list(_parts(was, now))
+    one, other = old.get("evaluation"), new.get("evaluation")
+    if not changes and one and other and one != other:
+        changes = ["evaluation differs"]
+    versions = old.get("versions") or {}, new.get("versions") or {}
+    if changes and versions[0] != versions[1]:
+        return [], [f"the program could not be compared: {_versions(*versions)}"]
+    return changes, []
+
+
+def _parts(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    """Yields which parts of the training step differ."""
+    if old["whole"] == new["whole"]:
+        return
+    names = sorted({*old["parts"], *new["parts"]})
+    pairs = [(name, old["parts"].get(name), new["parts"].get(name)) for name in names]
+    changed = [pair for pair in pairs if pair[1] != pair[2]]
+    if not changed:
+        yield f"{_LABELS[REST]} differs"
+    for name, was, now in changed:
+        label = _LABELS.get(name, name)
+        numbers = ""
+        if was and now and was["form"] == now["form"]:
+            gone = [each for each in was["numbers"] if each not in now["numbers"]]
+            come = [each for each in now["numbers"] if each not in was["numbers"]]
+            is_rate = name == "optimizer" and len(gone) == len(come) == 1
+            what = "learning rate, or another number, of the step" if is_rate else "numbers"
+            numbers = f", {what}: {', '.join(gone)} -> {', '.join(come)}" if gone or come else ""
+        yield f"{label} differs{numbers}"
+
+
+def _versions(old: Mapping[str, str], new: Mapping[str, str]) -> str:
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return ", ".join(f"{name} {old.get(name)} -> {new.get(name)}" for name in names)
+
+
+def _data(
+    old: Mapping[str, Any], new: Mapping[str, Any], *, inexact: bool
+) -> tuple[list[str], list[str]]:
+    """Returns how the data differ, and which may do so for want of a seed."""
+    was, now = old.get("data") or {}, new.get("data") or {}
+    changes, doubts = [], []
+    for name in {**was, **now}:
+        if name not in was or name not in now:
+            changes.append(f"{name} data differs: {'given' if name in now else 'left out'} now")
+            continue
+        one, other = was[name], now[name]
+        found = [f"{name} data differs: {text}" for text in _facts(one, other)]
+        changes += found
+        is_known = one["first"] == other["first"] or one["position"] != other["position"]
+        if not (found or inexact or is_known):
+            is_verified = any("source" in each for each in other["facts"])
+            (doubts if is_verified else changes).append(f"{name} data differs")
+    return changes, doubts
+
+
+def _facts(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    for name in ("kind", "length", "batch"):
+        if old[name] != new[name]:
+            yield f"{name} {old[name]} -> {new[name]}"
+    for was, now in zip(old["facts"], new["facts"], strict=False):
+        for name in {**was, **now}:
+            if was.get(name) != now.get(name) and name in _DIGESTS:
+                yield "other values"
+            elif was.get(name) != now.get(name):
+                yield f"{name} {was.get(name)} -> {now.get(name)}"

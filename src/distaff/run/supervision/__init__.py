@@ -1,0 +1,1 @@
+"""What ends a run, saves it, or finds it stuck."""

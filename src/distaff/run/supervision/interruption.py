@@ -1,0 +1,201 @@
+"""Interruption: what asks a run to end in good order, and how the process ends then.
+
+See `docs/decisions/0013-interruption.md`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType
+from typing import Any
+
+import jax
+
+from distaff.core.config.durations import Duration, seconds_of
+from distaff.core.config.options import Options, option, or_none
+from distaff.core.config.options import time as checked_time
+from distaff.execution.agreement import Agreement
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+_SAVE, _MAX_TIME, _CTRL_C, _SIGTERM = 1, 2, 3, 4
+_CODES: dict[int, int] = {signal.SIGTERM: _SIGTERM, signal.SIGINT: _CTRL_C}
+
+_ENDING: dict[int, bytes] = {
+    signal.SIGTERM: b"\nSIGTERM: the run is saved at the end of this step.\n",
+    signal.SIGINT: b"\nCtrl-C: the run is saved at the end of this step. "
+    b"A second Ctrl-C ends it at once, unsaved.\n",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SupervisionOptions(Options):
+    """When a run is saved, ended and found to be stuck."""
+
+    save_every: str | float | None = option(
+        "10m",
+        """About how much time lies between two checkpoints within an epoch, beside those at its
+        end: what is lost at most where a machine dies. None for no such checkpoints.""",
+        check=or_none(checked_time),
+        resume="same run",
+    )
+    max_time: str | float | None = option(
+        None,
+        """The longest a run may last, such as "3h30m", a number of seconds, or a `timedelta`. It is
+        then saved, and ends as interrupted.""",
+        check=or_none(checked_time),
+        resume="ignored",
+    )
+    stuck_after: str | float | None = option(
+        "10m",
+        """How long a run may make no progress until the log is told where every thread stands;
+        None to watch nothing. Compiling may take six times as long.""",
+        check=or_none(checked_time),
+        resume="same run",
+    )
+
+
+class Interruption:
+    """Listens, while it is entered, to what asks a run to end: SIGTERM, Ctrl-C, and the clock.
+
+    A signal only sets `reason`; whoever polls it ends the run. A second Ctrl-C does what Ctrl-C
+    does without it, such as raise `KeyboardInterrupt`. When it is left, the handlers of before are
+    back, and a SIGTERM that came is sent again: the process ends as it would have, only later. It
+    is not sent again where an exception is on its way, which must be seen.
+
+    Only the main thread may set handlers: in any other, the clock is all that is listened to. A
+    signal that is ignored stays ignored. One inside of another passes its signals on.
+
+    >>> with Interruption(max_time="3h30m") as interruption:
+    ...     while interruption.reason is None:
+    ...         step()
+
+    Args:
+        max_time: the longest a run may last; None for no limit. See `seconds_of`.
+        save_every: time between two saves; None to ask for none.
+        clock: gives seconds, as `time.monotonic` does.
+
+    Raises:
+        ConfigError: `max_time` or `save_every` is no duration.
+
+    Attributes:
+        ending: the reason that was agreed on last; None where there was none.
+        is_save_due: whether all processes have agreed to save the run, and to go on.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_time: Duration | None = None,
+        save_every: Duration | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        limit = "max_time" if max_time is None else f"max_time={max_time}"
+        self._reasons = (None, None, limit, "Ctrl-C", "SIGTERM")  # the more urgent, the later
+        self.ending: str | None = None
+        self._code = 0
+        self._clock = clock
+        self._deadline = clock() + _seconds(max_time, "max_time")
+        self._save_seconds = _seconds(save_every, "save_every")
+        self.saved()
+        self._previous: dict[int, Any] = {}
+        self._num_interrupts = 0
+        self._process = os.getpid()
+        self._agreement = Agreement(preempted=_SIGTERM)
+
+    @property
+    def reason(self) -> str | None:
+        """Why this process shall end the run: `"SIGTERM"`, `"Ctrl-C"`, `"max_time=3h30m"`; or None.
+
+        It is cheap enough for every step.
+        """
+        if not self._code and self._clock() >= self._deadline:
+            self._code = _MAX_TIME
+        return self._reasons[self._code]
+
+    def agreed(self) -> str | None:
+        """Returns why all processes shall end the run, the same in all of them at the same call.
+
+        With one process that is `reason`. With several, each must call it equally often, at the
+        same points of the run, such as after every chunk of steps; a reason that only one of them
+        has is then given to all, within seconds where the calls are short.
+
+        Returns:
+            The reason; None while there is none.
+        """
+        own = self._code if self.reason else _SAVE * (self._clock() >= self._next_save)
+        agreed = self._agreement(own)
+        self.is_save_due, self.ending = agreed == _SAVE, self._reasons[agreed]
+        if self.ending:
+            self._code = max(self._code, agreed)
+        return self.ending
+
+    def saved(self) -> None:
+        """Hears that the run was saved: the next save is due `save_every` from now."""
+        self.is_save_due, self._next_save = False, self._clock() + self._save_seconds
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                # None: a handler that Python did not set, and could not set again.
+                if signal.getsignal(number) not in (None, signal.SIG_IGN):
+                    self._previous[number] = signal.signal(number, self._heard)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        previous, self._previous = self._previous, {}
+        for number, handler in previous.items():
+            if signal.getsignal(number) == self._heard:  # else it is somebody else's by now
+                signal.signal(number, handler)
+        if self._code == _SIGTERM and signal.SIGTERM in previous and kind is None:
+            _send_again(signal.SIGTERM)
+
+    def _heard(self, number: int, frame: FrameType | None) -> None:
+        previous = self._previous.get(number, signal.SIG_DFL)
+        if os.getpid() != self._process:  # a fork, which no run will end
+            _act_as(previous, number, frame)
+            return
+        self._num_interrupts += number == signal.SIGINT
+        if number == signal.SIGINT and self._num_interrupts > 1:
+            _act_as(previous, number, frame)
+            return
+        outer = getattr(previous, "__self__", None)
+        if isinstance(outer, Interruption):
+            outer._heard(number, frame)  # which tells the user
+        elif self._code < _CODES[number]:
+            with suppress(OSError):  # not print: a handler may interrupt a print
+                os.write(2, _ENDING[number])
+        self._code = max(self._code, _CODES[number])
+
+
+def _seconds(duration: Duration | None, name: str) -> float:
+    return float("inf") if duration is None else seconds_of(duration, name)
+
+
+def _act_as(handler: Any, number: int, frame: FrameType | None) -> None:
+    """Does what another handler does with a signal."""
+    if callable(handler):
+        handler(number, frame)
+    else:
+        signal.signal(number, handler)
+        signal.raise_signal(number)
+
+
+def _send_again(number: signal.Signals) -> None:
+    """Sends a signal to this process, which ends it unless somebody has set a handler."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):  # none, or closed
+            stream.flush()
+    is_fatal = signal.getsignal(number) == signal.SIG_DFL
+    if is_fatal and jax.distributed.is_initialized():
+        jax.distributed.shutdown()  # waits for the others, whom the end of this one would abort
+    signal.raise_signal(number)
+    if is_fatal:  # The first process of a container survives: the kernel spares it.
+        os._exit(128 + number)

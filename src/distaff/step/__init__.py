@@ -1,0 +1,1 @@
+"""The pure step: `TrainState`, `TrainStep`, and what is wrapped around them."""

@@ -1,0 +1,80 @@
+"""Constants: small arrays that a program makes of nothing, such as the numbers of the examples."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from distaff.step.independence.place import FREE, Place
+
+_MAX_SIZE = 2**16
+
+
+def _iota(params: Any) -> np.ndarray:
+    shape, axis = params["shape"], params["dimension"]
+    ends = [1] * len(shape)
+    ends[axis] = shape[axis]
+    counted = np.arange(shape[axis]).reshape(ends)
+    return np.broadcast_to(counted, shape).astype(np.dtype(params["dtype"]))
+
+
+def _broadcast(params: Any, value: np.ndarray) -> np.ndarray:
+    shape, axes = params["shape"], params["broadcast_dimensions"]
+    ends = [1] * len(shape)
+    for axis, length in zip(axes, value.shape, strict=True):
+        ends[axis] = length
+    return np.broadcast_to(value.reshape(ends), shape)
+
+
+_FOLDS: dict[str, Callable[..., np.ndarray]] = {
+    "iota": _iota,
+    "broadcast_in_dim": _broadcast,
+    "reshape": lambda params, value: value.reshape(params["new_sizes"]),
+    "convert_element_type": lambda params, value: value.astype(np.dtype(params["new_dtype"])),
+    "concatenate": lambda params, *values: np.concatenate(values, params["dimension"]),
+    "squeeze": lambda params, value: value.squeeze(tuple(params["dimensions"])),
+    "select_n": lambda params, which, *cases: np.where(which, cases[1], cases[0]),
+    "lt": lambda params, a, b: np.less(a, b),
+    "add": lambda params, a, b: operator.add(a, b),
+    "sub": lambda params, a, b: operator.sub(a, b),
+    "mul": lambda params, a, b: operator.mul(a, b),
+}
+
+
+def folded(equation: Any, places: Sequence[Place]) -> Place:
+    """Returns the place of what an equation makes of constants, with its value where it is small.
+
+    Args:
+        equation: of a jaxpr, with one result.
+        places: of its operands, none of which has examples.
+    """
+    fold = _FOLDS.get(equation.primitive.name)
+    values = [place.value for place in places]
+    size = getattr(equation.outvars[0].aval, "size", _MAX_SIZE + 1)
+    if fold is None or any(value is None for value in values) or size > _MAX_SIZE:
+        return FREE
+    if equation.primitive.name == "iota" and not _is_integer(equation.params["dtype"]):
+        return FREE
+    return FREE._replace(value=np.asarray(fold(equation.params, *values)))
+
+
+def _is_integer(dtype: Any) -> bool:
+    return np.dtype(dtype).kind in "iu"
+
+
+def counted_axis(column: np.ndarray, size: int) -> int | None:
+    """Returns the axis along which an array counts 0, 1, 2, ...; None where there is none.
+
+    Args:
+        column: a constant.
+        size: how far it counts.
+    """
+    for axis, length in enumerate(column.shape):
+        ends = [1] * column.ndim
+        ends[axis] = length
+        if length == size and (column == np.arange(size).reshape(ends)).all():
+            return axis
+    return None

@@ -1,0 +1,70 @@
+"""The learning rates that are logged: computed ahead on the host, or taken from the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from distaff.core.typing import Batch, Schedule
+from distaff.metrics import Last, Metric
+from distaff.metrics.accumulators import pytree
+from distaff.optim import applied_rates, make_rates
+from distaff.optim.applied import RATE
+from distaff.optim.transforms.extra_args import Described
+from distaff.step.normalise import StepFn
+from distaff.step.state import TrainState
+
+Rates = Callable[[int], dict[str, float]]
+"""From the number of updates before one to its learning rates, by name."""
+
+
+@pytree
+class Rate(Last):
+    """The learning rate of a step's update; it is logged with the step, and not with the epoch."""
+
+
+def reporting(step: StepFn) -> StepFn:
+    """Wraps a step, as `measured` gives it, so that it also returns rates that its state holds.
+
+    Args:
+        step: a metric of its own that has the name of a rate stays as it is.
+    """
+
+    def reporting_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Metric]]:
+        state, metrics = step(state, batch)
+        rates = applied_rates(state.opt_state)
+        return state, {**{n: Rate(rate, jnp.int32(1)) for n, rate in rates.items()}, **metrics}
+
+    return reporting_step
+
+
+def without_rates(metrics: Mapping[str, Metric]) -> dict[str, Metric]:
+    """Returns metrics without the learning rates among them."""
+    return {name: metric for name, metric in metrics.items() if not isinstance(metric, Rate)}
+
+
+def host_rates(tx: Any, params: Any, schedule: Schedule | None) -> Rates | None:
+    """Returns what computes the rates of a run ahead, on the host; None where it knows none.
+
+    Args:
+        tx: the optimizer of the run.
+        params: its parameters, or their shapes.
+        schedule: the rate of an optimizer that does not describe its rates.
+    """
+    schedules: Mapping[str, Schedule] = {}
+    if not isinstance(tx, Described):
+        schedules = {} if schedule is None else {RATE: schedule}
+    elif tx.rates is not None:
+        schedules = tx.rates(params)
+    if not schedules:
+        return None
+    names = list(schedules)
+    if len(names) == 1:
+        only = make_rates(schedules[names[0]])
+        return lambda step: {names[0]: only(step)}
+    together = make_rates(
+        lambda step: jnp.stack([jnp.asarray(schedules[n](step), jnp.float32) for n in names])
+    )
+    return lambda step: dict(zip(names, map(float, together(step)), strict=True))

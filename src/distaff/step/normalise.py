@@ -1,0 +1,62 @@
+"""What a step measures, in the form in which it is merged with that of other steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from distaff import metrics as metrics_lib
+from distaff.core.typing import Batch
+from distaff.data import num_examples
+from distaff.metrics import Metric, PerExample
+from distaff.step.state import TrainState, strongly_typed
+
+StepFn: TypeAlias = Callable[[TrainState, Batch], tuple[TrainState, Any]]
+"""`(state, batch) -> (state, metrics)`, metrics a mapping by name."""
+
+
+def measured(step: StepFn) -> StepFn:
+    """Wraps a training step so that all its metrics are in their accumulating form.
+
+    Args:
+        step: any `(state, batch) -> (state, metrics)`; its metrics may be scalars or arrays
+            `[batch, ...]` too.
+    """
+
+    def measured_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Metric]]:
+        state, metrics = step(state, batch)
+        return strongly_typed(state), accumulating(metrics, num_examples(batch))
+
+    return measured_step
+
+
+def accumulating(metrics: Mapping[str, Any], size: int) -> dict[str, Metric]:
+    """Brings the metrics that a user's own step returned into their accumulating form.
+
+    Args:
+        metrics: scalars, arrays `[batch, ...]` or metrics, by name.
+        size: the number of examples in the batch they come from.
+
+    Raises:
+        LossError: an array is neither a scalar nor one value per example.
+    """
+    declared = {name: metrics_lib.declare(name, value, size) for name, value in metrics.items()}
+    return reduced(declared, jnp.ones(size, bool))
+
+
+def reduced(metrics: Mapping[str, Metric | PerExample], mask: jax.Array) -> dict[str, Metric]:
+    """Reduces values per example over the examples whose `mask` `[batch]` is true.
+
+    Args:
+        metrics: values per example, or metrics, which are taken as they are.
+        mask: bool `[batch]`.
+    """
+    reduced = {
+        name: value.reduce(mask) if isinstance(value, PerExample) else value
+        for name, value in metrics.items()
+    }
+    # A Python number inside a metric would be weakly typed, and compile the merge twice.
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.asarray(leaf).dtype), reduced)

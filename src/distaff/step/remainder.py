@@ -1,0 +1,33 @@
+"""The end of an epoch under accumulation: one update of the batches that are left."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from distaff.optim import ObservedState
+from distaff.optim.transforms import extra_args
+from distaff.step.state import TrainState
+
+
+def may_have_rest(state: TrainState) -> bool:
+    """Returns whether the optimizer of a state accumulates, as its outermost transformation."""
+    opt_state = state.opt_state
+    inner = opt_state.inner if isinstance(opt_state, ObservedState) else opt_state
+    return isinstance(inner, extra_args.AccumulateState)
+
+
+def with_rest(state: TrainState) -> TrainState:
+    """Returns a state after an update of the gradients that have no update yet.
+
+    Where there are none it stays as it is, bit for bit. `step` does not move: it counts batches.
+
+    Args:
+        state: one for which `may_have_rest` is true.
+    """
+    assert state.tx is not None  # its optimizer has a state
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    offered = {"value": jnp.zeros([], jnp.float32), extra_args.FLUSH: "end"}
+    updates, opt_state = extra_args.update(state.tx, zeros, state.opt_state, state.params, offered)
+    return state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)

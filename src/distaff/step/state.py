@@ -1,0 +1,261 @@
+"""TrainState: all that one training step may change, as one immutable pytree."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from distaff.core.digest import named_scope
+from distaff.core.pytrees import FrozenPyTree, static
+from distaff.core.typing import Key, Params, PyTree
+from distaff.errors import StateError, nearest
+from distaff.optim.gradients import check_gradients, check_params, check_trainable
+from distaff.optim.transforms import extra_args
+
+
+class TrainState(FrozenPyTree):
+    """The state of training: `step` counts the completed optimizer updates of the whole state.
+
+    Subclass it to carry more; each annotated member becomes part of the pytree:
+
+    >>> class StateWithEpoch(TrainState):
+    ...     epoch: jax.Array
+
+    `apply_gradients` changes `step`, `params` and `opt_state`; any other member changes only by
+    `replace`, or by a keyword argument of `apply_gradients`.
+
+    Args:
+        step: number of completed updates, int32 scalar.
+        params: the arrays that the optimizer changes.
+        opt_state: the optimizer's own state; None until there is an optimizer.
+        batch_stats: running statistics of normalisation layers; None for a model without them.
+        collections: every other mutable variable of the model, by collection name; None without.
+        rng: the root key. A step uses `jax.random.fold_in(rng, step)`, so it never changes.
+        guard: what the trainer's guard against bad numbers remembers; None without one.
+        apply_fn: the model's forward pass, `apply_fn(variables, *inputs)`.
+        tx: the Optax optimizer.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: PyTree = None
+    batch_stats: PyTree = None
+    collections: Mapping[str, PyTree] | None = None
+    rng: Key | None = None
+    guard: PyTree = None
+    apply_fn: Callable[..., Any] | None = static(default=None)
+    tx: optax.GradientTransformation | None = static(default=None)
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        params: Params,
+        tx: optax.GradientTransformation | None = None,
+        apply_fn: Callable[..., Any] | None = None,
+        **members: Any,
+    ) -> Self:
+        """Makes the state before the first step.
+
+        Args:
+            params: initial parameters.
+            tx: any Optax optimizer; None for a state that is only evaluated.
+            apply_fn: the model's forward pass, such as `model.apply`.
+            **members: any other member, by name.
+
+        Returns:
+            A state with `step` 0 and the optimizer's initial state.
+
+        Raises:
+            StateError: a keyword is not a member of this class; or `params` holds an optimizer's
+                state, or, beside an optimizer, an array that is neither float nor complex.
+        """
+        cls._check_members(members, reserved=("opt_state",))
+        check_params(params)
+        if tx is not None:
+            check_trainable(params)
+        step = members.get("step", 0)
+        if not isinstance(step, jax.Array):
+            step = jax.device_put(np.asarray(step, np.int32))
+        members["step"] = step.astype(jnp.int32)
+        return cls(
+            **members,
+            params=params,
+            opt_state=None if tx is None else tx.init(params),
+            apply_fn=apply_fn,
+            tx=tx,
+        )
+
+    def replace(self, **members: Any) -> Self:
+        """Returns a copy with the named members changed.
+
+        Raises:
+            StateError: a keyword is not a member of this class.
+        """
+        self._check_members(members)
+        check_params(members.get("params"))
+        return dataclasses.replace(self, **members)
+
+    def apply_gradients(
+        self,
+        *misplaced: Any,
+        grads: Params = None,
+        value: jax.Array | None = None,
+        value_fn: Callable[[Params], jax.Array] | None = None,
+        optimizer_args: Mapping[str, Any] | None = None,
+        **members: Any,
+    ) -> Self:
+        """Returns the state after one optimizer update.
+
+        Args:
+            *misplaced: refused; every argument has its keyword.
+            grads: gradient of the loss, with the structure of `params`, as `jax.grad` returns it:
+                those of complex parameters are conjugated here. An optimizer that aggregates the
+                gradients of examples (`optax.contrib.dpsgd`) takes leaves `[examples, *shape]`;
+                `optax.lookahead` takes the gradient of `params.fast`.
+            value: the loss, a scalar. Handed on with `grad=grads` to optimizers that ask for it
+                (`optax.contrib.reduce_on_plateau`, line searches, learned optimizers).
+            value_fn: the loss as a function of the parameters, for line searches; for an optimizer
+                that takes `grad_fn` (`optax.contrib.sam` in its opaque mode) also the source of it.
+            optimizer_args: further keyword arguments of the optimizer's `update`.
+            **members: other members of the state, with their new values.
+
+        Returns:
+            A new state: `step + 1`, new `params` and `opt_state`.
+
+        Raises:
+            StateError: there is no optimizer, it asks for what is not passed, `grads` is shaped
+                unlike `params`, or a keyword is not a member of this class.
+        """
+        if misplaced or grads is None:
+            raise StateError(
+                "apply_gradients takes its arguments by keyword. "
+                "Write state.apply_gradients(grads=grads)."
+            )
+        if self.tx is None:
+            raise StateError(
+                "apply_gradients needs an optimizer, and this state has none (tx=None). "
+                "Create it with TrainState.create(params=..., tx=optax.adam(1e-3))."
+            )
+        self._check_members(members, reserved=("step", "params", "opt_state"))
+        offered = {"value": value, "value_fn": value_fn, **(optimizer_args or {})}
+        with named_scope("optimizer"):
+            grads = extra_args.prepared(grads, self.opt_state, self.params)
+            updates, opt_state = extra_args.update(
+                self.tx, grads, self.opt_state, self.params, offered
+            )
+            check_gradients(updates, self.params)
+            params = optax.apply_updates(self.params, updates)
+        if "batch_stats" in members:
+            members["batch_stats"] = extra_args.kept_statistics(
+                self.tx, self.batch_stats, members["batch_stats"]
+            )
+        return dataclasses.replace(
+            self, step=self.step + 1, params=params, opt_state=opt_state, **members
+        )
+
+    def arrays(self) -> dict[str, PyTree]:
+        """Returns the members that hold arrays, by name: what a checkpoint keeps."""
+        fields = dataclasses.fields(self)
+        return {
+            f.name: getattr(self, f.name) for f in fields if not f.metadata.get("static", False)
+        }
+
+    @classmethod
+    def _check_members(cls, members: Mapping[str, Any], reserved: tuple[str, ...] = ()) -> None:
+        known = [f.name for f in dataclasses.fields(cls) if f.name not in reserved]
+        for name in members:
+            if name not in known:
+                raise StateError(
+                    f"{cls.__name__} has no member {name!r} to set here. {nearest(name, known)} "
+                    f"To add a member, subclass it: class MyState({cls.__name__}): {name}: ..."
+                )
+
+
+def owned(state: PyTree) -> PyTree:
+    """Returns a copy in which each leaf has a buffer of its own, so that all can be donated.
+
+    None of them is weakly typed; see `strongly_typed`.
+    """
+
+    def copied(leaf: Any) -> jax.Array:
+        if not isinstance(leaf, jax.Array):
+            leaf = jax.device_put(
+                np.array(leaf, jax.dtypes.canonicalize_dtype(np.result_type(leaf)))
+            )
+        # Unlike `leaf.copy()`, this compiles no program for each shape.
+        return jax.device_put(leaf, leaf.sharding if leaf.committed else None, may_alias=False)
+
+    return strongly_typed(jax.tree.map(copied, state))
+
+
+def placed_like(tree: PyTree, example: PyTree) -> PyTree:
+    """Returns a tree whose arrays JAX may place where it likes, where it may those of the example.
+
+    What is read from a file is committed to its device; a program compiles anew for that.
+    """
+
+    def placed(leaf: Any, like: Any) -> Any:
+        is_free = isinstance(like, jax.Array) and not like.committed
+        if not (is_free and isinstance(leaf, jax.Array) and leaf.committed):
+            return leaf
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            data = np.asarray(jax.random.key_data(leaf))
+            return jax.random.wrap_key_data(
+                jax.device_put(data, may_alias=False), impl=jax.random.key_impl(leaf)
+            )
+        return jax.device_put(np.asarray(leaf), may_alias=False)
+
+    return jax.tree.map(placed, tree, example)
+
+
+def placed_with(tree: PyTree, arrays: PyTree) -> PyTree:
+    """Returns a tree on the devices that other arrays are committed to: whole on each of them.
+
+    A step puts what it returns where its arguments are; a state that was elsewhere before the first
+    one makes it compile twice.
+
+    Args:
+        tree: what goes along. What is committed already stays where it is.
+        arrays: such as a batch that its loader has placed.
+    """
+    placed = [x for x in jax.tree.leaves(arrays) if isinstance(x, jax.Array) and x.committed]
+    if not placed:
+        return tree
+    there = placed[0].sharding
+    if isinstance(there, jax.sharding.NamedSharding):
+        there = jax.sharding.NamedSharding(there.mesh, jax.sharding.PartitionSpec())
+    if not there.is_fully_replicated:
+        return tree
+
+    def moved(leaf: Any) -> Any:
+        is_placed = isinstance(leaf, jax.Array) and leaf.committed
+        return leaf if is_placed else jax.device_put(leaf, there)
+
+    return jax.tree.map(moved, tree)
+
+
+def strongly_typed(tree: PyTree) -> PyTree:
+    """Returns a tree whose arrays are no longer weakly typed, as those made of Python numbers are.
+
+    A step whose state is weakly typed before it and not after it, or the other way round, compiles
+    twice.
+    """
+
+    def strong(leaf: jax.Array) -> jax.Array:
+        form = jax.typeof(leaf)
+        return jax.lax.convert_element_type(leaf, form.dtype) if form.weak_type else leaf
+
+    return jax.tree.map(strong, tree)
+
+
+def is_intact(state: TrainState) -> bool:
+    """Whether no array of a state was donated or deleted."""
+    leaves = jax.tree.leaves(state.arrays())
+    return not any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves)

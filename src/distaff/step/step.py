@@ -1,0 +1,260 @@
+"""TrainStep and EvalStep: pure functions of a state and a batch, built around a loss.
+
+"Step" means one completed optimizer update of the whole state, everywhere in this package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distaff import metrics as metrics_lib
+from distaff.core.digest import named_scope
+from distaff.core.typing import Batch, Key, Params
+from distaff.data import counts_itself, num_examples
+from distaff.errors import BatchError, LossError, MaskError, leaf_name
+from distaff.metrics import Mean, Metric, PerExample
+from distaff.optim.transforms import extra_args
+from distaff.step import broadcasts
+from distaff.step.context import Context
+from distaff.step.normalise import StepFn, reduced
+from distaff.step.plateau import with_plateaus_kept
+from distaff.step.state import TrainState
+
+_AUGMENTATION = 0x6175676D
+
+EvalFn: TypeAlias = Callable[[TrainState, Batch], Mapping[str, Any]]
+"""`(state, batch) -> metrics`."""
+
+LossFn: TypeAlias = Callable[[Params, Batch, Context], Any]
+"""`(params, batch, ctx) -> loss` or `-> (loss, metrics)`; the loss is `[batch]` or a scalar."""
+
+AugmentFn: TypeAlias = Callable[[Batch, Key], Batch]
+"""`(batch, key) -> batch`, with as many examples."""
+
+
+def train_step(loss_fn: LossFn, *, augment: AugmentFn | None = None) -> StepFn:
+    """Builds a training step: forward pass, loss, gradient, update. Jit it with the state donated.
+
+    The optimizer is offered the loss as `value`, its gradient as `grad`, and the loss as a function
+    of the parameters, with the dropout and the batch of this step, as `value_fn`.
+
+    Args:
+        loss_fn: `(params, batch, ctx) -> loss` or `(loss, metrics)`. The loss is one number per
+            example, `[batch]`, or a scalar; metrics are as `distaff.metrics` describes.
+        augment: `(batch, key) -> batch`, called once before the loss, with a key of the step's own
+            that neither `ctx.rng` nor dropout draws from. See `distaff.augment`.
+
+    Returns:
+        A pure function `(state, batch) -> (state, metrics)`. `metrics["loss"]` is the loss;
+        penalties (`ctx.add_penalty`) are apart from it, in `metrics["penalty"]`.
+        At the first trace it raises LossError for a loss or metric of the wrong form, and
+        BatchError for a batch whose leaves disagree in length, before or after `augment`.
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Metric]]:
+        size = num_examples(batch)
+        batch = batch if augment is None else _augmented(augment, state, batch, size)
+
+        def context() -> Context:
+            return Context(state, train=True)
+
+        def objective(params: Params) -> tuple[jax.Array, tuple[dict[str, Metric], dict[str, Any]]]:
+            ctx = context()
+            with named_scope("loss"):
+                returned = loss_fn(params, batch, ctx)
+                broadcasts.look(returned, size, loss_fn, (params, batch), context)
+                loss, metrics = _declared(returned, size, ctx)
+            if ctx.penalty is not None:
+                loss, metrics = _penalized(loss, metrics, ctx.penalty, size)
+            return loss, (reduced(metrics, jnp.ones(size, bool)), ctx.changed)
+
+        (loss, (metrics, changed)), grads = jax.value_and_grad(objective, has_aux=True)(
+            state.params
+        )
+        args = None
+        if extra_args.holds(state.opt_state, extra_args.AccumulateState):
+            args = {"weight": getattr(metrics["loss"], "weight", size)}
+        after = state.apply_gradients(
+            grads=grads,
+            value=loss,
+            value_fn=lambda params: objective(params)[0],
+            optimizer_args=args,
+            **changed,
+        )
+        return with_plateaus_kept(state, after, metrics["loss"]), metrics
+
+    return step
+
+
+class TrainStep:
+    """The class form of `train_step`, with bit-equal results: `TrainStep(loss_fn)(state, batch)`.
+
+    Or subclass it and write `loss_fn` as a method:
+
+    >>> class Regression(TrainStep):
+    ...     def loss_fn(self, params, batch, ctx):
+    ...         return jnp.square(ctx.apply(params, batch["x"]) - batch["y"])
+
+    Args:
+        loss_fn: see `train_step`; not needed by a subclass that defines it.
+        augment: see `train_step`.
+    """
+
+    def __init__(self, loss_fn: LossFn | None = None, *, augment: AugmentFn | None = None) -> None:
+        self._step = train_step(self.loss_fn if loss_fn is None else loss_fn, augment=augment)
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Metric]]:
+        """Returns the state after one update, and the step's metrics."""
+        return self._step(state, batch)
+
+    def loss_fn(self, params: Params, batch: Batch, ctx: Context) -> Any:
+        """Returns `loss` or `(loss, metrics)`, where no function is passed to the constructor."""
+        raise LossError(
+            f"{type(self).__name__} has no loss. Pass one, TrainStep(loss_fn), or define the "
+            "method loss_fn(self, params, batch, ctx)."
+        )
+
+
+class EvalStep:
+    """An evaluation step: `(state, batch, mask) -> metrics`, without gradient or update.
+
+    Args:
+        loss_fn: the loss function of training; it is called with `ctx.train` False.
+    """
+
+    def __init__(self, loss_fn: LossFn) -> None:
+        self._loss_fn = loss_fn
+
+    def __call__(
+        self, state: TrainState, batch: Batch, mask: jax.Array | None = None
+    ) -> dict[str, Metric]:
+        """Returns the metrics over the examples whose `mask` `[batch]` is true; all without one.
+
+        Raises:
+            MaskError: a mask is given and the loss or a metric is not one value per example.
+        """
+        metrics = self.outputs(state, batch)
+        if mask is None:
+            return reduced(metrics, jnp.ones(num_examples(batch), bool))
+        return reduced(per_example(metrics), mask)
+
+    def outputs(self, state: TrainState, batch: Batch) -> dict[str, Metric | PerExample]:
+        """Returns the loss and the metrics of a batch, before any of them is reduced."""
+
+        def context() -> Context:
+            return Context(state, train=False)
+
+        ctx, size = context(), num_examples(batch)
+        returned = self._loss_fn(state.params, batch, ctx)
+        broadcasts.look(returned, size, self._loss_fn, (state.params, batch), context)
+        return _declared(returned, size, ctx)[1]
+
+
+def per_example(metrics: Mapping[str, Metric | PerExample]) -> dict[str, PerExample]:
+    """Returns metrics that are all values per example, and can be masked.
+
+    Raises:
+        MaskError: one is not.
+    """
+    values = {name: each for name, each in metrics.items() if isinstance(each, PerExample)}
+    if len(values) < len(metrics):
+        fixed = [name for name in metrics if name not in values]
+        raise MaskError(f"Only values per example can be masked; {fixed} are reduced already.")
+    return values
+
+
+def _augmented(augment: AugmentFn, state: TrainState, batch: Batch, size: int) -> Batch:
+    """Returns what `augment` makes of a batch: all its leaves, maybe others, as many examples."""
+    key = jax.random.fold_in(Context(state, train=True).rng, _AUGMENTATION)
+    with named_scope("augmentation"):
+        returned = augment(batch, key)
+    leaves = {leaf_name(path): leaf for path, leaf in jax.tree.leaves_with_path(returned)}
+    rule = f"augment(batch, key) returns all leaves of its batch, each with {size} examples"
+    for path, _ in jax.tree.leaves_with_path(batch):
+        if leaf_name(path) not in leaves:
+            raise BatchError(
+                f"{rule}; {leaf_name(path)!r} is not in what it returned, of type "
+                f"{type(returned).__name__} with the leaves {list(leaves)}. Change some entries of "
+                "the batch and return the whole: {**batch, 'image': images}."
+            )
+    for name, leaf in leaves.items():
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, complex | float | int):
+            raise BatchError(
+                f"{rule}, in an array; {name!r} is of type {type(leaf).__name__}. Leave it out, or "
+                "encode it as numbers."
+            )
+        shape = np.shape(leaf)
+        if shape[:1] != (size,) and not counts_itself(returned):
+            remedy = "Change the number of examples in the loader."
+            if not shape:
+                remedy = f"Give it one value per example: jnp.full({size}, value)."
+            raise BatchError(f"{rule}; {name!r} has shape {shape}. {remedy}")
+    if counts_itself(returned) and num_examples(returned) != size:
+        raise BatchError(f"{rule}; it returned a batch of {num_examples(returned)} examples.")
+    return returned
+
+
+def _declared(
+    returned: Any, size: int, ctx: Context
+) -> tuple[jax.Array, dict[str, Metric | PerExample]]:
+    """Splits what a loss function returned into the scalar to differentiate and its metrics."""
+    loss, extra = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, {})
+    if not isinstance(extra, Mapping) or isinstance(loss, tuple | Mapping):
+        raise LossError(
+            "A loss function returns loss, or (loss, metrics) with metrics a dict by name; "
+            f"it returned {type(returned).__name__} holding {type(loss).__name__} and "
+            f"{type(extra).__name__}."
+        )
+    if "loss" in extra:
+        raise LossError("The name 'loss' is taken by the loss itself; rename that metric.")
+    metrics = {"loss": _declared_loss(loss, size)}
+    extra = {**extra, **ctx.limits}
+    metrics.update({name: metrics_lib.declare(name, value, size) for name, value in extra.items()})
+    if isinstance(metrics["loss"], PerExample):
+        return _scalar(metrics["loss"].reduce(jnp.ones(size, bool))), metrics
+    return metrics_lib.floating(loss), metrics
+
+
+def _scalar(mean: Any) -> jax.Array:
+    """Returns a mean, and 0 where nothing has a weight: a batch to learn nothing from."""
+    is_empty = mean.weight == 0
+    return jnp.where(is_empty, 0, mean.total) / jnp.where(is_empty, 1, mean.weight)
+
+
+def _penalized(
+    loss: jax.Array, metrics: dict[str, Metric | PerExample], penalty: jax.Array, size: int
+) -> tuple[jax.Array, dict[str, Metric | PerExample]]:
+    if "penalty" in metrics:
+        raise LossError(
+            "The name 'penalty' is taken by what ctx.add_penalty collects; rename that metric."
+        )
+    return loss + penalty, {**metrics, "penalty": metrics_lib.declare("penalty", penalty, size)}
+
+
+def _declared_loss(loss: Any, size: int) -> Metric | PerExample:
+    values = loss.values[0] if isinstance(loss, PerExample) and loss.metric is Mean else loss
+    rule = f"A loss is a float: one number per example, shape [{size}], or a scalar"
+    if not isinstance(values, jax.Array | np.ndarray | np.generic | float):
+        raise LossError(f"{rule}; the loss function returned {type(loss).__name__}.")
+    values = jnp.asarray(values)
+    if not jnp.issubdtype(values.dtype, jnp.floating):
+        raise LossError(f"{rule}; the loss function returned dtype {values.dtype}.")
+    if values.shape not in ((), (size,)):
+        axes = tuple(range(1, values.ndim))
+        remedy = (
+            f"loss.mean(axis={axes})" if values.shape[:1] == (size,) and axes else "loss.mean()"
+        )
+        advice = f"Average it first: {remedy}."
+        if values.shape[:2] == (size, size):
+            advice = (
+                f"An array of shape [{size}, {size}] often comes from a broadcast of [{size}, 1] "
+                f"with [{size}]: give predictions and labels one shape. If its second axis is not "
+                f"the batch, average it first: {remedy}."
+            )
+        raise LossError(f"{rule}; the loss function returned shape {values.shape}. {advice}")
+    return metrics_lib.declare("loss", loss if isinstance(loss, PerExample) else values, size)

@@ -1,0 +1,74 @@
+"""The options every trainer has: those of its parts, each declared beside what it configures."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any, TypeVar
+
+from distaff.core.config.options import described, integer, option
+from distaff.core.config.other_frameworks import OPTIONS, remedy
+from distaff.data.inspection import InspectionOptions
+from distaff.errors import ConfigError
+from distaff.execution.dispatch.dispatcher import DispatchOptions
+from distaff.run.directory.recording import RecordingOptions
+from distaff.run.display.protocol import DisplayOptions
+from distaff.run.supervision.interruption import SupervisionOptions
+from distaff.step.guard import RecoveryOptions
+
+C = TypeVar("C", bound="TrainerConfig")
+
+
+@described
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainerConfig(
+    DisplayOptions,
+    SupervisionOptions,
+    InspectionOptions,
+    RecoveryOptions,
+    DispatchOptions,
+    RecordingOptions,
+):
+    """The options of every trainer; a subclass of the trainer may add its own.
+
+    Raises:
+        ConfigError: an option is out of its range.
+    """
+
+    seed: int = option(
+        42,
+        "Of the parameters, dropout, and every other random number of the model.",
+        check=integer,
+    )
+    keep_optimizer: bool = option(
+        True,
+        """Whether a second call of `train_model` keeps the optimizer's state, such as Adam's
+        moments. False begins with a new one. The schedule of an `OptimizerConfig`, or of a function
+        of the number of steps, is made for one call, and begins again.""",
+    )
+
+
+def make_config(cls: type[C], options: dict[str, Any], owner: type) -> C:
+    """Makes a trainer's options from keyword arguments.
+
+    Args:
+        cls: the class of the options.
+        options: their values.
+        owner: the trainer; what its constructors take besides is named with the options.
+
+    Raises:
+        ConfigError: an option is unknown; the nearest one is named.
+    """
+    known = [field.name for field in dataclasses.fields(cls)]
+    for name in options:
+        if name not in known:
+            known += [
+                parameter.name
+                for base in owner.__mro__
+                for parameter in inspect.signature(base.__init__).parameters.values()
+                if parameter.kind is parameter.KEYWORD_ONLY
+            ]
+            raise ConfigError(
+                f"{owner.__name__} has no option {name!r}. {remedy(name, known, OPTIONS)}"
+            )
+    return cls(**options)

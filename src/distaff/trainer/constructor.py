@@ -1,0 +1,290 @@
+"""Constructors of a trainer's subclass: the call that made it, recorded, and made again.
+
+See `docs/decisions/0031-the-call-that-made-a-trainer.md`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any, NamedTuple, TypeVar
+
+from distaff.core.config.encoding import from_json, to_json
+from distaff.core.names import name_of
+from distaff.errors import CheckpointError, ConfigError
+from distaff.models import is_linen_class, rebuild
+from distaff.optim import OptimizerConfig
+from distaff.trainer.config import TrainerConfig
+from distaff.trainer.plain import LostError, recorded, restored
+
+T = TypeVar("T")
+
+_MODEL = {"$model": True}
+_ABSENT: Mapping[str, Any] = {
+    "loggers": (),
+    "callbacks": (),
+    "example_batch": None,
+    "init_from": None,
+}
+"""What a trainer takes besides its options that a loaded one does without."""
+
+_GIVEN = {"optimizer", *_ABSENT}
+
+
+class Call(NamedTuple):
+    """The arguments of a constructor of the user's own, as strict JSON.
+
+    Attributes:
+        owner: the name of the class.
+        named: by the name of the parameter.
+        positional: those of `*args`.
+        loose: those of `**kwargs`.
+        places: where each argument is, by the identity of the object: the dict or list, and the
+            key. Only the constructor may use it, while the objects live.
+    """
+
+    owner: str
+    named: dict[str, Any]
+    positional: list[Any]
+    loose: dict[str, Any]
+    places: dict[int, tuple[Any, Any]]
+
+    def with_model(self, model: Any) -> Call:
+        """Notes which argument is the model: it is recorded by itself."""
+        if id(model) in self.places:
+            container, key = self.places[id(model)]
+            container[key] = _MODEL
+        return self._replace(places={})
+
+    def record(self, options: Any) -> dict[str, Any]:
+        """Returns what a run keeps of the call.
+
+        Args:
+            options: the trainer's `TrainerConfig`. Those that were given are recorded there.
+        """
+        own = {each.name for each in dataclasses.fields(options)}
+        values = to_json(options)
+        given = [name for name in self.loose if name in own | _GIVEN]
+        given += [name for name, x in self.named.items() if name in own and x == values[name]]
+        given += [name for name in self.named if name in _ABSENT]
+        return {
+            "class": self.owner,
+            "named": {name: x for name, x in self.named.items() if name not in given},
+            "positional": self.positional,
+            "loose": {name: x for name, x in self.loose.items() if name not in given},
+            "given": sorted(given),
+        }
+
+
+def call_of(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call | None:
+    """Records a call of a constructor, before it can change its arguments.
+
+    Returns:
+        None for a constructor of Distaff's own, and for a call that Python will refuse.
+
+    Raises:
+        ConfigError: one of Distaff's own gets more by position than the model.
+    """
+    if not has_own_constructor(cls):
+        if len(args) > 1:
+            raise ConfigError(
+                f"{cls.__name__} takes the model by position, and all else by keyword; got "
+                f"{len(args)} arguments. Write {cls.__name__}(model, example_batch=batch, ...)."
+            )
+        return None
+    signature = inspect.signature(cls.__init__)
+    try:
+        bound = signature.bind(None, *args, **kwargs)
+    except TypeError:
+        return None
+    bound.apply_defaults()
+    call = Call(name_of(cls), {}, [], {}, {})
+    for name, parameter in list(signature.parameters.items())[1:]:
+        value = bound.arguments[name]
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            call.positional.extend(recorded(each) for each in value)
+            call.places.update({id(x): (call.positional, n) for n, x in enumerate(value)})
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            call.loose.update({key: recorded(each) for key, each in value.items()})
+            call.places.update({id(x): (call.loose, key) for key, x in value.items()})
+        else:
+            call.named[name] = recorded(value)
+            call.places[id(value)] = (call.named, name)
+    return call
+
+
+def constructed(call: Call | None, options: Any) -> dict[str, Any]:
+    """Returns the part of a run's record that holds a call; nothing for one of Distaff's own."""
+    return {} if call is None else {"constructor": call.record(options)}
+
+
+def has_own_constructor(cls: type) -> bool:
+    """Whether a class, or one that it inherits from, has a constructor of the user's own."""
+    return not cls.__init__.__module__.startswith("distaff.")
+
+
+def recorded_options(cls: type[TrainerConfig], record: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns Distaff's own arguments of a constructor, as far as a run's record holds them.
+
+    Args:
+        cls: the class of the options.
+        record: of the run.
+
+    Raises:
+        ConfigError: an option is unknown, or has another type by now.
+    """
+    options = dict(vars(from_json(cls, record["options"])))
+    with suppress(ConfigError):  # A transformation or a function is recorded by name only.
+        options["optimizer"] = from_json(OptimizerConfig, record.get("optimizer"))
+    # How long that run might last, and what it went on from, is no matter of this one.
+    own = ("resume", "allow_inexact_resume", "allow_changes", "max_time")
+    return {name: x for name, x in options.items() if name not in own}
+
+
+def made_again(
+    cls: type[T],
+    record: Mapping[str, Any],
+    model: Any,
+    options: Mapping[str, Any],
+    changes: Mapping[str, Any],
+) -> T:
+    """Makes the trainer of a run again.
+
+    Args:
+        cls: its class.
+        record: of the run; its entry `constructor` holds what `Call.record` returned.
+        model: as it was given to load the run; None, or a class of Linen, is completed.
+        options: Distaff's own options, as the run has recorded them.
+        changes: arguments that shall differ from the recorded ones.
+
+    Raises:
+        CheckpointError: an argument is missing that has to be passed.
+        ConfigError: the constructor does not take one of the changes.
+    """
+
+    def the_model() -> Any:
+        if model is None or is_linen_class(model):
+            return rebuild(record["model"], model)
+        return model
+
+    if not has_own_constructor(cls):
+        make: Any = cls
+        return make(the_model(), **{**options, **changes})
+    return _called(_Maker(cls, record.get("constructor"), options), the_model, model, changes)
+
+
+def _called(
+    maker: _Maker, the_model: Callable[[], Any], model: Any, changes: Mapping[str, Any]
+) -> Any:
+    """Calls a constructor of the user's own as it was called."""
+    signature, left = maker.signature, dict(changes)
+    if model is not None and "model" in signature.parameters:
+        left["model"] = the_model()
+    bound = signature.bind_partial(None)
+    bound.arguments.update(maker.named(the_model, left))
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            bound.arguments[name] = maker.positional(the_model)
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            bound.arguments[name], left = {**maker.loose(the_model), **left}, {}
+    name = maker.cls.__name__
+    if left:
+        known = ", ".join(map(repr, list(signature.parameters)[1:])) or "nothing"
+        raise ConfigError(
+            f"The constructor of {name} takes {known}, and not {sorted(left)}. Leave these out, or "
+            "let it take **options and hand them to super().__init__."
+        )
+    maker.check()
+    try:
+        return maker.cls(*bound.args[1:], **bound.kwargs)
+    except TypeError as error:
+        raise CheckpointError(
+            f"{name} cannot be made as the run has recorded it: {error}. Pass the arguments of its "
+            f"constructor to {name}.load_from_checkpoint(path, ...)."
+        ) from error
+
+
+class _Maker:
+    """Finds the arguments of a call, and what is missing."""
+
+    def __init__(
+        self, cls: type, call: Mapping[str, Any] | None, options: Mapping[str, Any]
+    ) -> None:
+        self.cls, self.signature = cls, inspect.signature(cls.__init__)
+        self.missing: dict[str, str] = {}
+        self._call: Mapping[str, Any] = call or {}
+        given = self._call.get("given", list(options))
+        self._optimizer = options.get("optimizer", OptimizerConfig())
+        self._options = {name: options[name] for name in given if name in options}
+
+    def named(self, model: Callable[[], Any], changes: dict[str, Any]) -> dict[str, Any]:
+        """Returns the arguments by the names of parameters; takes them out of the changes."""
+        found: dict[str, Any] = {}
+        recorded_here = self._call.get("named", {})
+        for name, parameter in list(self.signature.parameters.items())[1:]:
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                continue
+            if name in changes:
+                found[name] = changes.pop(name)
+            elif recorded_here.get(name) == _MODEL or (name == "model" and not recorded_here):
+                found[name] = model()
+            elif name in recorded_here:
+                self._restore(found, name, recorded_here[name])
+            elif name in self._options:
+                found[name] = self._options[name]
+            elif name in _ABSENT:
+                found[name] = _ABSENT[name]
+            elif parameter.default is parameter.empty:
+                self.missing[name] = "the run has not recorded it"
+        return found
+
+    def positional(self, model: Callable[[], Any]) -> tuple[Any, ...]:
+        """Returns the arguments of `*args`."""
+        found: dict[str, Any] = {}
+        for number, each in enumerate(self._call.get("positional", ())):
+            self._restore_or_model(found, f"argument {number}", each, model)
+        return tuple(found.values())
+
+    def loose(self, model: Callable[[], Any]) -> dict[str, Any]:
+        """Returns the arguments of `**kwargs`, Distaff's options among them."""
+        named = self.signature.parameters
+        found = {name: x for name, x in self._options.items() if name not in named}
+        for name, each in self._call.get("loose", {}).items():
+            self._restore_or_model(found, name, each, model)
+        return found
+
+    def check(self) -> None:
+        """Checks that nothing is missing.
+
+        Raises:
+            CheckpointError: something is; all of it is named.
+        """
+        if self.missing:
+            name = self.cls.__name__
+            reasons = "; ".join(f"{each!r}: {why}" for each, why in self.missing.items())
+            shown = ", ".join(f"{each}=..." for each in self.missing)
+            raise CheckpointError(
+                f"{name} cannot be made again without arguments of its constructor ({reasons}). "
+                f"Pass what is missing: {name}.load_from_checkpoint(path, {shown})."
+            )
+
+    def _restore_or_model(
+        self, found: dict[str, Any], name: str, data: Any, model: Callable[[], Any]
+    ) -> None:
+        if data == _MODEL:
+            found[name] = model()
+        else:
+            self._restore(found, name, data)
+
+    def _restore(self, found: dict[str, Any], name: str, data: Any) -> None:
+        try:
+            found[name] = restored(data)
+        except LostError as error:
+            if name == "optimizer":  # which a loaded model does without
+                found[name] = self._optimizer
+            else:
+                self.missing[name] = str(error)
+        except Exception as error:
+            self.missing[name] = f"it cannot be made again: {error}"
