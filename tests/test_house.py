@@ -1,0 +1,250 @@
+"""Holds what the parts of the house may do to each other: rules over the source, by name.
+
+A rule is a function from the sources by module name to what breaks it, as in `test_architecture`,
+and does not depend on where a file stands. What breaks it today is listed, and lists only shrink.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import pytest
+
+from distaff import TrainerConfig, TrainerModule
+from test_architecture import FUNCTION, HOUSE, House, parse, trace_violations
+
+SCOPE = (*FUNCTION, ast.ClassDef)
+TRAINERS = {"trainer", "_trainer"}
+SETTERS = {"setattr", "delattr", "__setattr__", "__delattr__"}
+TRAINER_CLASSES = {cls.__name__ for cls in TrainerModule.__mro__} - {"object"}
+TRAINER_MODULES = {cls.__module__ for cls in TrainerModule.__mro__}
+
+OPTIONS = {field.name: field for field in dataclasses.fields(TrainerConfig)}
+OPTION_MODULES = {cls.__module__ for cls in TrainerConfig.__mro__}
+KEYS_OF_FILES = {"steps_per_call"}
+"""Options whose name is a key of a checkpoint, too."""
+
+PLACEMENT = {"device_put", "committed", "sharding", "NamedSharding", "SingleDeviceSharding"}
+PLACES = {
+    *("Placement", "OneDevice", "Meshed"),  # where arrays are, decided by one object
+    *("Leaf", "_leaf", "_text"),  # what a program is compiled for
+    *("_as_asked", "_is_fetched", "_storable", "_taken", "_with_sharding"),  # of checkpoints
+}
+"""Functions and classes that may look at where arrays are, and put them there."""
+
+
+def scoped(tree: ast.AST) -> Iterator[tuple[str, ast.AST]]:
+    """Yields every node of a tree, with the functions and classes it stands in: `Feed.epoch`."""
+    waiting = [("", tree)]
+    while waiting:
+        scope, node = waiting.pop()
+        if isinstance(node, SCOPE):
+            scope = f"{scope}.{node.name}".lstrip(".")
+        yield scope, node
+        waiting += [(scope, child) for child in ast.iter_child_nodes(node)]
+
+
+def chain(node: ast.AST) -> list[str]:
+    """Returns the names that an expression goes through: `self`, `_trainer`, `config`."""
+    names: list[str] = []
+    while isinstance(node, (ast.Attribute, ast.Subscript, ast.Call)):
+        if isinstance(node, ast.Call):  # such as vars(trainer)
+            node = node.args[0] if node.args else node.func
+            continue
+        names += [node.attr] if isinstance(node, ast.Attribute) else []
+        node = node.value
+    return [*names, node.id] if isinstance(node, ast.Name) else names
+
+
+def trainers_of(function: ast.AST) -> set[str]:
+    """Returns the arguments of a function that are trainers by their annotation."""
+    if not isinstance(function, FUNCTION):
+        return set()
+    arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+    return {
+        each.arg
+        for each in arguments
+        if each.annotation is not None
+        and TRAINER_CLASSES & {*re.findall(r"\w+", ast.unparse(each.annotation))}
+    }
+
+
+def setters(house: House) -> list[str]:
+    """Places outside of a trainer's own files that set an attribute of a trainer."""
+    found = []
+    for module, source in house.items():
+        nodes = [] if module in TRAINER_MODULES else list(scoped(parse(source)))
+        arguments = {scope: trainers_of(node) for scope, node in nodes if isinstance(node, SCOPE)}
+        for scope, node in nodes:
+            target = target_of(node)
+            if target is not None:
+                around = [n for f, n in arguments.items() if f"{scope}.".startswith(f"{f}.")]
+                is_trainer = TRAINERS.union(*around) & {*chain(target)}
+                found += [f"{scope} sets {ast.unparse(node)}"] if is_trainer else []
+    return sorted(found)
+
+
+def target_of(node: ast.AST) -> ast.AST | None:
+    """Returns the object whose attribute, or entry, a node sets or deletes."""
+    if isinstance(getattr(node, "ctx", None), (ast.Store, ast.Del)):
+        return getattr(node, "value", None)
+    is_call = isinstance(node, ast.Call) and node.args and SETTERS & {*chain(node.func)}
+    return node.args[0] if is_call else None
+
+
+def repeated(house: House) -> list[str]:
+    """Names that several classes of the house have."""
+    nodes = [node for source in house.values() for node in ast.walk(parse(source))]
+    counts = Counter(node.name for node in nodes if isinstance(node, ast.ClassDef))
+    return sorted(name for name, count in counts.items() if count > 1)
+
+
+def placers(house: House) -> list[str]:
+    """Functions and classes that put arrays on devices, or look at where they are, and may not."""
+    found = set()
+    for source in house.values():
+        for scope, node in scoped(parse(source)):
+            names = {getattr(node, "attr", ""), getattr(node, "id", "")}
+            names |= (
+                {each.name for each in node.names} if isinstance(node, ast.ImportFrom) else {""}
+            )
+            if names & PLACEMENT and not {scope, scope.split(".")[0]} & PLACES:
+                found.add(scope)
+    return sorted(found)
+
+
+def named_options(house: House) -> list[str]:
+    """Options whose name is a string outside of the modules that declare options.
+
+    A name of one word, such as `root`, may be that of something else.
+    """
+    nodes = [
+        node
+        for module, source in house.items()
+        if module not in OPTION_MODULES
+        for node in ast.walk(parse(source))
+    ]
+    strings = {node.value for node in nodes if isinstance(node, ast.Constant)}
+    return sorted(n for n in OPTIONS.keys() & strings - KEYS_OF_FILES if "_" in n)
+
+
+def undescribed_options(house: House) -> list[str]:
+    """Options that do not say, where they are declared, what they are and what a resume does."""
+    return [name for name, field in OPTIONS.items() if not {"doc", "resume"} <= {*field.metadata}]
+
+
+TODAY: dict[Callable[[House], list[str]], set[str]] = {
+    setters: {
+        "Digits.run sets trainer.monitor",
+        "check sets trainer.monitor",
+        "_Contest.run sets trainer.callbacks",
+        "_Contest.run sets trainer.display",
+        "_Contest.trainer sets trainer.config",
+        "_Contest.trainer sets trainer.explains",
+        "_Contest.trainer sets trainer.recording",
+        "Task.trainer sets trainer.config",
+        "Task.trainer sets trainer.explains",
+        "Task.trainer sets trainer.display",
+        "Task.run sets trainer.callbacks",
+    },
+    repeated: {
+        *("Block", "Choice", "Comparison", "Kind", "MLP", "Pace", "Part", "Place", "Source"),
+        *("_Batches", "_Parts", "_Reader", "_Rows", "_Slot", "_Value", "_Walk"),
+    },
+    placers: {
+        *("Feed.repeated", "Readout.__init__", "TrainState.create", "_canonical", "_placed"),
+        *("_mended.mended", "_on_device", "blank", "idle_devices", "owned.copied"),
+        *("placed_like.placed", "placed_with", "placed_with.moved"),
+    },
+    named_options: {
+        *("allow_changes", "allow_inexact_resume", "check_validation", "enable_progress_bar"),
+        *("keep_best", "keep_every", "keep_last", "log_every_n_steps", "max_skips", "max_time"),
+        *("nan_ok", "on_bad_input", "on_bad_numbers", "on_failed_log", "on_failed_save"),
+        *("on_loss_spike", "save_every", "spike_threshold", "stuck_after", "table_depth"),
+        "tune_process",
+    },
+    undescribed_options: set(OPTIONS),
+}
+"""What breaks each rule; nothing is added."""
+
+
+@cache
+def broken(rule: Callable[[House], list[str]]) -> list[str]:
+    """Returns what breaks a rule in the package."""
+    return rule(HOUSE)
+
+
+@pytest.mark.parametrize("rule", TODAY)
+def test_nothing_new_breaks_rule(rule: Callable[[House], list[str]]) -> None:
+    assert [each for each in broken(rule) if each not in TODAY[rule]] == []
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        pytest.param(each, marks=pytest.mark.xfail(reason="TODAY lists what breaks it"))
+        for each in TODAY
+    ],
+)
+def test_house_keeps_rule(rule: Callable[[House], list[str]]) -> None:
+    assert broken(rule) == []
+
+
+GOOD = {
+    "distaff.trials": "class Trial:\n"
+    " def run(self, trainer: TrainerModule):\n"
+    "  self.config = trainer.config\n  trainer = trainer.variant(seed=1)\n  self.seen[trainer] = 1",
+    "distaff.place": "class OneDevice:\n def f(self, x):\n  return jax.device_put(x, x.sharding)",
+    "distaff.saved": "def _taken(x):\n return x.sharding",
+    TrainerModule.__module__: "def helper(trainer):\n trainer.state = None",
+    TrainerConfig.__module__: "x = 'keep_last'",
+    "distaff.words": "x = 'keep_last=3'\ny = 'root'\nz = 'steps_per_call'",
+}
+
+
+@pytest.mark.parametrize(
+    ("rule", "source", "found"),
+    [
+        (setters, "def f(trainer):\n trainer.step = 1", "f sets trainer.step"),
+        (setters, "def f(trainer):\n trainer.step += 1", "f sets trainer.step"),
+        (setters, "def f(a, trainer):\n a, trainer.b = 1, 2", "f sets trainer.b"),
+        (setters, "def f(trainer):\n del trainer.step", "f sets trainer.step"),
+        (setters, "def f(trainer):\n for trainer.x in y: pass", "f sets trainer.x"),
+        (setters, "def f(trainer):\n trainer.a.b = 1", "f sets trainer.a.b"),
+        (setters, "def f(trainer):\n vars(trainer)['a'] = 1", "f sets vars(trainer)['a']"),
+        (setters, "def f(trainer):\n trainer.__dict__['a'] = 1", "f sets trainer.__dict__['a']"),
+        (setters, "def f(trainer):\n setattr(trainer, n, 1)", "f sets setattr(trainer, n, 1)"),
+        (setters, "class C:\n def f(self):\n  self._trainer.x = 1", "C.f sets self._trainer.x"),
+        (setters, "def f(owner: 'Predictor'):\n owner.x = 1", "f sets owner.x"),
+        (setters, "def f(o: TrainerModule | None):\n def g():\n  o.x = 1", "f.g sets o.x"),
+        (repeated, "class OneDevice: pass", "OneDevice"),
+        (repeated, "def f():\n class Trial: pass", "Trial"),
+        (placers, "def f(x):\n return jax.device_put(x)", "f"),
+        (placers, "def f(x):\n return x.committed", "f"),
+        (placers, "class C:\n def f(self, x):\n  return x.sharding", "C.f"),
+        (placers, "from jax.sharding import NamedSharding", ""),
+        (named_options, "x = {'keep_last'}", "keep_last"),
+        (named_options, "def f(options):\n return options['on_bad_numbers']", "on_bad_numbers"),
+    ],
+)
+def test_rule_catches(rule: Callable[[House], list[str]], source: str, found: str) -> None:
+    assert rule(GOOD) == []
+    assert rule({**GOOD, "distaff.bad": source}) == [found]
+
+
+@pytest.mark.parametrize(
+    "body", ["self.n = 1", "self.n: int = 1", "self.n += 1", "self.n['a'] = 1", "self.n.append(1)"]
+)
+def test_nothing_is_stored_while_it_is_traced(body: str) -> None:
+    for source in (
+        f"class _C:\n def loss_fn(self, params, batch, ctx):\n  {body}",
+        f"class _C:\n def _f(self, x):\n  {body}\n def _g(self, run):\n  run.program(self._f)",
+        f"class _C:\n def _f(self, x):\n  {body}\n def _g(self, run):\n  run.part(self._f)",
+    ):
+        (found,) = trace_violations({"distaff.bad": source})
+        assert "stores while it is traced" in found
