@@ -27,7 +27,7 @@ PACKAGES = (
     *("distaff", "tune", "cli", "integrations", "testing"),
 )
 
-CORE = {"jax", "flax", "optax", "orbax", "numpy", "rich", "tyro"}
+CORE = {"jax", "flax", "optax", "orbax", "numpy", "rich", "tyro", "msgpack"}
 PACKAGES_THAT_MAY_IMPORT = {
     "tyro": {"cli"},
     "orbax": {"checkpoint", "execution"},
