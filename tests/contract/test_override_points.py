@@ -295,6 +295,13 @@ def cases() -> list[Any]:
     return marked
 
 
+def test_default_run_loads_the_best_model_and_not_the_last_one(default):
+    losses = [line["val/loss"] for line in default.logged if "val/loss" in line]
+    assert losses[0] > losses[1]
+    assert default.result.best.metrics == {"val/loss": losses[0]}
+    assert default.result.metrics["test/loss"] == losses[0]  # of the same data
+
+
 def assert_same(run: Trained, default: Trained) -> None:
     """Asserts that a run came to the results of another one, bit for bit; it may have more."""
     assert (run.result.status, run.result.reason) == ("finished", "")
