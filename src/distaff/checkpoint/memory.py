@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distaff.checkpoint.protocol import Store
 from distaff.checkpoint.retention import best_steps
 from distaff.core.typing import PyTree
 from distaff.errors import CheckpointError
 
 
-class MemoryStore:
+class MemoryStore(Store):
     """Keeps the newest checkpoint of one run and all that it names as best; nothing on disk.
 
     Of one whose `info["provisional"]` is true, the newest lasting one before it stays, too.
@@ -33,36 +34,19 @@ class MemoryStore:
         self._kept = {kept: value for kept, value in self._kept.items() if kept in wanted}
 
     def steps(self) -> tuple[int, ...]:
-        """Returns the steps kept, ascending."""
         return tuple(sorted(self._kept))
 
-    def latest(self) -> int | None:
-        """Returns the newest step."""
-        return max(self._kept, default=None)
-
     def best(self) -> int | None:
-        """Returns the step of the best model."""
         newest = self.latest()
         best = () if newest is None else best_steps(self.info(newest))
         return best[0] if best else None
 
     def info(self, step: int) -> dict[str, Any]:
-        """Returns what was saved beside the arrays."""
         return self._entry(step)[1]
 
     def load(self, step: int, abstract: Mapping[str, PyTree]) -> dict[str, PyTree]:
-        """Returns the members of the state that `abstract` names."""
         arrays = self._entry(step)[0]
         return {name: jax.tree.map(_restored, arrays[name]) for name in abstract}
-
-    def check_failure(self) -> None:
-        """Returns at once."""
-
-    def wait(self) -> None:
-        """Returns at once."""
-
-    def close(self) -> None:
-        """Returns at once."""
 
     def _entry(self, step: int) -> tuple[dict[str, PyTree], dict[str, Any]]:
         if step not in self._kept:

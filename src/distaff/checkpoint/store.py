@@ -23,6 +23,7 @@ from distaff.checkpoint.failure import (
     unreadable,
     warned,
 )
+from distaff.checkpoint.protocol import Store
 from distaff.checkpoint.retention import Retention, named_best
 from distaff.checkpoint.snapshot import num_bytes, taken
 from distaff.checkpoint.writer import Save, Writer
@@ -33,7 +34,7 @@ from distaff.errors import CheckpointError
 _MAX_HELD_BYTES = 2**30
 
 
-class CheckpointStore:
+class CheckpointStore(Store):
     """The checkpoints of one run: `<directory>/step_00001200/`, one folder each.
 
     A folder appears under its name only when it is whole. After each save the last `keep_last`
@@ -135,10 +136,6 @@ class CheckpointStore:
     def steps(self) -> tuple[int, ...]:
         """Returns the steps that have a checkpoint which looks whole, ascending; reads none."""
         return folders.steps_in(self.directory, self._whole)
-
-    def latest(self) -> int | None:
-        """Returns the newest step, None where there is no checkpoint."""
-        return max(self.steps(), default=None)
 
     def best(self) -> int | None:
         """Returns the best step there is that the newest readable checkpoint names.
