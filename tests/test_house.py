@@ -31,12 +31,13 @@ KEYS_OF_FILES = {"steps_per_call"}
 """Options whose name is a key of a checkpoint, too."""
 
 PLACEMENT = {"device_put", "committed", "sharding", "NamedSharding", "SingleDeviceSharding"}
-PLACES = {
-    *("Placement", "OneDevice", "Meshed"),  # where arrays are, decided by one object
-    *("Leaf", "_leaf", "_text"),  # what a program is compiled for
-    *("_as_asked", "_is_fetched", "_storable", "_taken", "_with_sharding"),  # of checkpoints
+PLACEMENT |= {"addressable_shards", "device_set", "is_fully_replicated"}
+PLACERS = {
+    "distaff.execution.placement",  # decides where arrays are
+    "distaff.execution.compile.signature",  # what a program is compiled for
+    *("distaff.checkpoint.arrays", "distaff.checkpoint.snapshot"),
 }
-"""Functions and classes that may look at where arrays are, and put them there."""
+"""Modules that may look at where arrays are, and put them there."""
 
 
 def scoped(tree: ast.AST) -> Iterator[tuple[str, ast.AST]]:
@@ -108,14 +109,13 @@ def repeated(house: House) -> list[str]:
 def placers(house: House) -> list[str]:
     """Functions and classes that put arrays on devices, or look at where they are, and may not."""
     found = set()
-    for source in house.values():
-        for scope, node in scoped(parse(source)):
+    for module, source in house.items():
+        for scope, node in [] if module in PLACERS else scoped(parse(source)):
             names = {getattr(node, "attr", ""), getattr(node, "id", "")}
             names |= (
                 {each.name for each in node.names} if isinstance(node, ast.ImportFrom) else {""}
             )
-            if names & PLACEMENT and not {scope, scope.split(".")[0]} & PLACES:
-                found.add(scope)
+            found |= {scope} if names & PLACEMENT else set()
     return sorted(found)
 
 
@@ -157,11 +157,7 @@ TODAY: dict[Callable[[House], list[str]], set[str]] = {
         *("Block", "Choice", "Comparison", "Kind", "MLP", "Pace", "Part", "Place", "Source"),
         *("_Batches", "_Parts", "_Reader", "_Rows", "_Slot", "_Value", "_Walk"),
     },
-    placers: {
-        *("Feed.repeated", "Readout.__init__", "TrainState.create", "_canonical", "_placed"),
-        *("_mended.mended", "_on_device", "blank", "idle_devices", "owned.copied"),
-        *("placed_like.placed", "placed_with", "placed_with.moved"),
-    },
+    placers: set(),
     named_options: {
         *("allow_changes", "allow_inexact_resume", "enable_progress_bar", "max_time", "nan_ok"),
         *("on_bad_numbers", "on_failed_save", "on_loss_spike", "stuck_after", "tune_process"),
@@ -197,8 +193,9 @@ GOOD = {
     "distaff.trials": "class Trial:\n"
     " def run(self, trainer: TrainerModule):\n"
     "  self.config = trainer.config\n  trainer = trainer.variant(seed=1)\n  self.seen[trainer] = 1",
-    "distaff.place": "class OneDevice:\n def f(self, x):\n  return jax.device_put(x, x.sharding)",
-    "distaff.saved": "def _taken(x):\n return x.sharding",
+    "distaff.execution.placement": "class OneDevice:\n"
+    " def f(self, x):\n  return jax.device_put(x, x.sharding)",
+    "distaff.checkpoint.snapshot": "def _taken(x):\n return x.sharding",
     TrainerModule.__module__: "def helper(trainer):\n trainer.state = None",
     TrainerConfig.__module__: "x = 'keep_last'",
     "distaff.words": "x = 'keep_last=3'\ny = 'root'\nz = 'steps_per_call'",

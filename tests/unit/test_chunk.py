@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from distaff import data
 from distaff.data import ArrayLoader
 from distaff.errors import BatchError
-from distaff.execution.feed.chunk import Chunk, Form, Gathered, One, Stacked
+from distaff.execution.feed.chunk import Chunk, Form, Gathered, One, Stacked, pad
 from distaff.execution.feed.feed import Feed
 from distaff.execution.feed.feeds import Feeds
 
@@ -204,7 +204,7 @@ def test_repeated_chunks_are_placed_once_and_are_the_batches_of_the_loader(capac
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(first[0].source))
     found = [chunk.source.batch(n) for chunk in second for n in range(chunk.num_steps)]
     expected = list(loader(11, 4, shuffle=False))
-    expected[-1] = data.pad(expected[-1], 4) if even else expected[-1]
+    expected[-1] = pad(expected[-1], 4) if even else expected[-1]
     assert_same(found, expected)
     assert second[-1].examples == 3
     assert feed.loader.get_state()["epoch"] == 2

@@ -16,9 +16,9 @@ from distaff import TrainState
 from distaff.checkpoint import CheckpointStore
 from distaff.core.pytrees import static
 from distaff.errors import StateError
+from distaff.execution.placement import owned
 from distaff.metrics import Mean
 from distaff.step.finite import all_finite
-from distaff.step.state import owned, placed_like, placed_with
 
 TARGET = jnp.array([1.0, -2.0, 0.5])
 
@@ -284,44 +284,7 @@ def test_gradients_unlike_the_parameters_are_refused(grads, message):
         extended(optax.sgd(0.1)).apply_gradients(grads=grads)
 
 
-def test_owned_gives_each_leaf_a_buffer_of_its_own():
-    shared = jnp.ones(3)
-    state = TrainState.create(params={"first": shared, "second": shared}, rng=jax.random.key(0))
-    mine = owned(state)
-    assert_same(mine, state)
-    jax.jit(lambda donated: jax.tree.map(lambda leaf: leaf.copy(), donated), donate_argnums=0)(mine)
-    assert mine.params["second"].is_deleted()
-    assert not shared.is_deleted()
-
-
 @pytest.mark.parametrize(("bad", "finite"), [(1.0, True), (jnp.nan, False), (-jnp.inf, False)])
 def test_all_finite_looks_at_every_float_and_at_nothing_else(bad, finite):
     tree = {"ok": jnp.ones(2), "key": jax.random.key(0), "int": jnp.arange(2), "x": jnp.array(bad)}
     assert bool(all_finite(tree)) is finite
-
-
-def test_placed_like_frees_what_the_example_has_free_and_keeps_the_bits():
-    device = jax.devices()[1]
-    tree = {"key": jax.random.key(3), "x": jnp.arange(3.0), "host": np.ones(2)}
-    loaded = {**jax.device_put({n: tree[n] for n in ("key", "x")}, device), "host": np.ones(2)}
-    freed = placed_like(loaded, tree)
-    assert not freed["key"].committed
-    assert not freed["x"].committed
-    assert isinstance(freed["host"], np.ndarray)
-    np.testing.assert_array_equal(freed["x"], tree["x"])
-    np.testing.assert_array_equal(*map(jax.random.key_data, (freed["key"], tree["key"])))
-    kept = placed_like(loaded, loaded)
-    assert kept["x"] is loaded["x"]
-
-
-def test_placed_with_goes_where_arrays_are_whole_on_each_device():
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    other = jax.device_put(jnp.ones(2), jax.devices()[5])
-    tree = {"x": jnp.arange(3.0), "other": other}
-    moved = placed_with(tree, {"batch": jax.device_put(np.ones((8, 2)), rows), "host": np.ones(2)})
-    assert moved["x"].sharding.is_fully_replicated
-    assert moved["x"].sharding.device_set == set(mesh.devices.flat)
-    assert moved["other"] is other
-    assert placed_with(tree, {"batch": jnp.ones(2)}) is tree
-    assert placed_with(tree, np.ones(2)) is tree

@@ -15,9 +15,9 @@ import pytest
 
 from distaff import EvalStep, TrainState, TrainStep, train_step
 from distaff.errors import BatchError, ConfigError, LossError, StateError
+from distaff.execution.placement import owned
 from distaff.metrics import Last, Mean, Metric, Sum, compute, to_host
 from distaff.step.normalise import accumulating, measured
-from distaff.step.state import owned
 from distaff.step.step import Context, MaskError
 
 SIZE = 8

@@ -6,6 +6,7 @@ import jax
 
 from distaff.core.typing import Batch
 from distaff.errors import ConfigError
+from distaff.execution.placement import num_devices
 
 _HIDING = {
     "cpu": "leave jax_num_cpu_devices and --xla_force_host_platform_device_count unset",
@@ -36,9 +37,7 @@ def idle_devices(batch: Batch) -> str:
         batch: of the train loader. Steps run where its arrays are: a loader may place them on
             several devices.
     """
-    local = jax.local_devices()
-    arrays = [leaf for leaf in jax.tree.leaves(batch) if isinstance(leaf, jax.Array)]
-    used = max((len(array.sharding.device_set) for array in arrays), default=1)
+    local, used = jax.local_devices(), num_devices(batch)
     if used >= len(local):
         return ""
     platform = local[0].platform

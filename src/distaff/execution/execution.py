@@ -13,6 +13,7 @@ from jax.core import Tracer
 from distaff.core.config.options import Options, one_of, option
 from distaff.core.typing import PyTree
 from distaff.execution.compile.recompiles import Recompile
+from distaff.execution.placement import ONE_DEVICE, Placement
 
 _LITTLE_EFFORT = {"xla_backend_optimization_level": 1}
 """Of XLA's CPU backend, from 0 to 3, its default. Level 0 changes the last bits of results."""
@@ -46,6 +47,11 @@ class ExecutionOptions(Options):
 class Execution(Protocol):
     """Turns a pure function into a program."""
 
+    @property
+    def placement(self) -> Placement:
+        """Where the arrays of its programs are."""
+        ...
+
     def program(self, function: Callable[..., Any], *, donate: int | None = None) -> Any:
         """Returns the program; the argument at position `donate` gives its buffers away."""
         ...
@@ -75,8 +81,11 @@ class Execution(Protocol):
         ...
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Compiled:
     """Each function becomes one XLA program per set of shapes."""
+
+    placement: Placement = ONE_DEVICE
 
     def program(self, function: Callable[..., Any], *, donate: int | None = None) -> Any:
         """Returns `jax.jit(function)`."""
@@ -110,8 +119,11 @@ class Compiled:
         return jax.make_jaxpr(program)(*args)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Eager:
     """Each function runs as plain Python: breakpoints, prints and concrete values work."""
+
+    placement: Placement = ONE_DEVICE
 
     def program(self, function: Callable[..., Any], *, donate: int | None = None) -> Any:
         """Returns the function itself."""

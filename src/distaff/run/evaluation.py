@@ -19,6 +19,7 @@ from distaff.execution.dispatch.packed_metrics import Columns
 from distaff.execution.execution import Compiled, Execution
 from distaff.execution.feed.chunk import Chunk, One, Source, pad
 from distaff.execution.feed.padding import MayPad, Padding, Sizes, form_of_examples, has_rows
+from distaff.execution.placement import to_host
 from distaff.metrics import Metric, PerExample
 from distaff.step.normalise import accumulating, reduced
 from distaff.step.state import TrainState
@@ -161,7 +162,7 @@ class _Rows(NamedTuple):
     table: _Table
 
     def merged(self) -> dict[str, Metric]:
-        rows = np.asarray(self.table.rows)[: self.num_rows]
+        rows = to_host(self.table.rows)[: self.num_rows]
         return metrics_lib.merge_rows(self.table.columns.metrics(rows))
 
 
@@ -235,5 +236,5 @@ def _fetched(outputs: PyTree, size: int, padded_size: int) -> tuple[PyTree, int,
             f"A prediction has one entry per example in every array, here {padded_size}; "
             f"it has the shapes {shapes}. Return arrays [batch, ...]."
         )
-    kept = jax.tree.map(lambda leaf: np.asarray(leaf)[:size], outputs)
+    kept = jax.tree.map(lambda leaf: leaf[:size], to_host(outputs))
     return kept, size, size

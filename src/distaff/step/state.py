@@ -82,7 +82,7 @@ class TrainState(FrozenPyTree):
             check_trainable(params)
         step = members.get("step", 0)
         if not isinstance(step, jax.Array):
-            step = jax.device_put(np.asarray(step, np.int32))
+            step = jnp.asarray(np.asarray(step, np.int32))  # compiles nothing
         members["step"] = step.astype(jnp.int32)
         return cls(
             **members,
@@ -176,69 +176,6 @@ class TrainState(FrozenPyTree):
                     f"{cls.__name__} has no member {name!r} to set here. {nearest(name, known)} "
                     f"To add a member, subclass it: class MyState({cls.__name__}): {name}: ..."
                 )
-
-
-def owned(state: PyTree) -> PyTree:
-    """Returns a copy in which each leaf has a buffer of its own, so that all can be donated.
-
-    None of them is weakly typed; see `strongly_typed`.
-    """
-
-    def copied(leaf: Any) -> jax.Array:
-        if not isinstance(leaf, jax.Array):
-            leaf = jax.device_put(
-                np.array(leaf, jax.dtypes.canonicalize_dtype(np.result_type(leaf)))
-            )
-        # Unlike `leaf.copy()`, this compiles no program for each shape.
-        return jax.device_put(leaf, leaf.sharding if leaf.committed else None, may_alias=False)
-
-    return strongly_typed(jax.tree.map(copied, state))
-
-
-def placed_like(tree: PyTree, example: PyTree) -> PyTree:
-    """Returns a tree whose arrays JAX may place where it likes, where it may those of the example.
-
-    What is read from a file is committed to its device; a program compiles anew for that.
-    """
-
-    def placed(leaf: Any, like: Any) -> Any:
-        is_free = isinstance(like, jax.Array) and not like.committed
-        if not (is_free and isinstance(leaf, jax.Array) and leaf.committed):
-            return leaf
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            data = np.asarray(jax.random.key_data(leaf))
-            return jax.random.wrap_key_data(
-                jax.device_put(data, may_alias=False), impl=jax.random.key_impl(leaf)
-            )
-        return jax.device_put(np.asarray(leaf), may_alias=False)
-
-    return jax.tree.map(placed, tree, example)
-
-
-def placed_with(tree: PyTree, arrays: PyTree) -> PyTree:
-    """Returns a tree on the devices that other arrays are committed to: whole on each of them.
-
-    A step puts what it returns where its arguments are; a state that was elsewhere before the first
-    one makes it compile twice.
-
-    Args:
-        tree: what goes along. What is committed already stays where it is.
-        arrays: such as a batch that its loader has placed.
-    """
-    placed = [x for x in jax.tree.leaves(arrays) if isinstance(x, jax.Array) and x.committed]
-    if not placed:
-        return tree
-    there = placed[0].sharding
-    if isinstance(there, jax.sharding.NamedSharding):
-        there = jax.sharding.NamedSharding(there.mesh, jax.sharding.PartitionSpec())
-    if not there.is_fully_replicated:
-        return tree
-
-    def moved(leaf: Any) -> Any:
-        is_placed = isinstance(leaf, jax.Array) and leaf.committed
-        return leaf if is_placed else jax.device_put(leaf, there)
-
-    return jax.tree.map(moved, tree)
 
 
 def strongly_typed(tree: PyTree) -> PyTree:

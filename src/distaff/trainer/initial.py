@@ -7,6 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict, unfreeze
 
@@ -41,7 +42,7 @@ def normalized(variables: Any) -> Variables:
 def _canonical(leaf: Any) -> Any:
     if not isinstance(leaf, np.ndarray | np.generic):
         return leaf
-    return jax.device_put(np.asarray(leaf, jax.dtypes.canonicalize_dtype(leaf.dtype)))
+    return jnp.asarray(np.asarray(leaf, jax.dtypes.canonicalize_dtype(leaf.dtype)))
 
 
 def on_host(function: Callable[..., Any], traced: Callable[..., Any], *args: Any) -> Any:

@@ -27,6 +27,7 @@ from distaff.execution.dispatch.calibration import rehearsed
 from distaff.execution.dispatch.dispatcher import make_steps
 from distaff.execution.dispatch.packed_metrics import WindowEnd
 from distaff.execution.dispatch.steps_per_call import Expected
+from distaff.execution.placement import owned
 from distaff.optim import build_optimizer
 from distaff.optim.gradients import check_trainable
 from distaff.optim.kept import kept_state
@@ -42,7 +43,6 @@ from distaff.step.counted import counted
 from distaff.step.guard import guarded, make_guard
 from distaff.step.logged_rates import reporting
 from distaff.step.normalise import StepFn, measured
-from distaff.step.state import owned
 from distaff.step.step import EvalFn, EvalStep
 from distaff.step.step import train_step as make_train_step
 from distaff.trainer.checked import Checked
@@ -234,7 +234,8 @@ class TrainerModule(Hooks, Checked):
         ledger = self.ledger
         self.begin_epoch(epoch)
         tunes, path = self.config.tune_process, self.recording.path
-        steps, state = self._steps, self.ready_state()
+        steps = self._steps
+        state = steps.placement.state(self.ready_state())
         self.forms = rehearsed(steps, state, self.feeds, train_loader, path, remember=tunes)
         with closing(self.training_chunks(train_loader)) as chunks, self.around_epoch() as guard:
             events = loop.steps(

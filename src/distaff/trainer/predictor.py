@@ -21,13 +21,14 @@ from distaff.errors import CheckpointError, StateError
 from distaff.execution import allocator, compile_cache
 from distaff.execution.execution import Compiled, Eager, Execution
 from distaff.execution.feed.feeds import Feeds
+from distaff.execution.placement import like
 from distaff.models import Variables, as_model
 from distaff.optim import evaluation_params, has_evaluation_params
 from distaff.run.display import Display, make_display
 from distaff.run.display.model_table import model_table
 from distaff.run.evaluation import predict
 from distaff.step.context import Context
-from distaff.step.state import TrainState, placed_like
+from distaff.step.state import TrainState
 from distaff.trainer.config import TrainerConfig, make_config
 from distaff.trainer.constructor import call_of, made_again, recorded_options
 from distaff.trainer.initial import normalized, on_host, rows_of
@@ -61,11 +62,11 @@ class Predictor:
         self._made_by = self._made_by and self._made_by.with_model(model)
         self.config = make_config(self.Config, options, type(self))
         self.model = as_model(model)
-        self.feeds = Feeds()
         self.display: Display = make_display(self.config.enable_progress_bar)
         if self.config.tune_process:
             compile_cache.enable()
         self.execution: Execution = Eager() if self.config.debug else Compiled()
+        self.feeds = Feeds(self.execution.placement)
         self.state = None
         self.step, self.epoch = 0, 0
 
@@ -289,7 +290,7 @@ class Predictor:
         if {"params", "opt_state"} & saved_as.keys() == {"params"} and info.get(EVALUATION_PARAMS):
             saved_as["params"] = EVALUATION_PARAMS
         wanted = {saved: getattr(state, name) for name, saved in saved_as.items()}
-        loaded = placed_like(store.load(step, wanted), wanted)
+        loaded = like(store.load(step, wanted), wanted)
         self.state = state.replace(**{name: loaded[saved] for name, saved in saved_as.items()})
         self.step, self.epoch = step, info.get("epoch", 0)
 

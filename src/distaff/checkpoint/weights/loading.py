@@ -15,6 +15,7 @@ from distaff.checkpoint.weights.names import listed, matching, named, parts
 from distaff.checkpoint.weights.source import Form, Source, is_random_key, open_source
 from distaff.core.typing import PyTree
 from distaff.errors import CheckpointError, leaf_name
+from distaff.execution import placement
 from distaff.models import Variables
 from distaff.models.lora import LoraModel, is_own
 
@@ -122,8 +123,7 @@ def _placed(name: str, value: np.ndarray, like: Any, source: Source) -> jax.Arra
             f"{source.origin} has numbers that {cast.dtype} cannot hold. Use a wider dtype in the "
             "model."
         )
-    is_fixed = isinstance(like, jax.Array) and like.committed
-    return jax.device_put(cast, like.sharding if is_fixed else None, may_alias=False)
+    return placement.like(cast, like)
 
 
 def _filled(variables: Variables, values: dict[str, jax.Array]) -> Variables:

@@ -33,7 +33,8 @@ from distaff.execution.dispatch.steps_per_call import (
 from distaff.execution.feed.chunk import SINGLE, Form
 from distaff.execution.feed.feed import Feed
 from distaff.execution.feed.feeds import Feeds
-from distaff.step.state import TrainState, owned
+from distaff.execution.placement import owned
+from distaff.step.state import TrainState
 
 _FILE = "steps_per_call.json"
 """In a run's directory: one that was killed before its first checkpoint keeps its form, too."""
@@ -92,7 +93,6 @@ def rehearsed(
         if choice is None:
             batch, feed = first_batch(loader, name="train"), feeds.of(loader, name="train")
             choice = _measured(measurement, _stopwatch(steps, state, feed, batch))
-            steps.begin()
         if choice.why == "measured":
             entry.write(choice.facts())
     if own is not None:
@@ -112,7 +112,7 @@ def _stopwatch(
     steps: Steps, state: TrainState, feed: Feed, batch: Batch
 ) -> Callable[[Form], float]:
     """Returns what gives the seconds per step of a form."""
-    carried = owned(state)
+    carried = steps.placement.state(owned(state))
 
     def seconds(form: Form) -> float:
         nonlocal carried

@@ -19,10 +19,11 @@ from distaff.execution.dispatch.steps_per_call import Choice, Expected, chosen
 from distaff.execution.execution import Execution, ExecutionOptions
 from distaff.execution.feed.chunk import Chunk, One, Source
 from distaff.execution.flops import Flops, flops_of
+from distaff.execution.placement import Placement
 from distaff.execution.timers import Ledger
 from distaff.metrics import Metric, results
 from distaff.step.normalise import StepFn
-from distaff.step.state import TrainState, placed_with
+from distaff.step.state import TrainState
 
 
 def _steps_per_call(name: str, value: Any) -> Any:
@@ -108,6 +109,7 @@ def make_steps(
         log_every=every,
         watched=watched,
         watch=watch,
+        placement=execution.placement.alongside(example[1]),
     )
     watch.expect(num_shapes=expected.num_shapes)
     steps.example = jax.eval_shape(lambda *each: each, *example)
@@ -182,6 +184,7 @@ class Steps:
         log_every: steps per window.
         watched: whether the metrics of every step are wanted, and not only those of windows.
         watch: watches what compiles.
+        placement: where the state is trained; by default that of `execution`.
     """
 
     example: tuple[TrainState, Batch] | None = None
@@ -196,13 +199,14 @@ class Steps:
         log_every: int,
         watched: bool = False,
         watch: Watch | None = None,
+        placement: Placement | None = None,
     ) -> None:
         self.columns, self.log_every, self.forms = Columns(metrics), log_every, forms
         self.names = tuple(results(metrics))
-        self.blank = Strip(
-            0, 0, blank(self.columns.strip_rows(log_every), self.columns.width), True
-        )
-        self.ledger, self._watched, self._is_placed = Ledger(), watched, False
+        self.placement = placement or execution.placement
+        table = blank(self.columns.strip_rows(log_every), self.columns.width)
+        self.blank = Strip(0, 0, self.placement.replicated(table), True)
+        self.ledger, self._watched = Ledger(), watched
         kept, watch = metrics if watched else {}, watch or Watch()
         self._one = execution.program(single(step, self.columns, watched=watched), donate=0)
         loop = fused(step, self.columns, kept)
@@ -212,17 +216,13 @@ class Steps:
         self._fused = watch.over(many, "the fused steps", ("state", "source", "num_steps"))
         self._full = watch.over(full, "the fused steps of a full chunk", ("state", "source"))
 
-    def begin(self) -> None:
-        """Begins with another state: the first chunk says on which devices it goes."""
-        self._is_placed = False
-
     def __call__(
         self, state: TrainState, strip: Strip, chunk: Chunk, step: int
     ) -> tuple[TrainState, Strip, list[Any]]:
         """Runs a chunk.
 
         Args:
-            state: given away.
+            state: given away; it is where `placement.state` puts it.
             strip: what the chunk before returned; `blank` before the first one.
             chunk: the batches.
             step: completed steps before the first one.
@@ -231,10 +231,6 @@ class Steps:
             The new state; the rows of the steps, which may be added to those of the steps before;
             the metrics of each step, none if they are not watched.
         """
-        if not self._is_placed:
-            self._is_placed = True
-            state, table = placed_with((state, self.blank.table), chunk.source)
-            strip = self.blank = self.blank._replace(table=table)
         outer = self.ledger.turn_to("host")
         state, strip, metrics = self._hand_over(state, strip, chunk, step)
         self.ledger.handed(strip.table)

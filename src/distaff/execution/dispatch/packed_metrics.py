@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distaff import metrics as metrics_lib
-from distaff.core.typing import PyTree
+from distaff.execution.placement import to_host
 from distaff.metrics import Metric
 from distaff.metrics.accumulators import known_or_zero
 from distaff.metrics.limits import Breach, first_breach
@@ -126,7 +126,7 @@ class Strip(NamedTuple):
 
     def fetch(self) -> np.ndarray:
         """Returns the filled rows, on the host; waits for them."""
-        rows = np.asarray(self.table)
+        rows = to_host(self.table)
         return rows[len(rows) - self.num_rows :] if self.at_end else rows[: self.num_rows]
 
 
@@ -179,7 +179,7 @@ class Readout:
         self._read = self._full = self._last = step
         if rows is not None and len(rows):
             self._read = self._full = step - len(rows)
-            self._strips = [Strip(self._read, len(rows), jax.device_put(rows), False)]
+            self._strips = [Strip(self._read, len(rows), jnp.asarray(rows), False)]
 
     def add(self, strip: Strip, step: int) -> Iterator[WindowEnd]:
         """Takes the rows up to a step, and yields the windows that have become due.
@@ -285,6 +285,6 @@ def _wide(dtype: Any) -> np.dtype:
     return np.dtype(np.float32 if jnp.issubdtype(dtype, jnp.floating) else np.int32)
 
 
-def blank(rows: int, width: int) -> PyTree:
+def blank(rows: int, width: int) -> np.ndarray:
     """Returns a table without filled rows: uint32 `[rows, width]`."""
-    return jax.device_put(np.zeros((rows, width), np.uint32))
+    return np.zeros((rows, width), np.uint32)

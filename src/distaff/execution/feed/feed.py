@@ -9,7 +9,6 @@ from itertools import chain, islice, repeat
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from distaff.core.typing import PyTree
@@ -28,6 +27,7 @@ from distaff.execution.feed.chunk import (
     stack,
 )
 from distaff.execution.feed.prefetch import Ahead
+from distaff.execution.placement import ONE_DEVICE, Placement
 
 _log = logging.getLogger("distaff")
 
@@ -44,6 +44,7 @@ class Feed:
         resident: whether to place arrays in memory on the device once, and gather there, rather
             than with NumPy. What other loaders yield is stacked on the host.
         lock: held while a chunk is read; see `Ahead`.
+        placement: where batches go.
     """
 
     def __init__(
@@ -53,13 +54,16 @@ class Feed:
         name: str,
         resident: bool,
         lock: AbstractContextManager[Any] | None = None,
+        placement: Placement = ONE_DEVICE,
     ) -> None:
         self.loader = loader
-        self._name = name
-        self._kind: _Batches | _Gathers = _Batches(name)
+        self._name, self._placement = name, placement
+        self._kind: _Batches | _Gathers = _Batches(name, placement)
         # A subclass may yield something else than the rows of its arrays.
         if type(loader) is ArrayLoader:
-            self._kind = _Gathers(loader, _placed(loader) if resident else None)
+            fits = resident and _is_in_memory(loader)
+            arrays = placement.resident(loader.arrays) if fits else None
+            self._kind = _Gathers(loader, placement, arrays)
         self._ahead: Ahead[Chunk] = Ahead(lock=lock)
         self._position: Mapping[str, Any] | None = None
         self._kept: _Kept | None = None
@@ -147,11 +151,10 @@ class Feed:
         if kept is None or kept.key != key or kept.even != even(kept.chunks[0].source):
             chunks, is_even = [], False
             slices = _slices(loader.arrays, rows)
-            for chunk in _chunks_of(slices, lambda: form, _Batches(self._name, on_device=False)):
+            for chunk in _chunks_of(slices, lambda: form, _Batches(self._name, None)):
                 is_even = is_even if chunks else even(chunk.source)
                 source = chunk.source.padded(len(rows[0])) if is_even else chunk.source
-                placed = jax.device_put(source, may_alias=False)
-                chunks.append(chunk._replace(source=placed))
+                chunks.append(chunk._replace(source=self._placement.resident(source)))
                 yield chunks[-1]
             self._kept = _Kept(key, is_even, chunks)
         else:
@@ -224,10 +227,10 @@ class Feed:
 
 
 class _Batches:
-    """Chunks of what a loader yields."""
+    """Chunks of what a loader yields; they stay on the host where there is no placement."""
 
-    def __init__(self, name: str, *, on_device: bool = True) -> None:
-        self._name, self._on_device = name, on_device
+    def __init__(self, name: str, placement: Placement | None) -> None:
+        self._name, self._placement = name, placement
         self._most: dict[Any, int] = {}
 
     def most(self, item: PyTree) -> int:
@@ -244,14 +247,14 @@ class _Batches:
 
     def source(self, items: Sequence[PyTree], capacity: int) -> Source:
         source = One(items[0]) if capacity == 1 else Stacked(stack(items, capacity))
-        return _on_device(source) if self._on_device else source
+        return source if self._placement is None else self._placement.batch(source)
 
 
 class _Gathers:
     """Chunks of rows of an array loader: gathered by NumPy, or on the device if they are there."""
 
-    def __init__(self, loader: ArrayLoader, on_device: PyTree | None) -> None:
-        self._loader, self._on_device = loader, on_device
+    def __init__(self, loader: ArrayLoader, placement: Placement, on_device: PyTree | None) -> None:
+        self._loader, self._placement, self._on_device = loader, placement, on_device
         self._row_bytes = max(1, _num_bytes(loader.arrays) // loader.num_examples)
 
     def most(self, item: np.ndarray) -> int:
@@ -268,8 +271,8 @@ class _Gathers:
         if self._on_device is not None:
             return Gathered(self._on_device, stack(items, capacity))
         if capacity == 1:
-            return _on_device(One(self._loader.gathered(items[0])))
-        return _on_device(Stacked(gather(self._loader.arrays, items, capacity)))
+            return self._placement.batch(One(self._loader.gathered(items[0])))
+        return self._placement.batch(Stacked(gather(self._loader.arrays, items, capacity)))
 
 
 class _Kept(NamedTuple):
@@ -343,17 +346,6 @@ def _of_one_form(items: Sequence[PyTree]) -> Sequence[PyTree]:
 def _form(item: PyTree) -> Any:
     leaves, structure = jax.tree.flatten(item)
     return structure, [(np.shape(leaf), getattr(leaf, "dtype", None)) for leaf in leaves]
-
-
-def _on_device(source: Source) -> Source:
-    """Starts to copy to an accelerator; the CPU's programs take NumPy arrays as they are."""
-    return source if jax.default_backend() == "cpu" else jax.device_put(source)
-
-
-def _placed(loader: Any) -> PyTree | None:
-    """Returns a loader's arrays on the device; None without any, or for too large ones."""
-    fits = _is_in_memory(loader)
-    return jax.tree.map(jnp.array, loader.arrays) if fits else None
 
 
 def _is_repeated(loader: Any) -> bool:

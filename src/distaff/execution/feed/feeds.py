@@ -15,14 +15,20 @@ from distaff.data.loader import Loader, epoch_of, in_order, sources
 from distaff.data.stream import Stream
 from distaff.errors import BatchError
 from distaff.execution.feed.feed import Feed
+from distaff.execution.placement import ONE_DEVICE, Placement
 
 _MIN_FEEDS = 4
 
 
 class Feeds:
-    """The feeds of the loaders that were seen last, so that their arrays are placed once."""
+    """The feeds of the loaders that were seen last, so that their arrays are placed once.
 
-    def __init__(self) -> None:
+    Args:
+        placement: where batches go.
+    """
+
+    def __init__(self, placement: Placement = ONE_DEVICE) -> None:
+        self._placement = placement
         self._feeds: list[Feed] = []
         self._views: list[tuple[Loader, Loader]] = []
         self._in_place: list[Loader] = []
@@ -39,7 +45,13 @@ class Feeds:
             # On the CPU, XLA gathers row by row, and NumPy gathers while the device computes.
             resident = jax.default_backend() != "cpu"
         found = self._known(loader)
-        feed = found or Feed(loader, name=name, resident=resident, lock=self.lock)
+        feed = found or Feed(
+            loader,
+            name=name,
+            resident=resident,
+            lock=self.lock,
+            placement=self._placement,
+        )
         others = [each for each in self._feeds if each is not feed]
         older = [each for each in others[self._room - 1 :] if each.running]
         self._feeds = [feed, *others[: self._room - 1], *older]

@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from distaff.core.typing import Batch
+from distaff.execution.placement import ONE_DEVICE, like
 from distaff.run.diagnosis.origin import Origin, origin_of
 from distaff.run.diagnosis.outcome import Outcome, call, is_bad, kept, named, outcome_of, runnable
 from distaff.step.finite import new_bad
 from distaff.step.normalise import StepFn
-from distaff.step.state import TrainState, placed_with, strongly_typed
+from distaff.step.state import TrainState, strongly_typed
 
 _log = logging.getLogger("distaff")
 
@@ -127,7 +128,7 @@ def _replayed(
     run = None
     for index, batch in enumerate(batches):
         if run is None:
-            state = placed_with(state, batch)
+            state = ONE_DEVICE.alongside(batch).state(state)
             run = runnable(program, state, batch)
         if time.monotonic() >= deadline:
             return None
@@ -149,7 +150,7 @@ def _diagnosed(step: StepFn, state: TrainState, batch: Batch, deadline: float) -
     arrays = [leaf for leaf in jax.tree.leaves((state, batch)) if isinstance(leaf, jax.Array)]
     if not all(array.is_fully_addressable for array in arrays):
         return None
-    state = placed_with(state, batch)
+    state = ONE_DEVICE.alongside(batch).state(state)
     finding = _found(step, state, batch, deadline)
     if finding is None or finding.where != "the batch":
         return finding
@@ -268,8 +269,7 @@ def _mended(batch: Batch) -> Batch | None:
         if good.all():
             return leaf
         numbers = np.where(good, numbers, np.sort(numbers[good])[good.sum() // 2])
-        numbers = numbers.astype(leaf.dtype)
-        return jax.device_put(numbers, leaf.sharding) if isinstance(leaf, jax.Array) else numbers
+        return like(numbers.astype(leaf.dtype), leaf)
 
     try:
         return jax.tree.map(mended, batch)
