@@ -359,4 +359,4 @@ def test_open_log_writes_in_utc_only_while_it_is_open(run, monkeypatch):
     logger.warning("too late")
     assert (logger.level, logger.propagate, logger.handlers) == before
     line = (run.path / "log.txt").read_text()
-    assert re.fullmatch(r"20\d\d-\d\d-\d\dT[\d:]{8}Z INFO distaff\.loop: step 3\n", line)
+    assert re.fullmatch(r"20\d\d-\d\d-\d\dT[\d:]{8}Z INFO distaff\.run\.loop: step 3\n", line)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
+from distaff.core import files
 from distaff.core.files import FILE_MODE, write_whole
 from distaff.core.paths import as_path
 from distaff.errors import RunDirectoryError
 
+explained = partial(
+    files.explained, rule="What a run logs is kept in files that can be {}", other="path"
+)
 Location: TypeAlias = str | os.PathLike[str] | Callable[[], str | os.PathLike[str]]
 """A path, or a function that gives it: a run's directory has its name only once training starts."""
 
@@ -26,24 +30,6 @@ def locator(location: Location) -> Callable[[], str | os.PathLike[str]]:
         path = as_path(location, "The path of a logger")
         return lambda: path
     return location
-
-
-@contextmanager
-def explained(path: Path) -> Generator[None]:
-    """Turns what the file system refuses in the block into an error with a remedy.
-
-    Raises:
-        RunDirectoryError: there was an OSError.
-    """
-    try:
-        yield
-    except RunDirectoryError:
-        raise
-    except OSError as error:
-        raise RunDirectoryError(
-            f"What a run logs is kept in files; {str(path)!r} cannot be written: "
-            f"{error.strerror or error}. Free space there, or choose a directory you may write to."
-        ) from error
 
 
 def open_private(name: str, flags: int) -> int:

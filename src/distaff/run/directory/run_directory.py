@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
 import logging
 import os
 import tempfile
-from collections.abc import Generator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from distaff.core import files
 from distaff.core.config import encoding
 from distaff.core.files import write_whole
 from distaff.core.paths import as_path
@@ -24,12 +24,9 @@ STATUSES = ("running", "finished", "stopped", "pruned", "interrupted", "failed")
 _BEFORE_STATUS = ("run.lock", "run.lock.claim", "config.json")
 _UNFINISHED = ("running", "interrupted", "failed")
 _log = logging.getLogger("distaff")
-_REMEDIES = {
-    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR), "Move that file away, or choose another root."),
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free some space, or choose another disk."),
-    errno.ENOENT: "Check the path.",
-    errno.ENAMETOOLONG: "Choose a shorter name, or a root with a shorter path.",
-}
+explained = partial(
+    files.explained, rule="A run directory must be one that can be {}", other="root"
+)
 # Never writable by everybody, whatever the umask.
 _DIRECTORY_MODE = 0o775
 
@@ -285,29 +282,6 @@ def _checked(name: str) -> str:
             f"without '..', but it is {name!r}. For example: 'digits' or 'sweep/digits'."
         )
     return name
-
-
-@contextlib.contextmanager
-def explained(path: Path, verb: str = "written") -> Generator[None]:
-    """Turns what the file system refuses in the block into an error with a remedy.
-
-    Args:
-        path: the file or directory in question.
-        verb: what cannot be done with it.
-
-    Raises:
-        RunDirectoryError: there was an OSError.
-    """
-    try:
-        yield
-    except RunDirectoryError:
-        raise
-    except OSError as error:
-        remedy = _REMEDIES.get(error.errno or 0, "Choose another root, or change its permissions.")
-        raise RunDirectoryError(
-            f"A run directory must be one that can be {verb}; {str(path)!r} cannot: "
-            f"{error.strerror or error}. {remedy}"
-        ) from error
 
 
 def _versions(parent: Path) -> list[Path]:
