@@ -108,7 +108,7 @@ def test_full_chunks_of_an_accelerator_have_a_program_of_their_own(monkeypatch, 
     single, expected = trained(1, kind)
     programs = []
     monkeypatch.setattr("distaff.execution.dispatch.steps_per_call._is_accelerated", lambda: True)
-    make = distaff.execution.Compiled.program
+    make = distaff.execution.execution.Compiled.program
     monkeypatch.setattr(
         "distaff.execution.execution.Compiled.program",
         lambda *each, **options: programs.append(make(*each, **options)) or programs[-1],

@@ -18,7 +18,6 @@ from distaff.core.pytrees import static
 from distaff.errors import StateError
 from distaff.execution.placement import owned
 from distaff.metrics import Mean
-from distaff.step.finite import all_finite
 
 TARGET = jnp.array([1.0, -2.0, 0.5])
 
@@ -282,9 +281,3 @@ def test_unknown_members_are_refused_with_the_nearest_name(call, message):
 def test_gradients_unlike_the_parameters_are_refused(grads, message):
     with pytest.raises(StateError, match=re.escape(message)):
         extended(optax.sgd(0.1)).apply_gradients(grads=grads)
-
-
-@pytest.mark.parametrize(("bad", "finite"), [(1.0, True), (jnp.nan, False), (-jnp.inf, False)])
-def test_all_finite_looks_at_every_float_and_at_nothing_else(bad, finite):
-    tree = {"ok": jnp.ones(2), "key": jax.random.key(0), "int": jnp.arange(2), "x": jnp.array(bad)}
-    assert bool(all_finite(tree)) is finite

@@ -14,7 +14,9 @@ from distaff.core.typing import PyTree
 from distaff.optim.transforms.extra_args import AccumulateState
 from distaff.step.state import TrainState
 
-_MAX_BYTES = 2**28
+_ODD = 0x9E3779B1
+_SMALL_BYTES = 2**24
+"""Fetched sooner than a program is compiled; a save fetches them anyway."""
 
 
 class Evidence(NamedTuple):
@@ -23,28 +25,23 @@ class Evidence(NamedTuple):
     Attributes:
         params: of the parameters, uint32; 0 where all bits are.
         averages: likewise of the averages of the gradient.
-        is_whole: whether all of both was looked at.
     """
 
     params: np.ndarray
     averages: np.ndarray
-    is_whole: bool
 
 
 def evidence_of_learning(state: TrainState) -> Evidence:
     """Returns fingerprints of what training changes: the parameters, and averages of the gradient.
 
     The averages, arrays of the optimizer's state that are shaped like a parameter, stay as they are
-    where every gradient is zero, also when weight decay changes the parameters. Of a large state
-    only the smaller arrays are looked at, 256 MiB in all: they are fetched from the device.
+    where every gradient is zero, also when weight decay changes the parameters.
     """
     params = _floats(state.params)
     shapes = {leaf.shape for leaf in params if leaf.ndim}
     averages = [leaf for leaf in _floats(_without_sums(state.opt_state)) if leaf.shape in shapes]
-    sizes = np.cumsum([0, *sorted(leaf.nbytes for leaf in params + averages)])
-    largest = max(np.diff(sizes)[sizes[1:] <= _MAX_BYTES], default=0)
-    looked_at = [[leaf for leaf in group if leaf.nbytes <= largest] for group in (params, averages)]
-    return Evidence(*map(_fingerprints, looked_at), bool(sizes[-1] <= _MAX_BYTES))
+    found = _fingerprints([*params, *averages])
+    return Evidence(found[: len(params)], found[len(params) :])
 
 
 def what_is_missing(before: Evidence, after: Evidence) -> str:
@@ -55,8 +52,6 @@ def what_is_missing(before: Evidence, after: Evidence) -> str:
     )
     # What begins as a copy of the parameters, as in optax.contrib.mechanize, is no average.
     is_copied = np.isin(before.params[before.params != 0], before.averages).any()
-    if not after.is_whole:
-        return ""
     if same_params:
         return "No parameter has changed"
     return "Every gradient has been zero" if same_averages and not is_copied else ""
@@ -78,8 +73,29 @@ def _without_sums(opt_state: PyTree) -> PyTree:
 
 
 def _fingerprints(leaves: list[jax.Array]) -> np.ndarray:
+    if not _are_near(leaves):
+        return np.asarray(_sums_of_bits(leaves))
     bits = [np.ascontiguousarray(leaf).view(np.uint8) for leaf in leaves]
     return np.array([zlib.crc32(x.data) if x.any() else 0 for x in bits], np.uint32)
+
+
+@jax.jit
+def _sums_of_bits(leaves: list[jax.Array]) -> jax.Array:
+    """Returns a number per array, which changes where any one of its elements does: uint32."""
+    return jnp.stack([_sum_of_bits(leaf) for leaf in leaves])
+
+
+def _sum_of_bits(leaf: jax.Array) -> jax.Array:
+    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        leaf = jnp.stack([leaf.real, leaf.imag])
+    whole = jnp.dtype(f"uint{min(jnp.finfo(leaf.dtype).bits, 32)}")
+    bits = jax.lax.bitcast_convert_type(leaf, whole).astype(jnp.uint32)
+    # An odd factor for each element; not reshaped, so that each device sums what it has.
+    factors = jnp.ones(bits.shape, jnp.uint32)
+    for axis in range(bits.ndim):
+        index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        factors += index * jnp.uint32(2 * pow(_ODD, axis + 1, 2**31))
+    return (bits * factors).sum(dtype=jnp.uint32)
 
 
 def _floats(tree: PyTree) -> list[jax.Array]:
@@ -87,9 +103,28 @@ def _floats(tree: PyTree) -> list[jax.Array]:
 
 
 def all_finite(tree: PyTree) -> bool:
-    """Returns whether every float in a tree is a number; they are fetched from the device."""
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    """Returns whether every float in a tree is a number; waits for the device.
+
+    Of large arrays on an accelerator one bool is fetched.
+    """
+    leaves = _floats(tree)
+    if not _are_near(leaves):
+        return bool(_all_finite(leaves))
     return all(bool(np.isfinite(leaf).all()) for leaf in leaves)
+
+
+@jax.jit
+def _all_finite(leaves: list[jax.Array]) -> jax.Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
+
+
+def _are_near(leaves: list[jax.Array]) -> bool:
+    """Returns whether NumPy reads arrays sooner than a program for them is compiled.
+
+    On the CPU it reads them where they are, without a copy.
+    """
+    is_near = jax.default_backend() == "cpu" or sum(x.nbytes for x in leaves) <= _SMALL_BYTES
+    return is_near and all(getattr(leaf, "is_fully_addressable", True) for leaf in leaves)
 
 
 def new_bad(before: PyTree, after: PyTree) -> jax.Array:
