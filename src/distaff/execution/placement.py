@@ -15,6 +15,11 @@ from distaff.step.state import strongly_typed
 class Placement(Protocol):
     """Decides on which devices arrays are. Nothing else in the package names a device."""
 
+    @property
+    def gathers(self) -> bool:
+        """Whether the arrays of a loader are resident, and programs gather their rows."""
+        ...
+
     def alongside(self, batch: Batch) -> Placement:
         """Returns the placement of a run whose loader yields batches like this one."""
         ...
@@ -41,6 +46,14 @@ class Placement(Protocol):
 
 class OneDevice:
     """Every array is where JAX puts it by default: on the first device."""
+
+    @property
+    def gathers(self) -> bool:
+        """Whether the device is an accelerator: XLA on the CPU gathers row by row.
+
+        There NumPy gathers while the device computes.
+        """
+        return jax.default_backend() != "cpu"
 
     def alongside(self, batch: Batch) -> Placement:
         """Returns this placement, or that of a loader which places its batches itself.

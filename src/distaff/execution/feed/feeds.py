@@ -7,8 +7,6 @@ from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import jax
-
 from distaff.core.typing import Batch
 from distaff.core.warnings import warn
 from distaff.data.loader import Loader, epoch_of, in_order, sources
@@ -40,10 +38,9 @@ class Feeds:
         self._room = max(_MIN_FEEDS, count)
 
     def of(self, loader: Loader, *, name: str, resident: bool | None = None) -> Feed:
-        """Returns the feed of a loader; see `Feed`. By default arrays stay on the host of a CPU."""
+        """Returns the feed of a loader; see `Feed`. By default the placement decides."""
         if resident is None:
-            # On the CPU, XLA gathers row by row, and NumPy gathers while the device computes.
-            resident = jax.default_backend() != "cpu"
+            resident = self._placement.gathers
         found = self._known(loader)
         feed = found or Feed(
             loader,
