@@ -1,9 +1,10 @@
 # Two commands, each with its own set-up in .venv, made once and again when what it is made from changes:
 #
 #   make digits [ARGS="--num-epochs 5"]    trains on the handwritten digits
-#   make test                              lints, type-checks, runs the tests
+#   make test                              lints, type-checks, runs the quick tests: each promise, once
 #
-# The long proofs, marked `slow`, which CI runs after the tests:
+# The long proofs, marked `slow`, which CI runs after the tests: repeated kills, whole examples, pages
+# whose blocks train long, and all the other cases of what `make test` tries in one or two:
 #
 #   make test-slow
 #
@@ -23,6 +24,9 @@
 
 PYTHON ?= python3
 ARGS ?=
+
+# Each worker and each process that a test starts would compile every source file again.
+test test-slow: export PYTHONDONTWRITEBYTECODE :=
 
 bin := .venv/bin
 pinned := pyproject.toml $(wildcard constraints/*.txt)

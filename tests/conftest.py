@@ -26,6 +26,23 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks as slow the cases that `slow_but("id", ...)` does not name."""
+    quick: dict[str, bool] = {}
+    for item in items:
+        if mark := item.get_closest_marker("slow_but"):
+            name = item.nodeid.partition("[")[0]
+            named = item.callspec.id in mark.args
+            quick[name] = quick.get(name, False) or named
+            if not named:
+                item.add_marker("slow")
+    if config.args == config.getini("testpaths"):  # all tests, and so all cases
+        without = [name for name, found in quick.items() if not found]
+        if without:
+            raise pytest.UsageError(f"`slow_but` names no case of {', '.join(without)}")
+
+
 @pytest.fixture(autouse=True)
 def own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keeps `runs/` and whatever else a test writes out of the checkout, and out of `~/.cache`."""

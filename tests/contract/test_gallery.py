@@ -16,7 +16,15 @@ from distaff.models import as_model
 from distaff.trainer.initial import normalized, on_host
 from gallery import KINDS, WIDTH, Kind, without_keys
 
-FAMILIES = sorted({name.split()[0] for name in KINDS})
+# One or two of each family are quick; the others are compiled apart, for the long proofs.
+QUICK = (
+    "linen is_train",
+    "linen counter",
+    "nnx flag, statistics, float64",
+    "equinox inference, rng",
+    "functions with a state",
+    "lora",
+)
 
 
 def batch() -> dict[str, Any]:
@@ -68,12 +76,12 @@ def initial(source: Any, data: Any) -> tuple[Any, Any]:
 
 
 @functools.cache
-def results(family: str) -> dict[str, Any]:
-    """Returns (by Distaff, by hand) for each kind of a family; one program for all of them."""
+def results(family: str, quick: bool) -> dict[str, Any]:
+    """Returns (by Distaff, by hand) for the kinds of a family; one program for all of them."""
     data, errors = batch(), {}
     made = {}
     for name, kind in KINDS.items():
-        if name.split()[0] == family:
+        if name.split()[0] == family and (name in QUICK) is quick:
             made[name] = initial(kind.source(), data)
 
     def program(variables: Any, data: Any) -> Any:
@@ -92,9 +100,10 @@ def results(family: str) -> dict[str, Any]:
     return {**found, **errors}
 
 
+@pytest.mark.slow_but(*QUICK)
 @pytest.mark.parametrize("name", KINDS)
 def test_model_trains_and_evaluates_as_it_does_by_hand(name: str) -> None:
-    found = results(name.split()[0])[name]
+    found = results(name.split()[0], name in QUICK)[name]
     if isinstance(found, Exception):
         raise found
     ours, by_hand = found

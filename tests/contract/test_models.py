@@ -121,6 +121,7 @@ def test_dropout_differs_between_steps_and_calls_and_is_off_in_evaluation(kind: 
     assert_same(outputs(1, train=False)[0][0], outputs(1, train=False)[0][1])
 
 
+@pytest.mark.slow_but("linen", "nnx")
 def test_statistics_move_in_training_only(kind: Kind) -> None:
     model, x = as_model(kind.mlp(0.0, True)), jnp.asarray(arrays(16)["x"]) + 3
     variables = model.init(KEY, x)

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 
+@pytest.mark.slow
 def test_augmentation_compares_both_on_the_test_digits(example, tmp_path: Path, capsys) -> None:
     module = example("augmentation")
     small = {"num_examples": 100, "num_epochs": 10, "seeds": (3,), "root": str(tmp_path)}

@@ -13,6 +13,7 @@ from sklearn.decomposition import PCA
 from distaff import data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("noise", "name"), [(0.0, "autoencoder"), (0.3, "denoising")])
 def test_autoencoder_sweeps_its_code_and_draws_every_n_epochs(
     example, tmp_path: Path, capsys, noise: float, name: str

@@ -12,6 +12,7 @@ import pytest
 from distaff import DistaffError, OptimizerConfig
 
 
+@pytest.mark.slow
 def test_digits_resnet_learns_and_draws(example, tmp_path: Path, capsys) -> None:
     module = example("digits_resnet")
     result = module.main(module.Options(num_epochs=2, root=str(tmp_path)))
@@ -39,6 +40,7 @@ def cut(picture: np.ndarray, corner: tuple[int, int]) -> np.ndarray:
     return picture[y : y + 8, x : x + 8]
 
 
+@pytest.mark.slow
 def test_digits_resnet_reads_mnist_from_a_folder(example, tmp_path: Path) -> None:
     module = example("digits_resnet")
     small = {"num_epochs": 1, "batch_size": 10, "optimizer": OptimizerConfig(learning_rate=1e-3)}

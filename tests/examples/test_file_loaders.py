@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 
+
+@pytest.mark.slow
 def test_files_go_on_bit_for_bit(example, capsys) -> None:
     example("loaders")  # which the other one imports
     module = example("file_loaders")

@@ -13,6 +13,7 @@ import optax
 import pytest
 
 
+@pytest.mark.slow
 def test_gan_measures_held_out_noise_and_draws_its_samples(example, capsys) -> None:
     module = example("gan")
     result = module.main(module.Options(num_epochs=5))
@@ -29,6 +30,7 @@ def test_gan_measures_held_out_noise_and_draws_its_samples(example, capsys) -> N
     assert group["optimizer"]["name"] == optimizer["name"] == "adam"
 
 
+@pytest.mark.slow
 def test_gan_networks_are_updated_at_once_and_against_each_other(example) -> None:
     module = example("gan")
     noise = np.random.default_rng(3).normal(size=(64, 4)).astype(np.float32)

@@ -6,10 +6,12 @@ import re
 from pathlib import Path
 
 import optax
+import pytest
 
 from distaff.tune.landscapes import LANDSCAPES
 
 
+@pytest.mark.slow
 def test_landscapes_tells_how_near_each_optimizer_comes(example, tmp_path, capsys) -> None:
     module = example("landscapes")
     module.OPTIMIZERS = {"sgd": optax.sgd, "adam": optax.adam}

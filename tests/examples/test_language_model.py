@@ -24,6 +24,7 @@ def source(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_language_model_beside_the_compressors(example, source, tmp_path, capsys) -> None:
     module = example("language_model")
     options = module.Options(

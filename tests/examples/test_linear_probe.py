@@ -17,6 +17,7 @@ def params_of(run: Path, like) -> dict:
     return CheckpointStore(directory).load(step, {"params": like})["params"]
 
 
+@pytest.mark.slow
 def test_linear_probe_keeps_the_trained_encoder_bit_for_bit(
     example, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ import importlib.util
 import pytest
 
 
+@pytest.mark.slow
 def test_model_families_end_with_equal_losses(example, capsys) -> None:
     module = example("model_families")
     losses = module.main(num_epochs=2)

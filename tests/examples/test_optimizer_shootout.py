@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_optimizer_shootout_compares_what_it_is_asked_to(example, tmp_path: Path, capsys) -> None:
     module = example("optimizer_shootout")
     options = module.Options(

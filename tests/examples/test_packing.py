@@ -31,6 +31,7 @@ def test_functions_are_found_whole_and_cut(example) -> None:
     assert [len(tokens) for tokens in example("packing").functions(text, 12)] == [12, 12]
 
 
+@pytest.mark.slow
 def test_packing_is_compared_with_padding(example, source, capsys) -> None:
     module = example("packing")
     options = module.Options(

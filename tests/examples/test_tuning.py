@@ -15,6 +15,7 @@ def no_window():
         yield
 
 
+@pytest.mark.slow
 def test_tuning_draws_and_goes_on(example, tmp_path: Path, capsys, monkeypatch) -> None:
     module = example("tuning")
     options = module.Options(num_trials=3, num_epochs=2, root=str(tmp_path))

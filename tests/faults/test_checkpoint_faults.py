@@ -122,6 +122,7 @@ def test_kill_during_a_save_leaves_the_previous_checkpoint(tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
 
 
+@pytest.mark.slow_but("within the manifest", "before the rename")
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_kill_at_any_moment_leaves_only_whole_checkpoints(tmp_path: Path, moment: str) -> None:
     with start(SAVE_AND_DIE, tmp_path, moment) as process:

@@ -95,6 +95,7 @@ def test_unseeded_order_is_refused_and_the_run_stays_as_it_was():
     assert str(goes_on.result.path).endswith("0001")
 
 
+@pytest.mark.slow_but("1-False", "7-True")
 @pytest.mark.parametrize(("until", "allow"), [(1, False), (5, False), (7, False), (7, True)])
 def test_seeded_order_goes_on_exactly(until, allow):
     whole = train(Shuffling(3), Shuffling(4), root=None)
@@ -105,6 +106,7 @@ def test_seeded_order_goes_on_exactly(until, allow):
     assert "inexact" not in log()
 
 
+@pytest.mark.slow_but("Shuffling")
 @pytest.mark.parametrize("make", [Shuffling, lambda seed: iter([*Shuffling(seed)] * 3)])
 def test_epochs_that_are_cut_are_verified(make):
     train(make(3), until=7, steps_per_epoch=3)
@@ -142,6 +144,7 @@ def fused(loader: Slow, **options: Any) -> Any:
     return trainer
 
 
+@pytest.mark.slow
 def test_batches_that_a_thread_has_read_ahead_are_not_in_the_fingerprint():
     whole = fused(Slow(3), root=None)
     loader = Slow(3, ctrl_c_at=70)

@@ -77,6 +77,7 @@ def other_process() -> Iterator[None]:
     launch.close_all()
 
 
+@pytest.mark.slow_but("0")
 @pytest.mark.parametrize("number", [0, 2, 3])
 def test_program_that_died_takes_up_its_runs(
     clean: list[dict[str, Any]], number: int, tmp_path: Path
@@ -94,6 +95,7 @@ def test_program_that_died_takes_up_its_runs(
     assert bits(again) == bits(clean)
 
 
+@pytest.mark.slow
 def test_kill_right_after_the_end_trains_nothing_again(
     clean: list[dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -105,6 +107,7 @@ def test_kill_right_after_the_end_trains_nothing_again(
     assert len(list((tmp_path / "fold").iterdir())) == 4
 
 
+@pytest.mark.slow
 def test_runs_of_a_program_that_was_changed_are_new(tmp_path: Path) -> None:
     killed(tmp_path, 2)
     found = run(tmp_path, rate=0.03)
@@ -126,6 +129,7 @@ def test_launch_of_a_process_that_lives_is_left_alone(tmp_path: Path) -> None:
     assert [each["path"] for each in found] == ["0003", "0004", "0005", "0006"]
 
 
+@pytest.mark.slow
 def test_finished_run_without_checkpoints_is_trained_again(
     clean: list[dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -136,6 +140,7 @@ def test_finished_run_without_checkpoints_is_trained_again(
     assert [each["path"] for each in found] == ["0003", "0002", "0004", "0005"]
 
 
+@pytest.mark.slow
 def test_keys_make_a_command_that_is_repeated_idempotent(
     clean: list[dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -155,6 +160,7 @@ def test_keys_make_a_command_that_is_repeated_idempotent(
     assert first_path(keyed=True) == "0006"
 
 
+@pytest.mark.slow
 def test_program_that_is_killed_in_its_third_training_ends_as_one_that_never_was(
     clean: list[dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -136,6 +136,7 @@ def went_on_to_its_end(root: Path, **options: Any) -> dict[str, Any]:
     return ended(root, **options)
 
 
+@pytest.mark.slow_but("k4-0")
 @pytest.mark.parametrize("seed", SEEDS)
 def test_killed_again_and_again_it_ends_as_a_run_that_never_was(
     clean: dict[str, Any], seed: int, tmp_path: Path
@@ -146,6 +147,7 @@ def test_killed_again_and_again_it_ends_as_a_run_that_never_was(
     assert_equal(went_on_to_its_end(tmp_path, **clean["options"]), clean)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_asked_to_end_it_saves_and_ends_as_a_run_that_never_was(
     clean: dict[str, Any], seed: int, tmp_path: Path
@@ -160,6 +162,7 @@ def test_asked_to_end_it_saves_and_ends_as_a_run_that_never_was(
     assert_equal(went_on_to_its_end(tmp_path, **clean["options"]), clean)
 
 
+@pytest.mark.slow
 def test_loader_that_forgets_its_position_is_found_out(tmp_path: Path) -> None:
     options = {"steps_per_call": 4, "forget": True}
     whole, root = ended(tmp_path / "clean", **options), tmp_path / "killed"
@@ -210,6 +213,7 @@ def test_run_goes_on_with_other_options_which_are_named(tmp_path: Path) -> None:
     assert trained(tmp_path, epochs=1).path == first.path.with_name("0002")
 
 
+@pytest.mark.slow
 def test_runs_of_a_sweep_do_not_go_on_from_each_other(tmp_path: Path) -> None:
     first = trained(tmp_path, epochs=1, seed=1)
     (first.path / "status.json").write_text('{"status": "running"}')
@@ -220,6 +224,7 @@ def test_runs_of_a_sweep_do_not_go_on_from_each_other(tmp_path: Path) -> None:
     assert (again.path, again.step) == (first.path, 4)
 
 
+@pytest.mark.slow
 def test_run_that_cannot_go_on_says_why_and_stays_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="resume='must' needs a run"):
         trained(tmp_path, epochs=1, resume="must")
@@ -239,6 +244,7 @@ def test_run_that_cannot_go_on_says_why_and_stays_as_it_was(tmp_path: Path) -> N
     assert trained(tmp_path, epochs=2, resume="must").step == 4
 
 
+@pytest.mark.slow_but("metrics.jsonl")
 @pytest.mark.parametrize("name", ["metrics.jsonl", "log.txt", "checkpoints", "metrics"])
 def test_run_does_not_write_where_a_link_leads(name: str, tmp_path: Path) -> None:
     run = trained(tmp_path / "runs", epochs=2).path
@@ -251,6 +257,7 @@ def test_run_does_not_write_where_a_link_leads(name: str, tmp_path: Path) -> Non
     assert {path: path.stat().st_mtime_ns for path in (outside, *outside.rglob("*"))} == before
 
 
+@pytest.mark.slow_but("change0")
 @pytest.mark.parametrize(
     "change",
     [
@@ -277,6 +284,7 @@ def test_checkpoint_with_hostile_facts_is_refused(
         trained(tmp_path, epochs=2)
 
 
+@pytest.mark.slow
 def test_run_that_lives_is_left_alone(tmp_path: Path) -> None:
     first = start(tmp_path, steps_per_call=4)
     assert first.stdout is not None

@@ -123,6 +123,7 @@ OTHER = {
 }
 
 
+@pytest.mark.slow_but("loss", "step")
 @pytest.mark.parametrize("name", OTHER)
 def test_other_program_begins_a_new_run_and_names_what_changed(cut: None, name: str) -> None:
     options, text = OTHER[name]
@@ -133,6 +134,7 @@ def test_other_program_begins_a_new_run_and_names_what_changed(cut: None, name: 
     assert re.search(text, remark)
 
 
+@pytest.mark.slow_but("loaders0-train data differs: other values")
 @pytest.mark.parametrize(
     ("loaders", "text"),
     [
@@ -170,6 +172,7 @@ def test_same_program_resumes_and_says_so_in_one_line(cut: None) -> None:
     assert "could not be compared" not in log
 
 
+@pytest.mark.slow
 def test_longer_run_is_the_same_though_its_schedule_is_stretched() -> None:
     cosine = OptimizerConfig("sgd", learning_rate=0.05, schedule="cosine")
     train(line(end="Ctrl-C", optimizer=cosine))
@@ -219,6 +222,7 @@ def multiplied(params: Any, x: Any) -> Any:
     return x @ params["w"]
 
 
+@pytest.mark.slow
 def test_start_weights_that_are_given_are_compared() -> None:
     def given(scale: float) -> Any:
         weights = {"w": jnp.full((3, 1), scale)}
@@ -234,6 +238,7 @@ class TrialPruned(Exception):  # noqa: N818 - the name counts
     """As Optuna has it."""
 
 
+@pytest.mark.slow_but("error0-failed-False")
 @pytest.mark.parametrize(
     ("error", "status", "resumes"),
     [

@@ -120,6 +120,7 @@ def databases(monkeypatch) -> Iterator[None]:
         database.engine.dispose()
 
 
+@pytest.mark.slow_but("None")
 @pytest.mark.usefixtures("databases")
 @pytest.mark.parametrize("storage", [None, "sqlite:///studies/study.db"])
 def test_study_goes_on_after_a_kill_in_the_middle_of_a_trial(storage):
@@ -142,6 +143,7 @@ def test_study_goes_on_after_a_kill_in_the_middle_of_a_trial(storage):
     assert Path("tested.txt").read_text() == f"{os.getpid()}\n"
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_study():
     with start(6, None, block_at=2) as process:
         assert process.stdout is not None
@@ -165,6 +167,7 @@ def test_two_processes_share_a_study():
     assert owners == {process.pid, os.getpid()}
 
 
+@pytest.mark.slow
 def test_study_goes_on_after_a_kill_while_the_journal_was_locked(monkeypatch):
     def killed(lock: Any) -> None:
         raise SystemExit

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 PROGRAM = """
 import hashlib, json, random, sys, time
 
@@ -55,6 +57,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_with_other_clocks_end_with_the_same_bits(tmp_path: Path) -> None:
     def start(folder: str, **ways: Any) -> subprocess.Popen[str]:
         (tmp_path / folder).mkdir()

@@ -88,6 +88,7 @@ def same_bits(one: Any, other: Any) -> bool:
     )
 
 
+@pytest.mark.slow_but("resident-3", "list-3")
 @pytest.mark.parametrize(
     ("kind", "log_every"), [("resident", 1), ("resident", 3), ("list", 3), ("list", 100)]
 )
@@ -103,6 +104,7 @@ def test_fused_steps_are_single_steps_bit_for_bit(kind, log_every):
         assert result.step == expected.step == 28
 
 
+@pytest.mark.slow_but("list")
 @pytest.mark.parametrize("kind", ["resident", "list"])
 def test_full_chunks_of_an_accelerator_have_a_program_of_their_own(monkeypatch, kind):
     single, expected = trained(1, kind)
@@ -125,6 +127,7 @@ def test_comparison_would_notice_another_seed():
     assert not same_bits(trained(4, seed=1)[0].state.params, trained(4)[0].state.params)
 
 
+@pytest.mark.slow
 def test_one_program_serves_all_lengths_and_auto_is_the_same():
     single, _ = trained(1)
     for steps_per_call in ("auto", 5):
@@ -168,6 +171,7 @@ def test_run_that_is_watched_stops_after_the_step_that_stops_it():
     assert trained("auto", callbacks=[Stopper()])[1].step == 9
 
 
+@pytest.mark.slow_but("4")
 @pytest.mark.parametrize("steps_per_call", [1, 4])
 def test_bad_step_is_named(steps_per_call):
     bad = X.copy()

@@ -123,6 +123,7 @@ def test_step_would_differ_with_another_key(expected):
     assert not same_bits(expected, plain(apply_number=2))
 
 
+@pytest.mark.slow_but("class", "in rows and donated")
 @pytest.mark.parametrize(
     "form",
     [
@@ -138,6 +139,7 @@ def test_every_form_of_a_step_gives_the_same_bits(form: Callable[[], Any], expec
     assert same_bits(form(), expected)
 
 
+@pytest.mark.slow
 def test_debugging_gives_the_same_numbers(expected):
     debugged = trained(train_step(cross_entropy), Eager())
     jax.tree.map(

@@ -32,6 +32,7 @@ def assert_close(found, expected):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow_but("small_fixed")
 @pytest.mark.parametrize("name", ["small", "small_fixed"])
 def test_velo_follows_the_original(name, strict_dtypes):
     settings = json.loads((GOLDEN / name / "settings.json").read_text())

@@ -72,6 +72,7 @@ def counts_of_an_epoch(fetches: Any, steps_per_call: Any, **options: Any) -> dic
     return dict(fetches)
 
 
+@pytest.mark.slow_but("8")
 @pytest.mark.parametrize("steps_per_call", [1, 8])
 def test_200_steps_fetch_nothing_but_their_windows(fetches, steps_per_call):
     counts = counts_of_an_epoch(fetches, steps_per_call)
@@ -86,6 +87,7 @@ def test_200_steps_fetch_nothing_but_their_windows(fetches, steps_per_call):
     assert not counts
 
 
+@pytest.mark.slow_but("float")
 @pytest.mark.parametrize("read", [float, lambda loss: np.asarray(loss), lambda loss: loss.item()])
 def test_reading_the_loss_of_each_step_is_noticed(fetches, read):
     assert sum(counts_of_an_epoch(fetches, 1, callbacks=[Reading(read)]).values()) >= 200
@@ -116,6 +118,7 @@ class Stop(distaff.Callback):
             raise distaff.StopTraining("enough")
 
 
+@pytest.mark.slow_but("arrays-True", "list-False")
 @pytest.mark.parametrize("slow", [True, False])
 @pytest.mark.parametrize("kind", ["arrays", "list"])
 def test_checkpoint_keeps_the_place_of_the_last_batch_trained_on(monkeypatch, kind, slow):

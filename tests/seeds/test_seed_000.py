@@ -193,6 +193,7 @@ def train(trainer: type[Own], optimizer: Any, batch_size: int = 4, **options: An
 ZERO_GRADIENTS = r"in the first \d steps\..*reads state\.params instead has zero gradients"
 
 
+@pytest.mark.slow_but("optimizer0-No parameter has changed")
 @pytest.mark.parametrize(
     ("optimizer", "what"),
     [
@@ -211,6 +212,7 @@ def test_a_step_of_ones_own_that_ignores_params_is_reported_in_the_first_steps(o
     assert len(caught) == 1
 
 
+@pytest.mark.slow_but("optimizer0-4")
 @pytest.mark.parametrize(
     ("optimizer", "batch_size"),
     [

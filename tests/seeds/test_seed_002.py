@@ -183,6 +183,7 @@ def of_dicts(tmp_path_factory) -> tuple[Any, ...]:
         return run("dict")
 
 
+@pytest.mark.slow_but("dataclass")
 @pytest.mark.parametrize("form", ["tuple", "list", "dataclass"])
 def test_a_batch_of_any_form_trains_validates_tests_predicts_and_loads(form, of_dicts):
     state, metrics, predictions, loaded = run(form)

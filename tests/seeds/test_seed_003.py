@@ -148,6 +148,7 @@ class Recording(Regression):
     Config = OwnConfig
 
 
+@pytest.mark.slow
 def test_hyperparameters_of_any_kind_are_recorded_and_the_callers_objects_stay_as_they_were():
     def given() -> tuple[dict[str, Any], dict[str, Any], dict[str, list[int]]]:
         hyperparameters: dict[str, Any] = {

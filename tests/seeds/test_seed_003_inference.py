@@ -183,6 +183,7 @@ def test_a_moved_read_only_folder_is_loaded_bound_and_left_alone(tmp_path):
     assert snapshot(moved) == before
 
 
+@pytest.mark.slow
 def test_only_weights_are_loaded_for_inference_and_for_a_new_start(tmp_path):
     trainer = make(model=Net(), optimizer=optax.adam(0.05))
     result = trainer.train_model(loader(), loader(), num_epochs=2)

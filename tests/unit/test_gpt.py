@@ -160,6 +160,7 @@ def test_gpt_refuses(model, tokens, error, match):
         jax.eval_shape(model.init, jax.random.key(0), tokens)
 
 
+@pytest.mark.slow_but("3")
 @pytest.mark.parametrize("length", [1, 3, 13])
 def test_causal_attention_is_that_of_jax(length):
     arrays = jax.random.normal(jax.random.key(0), (3, 2, length, 3, 4))

@@ -77,6 +77,7 @@ def made(name, decay):
         return function(rate, **arguments, **OPTIONS.get(name, {}))
 
 
+@pytest.mark.slow_but("adam", "adamw", "lamb", "lion", "muon")
 @pytest.mark.parametrize("name", sorted(catalog.optimizers()))
 def test_decays_tells_for_every_name_of_optax(name):
     assert decays(made(name, 0.0), PARAMS) == (name == "fromage")

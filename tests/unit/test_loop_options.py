@@ -285,6 +285,7 @@ def shuffled_sets() -> dict[str, Any]:
     return {"clean": arrays(shuffle=True, seed=5), "noisy": arrays(shuffle=True, seed=6)}
 
 
+@pytest.mark.slow_but("options0")
 @pytest.mark.parametrize("options", [{}, {"limit_batches": 4}, {"overfit_batches": 3}])
 def test_run_with_several_validation_sets_goes_on_bit_for_bit(options):
     whole = resumable(None, "whole", shuffled_sets(), **options)

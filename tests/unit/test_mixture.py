@@ -471,6 +471,7 @@ def assert_same(one: Any, two: Any) -> None:
         assert left.tobytes() == right.tobytes()
 
 
+@pytest.mark.slow_but("shuffled-step-17-options1", "endless-checkpoint-7-options4")
 @pytest.mark.parametrize(
     ("make", "event", "step", "options"),
     [

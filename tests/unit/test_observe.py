@@ -77,6 +77,7 @@ def test_cosine_stays_within_one_and_is_zero_where_a_length_is(gradient, freeze)
     assert np.isfinite(found).all()
 
 
+@pytest.mark.slow_but("adamw")
 @pytest.mark.parametrize(
     "tx",
     [

@@ -172,6 +172,7 @@ FORMS: dict[str, tuple[Any, Any, Callable[..., dict[str, Any]]]] = {
 }
 
 
+@pytest.mark.slow_but("lbfgs by name", "sam")
 @pytest.mark.parametrize(("optimizer", "tx", "extra_args"), FORMS.values(), ids=FORMS)
 def test_trainer_is_ten_lines_of_optax_bit_for_bit(optimizer, tx, extra_args):
     before, steps = trained(optimizer)
@@ -204,6 +205,7 @@ class Line(nn.Module):
         return nn.Dense(1)(x * jnp.array([[3.0, 1.0, 0.1]]))
 
 
+@pytest.mark.slow_but("backtracking")
 @pytest.mark.parametrize("tx", [optax.lbfgs(), BACKTRACKING], ids=["lbfgs", "backtracking"])
 def test_line_search_never_lets_the_loss_rise_and_beats_every_fixed_rate(tx):
     options: Any = {"num_epochs": 25, "batch_size": EXAMPLES, "model": Line()}
@@ -231,6 +233,7 @@ def remembering(learning_rate: float) -> optax.GradientTransformation:
     )
 
 
+@pytest.mark.slow
 def test_sam_descends_along_the_gradient_of_the_perturbed_point():
     before, steps = trained(sam(remembering(0.05)), batch_size=EXAMPLES, num_epochs=1)
 
@@ -287,6 +290,7 @@ class OwnStep(Regression):
         return step, lambda state, batch: {}
 
 
+@pytest.mark.slow_but("sam")
 @pytest.mark.parametrize("tx", [sam(), BACKTRACKING], ids=["sam", "backtracking"])
 def test_a_step_of_ones_own_offers_the_same_by_value_and_value_fn(tx):
     _, own = trained(tx, cls=OwnStep)

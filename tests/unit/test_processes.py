@@ -82,6 +82,7 @@ def start(rank: int, address: str, *arguments: str, code: str = PAIR) -> subproc
     )
 
 
+@pytest.mark.slow_but("service")
 @pytest.mark.parametrize("service", ["service", "none"])
 def test_two_processes_stop_at_the_same_step_and_name_who_is_missing(tmp_path, service):
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -65,6 +65,7 @@ def is_profiling() -> bool:
     return True
 
 
+@pytest.mark.slow_but("4-chunks1")
 @pytest.mark.parametrize(
     ("steps_per_call", "chunks"),
     [(1, [(12, 1), (13, 1), (14, 1), (15, 1), (16, 1)]), (4, [(11, 4), (15, 4)])],
@@ -89,6 +90,7 @@ def test_default_window_begins_after_sixteen_chunks():
     assert annotated(result.path / "profile") == [(17, 1), (18, 1), (19, 1)]
 
 
+@pytest.mark.slow
 def test_steps_stay_fused_where_auto_chooses():
     trainer, result = train(Profiler(first_step=1, num_steps=40), num_epochs=1)
     chunks = annotated(result.path / "profile")
@@ -136,6 +138,7 @@ def test_window_ends_with_an_error():
     assert not is_profiling()
 
 
+@pytest.mark.slow
 def test_window_ends_with_a_loss_that_is_not_finite():
     trainer = Regression(
         zoo.MLP([1]),
@@ -148,6 +151,7 @@ def test_window_ends_with_a_loss_that_is_not_finite():
     assert not is_profiling()
 
 
+@pytest.mark.slow
 def test_second_run_records_a_window_of_its_own():
     trainer, first = train(Profiler(first_step=2, num_steps=2), steps_per_call=1, num_epochs=1)
     second = trainer.train_model(loader(), num_epochs=1)
@@ -169,6 +173,7 @@ def test_run_without_a_directory_needs_a_place():
         train(Profiler(), root=None)
 
 
+@pytest.mark.slow
 def test_one_profile_at_a_time():
     with pytest.raises(StateError, match="one profile at a time"):
         train(Profiler(first_step=2, num_steps=3), Profiler(first_step=3), steps_per_call=1)

@@ -103,6 +103,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [{name: each for name, each in line.items() if name != "time"} for line in found]
 
 
+@pytest.mark.slow_but("8-2")
 @pytest.mark.parametrize("epoch", [1, 2])
 @pytest.mark.parametrize("steps_per_call", [1, 8])
 def test_error_says_which_batch_and_why(steps_per_call: int, epoch: int, tmp_path: Path) -> None:
@@ -134,6 +135,7 @@ def test_error_names_the_entry_of_the_batch() -> None:
         trained(arrays(y={33: np.nan}), steps_per_call=8)
 
 
+@pytest.mark.slow
 def test_gradient_that_shows_a_step_later_is_traced_back() -> None:
     fit = bad_gradient_at(40)(Normed(), optimizer=optax.adam(1e-2), **FIXED)
     with pytest.raises(
@@ -153,6 +155,7 @@ def test_loader_that_cannot_go_back_leaves_the_reason_open() -> None:
         fit.train_model(batches, num_epochs=1)
 
 
+@pytest.mark.slow_but("x-8")
 @pytest.mark.parametrize("steps_per_call", [1, 8])
 @pytest.mark.parametrize("name", ["x", "y"])
 def test_skipped_step_changes_nothing_but_the_count(name: str, steps_per_call: int) -> None:
@@ -187,6 +190,7 @@ def test_skipped_step_changes_nothing_but_the_count(name: str, steps_per_call: i
     np.testing.assert_allclose(result.metrics["train/loss"], np.mean(losses), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_skipping_too_many_in_a_row_ends_the_run() -> None:
     bad = dict.fromkeys(range(30, 60), np.nan)
     with pytest.raises(NonFiniteError, match=r"at step 34.*max_skips=3 bad steps before it"):
@@ -197,6 +201,7 @@ def test_skipping_too_many_in_a_row_ends_the_run() -> None:
     assert result.metrics["train/skipped"] == 3
 
 
+@pytest.mark.slow_but("30-8")
 @pytest.mark.parametrize("steps_per_call", [1, 8])
 @pytest.mark.parametrize("bad", [3, 30, 58])
 def test_rollback_is_as_if_the_batches_had_never_been(
@@ -214,6 +219,7 @@ def test_rollback_is_as_if_the_batches_had_never_been(
     assert f"batches {gone.start + 1} to {gone.stop}" in (result.path / "log.txt").read_text()
 
 
+@pytest.mark.slow_but("True")
 @pytest.mark.parametrize("writes", [True, False])
 def test_saves_by_the_clock_do_not_decide_what_is_left_out(tmp_path: Path, writes: bool) -> None:
     found = arrays(x={30: np.nan})
@@ -226,6 +232,7 @@ def test_saves_by_the_clock_do_not_decide_what_is_left_out(tmp_path: Path, write
         assert lines(result.path) == lines(expected.path)
 
 
+@pytest.mark.slow
 def test_rollback_over_epochs_leaves_out_batches_of_one(tmp_path: Path) -> None:
     found = arrays()
     order = data.ArrayLoader(found, SIZE, shuffle=True, seed=1)
@@ -253,6 +260,7 @@ def test_rollback_over_epochs_leaves_out_batches_of_one(tmp_path: Path) -> None:
     assert np.isfinite(result.metrics["train/loss"])
 
 
+@pytest.mark.slow
 def test_run_that_goes_back_and_is_interrupted_goes_on_without_the_batches(tmp_path: Path) -> None:
     found = arrays(x={30: np.nan})
     options = {"on_bad_numbers": "rollback", "epochs": 3}
@@ -271,6 +279,7 @@ def test_run_goes_back_only_so_often() -> None:
         trained(arrays(x=bad), on_bad_numbers="rollback", max_skips=2, save_every=1e-9)
 
 
+@pytest.mark.slow_but("1-all batches were left out")
 @pytest.mark.parametrize(
     ("epochs", "message"), [(1, "all batches were left out"), (9, "back to step 0 3 times")]
 )
@@ -330,6 +339,7 @@ def test_spike_is_gone_back_from(tmp_path: Path) -> None:
     assert_same_state(fit, clean)
 
 
+@pytest.mark.slow
 def test_resumed_run_looks_back_on_the_same_losses(tmp_path: Path) -> None:
     found = arrays(y={2: 1e4, 40: 1e4})
     options = {"on_loss_spike": "skip", "epochs": 3}
@@ -366,6 +376,7 @@ def test_spike_needs_a_loss() -> None:
         own.train_model(data.ArrayLoader(arrays(), SIZE), num_epochs=1)
 
 
+@pytest.mark.slow
 def test_checkpoints_within_an_epoch_change_nothing_and_do_not_stay(tmp_path: Path) -> None:
     saved = []
 
@@ -410,6 +421,7 @@ def test_run_that_waits_for_its_data_says_where(tmp_path: Path, capfd) -> None:
     assert "seems stuck" in capfd.readouterr().err
 
 
+@pytest.mark.slow_but("guard")
 @pytest.mark.parametrize("name", ["spikes", "not_finite", "skipped", "guard"])
 def test_names_of_metrics_are_free_where_nothing_is_guarded(name: str) -> None:
     class Named(Fit):
@@ -435,6 +447,7 @@ def loss_of_two_epochs() -> float:
     return trained(arrays(), 2)[1].metrics["train/loss"]
 
 
+@pytest.mark.slow_but("before0-after0-True")
 @pytest.mark.parametrize("within", [False, True])
 @pytest.mark.parametrize(
     ("before", "after"),
@@ -470,6 +483,7 @@ def test_every_policy_goes_on_from_a_run_of_every_other(
     np.testing.assert_allclose(result.metrics["train/loss"], loss_of_two_epochs, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_number_that_is_bad_behind_tolerated_spikes_is_seen() -> None:
     found = arrays(y={**dict.fromkeys(range(40, 60), 1e3), 46: np.nan})
     with pytest.raises(NonFiniteError, match=r"at step 47"):
@@ -498,6 +512,7 @@ def test_rate_is_that_of_the_updates_and_not_of_skipped_steps(tmp_path: Path) ->
     np.testing.assert_allclose(rates, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_bad_number_that_only_the_last_save_sees_is_told_of_like_others() -> None:
     fit = bad_gradient_at(59)(
         Normed(), optimizer=optax.adam(1e-2), check_val_every_n_epoch=2, **FIXED
@@ -532,6 +547,7 @@ def test_error_survives_a_loader_that_fails_in_its_own_words() -> None:
             fit.train_model(Stubborn(), num_epochs=1)
 
 
+@pytest.mark.slow
 def test_callbacks_go_back_with_a_run_in_memory(tmp_path: Path) -> None:
     class Remembers(Callback):
         def __init__(self) -> None:

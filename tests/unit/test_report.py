@@ -106,6 +106,7 @@ def test_run_that_was_worth_it_reports_its_share_of_the_peak(monkeypatch, capsys
     assert "FLOP per step" in shown
 
 
+@pytest.mark.slow
 def test_debugged_run_has_no_flops(monkeypatch):
     monkeypatch.setattr("distaff.run.report._WORTH_SECONDS", 0.0)
     train, _, _ = data.digits(batch_size=512)

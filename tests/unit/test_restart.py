@@ -89,6 +89,7 @@ def whole(tmp_path_factory):
     return lines(trained(root, MemoryLogger(), fails=9)[2].path)
 
 
+@pytest.mark.slow_but("changes")
 @pytest.mark.parametrize("kind", ["reads", "changes", "deletes"])
 def test_training_start_of_a_resumed_run_has_its_step_and_changes_nothing(
     kind, whole, tmp_path, monkeypatch

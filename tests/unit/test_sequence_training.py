@@ -107,6 +107,7 @@ def expected(gpt, params):
     return total_loss(gpt, alone)(params)
 
 
+@pytest.mark.slow_but("packed")
 @pytest.mark.parametrize("kind", ["packed", "bucketed"])
 def test_loss_and_gradient_are_those_of_each_sequence_alone(gpt, params, expected, kind):
     batches = {
@@ -122,6 +123,7 @@ def test_loss_and_gradient_are_those_of_each_sequence_alone(gpt, params, expecte
     )
 
 
+@pytest.mark.slow
 def test_packed_row_has_the_logits_of_its_sequences_and_none_reaches_another(gpt, params):
     (batch,) = data.packed(DOCUMENTS[:5], 30, 1)
     tokens, segments = batch["tokens"], batch["segment_ids"]
@@ -164,6 +166,7 @@ def train(loader: Any, model: Any = NEIGHBOURS, num_epochs: int = 2, **options: 
     return run
 
 
+@pytest.mark.slow_but("3")
 @pytest.mark.parametrize("steps_per_call", ["auto", 3])
 def test_training_compiles_one_program_for_each_bucket(steps_per_call, compiled):
     loader = data.bucketed(DOCUMENTS * 4, (4, 8, 16), (4, 3, 2), shuffle=True)
@@ -176,6 +179,7 @@ def test_training_compiles_one_program_for_each_bucket(steps_per_call, compiled)
     assert compiled == [what] * 6
 
 
+@pytest.mark.slow
 def test_short_batches_and_shapes_that_no_loader_declares_are_told():
     batches = list(data.bucketed(DOCUMENTS, (8, 16), 4, remainder="drop"))
     with pytest.raises(RecompileError, match=r"batch/tokens was int32\[4,8\], is int32\[4,16\]"):
@@ -191,6 +195,7 @@ class Interrupt(distaff.Callback):
             signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.slow_but("packed")
 @pytest.mark.parametrize("kind", ["packed", "bucketed"])
 def test_run_resumes_within_an_epoch(kind, tmp_path):
     def run(**options: Any) -> Any:

@@ -89,6 +89,7 @@ def test_value_fn_is_the_loss_of_the_step_with_its_dropout_and_batch_statistics(
     assert np.ptp(loss) > 1e-2
 
 
+@pytest.mark.slow_but("sam")
 @pytest.mark.parametrize("tx", [BACKTRACKING, SAM], ids=["backtracking", "sam"])
 def test_more_evaluations_leave_batch_statistics_to_the_first(tx):
     step = jax.jit(train_step(squares))
@@ -172,6 +173,7 @@ def test_update_that_names_an_argument_gets_it_without_being_of_the_type_with_ex
     assert_close(stepped(tx).params, jax.tree.map(lambda p, g: p - value * g, PARAMS, grads))
 
 
+@pytest.mark.slow_but("True-sam")
 @pytest.mark.parametrize("tx", [optax.lbfgs(), SAM], ids=["lbfgs", "sam"])
 @pytest.mark.parametrize("frozen", [True, False])
 def test_optimizer_of_a_group_sees_the_loss_over_its_own_parameters(tx, frozen):

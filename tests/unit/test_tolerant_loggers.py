@@ -91,6 +91,7 @@ def trained(tmp_path, logger, **options):
     return trainer, lambda: trainer.train_model(train, val, num_epochs=2, steps_per_epoch=1)
 
 
+@pytest.mark.slow_but("log_metrics", "close")
 @pytest.mark.parametrize(
     "call", ["log_config", "log_metrics", "log_metrics 2", "position", "close"]
 )
@@ -106,6 +107,7 @@ def test_run_with_a_logger_that_fails_ends_as_ever(call, tmp_path):
     assert trainer.best.step in (1, 2)
 
 
+@pytest.mark.slow_but("log_metrics-failed")
 @pytest.mark.parametrize(("call", "status"), [("log_metrics", "failed"), ("close", "finished")])
 def test_logger_that_fails_is_an_error_where_that_is_asked_for(call, status, tmp_path):
     trainer, train = trained(tmp_path, Failing(call), on_failed_log="raise")

@@ -156,6 +156,7 @@ def test_trials_are_ordinary_runs_and_only_the_best_is_tested():
     assert Path("runs/study.journal").exists()
 
 
+@pytest.mark.slow
 def test_config_s_own_values_come_first():
     result = search(num_trials=2, num_epochs=1)
     first, second = (trial.values[RATE] for trial in result.trials)
@@ -163,11 +164,13 @@ def test_config_s_own_values_come_first():
     assert 1e-3 <= second <= 0.5
 
 
+@pytest.mark.slow
 def test_config_s_own_values_are_left_out_where_the_space_lacks_them():
     result = search(space={RATE: Float(0.2, 0.3)}, num_trials=1, num_epochs=1)
     assert 0.2 <= result.best.values[RATE] <= 0.3
 
 
+@pytest.mark.slow
 def test_trial_is_trained_again_by_hand_bit_for_bit():
     trial = search(num_trials=2).trials[1]
     by_hand = trainer(override(Config(), trial.values), seed=trial.seed, root="by_hand")
@@ -180,6 +183,7 @@ def test_trial_is_trained_again_by_hand_bit_for_bit():
     jax.tree.map(np.testing.assert_array_equal, by_hand.state.params, params)
 
 
+@pytest.mark.slow_but("min")
 @pytest.mark.parametrize("mode", ["min", "max"])
 def test_pruning_goes_by_the_monitored_metric_at_every_validation(mode):
     sign = 1 if mode == "min" else -1
@@ -294,6 +298,7 @@ def test_error_of_the_storage_names_it_without_its_password():
         search(storage="nosuch://user:secret@host/db")
 
 
+@pytest.mark.slow
 def test_second_call_trains_what_is_missing_and_tests_once():
     test = Counted(loader(2))
 
@@ -313,6 +318,7 @@ def test_second_call_trains_what_is_missing_and_tests_once():
     assert test.count == 1 + (more.best != first.best)
 
 
+@pytest.mark.slow
 def test_study_goes_on_where_its_root_was_moved():
     def make_trainer(root: str) -> Any:
         return lambda config: trainer(config, root=root)
@@ -363,6 +369,7 @@ def begun(tmp_path_factory) -> Path:
     return journal
 
 
+@pytest.mark.slow
 def test_other_config_under_the_same_name_is_warned_of():
     search(num_trials=1, num_epochs=1)
     other = Config(dataclasses.replace(SGD, learning_rate=0.2))
@@ -398,6 +405,7 @@ def test_interrupted_trial_is_tried_again_with_its_values():
     assert runs() == ["0001", "0002", "0003"]
 
 
+@pytest.mark.slow
 def test_values_that_always_end_in_an_error_count_as_failed():
     make_trainer = failing_at(rate=0.1, error=ZeroDivisionError("mine"))
     for _ in range(3):

@@ -70,6 +70,7 @@ def folder(tmp_path):
     return Path(shutil.copytree(FOLDER, tmp_path / "velo"))
 
 
+@pytest.mark.slow
 def test_parameters_of_every_rank_are_trained():
     shapes = [(), (1,), (5,), (3, 3), (1, 4), (2, 3, 2), (2, 2, 2, 3), (1, 2, 1, 2, 2)]
     params = {str(shape): jnp.ones(shape) for shape in shapes}
@@ -107,6 +108,7 @@ def test_updates_have_the_dtype_of_low_precision_gradients():
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state)} == {"float32", "int32"}
 
 
+@pytest.mark.slow
 def test_the_loss_and_the_length_of_the_run_matter():
     lengths = (TOTAL_STEPS, 2 * TOTAL_STEPS)
     assert_differ(*(trained(velo(WEIGHTS, length), HEAD).params for length in lengths))
@@ -145,6 +147,7 @@ def test_chain_hands_the_loss_on():
     assert_close(trained(chained, HEAD, steps=1).params, halved)
 
 
+@pytest.mark.slow_but("groups")
 @pytest.mark.parametrize("wrap", ["mask", "partition", "groups"])
 def test_a_part_of_the_parameters_is_trained_as_if_alone(wrap, folder):
     is_head = {"Dense_0": {"kernel": False, "bias": False}, "head": {"kernel": True}}
@@ -178,6 +181,7 @@ def accumulated(tx, params=HEAD):
     return trace, state
 
 
+@pytest.mark.slow
 def test_long_runs_accumulate_gradients_and_losses_as_the_original_does():
     by_hand, params = velo(WEIGHTS, 3), HEAD
     state = by_hand.init(params)
@@ -208,6 +212,7 @@ def test_accumulation_begins_above_150000_steps(monkeypatch):
     assert given == [2, 2, 3]
 
 
+@pytest.mark.slow
 def test_vmap_over_seeds_equals_separate_runs():
     tx = velo(WEIGHTS, TOTAL_STEPS)
 
@@ -227,6 +232,7 @@ def test_vmap_over_seeds_equals_separate_runs():
         assert_close(own, alone(jnp.int32(seed)), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
     tx = velo(WEIGHTS, 2 * TOTAL_STEPS, weight_decay=0.01, accumulate_above=TOTAL_STEPS)
     update = jax.jit(
@@ -247,6 +253,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
     assert_differ(forgetful.params, state.params)
 
 
+@pytest.mark.slow
 def test_weight_decay_takes_its_fraction_off_matrices_once(folder):
     params = PARAMS["Dense_0"]
     grads = gradients(params, 0)
@@ -264,6 +271,7 @@ def test_weight_decay_takes_its_fraction_off_matrices_once(folder):
     assert_close(updates(velo(WEIGHTS, TOTAL_STEPS, weight_decay=0.25, mask=None)), expected)
 
 
+@pytest.mark.slow
 def test_weight_decay_is_once_per_update_of_a_run_that_accumulates():
     def moved(weight_decay):
         tx = velo(WEIGHTS, 6, weight_decay=weight_decay, accumulate_above=3)
@@ -280,6 +288,7 @@ def test_decay_is_found_where_there_is_some_and_the_network_is_no_decay():
     assert decays(optax.chain(velo(WEIGHTS, 6), optax.add_decayed_weights(-1e-6)), PARAMS)
 
 
+@pytest.mark.slow
 def test_the_penalty_in_the_loss_is_the_originals_decay_and_not_beside_the_own_one():
     def loss_fn(params, batch, ctx: Context):
         ctx.add_l2_loss(params, 0.5)
@@ -317,6 +326,7 @@ def make_loader():
     return ArrayLoader({"x": x, "y": np.sin(x[:, :2])}, 8)
 
 
+@pytest.mark.slow_but("False")
 @pytest.mark.parametrize("debug", [False, True])
 def test_trainer_trains_with_it_and_a_model_is_loaded_without_its_weights(folder, debug):
     options = {"weights": str(folder)}

@@ -81,6 +81,7 @@ def fail() -> None:
     raise KeyError("a mistake of the callback")
 
 
+@pytest.mark.slow_but("interrupt", "end")
 @pytest.mark.parametrize("how", ["max_time", "stop", "error", "interrupt", "end", "cut"])
 def test_run_leaves_no_process_and_no_thread_behind(how):
     train, val = WithWorker(), WithWorker(3)

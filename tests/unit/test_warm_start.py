@@ -100,6 +100,7 @@ def test_init_from_takes_every_source(run: Regression, kind: str, tmp_path: Path
     assert new.step == 0
 
 
+@pytest.mark.slow
 def test_weights_are_those_that_the_optimizer_evaluates_with() -> None:
     optimizer = optax.contrib.schedule_free_sgd(0.1)
     trained = trainer(optimizer=optimizer, name="free")
@@ -247,6 +248,7 @@ def test_sources_that_are_none_are_refused(source: Any) -> None:
         started(source)
 
 
+@pytest.mark.slow
 def test_record_says_where_the_weights_are_from(run: Regression) -> None:
     path = run.recording.path
     new = trainer(init_from=InitFrom(path, rename={"^enc": "enc"}, unused="ignore"), name="new")
@@ -295,6 +297,7 @@ def test_a_resumed_run_has_the_weights_of_its_checkpoint(run: Regression, tmp_pa
     assert_same(leaves(again), leaves(straight))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_does_without_the_source(run: Regression, tmp_path: Path) -> None:
     source = run.export_weights(tmp_path / "net.safetensors")
     options = {"init_from": source, "name": "resumed"}
