@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -14,6 +14,7 @@ from distaff.errors import ConfigError
 from distaff.optim import catalog
 from distaff.optim.applied import RATE
 from distaff.optim.config import OptimizerConfig, ParamGroup
+from distaff.optim.given import OptimizerLike, check_optimizer
 from distaff.optim.schedules import make_schedule
 from distaff.optim.transforms.accumulate import accumulate
 from distaff.optim.transforms.extra_args import described, with_known_args
@@ -25,15 +26,6 @@ from distaff.optim.transforms.param_groups import (
     is_trained,
     keeps_statistics,
 )
-
-OptimizerLike: TypeAlias = (
-    OptimizerConfig
-    | optax.GradientTransformation
-    | optax.MultiSteps
-    | Callable[[int], OptimizerConfig | optax.GradientTransformation | optax.MultiSteps]
-)
-"""The forms of an optimizer: a config, the transformation itself, a function of `total_steps`."""
-
 
 _WHOLE: Mapping[str, Any] = {
     "groups": (),
@@ -84,7 +76,7 @@ def build_optimizer(
         return _from_config(optimizer, _num_updates(optimizer, total_steps, steps_per_epoch))
     if isinstance(optimizer, optax.GradientTransformation | optax.MultiSteps):
         return Optimizer(with_known_args(optimizer), schedule=None)
-    _check_factory(optimizer)
+    check_optimizer(optimizer)
     if total_steps is None:
         raise ConfigError(
             "A function of the number of steps was given as optimizer, and the number of steps is "
@@ -257,18 +249,3 @@ def _learned(config: OptimizerConfig, total_steps: int | None) -> optax.Gradient
     return make(
         total_steps=total_steps, weight_decay=config.weight_decay, mask=mask, **config.options
     )
-
-
-def _check_factory(optimizer: object) -> None:
-    for name, function in catalog.optimizers().items():
-        if optimizer is function:
-            raise ConfigError(
-                f"optimizer is Optax's function {name!r} itself, which would take the number of "
-                f"steps for its learning rate. Call it, or pass OptimizerConfig({name!r})."
-            )
-    if not callable(optimizer):
-        hint = f" Did you mean OptimizerConfig({optimizer!r})?" * isinstance(optimizer, str)
-        raise ConfigError(
-            "optimizer must be an OptimizerConfig, an optax.GradientTransformation, or a function "
-            f"of total_steps that returns one of the two, and is {optimizer!r}.{hint}"
-        )

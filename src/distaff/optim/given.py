@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import optax
 
 from distaff.errors import ConfigError
 from distaff.optim import catalog
-from distaff.optim.build import OptimizerLike
 from distaff.optim.config import OptimizerConfig
+
+OptimizerLike: TypeAlias = (
+    OptimizerConfig
+    | optax.GradientTransformation
+    | optax.MultiSteps
+    | Callable[[int], OptimizerConfig | optax.GradientTransformation | optax.MultiSteps]
+)
+"""The forms of an optimizer: a config, the transformation itself, a function of `total_steps`."""
 
 _FORMS = (
     'Write OptimizerConfig("adamw", learning_rate=1e-3), an Optax transformation such as '
@@ -26,23 +34,21 @@ def as_optimizer(given: OptimizerLike | None) -> OptimizerLike:
     """
     if given is None:
         return OptimizerConfig()
-    _check(given)
+    check_optimizer(given)
     return given
 
 
-def _check(optimizer: Any) -> None:
+def check_optimizer(optimizer: Any) -> None:
     """Checks the form of an optimizer; nothing is built.
+
+    Args:
+        optimizer: anything.
 
     Raises:
         ConfigError: it is none of the forms that a trainer takes.
     """
     if isinstance(optimizer, OptimizerConfig | optax.GradientTransformation | optax.MultiSteps):
         return
-    if isinstance(optimizer, str):
-        raise ConfigError(
-            f"optimizer must be an OptimizerConfig, and is the name {optimizer!r}. Did you mean "
-            f"OptimizerConfig({optimizer!r})? {_FORMS}"
-        )
     for name, function in catalog.optimizers().items():
         if optimizer is function:
             raise ConfigError(
@@ -50,8 +56,11 @@ def _check(optimizer: Any) -> None:
                 f"steps for its learning rate. Call it, or pass OptimizerConfig({name!r})."
             )
     if isinstance(optimizer, type) or not callable(optimizer):
+        hint = f" Did you mean OptimizerConfig({optimizer!r})?" * isinstance(optimizer, str)
         raise ConfigError(
-            f"optimizer must be a config or a transformation, and is {optimizer!r}. {_FORMS}"
+            "optimizer must be an OptimizerConfig, an optax.GradientTransformation, or a function "
+            'of total_steps that returns one, such as OptimizerConfig("adamw", learning_rate=1e-3),'
+            f" and is {optimizer!r}.{hint}"
         )
     try:
         signature = inspect.signature(optimizer)

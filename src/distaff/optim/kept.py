@@ -10,8 +10,8 @@ import optax
 from distaff.core.typing import PyTree
 from distaff.optim import catalog
 from distaff.optim.applied import RatesState
-from distaff.optim.build import OptimizerLike
 from distaff.optim.config import OptimizerConfig
+from distaff.optim.given import OptimizerLike
 
 _OF_HYPERPARAMS = ("count", "hyperparams", "hyperparams_states")
 
