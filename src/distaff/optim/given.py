@@ -59,8 +59,8 @@ def check_optimizer(optimizer: Any) -> None:
         hint = f" Did you mean OptimizerConfig({optimizer!r})?" * isinstance(optimizer, str)
         raise ConfigError(
             "optimizer must be an OptimizerConfig, an optax.GradientTransformation, or a function "
-            'of total_steps that returns one, such as OptimizerConfig("adamw", learning_rate=1e-3),'
-            f" and is {optimizer!r}.{hint}"
+            'of total_steps that returns one, such as OptimizerConfig("adamw", learning_rate=1e-3) '
+            f"or an Optax transformation like optax.adamw(1e-3), and is {optimizer!r}.{hint}"
         )
     try:
         signature = inspect.signature(optimizer)
