@@ -71,11 +71,12 @@ def test_state_goes_where_arrays_are_whole_on_each_device():
 
 
 def test_resident_arrays_and_those_of_the_host_share_no_memory():
-    arrays = [np.zeros(256, np.float32)[start : start + 64] for start in range(16)]
-    resident = ONE_DEVICE.resident(arrays)
-    for array in arrays:  # one of them is aligned as JAX wants it
-        array += 1
-    np.testing.assert_array_equal(to_host(resident), np.zeros((16, 64)))
+    memory = np.zeros(256, np.float32)
+    start = -memory.ctypes.data % 64 // memory.itemsize  # aligned as JAX wants it
+    array = memory[start : start + 64]
+    resident = ONE_DEVICE.resident({"x": array})
+    array += 1
+    np.testing.assert_array_equal(to_host(resident)["x"], np.zeros(64))
 
 
 class Noting(OneDevice):
