@@ -122,6 +122,7 @@ def test_lock_of_a_killed_process_is_taken_over_and_the_log_says_so(tmp_path, st
     with caplog.at_level(logging.WARNING), locked(tmp_path):
         pass
     assert f"taken over from process {first.pid}" in caplog.text
+    assert "and is dead" in caplog.text
     assert os.listdir(tmp_path) == []
 
 
@@ -257,6 +258,7 @@ def test_lock_that_another_machine_does_not_hold_is_taken_over(tmp_path, way, ca
     with locked(tmp_path):
         assert run_lock._read(tmp_path / LOCK_FILE).host == this_process()["host"]
     assert f"taken over from process {holder.pid} on node7" in caplog.text
+    assert "and holds no lock that is seen from here" in caplog.text
     assert ("start one at a time" in caplog.text) is (way == "without flock")
 
 

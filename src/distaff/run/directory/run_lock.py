@@ -153,8 +153,9 @@ def _check_ended(path: Path, *, is_locked: bool) -> None:
         )
     if holder is not None:
         _log.warning(
-            "%s: taken over from process %d on %s, which began at %s and is dead",
+            "%s: taken over from process %d on %s, which began at %s and %s",
             *(path.parent, holder.pid, holder.host, holder.since),
+            "is dead" if holder.is_alive is False else "holds no lock that is seen from here",
         )
 
 
