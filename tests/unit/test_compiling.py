@@ -175,6 +175,7 @@ def digits(*sizes: int, dtype: Any = np.float32) -> list[dict[str, np.ndarray]]:
     ]
 
 
+@pytest.mark.slow_but("arrays-4", "placed-1")
 @pytest.mark.parametrize(
     ("kind", "steps_per_call"),
     [

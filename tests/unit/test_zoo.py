@@ -104,6 +104,7 @@ def test_resnet_returns_logits_for_any_picture_size(shape):
     assert logits.dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_resnet_changes_statistics_in_training_only(pictures):
     model = ResNet(blocks=(1, 1), features=(4, 6))
     variables = _drawn(model, pictures)
@@ -118,6 +119,7 @@ def test_resnet_changes_statistics_in_training_only(pictures):
     np.testing.assert_allclose(alone[0], together[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow_but("shape1")
 @pytest.mark.parametrize("shape", [(8, 8), (7, 9)])
 def test_resnet_block_of_zero_kernels_is_its_shortcut(shape):
     # Every other pixel, and zeros in the new channels: option A of He et al. 2016.
