@@ -494,6 +494,7 @@ def test_core_imports_without_optional_packages() -> None:
     assert run_python(WITHOUT_OPTIONAL + code) == ""
 
 
+@pytest.mark.slow
 def test_training_needs_no_optional_package() -> None:
     code = """
 import jax, numpy as np, optax

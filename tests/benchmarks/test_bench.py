@@ -38,6 +38,7 @@ def results(benchmarks: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return json.loads(file.read_text())
 
 
+@pytest.mark.slow
 def test_results_file_is_complete(results: dict[str, Any]) -> None:
     assert results["machine"]["device"].startswith("cpu")
     assert {"cpu", "cores", "memory_gb", "load_before", "load_after"} <= set(results["machine"])
@@ -53,6 +54,7 @@ def test_results_file_is_complete(results: dict[str, Any]) -> None:
         assert entry["peak_mb"] > 0
 
 
+@pytest.mark.slow
 def test_ratios_are_those_of_rounds_side_by_side(results: dict[str, Any], benchmarks: Any) -> None:
     measured = results["workloads"]["W1"]
     reference = measured["systems"]["hand loop"]["seconds"]
@@ -68,6 +70,7 @@ def test_ratios_are_those_of_rounds_side_by_side(results: dict[str, Any], benchm
     assert benchmarks.report.ratio([1.0, 6.0, 9.0], [1.0, 2.0, 9.0]) == 1.0
 
 
+@pytest.mark.slow
 def test_hand_written_forms_and_distaff_reach_the_same_loss(results: dict[str, Any]) -> None:
     measured = results["workloads"]["W1"]
     losses = {name: entry["losses"][:3] for name, entry in measured["systems"].items()}
@@ -77,6 +80,7 @@ def test_hand_written_forms_and_distaff_reach_the_same_loss(results: dict[str, A
     assert max(measured["loss_differences"].values()) < 1e-4
 
 
+@pytest.mark.slow
 def test_tables_and_chart_are_made_from_the_results(
     results: dict[str, Any], benchmarks: Any, tmp_path: Path
 ) -> None:

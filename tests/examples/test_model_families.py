@@ -24,6 +24,7 @@ def test_model_families_end_with_equal_losses(example, capsys) -> None:
         assert float(accuracy) > 0.7
 
 
+@pytest.mark.slow
 def test_model_families_notice_a_model_that_differs(example) -> None:
     module = example("model_families")
     module.FAMILIES = {

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 
+@pytest.mark.slow
 def test_sine_regression_learns_from_exact_points(example, tmp_path: Path, capsys) -> None:
     module = example("sine_regression")
     options = module.Options(num_epochs=15, seeds=(0, 1), root=str(tmp_path))

@@ -111,7 +111,7 @@ def trained(trainer):
     return result, [str(each.message) for each in found]
 
 
-@pytest.mark.slow_but("config.json", "metrics.jsonl")
+@pytest.mark.slow_but("metrics.jsonl")
 @pytest.mark.parametrize("name", FILES)
 def test_file_that_the_disk_never_takes_ends_no_run(name, trainer, disk_of, capsys):
     step = 1 + (trainer.step or 0)

@@ -120,7 +120,7 @@ def databases(monkeypatch) -> Iterator[None]:
         database.engine.dispose()
 
 
-@pytest.mark.slow_but("None")
+@pytest.mark.slow
 @pytest.mark.usefixtures("databases")
 @pytest.mark.parametrize("storage", [None, "sqlite:///studies/study.db"])
 def test_study_goes_on_after_a_kill_in_the_middle_of_a_trial(storage):

@@ -88,7 +88,7 @@ def same_bits(one: Any, other: Any) -> bool:
     )
 
 
-@pytest.mark.slow_but("resident-3", "list-3")
+@pytest.mark.slow_but("resident-1", "list-3")
 @pytest.mark.parametrize(
     ("kind", "log_every"), [("resident", 1), ("resident", 3), ("list", 3), ("list", 100)]
 )
@@ -104,7 +104,7 @@ def test_fused_steps_are_single_steps_bit_for_bit(kind, log_every):
         assert result.step == expected.step == 28
 
 
-@pytest.mark.slow_but("list")
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["resident", "list"])
 def test_full_chunks_of_an_accelerator_have_a_program_of_their_own(monkeypatch, kind):
     single, expected = trained(1, kind)

@@ -123,7 +123,7 @@ def test_step_would_differ_with_another_key(expected):
     assert not same_bits(expected, plain(apply_number=2))
 
 
-@pytest.mark.slow_but("class", "in rows and donated")
+@pytest.mark.slow_but("in rows and donated")
 @pytest.mark.parametrize(
     "form",
     [

@@ -100,6 +100,7 @@ def test_batch_stats_and_rng_may_be_none():
     np.testing.assert_array_equal(loaded.predict(loader()), trainer.predict(loader()))
 
 
+@pytest.mark.slow
 def test_statistics_move_in_training_only_and_evaluation_is_deterministic():
     class Watching(Regression):
         def on_training_epoch_end(self, epoch, metrics):

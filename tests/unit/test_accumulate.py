@@ -84,6 +84,7 @@ def test_updates_are_those_of_the_average_gradient():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, wanted)
 
 
+@pytest.mark.slow
 def test_parameters_keep_every_bit_between_updates():
     tx = accumulate(optax.sgd(1.0), 2)
     with jax.disable_jit():  # XLA drops the addition of zero, of either sign.
@@ -114,6 +115,7 @@ def test_one_step_is_the_optimizer_itself():
     assert jax.tree.structure(tx.init(PARAMS)) == jax.tree.structure(optax.adam(0.1).init(PARAMS))
 
 
+@pytest.mark.slow
 def test_vmap_equals_separate_runs():
     tx = accumulate(optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.1)), 2)
 

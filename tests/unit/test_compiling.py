@@ -175,7 +175,7 @@ def digits(*sizes: int, dtype: Any = np.float32) -> list[dict[str, np.ndarray]]:
     ]
 
 
-@pytest.mark.slow_but("arrays-4", "placed-1")
+@pytest.mark.slow_but("arrays-4")
 @pytest.mark.parametrize(
     ("kind", "steps_per_call"),
     [
@@ -236,6 +236,14 @@ def test_run_warns_of_a_changed_dtype_and_can_be_told_not_to():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         classifier(steps_per_call=1, recompile="ignore").train_model(batches, num_epochs=2)
+    assert [str(each.message) for each in caught] == []
+
+
+@pytest.mark.slow
+def test_debugged_run_warns_of_no_changed_dtype():
+    batches = [*digits(8, 8), *digits(8, dtype=np.float16)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         classifier(steps_per_call=1, debug=True).train_model(batches, num_epochs=1)
     assert [str(each.message) for each in caught] == []
 

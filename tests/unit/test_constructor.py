@@ -294,6 +294,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_run_of_a_script_is_loaded_by_whoever_imports_it(monkeypatch, capsys):
     Path("train_mine.py").write_text(SCRIPT)
     subprocess.run([sys.executable, "train_mine.py"], check=True, stdout=subprocess.DEVNULL)

@@ -26,6 +26,7 @@ def variables(tokens):
     return jax.jit(SMALL.init)(jax.random.key(0), tokens)
 
 
+@pytest.mark.slow
 def test_gpt_logits_depend_on_no_later_token(tokens, variables):
     # Large parameters, so that every part of the model tells in the logits.
     large = jax.tree.map(lambda leaf: 10 * leaf if leaf.ndim == 2 else leaf, variables)
@@ -115,6 +116,7 @@ def test_gpt_has_the_documented_parameters(model):
     assert model != GPT() or expected == 853_120
 
 
+@pytest.mark.slow
 def test_gpt_is_uncertain_before_training():
     model = GPT(num_layers=2, features=64, num_heads=2)
     tokens = jax.random.randint(jax.random.key(1), (8, 65), 0, 256)

@@ -172,7 +172,7 @@ FORMS: dict[str, tuple[Any, Any, Callable[..., dict[str, Any]]]] = {
 }
 
 
-@pytest.mark.slow_but("lbfgs by name", "sam")
+@pytest.mark.slow_but("schedule-free by name", "sam")
 @pytest.mark.parametrize(("optimizer", "tx", "extra_args"), FORMS.values(), ids=FORMS)
 def test_trainer_is_ten_lines_of_optax_bit_for_bit(optimizer, tx, extra_args):
     before, steps = trained(optimizer)

@@ -203,6 +203,7 @@ print(os.path.exists("runs"), trainer.predict(loader).shape, sorted(trainer.eval
 """
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_and_do_not_train():
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"

@@ -219,7 +219,7 @@ def test_rollback_is_as_if_the_batches_had_never_been(
     assert f"batches {gone.start + 1} to {gone.stop}" in (result.path / "log.txt").read_text()
 
 
-@pytest.mark.slow_but("True")
+@pytest.mark.slow
 @pytest.mark.parametrize("writes", [True, False])
 def test_saves_by_the_clock_do_not_decide_what_is_left_out(tmp_path: Path, writes: bool) -> None:
     found = arrays(x={30: np.nan})
@@ -279,7 +279,7 @@ def test_run_goes_back_only_so_often() -> None:
         trained(arrays(x=bad), on_bad_numbers="rollback", max_skips=2, save_every=1e-9)
 
 
-@pytest.mark.slow_but("1-all batches were left out")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("epochs", "message"), [(1, "all batches were left out"), (9, "back to step 0 3 times")]
 )

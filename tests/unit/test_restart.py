@@ -105,6 +105,7 @@ def test_training_start_of_a_resumed_run_has_its_step_and_changes_nothing(
     assert lines(result.path) == whole
 
 
+@pytest.mark.slow
 def test_logger_continues_its_run_also_of_a_start_without_a_checkpoint(tmp_path):
     for fails, name in ((1, "first"), (3, "second"), (9, "third")):
         logger = Service(name)

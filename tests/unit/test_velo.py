@@ -81,6 +81,7 @@ def test_parameters_of_every_rank_are_trained():
     assert state == jax.eval_shape(tx.init, params)  # so that steps can be fused by lax.scan
 
 
+@pytest.mark.slow
 def test_every_leaf_of_the_state_is_an_array(plain):
     assert isinstance(plain.opt_state, VeloState)
     leaves = jax.tree.leaves(plain.opt_state)
@@ -90,6 +91,7 @@ def test_every_leaf_of_the_state_is_an_array(plain):
     assert all(isinstance(leaf, jax.Array) for leaf in fresh)
 
 
+@pytest.mark.slow
 def test_jit_equals_plain_python():
     state = TrainState.create(params=HEAD, tx=velo(WEIGHTS, TOTAL_STEPS))
     for step in range(2):

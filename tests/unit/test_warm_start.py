@@ -283,6 +283,7 @@ class Stop(distaff.Callback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_weights_of_its_checkpoint(run: Regression, tmp_path: Path) -> None:
     source = run.export_weights(tmp_path / "net.safetensors")
     options = {"init_from": source, "name": "resumed"}
@@ -312,6 +313,7 @@ def test_a_resumed_run_does_without_the_source(run: Regression, tmp_path: Path) 
     assert sorted(path.name for path in Path("runs/resumed").iterdir()) == ["0001", "0002"]
 
 
+@pytest.mark.slow
 def test_a_run_beside_one_that_cannot_be_gone_on_with_needs_the_source() -> None:
     with pytest.raises(KeyboardInterrupt):
         trainer(callbacks=[Stop(2)], name="other").train_model(batches(), num_epochs=2)
@@ -320,6 +322,7 @@ def test_a_run_beside_one_that_cannot_be_gone_on_with_needs_the_source() -> None
         new.train_model(batches(), num_epochs=1)
 
 
+@pytest.mark.slow
 def test_frozen_weights_keep_their_bits(run: Regression) -> None:
     frozen = OptimizerConfig(
         "adamw", weight_decay=0.1, groups=(ParamGroup("encoder/*", freeze=True),)

@@ -82,7 +82,7 @@ def batches_of(kind: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return batch, {name: leaf[kept] for name, leaf in batch.items()}
 
 
-@pytest.mark.slow_but("Classifier")
+@pytest.mark.slow_but("Autoencoder")
 @pytest.mark.parametrize("kind", [tasks.Classifier, tasks.Regressor, tasks.Autoencoder])
 def test_row_without_weight_changes_neither_metrics_nor_gradient_even_if_it_is_nan(kind: Any):
     batch, without = batches_of(kind)

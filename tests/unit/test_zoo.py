@@ -47,6 +47,7 @@ def test_cnn_changes_statistics_and_drops_values_in_training_only(pictures):
     model = CNN(features=(4,), dropout=0.5)
     variables = _drawn(model, pictures)
 
+    @jax.jit
     def train(seed):
         rngs = {"dropout": jax.random.key(seed)}
         return model.apply(variables, pictures, mutable=["batch_stats"], rngs=rngs)
@@ -56,8 +57,9 @@ def test_cnn_changes_statistics_and_drops_values_in_training_only(pictures):
     before = variables["batch_stats"]["BatchNorm_0"]["mean"]
     assert not np.allclose(before, changed["batch_stats"]["BatchNorm_0"]["mean"])
 
-    alone = model.apply(variables, pictures[:1], train=False)
-    together, unchanged = model.apply(variables, pictures, train=False, mutable=["batch_stats"])
+    evaluated = jax.jit(lambda x: model.apply(variables, x, train=False, mutable=["batch_stats"]))
+    alone, _ = evaluated(pictures[:1])
+    together, unchanged = evaluated(pictures)
     np.testing.assert_allclose(alone[0], together[0], rtol=1e-5)
     np.testing.assert_array_equal(before, unchanged["batch_stats"]["BatchNorm_0"]["mean"])
 
@@ -179,6 +181,7 @@ def test_resnet_equals_its_equations(pictures):
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_resnet_kernels_are_drawn_by_he(pictures):
     model = ResNet(blocks=(1,), features=(128,))
     params = _drawn(model, pictures)["params"]
@@ -223,9 +226,11 @@ def test_mlp_normalizes_and_drops_between_its_layers_in_training_only(pictures):
     variables = _drawn(model, pictures)
     assert set(variables["params"]) == {"Dense_0", "BatchNorm_0", "Dense_1"}
     rngs = {"dropout": jax.random.key(1)}
-    _, changed = model.apply(
-        variables, pictures, rngs=rngs, mutable=True, capture_intermediates=True
-    )
+    _, changed = jax.jit(
+        lambda: model.apply(
+            variables, pictures, rngs=rngs, mutable=True, capture_intermediates=True
+        )
+    )()
     seen = changed["intermediates"]
     (normed,), (dropped,) = (seen[name]["__call__"] for name in ("BatchNorm_0", "Dropout_0"))
     np.testing.assert_allclose(normed.mean(axis=0), 0, atol=1e-5)
