@@ -41,6 +41,7 @@ def assert_loads(store, step=3):
     np.testing.assert_array_equal(loaded["params"]["w"], TREE["params"]["w"])
 
 
+@pytest.mark.slow_but("unicode", "percent", "long")
 @pytest.mark.parametrize("kind", ODD)
 def test_checkpoint_below_an_odd_name_is_saved_and_read(kind, tmp_path):
     directory = tmp_path / ODD[kind] / "checkpoints"
@@ -151,6 +152,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.slow_but("missing", "half")
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_checkpoint_is_loaded_without_the_record_of_its_run(kind, run, tmp_path, caplog):
     copied = Path(shutil.copytree(run, tmp_path / "0001"))
@@ -162,6 +164,7 @@ def test_checkpoint_is_loaded_without_the_record_of_its_run(kind, run, tmp_path,
     assert tasks.Classifier.load_from_checkpoint(tmp_path / "mine").step == 2
 
 
+@pytest.mark.slow_but("half-config.json", "another-status.json")
 @pytest.mark.parametrize("name", ["config.json", "status.json", "env.json"])
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_run_whose_files_are_damaged_is_resumed(name, kind, run, tmp_path, caplog):

@@ -229,6 +229,7 @@ def test_diagnose_names_bad_leaves_of_gradient() -> None:
     )
 
 
+@pytest.mark.slow
 def test_diagnose_is_not_led_astray_by_trials_of_the_optimizer() -> None:
     def loss_fn(params: Any, batch: Any, ctx: Any) -> jax.Array:
         ctx.add_l2_loss(params, 0.1)
@@ -239,6 +240,7 @@ def test_diagnose_is_not_led_astray_by_trials_of_the_optimizer() -> None:
     assert "(1 of 3 leaves)" in finding.text
 
 
+@pytest.mark.slow
 def test_diagnose_names_module_whose_forward_pass_runs_again_for_the_gradient() -> None:
     class Root(nn.Module):
         @nn.compact
@@ -423,6 +425,7 @@ class Deep(nn.Module):
         return layers()(x, None)[0]
 
 
+@pytest.mark.slow_but("False")
 @pytest.mark.parametrize("remat", [False, True])
 def test_diagnose_goes_into_scanned_layers(remat: bool) -> None:
     finding = found(train_step(square_loss), make_state(Deep(remat)), batch_with("x"))
@@ -444,6 +447,7 @@ def test_diagnose_goes_through_a_scan_in_its_own_direction() -> None:
     assert "It comes from log(-4.5), which is NaN" in finding.text
 
 
+@pytest.mark.slow
 def test_diagnose_goes_into_loops_conditions_and_rules_of_derivatives() -> None:
     @jax.custom_vjp
     def doubled(x: jax.Array) -> jax.Array:
@@ -537,6 +541,7 @@ def test_diagnose_works_where_nan_and_transfers_are_refused() -> None:
     assert finding.operation == "log"
 
 
+@pytest.mark.slow_but("AxisType.Auto")
 @pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
 def test_diagnose_and_replay_work_on_sharded_batches(kind: jax.sharding.AxisType) -> None:
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
