@@ -11,7 +11,17 @@ import pytest
 
 from distaff import TrainState, data, tasks, zoo
 from distaff.execution.execution import Compiled
-from distaff.execution.placement import ONE_DEVICE, OneDevice, like, num_devices, owned, to_host
+from distaff.execution.feed.chunk import Form
+from distaff.execution.feed.feed import Feed
+from distaff.execution.placement import (
+    ONE_DEVICE,
+    OneDevice,
+    Place,
+    like,
+    num_devices,
+    owned,
+    to_host,
+)
 
 
 def rows_of_a_mesh() -> jax.sharding.NamedSharding:
@@ -97,9 +107,13 @@ class Noting(OneDevice):
         self.asked.append("replicated")
         return super().replicated(tree)
 
-    def batch(self, source: Any) -> Any:
-        self.asked.append(f"batch {type(source).__name__}")
-        return super().batch(source)
+    @property
+    def batch(self) -> Place:
+        def place(source: Any) -> Any:
+            self.asked.append(f"batch {type(source).__name__}")
+            return source
+
+        return place
 
     def resident(self, tree: Any) -> Any:
         self.asked.append(f"resident {type(tree).__name__}")
@@ -117,3 +131,20 @@ def test_run_asks_the_placement_of_its_execution_for_everything(monkeypatch: pyt
     epoch = ["state TrainState", "batch One", "batch One"]
     kept = ["resident One", "resident One"]
     assert placement.asked == ["alongside", "replicated", *epoch, *kept, *epoch]
+
+
+@pytest.mark.parametrize("kind", ["arrays", "list"])
+def test_feed_has_each_chunk_placed(kind: str):
+    placement, rows = Noting(), np.ones((8, 3), np.float32)
+    loader = data.ArrayLoader(rows, 4) if kind == "arrays" else data.as_loader([rows[:4]] * 2)
+    feed = Feed(loader, name="train", resident=False, placement=placement)
+    for capacity in (1, 2):
+        list(feed.epoch(lambda capacity=capacity: Form(capacity, capacity)))
+    assert placement.asked == ["batch One", "batch One", "batch Stacked"]
+    assert ONE_DEVICE.batch is None
+
+
+def test_accelerator_is_copied_to_and_gathers(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert ONE_DEVICE.gathers
+    assert ONE_DEVICE.batch is jax.device_put

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,9 @@ import numpy as np
 
 from distaff.core.typing import Batch, PyTree
 from distaff.step.state import strongly_typed
+
+Place: TypeAlias = Callable[[PyTree], PyTree]
+"""Starts to copy arrays to where programs read them, and does not wait for it."""
 
 
 class Placement(Protocol):
@@ -32,11 +36,9 @@ class Placement(Protocol):
         """Returns arrays whole on each device."""
         ...
 
-    def batch(self, source: PyTree) -> PyTree:
-        """Returns batches that are used once, such as those of a chunk, where programs read them.
-
-        It starts a copy, and does not wait for it.
-        """
+    @property
+    def batch(self) -> Place | None:
+        """What places batches that are used once; None where programs take NumPy arrays."""
         ...
 
     def resident(self, tree: PyTree) -> PyTree:
@@ -78,9 +80,10 @@ class OneDevice:
         """Returns arrays on the device."""
         return jax.device_put(tree)
 
-    def batch(self, source: PyTree) -> PyTree:
-        """Starts to copy to an accelerator; the CPU's programs take NumPy arrays as they are."""
-        return source if jax.default_backend() == "cpu" else jax.device_put(source)
+    @property
+    def batch(self) -> Place | None:
+        """A copy to an accelerator; None on the CPU, whose programs take NumPy arrays."""
+        return None if jax.default_backend() == "cpu" else jax.device_put
 
     def resident(self, tree: PyTree) -> PyTree:
         """Returns copies on the device, which share no memory with the host's arrays."""

@@ -162,7 +162,7 @@ class _Rows(NamedTuple):
     table: _Table
 
     def merged(self) -> dict[str, Metric]:
-        rows = to_host(self.table.rows)[: self.num_rows]
+        rows = np.asarray(self.table.rows)[: self.num_rows]
         return metrics_lib.merge_rows(self.table.columns.metrics(rows))
 
 

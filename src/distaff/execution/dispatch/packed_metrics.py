@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from distaff import metrics as metrics_lib
-from distaff.execution.placement import to_host
 from distaff.metrics import Metric
 from distaff.metrics.accumulators import known_or_zero
 from distaff.metrics.limits import Breach, first_breach
@@ -126,7 +125,7 @@ class Strip(NamedTuple):
 
     def fetch(self) -> np.ndarray:
         """Returns the filled rows, on the host; waits for them."""
-        rows = to_host(self.table)
+        rows = np.asarray(self.table)
         return rows[len(rows) - self.num_rows :] if self.at_end else rows[: self.num_rows]
 
 

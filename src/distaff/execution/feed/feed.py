@@ -27,7 +27,7 @@ from distaff.execution.feed.chunk import (
     stack,
 )
 from distaff.execution.feed.prefetch import Ahead
-from distaff.execution.placement import ONE_DEVICE, Placement
+from distaff.execution.placement import ONE_DEVICE, Place, Placement
 
 _log = logging.getLogger("distaff")
 
@@ -58,12 +58,12 @@ class Feed:
     ) -> None:
         self.loader = loader
         self._name, self._placement = name, placement
-        self._kind: _Batches | _Gathers = _Batches(name, placement)
+        self._kind: _Batches | _Gathers = _Batches(name, placement.batch)
         # A subclass may yield something else than the rows of its arrays.
         if type(loader) is ArrayLoader:
             fits = resident and _is_in_memory(loader)
             arrays = placement.resident(loader.arrays) if fits else None
-            self._kind = _Gathers(loader, placement, arrays)
+            self._kind = _Gathers(loader, placement.batch, arrays)
         self._ahead: Ahead[Chunk] = Ahead(lock=lock)
         self._position: Mapping[str, Any] | None = None
         self._kept: _Kept | None = None
@@ -227,10 +227,10 @@ class Feed:
 
 
 class _Batches:
-    """Chunks of what a loader yields; they stay on the host where there is no placement."""
+    """Chunks of what a loader yields; they stay on the host where nothing places them."""
 
-    def __init__(self, name: str, placement: Placement | None) -> None:
-        self._name, self._placement = name, placement
+    def __init__(self, name: str, place: Place | None) -> None:
+        self._name, self._place = name, place
         self._most: dict[Any, int] = {}
 
     def most(self, item: PyTree) -> int:
@@ -247,14 +247,14 @@ class _Batches:
 
     def source(self, items: Sequence[PyTree], capacity: int) -> Source:
         source = One(items[0]) if capacity == 1 else Stacked(stack(items, capacity))
-        return source if self._placement is None else self._placement.batch(source)
+        return source if self._place is None else self._place(source)
 
 
 class _Gathers:
     """Chunks of rows of an array loader: gathered by NumPy, or on the device if they are there."""
 
-    def __init__(self, loader: ArrayLoader, placement: Placement, on_device: PyTree | None) -> None:
-        self._loader, self._placement, self._on_device = loader, placement, on_device
+    def __init__(self, loader: ArrayLoader, place: Place | None, on_device: PyTree | None) -> None:
+        self._loader, self._place, self._on_device = loader, place, on_device
         self._row_bytes = max(1, _num_bytes(loader.arrays) // loader.num_examples)
 
     def most(self, item: np.ndarray) -> int:
@@ -271,8 +271,10 @@ class _Gathers:
         if self._on_device is not None:
             return Gathered(self._on_device, stack(items, capacity))
         if capacity == 1:
-            return self._placement.batch(One(self._loader.gathered(items[0])))
-        return self._placement.batch(Stacked(gather(self._loader.arrays, items, capacity)))
+            source: Source = One(self._loader.gathered(items[0]))
+        else:
+            source = Stacked(gather(self._loader.arrays, items, capacity))
+        return source if self._place is None else self._place(source)
 
 
 class _Kept(NamedTuple):
