@@ -74,8 +74,8 @@ def run_page(page: Path, directory: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-# What runs long is slow: the pages whose blocks train often.
-@pytest.mark.slow_but("README.md", "docs/answers.md")
+# A page trains for a minute or two.
+@pytest.mark.slow_but("README.md")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_blocks_of_page_run(page: Path, tmp_path: Path) -> None:
     blocks = python_blocks(page.read_text())

@@ -103,6 +103,7 @@ def test_coordinator_skips_a_system_without_its_environment(
     assert "make bench-peers" in measured["skipped"]["PyTorch"]
 
 
+@pytest.mark.slow
 def test_loaders_are_measured_beside_rows_by_hand(
     benchmarks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

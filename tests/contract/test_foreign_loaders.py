@@ -437,6 +437,7 @@ def test_tensorflow_dataset_has_a_length_where_it_knows_one():
     assert lengths == [4, None, None]
 
 
+@pytest.mark.slow_but("<lambda>0")
 @pytest.mark.parametrize(
     "make",
     [

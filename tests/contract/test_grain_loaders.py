@@ -147,6 +147,7 @@ def train(loader: Any, val: Any = None, **options: Any) -> Any:
 OPTIONS = {"optimizer": OptimizerConfig(schedule="constant"), "save_every": 1e-9}
 
 
+@pytest.mark.slow_but("map")
 @pytest.mark.parametrize(
     "make",
     [lambda: mapped(22, 2), lambda: mapped(22, 2).to_iter_dataset(), lambda: loaded()],

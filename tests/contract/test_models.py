@@ -75,6 +75,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return source, finished
 
 
+@pytest.mark.slow_but("linen-mlp", "nnx-mlp", "functions-mlp")
 @pytest.mark.parametrize("network", ["mlp", "cnn"])
 def test_equal_parameters_train_to_equal_losses(kind: Kind, network: str) -> None:
     shape = (16, 3) if network == "mlp" else (16, 6, 6, 1)
@@ -101,6 +102,7 @@ def test_equal_parameters_train_to_equal_losses(kind: Kind, network: str) -> Non
     np.testing.assert_allclose(losses(kind, kind.converted(params)), expected, rtol=2e-5)
 
 
+@pytest.mark.slow_but("linen", "nnx")
 def test_dropout_differs_between_steps_and_calls_and_is_off_in_evaluation(kind: Kind) -> None:
     model, x = as_model(kind.mlp(0.5)), jnp.ones((4, 3))
     variables = model.init(KEY, x)
@@ -149,6 +151,7 @@ def test_variables_are_plain_dictionaries(kind: Kind) -> None:
     [check(node) for node in variables]
 
 
+@pytest.mark.slow_but("linen", "nnx")
 def test_loaded_model_predicts_the_same_bits(run: Any) -> None:
     source, finished = run
     loaded = Regression.load_from_checkpoint(finished.result_of_run.path, source)
@@ -169,6 +172,7 @@ def test_model_is_recorded_and_only_linen_is_rebuilt_from_that(run: Any) -> None
         Regression.load_from_checkpoint(path)
 
 
+@pytest.mark.slow_but("linen")
 def test_plain_python_gives_what_programs_give(kind: Kind) -> None:
     model, x = as_model(kind.mlp(0.5, True)), jnp.asarray(arrays(16)["x"])
 

@@ -211,6 +211,7 @@ def test_runs_of_one_form_compile_nothing_twice(kind, steps_per_call):
         trainer.eval_model(digits(12, 12, 3), "val/")
 
 
+@pytest.mark.slow_but("2-is float32[2,5,8,8,1]")
 @pytest.mark.parametrize(
     ("steps_per_call", "expected"),
     [(1, "batch/image was float32[8,8,8,1], is float32[5,8,8,1]"), (2, "is float32[2,5,8,8,1]")],

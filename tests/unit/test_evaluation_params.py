@@ -52,6 +52,7 @@ def average_of(tx: Any, steps: int = 3, params: Any = PARAMS) -> Any:
 # The function
 
 
+@pytest.mark.slow_but("adamw")
 @pytest.mark.parametrize(
     "tx",
     [
@@ -211,6 +212,7 @@ def loss_at(params: Any, batches: data.ArrayLoader) -> float:
     return float(jnp.square(outputs[:, 0] - batches.arrays["y"]).mean())
 
 
+@pytest.mark.slow_but("sam")
 @pytest.mark.parametrize("tx", [AVERAGING, sam()], ids=["schedule-free", "sam"])
 def test_validation_prediction_binding_and_checkpoints_have_the_parameters_to_evaluate(
     tx, tmp_path

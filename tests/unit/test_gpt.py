@@ -94,6 +94,7 @@ def test_gpt_computes_what_its_papers_say(tokens, variables):
         np.testing.assert_allclose(row_logits, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_block_leaves_the_residual_stream_to_what_is_not_dropped():
     x = jax.random.normal(jax.random.key(0), (2, 5, 8))
     block = Block(num_heads=2, out_scale=1.0, dropout=1.0)
@@ -126,6 +127,7 @@ def test_gpt_is_uncertain_before_training():
     assert float(losses.mean()) == pytest.approx(math.log(256), abs=0.05)
 
 
+@pytest.mark.slow
 def test_gpt_scales_what_writes_into_the_residual_stream():
     model = GPT(num_layers=2, features=64)
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), int))
@@ -134,6 +136,7 @@ def test_gpt_scales_what_writes_into_the_residual_stream():
         assert float(block[name]["kernel"].std()) == pytest.approx(0.02 * scale, rel=0.05), name
 
 
+@pytest.mark.slow
 def test_gpt_drops_values_in_training_only(tokens):
     model = GPT(vocab_size=17, num_layers=1, num_heads=2, features=8, dropout=0.5)
     rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}

@@ -151,6 +151,7 @@ def test_folder_may_be_moved(run, copied, monkeypatch):
     np.testing.assert_array_equal(run.load("renamed").predict(loader(2)), run.predictions)
 
 
+@pytest.mark.slow
 def test_new_process_predicts_the_same_bits(run):
     before = snapshot(run.path)
     batches = arrays(2)["x"].reshape(2, 5, 3)
@@ -285,6 +286,7 @@ def test_loaded_trainer_trains_on_in_a_new_directory(run, capfd):
     np.testing.assert_array_equal(again.predict(loader(2)), loaded.predict(loader(2)))
 
 
+@pytest.mark.slow
 def test_loaded_trainer_has_the_recorded_optimizer(run, tmp_path):
     config = distaff.OptimizerConfig("lion", learning_rate=0.25, schedule="constant")
     trainer = run.load(optimizer=config, root=str(tmp_path))

@@ -205,7 +205,7 @@ class Line(nn.Module):
         return nn.Dense(1)(x * jnp.array([[3.0, 1.0, 0.1]]))
 
 
-@pytest.mark.slow_but("backtracking")
+@pytest.mark.slow
 @pytest.mark.parametrize("tx", [optax.lbfgs(), BACKTRACKING], ids=["lbfgs", "backtracking"])
 def test_line_search_never_lets_the_loss_rise_and_beats_every_fixed_rate(tx):
     options: Any = {"num_epochs": 25, "batch_size": EXAMPLES, "model": Line()}

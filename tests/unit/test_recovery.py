@@ -352,6 +352,7 @@ def test_resumed_run_looks_back_on_the_same_losses(tmp_path: Path) -> None:
     assert expected.metrics["train/skipped"] == 2
 
 
+@pytest.mark.slow
 def test_policy_may_be_changed_from_one_start_to_the_next(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         trained(arrays(), 2, root=tmp_path, callbacks=[Interrupt(2)])
@@ -521,6 +522,7 @@ def test_bad_number_that_only_the_last_save_sees_is_told_of_like_others() -> Non
         fit.train_model(data.ArrayLoader(arrays(), SIZE), num_epochs=1)
 
 
+@pytest.mark.slow
 def test_error_survives_a_loader_that_fails_in_its_own_words() -> None:
     class Stubborn:
         def __init__(self) -> None:

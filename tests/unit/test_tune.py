@@ -183,7 +183,7 @@ def test_trial_is_trained_again_by_hand_bit_for_bit():
     jax.tree.map(np.testing.assert_array_equal, by_hand.state.params, params)
 
 
-@pytest.mark.slow_but("min")
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["min", "max"])
 def test_pruning_goes_by_the_monitored_metric_at_every_validation(mode):
     sign = 1 if mode == "min" else -1

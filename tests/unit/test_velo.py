@@ -328,7 +328,7 @@ def make_loader():
     return ArrayLoader({"x": x, "y": np.sin(x[:, :2])}, 8)
 
 
-@pytest.mark.slow_but("False")
+@pytest.mark.slow
 @pytest.mark.parametrize("debug", [False, True])
 def test_trainer_trains_with_it_and_a_model_is_loaded_without_its_weights(folder, debug):
     options = {"weights": str(folder)}

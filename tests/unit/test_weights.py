@@ -235,6 +235,7 @@ def test_weights_of_a_wrong_shape_or_kind_are_errors():
     assert run.eval_model([{"x": X, "y": Y, "sample_weights": W > 0}])["loss"] != one["loss"]
 
 
+@pytest.mark.slow_but("bfloat16")
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_losses_of_half_precision_logits_are_those_of_float32(dtype: Any):
     logits = jnp.asarray(4 * X, dtype)
