@@ -95,6 +95,7 @@ def test_endless_dataset_is_cut_into_epochs():
     assert list(chain(*epochs)) == labels(mapped(12).repeat(3))
 
 
+@pytest.mark.slow
 def test_data_loader_with_workers_goes_on_where_it_was():
     loader = data.as_loader(loaded(worker_count=1))
     running = iter(loader)

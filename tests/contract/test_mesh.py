@@ -103,6 +103,7 @@ class Steps(distaff.Callback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_run_over_a_mesh_resumes_bit_for_bit(on_mesh: Callable[[], None]) -> None:
     on_mesh()
     whole, _ = trained(steps_per_call=1)

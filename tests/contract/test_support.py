@@ -251,7 +251,7 @@ MODELS = {
 }
 
 
-@pytest.mark.slow_but("linen")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_model_supports_what_the_table_says(name: str) -> None:
     kind = KINDS[name]

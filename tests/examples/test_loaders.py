@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 
+@pytest.mark.slow
 def test_loaders_go_on_bit_for_bit(example, capsys) -> None:
     module = example("loaders")
     kinds = ["data.Mixture", "any function"]

@@ -62,6 +62,7 @@ def test_gradients_and_losses_are_averaged():
         jax.tree.map(np.testing.assert_allclose, state.inner[name], mean)
 
 
+@pytest.mark.slow
 def test_an_optimizer_sees_the_averaged_loss_and_multi_steps_the_last():
     losses = [8.0, 0.0, 4.0, 0.0, 4.0, 0.0]  # The means fall, then stay; the last are all zero.
     micro_steps = [(gradients(i), jnp.float32(value)) for i, value in enumerate(losses)]

@@ -174,6 +174,7 @@ def test_accumulated_steps_have_keys_of_their_own():
     assert len(set(means)) == 4
 
 
+@pytest.mark.slow
 def test_evaluation_and_prediction_see_batches_as_they_are():
     run = trainer()
     run.train_model(loader(), loader(), num_epochs=1)
@@ -199,6 +200,7 @@ def is_same(state: TrainState, members: dict[str, Any]) -> bool:
     return all(bits(state.arrays()[name]) == bits(members[name]) for name in ("params", "step"))
 
 
+@pytest.mark.slow
 def test_fused_steps_are_single_steps_bit_for_bit(straight):
     run = trainer(steps_per_call=4, log_every_n_steps=3)
     run.train_model(loader(), num_epochs=2)
@@ -217,6 +219,7 @@ class Interrupt(distaff.Callback):
             signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_run_that_was_stopped_within_an_epoch_goes_on_bit_for_bit(straight):
     options = {"root": "runs", "name": "run", "log_every_n_steps": 3}
     stopped = trainer(callbacks=[Interrupt(4)], **options)

@@ -145,6 +145,7 @@ def test_autoencoder_options_are_checked_with_those_of_every_trainer():
         AutoencoderConfig(data_range=0)
 
 
+@pytest.mark.slow
 def test_autoencoder_is_loaded_with_its_noise(tmp_path):
     x = images(16)
     model = zoo.MLPAutoencoder((3, 2, 1), latent=2, hidden=(4,))

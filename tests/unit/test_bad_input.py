@@ -493,6 +493,7 @@ def test_labels_that_a_loss_changes_before_it_hands_them_on_are_its_own() -> Non
         tasks.Classifier(nn.Dense(2), **options).train_model([batch] * 2, num_epochs=1)
 
 
+@pytest.mark.slow
 def test_tokens_that_the_model_lacks_are_named_before_training() -> None:
     options: dict[str, Any] = {"root": None, "enable_progress_bar": False}
     model = zoo.GPT(vocab_size=16, num_layers=1, num_heads=2, features=8)

@@ -75,6 +75,7 @@ def test_wrong_words_end_with_status_2_and_no_traceback(words, parts, capsys, tm
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_fit_digits_leaves_a_whole_run_and_ends_with_its_result(capsys):
     printed = typed(capsys, *QUICK)
     assert (printed.status, printed.err) == (0, "")

@@ -327,6 +327,7 @@ def test_evaluation_parameters_are_one_program_and_one_more_member_of_a_checkpoi
     assert same_bits(saved(trainer, result.path), trainer.evaluation_state().params)
 
 
+@pytest.mark.slow
 def test_debugging_evaluates_the_same_average():
     losses = [
         make(debug=debug).train_model(loader(), loader(1), num_epochs=1).metrics["val/loss"]

@@ -22,6 +22,7 @@ MODELS = {
 }
 
 
+@pytest.mark.slow_but("mlp")
 @pytest.mark.parametrize("name", MODELS)
 def test_initialisation_with_little_effort_gives_the_bits_of_one_with_all(name: str) -> None:
     module, shape = MODELS[name]

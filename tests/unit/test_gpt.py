@@ -83,6 +83,7 @@ def _reference(params, tokens, num_layers, num_heads):
     return _norm(x, params["RMSNorm_0"]) @ params["head"]["kernel"]
 
 
+@pytest.mark.slow
 def test_gpt_computes_what_its_papers_say(tokens, variables):
     keys = iter(jax.random.split(jax.random.key(5), len(jax.tree.leaves(variables))))
     params = jax.tree.map(

@@ -177,6 +177,7 @@ def test_model_or_its_class_may_be_passed_instead_of_found(run, copied, as_class
         run.load(model=int)
 
 
+@pytest.mark.slow
 def test_recorded_hyperparameters_make_the_model(run, tmp_path):
     options = {"name": "wide", "enable_progress_bar": False, "seed": 3}
     trainer = run.module.Regression(run.module.Net(width=6), **options)
@@ -301,6 +302,7 @@ class Averaged(distaff.TrainState):
     average: Any = None
 
 
+@pytest.mark.slow
 def test_members_of_ones_own_state_are_loaded_too(run):
     class Averaging(run.module.Regression):
         state_class = Averaged
@@ -335,6 +337,7 @@ class Pair:
     y: Any
 
 
+@pytest.mark.slow
 def test_batches_of_ones_own_class_and_inputs_of_ones_own_need_an_example(run):
     class Paired(run.module.Regression):
         def model_inputs(self, batch):

@@ -126,6 +126,7 @@ def test_decays_sees_through_whatever_hides_a_decay(name):
     assert decays(DECAYING[name], PARAMS)
 
 
+@pytest.mark.slow_but("config", "frozen", "line search", "projection")
 @pytest.mark.parametrize("name", PLAIN)
 def test_decays_does_not_take_other_updates_for_decay(name):
     assert not decays(PLAIN[name], PARAMS)

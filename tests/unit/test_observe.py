@@ -131,6 +131,7 @@ def test_geometry_of_no_or_several_observed_optimizers_is_refused(times, count):
         geometry(tx.init(PARAMS))
 
 
+@pytest.mark.slow
 def test_observed_optimizer_trains_in_the_trainer():
     rng = np.random.default_rng(0)
     arrays = {"x": rng.normal(size=(24, 4)).astype(np.float32), "label": np.arange(24) % 3}

@@ -103,6 +103,7 @@ def test_the_ground_is_darkest_where_it_is_lowest():
     assert sum(figures.DEPTHS(0.0)[:3]) < sum(figures.DEPTHS(1.0)[:3])
 
 
+@pytest.mark.slow
 def test_all_eleven_have_room_and_one_legend(tmp_path):
     ways = {each.name: {"sgd": each.minima(2)[[0, 0]]} for each in LANDSCAPES}
     figure = figures.optimizer_paths(LANDSCAPES, ways)

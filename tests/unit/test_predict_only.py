@@ -79,6 +79,7 @@ def options(**others: Any) -> dict[str, Any]:
     return {"enable_progress_bar": False, "root": "runs", "name": "net", **others}
 
 
+@pytest.mark.slow
 def test_one_device_predicts_what_was_trained_on_eight(tmp_path: Path) -> None:
     trainer = Sharded(zoo.MLP((16, 1)), **options(optimizer=optax.adam(0.1), recompile="ignore"))
     path = trainer.train_model(batches(), num_epochs=1).path

@@ -314,6 +314,7 @@ def test_spike_ends_the_run_where_that_is_asked_for() -> None:
     assert result.step == BATCHES
 
 
+@pytest.mark.slow_but("8")
 @pytest.mark.parametrize("steps_per_call", [1, 8])
 def test_spike_is_skipped(steps_per_call: int) -> None:
     fit, result = trained(arrays(y={50: 1e4}), on_loss_spike="skip", steps_per_call=steps_per_call)
@@ -323,6 +324,7 @@ def test_spike_is_skipped(steps_per_call: int) -> None:
     assert_same_state(fit, other, but=("guard",))
 
 
+@pytest.mark.slow
 def test_new_level_of_the_loss_is_trained_on_after_some_steps() -> None:
     found = arrays(y=dict.fromkeys(range(40, 60), 1e3))
     _, result = trained(found, on_loss_spike="skip", max_skips=4)
@@ -422,7 +424,7 @@ def test_run_that_waits_for_its_data_says_where(tmp_path: Path, capfd) -> None:
     assert "seems stuck" in capfd.readouterr().err
 
 
-@pytest.mark.slow_but("guard")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["spikes", "not_finite", "skipped", "guard"])
 def test_names_of_metrics_are_free_where_nothing_is_guarded(name: str) -> None:
     class Named(Fit):

@@ -154,6 +154,7 @@ def test_loader_of_arrays_and_a_placed_batch_are_measured_in_their_own_form():
     assert trained(placed, tune_process=False)[1]["why"] == "measured"
 
 
+@pytest.mark.slow
 def test_nothing_is_written_where_nothing_is_measured():
     for steps_per_call in ("auto", 2):
         _, _, path = trained(steps_per_call=steps_per_call)

@@ -107,7 +107,7 @@ def expected(gpt, params):
     return total_loss(gpt, alone)(params)
 
 
-@pytest.mark.slow_but("packed")
+@pytest.mark.slow_but("bucketed")
 @pytest.mark.parametrize("kind", ["packed", "bucketed"])
 def test_loss_and_gradient_are_those_of_each_sequence_alone(gpt, params, expected, kind):
     batches = {

@@ -89,7 +89,7 @@ def test_value_fn_is_the_loss_of_the_step_with_its_dropout_and_batch_statistics(
     assert np.ptp(loss) > 1e-2
 
 
-@pytest.mark.slow_but("sam")
+@pytest.mark.slow
 @pytest.mark.parametrize("tx", [BACKTRACKING, SAM], ids=["backtracking", "sam"])
 def test_more_evaluations_leave_batch_statistics_to_the_first(tx):
     step = jax.jit(train_step(squares))

@@ -125,6 +125,7 @@ def test_the_loss_and_the_length_of_the_run_matter():
     assert_differ(last_update(0.5), last_update(1.5))
 
 
+@pytest.mark.slow
 def test_outliers_are_limited():
     tx = velo(WEIGHTS, TOTAL_STEPS)
 
