@@ -39,7 +39,7 @@ class Drawing(tasks.Autoencoder):
         rows = np.stack([images, np.clip(seen, 0, 1), self.bind_model()(seen)])[..., 0]
         rows = np.pad(rows, [(0, 0), (0, 0), (1, 1), (1, 1)])
         sheet = np.kron(np.vstack([np.hstack(row) for row in rows]), np.ones((8, 8)))  # enlarged
-        self.recording.logger.log_image("reconstructions", sheet, step=self.step)
+        self.last_run.logger.log_image("reconstructions", sheet, step=self.step)
 
 
 def pca_error(train: np.ndarray, test: np.ndarray, latent: int, noise: float) -> float:

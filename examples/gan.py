@@ -54,7 +54,7 @@ class GAN(distaff.TrainerModule):
     def on_validation_epoch_end(self, epoch, metrics, val_loader):
         counts, *_ = np.histogram2d(*self.predict(val_loader)[0].T, 160, [(-2.5, 2.5)] * 2)
         self.picture = np.hstack([self.picture, np.minimum(counts, 1), np.ones((160, 4))])
-        self.recording.logger.log_image("samples", self.picture, step=self.step)
+        self.last_run.logger.log_image("samples", self.picture, step=self.step)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

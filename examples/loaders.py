@@ -64,7 +64,7 @@ def compare(name, package, make, num_epochs):
     is_equal = all(
         map(np.array_equal, *(jax.tree.leaves(r.state.params) for r in (whole, resumed)))
     )
-    speed = whole.report.facts()["examples_per_second"]
+    speed = whole.last_run.report.facts()["examples_per_second"]
     print(f"{name:<25}{speed:>10,.0f}  {'yes' if is_equal else 'no'}", flush=True)
     return is_equal
 

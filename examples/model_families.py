@@ -69,7 +69,7 @@ def main(num_epochs: int = 50) -> dict[str, float]:
         trainer = tasks.Classifier(model, optimizer=ADAM, **options)
         tested = trainer.train_model(*data.digits(batch_size=64), num_epochs=num_epochs).metrics
         losses[name], accuracy = tested["test/loss"], tested["test/accuracy"]
-        time = 1e6 * sum(trainer.report.facts()["seconds_per_step"].values())
+        time = 1e6 * sum(trainer.last_run.report.facts()["seconds_per_step"].values())
         size = sum(leaf.size for leaf in leaves)
         print(row.format(name, size, f"{losses[name]:.6f}", f"{accuracy:.4f}", f"{time:.0f}"))
     np.testing.assert_allclose(list(losses.values()), losses["Flax Linen"], rtol=1e-4)

@@ -61,8 +61,8 @@ def main(options: Options) -> dict[str, dict[str, float]]:
         model = zoo.GPT(256, options.num_layers, 2, options.features, length)
         trainer = tasks.LanguageModel(model, optimizer=optimizer, **QUIET)
         trainer.train_model(loader, num_epochs=1, steps_per_epoch=num_steps, repeat=True)
-        assert trainer.report is not None
-        seconds = num_steps * sum(trainer.report.facts()["seconds_per_step"].values())
+        assert trainer.last_run.report is not None
+        seconds = num_steps * sum(trainer.last_run.report.facts()["seconds_per_step"].values())
         held = trainer.eval_model(data.bucketed(val, [length], 16))
         found[name] = {
             "steps": num_steps,

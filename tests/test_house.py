@@ -23,7 +23,6 @@ SCOPE = (*FUNCTION, ast.ClassDef)
 TRAINERS = {"trainer", "_trainer"}
 SETTERS = {"setattr", "delattr", "__setattr__", "__delattr__"}
 TRAINER_CLASSES = {cls.__name__ for cls in TrainerModule.__mro__} - {"object"}
-TRAINER_MODULES = {cls.__module__ for cls in TrainerModule.__mro__}
 
 OPTIONS = {field.name: field for field in dataclasses.fields(TrainerConfig)}
 OPTION_MODULES = {cls.__module__ for cls in TrainerConfig.__mro__}
@@ -77,10 +76,10 @@ def trainers_of(function: ast.AST) -> set[str]:
 
 
 def setters(house: House) -> list[str]:
-    """Places outside of a trainer's own files that set an attribute of a trainer."""
+    """Places outside of the trainer's package that set an attribute of a trainer."""
     found = []
     for module, source in house.items():
-        nodes = [] if module in TRAINER_MODULES else list(scoped(parse(source)))
+        nodes = [] if module.startswith("distaff.trainer.") else list(scoped(parse(source)))
         arguments = {scope: trainers_of(node) for scope, node in nodes if isinstance(node, SCOPE)}
         for scope, node in nodes:
             target = target_of(node)
@@ -142,16 +141,6 @@ def undescribed_options(house: House) -> list[str]:
 TODAY: dict[Callable[[House], list[str]], set[str]] = {
     setters: {
         "Digits.run sets trainer.monitor",
-        "check sets trainer.monitor",
-        "_Contest.run sets trainer.callbacks",
-        "_Contest.run sets trainer.display",
-        "_Contest.trainer sets trainer.config",
-        "_Contest.trainer sets trainer.explains",
-        "_Contest.trainer sets trainer.recording",
-        "Task.trainer sets trainer.config",
-        "Task.trainer sets trainer.explains",
-        "Task.trainer sets trainer.display",
-        "Task.run sets trainer.callbacks",
     },
     repeated: {
         *("Block", "Choice", "Comparison", "Kind", "MLP", "Pace", "Part", "Place", "Source"),

@@ -80,7 +80,7 @@ def distaff_save(workload: Workload, rounds: Rounds, folder: Path) -> None:
     class Conversation(distaff.Callback):
         def on_checkpoint(self, info: distaff.StepInfo) -> None:
             start = time.perf_counter()
-            trainer.recording.store.wait()
+            trainer.last_run.checkpointer.store.wait()
             rounds.note(write_seconds=time.perf_counter() - start)
             if not rounds.asked():
                 raise distaff.StopTraining("all rounds are done")

@@ -21,7 +21,7 @@ class RoundedEpochs(distaff.TrainerModule):
         self.rounds.start()
         metrics = super().train_epoch(train_loader, epoch)
         jax.block_until_ready(self.state)
-        self.rounds.done(metrics["train/loss"], forms=self.forms.describe())
+        self.rounds.done(metrics["train/loss"], forms=self.last_run.forms.describe())
         self.epoch_end = time.perf_counter()
         return metrics
 
@@ -35,7 +35,7 @@ class Conversation(distaff.Callback):
         """Answers with the round, and stops the training when no more are wanted."""
         trainer = self.trainer
         trainer.rounds.note(epoch_end_seconds=time.perf_counter() - trainer.epoch_end)
-        trainer.recording.store.wait()
+        trainer.last_run.checkpointer.store.wait()
         if not trainer.rounds.asked():
             raise distaff.StopTraining("all rounds are done")
 

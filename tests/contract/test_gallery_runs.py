@@ -89,7 +89,7 @@ def runs(family: str, root: Path) -> dict[str, Any]:
             continue
         try:
             first = train(kind, root, f"kind{number}")
-            interrupted(first.recording.path)
+            interrupted(first.last_run.path)
             again = train(kind, root, f"kind{number}", resume=2)
             found[name] = number, first, again
         except Exception as error:  # Told by the test of this kind.

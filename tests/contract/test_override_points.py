@@ -274,26 +274,6 @@ CALLS: dict[type[Line], int] = {
 }
 """How often a run calls the code of an override."""
 
-FAILS: dict[type[Line], tuple[type[Exception], str]] = {
-    PrintTabulate: (AttributeError, "the run asks for the table that the method was to keep"),
-    JittedFunctions: (AttributeError, "private programs are made in the method, and run"),
-    OwnTrainStep: (AssertionError, "what it sets is read by nobody"),
-    InitLogger: (AttributeError, "it must return what the package makes itself"),
-    InitLoggers: (AttributeError, "it must return what the package makes itself"),
-    TrainEpoch: (AttributeError, "the books of an epoch are kept in the method"),
-}
-"""What does not work yet, and why."""
-
-
-def cases() -> list[Any]:
-    """Returns the classes that a whole run is tried with, those that fail marked so."""
-    marked = []
-    for cls in CALLS:
-        error, reason = FAILS.get(cls, (Exception, ""))
-        marks = [pytest.mark.xfail(raises=error, reason=reason)] if cls in FAILS else []
-        marked.append(pytest.param(cls, marks=marks, id=cls.__name__))
-    return marked
-
 
 def test_default_run_loads_the_best_model_and_not_the_last_one(default):
     losses = [line["val/loss"] for line in default.logged if "val/loss" in line]
@@ -313,7 +293,7 @@ def assert_same(run: Trained, default: Trained) -> None:
     np.testing.assert_array_equal(run.params, default.params)  # the best model is loaded
 
 
-@pytest.mark.parametrize("cls", cases())
+@pytest.mark.parametrize("cls", CALLS)
 def test_plain_override_takes_effect_and_the_run_is_complete(cls, default):
     run = trained(cls)
     assert len(run.trainer.called) == CALLS[cls]
@@ -359,7 +339,6 @@ EFFECTS: dict[type[Line], Callable[[Trained, Trained], None]] = {
 """What an override has done besides, which the default does not."""
 
 
-@pytest.mark.xfail(raises=AssertionError, reason="models are ranked in the default save_model")
 def test_best_model_is_what_the_monitor_says_whoever_saves_it(default):
     run = trained(SaveModel)
     assert run.trainer.called.count("save_model") >= NUM_EPOCHS
@@ -367,7 +346,6 @@ def test_best_model_is_what_the_monitor_says_whoever_saves_it(default):
     assert_same(run, default)
 
 
-@pytest.mark.xfail(raises=AttributeError, reason="the default init_optimizer makes the guard")
 def test_optimizer_of_ones_own_goes_with_a_policy_for_bad_steps():
     x = X.copy()
     x[2 * BATCH : 3 * BATCH] = np.nan

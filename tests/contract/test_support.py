@@ -144,7 +144,7 @@ def same(tree: Any, other: Any) -> bool:
 
 
 def learns(case: Case) -> str:
-    lines = (case.run.recording.path / "metrics.jsonl").read_text().splitlines()
+    lines = (case.run.last_run.path / "metrics.jsonl").read_text().splitlines()
     losses = [row["val/loss"] for row in map(json.loads, lines) if "val/loss" in row]
     return yes(len(losses) == 3 and losses[2] < losses[0])
 
@@ -186,15 +186,15 @@ def fuses(case: Case) -> str:
 
 def is_read_without_code(case: Case) -> str:
     """A checkpoint has every array under a name, and nothing but arrays is needed to read it."""
-    source, held = open_source(case.run.recording.path), named(case.run.state)
+    source, held = open_source(case.run.last_run.path), named(case.run.state)
     return yes(same(source.read(list(source.forms)), held))
 
 
 def is_rebuilt(case: Case) -> str:
     try:
-        Regression.load_from_checkpoint(case.run.recording.path)
+        Regression.load_from_checkpoint(case.run.last_run.path)
     except CheckpointError:
-        loaded = Regression.load_from_checkpoint(case.run.recording.path, case.source)
+        loaded = Regression.load_from_checkpoint(case.run.last_run.path, case.source)
         assert same(numbers(loaded)["params"], numbers(case.run)["params"])
         return "no, it is passed"
     return "yes"
@@ -219,7 +219,7 @@ def is_exported(case: Case) -> str:
     """What a file of safetensors holds is enough for a new model to predict the same bits."""
     path = case.run.export_weights("weights.safetensors")
     again = Regression(case.source, init_from=path, root=None, enable_progress_bar=False)
-    again.set_up({"x": X, "y": X[:, 0]})
+    again._set_up({"x": X, "y": X[:, 0]})
     return yes(same(again.predict([{"x": X}]), case.run.predict([{"x": X}])))
 
 

@@ -72,7 +72,7 @@ def test_autoencoder_draws_what_the_model_sees(example, tmp_path: Path) -> None:
         root=None,
         enable_progress_bar=False,
     )
-    trainer.recording.logger = Logger()
+    trainer._workspace.recording.logger = Logger()
     trainer.on_validation_epoch_end(1, {}, data.as_loader([batch]))
     (sheet,) = drawn
     assert sheet.shape == (3 * 10 * 8, 10 * 10 * 8)

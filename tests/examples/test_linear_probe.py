@@ -38,7 +38,7 @@ def test_linear_probe_keeps_the_trained_encoder_bit_for_bit(
     scores = module.main(options)
 
     autoencoder = module.tasks.Autoencoder.load_from_checkpoint(run, module.zoo.MLPAutoencoder)
-    encoder = autoencoder.ready_state().params["encoder"]
+    encoder = autoencoder.state.params["encoder"]
     random_start, trained_start = started
     for name, start in (("random-probe", random_start), ("trained-probe", trained_start)):
         probe = params_of(tmp_path / name / "0001", start)

@@ -78,7 +78,7 @@ class Phases(Callback):
 
 class Notes(tasks.Classifier):
     def on_validation_epoch_end(self, epoch, metrics, val_loader):
-        self.recording.logger.log_text("note", "a text", step=self.step)
+        self.last_run.logger.log_text("note", "a text", step=self.step)
 
 
 @pytest.fixture(scope="module")
@@ -159,4 +159,4 @@ def test_without_that_option_a_full_disk_is_an_error(tmp_path, monkeypatch):
     full.full_for = ("metrics/val_epoch_0001.json",)
     with pytest.raises(run_directory.RunDirectoryError, match="No space left"):
         trained(trainer)
-    assert isinstance(trainer.recording.logger.loggers[0], JsonlLogger)
+    assert isinstance(trainer.last_run.logger.loggers[0], JsonlLogger)

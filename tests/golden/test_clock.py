@@ -52,7 +52,7 @@ for name, (model, steps_per_call) in models.items():
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves((trainer.state.params, trainer.state.opt_state)):
         digest.update(np.asarray(leaf).tobytes())
-    found[name] = [digest.hexdigest(), trainer.forms.facts(), result.metrics]
+    found[name] = [digest.hexdigest(), trainer.last_run.forms.facts(), result.metrics]
 print(json.dumps(found))
 """
 

@@ -127,7 +127,7 @@ def test_checkpoint_keeps_the_place_of_the_last_batch_trained_on(monkeypatch, ki
     loader = data.MappedLoader(loader, dict) if kind == "arrays" else data.Stream(list(loader))
     trainer = Trainer(zoo.MLP((4, 1)), root=None, enable_progress_bar=False, callbacks=[Stop()])
     assert trainer.train_model(loader, num_epochs=1).step == 7
-    place = trainer.recording.store.info(7)["loader"]
+    place = trainer.last_run.checkpointer.store.info(7)["loader"]
     assert (place["epoch"], place["batch"]) == (0, 7)
     fresh = data.Stream([{"x": part} for part in np.split(X, 10)])
     if kind == "list":

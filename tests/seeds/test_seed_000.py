@@ -231,8 +231,8 @@ def test_gradients_that_cancel_each_other_are_not_taken_for_none(recwarn):
     class Opposed(Working):
         def init_model(self, example_batch):
             super().init_model(example_batch)
-            threes = jax.tree.map(lambda leaf: jnp.full_like(leaf, 3.0), self.ready_state().params)
-            self.state = self.ready_state().replace(params=threes)
+            threes = jax.tree.map(lambda leaf: jnp.full_like(leaf, 3.0), self.state.params)
+            self.state = self.state.replace(params=threes)
 
         def create_functions(self):
             def step(state, batch):

@@ -55,7 +55,7 @@ class Keeping(distaff.TrainerModule):
 
     def init_model(self, example_batch):
         super().init_model(example_batch)
-        self.state = self.ready_state().replace(
+        self.state = self.state.replace(
             epoch=jnp.int32(0),
             metrics={"loss": Mean(jnp.float32(0), jnp.float32(0))},
             new_param=jnp.zeros(3),
@@ -75,7 +75,7 @@ class Keeping(distaff.TrainerModule):
         return counting, eval_step
 
     def on_training_epoch_end(self, epoch, metrics):
-        state: Any = self.ready_state()
+        state: Any = self.state
         self.state = state.replace(epoch=state.epoch + 1)
 
     def on_validation_epoch_end(self, epoch, metrics, val_loader):

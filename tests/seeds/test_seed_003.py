@@ -50,7 +50,7 @@ from distaff.core.config.encoding import from_json
 from distaff.errors import ConfigError
 from distaff.loggers import MemoryLogger
 from distaff.models import Variables
-from distaff.run.recorder import NullRecording
+from distaff.run.directory.protocol import NullRecording
 
 X = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32)
 
@@ -88,7 +88,7 @@ def host(tree: Any) -> Any:
 class WithoutKey(Regression):
     def init_model(self, example_batch):
         super().init_model(example_batch)
-        self.state = self.ready_state().replace(rng=None)
+        self.state = self.state.replace(rng=None)
 
 
 def test_batch_stats_and_rng_may_be_none():
@@ -104,10 +104,10 @@ def test_batch_stats_and_rng_may_be_none():
 def test_statistics_move_in_training_only_and_evaluation_is_deterministic():
     class Watching(Regression):
         def on_training_epoch_end(self, epoch, metrics):
-            stats.append(host(self.ready_state().batch_stats))
+            stats.append(host(self.state.batch_stats))
 
         def on_validation_epoch_end(self, epoch, metrics, val_loader):
-            assert_same_bits(host(self.ready_state().batch_stats), stats[-1])
+            assert_same_bits(host(self.state.batch_stats), stats[-1])
             again = self.eval_model(val_loader, "val/")
             assert again == {name: metrics[name] for name in again}
             assert_same_bits(self.predict(val_loader), self.predict(val_loader))

@@ -143,7 +143,7 @@ def test_a_relative_root_stays_where_it_was_when_the_program_goes_elsewhere(tmp_
             monkeypatch.chdir(elsewhere)
 
         def on_validation_epoch_end(self, epoch, metrics, val_loader):
-            self.recording.logger.log_text("note", "hello", step=self.step)
+            self.last_run.logger.log_text("note", "hello", step=self.step)
 
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -163,7 +163,7 @@ def test_a_relative_root_stays_where_it_was_when_the_program_goes_elsewhere(tmp_
     assert list(run.glob("texts/note*"))
     for path in ("../runs/line/0001", Path("..", "runs/line/0001/checkpoints"), str(run) + "/"):
         loaded = Regression.load_from_checkpoint(path)
-        assert_same_bits(host(loaded.ready_state().params), best)
+        assert_same_bits(host(loaded.state.params), best)
 
 
 def test_a_moved_read_only_folder_is_loaded_bound_and_left_alone(tmp_path):
@@ -188,13 +188,13 @@ def test_only_weights_are_loaded_for_inference_and_for_a_new_start(tmp_path):
     trainer = make(model=Net(), optimizer=optax.adam(0.05))
     result = trainer.train_model(loader(), loader(), num_epochs=2)
     loaded = Regression.load_from_checkpoint(result.path)
-    assert (loaded.ready_state().tx, loaded.ready_state().opt_state) == (None, None)
+    assert (loaded.state.tx, loaded.state.opt_state) == (None, None)
     # Nothing but one checkpoint folder is left of the run.
     *_, folder = sorted((result.path / "checkpoints").iterdir())
     shutil.move(folder, tmp_path / "weights" / folder.name)
     shutil.rmtree(tmp_path / "runs")
     tuned = make(model=Net(), optimizer=optax.sgd(0.1, momentum=0.9), seed=1, name="tuned")
-    tuned.set_up(next(iter(loader())))
+    tuned._set_up(next(iter(loader())))
     key = jax.random.key_data(tuned.state.rng)
     tuned.restore(CheckpointStore(tmp_path / "weights"), trainer.step, ["params", "batch_stats"])
     assert_same_bits(tuned.state.params, trainer.state.params)

@@ -38,7 +38,7 @@ def make(model: nn.Module, batch, cls: type = tasks.Autoencoder, **options):
 
 
 def evaluated(trainer, batch, step: int = 0, train: bool = False):
-    state = trainer.ready_state().replace(step=jnp.int32(step))
+    state = trainer.state.replace(step=jnp.int32(step))
     params = jax.tree.map(jnp.copy, state.params)
     return trainer.loss_fn(params, batch, Context(state, train=train))
 

@@ -132,7 +132,7 @@ def run(tmp_path_factory):
     trainer.on_validation_epoch_end = lambda epoch, *_: 1 / (3 - epoch)
     with pytest.raises(ZeroDivisionError):
         train(trainer)
-    return trainer.recording.path
+    return trainer.last_run.path
 
 
 def make(root, **options):

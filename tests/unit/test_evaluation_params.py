@@ -298,7 +298,7 @@ def traces(monkeypatch):
         found.append(1)
         return evaluation_params(opt_state, params)
 
-    monkeypatch.setattr("distaff.trainer.predictor.evaluation_params", counted)
+    monkeypatch.setattr("distaff.run.workspace.evaluation_params", counted)
     return found
 
 

@@ -60,7 +60,7 @@ def test_root_key_is_the_second_half_of_the_seed(seed: int) -> None:
     trainer = Classifier(zoo.MLP((4, 2)), seed=seed, root=None, enable_progress_bar=False)
     trainer.init_model({"x": np.ones((2, 3), np.float32)})
     first, second = jax.random.split(jax.random.key(seed))
-    state = trainer.ready_state()
+    state = trainer.state
     assert (jax.random.key_data(state.rng) == jax.random.key_data(second)).all()
     params = zoo.MLP((4, 2)).init(jax.random.fold_in(first, 0), jnp.ones((2, 3)))["params"]
     jax.tree.map(np.testing.assert_array_equal, state.params, params)

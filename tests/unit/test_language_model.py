@@ -56,7 +56,7 @@ def gpt() -> tasks.LanguageModel:
 def _bits(trainer, text: bytes) -> np.ndarray:
     """The code length of each byte in bits, under a bigram model; the first follows a zero."""
     stream = np.frombuffer(b"\0" + text, np.uint8)
-    table = np.asarray(trainer.ready_state().params["Embed_0"]["embedding"], np.float64)
+    table = np.asarray(trainer.state.params["Embed_0"]["embedding"], np.float64)
     log_probabilities = table - np.log(np.exp(table).sum(axis=1, keepdims=True))
     return -log_probabilities[stream[:-1], stream[1:]] / math.log(2)
 
@@ -91,16 +91,16 @@ def test_language_model_trains_on_the_mean_over_the_masked_tokens():
     mask = np.array([[1, 1, 1, 0], [0, 0, 0, 1]], bool)
 
     def mean(params):
-        logits = trainer.ready_state().apply_fn({"params": params}, tokens[:, :-1])
+        logits = trainer.state.apply_fn({"params": params}, tokens[:, :-1])
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
         return (losses * mask).sum() / 4
 
-    before = jax.tree.map(jnp.copy, trainer.ready_state().params)
+    before = jax.tree.map(jnp.copy, trainer.state.params)
     trainer.train_model([{"tokens": tokens, "mask": mask}], num_epochs=1)
     expected = jax.tree.map(lambda p, g: p - g, before, jax.grad(mean)(before))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
-        trainer.ready_state().params,
+        trainer.state.params,
         expected,
     )
 

@@ -122,7 +122,7 @@ def test_run_is_not_saved_with_a_batch_that_breaks_a_limit(tmp_path):
     labels = with_label(-1, at=9)
     with pytest.raises(BatchError, match="in batch 2 of epoch 1"):
         run.train_model(loader(labels), num_epochs=1)
-    assert run.recording.store.latest() in (None, 1)
+    assert run.last_run.checkpointer.store.latest() in (None, 1)
 
 
 def test_warning_comes_once_for_each_loader_and_ignore_says_nothing(recwarn):

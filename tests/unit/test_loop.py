@@ -20,6 +20,7 @@ from distaff.execution.feed.chunk import Chunk, One
 from distaff.metrics import Mean
 from distaff.run import loop
 from distaff.run.events import ChunkEnd
+from distaff.run.supervision.supervisor import Verdict
 
 METRICS = {"loss": Mean(jnp.float32(0), jnp.float32(0))}
 
@@ -50,11 +51,11 @@ class Batches:
 
 
 def steps(
-    program: Program, batches: Batches, *, step: int, log_every: int, stopping: Any = bool
+    program: Program, batches: Batches, *, step: int, log_every: int, verdict: Any = None
 ) -> Iterator[ChunkEnd | WindowEnd]:
     run = Steps(Eager(), program, METRICS, forms=fixed(1), log_every=log_every, watched=True)
     chunks = (Chunk(1, len(batch), One(batch)) for batch in batches)
-    return loop.steps(run, step, chunks, step=step, stopping=stopping)
+    return loop.steps(run, step, chunks, step=step, verdict=verdict or (lambda: Verdict.GO_ON))
 
 
 def run(
@@ -62,10 +63,11 @@ def run(
 ) -> tuple[list[ChunkEnd | WindowEnd], Batches]:
     program, batches = Program(), Batches(sizes)
 
-    def stopping() -> bool:
-        return stop_at is not None and program.heard[-1] >= ("program", stop_at)
+    def verdict() -> Verdict:
+        is_over = stop_at is not None and program.heard[-1] >= ("program", stop_at)
+        return Verdict.STOP if is_over else Verdict.GO_ON
 
-    events = steps(program, batches, step=start, log_every=log_every, stopping=stopping)
+    events = steps(program, batches, step=start, log_every=log_every, verdict=verdict)
     return list(events), batches
 
 

@@ -21,7 +21,6 @@ from distaff.checkpoint.weights import named
 from distaff.errors import CheckpointError, ConfigError
 from distaff.models import Variables, as_model
 from distaff.run.display import as_text
-from distaff.run.display.model_table import model_table
 
 
 class Regression(distaff.TrainerModule):
@@ -31,7 +30,7 @@ class Regression(distaff.TrainerModule):
 
 class Untabled:
     def print_tabulate(self, example_batch):
-        self.table = model_table([], "none")  # which takes most of the time of a start
+        pass  # it takes most of the time of a start
 
 
 class Quick(Untabled, Regression):
@@ -145,10 +144,10 @@ def test_merged_weights_are_an_ordinary_model(
 
 def test_lora_is_loaded_from_its_run(trained: distaff.TrainerModule) -> None:
     batches = CASES[trained.case][1]()
-    loaded = type(trained).load_from_checkpoint(trained.recording.path)
+    loaded = type(trained).load_from_checkpoint(trained.last_run.path)
     assert loaded.model.module == trained.model.module
     np.testing.assert_array_equal(loaded.predict(batches), trained.predict(batches))
-    again = make(trained.case, init_from=trained.recording.path)
+    again = make(trained.case, init_from=trained.last_run.path)
     assert leaves(again.state).keys() == trained.first.keys()
     np.testing.assert_array_equal(again.predict(batches), trained.predict(batches))
 
@@ -156,7 +155,7 @@ def test_lora_is_loaded_from_its_run(trained: distaff.TrainerModule) -> None:
 def test_lora_begins_with_the_weights_of_a_base(tmp_path: Path) -> None:
     base = make("mlp", MLP, root="runs", name="base", seed=5)
     base.train_model(vectors(), num_epochs=1)
-    lora = make("mlp", init_from=base.recording.path)
+    lora = make("mlp", init_from=base.last_run.path)
     np.testing.assert_array_equal(lora.predict(vectors()), base.predict(vectors()))
     lora.train_model(vectors(), num_epochs=1)
     only = ("*/lora_a", "*/lora_b")
@@ -264,7 +263,7 @@ def test_ready_made_base_is_taken_as_it_is_and_matrices_follow_the_seed() -> Non
     assert not np.array_equal(one.params["kernel"]["lora_a"], two.params["kernel"]["lora_a"])
     trainer = Regression(Lora(base, "*kernel", rank=2), root=None, enable_progress_bar=False)
     x = np.ones((4, 64), np.float32)
-    trainer.set_up({"x": x, "y": np.zeros(4, np.float32)})
+    trainer._set_up({"x": x, "y": np.zeros(4, np.float32)})
     np.testing.assert_array_equal(trainer.predict([x])[:4], base(x))
 
 
@@ -274,7 +273,7 @@ def test_matrices_alone_are_saved_and_loaded(trained: Any, tmp_path: Path) -> No
     )
     case = next(name for name, (cls, _, _) in CASES.items() if cls is type(trained))
     again = make(case, init_from=InitFrom(small, missing="keep"))
-    again.set_up(CASES[case][1]()[0])
+    again._set_up(CASES[case][1]()[0])
     expected, found = (leaves(each.state.params) for each in (trained, again))
     assert expected.keys() == found.keys()
     for name, leaf in expected.items():

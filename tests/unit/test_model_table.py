@@ -125,7 +125,7 @@ def test_trainer_prints_and_keeps_the_table_to_its_depth(capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert len(printed.splitlines()) == 6
     assert "float32[2,10]" in printed
-    assert as_text(trainer.table).splitlines()[2].split()[:2] == ["CNN", "30,762"]
+    assert as_text(trainer._workspace.table).splitlines()[2].split()[:2] == ["CNN", "30,762"]
 
 
 @pytest.mark.parametrize("depth", [-1, 1.5, "1"])

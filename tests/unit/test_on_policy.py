@@ -46,7 +46,7 @@ class Environment:
         kernel = np.zeros((3, 1), np.float32)
         if self.place >= self.first_to_look:
             assert self.trainer is not None
-            state = self.trainer.ready_state()
+            state = self.trainer.state
             kernel = np.asarray(state.params["kernel"])
             self.seen.append(int(state.step))
         self.place += 1
@@ -76,7 +76,7 @@ def test_loader_that_is_read_ahead_cannot_look_at_the_state(first_to_look, secon
     environment.first_to_look = first_to_look
     with pytest.raises(StateError, match=r"data\.OnPolicy\(loader\)"):
         trainer.train_model(environment, num_epochs=2)
-    assert trainer.ready_state() is trainer.state
+    assert trainer.state is trainer.state
 
 
 def test_loader_that_is_read_ahead_cannot_count_by_the_trainers_step():

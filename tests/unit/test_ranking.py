@@ -60,7 +60,7 @@ def on_disk(path: Path) -> list[int]:
 
 
 def ranking(trainer: Any) -> list[int]:
-    return [model.step for model in trainer.best_models]
+    return [model.step for model in trainer.last_run.best_models]
 
 
 def better(new: Any, old: Any) -> bool:
@@ -99,7 +99,7 @@ def test_keep_best_keeps_their_checkpoints_on_disk():
     trainer, result = trained(3.0, 1.0, 5.0, 2.0, 4.0, 6.0, keep_best=3, keep_last=1)
     assert ranking(trainer) == [8, 16, 4]
     assert on_disk(result.path) == [4, 8, 16, 24]
-    assert (result.best, trainer.step) == (trainer.best_models[0], 8)
+    assert (result.best, trainer.step) == (trainer.last_run.best_models[0], 8)
     store = CheckpointStore(result.path / "checkpoints")
     assert store.info(24)["best_steps"] == [8, 16, 4]
     assert find(result.path) == (store.directory, 8)
@@ -116,10 +116,10 @@ def test_keep_every_keeps_multiples_that_have_a_checkpoint():
 def test_memory_keeps_several_best_models_of_the_last_training():
     trainer, result = trained(3.0, 1.0, 4.0, 2.0, keep_best=2, root=None, on_failed_save="warn")
     assert (ranking(trainer), result.best.step) == ([8, 16], 8)
-    assert trainer.recording.store.steps() == (8, 16)
+    assert trainer.last_run.checkpointer.store.steps() == (8, 16)
     trainer.scores = (0.0, 0.0, 9.0, 8.0)  # it goes on from its second epoch
     trainer.train_model(loader(), loader(), num_epochs=2)
-    assert [model.metrics["val/score"] for model in trainer.best_models] == [8.0, 9.0]
+    assert [model.metrics["val/score"] for model in trainer.last_run.best_models] == [8.0, 9.0]
 
 
 def test_is_new_model_better_orders_all_that_are_kept():
@@ -139,7 +139,7 @@ def test_best_models_are_kept_across_an_interruption():
     assert ranking(stopped) == [8, 4, 16]
     resumed, second = trained(*SCORES, callbacks=[Interrupt(0)], **options)
     assert (second.path, second.step) == (first.path, at_once.step)
-    assert resumed.best_models == whole.best_models
+    assert resumed.last_run.best_models == whole.last_run.best_models
     assert ranking(resumed) == [8, 24, 4]
     assert on_disk(second.path) == on_disk(at_once.path) == [4, 8, 24, 28]
 

@@ -89,10 +89,10 @@ def trained(found: dict[str, np.ndarray], epochs: int = 1, callbacks: Any = (), 
 
 
 def assert_same_state(first: TrainerModule, second: TrainerModule, *, but: tuple[str, ...] = ()):
-    for name, tree in first.ready_state().arrays().items():
+    for name, tree in first.state.arrays().items():
         if name in ("rng", *but):
             continue
-        other = second.ready_state().arrays()[name]
+        other = second.state.arrays()[name]
         for one, two in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True):
             np.testing.assert_array_equal(one, two, err_msg=name)
 
@@ -125,7 +125,7 @@ def test_error_says_which_batch_and_why(steps_per_call: int, epoch: int, tmp_pat
     assert "test_recovery.py:" in text
     kept = "There is no checkpoint yet." if epoch == 1 else "The last good checkpoint is of step 60"
     assert kept in text
-    assert json.loads((fit.recording.path / "status.json").read_text())["reason"].endswith(text)
+    assert json.loads((fit.last_run.path / "status.json").read_text())["reason"].endswith(text)
 
 
 def test_error_names_the_entry_of_the_batch() -> None:
@@ -163,13 +163,13 @@ def test_skipped_step_changes_nothing_but_the_count(name: str, steps_per_call: i
     fit, result = trained(found, on_bad_numbers="skip", steps_per_call=steps_per_call)
     assert (result.step, result.metrics["train/skipped"]) == (BATCHES, 2)
     assert np.isfinite(result.metrics["train/loss"])
-    assert fit.ready_state().step == BATCHES
+    assert fit.state.step == BATCHES
 
     # The same by hand: the step's own program, and the update thrown away.
     by_hand = Fit(Normed(), optimizer=optax.adam(1e-2), root=None, enable_progress_bar=False)
-    by_hand.set_up({name: array[:SIZE] for name, array in found.items()})
+    by_hand._set_up({name: array[:SIZE] for name, array in found.items()})
     by_hand.init_optimizer(None)
-    state, step = by_hand.ready_state(), jax.jit(by_hand.create_functions()[0])
+    state, step = by_hand.state, jax.jit(by_hand.create_functions()[0])
     losses = []
     for batch in range(BATCHES):
         rows = slice(SIZE * batch, SIZE * batch + SIZE)
@@ -181,9 +181,7 @@ def test_skipped_step_changes_nothing_but_the_count(name: str, steps_per_call: i
             losses.append(metrics["loss"].compute())
     for one, two in zip(
         jax.tree.leaves((state.params, state.opt_state, state.batch_stats)),
-        jax.tree.leaves(
-            (fit.ready_state().params, fit.ready_state().opt_state, fit.ready_state().batch_stats)
-        ),
+        jax.tree.leaves((fit.state.params, fit.state.opt_state, fit.state.batch_stats)),
         strict=True,
     ):
         np.testing.assert_allclose(one, two, rtol=2e-4, atol=1e-6)
@@ -417,7 +415,7 @@ def test_run_that_waits_for_its_data_says_where(tmp_path: Path, capfd) -> None:
         recompile="ignore",
     )
     fit.train_model(batches, num_epochs=1)
-    text = (fit.recording.path / "log.txt").read_text()
+    text = (fit.last_run.path / "log.txt").read_text()
     assert "seems stuck: at step 4, a step has taken" in text
     assert "in batches" in text  # the function that it waits in
     assert "goes on, after" in text

@@ -39,7 +39,7 @@ def loss_of(values, y, dtype: str = "float32", cls: type = tasks.Regressor):
     """The losses and metrics of a model that returns `values` for the targets `y`."""
     batch = {"x": np.zeros((len(y), 1), np.float32), "y": np.asarray(y)}
     trainer = make(Outputs(values, dtype), batch, cls)
-    state = trainer.ready_state()
+    state = trainer.state
     return trainer.loss_fn(state.params, batch, Context(state, train=False))
 
 

@@ -91,7 +91,7 @@ def test_flops_and_peak_are_asked_for_where_the_run_was_worth_it(seconds, known,
 @pytest.mark.parametrize("tune_process", [True, False])
 def test_run_that_was_worth_it_reports_its_share_of_the_peak(monkeypatch, capsys, tune_process):
     monkeypatch.setattr("distaff.run.report._WORTH_SECONDS", 0.0)
-    monkeypatch.setattr("distaff.trainer.training.peak_flops", lambda again: 1e12)
+    monkeypatch.setattr("distaff.run.recorder.peak_flops", lambda again: 1e12)
     train, _, _ = data.digits(batch_size=128)
     trainer = tasks.Classifier(zoo.MLP((8, 10)), tune_process=tune_process)
     result = trainer.train_model(train, num_epochs=1)
@@ -113,5 +113,5 @@ def test_debugged_run_has_no_flops(monkeypatch):
     options = {"debug": True, "root": None, "enable_progress_bar": False, "tune_process": False}
     trainer = tasks.Classifier(zoo.MLP((8, 10)), **options)
     trainer.train_model(train, num_epochs=1)
-    assert trainer.report is not None
-    assert trainer.report.flops is None
+    assert trainer.last_run.report is not None
+    assert trainer.last_run.report.flops is None

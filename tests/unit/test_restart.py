@@ -57,7 +57,6 @@ class Model(tasks.Classifier):
         self.seen = (self.step, self.epoch)
         if self.kind == "changes":  # as one that loads weights where a training starts
             self.state = jax.tree.map(jnp.zeros_like, self.state)
-            self.step = 77
         elif self.kind == "deletes":
             jax.tree.map(lambda leaf: leaf.delete(), self.state.params)
 
@@ -72,7 +71,7 @@ def trained(root, logger, *, fails=0):
     try:
         result = trainer.train_model(train, val, num_epochs=4, steps_per_epoch=2)
     except ZeroDivisionError:
-        status = trainer.recording.path / "status.json"
+        status = trainer.last_run.path / "status.json"
         facts = {**json.loads(status.read_text()), "status": "running"}  # as if it was killed
         status.write_text(json.dumps(facts))
     return trainer, callback, result
@@ -110,8 +109,8 @@ def test_logger_continues_its_run_also_of_a_start_without_a_checkpoint(tmp_path)
     for fails, name in ((1, "first"), (3, "second"), (9, "third")):
         logger = Service(name)
         trainer, _, _ = trained(tmp_path, logger, fails=fails)
-        assert trainer.recording.path.name == "0001"
+        assert trainer.last_run.path.name == "0001"
         assert logger.name == "first"
         assert logger.calls == (["set_state"] if name != "first" else []) + ["log_config"]
     trainer, _, _ = trained(tmp_path, fourth := Service("fourth"), fails=9)
-    assert (trainer.recording.path.name, fourth.name) == ("0002", "fourth")
+    assert (trainer.last_run.path.name, fourth.name) == ("0002", "fourth")

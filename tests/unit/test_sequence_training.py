@@ -81,14 +81,12 @@ def gpt() -> tasks.LanguageModel:
 @pytest.fixture(scope="module")
 def params(gpt):
     # Large parameters, so that every part of the model tells in the logits.
-    return jax.tree.map(
-        lambda leaf: 10 * leaf if leaf.ndim == 2 else leaf, gpt.ready_state().params
-    )
+    return jax.tree.map(lambda leaf: 10 * leaf if leaf.ndim == 2 else leaf, gpt.state.params)
 
 
 def total_loss(gpt: tasks.LanguageModel, batches: list[Any]) -> Any:
     """The sum of the losses over all tokens that are predicted, as the task weighs them."""
-    apply_fn = gpt.ready_state().apply_fn
+    apply_fn = gpt.state.apply_fn
 
     def loss(params: Any) -> jax.Array:
         total = jnp.float32(0)

@@ -37,7 +37,7 @@ def test_one_hot_labels_are_class_indices():
 def test_loss_is_the_mean_over_classes_and_the_likeliest_is_right():
     labels = 0.75 * ONE_HOT + 0.25 * np.roll(ONE_HOT, 1, axis=1)
     run = classifier()
-    run.set_up({"x": X, "label": labels})
+    run._set_up({"x": X, "label": labels})
     logits = run.predict([{"x": X}])
     expected = -(labels * np.asarray(jax.nn.log_softmax(logits))).sum(axis=1).mean()
     metrics = run.eval_model([{"x": X, "label": labels}])

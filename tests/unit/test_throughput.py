@@ -14,6 +14,7 @@ import pytest
 from distaff import Callback, data, tasks, zoo
 from distaff.execution.timers import PARTS, TRAINING, Ledger, Throughput
 from distaff.loggers import MemoryLogger
+from distaff.run.recorder import Recorder
 
 
 class Clock:
@@ -191,11 +192,18 @@ def test_run_counts_every_second_of_its_wall_time(monkeypatch):
     train, val, test = data.digits(batch_size=128)
     trainer = tasks.Classifier(zoo.MLP((8, 10)), steps_per_call=4, enable_progress_bar=False)
     spans = []
-    begin, show = trainer.begin, trainer.show_result
-    monkeypatch.setattr(trainer, "begin", lambda plan: (spans.append(clock()), begin(plan)))
-    monkeypatch.setattr(
-        trainer, "show_result", lambda metrics: (show(metrics), spans.append(clock()))
-    )
+    begin, show = Recorder.__init__, Recorder.show_result
+
+    def begun(self, *arguments):
+        spans.append(clock())
+        begin(self, *arguments)
+
+    def shown(self, *arguments, **options):
+        show(self, *arguments, **options)
+        spans.append(clock())
+
+    monkeypatch.setattr(Recorder, "__init__", begun)
+    monkeypatch.setattr(Recorder, "show_result", shown)
     result = trainer.train_model(train, val, test, num_epochs=2)
     read = json.loads((result.path / "status.json").read_text())["throughput"]
     assert (read["steps"], read["examples"]) == (18, 18 * 128)
@@ -213,7 +221,7 @@ def test_steps_that_compute_inside_of_their_call_are_the_devices():
 
     class Reader(Callback):
         def on_epoch_end(self, info):
-            reads.append(trainer.ledger.read())
+            reads.append(trainer.last_run.ledger.read())
 
     train, _, _ = data.digits(batch_size=128)
     options = {"root": None, "steps_per_call": 10, "enable_progress_bar": False}
@@ -224,7 +232,7 @@ def test_steps_that_compute_inside_of_their_call_are_the_devices():
 
 
 def test_throughput_is_logged_in_a_file_of_its_own(monkeypatch):
-    monkeypatch.setattr("distaff.trainer.training._LAP_SECONDS", 0.0)
+    monkeypatch.setattr("distaff.run.recorder._LAP_SECONDS", 0.0)
     train, val, _ = data.digits(batch_size=128)
     memory = MemoryLogger()
     trainer = tasks.Classifier(
@@ -236,6 +244,7 @@ def test_throughput_is_logged_in_a_file_of_its_own(monkeypatch):
     assert [row["step"] for row in rows] == [8, 9, 9, 16, 18, 18, 18]
     assert [row["epoch"] for row in rows] == [1, 1, 1, 2, 2, 2, 2]
     assert rows[1]["steps_per_second"] > 0
-    assert sum(row["seconds/device"] for row in rows) <= trainer.ledger.read().seconds["device"]
+    spent = trainer.last_run.ledger.read().seconds
+    assert sum(row["seconds/device"] for row in rows) <= spent["device"]
     logged = {name for record in memory.records for name in record.metrics}
     assert not any("second" in name for name in logged)

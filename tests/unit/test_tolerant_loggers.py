@@ -113,7 +113,7 @@ def test_logger_that_fails_is_an_error_where_that_is_asked_for(call, status, tmp
     trainer, train = trained(tmp_path, Failing(call), on_failed_log="raise")
     with pytest.raises(ConnectionError):
         train()
-    path = trainer.recording.path
+    path = trainer.last_run.path
     assert json.loads((path / "status.json").read_text())["status"] == status
 
 

@@ -27,7 +27,6 @@ from distaff.checkpoint.weights import loaded, named
 from distaff.errors import CheckpointError, ConfigError, DistaffError, MissingExtraError
 from distaff.models import Variables
 from distaff.optim import ParamGroup
-from distaff.run.display.model_table import model_table
 
 
 class Net(nn.Module):
@@ -42,7 +41,7 @@ class Net(nn.Module):
 
 class Regression(distaff.TrainerModule):
     def print_tabulate(self, example_batch):
-        self.table = model_table([], "none")  # which takes most of the time of a start
+        pass  # it takes most of the time of a start
 
     def loss_fn(self, params, batch, ctx):
         return jnp.square(ctx.apply(params, batch["x"])[:, 0] - batch["y"])
@@ -64,7 +63,7 @@ def started(init_from: Any, module: nn.Module | None = None, **options: Any) -> 
 
 
 def leaves(trained: Regression) -> dict[str, np.ndarray]:
-    return {name: np.asarray(leaf) for name, leaf in named(trained.ready_state()).items()}
+    return {name: np.asarray(leaf) for name, leaf in named(trained.state).items()}
 
 
 def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
@@ -83,7 +82,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Regression:
 
 @pytest.mark.parametrize("kind", ["run", "folder", "file", "state", "collections", "flat"])
 def test_init_from_takes_every_source(run: Regression, kind: str, tmp_path: Path) -> None:
-    path, state = run.recording.path, run.ready_state()
+    path, state = run.last_run.path, run.state
     assert path is not None
     sources = {
         "run": lambda: path,
@@ -107,14 +106,14 @@ def test_weights_are_those_that_the_optimizer_evaluates_with() -> None:
     trained.train_model(batches(), batches(1), num_epochs=2)
     evaluated = named(trained.evaluation_state())
     assert not np.array_equal(evaluated["head/kernel"], trained.state.params["head"]["kernel"])
-    new = started(trained.recording.path)
+    new = started(trained.last_run.path)
     np.testing.assert_array_equal(leaves(new)["head/kernel"], evaluated["head/kernel"])
 
 
 def test_rename_and_only_load_a_part_of_the_model(run: Regression) -> None:
     fresh = leaves(started(None, Net(encoder="backbone")))
     how = InitFrom(
-        run.recording.path, rename={"^encoder/": "backbone/"}, only=("backbone/*", "batch_stats/*")
+        run.last_run.path, rename={"^encoder/": "backbone/"}, only=("backbone/*", "batch_stats/*")
     )
     new = leaves(started(how, Net(encoder="backbone")))
     old = leaves(run)
@@ -125,7 +124,7 @@ def test_rename_and_only_load_a_part_of_the_model(run: Regression) -> None:
 
 
 def test_error_names_each_leaf_that_differs(run: Regression) -> None:
-    source = {**named(run.ready_state()), "extra/kernel": np.ones((2, 5), np.float32)}
+    source = {**named(run.state), "extra/kernel": np.ones((2, 5), np.float32)}
     del source["head/bias"]
     with pytest.raises(CheckpointError) as caught:
         started(InitFrom(source, rename={"^encoder/": "body/"}), Net(width=6, encoder="body"))
@@ -145,7 +144,7 @@ def test_error_names_each_leaf_that_differs(run: Regression) -> None:
 
 
 def test_missing_and_unused_are_allowed_only_where_asked_for(run: Regression) -> None:
-    source = dict(named(run.ready_state()))
+    source = dict(named(run.state))
     kept = source.pop("head/bias") + 1
     source["extra"] = kept
     for how in ({"missing": "keep"}, {"unused": "ignore"}):
@@ -250,13 +249,13 @@ def test_sources_that_are_none_are_refused(source: Any) -> None:
 
 @pytest.mark.slow
 def test_record_says_where_the_weights_are_from(run: Regression) -> None:
-    path = run.recording.path
+    path = run.last_run.path
     new = trainer(init_from=InitFrom(path, rename={"^enc": "enc"}, unused="ignore"), name="new")
     with pytest.raises(CheckpointError, match="without effect"):
         new.train_model(batches(), num_epochs=1)
     new = trainer(init_from=path, name="new")
     new.train_model(batches(), num_epochs=1)
-    config = json.loads((new.recording.path / "config.json").read_text())
+    config = json.loads((new.last_run.path / "config.json").read_text())
     assert config["init_from"] == {
         "source": str(path),
         "rename": {},
@@ -264,11 +263,11 @@ def test_record_says_where_the_weights_are_from(run: Regression) -> None:
         "missing": "error",
         "unused": "error",
     }
-    assert f"weights from {path}" in (new.recording.path / "log.txt").read_text()
-    of_tree = trainer(init_from=run.ready_state(), name="tree")
+    assert f"weights from {path}" in (new.last_run.path / "log.txt").read_text()
+    of_tree = trainer(init_from=run.state, name="tree")
     record = of_tree.init_from.record()
     assert json.loads(json.dumps(record))["source"]["head/kernel"] == "float32[4, 1]"
-    loaded_again = Regression.load_from_checkpoint(new.recording.path, Net)
+    loaded_again = Regression.load_from_checkpoint(new.last_run.path, Net)
     assert loaded_again.init_from is None
 
 
@@ -327,7 +326,7 @@ def test_frozen_weights_keep_their_bits(run: Regression) -> None:
     frozen = OptimizerConfig(
         "adamw", weight_decay=0.1, groups=(ParamGroup("encoder/*", freeze=True),)
     )
-    new = started(run.recording.path, optimizer=frozen)
+    new = started(run.last_run.path, optimizer=frozen)
     new.train_model(batches(), num_epochs=2)
     old, tuned = leaves(run), leaves(new)
     for name in ("encoder/kernel", "encoder/bias"):
@@ -474,7 +473,7 @@ def test_good_file_of_the_fuzz_loads(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["truncated", "metadata"])
 def test_damaged_checkpoint_is_refused(run: Regression, tmp_path: Path, damage: str) -> None:
     copy = tmp_path / "copy"
-    shutil.copytree(run.recording.path, copy)
+    shutil.copytree(run.last_run.path, copy)
     folder = next((copy / "checkpoints").glob("step_*"))
     for other in (copy / "checkpoints").glob("step_*"):
         if other != folder:

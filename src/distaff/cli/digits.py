@@ -14,6 +14,7 @@ from distaff.core.paths import shown
 from distaff.loggers import MemoryLogger
 from distaff.metrics.monitor import Monitor
 from distaff.optim import OptimizerConfig
+from distaff.run.display import make_display
 from distaff.run.result import TrainResult
 from distaff.zoo import CNN
 
@@ -82,7 +83,7 @@ class Digits:
             curves = plots.learning_curves(history.series("train/", "val/"), best_epoch)
             plots.save(curves, path / "figures" / "learning_curves.png")
             _draw_test(plots, trainer, test, path / "figures")
-        trainer.display.print(_written(path))
+        make_display(trainer.config.enable_progress_bar).print(_written(path))
         metrics = result.metrics
         print(
             f"test/accuracy={metrics['test/accuracy']:.4f} test/loss={metrics['test/loss']:.4f} "

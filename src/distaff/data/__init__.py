@@ -26,7 +26,7 @@ from distaff.data.loader import (
     num_shapes,
     sources,
 )
-from distaff.data.on_policy import OfTraining, OnPolicy, first_to_train, is_on_policy
+from distaff.data.on_policy import OnPolicy, first_to_train, is_on_policy
 from distaff.data.positioned import Positioned, Restartable
 from distaff.data.python_source import python_source
 from distaff.data.sequences.bucketed import bucketed
@@ -47,7 +47,6 @@ __all__ = [
     "MappedExamples",
     "MappedLoader",
     "Mixture",
-    "OfTraining",
     "OnPolicy",
     "ParquetExamples",
     "Positioned",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, TypeVar
 
 from distaff.core.typing import Batch
 from distaff.data.loader import Loader, as_loader, first_batch, num_batches
@@ -103,34 +103,11 @@ def marked(items: Iterator[T], loader: Any) -> Generator[T]:
         yield item
 
 
-class OfTraining(Generic[T]):
-    """A member of a trainer that a step changes: no loader may read it that is read ahead.
+def check_reader(*, is_there: bool) -> None:
+    """Checks that what a step changes may be read by this thread now.
 
-    It is the member itself for whoever else reads or sets it.
-    """
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = f"_{name}"
-
-    @overload
-    def __get__(self, owner: None, cls: type) -> OfTraining[T]: ...
-
-    @overload
-    def __get__(self, owner: object, cls: type) -> T: ...
-
-    def __get__(self, owner: Any, cls: type) -> Any:
-        if owner is None:
-            return self
-        value = vars(owner).get(self._name)
-        _check_reader(is_there=value is not None)
-        return value
-
-    def __set__(self, owner: Any, value: T) -> None:
-        vars(owner)[self._name] = value
-
-
-def _check_reader(*, is_there: bool) -> None:
-    """Checks that a member may be read by this thread now.
+    Args:
+        is_there: whether there is something to read.
 
     Raises:
         StateError: a loader that is read ahead asks for it, or one asks before it is there.

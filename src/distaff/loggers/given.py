@@ -31,7 +31,7 @@ def as_loggers(given: Any) -> tuple[Logger, ...]:
     """
     if given is None:
         return ()
-    if isinstance(given, str | bytes | type) or _is_logger(given):
+    if isinstance(given, str | bytes | type) or is_logger(given):
         _check(given)
         name = type(given).__name__
         raise ConfigError(f"loggers is a list; got one {name}. Write loggers=[{name}(...)].")
@@ -45,7 +45,8 @@ def as_loggers(given: Any) -> tuple[Logger, ...]:
     return loggers
 
 
-def _is_logger(given: Any) -> bool:
+def is_logger(given: Any) -> bool:
+    """Returns whether an object has the methods of a logger."""
     return all(callable(getattr(given, name, None)) for name in _METHODS)
 
 

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from distaff.callbacks import StepInfo, StopTraining
 from distaff.core.config.checks import whole
 from distaff.core.config.options import Options, at_least, option, or_none
 from distaff.data import (
@@ -25,7 +24,6 @@ from distaff.errors import ConfigError, NonFiniteError
 from distaff.execution.dispatch.packed_metrics import BadStep
 from distaff.metrics import Metric
 from distaff.metrics.limits import Breach
-from distaff.metrics.monitor import Monitor
 from distaff.step.state import TrainState
 
 
@@ -243,48 +241,11 @@ def given(val_loaders: Mapping[str, Any]) -> Any:
     return {name.removeprefix("val_"): each for name, each in val_loaders.items()}
 
 
-class Run(Protocol):
-    """What the loop asks of a trainer: its override points, and where it stands."""
-
-    monitor: Monitor
-
-    @property
-    def stop_reason(self) -> str | None:
-        """Why the run shall end; None while it shall not."""
-
-    @property
-    def best_metrics(self) -> dict[str, Any] | None:
-        """Validation metrics of the best model so far."""
-
-    def is_trained(self, epoch: int) -> bool:
-        """Whether the steps of an epoch are done, and what follows them may not be."""
-        ...
-
-    def stop(self, request: StopTraining) -> None:
-        """Ends the run after this epoch's work."""
-
-    def info(self, metrics: Mapping[str, Any], is_best: bool = False) -> StepInfo:
-        """Returns what callbacks are told."""
-        ...
+class Hooks(Protocol):
+    """What the loop calls of a user's class; each may be overridden."""
 
     def on_training_start(self) -> None:
         """Called before the first step."""
-
-    def take_up(self) -> None:
-        """Loads the state of a run that is resumed."""
-
-    def go_on(self) -> StepInfo | None:
-        """Goes to where a resumed run was saved; returns what `on_checkpoint` was told there."""
-        ...
-
-    def recover(self, found: BadNumbers) -> None:
-        """Goes back to before a bad step, or raises the error for it."""
-        ...
-
-    @property
-    def epoch_to_train(self) -> int:
-        """The first epoch that is not done."""
-        ...
 
     def train_epoch(self, train_loader: Loader, epoch: int) -> dict[str, Any]:
         """Trains on one epoch; returns its metrics."""
@@ -293,7 +254,7 @@ class Run(Protocol):
     def on_training_epoch_end(self, epoch: int, metrics: dict[str, Any]) -> None:
         """Called after each training epoch."""
 
-    def eval_model(self, loader: Loader, prefix: str) -> dict[str, Any]:
+    def eval_model(self, loader: Loader, prefix: str = "") -> dict[str, Any]:
         """Evaluates; returns the metrics."""
         ...
 
@@ -312,5 +273,5 @@ class Run(Protocol):
     def save_model(self, metrics: Mapping[str, Any], is_best: bool) -> None:
         """Writes a checkpoint."""
 
-    def end_epoch(self, epoch: int, metrics: dict[str, Any], is_best: bool) -> None:
-        """Logs and shows a finished epoch."""
+    def load_model(self) -> None:
+        """Loads the best model."""

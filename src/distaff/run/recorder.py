@@ -1,181 +1,259 @@
-"""Recording: what a run leaves behind, and the one place that opens and closes it."""
+"""Recorder: what a run has done so far, and who is told of it: display, loggers and callbacks."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
 
-from distaff.checkpoint import MemoryStore, NullStore, Store
-from distaff.loggers import Logger, ManyLoggers, NullLogger
-from distaff.run.identity.candidates import Candidate
-from distaff.run.identity.ending import ending
-from distaff.run.identity.identity import Subject
+import numpy as np
+
+from distaff.callbacks import StepInfo
+from distaff.callbacks.callbacks import Callbacks
+from distaff.data import num_batches
+from distaff.errors import MetricError
+from distaff.execution.devices import idle_devices
+from distaff.execution.dispatch.dispatcher import Steps
+from distaff.execution.dispatch.packed_metrics import BadStep, WindowEnd
+from distaff.execution.dispatch.steps_per_call import Choice
+from distaff.execution.feed.skipped import left_out, num_drawn
+from distaff.execution.peak_flops import peak_flops
+from distaff.execution.timers import Ledger
+from distaff.metrics import as_json, compute, results
+from distaff.metrics.named import Named
+from distaff.run.directory.protocol import Recording
+from distaff.run.display import rows_by_split
+from distaff.run.events import ChunkEnd, Plan
+from distaff.run.learning import LearningCheck
+from distaff.run.ranking import best_json
+from distaff.run.report import Report, make_report
+from distaff.run.result import TrainResult
+from distaff.run.run_state import EpochProgress, RunState
+from distaff.run.workspace import Workspace
+from distaff.step.guard import Flags, RecoveryOptions, shown
+from distaff.step.logged_rates import host_rates, without_rates
 
 _log = logging.getLogger("distaff")
 
+_LAP_SECONDS = 10.0
+"""How much time there is at least between two lines of `throughput.jsonl`."""
 
-class Found(NamedTuple):
-    """What a run is resumed from.
+
+class Recorder:
+    """Keeps the books of a run; `state` is where it stands.
+
+    Args:
+        workspace: the trainer's.
+        plan: of the run.
+        options: what is done about bad steps says which metrics are shown.
+        callbacks: told of the events of the run.
 
     Attributes:
-        path: of the run.
-        step: of the checkpoint.
-        skipped: what is wrong with the newer ones.
-        notes: what differs from the run before it, or could not be compared.
+        state: where the run stands.
+        record: what determines the run, as strict JSON.
+        report: how fast a run was that has finished; None before.
+        updates_per_step: optimizer updates that a step makes.
+        has_begun: whether there are files of a run, which can be written and read.
     """
 
-    path: Path
-    step: int
-    skipped: list[str]
-    notes: list[str]
+    record: dict[str, Any]
 
-    def text(self, epoch: int) -> str:
-        """Returns in a few lines what is resumed."""
-        line = f"resuming {self.path} from its checkpoint of step {self.step}, epoch {epoch}"
-        return "\n".join([line, *self.skipped, *self.notes])
-
-
-class Recording(Protocol):
-    """The outlets of a run. Nothing is written before `open`.
-
-    `throughput` is apart from `logger`, which equal runs write equally. `found` is what the run
-    is resumed from; `remark` why it is not one that was there, if there is something to say.
-    """
-
-    logger: ManyLoggers
-    throughput: Logger
-    store: Store
-    found: Found | None
+    def __init__(
+        self, workspace: Workspace, plan: Plan, options: RecoveryOptions, callbacks: Callbacks
+    ) -> None:
+        self.workspace, self.plan, self.callbacks = workspace, plan, callbacks
+        self.display, self.ledger = workspace.display, Ledger()
+        self.state = RunState.beginning(workspace.step, workspace.epoch)
+        self.report: Report | None = None
+        self.updates_per_step, self.has_begun = 1, False
+        self._dispatcher: Steps | None = None
+        self._options, self._rates, self._epoch_start = options, None, time.perf_counter()
+        self._check_learning = LearningCheck(None)
 
     @property
-    def remark(self) -> str:
-        """Why the run is not one that was there; empty if there is nothing to say."""
-        ...
+    def recording(self) -> Recording:
+        """The directory and the loggers of the run."""
+        return self.workspace.recording
 
     @property
-    def path(self) -> Path | None:
-        """The run's directory, once it is open; None for a run without."""
-        ...
+    def dispatcher(self) -> Steps:
+        """Runs the steps; there once the run is prepared."""
+        assert self._dispatcher is not None
+        return self._dispatcher
 
-    def finished(
-        self,
-        record: Mapping[str, Any],
-        subject: Subject | None,
-        *,
-        key: str | None = None,
-        rerun: bool = False,
-    ) -> Candidate | None:
-        """Returns the run that is finished already, and whose result that of this one would be.
+    @dispatcher.setter
+    def dispatcher(self, dispatcher: Steps) -> None:
+        dispatcher.ledger, self._dispatcher = self.ledger, dispatcher
+
+    @property
+    def capacity(self) -> int:
+        """How many batches one program of an evaluation takes."""
+        return 1 if self._dispatcher is None else self._dispatcher.forms.capacity
+
+    @property
+    def forms(self) -> Choice:
+        """How many steps are one program."""
+        return self.dispatcher.forms
+
+    def update(self, **changes: Any) -> None:
+        """Replaces the state of the run by one with other values."""
+        self.state = self.state._replace(**changes)
+
+    def stand(self, step: int, epoch: int) -> None:
+        """Notes which step and epoch the arrays are of."""
+        self.workspace.step, self.workspace.epoch = step, epoch
+
+    def info(self, metrics: Mapping[str, Any], is_best: bool = False) -> StepInfo:
+        """Returns what callbacks are told."""
+        here = self.workspace
+        return StepInfo(here.step, here.epoch, here.ready_state(), metrics, is_best)
+
+    def emit(self, event: str, info: StepInfo) -> None:
+        """Tells callbacks of an event."""
+        with self.ledger.spent("callbacks"):
+            self.callbacks.emit(event, info)
+
+    def show(self, line: str) -> None:
+        """Shows a line, and writes it into the run's log file."""
+        self.workspace.show(line)
+
+    def begin(self) -> None:
+        """Shows that a run begins."""
+        length = self.plan.steps_per_epoch or num_batches(self.plan.train_loader)
+        self.display.start(self.plan.last_epoch, length)
+        self.display.compiling("the model")
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Begins an epoch, or the rest of one."""
+        self.workspace.epoch = epoch
+        if self.state.in_epoch.epoch != epoch:
+            self.update(in_epoch=EpochProgress(epoch))
+        self._epoch_start = time.perf_counter()
+        if self.workspace.step == self.state.first_step:
+            state = self.workspace.ready_state()
+            self._check_learning = LearningCheck(state)
+            self._rates = host_rates(state.tx, state.params, self.workspace.schedule)
+            if line := idle_devices(self.workspace.example_batch):
+                self.show(line)
+            self.display.compiling("the step")
+
+    def observe(self, event: ChunkEnd) -> None:
+        """Takes over the new state, and tells display and callbacks: all that a step costs here."""
+        state, epoch = self.state, self.workspace.epoch
+        if self.workspace.step == state.first_step:
+            self.display.running()
+            self.show(f"{self.ledger.read().compiled()}; {self.forms.describe()}")
+        self.workspace.state, self.workspace.step = event.state, event.step
+        in_epoch = state.in_epoch._replace(steps=state.in_epoch.steps + event.num_steps)
+        self.state = state._replace(step=event.step, epoch=epoch, in_epoch=in_epoch)
+        self.recording.store.check_failure()
+        examples = self.ledger.count(event.num_steps, event.examples)
+        self.display.advance(event.step, epoch, examples)
+        if event.metrics:
+            self._show_steps(event, epoch)
+
+    def _show_steps(self, event: ChunkEnd, epoch: int) -> None:
+        for step, metrics in enumerate(event.metrics, event.step - event.num_steps + 1):
+            state = event.state if step == event.step else None
+            seen = {n: x for n, x in results(metrics).items() if not isinstance(x, Flags)}
+            self.emit("on_step_end", StepInfo(step, epoch, state, seen))
+
+    def window(self, event: WindowEnd) -> None:
+        """Logs the metrics of a window as `step/...`."""
+        if event.skipped:
+            self.update(num_skipped=self.state.num_skipped + len(event.skipped))
+            self.show(f"left out, as bad steps: {', '.join(map(str, event.skipped))}")
+        state = self.state
+        num_steps = self.workspace.step - state.first_step - state.num_skipped
+        self._check_learning(self.workspace.ready_state(), num_steps)
+        self.update(in_epoch=state.in_epoch.with_window(event))
+        metrics = compute(shown(event.metrics, self._options), "step/")
+        self.display.update({n: v for n, v in metrics.items() if np.ndim(v) == 0})
+        if self._rates is not None:
+            updates = max(1, event.step - state.begun_at[0] - state.num_skipped)
+            applied = self._rates(updates * self.updates_per_step - 1)
+            metrics = {**metrics, **{f"step/{name}": rate for name, rate in applied.items()}}
+        self.recording.logger.log_metrics(metrics, step=event.step, epoch=self.workspace.epoch)
+        self.log_throughput(_LAP_SECONDS)
+
+    def end_steps(self) -> dict[str, Any]:
+        """Ends the steps of an epoch; returns their metrics as `train/...`."""
+        self.update(in_epoch=self.state.in_epoch._replace(rows=None, is_trained=True))
+        metrics = without_rates(self.state.in_epoch.total or {})
+        return compute(shown(metrics, self._options), "train/")
+
+    def end_epoch(self, epoch: int, metrics: dict[str, Any], is_best: bool) -> None:
+        """Logs the metrics of an epoch and its validation, and shows them as one line."""
+        step, last = self.workspace.step, self.plan.last_epoch
+        self.update(last_metrics=metrics)
+        self.recording.logger.log_metrics(metrics, step=step, epoch=epoch)
+        seconds = time.perf_counter() - self._epoch_start
+        scalars = {name: value for name, value in metrics.items() if np.ndim(value) == 0}
+        values = " ".join(f"{name} {value:.6g}" for name, value in scalars.items())
+        _log.info("epoch %d/%d step %d %s", epoch, last, step, values)
+        self.display.epoch_line(epoch, last, step, scalars, seconds, is_best)
+
+    def log_throughput(self, seconds: float = 0.0) -> None:
+        """Writes a line of throughput since the last one, if that was this long ago."""
+        lap = self.ledger.lap(seconds)
+        if lap is not None:
+            state = self.state
+            line = Report(lap).line()
+            self.recording.throughput.log_metrics(line, step=state.step, epoch=state.epoch)
+
+    def batch_of(self, bad: BadStep) -> int:
+        """Returns which batch of the epoch a step was trained on, counted from 0."""
+        step_of_epoch = bad.step - (self.workspace.step - self.state.in_epoch.steps)
+        return num_drawn(step_of_epoch, left_out(self.state.left_out, self.workspace.epoch)) - 1
+
+    def show_result(self, metrics: Mapping[str, Any], *, measures: bool) -> None:
+        """Shows the metrics of a finished run as a table of splits, and how fast it was.
 
         Args:
-            record: the run's resolved configuration.
-            subject: what its identity was found from.
-            key: see `train_model`.
-            rerun: likewise.
+            metrics: of the run.
+            measures: whether the peak of the machine may be measured.
         """
-        ...
+        state = self.state
+        titles = {"train": f"train, epoch {state.epoch}", "test": "test"}
+        if state.best is not None:
+            titles = {**titles, "val": f"val, epoch {state.best.epoch} (best)"}
+        self.display.table(rows_by_split(metrics, titles))
+        measure_peak = peak_flops if measures else lambda again: None
+        self.report = make_report(self.ledger.read(), self.dispatcher.flops, measure_peak)
+        self.log_throughput()
+        for line in self.report.lines():
+            self.show(line)
+        if state.step == state.first_step:
+            self.show(f"nothing was left to train after step {state.first_step}")
 
-    def open(
-        self, record: Mapping[str, Any], texts: Mapping[str, str], subject: Subject | None = None
-    ) -> None:
-        """Starts to record.
+    def result(self) -> TrainResult:
+        """Returns how a run that came to its end stands."""
+        state, stop = self.state, self.callbacks.stop_reason
+        status = self.callbacks.stop_status if stop else "finished"
+        return TrainResult(
+            status="interrupted" if state.interrupted_by else status,
+            reason=state.interrupted_by or stop or self._nothing_left(),
+            step=state.step,
+            epoch=state.epoch,
+            metrics=Named(state.last_metrics),
+            best=state.best,
+            path=self.recording.path,
+            first_step=state.first_step,
+        )
 
-        Args:
-            record: the run's resolved configuration.
-            texts: what to keep as text files, by file name.
-            subject: what its identity was found from.
-        """
-        ...
+    def _nothing_left(self) -> str:
+        is_done = self.recording.found is not None and self.state.step == self.state.first_step
+        return f"nothing was left to train after step {self.state.first_step}" if is_done else ""
 
-    def confirm(self, record: Mapping[str, Any]) -> None:
-        """Replaces the configuration of the run that this one goes on from, once it has done so."""
-        ...
-
-    def save_metrics(self, name: str, metrics: Mapping[str, Any]) -> None:
-        """Writes metrics under a name of their own."""
-        ...
-
-    def close(self, status: str, **facts: Any) -> None:
-        """Finishes checkpoints and loggers, and notes how the run ended."""
-        ...
-
-
-class NullRecording:
-    """Writes no file: checkpoints stay in memory, and loggers of the user's own are still served.
-
-    Args:
-        loggers: the user's loggers.
-    """
-
-    def __init__(self, loggers: Sequence[Logger] = ()) -> None:
-        self.logger = ManyLoggers(*loggers)
-        self.throughput: Logger = NullLogger()
-        self.store: Store = NullStore()
-        self.found: Found | None = None
-
-    remark = ""
-
-    @property
-    def path(self) -> Path | None:
-        """None."""
-        return None
-
-    def finished(
-        self,
-        record: Mapping[str, Any],
-        subject: Subject | None,
-        *,
-        key: str | None = None,
-        rerun: bool = False,
-    ) -> Candidate | None:
-        """Returns None."""
-        return None
-
-    def open(
-        self, record: Mapping[str, Any], texts: Mapping[str, str], subject: Subject | None = None
-    ) -> None:
-        """Forgets the checkpoints of the run before, and hands the configuration to the loggers."""
-        self.store = MemoryStore()
-        self.logger.log_config(record)
-
-    def confirm(self, record: Mapping[str, Any]) -> None:
-        """Does nothing."""
-
-    def save_metrics(self, name: str, metrics: Mapping[str, Any]) -> None:
-        """Does nothing."""
-
-    def close(self, status: str, **facts: Any) -> None:
-        """Closes the loggers."""
-        self.logger.close(status)
-
-
-@contextmanager
-def recorded(
-    recording: Recording,
-    record: Mapping[str, Any],
-    texts: Mapping[str, str],
-    outcome: Callable[[], dict[str, Any]],
-    subject: Subject | None = None,
-) -> Generator[None]:
-    """Opens a recording, and closes it whatever happens.
-
-    Args:
-        recording: what to open.
-        record: the run's resolved configuration.
-        texts: what to keep as text files, by file name.
-        outcome: gives `status`, and facts, of a run that came to its end.
-        subject: what its identity was found from.
-    """
-    try:
-        recording.open(record, texts, subject)
-        yield
-    except BaseException as error:
-        try:
-            recording.close(**{**outcome(), **ending(error)})
-        except Exception as also:  # what ended the run stays the error
-            error.add_note(f"When the run was closed: {type(also).__name__}: {also}")
-        raise
-    recording.close(**outcome())
+    def outcome(self) -> dict[str, Any]:
+        """Returns what `result` does, as it is written into the run's status."""
+        facts = self.result()._asdict()
+        del facts["path"], facts["first_step"]
+        with suppress(MetricError):  # which has ended the run
+            facts["metrics"] = as_json(self.state.last_metrics)
+        best = None if self.state.best is None else best_json(self.state.best)
+        report = self.report or Report(self.ledger.read())
+        form = self.forms.facts()
+        return {**facts, "best": best, "steps_per_call": form, "throughput": report.facts()}

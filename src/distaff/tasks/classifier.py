@@ -17,6 +17,7 @@ from distaff.errors import LossError
 from distaff.metrics import Mean, filled
 from distaff.metrics.accumulators import floating
 from distaff.metrics.monitor import Monitor
+from distaff.run.sanity import report
 from distaff.step.context import Context
 from distaff.tasks.weighing import (
     WeighingTask,
@@ -97,11 +98,12 @@ class Classifier(WeighingTask):
         labels, weight = np.asarray(self.labels(batch)), self.sample_weight(batch)
         counts = np.ones(len(labels), bool) if weight is None else np.asarray(weight) != 0
         if labels.ndim > 1:
-            self.object_to(no_probabilities(labels, name, counts))
+            report(no_probabilities(labels, name, counts), self.config)
             return
         if self.config.ignore_index is not None:
             counts &= labels != self.config.ignore_index
-        self.object_to(out_of_range(np.where(counts, labels, 0), num_classes, name))
+        found = out_of_range(np.where(counts, labels, 0), num_classes, name)
+        report(found, self.config)
 
     def loss_fn(self, params: Params, batch: Batch, ctx: Context) -> Any:
         """Returns the cross-entropy `[batch]`, and the accuracy; both are weighted."""

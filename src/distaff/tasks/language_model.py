@@ -23,6 +23,7 @@ from distaff.metrics.accumulators import aligned, floating
 from distaff.metrics.monitor import Monitor
 from distaff.models import Lora
 from distaff.models.flags import parameters
+from distaff.run.sanity import report
 from distaff.step.context import Context
 from distaff.step.state import TrainState
 from distaff.tasks.weighing import (
@@ -107,21 +108,8 @@ class LanguageModel(WeighingTask):
         # Runs whose steps no callback watches pay nothing for it.
         samples = (_Samples(self),) if options.get("sample_every_n_steps") else ()
         super().__init__(model, callbacks=(*callbacks, *samples), **options)
-        max_length = getattr(self._module, "max_length", None)
         if samples:
             _as_tokens(self.config.sample_prompt.encode(), self._vocab_size)
-
-        def fill(
-            state: TrainState, tokens: jax.Array, start: int, temperature: float, key: Key
-        ) -> jax.Array:
-            def logits_fn(tokens: jax.Array) -> jax.Array:
-                return Context(state, train=False).apply(state.params, tokens)
-
-            return generate(
-                logits_fn, tokens, start, key=key, temperature=temperature, max_length=max_length
-            )
-
-        self._fill = self.execution.program(fill)
 
     @property
     def _module(self) -> Any:
@@ -167,7 +155,7 @@ class LanguageModel(WeighingTask):
         if vocab_size is not None:
             ignored = self.config.ignore_index
             known = tokens if ignored is None else np.where(tokens == ignored, 0, tokens)
-            self.object_to(unknown_tokens(known, vocab_size, name))
+            report(unknown_tokens(known, vocab_size, name), self.config)
 
     def _pass(self, loader: Any, name: str) -> Iterator[Batch]:
         for batch in super()._pass(loader, name):
@@ -296,7 +284,19 @@ class LanguageModel(WeighingTask):
         given = _as_tokens(prompt, self._vocab_size)
         rows = np.atleast_2d(given)
         buffer = np.pad(rows, ((0, 0), (0, length)))
-        filled = self._fill(
+        max_length = getattr(self._module, "max_length", None)
+
+        def fill(
+            state: TrainState, tokens: jax.Array, start: int, temperature: float, key: Key
+        ) -> jax.Array:
+            def logits_fn(tokens: jax.Array) -> jax.Array:
+                return Context(state, train=False).apply(state.params, tokens)
+
+            return generate(
+                logits_fn, tokens, start, key=key, temperature=temperature, max_length=max_length
+            )
+
+        filled = self._workspace.program("fill", fill)(
             self.evaluation_state(),
             jnp.asarray(buffer),
             rows.shape[1],
@@ -321,7 +321,7 @@ class _Samples(Callback):
         text = self._trainer.sample(
             config.sample_prompt.encode(), config.sample_length, temperature=config.temperature
         )
-        logger = self._trainer.recording.logger
+        logger = self._trainer.last_run.logger
         logger.log_text("sample", text.decode(errors="replace"), step=info.step)
 
 

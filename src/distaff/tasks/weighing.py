@@ -29,14 +29,6 @@ class WeighingTask(TrainerModule):
     or the third item of a tuple, `(input, label, weight)`.
     """
 
-    def __init__(self, model: Any, **options: Any) -> None:
-        super().__init__(model, **options)
-
-        def forward(state: TrainState, batch: Batch) -> Any:
-            return Context(state, train=False).apply(state.params, *self.model_inputs(batch))
-
-        self._forward = self.execution.program(forward)
-
     def num_outputs(self, batch: Batch) -> int | None:
         """Returns the length of the last axis of what the model returns: its classes, or tokens.
 
@@ -48,7 +40,13 @@ class WeighingTask(TrainerModule):
         """
         if self.state is None:
             return None
-        return self.execution.shapes(self._forward, self.evaluation_state(), batch).shape[-1]
+        here = self._workspace
+
+        def forward(state: TrainState, batch: Batch) -> Any:
+            return Context(state, train=False).apply(state.params, *self.model_inputs(batch))
+
+        program = here.program("forward", forward)
+        return here.execution.shapes(program, self.evaluation_state(), batch).shape[-1]
 
     def checked_inputs(self, batch: Batch, ctx: Context) -> tuple[Any, ...]:
         """Returns the model's inputs, and has tokens among them checked: none is negative.

@@ -8,27 +8,16 @@ from typing import Any, TypeVar
 
 from distaff.core.config.options import described, integer, option
 from distaff.core.config.other_frameworks import OPTIONS, remedy
-from distaff.data.inspection import InspectionOptions
 from distaff.errors import ConfigError
-from distaff.execution.dispatch.dispatcher import DispatchOptions
-from distaff.run.directory.recording import RecordingOptions
 from distaff.run.display.protocol import DisplayOptions
-from distaff.run.supervision.interruption import SupervisionOptions
-from distaff.step.guard import RecoveryOptions
+from distaff.run.run import RunOptions
 
 C = TypeVar("C", bound="TrainerConfig")
 
 
 @described
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainerConfig(
-    DisplayOptions,
-    SupervisionOptions,
-    InspectionOptions,
-    RecoveryOptions,
-    DispatchOptions,
-    RecordingOptions,
-):
+class TrainerConfig(DisplayOptions, RunOptions):
     """The options of every trainer; a subclass of the trainer may add its own.
 
     Raises:

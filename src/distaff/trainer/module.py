@@ -1,92 +1,105 @@
-"""TrainerModule: the class a user subclasses. It assembles the rooms below, and delegates."""
+"""TrainerModule: the class a user subclasses. It describes a training; `Run` is one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import closing
-from typing import Any
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Never, Self
 
 from distaff import metrics as metrics_lib
-from distaff.core.config.other_frameworks import ARGUMENTS, spelled
-from distaff.core.typing import Batch, Params
+from distaff.callbacks import Callback
+from distaff.callbacks.callbacks import Callbacks
+from distaff.checkpoint.weights import as_init_from
+from distaff.core.config.other_frameworks import ARGUMENTS, spelled, unknown_trainer_name
+from distaff.core.typing import Batch, Key, Params
 from distaff.data import (
     Loader,
-    as_loader,
-    closing_made,
-    first_to_train,
-    is_on_policy,
-    limited,
-    num_batches,
-    num_examples,
-    num_shapes,
-    unlimited,
 )
-from distaff.errors import LossError
-from distaff.execution import page_faults
-from distaff.execution.dispatch.calibration import rehearsed
-from distaff.execution.dispatch.dispatcher import make_steps
-from distaff.execution.dispatch.packed_metrics import WindowEnd
-from distaff.execution.dispatch.steps_per_call import Expected
-from distaff.execution.placement import owned
-from distaff.optim import build_optimizer
-from distaff.optim.gradients import check_trainable
+from distaff.errors import LossError, StateError
+from distaff.execution.timers import Ledger
+from distaff.loggers import Logger
+from distaff.loggers.given import as_loggers
+from distaff.metrics import as_json
+from distaff.metrics.monitor import Monitor, as_monitor
+from distaff.optim import OptimizerLike, build_optimizer
+from distaff.optim.given import as_optimizer
 from distaff.optim.kept import kept_state
-from distaff.run import loop, monitors
-from distaff.run.display import as_text
-from distaff.run.evaluation import Evaluator
-from distaff.run.events import ChunkEnd, Interrupted, Plan, made_of, make_plan
-from distaff.run.identity.ending import ending
-from distaff.run.recorder import recorded
-from distaff.run.result import TrainResult
+from distaff.run import loop, sanity
+from distaff.run.directory.protocol import Recording
+from distaff.run.events import make_plan
+from distaff.run.result import Best, TrainResult
+from distaff.run.run import Run
 from distaff.step.context import Context
-from distaff.step.counted import counted
-from distaff.step.guard import guarded, make_guard
-from distaff.step.logged_rates import reporting
-from distaff.step.normalise import StepFn, measured
+from distaff.step.normalise import StepFn
 from distaff.step.step import EvalFn, EvalStep
 from distaff.step.step import train_step as make_train_step
-from distaff.trainer.checked import Checked
-from distaff.trainer.hooks import Hooks, check_class
+from distaff.trainer.config import make_config
+from distaff.trainer.overrides import augmentation_of, check_class
+from distaff.trainer.predictor import Predictor
+from distaff.trainer.preparation import Preparation, recording_of
+from distaff.trainer.step_program import StepProgram
+from distaff.trainer.training import Given, Training
 
 
-class TrainerModule(Hooks, Checked):
+class TrainerModule(Predictor):
     """Trains a model: subclass it and write `loss_fn`.
 
     >>> class Regression(TrainerModule):
     ...     def loss_fn(self, params, batch, ctx):
     ...         return jnp.square(ctx.apply(params, batch["x"]) - batch["y"])
 
-    Every public method is an override point. The constructor calls `print_tabulate`,
-    `init_logger`, `create_functions`, `create_jitted_functions` and `init_model`, in this order, if
-    it is given an `example_batch`; otherwise `train_model` does, with its first batch.
+    Every public method may be overridden. The constructor calls `print_tabulate`, `init_logger`,
+    `create_functions`, `create_jitted_functions` and `init_model`, in this order, if it is given an
+    `example_batch`; otherwise `train_model` does, with its first batch.
 
     Args:
         model: a module of Flax Linen, Flax NNX or Equinox, a function that makes one, or a pair
             `(init, apply)`; see `distaff.models.as_model`.
         example_batch: a batch like those of training.
-        **options: `init_from`, see `WarmStart`; `optimizer`, `loggers` and `callbacks`, see
-            `Training`; and the options of `TrainerConfig`.
+        optimizer: an `OptimizerConfig`, an Optax transformation, or a function of the total number
+            of steps that returns one.
+        loggers: a list of your own loggers, alongside the run directory's.
+        callbacks: a list of code of your own at the six events of a run.
+        init_from: a run directory, a checkpoint folder, a `.safetensors` file or a tree of arrays,
+            which has a value for each array of the model and no other; or an `InitFrom`, which says
+            what differs. A run that is resumed has the weights of its checkpoint.
+        **options: see `TrainerConfig`.
 
     Raises:
         ConfigError: an option is unknown or out of range, or the model is no module.
     """
 
-    def __init__(self, model: Any, *, example_batch: Batch = None, **options: Any) -> None:
+    monitor: Monitor = Monitor("val/loss")
+    example_batch: Batch = None
+    train_step: StepFn
+    eval_step: EvalFn
+    _run: Run | None = None
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        example_batch: Batch = None,
+        optimizer: OptimizerLike | None = None,
+        loggers: Sequence[Logger] | None = (),
+        callbacks: Iterable[Callback] | None = (),
+        init_from: Any = None,
+        **options: Any,
+    ) -> None:
         check_class(self, TrainerModule)
         super().__init__(model, **options)
+        self.optimizer: OptimizerLike = as_optimizer(optimizer)
+        self.loggers, self.callbacks = as_loggers(loggers), Callbacks(callbacks)
+        self.init_from, self.monitor = as_init_from(init_from), as_monitor(self.monitor)
         if example_batch is not None:
-            self.tune_process(example_batch)
-            self.set_up(example_batch)
+            self._tune_process(example_batch)
+            self._set_up(example_batch)
 
-    def set_up(self, example_batch: Batch) -> None:
-        """Calls the initialising methods in their order; see the class."""
-        num_examples(example_batch)
-        self.example_batch = example_batch
-        self.print_tabulate(example_batch)
-        self.recording = self.init_logger()
-        train_step, eval_step = self.create_functions()
-        self.create_jitted_functions(train_step, eval_step)
-        super().set_up(example_batch)
+    def __getattr__(self, name: str) -> Never:
+        raise unknown_trainer_name(self, name)
+
+    def _set_up(self, example_batch: Batch) -> None:
+        Preparation(self, TrainerModule).set_up(example_batch)
 
     def loss_fn(self, params: Params, batch: Batch, ctx: Context) -> Any:
         """Returns `loss` or `(loss, metrics)` for a batch. This is the method to write.
@@ -105,6 +118,24 @@ class TrainerModule(Hooks, Checked):
             "override create_functions."
         )
 
+    def augment(self, batch: Batch, key: Key) -> Batch:
+        """Returns a batch to train on in place of one of the loader, such as a shifted picture.
+
+        The training step of `create_functions` calls it once, on the device, before the loss, also
+        where an optimizer evaluates the loss several times; of accumulated steps, each has its own
+        batch and key. Evaluation and prediction do not call it. See `distaff.augment`.
+
+        Args:
+            batch: as the loader yields it, each leaf `[batch, ...]`.
+            key: a random key, `[]`, that depends on the seed and the step alone, so that a resumed
+                run draws what an uninterrupted one does. Nothing else draws from it.
+
+        Returns:
+            A batch with the same leaves, maybe others, and as many examples. Otherwise the step
+            raises BatchError.
+        """
+        return batch
+
     def create_functions(self) -> tuple[StepFn, EvalFn]:
         """Returns the pure functions `train_step` and `eval_step`. Override it to write your own.
 
@@ -112,17 +143,26 @@ class TrainerModule(Hooks, Checked):
             `train_step(state, batch) -> (state, metrics)` and `eval_step(state, batch) -> metrics`,
             with metrics as `distaff.metrics` describes.
         """
-        train_step = make_train_step(self.loss_fn, augment=self.augmentation())
+        train_step = make_train_step(self.loss_fn, augment=augmentation_of(self, TrainerModule))
         return train_step, EvalStep(self.loss_fn)
 
     def create_jitted_functions(self, train_step: StepFn, eval_step: EvalFn) -> None:
-        """Makes programs of the pure functions; nothing compiles before its first call."""
-        self.train_step = self.execution.program(train_step, donate=0)
-        self.eval_step = self.execution.program(eval_step)
-        self._counted = counted(train_step, type(self), TrainerModule)
-        self._plain_step = measured(self._counted)
-        self._measured_step = self.execution.part(guarded(reporting(self._plain_step), self.config))
-        self._evaluator = Evaluator(eval_step, self.execution, self.evaluation_watch)
+        """Makes programs of the pure functions; nothing compiles before its first call.
+
+        What it sets as `train_step` and `eval_step` is what a run calls. Steps that another
+        program makes than these are called one by one.
+        """
+        execution = self._workspace.execution
+        self.train_step = StepProgram(train_step, execution.program(train_step, donate=0))
+        self.eval_step = StepProgram(eval_step, execution.program(eval_step))
+
+    def init_logger(self) -> Recording | Logger | list[Logger]:
+        """Returns where metrics, checkpoints and configuration go; nothing is written yet.
+
+        Override it to return a logger of your own, or a list of them: they are told of the run
+        alongside its directory.
+        """
+        return recording_of(self, self.loggers)
 
     def init_optimizer(self, total_steps: int | None) -> None:
         """Gives the state its optimizer, right before training.
@@ -136,17 +176,16 @@ class TrainerModule(Hooks, Checked):
         Raises:
             ConfigError: the optimizer does not fit the run.
         """
-        tx, self.schedule = build_optimizer(
-            self.optimizer, total_steps, steps_per_epoch=self._steps_per_epoch
+        here = self._workspace
+        tx, here.schedule = build_optimizer(
+            self.optimizer, total_steps, steps_per_epoch=here.steps_per_epoch
         )
-        state = self.evaluation_state()
-        check_trainable(state.params)
-        opt_state = self.execution.once(lambda params: tx.init(params))(state.params)
-        kept = kept_state(self.ready_state().opt_state, opt_state, self.optimizer)
+        state, ready = here.evaluation_state(), here.ready_state()
+        opt_state = here.execution.once(lambda params: tx.init(params))(state.params)
+        kept = kept_state(ready.opt_state, opt_state, self.optimizer)
         if self.config.keep_optimizer and kept is not None:
-            state, opt_state = self.ready_state(), kept
-        guard = make_guard(self.config)
-        self.state = owned(state.replace(tx=tx, opt_state=opt_state, guard=guard))
+            state, opt_state = ready, kept
+        self.state = state.replace(tx=tx, opt_state=opt_state)
 
     @spelled(ARGUMENTS)
     def train_model(
@@ -197,30 +236,8 @@ class TrainerModule(Hooks, Checked):
             after_epoch=self.epoch,
             repeat=repeat,
         )
-        test = None if test_loader is None else as_loader(test_loader, name="test")
-        made = [(train_loader, unlimited(plan.train_loader)), (test_loader, test)]
-        made += made_of(val_loader, plan)
-        test = None if test is None else limited(test, self.config.most_batches)
-        with closing_made(*made), self.listening(), closing(self.display):
-            self.begin(plan)
-            self.prepare(plan, test)
-            subject = self.identify(plan)
-            texts = {"model.txt": as_text(self.table)}
-            done = self.recording.finished(self.run_record, subject, key=key, rerun=rerun)
-            if done is not None:
-                return self.load_finished(done, made)
-            recording = recorded(self.recording, self.run_record, texts, self.outcome, subject)
-            with recording, self.watching(), self.explaining():
-                self.has_run = True
-                metrics = self._run(plan, test)
-        return self.result(metrics)
-
-    def _run(self, plan: Plan, test_loader: Loader | None) -> dict[str, Any]:
-        try:
-            _train(self, plan)
-            return self.last_metrics if self.interrupted_by else self._finish(test_loader)
-        finally:
-            self.unsaved = None
+        given = Given(plan, (train_loader, val_loader, test_loader), self.config)
+        return Training(self, TrainerModule).run(given, key=key, rerun=rerun)
 
     def train_epoch(self, train_loader: Loader, epoch: int) -> dict[str, Any]:
         """Trains on the batches of one epoch.
@@ -231,32 +248,10 @@ class TrainerModule(Hooks, Checked):
         Raises:
             NonFiniteError: the loss is NaN or infinite.
         """
-        ledger = self.ledger
-        self.begin_epoch(epoch)
-        tunes, path = self.config.tune_process, self.recording.path
-        steps = self._steps
-        state = steps.placement.state(self.ready_state())
-        self.forms = rehearsed(steps, state, self.feeds, train_loader, path, remember=tunes)
-        with closing(self.training_chunks(train_loader)) as chunks, self.around_epoch() as guard:
-            events = loop.steps(
-                steps,
-                state,
-                ledger.fetched(page_faults.watched(chunks, tunes)),
-                step=self.step,
-                stopping=lambda: self.stop_reason is not None,
-                pausing=self.pausing,
-                rows=self.tally.rows,
-                guard=guard,
-            )
-            for event in ledger.timed(events, "device"):
-                if isinstance(event, ChunkEnd):
-                    self.after_chunk(event)
-                elif isinstance(event, WindowEnd):
-                    self.after_window(event)
-                else:
-                    self.pause(event)
-        self.end_window()
-        return self.end_steps()
+        run = self._of_run()
+        for _ in loop.epoch_steps(run, train_loader):
+            pass
+        return run.end_steps()
 
     @spelled(ARGUMENTS)
     def eval_model(self, loader: Any, prefix: str = "") -> dict[str, Any]:
@@ -273,12 +268,29 @@ class TrainerModule(Hooks, Checked):
             StateError: the model has no parameters yet.
             BatchError: the loader is empty.
         """
-        with self.ledger.spent("evaluation"):
-            state, name = self.evaluation_state(), prefix.rstrip("/") or "evaluate"
-            with self.chunks(loader, name, even=self._evaluator.may_pad(state)) as chunks:
-                metrics = self._evaluator(state, chunks)
-            self.check_values(metrics, name)
+        here, run = self._workspace, self._run
+        ledger = Ledger() if run is None else run.ledger
+        with ledger.spent("evaluation"):
+            state, name = here.evaluation_state(), prefix.rstrip("/") or "evaluate"
+            watching = None if run is None else run.interruptible
+            capacity = 1 if run is None else run.recorder.capacity
+            with here.chunks(loader, name, capacity, self.tracker, watching) as chunks:
+                metrics = here.evaluator(state, chunks)
+            sanity.check_values(metrics, name, here.told, self.config)
             return metrics_lib.compute(metrics, prefix)
+
+    def is_new_model_better(
+        self, new_metrics: Mapping[str, Any], old_metrics: Mapping[str, Any] | None
+    ) -> bool:
+        """Tells whether the model just validated is better than another one, by `monitor`.
+
+        Args:
+            new_metrics: of the model just validated.
+            old_metrics: of the best one, None at first; then, if it is no better and several are
+                kept (`keep_best`), of one after the other, until it has its place.
+        """
+        old = None if old_metrics is None else self.monitor.value(old_metrics)
+        return self.monitor.better(self.monitor.value(new_metrics), old)
 
     def save_model(self, metrics: Mapping[str, Any], is_best: bool) -> None:
         """Hands the whole state to the checkpoint store, which writes in the background.
@@ -291,87 +303,119 @@ class TrainerModule(Hooks, Checked):
             NonFiniteError: a parameter is NaN or infinite; such a model is never kept.
             StateError: nothing has been trained yet.
         """
-        self.check_run()
-        self.rank(metrics, is_best)
-        self.save(self.facts(metrics, is_best))
+        checkpointer = self._of_run().checkpointer
+        checkpointer.save(checkpointer.facts(metrics, is_best))
 
-    def prepare(self, plan: Plan, test_loader: Loader | None = None) -> None:
-        """Makes all that a run needs and checks it; nothing is written.
+    def load_model(self) -> None:
+        """Loads the best checkpoint of this run, whole; the newest where none is the best.
+
+        Where none is, and the last save could not be written, the weights stay as they are.
 
         Raises:
-            DistaffError: any bad input, by its kind.
+            StateError: nothing has been trained yet.
         """
-        batch = first_to_train(plan.train_loader)
-        self.feeds.of(plan.train_loader, name="train").expect(batch)
-        if self.state is None:
-            self.set_up(batch)
-        elif self.recording.path is not None:
-            self.recording = self.init_logger()
-        steps_per_epoch = plan.steps_per_epoch or num_batches(plan.train_loader)
-        total = None if steps_per_epoch is None else steps_per_epoch * plan.num_epochs
-        self.total_steps = total
-        self._steps_per_epoch = steps_per_epoch
-        _init_optimizer(self, total, batch)
-        self._steps = make_steps(
-            self.execution,
-            self._measured_step,
-            (self.evaluation_state(), batch),  # of the same form as the state that is trained
-            self.config.one_by_one() if is_on_policy(plan.train_loader) else self.config,
-            Expected(steps_per_epoch, total, num_shapes(plan.train_loader)),
-            watched=self.callbacks.watches_steps,
-            watch=self.make_watch(),
-        )
-        self.forms, self._steps.ledger = self._steps.forms, self.ledger
-        self._first_batches["train"] = batch
-        self.check_training(batch)
-        found = {n: self.check_evaluation(v, n) for n, v in plan.val_loaders.items()}
-        monitors.check(self, TrainerModule, found)
-        if test_loader is not None:
-            self.check_evaluation(test_loader, "test")
+        self._of_run().checkpointer.load_best()
 
-    def _finish(self, test_loader: Loader | None) -> dict[str, Any]:
-        """Keeps the last state where no epoch's end has, loads the best, and tests it."""
-        self.unsaved = None
-        store = self.recording.store
-        store.wait()
-        if store.latest() != self.step:
-            self.save_model({}, is_best=False)
-        self.load_model()
-        best = self.best_metrics or {}
-        metrics = {**self.last_metrics, **{n: x for n, x in best.items() if n[:6] != "train/"}}
-        if test_loader is not None:
-            test_metrics = self.eval_model(test_loader, "test/")
-            self.save_metrics("test", test_metrics)
-            self.recording.logger.log_metrics(test_metrics, step=self.step, epoch=self.epoch)
-            metrics.update(test_metrics)
-        self.last_metrics = metrics
-        self.show_result(metrics)
-        return metrics
+    def save_metrics(self, name: str, metrics: Mapping[str, Any]) -> None:
+        """Writes metrics to `metrics/<name>.json` in the run directory.
 
+        Raises:
+            StateError: nothing has been trained yet.
+        """
+        self._of_run().recorder.recording.save_metrics(name, as_json(metrics))
 
-def _init_optimizer(trainer: TrainerModule, total_steps: int | None, batch: Batch) -> None:
-    """Initialises the optimizer, for as many updates as the steps of the run make."""
-    trainer.init_optimizer(total_steps)
-    count = trainer._updates_per_step = trainer._counted.count(trainer.ready_state(), batch)
-    if count > 1:
-        if total_steps is not None and trainer._steps_per_epoch is not None:
-            total_steps *= count
-            trainer._steps_per_epoch *= count
-        trainer.init_optimizer(total_steps)
+    def _of_run(self) -> Run:
+        """Returns the run, whose files can be written and read.
 
+        Raises:
+            StateError: nothing has been trained yet.
+        """
+        if self._run is None or not self._run.recorder.has_begun:
+            raise StateError(
+                "Checkpoints and metrics are files of a run, and this trainer has trained none "
+                "yet. Call train_model first; for the weights of another run, use "
+                "load_from_checkpoint."
+            )
+        return self._run
 
-def _train(trainer: TrainerModule, plan: Plan) -> None:
-    """Trains to an end of whatever kind, and tells callbacks of it."""
-    try:
-        try:
-            for event, info in loop.epochs(trainer, plan):
-                trainer.emit(event, info)
-        except Interrupted as reason:
-            trainer.end_early(reason)
-    except BaseException as error:
-        facts = ending(error)
-        info = trainer.info(trainer.last_metrics)
-        trainer.callbacks.end(info, facts["status"], facts["reason"], error)
-        raise
-    status, reason, *_ = trainer.result(trainer.last_metrics)
-    trainer.callbacks.end(trainer.info(trainer.last_metrics), status, reason)
+    def check_batch(self, batch: Batch, name: str) -> None:
+        """Looks at the first batch of a loader, once and on the host. Override it to check more.
+
+        Args:
+            batch: a pytree of arrays `[batch, ...]`.
+            name: of the loader: `"train"`, `"val"` or `"test"`.
+
+        Raises:
+            BatchError: an input is NaN or infinite, under `on_bad_input="raise"`. A run that goes
+                on after bad steps (`on_bad_numbers`) takes them as they come.
+        """
+        sanity.inspect(batch, name, self.config, self.sample_weight(batch))
+
+    def sample_weight(self, batch: Batch) -> Any:
+        """Returns the weights of a batch that the loss uses, `[batch, ...]`; None without.
+
+        What has the weight 0 may hold NaN. Override it where your loss uses weights.
+        """
+        return None
+
+    def variant(self, **changes: Any) -> Self:
+        """Returns a trainer like this one that differs in some options, and is not initialised.
+
+        Attributes of your own class are shared.
+
+        Args:
+            **changes: options, or other arguments of the constructor: `optimizer`, `loggers`,
+                `callbacks`, `init_from`.
+
+        Raises:
+            ConfigError: one is unknown or out of range.
+        """
+        given: dict[str, Any] = {
+            "optimizer": as_optimizer,
+            "loggers": as_loggers,
+            "callbacks": Callbacks,
+            "init_from": as_init_from,
+        }
+        arguments = {name: changes.pop(name) for name in given if name in changes}
+        options = {**vars(self.config), **changes}
+        other = copy.copy(self)
+        other.config = make_config(type(self.config), options, type(self))
+        vars(other).update({name: given[name](value) for name, value in arguments.items()})
+        other._workspace, other._run, other.example_batch = other._new_workspace(), None, None
+        return other
+
+    @property
+    def last_run(self) -> Run:
+        """The run of the current `train_model`, or of the last one.
+
+        Raises:
+            StateError: nothing has been trained yet.
+        """
+        return self._of_run()
+
+    @property
+    def best(self) -> Best | None:
+        """The best model of the last run; None before the first."""
+        return None if self._run is None else self._run.state.best
+
+    @property
+    def best_metrics(self) -> dict[str, Any] | None:
+        """Validation metrics of the best model; None before the first."""
+        return None if self.best is None else self.best.metrics
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Why a callback wants the run to end; None while none does."""
+        return self.callbacks.stop_reason
+
+    def on_training_start(self) -> None:
+        """Called before the first step."""
+
+    def on_training_epoch_end(self, epoch: int, metrics: dict[str, Any]) -> None:
+        """Called after each training epoch; what is added to `metrics` is logged."""
+
+    def on_validation_epoch_end(self, epoch: int, metrics: dict[str, Any], val_loader: Any) -> None:
+        """Called after each validation; what is added to `metrics` is logged, or monitored.
+
+        Several validation loaders come as a dict.
+        """

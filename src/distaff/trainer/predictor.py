@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
@@ -10,23 +10,21 @@ from typing import Any, ClassVar, Self, TypeVar
 import jax
 
 from distaff import checkpoint
-from distaff.checkpoint import Located, Store
+from distaff.checkpoint import Located
 from distaff.checkpoint.record import example_from
-from distaff.checkpoint.weights import EVALUATION_PARAMS
+from distaff.checkpoint.weights import export_weights
 from distaff.checkpoint.weights.names import as_variables
 from distaff.core.seeds import folded
 from distaff.core.typing import Batch, Key, Params, PyTree
-from distaff.data import OfTraining, as_loader, entry, num_batches
-from distaff.errors import CheckpointError, StateError
+from distaff.data import as_loader, entry, num_batches
+from distaff.data.on_policy import check_reader
+from distaff.errors import CheckpointError
 from distaff.execution import allocator, compile_cache
-from distaff.execution.execution import Compiled, Eager, Execution
-from distaff.execution.feed.feeds import Feeds
-from distaff.execution.placement import like
-from distaff.models import Variables, as_model
-from distaff.optim import evaluation_params, has_evaluation_params
-from distaff.run.display import Display, make_display
+from distaff.models import LoraModel, Variables, as_model
+from distaff.run.display import make_display
 from distaff.run.display.model_table import model_table
 from distaff.run.evaluation import predict
+from distaff.run.workspace import Workspace
 from distaff.step.context import Context
 from distaff.step.state import TrainState
 from distaff.trainer.config import TrainerConfig, make_config
@@ -49,8 +47,6 @@ class Predictor:
 
     Config: ClassVar[type[TrainerConfig]] = TrainerConfig
     state_class: ClassVar[type[TrainState]] = TrainState
-    state = OfTraining[TrainState | None]()
-    step = OfTraining[int]()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Notes how the constructor is called, which a run records; see `constructor`."""
@@ -62,28 +58,41 @@ class Predictor:
         self._made_by = self._made_by and self._made_by.with_model(model)
         self.config = make_config(self.Config, options, type(self))
         self.model = as_model(model)
-        self.display: Display = make_display(self.config.enable_progress_bar)
         if self.config.tune_process:
             compile_cache.enable()
-        self.execution: Execution = Eager() if self.config.debug else Compiled()
-        self.feeds = Feeds(self.execution.placement)
-        self.state = None
-        self.step, self.epoch = 0, 0
+        self._workspace = self._new_workspace()
 
+    def _new_workspace(self) -> Workspace:
         def predict_step(state: TrainState, batch: Batch) -> PyTree:
             return self.predict_fn(state.params, batch, Context(state, train=False))
 
-        self._predict_step = self.execution.program(predict_step)
-        # A function of this trainer alone: a program lives as long as the function it is made of.
-        self._evaluation_params = self.execution.program(
-            lambda opt_state, params: evaluation_params(opt_state, params)
-        )
+        return Workspace(self.config, make_display(self.config.enable_progress_bar), predict_step)
 
-    def set_up(self, example_batch: Batch) -> None:
+    @property
+    def state(self) -> TrainState | None:
+        """The state: parameters, optimizer, random key; None before the model is initialised."""
+        return self._workspace.state
+
+    @state.setter
+    def state(self, state: TrainState | None) -> None:
+        self._workspace.state = state
+
+    @property
+    def step(self) -> int:
+        """Completed optimizer updates of the state."""
+        check_reader(is_there=True)
+        return self._workspace.step
+
+    @property
+    def epoch(self) -> int:
+        """Completed epochs of the state, or the one that is trained."""
+        return self._workspace.epoch
+
+    def _set_up(self, example_batch: Batch) -> None:
         """Calls the initialising methods in their order."""
         self.init_model(example_batch)
 
-    def tune_process(self, example_batch: Batch) -> None:
+    def _tune_process(self, example_batch: Batch) -> None:
         """Tunes the process for what the model needs; called before JAX makes its first array.
 
         Args:
@@ -113,12 +122,12 @@ class Predictor:
             rows = self.model.layers(key, *self.model_inputs(example_batch))
         except Exception:  # It has other inputs, or computes on the host: `run_model_init` decides.
             rows = rows_of(self._initial(example_batch, jax.random.key(0)), kind)
-        self.table = model_table(rows, kind, depth=self.config.table_depth)
-        self.display.print(self.table)
+        self._workspace.table = model_table(rows, kind, depth=self.config.table_depth)
+        self._workspace.display.print(self._workspace.table)
 
     def init_model(self, example_batch: Batch) -> None:
         """Makes the state before training: variables and root key, no optimizer yet."""
-        init_key, root_key = self.execution.once(_two_keys)(folded(self.config.seed))
+        init_key, root_key = self._workspace.execution.once(_two_keys)(folded(self.config.seed))
         variables = self._initial(example_batch, init_key)
         self.state = self.state_class.create(
             apply_fn=self.model.apply_fn, rng=root_key, **variables._asdict()
@@ -145,7 +154,7 @@ class Predictor:
         def init(key: Key, batch: Batch) -> Variables:
             return self.model.init(key, *self.model_inputs(batch))
 
-        return on_host(init, self.execution.once(init), key, example_batch)
+        return on_host(init, self._workspace.execution.once(init), key, example_batch)
 
     def model_inputs(self, batch: Batch) -> tuple[Any, ...]:
         """Returns what of a batch the model is called with. Override it for other batches.
@@ -191,7 +200,8 @@ class Predictor:
             BatchError: the loader is empty, or an output has no batch axis.
         """
         batches = self._pass(loader, "predict")
-        return predict(self._predict_step, self.evaluation_state(), batches, self.execution)
+        here = self._workspace
+        return predict(here.predict_step, self.evaluation_state(), batches, here.execution)
 
     def bind_model(self) -> Any:
         """Returns the model with its variables inside, in the form of its kind.
@@ -216,7 +226,7 @@ class Predictor:
             description: what is done, such as `"val"`.
             total: number of items, where it is known.
         """
-        return self.display.track(iterable, description, total)
+        return self._workspace.display.track(iterable, description, total)
 
     @classmethod
     def load_from_checkpoint(
@@ -253,9 +263,10 @@ class Predictor:
             recorded = {**recorded_options(cls.Config, record), "enable_progress_bar": False}
         trainer = made_again(cls, record, model, recorded, options)
         if not trainer.config.enable_progress_bar or "enable_progress_bar" not in options:
-            trainer.display = make_display(False)  # whatever a constructor of its own asks for
+            # Whatever a constructor of its own asks for.
+            trainer._workspace.display = make_display(False)
         with _explained(file):
-            trainer.set_up(example_batch)
+            trainer._set_up(example_batch)
         _load(trainer, found, record if is_recorded else None, file)
         return trainer
 
@@ -271,41 +282,32 @@ class Predictor:
             CheckpointError: nothing whole is there, or it is of another model.
         """
         found = checkpoint.located(path)
-        self.restore(found.store, found.step, _trained(self.ready_state()))
+        here = self._workspace
+        here.restore(found.store, found.step, _trained(here.ready_state()))
 
-    def restore(self, store: Store, step: int, members: Iterable[str]) -> None:
-        """Replaces members of the state by those of a checkpoint.
+    def export_weights(
+        self, path: str | Path, *, only: str | Sequence[str] = "*", merge: bool = True
+    ) -> Path:
+        """Writes the model's arrays as a safetensors file; see `distaff.export_weights`.
 
         Args:
-            store: where the checkpoint is.
-            step: which one.
-            members: names of the state's members. Without `opt_state` among them, `params` are
-                those that the optimizer evaluates with.
+            path: the file, which ends in `.safetensors`.
+            only: shell patterns for the names to write.
+            merge: whether the kernels of a `Lora` get their updates, so that the file is of an
+                ordinary model; else its base and the updates are apart:
+                `only=("*/lora_a", "*/lora_b")` for the updates alone.
+
+        Returns:
+            The absolute path of the file.
 
         Raises:
-            CheckpointError: it cannot be read, or is of another model.
+            StateError: the model has no parameters yet.
+            CheckpointError: the file cannot be written.
         """
-        state, info = self.ready_state(), store.info(step)
-        saved_as = {name: name for name in members}
-        if {"params", "opt_state"} & saved_as.keys() == {"params"} and info.get(EVALUATION_PARAMS):
-            saved_as["params"] = EVALUATION_PARAMS
-        wanted = {saved: getattr(state, name) for name, saved in saved_as.items()}
-        loaded = like(store.load(step, wanted), wanted)
-        self.state = state.replace(**{name: loaded[saved] for name, saved in saved_as.items()})
-        self.step, self.epoch = step, info.get("epoch", 0)
-
-    def ready_state(self) -> TrainState:
-        """Returns the state.
-
-        Raises:
-            StateError: there is none yet.
-        """
-        if self.state is None:
-            raise StateError(
-                "The model has no parameters yet. Call train_model first, give the trainer an "
-                "example_batch, or use load_from_checkpoint."
-            )
-        return self.state
+        variables = as_variables(self.evaluation_state())
+        if merge and isinstance(self.model, LoraModel):
+            variables = self.model.merged(variables)
+        return export_weights(path, variables, only=only)
 
     def evaluation_state(self) -> TrainState:
         """Returns the state with the parameters to evaluate with; see `optim.evaluation_params`.
@@ -316,15 +318,13 @@ class Predictor:
         Raises:
             StateError: there is none yet.
         """
-        state = self.ready_state()
-        if not has_evaluation_params(state.opt_state):
-            return state
-        return state.replace(params=self._evaluation_params(state.opt_state, state.params))
+        return self._workspace.evaluation_state()
 
     def _pass(self, loader: Any, name: str) -> Iterator[Batch]:
         """Goes once through the examples of a loader, in their order, with its progress shown."""
-        with self.feeds.one_pass(as_loader(loader, name=name), name) as view:
-            total, batches = num_batches(view), self.feeds.batches(view, name)
+        feeds = self._workspace.feeds
+        with feeds.one_pass(as_loader(loader, name=name), name) as view:
+            total, batches = num_batches(view), feeds.batches(view, name)
             yield from self.tracker(batches, description=name, total=total)
 
 
@@ -337,15 +337,16 @@ def _load(trainer: Predictor, found: Located, record: Mapping[str, Any] | None, 
         record: of the run, whose batch it was set up for; None for a batch that was passed.
         file: the record's.
     """
+    here = trainer._workspace
     try:
-        trainer.restore(found.store, found.step, _trained(trainer.ready_state()))
+        here.restore(found.store, found.step, _trained(here.ready_state()))
     except CheckpointError:
-        if record is None or not trainer.ready_state().collections:
+        if record is None or not here.ready_state().collections:
             raise
         # A variable may have the size of the batch, such as the carry of an RNN.
         with _explained(file):
-            trainer.set_up(example_from(record["example_batch"], whole=True))
-        trainer.restore(found.store, found.step, _trained(trainer.ready_state()))
+            trainer._set_up(example_from(record["example_batch"], whole=True))
+        here.restore(found.store, found.step, _trained(here.ready_state()))
 
 
 def _two_keys(seed: Any) -> tuple[Key, Key]:

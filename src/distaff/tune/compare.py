@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from distaff import metrics as metrics_lib
-from distaff.callbacks import Callback, Callbacks, StepInfo
+from distaff.callbacks import Callback, StepInfo
 from distaff.core.config.checks import whole
 from distaff.core.warnings import warn
 from distaff.data import as_loader, first_batch, num_batches
@@ -22,8 +22,9 @@ from distaff.errors import ConfigError, MetricError, NonFiniteError, nearest
 from distaff.execution import compile_cache
 from distaff.metrics.monitor import Monitor, as_monitor
 from distaff.optim import OptimizerLike, build_optimizer, geometry, observed
-from distaff.run.display import NullDisplay, make_display
+from distaff.run.display import make_display
 from distaff.trainer.module import TrainerModule
+from distaff.trainer.trials import as_trial, path_of, watch
 from distaff.tune.comparison import Comparison, OptimizerResult, OptimizerRun
 
 Rate: TypeAlias = float | None
@@ -166,8 +167,8 @@ class _Contest:
         """Trains once; returns the run and the best value of the monitored metric."""
         trainer = self.trainer(optimizer, seed)
         watcher = _Watcher(self.monitor)
-        trainer.callbacks = Callbacks([*trainer.callbacks.callbacks, watcher])
-        display, trainer.display = make_display(trainer.config.enable_progress_bar), NullDisplay()
+        watch(trainer, [watcher])
+        display = make_display(trainer.config.enable_progress_bar)
         train_loader, val_loader, test_loader = self.loaders(seed)
         metrics: dict[str, float] = {}
         start, diverged = time.perf_counter(), False
@@ -201,7 +202,7 @@ class _Contest:
             steps_per_epoch=watcher.steps_per_epoch,
             metrics=metrics,
             diverged=diverged,
-            path=trainer.recording.path,
+            path=path_of(trainer),
         )
         return run, value
 
@@ -222,11 +223,7 @@ class _Contest:
                 f"{trainer.optimizer!r}. Hand it on: Classifier(model, optimizer=optimizer, "
                 "seed=seed)."
             )
-        trainer.config = dataclasses.replace(trainer.config, resume="never")
-        trainer.explains = False
-        if trainer.state is not None:  # its recording was made with what it had been given
-            trainer.recording = trainer.init_logger()
-        return trainer
+        return as_trial(trainer, seed=seed)
 
 
 def _rates(

@@ -7,15 +7,16 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from distaff.callbacks import Callback, Callbacks, StepInfo, StopTraining
+from distaff.callbacks import Callback, StepInfo, StopTraining
 from distaff.data import as_loader, first_batch
 from distaff.errors import ConfigError, NonFiniteError
 from distaff.metrics import as_json
 from distaff.metrics.monitor import Monitor
 from distaff.run.directory.run_directory import RunDirectory
-from distaff.run.display import NullDisplay
 from distaff.run.events import make_plan
+from distaff.trainer import trials
 from distaff.trainer.module import TrainerModule
+from distaff.trainer.trials import as_trial, path_of, watch
 from distaff.tune.search import Suggestion, Trial
 
 
@@ -56,12 +57,7 @@ class Task:
             raise ConfigError(
                 "Trials are run directories, and make_trainer's trainer has root=None. Set a root."
             )
-        seed = trainer.config.seed + seed_offset
-        # A trial that was given up is not gone on with by the next one.
-        trainer.config = dataclasses.replace(trainer.config, seed=seed, resume="never")
-        trainer.explains = False
-        trainer.display = NullDisplay()
-        return trainer
+        return as_trial(trainer, seed=trainer.config.seed + seed_offset)
 
     def loaders(self, config: Any) -> tuple[Any, Any, Any]:
         """Returns `(train, val, test)`.
@@ -87,15 +83,14 @@ class Task:
         """
         trainer = self.trainer(config)
         train, val, _ = self.loaders(config)
-        trainer.prepare(
-            make_plan(
-                train,
-                val,
-                num_epochs=self.num_epochs,
-                steps_per_epoch=self.steps_per_epoch,
-                options=trainer.config,
-            )
+        plan = make_plan(
+            train,
+            val,
+            num_epochs=self.num_epochs,
+            steps_per_epoch=self.steps_per_epoch,
+            options=trainer.config,
         )
+        trials.check(trainer, plan)
         self.trainer(config)  # refuses the same trainer again
         if self.loaders(config)[0] is train:
             raise ConfigError(
@@ -120,7 +115,7 @@ class Task:
         trainer = self.trainer(config, suggestion.number)
         train, val, _ = self.loaders(config)
         reporting = Reporting(suggestion, trainer.monitor, self.num_epochs)
-        trainer.callbacks = Callbacks([*trainer.callbacks.callbacks, reporting])
+        watch(trainer, [reporting])
         suggestion.note(seed=trainer.config.seed)
         epochs, steps = self.num_epochs, self.steps_per_epoch
         try:
@@ -129,8 +124,8 @@ class Task:
             suggestion.note(reason=str(error))
             return "failed", None
         finally:
-            if trainer.recording.path is not None:
-                suggestion.note(path=str(trainer.recording.path))
+            if (path := path_of(trainer)) is not None:
+                suggestion.note(path=str(path))
         if result.reason == "Ctrl-C":
             raise KeyboardInterrupt
         value = None if result.best is None else trainer.monitor.value(result.best.metrics)
@@ -149,7 +144,7 @@ class Task:
         if test is None or trial.path is None:
             return {}
         trainer = self.trainer(config, trial.number)
-        trainer.set_up(first_batch(as_loader(train, name="train"), name="train"))
+        trials.set_up(trainer, first_batch(as_loader(train, name="train"), name="train"))
         trainer.load_weights(trial.path)
         metrics = as_json(trainer.eval_model(test, "test/"))
         RunDirectory.open(trial.path).write_json("metrics/test.json", metrics)

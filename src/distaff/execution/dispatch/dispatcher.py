@@ -12,6 +12,7 @@ import numpy as np
 
 from distaff.core.config.options import at_least, check_choice, option
 from distaff.core.typing import Batch, PyTree
+from distaff.data import num_examples
 from distaff.errors import ConfigError, MetricError
 from distaff.execution.compile.recompiles import Watch
 from distaff.execution.dispatch.packed_metrics import Columns, Strip, blank
@@ -22,7 +23,7 @@ from distaff.execution.flops import Flops, flops_of
 from distaff.execution.placement import Placement
 from distaff.execution.timers import Ledger
 from distaff.metrics import Metric, results
-from distaff.step.normalise import StepFn
+from distaff.step.normalise import StepFn, accumulating
 from distaff.step.state import TrainState
 
 
@@ -77,6 +78,7 @@ def make_steps(
     *,
     watched: bool,
     watch: Watch | None = None,
+    own_step: StepFn | None = None,
 ) -> Steps:
     """Makes what runs the steps of a run; the step is traced, nothing is compiled.
 
@@ -88,6 +90,8 @@ def make_steps(
         expected: what is known of the run's batches.
         watched: whether the metrics of every step are wanted.
         watch: watches what compiles.
+        own_step: a program of the user's own, `(state, batch) -> (state, metrics)`, which is called
+            as it is in the place of `step`; None for a program that is made of `step`.
     """
     _, metrics = execution.shapes(step, *example)
     for metric in metrics.values():
@@ -113,6 +117,7 @@ def make_steps(
     )
     watch.expect(num_shapes=expected.num_shapes)
     steps.example = jax.eval_shape(lambda *each: each, *example)
+    steps.own_step = own_step
     return steps
 
 
@@ -135,6 +140,26 @@ def single(step: StepFn, columns: Columns, *, watched: bool) -> Callable[..., An
         state, metrics = step(state, source.batch(0))
         table = jnp.concatenate([table[1:], columns.row(metrics)[None]])
         return state, table, metrics if watched else {}
+
+    return program
+
+
+def appending(columns: Columns) -> Callable[..., Any]:
+    """Makes a program that adds the metrics of a step of the user's own to a table.
+
+    Args:
+        columns: of the metrics of a step.
+
+    Returns:
+        `(table, metrics, examples) -> (table, metrics)`: the metrics, in accumulating form, become
+        the last row of the table; `examples` is any array of their number.
+    """
+
+    def program(
+        table: jax.Array, metrics: Mapping[str, Any], examples: jax.Array
+    ) -> tuple[jax.Array, dict[str, Metric]]:
+        measured = accumulating(metrics, len(examples))
+        return jnp.concatenate([table[1:], columns.row(measured)[None]]), measured
 
     return program
 
@@ -188,6 +213,7 @@ class Steps:
     """
 
     example: tuple[TrainState, Batch] | None = None
+    own_step: StepFn | None = None
 
     def __init__(
         self,
@@ -212,6 +238,7 @@ class Steps:
         loop = fused(step, self.columns, kept)
         many = execution.program(loop, donate=0)
         full = execution.program(lambda *each: loop(*each, each[1].capacity), donate=0)
+        self._append = execution.program(appending(self.columns))
         self._single = watch.over(self._one, "the step", ("state", "table", "source"))
         self._fused = watch.over(many, "the fused steps", ("state", "source", "num_steps"))
         self._full = watch.over(full, "the fused steps of a full chunk", ("state", "source"))
@@ -257,7 +284,12 @@ class Steps:
         is_full = strip.num_rows in (0, len(strip.table))
         if is_full or not strip.at_end or step % self.log_every == 0:
             strip = self.blank._replace(first=step)
-        state, table, measured = self._single(state, strip.table, chunk.source)
+        if self.own_step is None:
+            state, table, measured = self._single(state, strip.table, chunk.source)
+        else:
+            batch = chunk.source.batch(0)
+            state, found = self.own_step(state, batch)
+            table, measured = self._append(strip.table, found, np.empty(num_examples(batch), bool))
         strip = Strip(strip.first, strip.num_rows + 1, table, True)
         return state, strip, [measured] * self._watched
 

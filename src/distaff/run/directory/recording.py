@@ -15,12 +15,12 @@ from distaff.core.config.options import at_least, one_of, option, or_none
 from distaff.core.config.options import path as checked_path
 from distaff.loggers import Logger, TolerantLogger
 from distaff.run.directory.outlets import Outlets
+from distaff.run.directory.protocol import Found, NullRecording, Recording
 from distaff.run.directory.run_directory import RunDirectory
 from distaff.run.events import PlanOptions
 from distaff.run.identity.candidates import Candidate
 from distaff.run.identity.identity import Subject
 from distaff.run.identity.takeover import ResumeOptions, Takeover
-from distaff.run.recorder import Found, NullRecording, Recording
 
 _log = logging.getLogger("distaff")
 

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from distaff.execution.dispatch.packed_metrics import Columns, Readout, Strip, WindowEnd
 from distaff.metrics import Mean, merge
-from distaff.run.events import Pause
-from distaff.run.tally import Tally
+from distaff.run.run_state import EpochProgress
 
 METRICS = {"loss": Mean(jnp.float32(0), jnp.float32(0))}
 COLUMNS = Columns(METRICS)
@@ -28,11 +27,14 @@ def rows_of(values: list[float]) -> np.ndarray:
 
 @given(st.lists(FLOATS, max_size=5), st.none() | st.floats(), st.integers(0, 9))
 def test_tally_keeps_its_bits_through_json(values: list[float], total: Any, steps: int) -> None:
-    tally = Tally(3, steps, False)
-    tally.pause(Pause(7, rows_of(values)))
+    tally = EpochProgress(3, steps, False, rows=rows_of(values))
     if total is not None:
-        tally.add(WindowEnd(5, {"loss": Mean(np.float64(total), np.float64(2))}, None))
-    again = Tally.from_json(json.loads(json.dumps(tally.to_json(), allow_nan=False)), COLUMNS)
+        tally = tally.with_window(
+            WindowEnd(5, {"loss": Mean(np.float64(total), np.float64(2))}, None)
+        )
+    again = EpochProgress.from_json(
+        json.loads(json.dumps(tally.to_json(), allow_nan=False)), COLUMNS
+    )
     assert (again.epoch, again.steps, again.is_trained) == (3, steps, False)
     np.testing.assert_array_equal(again.rows, tally.rows)
     assert (again.total is None) == (tally.total is None)
@@ -54,7 +56,7 @@ def test_tally_keeps_its_bits_through_json(values: list[float], total: Any, step
 )
 def test_tally_that_is_none_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises((KeyError, TypeError, ValueError)):
-        Tally.from_json({**Tally(1).to_json(), **change}, COLUMNS)
+        EpochProgress.from_json({**EpochProgress(1).to_json(), **change}, COLUMNS)
 
 
 def windows(values: list[float], start: int, every: int, pauses: set[int]) -> list[Any]:

@@ -1,0 +1,180 @@
+"""RunState: where a run stands, one value; all of a run that is not an array."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from distaff import metrics as metrics_lib
+from distaff.execution.dispatch.packed_metrics import Columns, WindowEnd
+from distaff.execution.feed.skipped import Stretch
+from distaff.metrics import Metric, as_json, as_numbers
+from distaff.run.ranking import best_from_json, best_json, kept
+from distaff.run.result import Best
+
+
+class EpochProgress(NamedTuple):
+    """What the steps of one epoch have given so far.
+
+    Attributes:
+        epoch: counted from 1; 0 before the first.
+        steps: completed steps of the epoch.
+        is_trained: whether these are all.
+        total: their metrics, but for those of `rows`; on the host; None before the first window.
+        rows: of steps whose window was not full at a pause, uint32 `[rows, width]`.
+    """
+
+    epoch: int = 0
+    steps: int = 0
+    is_trained: bool = False
+    total: dict[str, Metric] | None = None
+    rows: np.ndarray | None = None
+
+    def with_window(self, window: WindowEnd) -> EpochProgress:
+        """Returns it with the metrics of a window."""
+        total = self.total
+        total = metrics_lib.merge(total, window.metrics) if total else window.metrics
+        return self._replace(total=total)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns it as strict JSON; numbers keep their bits."""
+        total = None if self.total is None else [_packed(x) for x in jax.tree.leaves(self.total)]
+        rows = None if self.rows is None else _packed(self.rows)
+        place = {"epoch": self.epoch, "steps": self.steps, "is_trained": self.is_trained}
+        return {**place, "total": total, "rows": rows}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], columns: Columns) -> EpochProgress:
+        """Returns what `to_json` was made of.
+
+        Args:
+            value: what it returned.
+            columns: of the metrics of a step.
+
+        Raises:
+            ValueError, TypeError, KeyError: it is something else.
+        """
+        try:
+            total, rows = _metrics(value, columns)
+        except ValueError:  # the run may have had another policy for bad steps
+            before = columns.unlike()
+            total, rows = _metrics(value, before)
+            rows = None if rows is None else columns.translated(rows, before)
+            total = total and columns.completed(total)
+        return cls(int(value["epoch"]), int(value["steps"]), bool(value["is_trained"]), total, rows)
+
+
+class RunState(NamedTuple):
+    """Where a run stands.
+
+    Attributes:
+        step: completed optimizer updates.
+        epoch: the epoch of the last one.
+        first_step: completed updates when this call of `train_model` began to train.
+        begun_at: step and epoch where the run began, in whatever process.
+        in_epoch: what the epoch that is trained has given so far.
+        best_models: the best first, each with a checkpoint.
+        last_metrics: of the last epoch that ended.
+        left_out: batches that are skipped after a rollback.
+        num_skipped: steps that were skipped.
+        interrupted_by: why the run ended before its time; empty otherwise.
+    """
+
+    step: int
+    epoch: int
+    first_step: int
+    begun_at: tuple[int, int]
+    in_epoch: EpochProgress = EpochProgress()
+    best_models: tuple[Best, ...] = ()
+    last_metrics: Mapping[str, Any] = {}
+    left_out: tuple[Stretch, ...] = ()
+    num_skipped: int = 0
+    interrupted_by: str = ""
+
+    @classmethod
+    def beginning(cls, step: int, epoch: int) -> RunState:
+        """Returns the state of a run that begins after some steps and epochs."""
+        return cls(step, epoch, step, (step, epoch), EpochProgress(epoch + 1))
+
+    @property
+    def best(self) -> Best | None:
+        """The best model so far; None before the first."""
+        return self.best_models[0] if self.best_models else None
+
+    def to_json(self, *, ended: int | None) -> dict[str, Any]:
+        """Returns as strict JSON what a checkpoint keeps of it.
+
+        Args:
+            ended: the epoch that has ended, whose metrics are in the log; None within an epoch.
+        """
+        in_epoch = self.in_epoch if ended is None else EpochProgress(ended)
+        return {
+            "best_steps": [model.step for model in self.best_models],
+            "best_models": [best_json(model) for model in self.best_models],
+            "tally": in_epoch.to_json(),
+            "last_metrics": as_json(self.last_metrics),
+            "begun_at": list(self.begun_at),
+            "left_out": [list(stretch) for stretch in self.left_out],
+            "num_skipped": self.num_skipped,
+        }
+
+    def from_json(
+        self, value: Mapping[str, Any], columns: Columns, steps: Collection[int], keep_best: int
+    ) -> RunState:
+        """Returns what a checkpoint has kept, in a run that may have more options than that.
+
+        Args:
+            value: the facts of the checkpoint.
+            columns: of the metrics of a step.
+            steps: the checkpoints that are there: a best model without one cannot be loaded.
+            keep_best: how many of the best models are kept.
+
+        Raises:
+            ValueError, TypeError, KeyError: it is something else.
+        """
+        is_end = value["is_best"] is not None
+        done = {"total": None, "rows": None} if is_end else {}
+        in_epoch = EpochProgress.from_json({**value["tally"], **done}, columns)
+        first_step, first_epoch = value["begun_at"]
+        return self._replace(
+            in_epoch=EpochProgress(in_epoch.epoch + 1) if is_end else in_epoch,
+            num_skipped=int(value.get("num_skipped", 0)),
+            left_out=tuple(Stretch(*map(int, each)) for each in value.get("left_out", ())),
+            begun_at=(int(first_step), int(first_epoch)),
+        ).with_results(value, steps, keep_best)
+
+    def with_results(
+        self, value: Mapping[str, Any], steps: Collection[int], keep_best: int
+    ) -> RunState:
+        """Returns it with the best models and the last metrics of a checkpoint; see `from_json`."""
+        there = [model for model in best_from_json(value) if model.step in steps]
+        last_metrics = dict(as_numbers(value["last_metrics"]))
+        return self._replace(best_models=kept(there, keep_best), last_metrics=last_metrics)
+
+
+def _metrics(
+    value: Mapping[str, Any], columns: Columns
+) -> tuple[dict[str, Metric] | None, np.ndarray | None]:
+    total, rows = value["total"], value["rows"]
+    rows = None if rows is None else _unpacked(rows)
+    if rows is not None and (rows.dtype, rows.shape[1:]) != (np.uint32, (columns.width,)):
+        raise ValueError(f"a step has {columns.width} numbers, not {rows.shape[1:]}")
+    return None if total is None else columns.like([_unpacked(leaf) for leaf in total]), rows
+
+
+def _packed(array: Any) -> dict[str, Any]:
+    array = np.asarray(array)
+    bits = base64.b64encode(array.tobytes()).decode()
+    return {"dtype": array.dtype.str, "shape": list(array.shape), "bits": bits}
+
+
+def _unpacked(value: Mapping[str, Any]) -> np.ndarray:
+    dtype = np.dtype(value["dtype"])
+    if dtype.hasobject:
+        raise ValueError(f"an array of numbers is not of {dtype}")
+    bits = base64.b64decode(value["bits"], validate=True)
+    return np.frombuffer(bits, dtype).reshape(value["shape"])

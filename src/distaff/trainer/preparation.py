@@ -1,0 +1,256 @@
+"""Preparation: what a run needs before its first step is made and checked; nothing is written."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from distaff.checkpoint.record import make_record
+from distaff.checkpoint.weights import loaded
+from distaff.checkpoint.weights.names import as_variables
+from distaff.core.typing import Batch
+from distaff.data import (
+    Loader,
+    first_to_train,
+    is_on_policy,
+    num_batches,
+    num_examples,
+    num_shapes,
+)
+from distaff.errors import ConfigError, DistaffError
+from distaff.execution.dispatch.dispatcher import make_steps
+from distaff.execution.dispatch.steps_per_call import Expected
+from distaff.execution.placement import owned
+from distaff.loggers.given import as_loggers, is_logger
+from distaff.metrics.monitor import as_monitor
+from distaff.optim.gradients import check_trainable
+from distaff.run.directory.protocol import Recording
+from distaff.run.directory.recording import DirectoryRecording, make_recording
+from distaff.run.evaluation import Evaluator
+from distaff.run.identity.identity import Subject
+from distaff.run.run import Run
+from distaff.run.sanity import Sanity, check_monitors
+from distaff.step.counted import counted
+from distaff.step.guard import guarded, is_needed, make_guard
+from distaff.step.logged_rates import reporting
+from distaff.step.normalise import measured
+from distaff.step.state import TrainState
+from distaff.trainer.constructor import constructed
+from distaff.trainer.step_program import StepProgram
+
+
+class Preparation:
+    """Calls the initialising methods of a user's class, and keeps the books around them.
+
+    Args:
+        trainer: of the user's class.
+        base: the class whose methods it overrides.
+    """
+
+    def __init__(self, trainer: Any, base: type) -> None:
+        self._trainer, self._base = trainer, base
+        self._here, self._options = trainer._workspace, trainer.config
+
+    def set_up(self, example_batch: Batch) -> None:
+        """Calls the initialising methods in their order; see `TrainerModule`."""
+        trainer, here = self._trainer, self._here
+        num_examples(example_batch)
+        trainer.example_batch = here.example_batch = example_batch
+        here.table = None
+        trainer.print_tabulate(example_batch)
+        self.make_recording()
+        trainer.create_jitted_functions(*trainer.create_functions())
+        self._take_programs()
+        trainer.init_model(example_batch)
+        self._load_init_from()
+
+    def _take_programs(self) -> None:
+        """Takes over the programs that `create_jitted_functions` has set."""
+        trainer, here = self._trainer, self._here
+        step, evaluation = StepProgram.function_of(trainer.train_step, trainer.eval_step)
+        is_own = not isinstance(trainer.train_step, StepProgram)
+        here.counted = counted(step, type(trainer), self._base)
+        here.plain_step = measured(here.counted)
+        guarded_step = guarded(reporting(here.plain_step), self._options)
+        here.measured_step = here.execution.part(guarded_step)
+        # In a guard it becomes a part of another program.
+        here.own_step = step if is_own and not is_needed(self._options) else None
+        here.evaluator = Evaluator(evaluation, here.execution, here.evaluation_watch)
+
+    def _load_init_from(self) -> None:
+        """Replaces the initial weights by those of `init_from`.
+
+        Raises:
+            CheckpointError: they cannot be read, or do not fit the model.
+        """
+        trainer, here, recording = self._trainer, self._here, self._here.recording
+        here.not_loaded, here.origin = None, ""
+        if trainer.init_from is None:
+            return
+        state = here.ready_state()
+        try:
+            variables, here.origin = loaded(trainer.model, as_variables(state), trainer.init_from)
+        except DistaffError as error:
+            # There may be a run to resume, whose checkpoint then has the weights.
+            if not (isinstance(recording, DirectoryRecording) and recording.may_resume):
+                raise
+            here.not_loaded = error
+            here.show(f"the weights are to come from a checkpoint, since init_from fails: {error}")
+            return
+        here.state = state.replace(**variables._asdict())
+
+    def make_recording(self) -> None:
+        """Makes where a run is recorded, with the loggers that `init_logger` returns."""
+        made = self._trainer.init_logger()
+        if is_logger(made):
+            made = [made]
+        if isinstance(made, list | tuple) or made is None:
+            made = recording_of(self._trainer, as_loggers(made))
+        self._here.recording = made
+
+    def prepare(self, run: Run, test_loader: Loader | None) -> None:
+        """Makes all that a run needs and checks it; nothing is written.
+
+        Raises:
+            DistaffError: any bad input, by its kind.
+        """
+        here, plan = self._here, run.plan
+        batch = first_to_train(plan.train_loader)
+        here.feeds.of(plan.train_loader, name="train").expect(batch)
+        if here.state is None:
+            self.set_up(batch)
+        elif here.recording.path is not None:
+            self.make_recording()
+        per_epoch = plan.steps_per_epoch or num_batches(plan.train_loader)
+        self._per_epoch = per_epoch
+        total = None if per_epoch is None else per_epoch * plan.num_epochs
+        run.recorder.updates_per_step = self._init_optimizer(total, batch)
+        options = self._options
+        if here.own_step is not None:  # called as it is, once per step
+            options = dataclasses.replace(options, steps_per_call=1)
+        elif is_on_policy(plan.train_loader):
+            options = options.one_by_one()
+        run.recorder.dispatcher = make_steps(
+            here.execution,
+            here.measured_step,
+            (here.evaluation_state(), batch),  # of the same form as the state that is trained
+            options,
+            Expected(per_epoch, total, num_shapes(plan.train_loader)),
+            watched=run.callbacks.watches_steps,
+            watch=here.make_watch(),
+            own_step=here.own_step,
+        )
+        self._check(run, batch, test_loader)
+        self._identify(run, total)
+
+    def _check(self, run: Run, batch: Batch, test_loader: Loader | None) -> None:
+        trainer, plan = self._trainer, run.plan
+        loss_fn = getattr(trainer, "loss_fn", None)
+        sanity = Sanity(self._here, trainer.check_batch, loss_fn, self._options)
+        sanity.check_training(batch)
+        found = {n: sanity.check_evaluation(v, n) for n, v in plan.val_loaders.items()}
+        of_validation = [f"{name}/{each}" for name, metrics in found.items() for each in metrics]
+        of_training = [f"train/{name}" for name in run.dispatcher.names]
+        trainer.monitor = as_monitor(trainer.monitor)
+        check_monitors(trainer.monitor, run.callbacks, of_training, of_validation, self._is_own)
+        if test_loader is not None:
+            sanity.check_evaluation(test_loader, "test")
+        self._first_batches = sanity.first_batches
+
+    def _is_own(self, *names: str) -> bool:
+        kind = type(self._trainer)
+        return any(getattr(kind, name) is not getattr(self._base, name) for name in names)
+
+    def _init_optimizer(self, total_steps: int | None, batch: Batch) -> int:
+        """Initialises the optimizer, for as many updates as the steps of the run make.
+
+        Returns:
+            How many updates a step makes.
+        """
+        self._call_init_optimizer(total_steps, self._per_epoch)
+        count = self._here.counted.count(self._here.ready_state(), batch)
+        if count > 1:
+            is_known = total_steps is not None and self._per_epoch is not None
+            total_steps = total_steps * count if is_known else total_steps
+            self._call_init_optimizer(total_steps, self._per_epoch and self._per_epoch * count)
+        return count
+
+    def _call_init_optimizer(self, total_steps: int | None, per_epoch: int | None) -> None:
+        here = self._here
+        here.schedule, here.steps_per_epoch = None, per_epoch
+        check_trainable(here.evaluation_state().params)
+        self._trainer.init_optimizer(total_steps)
+        state = here.ready_state()
+        if state.tx is None or state.opt_state is None:
+            raise ConfigError(
+                "init_optimizer gives the state its optimizer; the state has none. Write "
+                "self.state = self.state.replace(tx=tx, opt_state=tx.init(self.state.params))."
+            )
+        here.state = owned(state.replace(guard=make_guard(self._options)))
+
+    def _identify(self, run: Run, total_steps: int | None) -> None:
+        """Makes the record of the run, with what makes it the one that it is."""
+        plan, trainer = run.plan, self._trainer
+        self.subject = self._subject(run, total_steps)
+        identity = None if self.subject is None else self.subject.identity()
+        arguments = constructed(trainer._made_by, self._options)
+        if trainer.init_from is not None:
+            arguments["init_from"] = trainer.init_from.record()
+        run.recorder.record = make_record(
+            trainer=type(trainer),
+            model=trainer.model.record,
+            optimizer=trainer.optimizer,
+            monitor=trainer.monitor,
+            options=self._options,
+            example_batch=trainer.example_batch,
+            first_epoch=plan.first_epoch,
+            num_epochs=plan.num_epochs,
+            steps_per_epoch=plan.steps_per_epoch,
+            identity=identity,
+            **arguments,
+        )
+
+    def _subject(self, run: Run, total_steps: int | None) -> Subject | None:
+        """Returns what the identity of a run is found from; None of a run that writes nothing."""
+        # Nothing is read for it: a source may not be the same after it.
+        plan, here, first = run.plan, self._here, self._first_batches
+        if not isinstance(here.recording, DirectoryRecording):
+            return None
+        named = {"train": plan.train_loader, **plan.val_loaders}
+        step = here.plain_step if is_needed(self._options) else here.measured_step
+        is_traced = not self._options.debug
+        return Subject(
+            step=step if is_traced else None,
+            eval_step=here.evaluator.step if is_traced else None,
+            state=here.ready_state().replace(guard=None),
+            loaders={name: (each, first[name]) for name, each in named.items() if name in first},
+            total_steps=total_steps,
+            stretched=self._stretched,
+            has_weights=here.not_loaded is None,
+        )
+
+    def _stretched(self, total_steps: int | None) -> TrainState:
+        """Returns the state with the optimizer that a run of another length would have."""
+        here = self._here
+        state, schedule = here.ready_state(), here.schedule
+        try:
+            self._trainer.init_optimizer(total_steps)
+            return here.ready_state().replace(guard=None)
+        except DistaffError:  # such as of a warm-up that is longer than that
+            return state.replace(guard=None)
+        finally:
+            here.state, here.schedule = state, schedule
+
+
+def recording_of(trainer: Any, loggers: Any) -> Recording:
+    """Returns where a run is recorded.
+
+    Args:
+        trainer: its options say where; its class names a run without a name.
+        loggers: told of the run, alongside its directory.
+    """
+    options = trainer.config
+    # What a trainer that has trained already does next needs no run to be there.
+    resume = "auto" if trainer.step and options.resume != "never" else options.resume
+    name = options.name or type(trainer).__name__.lower()
+    return make_recording(options, name, loggers, resume=resume)
