@@ -13,7 +13,8 @@ import numpy as np
 import optax
 import pytest
 
-from distaff.core.digest import Program, named_scope, program_digest, sample_digest
+from distaff.core.digest import Program, program_digest, sample_digest
+from distaff.core.equations import named_scope
 from distaff.run.identity.sketch import is_near, sketch
 
 TABLE = np.linspace(0, 1, 12, dtype=np.float32)
@@ -131,3 +132,24 @@ def test_sketch_bears_rounding_and_no_more(dtype: Any) -> None:
     assert not is_near(one, sketch([jnp.asarray(leaf * 1.1, dtype), jax.random.key(0)]))
     assert not is_near(one, sketch([jnp.asarray(leaf[::-1], dtype), jax.random.key(0)]))
     assert not is_near(one, sketch([jnp.asarray(leaf, dtype), jax.random.key(1)]))
+
+
+def test_where_compiled_calls_end_is_no_part_of_a_program():
+    def inner(x, y):
+        return jnp.sin(x) * 2.5 + y, y
+
+    def plain(x, y):
+        first, _ = inner(x, y)
+        second, _ = inner(first, x)
+        return first, second
+
+    def called(x, y):
+        first, _ = jax.jit(inner)(x, y)
+        second, _ = jax.jit(inner)(first, x)
+        return first, second
+
+    x = jnp.ones(3)
+    assert program_digest(plain, x, x) == program_digest(called, x, x)
+    assert program_digest(plain, x, x) == program_digest(jax.jit(called, inline=True), x, x)
+    other = program_digest(lambda x, y: called(y, x), x, x)
+    assert other.whole != program_digest(called, x, x).whole

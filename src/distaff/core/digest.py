@@ -19,14 +19,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-SCOPES = ("loss", "optimizer", "augmentation")
-"""Parts of a training step, marked by `named_scope`."""
+from distaff.core.equations import Equation, Flat, is_literal, live
 
 REST = "rest"
 """The part of a program outside of all scopes."""
 
-_PREFIX = "distaff."
-_SCOPE = re.compile(re.escape(_PREFIX) + r"(\w+)")
 _ADDRESS = re.compile(r"( at)? 0x[0-9a-fA-F]+")
 _MAX_NUMBERS = 64
 _MAX_DEPTH = 6
@@ -67,20 +64,6 @@ class Program(NamedTuple):
 
     whole: str
     parts: dict[str, Part]
-
-
-def named_scope(name: str) -> Any:
-    """Returns the scope that marks a part of a step, to be entered while it is traced.
-
-    Args:
-        name: one of `SCOPES`.
-    """
-    return jax.named_scope(_PREFIX + name)
-
-
-def is_scope(name: str) -> bool:
-    """Whether a name in a stack of scopes is one that `named_scope` has put there."""
-    return name.startswith(_PREFIX)
 
 
 def program_digest(function: Callable[..., Any], *arguments: Any) -> Program:
@@ -128,10 +111,11 @@ class _Walk:
     def program(self, jaxpr: Any, consts: Iterable[Any], scope: str = REST) -> Program:
         """Returns the digest of a jaxpr with the values of its constants."""
         values = {var: f"i{n} {_form(var)}" for n, var in enumerate(jaxpr.invars)}
-        held = {v: _token(c) for v, c in zip(jaxpr.constvars, consts, strict=True)}
+        flat = Flat(jaxpr, consts, scope)
+        held = {var: _token(value) for var, value in flat.consts.items()}
         values |= held
-        equations = [(each, _scope_of(each, scope)) for each in _live(jaxpr)]
-        exported = _exported(jaxpr, equations)
+        equations = live(flat)
+        exported = _exported(flat, equations)
         parts: dict[str, _Collected] = {}
         effects = []
         for equation, own in equations:
@@ -146,7 +130,7 @@ class _Walk:
             if exported.intersection(equation.outvars) or equation.effects:
                 part.tokens.append(tokens)
             _add_others(head, inner, own, parts)
-        results = [_operand(values, each) for each in jaxpr.outvars]
+        results = [_operand(values, each) for each in flat.outvars]
         found = {name: each.part() for name, each in parts.items() if each.tokens}
         return Program(_hashed(*results, "effects", *sorted(effects)), found)
 
@@ -209,16 +193,16 @@ def _add_others(head: str, inner: list[Program], own: str, parts: dict[str, _Col
         part.tokens.append((_hashed(head, *forms), _hashed(head, *wholes)))
 
 
-def _exported(jaxpr: Any, equations: list[tuple[Any, str]]) -> set[Any]:
+def _exported(flat: Flat, equations: list[tuple[Equation, str]]) -> set[Any]:
     """Returns the variables that are results, or are used in another part than they are made in."""
     made = {var: own for equation, own in equations for var in equation.outvars}
     used = {
         var
         for equation, own in equations
         for var in equation.invars
-        if not _is_literal(var) and made.get(var, own) != own
+        if not is_literal(var) and made.get(var, own) != own
     }
-    return used | {var for var in jaxpr.outvars if not _is_literal(var)}
+    return used | {var for var in flat.outvars if not is_literal(var)}
 
 
 class _Collected:
@@ -241,7 +225,7 @@ class _Collected:
     def operand(self, var: Any) -> tuple[str, str]:
         """Returns the tokens of an operand; one from elsewhere is known by its form."""
         form = _form(var)
-        if not _is_literal(var):
+        if not is_literal(var):
             return self.values.get(var, (form, form))
         token = f"{form} {_token(var.val)}"
         if np.ndim(var.val):
@@ -256,36 +240,8 @@ class _Collected:
         return Part(_hashed(*sorted(forms)), _hashed(*sorted(wholes)), numbers)
 
 
-def _live(jaxpr: Any) -> list[Any]:
-    """Returns the equations that a result or an effect depends on, but for what only prints."""
-    needed = {var for var in jaxpr.outvars if not _is_literal(var)}
-    kept = []
-    for equation in reversed(jaxpr.eqns):
-        prints = equation.primitive.name.startswith("debug_")
-        is_needed = equation.effects or any(var in needed for var in equation.outvars)
-        if is_needed and not prints:
-            kept.append(equation)
-            needed.update(var for var in equation.invars if not _is_literal(var))
-    return kept[::-1]
-
-
-def _scope_of(equation: Any, scope: str) -> str:
-    return _innermost(equation.source_info.name_stack) or scope
-
-
-@functools.lru_cache(maxsize=4096)
-def _innermost(stack: Any) -> str:
-    """Returns the last of our scopes in a stack of names; empty without."""
-    known = [name for name in _SCOPE.findall(str(stack)) if name in SCOPES]
-    return known[-1] if known else ""
-
-
-def _is_literal(var: Any) -> bool:
-    return hasattr(var, "val")
-
-
 def _operand(values: Mapping[Any, str], var: Any) -> str:
-    return f"{_form(var)} {_token(var.val)}" if _is_literal(var) else values[var]
+    return f"{_form(var)} {_token(var.val)}" if is_literal(var) else values[var]
 
 
 def _shown(number: Any) -> str:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from distaff.core.digest import named_scope
+from distaff.core.equations import named_scope
 from distaff.core.pytrees import FrozenPyTree, static
 from distaff.core.typing import Key, Params, PyTree
 from distaff.errors import StateError, nearest

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distaff import metrics as metrics_lib
-from distaff.core.digest import named_scope
+from distaff.core.equations import named_scope
 from distaff.core.typing import Batch, Key, Params
 from distaff.data import counts_itself, num_examples
 from distaff.errors import BatchError, LossError, MaskError, leaf_name

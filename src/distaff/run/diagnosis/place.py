@@ -12,7 +12,7 @@ import flax
 import jax
 import optax
 
-from distaff.core.digest import is_scope
+from distaff.core.equations import is_scope
 
 _DISTAFF = Path(__file__).parents[2]
 _LIBRARIES = tuple(str(Path(each.__file__).parent) + os.sep for each in (jax, flax, optax))
