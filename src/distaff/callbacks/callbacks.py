@@ -38,6 +38,11 @@ class Callbacks:
             for callback in self.callbacks
         )
 
+    def names(self) -> list[str]:
+        """Returns a name for each callback: its class, and which one of that class it is."""
+        kinds = [type(callback).__name__ for callback in self.callbacks]
+        return [f"{kind}-{kinds[:n].count(kind)}" for n, kind in enumerate(kinds)]
+
     def judge_by(self, monitor: Monitor) -> None:
         """Gives the trainer's monitor to the callbacks that have none of their own.
 

@@ -108,6 +108,7 @@ class Checkpointer:
             "loader": dict(here.feeds.position(plan.train_loader)),
             "val_loader": given(positions),
             "callbacks": [callback.get_state() for callback in callbacks.callbacks],
+            "callback_names": callbacks.names(),
             "logger": recorder.recording.logger.position(),
             "steps_per_call": recorder.forms.facts(),
         }
@@ -270,9 +271,13 @@ class Checkpointer:
         """Gives callbacks back what they remember."""
         callbacks = self._recorder.callbacks
         callbacks.stop_reason, callbacks.stop_status = info["stop"]
-        _check_same("callbacks", len(info["callbacks"]), len(callbacks.callbacks))
-        for callback, state in zip(callbacks.callbacks, info["callbacks"], strict=True):
-            callback.set_state(state)
+        names = callbacks.names()
+        saved_names = info.get("callback_names", names)
+        _check_same("callbacks", sorted(saved_names), sorted(names))
+        _check_same("callbacks", len(info["callbacks"]), len(names))
+        states = dict(zip(saved_names, info["callbacks"], strict=True))
+        for name, callback in zip(names, callbacks.callbacks, strict=True):
+            callback.set_state(states[name])
 
     def seek_validation(self, saved: Mapping[str, Any], own: Any = None) -> None:
         """Puts the validation loaders where they were; of several, only those in `own` if given."""

@@ -90,7 +90,7 @@ class Recorder:
     @property
     def capacity(self) -> int:
         """How many batches one program of an evaluation takes."""
-        return 1 if self._dispatcher is None else self._dispatcher.forms.capacity
+        return 1 if self._dispatcher is None else self._dispatcher.forms.form.capacity
 
     @property
     def forms(self) -> Choice:

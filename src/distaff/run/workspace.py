@@ -13,7 +13,6 @@ from distaff.checkpoint import Store
 from distaff.checkpoint.weights import EVALUATION_PARAMS
 from distaff.core.typing import Batch, PyTree, Schedule
 from distaff.data import as_loader, num_batches, num_shapes
-from distaff.data.on_policy import check_reader
 from distaff.errors import DistaffError, StateError
 from distaff.execution.compile.recompiles import Watch
 from distaff.execution.execution import Compiled, Eager, Execution, ExecutionOptions
@@ -43,6 +42,7 @@ class Workspace:
         predict: `(state, batch) -> outputs`.
 
     Attributes:
+        state: the state; None before the model is initialised.
         step: completed optimizer updates of the state.
         epoch: its completed epochs, or the one that is trained.
         example_batch: a batch like those of training, once the trainer is set up.
@@ -70,7 +70,7 @@ class Workspace:
     def __init__(self, options: ExecutionOptions, display: Display, predict: PredictFn) -> None:
         self.execution: Execution = Eager() if options.debug else Compiled()
         self.display, self.feeds = display, Feeds(self.execution.placement)
-        self._options, self._state = options, None
+        self._options, self.state = options, None
         self.step = self.epoch = 0
         self.steps_per_epoch: int | None = None
         self.example_batch: Batch = None
@@ -90,23 +90,8 @@ class Workspace:
         )
         self.evaluation_watch = self.make_watch()
 
-    _state: TrainState | None
+    state: TrainState | None
     not_loaded: DistaffError | None
-
-    @property
-    def state(self) -> TrainState | None:
-        """The state; None before the model is initialised.
-
-        Raises:
-            StateError: a loader that is read ahead asks for it, or one asks before it is there.
-        """
-        state = self._state
-        check_reader(is_there=state is not None)
-        return state
-
-    @state.setter
-    def state(self, state: TrainState | None) -> None:
-        self._state = state
 
     def program(self, name: str, function: Callable[..., Any]) -> Any:
         """Returns the program of a name, made of a pure function where there is none yet."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import textwrap
 from typing import Any, TypeVar
 
-from distaff.core.config.options import described, integer, option
+from distaff.core.config.options import described, descriptions, integer, option
 from distaff.core.config.other_frameworks import OPTIONS, remedy
 from distaff.errors import ConfigError
 from distaff.run.display.protocol import DisplayOptions
@@ -61,3 +62,9 @@ def make_config(cls: type[C], options: dict[str, Any], owner: type) -> C:
                 f"{owner.__name__} has no option {name!r}. {remedy(name, known, OPTIONS)}"
             )
     return cls(**options)
+
+
+def with_descriptions(doc: str | None) -> str:
+    """Returns the docstring of a class whose `**options` are described one by one."""
+    listed = textwrap.indent(descriptions(TrainerConfig), "    ")
+    return str(doc).replace("by name:\n", f"by name:\n\n{listed}\n")

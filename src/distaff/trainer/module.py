@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Never, Self
 
@@ -15,7 +14,7 @@ from distaff.core.typing import Batch, Key, Params
 from distaff.data import (
     Loader,
 )
-from distaff.errors import LossError, StateError
+from distaff.errors import LossError
 from distaff.execution.timers import Ledger
 from distaff.loggers import Logger
 from distaff.loggers.given import as_loggers
@@ -33,12 +32,13 @@ from distaff.step.context import Context
 from distaff.step.normalise import StepFn
 from distaff.step.step import EvalFn, EvalStep
 from distaff.step.step import train_step as make_train_step
-from distaff.trainer.config import make_config
+from distaff.trainer.config import with_descriptions
 from distaff.trainer.overrides import augmentation_of, check_class
 from distaff.trainer.predictor import Predictor
 from distaff.trainer.preparation import Preparation, recording_of
 from distaff.trainer.step_program import StepProgram
-from distaff.trainer.training import Given, Training
+from distaff.trainer.training import Given, Training, run_of
+from distaff.trainer.variants import variant_of
 
 
 class TrainerModule(Predictor):
@@ -63,7 +63,7 @@ class TrainerModule(Predictor):
         init_from: a run directory, a checkpoint folder, a `.safetensors` file or a tree of arrays,
             which has a value for each array of the model and no other; or an `InitFrom`, which says
             what differs. A run that is resumed has the weights of its checkpoint.
-        **options: see `TrainerConfig`.
+        **options: those of `TrainerConfig`, by name:
 
     Raises:
         ConfigError: an option is unknown or out of range, or the model is no module.
@@ -248,7 +248,7 @@ class TrainerModule(Predictor):
         Raises:
             NonFiniteError: the loss is NaN or infinite.
         """
-        run = self._of_run()
+        run = run_of(self._run)
         for _ in loop.epoch_steps(run, train_loader):
             pass
         return run.end_steps()
@@ -303,7 +303,7 @@ class TrainerModule(Predictor):
             NonFiniteError: a parameter is NaN or infinite; such a model is never kept.
             StateError: nothing has been trained yet.
         """
-        checkpointer = self._of_run().checkpointer
+        checkpointer = run_of(self._run).checkpointer
         checkpointer.save(checkpointer.facts(metrics, is_best))
 
     def load_model(self) -> None:
@@ -314,7 +314,7 @@ class TrainerModule(Predictor):
         Raises:
             StateError: nothing has been trained yet.
         """
-        self._of_run().checkpointer.load_best()
+        run_of(self._run).checkpointer.load_best()
 
     def save_metrics(self, name: str, metrics: Mapping[str, Any]) -> None:
         """Writes metrics to `metrics/<name>.json` in the run directory.
@@ -322,21 +322,7 @@ class TrainerModule(Predictor):
         Raises:
             StateError: nothing has been trained yet.
         """
-        self._of_run().recorder.recording.save_metrics(name, as_json(metrics))
-
-    def _of_run(self) -> Run:
-        """Returns the run, whose files can be written and read.
-
-        Raises:
-            StateError: nothing has been trained yet.
-        """
-        if self._run is None or not self._run.recorder.has_begun:
-            raise StateError(
-                "Checkpoints and metrics are files of a run, and this trainer has trained none "
-                "yet. Call train_model first; for the weights of another run, use "
-                "load_from_checkpoint."
-            )
-        return self._run
+        run_of(self._run).recorder.recording.save_metrics(name, as_json(metrics))
 
     def check_batch(self, batch: Batch, name: str) -> None:
         """Looks at the first batch of a loader, once and on the host. Override it to check more.
@@ -370,19 +356,7 @@ class TrainerModule(Predictor):
         Raises:
             ConfigError: one is unknown or out of range.
         """
-        given: dict[str, Any] = {
-            "optimizer": as_optimizer,
-            "loggers": as_loggers,
-            "callbacks": Callbacks,
-            "init_from": as_init_from,
-        }
-        arguments = {name: changes.pop(name) for name in given if name in changes}
-        options = {**vars(self.config), **changes}
-        other = copy.copy(self)
-        other.config = make_config(type(self.config), options, type(self))
-        vars(other).update({name: given[name](value) for name, value in arguments.items()})
-        other._workspace, other._run, other.example_batch = other._new_workspace(), None, None
-        return other
+        return variant_of(self, changes)
 
     @property
     def last_run(self) -> Run:
@@ -391,7 +365,7 @@ class TrainerModule(Predictor):
         Raises:
             StateError: nothing has been trained yet.
         """
-        return self._of_run()
+        return run_of(self._run)
 
     @property
     def best(self) -> Best | None:
@@ -419,3 +393,6 @@ class TrainerModule(Predictor):
 
         Several validation loaders come as a dict.
         """
+
+
+TrainerModule.__doc__ = with_descriptions(TrainerModule.__doc__)

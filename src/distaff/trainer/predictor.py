@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from distaff.checkpoint import Located
 from distaff.checkpoint.record import example_from
 from distaff.checkpoint.weights import export_weights
 from distaff.checkpoint.weights.names import as_variables
+from distaff.core.config.options import with_options
 from distaff.core.seeds import folded
 from distaff.core.typing import Batch, Key, Params, PyTree
 from distaff.data import as_loader, entry, num_batches
@@ -48,6 +50,13 @@ class Predictor:
     Config: ClassVar[type[TrainerConfig]] = TrainerConfig
     state_class: ClassVar[type[TrainState]] = TrainState
 
+    __signature__: ClassVar[inspect.Signature]
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        """Gives the class the signature that editors and `help` show, with each option by name."""
+        super().__init_subclass__(**arguments)
+        cls.__signature__ = with_options(cls.__init__, cls.Config)
+
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Notes how the constructor is called, which a run records; see `constructor`."""
         self = super().__new__(cls)
@@ -70,8 +79,14 @@ class Predictor:
 
     @property
     def state(self) -> TrainState | None:
-        """The state: parameters, optimizer, random key; None before the model is initialised."""
-        return self._workspace.state
+        """The state: parameters, optimizer, random key; None before the model is initialised.
+
+        Raises:
+            StateError: a loader that is read ahead asks for it, or one asks before it is there.
+        """
+        state = self._workspace.state
+        check_reader(is_there=state is not None)
+        return state
 
     @state.setter
     def state(self, state: TrainState | None) -> None:

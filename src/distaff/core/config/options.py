@@ -67,9 +67,36 @@ class Options:
 def described(cls: type[T]) -> type[T]:
     """Adds a section `Args` to the docstring of a class of options, made of their descriptions."""
     sections = inspect.cleandoc(cls.__doc__ or "").partition("\n\nRaises:")
-    entries = [_entry(field.name, field.metadata["doc"]) for field in dataclasses.fields(cls)]
-    cls.__doc__ = "\n".join([f"{sections[0]}\n\nArgs:", *entries]) + "".join(sections[1:])
+    cls.__doc__ = f"{sections[0]}\n\nArgs:\n{descriptions(cls)}" + "".join(sections[1:])
     return cls
+
+
+def descriptions(cls: type[Options]) -> str:
+    """Returns the descriptions of options, as the entries of a section `Args`."""
+    fields = [field for field in dataclasses.fields(cls) if "doc" in field.metadata]
+    return "\n".join(_entry(field.name, field.metadata["doc"]) for field in fields)
+
+
+def with_options(function: Callable[..., Any], cls: type[Options]) -> inspect.Signature:
+    """Returns the signature of a function whose `**options` are those of a class.
+
+    Args:
+        function: a constructor; `self` is left out.
+        cls: the class of the options.
+    """
+    known = list(inspect.signature(function).parameters.values())[1:]
+    if not any(each.kind is each.VAR_KEYWORD for each in known):
+        return inspect.Signature(known)
+    named = [each for each in known if each.kind is not each.VAR_KEYWORD]
+    taken = {each.name for each in named}
+    added = [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type
+        )
+        for field in dataclasses.fields(cls)
+        if field.name not in taken
+    ]
+    return inspect.Signature([*named, *added])
 
 
 def _entry(name: str, doc: str) -> str:

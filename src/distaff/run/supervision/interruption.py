@@ -131,7 +131,7 @@ class Interruption:
             The reason; None while there is none.
         """
         own = self._code if self.reason else _SAVE * (self._clock() >= self._next_save)
-        agreed = self._agreement(own)
+        agreed = own if jax.process_count() == 1 else self._agreement(own)
         self.is_save_due, self.ending = agreed == _SAVE, self._reasons[agreed]
         if self.ending:
             self._code = max(self._code, agreed)
