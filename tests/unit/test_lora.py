@@ -84,7 +84,7 @@ def trained(request: Any, tmp_path_factory: pytest.TempPathFactory) -> distaff.T
 def test_table_counts_what_is_trained() -> None:
     lora = Regression(CASES["mlp"][2], root=None, enable_progress_bar=False)
     lora.print_tabulate(vectors()[0])
-    text = as_text(lora.table)
+    text = as_text(lora._workspace.table)
     assert re.search(rf"total +{NUM_TRAINED['mlp']} ", text)
     assert re.search(r"Dense_0/kernel/lora_a +\[6, 2\] +float32 +12 ", text)
     assert re.search(r"Dense_0/kernel +\[6, 8\] +float32 +\(lora_base\)", text)

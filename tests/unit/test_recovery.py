@@ -497,7 +497,7 @@ def test_rate_is_that_of_the_updates_and_not_of_skipped_steps(tmp_path: Path) ->
     class Scheduled(Fit):
         def init_optimizer(self, total_steps):
             super().init_optimizer(total_steps)
-            self.schedule = schedule
+            self._workspace.schedule = schedule
 
     fit = Scheduled(
         Normed(),
