@@ -42,7 +42,7 @@ class MediaLogger(Protocol):
     """Receives what is no number, where the backend takes it.
 
     A logger has those of these methods that its backend can do; `ManyLoggers`, which is what
-    `trainer.recording.logger` is, has all four, and hands each on to the loggers that have it.
+    `trainer.last_run.logger` is, has all four, and hands each on to the loggers that have it.
     """
 
     def log_figure(self, name: str, figure: Any, *, step: int) -> None:

@@ -92,11 +92,16 @@ CALLS: Mapping[str, str] = {
     **dict.fromkeys(("load_checkpoint", "load"), "load_from_checkpoint(path), or load_weights"),
     **dict.fromkeys(("params", "batch_stats", "opt_state"), "trainer.state"),
     **dict.fromkeys(("summary", "tabulate"), "print_tabulate(example_batch)"),
-    **dict.fromkeys(("log", "log_dict", "log_metrics"), "trainer.recording.logger.log_metrics"),
+    **dict.fromkeys(("log", "log_dict", "log_metrics"), "trainer.last_run.logger.log_metrics"),
     **dict.fromkeys(("current_epoch",), "trainer.epoch"),
     **dict.fromkeys(("global_step",), "trainer.step"),
     **dict.fromkeys(("hparams", "save_hyperparameters"), "nothing: arguments are recorded"),
-    **dict.fromkeys(("callback_metrics", "logged_metrics"), "trainer.last_metrics"),
+    **dict.fromkeys(("callback_metrics", "logged_metrics"), "trainer.last_run.state.last_metrics"),
+    **dict.fromkeys(("recording", "logger"), "trainer.last_run.logger, or last_run.path"),
+    "report": "trainer.last_run.report",
+    "best_models": "trainer.last_run.best_models",
+    "last_metrics": "trainer.last_run.state.last_metrics",
+    "ready_state": "trainer.state",
 }
 """What is asked of a trainer: what it has instead."""
 
