@@ -36,7 +36,7 @@ from distaff.step.logged_rates import reporting
 from distaff.step.normalise import measured
 from distaff.step.state import TrainState
 from distaff.trainer.constructor import constructed
-from distaff.trainer.step_program import StepProgram
+from distaff.trainer.step_program import StepProgram, function_of
 
 
 class Preparation:
@@ -67,7 +67,7 @@ class Preparation:
     def _take_programs(self) -> None:
         """Takes over the programs that `create_jitted_functions` has set."""
         trainer, here = self._trainer, self._here
-        step, evaluation = StepProgram.function_of(trainer.train_step, trainer.eval_step)
+        step, evaluation = function_of(trainer.train_step), function_of(trainer.eval_step)
         is_own = not isinstance(trainer.train_step, StepProgram)
         here.counted = counted(step, type(trainer), self._base)
         here.plain_step = measured(here.counted)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 
-class StepProgram(NamedTuple):
-    """A pure function, and the program that was made of it.
+@dataclasses.dataclass(frozen=True)
+class StepProgram:
+    """A pure function, and the program that was made of it; a call runs the program.
 
     Attributes:
         function: what a run may put into programs of several steps.
-        program: what a call runs.
+        program: as `jax.jit` returns it; its methods, such as `lower`, are methods of this one.
     """
 
     function: Callable[..., Any]
@@ -21,7 +23,12 @@ class StepProgram(NamedTuple):
         """Runs the program."""
         return self.program(*arguments)
 
-    @staticmethod
-    def function_of(*programs: Any) -> list[Any]:
-        """Returns the pure functions of programs; one of the user's own as it is."""
-        return [each.function if isinstance(each, StepProgram) else each for each in programs]
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what copies ask for before there is a program
+            raise AttributeError(name)
+        return getattr(self.program, name)
+
+
+def function_of(program: Any) -> Any:
+    """Returns the pure function of a program of Distaff's; one of the user's own as it is."""
+    return program.function if isinstance(program, StepProgram) else program
