@@ -74,7 +74,7 @@ def trained(epochs: int = 2, **options: Any) -> tuple[Any, Any]:
 @pytest.fixture
 def on_mesh(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Returns what has the trainers after it use a mesh."""
-    name = "distaff.trainer.predictor.Compiled"
+    name = "distaff.run.workspace.Compiled"
     return lambda: monkeypatch.setattr(name, lambda: Compiled(Meshed()))
 
 

@@ -98,7 +98,7 @@ def trained(step: StepFn, state: TrainState, steps_per_call: int) -> Trained:
     steps, windows, state = [], [], owned(state)
     for _ in range(EPOCHS):
         chunks = feed.epoch(lambda: Form(steps_per_call, steps_per_call))
-        for event in loop.steps(run, state, chunks, step=count, stopping=bool):
+        for event in loop.steps(run, state, chunks, step=count):
             if isinstance(event, ChunkEnd):
                 state, count = event.state, event.step
                 steps += [dict(compute(metrics)) for metrics in event.metrics]

@@ -25,10 +25,15 @@ class Callbacks:
 
     Raises:
         ConfigError: one is no callback, or defines an event that nothing calls.
+
+    Attributes:
+        names: of each callback its class, and which one of that class it is.
     """
 
     def __init__(self, callbacks: Iterable[Callback] | None) -> None:
         self.callbacks = as_callbacks(callbacks)
+        kinds = [type(callback).__name__ for callback in self.callbacks]
+        self.names = [f"{kind}-{kinds[:n].count(kind)}" for n, kind in enumerate(kinds)]
         self.stop_reason: str | None = None
         self.stop_status = "stopped"
         self._to_end: list[Callback] = []
@@ -37,11 +42,6 @@ class Callbacks:
             getattr(callback.on_step_end, "__func__", None) is not Callback.on_step_end
             for callback in self.callbacks
         )
-
-    def names(self) -> list[str]:
-        """Returns a name for each callback: its class, and which one of that class it is."""
-        kinds = [type(callback).__name__ for callback in self.callbacks]
-        return [f"{kind}-{kinds[:n].count(kind)}" for n, kind in enumerate(kinds)]
 
     def judge_by(self, monitor: Monitor) -> None:
         """Gives the trainer's monitor to the callbacks that have none of their own.

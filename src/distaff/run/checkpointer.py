@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from distaff.callbacks import StepInfo
-from distaff.checkpoint import MemoryStore, Store
+from distaff.checkpoint import NullStore, Store
 from distaff.checkpoint.failure import warned
 from distaff.checkpoint.weights import EVALUATION_PARAMS
 from distaff.core.warnings import warn
@@ -30,6 +30,8 @@ from distaff.run.supervision.supervisor import Supervisor
 from distaff.step.finite import all_finite
 from distaff.step.guard import form_of
 from distaff.step.state import TrainState, is_intact
+
+_NOTHING = NullStore()
 
 
 class Checkpointer:
@@ -55,7 +57,7 @@ class Checkpointer:
         self, recorder: Recorder, supervisor: Supervisor, options: RecordingOptions
     ) -> None:
         self._recorder, self._supervisor, self._options = recorder, supervisor, options
-        self._here, self.origin = recorder.workspace, MemoryStore()
+        self._here, self.origin = recorder.workspace, _NOTHING
 
     @property
     def store(self) -> Store:
@@ -83,7 +85,7 @@ class Checkpointer:
         with self._recorder.ledger.spent("checkpoint"):
             info = {**facts, EVALUATION_PARAMS: differ}
             self.store.save(here.step, {**state.arrays(), **arrays}, info)
-        self.boundary, self._last_save, self.origin = None, here.step, MemoryStore()
+        self.boundary, self._last_save, self.origin = None, here.step, _NOTHING
 
     def facts(self, metrics: Mapping[str, Any], is_best: bool | None) -> dict[str, Any]:
         """Returns what a resume needs beside the arrays, as strict JSON.
@@ -108,7 +110,7 @@ class Checkpointer:
             "loader": dict(here.feeds.position(plan.train_loader)),
             "val_loader": given(positions),
             "callbacks": [callback.get_state() for callback in callbacks.callbacks],
-            "callback_names": callbacks.names(),
+            "callback_names": callbacks.names,
             "logger": recorder.recording.logger.position(),
             "steps_per_call": recorder.forms.facts(),
         }
@@ -271,7 +273,7 @@ class Checkpointer:
         """Gives callbacks back what they remember."""
         callbacks = self._recorder.callbacks
         callbacks.stop_reason, callbacks.stop_status = info["stop"]
-        names = callbacks.names()
+        names = callbacks.names
         saved_names = info.get("callback_names", names)
         _check_same("callbacks", sorted(saved_names), sorted(names))
         _check_same("callbacks", len(info["callbacks"]), len(names))
