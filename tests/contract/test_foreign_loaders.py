@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from distaff import data, tasks, zoo
+from distaff.data.adapters import torch as torch_adapter
 from distaff.data.adapters.adapters import KINDS
 from distaff.errors import BatchError, ChangedBatchesError, ConfigError
 from distaff.testing.loaders import LoaderContract, assert_batches_equal
@@ -197,14 +198,14 @@ def test_torch_batches_keep_their_structure_and_become_arrays_that_are_copied_on
     assert (type(image), image.dtype, rest["label"].dtype) == (np.ndarray, np.float32, np.int64)
     np.testing.assert_array_equal(image, X[:3])
     held = Tensor(X)
-    assert np.shares_memory(data.torch.as_arrays([held])[0], X)  # the Stream makes the one copy
+    assert np.shares_memory(torch_adapter.as_arrays([held])[0], X)  # the Stream makes the one copy
     assert next(iter(data.as_loader(DataLoader()))) is not None
     assert data.num_batches(data.as_loader(DataLoader())) == 4
 
 
 def test_torch_tensors_of_any_kind_become_arrays():
     half = Tensor(np.array([1.5, -2.0], jnp.bfloat16), "bfloat16")
-    found = data.torch.as_arrays({"half": half, "weight": Parameter(X), "name": "as it is"})
+    found = torch_adapter.as_arrays({"half": half, "weight": Parameter(X), "name": "as it is"})
     assert found["half"].dtype == jnp.bfloat16
     assert found["half"].tolist() == [1.5, -2.0]
     assert found["weight"] is X

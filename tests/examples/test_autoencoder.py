@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -56,7 +57,7 @@ def test_autoencoder_is_compared_with_the_best_linear_map(example) -> None:
     np.testing.assert_allclose(module.pca_error(train, test, 61, 0.3), least, rtol=0.02)
 
 
-def test_autoencoder_draws_what_the_model_sees(example, tmp_path: Path) -> None:
+def test_autoencoder_draws_what_the_model_sees(example, tmp_path: Path, monkeypatch) -> None:
     module = example("autoencoder")
     drawn = []
 
@@ -72,7 +73,7 @@ def test_autoencoder_draws_what_the_model_sees(example, tmp_path: Path) -> None:
         root=None,
         enable_progress_bar=False,
     )
-    trainer._workspace.recording.logger = Logger()
+    monkeypatch.setattr(module.Drawing, "last_run", SimpleNamespace(logger=Logger()))
     trainer.on_validation_epoch_end(1, {}, data.as_loader([batch]))
     (sheet,) = drawn
     assert sheet.shape == (3 * 10 * 8, 10 * 10 * 8)

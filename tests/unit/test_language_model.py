@@ -159,9 +159,9 @@ def test_sample_depends_on_seed_and_temperature(gpt):
 
 def test_sample_compiles_once_for_a_length(gpt):
     gpt.sample(b"abc", 13)
-    size = gpt._fill._cache_size()
+    size = gpt._workspace.program("fill", None)._cache_size()
     gpt.sample(b"abcdef", 10, temperature=0.5, seed=3)
-    assert gpt._fill._cache_size() == size
+    assert gpt._workspace.program("fill", None)._cache_size() == size
 
 
 def test_sample_uses_the_parameters_of_evaluation():
@@ -211,7 +211,7 @@ def test_a_sample_is_due_at_each_multiple_of_its_steps_and_at_no_other(every, st
         sample_every_n_steps=every, sample_prompt="a", sample_length=1, temperature=1.0
     )
     trainer = SimpleNamespace(
-        config=config, sample=lambda *_, **__: b"", recording=SimpleNamespace(logger=logger)
+        config=config, sample=lambda *_, **__: b"", last_run=SimpleNamespace(logger=logger)
     )
     samples = _Samples(cast("tasks.LanguageModel", trainer))
     samples.on_training_start(StepInfo(start, 1, None, {}))

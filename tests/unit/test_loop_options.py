@@ -18,6 +18,7 @@ import distaff
 from distaff import Callback, Monitor, OptimizerConfig, data
 from distaff.data import Limited
 from distaff.errors import BatchError, CheckpointError, ConfigError, MetricError
+from distaff.run.evaluation import Evaluator
 from distaff.testing.loaders import LoaderContract, assert_batches_equal
 from scripted import Break, InterruptError
 
@@ -206,7 +207,7 @@ def test_looking_at_the_validation_changes_nothing():
 
 def test_validation_is_looked_at_once_and_only_where_that_is_asked_for(monkeypatch):
     calls: list[int] = []
-    original = distaff.evaluate.Evaluator.__call__
+    original = Evaluator.__call__
 
     def counting(self, state, chunks):
         chunks = list(chunks)
@@ -360,8 +361,8 @@ def test_many_validation_sets_keep_their_feeds():
     many = trainer()
     many.monitor = Monitor("val_n7/loss")
     many.train_model(arrays(), sets, num_epochs=1)
-    first = [many.feeds.of(loader, name="") for loader in sets.values()]
-    assert [many.feeds.of(loader, name="") for loader in sets.values()] == first
+    first = [many._workspace.feeds.of(loader, name="") for loader in sets.values()]
+    assert [many._workspace.feeds.of(loader, name="") for loader in sets.values()] == first
 
 
 def test_run_goes_back_past_the_validation_of_a_limited_stream():
@@ -370,4 +371,4 @@ def test_run_goes_back_past_the_validation_of_a_limited_stream():
     back = trainer(limit_batches=10, on_bad_numbers="rollback")
     result = back.train_model(data.ArrayLoader({**ARRAYS, "x": x}, 4), list(arrays()), num_epochs=2)
     assert result.status == "finished"
-    assert len(back.left_out) == 2
+    assert len(back.last_run.state.left_out) == 2

@@ -123,7 +123,7 @@ class Noting(OneDevice):
 def test_run_asks_the_placement_of_its_execution_for_everything(monkeypatch: pytest.MonkeyPatch):
     """A placement of another kind replaces `OneDevice` in one place, and nothing else changes."""
     placement = Noting()
-    monkeypatch.setattr("distaff.trainer.predictor.Compiled", lambda: Compiled(placement))
+    monkeypatch.setattr("distaff.run.workspace.Compiled", lambda: Compiled(placement))
     rows = {"image": np.ones((8, 3), np.float32), "label": np.zeros(8, np.int32)}
     loader = data.ArrayLoader(rows, 4)
     trainer = tasks.Classifier(zoo.MLP((2,)), enable_progress_bar=False, steps_per_call=1)
