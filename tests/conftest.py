@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 # Read when JAX is imported. With fewer threads than twice the devices, steps that nobody waits for
 # deadlock in the CPU backend's collectives.
@@ -26,21 +28,23 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks as slow the cases that `slow_but("id", ...)` does not name."""
-    quick: dict[str, bool] = {}
-    for item in items:
-        if mark := item.get_closest_marker("slow_but"):
-            name = item.nodeid.partition("[")[0]
-            named = item.callspec.id in mark.args
-            quick[name] = quick.get(name, False) or named
-            if not named:
-                item.add_marker("slow")
-    if config.args == config.getini("testpaths"):  # all tests, and so all cases
-        without = [name for name, found in quick.items() if not found]
-        if without:
-            raise pytest.UsageError(f"`slow_but` names no case of {', '.join(without)}")
+@pytest.hookimpl(wrapper=True)
+def pytest_pycollect_makeitem(collector: pytest.Collector, name: str) -> Generator[None, Any, Any]:
+    """Marks as slow the cases of a test that `slow_but("id", ...)` does not name."""
+    made = yield
+    functions = made if isinstance(made, list) else []
+    cases = [case for case in functions if case.get_closest_marker("slow_but")]
+    quick = {case.callspec.id for case in cases if case.callspec.id in _quick(case)}
+    for case in cases:
+        if unknown := _quick(case) - quick:
+            raise collector.CollectError(f"{name} has no case {', '.join(sorted(unknown))}")
+        if case.callspec.id not in quick:
+            case.add_marker("slow")
+    return made
+
+
+def _quick(case: Any) -> set[str]:
+    return set(case.get_closest_marker("slow_but").args)
 
 
 @pytest.fixture(autouse=True)
