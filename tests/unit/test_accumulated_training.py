@@ -134,6 +134,7 @@ def rates_of(log, name):
     return [r.metrics[name] for r in log.records if name in r.metrics]
 
 
+@pytest.mark.slow
 def test_epochs_end_with_an_update_and_schedules_and_logged_rates_count_updates():
     trainer, result, log = trained(steps_per_call=1)
     # Each epoch has the batches 5 5 5 5 2, which make the updates 15 7.

@@ -261,6 +261,7 @@ FUNCTIONS: dict[str, Callable[[jax.Array, jax.Array], Any]] = {
 }
 
 
+@pytest.mark.slow_but("random_crop", "mixup", "color_jitter")
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_keep_dtypes_within_a_compiled_scan(name):
     images = jnp.asarray(pictures((4, 4, 3), dtype=jnp.bfloat16))
@@ -275,6 +276,7 @@ def test_functions_keep_dtypes_within_a_compiled_scan(name):
         assert not jnp.array_equal(leaf[0], leaf[1])
 
 
+@pytest.mark.slow_but("random_crop", "mixup", "color_jitter")
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_draw_for_each_picture_anew_and_from_the_key_alone(name):
     images = np.repeat(pictures((4, 4, 3), 1), 16, axis=0)
@@ -362,6 +364,7 @@ def test_bad_input_is_named(attempt, error, words):
         attempt()
 
 
+@pytest.mark.slow_but("1.2e-38")
 @pytest.mark.parametrize("alpha", [1.2e-38, 3e38, 1, np.float16(2), np.float64(0.2)])
 def test_weights_of_any_alpha_that_is_taken_are_numbers(alpha):
     _, labels = augment.mixup(KEY, IMAGES, LABELS, alpha)
