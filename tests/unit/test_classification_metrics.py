@@ -24,6 +24,7 @@ from distaff.checkpoint import CheckpointStore
 from distaff.data import ArrayLoader
 from distaff.errors import ConfigError, LossError, MetricError
 from distaff.execution.execution import Compiled, Eager
+from distaff.execution.feed.chunk import Chunk, One
 from distaff.metrics import AUROC, F1, ConfusionMatrix, IoU, Perplexity, Precision, Recall
 from distaff.run.evaluation import Evaluator
 
@@ -316,7 +317,7 @@ def test_evaluation_pads_the_last_batch_where_it_is_traced(execution: Any):
         params=jnp.ones(3), apply_fn=lambda variables, x: x @ variables["params"]
     )
     batches = [{"x": X[i : i + 8], "label": Y[i : i + 8]} for i in range(0, 22, 8)]
-    chunks = [data.Chunk(1, len(batch["x"]), data.One(batch)) for batch in batches]
+    chunks = [Chunk(1, len(batch["x"]), One(batch)) for batch in batches]
     evaluated = metrics.compute(Evaluator(EvalStep(loss_fn), execution)(state, chunks))
     logits = X @ np.ones(3, np.float32)
     expected = sklearn_metrics.roc_auc_score(Y, logits)

@@ -95,6 +95,7 @@ def test_numbers_are_apart_from_the_form() -> None:
     assert set(one.numbers) ^ set(other.numbers) == {"0.01", "0.02"}
 
 
+@pytest.mark.slow
 def test_digest_is_equal_in_another_process() -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import test_digest; "

@@ -132,6 +132,7 @@ def test_language_model_takes_arrays_and_names_bits_by_the_vocabulary():
     assert trainer.predict([tokens]).shape == (3, 4, 7)
 
 
+@pytest.mark.slow
 def test_sample_has_the_form_of_the_prompt(gpt):
     prompt = np.array([[3, 4, 5], [6, 7, 8]])
     both, one = gpt.sample(prompt, 20), gpt.sample(prompt[0], 20)
@@ -144,6 +145,7 @@ def test_sample_has_the_form_of_the_prompt(gpt):
     assert (len(text), text[:4]) == (34, b"def ")
 
 
+@pytest.mark.slow
 def test_sample_depends_on_seed_and_temperature(gpt):
     assert gpt.sample(b"a", 25, seed=1) == gpt.sample(b"a", 25, seed=1)
     assert gpt.sample(b"a", 25, seed=1) != gpt.sample(b"a", 25, seed=2)

@@ -356,6 +356,7 @@ def test_validation_sets_of_other_batch_sizes_compile_once_each(check_validation
     assert strict.train_model(arrays(), sets, num_epochs=3).step == 30
 
 
+@pytest.mark.slow
 def test_many_validation_sets_keep_their_feeds():
     sets = {f"n{count}": data.ArrayLoader(ARRAYS, count) for count in range(2, 8)}
     many = trainer()

@@ -90,6 +90,7 @@ def test_table_counts_what_is_trained() -> None:
     assert re.search(r"Dense_0/kernel +\[6, 8\] +float32 +\(lora_base\)", text)
 
 
+@pytest.mark.slow_but("mlp")
 @pytest.mark.parametrize("case", CASES)
 def test_lora_begins_as_its_base(case: str) -> None:
     batches = CASES[case][1]()
@@ -99,6 +100,7 @@ def test_lora_begins_as_its_base(case: str) -> None:
     assert values == NUM_TRAINED[case]
 
 
+@pytest.mark.slow_but("mlp")
 def test_only_the_small_matrices_change(trained: distaff.TrainerModule) -> None:
     last = leaves(trained.state)
     for name, leaf in last.items():
@@ -152,6 +154,7 @@ def test_lora_is_loaded_from_its_run(trained: distaff.TrainerModule) -> None:
     np.testing.assert_array_equal(again.predict(batches), trained.predict(batches))
 
 
+@pytest.mark.slow
 def test_lora_begins_with_the_weights_of_a_base(tmp_path: Path) -> None:
     base = make("mlp", MLP, root="runs", name="base", seed=5)
     base.train_model(vectors(), num_epochs=1)

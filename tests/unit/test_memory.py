@@ -100,7 +100,7 @@ def left_after(make: Callable[[], Regression]) -> tuple[int, int]:
     return len(jax.devices()[0].client.live_executables()), len(jax.live_arrays())
 
 
-@pytest.mark.slow_but("evaluated", "failed")
+@pytest.mark.slow_but("failed")
 @pytest.mark.parametrize("make", MAKE.values(), ids=list(MAKE))
 def test_trainer_that_is_gone_leaves_nothing_behind(make: Callable[[], Regression]) -> None:
     first = left_after(make)  # with what a process compiles and keeps once
