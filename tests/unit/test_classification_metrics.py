@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sklearn_metrics
 
-from distaff import EvalStep, Monitor, TrainerModule, TrainState, data, metrics, zoo
+from distaff import EvalStep, Monitor, TrainerModule, TrainState, metrics, zoo
 from distaff.checkpoint import CheckpointStore
 from distaff.data import ArrayLoader
 from distaff.errors import ConfigError, LossError, MetricError

@@ -107,7 +107,10 @@ def test_stuck_after_is_checked():
 
 
 def test_thread_keeps_no_process_alive():
-    code = "from distaff.run.supervision.watchdog import Watchdog; Watchdog('1h').__enter__(); print('end')"
+    code = (
+        "from distaff.run.supervision.watchdog import Watchdog; "
+        "Watchdog('1h').__enter__(); print('end')"
+    )
     finished = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
