@@ -151,7 +151,7 @@ def test_variables_are_plain_dictionaries(kind: Kind) -> None:
     [check(node) for node in variables]
 
 
-@pytest.mark.slow_but("linen", "nnx")
+@pytest.mark.slow_but("linen")
 def test_loaded_model_predicts_the_same_bits(run: Any) -> None:
     source, finished = run
     loaded = Regression.load_from_checkpoint(finished.result_of_run.path, source)

@@ -117,6 +117,7 @@ def test_runs_of_a_program_that_was_changed_are_new(tmp_path: Path) -> None:
     assert "optimizer.learning_rate: 0.02 -> 0.03" in log
 
 
+@pytest.mark.slow
 def test_launch_of_a_process_that_lives_is_left_alone(tmp_path: Path) -> None:
     killed(tmp_path, 1)
     (file,) = (tmp_path / ".launches").iterdir()

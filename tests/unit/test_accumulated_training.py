@@ -154,6 +154,7 @@ def test_epochs_end_with_an_update_and_schedules_and_logged_rates_count_updates(
     jax.tree.map(np.testing.assert_array_equal, trainer.state.params, fused.state.params)
 
 
+@pytest.mark.slow
 def test_a_run_resumed_within_a_window_ends_bit_for_bit_as_one_that_was_not(tmp_path):
     whole = trained(root=str(tmp_path / "whole"))[0]
     options = {"root": str(tmp_path / "cut"), "steps_per_call": 1}

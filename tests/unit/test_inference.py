@@ -276,6 +276,7 @@ def test_predict_fn_of_ones_own_may_return_a_tree(run):
     assert predictions["error"].shape == (10,)
 
 
+@pytest.mark.slow
 def test_loaded_trainer_trains_on_in_a_new_directory(run, capfd):
     before = snapshot(run.path)
     loaded = run.load(root="mine", name="tuned")

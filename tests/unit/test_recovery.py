@@ -271,6 +271,7 @@ def test_run_that_goes_back_and_is_interrupted_goes_on_without_the_batches(tmp_p
     assert lines(result.path) == lines(expected.path)
 
 
+@pytest.mark.slow
 def test_run_goes_back_only_so_often() -> None:
     bad = dict.fromkeys(range(10, 60, 20), np.nan)
     with pytest.raises(NonFiniteError, match="gone back 2 times: max_skips"):
