@@ -275,11 +275,11 @@ class Checkpointer:
         callbacks.stop_reason, callbacks.stop_status = info["stop"]
         names = callbacks.names
         saved_names = info.get("callback_names", names)
-        _check_same("callbacks", sorted(saved_names), sorted(names))
         _check_same("callbacks", len(info["callbacks"]), len(names))
         states = dict(zip(saved_names, info["callbacks"], strict=True))
         for name, callback in zip(names, callbacks.callbacks, strict=True):
-            callback.set_state(states[name])
+            if name in states:  # else it is of another class, and remembers nothing yet
+                callback.set_state(states[name])
 
     def seek_validation(self, saved: Mapping[str, Any], own: Any = None) -> None:
         """Puts the validation loaders where they were; of several, only those in `own` if given."""
