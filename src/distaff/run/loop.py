@@ -91,7 +91,7 @@ def _train_epoch(hooks: Hooks, run: Run, epoch: int) -> None:
     if is_due:
         run.rank(judged, is_best, hooks.is_new_model_better)
         hooks.save_model(judged, is_best)
-        run.emit("on_checkpoint", judged, is_best)
+        run.emit("on_checkpoint", judged, is_best=is_best)
     run.finish_epoch(epoch)
 
 

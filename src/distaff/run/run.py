@@ -182,9 +182,11 @@ class Run:
         except StopTraining as stop:
             self.callbacks.stop(stop, self._owner)
 
-    def emit(self, event: str, metrics: Mapping[str, Any] | None = None, *is_best: bool) -> None:
+    def emit(
+        self, event: str, metrics: Mapping[str, Any] | None = None, *, is_best: bool = False
+    ) -> None:
         """Tells callbacks of an event."""
-        self.recorder.emit(event, self.recorder.info(metrics or {}, *is_best))
+        self.recorder.emit(event, self.recorder.info(metrics or {}, is_best))
 
     def begin_epoch(self, epoch: int) -> None:
         """Begins an epoch, or the rest of one."""

@@ -9,6 +9,7 @@ from distaff.data import as_loader, closing_made, first_to_train, limited, unlim
 from distaff.errors import StateError
 from distaff.execution.devices import check_one_process
 from distaff.metrics import as_numbers
+from distaff.metrics.monitor import as_monitor
 from distaff.run import loop
 from distaff.run.directory.protocol import recorded
 from distaff.run.display import as_text
@@ -85,7 +86,8 @@ class Training:
 
     def _made(self, plan: Plan) -> Run:
         trainer, name = self._trainer, type(self._trainer).__name__
-        return Run(self._here, plan, self._options, trainer.callbacks, trainer.monitor, name)
+        monitor = as_monitor(trainer.monitor)
+        return Run(self._here, plan, self._options, trainer.callbacks, monitor, name)
 
     def _begin(self, plan: Plan) -> Run:
         trainer, here = self._trainer, self._here
