@@ -114,3 +114,13 @@ def test_callbacks_that_change_places_keep_their_own_memory():
     result = trained(Line, callbacks=[ones, hundreds], save_every=1e-6).result
     assert (result.status, result.path.name) == ("finished", "0001")
     assert (hundreds.count, ones.count) == (500, 9)
+
+
+@pytest.mark.parametrize("name", ["report", "best_models", "forms"])
+def test_names_that_are_on_the_last_run_by_now_warn_and_still_work(name):
+    with pytest.raises(AttributeError, match=f"no attribute {name!r}"):
+        getattr(Line(), name)
+    trainer = trained(Line).trainer
+    with pytest.warns(DeprecationWarning, match=rf"trainer\.{name} is trainer\.last_run\.{name}"):
+        found = getattr(trainer, name)
+    assert found == getattr(trainer.last_run, name)

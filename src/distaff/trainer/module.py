@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Never, Self
+from typing import Any, Self
 
 from distaff import metrics as metrics_lib
 from distaff.callbacks import Callback
 from distaff.callbacks.callbacks import Callbacks
 from distaff.checkpoint.weights import as_init_from
-from distaff.core.config.other_frameworks import ARGUMENTS, spelled, unknown_trainer_name
+from distaff.core.config.other_frameworks import ARGUMENTS, spelled
 from distaff.core.typing import Batch, Key, Params
 from distaff.data import (
     Loader,
@@ -33,6 +33,7 @@ from distaff.step.normalise import StepFn
 from distaff.step.step import EvalFn, EvalStep
 from distaff.step.step import train_step as make_train_step
 from distaff.trainer.config import with_descriptions
+from distaff.trainer.moved import moved
 from distaff.trainer.overrides import augmentation_of, check_class
 from distaff.trainer.predictor import Predictor
 from distaff.trainer.preparation import Preparation, recording_of
@@ -95,8 +96,8 @@ class TrainerModule(Predictor):
             self._tune_process(example_batch)
             self._set_up(example_batch)
 
-    def __getattr__(self, name: str) -> Never:
-        raise unknown_trainer_name(self, name)
+    def __getattr__(self, name: str) -> Any:
+        return moved(self, name)
 
     def _set_up(self, example_batch: Batch) -> None:
         Preparation(self, TrainerModule).set_up(example_batch)
