@@ -196,7 +196,9 @@ def test_only_weights_are_loaded_for_inference_and_for_a_new_start(tmp_path):
     tuned = make(model=Net(), optimizer=optax.sgd(0.1, momentum=0.9), seed=1, name="tuned")
     tuned._set_up(next(iter(loader())))
     key = jax.random.key_data(tuned.state.rng)
-    tuned.restore(CheckpointStore(tmp_path / "weights"), trainer.step, ["params", "batch_stats"])
+    weights = CheckpointStore(tmp_path / "weights")
+    with pytest.deprecated_call(match="load_weights, or init_from"):
+        tuned.restore(weights, trainer.step, ["params", "batch_stats"])
     assert_same_bits(tuned.state.params, trainer.state.params)
     np.testing.assert_array_equal(tuned.predict(loader()), trainer.predict(loader()))
     assert (jax.random.key_data(tuned.state.rng) == key).all()

@@ -8,6 +8,7 @@ from typing import Any
 from distaff.core.config.other_frameworks import unknown_trainer_name
 from distaff.core.warnings import warn
 from distaff.run.run import Run
+from distaff.run.workspace import Workspace
 
 _OF_A_RUN: dict[str, tuple[str, Callable[[Run], Any]]] = {
     "best_models": ("last_run.best_models", lambda run: run.best_models),
@@ -18,17 +19,24 @@ _OF_A_RUN: dict[str, tuple[str, Callable[[Run], Any]]] = {
     "report": ("last_run.report", lambda run: run.report),
 }
 
+_OF_A_WORKSPACE: dict[str, tuple[str, Callable[[Workspace], Any]]] = {
+    "ready_state": ("state", lambda workspace: workspace.ready_state),
+    "restore": ("load_weights, or init_from", lambda workspace: workspace.restore),
+}
+
 
 def moved(trainer: Any, name: str) -> Any:
-    """Returns what a name stood for that is on the last run by now, with a DeprecationWarning.
+    """Returns what a name stood for that is elsewhere by now, with a DeprecationWarning.
 
     Raises:
-        UnknownNameError: a trainer never had it, or has no run yet.
+        UnknownNameError: a trainer never had it, or not yet.
     """
-    run = vars(trainer).get("_run")
-    if run is None or name not in _OF_A_RUN:
+    of_a_run = name in _OF_A_RUN
+    owner = vars(trainer).get("_run" if of_a_run else "_workspace")
+    known: dict[str, tuple[str, Callable[[Any], Any]]] = _OF_A_RUN if of_a_run else _OF_A_WORKSPACE
+    if owner is None or name not in known:
         raise unknown_trainer_name(trainer, name)
-    place, get = _OF_A_RUN[name]
+    place, get = known[name]
     text = f"trainer.{name} is trainer.{place} by now, and will be removed."
     warn(text, DeprecationWarning, stacklevel=3)
-    return get(run)
+    return get(owner)

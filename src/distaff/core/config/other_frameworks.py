@@ -101,7 +101,6 @@ CALLS: Mapping[str, str] = {
     "report": "trainer.last_run.report",
     "best_models": "trainer.last_run.best_models",
     "last_metrics": "trainer.last_run.state.last_metrics",
-    "ready_state": "trainer.state",
 }
 """What is asked of a trainer: what it has instead."""
 
