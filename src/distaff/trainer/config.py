@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import textwrap
 from typing import Any, TypeVar
 
 from distaff.core.config.options import described, descriptions, integer, option
@@ -66,5 +65,5 @@ def make_config(cls: type[C], options: dict[str, Any], owner: type) -> C:
 
 def with_descriptions(doc: str | None) -> str:
     """Returns the docstring of a class whose `**options` are described one by one."""
-    listed = textwrap.indent(descriptions(TrainerConfig), "    ")
-    return str(doc).replace("by name:\n", f"by name:\n\n{listed}\n")
+    listed = descriptions(TrainerConfig)
+    return inspect.cleandoc(doc or "").replace("by name:\n", f"by name:\n\n{listed}\n")
