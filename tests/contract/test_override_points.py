@@ -19,6 +19,7 @@ import optax
 import pytest
 
 from distaff import Monitor, TrainState, metrics
+from distaff.errors import ConfigError, LossError
 from line import (
     BATCH,
     NUM_EPOCHS,
@@ -384,3 +385,28 @@ def test_every_name_of_the_source_documents_is_overridden_here():
     own = [vars(each) for each in classes if issubclass(each, Line) and each is not Line]
     assert {name for each in own for name in each if name in SEEDS_NAMES} == set(SEEDS_NAMES)
     assert len(SEEDS_NAMES) == len(set(SEEDS_NAMES)) == 20
+
+
+def sets_nothing(self, train_step, eval_step):
+    """Forgets the programs."""
+
+
+def sets_half_a_step(self, train_step, eval_step):
+    self.train_step = jax.jit(lambda state, batch: state)
+    self.eval_step = jax.jit(eval_step)
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "error", "said"),
+    [
+        ("init_logger", lambda self: "csv", ConfigError, "a logger, or a list of them; got 'csv'"),
+        ("create_jitted_functions", sets_nothing, ConfigError, r"self\.train_step is not set"),
+        ("create_jitted_functions", sets_half_a_step, LossError, "returns .state, metrics."),
+        ("train_epoch", lambda self, train_loader, epoch: None, LossError, "a dict of metrics"),
+        ("eval_model", lambda self, loader, prefix="": [1], LossError, "a dict of metrics"),
+        ("init_optimizer", lambda self, total_steps: None, ConfigError, "gives the state its opt"),
+    ],
+)
+def test_override_that_falls_short_is_told_what_is_wrong(name, method, error, said):
+    with pytest.raises(error, match=said):
+        trained(type("Own", (Line,), {name: method}))

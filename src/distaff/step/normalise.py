@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from distaff import metrics as metrics_lib
 from distaff.core.typing import Batch
 from distaff.data import num_examples
+from distaff.errors import LossError
 from distaff.metrics import Metric, PerExample
 from distaff.step.state import TrainState, strongly_typed
 
@@ -27,7 +28,13 @@ def measured(step: StepFn) -> StepFn:
     """
 
     def measured_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Metric]]:
-        state, metrics = step(state, batch)
+        returned = step(state, batch)
+        if not isinstance(returned, tuple | list) or len(returned) != 2:
+            raise LossError(
+                "A training step returns (state, metrics), with metrics by name; got "
+                f"{type(returned).__name__}. Write return state, {{'loss': loss}}."
+            )
+        state, metrics = returned
         return strongly_typed(state), accumulating(metrics, num_examples(batch))
 
     return measured_step

@@ -67,6 +67,13 @@ class Preparation:
     def _take_programs(self) -> None:
         """Takes over the programs that `create_jitted_functions` has set."""
         trainer, here = self._trainer, self._here
+        for name in ("train_step", "eval_step"):
+            if not callable(vars(trainer).get(name)):
+                raise ConfigError(
+                    f"create_jitted_functions sets self.train_step and self.eval_step; self.{name} "
+                    "is not set. Write self.train_step = jax.jit(train_step, donate_argnums=0) and "
+                    "self.eval_step = jax.jit(eval_step)."
+                )
         step, evaluation = function_of(trainer.train_step), function_of(trainer.eval_step)
         is_own = not isinstance(trainer.train_step, StepProgram)
         here.counted = counted(step, type(trainer), self._base)
@@ -106,6 +113,11 @@ class Preparation:
             made = [made]
         if isinstance(made, list | tuple) or made is None:
             made = recording_of(self._trainer, as_loggers(made))
+        if not hasattr(made, "finished"):
+            raise ConfigError(
+                f"init_logger returns a logger, or a list of them; got {made!r}. Write "
+                "return [loggers.CsvLogger()], or leave init_logger out and pass loggers=[...]."
+            )
         self._here.recording = made
 
     def prepare(self, run: Run, test_loader: Loader | None) -> None:
