@@ -33,7 +33,7 @@ class Store:
         """Returns what was saved beside the arrays.
 
         Raises:
-            CheckpointError: there is none.
+            CheckpointError: the checkpoint does not exist.
         """
         raise CheckpointError(
             f"This run keeps no checkpoints, so there is none of step {step}. "
@@ -44,7 +44,7 @@ class Store:
         """Returns the arrays that `abstract` describes.
 
         Raises:
-            CheckpointError: there is none, or it cannot be read.
+            CheckpointError: the checkpoint does not exist, or cannot be read.
         """
         return self.info(step)
 

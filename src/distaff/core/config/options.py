@@ -22,8 +22,7 @@ Check: TypeAlias = Callable[[str, Any], Any]
 """`(name, value) -> value`; raises ConfigError."""
 
 Resume: TypeAlias = Literal["same run", "another run", "ignored"]
-"""What a run is whose option differs from that of an earlier one: the same, or another one; or
-nobody is told of it."""
+"""What a changed option makes of a run: the same, another one, or the same without a note."""
 
 
 def option(
@@ -78,7 +77,7 @@ def descriptions(cls: type[Options]) -> str:
 
 
 def with_options(function: Callable[..., Any], cls: type[Options]) -> inspect.Signature:
-    """Returns the signature of a function whose `**options` are those of a class.
+    """Returns the signature of a function, with the options of a class in place of `**options`.
 
     Args:
         function: a constructor; `self` is left out.
@@ -165,7 +164,7 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
         choices: a `Literal` type.
 
     Raises:
-        ConfigError: it is none of them; the nearest one is named.
+        ConfigError: it is another one; the message names the nearest word.
     """
     if value not in get_args(choices):
         raise ConfigError(
