@@ -142,10 +142,7 @@ TODAY: dict[Callable[[House], list[str]], set[str]] = {
     setters: {
         "Digits.run sets trainer.monitor",
     },
-    repeated: {
-        *("Block", "Choice", "Comparison", "Kind", "MLP", "Pace", "Part", "Place", "Source"),
-        *("_Batches", "_Parts", "_Reader", "_Rows", "_Slot", "_Value", "_Walk"),
-    },
+    repeated: set(),
     placers: set(),
     named_options: {
         *("allow_changes", "allow_inexact_resume", "enable_progress_bar", "max_time", "nan_ok"),

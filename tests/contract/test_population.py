@@ -15,11 +15,11 @@ import optax
 import pytest
 
 from distaff import TrainState, data
-from distaff.execution.dispatch.dispatcher import DispatchOptions, Steps, make_steps
+from distaff.execution.dispatch.dispatcher import Dispatcher, DispatchOptions, make_dispatcher
 from distaff.execution.dispatch.packed_metrics import WindowEnd
 from distaff.execution.dispatch.steps_per_call import Expected
 from distaff.execution.execution import Compiled
-from distaff.execution.feed.chunk import Form
+from distaff.execution.feed.chunk import ChunkSize
 from distaff.execution.feed.feed import Feed
 from distaff.execution.placement import owned
 from distaff.metrics import Mean, compute
@@ -84,10 +84,10 @@ class Trained(NamedTuple):
 
 
 @cache
-def programs(step: StepFn, steps_per_call: int) -> Steps:
+def programs(step: StepFn, steps_per_call: int) -> Dispatcher:
     options = DispatchOptions(steps_per_call=steps_per_call, log_every_n_steps=3)
     example = member(0) if step is ONE else stacked(), {"x": X[:4], "y": Y[:4]}
-    return make_steps(Compiled(), step, example, options, Expected(STEPS), watched=True)
+    return make_dispatcher(Compiled(), step, example, options, Expected(STEPS), watched=True)
 
 
 def trained(step: StepFn, state: TrainState, steps_per_call: int) -> Trained:
@@ -97,7 +97,7 @@ def trained(step: StepFn, state: TrainState, steps_per_call: int) -> Trained:
     run, count = programs(step, steps_per_call), 0
     steps, windows, state = [], [], owned(state)
     for _ in range(EPOCHS):
-        chunks = feed.epoch(lambda: Form(steps_per_call, steps_per_call))
+        chunks = feed.epoch(lambda: ChunkSize(steps_per_call, steps_per_call))
         for event in loop.steps(run, state, chunks, step=count):
             if isinstance(event, ChunkEnd):
                 state, count = event.state, event.step

@@ -13,7 +13,7 @@ import pytest
 
 from distaff import Context, TrainState, TrainStep, train_step
 from distaff.execution.dispatch.dispatcher import single
-from distaff.execution.dispatch.packed_metrics import Columns, blank
+from distaff.execution.dispatch.packed_metrics import MetricLayout, blank
 from distaff.execution.execution import Compiled, Eager, Execution
 from distaff.execution.feed.chunk import One
 from distaff.step.normalise import measured
@@ -96,7 +96,7 @@ def single_form() -> tuple[Any, np.ndarray]:
     state = TrainState.create(apply_fn=MODEL.apply, tx=TX, rng=RNG, **VARIABLES)
     state = jax.tree.map(lambda leaf: leaf.copy(), state)
     step = measured(train_step(cross_entropy))
-    columns = Columns(jax.eval_shape(step, state, BATCHES[0])[1])
+    columns = MetricLayout(jax.eval_shape(step, state, BATCHES[0])[1])
     program = COMPILED.program(single(step, columns, watched=False), donate=0)
     table = blank(len(BATCHES), columns.width)
     for batch in BATCHES:

@@ -11,7 +11,7 @@ import pytest
 
 import distaff
 from distaff import data, zoo
-from distaff.execution.dispatch.in_flight import MAX_BYTES, MAX_CHUNKS, Flight
+from distaff.execution.dispatch.in_flight import MAX_BYTES, MAX_CHUNKS, InFlightLimit
 
 X = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
 ARRAY = type(jnp.zeros(1))
@@ -104,7 +104,7 @@ class Output:
 @pytest.mark.parametrize(("num_bytes", "most"), [(0, MAX_CHUNKS), (MAX_BYTES // 4, 4), (2**40, 2)])
 def test_flight_is_bounded_in_chunks_and_bytes(num_bytes, most):
     waited: list[int] = []
-    flight = Flight()
+    flight = InFlightLimit()
     for number in range(50):
         flight.add(Output(waited, number), num_bytes)  # ty: ignore[invalid-argument-type]
         in_flight = number - max(waited, default=-1)
@@ -122,7 +122,7 @@ class Stop(distaff.Callback):
 @pytest.mark.parametrize("slow", [True, False])
 @pytest.mark.parametrize("kind", ["arrays", "list"])
 def test_checkpoint_keeps_the_place_of_the_last_batch_trained_on(monkeypatch, kind, slow):
-    monkeypatch.setattr("distaff.execution.feed.prefetch.Pace.slow", property(lambda pace: slow))
+    monkeypatch.setattr("distaff.execution.feed.prefetch.ReadTimes.slow", property(lambda pace: slow))
     loader: Any = data.ArrayLoader({"x": X}, 4)
     loader = data.MappedLoader(loader, dict) if kind == "arrays" else data.Stream(list(loader))
     trainer = Trainer(zoo.MLP((4, 1)), root=None, enable_progress_bar=False, callbacks=[Stop()])

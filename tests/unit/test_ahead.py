@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from distaff import data
 from distaff.data import ArrayLoader, Stream
-from distaff.execution.feed.chunk import Form
+from distaff.execution.feed.chunk import ChunkSize
 from distaff.execution.feed.feed import Feed
-from distaff.execution.feed.prefetch import DEPTH, Ahead, Pace
+from distaff.execution.feed.prefetch import DEPTH, Prefetch, ReadTimes
 
 
-class Always(Pace):
+class Always(ReadTimes):
     """A pace that is given."""
 
     def __init__(self, slow: bool) -> None:
@@ -54,7 +54,7 @@ def counting(taken: list[int], until: int = 100) -> Generator[int]:
 @given(length=st.integers(0, 12), slow=st.booleans(), steady_after=st.integers(0, 14))
 def test_ahead_yields_every_item_in_order(length, slow, steady_after):
     used: list[int] = []
-    ahead = Ahead[int](Always(slow))
+    ahead = Prefetch[int](Always(slow))
     items = ahead.read(counting([], length), lambda: len(used) >= steady_after)
     used.extend(items)  # grows item by item
     assert used == list(range(length))
@@ -63,7 +63,7 @@ def test_ahead_yields_every_item_in_order(length, slow, steady_after):
 
 def test_thread_gets_no_more_than_its_depth_ahead():
     taken: list[int] = []
-    items = Ahead[int](Always(True)).read(counting(taken))
+    items = Prefetch[int](Always(True)).read(counting(taken))
     for used in range(5):
         assert next(items) == used
         wait_until(lambda used=used: len(taken) >= used + 1 + DEPTH)
@@ -75,7 +75,7 @@ def test_thread_gets_no_more_than_its_depth_ahead():
 
 def test_items_are_got_one_by_one_until_it_is_steady():
     taken, steady = [], []
-    items = Ahead[int](Always(True)).read(counting(taken), lambda: bool(steady))
+    items = Prefetch[int](Always(True)).read(counting(taken), lambda: bool(steady))
     assert [next(items), next(items)] == taken == [0, 1]
     steady.append(True)
     assert next(items) == 2
@@ -88,7 +88,7 @@ def test_error_is_raised_in_its_place_with_the_line_that_raised_it():
         yield from (0, 1, 2)
         raise OSError("disk on fire")
 
-    items, got = Ahead[int](Always(True)).read(broken()), []
+    items, got = Prefetch[int](Always(True)).read(broken()), []
     with pytest.raises(OSError, match="disk on fire") as caught:
         got.extend(items)
     assert got == [0, 1, 2]
@@ -105,7 +105,7 @@ def test_closed_reader_closes_the_generator_where_it_ran():
         finally:
             ended.append(threading.current_thread().name)
 
-    items = Ahead[int](Always(True)).read(noting())
+    items = Prefetch[int](Always(True)).read(noting())
     next(items)
     items.close()
     assert ended == ["read ahead"]
@@ -120,7 +120,7 @@ def test_read_that_hangs_is_left_alone_and_waited_for_before_the_next(monkeypatc
         assert go_on.wait(30)
         yield 1
 
-    ahead = Ahead[int](Always(True))
+    ahead = Prefetch[int](Always(True))
     items = ahead.read(hanging())
     assert next(items) == 0
     items.close()
@@ -132,18 +132,18 @@ def test_read_that_hangs_is_left_alone_and_waited_for_before_the_next(monkeypatc
 
 
 def test_pace_is_slow_after_a_row_of_slow_items_only():
-    pace = Pace()
+    pace = ReadTimes()
     for _ in range(1000):
-        pace.took(1e-4)
-    pace.took(9e-3)  # a hiccup
+        pace.record_seconds(1e-4)
+    pace.record_seconds(9e-3)  # a hiccup
     assert not pace.slow
     for _ in range(100):
-        pace.took(1e-4)
+        pace.record_seconds(1e-4)
     for _ in range(4):
-        pace.took(4e-3)
+        pace.record_seconds(4e-3)
     assert pace.slow
     for _ in range(100):
-        pace.took(1e-4)
+        pace.record_seconds(1e-4)
     assert not pace.slow
 
 
@@ -158,7 +158,7 @@ def test_thread_takes_over_from_what_is_slow_and_no_other():
 
     for seconds, expected in ((1e-5, 1), (5e-3, 2)):
         threads: set[str] = set()
-        ahead = Ahead[int](clock=lambda: now[0])
+        ahead = Prefetch[int](clock=lambda: now[0])
         assert list(ahead.read(slow(seconds, threads))) == list(range(20))
         assert len(threads) == expected
 
@@ -212,11 +212,11 @@ def test_position_is_that_of_the_last_chunk_handed_out(
     uninterrupted = after(make(), 30)
     loader = make()
     feed = Feed(loader, name="train", resident=resident)
-    feed._ahead = Ahead(Always(threaded))
+    feed._ahead = Prefetch(Always(threaded))
     trained: list[float] = []
     handed_out = 0
     while handed_out < stop_after:
-        chunks = feed.epoch(lambda: Form(capacity, capacity), steps_per_epoch, keep_place=True)
+        chunks = feed.epoch(lambda: ChunkSize(capacity, capacity), steps_per_epoch, keep_place=True)
         for chunk in chunks:
             trained += flat(of_chunk(chunk))
             position = dict(feed.position)
@@ -238,7 +238,7 @@ def test_position_is_that_of_the_last_chunk_handed_out(
 def test_stream_that_was_read_ahead_stays_ahead_and_its_position_does_not():
     loader = Stream([np.full(1, float(n)) for n in range(10)])
     feed = Feed(loader, name="train", resident=False)
-    feed._ahead = Ahead(Always(True))
+    feed._ahead = Prefetch(Always(True))
     chunks = feed.epoch(keep_place=True)
     next(chunks)
     wait_until(lambda: loader.get_state()["batch"] == 1 + DEPTH)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from distaff import data
 from distaff.data import ArrayLoader
 from distaff.errors import BatchError
-from distaff.execution.feed.chunk import Chunk, Form, Gathered, One, Stacked, pad
+from distaff.execution.feed.chunk import Chunk, ChunkSize, Gathered, One, Stacked, pad
 from distaff.execution.feed.feed import Feed
 from distaff.execution.feed.feeds import Feeds
 
@@ -57,13 +57,15 @@ def test_chunks_hold_the_batches_of_the_loader(
     plain, chunked = (loader(num_examples, batch_size) for _ in range(2))
     feed = Feed(chunked, name="train", resident=resident)
     for _ in range(3):
-        chunks = feed.epoch(lambda: Form(capacity, capacity), steps_per_epoch)
+        chunks = feed.epoch(lambda: ChunkSize(capacity, capacity), steps_per_epoch)
         assert_same(unpacked(chunks), list(data.epoch_of(plain, steps_per_epoch)))
         assert chunked.get_state() == plain.get_state()
 
 
 def test_form_is_asked_before_each_chunk():
-    forms = iter([Form(1, 1), Form(1, 4), Form(3, 4), Form(9, 9), Form(9, 9)])
+    forms = iter(
+        [ChunkSize(1, 1), ChunkSize(1, 4), ChunkSize(3, 4), ChunkSize(9, 9), ChunkSize(9, 9)]
+    )
     chunks = list(Feed(loader(), name="train", resident=True).epoch(lambda: next(forms)))
     assert [(chunk.num_steps, chunk.source.capacity) for chunk in chunks] == [
         (1, 1),
@@ -77,7 +79,7 @@ def test_form_is_asked_before_each_chunk():
 @pytest.mark.parametrize("resident", [True, False])
 def test_chunk_that_is_not_full_has_the_room_of_the_rest(resident):
     feed = Feed(loader(), name="train", resident=resident)
-    chunks = list(feed.epoch(lambda: Form(2, 2, rest=8)))
+    chunks = list(feed.epoch(lambda: ChunkSize(2, 2, rest=8)))
     rooms = [(chunk.num_steps, chunk.source.capacity) for chunk in chunks]
     assert rooms == [(2, 2), (2, 2), (1, 8), (1, 8)]  # the last batch is smaller
 
@@ -91,7 +93,7 @@ def test_chunk_ends_where_the_batches_change_their_form():
         np.ones([2, 4], int),
     ]
     feed = Feed(data.as_loader(batches), name="train", resident=True)
-    chunks = list(feed.epoch(lambda: Form(8, 8)))
+    chunks = list(feed.epoch(lambda: ChunkSize(8, 8)))
     assert [chunk.num_steps for chunk in chunks] == [2, 1, 2]
     assert [chunk.source.batch(0).dtype for chunk in chunks] == [float, float, int]
 
@@ -100,7 +102,7 @@ def test_chunk_ends_where_the_batches_change_their_form():
 def test_batches_of_other_loaders_are_stacked_with_room_for_more(make):
     batches = [{"x": make([[float(n)]])} for n in range(5)]
     chunks = list(
-        Feed(data.as_loader(batches), name="train", resident=True).epoch(lambda: Form(3, 4))
+        Feed(data.as_loader(batches), name="train", resident=True).epoch(lambda: ChunkSize(3, 4))
     )
     assert [type(chunk.source) for chunk in chunks] == [Stacked, Stacked]
     assert [chunk.source.batches["x"].shape for chunk in chunks] == [(4, 1, 1), (4, 1, 1)]
@@ -109,7 +111,9 @@ def test_batches_of_other_loaders_are_stacked_with_room_for_more(make):
 
 def test_padding_of_wide_floats_can_be_narrowed():
     batches = [np.full([64, 64], 1.5)]
-    [chunk] = Feed(data.as_loader(batches), name="train", resident=True).epoch(lambda: Form(1, 8))
+    [chunk] = Feed(data.as_loader(batches), name="train", resident=True).epoch(
+        lambda: ChunkSize(1, 8)
+    )
     assert not chunk.source.batches[1:].any()
 
 
@@ -123,7 +127,7 @@ def test_single_batch_is_handed_on_as_it_is():
 def test_arrays_are_placed_once_and_not_aliased():
     arrays = np.zeros([64, 16], np.float32)
     feed = Feed(ArrayLoader(arrays, 4), name="train", resident=True)
-    sources = [chunk.source for _ in range(2) for chunk in feed.epoch(lambda: Form(2, 2))]
+    sources = [chunk.source for _ in range(2) for chunk in feed.epoch(lambda: ChunkSize(2, 2))]
     assert {id(source.arrays) for source in sources} == {id(sources[0].arrays)}
     assert isinstance(sources[0].arrays, jax.Array)
     arrays[:] = 1
@@ -145,7 +149,7 @@ def test_large_arrays_stay_on_the_host_and_large_chunks_are_cut(monkeypatch):
     monkeypatch.setattr(module, "_MAX_RESIDENT_BYTES", 100)
     monkeypatch.setattr(module, "_MAX_CHUNK_BYTES", 100)
     feed = Feed(ArrayLoader(np.ones([26, 1], np.float32), 10), name="train", resident=True)
-    chunks = list(feed.epoch(lambda: Form(8, 8)))
+    chunks = list(feed.epoch(lambda: ChunkSize(8, 8)))
     assert [(type(c.source), c.num_steps, c.source.capacity) for c in chunks] == [
         (Stacked, 2, 3),
         (Stacked, 1, 3),
@@ -160,7 +164,7 @@ def test_chunks_are_those_of_a_whole_batch_where_a_short_one_comes_first(monkeyp
         feed = Feed(data.as_loader([short, whole, whole]), name="train", resident=True)
         for batch in expected:
             feed.expect(batch)
-        chunks = feed.epoch(lambda: Form(8, 8))
+        chunks = feed.epoch(lambda: ChunkSize(8, 8))
         capacities.append([chunk.source.capacity for chunk in chunks])
     assert capacities == [[8, 8], [3, 3]]
 
@@ -176,14 +180,14 @@ def test_feeds_remember_the_loaders_seen_last():
 
 def test_empty_loader_is_refused():
     with pytest.raises(BatchError, match="The val loader must yield at least one batch"):
-        list(Feed(data.as_loader([]), name="val", resident=True).epoch(lambda: Form(2, 2)))
+        list(Feed(data.as_loader([]), name="val", resident=True).epoch(lambda: ChunkSize(2, 2)))
 
 
 @pytest.mark.parametrize("resident", [True, False])
 @pytest.mark.parametrize("capacity", [1, 3])
 def test_padded_repeats_the_last_example_of_each_batch(capacity, resident):
     feed = Feed(loader(6, 3, shuffle=False), name="val", resident=resident)
-    for chunk in feed.epoch(lambda: Form(capacity, capacity)):
+    for chunk in feed.epoch(lambda: ChunkSize(capacity, capacity)):
         padded = chunk.source.padded(5)
         assert isinstance(padded, Gathered if resident else Stacked if capacity > 1 else One)
         for index in range(chunk.num_steps):
@@ -192,7 +196,7 @@ def test_padded_repeats_the_last_example_of_each_batch(capacity, resident):
 
 
 def repeated(feed: Feed, capacity: int, *, even: bool) -> list[Chunk]:
-    return list(feed.repeated(Form(capacity, capacity), even=lambda source: even))
+    return list(feed.repeated(ChunkSize(capacity, capacity), even=lambda source: even))
 
 
 @pytest.mark.parametrize("even", [True, False])
@@ -232,7 +236,7 @@ def test_repeated_takes_a_new_order_where_the_loader_shuffles():
 def test_short_last_batch_has_the_room_of_a_whole_one(kind):
     wide = data.ArrayLoader(np.ones((70, 20_000), np.float32), 64)
     feed = Feed(wide if kind == "arrays" else data.as_loader(list(wide)), name="", resident=False)
-    chunks = list(feed.epoch(lambda: Form(256, 256)))
+    chunks = list(feed.epoch(lambda: ChunkSize(256, 256)))
     assert [chunk.num_steps for chunk in chunks] == [1, 1]
     assert len({chunk.source.capacity for chunk in chunks}) == 1
     assert len(list(Feed(data.as_loader([np.ones((4, 0))]), name="", resident=False).epoch())) == 1

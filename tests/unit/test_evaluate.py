@@ -16,7 +16,7 @@ from distaff import EvalStep, TrainState
 from distaff.data import as_loader
 from distaff.errors import BatchError
 from distaff.execution.execution import Compiled, Eager, Execution
-from distaff.execution.feed.chunk import Form, pad
+from distaff.execution.feed.chunk import ChunkSize, pad
 from distaff.execution.feed.feed import Feed
 from distaff.metrics import Max, Mean, Sum, compute
 from distaff.run.evaluation import Evaluator, predict
@@ -45,7 +45,7 @@ def batches(*sizes: int) -> Iterator[dict[str, np.ndarray]]:
 def evaluated(evaluate: Evaluator, state: TrainState, batches: Any, capacity: int = 1) -> Any:
     """Evaluates a list of batches, in chunks of up to `capacity`."""
     feed = Feed(as_loader(list(batches)), name="val", resident=False)
-    return evaluate(state, feed.epoch(lambda: Form(capacity, capacity)))
+    return evaluate(state, feed.epoch(lambda: ChunkSize(capacity, capacity)))
 
 
 class Counted:

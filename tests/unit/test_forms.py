@@ -13,8 +13,8 @@ import pytest
 from distaff import TrainerConfig
 from distaff.errors import ConfigError
 from distaff.execution.dispatch.steps_per_call import (
-    Choice,
     Expected,
+    FusionChoice,
     Timing,
     chosen,
     continued,
@@ -22,7 +22,7 @@ from distaff.execution.dispatch.steps_per_call import (
     recorded,
     settled,
 )
-from distaff.execution.feed.chunk import SINGLE, Form
+from distaff.execution.feed.chunk import SINGLE, ChunkSize
 
 METRICS = {"loss": jax.ShapeDtypeStruct((2,), jnp.float32)}
 
@@ -43,15 +43,15 @@ def choose(
     watched: bool = False,
     jaxpr: Callable[[], Any] = traced(),  # noqa: B008 - makes a function
     **expected: Any,
-) -> Choice:
+) -> FusionChoice:
     return chosen(steps_per_call, metrics, Expected(**expected), watched=watched, jaxpr=jaxpr)
 
 
 def test_small_steps_are_fused_within_an_epoch_and_within_memory():
-    assert choose().form == Form(256, 256)
-    assert choose(steps_per_epoch=40).form == Form(40, 40)
+    assert choose().form == ChunkSize(256, 256)
+    assert choose(steps_per_epoch=40).form == ChunkSize(40, 40)
     large = {"m": jax.ShapeDtypeStruct((2**20,), jnp.float32)}
-    assert choose(metrics=large).form == Form(4, 4)
+    assert choose(metrics=large).form == ChunkSize(4, 4)
     assert choose().why == "estimated"
 
 
@@ -59,7 +59,7 @@ def test_larger_steps_are_fewer_and_the_largest_run_one_at_a_time_in_the_loop():
     numbers = [choose(jaxpr=traced(size)).form.num_steps for size in (64, 512, 1024, 4096)]
     assert numbers == sorted(numbers, reverse=True)
     assert 1 < numbers[1] < 256
-    assert choose(jaxpr=traced(4096)).form == Form(1, 2)
+    assert choose(jaxpr=traced(4096)).form == ChunkSize(1, 2)
 
 
 def test_convolutions_are_fused_on_accelerators_only(monkeypatch):
@@ -93,29 +93,29 @@ def test_short_steps_of_a_long_run_have_programs_of_fixed_length(
         "distaff.execution.dispatch.steps_per_call._is_accelerated", lambda: accelerated
     )
     pays = accelerated and is_long and seconds < 1e-3
-    kept = Form(20, 20, 64) if pays else Form(20, 64)
-    assert settled(Form(20, 64), seconds, is_long=is_long) == kept
+    kept = ChunkSize(20, 20, 64) if pays else ChunkSize(20, 64)
+    assert settled(ChunkSize(20, 64), seconds, is_long=is_long) == kept
     form = choose(total_steps=20_000 if is_long else 19_999).form
-    assert form == Form(256, 256, 256 * (accelerated and is_long))
-    assert fixed(64).form == Form(64, 64, 64 * accelerated)
+    assert form == ChunkSize(256, 256, 256 * (accelerated and is_long))
+    assert fixed(64).form == ChunkSize(64, 64, 64 * accelerated)
 
 
 def test_number_that_was_asked_for_is_taken():
-    assert choose(7).form == Form(7, 7)
-    assert choose(7, watched=True).form == Form(7, 7)
+    assert choose(7).form == ChunkSize(7, 7)
+    assert choose(7, watched=True).form == ChunkSize(7, 7)
     assert choose(7).describe() == "step fusion: 7 steps per call, given"
 
 
 def test_choice_is_described_in_a_few_words():
     assert choose(jaxpr=convolution).describe() == "step fusion: off, estimated"
-    measured = Choice(Form(4, 64), "measured", Timing(3e-3, 2e-3))
+    measured = FusionChoice(ChunkSize(4, 64), "measured", Timing(3e-3, 2e-3))
     assert measured.describe() == (
         "step fusion: 4 steps per call, measured (3 ms unfused, 2 ms fused per step)"
     )
 
 
 def test_resumed_run_keeps_its_choice_whatever_would_be_chosen_now():
-    before = Choice(Form(20, 64, 64), "measured", Timing(None, 1e-3))
+    before = FusionChoice(ChunkSize(20, 64, 64), "measured", Timing(None, 1e-3))
     facts = json.loads(json.dumps(before.facts()))
     assert recorded(facts) == before
     for now in (choose(), choose("measure")):
@@ -140,7 +140,7 @@ def test_resumed_run_keeps_its_choice_whatever_would_be_chosen_now():
     ],
 )
 def test_choice_that_cannot_have_been_made_is_ignored(change):
-    facts = Choice(Form(2, 64), "estimated", Timing(None, 1.0)).facts()
+    facts = FusionChoice(ChunkSize(2, 64), "estimated", Timing(None, 1.0)).facts()
     assert recorded(facts) is not None
     assert recorded({**facts, **change}) is None
     assert recorded([facts]) is None

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import distaff
 from distaff import data, metrics, tasks
 from distaff.errors import BatchError, ConfigError, LossError, NonFiniteError
-from distaff.execution.dispatch.packed_metrics import Columns
+from distaff.execution.dispatch.packed_metrics import MetricLayout
 from distaff.metrics.limits import Limits, first_breach
 from distaff.step.step import EvalStep
 
@@ -51,7 +51,7 @@ def limits(values: Any, *, where: Any = None, most: float | None = 2) -> Limits:
 def test_merged_limits_are_of_the_first_batch_that_breaks_them(batches):
     each = [metrics.to_host({"x": limits(np.array(values, np.int32))}) for values in batches]
     merged = functools.reduce(metrics.merge, each)
-    columns = Columns(jax.eval_shape(lambda: {"x": limits(np.array(batches[0], np.int32))}))
+    columns = MetricLayout(jax.eval_shape(lambda: {"x": limits(np.array(batches[0], np.int32))}))
     rows = np.stack([columns.row({"x": limits(np.array(v, np.int32))}) for v in batches])
     assert jax.tree.map(np.array_equal, metrics.merge_rows(columns.metrics(rows)), merged)["x"].ends
     bad = [n for n, values in enumerate(batches) if min(values) < 0 or max(values) > 2]

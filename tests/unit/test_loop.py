@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distaff.execution.dispatch.dispatcher import Steps
+from distaff.execution.dispatch.dispatcher import Dispatcher
 from distaff.execution.dispatch.packed_metrics import WindowEnd
 from distaff.execution.dispatch.steps_per_call import fixed
 from distaff.execution.execution import Eager
@@ -53,7 +53,7 @@ class Batches:
 def steps(
     program: Program, batches: Batches, *, step: int, log_every: int, verdict: Any = None
 ) -> Iterator[ChunkEnd | WindowEnd]:
-    run = Steps(Eager(), program, METRICS, forms=fixed(1), log_every=log_every, watched=True)
+    run = Dispatcher(Eager(), program, METRICS, forms=fixed(1), log_every=log_every, watched=True)
     chunks = (Chunk(1, len(batch), One(batch)) for batch in batches)
     return loop.steps(run, step, chunks, step=step, verdict=verdict or (lambda: Verdict.GO_ON))
 

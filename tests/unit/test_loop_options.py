@@ -372,4 +372,4 @@ def test_run_goes_back_past_the_validation_of_a_limited_stream():
     back = trainer(limit_batches=10, on_bad_numbers="rollback")
     result = back.train_model(data.ArrayLoader({**ARRAYS, "x": x}, 4), list(arrays()), num_epochs=2)
     assert result.status == "finished"
-    assert len(back.last_run.state.left_out) == 2
+    assert len(back.last_run.state.skipped) == 2

@@ -499,7 +499,7 @@ def test_run_goes_back_in_a_mixture_and_leaves_batches_out():
     x = pairs(0, 60)["x"]
     x[45] = np.nan
     back = trained(lambda: make(x), epochs=1, on_bad_numbers="rollback", on_bad_input="warn")
-    ((_, start, stop, _),) = back.last_run.state.left_out
+    ((_, start, stop, _),) = back.last_run.state.skipped
     assert start <= 15 < stop  # the row is one of batch 15
     assert back.step == 19 - (min(stop, 19) - start)
     assert jnp.isfinite(back.state.params["kernel"]).all()

@@ -11,7 +11,7 @@ import pytest
 
 from distaff import TrainState, data, tasks, zoo
 from distaff.execution.execution import Compiled
-from distaff.execution.feed.chunk import Form
+from distaff.execution.feed.chunk import ChunkSize
 from distaff.execution.feed.feed import Feed
 from distaff.execution.placement import (
     ONE_DEVICE,
@@ -139,7 +139,7 @@ def test_feed_has_each_chunk_placed(kind: str):
     loader = data.ArrayLoader(rows, 4) if kind == "arrays" else data.as_loader([rows[:4]] * 2)
     feed = Feed(loader, name="train", resident=False, placement=placement)
     for capacity in (1, 2):
-        list(feed.epoch(lambda capacity=capacity: Form(capacity, capacity)))
+        list(feed.epoch(lambda capacity=capacity: ChunkSize(capacity, capacity)))
     assert placement.asked == ["batch One", "batch One", "batch Stacked"]
     assert ONE_DEVICE.batch is None
 

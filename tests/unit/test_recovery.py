@@ -582,8 +582,8 @@ def test_callbacks_go_back_with_a_run_in_memory(tmp_path: Path) -> None:
         result = fit.train_model(data.ArrayLoader(arrays(), SIZE), num_epochs=4)
         # It has gone back from the fourth epoch to the end of the second.
         assert (
-            [each.back_to for each in fit.last_run.state.left_out]
-            == [120] * len(fit.last_run.state.left_out)
+            [each.back_to for each in fit.last_run.state.skipped]
+            == [120] * len(fit.last_run.state.skipped)
             != []
         )
         assert result.step < 4 * BATCHES

@@ -18,10 +18,10 @@ from distaff.execution import compile_cache
 from distaff.execution.dispatch import calibration
 from distaff.execution.dispatch.calibration import fused_first, single_first
 from distaff.execution.dispatch.steps_per_call import Timing
-from distaff.execution.feed.chunk import SINGLE, Form
+from distaff.execution.feed.chunk import SINGLE, ChunkSize
 
 
-def tried(trying: Any, single: Any, fused: Any) -> tuple[list[Form], Form, Timing]:
+def tried(trying: Any, single: Any, fused: Any) -> tuple[list[ChunkSize], ChunkSize, Timing]:
     """Runs what is asked for until the choice is made.
 
     Args:
@@ -45,12 +45,12 @@ def _times(seconds: Any) -> Iterator[float]:
 def test_fast_fused_steps_are_kept_without_a_comparison():
     asked, form, timing = tried(fused_first(64), single=1.0, fused=1e-4)
     assert SINGLE not in asked
-    assert asked[0] == Form(1, 64)
-    assert (form, timing) == (Form(64, 64), Timing(None, 1e-4))
+    assert asked[0] == ChunkSize(1, 64)
+    assert (form, timing) == (ChunkSize(64, 64), Timing(None, 1e-4))
 
 
 @pytest.mark.parametrize("trying", [fused_first, single_first])
-@pytest.mark.parametrize(("single", "kept"), [(3e-3, Form(10, 64)), (1e-3, SINGLE)])
+@pytest.mark.parametrize(("single", "kept"), [(3e-3, ChunkSize(10, 64)), (1e-3, SINGLE)])
 def test_slower_steps_are_compared(trying, single, kept):
     asked, form, _ = tried(trying(64), single=single, fused=2e-3)
     assert SINGLE in asked
@@ -66,18 +66,18 @@ def test_slow_single_steps_are_kept_without_compiling_another_program():
 @pytest.mark.parametrize(("trying", "number"), [(single_first, 1), (fused_first, 2)])
 def test_form_that_clearly_loses_is_given_up(trying, number):
     asked, form, _ = tried(trying(64), single=1e-3, fused=25e-3)
-    assert [each for each in asked if each != SINGLE] == [Form(1, 64)] * number
+    assert [each for each in asked if each != SINGLE] == [ChunkSize(1, 64)] * number
     assert form == SINGLE
 
 
 @pytest.mark.parametrize("factors", [(1.0, 6.0, 1.0), (6.0, 1.0, 6.0), (1.0, 1.0, 6.0, 6.0)])
 def test_slow_moments_of_the_machine_do_not_make_the_choice(factors):
     noisy = chain((factor * 1e-3 for factor in factors), repeat(1e-3))
-    assert tried(fused_first(64), single=1.4e-3, fused=noisy)[1] == Form(20, 64)
+    assert tried(fused_first(64), single=1.4e-3, fused=noisy)[1] == ChunkSize(20, 64)
 
 
 def test_call_takes_about_as_long_as_an_answer_may():
-    assert tried(fused_first(256), single=1.0, fused=1e-2)[1] == Form(2, 256)
+    assert tried(fused_first(256), single=1.0, fused=1e-2)[1] == ChunkSize(2, 256)
 
 
 def batches(size: int = 8) -> list[dict[str, np.ndarray]]:

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from distaff.execution.dispatch.packed_metrics import (
     BadStep,
-    Columns,
-    Readout,
-    Strip,
+    MetricLayout,
+    MetricTable,
+    MetricWindows,
     WindowEnd,
     blank,
 )
@@ -32,7 +32,7 @@ ONE = {
 
 
 def test_row_keeps_every_bit_of_every_dtype():
-    columns = Columns(jax.eval_shape(lambda: ONE))
+    columns = MetricLayout(jax.eval_shape(lambda: ONE))
     rows = np.asarray(jax.jit(columns.row)(ONE))[None]
     assert (rows.shape, rows.dtype) == ((1, columns.width), np.uint32)
     back = columns.metrics(np.concatenate([rows, rows]))
@@ -44,28 +44,28 @@ def test_row_keeps_every_bit_of_every_dtype():
 def test_row_keeps_64_bits():
     with jax.enable_x64():
         one = {"n": Sum(jnp.int64(2**40 + 1)), "x": Sum(jnp.float64(0.1))}
-        columns = Columns(one)
+        columns = MetricLayout(one)
         rows = np.asarray(columns.row(one))[None]
     back = columns.metrics(rows)
     assert (back["n"].total[0], back["x"].total[0]) == (2**40 + 1, 0.1)
 
 
 def test_metrics_without_numbers_make_empty_rows():
-    columns = Columns({})
+    columns = MetricLayout({})
     assert columns.row({}).shape == (0,)
     assert columns.metrics(np.zeros((4, 0), np.uint32)) == {}
-    assert columns.strip_rows(50) == 50
+    assert columns.table_rows(50) == 50
 
 
 @pytest.mark.parametrize(
     ("width", "log_every", "rows"), [(4, 10, 10), (4, 500, 64), (2**20, 50, 1)]
 )
 def test_strips_are_short_where_rows_are_wide_or_lines_frequent(width, log_every, rows):
-    columns = Columns({"many": Sum(jnp.zeros(width))})
-    assert columns.strip_rows(log_every) == rows
+    columns = MetricLayout({"many": Sum(jnp.zeros(width))})
+    assert columns.table_rows(log_every) == rows
 
 
-LOSS = Columns({"loss": Mean(jnp.float32(0), jnp.float32(0))})
+LOSS = MetricLayout({"loss": Mean(jnp.float32(0), jnp.float32(0))})
 
 
 def row_of(step: int, bad: int | None) -> np.ndarray:
@@ -81,15 +81,15 @@ def strips_of(pieces: list[tuple[str, int]], start: int, every: int, bad: int | 
         if kind == "fused":
             table = np.zeros((length + 3, LOSS.width), np.uint32)
             table[:length] = rows
-            yield Strip(step, length, jnp.asarray(table), at_end=False), step + length
+            yield MetricTable(step, length, jnp.asarray(table), at_end=False), step + length
             step += length
             continue
         strip = None
         for row in rows:
             if strip is None or strip.num_rows == len(strip.table) or step % every == 0:
-                strip = Strip(step, 0, blank(LOSS.strip_rows(every), LOSS.width), at_end=True)
+                strip = MetricTable(step, 0, blank(LOSS.table_rows(every), LOSS.width), at_end=True)
             table = jnp.concatenate([strip.table[1:], row[None]])
-            strip, step = Strip(strip.first, strip.num_rows + 1, table, at_end=True), step + 1
+            strip, step = MetricTable(strip.first, strip.num_rows + 1, table, at_end=True), step + 1
             yield strip, step
 
 
@@ -103,7 +103,7 @@ def strips_of(pieces: list[tuple[str, int]], start: int, every: int, bad: int | 
     bad=st.none() | st.integers(1, 40),
 )
 def test_windows_are_those_of_the_steps_however_they_came(pieces, start, every, bad):
-    readout, windows, seen = Readout(LOSS, every, start), [], []
+    readout, windows, seen = MetricWindows(LOSS, every, start), [], []
     for strip, step in strips_of(pieces, start, every, bad):
         due = list(readout.add(strip, step))
         # One late: what has just ended is not read yet.
@@ -127,9 +127,9 @@ def test_windows_are_those_of_the_steps_however_they_came(pieces, start, every, 
 
 
 def test_steps_without_a_loss_are_never_bad():
-    columns = Columns({"n": Sum(jnp.float32(0))})
-    readout = Readout(columns, 2, 0)
+    columns = MetricLayout({"n": Sum(jnp.float32(0))})
+    readout = MetricWindows(columns, 2, 0)
     table = jnp.stack([columns.row({"n": Sum(jnp.float32(np.nan))})] * 3)
-    assert list(readout.add(Strip(0, 3, table, at_end=False), 3)) == []
+    assert list(readout.add(MetricTable(0, 3, table, at_end=False), 3)) == []
     windows: list[WindowEnd] = list(readout.rest())
     assert [(each.step, each.bad) for each in windows] == [(2, None), (3, None)]

@@ -12,12 +12,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distaff.execution.dispatch.packed_metrics import Columns, Readout, Strip, WindowEnd
+from distaff.execution.dispatch.packed_metrics import (
+    MetricLayout,
+    MetricTable,
+    MetricWindows,
+    WindowEnd,
+)
 from distaff.metrics import Mean, merge
 from distaff.run.run_state import EpochProgress
 
 METRICS = {"loss": Mean(jnp.float32(0), jnp.float32(0))}
-COLUMNS = Columns(METRICS)
+COLUMNS = MetricLayout(METRICS)
 FLOATS = st.floats(width=32, allow_nan=True, allow_infinity=True)
 
 
@@ -61,13 +66,13 @@ def test_tally_that_is_none_is_refused(change: dict[str, Any]) -> None:
 
 def windows(values: list[float], start: int, every: int, pauses: set[int]) -> list[Any]:
     """Reads steps one by one, and begins anew from its rows at each pause."""
-    readout, found = Readout(COLUMNS, every, start), []
+    readout, found = MetricWindows(COLUMNS, every, start), []
     for step, value in enumerate(values, start + 1):
         table = jnp.asarray(rows_of([value]))
-        found += readout.add(Strip(step - 1, 1, table, False), step)
+        found += readout.add(MetricTable(step - 1, 1, table, False), step)
         if step in pauses:
             found += readout.due()
-            readout = Readout(COLUMNS, every, step, readout.left())
+            readout = MetricWindows(COLUMNS, every, step, readout.left())
     return [*found, *readout.rest()]
 
 

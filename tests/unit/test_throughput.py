@@ -1,4 +1,4 @@
-"""The ledger of a run: every second once, by a clock that a test moves."""
+"""The timers of a run: every second once, by a clock that a test moves."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from distaff import Callback, data, tasks, zoo
-from distaff.execution.timers import PARTS, TRAINING, Ledger, Throughput
+from distaff.execution.timers import PARTS, TRAINING, Throughput, Timers
 from distaff.loggers import MemoryLogger
 from distaff.run.recorder import Recorder
 
@@ -25,27 +25,27 @@ class Clock:
         return self.now
 
 
-def seconds(ledger: Ledger) -> dict[str, float]:
-    return {part: spent for part, spent in ledger.read().seconds.items() if spent}
+def seconds(timers: Timers) -> dict[str, float]:
+    return {part: spent for part, spent in timers.read().seconds.items() if spent}
 
 
 def test_each_second_counts_once_in_the_innermost_part():
     clock = Clock()
-    ledger = Ledger(clock)
+    timers = Timers(clock)
     clock.now += 1
-    with ledger.spent("evaluation"):
+    with timers.spent("evaluation"):
         clock.now += 2
-        with ledger.spent("data"):
+        with timers.spent("data"):
             clock.now += 4
         clock.now += 8
     clock.now += 16
-    assert seconds(ledger) == {"other": 17, "evaluation": 10, "data": 4}
-    assert seconds(ledger) == {"other": 17, "evaluation": 10, "data": 4}
+    assert seconds(timers) == {"other": 17, "evaluation": 10, "data": 4}
+    assert seconds(timers) == {"other": 17, "evaluation": 10, "data": 4}
 
 
 def test_timed_counts_the_time_to_get_each_item_and_not_what_is_done_with_it():
     clock = Clock()
-    ledger = Ledger(clock)
+    timers = Timers(clock)
 
     def items() -> Iterator[int]:
         for item in range(3):
@@ -53,32 +53,32 @@ def test_timed_counts_the_time_to_get_each_item_and_not_what_is_done_with_it():
             yield item
         clock.now += 5
 
-    for _ in ledger.timed(items(), "data"):
+    for _ in timers.timed(items(), "data"):
         clock.now += 10
-    assert seconds(ledger) == {"data": 8, "other": 30}
+    assert seconds(timers) == {"data": 8, "other": 30}
 
 
 @pytest.mark.parametrize("where", ["spent", "timed"])
 def test_part_ends_with_an_error(where):
     clock = Clock()
-    ledger = Ledger(clock)
+    timers = Timers(clock)
 
     def broken() -> Iterator[int]:
         raise ValueError("broken")
         yield
 
     def spend() -> None:
-        with ledger.spent("data"):
+        with timers.spent("data"):
             raise ValueError("broken")
 
     with pytest.raises(ValueError, match="broken"):
-        spend() if where == "spent" else list(ledger.timed(broken(), "data"))
+        spend() if where == "spent" else list(timers.timed(broken(), "data"))
     clock.now += 1
-    assert seconds(ledger) == {"other": 1}
+    assert seconds(timers) == {"other": 1}
 
 
 def test_compiling_is_counted_apart_and_once():
-    ledger = Ledger()
+    timers = Timers()
 
     @jax.jit
     def inner(x):
@@ -92,14 +92,14 @@ def test_compiling_is_counted_apart_and_once():
         return x * constant
 
     before = time.perf_counter()
-    with ledger.spent("host"):
+    with timers.spent("host"):
         outer(np.ones(3, np.float32))
     wall = time.perf_counter() - before
-    read = ledger.read()
+    read = timers.read()
     assert read.programs == 2
     assert 0.3 <= read.seconds["compile"] <= wall
     assert read.seconds["host"] == pytest.approx(wall - read.seconds["compile"], abs=0.05)
-    assert Ledger().read().programs == 0
+    assert Timers().read().programs == 0
 
 
 class Result:
@@ -119,16 +119,16 @@ class Result:
 def test_call_is_the_devices_where_it_computes_inside(monkeypatch, ready, backend, part):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     clock = Clock()
-    ledger = Ledger(clock)
-    with ledger.spent("host"):
+    timers = Timers(clock)
+    with timers.spent("host"):
         clock.now += 3
-        ledger.handed(Result(ready))
-    assert seconds(ledger) == {part: 3}
+        timers.handed(Result(ready))
+    assert seconds(timers) == {part: 3}
 
 
 def test_batches_cost_nothing_while_the_device_is_at_work():
     clock = Clock()
-    ledger = Ledger(clock)
+    timers = Timers(clock)
     result = Result(ready=False)
 
     def chunks() -> Iterator[int]:
@@ -140,28 +140,28 @@ def test_batches_cost_nothing_while_the_device_is_at_work():
         result.ready = True
         yield 3
 
-    for _ in ledger.fetched(chunks()):
+    for _ in timers.fetched(chunks()):
         clock.now += 10
-        with ledger.spent("host"):
-            ledger.handed(result)
-    assert seconds(ledger) == {"data": 5, "device": 2, "other": 30}
+        with timers.spent("host"):
+            timers.handed(result)
+    assert seconds(timers) == {"data": 5, "device": 2, "other": 30}
 
 
 def test_lap_is_what_was_counted_since_the_last_one():
     clock = Clock()
-    ledger = Ledger(clock)
-    with ledger.spent("data"):
+    timers = Timers(clock)
+    with timers.spent("data"):
         clock.now += 4
-    ledger.steps, ledger.examples = 3, 6
-    assert ledger.lap(5) is None
+    timers.steps, timers.examples = 3, 6
+    assert timers.lap(5) is None
     clock.now += 1
-    first = ledger.lap(5)
+    first = timers.lap(5)
     assert first is not None
     assert (first.steps, first.examples) == (3, 6)
-    ledger.steps += 2
-    with ledger.spent("host"):
+    timers.steps += 2
+    with timers.spent("host"):
         clock.now += 5
-    second = ledger.lap(5)
+    second = timers.lap(5)
     assert second is not None
     assert (second.steps, second.examples) == (2, 0)
     assert {part: spent for part, spent in second.seconds.items() if spent} == {"host": 5}
@@ -188,7 +188,7 @@ class Ticks:
 
 def test_run_counts_every_second_of_its_wall_time(monkeypatch):
     clock = Ticks()
-    monkeypatch.setattr(Ledger.__init__, "__defaults__", (clock,))
+    monkeypatch.setattr(Timers.__init__, "__defaults__", (clock,))
     train, val, test = data.digits(batch_size=128)
     trainer = tasks.Classifier(zoo.MLP((8, 10)), steps_per_call=4, enable_progress_bar=False)
     spans = []
@@ -210,7 +210,7 @@ def test_run_counts_every_second_of_its_wall_time(monkeypatch):
     spent = read["seconds"]
     assert spent.keys() == set(PARTS)
     assert all(spent[part] > 0 for part in PARTS if part != "callbacks")
-    # A few readings are not the ledger's: those of the spans, and what a thread reads meanwhile.
+    # A few readings are not the timers's: those of the spans, and what a thread reads meanwhile.
     wall = spans[1] - spans[0]
     assert 0.8 * wall < sum(spent.values()) <= wall
     assert read["training_seconds"] == sum(spent[part] for part in TRAINING)
@@ -221,7 +221,7 @@ def test_steps_that_compute_inside_of_their_call_are_the_devices():
 
     class Reader(Callback):
         def on_epoch_end(self, info):
-            reads.append(trainer.last_run.ledger.read())
+            reads.append(trainer.last_run.timers.read())
 
     train, _, _ = data.digits(batch_size=128)
     options = {"root": None, "steps_per_call": 10, "enable_progress_bar": False}
@@ -244,7 +244,7 @@ def test_throughput_is_logged_in_a_file_of_its_own(monkeypatch):
     assert [row["step"] for row in rows] == [8, 9, 9, 16, 18, 18, 18]
     assert [row["epoch"] for row in rows] == [1, 1, 1, 2, 2, 2, 2]
     assert rows[1]["steps_per_second"] > 0
-    spent = trainer.last_run.ledger.read().seconds
+    spent = trainer.last_run.timers.read().seconds
     assert sum(row["seconds/device"] for row in rows) <= spent["device"]
     logged = {name for record in memory.records for name in record.metrics}
     assert not any("second" in name for name in logged)

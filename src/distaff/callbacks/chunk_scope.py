@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Protocol, TypeAlias, runtime_checkable
 
-from distaff.execution.timers import Ledger
+from distaff.execution.timers import Timers
 
 ChunkScope: TypeAlias = Callable[[range], AbstractContextManager[None]]
 """Gives what a chunk shall run in, by its steps: one, or many as one program, counted from 1."""
@@ -33,7 +33,7 @@ def around_epoch(
     watchers: Sequence[WatchesChunks],
     directory: Path | None,
     guard: Callable[[], AbstractContextManager[None]],
-    ledger: Ledger,
+    timers: Timers,
 ) -> Generator[ChunkScope]:
     """Runs an epoch inside of its watchers, the first one outermost.
 
@@ -41,23 +41,23 @@ def around_epoch(
         watchers: callbacks.
         directory: of the run, absolute; None if nothing is written.
         guard: what each chunk runs in besides, innermost.
-        ledger: hears what the watchers spend.
+        timers: hears what the watchers spend.
 
     Yields:
         What gives all that a chunk runs in.
     """
     with ExitStack() as stack:
-        stack.enter_context(ledger.spent("callbacks"))
+        stack.enter_context(timers.spent("callbacks"))
         scopes = [stack.enter_context(watcher.around_epoch(directory)) for watcher in watchers]
-        stack.enter_context(ledger.spent("other"))
+        stack.enter_context(timers.spent("other"))
 
         @contextmanager
         def around_chunk(steps: range) -> Generator[None]:
             with ExitStack() as inner:
-                inner.enter_context(ledger.spent("callbacks"))
+                inner.enter_context(timers.spent("callbacks"))
                 for scope in scopes:
                     inner.enter_context(scope(steps))
-                inner.enter_context(ledger.spent("device"))
+                inner.enter_context(timers.spent("device"))
                 inner.enter_context(guard())
                 yield
 

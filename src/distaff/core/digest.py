@@ -74,7 +74,7 @@ def program_digest(function: Callable[..., Any], *arguments: Any) -> Program:
         *arguments: pytrees of arrays, or of `jax.ShapeDtypeStruct`.
     """
     traced = jax.make_jaxpr(function)(*arguments)
-    return _Walk().program(traced.jaxpr, traced.consts)
+    return _Digester().program(traced.jaxpr, traced.consts)
 
 
 def digest(*values: Any) -> str:
@@ -101,7 +101,7 @@ def sample_digest(array: Any) -> str:
     return f"{form}{_hashed_bytes(data.tobytes())}"
 
 
-class _Walk:
+class _Digester:
     """Goes through the equations of a program, and of those inside of them."""
 
     def __init__(self) -> None:
@@ -293,7 +293,9 @@ def _token(value: Any, depth: int = 0) -> str:
         case type():
             return f"{value.__module__}.{value.__qualname__}"
     if hasattr(value, "eqns"):
-        return _Walk().program(getattr(value, "jaxpr", value), getattr(value, "consts", ())).whole
+        return (
+            _Digester().program(getattr(value, "jaxpr", value), getattr(value, "consts", ())).whole
+        )
     if dataclasses.is_dataclass(value):
         members = {f.name: getattr(value, f.name, None) for f in dataclasses.fields(value)}
         return f"{type(value).__qualname__}{inner(members)}"

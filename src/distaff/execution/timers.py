@@ -78,7 +78,7 @@ class Throughput(NamedTuple):
         )
 
 
-class Ledger:
+class Timers:
     """Counts the seconds of a run by what they are spent on; each second counts once.
 
     Args:

@@ -154,14 +154,14 @@ class EquinoxModel(Adapter):
         return _pair(self._source(key=key))
 
     @functools.cached_property
-    def _parts(self) -> _Parts:
+    def _parts(self) -> _EquinoxParts:
         module, state = self._made
         leaves, structure = jax.tree.flatten_with_path(module)
         slots = tuple(
-            _Slot(_collection(leaf), tuple(_name(key) for key in path), leaf)
+            _EquinoxSlot(_collection(leaf), tuple(_name(key) for key in path), leaf)
             for path, leaf in leaves
         )
-        return _Parts(slots, structure, None if state is None else jax.tree.structure(state))
+        return _EquinoxParts(slots, structure, None if state is None else jax.tree.structure(state))
 
     def _read(self, module: Any, state: Any) -> Variables:
         values = [
@@ -221,7 +221,7 @@ class EquinoxModel(Adapter):
             return mapped(inputs, keys)
 
 
-class _Slot(NamedTuple):
+class _EquinoxSlot(NamedTuple):
     """A leaf of the module; with a collection, an array that lies in the variables."""
 
     collection: str | None
@@ -229,8 +229,8 @@ class _Slot(NamedTuple):
     leaf: Any
 
 
-class _Parts(NamedTuple):
-    slots: tuple[_Slot, ...]
+class _EquinoxParts(NamedTuple):
+    slots: tuple[_EquinoxSlot, ...]
     structure: Any
     state: Any
 

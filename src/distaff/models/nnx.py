@@ -169,13 +169,13 @@ class NnxModel(Adapter):
         return _with_traced_arrays(module)
 
     @functools.cached_property
-    def _parts(self) -> _Parts:
+    def _parts(self) -> _NnxParts:
         graph, state = nnx.split(self.module)
         slots = [
-            _Slot(path, tuple(map(str, path)), _collection(leaf), leaf)
+            _NnxSlot(path, tuple(map(str, path)), _collection(leaf), leaf)
             for path, leaf in nnx.to_flat_state(state)
         ]
-        return _Parts(graph, state, tuple(slots))
+        return _NnxParts(graph, state, tuple(slots))
 
     def _read(self, state: Any) -> Variables:
         found = dict(nnx.to_flat_state(state))
@@ -200,7 +200,7 @@ class NnxModel(Adapter):
         return set_mode(module, train)
 
 
-class _Slot(NamedTuple):
+class _NnxSlot(NamedTuple):
     """Where an array is in the module, and in the variables; no collection for random streams."""
 
     path: tuple[Any, ...]
@@ -209,10 +209,10 @@ class _Slot(NamedTuple):
     leaf: Any
 
 
-class _Parts(NamedTuple):
+class _NnxParts(NamedTuple):
     graph: Any
     state: Any
-    slots: tuple[_Slot, ...]
+    slots: tuple[_NnxSlot, ...]
 
 
 def _called(

@@ -82,7 +82,7 @@ class Checkpointer:
         evaluated = here.evaluation_state()
         differ = evaluated is not state
         arrays = {EVALUATION_PARAMS: evaluated.params} if differ else {}
-        with self._recorder.ledger.spent("checkpoint"):
+        with self._recorder.timers.spent("checkpoint"):
             info = {**facts, EVALUATION_PARAMS: differ}
             self.store.save(here.step, {**state.arrays(), **arrays}, info)
         self.boundary, self._last_save, self.origin = None, here.step, _NOTHING
@@ -236,7 +236,7 @@ class Checkpointer:
         plan, dispatcher = recorder.plan, recorder.dispatcher
         with explained(step):
             recorder.state = recorder.state.from_json(
-                info, dispatcher.columns, store.steps(), self._options.keep_best
+                info, dispatcher.layout, store.steps(), self._options.keep_best
             )
             self._restore_callbacks(info)
             self.seek(info["loader"], plan.train_loader, "train")

@@ -15,9 +15,9 @@ from distaff.core.typing import Batch, PyTree
 from distaff.data import num_examples
 from distaff.errors import BatchError, leaf_name
 from distaff.execution.compile.recompiles import Watch
-from distaff.execution.dispatch.packed_metrics import Columns
+from distaff.execution.dispatch.packed_metrics import MetricLayout
 from distaff.execution.execution import Compiled, Execution
-from distaff.execution.feed.chunk import Chunk, One, Source, pad
+from distaff.execution.feed.chunk import Chunk, ChunkData, One, pad
 from distaff.execution.feed.padding import MayPad, Padding, Sizes, form_of_examples, has_rows
 from distaff.execution.placement import to_host
 from distaff.metrics import Metric, PerExample
@@ -96,7 +96,9 @@ class Evaluator:
     def _mask(self, state: TrainState, batch: Batch) -> np.ndarray | None:
         return np.ones(num_examples(batch), bool) if self.may_pad(state)(One(batch)) else None
 
-    def _measure(self, state: TrainState, chunk: Chunk, sizes: Sizes) -> dict[str, Metric] | _Rows:
+    def _measure(
+        self, state: TrainState, chunk: Chunk, sizes: Sizes
+    ) -> dict[str, Metric] | _RowMetrics:
         source, mask = chunk.source, None
         form = form_of_examples(source, axes=1 if isinstance(source, One) else 2)
         full = sizes.full(form, chunk.examples, lambda: source)
@@ -104,7 +106,7 @@ class Evaluator:
             source, mask = source.padded(full.size), np.arange(full.size) < chunk.examples
         if source.capacity == 1:
             return self._call(state, source, mask)
-        return _Rows(
+        return _RowMetrics(
             chunk.num_steps, self._call_fused(state, source, mask, np.int32(chunk.num_steps))
         )
 
@@ -121,22 +123,22 @@ class Evaluator:
         return reduced(self.outputs(state, batch), kept)
 
     def _accumulating(
-        self, state: TrainState, source: Source, mask: jax.Array | None, index: Any = 0
+        self, state: TrainState, source: ChunkData, mask: jax.Array | None, index: Any = 0
     ) -> dict[str, Metric]:
         return self._one(state, source.batch(index), mask)
 
     def _accumulating_each(
-        self, state: TrainState, source: Source, mask: jax.Array | None, num_steps: jax.Array
+        self, state: TrainState, source: ChunkData, mask: jax.Array | None, num_steps: jax.Array
     ) -> _Table:
         """Returns a row for each batch; those after the last are 0."""
-        columns = Columns(jax.eval_shape(self._accumulating, state, source, mask))
+        layout = MetricLayout(jax.eval_shape(self._accumulating, state, source, mask))
 
         def body(index: jax.Array, table: jax.Array) -> jax.Array:
-            row = columns.row(self._accumulating(state, source, mask, index))
+            row = layout.row(self._accumulating(state, source, mask, index))
             return table.at[index].set(row)
 
-        table = jnp.zeros((source.capacity, columns.width), jnp.uint32)
-        return _Table(jax.lax.fori_loop(0, num_steps, body, table), columns)
+        table = jnp.zeros((source.capacity, layout.width), jnp.uint32)
+        return _Table(jax.lax.fori_loop(0, num_steps, body, table), layout)
 
 
 @jax.tree_util.register_dataclass
@@ -148,14 +150,14 @@ class _Table:
 
     Args:
         rows: uint32 `[capacity, width]`.
-        columns: what is in a row.
+        layout: what is in a row.
     """
 
     rows: jax.Array
-    columns: Columns = field(metadata={"static": True})
+    layout: MetricLayout = field(metadata={"static": True})
 
 
-class _Rows(NamedTuple):
+class _RowMetrics(NamedTuple):
     """The metrics of several batches, on the device."""
 
     num_rows: int
@@ -163,14 +165,14 @@ class _Rows(NamedTuple):
 
     def merged(self) -> dict[str, Metric]:
         rows = np.asarray(self.table.rows)[: self.num_rows]
-        return metrics_lib.merge_rows(self.table.columns.metrics(rows))
+        return metrics_lib.merge_rows(self.table.layout.metrics(rows))
 
 
 def _drained(
-    total: dict[str, Metric] | None, waiting: list[dict[str, Metric] | _Rows]
+    total: dict[str, Metric] | None, waiting: list[dict[str, Metric] | _RowMetrics]
 ) -> dict[str, Metric] | None:
     for each in waiting:
-        fetched = each.merged() if isinstance(each, _Rows) else metrics_lib.to_host(each)
+        fetched = each.merged() if isinstance(each, _RowMetrics) else metrics_lib.to_host(each)
         total = fetched if total is None else metrics_lib.merge(total, fetched)
     return total
 

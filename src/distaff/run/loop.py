@@ -34,9 +34,9 @@ from typing import Any
 import numpy as np
 
 from distaff.data import Loader
-from distaff.execution.dispatch.dispatcher import Steps
-from distaff.execution.dispatch.in_flight import Flight
-from distaff.execution.dispatch.packed_metrics import Readout, WindowEnd
+from distaff.execution.dispatch.dispatcher import Dispatcher
+from distaff.execution.dispatch.in_flight import InFlightLimit
+from distaff.execution.dispatch.packed_metrics import MetricWindows, WindowEnd
 from distaff.execution.feed.chunk import Chunk
 from distaff.run.events import BadNumbers, ChunkEnd, Hooks, Pause, given
 from distaff.run.run import Run, check_metrics
@@ -115,7 +115,7 @@ def epoch_steps(run: Run, loader: Loader) -> Iterator[ChunkEnd]:
             rows=run.state.in_epoch.rows,
             guard=guard,
         )
-        for event in run.ledger.timed(events, "device"):
+        for event in run.timers.timed(events, "device"):
             match event:
                 case ChunkEnd():
                     run.observe(event)
@@ -127,7 +127,7 @@ def epoch_steps(run: Run, loader: Loader) -> Iterator[ChunkEnd]:
 
 
 def steps(
-    dispatcher: Steps,
+    dispatcher: Dispatcher,
     state: TrainState,
     chunks: Iterable[Chunk],
     *,
@@ -156,8 +156,8 @@ def steps(
         A `ChunkEnd` for each chunk, a `WindowEnd` for each window, a `Pause` where the run is to be
         saved.
     """
-    strip, flight = dispatcher.blank, Flight()
-    readout = Readout(dispatcher.columns, dispatcher.log_every, step, rows)
+    strip, flight = dispatcher.blank, InFlightLimit()
+    readout = MetricWindows(dispatcher.layout, dispatcher.log_every, step, rows)
     for chunk in chunks:
         with guard(range(step + 1, step + 1 + chunk.num_steps)):
             state, strip, metrics = dispatcher(state, strip, chunk, step)

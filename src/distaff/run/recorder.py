@@ -15,12 +15,12 @@ from distaff.callbacks.callbacks import Callbacks
 from distaff.data import num_batches
 from distaff.errors import MetricError
 from distaff.execution.devices import idle_devices
-from distaff.execution.dispatch.dispatcher import Steps
+from distaff.execution.dispatch.dispatcher import Dispatcher
 from distaff.execution.dispatch.packed_metrics import BadStep, WindowEnd
-from distaff.execution.dispatch.steps_per_call import Choice
-from distaff.execution.feed.skipped import left_out, num_drawn
+from distaff.execution.dispatch.steps_per_call import FusionChoice
+from distaff.execution.feed.skipped import num_drawn, skipped_batches
 from distaff.execution.peak_flops import peak_flops
-from distaff.execution.timers import Ledger
+from distaff.execution.timers import Timers
 from distaff.metrics import as_json, compute, results
 from distaff.metrics.named import Named
 from distaff.run.directory.protocol import Recording
@@ -64,11 +64,11 @@ class Recorder:
         self, workspace: Workspace, plan: Plan, options: RecoveryOptions, callbacks: Callbacks
     ) -> None:
         self.workspace, self.plan, self.callbacks = workspace, plan, callbacks
-        self.display, self.ledger = workspace.display, Ledger()
+        self.display, self.timers = workspace.display, Timers()
         self.state = RunState.beginning(workspace.step, workspace.epoch)
         self.report: Report | None = None
         self.updates_per_step, self.has_begun = 1, False
-        self._dispatcher: Steps | None = None
+        self._dispatcher: Dispatcher | None = None
         self._options, self._rates, self._epoch_start = options, None, time.perf_counter()
         self._check_learning = LearningCheck(None)
 
@@ -78,14 +78,14 @@ class Recorder:
         return self.workspace.recording
 
     @property
-    def dispatcher(self) -> Steps:
+    def dispatcher(self) -> Dispatcher:
         """Runs the steps; there once the run is prepared."""
         assert self._dispatcher is not None
         return self._dispatcher
 
     @dispatcher.setter
-    def dispatcher(self, dispatcher: Steps) -> None:
-        dispatcher.ledger, self._dispatcher = self.ledger, dispatcher
+    def dispatcher(self, dispatcher: Dispatcher) -> None:
+        dispatcher.timers, self._dispatcher = self.timers, dispatcher
 
     @property
     def capacity(self) -> int:
@@ -93,7 +93,7 @@ class Recorder:
         return 1 if self._dispatcher is None else self._dispatcher.forms.form.capacity
 
     @property
-    def forms(self) -> Choice:
+    def forms(self) -> FusionChoice:
         """How many steps are one program."""
         return self.dispatcher.forms
 
@@ -112,7 +112,7 @@ class Recorder:
 
     def emit(self, event: str, info: StepInfo) -> None:
         """Tells callbacks of an event."""
-        with self.ledger.spent("callbacks"):
+        with self.timers.spent("callbacks"):
             self.callbacks.emit(event, info)
 
     def show(self, line: str) -> None:
@@ -144,12 +144,12 @@ class Recorder:
         state, epoch = self.state, self.workspace.epoch
         if self.workspace.step == state.first_step:
             self.display.running()
-            self.show(f"{self.ledger.read().compiled()}; {self.forms.describe()}")
+            self.show(f"{self.timers.read().compiled()}; {self.forms.describe()}")
         self.workspace.state, self.workspace.step = event.state, event.step
         in_epoch = state.in_epoch._replace(steps=state.in_epoch.steps + event.num_steps)
         self.state = state._replace(step=event.step, epoch=epoch, in_epoch=in_epoch)
         self.recording.store.check_failure()
-        examples = self.ledger.count(event.num_steps, event.examples)
+        examples = self.timers.count(event.num_steps, event.examples)
         self.display.advance(event.step, epoch, examples)
         if event.metrics:
             self._show_steps(event, epoch)
@@ -197,7 +197,7 @@ class Recorder:
 
     def log_throughput(self, seconds: float = 0.0) -> None:
         """Writes a line of throughput since the last one, if that was this long ago."""
-        lap = self.ledger.lap(seconds)
+        lap = self.timers.lap(seconds)
         if lap is not None:
             state = self.state
             line = Report(lap).line()
@@ -206,7 +206,9 @@ class Recorder:
     def batch_of(self, bad: BadStep) -> int:
         """Returns which batch of the epoch a step was trained on, counted from 0."""
         step_of_epoch = bad.step - (self.workspace.step - self.state.in_epoch.steps)
-        return num_drawn(step_of_epoch, left_out(self.state.left_out, self.workspace.epoch)) - 1
+        return (
+            num_drawn(step_of_epoch, skipped_batches(self.state.skipped, self.workspace.epoch)) - 1
+        )
 
     def show_result(self, metrics: Mapping[str, Any], *, measures: bool) -> None:
         """Shows the metrics of a finished run as a table of splits, and how fast it was.
@@ -221,7 +223,7 @@ class Recorder:
             titles = {**titles, "val": f"val, epoch {state.best.epoch} (best)"}
         self.display.table(rows_by_split(metrics, titles))
         measure_peak = peak_flops if measures else lambda again: None
-        self.report = make_report(self.ledger.read(), self.dispatcher.flops, measure_peak)
+        self.report = make_report(self.timers.read(), self.dispatcher.flops, measure_peak)
         self.log_throughput()
         for line in self.report.lines():
             self.show(line)
@@ -254,6 +256,6 @@ class Recorder:
         with suppress(MetricError):  # which has ended the run
             facts["metrics"] = as_json(self.state.last_metrics)
         best = None if self.state.best is None else best_json(self.state.best)
-        report = self.report or Report(self.ledger.read())
+        report = self.report or Report(self.timers.read())
         form = self.forms.facts()
         return {**facts, "best": best, "steps_per_call": form, "throughput": report.facts()}

@@ -15,7 +15,7 @@ from distaff.data import Loader, Stream, num_batches, sources
 from distaff.errors import CheckpointError, ConfigError, NonFiniteError
 from distaff.execution.dispatch.packed_metrics import BadStep
 from distaff.execution.feed.chunk import SINGLE, Chunk
-from distaff.execution.feed.skipped import Stretch, left_out, num_drawn, relapses
+from distaff.execution.feed.skipped import SkippedBatches, num_drawn, relapses, skipped_batches
 from distaff.run.checkpointer import Checkpointer
 from distaff.run.diagnosis import OUT_OF_RANGE, diagnose, replay
 from distaff.run.events import BadNumbers
@@ -106,7 +106,7 @@ class Recovery:
             NonFiniteError: all of its batches were left out.
         """
         state = self._recorder.state
-        if not state.in_epoch.steps and state.left_out:
+        if not state.in_epoch.steps and state.skipped:
             raise NonFiniteError(
                 f"Of epoch {self._here.epoch} all batches were left out, because of bad steps: "
                 f"nothing is left to train on. {self._kept()} {_REMEDY}"
@@ -128,7 +128,7 @@ class Recovery:
         """
         store, here, recorder = self._checkpointer.store, self._here, self._recorder
         epoch, batch = here.epoch, recorder.batch_of(found.bad)
-        tries = relapses(recorder.state.left_out, epoch, batch, self._length)
+        tries = relapses(recorder.state.skipped, epoch, batch, self._length)
         begun = here.step - recorder.state.in_epoch.steps
         first = max(begun, found.bad.step - 1 - self._reach(tries))
         store.wait()
@@ -140,7 +140,7 @@ class Recovery:
             self._go_back(store, good, epoch, batch, self._reach(tries))
         except CheckpointError as error:
             raise self._failure(found, f"{account}It cannot go back: {error} ") from error
-        gone = recorder.state.left_out[-1]
+        gone = recorder.state.skipped[-1]
         recorder.show(
             f"{account}Back to step {here.step}; batches {gone.start + 1} to {gone.stop} of epoch "
             f"{epoch} are left out."
@@ -175,8 +175,8 @@ class Recovery:
 
     def _too_often(self, step: int | None, tries: int) -> str:
         """Returns a sentence on why the run does not go back once more, if so."""
-        if len(self._recorder.state.left_out) >= self._options.max_skips:
-            return f"The run has gone back {len(self._recorder.state.left_out)} times: max_skips. "
+        if len(self._recorder.state.skipped) >= self._options.max_skips:
+            return f"The run has gone back {len(self._recorder.state.skipped)} times: max_skips. "
         if tries >= _MAX_TRIES:
             return f"The run has gone back to step {step} {tries} times: it is not the batches. "
         return ""
@@ -184,7 +184,7 @@ class Recovery:
     def _go_back(self, store: Store, step: int, epoch: int, batch: int, reach: int) -> None:
         """Goes back to a checkpoint, which from then on names what is left out around a batch."""
         recorder, here, checkpointer = self._recorder, self._here, self._checkpointer
-        before = recorder.state.left_out
+        before = recorder.state.skipped
         here.feeds.settle(self._plan.train_loader)
         saved = checkpointer.restore(store, step, val=not self._validates_on_streams)
         if isinstance(store, CheckpointStore) and step != store.latest():
@@ -192,9 +192,9 @@ class Recovery:
         start = max(0, batch - reach)
         progress = recorder.state.in_epoch
         if progress.epoch == epoch:  # what is in the state cannot be left out of it
-            start = max(start, num_drawn(progress.steps, left_out(before, epoch)))
-        gone = Stretch(epoch, start, batch + reach + 1, step)
-        recorder.update(left_out=(*before, gone), step=here.step, epoch=here.epoch)
+            start = max(start, num_drawn(progress.steps, skipped_batches(before, epoch)))
+        gone = SkippedBatches(epoch, start, batch + reach + 1, step)
+        recorder.update(skipped=(*before, gone), step=here.step, epoch=here.epoch)
         metrics, is_best = ({}, None) if saved is None else (saved.metrics, saved.is_best)
         facts = checkpointer.facts(metrics, is_best)
         checkpointer.save({**facts, "provisional": store.info(step)["provisional"]})
@@ -247,12 +247,12 @@ class Recovery:
         """Yields the batches after a checkpoint, one by one; the loader stands there."""
         loader, tally = (
             self._plan.train_loader,
-            EpochProgress.from_json(info["tally"], self._recorder.dispatcher.columns),
+            EpochProgress.from_json(info["tally"], self._recorder.dispatcher.layout),
         )
         is_over = info["is_best"] is not None or tally.is_trained
         done = 0 if is_over else tally.steps
         for epoch in count(tally.epoch + is_over):
-            without = left_out(self._recorder.state.left_out, epoch)
+            without = skipped_batches(self._recorder.state.skipped, epoch)
             chunks = self._here.feeds.of(loader, name="train").epoch(
                 lambda: SINGLE,
                 self._plan.steps_per_epoch,

@@ -16,11 +16,11 @@ from distaff.data.inspection import InspectionOptions
 from distaff.errors import LossError
 from distaff.execution import page_faults
 from distaff.execution.dispatch.calibration import rehearsed
-from distaff.execution.dispatch.dispatcher import DispatchOptions, Steps
+from distaff.execution.dispatch.dispatcher import Dispatcher, DispatchOptions
 from distaff.execution.dispatch.packed_metrics import BadStep, WindowEnd
 from distaff.execution.feed.chunk import Chunk
-from distaff.execution.feed.skipped import left_out, num_drawn
-from distaff.execution.timers import Ledger
+from distaff.execution.feed.skipped import num_drawn, skipped_batches
+from distaff.execution.timers import Timers
 from distaff.loggers import ManyLoggers
 from distaff.metrics.limits import Breach
 from distaff.metrics.monitor import Monitor
@@ -98,14 +98,14 @@ class Run:
         return self.recorder.state
 
     @property
-    def dispatcher(self) -> Steps:
+    def dispatcher(self) -> Dispatcher:
         """Runs the steps."""
         return self.recorder.dispatcher
 
     @property
-    def ledger(self) -> Ledger:
+    def timers(self) -> Timers:
         """Counts the seconds of the run."""
-        return self.recorder.ledger
+        return self.recorder.timers
 
     @property
     def report(self) -> Report | None:
@@ -209,7 +209,7 @@ class Run:
         progress = self.state.in_epoch
         if progress.is_trained:
             return (chunk for chunk in ())
-        without = left_out(self.state.left_out, progress.epoch)
+        without = skipped_batches(self.state.skipped, progress.epoch)
         dispatcher = self.dispatcher
         return self.workspace.feeds.of(loader, name="train").epoch(
             lambda: dispatcher.forms.form,
@@ -222,14 +222,14 @@ class Run:
 
     def fetched(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
         """Yields chunks, and counts the time to get them."""
-        return self.ledger.fetched(page_faults.watched(chunks, self._options.tune_process))
+        return self.timers.fetched(page_faults.watched(chunks, self._options.tune_process))
 
     def around_epoch(self) -> AbstractContextManager[ChunkScope]:
         """Returns what an epoch's steps run in; its value gives what each chunk runs in."""
         watchers, guard = self.callbacks.chunk_watchers, self.workspace.execution.guard
         if not watchers:
             return nullcontext(lambda steps: guard())
-        return around_epoch(watchers, self.path and self.path.absolute(), guard, self.ledger)
+        return around_epoch(watchers, self.path and self.path.absolute(), guard, self.timers)
 
     def observe(self, event: Any) -> None:
         """Takes over the new state after a chunk, and tells display and callbacks."""
@@ -247,7 +247,7 @@ class Run:
         Raises:
             BadNumbers: a step in it is not to be trained on.
         """
-        with self.ledger.spent("logging"):
+        with self.timers.spent("logging"):
             self._raise_if_bad(event.bad, event.breach)
             self.recorder.window(event)
 
@@ -342,7 +342,7 @@ class Run:
         self.checkpointer.settle()
         self.recorder.update(interrupted_by=str(interrupted))
         again = "start it again to go on" if self.path else "nothing is kept of it"
-        for remark in Report(self.ledger.read()).remarks():
+        for remark in Report(self.timers.read()).remarks():
             self.recorder.show(remark)
         self.recorder.show(f"interrupted by {interrupted} at step {self.workspace.step}: {again}")
 

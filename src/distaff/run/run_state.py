@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from distaff import metrics as metrics_lib
-from distaff.execution.dispatch.packed_metrics import Columns, WindowEnd
-from distaff.execution.feed.skipped import Stretch
+from distaff.execution.dispatch.packed_metrics import MetricLayout, WindowEnd
+from distaff.execution.feed.skipped import SkippedBatches
 from distaff.metrics import Metric, as_json, as_numbers
 from distaff.run.ranking import best_from_json, best_json, kept
 from distaff.run.result import Best
@@ -48,23 +48,23 @@ class EpochProgress(NamedTuple):
         return {**place, "total": total, "rows": rows}
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any], columns: Columns) -> EpochProgress:
+    def from_json(cls, value: Mapping[str, Any], layout: MetricLayout) -> EpochProgress:
         """Returns what `to_json` was made of.
 
         Args:
             value: what it returned.
-            columns: of the metrics of a step.
+            layout: of the metrics of a step.
 
         Raises:
             ValueError, TypeError, KeyError: it is something else.
         """
         try:
-            total, rows = _metrics(value, columns)
+            total, rows = _metrics(value, layout)
         except ValueError:  # the run may have had another policy for bad steps
-            before = columns.unlike()
+            before = layout.unlike()
             total, rows = _metrics(value, before)
-            rows = None if rows is None else columns.translated(rows, before)
-            total = total and columns.completed(total)
+            rows = None if rows is None else layout.translated(rows, before)
+            total = total and layout.completed(total)
         return cls(int(value["epoch"]), int(value["steps"]), bool(value["is_trained"]), total, rows)
 
 
@@ -79,7 +79,7 @@ class RunState(NamedTuple):
         in_epoch: what the epoch that is trained has given so far.
         best_models: the best first, each with a checkpoint.
         last_metrics: of the last epoch that ended.
-        left_out: batches that are skipped after a rollback.
+        skipped: batches that are skipped after a rollback.
         num_skipped: steps that were skipped.
         interrupted_by: why the run ended before its time; empty otherwise.
     """
@@ -91,7 +91,7 @@ class RunState(NamedTuple):
     in_epoch: EpochProgress = EpochProgress()
     best_models: tuple[Best, ...] = ()
     last_metrics: Mapping[str, Any] = {}
-    left_out: tuple[Stretch, ...] = ()
+    skipped: tuple[SkippedBatches, ...] = ()
     num_skipped: int = 0
     interrupted_by: str = ""
 
@@ -118,18 +118,22 @@ class RunState(NamedTuple):
             "tally": in_epoch.to_json(),
             "last_metrics": as_json(self.last_metrics),
             "begun_at": list(self.begun_at),
-            "left_out": [list(stretch) for stretch in self.left_out],
+            "left_out": [list(stretch) for stretch in self.skipped],
             "num_skipped": self.num_skipped,
         }
 
     def from_json(
-        self, value: Mapping[str, Any], columns: Columns, steps: Collection[int], keep_best: int
+        self,
+        value: Mapping[str, Any],
+        layout: MetricLayout,
+        steps: Collection[int],
+        keep_best: int,
     ) -> RunState:
         """Returns what a checkpoint has kept, in a run that may have more options than that.
 
         Args:
             value: the facts of the checkpoint.
-            columns: of the metrics of a step.
+            layout: of the metrics of a step.
             steps: the checkpoints that are there: a best model without one cannot be loaded.
             keep_best: how many of the best models are kept.
 
@@ -138,12 +142,12 @@ class RunState(NamedTuple):
         """
         is_end = value["is_best"] is not None
         done = {"total": None, "rows": None} if is_end else {}
-        in_epoch = EpochProgress.from_json({**value["tally"], **done}, columns)
+        in_epoch = EpochProgress.from_json({**value["tally"], **done}, layout)
         first_step, first_epoch = value["begun_at"]
         return self._replace(
             in_epoch=EpochProgress(in_epoch.epoch + 1) if is_end else in_epoch,
             num_skipped=int(value.get("num_skipped", 0)),
-            left_out=tuple(Stretch(*map(int, each)) for each in value.get("left_out", ())),
+            skipped=tuple(SkippedBatches(*map(int, each)) for each in value.get("left_out", ())),
             begun_at=(int(first_step), int(first_epoch)),
         ).with_results(value, steps, keep_best)
 
@@ -157,13 +161,13 @@ class RunState(NamedTuple):
 
 
 def _metrics(
-    value: Mapping[str, Any], columns: Columns
+    value: Mapping[str, Any], layout: MetricLayout
 ) -> tuple[dict[str, Metric] | None, np.ndarray | None]:
     total, rows = value["total"], value["rows"]
     rows = None if rows is None else _unpacked(rows)
-    if rows is not None and (rows.dtype, rows.shape[1:]) != (np.uint32, (columns.width,)):
-        raise ValueError(f"a step has {columns.width} numbers, not {rows.shape[1:]}")
-    return None if total is None else columns.like([_unpacked(leaf) for leaf in total]), rows
+    if rows is not None and (rows.dtype, rows.shape[1:]) != (np.uint32, (layout.width,)):
+        raise ValueError(f"a step has {layout.width} numbers, not {rows.shape[1:]}")
+    return None if total is None else layout.like([_unpacked(leaf) for leaf in total]), rows
 
 
 def _packed(array: Any) -> dict[str, Any]:

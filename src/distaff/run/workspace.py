@@ -16,7 +16,7 @@ from distaff.data import as_loader, num_batches, num_shapes
 from distaff.errors import DistaffError, StateError
 from distaff.execution.compile.recompiles import Watch
 from distaff.execution.execution import Compiled, Eager, Execution, ExecutionOptions
-from distaff.execution.feed.chunk import Chunk, Form
+from distaff.execution.feed.chunk import Chunk, ChunkSize
 from distaff.execution.feed.feeds import Feeds
 from distaff.execution.placement import like
 from distaff.optim import evaluation_params, has_evaluation_params
@@ -175,7 +175,7 @@ class Workspace:
             # Gathered rows would be a program of its own for each data set.
             feed = self.feeds.of(view, name=name, resident=False)
             total = None if length is None else -(-length // capacity)
-            with closing(feed.repeated(Form(capacity, capacity), even=even)) as chunks:
+            with closing(feed.repeated(ChunkSize(capacity, capacity), even=even)) as chunks:
                 items = chunks if watching is None else watching(chunks)
                 yield tracker(items, description=name, total=total)
 

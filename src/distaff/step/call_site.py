@@ -16,7 +16,7 @@ _REPEATING = frozenset(("scan", "while_loop", "fori_loop", "map", "associative_s
 """Functions of JAX that trace a function once and run it several times."""
 
 
-class Place(NamedTuple):
+class CallSite(NamedTuple):
     """Where a function is called, as of the trace that it is part of.
 
     Attributes:
@@ -33,17 +33,17 @@ class Place(NamedTuple):
     is_repeated: bool = False
 
     @classmethod
-    def here(cls) -> Place:
+    def here(cls) -> CallSite:
         """Returns the place of the caller."""
         return cls(tracers.current_trace(), tuple(_loops()))
 
-    def of_call(self) -> Place:
+    def of_call(self) -> CallSite:
         """Returns the place of the caller as seen from here, where the step began."""
         trace = tracers.current_trace()
         if trace == self.trace:
             return self
         now = tuple(_loops())
-        return Place(trace, now[len(self.loops) :], True, len(now) > len(self.loops))
+        return CallSite(trace, now[len(self.loops) :], True, len(now) > len(self.loops))
 
     def loop_error(self, error: Exception) -> LossError:
         """Returns the error for a pass that would draw the same numbers each time.

@@ -18,7 +18,7 @@ from distaff.models.functional import FunctionModel, Functions
 from distaff.models.observed import Observed, observing
 from distaff.models.randomness import NoKeyError, is_key
 from distaff.optim import decay_mask, decays, l2_loss
-from distaff.step.call_site import Place, same_leaves
+from distaff.step.call_site import CallSite, same_leaves
 from distaff.step.state import TrainState
 
 _EVALUATION = 0x6576616C
@@ -48,7 +48,7 @@ class Context:
         self._applied = 0
         self.penalty: jax.Array | None = None
         self.limits: dict[str, PerExample] = {}
-        self._place = Place.here()
+        self._place = CallSite.here()
 
     @property
     def rng(self) -> Key:
@@ -127,14 +127,14 @@ class Context:
             return params, {}
         return inner, {name: x for name, x in params.items() if name != "params"}
 
-    def _key(self, place: Place) -> Key | None:
+    def _key(self, place: CallSite) -> Key | None:
         """Returns the call's own key; None in a loop, which would draw the same in each turn."""
         number, self._applied = 1 + self._applied, self._applied + 1
         if self._root is None or place.is_repeated:
             return None
         return jax.random.fold_in(self._root, number)
 
-    def _keep(self, before: Variables, after: Variables, place: Place) -> None:
+    def _keep(self, before: Variables, after: Variables, place: CallSite) -> None:
         """Keeps what a pass has changed of the state's collections."""
         held, changed = before.by_collection(), after.by_collection()
         moved = [

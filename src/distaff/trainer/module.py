@@ -15,7 +15,7 @@ from distaff.data import (
     Loader,
 )
 from distaff.errors import LossError
-from distaff.execution.timers import Ledger
+from distaff.execution.timers import Timers
 from distaff.loggers import Logger
 from distaff.loggers.given import as_loggers
 from distaff.metrics import as_json
@@ -270,8 +270,8 @@ class TrainerModule(Predictor):
             BatchError: the loader is empty.
         """
         here, run = self._workspace, self._run
-        ledger = Ledger() if run is None else run.ledger
-        with ledger.spent("evaluation"):
+        timers = Timers() if run is None else run.timers
+        with timers.spent("evaluation"):
             state, name = here.evaluation_state(), prefix.rstrip("/") or "evaluate"
             watching = None if run is None else run.interruptible
             capacity = 1 if run is None else run.recorder.capacity

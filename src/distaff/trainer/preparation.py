@@ -18,7 +18,7 @@ from distaff.data import (
     num_shapes,
 )
 from distaff.errors import ConfigError, DistaffError
-from distaff.execution.dispatch.dispatcher import make_steps
+from distaff.execution.dispatch.dispatcher import make_dispatcher
 from distaff.execution.dispatch.steps_per_call import Expected
 from distaff.execution.placement import owned
 from distaff.loggers.given import as_loggers, is_logger
@@ -142,7 +142,7 @@ class Preparation:
             options = dataclasses.replace(options, steps_per_call=1)
         elif is_on_policy(plan.train_loader):
             options = options.one_by_one()
-        run.recorder.dispatcher = make_steps(
+        run.recorder.dispatcher = make_dispatcher(
             here.execution,
             here.measured_step,
             (here.evaluation_state(), batch),  # of the same form as the state that is trained

@@ -12,7 +12,12 @@ import numpy as np
 
 from distaff.checkpoint.weights.init_from import InitFrom
 from distaff.checkpoint.weights.names import listed, matching, named, parts
-from distaff.checkpoint.weights.source import Form, Source, is_random_key, open_source
+from distaff.checkpoint.weights.source import (
+    ShapeAndDtype,
+    WeightSource,
+    is_random_key,
+    open_source,
+)
 from distaff.core.typing import PyTree
 from distaff.errors import CheckpointError, leaf_name
 from distaff.execution import placement
@@ -48,7 +53,7 @@ def loaded(model: Any, variables: Variables, init_from: InitFrom) -> Loaded:
     return _loaded(variables, source, init_from)
 
 
-def _loaded(variables: Variables, source: Source, init_from: InitFrom) -> Loaded:
+def _loaded(variables: Variables, source: WeightSource, init_from: InitFrom) -> Loaded:
     arrays = named(variables)
     keys = {name for name, leaf in arrays.items() if is_random_key(leaf)}
     model = {name: leaf for name, leaf in arrays.items() if name not in keys}
@@ -81,7 +86,7 @@ def _loaded(variables: Variables, source: Source, init_from: InitFrom) -> Loaded
 
 
 def _renamed(
-    source: Source, init_from: InitFrom, keys: set[str]
+    source: WeightSource, init_from: InitFrom, keys: set[str]
 ) -> tuple[dict[str, str], list[str]]:
     """Returns the names in the source by those in the model, and what is wrong with them."""
     offered: dict[str, str] = {}
@@ -97,7 +102,7 @@ def _renamed(
 
 
 def _differences(
-    model: dict[str, Any], found: list[str], offered: dict[str, str], source: Source
+    model: dict[str, Any], found: list[str], offered: dict[str, str], source: WeightSource
 ) -> Iterator[str]:
     for name in found:
         theirs, ours = source.forms[offered[name]], _form_of(model[name])
@@ -113,7 +118,7 @@ def _fits(theirs: Any, ours: Any) -> bool:
     return theirs == ours or (floats and np.dtype(theirs).itemsize != np.dtype(ours).itemsize)
 
 
-def _placed(name: str, value: np.ndarray, like: Any, source: Source) -> jax.Array:
+def _placed(name: str, value: np.ndarray, like: Any, source: WeightSource) -> jax.Array:
     """Returns an array in the dtype of another and on its devices."""
     with np.errstate(over="ignore"):  # seen below
         cast = value.astype(like.dtype)
@@ -138,7 +143,7 @@ def _filled(variables: Variables, values: dict[str, jax.Array]) -> Variables:
     return Variables(params, batch_stats, others or None)
 
 
-def _refused(source: Source, problems: list[str]) -> CheckpointError:
+def _refused(source: WeightSource, problems: list[str]) -> CheckpointError:
     return CheckpointError(
         "init_from gives each array of the model its value, and uses each array of the source; "
         f"{source.origin} differs:{listed(problems)}\n"
@@ -148,11 +153,11 @@ def _refused(source: Source, problems: list[str]) -> CheckpointError:
     )
 
 
-def _form_of(leaf: Any) -> Form:
+def _form_of(leaf: Any) -> ShapeAndDtype:
     return tuple(leaf.shape), leaf.dtype
 
 
-def _form(form: Form) -> str:
+def _form(form: ShapeAndDtype) -> str:
     return f"{form[1]}{list(form[0])}"
 
 

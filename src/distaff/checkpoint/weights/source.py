@@ -25,11 +25,11 @@ EVALUATION_PARAMS = "evaluation-params"
 
 SUFFIX = ".safetensors"
 
-Form: TypeAlias = tuple[tuple[int, ...], Any]
+ShapeAndDtype: TypeAlias = tuple[tuple[int, ...], Any]
 """Shape and dtype."""
 
 
-class Source(NamedTuple):
+class WeightSource(NamedTuple):
     """Named arrays somewhere.
 
     Attributes:
@@ -39,11 +39,11 @@ class Source(NamedTuple):
     """
 
     origin: str
-    forms: dict[str, Form]
+    forms: dict[str, ShapeAndDtype]
     read: Callable[[Sequence[str]], dict[str, np.ndarray]]
 
 
-def open_source(source: Any) -> Source:
+def open_source(source: Any) -> WeightSource:
     """Looks at where weights come from; arrays are read later, those that fit.
 
     Args:
@@ -60,7 +60,7 @@ def open_source(source: Any) -> Source:
     return _of_file(path) if path.suffix == SUFFIX else _of_checkpoint(path)
 
 
-def _of_tree(tree: PyTree) -> Source:
+def _of_tree(tree: PyTree) -> WeightSource:
     leaves = named(tree)
     for name, leaf in leaves.items():
         if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
@@ -72,21 +72,21 @@ def _of_tree(tree: PyTree) -> Source:
     if not leaves:
         raise ConfigError("init_from is a path or a tree of arrays; got a tree without any.")
     forms = {name: (tuple(leaf.shape), _native(leaf.dtype)) for name, leaf in leaves.items()}
-    return Source(
+    return WeightSource(
         "the tree", forms, lambda names: {name: np.asarray(leaves[name]) for name in names}
     )
 
 
-def _of_file(path: Path) -> Source:
+def _of_file(path: Path) -> WeightSource:
     if not path.is_file():  # a pipe would be waited for
         raise CheckpointError(
             f"Weights are read from a regular file; {path} is none. Check the path."
         )
     library = optional.load("safetensors", extra="safetensors")
-    return Source(str(path), library.forms(path), partial(library.read, path))
+    return WeightSource(str(path), library.forms(path), partial(library.read, path))
 
 
-def _of_checkpoint(path: Path) -> Source:
+def _of_checkpoint(path: Path) -> WeightSource:
     store, step, folder = checkpoint.located(path)
     problem = store.check(step)  # before Orbax reads it, whose threads outlive what they fail at
     if problem is not None:
@@ -117,7 +117,7 @@ def _of_checkpoint(path: Path) -> Source:
         leaves = named(_variables({name: loaded[saved_as[name]] for name in abstract}))
         return {name: np.asarray(leaves[name]) for name in names}
 
-    return Source(str(folder), forms, read)
+    return WeightSource(str(folder), forms, read)
 
 
 def _variables(members: dict[str, PyTree]) -> Variables:

@@ -11,7 +11,7 @@ from distaff.data.adapters.torch import torch_loader
 from distaff.errors import BatchError
 
 
-class Kind(NamedTuple):
+class LoaderKind(NamedTuple):
     """A kind of data.
 
     Attributes:
@@ -37,15 +37,15 @@ def _refuse_rows(data: Any) -> NoReturn:
 
 
 KINDS = (
-    Kind("grain", "MapDataset", _grain_loader),
-    Kind("grain", "IterDataset", _grain_loader),
-    Kind("grain", "DataLoader", _grain_loader),
-    Kind("grain", "DatasetIterator", _grain_loader),
-    Kind("grain", "DataLoaderIterator", _grain_loader),
-    Kind("torch.utils.data", "DataLoader", torch_loader),
-    Kind("datasets", "Dataset", _refuse_rows),
-    Kind("datasets", "IterableDataset", _refuse_rows),
-    Kind("tensorflow", "DatasetV2", tensorflow_loader),
+    LoaderKind("grain", "MapDataset", _grain_loader),
+    LoaderKind("grain", "IterDataset", _grain_loader),
+    LoaderKind("grain", "DataLoader", _grain_loader),
+    LoaderKind("grain", "DatasetIterator", _grain_loader),
+    LoaderKind("grain", "DataLoaderIterator", _grain_loader),
+    LoaderKind("torch.utils.data", "DataLoader", torch_loader),
+    LoaderKind("datasets", "Dataset", _refuse_rows),
+    LoaderKind("datasets", "IterableDataset", _refuse_rows),
+    LoaderKind("tensorflow", "DatasetV2", tensorflow_loader),
 )
 """All kinds that are known; a class counts as its base classes do."""
 

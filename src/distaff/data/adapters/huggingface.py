@@ -68,14 +68,14 @@ def from_datasets(
         )
         return MappedLoader(rows, lambda batch: _rows_of(table, batch["row"]))
     seed, is_short_dropped = whole("seed", seed, least=0), drops(remainder, shuffle)
-    kept = _Rows(dataset, batch_size, drops=False)
+    kept = _DatasetRows(dataset, batch_size, drops=False)
 
     def in_order() -> Positioned:
         return Positioned(FirstEpoch(kept))
 
     if shuffle:
         dataset = dataset.shuffle(seed=seed, buffer_size=_BUFFER_SIZE)
-    rows = _Rows(dataset, batch_size, is_short_dropped)
+    rows = _DatasetRows(dataset, batch_size, is_short_dropped)
     if shuffle or getattr(dataset, "_shuffling", None) is not None:
         return Stream(_Epochs(rows), in_order=in_order)
     identity = {"batch_size": batch_size, "drop": int(is_short_dropped)}
@@ -88,7 +88,7 @@ def _rows_of(table: Any, rows: np.ndarray) -> Batch:
     return table[int(rows[0]) : int(rows[-1]) + 1] if is_slice else table[rows.tolist()]
 
 
-class _Rows:
+class _DatasetRows:
     """An `IterableDataset`, read in a row."""
 
     def __init__(self, dataset: Any, batch_size: int, drops: bool) -> None:
@@ -109,7 +109,7 @@ class _Rows:
 class _Epochs:
     """The epochs of a dataset, one with each iteration."""
 
-    def __init__(self, rows: _Rows) -> None:
+    def __init__(self, rows: _DatasetRows) -> None:
         self._rows, self._epoch = rows, -1
 
     def __iter__(self) -> Iterator[Batch]:

@@ -39,7 +39,7 @@ def torch_loader(loader: Any) -> Any:
     def in_order() -> Stream:
         view = _in_order(loader)
         if view is not None:
-            return Stream(_Batches(view), length=None if length is None else len(view))
+            return Stream(_TorchBatches(view), length=None if length is None else len(view))
         warn(
             "An evaluation of a DataLoader takes the examples that its sampler draws, in that "
             "order: Distaff knows no order of its own for the sampler "
@@ -52,7 +52,7 @@ def torch_loader(loader: Any) -> Any:
 
     if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
         return Positioned(_Stateful(loader), length=length, in_order=in_order)
-    return Stream(_Batches(loader), length=length, in_order=in_order)
+    return Stream(_TorchBatches(loader), length=length, in_order=in_order)
 
 
 def as_arrays(batch: Any) -> Batch:
@@ -60,7 +60,7 @@ def as_arrays(batch: Any) -> Batch:
     return jax.tree.map(lambda leaf: _as_array(leaf) if _is_tensor(leaf) else leaf, batch)
 
 
-class _Batches:
+class _TorchBatches:
     """The batches of a data loader, which is iterated anew in each epoch."""
 
     def __init__(self, loader: Any) -> None:
@@ -70,7 +70,7 @@ class _Batches:
         return map(as_arrays, iter(self._loader))
 
 
-class _Unmoved(_Batches):
+class _Unmoved(_TorchBatches):
     """The batches of a data loader, whose generator stays as it was."""
 
     def __iter__(self) -> Iterator[Batch]:

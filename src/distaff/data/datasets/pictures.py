@@ -12,7 +12,7 @@ from distaff.core.typing import Batch
 from distaff.data.arrays import ArrayLoader
 from distaff.data.datasets.cifar import read_cifar10, read_cifar100, read_class_names
 from distaff.data.datasets.idx import read_idx
-from distaff.data.datasets.published import Source, find
+from distaff.data.datasets.published import Published, find
 from distaff.data.split import tenths
 from distaff.data.wrappers.mapped import MappedLoader
 from distaff.errors import DataFileError
@@ -30,7 +30,7 @@ def _idx_names(stem: str, axes: int) -> tuple[str, ...]:
     return tuple(name + suffix for name in names for suffix in ("", ".gz"))
 
 
-_MNIST = Source(
+_MNIST = Published(
     "MNIST",
     tuple(
         _idx_names(f"{split}-{kind}", axes)
@@ -42,14 +42,14 @@ _MNIST = Source(
     "compressed. Fashion-MNIST (31 MB) has files of the same names, at "
     "https://github.com/zalandoresearch/fashion-mnist.",
 )
-_CIFAR10 = Source(
+_CIFAR10 = Published(
     "CIFAR-10",
     (*((f"data_batch_{part}.bin",) for part in range(1, 6)), ("test_batch.bin",)),
     f"Get the binary version, cifar-10-binary.tar.gz (162 MB), from {_CIFAR_PAGE}, and unpack it: "
     "tar -xzf cifar-10-binary.tar.gz -C {folder}",
     pickled="data_batch_1",
 )
-_CIFAR100 = Source(
+_CIFAR100 = Published(
     "CIFAR-100",
     (("train.bin",), ("test.bin",)),
     f"Get the binary version, cifar-100-binary.tar.gz (161 MB), from {_CIFAR_PAGE}, and unpack it: "
@@ -162,7 +162,7 @@ def cifar100_names(folder: Folder) -> tuple[str, ...]:
     return read_class_names(names, 100)
 
 
-def _with_names(source: Source, name: str) -> Source:
+def _with_names(source: Published, name: str) -> Published:
     return source._replace(files=(*source.files, (name,)))
 
 

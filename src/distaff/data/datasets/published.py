@@ -12,7 +12,7 @@ from distaff.core.paths import as_path
 from distaff.errors import DataFileError
 
 
-class Source(NamedTuple):
+class Published(NamedTuple):
     """A data set as it is published.
 
     Attributes:
@@ -28,7 +28,7 @@ class Source(NamedTuple):
     pickled: str = ""
 
 
-def find(folder: str | os.PathLike[str], source: Source) -> list[Path]:
+def find(folder: str | os.PathLike[str], source: Published) -> list[Path]:
     """Returns the files of a data set, which lie in a folder, or in one of the folders in it.
 
     Args:
@@ -78,7 +78,7 @@ def _places(folder: Path) -> list[Path]:
         return [folder]  # of which the caller says what is missing
 
 
-def _files_in(place: Path, source: Source) -> list[Path | None]:
+def _files_in(place: Path, source: Published) -> list[Path | None]:
     found = []
     for names in source.files:
         paths = (place / name for name in names)
@@ -86,7 +86,9 @@ def _files_in(place: Path, source: Source) -> list[Path | None]:
     return found
 
 
-def _missing(folder: Path, source: Source, found: dict[Path, list[Path | None]]) -> DataFileError:
+def _missing(
+    folder: Path, source: Published, found: dict[Path, list[Path | None]]
+) -> DataFileError:
     """Returns the error for the place where the fewest files are missing."""
     place = min(found, key=lambda place: found[place].count(None))
     names = [names[0] for names, path in zip(source.files, found[place], strict=True) if not path]

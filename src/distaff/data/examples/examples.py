@@ -167,7 +167,7 @@ def from_examples(
             "or keep the short batch with remainder='keep'."
         )
     identity = {**order.identity(), "batch_size": batch_size, "drop": is_short_dropped}
-    source = _Batches(examples, order, batch_size, length)
+    source = _ExampleBatches(examples, order, batch_size, length)
     return Positioned(
         source,
         length=length,
@@ -279,7 +279,7 @@ def _stacked_leaf(path: tuple[Any, ...], leaves: Sequence[Any]) -> np.ndarray:
     return as_held_by_jax(stack, path)
 
 
-class _Batches:
+class _ExampleBatches:
     """Examples, stacked in their order: the number of the batch is the position."""
 
     def __init__(self, examples: Examples, order: Order, batch_size: int, length: int) -> None:

@@ -8,7 +8,14 @@ from typing import Any
 from distaff.core import optional
 from distaff.core.config.checks import whole
 from distaff.data.examples.block_cache import Kept
-from distaff.data.formats.files import Block, DataFile, FileExamples, Paths, Place, find_files
+from distaff.data.formats.files import (
+    BlockPlace,
+    DataFile,
+    FileBlock,
+    FileExamples,
+    Paths,
+    find_files,
+)
 
 _OPEN_FILES = 16
 
@@ -44,14 +51,14 @@ class ArrayRecordExamples(FileExamples):
         blocks = (self._find_blocks(file, examples_per_block) for file in files)
         super().__init__(files, blocks, blocks_in_memory=blocks_in_memory)
 
-    def read(self, place: Place) -> Sequence[bytes]:
+    def read(self, place: BlockPlace) -> Sequence[bytes]:
         return self._records(self.files[place.file]).read(place.start, place.stop)
 
     def _records(self, file: DataFile) -> Any:
         return self._opened.get(file, self._open)
 
-    def _find_blocks(self, file: DataFile, examples_per_block: int) -> Iterator[Block]:
+    def _find_blocks(self, file: DataFile, examples_per_block: int) -> Iterator[FileBlock]:
         num_records = len(self._records(file))
         for start in range(0, num_records, examples_per_block):
             stop = min(start + examples_per_block, num_records)
-            yield Block(start, stop, stop - start)
+            yield FileBlock(start, stop, stop - start)

@@ -59,7 +59,7 @@ class DataFile(NamedTuple):
         )
 
 
-class Block(NamedTuple):
+class FileBlock(NamedTuple):
     """A part of a file that is read whole.
 
     Attributes:
@@ -73,13 +73,13 @@ class Block(NamedTuple):
     size: int
 
 
-class Place(NamedTuple):
+class BlockPlace(NamedTuple):
     """Where a block lies.
 
     Attributes:
         file: the number of its file.
-        start: as a `Block` has it.
-        stop: as a `Block` has it.
+        start: as a `FileBlock` has it.
+        stop: as a `FileBlock` has it.
         first: the number of its first example, among those of the file.
     """
 
@@ -105,7 +105,7 @@ class FileExamples(BlockExamples):
     def __init__(
         self,
         files: Sequence[DataFile],
-        blocks: Iterable[Iterable[Block]],
+        blocks: Iterable[Iterable[FileBlock]],
         *,
         blocks_in_memory: int,
     ) -> None:
@@ -123,13 +123,13 @@ class FileExamples(BlockExamples):
         with opened(self.files[file].path) as (_, num_bytes):
             if num_bytes != self.files[file].num_bytes:
                 raise self.files[file].changed(f"it now has {num_bytes:,} bytes")
-        examples = self.read(Place(file, start, stop, first))
+        examples = self.read(BlockPlace(file, start, stop, first))
         if len(examples) != size:
             raise self.files[file].changed(f"{len(examples):,} examples at {start:,} were {size:,}")
         return examples
 
     @abstractmethod
-    def read(self, place: Place) -> Examples:
+    def read(self, place: BlockPlace) -> Examples:
         """Returns the examples of a block."""
 
 

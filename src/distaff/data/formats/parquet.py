@@ -10,7 +10,7 @@ import numpy as np
 from distaff.core import optional
 from distaff.core.typing import Batch
 from distaff.data.examples.examples import stacked
-from distaff.data.formats.files import Block, FileExamples, Paths, Place, find_files
+from distaff.data.formats.files import BlockPlace, FileBlock, FileExamples, Paths, find_files
 from distaff.data.loader import as_held_by_jax, num_examples
 from distaff.errors import ConfigError, DataFileError, nearest
 
@@ -70,14 +70,14 @@ class ParquetExamples(FileExamples):
                         f"{file.path}. Write them alike, or leave the column out."
                     )
         blocks = [
-            [Block(number, number + 1, size) for number, size in enumerate(table.sizes)]
+            [FileBlock(number, number + 1, size) for number, size in enumerate(table.sizes)]
             for table in self._tables
         ]
         super().__init__(files, blocks, blocks_in_memory=blocks_in_memory)
 
-    def read(self, place: Place) -> _Rows:
+    def read(self, place: BlockPlace) -> _ParquetRows:
         table = self._tables[place.file]
-        return _Rows(table.read(place.start, self._columns, place.first))
+        return _ParquetRows(table.read(place.start, self._columns, place.first))
 
     def read_batch(self, indices: Sequence[int]) -> Batch:
         """Returns rows as arrays by column, `[rows, ...]`, like stacking them one by one.
@@ -92,13 +92,13 @@ class ParquetExamples(FileExamples):
         for block in dict.fromkeys(blocks.tolist()):
             here = blocks == block
             inside = rows[here] - self.starts[block]
-            if not cast(_Rows, self._block(block)).put(batch, here, inside):
+            if not cast(_ParquetRows, self._block(block)).put(batch, here, inside):
                 return stacked([self[index] for index in indices])
         num_examples(batch)
         return {name: as_held_by_jax(values, (name,)) for name, values in batch.items()}
 
 
-class _Rows:
+class _ParquetRows:
     """Columns of a block, read row by row."""
 
     def __init__(self, columns: Mapping[str, Any]) -> None:

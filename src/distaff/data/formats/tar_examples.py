@@ -14,11 +14,11 @@ import numpy as np
 from distaff.core.config.checks import whole
 from distaff.data.datasets.published import opened
 from distaff.data.formats.files import (
-    Block,
+    BlockPlace,
     DataFile,
+    FileBlock,
     FileExamples,
     Paths,
-    Place,
     find_files,
     refuse_compressed,
 )
@@ -69,7 +69,7 @@ class TarExamples(FileExamples):
         blocks = (_find_blocks(file, examples_per_block) for file in files)
         super().__init__(files, blocks, blocks_in_memory=blocks_in_memory)
 
-    def read(self, place: Place) -> _TarBlock:
+    def read(self, place: BlockPlace) -> _TarBlock:
         file = self.files[place.file]
         content = file.read(place.start, place.stop) + _END
         groups = list(_groups(file, BytesIO(content), len(content)))
@@ -107,12 +107,12 @@ class _TarBlock:
             ) from error
 
 
-def _find_blocks(file: DataFile, examples_per_block: int) -> Iterator[Block]:
+def _find_blocks(file: DataFile, examples_per_block: int) -> Iterator[FileBlock]:
     refuse_compressed(file)
     with opened(file.path) as (archive, _):
         groups = _groups(file, archive, file.num_bytes)
         while block := [list(group.values()) for group in islice(groups, examples_per_block)]:
-            yield Block(block[0][0].header, block[-1][-1].end, len(block))
+            yield FileBlock(block[0][0].header, block[-1][-1].end, len(block))
 
 
 def _groups(file: DataFile, archive: BinaryIO, num_bytes: int) -> Iterator[dict[str, Member]]:

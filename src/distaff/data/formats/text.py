@@ -8,11 +8,11 @@ from typing import AnyStr, BinaryIO
 from distaff.core.config.checks import whole
 from distaff.data.datasets.published import opened
 from distaff.data.formats.files import (
-    Block,
+    BlockPlace,
     DataFile,
+    FileBlock,
     FileExamples,
     Paths,
-    Place,
     find_files,
     refuse_compressed,
 )
@@ -66,7 +66,7 @@ class TextLines(FileExamples):
         blocks = (_count_lines(file, block_bytes) for file in files)
         super().__init__(files, blocks, blocks_in_memory=blocks_in_memory)
 
-    def read(self, place: Place) -> Sequence[str] | Sequence[bytes]:
+    def read(self, place: BlockPlace) -> Sequence[str] | Sequence[bytes]:
         file = self.files[place.file]
         content = file.read(place.start, place.stop)
         if self._encoding is None:
@@ -94,7 +94,7 @@ def _check_encoding(encoding: str) -> None:
         )
 
 
-def _count_lines(file: DataFile, block_bytes: int) -> Iterator[Block]:
+def _count_lines(file: DataFile, block_bytes: int) -> Iterator[FileBlock]:
     """Yields the blocks of a file, each of which ends with a line."""
     refuse_compressed(file)
     with opened(file.path) as (stream, _):
@@ -107,7 +107,7 @@ def _count_lines(file: DataFile, block_bytes: int) -> Iterator[Block]:
             # The rest is one line, or what is left of one; behind it the file may be at its end.
             size = most.count(b"\n") + (bool(rest) or not most.endswith(b"\n"))
             stop = start + len(most) + len(rest)
-            yield Block(start, stop, size)
+            yield FileBlock(start, stop, size)
             start = stop
 
 

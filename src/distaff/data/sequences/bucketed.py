@@ -15,7 +15,7 @@ from distaff.data.examples.examples import Examples, make_order, stacked
 from distaff.data.loader import drops
 from distaff.data.positioned import Positioned
 from distaff.data.sequences.grouped import Group, Grouped, Piece
-from distaff.data.sequences.sequences import Part, check_overlong, padded, parts_of
+from distaff.data.sequences.sequences import SequencePart, check_overlong, padded, parts_of
 from distaff.errors import BatchError, ConfigError
 
 
@@ -102,7 +102,7 @@ class _Buckets(NamedTuple):
     def empty(self) -> list[Group]:
         return [Group() for _ in self.boundaries]
 
-    def parts(self, index: int, example: Any) -> list[Part]:
+    def parts(self, index: int, example: Any) -> list[SequencePart]:
         parts = parts_of(example, index, self.boundaries[-1], self.overlong)
         return [part._replace(leaves=_masked(part, index)) for part in parts]
 
@@ -130,7 +130,7 @@ class _Buckets(NamedTuple):
         return stacked([padded(piece.part, length, self.pad_value) for piece in group.pieces])
 
 
-def _masked(part: Part, index: int) -> dict[str, Any]:
+def _masked(part: SequencePart, index: int) -> dict[str, Any]:
     mask = part.leaves.get("mask", np.ones(part.length, bool))
     if getattr(mask, "shape", None) != (part.length,) or mask.dtype != bool:
         raise BatchError(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 from distaff.core.typing import Batch
 from distaff.data.examples.examples import Examples
 from distaff.data.examples.order import Order
-from distaff.data.sequences.sequences import Part
+from distaff.data.sequences.sequences import SequencePart
 from distaff.errors import BatchError
 
 
@@ -18,7 +18,7 @@ class Piece(NamedTuple):
 
     index: int
     number: int
-    part: Part
+    part: SequencePart
 
 
 @dataclasses.dataclass
@@ -48,7 +48,7 @@ class Grouping(Protocol):
         """Returns the groups of the beginning of an epoch."""
         ...
 
-    def parts(self, index: int, example: Any) -> Sequence[Part]:
+    def parts(self, index: int, example: Any) -> Sequence[SequencePart]:
         """Returns the parts of an example, always the same ones; none to leave it out."""
         ...
 

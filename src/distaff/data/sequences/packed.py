@@ -13,7 +13,7 @@ from distaff.data.examples.examples import Examples, joined, make_order, stacked
 from distaff.data.loader import drops
 from distaff.data.positioned import Positioned
 from distaff.data.sequences.grouped import Group, Grouped, Piece
-from distaff.data.sequences.sequences import Part, check_overlong, padded, parts_of
+from distaff.data.sequences.sequences import SequencePart, check_overlong, padded, parts_of
 from distaff.errors import BatchError, leaf_name
 
 _ROWS_PER_BATCH_ROW = 4
@@ -71,7 +71,7 @@ def packed(
     check_overlong(overlong, ("error", "cut", "drop", "split"))
     order = make_order(examples, batch_size, shuffle=shuffle, seed=seed)
     num_rows = _ROWS_PER_BATCH_ROW * batch_size if open_rows is None else open_rows
-    rows = _Rows(
+    rows = _PackedRows(
         whole("length", length),
         whole("batch_size", batch_size),
         whole("open_rows", num_rows, least=batch_size),
@@ -87,7 +87,7 @@ def packed(
     )
 
 
-class _Rows(NamedTuple):
+class _PackedRows(NamedTuple):
     """Groups are rows, in the order in which they were begun."""
 
     length: int
@@ -99,7 +99,7 @@ class _Rows(NamedTuple):
     def empty(self) -> list[Group]:
         return []
 
-    def parts(self, index: int, example: Any) -> list[Part]:
+    def parts(self, index: int, example: Any) -> list[SequencePart]:
         parts = parts_of(example, index, self.length, self.overlong)
         return [part for part in parts if part.length]
 
@@ -130,7 +130,7 @@ class _Rows(NamedTuple):
         return stacked([padded(_joined(row.pieces), self.length, 0) for row in rows])
 
 
-def _joined(pieces: Sequence[Piece]) -> Part:
+def _joined(pieces: Sequence[Piece]) -> SequencePart:
     """Returns the parts of a row as one, with the entries that tell them apart."""
     lengths = [piece.part.length for piece in pieces]
     leaves = joined(_joined_leaf, [piece.part.leaves for piece in pieces])
@@ -142,7 +142,8 @@ def _joined(pieces: Sequence[Piece]) -> Part:
         )
     segment_ids = np.repeat(np.arange(1, len(lengths) + 1, dtype=np.int32), lengths)
     positions = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
-    return Part(sum(lengths), {**leaves, "segment_ids": segment_ids, "positions": positions})
+    leaves |= {"segment_ids": segment_ids, "positions": positions}
+    return SequencePart(sum(lengths), leaves)
 
 
 def _joined_leaf(path: tuple[Any, ...], leaves: Sequence[Any]) -> np.ndarray:

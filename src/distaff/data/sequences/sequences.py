@@ -11,7 +11,7 @@ import numpy as np
 from distaff.errors import BatchError, ConfigError, leaf_name, nearest
 
 
-class Part(NamedTuple):
+class SequencePart(NamedTuple):
     """A sequence, or what was cut from a longer one.
 
     Attributes:
@@ -23,7 +23,7 @@ class Part(NamedTuple):
     leaves: dict[str, Any]
 
 
-def parts_of(example: Any, index: int, limit: int, overlong: str) -> list[Part]:
+def parts_of(example: Any, index: int, limit: int, overlong: str) -> list[SequencePart]:
     """Returns the parts of an example, none of them longer than a limit.
 
     Args:
@@ -50,7 +50,8 @@ def parts_of(example: Any, index: int, limit: int, overlong: str) -> list[Part]:
     else:
         starts = [0] if overlong == "cut" else []
     return [
-        Part(min(limit, length - start), _sliced(leaves, start, start + limit)) for start in starts
+        SequencePart(min(limit, length - start), _sliced(leaves, start, start + limit))
+        for start in starts
     ]
 
 
@@ -64,7 +65,7 @@ def check_overlong(overlong: str, known: Sequence[str]) -> None:
         raise ConfigError(f"Unknown overlong {overlong!r}. {nearest(str(overlong), known)}")
 
 
-def padded(part: Part, length: int, pad_value: float) -> dict[str, Any]:
+def padded(part: SequencePart, length: int, pad_value: float) -> dict[str, Any]:
     """Returns the leaves of a part, each `[length, ...]`; bools are padded with False."""
 
     def fill(path: tuple[Any, ...], leaf: Any) -> Any:

@@ -169,7 +169,7 @@ class Mixture:
             places = zip(self._readers, place["loaders"], closed, strict=True)
             for reader, position in ((each, at) for each, at, is_closed in places if not is_closed):
                 with suppress(BatchError):  # a Stream goes on after what was in line
-                    reader.go_to(position)
+                    reader.seek(position)
         return True
 
     def get_state(self) -> dict[str, Any]:
@@ -319,11 +319,11 @@ class Mixture:
         changed = None
         try:
             for reader, position in zip(self._readers, positions, strict=True):
-                changed = reader.go_to(position) or changed
+                changed = reader.seek(position) or changed
         except Exception:
             for reader, position in zip(self._readers, before, strict=True):
                 with suppress(Exception):  # a Stream that has read on stays there
-                    reader.go_to(position)
+                    reader.seek(position)
             raise
         return changed
 

@@ -50,7 +50,7 @@ class Reader:
         before = self._line[0].before if self._line else self._here()
         return {"loader": before, "used": self._used, "fingerprint": mark}
 
-    def go_to(self, position: Mapping[str, Any]) -> ChangedBatchesError | None:
+    def seek(self, position: Mapping[str, Any]) -> ChangedBatchesError | None:
         """Goes to what `position` returned.
 
         Returns:

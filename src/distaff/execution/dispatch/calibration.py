@@ -21,16 +21,16 @@ from distaff.data import Loader, first_batch
 from distaff.execution import compile_cache
 from distaff.execution.compile import recompiles
 from distaff.execution.compile.measured_choices import Entry, program_key
-from distaff.execution.dispatch.dispatcher import Steps
+from distaff.execution.dispatch.dispatcher import Dispatcher
 from distaff.execution.dispatch.steps_per_call import (
-    Choice,
+    FusionChoice,
     Measurement,
     Timing,
     num_at_once,
     recorded,
     settled,
 )
-from distaff.execution.feed.chunk import SINGLE, Form
+from distaff.execution.feed.chunk import SINGLE, ChunkSize
 from distaff.execution.feed.feed import Feed
 from distaff.execution.feed.feeds import Feeds
 from distaff.execution.placement import owned
@@ -51,7 +51,7 @@ _MAX_SINGLE = 8
 _CLEARLY, _HOPELESSLY = 2, 8
 """How many times slower a form is that is not worth more steps, or not even a second look."""
 
-Trying: TypeAlias = Generator[Form, float, tuple[Form, Timing]]
+Trying: TypeAlias = Generator[ChunkSize, float, tuple[ChunkSize, Timing]]
 """Yields forms to run, is sent their seconds per step, and returns the form to keep.
 
 Whatever else a machine does makes a step slower, never faster: of several times the least counts.
@@ -59,14 +59,14 @@ Whatever else a machine does makes a step slower, never faster: of several times
 
 
 def rehearsed(
-    steps: Steps,
+    steps: Dispatcher,
     state: TrainState,
     feeds: Feeds,
     loader: Loader,
     directory: Path | None,
     *,
     remember: bool,
-) -> Choice:
+) -> FusionChoice:
     """Returns the choice of a run that is about to begin: measured, if that is still to be done.
 
     Args:
@@ -102,19 +102,19 @@ def rehearsed(
     return choice
 
 
-def _read(file: Path) -> Choice | None:
+def _read(file: Path) -> FusionChoice | None:
     with suppress(OSError, ValueError, RecursionError):
         return recorded(json.loads(file.read_bytes()))
     return None
 
 
 def _stopwatch(
-    steps: Steps, state: TrainState, feed: Feed, batch: Batch
-) -> Callable[[Form], float]:
+    steps: Dispatcher, state: TrainState, feed: Feed, batch: Batch
+) -> Callable[[ChunkSize], float]:
     """Returns what gives the seconds per step of a form."""
     carried = steps.placement.state(owned(state))
 
-    def seconds(form: Form) -> float:
+    def seconds(form: ChunkSize) -> float:
         nonlocal carried
         while True:
             chunk = feed.sample(batch, form)
@@ -127,7 +127,7 @@ def _stopwatch(
     return seconds
 
 
-def _measured(measurement: Measurement, seconds: Callable[[Form], float]) -> Choice:
+def _measured(measurement: Measurement, seconds: Callable[[ChunkSize], float]) -> FusionChoice:
     """Measures, and returns the choice."""
     trying = (single_first if measurement.convolves else fused_first)(measurement.capacity)
     form = next(trying)
@@ -138,12 +138,12 @@ def _measured(measurement: Measurement, seconds: Callable[[Form], float]) -> Cho
         form, timing = end.value
     if form.capacity > 1 and timing.fused is not None:
         form = settled(form, timing.fused, is_long=measurement.is_long)
-    return Choice(form, "measured", timing)
+    return FusionChoice(form, "measured", timing)
 
 
 def fused_first(capacity: int) -> Trying:
     """Begins with fused steps, and compares them unless they are fast."""
-    fused = yield Form(1, capacity)
+    fused = yield ChunkSize(1, capacity)
     fused = min(fused, (yield _kept(capacity, fused)))
     if fused < _FAST_SECONDS:
         fused = min(fused, (yield _kept(capacity, fused)))
@@ -162,9 +162,11 @@ def single_first(capacity: int) -> Trying:
     single = min([(yield SINGLE), (yield SINGLE), (yield SINGLE)])
     if single > _SLOW_SECONDS:
         return SINGLE, Timing(single, None)
-    fused = yield Form(1, capacity)
+    fused = yield ChunkSize(1, capacity)
     if _CLEARLY * single < fused < _HOPELESSLY * single:
-        fused = min(fused, (yield Form(1, capacity)))  # another program may have been in the way
+        fused = min(
+            fused, (yield ChunkSize(1, capacity))
+        )  # another program may have been in the way
     if fused > _CLEARLY * single:
         return SINGLE, Timing(single, fused)
     return (yield from _compared(capacity, fused))
@@ -185,5 +187,5 @@ def _compared(capacity: int, fused: float) -> Trying:
     return (form if min(fuseds) < min(singles) else SINGLE), timing
 
 
-def _kept(capacity: int, seconds: float) -> Form:
-    return Form(num_at_once(seconds, capacity), capacity)
+def _kept(capacity: int, seconds: float) -> ChunkSize:
+    return ChunkSize(num_at_once(seconds, capacity), capacity)

@@ -15,13 +15,13 @@ from distaff.core.typing import Batch, PyTree
 from distaff.data import num_examples
 from distaff.errors import ConfigError, MetricError
 from distaff.execution.compile.recompiles import Watch
-from distaff.execution.dispatch.packed_metrics import Columns, Strip, blank
-from distaff.execution.dispatch.steps_per_call import Choice, Expected, chosen
+from distaff.execution.dispatch.packed_metrics import MetricLayout, MetricTable, blank
+from distaff.execution.dispatch.steps_per_call import Expected, FusionChoice, chosen
 from distaff.execution.execution import Execution, ExecutionOptions
-from distaff.execution.feed.chunk import Chunk, One, Source
+from distaff.execution.feed.chunk import Chunk, ChunkData, One
 from distaff.execution.flops import Flops, flops_of
 from distaff.execution.placement import Placement
-from distaff.execution.timers import Ledger
+from distaff.execution.timers import Timers
 from distaff.metrics import Metric, results
 from distaff.step.normalise import StepFn, accumulating
 from distaff.step.state import TrainState
@@ -69,7 +69,7 @@ class DispatchOptions(ExecutionOptions):
         return dataclasses.replace(self, steps_per_call=1)
 
 
-def make_steps(
+def make_dispatcher(
     execution: Execution,
     step: StepFn,
     example: tuple[TrainState, Batch],
@@ -79,7 +79,7 @@ def make_steps(
     watched: bool,
     watch: Watch | None = None,
     own_step: StepFn | None = None,
-) -> Steps:
+) -> Dispatcher:
     """Makes what runs the steps of a run; the step is traced, nothing is compiled.
 
     Args:
@@ -105,7 +105,7 @@ def make_steps(
         jaxpr=lambda: jax.make_jaxpr(step)(*example),
     )
     every, watch = config.log_every_n_steps, watch or Watch()
-    steps = Steps(
+    steps = Dispatcher(
         execution,
         step,
         metrics,
@@ -121,12 +121,12 @@ def make_steps(
     return steps
 
 
-def single(step: StepFn, columns: Columns, *, watched: bool) -> Callable[..., Any]:
+def single(step: StepFn, layout: MetricLayout, *, watched: bool) -> Callable[..., Any]:
     """Makes a program of one step.
 
     Args:
         step: a training step as `measured` gives it.
-        columns: of its metrics.
+        layout: of its metrics.
         watched: whether its metrics are wanted for themselves, too.
 
     Returns:
@@ -135,20 +135,20 @@ def single(step: StepFn, columns: Columns, *, watched: bool) -> Callable[..., An
     """
 
     def program(
-        state: TrainState, table: jax.Array, source: Source
+        state: TrainState, table: jax.Array, source: ChunkData
     ) -> tuple[TrainState, jax.Array, Any]:
         state, metrics = step(state, source.batch(0))
-        table = jnp.concatenate([table[1:], columns.row(metrics)[None]])
+        table = jnp.concatenate([table[1:], layout.row(metrics)[None]])
         return state, table, metrics if watched else {}
 
     return program
 
 
-def appending(columns: Columns) -> Callable[..., Any]:
+def appending(layout: MetricLayout) -> Callable[..., Any]:
     """Makes a program that adds the metrics of a step of the user's own to a table.
 
     Args:
-        columns: of the metrics of a step.
+        layout: of the metrics of a step.
 
     Returns:
         `(table, metrics, examples) -> (table, metrics)`: the metrics, in accumulating form, become
@@ -159,17 +159,17 @@ def appending(columns: Columns) -> Callable[..., Any]:
         table: jax.Array, metrics: Mapping[str, Any], examples: jax.Array
     ) -> tuple[jax.Array, dict[str, Metric]]:
         measured = accumulating(metrics, len(examples))
-        return jnp.concatenate([table[1:], columns.row(measured)[None]]), measured
+        return jnp.concatenate([table[1:], layout.row(measured)[None]]), measured
 
     return program
 
 
-def fused(step: StepFn, columns: Columns, metrics: PyTree) -> Callable[..., Any]:
+def fused(step: StepFn, layout: MetricLayout, metrics: PyTree) -> Callable[..., Any]:
     """Makes one program of many steps, whose number is an argument: no remainder compiles anew.
 
     Args:
         step: a training step as `measured` gives it.
-        columns: of its metrics.
+        layout: of its metrics.
         metrics: the metrics of one step, or their shapes, where those of every step are wanted for
             themselves, too; an empty pytree where they are not.
 
@@ -180,16 +180,16 @@ def fused(step: StepFn, columns: Columns, metrics: PyTree) -> Callable[..., Any]
     """
 
     def program(
-        state: TrainState, source: Source, num_steps: jax.Array | int
+        state: TrainState, source: ChunkData, num_steps: jax.Array | int
     ) -> tuple[TrainState, jax.Array, Any]:
         def body(index: jax.Array, carry: PyTree) -> PyTree:
             state, table, kept = carry
             state, measured = step(state, source.batch(index))
             if jax.tree.leaves(kept):
                 kept = jax.tree.map(lambda rows, leaf: rows.at[index].set(leaf), kept, measured)
-            return state, table.at[index].set(columns.row(measured)), kept
+            return state, table.at[index].set(layout.row(measured)), kept
 
-        table = jnp.zeros((source.capacity, columns.width), jnp.uint32)
+        table = jnp.zeros((source.capacity, layout.width), jnp.uint32)
         room = jax.tree.map(
             lambda leaf: jnp.zeros((source.capacity, *leaf.shape), leaf.dtype), metrics
         )
@@ -198,7 +198,7 @@ def fused(step: StepFn, columns: Columns, metrics: PyTree) -> Callable[..., Any]
     return program
 
 
-class Steps:
+class Dispatcher:
     """Runs chunks of steps, in the form that suits them.
 
     Args:
@@ -221,31 +221,31 @@ class Steps:
         step: StepFn,
         metrics: Mapping[str, Metric],
         *,
-        forms: Choice,
+        forms: FusionChoice,
         log_every: int,
         watched: bool = False,
         watch: Watch | None = None,
         placement: Placement | None = None,
     ) -> None:
-        self.columns, self.log_every, self.forms = Columns(metrics), log_every, forms
+        self.layout, self.log_every, self.forms = MetricLayout(metrics), log_every, forms
         self.names = tuple(results(metrics))
         self.placement = placement or execution.placement
-        table = blank(self.columns.strip_rows(log_every), self.columns.width)
-        self.blank = Strip(0, 0, self.placement.replicated(table), True)
-        self.ledger, self._watched = Ledger(), watched
+        table = blank(self.layout.table_rows(log_every), self.layout.width)
+        self.blank = MetricTable(0, 0, self.placement.replicated(table), True)
+        self.timers, self._watched = Timers(), watched
         kept, watch = metrics if watched else {}, watch or Watch()
-        self._one = execution.program(single(step, self.columns, watched=watched), donate=0)
-        loop = fused(step, self.columns, kept)
+        self._one = execution.program(single(step, self.layout, watched=watched), donate=0)
+        loop = fused(step, self.layout, kept)
         many = execution.program(loop, donate=0)
         full = execution.program(lambda *each: loop(*each, each[1].capacity), donate=0)
-        self._append = execution.program(appending(self.columns))
+        self._append = execution.program(appending(self.layout))
         self._single = watch.over(self._one, "the step", ("state", "table", "source"))
         self._fused = watch.over(many, "the fused steps", ("state", "source", "num_steps"))
         self._full = watch.over(full, "the fused steps of a full chunk", ("state", "source"))
 
     def __call__(
-        self, state: TrainState, strip: Strip, chunk: Chunk, step: int
-    ) -> tuple[TrainState, Strip, list[Any]]:
+        self, state: TrainState, strip: MetricTable, chunk: Chunk, step: int
+    ) -> tuple[TrainState, MetricTable, list[Any]]:
         """Runs a chunk.
 
         Args:
@@ -258,10 +258,10 @@ class Steps:
             The new state; the rows of the steps, which may be added to those of the steps before;
             the metrics of each step, none if they are not watched.
         """
-        outer = self.ledger.turn_to("host")
+        outer = self.timers.turn_to("host")
         state, strip, metrics = self._hand_over(state, strip, chunk, step)
-        self.ledger.handed(strip.table)
-        self.ledger.turn_to(outer)
+        self.timers.handed(strip.table)
+        self.timers.turn_to(outer)
         return state, strip, metrics
 
     def flops(self) -> Flops | None:
@@ -272,15 +272,15 @@ class Steps:
         return flops_of(self._one, state, self.blank.table, One(batch))
 
     def _hand_over(
-        self, state: TrainState, strip: Strip, chunk: Chunk, step: int
-    ) -> tuple[TrainState, Strip, list[Any]]:
+        self, state: TrainState, strip: MetricTable, chunk: Chunk, step: int
+    ) -> tuple[TrainState, MetricTable, list[Any]]:
         if chunk.source.capacity > 1:
             is_full = self.forms.form.rest and chunk.num_steps == chunk.source.capacity
             end = () if is_full else (np.int32(chunk.num_steps),)
             program = self._full if is_full else self._fused
             state, table, measured = program(state, chunk.source, *end)
             metrics = [_row(measured, row) for row in range(chunk.num_steps * self._watched)]
-            return state, Strip(step, chunk.num_steps, table, False), metrics
+            return state, MetricTable(step, chunk.num_steps, table, False), metrics
         is_full = strip.num_rows in (0, len(strip.table))
         if is_full or not strip.at_end or step % self.log_every == 0:
             strip = self.blank._replace(first=step)
@@ -290,7 +290,7 @@ class Steps:
             batch = chunk.source.batch(0)
             state, found = self.own_step(state, batch)
             table, measured = self._append(strip.table, found, np.empty(num_examples(batch), bool))
-        strip = Strip(strip.first, strip.num_rows + 1, table, True)
+        strip = MetricTable(strip.first, strip.num_rows + 1, table, True)
         return state, strip, [measured] * self._watched
 
 

@@ -12,7 +12,7 @@ MAX_BYTES = 2**27
 """Bytes in flight, about; the chunk that exceeds them is still handed over."""
 
 
-class Flight:
+class InFlightLimit:
     """Keeps the host from running ahead of the device without bound.
 
     Batches stay in memory until the device has used them. It waits for what was handed over half

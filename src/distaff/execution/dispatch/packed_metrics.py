@@ -21,7 +21,7 @@ _MAX_STRIP_BYTES = 2**16
 _MAX_STRIP_ROWS = 64
 
 
-class Columns:
+class MetricLayout:
     """Where the numbers of a step's metrics lie in a row of uint32.
 
     One array per step or per program costs the device and the host less than one for each number.
@@ -74,17 +74,17 @@ class Columns:
             raise ValueError(f"the metrics of a step are not of the form {forms}")
         return self._structure.unflatten(leaves)
 
-    def unlike(self) -> Columns:
-        """Returns the columns of the same step with a guard, if this one has none; or without."""
+    def unlike(self) -> MetricLayout:
+        """Returns the layout of the same step with a guard, if this one has none; or without."""
         rest = {name: x for name, x in self._example.items() if not isinstance(x, Flags)}
         if len(rest) == len(self._example):
             flags = jax.ShapeDtypeStruct((len(Flags.names),), np.dtype(np.float32))
             rest[FLAGS] = Flags(flags)
-        return Columns(rest)
+        return MetricLayout(rest)
 
-    def translated(self, rows: np.ndarray, columns: Columns) -> np.ndarray:
-        """Returns rows of other columns as rows of these; what they have not is 0."""
-        known = {name: rows[:, start:end] for name, (start, end) in columns.spans.items()}
+    def translated(self, rows: np.ndarray, layout: MetricLayout) -> np.ndarray:
+        """Returns rows of other layout as rows of these; what they have not is 0."""
+        known = {name: rows[:, start:end] for name, (start, end) in layout.spans.items()}
         parts = [np.zeros((len(rows), 0), np.uint32)]
         for name, (start, end) in self.spans.items():
             parts.append(known.get(name, np.zeros((len(rows), end - start), np.uint32)))
@@ -102,13 +102,13 @@ class Columns:
         ends = self._ends[np.cumsum([0, *sizes.values()])].tolist()
         return dict(zip(sizes, pairwise(ends), strict=True))
 
-    def strip_rows(self, log_every: int) -> int:
+    def table_rows(self, log_every: int) -> int:
         """Returns how many rows of single steps to keep in one array."""
         fitting = _MAX_STRIP_BYTES // (4 * max(self.width, 1))
         return max(1, min(log_every, fitting, _MAX_STRIP_ROWS))
 
 
-class Strip(NamedTuple):
+class MetricTable(NamedTuple):
     """Rows of consecutive steps, on the device.
 
     Attributes:
@@ -160,27 +160,27 @@ class BadStep(NamedTuple):
     is_spike: bool
 
 
-class Readout:
+class MetricWindows:
     """Reads the rows of an epoch, window by window, and each window when the next one is full.
 
     Args:
-        columns: what is in a row.
+        layout: what is in a row.
         log_every: a window ends at each multiple of this in the global step.
         step: completed steps.
         rows: of the last of these steps, which belong to a window that is not read yet.
     """
 
     def __init__(
-        self, columns: Columns, log_every: int, step: int, rows: np.ndarray | None = None
+        self, layout: MetricLayout, log_every: int, step: int, rows: np.ndarray | None = None
     ) -> None:
-        self._columns, self._every = columns, log_every
-        self._strips: list[Strip] = []
+        self._columns, self._every = layout, log_every
+        self._strips: list[MetricTable] = []
         self._read = self._full = self._last = step
         if rows is not None and len(rows):
             self._read = self._full = step - len(rows)
-            self._strips = [Strip(self._read, len(rows), jnp.asarray(rows), False)]
+            self._strips = [MetricTable(self._read, len(rows), jnp.asarray(rows), False)]
 
-    def add(self, strip: Strip, step: int) -> Iterator[WindowEnd]:
+    def add(self, strip: MetricTable, step: int) -> Iterator[WindowEnd]:
         """Takes the rows up to a step, and yields the windows that have become due.
 
         Args:

@@ -15,7 +15,7 @@ import jax
 
 from distaff.core.typing import PyTree
 from distaff.execution.dispatch.work import Work, seconds_of, work_of
-from distaff.execution.feed.chunk import SINGLE, Form
+from distaff.execution.feed.chunk import SINGLE, ChunkSize
 
 StepsPerCall: TypeAlias = int | Literal["auto", "measure"]
 """Steps of one program; see `TrainerConfig`."""
@@ -76,7 +76,7 @@ class Measurement(NamedTuple):
     step: Any
 
 
-class Choice(NamedTuple):
+class FusionChoice(NamedTuple):
     """How the steps of a run become programs.
 
     Attributes:
@@ -87,7 +87,7 @@ class Choice(NamedTuple):
         measurement: what is still to be measured; None where the choice is made.
     """
 
-    form: Form
+    form: ChunkSize
     why: str
     timing: Timing = Timing()
     measurement: Measurement | None = None
@@ -119,7 +119,7 @@ def chosen(
     *,
     watched: bool,
     jaxpr: Callable[[], Any],
-) -> Choice:
+) -> FusionChoice:
     """Chooses the form of a run's steps.
 
     Args:
@@ -139,31 +139,31 @@ def chosen(
         _MAX_STEPS, expected.steps_per_epoch or _MAX_STEPS, _MAX_BYTES // max(num_bytes, 1)
     )
     if watched:
-        return Choice(SINGLE, "as a callback watches each step")
+        return FusionChoice(SINGLE, "as a callback watches each step")
     if expected.num_shapes > 1:
-        return Choice(SINGLE, "as batches have several shapes")
+        return FusionChoice(SINGLE, "as batches have several shapes")
     if capacity < 2:
-        return Choice(SINGLE, "as an epoch is one step or metrics are large")
+        return FusionChoice(SINGLE, "as an epoch is one step or metrics are large")
     step, is_long = jaxpr(), (expected.total_steps or _LONG_RUN) >= _LONG_RUN
     work = work_of(step.jaxpr)
     if steps_per_call == "auto":
-        return Choice(_estimated(work, capacity, is_long=is_long), "estimated")
+        return FusionChoice(_estimated(work, capacity, is_long=is_long), "estimated")
     to_do = Measurement(capacity, work.convolves, is_long, step)
-    return Choice(SINGLE, "to be measured", measurement=to_do)
+    return FusionChoice(SINGLE, "to be measured", measurement=to_do)
 
 
-def fixed(steps_per_call: int) -> Choice:
+def fixed(steps_per_call: int) -> FusionChoice:
     """Returns the choice of a user."""
     rest = steps_per_call if steps_per_call > 1 and _is_accelerated() else 0
-    return Choice(Form(steps_per_call, steps_per_call, rest), "given")
+    return FusionChoice(ChunkSize(steps_per_call, steps_per_call, rest), "given")
 
 
-def continued(choice: Choice, facts: Any) -> Choice:
+def continued(choice: FusionChoice, facts: Any) -> FusionChoice:
     """Returns the choice of a resumed run: the one that it had made, if any.
 
     Args:
         choice: that the same run would make now.
-        facts: of the run before it, as `Choice.facts` gave them.
+        facts: of the run before it, as `FusionChoice.facts` gave them.
 
     Raises:
         ValueError: no run has written them.
@@ -173,25 +173,25 @@ def continued(choice: Choice, facts: Any) -> Choice:
     return (choice.why in (*_CHOSEN, "to be measured") and recorded(facts)) or choice
 
 
-def recorded(facts: Any) -> Choice | None:
+def recorded(facts: Any) -> FusionChoice | None:
     """Returns a choice that was kept as JSON; None if it is not one that a run has made by itself.
 
     Args:
-        facts: as `Choice.facts` gave them.
+        facts: as `FusionChoice.facts` gave them.
     """
     if not isinstance(facts, Mapping) or facts.get("why") not in _CHOSEN:
         return None
-    form = Form(*(facts.get(name, 0) for name in Form._fields))
+    form = ChunkSize(*(facts.get(name, 0) for name in ChunkSize._fields))
     seconds = facts.get("seconds_per_step")
     if not isinstance(seconds, Mapping) or not all(type(number) is int for number in form):
         return None
     timing = Timing(seconds.get("single"), seconds.get("fused"))
     is_form = 1 <= form.num_steps <= form.capacity <= _MAX_STEPS and 0 <= form.rest <= _MAX_STEPS
     is_timing = all(time is None or _is_seconds(time) for time in timing)
-    return Choice(form, facts["why"], timing) if is_form and is_timing else None
+    return FusionChoice(form, facts["why"], timing) if is_form and is_timing else None
 
 
-def settled(form: Form, seconds: float, *, is_long: bool) -> Form:
+def settled(form: ChunkSize, seconds: float, *, is_long: bool) -> ChunkSize:
     """Returns a form, on an accelerator with programs of just its length where that pays.
 
     The host of an accelerator asks after each step of a loop whether it was the last, unless the
@@ -204,7 +204,7 @@ def settled(form: Form, seconds: float, *, is_long: bool) -> Form:
     """
     if not (is_long and seconds < _SHORT_SECONDS and form.num_steps > 1 and _is_accelerated()):
         return form
-    return Form(form.num_steps, form.num_steps, rest=form.capacity)
+    return ChunkSize(form.num_steps, form.num_steps, rest=form.capacity)
 
 
 def num_at_once(seconds: float, capacity: int) -> int:
@@ -217,13 +217,13 @@ def num_at_once(seconds: float, capacity: int) -> int:
     return max(1, min(capacity, round(AT_ONCE_SECONDS / max(seconds, 1e-9))))
 
 
-def _estimated(work: Work, capacity: int, *, is_long: bool) -> Form:
+def _estimated(work: Work, capacity: int, *, is_long: bool) -> ChunkSize:
     """Returns the form that suits the work of a step."""
     if work.convolves and not _is_accelerated():
         return SINGLE  # XLA's CPU backend runs convolutions in a loop up to 25 times slower
     seconds = seconds_of(work, jax.default_backend())
     number = num_at_once(seconds, capacity)
-    return settled(Form(number, max(number, 2)), seconds, is_long=is_long)
+    return settled(ChunkSize(number, max(number, 2)), seconds, is_long=is_long)
 
 
 def _is_accelerated() -> bool:

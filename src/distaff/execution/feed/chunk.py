@@ -13,7 +13,7 @@ import numpy as np
 from distaff.core.typing import Batch, PyTree
 
 
-class Source(Protocol):
+class ChunkData(Protocol):
     """Where a program finds the batches of a chunk: a pytree of arrays."""
 
     @property
@@ -25,7 +25,7 @@ class Source(Protocol):
         """Returns a batch, inside the program."""
         ...
 
-    def padded(self, size: int) -> Source:
+    def padded(self, size: int) -> ChunkData:
         """Returns it with `size` examples in each batch, the last one again and again."""
         ...
 
@@ -111,12 +111,12 @@ class Chunk(NamedTuple):
 
     num_steps: int
     examples: int
-    source: Source
+    source: ChunkData
     position: Mapping[str, Any] | None = None
     num_bytes: int = 0
 
 
-class Form(NamedTuple):
+class ChunkSize(NamedTuple):
     """How many batches the next chunk shall have.
 
     Attributes:
@@ -133,7 +133,7 @@ class Form(NamedTuple):
 
 _ALIGNMENT = 64
 
-SINGLE = Form(1, 1)
+SINGLE = ChunkSize(1, 1)
 """One batch."""
 
 

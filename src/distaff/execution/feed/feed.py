@@ -18,15 +18,15 @@ from distaff.data.on_policy import is_on_policy, marked
 from distaff.execution.feed.chunk import (
     SINGLE,
     Chunk,
-    Form,
+    ChunkData,
+    ChunkSize,
     Gathered,
     One,
-    Source,
     Stacked,
     gather,
     stack,
 )
-from distaff.execution.feed.prefetch import Ahead
+from distaff.execution.feed.prefetch import Prefetch
 from distaff.execution.placement import ONE_DEVICE, Place, Placement
 
 _log = logging.getLogger("distaff")
@@ -43,7 +43,7 @@ class Feed:
         name: what errors call it, such as `"train"`.
         resident: whether to place arrays in memory on the device once, and gather there, rather
             than with NumPy. What other loaders yield is stacked on the host.
-        lock: held while a chunk is read; see `Ahead`.
+        lock: held while a chunk is read; see `Prefetch`.
         placement: where batches go.
     """
 
@@ -58,13 +58,13 @@ class Feed:
     ) -> None:
         self.loader = loader
         self._name, self._placement = name, placement
-        self._kind: _Batches | _Gathers = _Batches(name, placement.batch)
+        self._kind: _BatchChunks | _RowChunks = _BatchChunks(name, placement.batch)
         # A subclass may yield something else than the rows of its arrays.
         if type(loader) is ArrayLoader:
             fits = resident and _is_in_memory(loader)
             arrays = placement.resident(loader.arrays) if fits else None
-            self._kind = _Gathers(loader, placement.batch, arrays)
-        self._ahead: Ahead[Chunk] = Ahead(lock=lock)
+            self._kind = _RowChunks(loader, placement.batch, arrays)
+        self._ahead: Prefetch[Chunk] = Prefetch(lock=lock)
         self._position: Mapping[str, Any] | None = None
         self._kept: _Kept | None = None
 
@@ -80,7 +80,7 @@ class Feed:
 
     def epoch(
         self,
-        form: Callable[[], Form] = lambda: SINGLE,
+        form: Callable[[], ChunkSize] = lambda: SINGLE,
         steps_per_epoch: int | None = None,
         *,
         steady: Callable[[], bool] = lambda: True,
@@ -109,7 +109,7 @@ class Feed:
         """
         self._position = self.loader.get_state()
         # Rows take microseconds; a thread takes longer than they do.
-        is_quick = isinstance(self._kind, _Gathers) or is_on_policy(self.loader)
+        is_quick = isinstance(self._kind, _RowChunks) or is_on_policy(self.loader)
         read = _as_it_is if is_quick else self._ahead.read
         try:
             with closing(
@@ -131,7 +131,7 @@ class Feed:
         self._ahead.wait()
         self._position = None
 
-    def repeated(self, form: Form, *, even: Callable[[Source], bool]) -> Generator[Chunk]:
+    def repeated(self, form: ChunkSize, *, even: Callable[[ChunkData], bool]) -> Generator[Chunk]:
         """Yields the chunks of one epoch, placed once where it is the same each time.
 
         Args:
@@ -151,7 +151,7 @@ class Feed:
         if kept is None or kept.key != key or kept.even != even(kept.chunks[0].source):
             chunks, is_even = [], False
             slices = _slices(loader.arrays, rows)
-            for chunk in _chunks_of(slices, lambda: form, _Batches(self._name, None)):
+            for chunk in _chunks_of(slices, lambda: form, _BatchChunks(self._name, None)):
                 is_even = is_even if chunks else even(chunk.source)
                 source = chunk.source.padded(len(rows[0])) if is_even else chunk.source
                 chunks.append(chunk._replace(source=self._placement.resident(source)))
@@ -166,10 +166,10 @@ class Feed:
         A run that resumes before the short batch of an epoch's end has the chunks of one that did
         not stop.
         """
-        if isinstance(self._kind, _Batches):
+        if isinstance(self._kind, _BatchChunks):
             self._kind.most(batch)
 
-    def sample(self, batch: PyTree, form: Form) -> Chunk:
+    def sample(self, batch: PyTree, form: ChunkSize) -> Chunk:
         """Returns a chunk like those of an epoch, without reading the loader.
 
         Args:
@@ -178,7 +178,7 @@ class Feed:
         """
         size = num_examples(batch, name=self._name)
         kind: Any = self._kind
-        item = np.arange(size, dtype=np.int32) if isinstance(kind, _Gathers) else batch
+        item = np.arange(size, dtype=np.int32) if isinstance(kind, _RowChunks) else batch
         items = repeat((item, {}), form.num_steps)
         return next(_chunks_of(items, lambda: form, kind))
 
@@ -198,7 +198,7 @@ class Feed:
 
     def _chunks(
         self,
-        form: Callable[[], Form],
+        form: Callable[[], ChunkSize],
         steps_per_epoch: int | None,
         done: int,
         without: Set[int],
@@ -219,14 +219,14 @@ class Feed:
         self, steps_per_epoch: int | None, *, repeat: bool
     ) -> Iterator[tuple[Any, Mapping[str, Any]]]:
         """Yields the batches of an epoch, or their rows, each with the position after it."""
-        source = _Rows(self.loader) if isinstance(self._kind, _Gathers) else self.loader
+        source = _LoaderRows(self.loader) if isinstance(self._kind, _RowChunks) else self.loader
         items = epoch_of(source, steps_per_epoch, name=self._name, repeat=repeat)
         # An evaluation changes no state: its loader may read it.
         for item in marked(items, self.loader) if self._name == "train" else items:
             yield item, source.get_state()
 
 
-class _Batches:
+class _BatchChunks:
     """Chunks of what a loader yields; they stay on the host where nothing places them."""
 
     def __init__(self, name: str, place: Place | None) -> None:
@@ -245,12 +245,12 @@ class _Batches:
     def num_bytes(self, item: PyTree) -> int:
         return _num_bytes(item)
 
-    def source(self, items: Sequence[PyTree], capacity: int) -> Source:
+    def source(self, items: Sequence[PyTree], capacity: int) -> ChunkData:
         source = One(items[0]) if capacity == 1 else Stacked(stack(items, capacity))
         return source if self._place is None else self._place(source)
 
 
-class _Gathers:
+class _RowChunks:
     """Chunks of rows of an array loader: gathered by NumPy, or on the device if they are there."""
 
     def __init__(self, loader: ArrayLoader, place: Place | None, on_device: PyTree | None) -> None:
@@ -267,23 +267,23 @@ class _Gathers:
     def num_bytes(self, item: np.ndarray) -> int:
         return item.nbytes if self._on_device is not None else len(item) * self._row_bytes
 
-    def source(self, items: Sequence[np.ndarray], capacity: int) -> Source:
+    def source(self, items: Sequence[np.ndarray], capacity: int) -> ChunkData:
         if self._on_device is not None:
             return Gathered(self._on_device, stack(items, capacity))
         if capacity == 1:
-            source: Source = One(self._loader.gathered(items[0]))
+            source: ChunkData = One(self._loader.gathered(items[0]))
         else:
             source = Stacked(gather(self._loader.arrays, items, capacity))
         return source if self._place is None else self._place(source)
 
 
 class _Kept(NamedTuple):
-    key: tuple[Form, int]
+    key: tuple[ChunkSize, int]
     even: bool
     chunks: list[Chunk]
 
 
-class _Rows:
+class _LoaderRows:
     """An array loader that hands out the rows of its batches."""
 
     def __init__(self, loader: Any) -> None:
@@ -300,7 +300,7 @@ class _Rows:
 
 
 def _chunks_of(
-    items: Iterator[tuple[Any, Any]], form: Callable[[], Form], kind: _Batches | _Gathers
+    items: Iterator[tuple[Any, Any]], form: Callable[[], ChunkSize], kind: _BatchChunks | _RowChunks
 ) -> Generator[Chunk]:
     """Yields chunks of items, each with the position after it."""
     waiting = list(islice(items, 1))

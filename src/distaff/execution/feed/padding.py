@@ -11,10 +11,10 @@ from distaff.core.typing import Batch, PyTree
 from distaff.data import num_examples
 from distaff.errors import MaskError
 from distaff.execution.execution import Execution
-from distaff.execution.feed.chunk import Source
+from distaff.execution.feed.chunk import ChunkData
 from distaff.step.independence import keeps_apart
 
-MayPad = Callable[[Source], bool]
+MayPad = Callable[[ChunkData], bool]
 """Whether batches like those of a source may be padded."""
 
 
@@ -39,7 +39,7 @@ class Padding:
         """Returns whether batches may be padded that are used with a state."""
         form = _form(state)
 
-        def may_pad(source: Source) -> bool:
+        def may_pad(source: ChunkData) -> bool:
             key = form, type(source), _form(source)
             if key not in self._known:
                 self._known[key] = self._found(state, source)
@@ -47,7 +47,7 @@ class Padding:
 
         return may_pad
 
-    def _found(self, state: PyTree, source: Source) -> bool:
+    def _found(self, state: PyTree, source: ChunkData) -> bool:
         batch = jax.eval_shape(lambda each: each.batch(0), source)
         if not has_rows(batch):
             return False
@@ -85,7 +85,7 @@ class Sizes:
         self._may_pad = may_pad
         self._full: dict[Any, Full] = {}
 
-    def full(self, form: Any, size: int, source: Callable[[], Source]) -> Full:
+    def full(self, form: Any, size: int, source: Callable[[], ChunkData]) -> Full:
         """Returns what a batch is padded to: the largest one so far, which it may be itself.
 
         Args:

@@ -28,7 +28,7 @@ _JOIN_SECONDS = 5.0
 """How long a reader that is stopped is waited for: it may hang in a read that never ends."""
 
 
-class Pace:
+class ReadTimes:
     """Tells slow from fast, by a cumulative sum: neither one hiccup nor one slow start decides."""
 
     def __init__(self) -> None:
@@ -39,13 +39,13 @@ class Pace:
         """Whether items have taken long, one after another."""
         return self._lost > _PATIENCE_SECONDS
 
-    def took(self, seconds: float) -> None:
+    def record_seconds(self, seconds: float) -> None:
         """Hears how long an item took."""
         lost = max(0.0, self._lost + seconds - _HAND_OVER_SECONDS)
         self._lost = min(lost, 2 * _PATIENCE_SECONDS)
 
 
-class Ahead(Generic[T]):
+class Prefetch(Generic[T]):
     """Hands out the items of generators, and gets them ahead where that takes long.
 
     Items and their order are those of the generator. One thread at a time goes on with it: the one
@@ -61,12 +61,12 @@ class Ahead(Generic[T]):
 
     def __init__(
         self,
-        pace: Pace | None = None,
+        pace: ReadTimes | None = None,
         clock: Callable[[], float] = time.perf_counter,
         lock: AbstractContextManager[Any] | None = None,
     ) -> None:
-        self._pace, self._clock, self._lock = pace or Pace(), clock, lock or nullcontext()
-        self._reader: _Reader | None = None
+        self._pace, self._clock, self._lock = pace or ReadTimes(), clock, lock or nullcontext()
+        self._reader: _Worker | None = None
 
     @property
     def busy(self) -> bool:
@@ -97,7 +97,7 @@ class Ahead(Generic[T]):
                 if item is _END:
                     return
                 if not first:
-                    self._pace.took(self._clock() - start)
+                    self._pace.record_seconds(self._clock() - start)
                 first = False
                 yield item
                 del item
@@ -107,7 +107,7 @@ class Ahead(Generic[T]):
                 items.close()
 
     def _read_in_thread(self, items: Generator[T]) -> Generator[T]:
-        self._reader = reader = _Reader.start(items, self._pace, self._clock, self._lock)
+        self._reader = reader = _Worker.start(items, self._pace, self._clock, self._lock)
         try:
             while (got := reader.got.get()).error is None:
                 reader.wanted.release()
@@ -128,7 +128,7 @@ class _Got(NamedTuple):
     error: BaseException | None
 
 
-class _Reader(NamedTuple):
+class _Worker(NamedTuple):
     """A thread that goes on with a generator, and what passes between it and its reader."""
 
     thread: threading.Thread
@@ -140,10 +140,10 @@ class _Reader(NamedTuple):
     def start(
         cls,
         items: Generator[Any],
-        pace: Pace,
+        pace: ReadTimes,
         clock: Callable[[], float],
         lock: AbstractContextManager[Any],
-    ) -> _Reader:
+    ) -> _Worker:
         got: SimpleQueue[_Got] = SimpleQueue()
         wanted, stopped = threading.Semaphore(DEPTH), threading.Event()
 
@@ -153,7 +153,7 @@ class _Reader(NamedTuple):
                     start = clock()
                     with lock:
                         item = next(items, _END)
-                    pace.took(clock() - start)
+                    pace.record_seconds(clock() - start)
                     if item is _END:
                         break
                     got.put(_Got(item, None))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Set
 from typing import NamedTuple
 
 
-class Stretch(NamedTuple):
+class SkippedBatches(NamedTuple):
     """Consecutive batches of one epoch.
 
     Attributes:
@@ -22,7 +22,7 @@ class Stretch(NamedTuple):
     back_to: int
 
 
-def left_out(stretches: Iterable[Stretch], epoch: int) -> Set[int]:
+def skipped_batches(stretches: Iterable[SkippedBatches], epoch: int) -> Set[int]:
     """Returns which batches of an epoch are in one of the stretches."""
     ranges = (range(each.start, each.stop) for each in stretches if each.epoch == epoch)
     return {batch for batches in ranges for batch in batches}
@@ -45,7 +45,9 @@ _RELAPSE = 128
 """After so many batches without a bad one, the next bad one is other trouble."""
 
 
-def relapses(stretches: Iterable[Stretch], epoch: int, batch: int, length: int | None) -> int:
+def relapses(
+    stretches: Iterable[SkippedBatches], epoch: int, batch: int, length: int | None
+) -> int:
     """Returns how many stretches a bad batch comes shortly after.
 
     Args:

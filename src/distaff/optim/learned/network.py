@@ -1,4 +1,4 @@
-"""HyperV2, VeLO's network: an LSTM over tensors mixes, for each of them, an MLP from a bank.
+"""HyperV2, VeLO's network: an LSTM over tensors mixes, for each of them, a small MLP from a bank.
 
 Metz et al. 2022, "VeLO: Training Versatile Learned Optimizers by Scaling Up" (arXiv:2211.09760).
 """
@@ -27,7 +27,7 @@ class LSTMState(NamedTuple):
     cell: jax.Array
 
 
-class MLP(NamedTuple):
+class TinyMLP(NamedTuple):
     """The MLP of one tensor, of the shapes in `MLP_SHAPES`."""
 
     w0: jax.Array
@@ -45,7 +45,7 @@ class Network(NamedTuple):
     could not be fetched into it under the trainer's guard against transfers.
 
     Attributes:
-        bank: the MLPs, one flat row each, in the order of `MLP`.
+        bank: the MLPs, one flat row each, in the order of `TinyMLP`.
         initial: the LSTM's memory before the first step, by name.
         layers: weight and bias of each layer around the LSTM, by name.
     """
@@ -78,7 +78,7 @@ def initial_lstm_state(network: Network, num_tensors: int) -> LSTMState:
 
 def run_lstm(
     network: Network, features: jax.Array, state: LSTMState
-) -> tuple[list[MLP], jax.Array, LSTMState]:
+) -> tuple[list[TinyMLP], jax.Array, LSTMState]:
     """Looks at all tensors once.
 
     Args:
@@ -103,14 +103,14 @@ def run_lstm(
     return [_unpacked(row) for row in mixed], factors, LSTMState(hidden, cell)
 
 
-def _unpacked(row: jax.Array) -> MLP:
+def _unpacked(row: jax.Array) -> TinyMLP:
     ends = np.cumsum([math.prod(shape) for shape in MLP_SHAPES.values()])
     parts = jnp.split(row, ends[:-1])
-    return MLP(*(part.reshape(s) for part, s in zip(parts, MLP_SHAPES.values(), strict=True)))
+    return TinyMLP(*(part.reshape(s) for part, s in zip(parts, MLP_SHAPES.values(), strict=True)))
 
 
 def run_mlp(
-    mlp: MLP, features: Sequence[jax.Array], param: jax.Array, factor: jax.Array
+    mlp: TinyMLP, features: Sequence[jax.Array], param: jax.Array, factor: jax.Array
 ) -> jax.Array:
     """Returns the step of one tensor, which is subtracted from it.
 
@@ -118,7 +118,7 @@ def run_mlp(
     the parameters, which keeps no array of features (6 times as fast as matrix products on a CPU).
 
     Args:
-        mlp: the MLP of this tensor.
+        mlp: the TinyMLP of this tensor.
         features: of each of its parameters, as `parameter_features` returns them.
         param: the tensor.
         factor: what its step is multiplied by, `[]`.

@@ -25,8 +25,8 @@ from distaff.optim.learned.features import (
     update_moments,
 )
 from distaff.optim.learned.network import (
-    MLP,
     LSTMState,
+    TinyMLP,
     initial_lstm_state,
     make_network,
     run_lstm,
@@ -173,7 +173,7 @@ _tensor_features = jax.jit(tensor_features)  # Traced once for all tensors of on
 
 @jax.jit
 def _tensor_step(
-    mlp: MLP, factor: jax.Array, param: jax.Array, grad: jax.Array, moments: Moments
+    mlp: TinyMLP, factor: jax.Array, param: jax.Array, grad: jax.Array, moments: Moments
 ) -> tuple[jax.Array, Moments]:
     """Returns the update of one tensor and its new averages."""
     clipped = jnp.clip(grad.astype(jnp.float32), -_LARGEST_GRADIENT, _LARGEST_GRADIENT)

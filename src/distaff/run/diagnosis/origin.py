@@ -105,7 +105,7 @@ def origin_of(
         TimeoutError: it takes longer than that.
     """
     jaxpr = jax.make_jaxpr(lambda arguments: function(**arguments))(dict(arguments))
-    walk = _Walk(deadline)
+    walk = _Replay(deadline)
     values = [
         walk.given(jnp.asarray(leaf), leaf_name(path))
         for path, leaf in jax.tree.leaves_with_path(dict(arguments))
@@ -115,7 +115,7 @@ def origin_of(
     )
 
 
-class _Value(NamedTuple):
+class _Known(NamedTuple):
     """An array, and where its NaN and its inf were made; None where it holds none."""
 
     array: Any
@@ -123,7 +123,7 @@ class _Value(NamedTuple):
     inf: Origin | None = None
 
 
-class _Walk:
+class _Replay:
     """One walk through a program.
 
     Args:
@@ -135,15 +135,15 @@ class _Walk:
         self._count = 0
         self._programs: dict[int, tuple[Any, Callable[..., Any]]] = {}
 
-    def given(self, array: Any, argument: str = "") -> _Value:
+    def given(self, array: Any, argument: str = "") -> _Known:
         """Returns what the program is given: an argument, or without a name a constant."""
         nan, inf = (
             self._origin(kind=kind, argument=argument) if is_there else None
             for kind, is_there in zip(("NaN", "inf"), _kinds(array), strict=True)
         )
-        return _Value(array, nan, inf)
+        return _Known(array, nan, inf)
 
-    def run(self, jaxpr: Any, args: Sequence[_Value], outer: tuple[Any, ...] = ()) -> list[_Value]:
+    def run(self, jaxpr: Any, args: Sequence[_Known], outer: tuple[Any, ...] = ()) -> list[_Known]:
         """Runs a program, or one that it calls.
 
         Args:
@@ -155,7 +155,7 @@ class _Walk:
         values = dict(zip(jaxpr.constvars, map(self.given, constants), strict=True))
         values.update(zip(jaxpr.invars, args, strict=True))
 
-        def read(atom: Any) -> _Value:
+        def read(atom: Any) -> _Known:
             return self.given(atom.val) if isinstance(atom, jex.Literal) else values[atom]
 
         for equation, unused in _needed(jaxpr):
@@ -167,8 +167,8 @@ class _Walk:
         return [read(atom) for atom in jaxpr.outvars]
 
     def _results(
-        self, equation: Any, operands: list[_Value], outer: tuple[Any, ...]
-    ) -> list[_Value]:
+        self, equation: Any, operands: list[_Known], outer: tuple[Any, ...]
+    ) -> list[_Known]:
         name, params, path = equation.primitive.name, equation.params, (*outer, equation)
         if name in _CALLS:
             body = params[_CALLS[name]]
@@ -198,11 +198,11 @@ class _Walk:
     def _value(
         self,
         array: Any,
-        operands: Sequence[_Value],
+        operands: Sequence[_Known],
         path: tuple[Any, ...],
         nan: Origin | None = None,
         inf: Origin | None = None,
-    ) -> _Value:
+    ) -> _Known:
         """Returns a result: what it holds is known, is passed on from operands, or is new."""
         has_nan, has_inf = _kinds(array)
         passes = functools.partial(_passes, path[-1].primitive.name in _ELEMENTWISE, array)
@@ -215,11 +215,11 @@ class _Walk:
             inf = _earliest(x.inf for x in operands if passes(np.isinf, x.array, np.isinf))
         if has_inf and inf is None:
             inf = self._made("inf", operands, path)
-        return _Value(array, nan if has_nan else None, inf if has_inf else None)
+        return _Known(array, nan if has_nan else None, inf if has_inf else None)
 
     def _scan(
-        self, params: Mapping[str, Any], operands: list[_Value], path: tuple[Any, ...]
-    ) -> list[_Value]:
+        self, params: Mapping[str, Any], operands: list[_Known], path: tuple[Any, ...]
+    ) -> list[_Known]:
         body = params["jaxpr"]
         jaxpr = _opened(body)
         # JAX has named the numbers of each kind differently over time.
@@ -234,20 +234,20 @@ class _Walk:
         )
         fixed, rows = operands[: len(operands) - num_rows], operands[len(operands) - num_rows :]
         constants = fixed[: len(fixed) - num_carried]
-        known = fixed[len(constants) :] + [_Value(None)] * (len(outputs) - num_carried)
+        known = fixed[len(constants) :] + [_Known(None)] * (len(outputs) - num_carried)
         order = range(params["length"])
         for index in reversed(order) if params["reverse"] else order:
             here = [_row(row, index) for row in rows]
             results = self._pass(body, [*constants, *known[:num_carried], *here], path)
             known = results[:num_carried] + [
-                _Value(None, _earliest((old.nan, new.nan)), _earliest((old.inf, new.inf)))
+                _Known(None, _earliest((old.nan, new.nan)), _earliest((old.inf, new.inf)))
                 for old, new in zip(known[num_carried:], results[num_carried:], strict=True)
             ]
         return known
 
     def _while(
-        self, params: Mapping[str, Any], operands: list[_Value], path: tuple[Any, ...]
-    ) -> list[_Value]:
+        self, params: Mapping[str, Any], operands: list[_Known], path: tuple[Any, ...]
+    ) -> list[_Known]:
         num_tested, num_fixed = params["cond_nconsts"], params["body_nconsts"]
         tested, fixed = operands[:num_tested], operands[num_tested : num_tested + num_fixed]
         carried = operands[num_tested + num_fixed :]
@@ -256,11 +256,11 @@ class _Walk:
             carried = self._pass(params["body_jaxpr"], fixed + carried, path)
         return carried
 
-    def _pass(self, body: Any, args: list[_Value], path: tuple[Any, ...]) -> list[_Value]:
+    def _pass(self, body: Any, args: list[_Known], path: tuple[Any, ...]) -> list[_Known]:
         """Runs a function: as one program, and if its results are bad, again step by step."""
         self._check_time()
         arrays = self._program(body)(*(each.array for each in args))
-        return self.run(body, args, path) if _any_bad(arrays) else [_Value(x) for x in arrays]
+        return self.run(body, args, path) if _any_bad(arrays) else [_Known(x) for x in arrays]
 
     def _program(self, body: Any) -> Callable[..., Any]:
         if id(body) not in self._programs:
@@ -274,7 +274,7 @@ class _Walk:
     def _made(
         self,
         kind: str,
-        operands: Sequence[_Value],
+        operands: Sequence[_Known],
         path: tuple[Any, ...],
         cause: Origin | None = None,
     ) -> Origin:
@@ -312,7 +312,7 @@ def _any_bad(arrays: Iterable[Any]) -> bool:
     return any(any(_kinds(array)) for array in arrays)
 
 
-def _of_indices(equation: Any, operands: Sequence[_Value]) -> str:
+def _of_indices(equation: Any, operands: Sequence[_Known]) -> str:
     """Returns what is wrong with the indices of an operation that fills what is not there."""
     if equation.primitive.name != "gather":
         return ""
@@ -340,10 +340,10 @@ def _passes(
     return bool((is_result_bad(result) & is_bad(operand)).any())
 
 
-def _row(stack: _Value, index: int) -> _Value:
+def _row(stack: _Known, index: int) -> _Known:
     array = jax.lax.dynamic_index_in_dim(stack.array, index, keepdims=False)
     has_nan, has_inf = _kinds(array)
-    return _Value(array, stack.nan if has_nan else None, stack.inf if has_inf else None)
+    return _Known(array, stack.nan if has_nan else None, stack.inf if has_inf else None)
 
 
 def _earliest(origins: Iterable[Origin | None]) -> Origin | None:

@@ -17,7 +17,7 @@ from distaff.run.identity.identity import Subject
 _log = logging.getLogger("distaff")
 
 
-class Found(NamedTuple):
+class ResumePoint(NamedTuple):
     """What a run is resumed from.
 
     Attributes:
@@ -48,7 +48,7 @@ class Recording(Protocol):
     logger: ManyLoggers
     throughput: Logger
     store: Store
-    found: Found | None
+    found: ResumePoint | None
 
     @property
     def remark(self) -> str:
@@ -114,7 +114,7 @@ class NullRecording:
         self.logger = ManyLoggers(*loggers)
         self.throughput: Logger = NullLogger()
         self.store: Store = NullStore()
-        self.found: Found | None = None
+        self.found: ResumePoint | None = None
 
     remark = ""
 

@@ -15,7 +15,7 @@ from distaff.core.config.options import at_least, one_of, option, or_none
 from distaff.core.config.options import path as checked_path
 from distaff.loggers import Logger, TolerantLogger
 from distaff.run.directory.outlets import Outlets
-from distaff.run.directory.protocol import Found, NullRecording, Recording
+from distaff.run.directory.protocol import NullRecording, Recording, ResumePoint
 from distaff.run.directory.run_directory import RunDirectory
 from distaff.run.events import PlanOptions
 from distaff.run.identity.candidates import Candidate
@@ -107,7 +107,7 @@ class DirectoryRecording:
         self.outlets = Outlets(directory, loggers, warns=warns)
         self.logger, self.throughput = self.outlets.logger, self.outlets.throughput
         self.store: Store = NullStore()
-        self.found: Found | None = None
+        self.found: ResumePoint | None = None
         self._make_store = make_store
         self._takeover = Takeover(directory, resume, options or ResumeOptions())
         self._lock = ExitStack()
@@ -175,13 +175,13 @@ class DirectoryRecording:
         self.outlets.keep_states()
         _log.info("run %s", self.directory.path)
 
-    def _look(self, store: CheckpointStore, notes: list[str]) -> Found | None:
+    def _look(self, store: CheckpointStore, notes: list[str]) -> ResumePoint | None:
         """Returns the checkpoint to resume from."""
         if isinstance(self._takeover.resume, int):
-            return Found(self.directory.path, self._takeover.resume, [], notes)
+            return ResumePoint(self.directory.path, self._takeover.resume, [], notes)
         step, skipped = store.newest_valid()
         tidy(store)
-        return None if step is None else Found(self.directory.path, step, skipped, notes)
+        return None if step is None else ResumePoint(self.directory.path, step, skipped, notes)
 
     def confirm(self, record: Mapping[str, Any]) -> None:
         """Writes `config.json`, and puts aside the checkpoints after the one gone back to."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from distaff.checkpoint import CheckpointStore, recorded
 from distaff.errors import CheckpointError
 from distaff.run.directory.run_directory import RunDirectory, noted_status
-from distaff.run.identity.comparison import Comparison
+from distaff.run.identity.comparison import RecordComparison
 from distaff.run.identity.launch import Seat
 
 _log = logging.getLogger("distaff")
@@ -34,12 +34,12 @@ class Candidate:
         self,
         path: Path,
         status: Mapping[str, Any],
-        compare: Callable[[Mapping[str, Any]], Comparison],
+        compare: Callable[[Mapping[str, Any]], RecordComparison],
     ) -> None:
         self.path, self.status, self._compare = path, status, compare
 
     @functools.cached_property
-    def comparison(self) -> Comparison:
+    def comparison(self) -> RecordComparison:
         """How the run to be differs from it; its record is read for that."""
         return self._compare(recorded(self.path))
 
@@ -69,7 +69,7 @@ class Candidate:
         return f"{self.path.name}, which {ended}{at}{f' ({reason})' if reason else ''}"
 
 
-class Choice(NamedTuple):
+class EarlierRuns(NamedTuple):
     """What a start may take up.
 
     Attributes:
@@ -84,7 +84,7 @@ class Choice(NamedTuple):
 
 
 def found(
-    directory: RunDirectory, compare: Callable[[Mapping[str, Any]], Comparison]
+    directory: RunDirectory, compare: Callable[[Mapping[str, Any]], RecordComparison]
 ) -> list[Candidate]:
     """Returns the last earlier runs of a name whose status is known, the newest first.
 
@@ -103,7 +103,7 @@ def found(
     return candidates
 
 
-def chosen(candidates: Sequence[Candidate], seat: Seat, *, must: bool, rerun: bool) -> Choice:
+def chosen(candidates: Sequence[Candidate], seat: Seat, *, must: bool, rerun: bool) -> EarlierRuns:
     """Chooses among earlier runs of a name.
 
     Where the same run has ended, older ones are of the past, unless its program has died.
@@ -129,14 +129,14 @@ def chosen(candidates: Sequence[Candidate], seat: Seat, *, must: bool, rerun: bo
             if in_place:
                 break
         elif in_place and each.is_finished and not (rerun or each.comparison.doubts):
-            return Choice(finished=each)
+            return EarlierRuns(finished=each)
         elif standing == "closed":
             break
     if must:
         ended = next((n for n, each in enumerate(own) if not each.may_resume), None)
         others = [each for each in own[:ended] if each not in same]
-        return Choice(candidates=[*same, *others])
-    return Choice(candidates=same, remark="" if same else _remark(own, seat))
+        return EarlierRuns(candidates=[*same, *others])
+    return EarlierRuns(candidates=same, remark="" if same else _remark(own, seat))
 
 
 def _counts(candidate: Candidate, seat: Seat) -> bool:

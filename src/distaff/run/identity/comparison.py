@@ -19,7 +19,7 @@ _ALWAYS_IGNORED = ("distaff", "constructor.given")
 _LABELS = {REST: "the training step"}
 
 
-class Comparison(NamedTuple):
+class RecordComparison(NamedTuple):
     """How a run differs from another one.
 
     Attributes:
@@ -44,7 +44,7 @@ def compared(
     *,
     inexact: bool,
     options: type[Options],
-) -> Comparison:
+) -> RecordComparison:
     """Compares the record of an earlier run with that of a run to be.
 
     Args:
@@ -55,14 +55,16 @@ def compared(
         options: the class of the new run's options, which says of each whether it changes a run.
     """
     if not old:
-        return Comparison(["its record cannot be read"], [], [])
+        return RecordComparison(["its record cannot be read"], [], [])
     found = _options(old, new, options)
     same = {"num_epochs", *(f"options.{name}" for name in options.names("same run"))}
     was, now = old.get("identity"), new.get("identity")
     changes = [text for name, text in found.items() if name not in same]
     notes = [f"changed: {text}" for name, text in found.items() if name in same]
     if not isinstance(was, Mapping) or not isinstance(now, Mapping):
-        return Comparison(changes, [], [*notes, f"program, data and start weights {_UNKNOWN}"])
+        return RecordComparison(
+            changes, [], [*notes, f"program, data and start weights {_UNKNOWN}"]
+        )
     program, remarks = _program(was, now, subject)
     is_named = any(name.startswith("optimizer") for name in found)
     changes += [text for text in program if not (is_named and text.startswith("optimizer"))]
@@ -74,7 +76,7 @@ def compared(
         and not (one["form"] == other["form"] and is_near(one["sketch"], other["sketch"]))
     ):
         data.append("start weights differ")
-    return Comparison([*changes, *data], doubts, [*notes, *remarks])
+    return RecordComparison([*changes, *data], doubts, [*notes, *remarks])
 
 
 _DIGESTS = ("values", "batches")

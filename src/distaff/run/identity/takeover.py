@@ -24,13 +24,13 @@ from distaff.run.directory.run_lock import locked
 from distaff.run.directory.run_version import reserve
 from distaff.run.identity.candidates import (
     Candidate,
-    Choice,
+    EarlierRuns,
     check_changes,
     chosen,
     found,
     has_only_failed,
 )
-from distaff.run.identity.comparison import Comparison, compared
+from distaff.run.identity.comparison import RecordComparison, compared
 from distaff.run.identity.identity import Subject
 from distaff.run.identity.launch import Seat, launch_of
 
@@ -88,7 +88,7 @@ class Takeover:
     def __init__(self, directory: RunDirectory, resume: str | int, options: ResumeOptions) -> None:
         self.directory, self.resume, self._options = directory, resume, options
         self.remark = ""
-        self._choice: Choice | None = None
+        self._choice: EarlierRuns | None = None
         self._seat: Seat | None = None
 
     @property
@@ -118,7 +118,7 @@ class Takeover:
             raise ConfigError(
                 f"key names a run within a program; got {key!r}. Pass a text, such as 'fold-0'."
             )
-        self._choice = Choice()
+        self._choice = EarlierRuns()
         if self.directory.created:
             return None
         seat = launch_of(self.directory.root).seat(self.directory.name, key)
@@ -141,7 +141,9 @@ class Takeover:
 
     def forget(self) -> None:
         """Begins a new run in the place of one that is finished and cannot be loaded."""
-        self._choice = Choice(remark="a new run: the checkpoints of the finished one are not there")
+        self._choice = EarlierRuns(
+            remark="a new run: the checkpoints of the finished one are not there"
+        )
 
     @property
     def may_resume(self) -> bool:
@@ -156,7 +158,7 @@ class Takeover:
 
     def take(
         self, record: Mapping[str, Any], subject: Subject | None, lock: ExitStack
-    ) -> Comparison | None:
+    ) -> RecordComparison | None:
         """Locks the directory of the run, and returns how it differs from the one it resumes.
 
         Args:
@@ -173,7 +175,7 @@ class Takeover:
         """
         if self._choice is None:
             self.choose(record, subject)
-        choice, self._choice = self._choice or Choice(), None
+        choice, self._choice = self._choice or EarlierRuns(), None
         for each in choice.candidates:
             check_changes(each, allowed=self._options.allow_changes)
             if self._locks(each, lock):
@@ -243,8 +245,8 @@ class Takeover:
         return False
 
 
-def _equal(old: Mapping[str, Any]) -> Comparison:
-    return Comparison([], [], [])
+def _equal(old: Mapping[str, Any]) -> RecordComparison:
+    return RecordComparison([], [], [])
 
 
 def _recorded_resume(place: Path) -> Any:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from distaff.core.typing import Batch, PyTree
-from distaff.step.independence.place import FREE, Kind, Place, rows
+from distaff.step.independence.place import FREE, AxisKind, Place, rows
 from distaff.step.independence.walk import Walk
 
 __all__ = ["FREE", "Kind", "Place", "Walk", "keeps_apart", "places_of", "rows"]
@@ -70,7 +70,7 @@ class _Found(NamedTuple):
             places = walk(closed, places_of(state, batch))
         except Exception:  # another version of JAX may have a primitive in another form
             return cls(is_apart=False, numbers=[], other_numbers=[])
-        is_apart = all(place.kind is Kind.FREE or place.plain() == rows(0) for place in places)
+        is_apart = all(place.kind is AxisKind.FREE or place.plain() == rows(0) for place in places)
         return cls(is_apart, walk.numbers, walk.other_numbers)
 
     def may_count(self, size: int) -> bool:

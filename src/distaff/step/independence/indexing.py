@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distaff.step.independence.constants import counted_axis
-from distaff.step.independence.place import FREE, MIXED, Kind, Place, rows
+from distaff.step.independence.place import FREE, MIXED, AxisKind, Place, rows
 
 
 def gathered(equation: Any, places: Sequence[Place]) -> Place:
@@ -80,7 +80,7 @@ def _fits(place: Place, axis: int | None) -> bool:
 
 
 def _are_rows(*places: Place) -> bool:
-    return all(place.kind in (Kind.FREE, Kind.ROWS) for place in places)
+    return all(place.kind in (AxisKind.FREE, AxisKind.ROWS) for place in places)
 
 
 def _if(fits: bool, place: Place) -> Place:
@@ -96,7 +96,7 @@ def _counted(equation: Any, places: Sequence[Place], columns: Mapping[int, int])
         columns: the axes of which an index picks one entry, by the column of the indices.
     """
     array, index = places[0], places[1]
-    if index.has_examples or index.value is None or array.kind is not Kind.ROWS:
+    if index.has_examples or index.value is None or array.kind is not AxisKind.ROWS:
         return index
     for column, picked in columns.items():
         size = equation.invars[0].aval.shape[array.axis]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 
-class Kind(Enum):
+class AxisKind(Enum):
     """How an array depends on the examples of a batch."""
 
     FREE = auto()
@@ -33,7 +33,7 @@ class Place(NamedTuple):
         own: columns of the last axis that hold the number of the example they belong to.
     """
 
-    kind: Kind
+    kind: AxisKind
     axis: int = 0
     block: int = 1
     value: np.ndarray | None = None
@@ -42,19 +42,19 @@ class Place(NamedTuple):
     @property
     def has_examples(self) -> bool:
         """Whether it depends on any example."""
-        return self.kind is not Kind.FREE
+        return self.kind is not AxisKind.FREE
 
     def plain(self) -> Place:
         """Returns it without what is known of its values."""
         return self._replace(value=None, own=frozenset())
 
 
-FREE, SINGLE, MIXED = Place(Kind.FREE), Place(Kind.SINGLE), Place(Kind.MIXED)
+FREE, SINGLE, MIXED = Place(AxisKind.FREE), Place(AxisKind.SINGLE), Place(AxisKind.MIXED)
 
 
 def rows(axis: int, block: int = 1) -> Place:
     """Returns the place of an array that has the examples along an axis."""
-    return Place(Kind.ROWS, int(axis), int(block))
+    return Place(AxisKind.ROWS, int(axis), int(block))
 
 
 def combined(places: Iterable[Place]) -> Place:

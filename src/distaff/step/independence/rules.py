@@ -8,7 +8,7 @@ from typing import Any
 
 from distaff.step.independence.constants import counted_axis
 from distaff.step.independence.indexing import gathered, scattered
-from distaff.step.independence.place import MIXED, Kind, Place, combined, rows
+from distaff.step.independence.place import MIXED, AxisKind, Place, combined, rows
 
 _ENTRY_BY_ENTRY = (
     *("abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh"),
@@ -81,8 +81,8 @@ def _transpose(equation: Any, places: Sequence[Place]) -> Found:
 
 def _without(axes: Sequence[int], place: Place) -> Place:
     """Returns the place after axes are gone."""
-    if place.kind is not Kind.ROWS or place.axis in axes:
-        return MIXED if place.kind is Kind.ROWS else place
+    if place.kind is not AxisKind.ROWS or place.axis in axes:
+        return MIXED if place.kind is AxisKind.ROWS else place
     return rows(place.axis - sum(axis < place.axis for axis in axes), place.block)
 
 
@@ -116,7 +116,7 @@ def _along(name: str) -> Callable[[Any, Sequence[Place]], Found]:
 
 def _concatenate(equation: Any, places: Sequence[Place]) -> Found:
     found, axis = combined(places), equation.params["dimension"]
-    if found.kind is not Kind.ROWS or found.axis == axis:
+    if found.kind is not AxisKind.ROWS or found.axis == axis:
         return MIXED
     own, column = set(), 0
     for atom, place in zip(equation.invars, places, strict=True):
@@ -132,7 +132,7 @@ def _concatenate(equation: Any, places: Sequence[Place]) -> Found:
 def _pad(equation: Any, places: Sequence[Place]) -> Found:
     found = combined(places)
     widths = equation.params["padding_config"][found.axis]
-    return found if found.kind is Kind.ROWS and not any(widths) else MIXED
+    return found if found.kind is AxisKind.ROWS and not any(widths) else MIXED
 
 
 def _slice(equation: Any, places: Sequence[Place]) -> Found:
@@ -148,7 +148,7 @@ def _dynamic_slice(equation: Any, places: Sequence[Place]) -> Found:
 
 def _dynamic_update(equation: Any, places: Sequence[Place]) -> Found:
     found = combined(places[:2])
-    if any(place.has_examples for place in places[2:]) or found.kind is not Kind.ROWS:
+    if any(place.has_examples for place in places[2:]) or found.kind is not AxisKind.ROWS:
         return MIXED
     whole, part = _shape(equation)[found.axis], _shape(equation, 1)[found.axis]
     return found if whole == part else MIXED
@@ -164,7 +164,7 @@ def _dot(equation: Any, places: Sequence[Place]) -> Found:
     for side, place in enumerate(places[:2]):
         if not place.has_examples:
             continue
-        if place.kind is not Kind.ROWS or place.axis in contracted[side]:
+        if place.kind is not AxisKind.ROWS or place.axis in contracted[side]:
             return MIXED
         if place.axis in batched[side]:
             found.append(rows(list(batched[side]).index(place.axis), place.block))
@@ -180,7 +180,7 @@ def _dot(equation: Any, places: Sequence[Place]) -> Found:
 
 def _convolution(equation: Any, places: Sequence[Place]) -> Found:
     spec, place = equation.params["dimension_numbers"], places[0]
-    is_batch = place.kind is Kind.ROWS and place.axis == spec.lhs_spec[0]
+    is_batch = place.kind is AxisKind.ROWS and place.axis == spec.lhs_spec[0]
     if places[1].has_examples or not is_batch or equation.params["batch_group_count"] != 1:
         return MIXED
     return rows(spec.out_spec[0], place.block)
@@ -193,7 +193,7 @@ def _window(equation: Any, places: Sequence[Place]) -> Found:
         for name in ("window_dimensions", "window_strides", "base_dilation", "window_dilation")
     ]
     is_alone = set(lengths) == {1} and not any(params["padding"][place.axis])
-    return place if place.kind is Kind.ROWS and is_alone else MIXED
+    return place if place.kind is AxisKind.ROWS and is_alone else MIXED
 
 
 def _fft(equation: Any, places: Sequence[Place]) -> Found:
@@ -205,7 +205,7 @@ def _linear_algebra(equation: Any, places: Sequence[Place]) -> Found:
     """Of stacked matrices; what stands before the last two axes says which one."""
     found = combined(places)
     ranks = [len(atom.aval.shape) for atom in equation.invars]
-    return found if found.kind is Kind.ROWS and found.axis < min(ranks) - 2 else MIXED
+    return found if found.kind is AxisKind.ROWS and found.axis < min(ranks) - 2 else MIXED
 
 
 def _top_k(equation: Any, places: Sequence[Place]) -> Found:

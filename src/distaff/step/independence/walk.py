@@ -14,7 +14,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 
 from distaff.step.independence.constants import folded
-from distaff.step.independence.place import FREE, MIXED, SINGLE, Kind, Place, combined, rows
+from distaff.step.independence.place import FREE, MIXED, SINGLE, AxisKind, Place, combined, rows
 from distaff.step.independence.rules import RULES
 
 _CALLS = frozenset(
@@ -86,9 +86,9 @@ class Walk:
             self.other_numbers += numbers
         if not has_examples:
             return [folded(equation, places)] if count == 1 else [FREE] * count
-        if any(place.kind is Kind.MIXED for place in places) or name not in RULES:
+        if any(place.kind is AxisKind.MIXED for place in places) or name not in RULES:
             return [MIXED] * count
-        if all(place.kind in (Kind.FREE, Kind.SINGLE) for place in places):
+        if all(place.kind in (AxisKind.FREE, AxisKind.SINGLE) for place in places):
             return [SINGLE] * count
         found = RULES[name](equation, places)
         return found if isinstance(found, list) else [found] * count
@@ -100,7 +100,7 @@ class Walk:
         num_consts = _num_same(equation.invars, body.jaxpr.invars) - num_carry
         consts, carry = places[:num_consts], places[num_consts : num_consts + num_carry]
         columns = places[num_consts + num_carry :]
-        is_over = any(p.kind is Kind.ROWS and p.axis == 0 for p in columns)
+        is_over = any(p.kind is AxisKind.ROWS and p.axis == 0 for p in columns)
         sliced = [_sliced(place) for place in columns]
         if is_over:
             consts = [MIXED if place.has_examples else place for place in consts]
@@ -174,7 +174,7 @@ def _constant(value: Any) -> Place:
 
 def _sliced(place: Place) -> Place:
     """Returns the place of what a scan takes out of an array."""
-    if place.kind is not Kind.ROWS:
+    if place.kind is not AxisKind.ROWS:
         return place.plain()
     if place.axis:
         return rows(place.axis - 1, place.block)
@@ -183,14 +183,14 @@ def _sliced(place: Place) -> Place:
 
 def _stacked(place: Place, *, is_over: bool) -> Place:
     """Returns the place of what a scan stacks."""
-    if place.kind is Kind.ROWS:
+    if place.kind is AxisKind.ROWS:
         return rows(place.axis + 1, place.block)
-    return rows(0) if place.kind is Kind.SINGLE and is_over else place.plain()
+    return rows(0) if place.kind is AxisKind.SINGLE and is_over else place.plain()
 
 
 def _chosen(chooser: Place, place: Place) -> Place:
     """Returns the place of what is chosen by a number."""
     if not chooser.has_examples:
         return place
-    is_single = chooser.kind is Kind.SINGLE and place.kind in (Kind.FREE, Kind.SINGLE)
+    is_single = chooser.kind is AxisKind.SINGLE and place.kind in (AxisKind.FREE, AxisKind.SINGLE)
     return SINGLE if is_single else MIXED
