@@ -122,7 +122,9 @@ class Stop(distaff.Callback):
 @pytest.mark.parametrize("slow", [True, False])
 @pytest.mark.parametrize("kind", ["arrays", "list"])
 def test_checkpoint_keeps_the_place_of_the_last_batch_trained_on(monkeypatch, kind, slow):
-    monkeypatch.setattr("distaff.execution.feed.prefetch.ReadTimes.slow", property(lambda pace: slow))
+    monkeypatch.setattr(
+        "distaff.execution.feed.prefetch.ReadTimes.slow", property(lambda pace: slow)
+    )
     loader: Any = data.ArrayLoader({"x": X}, 4)
     loader = data.MappedLoader(loader, dict) if kind == "arrays" else data.Stream(list(loader))
     trainer = Trainer(zoo.MLP((4, 1)), root=None, enable_progress_bar=False, callbacks=[Stop()])
