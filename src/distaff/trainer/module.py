@@ -1,4 +1,4 @@
-"""TrainerModule: the class a user subclasses. It describes a training; `Run` is one."""
+"""`TrainerModule`, the class a user subclasses."""
 
 from __future__ import annotations
 
@@ -43,31 +43,31 @@ from distaff.trainer.variants import variant_of
 
 
 class TrainerModule(Predictor):
-    """Trains a model: subclass it and write `loss_fn`.
+    """Trains, validates, tests and saves a model. Subclass it and write `loss_fn`.
 
     >>> class Regression(TrainerModule):
     ...     def loss_fn(self, params, batch, ctx):
     ...         return jnp.square(ctx.apply(params, batch["x"]) - batch["y"])
 
-    Every public method may be overridden. The constructor calls `print_tabulate`, `init_logger`,
-    `create_functions`, `create_jitted_functions` and `init_model`, in this order, if it is given an
-    `example_batch`; otherwise `train_model` does, with its first batch.
+    Every public method can be overridden. Setup calls `print_tabulate`, `init_logger`,
+    `create_functions`, `create_jitted_functions` and `init_model`, in this order. It runs in the
+    constructor if `example_batch` is given, otherwise in `train_model` with its first batch.
 
     Args:
-        model: a module of Flax Linen, Flax NNX or Equinox, a function that makes one, or a pair
+        model: a Flax Linen, Flax NNX or Equinox module, a function that returns one, or a pair
             `(init, apply)`; see `distaff.models.as_model`.
-        example_batch: a batch like those of training.
+        example_batch: a batch with the structure, shapes and dtypes of the training batches.
         optimizer: an `OptimizerConfig`, an Optax transformation, or a function of the total number
             of steps that returns one.
-        loggers: a list of your own loggers, alongside the run directory's.
-        callbacks: a list of code of your own at the six events of a run.
-        init_from: a run directory, a checkpoint folder, a `.safetensors` file or a tree of arrays,
-            which has a value for each array of the model and no other; or an `InitFrom`, which says
-            what differs. A run that is resumed has the weights of its checkpoint.
-        **options: those of `TrainerConfig`, by name:
+        loggers: your own loggers, used alongside the run directory.
+        callbacks: your own callbacks, called at the six events of a run.
+        init_from: initial weights: a run directory, a checkpoint folder, a `.safetensors` file, a
+            tree of arrays, or an `InitFrom`. The arrays must match the model's one to one; declare
+            intended differences with `InitFrom`. A resumed run loads its own checkpoint instead.
+        **options: fields of `TrainerConfig`, by name:
 
     Raises:
-        ConfigError: an option is unknown or out of range, or the model is no module.
+        ConfigError: an option is unknown or out of range, or `model` is not a supported model.
     """
 
     monitor: Monitor = Monitor("val/loss")
@@ -103,16 +103,16 @@ class TrainerModule(Predictor):
         Preparation(self, TrainerModule).set_up(example_batch)
 
     def loss_fn(self, params: Params, batch: Batch, ctx: Context) -> Any:
-        """Returns `loss` or `(loss, metrics)` for a batch. This is the method to write.
+        """Returns the loss of a batch, or `(loss, metrics)`. Every trainer needs this method.
 
         Args:
-            params: what the loss is differentiated with respect to.
-            batch: a batch of the loader, each leaf `[batch, ...]`.
-            ctx: `ctx.apply(params, ...)` is the forward pass; `ctx.rng`, `ctx.train`, `ctx.state`.
+            params: the parameters to differentiate with respect to.
+            batch: a batch from the loader, each leaf `[batch, ...]`.
+            ctx: the forward pass `ctx.apply(params, ...)`, and `ctx.rng`, `ctx.train`, `ctx.state`.
 
         Returns:
-            The loss, one number per example `[batch]` or a scalar; metrics by name, as
-            `distaff.metrics` describes.
+            The loss, per example `[batch]` or a scalar `[]`; metrics as a dict by name, see
+            `distaff.metrics`.
         """
         raise LossError(
             f"{type(self).__name__} has no loss. Define loss_fn(self, params, batch, ctx), or "
@@ -120,20 +120,21 @@ class TrainerModule(Predictor):
         )
 
     def augment(self, batch: Batch, key: Key) -> Batch:
-        """Returns a batch to train on in place of one of the loader, such as a shifted picture.
+        """Returns the augmented batch to train on, for example with randomly shifted images.
 
-        The training step of `create_functions` calls it once, on the device, before the loss, also
-        where an optimizer evaluates the loss several times; of accumulated steps, each has its own
-        batch and key. Evaluation and prediction do not call it. See `distaff.augment`.
+        The training step of `create_functions` calls it on the device, once per batch and before
+        the loss, even if the optimizer evaluates the loss several times. Under gradient
+        accumulation each micro-batch gets its own key. Evaluation and prediction do not call it.
+        See `distaff.augment`.
 
         Args:
-            batch: as the loader yields it, each leaf `[batch, ...]`.
-            key: a random key, `[]`, that depends on the seed and the step alone, so that a resumed
-                run draws what an uninterrupted one does. Nothing else draws from it.
+            batch: a batch from the loader, each leaf `[batch, ...]`.
+            key: a random key `[]` that depends only on the seed and the step, so a resumed run
+                draws the same numbers. It is used for nothing else.
 
         Returns:
-            A batch with the same leaves, maybe others, and as many examples. Otherwise the step
-            raises BatchError.
+            A batch with as many examples; leaves may be added or changed. Anything else makes
+            the step raise BatchError.
         """
         return batch
 
@@ -142,37 +143,36 @@ class TrainerModule(Predictor):
 
         Returns:
             `train_step(state, batch) -> (state, metrics)` and `eval_step(state, batch) -> metrics`,
-            with metrics as `distaff.metrics` describes.
+            with metrics as described in `distaff.metrics`.
         """
         train_step = make_train_step(self.loss_fn, augment=augmentation_of(self, TrainerModule))
         return train_step, EvalStep(self.loss_fn)
 
     def create_jitted_functions(self, train_step: StepFn, eval_step: EvalFn) -> None:
-        """Makes programs of the pure functions; nothing compiles before its first call.
+        """Compiles the pure functions, lazily, and sets `self.train_step` and `self.eval_step`.
 
-        What it sets as `train_step` and `eval_step` is what a run calls. Steps that another
-        program makes than these are called one by one.
+        A run calls whatever is set here. It can fuse several steps into one call only if
+        `train_step` was not compiled by your own override.
         """
         execution = self._workspace.execution
         self.train_step = StepProgram(train_step, execution.program(train_step, donate=0))
         self.eval_step = StepProgram(eval_step, execution.program(eval_step))
 
     def init_logger(self) -> Recording | Logger | list[Logger]:
-        """Returns where metrics, checkpoints and configuration go; nothing is written yet.
+        """Returns the destination of metrics, checkpoints and config. Nothing is written yet.
 
-        Override it to return a logger of your own, or a list of them: they are told of the run
-        alongside its directory.
+        Override it to return your own logger or a list of them, used alongside the run directory.
         """
         return recording_of(self, self.loggers)
 
     def init_optimizer(self, total_steps: int | None) -> None:
-        """Gives the state its optimizer, right before training.
+        """Builds the optimizer and its state, right before training starts.
 
-        A second run keeps the optimizer's state of the first, unless `keep_optimizer=False`.
+        A second `train_model` keeps the optimizer state of the first if `keep_optimizer=True`.
 
         Args:
-            total_steps: optimizer steps of the run, which schedules are stretched over; None if
-                the loader has no length.
+            total_steps: optimizer steps of the run, used by schedules; None if the loader has no
+                length.
 
         Raises:
             ConfigError: the optimizer does not fit the run.
@@ -201,32 +201,33 @@ class TrainerModule(Predictor):
         rerun: bool = False,
         repeat: bool = False,
     ) -> TrainResult:
-        """Trains, validates, keeps the best model, and tests it.
+        """Trains and validates the model, keeps the best checkpoint, and tests it.
 
-        All that can be checked is checked before anything is written. A second call goes on
-        training, in a run directory of its own.
+        Inputs are checked before any file is written. A second call continues training from the
+        current state, as a new run with its own directory.
 
         Args:
             train_loader: a loader, or any iterable of batches.
-            val_loader: validated on every `check_val_every_n_epoch` epochs. Of a dict of loaders,
-                each gives metrics of its own: `{"clean": a, "noisy": b}` gives `val_clean/loss`
-                and `val_noisy/loss`; `monitor` names one of them.
-            test_loader: tested on once, at the end, with the best weights.
-            num_epochs: epochs to train.
-            steps_per_epoch: cuts epochs of this many steps; needed for a loader without length
-                under a schedule that depends on it. An epoch begins where the last one ended.
-            key: names the run within a program, such as `"fold-0"`. A run of the same name and
-                key that is finished, and the same, is loaded instead of trained again, at any
-                start; one that is unfinished is resumed, and no run of another key. Without a run
-                directory it does nothing.
-            rerun: whether to train again what is finished.
-            repeat: whether a loader shorter than `steps_per_epoch` starts again within an epoch.
+            val_loader: data for validation every `check_val_every_n_epoch` epochs. Pass a dict for
+                several: `{"clean": a, "noisy": b}` logs `val_clean/loss` and `val_noisy/loss`;
+                `monitor` names one of them.
+            test_loader: data for one test at the end, with the best weights.
+            num_epochs: number of epochs to train.
+            steps_per_epoch: steps per epoch; None for the length of the loader. Required if the
+                loader has no length and the schedule depends on it. Each epoch continues reading
+                where the last one stopped.
+            key: a name for this run within the program, such as `"fold-0"`. Starting the program
+                again loads the run with this name and key if it finished, and resumes it if it did
+                not; runs with another key are ignored. No effect without a run directory.
+            rerun: whether to train again although the same run has finished.
+            repeat: whether to restart a loader that is shorter than `steps_per_epoch`.
 
         Returns:
-            How it ended. The trainer holds the best weights afterwards.
+            The status, metrics and path of the run. The trainer then holds the best weights.
 
         Raises:
-            DistaffError: any bad input, by its kind; `NonFiniteError` for a NaN loss.
+            DistaffError: an input is invalid (the subclass says which).
+            NonFiniteError: the loss or the state became NaN or infinite.
         """
         plan = make_plan(
             train_loader,
@@ -244,7 +245,7 @@ class TrainerModule(Predictor):
         """Trains on the batches of one epoch.
 
         Returns:
-            Their metrics, averaged over the epoch, as `train/...`.
+            The metrics, averaged over the epoch, named `train/...`.
 
         Raises:
             NonFiniteError: the loss is NaN or infinite.
@@ -256,14 +257,14 @@ class TrainerModule(Predictor):
 
     @spelled(ARGUMENTS)
     def eval_model(self, loader: Any, prefix: str = "") -> dict[str, Any]:
-        """Evaluates the model over a loader: every example once, in order, nothing changed.
+        """Evaluates the model once on every example of a loader, in order. Changes no state.
 
         Args:
             loader: any iterable of batches, of any sizes.
-            prefix: put before each metric's name: `"val/"` gives `val/loss`.
+            prefix: a prefix for metric names: `"val/"` gives `val/loss`.
 
         Returns:
-            Metrics by name; floats, or arrays for those that are not one number.
+            Metrics by name: floats, or arrays for non-scalar metrics.
 
         Raises:
             StateError: the model has no parameters yet.
@@ -283,34 +284,34 @@ class TrainerModule(Predictor):
     def is_new_model_better(
         self, new_metrics: Mapping[str, Any], old_metrics: Mapping[str, Any] | None
     ) -> bool:
-        """Tells whether the model just validated is better than another one, by `monitor`.
+        """Returns whether the model just validated is better than another one, by `monitor`.
 
         Args:
-            new_metrics: of the model just validated.
-            old_metrics: of the best one, None at first; then, if it is no better and several are
-                kept (`keep_best`), of one after the other, until it has its place.
+            new_metrics: metrics of the model just validated.
+            old_metrics: metrics of the best model so far, None at first. With `keep_best` > 1, it
+                is then compared with the second best, and so on, until its rank is known.
         """
         old = None if old_metrics is None else self.monitor.value(old_metrics)
         return self.monitor.better(self.monitor.value(new_metrics), old)
 
     def save_model(self, metrics: Mapping[str, Any], is_best: bool) -> None:
-        """Hands the whole state to the checkpoint store, which writes in the background.
+        """Saves the whole state as a checkpoint, written in the background.
 
         Args:
-            metrics: of the validation before it.
-            is_best: whether it is the best model so far.
+            metrics: metrics of the preceding validation.
+            is_best: whether this is the best model so far.
 
         Raises:
-            NonFiniteError: a parameter is NaN or infinite; such a model is never kept.
+            NonFiniteError: a parameter is NaN or infinite; such a model is never saved.
             StateError: nothing has been trained yet.
         """
         checkpointer = run_of(self._run).checkpointer
         checkpointer.save(checkpointer.facts(metrics, is_best))
 
     def load_model(self) -> None:
-        """Loads the best checkpoint of this run, whole; the newest where none is the best.
+        """Restores the best checkpoint of this run, or the newest if no best one is known.
 
-        Where none is, and the last save could not be written, the weights stay as they are.
+        Keeps the current weights if there is no best checkpoint and the last save failed.
 
         Raises:
             StateError: nothing has been trained yet.
@@ -326,42 +327,41 @@ class TrainerModule(Predictor):
         run_of(self._run).recorder.recording.save_metrics(name, as_json(metrics))
 
     def check_batch(self, batch: Batch, name: str) -> None:
-        """Looks at the first batch of a loader, once and on the host. Override it to check more.
+        """Checks the first batch of a loader, once and on the host. Override it to check more.
 
         Args:
             batch: a pytree of arrays `[batch, ...]`.
-            name: of the loader: `"train"`, `"val"` or `"test"`.
+            name: name of the loader: `"train"`, `"val"` or `"test"`.
 
         Raises:
-            BatchError: an input is NaN or infinite, under `on_bad_input="raise"`. A run that goes
-                on after bad steps (`on_bad_numbers`) takes them as they come.
+            BatchError: an input is NaN or infinite and `on_bad_input="raise"`. A run that skips or
+                rolls back bad steps (`on_bad_numbers`) accepts such inputs.
         """
         sanity.inspect(batch, name, self.config, self.sample_weight(batch))
 
     def sample_weight(self, batch: Batch) -> Any:
-        """Returns the weights of a batch that the loss uses, `[batch, ...]`; None without.
+        """Returns the example weights that the loss uses, `[batch, ...]`, or None for no weights.
 
-        What has the weight 0 may hold NaN. Override it where your loss uses weights.
+        Override it if your loss uses weights: inputs with weight 0 may then be NaN.
         """
         return None
 
     def variant(self, **changes: Any) -> Self:
-        """Returns a trainer like this one that differs in some options, and is not initialised.
+        """Returns an uninitialized copy of this trainer with some arguments changed.
 
-        Attributes of your own class are shared.
+        Attributes of your own class are shared, not copied.
 
         Args:
-            **changes: options, or other arguments of the constructor: `optimizer`, `loggers`,
-                `callbacks`, `init_from`.
+            **changes: options, `optimizer`, `loggers`, `callbacks` or `init_from`.
 
         Raises:
-            ConfigError: one is unknown or out of range.
+            ConfigError: an argument is unknown or out of range.
         """
         return variant_of(self, changes)
 
     @property
     def last_run(self) -> Run:
-        """The run of the current `train_model`, or of the last one.
+        """The current run, or else the last one.
 
         Raises:
             StateError: nothing has been trained yet.
@@ -370,29 +370,29 @@ class TrainerModule(Predictor):
 
     @property
     def best(self) -> Best | None:
-        """The best model of the last run; None before the first."""
+        """The best model of the last run; None before the first validation."""
         return None if self._run is None else self._run.state.best
 
     @property
     def best_metrics(self) -> dict[str, Any] | None:
-        """Validation metrics of the best model; None before the first."""
+        """Validation metrics of the best model; None before the first validation."""
         return None if self.best is None else self.best.metrics
 
     @property
     def stop_reason(self) -> str | None:
-        """Why a callback wants the run to end; None while none does."""
+        """Why a callback asked the run to stop; None if no callback did."""
         return self.callbacks.stop_reason
 
     def on_training_start(self) -> None:
-        """Called before the first step."""
+        """Runs before the first step. Does nothing by default."""
 
     def on_training_epoch_end(self, epoch: int, metrics: dict[str, Any]) -> None:
-        """Called after each training epoch; what is added to `metrics` is logged."""
+        """Runs after each training epoch. Entries added to `metrics` are logged."""
 
     def on_validation_epoch_end(self, epoch: int, metrics: dict[str, Any], val_loader: Any) -> None:
-        """Called after each validation; what is added to `metrics` is logged, or monitored.
+        """Runs after each validation. Entries added to `metrics` are logged and can be monitored.
 
-        Several validation loaders come as a dict.
+        `val_loader` is a dict if there are several.
         """
 
 

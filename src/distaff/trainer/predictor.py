@@ -1,4 +1,4 @@
-"""Predictor: a model and its state, and what they are good for without any training."""
+"""`Predictor`: a model with its state, for initialization, prediction and loading."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ _INPUT_NAMES = ("image", "images", "x", "input", "inputs", "tokens", "features")
 
 
 class Predictor:
-    """A model with its state: it is initialised, bound, asked for predictions, and loaded.
+    """A model with its state, without training.
 
     Args:
-        model: a module of Flax Linen, Flax NNX or Equinox, a function that makes one, or a pair
+        model: a Flax Linen, Flax NNX or Equinox module, a function that returns one, or a pair
             `(init, apply)`; see `distaff.models.as_model`.
-        **options: see `TrainerConfig`.
+        **options: fields of `TrainerConfig`.
     """
 
     Config: ClassVar[type[TrainerConfig]] = TrainerConfig
@@ -53,12 +53,12 @@ class Predictor:
     __signature__: ClassVar[inspect.Signature]
 
     def __init_subclass__(cls, **arguments: Any) -> None:
-        """Gives the class the signature that editors and `help` show, with each option by name."""
+        """Sets the signature that editors and `help` show, with every option by name."""
         super().__init_subclass__(**arguments)
         cls.__signature__ = with_options(cls.__init__, cls.Config)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Notes how the constructor is called, which a run records; see `constructor`."""
+        """Records the arguments of the constructor; see `distaff.trainer.constructor`."""
         self = super().__new__(cls)
         self._made_by = call_of(cls, args, kwargs)
         return self
@@ -79,10 +79,10 @@ class Predictor:
 
     @property
     def state(self) -> TrainState | None:
-        """The state: parameters, optimizer, random key; None before the model is initialised.
+        """The parameters, optimizer state and random key; None before the model is initialized.
 
         Raises:
-            StateError: a loader that is read ahead asks for it, or one asks before it is there.
+            StateError: a loader reads the state while it is prefetched, or before the state exists.
         """
         state = self._workspace.state
         check_reader(is_there=state is not None)
@@ -94,25 +94,21 @@ class Predictor:
 
     @property
     def step(self) -> int:
-        """Completed optimizer updates of the state."""
+        """Number of completed optimizer updates of the state."""
         check_reader(is_there=True)
         return self._workspace.step
 
     @property
     def epoch(self) -> int:
-        """Completed epochs of the state, or the one that is trained."""
+        """Number of completed epochs; during training, the current epoch."""
         return self._workspace.epoch
 
     def _set_up(self, example_batch: Batch) -> None:
-        """Calls the initialising methods in their order."""
+        """Runs the setup methods in order."""
         self.init_model(example_batch)
 
     def _tune_process(self, example_batch: Batch) -> None:
-        """Tunes the process for what the model needs; called before JAX makes its first array.
-
-        Args:
-            example_batch: a batch like those of training.
-        """
+        """Configures the memory allocator for the size of the model, before JAX is first used."""
 
         def forward(variables: Variables, key: Key, batch: Batch) -> Any:
             return self.model.apply(variables, *self.model_inputs(batch), train=True, key=key)
@@ -126,10 +122,10 @@ class Predictor:
             allocator.tune(num_bytes)
 
     def print_tabulate(self, example_batch: Batch) -> None:
-        """Shows the model as a table, which is also written into the run directory.
+        """Prints a table of the model, which is also written to the run directory.
 
         Args:
-            example_batch: a batch like those of training; outputs and FLOPs are for one like it.
+            example_batch: a batch like the training batches; outputs and FLOPs are for its size.
         """
         kind = type(self.model.module).__name__
         key = jax.eval_shape(jax.random.key, 0)
@@ -141,7 +137,7 @@ class Predictor:
         self._workspace.display.print(self._workspace.table)
 
     def init_model(self, example_batch: Batch) -> None:
-        """Makes the state before training: variables and root key, no optimizer yet."""
+        """Creates the initial state: the variables and the root key, without an optimizer."""
         init_key, root_key = self._workspace.execution.once(_two_keys)(folded(self.config.seed))
         variables = self._initial(example_batch, init_key)
         self.state = self.state_class.create(
@@ -152,14 +148,14 @@ class Predictor:
         return normalized(self.run_model_init(example_batch, key))
 
     def run_model_init(self, example_batch: Batch, key: Key) -> Variables:
-        """Returns the model's initial variables. Override it for a model with other arguments.
+        """Returns the initial variables. Override it for a model with other arguments.
 
-        What it returns may be a dict of collections, too, as `module.init` of Flax Linen makes it.
-        An initializer that computes with NumPy runs on the host, outside of any program.
+        May also return a dict of collections, as `module.init` of Flax Linen does. An initializer
+        that uses NumPy is run on the host, outside of `jax.jit`.
 
         Args:
-            example_batch: a batch like those of training.
-            key: source of the initial parameters; a model that was passed with its parameters
+            example_batch: a batch like the training batches.
+            key: random key `[]` for the initial parameters; a model that already has parameters
                 keeps them.
         """
         ready = self.model.ready(key)
@@ -172,10 +168,10 @@ class Predictor:
         return on_host(init, self._workspace.execution.once(init), key, example_batch)
 
     def model_inputs(self, batch: Batch) -> tuple[Any, ...]:
-        """Returns what of a batch the model is called with. Override it for other batches.
+        """Returns the inputs of the model for a batch. Override it for other batches.
 
-        By default the entry `image`, `images`, `x`, `input`, `inputs`, `tokens` or `features` of a
-        dict or dataclass, the first item of a tuple or list, or the batch itself if it is an array.
+        By default this is the entry `image`, `images`, `x`, `input`, `inputs`, `tokens` or
+        `features` of a dict or dataclass, the first item of a tuple or list, or an array itself.
 
         Args:
             batch: a batch, each leaf `[batch, ...]`.
@@ -184,7 +180,7 @@ class Predictor:
             The positional arguments of the model's forward pass.
 
         Raises:
-            BatchError: none of these is there.
+            BatchError: the batch has no such entry.
         """
         if hasattr(batch, "shape"):
             return (batch,)
@@ -192,23 +188,23 @@ class Predictor:
         return (entry(batch, _INPUT_NAMES, 0, what=what, override=override),)
 
     def predict_fn(self, params: Params, batch: Batch, ctx: Context) -> PyTree:
-        """Returns the outputs for a batch, each `[batch, ...]`. Override it to predict otherwise.
+        """Returns the outputs for a batch, each `[batch, ...]`. Override it for other outputs.
 
         Args:
             params: the model's parameters.
             batch: a batch; labels are not needed.
-            ctx: as in `loss_fn`, with `ctx.train` False.
+            ctx: the same as in `loss_fn`, with `ctx.train` False.
         """
         return ctx.apply(params, *self.model_inputs(batch))
 
     def predict(self, loader: Any) -> PyTree:
-        """Gathers the outputs of `predict_fn` over all examples of a loader.
+        """Returns the outputs of `predict_fn` for all examples of a loader.
 
         Args:
-            loader: any iterable of batches; it stays where it is, see `TrainerModule.eval_model`.
+            loader: any iterable of batches; its position does not change.
 
         Returns:
-            NumPy arrays `[examples, ...]`, in the structure of one batch's outputs.
+            NumPy arrays `[examples, ...]` in the structure of the outputs of one batch.
 
         Raises:
             StateError: the model has no parameters yet.
@@ -219,10 +215,10 @@ class Predictor:
         return predict(here.predict_step, self.evaluation_state(), batches, here.execution)
 
     def bind_model(self) -> Any:
-        """Returns the model with its variables inside, in the form of its kind.
+        """Returns the model with its variables, ready to call.
 
         Returns:
-            `bound(x, train=False)` for Flax Linen; a live module `bound(x)` for Flax NNX; for
+            For Flax Linen `bound(x, train=False)`; for Flax NNX a live module `bound(x)`; for
             Equinox the module, which takes one example, or `(module, state)`; for functions
             `bound(x)`.
 
@@ -234,12 +230,12 @@ class Predictor:
     def tracker(
         self, iterable: Iterable[T], *, description: str, total: int | None = None
     ) -> Iterator[T]:
-        """Wraps an evaluation or a prediction, to show how far it is.
+        """Wraps an iterable to show the progress of an evaluation or prediction.
 
         Args:
-            iterable: what is gone through.
-            description: what is done, such as `"val"`.
-            total: number of items, where it is known.
+            iterable: the items to yield.
+            description: the label to show, such as `"val"`.
+            total: number of items; None if unknown.
         """
         return self._workspace.display.track(iterable, description, total)
 
@@ -249,23 +245,22 @@ class Predictor:
     ) -> Self:
         """Loads a trained model, ready for `predict`, `eval_model` and `bind_model`.
 
-        The folder is only read, and nothing is imported by a name that it holds.
+        The folder is opened read-only, and may have been moved. No module is imported.
 
         Args:
-            path: a run directory (its best checkpoint is taken, else its newest), or one
-                checkpoint folder. It may have been moved.
-            model: the model as the trainer was given it. A Linen module may be left out if its
-                class is imported, or be given as its class: it is rebuilt from the record.
-            example_batch: a batch like those of training; needed where batches are of a class of
-                your own and `model_inputs` is overridden: what is recorded of them is a dict.
-            **options: options of the trainer that shall differ from the recorded ones; nothing is
-                drawn unless `enable_progress_bar=True` is among them. Arguments of a constructor of
-                your own are recorded, too, if they are plain values, dataclasses, or functions of
-                modules; the error names others, which are passed here.
+            path: a run directory (its best checkpoint, else its newest) or one checkpoint folder.
+            model: the model as passed to the trainer. Optional for a Linen module whose class is
+                already imported: it is rebuilt from the record. You can also pass the class.
+            example_batch: a batch like the training batches. Required if your batches are
+                instances of your own class and you override `model_inputs`.
+            **options: options to change from their recorded values; nothing is displayed unless
+                `enable_progress_bar=True`. Pass arguments of your own constructor here if they
+                were not recorded: the error names them. Recorded are plain values, dataclasses
+                and functions of modules.
 
         Raises:
-            CheckpointError: nothing whole is there, or it is of another model.
-            ConfigError: `model` is none.
+            CheckpointError: there is no complete checkpoint, or it belongs to another model.
+            ConfigError: `model` is not a supported model.
         """
         if options.get("tune_process", True):
             allocator.tune()  # before the checkpoint is looked at, which starts JAX
@@ -278,7 +273,7 @@ class Predictor:
             recorded = {**recorded_options(cls.Config, record), "enable_progress_bar": False}
         trainer = made_again(cls, record, model, recorded, options)
         if not trainer.config.enable_progress_bar or "enable_progress_bar" not in options:
-            # Whatever a constructor of its own asks for.
+            # Overrides the display of a custom constructor.
             trainer._workspace.display = make_display(False)
         with _explained(file):
             trainer._set_up(example_batch)
@@ -286,15 +281,14 @@ class Predictor:
         return trainer
 
     def load_weights(self, path: str | Path) -> None:
-        """Loads what a model needs from a checkpoint of another run; see `load_from_checkpoint`.
+        """Loads the weights and other model state from a checkpoint of another run.
 
         Args:
-            path: a run directory (its best checkpoint is taken, else its newest), or one
-                checkpoint folder.
+            path: a run directory (its best checkpoint, else its newest) or one checkpoint folder.
 
         Raises:
             StateError: the model has no parameters yet.
-            CheckpointError: nothing whole is there, or it is of another model.
+            CheckpointError: there is no complete checkpoint, or it belongs to another model.
         """
         found = checkpoint.located(path)
         here = self._workspace
@@ -303,14 +297,14 @@ class Predictor:
     def export_weights(
         self, path: str | Path, *, only: str | Sequence[str] = "*", merge: bool = True
     ) -> Path:
-        """Writes the model's arrays as a safetensors file; see `distaff.export_weights`.
+        """Writes the model's arrays to a safetensors file; see `distaff.export_weights`.
 
         Args:
-            path: the file, which ends in `.safetensors`.
+            path: a file name ending in `.safetensors`.
             only: shell patterns for the names to write.
-            merge: whether the kernels of a `Lora` get their updates, so that the file is of an
-                ordinary model; else its base and the updates are apart:
-                `only=("*/lora_a", "*/lora_b")` for the updates alone.
+            merge: whether to merge the updates of a `Lora` into its kernels, which makes the file
+                an ordinary model. If False, base and updates are separate arrays; export the
+                updates alone with `only=("*/lora_a", "*/lora_b")`.
 
         Returns:
             The absolute path of the file.
@@ -325,18 +319,17 @@ class Predictor:
         return export_weights(path, variables, only=only)
 
     def evaluation_state(self) -> TrainState:
-        """Returns the state with the parameters to evaluate with; see `optim.evaluation_params`.
+        """Returns the state with the parameters for evaluation; see `optim.evaluation_params`.
 
-        Returns:
-            For most optimizers the state itself.
+        For most optimizers this is the state itself.
 
         Raises:
-            StateError: there is none yet.
+            StateError: the model has no parameters yet.
         """
         return self._workspace.evaluation_state()
 
     def _pass(self, loader: Any, name: str) -> Iterator[Batch]:
-        """Goes once through the examples of a loader, in their order, with its progress shown."""
+        """Yields the batches of a loader once, in order, and shows the progress."""
         feeds = self._workspace.feeds
         with feeds.one_pass(as_loader(loader, name=name), name) as view:
             total, batches = num_batches(view), feeds.batches(view, name)
@@ -344,14 +337,7 @@ class Predictor:
 
 
 def _load(trainer: Predictor, found: Located, record: Mapping[str, Any] | None, file: Path) -> None:
-    """Loads what a model needs of a run's checkpoint.
-
-    Args:
-        trainer: set up for a batch of one example, where `record` is given.
-        found: the checkpoint.
-        record: of the run, whose batch it was set up for; None for a batch that was passed.
-        file: the record's.
-    """
+    """Restores the model from a checkpoint; `record` is None if the user passed a batch."""
     here = trainer._workspace
     try:
         here.restore(found.store, found.step, _trained(here.ready_state()))
@@ -370,9 +356,9 @@ def _two_keys(seed: Any) -> tuple[Key, Key]:
 
 
 def _trained(state: TrainState) -> list[str]:
-    """Returns the members that a loaded model needs: all but the optimizer's and the guard's.
+    """Returns the members that a loaded model needs: all but those of the optimizer and the guard.
 
-    A subclass may fill a member of its own only when training starts, as the optimizer's state is.
+    A member of a subclass may be None until training starts.
     """
     members = state.arrays()
     always = ("step", "params", "batch_stats", "collections", "rng")
@@ -385,7 +371,7 @@ def _trained(state: TrainState) -> list[str]:
 
 @contextmanager
 def _explained(file: Path) -> Generator[None]:
-    """Turns what a wrong record leads to into an error that names the record."""
+    """Re-raises errors of a wrong record as one that names the record."""
     try:
         yield
     except CheckpointError:

@@ -1,4 +1,4 @@
-"""How a run shows itself: live on a terminal, as plain lines in a file, or not at all."""
+"""Displays of a run: live on a terminal, plain lines in a file, or nothing."""
 
 from __future__ import annotations
 
@@ -29,24 +29,22 @@ __all__ = [
 
 
 def as_text(content: RenderableType, width: int = 140) -> str:
-    """Returns anything that rich can render as plain text, at most `width` columns wide."""
+    """Returns plain text, at most `width` columns wide, of anything that rich can render."""
     text = io.StringIO()
     Console(file=text, width=width, color_system=None, force_terminal=False).print(content)
     return "".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines())
 
 
 def make_display(enabled: bool, stream: Any = None) -> Display:
-    """Returns the display that suits a stream.
-
-    Whatever becomes of the stream, a display never raises an error and never makes a run wait.
+    """Returns the display for a stream. It never raises and never blocks a run.
 
     Args:
-        enabled: `False` draws nothing at all.
-        stream: where to draw; `None` is standard output, looked up whenever a run begins.
+        enabled: whether to show anything.
+        stream: the output; None for standard output, looked up when a run begins.
 
     Returns:
-        A live display on a terminal that can move its cursor, plain lines elsewhere, nothing where
-        there is no standard output.
+        A live display for a terminal that can move its cursor, plain lines for other streams, and
+        `NullDisplay` if there is no standard output.
     """
     if not enabled:
         return NullDisplay()

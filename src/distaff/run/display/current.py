@@ -1,9 +1,9 @@
-"""The display of a trainer: it draws on the standard output of the time at which a run begins."""
+"""The display of a trainer, which follows standard output when it is redirected."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 from rich.console import RenderableType
 
@@ -16,11 +16,11 @@ T = TypeVar("T")
 class CurrentDisplay(Display):
     """Chooses a display when a run begins, and keeps it until it is closed.
 
-    A trainer may be made before standard output is redirected, closed or replaced. What it shows
-    outside of a run goes to a display chosen for that alone.
+    Standard output may be redirected, closed or replaced after the trainer is created. Outside of
+    a run, each call chooses a display.
 
     Args:
-        choose: returns the display that suits the standard output of now.
+        choose: returns a display for the current standard output.
     """
 
     def __init__(self, choose: Callable[[], Display]) -> None:
@@ -52,24 +52,13 @@ class CurrentDisplay(Display):
     def update(self, metrics: Scalars) -> None:
         self._of_run.update(metrics)
 
-    def epoch_line(
-        self,
-        epoch: int,
-        num_epochs: int,
-        step: int,
-        metrics: Scalars,
-        seconds: float,
-        is_best: bool,
-    ) -> None:
-        self._of_now.epoch_line(epoch, num_epochs, step, metrics, seconds, is_best)
+    def epoch_line(self, *args: Any, **kwargs: Any) -> None:
+        self._of_now.epoch_line(*args, **kwargs)
 
     def track(
         self, iterable: Iterable[T], description: str, total: int | None = None
     ) -> Iterator[T]:
         return self._of_now.track(iterable, description, total)
-
-    def table(self, rows: Mapping[str, Scalars]) -> None:
-        self._of_now.table(rows)
 
     def print(self, content: RenderableType) -> None:
         self._of_now.print(content)

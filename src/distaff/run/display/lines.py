@@ -1,4 +1,4 @@
-"""Numbers, epochs and metrics as text of constant width."""
+"""Formats numbers, epochs and metrics as text of constant width."""
 
 from __future__ import annotations
 
@@ -14,13 +14,9 @@ NUMBER_WIDTH = 6
 
 
 def number(value: float) -> str:
-    """Returns a number in six characters, with as many digits as they hold.
+    """Returns a number in six characters, with as many digits as fit, padded on the left.
 
-    Args:
-        value: any float; beyond the range of float32 the text may be one character longer.
-
-    Returns:
-        The text, padded on the left.
+    Beyond the range of float32 the text may be one character longer.
 
     >>> [number(value) for value in (0.12344, 12.345, -3.14159, 1.2e-5, 1234567.0, 7.0)]
     ['0.1234', '12.345', '-3.142', '1.2e-5', ' 1.2e6', '7.0000']
@@ -42,7 +38,7 @@ def clock_time(seconds: float) -> str:
 
 
 def metric_fields(metrics: Scalars) -> list[str]:
-    """Returns one field per split, in the order met: `["train loss 0.1234", "val loss 0.1402"]`."""
+    """Returns one field per split: `["train loss 0.1234", "val loss 0.1402"]`."""
     splits: dict[str, list[str]] = {}
     for name, value in metrics.items():
         split, _, metric = name.rpartition("/")
@@ -62,7 +58,7 @@ def epoch_text(
 ) -> str:
     """Returns the line of one epoch.
 
-    Where `width` is too narrow, the rate, the seconds and the step are left out, in this order.
+    If it is wider than `width`, it drops the rate, the seconds and the step, in this order.
 
     >>> metrics = {"train/loss": 0.25, "val/loss": 0.5}
     >>> epoch_text(3, 20, " 60", metrics, 0.82, 1234, True, 80)
@@ -81,12 +77,12 @@ def epoch_text(
 
 
 def fit(fields: Sequence[tuple[int, str]], *, width: int | None) -> str:
-    """Joins fields with two spaces, leaving out what does not fit.
+    """Joins fields with two spaces, and drops those that do not fit.
 
     Args:
-        fields: rank and text of each field, in the order of the line. The highest rank goes first;
-            rank 0 stays, and stands one space apart if need be.
-        width: columns at hand; `None` is without limit.
+        fields: rank and text of each field, in the order of the line. The highest rank is dropped
+            first; rank 0 is never dropped, but joined with one space if necessary.
+        width: available columns; None for no limit.
     """
     texts = [text for _, text in fields]
     for rank in sorted({rank for rank, _ in fields}, reverse=True):
@@ -98,11 +94,11 @@ def fit(fields: Sequence[tuple[int, str]], *, width: int | None) -> str:
 
 
 def rows_by_split(metrics: Mapping[str, Any], titles: Mapping[str, str]) -> dict[str, Scalars]:
-    """Returns the metrics of a run that are one number, as the rows of a table.
+    """Returns the scalar metrics of a run by split, as `Display.table` takes them.
 
     Args:
-        metrics: by name, such as `val/loss`.
-        titles: what to call the splits `train`, `val` and `test`.
+        metrics: metrics by name, such as `val/loss`.
+        titles: titles for the splits `train`, `val` and `test`.
     """
     rows = {}
     for split in ("train", "val", "test"):
@@ -120,7 +116,7 @@ def metrics_table(rows: Mapping[str, Scalars]) -> Table:
     """Returns a table with one column per split and one row per metric.
 
     Args:
-        rows: metrics by split; a name may carry its split, as in `{"test": {"test/loss": 0.35}}`.
+        rows: metrics by split; names may include it, as in `{"test": {"test/loss": 0.35}}`.
     """
     by_split = {
         split: {name.removeprefix(f"{split}/"): value for name, value in metrics.items()}

@@ -17,7 +17,7 @@ _FLOPS = ("", "k", "M", "G", "T", "P")
 
 
 class _Line(NamedTuple):
-    """What one line says of arrays: of one of them, or of all in one collection."""
+    """One line of the table: an array, or all arrays of a collection."""
 
     path: str
     parameters: str = ""
@@ -27,21 +27,20 @@ class _Line(NamedTuple):
 
 
 def model_table(rows: Sequence[LayerRow], title: str, depth: int | None = None) -> Table:
-    """Lays out a model, one line per array or one per module, with totals.
+    """Returns a model as a table, with one line per array or per module, and totals.
 
-    Every column adds up to its total: a module's FLOPs are its own, without those of the modules
-    below it. An array that is no parameter has its collection in the place of a number of
-    parameters, such as `(batch_stats)`.
+    Every column adds up to its total: a module's FLOPs exclude those of its submodules. For arrays
+    that are not parameters, the collection, such as `(batch_stats)`, replaces the count.
 
     Args:
-        rows: modules in order of call, as `Model.layers` gives them.
-        title: shown above.
-        depth: levels of modules to show, one line each; what is below is added to the line of the
-            module above it. 0 is the whole model in one line; None shows every array.
+        rows: modules in order of call, as returned by `Model.layers`.
+        title: the title of the table.
+        depth: levels of modules to show, one line each, with deeper modules added to their parent.
+            0 shows the whole model in one line; None shows every array.
 
     Returns:
-        A table with the columns path, shape and dtype (without a depth only), parameters, bytes,
-        FLOPs (if any are known), and the module's output.
+        A table with the columns path, shape and dtype (only if `depth` is None), parameters, bytes,
+        FLOPs (if any are known), and output of the module.
     """
     counted = any(row.flops is not None for row in rows)
     table = Table(title_justify="left", title_style="bold", box=None)
@@ -73,7 +72,7 @@ def model_table(rows: Sequence[LayerRow], title: str, depth: int | None = None) 
 
 
 def _groups(rows: Sequence[LayerRow], depth: int | None) -> list[tuple[LayerRow, list[LayerRow]]]:
-    """Returns the modules to show, each with itself and those below it that are not shown."""
+    """Returns the modules to show, each with itself and its submodules that are not shown."""
     shown = {
         row.path: (row, [])
         for row in rows
@@ -113,7 +112,7 @@ def _collections(rows: Sequence[LayerRow], path: str) -> list[_Line]:
 
 
 def _totals(rows: Sequence[LayerRow]) -> list[_Line]:
-    """Returns the line of the total, and one for each collection but the parameters."""
+    """Returns the line of the total, and one per collection of other arrays than parameters."""
     sums = _sums(rows)
     parameters, _ = sums.pop("params", (0, 0))
     size = sum(_bytes(shape, dtype) for row in rows for *_, shape, dtype in row.variables)
@@ -147,7 +146,7 @@ def _bytes(shape: tuple[int, ...], dtype: jnp.dtype) -> int:
 
 
 def _scaled(number: float, base: int, units: Sequence[str]) -> str:
-    """Returns a number with the unit that leaves it below the base: `1.5 KiB`, `46.7 M`."""
+    """Formats a number with a unit: `1.5 KiB`, `46.7 M`."""
     power = 0
     while number >= base and power < len(units) - 1:
         number /= base

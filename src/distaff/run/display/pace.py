@@ -1,4 +1,4 @@
-"""How fast a run goes: a stopwatch that can be held, and examples per second read from it."""
+"""The speed of a run in examples per second."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 
 class Stopwatch:
-    """Counts seconds since it was made, except while it is held.
+    """Counts seconds since its creation, except while it is paused.
 
-    Its whole state is one tuple, replaced at once: another thread may read it at any time.
+    Its state is one tuple, replaced atomically, so another thread can read it at any time.
 
     Args:
-        clock: gives a time in seconds that never goes back.
+        clock: returns a monotonic time in seconds.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -20,7 +20,7 @@ class Stopwatch:
         self._runs_since: tuple[bool, float] = (True, clock())
 
     def run(self, runs: bool) -> None:
-        """Lets the stopwatch run, or holds it."""
+        """Runs or pauses the stopwatch."""
         seconds = self.seconds()
         self._runs_since = (True, self._clock() - seconds) if runs else (False, seconds)
 
@@ -31,11 +31,11 @@ class Stopwatch:
 
 
 class Pace:
-    """Examples per second since it was made, without the time between `hold` and `release`.
+    """Examples per second, not counting the time between `hold` and `release`.
 
     Args:
-        clock: gives a time in seconds that never goes back.
-        window_seconds: how far back `recent` looks.
+        clock: returns a monotonic time in seconds.
+        window_seconds: length of the window of `recent`.
     """
 
     def __init__(self, clock: Callable[[], float], *, window_seconds: float = 5.0) -> None:
@@ -52,7 +52,7 @@ class Pace:
         self._stopwatch.run(False)
 
     def release(self, reason: str) -> None:
-        """Counts time again, unless another reason still holds it."""
+        """Counts time again, unless it is held for another reason."""
         self._holds.discard(reason)
         self._stopwatch.run(not self._holds)
 

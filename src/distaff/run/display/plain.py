@@ -1,15 +1,15 @@
-"""The display of a run whose output goes into a file or a pipe."""
+"""The display for output to a file or a pipe."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import TextIO, TypeVar
 
 from rich.console import Console, RenderableType
 
 from distaff.core.typing import Scalars
-from distaff.run.display.lines import epoch_text, metrics_table
+from distaff.run.display.lines import epoch_text
 from distaff.run.display.pace import Pace
 from distaff.run.display.protocol import Display
 
@@ -17,12 +17,12 @@ T = TypeVar("T")
 
 
 class PlainDisplay(Display):
-    """Writes lines of plain text, without control characters, each one when it is complete.
+    """Prints lines of plain text, without control characters.
 
     Args:
-        stream: where the lines go.
-        clock: gives a time in seconds that never goes back.
-        finish: called once the display is closed.
+        stream: the output.
+        clock: returns a monotonic time in seconds.
+        finish: called when the display is closed.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class PlainDisplay(Display):
         self._console = Console(
             file=stream,
             force_terminal=False,
-            force_jupyter=False,  # a table would go past the stream, into the notebook's page
+            force_jupyter=False,  # would print tables into the notebook, not to the stream
             color_system=None,
             width=100,
             highlight=False,
@@ -82,9 +82,6 @@ class PlainDisplay(Display):
             yield from iterable
         finally:
             self._pace.release("track")
-
-    def table(self, rows: Mapping[str, Scalars]) -> None:
-        self.print(metrics_table(rows))
 
     def print(self, content: RenderableType) -> None:
         if isinstance(content, str):

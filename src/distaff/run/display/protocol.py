@@ -1,4 +1,4 @@
-"""What a display is: how a run shows itself to the person who waits for it."""
+"""The interface of displays, which show a run's progress, and their options."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.console import RenderableType
 from distaff.core.config.options import Options, option
 from distaff.core.typing import Scalars
 from distaff.errors import ConfigError
+from distaff.run.display.lines import metrics_table
 
 T = TypeVar("T")
 
@@ -24,49 +25,51 @@ def _depth(name: str, value: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DisplayOptions(Options):
-    """What a trainer shows."""
+    """Options of the display."""
 
     table_depth: int | None = option(
         None,
-        """Levels of modules in the model table, 0 for the whole model in one line; None for every
-        module and each of its arrays.""",
+        """Levels of modules in the model table; 0 for the whole model in one line, None for every
+        array of every module.""",
         check=_depth,
         resume="same run",
     )
-    enable_progress_bar: bool = option(True, "False draws nothing.", resume="same run")
+    enable_progress_bar: bool = option(
+        True, "Whether to show progress, tables and results.", resume="same run"
+    )
 
 
 class Display:
-    """Shows a run. Close it also on an error: `contextlib.closing(display)`.
+    """Shows a run. Close it on errors, too: `contextlib.closing(display)`.
 
-    Each method does nothing here, but `track`, which yields the items.
+    By default each method does nothing, except that `track` yields the items and `table` prints.
     """
 
     def start(self, num_epochs: int, steps_per_epoch: int | None) -> None:
-        """Begins to show a training.
+        """Starts showing a training.
 
         Args:
             num_epochs: epochs of the whole run.
-            steps_per_epoch: optimizer updates per epoch; without it no time left is shown.
+            steps_per_epoch: optimizer updates per epoch; None if unknown (shows no time left).
         """
 
     def compiling(self, what: str) -> None:
-        """Says that a program, such as `"the train step"`, compiles; its time is in no rate."""
+        """Shows that a program, such as `"the train step"`, compiles; stops the rate's clock."""
 
     def running(self) -> None:
-        """Says that the compilation is over."""
+        """Shows that the compilation has finished."""
 
     def advance(self, step: int, epoch: int, examples: int) -> None:
-        """Notes completed steps. Called at every step, and cheap: it draws nothing.
+        """Records completed steps. Cheap enough for every step: it draws nothing.
 
         Args:
-            step: optimizer updates completed since the beginning of the run.
+            step: optimizer updates completed since the start of the run.
             epoch: the epoch they belong to, counted from 1.
             examples: examples seen since the last call.
         """
 
     def update(self, metrics: Scalars) -> None:
-        """Replaces the metrics that the live display shows."""
+        """Replaces the metrics of the live display."""
 
     def epoch_line(
         self,
@@ -77,15 +80,15 @@ class Display:
         seconds: float,
         is_best: bool,
     ) -> None:
-        """Writes the line of one completed epoch.
+        """Prints the line of one completed epoch.
 
         Args:
             epoch: the epoch, counted from 1.
             num_epochs: epochs of the whole run.
             step: optimizer updates completed.
-            metrics: metrics as `{"train/loss": 0.31, "val/loss": 0.35}`.
-            seconds: how long the epoch took.
-            is_best: whether its model is the best so far; the line then ends with a star.
+            metrics: metrics by name: `{"train/loss": 0.31, "val/loss": 0.35}`.
+            seconds: duration of the epoch.
+            is_best: whether its model is the best so far (the line ends with a star).
         """
 
     def track(
@@ -94,20 +97,21 @@ class Display:
         """Yields the items of an evaluation or a prediction, and shows how many are done.
 
         Args:
-            iterable: what to go through.
-            description: what is being done, such as `"validating"`.
-            total: number of items, where it is known.
+            iterable: the items.
+            description: the label to show, such as `"val"`.
+            total: number of items; None if unknown.
         """
         return iter(iterable)
 
     def table(self, rows: Mapping[str, Scalars]) -> None:
-        """Writes metrics by split, such as `{"train": {"loss": 0.31}, "test": {"loss": 0.35}}`."""
+        """Prints metrics by split: `{"train": {"loss": 0.31}, "test": {"loss": 0.35}}`."""
+        self.print(metrics_table(rows))
 
     def print(self, content: RenderableType) -> None:
-        """Writes a text, or anything that rich can render, above the live display."""
+        """Prints a text, or anything that rich can render, above the live display."""
 
     def close(self) -> None:
-        """Removes the live display; a second call does nothing."""
+        """Removes the live display. A second call does nothing."""
 
 
 class NullDisplay(Display):

@@ -1,4 +1,4 @@
-"""A stream that takes text whatever happens to it: it never fails, and never makes a run wait."""
+"""An output stream that never raises and never blocks a run."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EAGAIN, errno.EINTR)
 
 
 class SteadyStream:
-    """Writes to another stream, as far as that can be written.
+    """Writes to another stream without blocking or raising.
 
-    Text that the encoding lacks is escaped. A reader that stalls is not waited for: the text is
-    held, up to a million characters, and written once the reader is back; what is beyond is left
-    out, which a line says. A stream that is closed, or whose other end is gone, is given up, and
-    the log says so once; a full disk costs only the text that it does not take.
+    Characters that the encoding lacks are escaped. If the reader stalls, up to a million characters
+    are buffered and written later; the rest is dropped, with a line that says how much. If the
+    stream is closed or its other end is gone, one warning is logged and no more is written. A full
+    disk loses only the text that does not fit.
 
     Args:
-        stream: where the text goes.
+        stream: the output.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -41,7 +41,7 @@ class SteadyStream:
 
     @property
     def encoding(self) -> str:
-        """That of the stream."""
+        """The encoding of the stream."""
         found = getattr(self._stream, "encoding", None)
         return found if isinstance(found, str) else "utf-8"
 
@@ -52,7 +52,7 @@ class SteadyStream:
         return False
 
     def write(self, text: str) -> int:
-        """Writes a text, or holds it."""
+        """Writes a text, or buffers it."""
         with self._lock:
             if not self._is_lost:
                 self._hold(text)
@@ -60,12 +60,12 @@ class SteadyStream:
         return len(text)
 
     def flush(self) -> None:
-        """Writes what is held, if the stream takes it."""
+        """Writes the buffer as far as the stream accepts it."""
         with self._lock:
             self._send()
 
     def finish(self) -> None:
-        """Waits up to a second for a reader that stalls, then drops what is still held."""
+        """Waits up to a second for a stalled reader, then drops the buffer."""
         deadline = time.monotonic() + _LAST_WAIT
         while self._held and not self._is_lost and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -86,7 +86,7 @@ class SteadyStream:
             text = self._held.popleft()
             self._num_held -= len(text)
             if self._num_left_out and not self._held:
-                text += f"[{self._num_left_out} lines left out: the output was not read]\n"
+                text += f"[{self._num_left_out} lines dropped: the output was not read]\n"
                 self._num_left_out = 0
             self._put(text)
 
@@ -105,7 +105,7 @@ class SteadyStream:
             self._lose(error)
 
     def _takes_text(self) -> bool:
-        """Whether a piece can be written without waiting; a stream without a file always can."""
+        """Whether a piece can be written without blocking; True without a file descriptor."""
         try:
             file = self._stream.fileno()
             if type(file) is not int or file < 0:
@@ -121,7 +121,7 @@ class SteadyStream:
     def _lose(self, error: Exception) -> None:
         self._is_lost = True
         self._forget()
-        _log.warning("the display cannot be written (%s): the run continues without it", error)
+        _log.warning("the display cannot be written (%s); the run continues without it", error)
 
     def _forget(self) -> None:
         self._held.clear()
@@ -136,10 +136,10 @@ def _can_be_written(file: int) -> bool:
     """Whether a pipe or terminal has room.
 
     Raises:
-        OSError: its other end is gone. Not even a try is made then: what stays in the stream's
-            buffer would fail once more when Python ends, whose exit code would tell of it.
+        OSError: its other end is gone. Writing would leave text in the stream's buffer, which fails
+            again when Python exits and changes the exit code.
     """
-    if not sys.platform.startswith("linux"):  # poll knows no terminals on macOS
+    if not sys.platform.startswith("linux"):  # poll does not support terminals on macOS
         is_known = sys.platform != "win32" and file < 1024
         return bool(select.select([], [file], [], 0)[1]) if is_known else True
     poll = select.poll()

@@ -1,9 +1,9 @@
-"""The display of a run that a person watches: a bar, and what it has to say."""
+"""The display for a terminal: a progress bar with a status, and lines above it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.text import Text
 
 from distaff.core.typing import Scalars
-from distaff.run.display.lines import clock_time, epoch_text, metrics_table, number
+from distaff.run.display.lines import clock_time, epoch_text, number
 from distaff.run.display.pace import Pace, Stopwatch
 from distaff.run.display.protocol import Display
 
@@ -25,7 +25,7 @@ _MAX_WIDTH = 100
 
 @dataclass(frozen=True)
 class _Tracked:
-    """How much of an evaluation or a prediction is done."""
+    """Progress of an evaluation or a prediction."""
 
     description: str
     done: int
@@ -37,15 +37,15 @@ class _Tracked:
 
 
 class TerminalDisplay(Display):
-    """Keeps two lines at the end of a terminal up to date, and writes everything else above them.
+    """Updates two lines at the bottom of a terminal, and prints everything else above them.
 
-    The methods only note values; a thread of rich draws them a few times per second, so that a step
-    pays for none of it.
+    The methods only record values. A thread of rich draws them a few times per second, which costs
+    a step nothing.
 
     Args:
         console: the terminal.
-        clock: gives a time in seconds that never goes back.
-        finish: called once the display is closed.
+        clock: returns a monotonic time in seconds.
+        finish: called when the display is closed.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class TerminalDisplay(Display):
     def track(
         self, iterable: Iterable[T], description: str, total: int | None = None
     ) -> Iterator[T]:
-        opened = self._open()  # outside of a training the bar is theirs, and ends with them
+        opened = self._open()  # outside of a training the bar closes with the iterable
         self._pace.hold("track")
         try:
             for done, item in enumerate(iterable):
@@ -128,9 +128,6 @@ class TerminalDisplay(Display):
             self._pace.release("track")
             if opened:
                 self.close()
-
-    def table(self, rows: Mapping[str, Scalars]) -> None:
-        self._console.print(metrics_table(rows))
 
     def print(self, content: RenderableType) -> None:
         is_text = isinstance(content, str)
@@ -144,7 +141,7 @@ class TerminalDisplay(Display):
             self._finish()
 
     def _open(self) -> bool:
-        """Shows the bar unless it is there already; returns whether it was not."""
+        """Shows the bar; returns False if it is already shown."""
         if self._live is not None:
             return False
         self._live = Live(
