@@ -194,7 +194,7 @@ def test_auroc_of_a_score_that_is_nan_is_nan():
 
 def test_auroc_refuses_labels_of_other_classes_unless_they_do_not_count():
     declared = AUROC.per_example(jnp.array([0, 1, -1]), jnp.array([0.1, 0.2, 0.3]))
-    with pytest.raises(MetricError, match=re.escape("there are the labels [-1.0]")):
+    with pytest.raises(MetricError, match=re.escape("got [-1.0]")):
         declared.reduce(jnp.ones(3, bool)).compute()
     assert declared.reduce(jnp.array([True, True, False])).compute() == 1
 
@@ -209,24 +209,24 @@ MISSPELT: Any = "makro"
         (
             lambda: F1.per_example(TWO, TWO, num_classes=2, average=MISSPELT),
             ConfigError,
-            "it is 'makro'. Did you mean 'macro'?",
+            "None for one score per class. Did you mean 'macro'?",
         ),
-        (lambda: F1(np.eye(2), average=MISSPELT), ConfigError, "it is 'makro'."),
+        (lambda: F1(np.eye(2), average=MISSPELT), ConfigError, "average='makro' is not one of"),
         (lambda: F1.per_example(TWO, TWO, num_classes=3), ConfigError, "num_classes is 3"),
         (
             lambda: ConfusionMatrix.per_example(TWO, TWO, num_classes=1),
             ConfigError,
-            "num_classes is 1",
+            "num_classes must be at least 2; got 1",
         ),
         (
             lambda: IoU.per_example(TWO, jnp.ones((2, 3)), num_classes=2),
             LossError,
-            "predictions have dtype float32 and shape (2, 3)",
+            "predictions must be integers or booleans; they have dtype float32 and shape (2, 3)",
         ),
         (
             lambda: IoU.per_example(TWO, jnp.ones((2, 3), int), num_classes=2),
             LossError,
-            "labels have shape (2,), predictions (2, 3)",
+            "must have the same shape; got (2,) and (2, 3)",
         ),
         (
             lambda: IoU.per_example(TWO, TWO, num_classes=2, weight=jnp.ones(3)),
@@ -236,7 +236,7 @@ MISSPELT: Any = "makro"
         (
             lambda: AUROC.per_example(TWO, jnp.ones((2, 2))),
             LossError,
-            "the labels have shape (2,), the scores (2, 2)",
+            "labels have shape (2,), scores (2, 2)",
         ),
     ],
 )

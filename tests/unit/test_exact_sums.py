@@ -12,7 +12,7 @@ import pytest
 from distaff import metrics
 from distaff.errors import LossError
 from distaff.metrics import ConfusionMatrix, Max, Mean, Min, Perplexity, Sum
-from distaff.metrics.whole import added, counted
+from distaff.metrics.exact_sums import sum_by_cell, sum_integers
 from distaff.optim import l2_loss
 
 MANY = 600_000
@@ -30,14 +30,14 @@ def reduced(declared: Any, size: int, mask: Any = None) -> Any:
 def test_counts_of_float_weights_are_those_of_float64(weights: Any):
     cells = np.arange(MANY) % 4
     weight = np.asarray(weights, np.float32)[cells % 2]
-    found = jax.jit(counted, static_argnums=2)(jnp.asarray(cells), jnp.asarray(weight), 4)
+    found = jax.jit(sum_by_cell, static_argnums=2)(jnp.asarray(cells), jnp.asarray(weight), 4)
     np.testing.assert_allclose(found, np.bincount(cells, weight.astype(float)), rtol=2e-7)
 
 
 @pytest.mark.parametrize("dtype", [bool, np.int32])
 def test_counts_of_whole_weights_are_exact(dtype: Any):
     cells, weight = np.zeros(MANY, np.int32), np.full(MANY, 5001).astype(dtype)
-    found = counted(jnp.asarray(cells), jnp.asarray(weight), 2)
+    found = sum_by_cell(jnp.asarray(cells), jnp.asarray(weight), 2)
     assert float(found[0]) == np.float32(weight.sum(dtype=np.int64))
 
 
@@ -59,7 +59,7 @@ def test_sums_of_integers_neither_round_nor_overflow(dtype: Any):
         values[::3] *= -1
     exact = values.sum(0, dtype=np.int64)
     np.testing.assert_array_equal(reduced(Sum.per_example(values), len(values)), exact)
-    high, low = added(jnp.asarray(values[:5]))
+    high, low = sum_integers(jnp.asarray(values[:5]))
     total = np.asarray(high, np.float64) + np.asarray(low)
     np.testing.assert_array_equal(total, values[:5].sum(0, dtype=np.int64))
 
@@ -106,7 +106,9 @@ def test_mean_of_values_with_a_weight_each_is_over_all_of_them():
     np.testing.assert_allclose(
         reduced(Mean.per_example(pairs, weight), 6, mask), [expected, 2 * expected], rtol=1e-6
     )
-    with pytest.raises(LossError, match=r"it has shape \(5, 6\).*Pass a weight of shape \(6,\) or"):
+    with pytest.raises(
+        LossError, match=r"a mean has shape \(5, 6\).*Pass one weight per example, \(6,\), or"
+    ):
         Mean.per_example(values, weight.T)
 
 

@@ -98,7 +98,7 @@ def test_label_out_of_range_in_a_later_batch_ends_a_training(value: int, options
     words = "A label ('y') is an index from 0 to 2; in batch 3 of epoch 1 of the train loader (s"
     with pytest.raises(BatchError, match=re.escape(words)) as error:
         run.train_model(loader(with_label(value)), num_epochs=2)
-    assert f"one is {value}, and they reach from {min(value, 0)} to {max(value, 2)}" in str(
+    assert f"one is {value}, and they range from {min(value, 0)} to {max(value, 2)}" in str(
         error.value
     )
     assert "ignore_index=label" in str(error.value)
@@ -197,7 +197,7 @@ def test_indices_are_integers_and_where_has_their_shape():
 
     with pytest.raises(LossError, match=r"Indices are integers; 'place' has dtype float32"):
         step(jnp.ones(2))
-    with pytest.raises(LossError, match=r"shape \(2,\), and where has shape \(1,\)"):
+    with pytest.raises(LossError, match=r"the shape of the values, \(2,\); it has shape \(1,\)"):
         step(jnp.ones(2, int), jnp.ones(1, bool))
 
 

@@ -71,5 +71,7 @@ def test_value_refuses_a_metric_that_is_not_one_number():
 
 def test_monitor_refuses_an_unknown_mode():
     mode: Any = "lowest"
-    with pytest.raises(ConfigError, match=re.escape("'val/loss'): mode is 'min' or 'max'; got 'l")):
+    with pytest.raises(
+        ConfigError, match=re.escape("'val/loss'): mode must be 'min' or 'max'; got 'l")
+    ):
         Monitor("val/loss", mode)

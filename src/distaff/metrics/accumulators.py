@@ -1,16 +1,15 @@
 """Metrics as mergeable accumulators: exact over uneven batches, windows, hosts and restarts.
 
-A metric is a small pytree with three abilities: an empty one (`empty_like`), `merge`, and
-`compute`. A loss function may return, by name, any of
+A metric is a small pytree with `empty_like`, `merge` and `compute`, as in `clu.metrics`. A loss
+function returns a dict whose values are any of
 
 * an array `[batch, ...]`: one value per example, averaged over the examples;
 * `Mean.per_example(...)`, `Sum.per_example(...)`, ...: one value per example, reduced that way;
-* a scalar: taken as the mean over its batch;
-* a metric: taken as it is.
+* a scalar: the mean over its batch;
+* a metric.
 
 Only the first two can be masked, so only they let evaluation pad a short last batch.
-The form follows `clu.metrics` (empty / merge / compute); the arithmetic is in float32 on the device
-for one window of steps and in float64 on the host across windows.
+Metrics are float32 on the device, within one window of steps, and float64 on the host.
 """
 
 from __future__ import annotations
@@ -19,37 +18,36 @@ import dataclasses
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
+from typing import Any, ClassVar, Never, Self, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from distaff.core.pytrees import static
-from distaff.errors import LossError, MetricError
-from distaff.metrics.named import Named
-from distaff.metrics.whole import added
+from distaff.errors import LossError, MetricError, UnknownMetricError, nearest
+from distaff.metrics.exact_sums import sum_integers
 
 C = TypeVar("C", bound=type)
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(static, dataclasses.field))
 def pytree(cls: C) -> C:
-    """Makes a class a frozen dataclass that JAX knows as a pytree."""
+    """Turns a class into a frozen dataclass registered as a JAX pytree."""
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
 
 
 def namespace(array: Any) -> Any:
-    """Returns the module whose functions compute where an array is: `jax.numpy` or `numpy`."""
+    """Returns `jax.numpy` for a JAX array, else `numpy`."""
     return jnp if isinstance(array, jax.Array) else np
 
 
 class Metric(ABC):
-    """What every accumulator can do. The order of merging changes no result but that of `Last`.
+    """A mergeable accumulator. The order of merging only matters for `Last`.
 
     Attributes:
-        refused_in_training: why a training step must not return this kind; empty where it may.
-        is_result: whether it is a number to report; see `metrics.limits` for one that is not.
+        refused_in_training: why a training step must not return this kind; empty if it may.
+        is_result: whether it is reported; `metrics.limits.Limits` is not.
     """
 
     refused_in_training: ClassVar[str] = ""
@@ -61,7 +59,7 @@ class Metric(ABC):
 
     @abstractmethod
     def compute(self) -> Any:
-        """Returns the value, NaN where nothing was accumulated."""
+        """Returns the value; NaN if nothing was accumulated."""
 
     @abstractmethod
     def empty_like(self) -> Self:
@@ -73,9 +71,9 @@ class Metric(ABC):
         """Returns the metric over the examples whose `mask` `[batch]` is true."""
 
     def over_rows(self) -> Self:
-        """Returns the merge of the metrics in the rows `[rows, ...]` of this one, one or more.
+        """Merges the rows of a metric whose leaves are `[rows, ...]`, with one row or more.
 
-        An override is a faster way to do what `merge` does row by row; see `merge_rows`.
+        Override it where the rows can be merged at once; see `merge_rows`.
         """
         leaves, structure = jax.tree.flatten(self)
         rows = [structure.unflatten(row) for row in zip(*leaves, strict=True)]
@@ -84,11 +82,11 @@ class Metric(ABC):
 
 @pytree
 class PerExample:
-    """Values per example, `[batch, ...]`, and how they are to be reduced.
+    """Values per example, `[batch, ...]`, with the metric that reduces them.
 
     Args:
-        values: what `metric.reduce` is given after the mask.
-        metric: the kind of metric they become.
+        values: positional arguments of `metric.reduce`, after the mask.
+        metric: the kind of metric.
         settings: keyword arguments of `metric.reduce`, as hashable pairs of name and value.
     """
 
@@ -103,7 +101,7 @@ class PerExample:
 
 
 def aligned(leading: Any, values: Any) -> Any:
-    """Gives `leading` the trailing axes with which it broadcasts against `values`."""
+    """Appends axes of size 1 to `leading` so that it broadcasts against `values`."""
     missing = (1,) * (np.ndim(values) - np.ndim(leading))
     return namespace(leading).reshape(leading, np.shape(leading) + missing)
 
@@ -114,7 +112,10 @@ def masked(mask: jax.Array, values: jax.Array, otherwise: Any) -> jax.Array:
 
 
 def floating(values: Any) -> jax.Array:
-    """Returns floats of at least 32 bits: sums in half precision would not be exact averages."""
+    """Converts values to float32, so that averages of half-precision values are exact.
+
+    Float64 stays.
+    """
     values = jnp.asarray(values)
     return values if values.dtype == jnp.float64 else values.astype(jnp.float32)
 
@@ -133,17 +134,17 @@ class Mean(Metric):
 
     @classmethod
     def per_example(cls, values: Any, weight: Any = None) -> PerExample:
-        """Declares values per example whose weighted mean is wanted.
+        """Returns the weighted mean of values per example.
 
         Args:
-            values: `[batch, ...]`.
-            weight: with one or more of the leading axes of `values`; 1 without. `[batch]` weighs
-                each example, such as with its number of tokens: a value is then the mean over its
-                own weight. `[batch, length]` weighs each token, and the mean is over all tokens of
-                all examples. What has no weight does not count, even if it is NaN.
+            values: numbers `[batch, ...]`.
+            weight: numbers `[batch]` or `[batch, ...]`, with the leading axes of `values`; 1 by
+                default. `[batch]` weights each example, for example by its number of tokens if a
+                value is a mean over them. `[batch, length]` weights each token, and averages over
+                all tokens of all examples. Values of weight 0 are ignored, even NaN.
 
         Raises:
-            LossError: the shape of `weight` is not that of the leading axes of `values`.
+            LossError: the shape of `weight` does not match the leading axes of `values`.
         """
         values = floating(values)
         if weight is None:
@@ -151,9 +152,9 @@ class Mean(Metric):
         weight = floating(weight)
         if weight.ndim == 0 or weight.shape != values.shape[: weight.ndim]:
             raise LossError(
-                "The weight of a mean is one number for each example, or one for each value, and "
-                f"has the leading axes of the values, {values.shape}; it has shape {weight.shape}. "
-                f"Pass a weight of shape {values.shape[:1]} or {values.shape}."
+                f"The weight of a mean has shape {weight.shape}, which does not match the leading "
+                f"axes of the values, {values.shape}. Pass one weight per example, "
+                f"{values.shape[:1]}, or one per value, {values.shape}."
             )
         if weight.ndim > 1:
             axes, own = tuple(range(1, weight.ndim)), aligned(weight, values)
@@ -195,9 +196,9 @@ class Sum(Metric):
 
     @classmethod
     def per_example(cls, values: Any) -> PerExample:
-        """Declares values per example, `[batch, ...]`, whose sum is wanted.
+        """Returns the sum of values per example, `[batch, ...]`.
 
-        Sums of integers are exact, up to 2**47 in a batch.
+        Sums of integers are exact up to 2**47 per batch.
         """
         values = jnp.asarray(values)
         is_narrow = is_whole(values) and values.dtype.itemsize <= 4
@@ -224,18 +225,18 @@ class Sum(Metric):
 
 @pytree
 class WholeSum(Sum):
-    """A sum of whole numbers, as `Sum.per_example` makes it of integers.
+    """An exact sum of integers, returned by `Sum.per_example`.
 
     Args:
         total: the sum, rounded to float32.
-        rest: what was rounded away: both together, in float64, are the exact sum.
+        rest: the rounding error; `total + rest` in float64 is the exact sum.
     """
 
     rest: Any
 
     @classmethod
     def reduce(cls, mask: jax.Array, *values: jax.Array) -> Self:
-        return cls(*added(masked(mask, values[0], 0)))
+        return cls(*sum_integers(masked(mask, values[0], 0)))
 
     def merge(self, other: Self) -> Self:
         return type(self)(self.total + other.total, self.rest + other.rest)
@@ -259,7 +260,7 @@ class Last(Metric):
 
     @classmethod
     def reduce(cls, mask: jax.Array, *values: jax.Array) -> Self:
-        raise MetricError("Last belongs to a step, not to an example; return Last(value) itself.")
+        raise MetricError("Last holds one value per step, not per example. Return Last(value).")
 
     def merge(self, other: Self) -> Self:
         numpy = namespace(other.value)
@@ -277,19 +278,19 @@ class Last(Metric):
 
 
 Metrics = Mapping[str, Metric]
-"""Metrics of one step, window, epoch or evaluation, by name."""
+"""Metrics of a step, window, epoch or evaluation, by name."""
 
 
 def declare(name: str, value: Any, num_examples: int) -> Metric | PerExample:
-    """Brings one value that a step returned into its accumulating form.
+    """Converts a value that a step returned into a metric.
 
     Args:
-        name: its name, for the error.
+        name: its name, for errors.
         value: an array `[batch, ...]`, a scalar, a metric, or `PerExample`.
         num_examples: the batch size.
 
     Raises:
-        LossError: an array is neither a scalar nor one value per example.
+        LossError: an array is neither a scalar nor has one value per example.
     """
     if isinstance(value, Metric):
         return value
@@ -307,33 +308,35 @@ def declare(name: str, value: Any, num_examples: int) -> Metric | PerExample:
 def _check_leading(name: str, array: jax.Array, num_examples: int) -> None:
     if array.shape[:1] != (num_examples,):
         raise LossError(
-            f"A metric is a scalar, or has one entry per example (shape [{num_examples}, ...]); "
-            f"{name!r} has shape {array.shape}. Reduce it, or wrap it: metrics.Sum({name})."
+            f"The metric {name!r} has shape {array.shape}; expected a scalar or one entry per "
+            f"example, [{num_examples}, ...]. Reduce it, or wrap it: metrics.Sum({name})."
         )
 
 
 def merge(first: Metrics, second: Metrics) -> dict[str, Metric]:
-    """Merges two sets of metrics name by name.
+    """Merges two dicts of metrics name by name.
 
     Raises:
-        MetricError: the two do not hold the same names, or a name changed its kind.
+        MetricError: the names differ, or the kinds of one name.
     """
     if first.keys() != second.keys():
         raise MetricError(
-            "Every step must return the same metrics. "
-            f"One returned {sorted(first)}, another {sorted(second)}."
+            "Every step must return the same metrics; one returned "
+            f"{sorted(first)}, another {sorted(second)}."
         )
     for name in first:
         if type(first[name]) is not type(second[name]):
             kinds = f"{type(first[name]).__name__} and {type(second[name]).__name__}"
-            raise MetricError(f"A metric keeps its kind; {name!r} was {kinds}.")
+            raise MetricError(
+                f"The metric {name!r} must be of one kind in every step; got {kinds}."
+            )
     return {name: first[name].merge(second[name]) for name in first}
 
 
 def merge_rows(metrics: Metrics) -> dict[str, Metric]:
-    """Merges the metrics in the rows of one set, whose leaves are `[rows, ...]`, one or more.
+    """Merges the rows of metrics whose leaves are `[rows, ...]`, with one row or more.
 
-    A kind that overrides `merge`, and inherits `over_rows`, is merged row by row.
+    A class that overrides `merge` but inherits `over_rows` is merged row by row.
     """
     merged = {}
     for name, metric in metrics.items():
@@ -347,13 +350,13 @@ def merge_rows(metrics: Metrics) -> dict[str, Metric]:
 
 
 def to_host(metrics: Metrics) -> dict[str, Metric]:
-    """Fetches metrics from the device in one transfer, in float64 so that merging stays exact."""
+    """Transfers metrics to the host at once, as float64 so that merging stays exact."""
     fetched = jax.device_get(dict(metrics))
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), fetched)
 
 
 def known_or_zero(metric: Metric) -> Any:
-    """Returns a metric's value, and 0 for a mean of nothing, whose weights are all 0."""
+    """Returns a metric's value; 0 for a mean whose weights are all 0."""
     value = metric.compute()
     if not isinstance(metric, Mean):
         return value
@@ -361,19 +364,26 @@ def known_or_zero(metric: Metric) -> Any:
 
 
 def results(metrics: Mapping[str, Metric]) -> dict[str, Metric]:
-    """Returns those of the metrics that are numbers to report."""
+    """Returns the metrics that are reported."""
     return {name: metric for name, metric in metrics.items() if metric.is_result}
 
 
+class Named(dict[str, Any]):
+    """Values of metrics by name; an unknown name raises with the nearest one."""
+
+    def __missing__(self, name: object) -> Never:
+        raise UnknownMetricError(f"There is no metric {name!r}. {nearest(str(name), self)}")
+
+
 def compute(metrics: Metrics, prefix: str = "") -> dict[str, Any]:
-    """Computes host metrics, the loss first.
+    """Computes metrics on the host; the loss comes first.
 
     Args:
-        metrics: as `to_host` gives them.
-        prefix: put before each name: `compute(m, "val/")` gives `{"val/loss": ...}`.
+        metrics: the metrics, from `to_host`.
+        prefix: prepended to each name: `compute(m, "val/")` returns `{"val/loss": ...}`.
 
     Returns:
-        Python floats, or float64 arrays for those that are not one number.
+        Python floats for scalars, float64 arrays for others.
     """
     metrics = results(metrics)
     names = sorted(metrics, key=lambda name: (name != "loss", name))

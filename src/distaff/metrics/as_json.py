@@ -1,4 +1,4 @@
-"""Computed metrics as strict JSON."""
+"""Conversion of computed metrics to strict JSON and back."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from distaff.errors import MetricError
 
 
 def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns computed metrics as strict JSON.
+    """Converts computed metrics to strict JSON.
 
-    Arrays become lists. JSON has no NaN and no infinity: they are the strings `"nan"`, `"inf"` and
-    `"-inf"`, which Python's `float` reads back.
+    Arrays become lists. NaN and infinity, which JSON lacks, become the strings `"nan"`, `"inf"` and
+    `"-inf"`, which Python's `float` reads.
 
     Raises:
         MetricError: a metric is not a number.
@@ -24,7 +24,7 @@ def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_numbers(value: Any) -> Any:
-    """Returns what `as_json` was made of: lists are arrays of float64, texts NaN or infinite."""
+    """Inverts `as_json`: lists become float64 arrays, strings become NaN or infinity."""
     if isinstance(value, Mapping):
         return {name: as_numbers(each) for name, each in value.items()}
     if isinstance(value, list):
@@ -39,7 +39,7 @@ def _numbers(name: str, value: Any) -> Any:
         return np.asarray(value, dtype=np.float64).tolist()
     except (TypeError, ValueError) as error:
         raise MetricError(
-            f"A logged metric is a number; {name!r} is {value!r}. Log what `compute` returns."
+            f"The logged metric {name!r} is not a number: {value!r}. Log what `compute` returns."
         ) from error
 
 

@@ -1,7 +1,7 @@
 """Metrics of classification and segmentation, exact over uneven batches.
 
-Precision, recall, F1, IoU and the confusion matrix accumulate one table of counts. AUROC depends on
-the order of all scores, so it keeps them.
+Precision, recall, F1, IoU and the confusion matrix accumulate one table of counts; AUROC stores all
+scores.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from distaff.metrics.accumulators import (
     namespace,
     pytree,
 )
-from distaff.metrics.whole import counted
+from distaff.metrics.exact_sums import sum_by_cell
 
 Average: TypeAlias = Literal["binary", "micro", "macro", "weighted"] | None
-"""How the scores of the classes become one number; None leaves one score for each class."""
+"""How to average the scores of the classes; None for one score per class."""
 
 _AVERAGES = ("binary", "micro", "macro", "weighted")
 
@@ -47,7 +47,7 @@ class _Counts(Metric):
         known = (labels >= 0) & (labels < num_classes)
         known &= (predictions >= 0) & (predictions < num_classes)
         cells = jnp.where(known, labels * num_classes + predictions, num_classes**2)
-        counts = counted(cells.ravel(), kept.ravel(), num_classes**2)
+        counts = sum_by_cell(cells.ravel(), kept.ravel(), num_classes**2)
         is_wrong = jnp.any((kept != 0) & ~known)
         counts = jnp.where(is_wrong, float("nan"), counts)
         return cls(counts.reshape(num_classes, num_classes), **settings)
@@ -64,31 +64,31 @@ class _Counts(Metric):
 
 @pytree
 class ConfusionMatrix(_Counts):
-    """How often each class was predicted as which, `[classes, classes]`.
+    """Counts of labels (rows) and predictions (columns), `[classes, classes]`.
 
-    Rows are labels, columns are predictions, as in `sklearn.metrics.confusion_matrix`.
+    The layout is that of `sklearn.metrics.confusion_matrix`.
 
     Args:
-        counts: float `[classes, classes]`. Those of a batch are rounded to float32, once.
+        counts: float `[classes, classes]`; rounded to float32 once per batch.
     """
 
     @classmethod
     def per_example(
         cls, labels: Any, predictions: Any, *, num_classes: int, weight: Any = None
     ) -> PerExample:
-        """Declares labels and predictions that are to be counted.
+        """Counts labels and predictions.
 
         Args:
             labels: int or bool, `[batch]`, or `[batch, ...]` for one label per pixel or token.
-            predictions: the predicted classes, with the shape of `labels`.
-            num_classes: how many classes there are. What counts and is outside of
-                `0 ... num_classes - 1` makes the whole metric NaN.
-            weight: of each label, with the leading axes of its shape; 1 without. What has no
-                weight does not count, whatever it is: `weight=labels != 255`.
+            predictions: predicted classes, with the shape of `labels`.
+            num_classes: number of classes. A class outside of `0 ... num_classes - 1` makes the
+                metric NaN, unless its weight is 0.
+            weight: numbers or bool, with the leading axes of `labels`; 1 by default. Labels of
+                weight 0 are ignored, whatever their value: `weight=labels != 255`.
 
         Raises:
             ConfigError: `num_classes` is less than 2.
-            LossError: the arguments are no integers, or their shapes differ.
+            LossError: labels or predictions are not integers, or shapes differ.
         """
         values = _classes(labels, predictions, num_classes, weight)
         return PerExample(values, cls, (("num_classes", num_classes),))
@@ -114,32 +114,33 @@ class _Score(_Counts):
         average: Average = "binary",
         weight: Any = None,
     ) -> PerExample:
-        """Declares labels and predictions that are to be scored.
+        """Scores predictions.
 
-        The value is that of scikit-learn with `labels=range(num_classes)` and `zero_division=0`: a
-        score that would be 0 / 0 is 0. It is NaN where there is no example at all.
+        The value equals scikit-learn's with `labels=range(num_classes)` and `zero_division=0`; it
+        is NaN without examples.
 
         Args:
             labels: int or bool, `[batch]`, or `[batch, ...]` for one label per pixel or token.
-            predictions: the predicted classes, with the shape of `labels`.
-            num_classes: how many classes there are. What counts and is outside of
-                `0 ... num_classes - 1` makes the whole metric NaN.
+            predictions: predicted classes, with the shape of `labels`.
+            num_classes: number of classes. A class outside of `0 ... num_classes - 1` makes the
+                metric NaN, unless its weight is 0.
             average: `"binary"`, the score of class 1 of two; `"micro"`, one score from the counts
-                of all classes; `"macro"`, the mean over all classes, also those without examples;
-                `"weighted"`, that mean weighted by examples; None, the scores `[classes]`.
-            weight: of each label, with the leading axes of its shape; 1 without. What has no
-                weight does not count, whatever it is: `weight=labels != 255`.
+                of all classes; `"macro"`, the mean over all classes, including those without
+                examples; `"weighted"`, the mean weighted by examples; None, the scores `[classes]`.
+            weight: numbers or bool, with the leading axes of `labels`; 1 by default. Labels of
+                weight 0 are ignored, whatever their value: `weight=labels != 255`.
 
         Raises:
-            ConfigError: `num_classes` is less than 2, or `average` is unknown or does not fit it.
-            LossError: the arguments are no integers, or their shapes differ.
+            ConfigError: `num_classes` is less than 2, `average` is unknown, or `"binary"` is used
+                with more than two classes.
+            LossError: labels or predictions are not integers, or shapes differ.
         """
         values = _classes(labels, predictions, num_classes, weight)
         _check_average(average)
         if average == "binary" and num_classes != 2:
             raise ConfigError(
-                f"The average 'binary' is the score of class 1 of two; num_classes is "
-                f"{num_classes}. Pass average='macro', 'micro', 'weighted', or None for each class."
+                f"average='binary' scores class 1 of two, but num_classes is {num_classes}. Pass "
+                "average='macro', 'micro', 'weighted', or None for one score per class."
             )
         return PerExample(values, cls, (("num_classes", num_classes), ("average", average)))
 
@@ -163,12 +164,12 @@ class _Score(_Counts):
     @staticmethod
     @abstractmethod
     def _fraction(hits: Any, predicted: Any, actual: Any) -> tuple[Any, Any]:
-        """Returns the score of each class above and below its fraction bar, `[classes]`."""
+        """Returns the numerator and denominator of the score of each class, `[classes]`."""
 
 
 @pytree
 class Precision(_Score):
-    """Of what was predicted as a class, the part that is of it."""
+    """The fraction of predictions of a class that are right."""
 
     @staticmethod
     def _fraction(hits: Any, predicted: Any, actual: Any) -> tuple[Any, Any]:
@@ -177,7 +178,7 @@ class Precision(_Score):
 
 @pytree
 class Recall(_Score):
-    """Of what is of a class, the part that was predicted as it."""
+    """The fraction of examples of a class that are predicted as such."""
 
     @staticmethod
     def _fraction(hits: Any, predicted: Any, actual: Any) -> tuple[Any, Any]:
@@ -186,7 +187,7 @@ class Recall(_Score):
 
 @pytree
 class F1(_Score):
-    """The harmonic mean of precision and recall; of masks, the Dice coefficient."""
+    """The harmonic mean of precision and recall; for masks, the Dice coefficient."""
 
     @staticmethod
     def _fraction(hits: Any, predicted: Any, actual: Any) -> tuple[Any, Any]:
@@ -195,7 +196,7 @@ class F1(_Score):
 
 @pytree
 class IoU(_Score):
-    """Intersection over union, the Jaccard index: `average="macro"` is the mean IoU."""
+    """Intersection over union (Jaccard index); `average="macro"` is the mean IoU."""
 
     @staticmethod
     def _fraction(hits: Any, predicted: Any, actual: Any) -> tuple[Any, Any]:
@@ -204,37 +205,37 @@ class IoU(_Score):
 
 @pytree
 class AUROC(Metric):
-    """The area under the receiver operating characteristic, of two classes.
+    """The area under the receiver operating characteristic, for two classes.
 
     It is the probability that a positive example has a higher score than a negative one, ties
     counting one half (Hanley and McNeil, "The meaning and use of the area under a receiver
-    operating characteristic (ROC) curve", Radiology 143, 1982). NaN where one class is missing or
-    a score is NaN.
+    operating characteristic (ROC) curve", Radiology 143, 1982). It is NaN if one class is missing
+    or a score is NaN.
 
-    It keeps every score, so it is for evaluation; in training it is refused.
+    It stores every score, so use it only in evaluation; a training step that returns it raises an
+    error.
 
     Args:
-        parts: each `[3, examples]`: score, label and weight.
+        parts: arrays `[3, examples]` of scores, labels and weights.
     """
 
     refused_in_training: ClassVar[str] = (
-        "AUROC keeps every score, so it grows with the run, and is merged on the host. It belongs "
-        "in evaluation: return it from the loss function only if not ctx.train. In a loop of your "
-        "own merge what metrics.to_host gives."
+        "AUROC stores every score, so it grows with the run, and can only be merged on the host. "
+        "Use it in evaluation: return it from the loss function only if not ctx.train. In your own "
+        "loop, merge what metrics.to_host returns."
     )
 
     parts: tuple[Any, ...]
 
     @classmethod
     def per_example(cls, labels: Any, scores: Any, *, weight: Any = None) -> PerExample:
-        """Declares scores that are to be ranked.
+        """Collects scores and labels.
 
         Args:
             labels: 1 or true for a positive example, 0 for a negative one, `[batch, ...]`.
-            scores: higher for what is more likely positive (a logit, a probability), with the
-                shape of `labels`.
-            weight: of each label, with the leading axes of its shape; 1 without. What has no
-                weight does not count, even if it is NaN.
+            scores: logits or probabilities of the positive class, with the shape of `labels`.
+            weight: numbers or bool, with the leading axes of `labels`; 1 by default. Scores of
+                weight 0 are ignored, even NaN.
 
         Raises:
             LossError: the shapes differ.
@@ -242,9 +243,9 @@ class AUROC(Metric):
         labels, scores = floating(labels), floating(scores)
         if labels.shape != scores.shape:
             raise LossError(
-                "AUROC compares one score with each label; the labels have shape "
-                f"{labels.shape}, the scores {scores.shape}. Pass the scores of the positive "
-                "class, such as logits[:, 1] - logits[:, 0]."
+                f"AUROC needs one score per label; labels have shape {labels.shape}, scores "
+                f"{scores.shape}. Pass the scores of the positive class, such as "
+                "logits[:, 1] - logits[:, 0]."
             )
         return PerExample((scores, labels, floating(_weight(weight, labels))), cls)
 
@@ -284,8 +285,8 @@ def _area(scores: np.ndarray, labels: np.ndarray, weight: np.ndarray) -> float:
     others = np.setdiff1d(labels, (0, 1))
     if others.size:
         raise MetricError(
-            f"AUROC is of the classes 0 and 1; there are the labels {others[:5].tolist()}. "
-            "Pass labels == the positive class, or leave them out with weight=0."
+            f"AUROC needs labels 0 and 1; got {others[:5].tolist()}. Pass labels == positive_class,"
+            " or a weight of 0 to ignore them."
         )
     if np.isnan(scores).any():
         return float("nan")
@@ -301,8 +302,8 @@ def _area(scores: np.ndarray, labels: np.ndarray, weight: np.ndarray) -> float:
 def _check_average(average: Any) -> None:
     if average is not None and average not in _AVERAGES:
         raise ConfigError(
-            f"An average of classes is one of {_AVERAGES}, or None for the score of each class; "
-            f"it is {average!r}. {nearest(str(average), _AVERAGES)}"
+            f"average={average!r} is not one of {_AVERAGES}, or None for one score per class. "
+            f"{nearest(str(average), _AVERAGES)}"
         )
 
 
@@ -311,20 +312,21 @@ def _classes(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     if num_classes < 2:
         raise ConfigError(
-            f"Labels are of at least two classes; num_classes is {num_classes}. For labels that "
-            "are true or false pass 2."
+            f"num_classes must be at least 2; got {num_classes}. Pass 2 for labels that are true "
+            "or false."
         )
     labels, predictions = jnp.asarray(labels), jnp.asarray(predictions)
     for name, array in (("labels", labels), ("predictions", predictions)):
         if not jnp.issubdtype(array.dtype, jnp.integer) and array.dtype != bool:
             raise LossError(
-                f"Classes are integers or booleans; {name} have dtype {array.dtype} and shape "
-                f"{array.shape}. Predictions are logits.argmax(-1), or logits > 0 for two classes."
+                f"{name} must be integers or booleans; they have dtype {array.dtype} and shape "
+                f"{array.shape}. Pass logits.argmax(-1), or logits > 0 for two classes, as "
+                "predictions."
             )
     if labels.shape != predictions.shape:
         raise LossError(
-            f"Each label has one prediction; labels have shape {labels.shape}, predictions "
-            f"{predictions.shape}. Pass logits.argmax(-1), with the shape of the labels."
+            f"labels and predictions must have the same shape; got {labels.shape} and "
+            f"{predictions.shape}. Pass logits.argmax(-1) as predictions."
         )
     weights = _weight(weight, labels)
     return labels.astype(jnp.int32), predictions.astype(jnp.int32), weights
@@ -335,9 +337,8 @@ def _weight(weight: Any, labels: jax.Array) -> jax.Array:
     weight = jnp.ones(labels.shape, bool) if weight is None else jnp.asarray(weight)
     if weight.shape != labels.shape[: weight.ndim]:
         raise LossError(
-            f"Each label has a weight, or all labels of an example have one; labels have shape "
-            f"{labels.shape}, weight has shape {weight.shape}. Pass weights [batch] or "
-            f"{labels.shape}."
+            f"weight has shape {weight.shape}, which does not match the leading axes of the labels,"
+            f" {labels.shape}. Pass one weight per example, [batch], or one per label."
         )
     if weight.dtype != bool:
         weight = weight.astype(jnp.int32) if is_whole(weight) else floating(weight)

@@ -1,10 +1,9 @@
-"""Extremes: the smallest and the largest value."""
+"""Smallest and largest values."""
 
 from __future__ import annotations
 
 import dataclasses
-from abc import abstractmethod
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,7 @@ from distaff.metrics.accumulators import (
 
 
 def extremes_of(dtype: Any) -> tuple[Any, Any]:
-    """Returns the lowest and the highest value that a dtype has."""
+    """Returns the lowest and the highest value of a dtype."""
     dtype = np.dtype(dtype)
     if dtype.kind == "b":
         return False, True
@@ -37,11 +36,14 @@ class _Extreme(Metric):
     value: Any
     count: Any = 1
 
+    _over_axis: ClassVar[str]
+    _of_two: ClassVar[str]
+
     @classmethod
     def per_example(cls, values: Any) -> PerExample:
-        """Declares values per example, `[batch, ...]`, whose extreme is wanted.
+        """Returns the extreme of values per example, `[batch, ...]`.
 
-        Integers stay integers, so that those beyond 2**24 are exact.
+        Integers stay integers, so that values beyond 2**24 are exact.
         """
         values = jnp.asarray(values)
         if is_whole(values) and values.dtype.itemsize < 4:
@@ -49,8 +51,16 @@ class _Extreme(Metric):
         return PerExample((values if is_whole(values) else floating(values),), cls)
 
     @classmethod
-    @abstractmethod
-    def _neutral(cls, dtype: Any) -> Any: ...
+    def reduce(cls, mask: jax.Array, *values: jax.Array) -> Self:
+        kept = masked(mask, values[0], cls._neutral(values[0].dtype))
+        return cls(getattr(jnp, cls._over_axis)(kept, axis=0), jnp.sum(mask))
+
+    def merge(self, other: Self) -> Self:
+        value = getattr(namespace(self.value), self._of_two)(self.value, other.value)
+        return type(self)(value, self.count + other.count)
+
+    def over_rows(self) -> Self:
+        return type(self)(getattr(self.value, self._over_axis)(0), self.count.sum(0))
 
     def compute(self) -> Any:
         numpy = namespace(self.value)
@@ -61,31 +71,22 @@ class _Extreme(Metric):
         neutral = jnp.full_like(value, self._neutral(value.dtype))
         return type(self)(neutral, jnp.zeros_like(self.count))
 
+    @classmethod
+    def _neutral(cls, dtype: Any) -> Any:
+        lowest, highest = extremes_of(dtype)
+        return highest if cls._over_axis == "min" else lowest
+
 
 @pytree
 class Min(_Extreme):
     """The smallest value.
 
     Args:
-        value: of them.
-        count: how many there are; without any the value is NaN.
+        value: the minimum.
+        count: the number of examples; the value is NaN if it is 0.
     """
 
-    @classmethod
-    def _neutral(cls, dtype: Any) -> Any:
-        return extremes_of(dtype)[1]
-
-    @classmethod
-    def reduce(cls, mask: jax.Array, *values: jax.Array) -> Self:
-        kept = masked(mask, values[0], cls._neutral(values[0].dtype))
-        return cls(jnp.min(kept, axis=0), jnp.sum(mask))
-
-    def merge(self, other: Self) -> Self:
-        value = namespace(self.value).minimum(self.value, other.value)
-        return type(self)(value, self.count + other.count)
-
-    def over_rows(self) -> Self:
-        return type(self)(self.value.min(0), self.count.sum(0))
+    _over_axis, _of_two = "min", "minimum"
 
 
 @pytree
@@ -93,22 +94,8 @@ class Max(_Extreme):
     """The largest value.
 
     Args:
-        value: of them.
-        count: how many there are; without any the value is NaN.
+        value: the maximum.
+        count: the number of examples; the value is NaN if it is 0.
     """
 
-    @classmethod
-    def _neutral(cls, dtype: Any) -> Any:
-        return extremes_of(dtype)[0]
-
-    @classmethod
-    def reduce(cls, mask: jax.Array, *values: jax.Array) -> Self:
-        kept = masked(mask, values[0], cls._neutral(values[0].dtype))
-        return cls(jnp.max(kept, axis=0), jnp.sum(mask))
-
-    def merge(self, other: Self) -> Self:
-        value = namespace(self.value).maximum(self.value, other.value)
-        return type(self)(value, self.count + other.count)
-
-    def over_rows(self) -> Self:
-        return type(self)(self.value.max(0), self.count.sum(0))
+    _over_axis, _of_two = "max", "maximum"

@@ -1,4 +1,4 @@
-"""Filled: values that have no weight, made harmless for the gradient."""
+"""Replacement of unweighted NaN in a batch, which would make gradients NaN."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from distaff.metrics.accumulators import aligned
 
 
 def filled(tree: Any, weight: jax.Array | None) -> Any:
-    """Returns arrays in which 0 is in place of what is not finite, and has no weight.
+    """Replaces values that are not finite and have weight 0 by 0.
 
-    A value without weight counts as 0 in a mean, even if it is NaN. Its gradient is another matter:
-    0 times the derivative of what was computed of NaN is NaN. So nothing may be computed of it.
+    A weighted mean ignores values of weight 0, even NaN, but their gradient is 0 times NaN, which
+    is NaN. So replace them before anything is computed from them.
 
     Args:
-        tree: a batch, or arrays `[batch, ...]`; those that are not of floats stay as they are.
-        weight: `[batch]`, or with more leading axes of the arrays; an array that does not have
-            these is replaced where an example has no weight at all. None for no weights.
+        tree: a batch, or arrays `[batch, ...]`; arrays that are not floats are unchanged.
+        weight: `[batch]`, or with more leading axes of the arrays. In an array without these axes,
+            an example is replaced if all its weights are 0. None to replace nothing.
 
     >>> filled({"y": jnp.array([1.0, jnp.nan])}, jnp.array([1, 0]))["y"].tolist()
     [1.0, 0.0]

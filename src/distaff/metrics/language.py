@@ -11,7 +11,7 @@ from distaff.metrics.accumulators import Mean, namespace, pytree
 
 @pytree
 class Perplexity(Mean):
-    """The exponential of the mean loss per token: of the mean over all, no mean of exponentials.
+    """The exponential of the mean loss over all tokens.
 
     `Perplexity.per_example(losses, weight=tokens)` takes the mean negative log-likelihood of each
     sequence in nats, `[batch]`, and its number of tokens, `[batch]`.

@@ -1,8 +1,7 @@
-"""Limits: whether the indices and the weights of every batch are in their range.
+"""Limits: range checks of the indices and weights of every batch.
 
-What is out of range trains silently: JAX takes the index -1 for the last entry, and gives NaN for
-one that is too large. So a step notes the range of each, in a row like its metrics, and the host
-reads it with them.
+JAX reads the index -1 as the last entry and returns NaN for one that is too large, so bad values
+train silently. A step returns the range of its values like a metric, and the host checks it.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ class Breach(NamedTuple):
     """A batch with a value that is out of range.
 
     Attributes:
-        batch: which one it is, counted from 0.
-        rule: what the values must be, as a clause.
-        found: what they are, as a clause.
+        batch: its index, counted from 0.
+        rule: the rule, as a clause.
+        found: the values found, as a clause.
         advice: a sentence with the remedy.
     """
 
@@ -45,21 +44,21 @@ class Breach(NamedTuple):
     advice: str
 
     def text(self, place: str) -> str:
-        """Returns what is wrong where: `"batch 6 of the val loader"`."""
+        """Returns the message; `place` is such as `"batch 6 of the val loader"`."""
         return f"{self.rule}; in {place} {self.found}. {self.advice}"
 
 
 @pytree
 class Limits(Metric):
-    """The lowest and the highest value of the batches; of the first batch that breaks a limit.
+    """The lowest and highest value of the batches, or of the first batch that breaks a limit.
 
     Args:
-        ends: four numbers, `[..., 4]`, of the dtype of the values: the lowest value reversed (`~x`
-            of integers, `-x` of floats), so that one reduction gives both ends; the highest value;
-            how many batches there are; and which of them the values are of, counted from 0.
-        rule: what must hold, as a clause, for the error.
-        least: the least value that is allowed.
-        most: the largest one; None for any that is finite.
+        ends: four numbers, `[..., 4]`, with the dtype of the values: the lowest value, reversed
+            (`~x` for integers, `-x` for floats) so that one reduction computes both ends; the
+            highest value; the number of batches; and the index of the batch of the values.
+        rule: the rule, as a clause, for the error.
+        least: the lowest allowed value.
+        most: the highest allowed value; None for any finite one.
         advice: a sentence with the remedy, for the error.
         are_whole: whether the values are integers.
     """
@@ -84,18 +83,18 @@ class Limits(Metric):
         where: Any = None,
         advice: str = "",
     ) -> PerExample:
-        """Declares values whose range is to be noted.
+        """Checks that values lie between `least` and `most`.
 
         Args:
-            rule: what must hold, as a clause, for the error: `"A weight is at least 0"`.
+            rule: the rule, as a clause, for the error: `"A weight is at least 0"`.
             values: numbers `[batch, ...]`.
-            least: the least value that is allowed.
-            most: the largest one; None for any that is finite.
-            where: bool `[batch, ...]`, which of them count; None for all.
+            least: the lowest allowed value.
+            most: the highest allowed value; None for any finite one.
+            where: bool `[batch, ...]`, the values to check; None for all.
             advice: a sentence with the remedy, for the error.
 
         Raises:
-            LossError: `where` has another shape.
+            LossError: `where` has another shape than `values`.
         """
         values = jnp.asarray(values)
         if not is_whole(values):
@@ -105,8 +104,8 @@ class Limits(Metric):
         where = jnp.ones(values.shape, bool) if where is None else jnp.asarray(where)
         if where.shape != values.shape:
             raise LossError(
-                "A check needs to know of each value whether it counts; the values have shape "
-                f"{values.shape}, and where has shape {where.shape}. Broadcast it to the former."
+                f"where must have the shape of the values, {values.shape}; it has shape "
+                f"{where.shape}. Broadcast it."
             )
         settings = ("rule", rule), ("least", least), ("most", most), ("advice", advice)
         settings = *settings, ("are_whole", is_whole(values))
@@ -148,7 +147,7 @@ class Limits(Metric):
         return self._are_kept(self.ends)
 
     def breach(self) -> Breach | None:
-        """Returns the first batch that breaks a limit; None where none does. On the host."""
+        """Returns the first batch that breaks a limit, or None. Only on the host."""
         rows = np.reshape(self.ends, (-1, 4))
         bad = rows[~self._are_kept(rows)]
         if not len(bad):
@@ -156,7 +155,7 @@ class Limits(Metric):
         ends = min(bad, key=lambda row: row[3])
         low, high = _plain(self._low(ends)), _plain(ends[1])
         value = high if low >= self.least else low
-        reach = "" if low == high or low != low else f", and they reach from {low} to {high}"
+        reach = "" if low == high or low != low else f", and they range from {low} to {high}"
         return Breach(int(ends[3]), self.rule, f"one is {value}{reach}", self.advice)
 
     def _low(self, ends: Any) -> Any:
@@ -166,11 +165,11 @@ class Limits(Metric):
         low, high = self._low(ends), ends[..., 1]
         is_empty = high < low
         are_kept = (low >= self.least) & (high < np.inf if self.most is None else high <= self.most)
-        return are_kept | is_empty  # NaN is none of these
+        return are_kept | is_empty  # NaN fails each comparison
 
 
 def _reversed(values: jax.Array) -> jax.Array:
-    """Returns values in the opposite order; no integer overflows."""
+    """Returns values in reverse order, without integer overflow."""
     return ~values if is_whole(values) else -values
 
 
@@ -180,7 +179,7 @@ def _plain(value: Any) -> Any:
 
 
 def first_breach(metrics: Mapping[str, Any]) -> Breach | None:
-    """Returns the first breach of any limit among merged metrics on the host; None without."""
+    """Returns the first breach of any limit among merged metrics on the host, or None."""
     limits = [metric for metric in metrics.values() if isinstance(metric, Limits)]
     found = [each for each in (metric.breach() for metric in limits) if each is not None]
     return min(found, key=lambda each: each.batch, default=None)

@@ -1,4 +1,4 @@
-"""Monitor: which metric makes a model better, and in which direction."""
+"""Monitor: the metric that ranks models, and its direction."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ _OPPOSITE = frozenset(("neg", "negative", "minus"))
 
 
 def direction(name: str) -> Literal["min", "max"] | None:
-    """Returns in which direction a metric is better, as far as its name says so.
+    """Returns whether a larger or smaller metric is better, judged by its name.
 
     Args:
-        name: such as `val/top5_accuracy`; the last word that says anything counts.
+        name: such as `val/top5_accuracy`; the last known word decides.
 
     Returns:
-        None where no word of it does.
+        None if the name has no known word.
     """
     words = re.findall(
         r"[a-z]+[0-9]*", re.sub(r"([a-z])([A-Z])", r"\1_\2", name.split("/")[-1]).lower()
     )
     larger, smaller = _LARGER.split(), _SMALLER.split()
-    said = [word for word in words if word in larger + smaller]
-    if not said:
+    known = [word for word in words if word in larger + smaller]
+    if not known:
         return None
-    is_larger = (said[-1] in larger) != bool(_OPPOSITE & set(words))
+    is_larger = (known[-1] in larger) != bool(_OPPOSITE & set(words))
     return "max" if is_larger else "min"
 
 
 def as_monitor(given: Any) -> Monitor:
-    """Returns a monitor, also of the name of a metric.
+    """Returns a monitor, given one or the name of a metric.
 
     Raises:
         ConfigError: it is neither.
@@ -50,7 +50,7 @@ def as_monitor(given: Any) -> Monitor:
         return Monitor(given)
     if not isinstance(given, Monitor):
         raise ConfigError(
-            f"A monitor is a Monitor or the name of a metric; got {given!r}. Write "
+            f"monitor must be a Monitor or the name of a metric; got {given!r}. Write "
             "Monitor('val/loss')."
         )
     return given
@@ -58,7 +58,7 @@ def as_monitor(given: Any) -> Monitor:
 
 @dataclass(frozen=True)
 class Monitor:
-    """The metric a model is judged by.
+    """The metric that ranks models.
 
     >>> Monitor("val/accuracy").mode, Monitor("val/loss").mode
     ('max', 'min')
@@ -66,12 +66,12 @@ class Monitor:
     Args:
         name: as logged, with its prefix: `"val/loss"`, or `"train/loss"` for the average over the
             training epoch.
-        mode: whether smaller (`"min"`) or larger (`"max"`) is better. By default what the name
-            says, `"max"` for accuracy, F1, AUROC and the like; `"min"` for every other name.
-        insist: take `mode` although the name says the opposite.
+        mode: whether smaller (`"min"`) or larger (`"max"`) is better. By default inferred from the
+            name: `"max"` for accuracy, F1, AUROC and similar metrics, `"min"` for all others.
+        insist: use `mode` even if the name suggests the opposite.
 
     Raises:
-        ConfigError: `mode` is neither, or the name says the opposite.
+        ConfigError: `mode` is neither, or the name suggests the opposite.
     """
 
     name: str
@@ -83,67 +83,68 @@ class Monitor:
             raise ConfigError(
                 f"Monitor takes the name of a metric; got {self.name!r}. Write Monitor('val/loss')."
             )
-        said, mode = direction(self.name), self.mode
+        inferred, mode = direction(self.name), self.mode
         if mode is None:
-            object.__setattr__(self, "mode", said or "min")
+            object.__setattr__(self, "mode", inferred or "min")
         elif mode not in ("min", "max"):
-            raise ConfigError(f"Monitor({self.name!r}): mode is 'min' or 'max'; got {mode!r}.")
-        elif said not in (None, mode) and not insist:
+            raise ConfigError(f"Monitor({self.name!r}): mode must be 'min' or 'max'; got {mode!r}.")
+        elif inferred not in (None, mode) and not insist:
             raise ConfigError(
-                f"Monitor({self.name!r}, mode={mode!r}) keeps the worst model, as its name says. "
-                f"Write mode={said!r}; or, if {mode!r} is meant, "
+                f"Monitor({self.name!r}, mode={mode!r}) keeps the worst model, judging by the name."
+                f" Write mode={inferred!r}; or, if {mode!r} is meant, "
                 f"Monitor({self.name!r}, mode={mode!r}, insist=True)."
             )
 
     @property
     def is_of_training(self) -> bool:
-        """Whether the metric is one of the training epoch, and not of a validation."""
+        """Whether the metric is that of the training epoch rather than of a validation."""
         return self.name.startswith("train/")
 
     def judged(
         self, metrics: Mapping[str, Any], validation: Mapping[str, Any]
     ) -> Mapping[str, Any]:
-        """Returns what a model is judged by: its validation, and what is monitored of training.
+        """Returns the validation metrics, plus the monitored training metric.
 
         Args:
-            metrics: of the training epoch.
-            validation: of the validation after it; empty without.
+            metrics: metrics of the training epoch.
+            validation: metrics of the validation after it, or empty.
         """
-        is_there = self.is_of_training and self.name in metrics
-        return {self.name: metrics[self.name], **validation} if is_there else validation
+        if self.is_of_training and self.name in metrics:
+            return {self.name: metrics[self.name], **validation}
+        return validation
 
     def check(self, known: Iterable[str]) -> None:
         """Checks that the metric exists.
 
         Raises:
-            MetricError: it does not; the known names are listed.
+            MetricError: it does not; the message lists the known names.
         """
         names = list(known)
         if self.name not in names:
             raise MetricError(
                 f"The monitored metric {self.name!r} is not among the validation metrics. "
                 f"{nearest(self.name, names)} "
-                "Return it from the loss function, or set monitor = Monitor(...) to a known one."
+                "Return it from the loss function, or set monitor to a known one."
             )
 
     def value(self, metrics: Mapping[str, Any]) -> float:
         """Returns the monitored value.
 
         Raises:
-            MetricError: it is missing, or is not one number.
+            MetricError: it is missing, or not a scalar.
         """
         self.check(metrics)
         value = metrics[self.name]
         if np.ndim(value) != 0:
             raise MetricError(
-                f"A monitored metric is one number; {self.name!r} has shape {np.shape(value)}."
+                f"The monitored metric {self.name!r} has shape {np.shape(value)}. Monitor a scalar."
             )
         return float(value)
 
     def better(self, new: float, old: float | None, min_delta: float = 0.0) -> bool:
-        """Tells whether `new` is better than `old` by more than `min_delta`.
+        """Returns whether `new` is better than `old` by more than `min_delta`.
 
-        Anything is better than nothing; a number is better than NaN; a tie keeps the older.
+        Any value is better than None, and any number better than NaN; a tie keeps the old value.
         """
         if old is None:
             return True

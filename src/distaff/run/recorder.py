@@ -22,7 +22,7 @@ from distaff.execution.feed.skipped import num_drawn, skipped_batches
 from distaff.execution.peak_flops import peak_flops
 from distaff.execution.timers import Timers
 from distaff.metrics import as_json, compute, results
-from distaff.metrics.named import Named
+from distaff.metrics.accumulators import Named
 from distaff.run.directory.protocol import Recording
 from distaff.run.display import rows_by_split
 from distaff.run.events import ChunkEnd, Plan
