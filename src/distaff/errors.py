@@ -1,6 +1,6 @@
-"""The exceptions Distaff raises, and the two phrases every message is built from.
+"""The exceptions that Distaff raises.
 
-Each message states the rule, then the offending values by name, then the remedy.
+Each message states what is wrong, then the values by name, then the remedy.
 """
 
 from __future__ import annotations
@@ -21,34 +21,35 @@ class ConfigError(DistaffError, ValueError):
 
 
 class BatchError(DistaffError, ValueError):
-    """A batch, or the loader that yields it, does not have the agreed form."""
+    """A batch, or the loader that yields it, is invalid."""
 
 
 class ChangedBatchesError(BatchError):
-    """A loader that goes to a position has not yielded the same batches on the way there.
+    """A loader that read up to a saved position yielded other batches than before.
 
-    It stands there all the same: `loader.set_state(loader.get_state())` goes on with it.
+    The loader is at that position all the same: `loader.set_state(loader.get_state())` continues
+    from there.
     """
 
 
 class DataFileError(DistaffError, ValueError):
-    """A file of a data set is missing, unreadable, or not in its published format."""
+    """A file of a dataset is missing, unreadable, or not in its published format."""
 
 
 class LossError(DistaffError, ValueError):
-    """A loss or a metric returned by the user's function has the wrong form."""
+    """A user's function returned an invalid loss or metric."""
 
 
 class UnknownNameError(DistaffError, AttributeError):
-    """An attribute that other libraries have, under the name that it has there."""
+    """An attribute was accessed by its name in another library."""
 
 
 class MaskError(LossError):
-    """A mask meets metrics that are not values per example."""
+    """A mask was given, but a metric has no value per example."""
 
 
 class StateError(DistaffError, ValueError):
-    """A train state is used before it is complete, or with a member it does not have."""
+    """A train state is incomplete, or lacks the requested field."""
 
 
 class MetricError(DistaffError, ValueError):
@@ -56,7 +57,7 @@ class MetricError(DistaffError, ValueError):
 
 
 class UnknownMetricError(MetricError, KeyError):
-    """A metric is asked for that is not there; the nearest one is named."""
+    """The requested metric does not exist; the message suggests the nearest name."""
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -67,15 +68,15 @@ class CheckpointError(DistaffError, ValueError):
 
 
 class RunDirectoryError(DistaffError, OSError):
-    """The directory of a run cannot be created or written."""
+    """A run directory cannot be created or written."""
 
 
 class RunInUseError(RunDirectoryError):
-    """The directory of a run is in use by another process."""
+    """A run directory is in use by another process."""
 
 
 class BarrierError(DistaffError, TimeoutError):
-    """Not all processes have come to where all of them must wait for each other."""
+    """Not all processes reached a barrier in time."""
 
 
 class MissingExtraError(DistaffError, ImportError):
@@ -87,26 +88,26 @@ class NonFiniteError(DistaffError, FloatingPointError):
 
 
 class RecompileError(DistaffError, RuntimeError):
-    """A program compiled again after its first time, under `recompile="error"`."""
+    """A program was compiled a second time, under `recompile="error"`."""
 
 
 class RecompileWarning(UserWarning):
-    """A program compiled again after its first time."""
+    """A program was compiled a second time."""
 
 
 class ModeWarning(UserWarning):
-    """A model's dropout or running statistics do not follow whether it trains."""
+    """A model's dropout or running statistics ignore the switch between training and evaluation."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns a sentence that lists the known names, the closest one first.
 
     Args:
-        name: the name that was not found.
-        known: all names that would have been accepted.
+        name: the unknown name.
+        known: all accepted names.
 
     Returns:
-        `"Did you mean 'adamw'? Known: 'adam', 'adamw'."`; no question where nothing is close.
+        `"Did you mean 'adamw'? Known: 'adam', 'adamw'."`; without the question if no name is close.
     """
     names = sorted(set(known))
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)

@@ -396,7 +396,7 @@ def test_shuffled_stream_of_rows_is_read_again_since_its_buffer_is_in_no_positio
 @pytest.mark.parametrize("kind", [Dataset, IterableDataset])
 def test_bad_options_are_refused(kind):
     for options in ({"batch_size": 0}, {"batch_size": 2.5}, {"batch_size": 2, "seed": -1}):
-        with pytest.raises(ConfigError, match="is a whole number, at least"):
+        with pytest.raises(ConfigError, match="must be an integer, at least"):
             data.from_datasets(kind(), **options)
     with pytest.raises(ConfigError, match="Unknown remainder 'dropp'"):
         data.from_datasets(kind(), 2, remainder="dropp")

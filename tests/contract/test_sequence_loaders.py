@@ -268,7 +268,7 @@ ROW = np.arange(4)
     ("make", "error", "said"),
     [
         (lambda: packed(iter([ROW])), BatchError, "have a length"),
-        (lambda: packed([ROW], 0), ConfigError, "length is a whole number, at least 1; got 0"),
+        (lambda: packed([ROW], 0), ConfigError, "length must be an integer, at least 1; got 0"),
         (lambda: packed([ROW], 4.0), ConfigError, "length is .* got 4.0"),
         (lambda: packed([np.array([2**31])]), BatchError, "to 2147483648"),
         (lambda: packed([(ROW, 1)]), BatchError, "of type tuple, holds what is no array"),

@@ -199,8 +199,8 @@ def test_an_optimizer_that_searches_with_the_loss_cannot_accumulate(tx):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"accumulate": 0}, r"accumulate is a whole number, at least 1; got 0"),
-        ({"accumulate": 2.5}, r"accumulate is a whole number"),
+        ({"accumulate": 0}, r"accumulate must be an integer, at least 1; got 0"),
+        ({"accumulate": 2.5}, r"accumulate must be an integer"),
         ({"name": "lbfgs", "accumulate": 2}, r"'lbfgs' evaluates the loss"),
     ],
 )

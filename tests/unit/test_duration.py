@@ -70,6 +70,6 @@ def test_seconds_of_any_text_is_positive_or_refused(text):
     ],
 )
 def test_seconds_of_refuses_by_name_and_value(duration):
-    with pytest.raises(ConfigError, match=r"max_time is a positive time: ") as error:
+    with pytest.raises(ConfigError, match=r"max_time must be a positive duration: ") as error:
         seconds_of(duration, "max_time")
     assert repr(duration) in str(error.value)

@@ -90,7 +90,7 @@ def test_other_attributes_are_missing_as_ever():
     ],
 )
 def test_method_that_nothing_calls_is_an_error(method, form):
-    with pytest.raises(ConfigError, match=f"{method}, which nothing calls.*{form}"):
+    with pytest.raises(ConfigError, match=f"{method}, which is never called.*{form}"):
         make(subclass(**{method: lambda self, *arguments: None}))
 
 
@@ -168,7 +168,7 @@ class Aliased(Callback):
         (print, "subclass of distaff.Callback"),
         ("early_stopping", "subclass of distaff.Callback"),
         ({"stop": EarlyStopping()}, "subclass of distaff.Callback"),
-        ([Misspelt()], "on_train_end, which nothing calls. Write on_training_end"),
+        ([Misspelt()], "on_train_end, which is never called. Write on_training_end"),
         ([Unlike()], r"Unlike\.on_epoch_end .*def on_epoch_end\(self, info\)"),
     ],
 )
@@ -310,5 +310,5 @@ def test_hooks_that_yield_are_an_error():
     def hook(self, epoch, metrics):
         yield epoch
 
-    with pytest.raises(ConfigError, match=r"Own\.on_training_epoch_end is called and not iterated"):
+    with pytest.raises(ConfigError, match="on_training_epoch_end, and does not iterate"):
         make(subclass(on_training_epoch_end=hook))

@@ -105,7 +105,7 @@ def test_max_time_is_a_reason_when_it_has_passed():
 
 
 def test_max_time_is_checked():
-    with pytest.raises(ConfigError, match="max_time is a positive time"):
+    with pytest.raises(ConfigError, match="max_time must be a positive duration"):
         Interruption(max_time="soon")
 
 

@@ -253,7 +253,7 @@ def test_language_model_refuses_other_outputs_and_masks():
         ({"prompt": np.zeros(3)}, "float64"),
         ({"prompt": np.array([3, 256])}, "vocab_size=256.*from 3 to 256"),
         ({"prompt": np.array([-1])}, "from -1"),
-        ({"length": 0}, "length is a whole number"),
+        ({"length": 0}, "length must be an integer"),
         ({"temperature": -0.5}, "temperature.*-0.5"),
         ({"temperature": math.inf}, "temperature.*inf"),
     ],
@@ -273,7 +273,7 @@ def test_sample_needs_parameters_and_bytes_a_vocabulary_of_bytes():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"sample_every_n_steps": 0}, "sample_every_n_steps is a whole number"),
+        ({"sample_every_n_steps": 0}, "sample_every_n_steps must be an integer"),
         ({"sample_length": 0}, "sample_length"),
         ({"sample_prompt": ""}, "sample_prompt"),
         ({"temperature": -1}, "temperature"),

@@ -153,7 +153,7 @@ def test_fast_dev_run_takes_one_batch_of_everything_and_writes_nothing(tmp_path)
 @pytest.mark.parametrize("name", ["limit_batches", "overfit_batches"])
 @pytest.mark.parametrize("value", [0, -1, 0.5, "3"])
 def test_options_that_are_no_count_are_refused(name, value):
-    with pytest.raises(ConfigError, match=f"{name} is a whole number, at least 1"):
+    with pytest.raises(ConfigError, match=f"{name} must be an integer, at least 1"):
         trainer(**{name: value})
 
 

@@ -198,8 +198,8 @@ def test_language_model_knows_the_limits_of_its_base() -> None:
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"rank": 0}, "rank is a whole number"),
-        ({"rank": True}, "rank is a whole number"),
+        ({"rank": 0}, "rank must be an integer"),
+        ({"rank": True}, "rank must be an integer"),
         ({"alpha": 0}, "alpha is a finite positive number"),
         ({"alpha": float("nan")}, "alpha is a finite positive number"),
         ({"alpha": True}, "alpha is a finite positive number"),

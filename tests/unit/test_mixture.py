@@ -251,8 +251,8 @@ SAME = numbers(0, 4, 2)
         ({"a": SAME, "b": SAME}, {"a": 1, "b": 1}, {}, "'a' and 'b' are the same object"),
         ({"a": SAME}, {"a": 1}, {"by": "batches"}, "Did you mean 'batch'"),
         ({"a": SAME}, {"a": 1}, {"by": "batch", "batch_size": 2}, "batch_size=2. Give the loaders"),
-        ({"a": SAME}, {"a": 1}, {"batch_size": 0}, "batch_size is a whole number, at least 1"),
-        ({"a": SAME}, {"a": 1}, {"num_batches": 2.0}, "num_batches is a whole number"),
+        ({"a": SAME}, {"a": 1}, {"batch_size": 0}, "batch_size must be an integer, at least 1"),
+        ({"a": SAME}, {"a": 1}, {"num_batches": 2.0}, "num_batches must be an integer"),
     ],
 )
 def test_bad_options_are_refused(loaders, weights, options, complaint):

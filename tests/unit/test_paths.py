@@ -46,7 +46,7 @@ def test_path_that_is_not_of_a_local_file_system_is_an_error(given):
 
 
 def test_trainer_refuses_a_root_elsewhere_before_anything_is_written(home):
-    with pytest.raises(ConfigError, match="root is a path of a local or mounted file system"):
+    with pytest.raises(ConfigError, match="root must be on a local or mounted file system"):
         tasks.Regressor(zoo.MLP((1,)), root="gs://bucket/runs")
     assert list(Path.cwd().iterdir()) == []
 

@@ -118,7 +118,7 @@ def test_one_process_agrees_with_itself():
 
 def test_one_process_waits_for_nobody():
     barrier("here")
-    with pytest.raises(ConfigError, match="timeout is a positive time"):
+    with pytest.raises(ConfigError, match="timeout must be a positive duration"):
         barrier("here", "never")
 
 

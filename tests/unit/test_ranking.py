@@ -158,8 +158,8 @@ def test_resume_drops_a_model_whose_checkpoint_is_gone_and_takes_other_options()
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"keep_best": 0}, "keep_best is a whole number, at least 1; got 0"),
-        ({"keep_every": 0}, "keep_every is a whole number, at least 1; got 0"),
+        ({"keep_best": 0}, "keep_best must be an integer, at least 1; got 0"),
+        ({"keep_every": 0}, "keep_every must be an integer, at least 1; got 0"),
         ({"on_failed_save": "warm"}, "on_failed_save has no value 'warm'. Did you mean 'warn'"),
     ],
 )

@@ -33,7 +33,7 @@ def test_variant_differs_in_what_was_asked_for_and_leaves_the_first_one_alone():
 def test_variant_refuses_what_is_no_option():
     with pytest.raises(ConfigError, match="no option 'sead'"):
         Line().variant(sead=3)
-    with pytest.raises(ConfigError, match="keep_last is a whole number, at least 1; got 0"):
+    with pytest.raises(ConfigError, match="keep_last must be an integer, at least 1; got 0"):
         Line().variant(keep_last=0)
 
 
@@ -73,9 +73,9 @@ def test_options_are_checked_and_classified_where_they_are_declared():
 
     assert dataclasses.astuple(Some(count=np.int64(3), offset=-2)) == (3, -2)
     assert type(Some(count=np.int64(3)).count) is int
-    with pytest.raises(ConfigError, match="count is a whole number, at least 1; got 0"):
+    with pytest.raises(ConfigError, match="count must be an integer, at least 1; got 0"):
         Some(count=0)
-    with pytest.raises(ConfigError, match="offset is a whole number; got 'x'"):
+    with pytest.raises(ConfigError, match="offset must be an integer; got 'x'"):
         Some(offset="x")
     assert (Some.names("same run"), Some.names("ignored")) == ({"count"}, set())
 

@@ -102,7 +102,7 @@ def test_none_watches_nothing():
 
 
 def test_stuck_after_is_checked():
-    with pytest.raises(ConfigError, match="stuck_after is a positive time"):
+    with pytest.raises(ConfigError, match="stuck_after must be a positive duration"):
         Watchdog(0)
 
 

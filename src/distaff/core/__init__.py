@@ -1,1 +1,1 @@
-"""Words and values that everything else uses."""
+"""Types, options, paths and files that all other packages use."""

@@ -1,8 +1,8 @@
-"""Digests of programs, functions and arrays, equal in every process that has the same ones.
+"""Computes digests of programs, functions and arrays that are equal in every process.
 
-The digest of a program follows how its values depend on each other: the order of equations that do
-not, names of functions, places in files, shardings and dead code are no part of it; constants are,
-by their bytes.
+The digest of a program covers how its values depend on each other, and the bytes of its constants.
+It ignores the order of independent equations, names of functions, source locations, shardings and
+dead code.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ _HOW_IT_RUNS = {
     *("jvp_jaxpr_fun", "jvp_jaxpr_thunk", "fwd_jaxpr_thunk", "bwd", "out_trees", "debug_info"),
     *("policy", "prevent_cse", "name_and_src_info", "metadata", "backend", "device", "devices"),
 }
-"""Parameters of equations that lead to the same values, or are rules of a derivative that is traced
-already."""
+"""Parameters of equations that do not change the values: how they are run, and derivative rules
+that are already traced."""
 
 
 class Part(NamedTuple):
     """The digest of a part of a program.
 
     Attributes:
-        form: digest of its operations, whatever the scalar numbers in them.
+        form: digest of its operations, without scalar literals.
         whole: digest with them.
-        numbers: the different scalar numbers in it, as text, in the order of their appearance.
+        numbers: its distinct scalar literals, as text, in order of appearance.
     """
 
     form: str
@@ -58,8 +58,8 @@ class Program(NamedTuple):
     """The digest of a program.
 
     Attributes:
-        whole: of all its results.
-        parts: digests of its parts by scope, and of what is in none as `REST`.
+        whole: digest of all its results.
+        parts: digests of its parts by scope; `REST` for operations outside all scopes.
     """
 
     whole: str
@@ -67,10 +67,10 @@ class Program(NamedTuple):
 
 
 def program_digest(function: Callable[..., Any], *arguments: Any) -> Program:
-    """Traces a function, unless JAX still has the trace, and returns its digest.
+    """Traces a function, or reuses JAX's cached trace, and returns its digest.
 
     Args:
-        function: a pure function; nothing is compiled or run.
+        function: a pure function; it is neither compiled nor run.
         *arguments: pytrees of arrays, or of `jax.ShapeDtypeStruct`.
     """
     traced = jax.make_jaxpr(function)(*arguments)
@@ -78,15 +78,15 @@ def program_digest(function: Callable[..., Any], *arguments: Any) -> Program:
 
 
 def digest(*values: Any) -> str:
-    """Returns a short digest of values: numbers, texts, arrays, containers and functions."""
+    """Returns a short digest of values: numbers, strings, arrays, containers and functions."""
     return _hashed(*map(_token, values))
 
 
 def sample_digest(array: Any) -> str:
-    """Returns form and digest of an array; of a large one, of pieces spread over it.
+    """Returns the dtype, shape and digest of an array; a large array is sampled.
 
     Args:
-        array: of any library that NumPy can read; random keys too.
+        array: an array that NumPy can read, or random keys.
     """
     if isinstance(array, jax.Array) and jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
         return _array(array)
@@ -102,10 +102,10 @@ def sample_digest(array: Any) -> str:
 
 
 class _Digester:
-    """Goes through the equations of a program, and of those inside of them."""
+    """Computes the digests of a program and of the programs nested in it."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[int, str], tuple[Any, Program]] = {}
+        self._programs: dict[tuple[int, str], tuple[Any, Program]] = {}
         self._terms: dict[str, tuple[str, list[str]]] = {}
 
     def program(self, jaxpr: Any, consts: Iterable[Any], scope: str = REST) -> Program:
@@ -135,25 +135,26 @@ class _Digester:
         return Program(_hashed(*results, "effects", *sorted(effects)), found)
 
     def _parameters(self, equation: Any, scope: str) -> tuple[list[Program], str]:
-        """Returns the programs inside of an equation, and what else it says."""
+        """Returns the programs nested in an equation, and its other parameters as text."""
         inner, static = [], [equation.primitive.name]
         for name, value in sorted(equation.params.items()):
             if name in _HOW_IT_RUNS:
                 continue
-            programs = [each for each in _listed(value) if hasattr(each, "eqns")]
+            values = value if isinstance(value, tuple | list) else (value,)
+            programs = [each for each in values if hasattr(each, "eqns")]
             inner += [self._inner(each, scope) for each in programs]
             static.append(name if programs else f"{name}={_token(value)}")
         return inner, " ".join(static)
 
     def _inner(self, jaxpr: Any, scope: str) -> Program:
         key = (id(jaxpr), scope)
-        if key not in self._found:
+        if key not in self._programs:
             plain, consts = getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
-            self._found[key] = jaxpr, self.program(plain, consts, scope)
-        return self._found[key][1]
+            self._programs[key] = jaxpr, self.program(plain, consts, scope)
+        return self._programs[key][1]
 
     def _result(self, head: str, inner: list[str], operands: list[str]) -> str:
-        """Returns the token of a result; sums and products have no order."""
+        """Returns the token of a result; sums and products ignore the order of operands."""
         operation = head.partition(" ")[0].removesuffix("_any")
         if operation not in ("add", "mul"):
             return _hashed(head, *inner, *operands)
@@ -170,7 +171,7 @@ class _Digester:
     def _add(
         self, equation: Any, head: str, inner: list[Program], part: _Collected, own: str
     ) -> tuple[str, str]:
-        """Adds an equation to the part that it is in; returns the tokens of its results there."""
+        """Adds an equation to its part; returns the tokens of its results in that part."""
         programs = [each.parts[own] for each in inner if own in each.parts]
         part.numbers.update(dict.fromkeys(n for each in programs for n in each.numbers))
         operands = [part.operand(each) for each in equation.invars]
@@ -184,7 +185,7 @@ class _Digester:
 
 
 def _add_others(head: str, inner: list[Program], own: str, parts: dict[str, _Collected]) -> None:
-    """Adds what is inside of an equation, and in another part than it."""
+    """Adds operations nested in an equation that belong to another part."""
     for name in {name for each in inner for name in each.parts} - {own}:
         programs = [each.parts[name] for each in inner if name in each.parts]
         part = parts.setdefault(name, _Collected({}))
@@ -194,7 +195,7 @@ def _add_others(head: str, inner: list[Program], own: str, parts: dict[str, _Col
 
 
 def _exported(flat: Flat, equations: list[tuple[Equation, str]]) -> set[Any]:
-    """Returns the variables that are results, or are used in another part than they are made in."""
+    """Returns the variables that are results, or are used outside the part that computes them."""
     made = {var: own for equation, own in equations for var in equation.outvars}
     used = {
         var
@@ -206,15 +207,15 @@ def _exported(flat: Flat, equations: list[tuple[Equation, str]]) -> set[Any]:
 
 
 class _Collected:
-    """What is found of a part of a program.
+    """A part of a program while it is collected.
 
     Args:
         constants: tokens of the program's constants.
 
     Attributes:
-        values: tokens of constants and of variables made in it, without and with numbers.
-        tokens: of those that leave it.
-        numbers: the different numbers, in order.
+        values: tokens of its constants and variables, without and with literals.
+        tokens: tokens of the values that leave the part.
+        numbers: its distinct literals, in order.
     """
 
     def __init__(self, constants: Mapping[Any, str]) -> None:
@@ -223,7 +224,7 @@ class _Collected:
         self.numbers: dict[str, None] = {}
 
     def operand(self, var: Any) -> tuple[str, str]:
-        """Returns the tokens of an operand; one from elsewhere is known by its form."""
+        """Returns the tokens of an operand; one from another part counts by shape and dtype."""
         form = _form(var)
         if not is_literal(var):
             return self.values.get(var, (form, form))
@@ -234,7 +235,7 @@ class _Collected:
         return form, token
 
     def part(self) -> Part:
-        """Returns its digest, whatever the order of its equations."""
+        """Returns the digest, independent of the order of equations."""
         forms, wholes = zip(*self.tokens, strict=True)
         numbers = tuple(self.numbers)[:_MAX_NUMBERS]
         return Part(_hashed(*sorted(forms)), _hashed(*sorted(wholes)), numbers)
@@ -259,16 +260,12 @@ def _form_of(aval: Any) -> str:
     return f"{dtype}{shape}{getattr(aval, 'weak_type', '')}" if dtype is not None else str(aval)
 
 
-def _listed(value: Any) -> Iterable[Any]:
-    return value if isinstance(value, tuple | list) else (value,)
-
-
 def _hashed(*pieces: str) -> str:
     return hashlib.blake2b("\n".join(pieces).encode(), digest_size=8).hexdigest()
 
 
 def _token(value: Any, depth: int = 0) -> str:
-    """Returns a text that is the same for equal values, in every process."""
+    """Returns a string that is the same for equal values, in every process."""
     if value is None or isinstance(value, bool | int | float | complex | str | bytes):
         return repr(value)
     if depth > _MAX_DEPTH:
@@ -305,7 +302,7 @@ def _token(value: Any, depth: int = 0) -> str:
 
 
 def _array(array: Any) -> str:
-    """Returns form and digest of an array."""
+    """Returns the dtype, shape and digest of an array."""
     if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
         name = str(jax.random.key_impl(array))
         return f"key {_ADDRESS.sub('', name)} {_array(jax.random.key_data(array))}"
@@ -314,7 +311,7 @@ def _array(array: Any) -> str:
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:
-    """Returns the bytes of an array, `[size]`; none of one that holds objects."""
+    """Returns the bytes of an array, uint8 `[size]`; empty if it holds Python objects."""
     if not array.size or array.dtype.hasobject:
         return np.zeros(0, np.uint8)
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
@@ -325,7 +322,7 @@ def _hashed_bytes(data: bytes) -> str:
 
 
 def _function(function: Any, depth: int) -> str:
-    """Returns the name of a function, and a digest of its code and of what it closes over."""
+    """Returns the name of a function, and a digest of its code and closure."""
     plain = getattr(function, "__func__", function)
     cells = [_cell(cell) for cell in plain.__closure__ or ()]
     held = (plain.__defaults__, plain.__kwdefaults__, cells)

@@ -1,4 +1,4 @@
-"""Equations of a program, whose compiled calls are read as what they compute."""
+"""Flattens a jaxpr: compiled calls are replaced by the equations inside them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ SCOPES = ("loss", "optimizer", "augmentation")
 _CALLS = ("jit", "pjit")
 """Primitives that only call a program."""
 
-_MANY = 2**20
-"""More than an equation has results."""
+_MAX_RESULTS = 2**20
+"""More than the results of any equation."""
 
 _PREFIX = "distaff."
 _SCOPE = re.compile(re.escape(_PREFIX) + r"(\w+)")
 
 
 def named_scope(name: str) -> Any:
-    """Returns the scope that marks a part of a step, to be entered while it is traced.
+    """Returns a context manager that marks a part of a step while it is traced.
 
     Args:
         name: one of `SCOPES`.
@@ -32,24 +32,19 @@ def named_scope(name: str) -> Any:
 
 
 def is_scope(name: str) -> bool:
-    """Whether a name in a stack of scopes is one that `named_scope` has put there."""
+    """Whether a name in a stack of scopes comes from `named_scope`."""
     return name.startswith(_PREFIX)
 
 
 class Var(NamedTuple):
-    """A variable of a call that is read as if it stood where it is called.
-
-    Attributes:
-        aval: its shape and dtype.
-        number: which one it is.
-    """
+    """A variable inside an inlined call, by its shape and dtype and a unique number."""
 
     aval: Any
     number: int
 
 
 class Equation(NamedTuple):
-    """An equation, with its operands and results as the program around its call knows them."""
+    """An equation whose operands and results are variables of the flat program."""
 
     primitive: Any
     params: Mapping[str, Any]
@@ -59,10 +54,10 @@ class Equation(NamedTuple):
 
 
 class Flat:
-    """A program whose compiled calls are read as what they compute, wherever they end.
+    """A jaxpr whose compiled calls are inlined.
 
     Attributes:
-        equations: each with the scope that it is in.
+        equations: each equation with its scope.
         consts: values of constants, by variable.
         outvars: the results.
     """
@@ -76,7 +71,7 @@ class Flat:
     def _read(
         self, jaxpr: Any, consts: Iterable[Any], names: dict[Any, Any], scope: str
     ) -> list[Any]:
-        """Reads the equations of a jaxpr; returns its results."""
+        """Appends the equations of a jaxpr; returns its results."""
 
         def known(var: Any) -> Any:
             return var if is_literal(var) else names[var]
@@ -85,7 +80,8 @@ class Flat:
             names.setdefault(var, Var(var.aval, -1 - len(self.consts)))
             self.consts[names[var]] = value
         for equation in jaxpr.eqns:
-            own, invars = _scope_of(equation, scope), [known(var) for var in equation.invars]
+            own = _innermost(equation.source_info.name_stack) or scope
+            invars = [known(var) for var in equation.invars]
             if equation.primitive.name in _CALLS:
                 called = equation.params["jaxpr"]
                 inner = dict(zip(called.jaxpr.invars, invars, strict=True))
@@ -93,7 +89,8 @@ class Flat:
             else:
                 number = len(self.equations)
                 outvars: list[Any] = [
-                    Var(var.aval, _MANY * number + n) for n, var in enumerate(equation.outvars)
+                    Var(var.aval, _MAX_RESULTS * number + n)
+                    for n, var in enumerate(equation.outvars)
                 ]
                 read = Equation(
                     equation.primitive, equation.params, invars, outvars, equation.effects
@@ -104,7 +101,7 @@ class Flat:
 
 
 def live(flat: Flat) -> list[tuple[Equation, str]]:
-    """Returns the equations that a result or an effect depends on, but for what only prints."""
+    """Returns the equations that a result or an effect depends on, without debug printing."""
     needed = {var for var in flat.outvars if not is_literal(var)}
     kept = []
     for equation, own in reversed(flat.equations):
@@ -116,17 +113,13 @@ def live(flat: Flat) -> list[tuple[Equation, str]]:
     return kept[::-1]
 
 
-def _scope_of(equation: Any, scope: str) -> str:
-    return _innermost(equation.source_info.name_stack) or scope
-
-
 @functools.lru_cache(maxsize=4096)
 def _innermost(stack: Any) -> str:
-    """Returns the last of our scopes in a stack of names; empty without."""
+    """Returns the innermost Distaff scope in a stack of names; an empty string if there is none."""
     known = [name for name in _SCOPE.findall(str(stack)) if name in SCOPES]
     return known[-1] if known else ""
 
 
 def is_literal(var: Any) -> bool:
-    """Returns whether an operand is a number that stands in the program."""
+    """Whether an operand is a literal number."""
     return hasattr(var, "val")

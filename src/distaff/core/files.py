@@ -1,4 +1,4 @@
-"""Files that are, whatever happens, whole or as they were, and errors that say what to do."""
+"""Writes files atomically, and explains file system errors."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from pathlib import Path
 from distaff.errors import RunDirectoryError
 
 FILE_MODE = 0o664
-"""Permissions of a file, which the umask lessens: never writable by everybody."""
+"""Default permissions of a file, before the umask; never writable by everybody."""
 
 
 def write_whole(
     target: Path, content: str | bytes | Iterable[bytes], *, mode: int = FILE_MODE
 ) -> None:
-    """Writes a file that is, whatever happens, whole or as it was.
+    """Writes a file atomically: after a crash it has either its old or its new content.
 
     Args:
         target: the file.
-        content: its new content; a text is written in UTF-8.
-        mode: its permissions, which the umask lessens.
+        content: new content; a str is written in UTF-8.
+        mode: permissions, before the umask.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -43,16 +43,16 @@ def write_whole(
 
 @contextlib.contextmanager
 def explained(path: Path, verb: str = "written", *, rule: str, other: str) -> Generator[None]:
-    """Turns what the file system refuses in the block into an error with a remedy.
+    """Turns an OSError in the block into an error with a remedy.
 
     Args:
-        path: the file or directory in question.
-        verb: what cannot be done with it.
-        rule: what must be possible, such as `"A log can be {}"`, filled in with the verb.
-        other: what else to choose, such as `"root"`.
+        path: the file or directory.
+        verb: what failed, as a past participle.
+        rule: what must be possible, such as `"A log can be {}"`, formatted with the verb.
+        other: what to change instead, such as `"root"`.
 
     Raises:
-        RunDirectoryError: there was an OSError.
+        RunDirectoryError: the block raised an OSError.
     """
     try:
         yield

@@ -1,9 +1,8 @@
-"""Python's garbage collector, kept from looking again and again at what imports have made.
+"""Excludes imported libraries from Python's garbage collection.
 
-JAX and the libraries on it are 140,000 objects that live as long as the process. A full collection
-walks all of them, which takes a tenth of a second and finds nothing; Python makes two while they
-are imported, more while a run starts, and more when the process ends. See
-`docs/decisions/0012-a-quick-start.md` for what was measured.
+JAX and its libraries create 140,000 objects that live as long as the process. A full collection
+walks all of them, takes 0.1 s and frees nothing. Python runs two during the imports, and more when
+a run starts and when the process ends. `docs/decisions/0012-a-quick-start.md` has measurements.
 """
 
 from __future__ import annotations
@@ -17,12 +16,13 @@ from contextlib import contextmanager
 
 @contextmanager
 def spared() -> Generator[None]:
-    """Pauses the collector for imports, and spares it what they have made: `gc.freeze`.
+    """Pauses the collector during imports, and excludes their objects with `gc.freeze`.
 
-    Objects of the user's own must stay collectable, so it does nothing where JAX was imported
-    before, or where `DISTAFF_GC=off` is set.
+    The user's objects must stay collectable, so this does nothing if JAX is already imported, or
+    if `DISTAFF_GC=off` is set.
     """
-    if "jax" in sys.modules or not gc.isenabled() or _is_off():
+    is_off = os.environ.get("DISTAFF_GC", "").lower() in ("off", "0", "false", "no")
+    if "jax" in sys.modules or not gc.isenabled() or is_off:
         yield
         return
     gc.disable()
@@ -31,7 +31,3 @@ def spared() -> Generator[None]:
         gc.freeze()
     finally:
         gc.enable()
-
-
-def _is_off() -> bool:
-    return os.environ.get("DISTAFF_GC", "").lower() in ("off", "0", "false", "no")

@@ -1,7 +1,7 @@
-"""Names of classes and functions, and the way back to those that are imported already.
+"""Names classes and functions, and finds the imported ones by name.
 
-A script that runs is the module `__main__` to itself, and another one to whoever imports it. Its
-classes are named here by the module that it is as a file, so that both mean the same.
+A running script is the module `__main__`, but has another name when imported. Its classes are named
+by the module's file name, so that both names agree.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ def module_name(name: str) -> str:
     """Returns the name under which a module can be imported.
 
     Args:
-        name: as its classes have it; that of a script is `__main__`.
+        name: `__module__` of its classes; `__main__` for a script.
 
     Returns:
-        The name itself; of a script, its module or the name of its file without `.py`. In a
+        The name itself. For a script, its module name, or its file name without `.py`. In a
         notebook, `__main__`.
     """
     module = sys.modules.get(name)
-    if name not in _SCRIPTS or module is None:
+    if module is None or name not in _SCRIPTS:
         return name
     spec = getattr(module, "__spec__", None)
     if spec is not None and spec.name not in _SCRIPTS:
@@ -37,23 +37,23 @@ def module_name(name: str) -> str:
 
 
 def name_of(named: Any) -> str:
-    """Returns `module:qualified name` of a class or a function."""
+    """Returns `module:qualified name` of a class or function."""
     return f"{module_name(named.__module__)}:{named.__qualname__}"
 
 
 def chosen(name: str, candidates: Iterable[T]) -> T | None:
-    """Returns the candidate of a name: the last one, where it was defined again.
+    """Returns the candidate with a name, or the last one if it was redefined.
 
-    A module may be named with its packages in one process and without them in another: where no
-    candidate has the very name, the only one of the same module and class counts. A name that a
-    notebook gave has no module to compare.
+    A module may be named with its packages in one process and without them in another. So if no
+    candidate has the full name, the only one with the same module and qualified name is returned.
+    Names from a notebook have no module to compare.
 
     Args:
-        name: as `name_of` returned it.
+        name: a name from `name_of`.
         candidates: classes or functions.
 
     Returns:
-        None where there is none, or where there are several.
+        The candidate, or None if no candidate or several match.
     """
     known = {name_of(each): each for each in candidates}
     if name in known:
@@ -69,16 +69,16 @@ def chosen(name: str, candidates: Iterable[T]) -> T | None:
 
 
 def imported(name: str) -> Any:
-    """Returns the class or function of a name, if its module is imported already.
+    """Returns the class or function with a name, if its module is already imported.
 
-    Nothing is imported, and nothing of Python's own library is returned: what a file names is not
-    to be trusted with `os.system`.
+    This never imports a module, and returns nothing from Python's standard library: a name in a
+    file must not lead to `os.system`.
 
     Args:
-        name: as `name_of` returned it.
+        name: a name from `name_of`.
 
     Returns:
-        None where it is not there.
+        The class or function, or None if it is not found.
     """
     module, _, path = name.rpartition(":")
     if module.split(".")[0] in sys.stdlib_module_names and module_name("__main__") != module:
@@ -95,9 +95,9 @@ def _last(name: str) -> str:
 
 
 def _member(module: Any, path: str) -> Any:
-    """Returns what a qualified name means in a module; None where it means something else."""
-    found = module
+    """Returns the class or function with a qualified name in a module, or None."""
+    member = module
     for part in path.split("."):
-        found = getattr(found, part, None)
-    is_it = getattr(found, "__qualname__", None) == path and hasattr(found, "__module__")
-    return found if is_it and isinstance(found.__module__, str) else None
+        member = getattr(member, part, None)
+    is_it = getattr(member, "__qualname__", None) == path and hasattr(member, "__module__")
+    return member if is_it and isinstance(member.__module__, str) else None

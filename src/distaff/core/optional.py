@@ -1,4 +1,4 @@
-"""Third parties that a run may do without: found by string; a missing one names its remedy."""
+"""Loads optional dependencies; a missing one raises an error that says what to install."""
 
 from __future__ import annotations
 
@@ -13,14 +13,11 @@ def load(integration: str, *, extra: str) -> ModuleType:
     """Imports `distaff.integrations.<integration>`.
 
     Args:
-        integration: the file's name below `integrations/`, without `.py`.
-        extra: the extra in `pyproject.toml` that installs what the file imports.
-
-    Returns:
-        The module.
+        integration: file name in `integrations/`, without `.py`.
+        extra: the extra in `pyproject.toml` that installs its dependency.
 
     Raises:
-        MissingExtraError: the package that the integration wraps is not installed.
+        MissingExtraError: the dependency is not installed.
     """
     try:
         with quiet():

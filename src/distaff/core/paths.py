@@ -1,4 +1,4 @@
-"""Paths as users give them."""
+"""Converts and shows the user's paths."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _SCHEMES = {
 
 
 def as_path(given: str | os.PathLike[str], name: str) -> Path:
-    """Returns an absolute local path; `~` is the home directory, and `file://` may stand before it.
+    """Returns an absolute local path; expands `~` and accepts a `file://` URL.
 
     Args:
-        given: what the user has passed.
-        name: what errors call it, such as `"root"`.
+        given: the path.
+        name: name of the option, such as `"root"`, for errors.
 
     Raises:
-        ConfigError: it is no path, or one of another file system, such as `gs://bucket/runs`.
+        ConfigError: it is not a path, or is on remote storage, such as `gs://bucket/runs`.
 
     >>> as_path("file:///data/runs", "root").as_posix()
     '/data/runs'
@@ -34,13 +34,13 @@ def as_path(given: str | os.PathLike[str], name: str) -> Path:
     if url and (url[2] == "//" or url[1].lower() in _SCHEMES):
         text = _local(text, url, name)
     if "\0" in text:
-        raise ConfigError(f"{name} is a path, which holds no null character; got {text!r}.")
+        raise ConfigError(f"{name} must be a path without null characters; got {text!r}.")
     try:
         return Path(text).expanduser().absolute()
     except RuntimeError as error:
         raise ConfigError(
-            f"{name} begins with the home directory of a user, which cannot be found; got "
-            f"{text!r}. Pass the whole path."
+            f"{name} starts with a home directory that cannot be found; got {text!r}. Pass the "
+            "whole path."
         ) from error
 
 
@@ -48,29 +48,26 @@ def _text_of(given: object, name: str) -> str:
     try:
         return os.fsdecode(given)  # ty: ignore[invalid-argument-type] the error is raised here
     except TypeError as error:
-        raise ConfigError(f"{name} is a path; got {given!r}. Pass a string or a Path.") from error
+        message = f"{name} must be a path; got {given!r}. Pass a string or a Path."
+        raise ConfigError(message) from error
 
 
 def _local(text: str, url: re.Match[str], name: str) -> str:
-    """Returns the path in a `file://` URL.
-
-    Raises:
-        ConfigError: it is another URL.
-    """
+    """Returns the path in a `file://` URL; raises ConfigError for any other URL."""
     if url[1].lower() == "file":
         rest = f"/{url[3]}" if url[2] == "/" else url[3].removeprefix("localhost")
         if rest.startswith("/"):
             return rest
     raise ConfigError(
-        f"{name} is a path of a local or mounted file system; got {text!r}. Mount that storage "
+        f"{name} must be on a local or mounted file system; got {text!r}. Mount that storage "
         "(gcsfuse, s3fs, NFS) and pass the path below the mount, or use a local directory and copy "
         "it afterwards."
     )
 
 
 def shown(path: Path) -> str:
-    """Returns a path as a display shows it: relative where it is below the current directory."""
+    """Returns a path for display, relative if it is in the current directory."""
     try:
         return str(path.relative_to(Path.cwd()))
-    except (ValueError, OSError):  # elsewhere, or the current directory is gone
+    except (ValueError, OSError):  # outside it, or the current directory was deleted
         return str(path)

@@ -1,4 +1,4 @@
-"""Frozen dataclasses that JAX knows as pytrees."""
+"""Frozen dataclasses registered as pytrees."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import jax
 
 
 def static(**kwargs: Any) -> Any:
-    """Declares a member that is part of the program rather than an array of the state.
+    """Declares a static field: part of the program instead of an array of the state.
 
-    A static member is compared when a compiled step is looked up: changing it compiles anew.
-    It must be hashable.
+    It must be hashable. Changing it compiles the step again.
     """
     return dataclasses.field(metadata={"static": True}, **kwargs)
 
@@ -21,7 +20,7 @@ def static(**kwargs: Any) -> Any:
     kw_only_default=True, frozen_default=True, field_specifiers=(static, dataclasses.field)
 )
 class FrozenPyTree:
-    """Makes each subclass a frozen keyword-only dataclass that JAX knows as a pytree."""
+    """Makes each subclass a frozen keyword-only dataclass, registered as a pytree."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

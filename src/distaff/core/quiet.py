@@ -1,4 +1,4 @@
-"""Keeps other libraries from changing the program's logging while Distaff uses them."""
+"""Keeps other libraries from changing the program's logging."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _LIBRARIES = ("orbax", "grain", "etils", "tensorstore")
 
 
 class _Configured(list):
-    """The handlers of the root logger, true also if there are none.
+    """The handlers of the root logger; true even if empty.
 
-    absl calls `logging.basicConfig` wherever that list is false, and would add a handler. The
-    program's own `logging.basicConfig` asks for the length, so it works as ever.
+    absl would call `logging.basicConfig`, and add a handler, if the list were false. The program's
+    own `logging.basicConfig` checks the length, and works as usual.
     """
 
     def __bool__(self) -> bool:
@@ -22,7 +22,7 @@ class _Configured(list):
 
 
 class _Warnings(logging.Filter):
-    """Lets only warnings of some libraries through."""
+    """Drops log records of some libraries below the level WARNING."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         path = record.pathname.replace("\\", "/")
@@ -31,13 +31,12 @@ class _Warnings(logging.Filter):
 
 
 class _SteadyLogger(logging.Logger):
-    """A logger whose handlers end no run where their stream, such as standard error, is closed.
+    """A logger that ignores errors of handlers whose stream, such as standard error, is closed.
 
-    `logging` itself swallows their errors, unless it cannot write these to standard error either.
+    `logging` itself ignores them only while it can report them on standard error.
     """
 
     def callHandlers(self, record: logging.LogRecord) -> None:  # noqa: N802 the name in logging
-        """Hands a record to each handler."""
         with contextlib.suppress(OSError, ValueError):
             super().callHandlers(record)
 
@@ -54,10 +53,10 @@ _handlers: list[logging.Handler] = []
 
 @contextlib.contextmanager
 def quiet() -> Generator[None]:
-    """Runs code of Orbax or Grain without a trace in the program's logging.
+    """Runs code of Orbax or Grain without affecting the program's logging.
 
-    They log by absl, whose first line adds a handler to the root logger, and tens of lines per
-    checkpoint at level INFO. Their warnings get through. All is as before after the block.
+    They log through absl, which adds a handler to the root logger, and log many lines per
+    checkpoint at level INFO. Their warnings are still shown. The block restores the handlers.
     """
     _enter()
     try:

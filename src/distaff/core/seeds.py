@@ -1,4 +1,4 @@
-"""Seeds: a whole number of any size becomes one of 64 bits."""
+"""Folds seeds of any size into 64 bits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def folded(seed: int) -> np.int64:
-    """Returns a seed of any size as one of 64 bits; those that fit stay as they are."""
+    """Returns a seed folded into 64 bits; a seed that fits is unchanged."""
     seed = int(seed)
     while not -(2**63) <= seed < 2**63:
         high, low = divmod(seed, 2**62)

@@ -1,4 +1,4 @@
-"""Warnings that end no run: standard error may be closed, or its other end gone."""
+"""Issues warnings, even if standard error is closed."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import warnings
 
 
 def warn(text: str, category: type[Warning] = UserWarning, *, stacklevel: int = 1) -> None:
-    """Issues a warning; where it cannot be shown, nothing happens.
+    """Issues a warning; does nothing if it cannot be shown.
 
     Args:
         text: whole sentences.
-        category: its class.
+        category: class of the warning.
         stacklevel: as for `warnings.warn`, counted from the caller.
 
     Raises:
-        Warning: the program has turned warnings into errors.
+        Warning: the program turns warnings into errors.
     """
     try:
         warnings.warn(text, category, stacklevel=stacklevel + 1)
     except Warning:
         raise
-    except Exception:  # a standard error that is closed is a ValueError
+    except Exception:  # a closed standard error raises ValueError
         return

@@ -1,4 +1,4 @@
-"""Number: what is given for an option that is one, whole or real."""
+"""Checks of numeric options."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from distaff.errors import ConfigError
 
 
 def whole(name: str, value: Any, least: int = 1) -> int:
-    """Returns a whole number as an int of Python, which JSON and so a checkpoint can hold.
+    """Returns an integer option as a Python int, which JSON can store.
 
     Args:
-        name: of the option.
-        value: an int, or what stands for one, such as NumPy's integers.
-        least: the smallest that is allowed.
+        name: name of the option.
+        value: an int, or an integer of NumPy.
+        least: smallest allowed value.
 
     Raises:
-        ConfigError: it is no whole number, or less than `least`.
+        ConfigError: the value is not an integer, or is less than `least`.
     """
     try:
         number = None if isinstance(value, bool) else int(operator.index(value))
     except TypeError:
         number = None
     if number is None or number < least:
-        raise ConfigError(f"{name} is a whole number, at least {least}; got {value!r}.")
+        raise ConfigError(f"{name} must be an integer, at least {least}; got {value!r}.")
     return number
 
 
 def as_float(value: Any) -> float:
-    """Returns a real number as a float; NaN for what is none, such as a bool or a text.
+    """Returns a real number as a float, or NaN for any other value, such as a bool or a string.
 
-    A whole number beyond double precision is infinite.
+    An integer too large for double precision becomes infinite.
 
     >>> as_float(2), as_float(True), as_float(10**400)
     (2.0, nan, inf)

@@ -1,4 +1,4 @@
-"""Durations as people write them: `"3h30m"`, `"90s"`, `"1d"`, `"00:30:00"`."""
+"""Parses durations such as `"3h30m"`, `"90s"`, `"1d"` and `"00:30:00"`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TypeAlias
 from distaff.errors import ConfigError
 
 Duration: TypeAlias = int | float | timedelta | str
-"""Seconds, a `datetime.timedelta`, or a text; see `seconds_of`."""
+"""Seconds, a `datetime.timedelta`, or a string; see `seconds_of`."""
 
 _NUMBER = r"(\d+(?:\.\d+)?)"
 _UNITS = re.compile(
@@ -28,25 +28,25 @@ def seconds_of(duration: Duration, name: str = "A duration") -> float:
     (12600.0, 88200.0, 90.0)
 
     Args:
-        duration: seconds as a number; a `datetime.timedelta`; or a text: days, hours, minutes and
-            seconds in this order, each at most once (`"1d 12h"`, `"1.5h"`), a clock as Slurm
-            writes it (`"HH:MM:SS"`, `"D-HH:MM:SS"`), or seconds without a unit.
-        name: what the error calls it.
+        duration: seconds as a number; a `datetime.timedelta`; or a string: days, hours, minutes and
+            seconds in this order, each at most once (`"1d 12h"`, `"1.5h"`), Slurm's notation
+            (`"HH:MM:SS"`, `"D-HH:MM:SS"`), or seconds without a unit.
+        name: name of the option, for the error.
 
     Raises:
-        ConfigError: it is none of these, not finite, or not positive.
+        ConfigError: the duration cannot be parsed, is not finite, or not positive.
     """
     seconds = _parsed(duration)
     if not 0 < seconds < math.inf:
         raise ConfigError(
-            f"{name} is a positive time: seconds, a datetime.timedelta, or a text such as '3h30m', "
-            f"'90s', '1d' or '00:30:00'; got {duration!r}."
+            f"{name} must be a positive duration: seconds, a datetime.timedelta, or a string such "
+            f"as '3h30m', '90s', '1d' or '00:30:00'; got {duration!r}."
         )
     return seconds
 
 
 def _parsed(duration: Duration) -> float:
-    """Returns seconds; NaN for what is no duration."""
+    """Returns seconds; NaN if the value is not a duration."""
     if isinstance(duration, timedelta):
         return duration.total_seconds()
     if isinstance(duration, bool):

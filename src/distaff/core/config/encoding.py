@@ -1,7 +1,7 @@
-"""Configs: frozen dataclasses to strict JSON and back, changed and compared by dotted paths.
+"""Converts configs to strict JSON and back, and changes and compares them by dotted paths.
 
-Numbers, strings, lists and mappings are written as JSON has them. All else becomes a dict with one
-of these tags as a key, which are reserved:
+Numbers, strings, lists and mappings are written as they are. Any other value becomes a dict with
+one of these reserved tags as a key:
 
     {"$float": "nan"}                                  a float that JSON lacks: nan, inf, -inf
     {"$items": [[1, "a"], [2, "b"]]}                   a mapping whose keys are not strings
@@ -12,8 +12,8 @@ of these tags as a key, which are reserved:
     {"$class": "models:CNN", "width": 8}               a Linen module: its class and fields
     {"$repr": "..."}                                   any other object
 
-The first two are read back. The others only record what a run used: no name in a file is imported.
-What is strict JSON already stays as it is, so that recording twice is recording once.
+The first two are read back. The others only record what a run used: reading never imports a name
+from a file. Strict JSON is left unchanged, so encoding twice equals encoding once.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ _SEQUENCES = {tuple: tuple, list: list, Sequence: tuple}
 _MAPPINGS = (dict, Mapping)
 _SCALARS = (bool, int, float, str, type(None))
 _TAGS = {"$float", "$items", "$dtype", "$array", "$function", "$type", "$class", "$repr"}
-_MOST_BYTES = 2**26  # of a file that is read whole
-_DTYPES = (np.dtype, type(jnp.float32))  # jnp's dtypes are classes of a metaclass of their own
+_MAX_FILE_BYTES = 2**26
+_DTYPES = (np.dtype, type(jnp.float32))  # jnp's dtypes are classes with their own metaclass
 
 
 def to_json(value: Any) -> Any:
-    """Returns a value as strict JSON, in the form that the module's docstring lists.
+    """Returns a value as strict JSON, encoded as the module's docstring lists.
 
     Args:
-        value: a dataclass, or hyperparameters of any kind. A dataclass is written by the fields
-            of its constructor, a path as a string, an enum member by its name, an array without
-            axes as a number.
+        value: a dataclass, or hyperparameters of any kind. A dataclass is written as the fields of
+            its constructor, a path as a string, an enum member as its name, a 0-d array as a
+            number.
 
     Returns:
         Dicts, lists, strings, finite numbers, booleans and None.
@@ -78,7 +78,7 @@ def to_json(value: Any) -> Any:
         case type():
             return _describe(value)
         case nn.Module():
-            return {"$class": _qualified_name(type(value)), **_mapping_to_json(_members(value))}
+            return {"$class": name_of(type(value)), **_mapping_to_json(_members(value))}
         case _ if dataclasses.is_dataclass(value):
             return _mapping_to_json(_members(value))
     return _describe(value)
@@ -103,10 +103,10 @@ def _describe(value: Any) -> Any:
     if isinstance(value, np.generic | np.ndarray | jax.Array):
         return _array_to_json(value)
     if is_class:
-        return {"$type": _qualified_name(value)}
+        return {"$type": name_of(value)}
     if callable(value) and hasattr(value, "__qualname__"):
-        return {"$function": _qualified_name(value)}
-    # An address in memory would make the same config differ from run to run.
+        return {"$function": name_of(value)}
+    # A memory address would make the same config differ from run to run.
     return {"$repr": re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))}
 
 
@@ -117,16 +117,12 @@ def _array_to_json(array: Any) -> Any:
     return {"$array": {"shape": list(array.shape), "dtype": str(array.dtype)}}
 
 
-def _qualified_name(named: Any) -> str:
-    return name_of(named)
-
-
 def from_json(cls: type[Value], data: Any) -> Value:
-    """Rebuilds a dataclass from what `to_json` wrote, by the types of its fields.
+    """Rebuilds a dataclass from the output of `to_json`, by the types of its fields.
 
-    Fields may be of the types bool, int, float, str, None, Path, Enum, Literal, tuple, list,
-    Mapping, other dataclasses, unions of these, and Any. In a union the member of exactly the
-    data's type is taken, else the first that accepts the data. Whatever is absent has its default.
+    Supported field types: bool, int, float, str, None, Path, Enum, Literal, tuple, list, Mapping,
+    dataclasses, unions of these, and Any. A union prefers the member of exactly the data's type,
+    then the first that accepts the data. Missing fields have their defaults.
 
     Args:
         cls: the dataclass.
@@ -136,7 +132,7 @@ def from_json(cls: type[Value], data: Any) -> Value:
         An instance of `cls`.
 
     Raises:
-        ConfigError: a key is unknown, a value is absent or of another type, or the data only
+        ConfigError: a key is unknown, a value is missing or of another type, or the data only
             describe an object (a function, a dtype, an array).
     """
     return _read(cls, data, "")
@@ -252,9 +248,9 @@ def override(config: Value, changes: Mapping[str, Any]) -> Value:
     """Returns a config with some of its values replaced, all at once.
 
     Args:
-        config: a dataclass whose fields may be dataclasses and mappings; it stays as it is.
+        config: a dataclass whose fields may be dataclasses and mappings; not modified.
         changes: new values by dotted path: `{"optimizer.learning_rate": 1e-3}`. A number, string,
-            boolean or None must be of the field's type; other objects are placed as they are.
+            boolean or None must be of the field's type; other objects are not checked.
 
     Returns:
         A config of the same class.
@@ -290,15 +286,15 @@ def _override(config: Any, changes: Mapping[str, Any], path: str) -> Any:
 
 
 def diff(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
-    """Returns where two configs differ.
+    """Returns the differences between two configs.
 
     Args:
-        old: a config, or what `to_json` made of it.
-        new: the other one, of either kind.
+        old: a config, or the output of `to_json`.
+        new: the other config, of either kind.
 
     Returns:
-        The old and the new JSON value by dotted path, in the order of the fields. A value that
-        one side does not have is `dataclasses.MISSING`.
+        The old and the new JSON value by dotted path, in the order of the fields. A value missing
+        on one side is `dataclasses.MISSING`.
     """
     return dict(_differences(to_json(old), to_json(new), ""))
 
@@ -317,10 +313,10 @@ def _is_branch(data: Any) -> bool:
 
 
 def dumps(value: Any) -> str:
-    """Returns JSON text: two spaces of indent, the order as given, one newline at the end.
+    """Returns JSON text: indented by two spaces, in the given order, with a final newline.
 
     Args:
-        value: what `to_json` made.
+        value: output of `to_json`.
 
     Raises:
         ValueError: a float is NaN or infinite, which `to_json` would have tagged.
@@ -328,21 +324,21 @@ def dumps(value: Any) -> str:
     return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
-def _refuse_constant(name: str) -> Any:
+def _reject_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-_decoder = json.JSONDecoder(parse_constant=_refuse_constant)
+_decoder = json.JSONDecoder(parse_constant=_reject_constant)
 
 
 def loads(data: bytes) -> Any:
     """Parses strict JSON in UTF-8.
 
     Args:
-        data: the text; what it holds may be hostile.
+        data: the text, which may be hostile.
 
     Raises:
-        ValueError: it is something else, or is nested too deeply.
+        ValueError: the text is not strict JSON, or is nested too deeply.
     """
     try:
         return _decoder.decode(data.decode())
@@ -354,15 +350,15 @@ def load(path: Path) -> Any:
     """Reads a JSON file.
 
     Args:
-        path: a regular file of at most 64 MiB; one that is larger, or endless, is not read.
+        path: a regular file of at most 64 MiB; larger or endless files are not read.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is not such a file, or not strict JSON.
+        OSError: the file cannot be read.
+        ValueError: the file is too large, not a regular file, or not strict JSON.
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
         raise ValueError("it is not a regular file")
-    if status.st_size > _MOST_BYTES:
-        raise ValueError(f"it has {status.st_size} bytes, more than {_MOST_BYTES}")
+    if status.st_size > _MAX_FILE_BYTES:
+        raise ValueError(f"it has {status.st_size} bytes, more than {_MAX_FILE_BYTES}")
     return loads(path.read_bytes())

@@ -1,4 +1,4 @@
-"""Options: each is declared, described, checked and classified beside what it configures."""
+"""Declares options: the default, description, check and resume behaviour of each in one place."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Check: TypeAlias = Callable[[str, Any], Any]
 """`(name, value) -> value`; raises ConfigError."""
 
 Resume: TypeAlias = Literal["same run", "another run", "ignored"]
-"""What a changed option makes of a run: the same, another one, or the same without a note."""
+"""Whether a run with a changed value is the same run, another run, or the same without a note."""
 
 
 def option(
@@ -31,10 +31,10 @@ def option(
     """Declares an option, a field of a dataclass of `Options`.
 
     Args:
-        default: its default.
-        doc: what it does, as one paragraph; shown by `help`, in editors and on the command line.
-        check: returns the value to keep, or raises ConfigError.
-        resume: whether a run with another value is the same run.
+        default: default value.
+        doc: one paragraph for `help`, editors and the command line.
+        check: function that returns the value to store, or raises ConfigError.
+        resume: whether a run with a changed value is the same run.
     """
     doc = " ".join(doc.split())
     metadata = {"doc": doc, "check": check, "resume": resume}
@@ -43,10 +43,10 @@ def option(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options that are checked when they are made.
+    """Base class of options, which are validated in the constructor.
 
     Raises:
-        ConfigError: an option is out of its range.
+        ConfigError: an option is out of range.
     """
 
     def __post_init__(self) -> None:
@@ -58,30 +58,30 @@ class Options:
 
     @classmethod
     def names(cls, resume: Resume) -> frozenset[str]:
-        """Returns the names of the options that are classified so."""
+        """Returns the names of the options with this resume behaviour."""
         fields = dataclasses.fields(cls)
         return frozenset(f.name for f in fields if f.metadata.get("resume") == resume)
 
 
 def described(cls: type[T]) -> type[T]:
-    """Adds a section `Args` to the docstring of a class of options, made of their descriptions."""
+    """Adds an `Args` section, generated from the descriptions, to the docstring of a class."""
     sections = inspect.cleandoc(cls.__doc__ or "").partition("\n\nRaises:")
     cls.__doc__ = f"{sections[0]}\n\nArgs:\n{descriptions(cls)}" + "".join(sections[1:])
     return cls
 
 
 def descriptions(cls: type[Options]) -> str:
-    """Returns the descriptions of options, as the entries of a section `Args`."""
+    """Returns the descriptions of options as the entries of an `Args` section."""
     fields = [field for field in dataclasses.fields(cls) if "doc" in field.metadata]
     return "\n".join(_entry(field.name, field.metadata["doc"]) for field in fields)
 
 
 def with_options(function: Callable[..., Any], cls: type[Options]) -> inspect.Signature:
-    """Returns the signature of a function, with the options of a class in place of `**options`.
+    """Returns the signature of a constructor, with the options of a class instead of `**options`.
 
     Args:
-        function: a constructor; `self` is left out.
-        cls: the class of the options.
+        function: the constructor; `self` is omitted.
+        cls: class of the options.
     """
     known = list(inspect.signature(function).parameters.values())[1:]
     if not any(each.kind is each.VAR_KEYWORD for each in known):
@@ -110,12 +110,12 @@ def _entry(name: str, doc: str) -> str:
 
 
 def at_least(least: int) -> Check:
-    """Returns a check that a value is a whole number, at least `least`."""
+    """Returns a check that a value is an integer, at least `least`."""
     return lambda name, value: whole(name, value, least)
 
 
 def one_of(choices: Any) -> Check:
-    """Returns a check that a value is one of the words of a `Literal` type."""
+    """Returns a check that a value is one of the choices of a `Literal` type."""
 
     def check(name: str, value: Any) -> Any:
         check_choice(name, value, choices)
@@ -125,26 +125,26 @@ def one_of(choices: Any) -> Check:
 
 
 def or_none(check: Check) -> Check:
-    """Returns a check that lets None pass, too."""
+    """Returns a check that also accepts None."""
     return lambda name, value: None if value is None else check(name, value)
 
 
 def integer(name: str, value: Any) -> int:
-    """Checks that a value is a whole number, which may be negative."""
+    """Checks that a value is an integer, which may be negative."""
     if not isinstance(value, Integral):
-        raise ConfigError(f"{name} is a whole number; got {value!r}.")
+        raise ConfigError(f"{name} must be an integer; got {value!r}.")
     return operator.index(value)
 
 
 def positive(name: str, value: Any) -> Any:
     """Checks that a value is a positive, finite number."""
     if not 0 < as_float(value) < math.inf:
-        raise ConfigError(f"{name} is a positive number; got {value!r}.")
+        raise ConfigError(f"{name} must be a positive number; got {value!r}.")
     return value
 
 
 def time(name: str, value: Any) -> Any:
-    """Checks that a value is a positive time; see `seconds_of`."""
+    """Checks that a value is a positive duration; see `seconds_of`."""
     seconds_of(value, name)
     return value
 
@@ -156,15 +156,10 @@ def path(name: str, value: Any) -> Any:
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:
-    """Checks that a value is one of a few words.
-
-    Args:
-        name: of the option.
-        value: of it.
-        choices: a `Literal` type.
+    """Checks that a value is one of the choices of a `Literal` type.
 
     Raises:
-        ConfigError: it is another one; the message names the nearest word.
+        ConfigError: the value is not one of them; the message suggests the nearest one.
     """
     if value not in get_args(choices):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Names that users of Keras, Lightning and Flax examples bring along, and what they are here."""
+"""Translates names from Keras, Lightning and Flax examples, for error messages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _OPTIMIZER = "optimizer=OptimizerConfig(...), an Optax transformation, or init_o
 _EPOCHS = "train_model(..., num_epochs=...)"
 _BATCHES = "data.ArrayLoader(arrays, batch_size=...)"
 _LOSS = "loss_fn(self, params, batch, ctx)"
-_STEPS = f"{_LOSS}, or create_functions for a step of your own"
+_STEPS = f"{_LOSS}, or create_functions for a custom step"
 _TRAIN = "train_model(train, val, test, num_epochs=...)"
 _EVAL = "eval_model(loader)"
 _MONITOR = "the class attribute monitor = Monitor(name)"
@@ -48,7 +48,7 @@ OPTIONS: Mapping[str, str] = {
     "val_check_interval": "check_val_every_n_epoch=...",
     "run_eagerly": "debug=True",
 }
-"""Options of a trainer: what to write instead."""
+"""Options of the trainer, and what to write instead."""
 
 _CONSTRUCTOR = "it as an option of the trainer's constructor"
 
@@ -62,7 +62,7 @@ ARGUMENTS: Mapping[str, str] = {
     **dict.fromkeys(("verbose", "ckpt_path", "resume"), _CONSTRUCTOR),
     **dict.fromkeys(("lr", "learning_rate"), _RATE),
 }
-"""Arguments of `train_model` and of evaluations: what to write instead."""
+"""Arguments of `train_model` and of evaluations, and what to write instead."""
 
 OPTIMIZER: Mapping[str, str] = {
     **dict.fromkeys(("lr", "rate", "step_size", "learningrate"), "learning_rate=..."),
@@ -71,9 +71,9 @@ OPTIMIZER: Mapping[str, str] = {
     **dict.fromkeys(("warmup", "num_warmup_steps"), "warmup_steps=..."),
     **dict.fromkeys(("scheduler", "lr_scheduler"), "schedule=..."),
     **dict.fromkeys(("accumulate_grad_batches", "every_k_schedule"), "accumulate=..."),
-    **dict.fromkeys(("momentum", "b1", "b2", "eps", "nesterov"), "options={...}, as Optax has it"),
+    **dict.fromkeys(("momentum", "b1", "b2", "eps", "nesterov"), "options={...}, as in Optax"),
 }
-"""Fields of an `OptimizerConfig`: what to write instead."""
+"""Fields of an `OptimizerConfig`, and what to write instead."""
 
 STOPPING: Mapping[str, str] = {
     "threshold": "stopping_threshold=...",
@@ -82,11 +82,11 @@ STOPPING: Mapping[str, str] = {
     "mode": 'monitor=Monitor(name, mode="max")',
     **dict.fromkeys(("metric", "metric_name"), "monitor=..."),
 }
-"""Arguments of `EarlyStopping`: what to write instead."""
+"""Arguments of `EarlyStopping`, and what to write instead."""
 
 CALLS: Mapping[str, str] = {
     **dict.fromkeys(("fit", "train", "train_and_evaluate", "train_on_batch"), _TRAIN),
-    "compile": "nothing: steps are compiled by themselves; options go to the constructor",
+    "compile": "nothing: steps are compiled automatically; options go to the constructor",
     **dict.fromkeys(("evaluate", "validate", "test", "test_model"), _EVAL),
     **dict.fromkeys(("save_checkpoint", "save_weights", "save"), "export_weights(path)"),
     **dict.fromkeys(("load_checkpoint", "load"), "load_from_checkpoint(path), or load_weights"),
@@ -102,7 +102,7 @@ CALLS: Mapping[str, str] = {
     "best_models": "trainer.last_run.best_models",
     "last_metrics": "trainer.last_run.state.last_metrics",
 }
-"""What is asked of a trainer: what it has instead."""
+"""Attributes and methods of a trainer, and what to use instead."""
 
 RESULTS: Mapping[str, str] = {
     **dict.fromkeys(("history", "logs"), "result.path / 'metrics.jsonl', or a MemoryLogger"),
@@ -110,7 +110,7 @@ RESULTS: Mapping[str, str] = {
     **dict.fromkeys(("best_metrics", "best_epoch", "best_score"), "result.best"),
     **dict.fromkeys(("loss", "accuracy", "val_loss", "test_loss"), "result.metrics['val/loss']"),
 }
-"""What is asked of a result: what there is instead."""
+"""Attributes of a result, and what to use instead."""
 
 _VALIDATION_END = "on_validation_epoch_end(self, epoch, metrics, val_loader)"
 _EPOCH_END = "on_training_epoch_end(self, epoch, metrics)"
@@ -148,7 +148,7 @@ METHODS: Mapping[str, str] = {
         ("on_train_batch_start", "on_before_batch_transfer"), "augment(self, batch, key)"
     ),
 }
-"""Methods of a trainer's subclass that nothing calls: what is called instead."""
+"""Methods of a trainer's subclass that nothing calls, and what to write instead."""
 
 EVENTS: Mapping[str, str] = {
     **dict.fromkeys(("on_train_begin", "on_train_start", "on_fit_start"), "on_training_start"),
@@ -163,28 +163,28 @@ EVENTS: Mapping[str, str] = {
     **dict.fromkeys(("on_train_batch_begin", "on_before_zero_grad"), "on_step_end"),
     **dict.fromkeys(("on_validation_start", "on_validation_epoch_start"), "on_validation_end"),
     **dict.fromkeys(("on_test_begin", "on_test_start"), "on_validation_end"),
-    "on_save_checkpoint": "on_checkpoint, and get_state for what it remembers",
+    "on_save_checkpoint": "on_checkpoint, and get_state for the state to save",
     "on_load_checkpoint": "set_state",
     "state_dict": "get_state",
     "load_state_dict": "set_state",
 }
-"""Methods of a callback that nothing calls: the event, or method, that is called."""
+"""Methods of a callback that nothing calls, and what to write instead."""
 
 _CLOSE = 0.8
 
 
 def remedy(name: str, known: Iterable[str], table: Mapping[str, str]) -> str:
-    """Returns what to write for an unknown name: from the table, else the nearest known one."""
+    """Returns what to write for an unknown name: the table's entry, or else the nearest name."""
     return f"Write {table[name]}." if name in table else nearest(name, known)
 
 
 def unknown_trainer_name(owner: Any, name: str) -> AttributeError:
-    """Returns the error for an attribute that a trainer does not have, or not yet."""
+    """Returns the error for an attribute that a trainer does not have, or does not have yet."""
     if "config" in vars(owner) or name.startswith("__"):
         return unknown_name(owner, name, CALLS)
     return UnknownNameError(
-        f"{type(owner).__name__!r} object has no attribute {name!r}. Its constructor has not "
-        "called super().__init__(model, **options) before.",
+        f"{type(owner).__name__!r} object has no attribute {name!r}. Call "
+        "super().__init__(model, **options) in its constructor first.",
         name=name,
         obj=owner,
     )
@@ -195,8 +195,8 @@ def unknown_name(owner: Any, name: str, table: Mapping[str, str]) -> AttributeEr
 
     Args:
         owner: the object.
-        name: of the attribute.
-        table: names from elsewhere, and what it has instead.
+        name: name of the attribute.
+        table: names from other frameworks, and what to use instead.
     """
     text = f"{type(owner).__name__!r} object has no attribute {name!r}"
     if name in table:
@@ -205,14 +205,14 @@ def unknown_name(owner: Any, name: str, table: Mapping[str, str]) -> AttributeEr
 
 
 def spelled(table: Mapping[str, str]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Makes a function name the right form of an unknown or missing keyword argument.
+    """Makes a function suggest the right name for an unknown or missing keyword argument.
 
     Args:
-        table: names from elsewhere, and what to write instead.
+        table: names from other frameworks, and what to write instead.
 
     Returns:
-        A decorator. The function raises ConfigError where Python would raise TypeError before the
-        call begins.
+        A decorator. The decorated function raises ConfigError where Python would raise TypeError
+        for its arguments.
     """
 
     def decorated(function: Callable[P, R]) -> Callable[P, R]:
@@ -230,9 +230,7 @@ def spelled(table: Mapping[str, str]) -> Callable[[Callable[P, R]], Callable[P, 
             try:
                 signature.bind(*args, **kwargs)
             except TypeError as error:
-                raise ConfigError(
-                    f"{name} cannot be called so: {error}. It takes {shown}."
-                ) from None
+                raise ConfigError(f"{name}: {error}. Its arguments are {shown}.") from None
             return function(*args, **kwargs)
 
         return checked
@@ -241,7 +239,7 @@ def spelled(table: Mapping[str, str]) -> Callable[[Callable[P, R]], Callable[P, 
 
 
 def spell(cls: type, table: Mapping[str, str]) -> None:
-    """Makes the constructor of a dataclass name the right form, as `spelled` does."""
+    """Makes the constructor of a dataclass suggest the right names, as `spelled` does."""
     make: Any = cls.__init__
     setattr(cls, "__init__", spelled(table)(make))  # noqa: B010 - a type checker would object
 
@@ -249,20 +247,20 @@ def spell(cls: type, table: Mapping[str, str]) -> None:
 def check_methods(
     cls: type, base: type, known: Iterable[str], table: Mapping[str, str], *, prefix: str = "on_"
 ) -> None:
-    """Checks that a subclass overrides what is called, where it looks as if it wanted to.
+    """Checks that a subclass defines no method that looks like an override, but is never called.
 
-    A method is left alone if the subclass itself uses its name, or if it is also one that is known.
+    Methods that the subclass itself uses, and aliases of known methods, are accepted.
 
     Args:
         cls: the subclass.
         base: the class whose methods are called.
         known: names of the methods that are called.
-        table: names from elsewhere, and the right form of each.
-        prefix: of names that look like one that is called.
+        table: names from other frameworks, and the right name of each.
+        prefix: prefix of names that are compared with the known ones.
 
     Raises:
-        ConfigError: a method that nothing calls has a name from elsewhere, or one close to a
-            known one.
+        ConfigError: a method that is never called has a name from another framework, or a name
+            close to a known one.
     """
     known = list(known)
     right = [inspect.getattr_static(cls, name, None) for name in known]
@@ -281,13 +279,13 @@ def check_methods(
         if name in table or (name.startswith(prefix) and close):
             form = table[name] if name in table else close[0]
             raise ConfigError(
-                f"{cls.__name__} defines {name}, which nothing calls. Write {form} instead; or, if "
-                "it is a helper of your own, give it another name."
+                f"{cls.__name__} defines {name}, which is never called. Write {form} instead. If "
+                "it is your own helper, rename it."
             )
 
 
 def _names_used(members: Iterable[Any]) -> Iterator[str]:
-    """Yields every name that the functions of a class mention as an attribute."""
+    """Yields every attribute name used in the functions of a class."""
     waiting: list[Any] = [
         getattr(inspect.unwrap(getattr(each, "__func__", each)), "__code__", None)
         for each in members

@@ -1,4 +1,4 @@
-"""Overrides: whether a method of a subclass can be called as the trainer calls it."""
+"""Checks that the trainer can call an overridden method."""
 
 from __future__ import annotations
 
@@ -10,51 +10,54 @@ from distaff.errors import ConfigError
 
 
 def check_override(owner: Any, name: str, method: Callable[..., Any]) -> None:
-    """Checks that an override can be called as what it overrides is.
+    """Checks that an override can be called like the method it overrides.
 
     Args:
-        owner: the object that has it.
-        name: of the method.
-        method: the one that is overridden, whose required arguments are passed by position, and
-            keyword-only ones by keyword.
+        owner: the object whose class overrides the method.
+        name: name of the method.
+        method: the overridden method. Its required arguments are passed by position, keyword-only
+            ones by keyword.
 
     Raises:
-        ConfigError: it is no function, or does not take these arguments.
+        ConfigError: the override is not a function, or does not accept these arguments.
     """
     override = getattr(owner, name)
     whose, expected = f"{type(owner).__name__}.{name}", inspect.signature(method)
     parameters = list(expected.parameters.values())[1:]
     form = f"def {name}({', '.join(('self', *_shown(parameters)))})"
     if not callable(override):
-        raise ConfigError(f"{whose} is called by the trainer, and is {override!r}. Write {form}.")
+        raise ConfigError(f"The trainer calls {whose}; it is {override!r}. Write {form}.")
     yields = inspect.isgeneratorfunction(override) or inspect.iscoroutinefunction(override)
     if yields and not inspect.isgeneratorfunction(method) and name != "tracker":
-        raise ConfigError(f"{whose} is called and not iterated or awaited. Write {form}, no yield.")
+        raise ConfigError(
+            f"The trainer calls {whose}, and does not iterate over or await it. Write {form}, "
+            "without yield."
+        )
     try:
         signature = inspect.signature(override)
     except (TypeError, ValueError):
-        return  # a function in C, which does not say
+        return  # a function in C without a signature
     positional = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     keywords = {p.name: None for p in parameters if p.kind is p.KEYWORD_ONLY}
     try:
         signature.bind(*([None] * len(positional)), **keywords)
     except TypeError as error:
         raise ConfigError(
-            f"{whose} cannot be called as the trainer calls it: {error}. It is defined with "
-            f"{signature}; write {form}."
+            f"{whose} does not accept the arguments that the trainer passes: {error}. Its "
+            f"signature is {signature}; write {form}."
         ) from None
 
 
 def check_overrides(owner: Any, base: type, names: Iterable[str]) -> None:
-    """Checks all overrides of an object.
+    """Checks all overrides of an object; see `check_override`.
 
     Args:
         owner: the object.
         base: the class whose methods may be overridden.
-        names: of these methods.
+        names: names of these methods.
 
     Raises:
-        ConfigError: one is no function, or does not take the arguments that it gets.
+        ConfigError: an override is not a function, or does not accept its arguments.
     """
     for name in names:
         method = getattr(base, name)
