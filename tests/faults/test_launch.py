@@ -113,7 +113,7 @@ def test_runs_of_a_program_that_was_changed_are_new(tmp_path: Path) -> None:
     found = run(tmp_path, rate=0.03)
     assert [each["path"] for each in found] == ["0004", "0005", "0006", "0007"]
     log = (tmp_path / "fold" / "0005" / "log.txt").read_text()
-    assert "0005 is a new run, and not 0002, which was finished at step 12" in log
+    assert "0005 is a new run instead of 0002, which was finished at step 12" in log
     assert "optimizer.learning_rate: 0.02 -> 0.03" in log
 
 

@@ -129,7 +129,7 @@ def test_other_program_begins_a_new_run_and_names_what_changed(cut: None, name: 
     result = train(line(**options))
     assert (result.path.name, result.first_step, result.step) == ("0002", 0, 16)
     log = (result.path / "log.txt").read_text()
-    (remark,) = [each for each in log.splitlines() if "is a new run, and not 0001" in each]
+    (remark,) = [each for each in log.splitlines() if "is a new run instead of 0001" in each]
     assert re.search(text, remark)
 
 
@@ -142,7 +142,7 @@ def test_other_program_begins_a_new_run_and_names_what_changed(cut: None, name: 
         ((loader(shuffle=True, seed=1), None), "train data differs: shuffle 0 -> 1"),
         ((list(loader()), None), "train data differs: kind ArrayLoader -> Stream"),
         ((None, loader(X * 2)), "val data differs"),
-        ((None, {"a": loader(X * 2), "b": loader()}), "val data differs: left out now"),
+        ((None, {"a": loader(X * 2), "b": loader()}), "val data differs: removed"),
     ],
 )
 def test_other_data_begin_a_new_run(cut: None, loaders: Any, text: str) -> None:
@@ -200,7 +200,7 @@ def test_run_of_an_older_version_is_compared_by_its_record(cut: None) -> None:
     file.write_text(json.dumps(record))
     result = train(line(goal=3.0))
     assert result.first_step == 12
-    assert "were not recorded, and could not be compared" in (result.path / "log.txt").read_text()
+    assert "were not recorded and could not be compared" in (result.path / "log.txt").read_text()
 
 
 def test_newer_library_compares_what_does_not_depend_on_it(cut: None) -> None:

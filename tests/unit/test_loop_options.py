@@ -305,7 +305,7 @@ def test_run_does_not_go_on_with_other_validation_sets():
     with pytest.raises(InterruptError):
         resumable(13, "cut", shuffled_sets())
     clean = {"clean": arrays(shuffle=True, seed=5)}
-    said = r"(?s)val_noisy data differs: left out now.*val_dirty data differs: given now"
+    said = r"(?s)val_noisy data differs: removed.*val_dirty data differs: added"
     with pytest.raises(CheckpointError, match=said):
         resumable(None, "cut", {**clean, "dirty": arrays()}, resume="must")
 

@@ -278,7 +278,7 @@ def test_unfinished_lists_the_newest_first_and_names_what_it_passes_over(tmp_pat
     found = [tmp_path / "runs" / "digits" / version for version in ("0005", "0003", "0001")]
     assert run.unfinished() == []  # the sixth came to its end
     for version in (v for v in range(7, 18) if v != 14):
-        assert f"digits/{version:04d} cannot be continued" in caplog.text
+        assert f"digits/{version:04d} cannot be resumed" in caplog.text
     assert "digits/0014" not in caplog.text  # one that is only being made
     for version, expected in (("0006", found[:1]), ("0004", found[:2]), ("0002", found)):
         file = tmp_path / "runs" / "digits" / version / "status.json"

@@ -100,7 +100,7 @@ def left_by(directory, **changes):
 def test_second_process_is_refused_with_the_name_of_the_first(tmp_path, start, way):
     first = start(way)
     assert first.stdout.readline() == f"held {first.pid}\n"
-    with pytest.raises(RunInUseError, match="Wait until that ends") as caught, locked(tmp_path):
+    with pytest.raises(RunInUseError, match="Wait until it ends") as caught, locked(tmp_path):
         pass
     holder = json.loads((tmp_path / LOCK_FILE).read_text())
     for part in (str(first.pid), holder["host"], holder["since"], repr(str(tmp_path))):
@@ -258,8 +258,8 @@ def test_lock_that_another_machine_does_not_hold_is_taken_over(tmp_path, way, ca
     with locked(tmp_path):
         assert run_lock._read(tmp_path / LOCK_FILE).host == this_process()["host"]
     assert f"taken over from process {holder.pid} on node7" in caplog.text
-    assert "and holds no lock that is seen from here" in caplog.text
-    assert ("start one at a time" in caplog.text) is (way == "without flock")
+    assert "and holds no lock visible to this machine" in caplog.text
+    assert ("Start one at a time" in caplog.text) is (way == "without flock")
 
 
 def test_process_id_that_was_given_again_is_not_the_holder(tmp_path, monkeypatch):
@@ -278,7 +278,7 @@ def test_lock_without_flock_knows_the_processes_of_this_machine(tmp_path, monkey
         with pytest.raises(RunInUseError, match=f"process {os.getpid()}"), locked(tmp_path):
             pass
         assert os.listdir(tmp_path) == [LOCK_FILE]
-    assert "nothing keeps two runs apart that start at once or on two machines" in caplog.text
+    assert "start at the same time or on two machines are not detected" in caplog.text
 
 
 def test_lock_is_not_writable_by_everybody(tmp_path, way):

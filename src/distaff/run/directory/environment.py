@@ -1,4 +1,4 @@
-"""What a run runs on: the content of `env.json`."""
+"""Describes the environment of a run, as recorded in `env.json`."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ _PACKAGES = ("distaff", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "n
 
 
 def with_start(before: Any, time: str) -> dict[str, Any]:
-    """Returns what `env.json` holds after one more start of a run.
+    """Returns the content of `env.json` after one more start of a run.
 
     Args:
-        before: what it held; anything if it could not be read.
-        time: of the start.
+        before: the previous content; any value if it could not be read.
+        time: time of the start.
 
     Returns:
-        What this start runs on, and in `starts` the same of every start, the oldest first.
+        The present environment, and in `starts` the environments of all starts, oldest first.
     """
     now = describe()
     return {**now, "starts": [*_starts(before)[-_MOST_STARTS:], {"time": time, **now}]}
 
 
 def changes(before: Any, now: dict[str, Any]) -> list[str]:
-    """Returns what a start runs on that is other than at the start before, by name.
+    """Returns the differences to the environment of the previous start, by name.
 
     Args:
-        before: what `env.json` held; anything if it could not be read.
-        now: what `describe` returns.
+        before: the content of `env.json`; any value if it could not be read.
+        now: the present environment, as returned by `describe`.
     """
     old = (_starts(before) or [{}])[-1]
     was, are = ({**each.get("packages", {}), **each.get("devices", {})} for each in (old, now))
@@ -45,7 +45,7 @@ def changes(before: Any, now: dict[str, Any]) -> list[str]:
 def _starts(before: Any) -> list[dict[str, Any]]:
     if not isinstance(before, dict):
         return []
-    starts = before.get("starts", [before])  # the file had one start, before it had a list
+    starts = before.get("starts", [before])  # old files hold a single start
     starts = starts if isinstance(starts, list) else []
     return [each for each in starts if _is_description(each)]
 

@@ -1,4 +1,4 @@
-"""What a run in a directory writes to: its own files, and the loggers of the user."""
+"""The files and loggers that a run in a directory writes to."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class Outlets:
     """The files and loggers of a run.
 
     Args:
-        directory: of the run; it need not be created yet.
-        loggers: the user's loggers, after those of the run.
-        warns: whether a file that the disk does not take is a warning.
+        directory: the directory of the run; it need not exist yet.
+        loggers: the user's loggers.
+        warns: whether a storage error, such as a full disk, is only a warning.
 
     Attributes:
-        logger: of metrics.
-        throughput: is apart from `logger`, which equal runs write equally.
-        files: of the run.
-        status: how the run ended, once it is closed.
+        logger: logs metrics; identical runs write identical files.
+        throughput: logs the throughput.
+        files: the files of the run.
+        status: how the run ended, after `close`.
     """
 
     def __init__(self, directory: RunDirectory, loggers: Sequence[Logger], *, warns: bool) -> None:
@@ -54,9 +54,8 @@ class Outlets:
         """Writes status, environment and texts, and opens the log.
 
         Args:
-            texts: by file name.
-            is_taken: whether the run was begun by an earlier start, whose runs at services the
-                loggers then continue.
+            texts: contents of text files by file name.
+            is_taken: whether the run resumes; loggers then continue their runs at services.
 
         Raises:
             RunDirectoryError: a file cannot be written.
@@ -67,28 +66,28 @@ class Outlets:
             self.files.write_text(name, content)
         self.files.write("log.txt", self._open_log)
         if is_taken:
-            with suppress(RunDirectoryError):  # no logger had a state
+            with suppress(RunDirectoryError):  # no logger has a state
                 self.logger.set_state(self._directory.read_json(_STATES))
 
     def keep_states(self) -> None:
-        """Writes what the next start needs to continue the runs of loggers at services."""
+        """Saves the states of the loggers, so that the next start continues their runs."""
         states = self.logger.get_state()
         if states and states != self._states:
             self._states = states
             self.files.write_json(_STATES, states)
 
     def close(self, store: Store, status: str, facts: Mapping[str, Any]) -> None:
-        """Closes the store, the loggers and the log, then writes the status, whatever happens.
+        """Closes the store, the loggers and the log, and always writes the status.
 
         Args:
-            store: of the checkpoints.
-            status: how the run ended; it has failed if its last checkpoint cannot be written, and
-                not if a logger cannot be closed.
-            facts: of the end.
+            store: the checkpoint store.
+            status: how the run ended. It becomes "failed" if the last checkpoint cannot be
+                written, but not if a logger cannot be closed.
+            facts: further entries of `status.json`.
 
         Raises:
             CheckpointError: the last checkpoint could not be written.
-            Exception: whatever a logger raises.
+            Exception: an error raised by a logger.
         """
         ended = [status]
         with ExitStack() as last:
@@ -105,7 +104,7 @@ class Outlets:
 
     def _end(self, store: Store, status: str, facts: Mapping[str, Any]) -> None:
         known = dict(facts)
-        with suppress(OSError):  # a best model that could not be written is none
+        with suppress(OSError):  # drop a best model that could not be written
             best = known.get("best")
             if best is not None and best["step"] not in store.steps():
                 known["best"] = None

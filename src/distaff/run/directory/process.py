@@ -1,4 +1,4 @@
-"""Names a process, and finds out whether one that was named is still alive."""
+"""Identifies a process, and checks whether an identified process is still alive."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ _IS_POSIX = os.name == "posix"  # elsewhere os.kill(pid, 0) would be Ctrl-C
 
 
 def this_process() -> dict[str, Any]:
-    """Returns what distinguishes this process from all others, as strict JSON."""
+    """Returns a description that identifies this process uniquely, as strict JSON."""
     pid = os.getpid()
     here = {"host": socket.gethostname(), "system": _system()}
     return {**here, "pid": pid, "started": _started(pid)}
 
 
 def is_alive(process: Mapping[str, Any]) -> bool | None:
-    """Returns whether a process is alive; None where that cannot be known from here.
+    """Returns whether a process is alive; None if that cannot be determined.
 
-    It can be of a process on this machine and in this container, unless the machine is Windows.
+    It can be for processes on this machine and in this container, except on Windows.
 
     Args:
-        process: as `this_process` returned it there.
+        process: the description returned by `this_process` in that process.
     """
     pid, started = process["pid"], process["started"]
     here = (socket.gethostname(), _system())
@@ -34,18 +34,18 @@ def is_alive(process: Mapping[str, Any]) -> bool | None:
         return None
     now = _started(pid)
     if now is not None:
-        return now == started  # another process may have been given the number since
+        return now == started  # the id may have been reused since
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass  # it is another user's
+        pass  # a process of another user
     return True
 
 
 def _system() -> str:
-    """Returns the machine's present boot, and the process ids that count there, where known."""
+    """Returns the boot id and the PID namespace of the machine, if known."""
     known = ["", ""]
     with contextlib.suppress(OSError):
         known[0] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -55,13 +55,13 @@ def _system() -> str:
 
 
 def _started(pid: int) -> int | None:
-    """Returns when a process began, in clock ticks; None where the system does not tell.
+    """Returns the start time of a process in clock ticks, or None if unknown.
 
-    One that has ended, and whose parent has not asked how, is still listed: https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html.
+    Zombies are still listed: https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html.
     """
     try:
         line = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
-    state, *others = line.rpartition(")")[2].split()  # the name before it may hold anything
+    state, *others = line.rpartition(")")[2].split()  # the name may contain spaces and brackets
     return _ENDED if state in "ZX" else int(others[18])

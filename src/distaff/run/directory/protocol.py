@@ -1,12 +1,11 @@
-"""Recording: what a run leaves behind, and the one place that opens and closes it."""
+"""The interface of recordings: the files, loggers and checkpoints of a run."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from distaff.checkpoint import MemoryStore, NullStore, Store
 from distaff.loggers import Logger, ManyLoggers, NullLogger
@@ -14,17 +13,15 @@ from distaff.run.identity.candidates import Candidate
 from distaff.run.identity.ending import ending
 from distaff.run.identity.identity import Subject
 
-_log = logging.getLogger("distaff")
-
 
 class ResumePoint(NamedTuple):
-    """What a run is resumed from.
+    """The checkpoint that a run resumes from.
 
     Attributes:
-        path: of the run.
-        step: of the checkpoint.
-        skipped: what is wrong with the newer ones.
-        notes: what differs from the run before it, or could not be compared.
+        path: the run directory.
+        step: step of the checkpoint.
+        skipped: why newer checkpoints are not used.
+        notes: what has changed since, or could not be compared.
     """
 
     path: Path
@@ -33,16 +30,19 @@ class ResumePoint(NamedTuple):
     notes: list[str]
 
     def text(self, epoch: int) -> str:
-        """Returns in a few lines what is resumed."""
+        """Returns the lines to show when the run resumes."""
         line = f"resuming {self.path} from its checkpoint of step {self.step}, epoch {epoch}"
         return "\n".join([line, *self.skipped, *self.notes])
 
 
-class Recording(Protocol):
-    """The outlets of a run. Nothing is written before `open`.
+class Recording:
+    """Where a run is recorded. Nothing is written before `open`.
 
-    `throughput` is apart from `logger`, which equal runs write equally. `found` is what the run
-    is resumed from; `remark` why it is not one that was there, if there is something to say.
+    Attributes:
+        logger: logs metrics; identical runs write identical files.
+        throughput: logs the throughput.
+        store: the checkpoint store.
+        found: the checkpoint that the run resumes from; None for a new run.
     """
 
     logger: ManyLoggers
@@ -52,59 +52,50 @@ class Recording(Protocol):
 
     @property
     def remark(self) -> str:
-        """Why the run is not one that was there; empty if there is nothing to say."""
-        ...
+        """Why no earlier run is resumed; empty if that needs no explanation."""
+        return ""
 
     @property
     def path(self) -> Path | None:
-        """The run's directory, once it is open; None for a run without."""
-        ...
+        """The run directory once it is open; None if nothing is written."""
+        return None
 
     def finished(
-        self,
-        record: Mapping[str, Any],
-        subject: Subject | None,
-        *,
-        key: str | None = None,
-        rerun: bool = False,
+        self, record: Mapping[str, Any], subject: Subject | None, *, key: str | None, rerun: bool
     ) -> Candidate | None:
-        """Returns the run that is finished already, and whose result that of this one would be.
+        """Returns the finished run that equals this one, or None.
 
         Args:
             record: the run's resolved configuration.
-            subject: what its identity was found from.
+            subject: the source of its identity.
             key: see `train_model`.
-            rerun: likewise.
+            rerun: see `train_model`.
         """
-        ...
+        return None
 
     def open(
         self, record: Mapping[str, Any], texts: Mapping[str, str], subject: Subject | None = None
     ) -> None:
-        """Starts to record.
+        """Starts recording.
 
         Args:
             record: the run's resolved configuration.
-            texts: what to keep as text files, by file name.
-            subject: what its identity was found from.
+            texts: contents of text files by file name.
+            subject: the source of the run's identity.
         """
-        ...
 
     def confirm(self, record: Mapping[str, Any]) -> None:
-        """Replaces the configuration of the run that this one goes on from, once it has done so."""
-        ...
+        """Replaces the configuration of a resumed run, once resuming has succeeded."""
 
     def save_metrics(self, name: str, metrics: Mapping[str, Any]) -> None:
-        """Writes metrics under a name of their own."""
-        ...
+        """Writes metrics to a file of this name."""
 
     def close(self, status: str, **facts: Any) -> None:
-        """Finishes checkpoints and loggers, and notes how the run ended."""
-        ...
+        """Closes checkpoints and loggers, and records how the run ended."""
 
 
-class NullRecording:
-    """Writes no file: checkpoints stay in memory, and loggers of the user's own are still served.
+class NullRecording(Recording):
+    """Writes no files: keeps checkpoints in memory, and uses the user's loggers only.
 
     Args:
         loggers: the user's loggers.
@@ -116,39 +107,13 @@ class NullRecording:
         self.store: Store = NullStore()
         self.found: ResumePoint | None = None
 
-    remark = ""
-
-    @property
-    def path(self) -> Path | None:
-        """None."""
-        return None
-
-    def finished(
-        self,
-        record: Mapping[str, Any],
-        subject: Subject | None,
-        *,
-        key: str | None = None,
-        rerun: bool = False,
-    ) -> Candidate | None:
-        """Returns None."""
-        return None
-
     def open(
         self, record: Mapping[str, Any], texts: Mapping[str, str], subject: Subject | None = None
     ) -> None:
-        """Forgets the checkpoints of the run before, and hands the configuration to the loggers."""
         self.store = MemoryStore()
         self.logger.log_config(record)
 
-    def confirm(self, record: Mapping[str, Any]) -> None:
-        """Does nothing."""
-
-    def save_metrics(self, name: str, metrics: Mapping[str, Any]) -> None:
-        """Does nothing."""
-
     def close(self, status: str, **facts: Any) -> None:
-        """Closes the loggers."""
         self.logger.close(status)
 
 
@@ -160,14 +125,14 @@ def recorded(
     outcome: Callable[[], dict[str, Any]],
     subject: Subject | None = None,
 ) -> Generator[None]:
-    """Opens a recording, and closes it whatever happens.
+    """Opens a recording, and always closes it.
 
     Args:
-        recording: what to open.
+        recording: the recording.
         record: the run's resolved configuration.
-        texts: what to keep as text files, by file name.
-        outcome: gives `status`, and facts, of a run that came to its end.
-        subject: what its identity was found from.
+        texts: contents of text files by file name.
+        outcome: returns `status`, and facts, of a run that ended without an error.
+        subject: the source of the run's identity.
     """
     try:
         recording.open(record, texts, subject)
@@ -175,7 +140,7 @@ def recorded(
     except BaseException as error:
         try:
             recording.close(**{**outcome(), **ending(error)})
-        except Exception as also:  # what ended the run stays the error
+        except Exception as also:  # keep raising the first error
             error.add_note(f"When the run was closed: {type(also).__name__}: {also}")
         raise
     recording.close(**outcome())

@@ -1,4 +1,4 @@
-"""The recording of a run in a directory of its own, and the options that say which."""
+"""Records a run in its own directory."""
 
 from __future__ import annotations
 
@@ -27,50 +27,50 @@ _log = logging.getLogger("distaff")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecordingOptions(PlanOptions, ResumeOptions):
-    """Where runs are written, and which checkpoints they keep."""
+    """Options of where runs are written and which checkpoints they keep."""
 
     name: str = option(
-        "", "The folder of its runs, `<root>/<name>/<version>`; by default the class's name."
+        "", "Folder of the runs, `<root>/<name>/<version>`; defaults to the name of the class."
     )
     root: str | None = option(
         "runs",
-        "The folder of all runs; None to write nothing.",
+        "Folder of all runs; None to write nothing.",
         check=or_none(checked_path),
         resume="same run",
     )
     keep_last: int = option(
         2,
-        """Newest checkpoints to keep, beside the best. Older ones are removed once a new one is in
-        place.""",
+        """Number of newest checkpoints to keep, in addition to the best. Older ones are removed
+        after a new one is complete.""",
         check=at_least(1),
         resume="same run",
     )
     keep_best: int = option(
         1,
-        "How many of the best models' checkpoints to keep, at least 1.",
+        "Number of best checkpoints to keep, at least 1.",
         check=at_least(1),
         resume="same run",
     )
     keep_every: int | None = option(
         None,
-        """Keep also the checkpoints whose step is a multiple of it. Checkpoints are made at the
-        ends of epochs: a multiple that lies within one has none, and keeps nothing.""",
+        """Also keep checkpoints whose step is a multiple of this number; None to disable.
+        Checkpoints are written at the end of an epoch, so a multiple within an epoch has none.""",
         check=or_none(at_least(1)),
         resume="same run",
     )
     on_failed_save: Literal["raise", "warn"] = option(
         "raise",
-        """What to do when a checkpoint cannot be written, such as on a full disk: "raise" ends the
-        run, within one step; "warn" warns, and tries the next one. It holds for every other file
-        of a run too, which is written later if it can be. A run whose best model was lost that way
-        ends with the best of those that were written, or with the last weights, and says so.""",
+        """What to do when a checkpoint cannot be written, such as on a full disk. "raise" ends the
+        run within one step; "warn" logs a warning, and continues with the next checkpoint. Applies
+        to all other files of a run, too, which are written later if possible. A run that lost its
+        best model ends with the best one that was saved, or with the last weights, and logs it.""",
         check=one_of(Literal["raise", "warn"]),
         resume="same run",
     )
     on_failed_log: Literal["raise", "warn"] = option(
         "warn",
-        """What to do when a logger of your own raises an error, such as one whose server is away:
-        "warn" warns, leaves a gap there and tries the next call; "raise" ends the run.""",
+        """What to do when your own logger raises an error, such as when its server is down. "warn"
+        logs a warning, and continues with the next call; "raise" ends the run.""",
         check=one_of(Literal["raise", "warn"]),
         resume="same run",
     )
@@ -81,16 +81,16 @@ class RecordingOptions(PlanOptions, ResumeOptions):
         return self.root is not None and not self.fast_dev_run
 
 
-class DirectoryRecording:
-    """Records a run in a directory of its own; see `RunDirectory` for what it holds.
+class DirectoryRecording(Recording):
+    """Records a run in its own directory; see `RunDirectory` for its files.
 
     Args:
-        directory: where. It is reserved by `open`.
-        loggers: the user's loggers, beside `metrics.jsonl`.
-        make_store: makes a store of the directory of the checkpoints.
+        directory: the directory, which `open` reserves.
+        loggers: the user's loggers.
+        make_store: creates the store in the directory of the checkpoints.
         resume: as in `TrainerConfig`.
-        options: how a run that is resumed may differ; those of the trainer.
-        warns: whether a file that the disk does not take is a warning.
+        options: how a resumed run may differ.
+        warns: whether a storage error, such as a full disk, is only a warning.
     """
 
     def __init__(
@@ -114,31 +114,20 @@ class DirectoryRecording:
 
     @property
     def path(self) -> Path | None:
-        """The run's directory, once it is open."""
         return self.directory.path if self.directory.created else None
 
     @property
     def remark(self) -> str:
-        """Why the run is not one that was there; empty if there is nothing to say."""
         return self._takeover.remark
 
     def finished(
-        self,
-        record: Mapping[str, Any],
-        subject: Subject | None,
-        *,
-        key: str | None = None,
-        rerun: bool = False,
+        self, record: Mapping[str, Any], subject: Subject | None, *, key: str | None, rerun: bool
     ) -> Candidate | None:
-        """Returns the run that is finished already, and whose result that of this one would be.
-
-        Its checkpoints are then those of the store; nothing is written.
-        """
         done = self._takeover.choose(record, subject, key=key, rerun=rerun)
         if done is None:
             return None
         store = self._make_store(done.path / "checkpoints")
-        if store.newest_valid()[0] is None:  # somebody has removed them
+        if store.newest_valid()[0] is None:  # someone has removed them
             self._takeover.forget()
             return None
         self.directory.take(done.path)
@@ -147,19 +136,17 @@ class DirectoryRecording:
 
     @property
     def may_resume(self) -> bool:
-        """Whether there is a run to take up, whose weights are in its checkpoints."""
+        """Whether there may be a run to resume, with weights in its checkpoints."""
         return self._takeover.may_resume
 
     def open(
         self, record: Mapping[str, Any], texts: Mapping[str, str], subject: Subject | None = None
     ) -> None:
-        """Reserves a directory, or takes that of the same run, which did not come to its end.
-
-        Then it writes configuration, environment and status.
+        """Reserves a directory, or takes that of the run to resume, and writes the first files.
 
         Raises:
-            RunDirectoryError: it cannot be written, or another run is in it.
-            CheckpointError: there is nothing to resume, and there must be.
+            RunDirectoryError: the directory cannot be written, or is in use.
+            CheckpointError: a run must be resumed, and there is none, or it differs.
         """
         self.directory.check_writable()
         taken = self._takeover.take(record, subject, self._lock)
@@ -170,13 +157,12 @@ class DirectoryRecording:
             self.confirm(record)
         self.outlets.open(texts, is_taken=taken is not None)
         if taken is not None and self.found is None:
-            self.logger.resume(0)  # what a run has logged that was killed before its first save
+            self.logger.resume(0)  # drops the logs of a run that was killed before its first save
         self.logger.log_config({name: x for name, x in record.items() if name != "identity"})
         self.outlets.keep_states()
         _log.info("run %s", self.directory.path)
 
     def _look(self, store: CheckpointStore, notes: list[str]) -> ResumePoint | None:
-        """Returns the checkpoint to resume from."""
         if isinstance(self._takeover.resume, int):
             return ResumePoint(self.directory.path, self._takeover.resume, [], notes)
         step, skipped = store.newest_valid()
@@ -184,27 +170,24 @@ class DirectoryRecording:
         return None if step is None else ResumePoint(self.directory.path, step, skipped, notes)
 
     def confirm(self, record: Mapping[str, Any]) -> None:
-        """Writes `config.json`, and puts aside the checkpoints after the one gone back to."""
+        """Writes `config.json`, and sets aside the checkpoints after a rollback."""
         if isinstance(self.store, CheckpointStore) and isinstance(self._takeover.resume, int):
             forget_after(self.store, self._takeover.resume)
         self.outlets.files.write_json("config.json", record)
 
     def save_metrics(self, name: str, metrics: Mapping[str, Any]) -> None:
-        """Writes `metrics/<name>.json`, whole or not at all."""
         self.outlets.files.write_json(f"metrics/{name}.json", metrics)
         self.outlets.keep_states()
 
     def close(self, status: str, **facts: Any) -> None:
-        """Finishes checkpoints, loggers and log file in this order, then writes the status.
-
-        A recording that could not be opened has only loggers to close.
+        """Closes checkpoints, loggers and log file in this order, then writes the status.
 
         Raises:
-            CheckpointError: the last checkpoint could not be written; the status is then `failed`.
-            Exception: a logger of the user's could not be closed; the status is as it was to be.
+            CheckpointError: the last checkpoint could not be written; the status is "failed".
+            Exception: a logger could not be closed; the status does not change.
         """
-        with self._lock:  # until the status says that the run is over
-            if not self.directory.created:
+        with self._lock:  # until the status is written
+            if not self.directory.created:  # it could not be opened
                 self.logger.close(status)
                 return
             _log.info("%s at step %s", status, facts.get("step"))
@@ -218,11 +201,11 @@ class DirectoryRecording:
 def make_recording(
     options: RecordingOptions, name: str, loggers: Sequence[Logger], *, resume: str | int
 ) -> Recording:
-    """Returns the recording of a run below `root`, or one that writes nothing if that is None.
+    """Returns the recording of a run below `root`, or one that writes no files.
 
     Args:
-        options: `root` is read, and what they say of checkpoints.
-        name: of the run.
+        options: the options of the trainer.
+        name: name of the run.
         loggers: the user's loggers.
         resume: as in `TrainerConfig`.
     """

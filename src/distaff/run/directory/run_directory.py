@@ -1,4 +1,4 @@
-"""The directory of one run: `<root>/<name>/0001`, whose files are whole or absent."""
+"""The directory of a run, `<root>/<name>/0001`, whose files are written atomically."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ _log = logging.getLogger("distaff")
 explained = partial(
     files.explained, rule="A run directory must be one that can be {}", other="root"
 )
-# Never writable by everybody, whatever the umask.
+# Never world-writable, whatever the umask.
 _DIRECTORY_MODE = 0o775
 
 
 class RunDirectory:
-    """The place of a run's files; nothing is written before `create`.
+    """The directory of a run's files. Nothing is written before `create`.
 
-    A run called "digits" is put in `runs/digits/0001`, the next one in `runs/digits/0002`; none is
-    overwritten. It holds `config.json`, `env.json`, `status.json`, `metrics.jsonl`,
+    A run named "digits" is written to `runs/digits/0001`, the next one to `runs/digits/0002`; none
+    is overwritten. It holds `config.json`, `env.json`, `status.json`, `metrics.jsonl`,
     `metrics/*.json`, `throughput.jsonl`, `checkpoints/step_00001200/` and `log.txt`.
 
     Args:
-        root: the directory that holds all runs.
-        name: the run's name: one path component, or several joined by "/".
+        root: directory of all runs.
+        name: name of the run: one path component, or several joined by "/".
 
     Raises:
         ConfigError: the name is not such a path.
     """
 
     def __init__(self, root: Path | str = "runs", name: str = "run") -> None:
-        # Absolute: a relative root stays where it was when the program changes its directory.
+        # Absolute: the program may change its working directory.
         self._parent = as_path(root, "root") / _checked(name)
         self.name = name
         self.marks: dict[str, Any] = {}
@@ -56,7 +56,7 @@ class RunDirectory:
 
     @classmethod
     def open(cls, path: Path | str) -> RunDirectory:
-        """Returns the run that a directory already holds.
+        """Opens the directory of an existing run.
 
         Args:
             path: the directory of the run, such as `runs/digits/0001`.
@@ -66,9 +66,7 @@ class RunDirectory:
         """
         place = as_path(path, "The path of a run")
         if not place.is_dir():
-            raise RunDirectoryError(
-                f"An existing run must be a directory; {str(path)!r} is not. Check the path."
-            )
+            raise RunDirectoryError(f"There is no run directory at {str(path)!r}. Check the path.")
         run = cls()
         run._path, run._parent = place, place.parent
         return run
@@ -80,7 +78,7 @@ class RunDirectory:
 
     @property
     def root(self) -> Path:
-        """The absolute path of the directory that holds all runs."""
+        """The absolute path of the directory of all runs."""
         return self._parent.parents[self.name.count("/")]
 
     @property
@@ -88,20 +86,20 @@ class RunDirectory:
         """The absolute path of this run.
 
         Raises:
-            StateError: it is not created yet.
+            StateError: the directory has not been created yet.
         """
         if self._path is None:
             raise StateError(
-                f"A run's path is known once it is created; the run below {str(self._parent)!r} "
-                f"is not. Call create() first."
+                f"The run below {str(self._parent)!r} has no path before its directory is created. "
+                f"Call create() first."
             )
         return self._path
 
     def check_writable(self) -> None:
-        """Tries whether `create` can succeed, and leaves nothing behind.
+        """Checks that `create` can succeed. Leaves nothing behind.
 
         Raises:
-            RunDirectoryError: a file is in the way, or the file system refuses.
+            RunDirectoryError: a file is in the way, or the file system does not allow writing.
         """
         nearest_existing = self._path or self._parent
         while not os.path.lexists(nearest_existing):
@@ -110,7 +108,7 @@ class RunDirectory:
             os.rmdir(tempfile.mkdtemp(prefix=".distaff-", dir=nearest_existing))
 
     def create(self) -> Path:
-        """Reserves the next version, or returns the one that this object has reserved before.
+        """Reserves the next version, unless this object has already done so.
 
         Returns:
             The new, empty directory.
@@ -124,34 +122,34 @@ class RunDirectory:
         return self._path
 
     def write_json(self, name: str, value: Any) -> Path:
-        """Writes a value as `encoding.to_json` records it; the file is whole or as it was.
+        """Writes a JSON file atomically.
 
         Args:
-            name: the file relative to the run, such as `metrics/test.json`.
-            value: anything that `encoding.to_json` takes.
+            name: file name relative to the run, such as `metrics/test.json`.
+            value: any value supported by `encoding.to_json`.
 
         Returns:
-            The file.
+            The path of the file.
 
         Raises:
-            RunDirectoryError: it cannot be written.
-            StateError: the run is not created yet.
+            RunDirectoryError: the file cannot be written.
+            StateError: the directory has not been created yet.
         """
         return self.write_text(name, encoding.dumps(encoding.to_json(value)))
 
     def write_text(self, name: str, text: str) -> Path:
-        """Writes a text in UTF-8; the file is whole or as it was.
+        """Writes a text file in UTF-8 atomically.
 
         Args:
-            name: the file relative to the run.
-            text: its new content.
+            name: file name relative to the run.
+            text: the new content.
 
         Returns:
-            The file.
+            The path of the file.
 
         Raises:
-            RunDirectoryError: it cannot be written.
-            StateError: the run is not created yet.
+            RunDirectoryError: the file cannot be written.
+            StateError: the directory has not been created yet.
         """
         target = self.path / _checked(name)
         with explained(target):
@@ -160,14 +158,14 @@ class RunDirectory:
         return target
 
     def read_json(self, name: str) -> Any:
-        """Returns the parsed content of a JSON file.
+        """Reads a JSON file.
 
         Args:
-            name: the file relative to the run.
+            name: file name relative to the run.
 
         Raises:
-            RunDirectoryError: it is absent or is not JSON.
-            StateError: the run is not created yet.
+            RunDirectoryError: the file is missing or not JSON.
+            StateError: the directory has not been created yet.
         """
         target = self.path / _checked(name)
         try:
@@ -175,19 +173,16 @@ class RunDirectory:
                 return encoding.load(target)
         except ValueError as error:
             raise RunDirectoryError(
-                f"A file of a run must be JSON; {str(target)!r} is not: {error}. Remove it."
+                f"A run's file must be JSON; {str(target)!r} is not: {error}. Remove it."
             ) from error
 
     def write_environment(self) -> Path:
-        """Writes `env.json`: versions, platform, devices, processes, command line, commit.
-
-        Those of earlier starts of the run stay, in `starts`.
-        """
+        """Adds the present environment to `env.json`, which keeps those of earlier starts."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         return self.write_json("env.json", environment.with_start(self._environment(), now))
 
     def environment_changes(self) -> list[str]:
-        """Returns what this start runs on that is other than at the start before, by name."""
+        """Returns the differences to the environment of the previous start, by name."""
         return environment.changes(self._environment(), environment.describe())
 
     def _environment(self) -> Any:
@@ -196,21 +191,21 @@ class RunDirectory:
         return None
 
     def set_status(self, status: str, **facts: Any) -> None:
-        """Writes `status.json`: the status, when the run started and ended, and further facts.
+        """Writes `status.json`: the status, times of start and end, and further facts.
 
-        A run that is started again keeps when it started first; `starts` counts how often an object
-        of this class has called it `"running"`.
+        When a run is started again, the first start time is kept. `starts` counts the objects of
+        this class that have set the status to "running".
 
         Args:
             status: one of `STATUSES`.
-            **facts: what to record beside it, such as `step` and `epoch`.
+            **facts: further entries, such as `step` and `epoch`.
 
         Raises:
             ConfigError: the status is unknown.
-            RunDirectoryError: it cannot be written.
+            RunDirectoryError: the file cannot be written.
         """
         if status not in STATUSES:
-            raise ConfigError(f"A run has no status {status!r}. {nearest(status, STATUSES)}")
+            raise ConfigError(f"There is no run status {status!r}. {nearest(status, STATUSES)}")
         now = datetime.now(UTC).isoformat(timespec="seconds")
         started, starts = self._starts(now)
         if status == "running" and not self._counted:
@@ -221,51 +216,47 @@ class RunDirectory:
         self.write_json("status.json", {**known, **facts})
 
     def unfinished(self) -> list[Path]:
-        """Returns the versions after the last one that ended, the newest first.
+        """Returns the versions after the last one that ended, newest first.
 
-        Their status is running, interrupted or failed. Whether one that is "running" still lives is
-        what `run_lock.locked` finds out. Where `status.json` is damaged or missing, the run counts
-        as unfinished if it has a checkpoint, and the log says so; without one it is passed over.
+        Their status is running, interrupted or failed; `run_lock.locked` checks whether a running
+        one is alive. If `status.json` is damaged or missing, a run with checkpoints counts as
+        unfinished, with a warning, and one without is skipped.
 
         Raises:
-            RunDirectoryError: the directory of all versions cannot be read.
+            RunDirectoryError: the directory of the versions cannot be read.
         """
         found = []
         for path in _versions(self._parent):
-            status = noted_status(path)
+            status = read_status(path)
             if status is not None and status["status"] not in _UNFINISHED:
                 break
             found += [] if status is None else [path]
         return found
 
     def versions(self) -> list[Path]:
-        """Returns the directories of all runs of this name, the newest first.
+        """Returns the directories of all runs of this name, newest first.
 
         Raises:
-            RunDirectoryError: the directory of all versions cannot be read.
+            RunDirectoryError: the directory of the versions cannot be read.
         """
         return _versions(self._parent)
 
     def left_over(self) -> list[Path]:
-        """Returns the newest versions that hold nothing, the oldest first.
+        """Returns the newest versions that are empty, oldest first.
 
-        A run that was killed at once has left them, or one is just starting there.
+        Their runs were killed at once, or are just starting.
         """
         versions = itertools.takewhile(is_left_over, _versions(self._parent))
         return list(versions)[::-1]
 
     def take(self, path: Path | None) -> None:
-        """Takes a version that is there already for its own, such as one of `unfinished`.
-
-        Args:
-            path: its directory; None gives up the one that was taken before.
-        """
+        """Uses an existing version, such as one of `unfinished`; None to release it."""
         self._path = path
 
     def _starts(self, now: str) -> tuple[str, int]:
-        """Returns when the run started first, and how often it did, as far as that was noted."""
+        """Returns the first start time and the number of starts, as far as recorded."""
         before = None
-        with contextlib.suppress(RunDirectoryError):  # no status yet
+        with contextlib.suppress(RunDirectoryError):  # there is no status yet
             before = self.read_json("status.json")
         if not isinstance(before, dict):
             return now, 0
@@ -279,13 +270,13 @@ def _checked(name: str) -> str:
     if not name.isprintable() or "\\" in name or {"", ".", ".."} & set(parts):
         raise ConfigError(
             f"A name within a run directory must be simple path components joined by '/', "
-            f"without '..', but it is {name!r}. For example: 'digits' or 'sweep/digits'."
+            f"without '..'; got {name!r}. For example: 'digits' or 'sweep/digits'."
         )
     return name
 
 
 def _versions(parent: Path) -> list[Path]:
-    """Returns the directories of a run's versions, the newest first."""
+    """Returns the directories of a run's versions, newest first."""
     with explained(parent, "read"):
         if not parent.is_dir():
             return []
@@ -299,7 +290,7 @@ def _is_version(entry: str) -> bool:
 
 
 def is_left_over(path: Path) -> bool:
-    """Whether a version holds nothing but what a run writes before its status."""
+    """Whether a version holds only what a run writes before its status."""
     with contextlib.suppress(OSError):
         return all(name in _BEFORE_STATUS or _is_part(name) for name in os.listdir(path))
     return False
@@ -309,15 +300,15 @@ def _is_part(name: str) -> bool:
     return name.startswith(".") and name.endswith(".tmp")
 
 
-def noted_status(path: Path) -> dict[str, Any] | None:
-    """Returns what `status.json` of a run holds, its status at least.
+def read_status(path: Path) -> dict[str, Any] | None:
+    """Returns the content of `status.json`, including the status at least.
 
     Args:
         path: the directory of the run.
 
     Returns:
-        The status "running" where the file is damaged or missing, and there are checkpoints; None
-        without.
+        If the file is damaged or missing, the status "running" for a run with checkpoints, and
+        None for one without.
     """
     problem = ""
     try:
@@ -328,10 +319,10 @@ def noted_status(path: Path) -> dict[str, Any] | None:
     except RunDirectoryError as error:
         problem = str(error)
     if any((path / "checkpoints").glob("step_*")):
-        _log.warning("%s counts as unfinished, since it has checkpoints: %s", path, problem)
+        _log.warning("%s has checkpoints, and counts as unfinished: %s", path, problem)
         return {"status": "running"}
-    if (path / "status.json").exists():  # else it is only being made, or was left at once
-        _log.warning("%s cannot be continued: %s", path, problem)
+    if (path / "status.json").exists():  # else it is just starting, or was killed at once
+        _log.warning("%s cannot be resumed: %s", path, problem)
     return None
 
 

@@ -1,4 +1,4 @@
-"""The files that a run writes beside its log and its checkpoints, on a disk that may be full."""
+"""Writes the small files of a run, even if the disk is full for a while."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _log = logging.getLogger("distaff")
 
 
 class RunFiles:
-    """Writes files of a run; one that cannot be written is an error, or is tried again later.
+    """Writes files of a run. Files that cannot be written raise an error, or are written later.
 
     Args:
-        directory: of the run.
-        warns: whether a file that the disk does not take is a warning. It is then written together
-            with the next one that can be, as it is meant to be by then.
+        directory: the directory of the run.
+        warns: whether a storage error is only a warning. The file is then written together with
+            the next one that succeeds, with the content it has by then.
     """
 
     def __init__(self, directory: RunDirectory, *, warns: bool) -> None:
@@ -36,14 +36,14 @@ class RunFiles:
         self.write(name, partial(self._directory.write_text, name, text))
 
     def write(self, name: str, write: Callable[[], object]) -> None:
-        """Writes a file, and those before it that could not be written.
+        """Writes a file, and earlier ones that failed.
 
         Args:
-            name: of the file.
-            write: writes it; called again later if it fails and only warns.
+            name: name of the file.
+            write: writes the file; called again later if it fails with a warning.
 
         Raises:
-            RunDirectoryError: it cannot be written.
+            RunDirectoryError: the file cannot be written.
         """
         was_waiting = self._waiting.pop(name, None) is not None
         try:
@@ -64,7 +64,7 @@ class RunFiles:
 
 
 def warned(error: Exception) -> None:
-    """Warns of a file that could not be written, and ends nothing."""
-    text = f"{error} The run continues, as on_failed_save='warn' asks for."
+    """Logs a warning for a file that could not be written."""
+    text = f"{error} The run continues because on_failed_save='warn'."
     _log.warning("%s", text)
     warn(text, stacklevel=2)

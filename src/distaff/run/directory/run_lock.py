@@ -1,14 +1,14 @@
-"""One run at a time in a directory: `flock` on `run.lock`, a file that names the run.
+"""Locks a run directory with `flock` on `run.lock`, a file that names the run.
 
-The kernel releases the lock when the process ends, also by SIGKILL; no forked child keeps it.
+The kernel releases the lock when the process ends, even by SIGKILL. Forked children do not keep it.
 
-- On one machine two runs never share a directory: processes and threads, in containers too.
-- On several machines the same holds where the file system passes `flock` on, as NFS does unless it
-  is mounted with `local_lock` or `nolock`. It may take NFS two minutes to notice that a machine
-  is gone; until then the directory is in use.
-- Without `flock` (some cluster file systems, Windows), a second run is stopped only if the file
-  names a process of this machine that is alive: two that start at once, or on two machines, are not
-  kept apart, which the log says.
+- On one machine, processes, threads and containers never share a run directory.
+- On several machines the same holds if the file system supports `flock`, as NFS does unless it is
+  mounted with `local_lock` or `nolock`. NFS may take two minutes to notice that a machine is gone;
+  until then the directory is in use.
+- Without `flock` (some cluster file systems, Windows), a second run raises an error only if the
+  file names a live process of this machine. Two runs that start at the same time, or on two
+  machines, are not detected; a warning says so.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ LOCK_FILE = "run.lock"
 _MOST_BYTES = 4096
 _UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 
-# Held while a lock is taken or released, so that neither a fork nor another thread comes between.
+# Held while a lock is taken or released, to exclude forks and other threads.
 _forking = threading.RLock()
 _descriptors: set[int] = set()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Holder:
-    """Who holds a lock, as its file says: a process as `this_process` names it.
+    """The process that a lock file names, as described by `this_process`.
 
     Attributes:
-        pid: the process id.
-        host: the name of the machine.
-        system: its present boot, and the process ids among which `pid` counts.
-        started: when the process started; None where the system does not tell.
-        since: when the run began, in UTC.
+        pid: process id.
+        host: name of the machine.
+        system: boot id and PID namespace of the machine.
+        started: start time of the process in clock ticks; None if unknown.
+        since: start time of the run, in UTC.
     """
 
     pid: int
@@ -68,22 +68,22 @@ class Holder:
 
     @property
     def is_alive(self) -> bool | None:
-        """Whether the process is alive; None where that cannot be known from here."""
+        """Whether the process is alive; None if that cannot be determined."""
         return is_alive(asdict(self))
 
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Generator[None]:
-    """Keeps other runs out of a run directory while in the block.
+    """Locks a run directory while in the block.
 
-    The lock of a process that was killed is taken over, and the log says so.
+    Takes over the lock of a killed process, with a warning.
 
     Args:
         directory: an existing run directory.
 
     Raises:
-        RunInUseError: another process, or thread, holds it; it is named.
-        RunDirectoryError: the lock's file cannot be written.
+        RunInUseError: another process or thread holds the lock; the message names it.
+        RunDirectoryError: the lock file cannot be written.
     """
     path, process = Path(directory).absolute() / LOCK_FILE, os.getpid()
     with explained(path), _forking:
@@ -91,37 +91,84 @@ def locked(directory: Path) -> Generator[None]:
     try:
         yield
     finally:
-        # A forked child may leave the block too; the lock is not its own.
+        # A forked child may leave the block, too, but does not own the lock.
         if os.getpid() == process:
             _release(path, descriptor)
 
 
 def is_held_elsewhere(directory: Path) -> bool:
-    """Returns whether the lock's file names a run on another machine."""
+    """Whether the lock file names a run on another machine."""
     holder = _read(Path(directory) / LOCK_FILE)
     return holder is not None and holder.system != this_process()["system"]
 
 
+def try_lock(path: Path, flags: int = 0) -> int | None:
+    """Locks a file without waiting. Returns its descriptor, or None on failure.
+
+    Args:
+        path: the file.
+        flags: further flags for `os.open`, such as `os.O_CREAT`.
+    """
+    if fcntl is None:
+        return None
+    with _forking:
+        try:
+            descriptor = _open(path, flags)
+        except OSError:
+            return None
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(path, descriptor):
+                return descriptor
+        unlock(descriptor)
+        return None
+
+
+def is_locked(path: Path) -> bool | None:
+    """Whether a process holds the lock of a file; None without a file or locks."""
+    if fcntl is None or not path.is_file():
+        return None
+    try:
+        descriptor = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+    except OSError:
+        return None
+    try:
+        # Shared, so that two processes that call this at the same time do not block each other.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False if path.is_file() else None
+
+
+def unlock(descriptor: int) -> None:
+    """Closes a locked file, unless this process is a fork that has done so."""
+    if descriptor in _descriptors:
+        _descriptors.remove(descriptor)
+        os.close(descriptor)
+
+
 def _take(path: Path) -> int:
     while True:
-        descriptor = _open(path)
+        descriptor = _open(path, os.O_CREAT)
         try:
-            is_locked = _flock(path, descriptor)
+            has_lock = _flock(path, descriptor)
             if _is_at(path, descriptor):
-                _check_ended(path, is_locked=is_locked)
+                _check_ended(path, has_lock=has_lock)
                 _write(descriptor)
                 return descriptor
         except BaseException:
-            _close(descriptor)
+            unlock(descriptor)
             raise
-        _close(descriptor)  # its last holder has removed the file
+        unlock(descriptor)  # the last holder has removed the file
 
 
 def _flock(path: Path, descriptor: int) -> bool:
-    """Locks a file; False where there are no such locks.
+    """Locks a file. Returns False if the file system has no locks.
 
     Raises:
-        RunInUseError: another holds it.
+        RunInUseError: another process or thread holds it.
     """
     if fcntl is None:
         return False
@@ -136,54 +183,47 @@ def _flock(path: Path, descriptor: int) -> bool:
     return True
 
 
-def _check_ended(path: Path, *, is_locked: bool) -> None:
-    """Looks at the run that the lock's file names, if any.
+def _check_ended(path: Path, *, has_lock: bool) -> None:
+    """Checks that the run named by the lock file has ended.
 
     Raises:
-        RunInUseError: there is no lock, and its process is alive.
+        RunInUseError: the file system has no locks, and its process is alive.
     """
     holder = _read(path)
-    if not is_locked:
+    if not has_lock:
         if holder is not None and holder.is_alive:
             raise _in_use(path, holder)
         _log.warning(
-            "%s: there are no file locks here, and nothing keeps two runs apart that start at "
-            "once or on two machines: start one at a time",
+            "%s: the file system has no locks, so runs that start at the same time or on two "
+            "machines are not detected. Start one at a time.",
             path.parent,
         )
     if holder is not None:
         _log.warning(
-            "%s: taken over from process %d on %s, which began at %s and %s",
+            "%s: taken over from process %d on %s, which started at %s and %s",
             *(path.parent, holder.pid, holder.host, holder.since),
-            "is dead" if holder.is_alive is False else "holds no lock that is seen from here",
+            "is dead" if holder.is_alive is False else "holds no lock visible to this machine",
         )
 
 
 def _release(path: Path, descriptor: int) -> None:
-    # Removed before it is unlocked. If it cannot be, the next run takes it over.
+    # Removed before it is unlocked. If that fails, the next run takes it over.
     with _forking:
         with contextlib.suppress(OSError):
             if _is_at(path, descriptor):
                 path.unlink()
-        _close(descriptor)
+        unlock(descriptor)
 
 
-def _open(path: Path) -> int:
-    # A link in the place of the lock must not lead to the truncation of another file.
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-    descriptor = os.open(path, flags, FILE_MODE)
+def _open(path: Path, flags: int) -> int:
+    # Following a link would truncate another file.
+    descriptor = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | flags, FILE_MODE)
     _descriptors.add(descriptor)
     return descriptor
 
 
-def _close(descriptor: int) -> None:
-    if descriptor in _descriptors:
-        _descriptors.remove(descriptor)
-        os.close(descriptor)
-
-
 def _let_go() -> None:
-    """Closes the locks of the parent in a forked child, in which they would outlive it."""
+    """Closes the parent's locks in a forked child, which would otherwise keep them."""
     for descriptor in _descriptors:
         os.close(descriptor)
     _descriptors.clear()
@@ -211,7 +251,7 @@ def _write(descriptor: int) -> None:
 
 
 def _read(path: Path) -> Holder | None:
-    """Returns who is named in a lock's file; None where it names nobody."""
+    """Returns the process named in a lock file; None if there is none."""
     try:
         with path.open("rb") as file:
             holder = Holder(**encoding.loads(file.read(_MOST_BYTES)))
@@ -225,7 +265,7 @@ def _read(path: Path) -> Holder | None:
 
 
 def _living_holder(path: Path) -> Holder | None:
-    """Returns who holds a lock, which writes its name only after it has taken it."""
+    """Returns the holder of a lock, which writes its name shortly after locking."""
     deadline = time.monotonic() + 1
     while True:
         holder = _read(path)
@@ -239,6 +279,6 @@ def _in_use(path: Path, holder: Holder | None) -> RunInUseError:
     if holder is not None:
         who = f"process {holder.pid} on {holder.host!r} since {holder.since}"
     return RunInUseError(
-        f"A run directory takes one run at a time; {str(path.parent)!r} is in use by {who}. "
-        f"Wait until that ends, stop it, or choose another directory."
+        f"The run directory {str(path.parent)!r} is in use by {who}. "
+        f"Wait until it ends, stop it, or choose another directory."
     )

@@ -1,4 +1,4 @@
-"""`log.txt`: the lines of the logger `distaff` in a run's directory."""
+"""Writes the lines of the logger `distaff` to `log.txt` in the run directory."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ _LINE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class _File(logging.FileHandler):
-    """A log file that may be on a full disk: a line that cannot be written is lost."""
+    """A log file on a disk that may be full: lines that cannot be written are lost."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 the name in logging
-        """Does nothing: the standard handler would write a traceback to standard error."""
+        """Does nothing. The standard handler would print a traceback to standard error."""
 
 
 class _Relay(logging.Handler):
-    """Passes records to the handlers of the loggers above, as they would have got them.
+    """Passes records to the handlers of parent loggers, at the program's own log level.
 
-    During a run the level of the logger `distaff` is lowered, so that `log.txt` has every line; a
-    program that asked for warnings alone shall not get more of them on its screen.
+    During a run the level of the logger `distaff` is lowered so that `log.txt` gets every line.
     """
 
     def __init__(self, level: int) -> None:
@@ -34,17 +33,17 @@ class _Relay(logging.Handler):
         self._level = level  # of the logger, before it was lowered
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Passes a record on; without any handler above, log.txt alone has it."""
+        """Passes a record to the handlers of parent loggers, if there are any."""
         parent = _logger.parent
         if parent is None or not _handlers_of(parent):
             return
         if record.levelno >= (self._level or parent.getEffectiveLevel()):
-            with contextlib.suppress(Exception):  # one on a standard error that is closed
+            with contextlib.suppress(Exception):  # such as a closed standard error
                 parent.callHandlers(record)
 
 
 def _handlers_of(logger: logging.Logger | None) -> list[logging.Handler]:
-    """Returns the handlers of a logger and of those that it propagates to."""
+    """Returns the handlers of a logger and of those it propagates to."""
     if logger is None:
         return []
     above = _handlers_of(logger.parent) if logger.propagate else []
@@ -53,12 +52,12 @@ def _handlers_of(logger: logging.Logger | None) -> list[logging.Handler]:
 
 @contextlib.contextmanager
 def open_log(directory: Path) -> Generator[logging.Logger]:
-    """Appends the lines of the logger `distaff` to `log.txt`, from level INFO, while in the block.
+    """Appends the lines of the logger `distaff`, from level INFO, to `log.txt` while in the block.
 
-    The program's own handlers get the lines that its own levels let through, as without a run.
+    The program's own handlers get the same lines as without a run.
 
     Args:
-        directory: of the run.
+        directory: the directory of the run.
 
     Yields:
         The logger.
@@ -84,7 +83,7 @@ def open_log(directory: Path) -> Generator[logging.Logger]:
 
 @contextlib.contextmanager
 def _lowered() -> Generator[None]:
-    """Lowers the level of the logger while any run of this process has its log open."""
+    """Lowers the level of the logger while any run of this process has a log open."""
     with _lock:
         if not _before:
             _before.append((_logger.level, _logger.propagate, _Relay(_logger.level)))
@@ -108,4 +107,4 @@ def _lowered() -> Generator[None]:
 _logger = logging.getLogger("distaff")
 _lock = threading.Lock()
 _before: list[tuple[int, bool, _Relay]] = []
-"""How the logger was before the first open log, once for each that is open."""
+"""Level, propagation and relay of the logger before the first log, once per open log."""

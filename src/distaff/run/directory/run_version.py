@@ -1,4 +1,4 @@
-"""The version that a new run takes: one that nobody uses, locked before anything is in it."""
+"""Reserves the version of a new run, and locks it before anything is written."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from distaff.run.directory.run_lock import LOCK_FILE, is_held_elsewhere, locked
 
 
 def reserve(directory: RunDirectory, lock: ExitStack) -> None:
-    """Takes a version for a new run, and locks it.
+    """Reserves a version for a new run, and locks it.
 
-    A version that a run left empty, because it was killed at once, is used again. Of several runs
-    that start at the same time, each gets a version of its own.
+    Versions left empty by killed runs are reused. Runs that start at the same time get different
+    versions.
 
     Args:
-        directory: of the run; its `path` is known afterwards.
-        lock: what keeps the lock until it is closed.
+        directory: the directory of the run; its `path` is set.
+        lock: the stack that releases the lock.
 
     Raises:
-        RunDirectoryError: no version can be made, or another run is in the one created already.
+        RunDirectoryError: no version can be created, or another run uses the one already created.
     """
     if directory.created:
         lock.enter_context(locked(directory.path))
@@ -35,14 +35,14 @@ def reserve(directory: RunDirectory, lock: ExitStack) -> None:
 
 
 def _is_ours(path: Path, lock: ExitStack) -> bool:
-    """Locks a version, unless another run has been quicker."""
+    """Locks a version. Returns False if another run uses it."""
     attempt = ExitStack()
     with attempt, explained(path):
         try:
             attempt.enter_context(locked(path))
         except RunInUseError:
             return False
-        if not is_left_over(path):  # another run has been here, and has ended
+        if not is_left_over(path):  # another run has used it meanwhile, and ended
             return False
         for left in path.iterdir():
             if left.name != LOCK_FILE:

@@ -1,1 +1,1 @@
-"""Which run a start resumes."""
+"""Decides which run a start resumes."""

@@ -1,24 +1,20 @@
-"""Candidates: which earlier run of a name a start resumes, and why not another one."""
+"""Selects the earlier run that a start resumes."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from distaff.checkpoint import CheckpointStore, recorded
 from distaff.errors import CheckpointError
-from distaff.run.directory.run_directory import RunDirectory, noted_status
+from distaff.run.directory.run_directory import RunDirectory, read_status
 from distaff.run.identity.comparison import RecordComparison
 from distaff.run.identity.launch import Seat
 
-_log = logging.getLogger("distaff")
-
-
-_MOST = 256
+_MAX_CANDIDATES = 256
 
 
 class Candidate:
@@ -26,8 +22,8 @@ class Candidate:
 
     Args:
         path: its directory.
-        status: what its `status.json` holds.
-        compare: compares its record with that of the run to be.
+        status: the content of its `status.json`.
+        compare: compares its record with that of the new run.
     """
 
     def __init__(
@@ -40,19 +36,19 @@ class Candidate:
 
     @functools.cached_property
     def comparison(self) -> RecordComparison:
-        """How the run to be differs from it; its record is read for that."""
+        """How the new run differs from it. Reads its record."""
         return self._compare(recorded(self.path))
 
     @property
     def is_unfinished(self) -> bool:
-        """Whether a start resumes it by itself: it was cut off, and not by the user's own code."""
+        """Whether a start resumes it by default: it was cut off, but not by the user's code."""
         status = self.status["status"]
         is_cut = status == "failed" and self.status.get("resumable", True)
         return status in ("running", "interrupted") or is_cut
 
     @property
     def may_resume(self) -> bool:
-        """Whether it can be resumed where that is asked for."""
+        """Whether it can be resumed on request."""
         return self.is_unfinished or self.status["status"] in ("failed", "pruned")
 
     @property
@@ -61,7 +57,7 @@ class Candidate:
         return self.status["status"] in ("finished", "stopped")
 
     def described(self) -> str:
-        """Returns in a few words which run it is, and how it ended."""
+        """Returns a short text with its name and how it ended."""
         status, reason = self.status["status"], self.status.get("reason") or ""
         ended = {"running": "was killed", "failed": "failed"}.get(status, f"was {status}")
         step = self.status.get("step")
@@ -70,12 +66,12 @@ class Candidate:
 
 
 class EarlierRuns(NamedTuple):
-    """What a start may take up.
+    """The earlier runs that a start can use.
 
     Attributes:
-        finished: the run whose result is that of the run to be; None where there is none.
-        candidates: those to resume, the best one first: the first that nobody uses is taken.
-        remark: which run it is not, and why; empty where there is nothing to say.
+        finished: the finished run that equals the new one; None if there is none.
+        candidates: runs to resume, best first. The first that is not in use is resumed.
+        remark: why no earlier run is resumed; empty if that needs no explanation.
     """
 
     finished: Candidate | None = None
@@ -83,36 +79,36 @@ class EarlierRuns(NamedTuple):
     remark: str = ""
 
 
-def found(
+def find_candidates(
     directory: RunDirectory, compare: Callable[[Mapping[str, Any]], RecordComparison]
 ) -> list[Candidate]:
-    """Returns the last earlier runs of a name whose status is known, the newest first.
+    """Returns the latest earlier runs of a name that have a readable status, newest first.
 
     Args:
-        directory: of the run to be.
-        compare: compares the record of an earlier run with that of the run to be.
+        directory: the directory of the new run.
+        compare: compares the record of an earlier run with that of the new run.
 
     Raises:
-        RunDirectoryError: the directory of all of them cannot be read.
+        RunDirectoryError: the directory of the runs cannot be read.
     """
     candidates = []
-    for path in directory.versions()[:_MOST]:
-        status = noted_status(path)
+    for path in directory.versions()[:_MAX_CANDIDATES]:
+        status = read_status(path)
         if status is not None:
             candidates.append(Candidate(path, status, compare))
     return candidates
 
 
-def chosen(candidates: Sequence[Candidate], seat: Seat, *, must: bool, rerun: bool) -> EarlierRuns:
-    """Chooses among earlier runs of a name.
+def choose(candidates: Sequence[Candidate], seat: Seat, *, must: bool, rerun: bool) -> EarlierRuns:
+    """Chooses among the earlier runs of a name.
 
-    Where the same run has ended, older ones are of the past, unless its program has died.
+    If the same run has finished, older ones are ignored, unless its program was killed.
 
     Args:
-        candidates: the newest first.
-        seat: the place of the run to be in its program.
-        must: whether one has to be resumed, whatever differs.
-        rerun: whether to train again what is finished.
+        candidates: the earlier runs, newest first.
+        seat: the position of the new run in its program.
+        must: whether a run must be resumed, whatever has changed.
+        rerun: whether to train again although the run has finished.
     """
     own = [each for each in candidates if each.status.get("key") == seat.key]
     last = max((n for n, each in enumerate(own) if _counts(each, seat)), default=-1)
@@ -140,38 +136,38 @@ def chosen(candidates: Sequence[Candidate], seat: Seat, *, must: bool, rerun: bo
 
 
 def _counts(candidate: Candidate, seat: Seat) -> bool:
-    """Whether an earlier run may be taken up: there is no need to compare older ones."""
+    """Whether an earlier run is usable. Older ones need not be compared."""
     if candidate.may_resume or not candidate.is_finished:
         return candidate.may_resume
     return seat.key is not None or seat.standing(candidate.status) == "open"
 
 
 def check_changes(candidate: Candidate, *, allowed: bool) -> None:
-    """Checks that a run may be resumed although something has changed.
+    """Checks that the changes to a resumed run are allowed.
 
     Raises:
-        CheckpointError: something has, and that is not allowed; all of it is listed.
+        CheckpointError: there are changes, and `allowed` is False; the message lists them.
     """
     changes = candidate.comparison.changes
     if changes and not allowed:
         listed = "".join(f"\n  {each}" for each in changes)
         raise CheckpointError(
-            f"resume='must' resumes the same run only, and {candidate.path} was another one:"
-            f"{listed}\nRestore what was changed, pass allow_changes=True to resume it all the "
-            "same, or resume='auto' to begin a new run."
+            f"resume='must' resumes only the same run, but {candidate.path} differs:"
+            f"{listed}\nRevert the changes, pass allow_changes=True to resume it anyway, or "
+            "resume='auto' to start a new run."
         )
 
 
 def has_only_failed(path: Path) -> bool:
-    """Whether a run ended by an error, before it had a checkpoint: its record stays as it is."""
-    status = noted_status(path) or {"status": "running"}
+    """Whether a run failed before its first checkpoint."""
+    status = read_status(path) or {"status": "running"}
     return status["status"] == "failed" and not CheckpointStore(path / "checkpoints").steps()
 
 
 def _remark(candidates: Sequence[Candidate], seat: Seat) -> str:
-    """Returns why a run that could have been taken up is not: that of its place, or the newest.
+    """Returns why a usable run is not resumed: the one in the same position, or the newest.
 
-    Runs before one that has finished in order are of the past.
+    Runs before one that finished normally are ignored.
     """
 
     def is_recent(each: Candidate) -> bool:
@@ -186,7 +182,7 @@ def _remark(candidates: Sequence[Candidate], seat: Seat) -> str:
     for each in in_place or newest:
         changes = [*each.comparison.changes, *each.comparison.doubts]
         if changes:
-            return f"a new run, and not {each.described()}: {'; '.join(changes)}"
+            return f"a new run instead of {each.described()}: {'; '.join(changes)}"
         if each.may_resume and not each.is_unfinished:
-            return f"a new run, and not {each.described()}; resume='must' resumes that one"
+            return f"a new run instead of {each.described()}; resume='must' resumes that one"
     return ""

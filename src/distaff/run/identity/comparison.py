@@ -1,4 +1,4 @@
-"""Comparison: how a run to be differs from one that has recorded what it was."""
+"""Compares the record of a new run with that of an earlier one."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from distaff.run.identity.identity import Subject
 from distaff.run.identity.sketch import is_near
 
 _ALWAYS_IGNORED = ("distaff", "constructor.given")
-"""What is not named where it has changed, as the options that are to be ignored."""
+"""Entries of the record that may change without a note."""
 
 _LABELS = {REST: "the training step"}
+_DIGESTS = ("values", "batches")
+_UNKNOWN = "were not recorded and could not be compared"
 
 
 class RecordComparison(NamedTuple):
     """How a run differs from another one.
 
     Attributes:
-        changes: what makes it another run.
-        doubts: loaders whose first batch differs: of other data, or drawn without a seed.
-        notes: what differs and does not, or could not be compared.
+        changes: differences that make it another run.
+        doubts: loaders whose first batch differs: they have other data, or no seed.
+        notes: other differences, and what could not be compared.
     """
 
     changes: list[str]
@@ -33,11 +35,11 @@ class RecordComparison(NamedTuple):
     notes: list[str]
 
     def lines(self) -> list[str]:
-        """Returns what is to be said where the run is resumed."""
+        """Returns the lines to log when the run is resumed."""
         return [*(f"changed: {each}" for each in self.changes), *self.notes]
 
 
-def compared(
+def compare_records(
     old: Mapping[str, Any],
     new: Mapping[str, Any],
     subject: Subject | None,
@@ -45,14 +47,14 @@ def compared(
     inexact: bool,
     options: type[Options],
 ) -> RecordComparison:
-    """Compares the record of an earlier run with that of a run to be.
+    """Compares the record of an earlier run with that of a new one.
 
     Args:
-        old: as `config.json` holds it; of an older version of Distaff, without an identity.
-        new: likewise, with an identity.
-        subject: what the identity of the new one was found from.
-        inexact: whether first batches may differ, as those drawn without a seed.
-        options: the class of the new run's options, which says of each whether it changes a run.
+        old: content of `config.json`; without an identity if written by an old version.
+        new: the record of the new run, with its identity.
+        subject: the source of the new run's identity.
+        inexact: whether first batches may differ, as without a seed.
+        options: class of the new run's options, which declares how each affects resuming.
     """
     if not old:
         return RecordComparison(["its record cannot be read"], [], [])
@@ -70,55 +72,48 @@ def compared(
     changes += [text for text in program if not (is_named and text.startswith("optimizer"))]
     data, doubts = _data(was, now, inexact=inexact)
     one, other = was.get("weights"), now.get("weights")
-    if (
-        one
-        and other
-        and not (one["form"] == other["form"] and is_near(one["sketch"], other["sketch"]))
-    ):
-        data.append("start weights differ")
+    if one and other:
+        is_same = one["form"] == other["form"] and is_near(one["sketch"], other["sketch"])
+        data += [] if is_same else ["start weights differ"]
     return RecordComparison([*changes, *data], doubts, [*notes, *remarks])
-
-
-_DIGESTS = ("values", "batches")
-_UNKNOWN = "were not recorded, and could not be compared"
 
 
 def _options(
     old: Mapping[str, Any], new: Mapping[str, Any], options: type[Options]
 ) -> dict[str, str]:
-    """Returns what of a run's configuration differs, but for what says how it resumes."""
+    """Returns the changes of the configuration, except for those that only affect resuming."""
     defaults = {"options": options(), "optimizer": OptimizerConfig()}
     for part, default in defaults.items():
         was, now = old.get(part), new.get(part)
         if isinstance(was, Mapping) and isinstance(now, Mapping):
-            # A field that the old run did not know yet was at its default.
+            # A field that the old version did not have counts as its default.
             known = encoding.to_json(default)
             old = {**old, part: {**{n: known[n] for n in now if n in known}, **was}}
     pair = [{n: x for n, x in each.items() if n != "identity"} for each in (old, new)]
     ignored = {*_ALWAYS_IGNORED, *(f"options.{name}" for name in options.names("ignored"))}
     found = encoding.diff(pair[0], encoding.to_json(pair[1]))
     return {
-        name: f"{name}: {_said(before)} -> {_said(after)}"
+        name: f"{name}: {_as_text(before)} -> {_as_text(after)}"
         for name, (before, after) in found.items()
         if name not in ignored
-        and not (before is MISSING and not after)  # a field of a newer version, that is not used
+        and not (before is MISSING and not after)  # an unused field of a newer version
     }
 
 
-def _said(value: Any) -> str:
+def _as_text(value: Any) -> str:
     return "nothing" if value is MISSING else repr(value)
 
 
 def _program(
     old: Mapping[str, Any], new: Mapping[str, Any], subject: Subject | None
 ) -> tuple[list[str], list[str]]:
-    """Returns how the programs differ, and what is to be said where they could not be compared."""
+    """Returns the changes of the programs, and notes on what could not be compared."""
     was, now = old.get("step"), new.get("step")
     if not was or not now:
-        return [], ["the training step could not be traced, and was not compared"]
+        return [], ["the training step could not be traced and was not compared"]
     total = old.get("total_steps")
     if subject is not None and total != new.get("total_steps") and was["whole"] != now["whole"]:
-        now = subject.step_for(total) or now  # a longer run: its schedule is stretched
+        now = subject.step_for(total) or now  # a longer run has a longer schedule
     changes = list(_parts(was, now))
     one, other = old.get("evaluation"), new.get("evaluation")
     if not changes and one and other and one != other:
@@ -130,7 +125,7 @@ def _program(
 
 
 def _parts(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
-    """Yields which parts of the training step differ."""
+    """Yields a line for each part of the training step that differs."""
     if old["whole"] == new["whole"]:
         return
     names = sorted({*old["parts"], *new["parts"]})
@@ -145,7 +140,7 @@ def _parts(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
             gone = [each for each in was["numbers"] if each not in now["numbers"]]
             come = [each for each in now["numbers"] if each not in was["numbers"]]
             is_rate = name == "optimizer" and len(gone) == len(come) == 1
-            what = "learning rate, or another number, of the step" if is_rate else "numbers"
+            what = "learning rate or another constant" if is_rate else "constants"
             numbers = f", {what}: {', '.join(gone)} -> {', '.join(come)}" if gone or come else ""
         yield f"{label} differs{numbers}"
 
@@ -158,12 +153,12 @@ def _versions(old: Mapping[str, str], new: Mapping[str, str]) -> str:
 def _data(
     old: Mapping[str, Any], new: Mapping[str, Any], *, inexact: bool
 ) -> tuple[list[str], list[str]]:
-    """Returns how the data differ, and which may do so for want of a seed."""
+    """Returns the changes of the data, and those that may only be due to a missing seed."""
     was, now = old.get("data") or {}, new.get("data") or {}
     changes, doubts = [], []
     for name in {**was, **now}:
         if name not in was or name not in now:
-            changes.append(f"{name} data differs: {'given' if name in now else 'left out'} now")
+            changes.append(f"{name} data differs: {'added' if name in now else 'removed'}")
             continue
         one, other = was[name], now[name]
         found = [f"{name} data differs: {text}" for text in _facts(one, other)]

@@ -1,4 +1,4 @@
-"""Ending: what an error that ends a run says about it."""
+"""Classifies the error that ended a run."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _OF_DISTAFF = (CheckpointError, RunDirectoryError, NonFiniteError, BarrierError,
 
 
 def ending(error: BaseException) -> dict[str, Any]:
-    """Returns the status of a run that an error has ended, and facts, as `status.json` has them.
+    """Returns the status of a run that an error ended, and facts for `status.json`.
 
-    A run that the machine has ended, or that Distaff could not continue, is resumed by the next
-    start. One that was ended by the user's own code has ended: `resumable` is False.
+    The next start resumes a run that was ended by the machine or by Distaff. One that was ended by
+    the user's code is over: `resumable` is False.
 
     Args:
-        error: what `train_model` raises.
+        error: the error that `train_model` raises.
     """
     facts: dict[str, Any] = {"reason": f"{type(error).__name__}: {error}"}
     if isinstance(error, KeyboardInterrupt):
         return {"status": "interrupted", **facts}
-    if any(cls.__name__ == "TrialPruned" for cls in type(error).__mro__):  # of Optuna
+    if any(cls.__name__ == "TrialPruned" for cls in type(error).__mro__):  # Optuna's
         return {"status": "pruned", **facts}
     is_cut = isinstance(error, (*_OF_THE_MACHINE, *_OF_DISTAFF))
     return {"status": "failed", "resumable": is_cut, **facts}

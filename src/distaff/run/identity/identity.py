@@ -1,7 +1,7 @@
-"""Identity: what makes a run the one that it is, as it is recorded in `config.json`.
+"""The identity of a run, as recorded in `config.json`.
 
-It holds digests of the training step, part by part, of the evaluation and of the data, and a
-sketch of the start weights. `distaff.run.identity.comparison` tells how two of them differ.
+It holds digests of the parts of the training step, of the evaluation and of the data, and a sketch
+of the initial weights. `distaff.run.identity.comparison` compares two of them.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ _LIBRARIES = ("jax", "flax", "optax", "equinox")
 
 
 class Subject(NamedTuple):
-    """What the identity of a run is found from, before its first step.
+    """The source of a run's identity, collected before its first step.
 
     Attributes:
-        step: the training step without a guard; None where it is not traced.
-        eval_step: the evaluation step; None where it is not traced.
-        state: the first state, with its optimizer.
-        loaders: by name, `train` and `val` or `val_clean`, each with its first batch.
-        total_steps: of the run; None where that is not known.
-        stretched: returns the state with the optimizer of a run of another number of steps.
-        has_weights: whether the start weights are known.
+        step: the training step without a guard; None if it is not traced.
+        eval_step: the evaluation step; None if it is not traced.
+        state: the initial state, with its optimizer.
+        loaders: loaders with their first batches, by name: `train` and `val` or `val_clean`.
+        total_steps: steps of the run; None if unknown.
+        stretched: returns the state with the optimizer for another number of steps.
+        has_weights: whether the initial weights are known.
     """
 
     step: StepFn | None
@@ -50,7 +50,7 @@ class Subject(NamedTuple):
     has_weights: bool = True
 
     def identity(self) -> dict[str, Any]:
-        """Returns the identity, as strict JSON. What cannot be traced is None in it."""
+        """Returns the identity as strict JSON, with None for what cannot be traced."""
         evaluated = [batch for name, (_, batch) in self.loaders.items() if name != "train"]
         evaluation = None
         if self.eval_step is not None and evaluated:
@@ -65,9 +65,9 @@ class Subject(NamedTuple):
         }
 
     def step_for(self, total_steps: int | None) -> dict[str, Any] | None:
-        """Returns the digest of the training step of a run of so many steps, and of its parts.
+        """Returns the digests of the training step and its parts for a number of steps.
 
-        What the optimizer starts with is a part of the optimizer.
+        The optimizer's initial state counts as a part of the optimizer.
         """
         is_own = total_steps == self.total_steps
         state = self.state if is_own else self.stretched(total_steps)
@@ -101,7 +101,7 @@ def _traced(function: Callable[..., Any], *arguments: Any) -> dict[str, Any] | N
     """Returns the digest of a function as JSON; None if it cannot be traced."""
     try:
         found = program_digest(function, *arguments)
-    except Exception:  # of the user's own, who hears of it where the function is to run
+    except Exception:  # the user's; it is raised again when the function runs
         return None
     parts = {
         name: {"form": part.form, "whole": part.whole, "numbers": list(part.numbers)}
@@ -124,7 +124,7 @@ def _data(loader: Loader, batch: Batch) -> dict[str, Any]:
 
 
 def _chain(loader: Any) -> list[Any]:
-    """Returns a loader, and those that it takes its batches from."""
+    """Returns a loader, followed by the loaders that it wraps."""
     inner = getattr(loader, "loaders", None)
     inner = inner if isinstance(inner, tuple) else (getattr(loader, "loader", None),)
     found = [_chain(each) for each in inner if isinstance(each, Loader)]
@@ -138,11 +138,11 @@ def _facts(loader: Any) -> dict[str, Any]:
 
 
 def _weights(state: TrainState) -> dict[str, str] | None:
-    """Returns names and forms of the start weights as a digest, and a sketch of their values."""
+    """Returns a digest of the names and shapes of the initial weights, and a sketch of them."""
     members = {n: x for n, x in state.arrays().items() if n not in _NOT_WEIGHTS}
     leaves = jax.tree.leaves_with_path(members)
     forms = [(leaf_name(path), jnp.shape(x), str(jnp.result_type(x))) for path, x in leaves]
     try:
         return {"form": digest(forms), "sketch": sketch([leaf for _, leaf in leaves])}
-    except (TypeError, ValueError):  # a leaf of a kind that NumPy does not know
+    except (TypeError, ValueError):  # a leaf of a type that NumPy does not support
         return None

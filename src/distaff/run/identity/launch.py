@@ -1,9 +1,9 @@
-"""Launch: the runs that one process makes, so that a program which died takes them up again.
+"""Launches: the runs of one process, so that a program that died resumes them when run again.
 
-A launch is a file below the root, `.launches/<id>.json`, locked while its process lives. A process
-that ends in order removes it, unless a run is left to be resumed. One that is there, and locked by
-nobody, is *open*: the process died. Started again, a program finds its runs in it: the n-th run of
-a name is the n-th run of that name. Where the file system has no locks, there are no launches.
+A launch is a file `.launches/<id>.json` below the root, locked while its process lives. A process
+that exits normally removes it, unless a run is left to resume. A file that nobody locks is *open*:
+its process died. When the program runs again, its n-th run of a name resumes the n-th run of that
+name. On file systems without locks there are no launches.
 """
 
 from __future__ import annotations
@@ -23,15 +23,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from distaff.core.files import FILE_MODE
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from distaff.run.directory.run_lock import is_locked, try_lock, unlock
 
 _FOLDER = ".launches"
-_MOST, _TRIES = 32, 50
+_MAX_LAUNCHES, _TRIES = 32, 50
 _lock = threading.RLock()
 _launches: dict[Path, Launch] = {}
 
@@ -39,13 +34,13 @@ Standing = Literal["open", "alive", "closed"]
 
 
 class Seat(NamedTuple):
-    """The place of a run in a program.
+    """The position of a run in a program.
 
     Attributes:
-        launch: of the process.
-        name: of the run.
-        position: how many runs of that name the process has made before.
-        key: that the user has given it; None without.
+        launch: the launch of the process.
+        name: name of the run.
+        position: number of earlier runs with that name in the process.
+        key: the key passed to `train_model`; None without.
     """
 
     launch: Launch
@@ -54,23 +49,23 @@ class Seat(NamedTuple):
     key: str | None = None
 
     def marks(self) -> dict[str, Any]:
-        """Returns what the status of a new run says of its place."""
+        """Returns the entries for the `status.json` of a new run."""
         found = {"id": self.launch.id, "position": self.position} if self.launch.id else None
         return {"launch": found, "key": self.key}
 
     def standing(self, status: Mapping[str, Any]) -> Standing:
-        """Returns how the launch of an earlier run stands."""
+        """Returns the standing of the launch of an earlier run."""
         launch = status.get("launch")
         name = launch.get("id") if isinstance(launch, Mapping) else None
         return self.launch.standing(name) if isinstance(name, str) else "closed"
 
     def is_of(self, status: Mapping[str, Any]) -> bool:
-        """Whether an earlier run has this place in its program."""
+        """Whether an earlier run has the same position in its program."""
         launch = status.get("launch")
         return isinstance(launch, Mapping) and launch.get("position") == self.position
 
     def adopt(self, status: Mapping[str, Any]) -> bool:
-        """Takes the launch of an earlier run for the own one; False where it is not open."""
+        """Adopts the launch of an earlier run. Returns False if it is not open."""
         launch = status.get("launch")
         return isinstance(launch, Mapping) and self.launch.adopt(str(launch.get("id")))
 
@@ -79,7 +74,7 @@ class Launch:
     """The runs of this process below one root.
 
     Args:
-        root: the folder of all runs, absolute.
+        root: the absolute path of the folder of all runs.
     """
 
     def __init__(self, root: Path) -> None:
@@ -91,18 +86,18 @@ class Launch:
 
     @property
     def id(self) -> str | None:
-        """The name of the launch; None before `begin`, and where there are no locks."""
+        """The name of the launch; None before `begin`, or without file locks."""
         return next(iter(self._held), None)
 
     def seat(self, name: str, key: str | None = None) -> Seat:
-        """Returns the place of the next run of a name."""
+        """Returns the position of the next run of a name."""
         with _lock:
             position = self._counts[name]
             self._counts[name] += key is None
         return Seat(self, name, position, key)
 
     def begin(self) -> None:
-        """Makes the file of the launch, once there is a run in it."""
+        """Creates the file of the launch, for its first run."""
         if self._held:
             return
         name = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}"
@@ -114,97 +109,66 @@ class Launch:
                 os.write(self._held[name], json.dumps(about).encode() + b"\n")
 
     def standing(self, name: str) -> Standing:
-        """Returns whether a launch is open, of a process that lives, or closed."""
+        """Returns "open", "alive" (its process is running) or "closed"."""
         if name in self._held:
             return "open"
-        if fcntl is None or not self._path(name).is_file():
+        locked = is_locked(self._path(name))
+        if locked is None:
             return "closed"
-        try:
-            descriptor = os.open(self._path(name), os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
-        except OSError:
-            return "closed"
-        try:
-            # Shared: processes that look at the same time do not take each other for its holder.
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return "alive"
-        finally:
-            os.close(descriptor)
-        return "open" if self._path(name).is_file() else "closed"
+        return "alive" if locked else "open"
 
     def inherits(self, status: Mapping[str, Any]) -> bool:
-        """Whether an earlier run is of an open launch that another process has begun."""
+        """Whether an earlier run belongs to an open launch of another process."""
         launch = status.get("launch")
         name = launch.get("id") if isinstance(launch, Mapping) else None
         return isinstance(name, str) and name != self._begun and self.standing(name) == "open"
 
     def adopt(self, name: str) -> bool:
-        """Takes an open launch for the own one; False where another process was quicker."""
+        """Adopts an open launch. Returns False if another process was faster."""
         for _ in range(_TRIES):
             if name in self._held or self._take(name):
                 return True
             if self.standing(name) != "open":
                 return False
-            time.sleep(0.01)  # somebody has just looked at it
+            time.sleep(0.01)  # another process is calling `standing`
         return False
 
     def opened(self, run: Path) -> None:
-        """Notes that a run has begun."""
+        """Records that a run has started."""
         self._unfinished.add(run)
 
     def ended(self, run: Path) -> None:
-        """Notes that a run has ended, so that nothing of it is left to be resumed."""
+        """Records that a run has ended and need not be resumed."""
         self._unfinished.discard(run)
 
     def close(self) -> None:
-        """Ends the launch of a program that ends in order; one with runs to resume stays open."""
+        """Ends the launch at a normal exit. It stays open if a run is left to resume."""
         for name in list(self._held):
             if not self._unfinished:
                 with contextlib.suppress(OSError):
                     self._path(name).unlink(missing_ok=True)
-            self._release(name)
+            unlock(self._held.pop(name))
 
     @property
     def is_idle(self) -> bool:
-        """Whether no run of it is under way, or left to be resumed."""
+        """Whether no run is active or left to resume."""
         return not self._unfinished
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{Path(name).name}.json"
 
     def _take(self, name: str, flags: int = 0) -> bool:
-        if fcntl is None:
-            return False
-        path = self._path(name)
-        try:
-            descriptor = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | flags, FILE_MODE)
-        except OSError:
-            return False
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Its last holder may have removed it meanwhile.
-            is_there = os.path.samestat(os.stat(path), os.fstat(descriptor))
-        except OSError:
-            is_there = False
-        if not is_there:
-            os.close(descriptor)
+        descriptor = try_lock(self._path(name), flags)
+        if descriptor is None:
             return False
         self._held[name] = descriptor
         return True
 
-    def _release(self, name: str) -> None:
-        with contextlib.suppress(OSError):
-            os.close(self._held.pop(name))
-
 
 def launch_of(root: Path) -> Launch:
-    """Returns the launch of this process below a root.
-
-    Args:
-        root: absolute.
-    """
+    """Returns the launch of this process below an absolute root."""
     with _lock:
-        if root not in _launches and len(_launches) >= _MOST:
+        if root not in _launches and len(_launches) >= _MAX_LAUNCHES:
             idle = next((each for each, launch in _launches.items() if launch.is_idle), None)
             if idle is not None:
                 _launches.pop(idle).close()
@@ -213,9 +177,9 @@ def launch_of(root: Path) -> Launch:
 
 @atexit.register
 def close_all() -> None:
-    """Ends the launches of this process; a program that Ctrl-C has ended leaves them open."""
-    is_broken_off = isinstance(getattr(sys, "last_value", None), KeyboardInterrupt)
-    if is_broken_off and not hasattr(sys, "ps1") and "IPython" not in sys.modules:
+    """Ends the launches of this process, unless Ctrl-C ended the program."""
+    is_interrupted = isinstance(getattr(sys, "last_value", None), KeyboardInterrupt)
+    if is_interrupted and not hasattr(sys, "ps1") and "IPython" not in sys.modules:
         return
     for launch in _launches.values():
         launch.close()
@@ -223,12 +187,11 @@ def close_all() -> None:
 
 
 def _forget() -> None:
-    """Lets go in a forked child of what its parent holds."""
+    """Drops the launches of the parent in a forked child."""
     global _lock
     for launch in _launches.values():
         for descriptor in launch._held.values():
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
+            unlock(descriptor)
     _launches.clear()
     _lock = threading.RLock()
 

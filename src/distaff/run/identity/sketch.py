@@ -1,7 +1,6 @@
-"""Sketch: a few numbers per array that tell weights apart, whatever their last bits.
+"""Sketches of weights: a few numbers per array, compared up to rounding.
 
-Other CPUs round an initialiser otherwise; so the sketches of two arrays are compared by how near
-they are.
+Initializers round differently on other CPUs, so two sketches are compared with a tolerance.
 """
 
 from __future__ import annotations
@@ -17,23 +16,23 @@ _MAX_VALUES = 2**14
 _MAX_FAR_BYTES = 2**26
 _MAX_LEAVES = 4096
 _NEAR = 1e-4
-"""Rounding is further from this than any training is, but for types of 16 bits and less."""
+"""Larger than rounding errors and smaller than the effect of training, except in 16 bits."""
 
 
 def sketch(leaves: list[Any]) -> str:
     """Returns the sketch of arrays as text: two projections, the norm and a tolerance for each.
 
-    Of an array of more than 16384 values, some are taken, spread over it.
+    Arrays of more than 16384 values are sampled evenly.
 
     Args:
-        leaves: arrays of numbers, or random keys; the first 4096 count.
+        leaves: arrays of numbers or random keys; only the first 4096 are used.
     """
     found = [_numbers(leaf) for leaf in _samples([_plain(leaf) for leaf in leaves[:_MAX_LEAVES]])]
     return base64.b64encode(np.asarray(found, "<f4").tobytes()).decode()
 
 
 def is_near(one: str, other: str) -> bool:
-    """Whether two sketches are of the same arrays, but for rounding."""
+    """Whether two sketches are of the same arrays, up to rounding."""
     if one == other:
         return True
     pair = [np.frombuffer(base64.b64decode(each), "<f4") for each in (one, other)]
@@ -50,7 +49,7 @@ def _plain(leaf: Any) -> Any:
 
 
 def _samples(leaves: list[Any]) -> list[np.ndarray]:
-    """Returns values of each leaf, on the host; those of large models are picked on the device."""
+    """Returns values of each leaf on the host; large models are sampled on the device."""
     is_far = any(isinstance(x, jax.Array) and _platform(x) != "cpu" for x in leaves)
     if is_far and sum(x.nbytes for x in leaves) > _MAX_FAR_BYTES:
         leaves = jax.jit(lambda many: [_some(x) for x in many])(leaves)

@@ -1,4 +1,4 @@
-"""Takeover: whether a start resumes an earlier run, has its result, or begins a new one."""
+"""Decides whether a start resumes an earlier run, loads its result, or begins a new one."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from distaff.errors import (
     RunInUseError,
     nearest,
 )
-from distaff.run.directory.run_directory import RunDirectory, noted_status
+from distaff.run.directory.run_directory import RunDirectory, read_status
 from distaff.run.directory.run_lock import locked
 from distaff.run.directory.run_version import reserve
 from distaff.run.identity.candidates import (
     Candidate,
     EarlierRuns,
     check_changes,
-    chosen,
-    found,
+    choose,
+    find_candidates,
     has_only_failed,
 )
-from distaff.run.identity.comparison import RecordComparison, compared
+from distaff.run.identity.comparison import RecordComparison, compare_records
 from distaff.run.identity.identity import Subject
 from distaff.run.identity.launch import Seat, launch_of
 
@@ -39,50 +39,50 @@ def _resume(name: str, value: Any) -> Any:
     words = ("auto", "must", "never")
     if value not in words and type(value) is not int:
         known = nearest(str(value), words)
-        raise ConfigError(f"{name} has no value {value!r}. {known} Or pass a step.")
+        raise ConfigError(f"{name} has no value {value!r}. {known} Or pass a step number.")
     return value
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ResumeOptions(Options):
-    """Which run a start resumes, and how it may differ from it."""
+    """Options of which run a start resumes, and what may have changed."""
 
     resume: Literal["auto", "must", "never"] | int = option(
         "auto",
-        """Whether to resume an unfinished run of the same name. "auto" resumes the same run only:
-        of the same training step, data, seed and start weights; anything else begins a new run,
-        and a line says what changed. "must" raises an error where there is none, or where something
-        changed; "never" begins a new run. A number resumes as "must" does, from the checkpoint of
-        that step.""",
+        """Whether to resume an unfinished run of the same name. "auto" resumes the same run only,
+        with the same training step, data, seed and initial weights; otherwise it starts a new run
+        and logs what changed. "must" raises an error if there is no such run or something changed;
+        "never" starts a new run. A number resumes as "must" does, from the checkpoint of that
+        step.""",
         check=_resume,
         resume="ignored",
     )
     allow_inexact_resume: bool = option(
         False,
-        """Resume also with a loader that is read from its start and yields other batches than
-        before, so that examples are missed or seen twice; a line then says so. By default this is
-        an error.""",
+        """Resume even if a loader restarts from its beginning and yields other batches than
+        before, so that examples are missed or repeated; a warning is logged. By default this is an
+        error.""",
         resume="ignored",
     )
     allow_changes: bool = option(
         False,
-        """Under `resume="must"` or a number, resume a run although something changed, such as the
-        loss or the data; a warning lists all of it.""",
+        """With `resume="must"` or a number, resume a run although something changed, such as the
+        loss or the data; a warning lists all changes.""",
         resume="ignored",
     )
 
 
 class Takeover:
-    """Finds the run that a start takes up, and takes its directory, or reserves a new one.
+    """Finds the run to resume and takes its directory, or reserves a new one.
 
     Args:
-        directory: of the run; not reserved yet, or its own already.
+        directory: the directory of the run, reserved or not.
         resume: as in `TrainerConfig`.
-        options: how a run that is resumed may differ; those of the trainer.
+        options: how a resumed run may differ.
 
     Attributes:
-        resume: `"must"` instead of a step, once the run has gone back to that.
-        remark: why the run is not one that was there, if there is something to say.
+        resume: a step becomes `"must"` once the run has been rolled back to it.
+        remark: why no earlier run is resumed; empty if that needs no explanation.
     """
 
     def __init__(self, directory: RunDirectory, resume: str | int, options: ResumeOptions) -> None:
@@ -96,27 +96,22 @@ class Takeover:
         return self.resume not in ("auto", "never")
 
     def choose(
-        self,
-        record: Mapping[str, Any],
-        subject: Subject | None,
-        *,
-        key: str | None = None,
-        rerun: bool = False,
+        self, record: Mapping[str, Any], subject: Subject | None, *, key: str | None, rerun: bool
     ) -> Candidate | None:
-        """Looks for the run to take up; returns one that is finished, whose result it is.
+        """Chooses the run to resume, or returns a finished one that equals the new run.
 
         Args:
-            record: of the run to be.
-            subject: what its identity was found from.
+            record: the record of the new run.
+            subject: the source of its identity.
             key: see `train_model`.
-            rerun: likewise.
+            rerun: see `train_model`.
 
         Raises:
-            ConfigError: the key is no text.
+            ConfigError: the key is not a nonempty string.
         """
         if key is not None and (not isinstance(key, str) or not key):
             raise ConfigError(
-                f"key names a run within a program; got {key!r}. Pass a text, such as 'fold-0'."
+                f"key must be a nonempty string that names the run; got {key!r}. Pass 'fold-0'."
             )
         self._choice = EarlierRuns()
         if self.directory.created:
@@ -126,55 +121,53 @@ class Takeover:
         if self.resume == "never":
             return None
         compare = partial(
-            compared,
+            compare_records,
             new=record,
             subject=subject,
             inexact=self._options.allow_inexact_resume,
             options=type(self._options),
         )
-        candidates = found(self.directory, compare)
-        self._choice = chosen(candidates, seat, must=self._must, rerun=rerun)
+        candidates = find_candidates(self.directory, compare)
+        self._choice = choose(candidates, seat, must=self._must, rerun=rerun)
         done = self._choice.finished
         if done is not None:
             seat.adopt(done.status)
         return done
 
     def forget(self) -> None:
-        """Begins a new run in the place of one that is finished and cannot be loaded."""
-        self._choice = EarlierRuns(
-            remark="a new run: the checkpoints of the finished one are not there"
-        )
+        """Starts a new run instead of a finished one that cannot be loaded."""
+        self._choice = EarlierRuns(remark="a new run: the finished one has no checkpoints")
 
     @property
     def may_resume(self) -> bool:
-        """Whether there may be a run to take up."""
+        """Whether there may be a run to resume."""
         if self.directory.created or self.resume == "never":
             return False
         launch = launch_of(self.directory.root)
         return any(
             each.may_resume or each.status.get("key") or launch.inherits(each.status)
-            for each in found(self.directory, _equal)
+            for each in find_candidates(self.directory, _equal)
         )
 
     def take(
         self, record: Mapping[str, Any], subject: Subject | None, lock: ExitStack
     ) -> RecordComparison | None:
-        """Locks the directory of the run, and returns how it differs from the one it resumes.
+        """Locks the directory of the run, and compares the run with the one it resumes.
 
         Args:
-            record: of the run to be.
-            subject: what its identity was found from.
-            lock: where the lock is held.
+            record: the record of the new run.
+            subject: the source of its identity.
+            lock: the stack that releases the lock.
 
         Returns:
-            None for a new run.
+            The comparison; None for a new run.
 
         Raises:
-            CheckpointError: there is nothing to resume, and there must be; or it is another run.
-            RunDirectoryError: the directory cannot be made, or is in use.
+            CheckpointError: a run must be resumed, and there is none, or it differs.
+            RunDirectoryError: the directory cannot be created, or is in use.
         """
         if self._choice is None:
-            self.choose(record, subject)
+            self.choose(record, subject, key=None, rerun=False)
         choice, self._choice = self._choice or EarlierRuns(), None
         for each in choice.candidates:
             check_changes(each, allowed=self._options.allow_changes)
@@ -184,8 +177,8 @@ class Takeover:
                 return each.comparison
         if self._must and not self.directory.created:
             raise CheckpointError(
-                f"resume={self.resume!r} needs a run of this name that did not come to its end; "
-                "there is none. Check root and name, or pass resume='auto' to begin one."
+                f"resume={self.resume!r} needs an unfinished run of this name, and there is none. "
+                "Check root and name, or pass resume='auto' to start one."
             )
         is_new = not self.directory.created
         reserve(self.directory, lock)
@@ -195,14 +188,14 @@ class Takeover:
         return None
 
     def ended(self, status: str, facts: Mapping[str, Any]) -> None:
-        """Notes that the run has ended in this process."""
+        """Records that the run has ended in this process."""
         place = self.directory.path
         end = Candidate(place, {**facts, "status": status}, _equal)
         if self._seat is not None and not end.is_unfinished:
             self._seat.launch.ended(place)
 
     def _begun(self, seat: Seat) -> None:
-        """Gives a new run its place in the program; one that is never resumed has none."""
+        """Adds a new run to the launch, unless it is never resumed."""
         if self.resume == "never":
             self.directory.marks = {"launch": None, "key": seat.key}
             return
@@ -211,7 +204,7 @@ class Takeover:
         self.directory.marks = seat.marks()
 
     def _resumed(self, candidate: Candidate) -> None:
-        """Takes the directory of a run, and its place in the program."""
+        """Takes the directory of a resumed run, and its position in the program."""
         if candidate.comparison.changes:
             changes = "; ".join(candidate.comparison.changes)
             warn(
@@ -219,7 +212,7 @@ class Takeover:
                 stacklevel=2,
             )
         is_back = isinstance(self.resume, int) and self.resume == _recorded_resume(candidate.path)
-        self.resume = "must" if is_back else self.resume  # and not back once more
+        self.resume = "must" if is_back else self.resume  # do not roll back again
         self.directory.take(candidate.path)
         seat = self._seat
         if seat is not None and seat.adopt(candidate.status):
@@ -230,18 +223,18 @@ class Takeover:
             self._begun(seat)
 
     def _locks(self, candidate: Candidate, lock: ExitStack) -> bool:
-        """Locks a run that is there; False where somebody else has it, or has had it meanwhile."""
+        """Locks an existing run. Returns False if another process uses it, or has ended it."""
         try:
             lock.enter_context(locked(candidate.path))
         except RunInUseError:
             if self._must:
                 raise
             return False
-        candidate.status = noted_status(candidate.path) or {"status": "running"}
+        candidate.status = read_status(candidate.path) or {"status": "running"}
         is_wanted = candidate.may_resume if self._must else candidate.is_unfinished
         if is_wanted and not has_only_failed(candidate.path):
             return True
-        lock.close()  # it came to its end before the lock was ours
+        lock.close()  # another process finished it before the lock was taken
         return False
 
 
@@ -255,16 +248,16 @@ def _recorded_resume(place: Path) -> Any:
 
 
 def _check_links(path: Path) -> None:
-    """Refuses to write where a link leads elsewhere; removes what a killed write has left.
+    """Checks that no file of a run is a link, and removes partial files of a killed write.
 
     Raises:
-        RunDirectoryError: something that a run writes is a link.
+        RunDirectoryError: a file of the run is a link.
     """
     for name in ("checkpoints", "metrics", *(entry.name for entry in path.iterdir())):
         if (path / name).is_symlink():
             raise RunDirectoryError(
-                f"A run writes into its own directory; {str(path / name)!r} is a link out of it. "
-                "Remove it, or begin a new run: resume='never'."
+                f"A run writes to its own directory only, but {str(path / name)!r} is a link. "
+                "Remove it, or start a new run with resume='never'."
             )
     for left in (*path.glob(".*.tmp"), *path.glob("metrics/.*.tmp")):
         left.unlink(missing_ok=True)
