@@ -292,7 +292,7 @@ def test_jsonl_logger_resumes_at_a_position_or_else_by_step(tmp_path, caplog):
         right = type(position) is int and position in ends
         kept = lines[: ends.index(position)] if right else [lines[0], lines[3]]
         assert path.read_bytes() == b"".join(kept)
-    assert "cut by step" in caplog.text
+    assert "dropping lines by step" in caplog.text
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
 
 
@@ -322,7 +322,7 @@ def test_jsonl_logger_names_the_lines_it_cannot_read_and_loses_nothing(tmp_path,
     path = tmp_path / "metrics.jsonl"
     before = row(1) + line + row(9) + line
     path.write_bytes(before)
-    with pytest.raises(RunDirectoryError, match=r"of the 2 lines .*metrics\.jsonl.* are 2, 4"):
+    with pytest.raises(RunDirectoryError, match=r"2 lines of .*metrics\.jsonl.*: 2, 4\)"):
         JsonlLogger(path).resume(1)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
@@ -390,7 +390,7 @@ def test_csv_logger_names_the_rows_it_cannot_read_and_loses_nothing(tmp_path, li
     path = tmp_path / "metrics.csv"
     before = b"step,epoch,time,a\n1,1,0.0,1.0\n" + line
     path.write_bytes(before)
-    with pytest.raises(RunDirectoryError, match=r"of the 1 rows .*metrics\.csv.* are 2"):
+    with pytest.raises(RunDirectoryError, match=r"1 rows of .*metrics\.csv.*: 2\)"):
         CsvLogger(path).resume(1)
     assert path.read_bytes() == before
 

@@ -237,12 +237,12 @@ def test_run_that_was_stopped_within_an_epoch_goes_on_bit_for_bit(straight):
 @pytest.mark.parametrize(
     ("hook", "words"),
     [
-        (lambda batch, key: None, r"'image' is not .* NoneType with the leaves \[\]"),
+        (lambda batch, key: None, r"'image' is missing .* NoneType with the leaves \[\]"),
         (
             lambda batch, key: batch["image"],
-            r"'image' is not .* the leaves \['\(the whole tree\)'\]",
+            r"'image' is missing .* the leaves \['\(the whole tree\)'\]",
         ),
-        (lambda batch, key: {"image": batch["image"]}, "'label' is not in what it returned"),
+        (lambda batch, key: {"image": batch["image"]}, "'label' is missing in the returned"),
         (
             lambda batch, key: {**batch, "image": batch["image"][:3]},
             r"4 examples; 'image' has shape \(3, 8, 8, 1\)",
@@ -253,7 +253,7 @@ def test_run_that_was_stopped_within_an_epoch_goes_on_bit_for_bit(straight):
             r"'label' has shape \(\)\. Give it one value per example: jnp\.full\(4, value\)",
         ),
         (lambda batch, key: {**batch, "new": 3}, r"'new' has shape \(\)\. Give it one value"),
-        (lambda batch, key: {**batch, "new": "x"}, "in an array; 'new' is of type str"),
+        (lambda batch, key: {**batch, "new": "x"}, "as arrays; 'new' is of type str"),
     ],
 )
 def test_batch_of_another_form_is_refused(hook, words):

@@ -102,7 +102,7 @@ LOSSES = {
     ),
     "order": loss_case(
         lambda params, batch, ctx: ({}, jnp.ones(4)),
-        *("returns loss, or (loss, metrics)", "dict", "metrics a dict by name"),
+        *("returns loss, or (loss, metrics)", "dict", "metrics as a dict"),
     ),
     "metric": loss_case(
         lambda params, batch, ctx: (jnp.ones(4), {"twos": jnp.ones((2, 2))}),

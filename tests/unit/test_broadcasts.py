@@ -111,7 +111,7 @@ def test_a_trainer_looks_at_scalar_losses_before_it_trains():
 
 @pytest.mark.parametrize("make", [train_step, EvalStep])
 def test_steps_name_both_shapes_of_a_square_loss(make):
-    with pytest.raises(LossError, match=r"subtract has an array of shape \[6, 1\].* \[6\]"):
+    with pytest.raises(LossError, match=r"subtract gets arrays of shape \[6, 1\].* \[6\]"):
         jax.eval_shape(make(loss_of(WRONG["per example"])), state(), BATCH)
 
 
@@ -134,7 +134,7 @@ def test_metrics_are_looked_at_too(metric):
         out = ctx.apply(params, batch["x"])
         return jnp.square(out[:, 0] - batch["y"]), {"right": metric(out, batch)}
 
-    with pytest.raises(LossError, match=r"The metric 'right' meets.*\[6, 1\].*\[6\]"):
+    with pytest.raises(LossError, match=r"The metric 'right' must.*\[6, 1\].*\[6\]"):
         check_loss(loss_fn)
 
 

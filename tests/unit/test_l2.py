@@ -240,7 +240,7 @@ def test_a_metric_may_not_take_the_name_of_the_penalty():
         ctx.add_penalty(jnp.float32(1))
         return data_loss(params, batch, ctx), {"penalty": 1.0}
 
-    with pytest.raises(LossError, match="rename that metric"):
+    with pytest.raises(LossError, match="Rename the metric"):
         trained(loss_fn, optax.sgd(0.1))
 
 

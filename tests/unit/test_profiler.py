@@ -187,10 +187,10 @@ def test_one_profile_at_a_time():
 
 
 def test_window_that_no_step_is_in_is_said():
-    with pytest.warns(UserWarning, match=r"begin at step 99, and the run ended at step 10"):
+    with pytest.warns(UserWarning, match=r"starts at step 99, and the run ended at step 10"):
         _, result = train(Profiler(first_step=99), num_epochs=1)
     assert not (result.path / "profile").exists()
-    with pytest.warns(UserWarning, match=r"begin at chunk 17, and .* step 10 \(chunk 10\)"):
+    with pytest.warns(UserWarning, match=r"starts at chunk 17, and .* step 10 \(chunk 10\)"):
         train(Profiler(), num_epochs=1, steps_per_call=1)
 
 

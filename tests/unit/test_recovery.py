@@ -439,7 +439,7 @@ def test_names_of_metrics_are_free_where_nothing_is_guarded(name: str) -> None:
     assert result.metrics[f"train/{name}"] == 3.0
     fit = Named(Normed(), **FIXED, on_loss_spike="skip")
     if name != "not_finite":
-        with pytest.raises(MetricError, match=f"'{name}'.*rename"):
+        with pytest.raises(MetricError, match=f"'{name}'.*Rename"):
             fit.train_model(data.ArrayLoader(arrays(), SIZE), num_epochs=1)
 
 

@@ -101,10 +101,10 @@ RULE = "A loss is a float: one number per example, shape [8], or a scalar; the l
         (None, f"{RULE} returned NoneType."),
         (Sum(jnp.ones(())), f"{RULE} returned Sum."),
         (Sum.per_example(jnp.ones(8)), f"{RULE} returned PerExample."),
-        ((jnp.ones(8), jnp.ones(8)), "or (loss, metrics) with metrics a dict by name; it returned"),
+        ((jnp.ones(8), jnp.ones(8)), "or (loss, metrics) with metrics as a dict; it returned"),
         ((jnp.ones(8), {}, {}), "it returned tuple holding tuple and dict"),
         ({"loss": jnp.ones(8)}, "it returned dict holding dict and dict"),
-        ((jnp.ones(8), {"loss": 1.0}), "The name 'loss' is taken by the loss itself; rename"),
+        ((jnp.ones(8), {"loss": 1.0}), "The metric name 'loss' is reserved for the loss. Rename"),
         ((jnp.ones(8), {"hits": jnp.ones(3)}), "(shape [8, ...]); 'hits' has shape (3,)"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Callbacks: code of your own at six points of a run."""
+"""Callbacks: your own code at six events of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The six events of a run, and what a callback is told at each."""
+"""The callback protocol: six events of a run, and the `StepInfo` passed to each."""
 
 from __future__ import annotations
 
@@ -9,22 +9,21 @@ from distaff.step.state import TrainState
 
 
 class StepInfo(NamedTuple):
-    """What a callback is told. It is a value: changing the run is the trainer's business.
+    """The current state of a run, as an immutable value.
 
     Attributes:
         step: completed optimizer updates.
         epoch: the current epoch, counted from 1; 0 before the first.
-        state: the train state. The next step donates its arrays: copy what you keep. None at a
-            step inside a program of several steps (`steps_per_call`), which hands out its last
-            state only.
+        state: the train state. The next step donates its arrays, so copy what you keep. None
+            inside a program of several steps (`steps_per_call`), which returns its last state
+            only; and after an error in a step that had donated the arrays.
         metrics: at a step, that step's metrics on the device (reading one waits for the step);
             at an epoch or a validation, computed values by name, such as `{"val/loss": 0.3}`.
         is_best: at a checkpoint, whether the model is the best so far.
-        status: at the end of the training, how it ended: `"finished"`, `"stopped"`, `"pruned"`,
-            `"interrupted"` or `"failed"`; empty at every other event.
-        reason: why it was stopped, interrupted, or failed; empty otherwise.
-        error: the exception that ended it; None for any other end. After an error, `state` is None
-            where a step that failed had taken the arrays.
+        status: at the end of training, `"finished"`, `"stopped"`, `"pruned"`, `"interrupted"` or
+            `"failed"`; empty at every other event.
+        reason: why the run was stopped, interrupted, or failed; empty otherwise.
+        error: the exception that ended the run; None without one.
     """
 
     step: int
@@ -38,15 +37,15 @@ class StepInfo(NamedTuple):
 
 
 class StopTraining(Exception):  # noqa: N818 - a request, not an error
-    """Raised by a callback to end the run as a normal end, after the epoch's work is saved.
+    """Raise this in a callback to stop training normally.
 
-    Raised within an epoch, it ends the epoch there: metrics are of the steps so far, which are
-    validated and saved.
+    Within an epoch, it ends the epoch early: its metrics cover the steps so far, and the run
+    validates and saves as usual.
 
     Args:
-        reason: shown to the user and written beside the run's status; empty for the callback's
-            name.
-        status: the run's status: `"stopped"`, or `"pruned"` for a trial that a search gives up.
+        reason: shown to the user and saved with the run's status; defaults to the callback's name
+            if empty.
+        status: the run's status: `"stopped"`, or `"pruned"` for a pruned trial of a search.
     """
 
     def __init__(self, reason: str, status: Literal["stopped", "pruned"] = "stopped") -> None:
@@ -55,16 +54,17 @@ class StopTraining(Exception):  # noqa: N818 - a request, not an error
 
 
 class Callback:
-    """Override any of the six events. A callback returns nothing and may raise `StopTraining`.
+    """Base class of callbacks: override any of the six events.
 
-    A callback with memory gives it back in `get_state`, so that it is saved with each checkpoint.
+    Events return nothing and may raise `StopTraining`. To save attributes with each checkpoint,
+    override `get_state` and `set_state`.
     """
 
     def on_training_start(self, info: StepInfo) -> None:
         """Called once, before the first step."""
 
     def on_step_end(self, info: StepInfo) -> None:
-        """Called after each step; runs that override it nowhere pay nothing for it."""
+        """Called after each step; costs nothing if no callback overrides it."""
 
     def on_epoch_end(self, info: StepInfo) -> None:
         """Called after each training epoch, with its metrics as `train/...`."""
@@ -73,18 +73,18 @@ class Callback:
         """Called after each validation, with its metrics as `val/...`."""
 
     def on_checkpoint(self, info: StepInfo) -> None:
-        """Called when a checkpoint was handed to the store."""
+        """Called when a checkpoint has been passed to the store."""
 
     def on_training_end(self, info: StepInfo) -> None:
-        """Called once at the end of the training, whatever ended it: see `info.status`.
+        """Called once at the end of training, before the test, whatever ended it.
 
-        A run that was stopped, interrupted or failed calls it, too. An error raised here after
-        another one is logged. The test follows it.
+        `info.status` is how it ended. After an error that ended the run, an error raised here is
+        only logged.
         """
 
     def get_state(self) -> dict[str, Any]:
-        """Returns what this callback remembers, as strict JSON."""
+        """Returns the state of the callback to save, as strict JSON."""
         return {}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Takes back what `get_state` returned."""
+        """Restores the state that `get_state` returned."""

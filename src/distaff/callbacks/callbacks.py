@@ -1,4 +1,4 @@
-"""Callbacks: hands the events of a run to all of its callbacks."""
+"""Passes the events of a run to all its callbacks."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _log = logging.getLogger("distaff")
 
 
 class Callbacks:
-    """Hands each event to every callback, and remembers the first reason to stop.
+    """Passes each event to every callback, and keeps the first reason to stop.
 
     Args:
-        callbacks: called in this order; None for none.
+        callbacks: called in this order; None without any.
 
     Raises:
-        ConfigError: one is no callback, or defines an event that nothing calls.
+        ConfigError: an item is not a callback, or defines an event that nothing calls.
 
     Attributes:
-        names: of each callback its class, and which one of that class it is.
+        names: the class of each callback, and its index among callbacks of that class.
     """
 
     def __init__(self, callbacks: Iterable[Callback] | None) -> None:
@@ -44,10 +44,10 @@ class Callbacks:
         )
 
     def judge_by(self, monitor: Monitor) -> None:
-        """Gives the trainer's monitor to the callbacks that have none of their own.
+        """Sets the trainer's monitor on the callbacks without their own.
 
         Raises:
-            ConfigError: a callback calls the other direction of the same metric better.
+            ConfigError: a callback monitors the same metric in the other direction.
         """
         for callback in self.callbacks:
             if isinstance(callback, EarlyStopping):
@@ -55,7 +55,7 @@ class Callbacks:
 
     @property
     def monitors(self) -> list[Monitor]:
-        """What the callbacks look at."""
+        """The monitors of the callbacks."""
         watched = [getattr(callback, "monitor", None) for callback in self.callbacks]
         return [each for each in watched if isinstance(each, Monitor)]
 
@@ -70,12 +70,7 @@ class Callbacks:
                 self.stop(stop, type(callback).__name__)
 
     def stop(self, request: StopTraining, name: str) -> None:
-        """Remembers a request to stop; the first one counts.
-
-        Args:
-            request: what was raised.
-            name: of who raised it, where the request has no reason.
-        """
+        """Keeps a request to stop, if it is the first; `name` is the reason if it has none."""
         if self.stop_reason is None:
             self.stop_reason, self.stop_status = request.reason or name, request.status
 
@@ -86,19 +81,19 @@ class Callbacks:
         reason: str,
         error: BaseException | None = None,
     ) -> None:
-        """Calls `on_training_end` of every callback whose run began, once, whatever others raise.
+        """Calls `on_training_end` once of every callback whose `on_training_start` was called.
 
         Args:
-            info: where the run stands; after an error, the state may have been given away.
-            status: how it ended.
-            reason: why it was stopped, interrupted, or failed.
-            error: the exception that ended it, if one has.
+            info: the state of the run; after an error, its arrays may have been donated.
+            status: see `StepInfo`.
+            reason: why the run was stopped, interrupted, or failed.
+            error: the exception that ended the run, if any.
 
         Raises:
-            Exception: the first that a callback raised, where the run has not failed already;
-                others are logged.
+            Exception: the first error of a callback, if the run has not failed already; others are
+                logged.
         """
-        state = info.state if error is None or not _is_given_away(info.state) else None
+        state = info.state if error is None or not _is_donated(info.state) else None
         info = info._replace(state=state, status=status, reason=reason, error=error)
         waiting, self._to_end, first = self._to_end, [], error
         for callback in waiting:
@@ -108,13 +103,12 @@ class Callbacks:
                 self.stop(stop, type(callback).__name__)
             except Exception as failure:
                 if first is not None:
-                    _log.exception("%s.on_training_end failed, too", type(callback).__name__)
+                    _log.exception("%s.on_training_end also failed", type(callback).__name__)
                 first = first or failure
         if first is not error and first is not None:
             raise first
 
 
-def _is_given_away(state: TrainState | None) -> bool:
-    """Whether a step that failed has taken the arrays of a state."""
+def _is_donated(state: TrainState | None) -> bool:
     arrays = [leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)]
     return any(leaf.is_deleted() for leaf in arrays)

@@ -1,4 +1,4 @@
-"""Scopes around the chunks of an epoch: for what must not stand between a step and the next one."""
+"""Context managers around the chunks of an epoch, which leave fused steps fused."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Protocol, TypeAlias, runtime_checkable
 from distaff.execution.timers import Timers
 
 ChunkScope: TypeAlias = Callable[[range], AbstractContextManager[None]]
-"""Gives what a chunk shall run in, by its steps: one, or many as one program, counted from 1."""
+"""Returns the context of a chunk, given its steps, counted from 1: one step or one program."""
 
 
 @runtime_checkable
 class WatchesChunks(Protocol):
-    """What a callback may be besides: steps stay fused, since it looks at none of them."""
+    """Optional protocol of a callback that runs code around chunks; steps stay fused."""
 
     def around_epoch(self, directory: Path | None) -> AbstractContextManager[ChunkScope]:
-        """Returns what an epoch's training runs in; its value gives what each chunk runs in.
+        """Returns a context for the training of an epoch, which yields a context for each chunk.
 
-        The context is left when the epoch ends, in whatever way: complete, stopped, by an error.
+        It exits when the epoch ends, also if the run is stopped or fails.
 
         Args:
-            directory: of the run, absolute; None if nothing is written.
+            directory: absolute run directory; None if nothing is written.
         """
         ...
 
@@ -35,16 +35,16 @@ def around_epoch(
     guard: Callable[[], AbstractContextManager[None]],
     timers: Timers,
 ) -> Generator[ChunkScope]:
-    """Runs an epoch inside of its watchers, the first one outermost.
+    """Enters the contexts of all watchers for an epoch, the first one outermost.
 
     Args:
         watchers: callbacks.
-        directory: of the run, absolute; None if nothing is written.
-        guard: what each chunk runs in besides, innermost.
-        timers: hears what the watchers spend.
+        directory: absolute run directory; None if nothing is written.
+        guard: returns a further, innermost context for each chunk.
+        timers: record the time that the watchers take.
 
     Yields:
-        What gives all that a chunk runs in.
+        A function that returns the combined context of a chunk.
     """
     with ExitStack() as stack:
         stack.enter_context(timers.spent("callbacks"))

@@ -16,19 +16,19 @@ from distaff.metrics.monitor import Monitor, as_monitor
 
 
 class EarlyStopping(Callback):
-    """Stops when a metric has not improved for `patience` looks at it.
+    """Stops training when a metric has not improved for `patience` checks in a row.
 
-    A metric of validation is looked at after each validation, one of training (`train/...`) after
+    A validation metric is checked after each validation, a training metric (`train/...`) after
     each epoch.
 
     Args:
         monitor: the metric, such as `"val/loss"` or a `Monitor`; None for the trainer's.
-        patience: number of looks without improvement to tolerate before stopping.
-        min_delta: by how much a value must be better to count as an improvement.
-        min_epochs: never stop before this many epochs of the run have ended; 0 for no such limit.
-        stopping_threshold: stop once the metric is better than this.
-        divergence_threshold: stop once the metric is worse than this.
-        check_finite: stop once the metric is NaN or infinite; False counts that as no improvement.
+        patience: number of checks without improvement to tolerate before stopping.
+        min_delta: minimum change that counts as an improvement.
+        min_epochs: minimum number of epochs before stopping; 0 for no minimum.
+        stopping_threshold: stop when the metric is better than this; None to disable.
+        divergence_threshold: stop when the metric is worse than this; None to disable.
+        check_finite: stop when the metric is NaN or infinite; False counts that as no improvement.
 
     Raises:
         ConfigError: an argument is out of its range.
@@ -68,61 +68,61 @@ class EarlyStopping(Callback):
         self.waited = self.looked = self.begun = 0
 
     def judge_by(self, monitor: Monitor) -> None:
-        """Takes the trainer's monitor where it has none of its own; called before each run.
+        """Uses the trainer's monitor unless it has its own; called before each run.
 
         Raises:
-            ConfigError: it calls the other direction of the trainer's metric better.
+            ConfigError: it monitors the trainer's metric in the other direction.
         """
         if self.own is not None and self.own.name == monitor.name and self.own != monitor:
             raise ConfigError(
-                f"EarlyStopping calls {self.own.name!r} better where it is {self.own.mode}, and "
-                f"the trainer keeps the model of the {monitor.mode}. Write EarlyStopping() to take "
-                "the trainer's monitor, or correct one of the two."
+                f"EarlyStopping monitors {self.own.name!r} with mode {self.own.mode!r}, and the "
+                f"trainer with mode {monitor.mode!r}. Write EarlyStopping() to use the trainer's "
+                "monitor, or correct one of the two."
             )
         self.monitor = self.own or monitor
 
     def on_training_start(self, info: StepInfo) -> None:
-        """Forgets an earlier run."""
+        """Resets the state of an earlier run."""
         self.best, self.waited, self.looked, self.begun = None, 0, 0, info.epoch
 
     def on_epoch_end(self, info: StepInfo) -> None:
-        """Looks at a metric of training.
+        """Checks a training metric.
 
         Raises:
             MetricError: the epoch has no such metric.
-            StopTraining: it is time to stop.
+            StopTraining: a condition to stop is met.
         """
         if self._watched.is_of_training:
             self._look(info)
 
     def on_validation_end(self, info: StepInfo) -> None:
-        """Looks at a metric of validation.
+        """Checks a validation metric.
 
         Raises:
             MetricError: the validation has no such metric.
-            StopTraining: it is time to stop.
+            StopTraining: a condition to stop is met.
         """
         if not self._watched.is_of_training:
             self._look(info)
 
     def on_training_end(self, info: StepInfo) -> None:
-        """Warns if a finished run never had the metric."""
+        """Warns if a finished run never reported the metric."""
         if info.status == "finished" and not self.looked:
             warn(
                 f"EarlyStopping never saw {self._watched.name!r}, and did nothing in this run. "
-                "Validate at least once, or monitor a metric of training such as 'train/loss'.",
+                "Validate at least once, or monitor a training metric such as 'train/loss'.",
                 stacklevel=2,
             )
 
     def get_state(self) -> dict[str, Any]:
-        """Returns the best value, the looks since and in all, and the epoch before the run."""
-        # JSON has no NaN, which is the best value after a first validation that failed.
+        """Returns the best value, the numbers of checks since then and in total, and the start."""
+        # JSON has no NaN, which is the best value if the first one is NaN.
         best = None if self.best is None else as_json({"best": self.best})["best"]
         facts = {"waited": self.waited, "looked": self.looked, "begun": self.begun}
         return {"best": best, **facts}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Takes back what `get_state` returned."""
+        """Restores the state that `get_state` returned."""
         self.best = None if state["best"] is None else float(state["best"])
         self.waited, self.looked = state["waited"], state.get("looked", 1)
         self.begun = state.get("begun", 0)
@@ -149,7 +149,7 @@ class EarlyStopping(Callback):
             raise StopTraining(reason)
 
     def _reason(self, value: float) -> str:
-        """Returns why to stop; empty where there is no reason."""
+        """Returns the reason to stop; empty to continue."""
         monitor, best = self._watched, self.best
         if self.check_finite and not math.isfinite(value):
             return f"{monitor.name} is {value:g}; EarlyStopping(check_finite=False) tolerates it"

@@ -1,4 +1,4 @@
-"""Checks of what is given as callbacks, before a run begins."""
+"""Checks of the `callbacks` argument."""
 
 from __future__ import annotations
 
@@ -18,13 +18,10 @@ _FORM = (
 
 
 def as_callbacks(given: Any) -> tuple[Callback, ...]:
-    """Returns callbacks as a tuple.
-
-    Args:
-        given: a list of callbacks, or None for none.
+    """Returns a list of callbacks as a tuple; empty for None.
 
     Raises:
-        ConfigError: it is not one, or a callback defines something that nothing calls.
+        ConfigError: `given` is not a list of callbacks, or one defines an event that nothing calls.
     """
     if given is None:
         return ()

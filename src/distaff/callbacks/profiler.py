@@ -1,4 +1,4 @@
-"""The profiler: what host and device do in some steps of a run, as a trace to look at."""
+"""Profiler: records a trace of host and device for a window of steps."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from distaff.errors import ConfigError, StateError
 _log = logging.getLogger("distaff")
 
 _WARM_UP_CHUNKS = 16
-"""By then everything is compiled, and the reader of a slow loader has started."""
+"""After these, everything is compiled, and prefetching has started."""
 
 
 class Profiler(Callback):
-    """Records a window of steps with `jax.profiler`, as the run is: fused steps stay fused.
+    """Records a window of training steps with `jax.profiler`; fused steps stay fused.
 
     The trace is written to the folder `profile/` of the run directory: `*.trace.json.gz` opens in
     https://ui.perfetto.dev, and the folder in XProf or in TensorBoard with its profile plugin. Each
-    chunk of steps is annotated as `train` with the number of its first step. Chunks are recorded
-    whole, and the window ends with the epoch at the latest. A window records one epoch's training,
-    no evaluation. The host waits for the device before the window and after it.
+    chunk of steps is annotated as `train` with the number of its first step. The window consists of
+    whole chunks of one epoch, without evaluation. The host waits for the device before and after
+    the window.
 
     Args:
-        first_step: the step to begin with, counted from 1 in the whole training: the chunk that
-            holds it is the first. None begins after sixteen chunks: then everything is compiled.
-        num_steps: record chunks until they have this many steps.
-        path: where to write instead of the run directory's `profile/`.
-        python: record each call of a Python function too, which slows the host.
+        first_step: the first step to record, counted from 1 over the whole training; recording
+            starts with its chunk. None starts after sixteen chunks, when everything is compiled.
+        num_steps: minimum number of steps to record, unless the epoch ends before.
+        path: the folder to write to instead of `profile/` in the run directory.
+        python: record calls of Python functions too, which slows the host.
 
     Raises:
         ConfigError: an argument is out of its range.
@@ -56,28 +56,28 @@ class Profiler(Callback):
             )
         self.first_step, self.num_steps, self.python = first_step, num_steps, python
         self.path = None if path is None else as_path(path, "path")
-        self._forget()
+        self._reset()
 
     def on_training_start(self, info: StepInfo) -> None:
-        """Forgets an earlier run."""
-        self._forget()
+        """Resets the state of an earlier run."""
+        self._reset()
 
     def on_training_end(self, info: StepInfo) -> None:
         """Warns if no step was recorded."""
         if not self._done:
-            begin = f"step {self.first_step}" if self.first_step else f"chunk {_WARM_UP_CHUNKS + 1}"
+            start = f"step {self.first_step}" if self.first_step else f"chunk {_WARM_UP_CHUNKS + 1}"
             warn(
-                f"Profiler recorded nothing: it was to begin at {begin}, and the run ended at step "
+                f"Profiler recorded nothing: it starts at {start}, and the run ended at step "
                 f"{info.step} (chunk {self._chunks}). Set first_step to a step of the run.",
                 stacklevel=2,
             )
 
     @contextmanager
     def around_epoch(self, directory: Path | None) -> Generator[ChunkScope]:
-        """Runs an epoch; a trace that is not at its end yet ends with it.
+        """Profiles an epoch; a running trace ends with it.
 
         Raises:
-            ConfigError: there is no place for the trace.
+            ConfigError: there is no folder for the trace.
         """
         if self.path is None and directory is None:
             raise ConfigError(
@@ -104,7 +104,7 @@ class Profiler(Callback):
         if self._recorded >= self.num_steps:
             self._stop()
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._running = self._done = False
         self._chunks = self._recorded = 0
 
@@ -121,13 +121,12 @@ class Profiler(Callback):
             jax.profiler.start_trace(self._target, profiler_options=options)
         except RuntimeError as error:
             raise StateError(
-                f"There is one profile at a time, and another one is running ({error}). Give "
-                "several Profilers windows of steps that do not meet, or end your own trace first."
+                f"JAX records one profile at a time, and another one is running ({error}). Give "
+                "several Profilers windows that do not overlap, or end your own trace first."
             ) from error
         self._running = True
 
     def _stop(self) -> None:
-        """Ends the trace if it runs."""
         if self._running:
             self._running, self._done = False, True
             _wait_for_device()
@@ -136,5 +135,5 @@ class Profiler(Callback):
 
 
 def _wait_for_device() -> None:
-    """Waits for what was handed to the device: for all results that anybody holds."""
+    """Waits for all live arrays."""
     jax.block_until_ready([array for array in jax.live_arrays() if not array.is_deleted()])

@@ -1,7 +1,7 @@
-"""Where the metrics of a run go.
+"""Loggers: JSONL, CSV, console, memory, files, and third-party services.
 
-`TensorBoardLogger`, `WandbLogger` and `MlflowLogger` are imported from here too; each needs the
-extra of its name, `pip install "distaff[wandb]"`, and is loaded when it is asked for.
+`TensorBoardLogger`, `WandbLogger` and `MlflowLogger` are available here too; each needs the
+extra of its name, `pip install "distaff[wandb]"`, and is imported on first use.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _INTEGRATIONS = {
 
 
 def __getattr__(name: str) -> Any:
-    """Loads a logger of a third party; what is missing names the extra that installs it."""
+    """Imports a third-party logger; raises MissingExtraError if it is not installed."""
     if name in _INTEGRATIONS:
         integration = _INTEGRATIONS[name]
         return getattr(optional.load(integration, extra=integration), name)

@@ -1,4 +1,4 @@
-"""Metrics as lines of text: for logs that a person reads, with or without a display."""
+"""Metrics as lines of text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class ConsoleLogger:
     """Writes one line per call of `log_metrics`: `step 60  epoch 3  train/loss 0.3127`.
 
     Args:
-        stream: where to; None is standard error, which leaves standard output to the display.
+        stream: a text stream; None for standard error.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
@@ -29,7 +29,7 @@ class ConsoleLogger:
         print(f"step {step}  epoch {epoch}{values}", file=self._stream or sys.stderr, flush=True)
 
     def log_config(self, config: Mapping[str, JSON]) -> None:
-        """Does nothing: a configuration is read in its file."""
+        """Does nothing."""
 
     def close(self, status: str) -> None:
-        """Does nothing: every line is written at once, and the stream is not the logger's own."""
+        """Does nothing: every line is flushed, and the stream stays open."""

@@ -1,4 +1,4 @@
-"""Metrics as a CSV table: the file that spreadsheets and pandas open."""
+"""Metrics as a CSV table, for spreadsheets and pandas."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from distaff.loggers.row import COLUMNS, as_row
 
 
 class CsvLogger:
-    """Appends one row to a table per call of `log_metrics`.
+    """Appends one row to a CSV file per call of `log_metrics`.
 
     The columns are `step`, `epoch`, `time`, then the metrics in the order in which they appear. A
-    new metric adds a column: the file is then written anew, whole, with empty cells in the older
-    rows. Floats are written with all their digits, NaN and infinity as `nan`, `inf` and `-inf`, and
-    arrays as JSON lists. The file is made by the first row; a run that goes on appends.
+    new metric adds a column: the file is then rewritten with empty cells in the older rows. Floats
+    are written with all their digits, NaN and infinity as `nan`, `inf` and `-inf`, and arrays as
+    JSON lists. The first row creates the file; a resumed run appends to it.
 
     Args:
-        path: the file, or a function that gives it, called by the first row.
-        clock: gives the Unix time in seconds.
+        path: the file, or a function that returns it, called at the first row.
+        clock: returns the Unix time in seconds.
     """
 
     def __init__(self, path: Location, *, clock: Callable[[], float] = time.time) -> None:
@@ -41,7 +41,7 @@ class CsvLogger:
         """Writes one row; it is in the file when the call returns.
 
         Raises:
-            MetricError: a metric is not a number, or has the name of a column of the logger's own.
+            MetricError: a metric is not a number, or is named `step`, `epoch` or `time`.
             RunDirectoryError: the file cannot be written, or is another table.
         """
         row = as_row(metrics, step=step, epoch=epoch, time=self._clock())
@@ -63,14 +63,14 @@ class CsvLogger:
             self._rows += 1
 
     def log_config(self, config: Mapping[str, JSON]) -> None:
-        """Does nothing: a configuration is no row of this table."""
+        """Does nothing: the table holds metrics only."""
 
     def close(self, status: str) -> None:
-        """Forgets the file, which is never left open; metrics logged afterwards find it again."""
+        """Resets the path; the file is never left open, and later metrics append to it."""
         self._path = None
 
     def position(self) -> int:
-        """Returns the number of rows; a byte would move when a column is added."""
+        """Returns the number of rows; a new column would shift byte offsets."""
         if self._path is not None:
             return self._rows
         path = Path(self._locate())
@@ -78,15 +78,15 @@ class CsvLogger:
             return max(0, len(_read(path)) - 1)
 
     def resume(self, step: int, position: JSON = None) -> None:
-        """Drops the rows after a position, or those of later steps; no column is left empty.
+        """Drops the rows after a position, and columns that are empty without them.
 
         Args:
-            step: rows of greater steps are dropped, where the position does not tell which.
-            position: what `position` returned.
+            step: without a valid position, rows of later steps are dropped.
+            position: the return value of `position`.
 
         Raises:
-            RunDirectoryError: rows cannot be read, which are named; or the file cannot be written.
-                It is then as it was.
+            RunDirectoryError: rows cannot be read, or the file cannot be written; the file is
+                unchanged.
         """
         self.close("interrupted")
         path = Path(self._locate())
@@ -104,7 +104,7 @@ class CsvLogger:
 def _rows_up_to(
     path: Path, columns: list[str], rows: list[list[str]], step: int | None
 ) -> list[list[str]]:
-    """Returns the rows that are not of later steps than one; None takes all."""
+    """Returns the rows up to a step; None for all."""
     kept, unreadable = [], []
     for number, row in enumerate(rows, 1):
         try:
@@ -116,9 +116,9 @@ def _rows_up_to(
             unreadable.append(str(number))
     if unreadable:
         raise RunDirectoryError(
-            f"A row of a table must have a step, and a cell for each of its {len(columns)} "
-            f"columns; of the {len(unreadable)} rows in {str(path)!r} that do not, the first are "
-            f"{', '.join(unreadable[:10])}. The file is as it was: mend or remove them."
+            f"Each row must have a step, and a cell for each of the {len(columns)} columns; "
+            f"{len(unreadable)} rows of {str(path)!r} do not (the first: "
+            f"{', '.join(unreadable[:10])}). The file is unchanged. Repair or remove these rows."
         )
     return kept
 
@@ -134,10 +134,10 @@ def _encoded(rows: Iterable[list[str]]) -> bytes:
 
 
 def _read(path: Path) -> list[list[str]]:
-    """Returns the whole rows of a table, without a last one that has no end.
+    """Returns the complete rows of a table, without an incomplete last one.
 
     Raises:
-        RunDirectoryError: it is no text, or no table.
+        RunDirectoryError: the file is not a CSV table in UTF-8.
     """
     content = path.read_bytes() if is_file(path) else b""
     limit = csv.field_size_limit(2**31 - 1)  # an array may be a long cell
@@ -146,15 +146,15 @@ def _read(path: Path) -> list[list[str]]:
         return list(csv.reader(io.StringIO(text, newline="")))
     except (UnicodeDecodeError, csv.Error) as error:
         raise RunDirectoryError(
-            f"A CsvLogger continues a table in UTF-8; {str(path)!r} is none: {error}. "
-            f"Mend it, or choose another path."
+            f"A CsvLogger appends to a table in UTF-8; {str(path)!r} is not one: {error}. "
+            f"Repair it, or choose another path."
         ) from error
     finally:
         csv.field_size_limit(limit)
 
 
 def _table(path: Path) -> list[list[str]]:
-    """Returns the header and the rows of a table that is the logger's own.
+    """Returns the header and the rows of a table that a CsvLogger wrote.
 
     Raises:
         RunDirectoryError: it is another file.
@@ -169,7 +169,7 @@ def _table(path: Path) -> list[list[str]]:
 
 
 def _repaired(path: Path) -> tuple[list[str], int]:
-    """Returns columns and number of rows of an existing table, once it is cut to whole rows."""
+    """Cuts an existing table to complete rows; returns its columns and number of rows."""
     if not path.exists() or path.stat().st_size == 0:
         return [], 0
     rows = _table(path)

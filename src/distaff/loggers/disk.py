@@ -1,4 +1,4 @@
-"""How loggers write files: where the caller says, whole or absent, with errors that help."""
+"""File access for loggers."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from distaff.core.paths import as_path
 from distaff.errors import RunDirectoryError
 
 explained = partial(
-    files.explained, rule="What a run logs is kept in files that can be {}", other="path"
+    files.explained, rule="The log of a run needs files that can be {}", other="path"
 )
 Location: TypeAlias = str | os.PathLike[str] | Callable[[], str | os.PathLike[str]]
-"""A path, or a function that gives it: a run's directory has its name only once training starts."""
+"""A path or a function that returns it: a run directory gets its name once training starts."""
 
 
 def locator(location: Location) -> Callable[[], str | os.PathLike[str]]:
-    """Returns a function that gives the path; a path that is given is taken as it is now.
+    """Returns a function that returns the path.
 
     Raises:
-        ConfigError: it is a path of another file system.
+        ConfigError: `location` is a path of another file system.
     """
     if isinstance(location, str | os.PathLike):
         path = as_path(location, "The path of a logger")
@@ -33,25 +33,25 @@ def locator(location: Location) -> Callable[[], str | os.PathLike[str]]:
 
 
 def open_private(name: str, flags: int) -> int:
-    """Opens a file as `open(..., opener=)` asks for it, never writable by everybody."""
+    """Opens a file that is not world-writable, for `open(..., opener=)`."""
     return os.open(name, flags, FILE_MODE)
 
 
 def is_file(path: Path) -> bool:
-    """Returns whether there is a file to continue.
+    """Returns whether a file to append to exists.
 
     Raises:
-        RunDirectoryError: something else is in its place.
+        RunDirectoryError: the path is not a regular file.
     """
     if path.exists() and not path.is_file():
         raise RunDirectoryError(
-            f"What a run logs is kept in regular files; {str(path)!r} is none. "
+            f"Loggers write regular files; {str(path)!r} is not one. "
             f"Move it away, or choose another path."
         )
     return path.exists()
 
 
 def replace(path: Path, content: bytes | Iterable[bytes]) -> None:
-    """Writes a file that is, whatever happens, as it was or whole; a missing directory is made."""
+    """Replaces a file atomically; creates its directory if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, content)

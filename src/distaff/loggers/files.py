@@ -1,4 +1,4 @@
-"""Pictures and texts of a run as files of its directory."""
+"""Figures, images and texts as files in the run directory."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from distaff.loggers.protocol import JSON
 
 
 class FilesLogger:
-    """Writes what is no number: `figures/val/errors_1200.png`, `images/...png`, `texts/...txt`.
+    """Writes media files: `figures/val/errors_1200.png`, `images/...png`, `texts/...txt`.
 
-    A file is whole or absent; one of the same name and step is replaced. A "/" in a name makes a
-    directory. Metrics and histograms are not taken.
+    Files are written atomically; a file of the same name and step is replaced. A "/" in a name
+    creates a directory. Metrics and histograms are ignored.
 
     Args:
-        directory: where, or a function that gives it, called for each file.
+        directory: the directory, or a function that returns it, called for each file.
     """
 
     def __init__(self, directory: Location) -> None:
@@ -36,7 +36,7 @@ class FilesLogger:
         """Writes `figures/<name>_<step>.png`, 150 dots per inch.
 
         Raises:
-            ConfigError: the name cannot be a file's.
+            ConfigError: the name is not a valid file name.
             RunDirectoryError: the file cannot be written.
         """
         self._write(file_name("figures", name, step, "png"), png.encode_figure(figure))
@@ -45,8 +45,8 @@ class FilesLogger:
         """Writes `images/<name>_<step>.png`.
 
         Raises:
-            BatchError: it is not an image; see `MediaLogger`.
-            ConfigError: the name cannot be a file's.
+            BatchError: `image` is not an image; see `MediaLogger`.
+            ConfigError: the name is not a valid file name.
             RunDirectoryError: the file cannot be written.
         """
         self._write(file_name("images", name, step, "png"), png.encode(image))
@@ -55,13 +55,13 @@ class FilesLogger:
         """Writes `texts/<name>_<step>.txt` in UTF-8.
 
         Raises:
-            ConfigError: the name cannot be a file's.
+            ConfigError: the name is not a valid file name.
             RunDirectoryError: the file cannot be written.
         """
         self._write(file_name("texts", name, step, "txt"), text.encode())
 
     def close(self, status: str) -> None:
-        """Does nothing: every file is complete."""
+        """Does nothing."""
 
     def _write(self, name: str, content: bytes) -> None:
         path = Path(self._locate()) / name
@@ -73,11 +73,11 @@ def file_name(kind: str, name: str, step: int, suffix: str) -> str:
     """Returns `<kind>/<name>_<step>.<suffix>`.
 
     Raises:
-        ConfigError: the name would lead out of the directory, or is no path.
+        ConfigError: the name is not a path inside the directory.
     """
     if not name.isprintable() or "\\" in name or {"", ".", ".."} & set(name.split("/")):
         raise ConfigError(
-            f"The name of what is logged becomes a file's: simple components joined by '/', "
-            f"without '..'; got {name!r}. For example: 'val/reconstructions'."
+            f"The name of a figure, image or text is its file name: simple components joined by "
+            f"'/', without '..'; got {name!r}. For example: 'val/reconstructions'."
         )
     return f"{kind}/{name}_{int(step)}.{suffix}"

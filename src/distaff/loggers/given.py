@@ -1,4 +1,4 @@
-"""Checks of what is given as loggers, before a run begins."""
+"""Checks of the `loggers` argument."""
 
 from __future__ import annotations
 
@@ -21,13 +21,10 @@ _NAMES = {
 
 
 def as_loggers(given: Any) -> tuple[Logger, ...]:
-    """Returns loggers as a tuple.
-
-    Args:
-        given: a list of loggers, or None for none.
+    """Returns a list of loggers as a tuple; empty for None.
 
     Raises:
-        ConfigError: it is not one, or one of them is no logger.
+        ConfigError: `given` is not a list, or an item is not a logger.
     """
     if given is None:
         return ()

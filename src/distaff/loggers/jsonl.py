@@ -1,4 +1,4 @@
-"""Metrics as lines of JSON: the file every tool can read, with no dependency."""
+"""Metrics as lines of JSON."""
 
 from __future__ import annotations
 
@@ -21,25 +21,22 @@ from distaff.loggers.row import as_row
 
 _log = logging.getLogger("distaff")
 
-_BLOCK = 2**16  # bytes that are searched at once for the end of a line
-_MOST_HELD = 2**24
+_BLOCK = 2**16  # bytes searched at once for the end of a line
+_MAX_PENDING = 2**24
 
 
 class JsonlLogger:
     """Appends one line of strict JSON to a file per call of `log_metrics`.
 
-    A line that cannot be written is an error, and is written before the next one if that can be.
-
-    A line is `{"step": 60, "epoch": 3, "time": 1767225600.0, "train/loss": 0.31}`. JSON has no NaN
-    and no infinity: they are written as the strings `"nan"`, `"inf"` and `"-inf"`, which Python's
-    `float` reads back. The file and its directory are made by the first line, and a run that goes
-    on appends. The configuration and the status have files of their own in a run directory, so that
-    every line here is a row of one table.
+    A line is `{"step": 60, "epoch": 3, "time": 1767225600.0, "train/loss": 0.31}`. NaN and infinity
+    are written as the strings `"nan"`, `"inf"` and `"-inf"`, which Python's `float` reads back. The
+    first line creates the file and its directory; a resumed run appends. A line that cannot be
+    written raises, and is retried before the next one.
 
     Args:
-        path: the file, or a function that gives it, called when the file is opened: the directory
-            of a run has its name only once training starts.
-        clock: gives the Unix time in seconds.
+        path: the file, or a function that returns it, called when the file is opened: the directory
+            of a run gets its name only once training starts.
+        clock: returns the Unix time in seconds.
     """
 
     def __init__(self, path: Location, *, clock: Callable[[], float] = time.time) -> None:
@@ -47,37 +44,41 @@ class JsonlLogger:
         self._path = Path()
         self._clock = clock
         self._file: FileIO | None = None
-        self._held = b""  # what a full disk did not take
+        self._pending = b""  # lines that a full disk did not take
 
     def log_metrics(self, metrics: Values, *, step: int, epoch: int) -> None:
         """Writes one line; it is in the file when the call returns.
 
         Raises:
-            MetricError: a metric is not a number, or has the name of a column of the logger's own.
+            MetricError: a metric is not a number, or is named `step`, `epoch` or `time`.
             RunDirectoryError: the file cannot be written.
         """
         row = as_row(metrics, step=step, epoch=epoch, time=self._clock())
-        self._write(json.dumps(row, allow_nan=False).encode() + b"\n")
+        line = json.dumps(row, allow_nan=False).encode() + b"\n"
+        if self._file is None:
+            self._path = Path(self._locate())
+        with explained(self._path):
+            self._append(line)
 
     def log_config(self, config: Mapping[str, JSON]) -> None:
-        """Does nothing: see the class."""
+        """Does nothing: a run directory has its own file for the configuration."""
 
     def close(self, status: str) -> None:
-        """Closes the file. Metrics logged afterwards open it again."""
+        """Closes the file; later metrics open it again."""
         file = self._file
-        if file is None and not self._held:
+        if file is None and not self._pending:
             return
         with explained(self._path):
             try:
                 self._append(b"")
             finally:
-                self._held = b""
+                self._pending = b""
                 self._file = None
                 if file is not None:
                     file.close()
 
     def position(self) -> int:
-        """Returns where the next line begins, in bytes; all before it has left the process."""
+        """Flushes all lines, and returns the byte offset of the next one."""
         if self._file is not None:
             with explained(self._path):
                 self._append(b"")
@@ -90,18 +91,18 @@ class JsonlLogger:
                 return _end_of_lines(file)
 
     def resume(self, step: int, position: JSON = None) -> None:
-        """Drops the lines after a position, or those of later steps, wherever they stand.
+        """Drops the lines after a position, or the lines of later steps.
 
-        A position that is no longer the end of a line is passed over, and the log says so. A last
-        line without an end is dropped in any case.
+        A position that is not the end of a line is ignored with a warning. An incomplete last line
+        is always dropped.
 
         Args:
-            step: lines of greater steps are dropped; not looked at where the position is right.
-            position: what `position` returned.
+            step: without a valid position, lines of later steps are dropped.
+            position: the return value of `position`.
 
         Raises:
-            RunDirectoryError: lines cannot be read, which are named; or the file cannot be written.
-                It is then as it was.
+            RunDirectoryError: lines cannot be read, or the file cannot be written; the file is
+                unchanged.
         """
         self.close("interrupted")
         path = Path(self._locate())
@@ -109,17 +110,11 @@ class JsonlLogger:
             if is_file(path) and (position is None or not _cut_at(path, position)):
                 replace(path, _lines_up_to(path, step))
 
-    def _write(self, line: bytes) -> None:
-        if self._file is None:
-            self._path = Path(self._locate())
-        with explained(self._path):
-            self._append(line)
-
     def _append(self, line: bytes) -> None:
-        """Writes a line, and those before it that could not be written."""
-        if len(self._held) < _MOST_HELD:
-            self._held += line
-        if self._file is None and self._held:
+        """Writes the pending lines and a new one."""
+        if len(self._pending) < _MAX_PENDING:
+            self._pending += line
+        if self._file is None and self._pending:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(  # noqa: SIM115 kept open
                 self._path, "a+b", buffering=0, opener=open_private
@@ -127,17 +122,13 @@ class JsonlLogger:
             end = _end_of_lines(self._file)
             if end < self._file.seek(0, os.SEEK_END):
                 self._file.truncate(end)
-        if self._file is not None and self._held:
-            _append(self._file, self._held)
-            self._held = b""
+        if self._file is not None and self._pending:
+            _append(self._file, self._pending)
+            self._pending = b""
 
 
 def _append(file: FileIO, content: bytes) -> None:
-    """Writes at the end of a file, all of it or nothing.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Appends all of the content or nothing."""
     end, view = file.seek(0, os.SEEK_END), memoryview(content)
     try:
         while view:
@@ -149,7 +140,7 @@ def _append(file: FileIO, content: bytes) -> None:
 
 
 def _end_of_lines(file: FileIO | BinaryIO) -> int:
-    """Returns where a last line without an end begins, which a killed run leaves behind."""
+    """Returns the offset after the last complete line; a killed run may leave a partial one."""
     end = file.seek(0, os.SEEK_END)
     while end > 0:
         start = max(0, end - _BLOCK)
@@ -162,7 +153,7 @@ def _end_of_lines(file: FileIO | BinaryIO) -> int:
 
 
 def _cut_at(path: Path, position: JSON) -> bool:
-    """Cuts a file at the end of a line; False where the position is not one."""
+    """Cuts a file at the end of a line; returns False if the position is not one."""
     with path.open("r+b") as file:
         size = file.seek(0, os.SEEK_END)
         if type(position) is int and 0 <= position <= size:
@@ -171,7 +162,7 @@ def _cut_at(path: Path, position: JSON) -> bool:
                 file.truncate(position)
                 os.fsync(file.fileno())
                 return True
-    _log.warning("%s has no line that ends at byte %r: it is cut by step", path, position)
+    _log.warning("%s has no line that ends at byte %r; dropping lines by step", path, position)
     return False
 
 
@@ -193,7 +184,7 @@ def _lines_up_to(path: Path, step: int) -> Iterator[bytes]:
     if unreadable:
         shown = ", ".join(str(number) for number in unreadable[:10])
         raise RunDirectoryError(
-            f"A line of metrics must be JSON with a step; of the {len(unreadable)} lines in "
-            f"{str(path)!r} that are not, the first are {shown}. The file is as it was: "
-            f"mend or remove them."
+            f"Each line of metrics must be JSON with a step; {len(unreadable)} lines of "
+            f"{str(path)!r} are not (the first: {shown}). The file is unchanged. "
+            f"Repair or remove these lines."
         )

@@ -10,10 +10,10 @@ from distaff.loggers.protocol import JSON, Logger
 
 
 class ManyLoggers:
-    """Hands each call to every logger, in the order given, and each medium to those that take it.
+    """Passes each call to every logger that supports it, in order.
 
     Args:
-        loggers: the loggers; none at all is allowed.
+        *loggers: the loggers, if any.
     """
 
     def __init__(self, *loggers: Logger) -> None:
@@ -30,20 +30,20 @@ class ManyLoggers:
             logger.log_config(config)
 
     def log_figure(self, name: str, figure: Any, *, step: int) -> None:
-        """Records a matplotlib Figure in every logger that takes figures."""
-        self._hand_on("log_figure", name, figure, step)
+        """Records a matplotlib Figure in every logger that supports figures."""
+        self._log_medium("log_figure", name, figure, step)
 
     def log_image(self, name: str, image: Any, *, step: int) -> None:
-        """Records an image in every logger that takes images; see `MediaLogger`."""
-        self._hand_on("log_image", name, image, step)
+        """Records an image in every logger that supports images; see `MediaLogger`."""
+        self._log_medium("log_image", name, image, step)
 
     def log_histogram(self, name: str, values: Any, *, step: int) -> None:
-        """Records the distribution of values in every logger that takes histograms."""
-        self._hand_on("log_histogram", name, values, step)
+        """Records a histogram in every logger that supports histograms."""
+        self._log_medium("log_histogram", name, values, step)
 
     def log_text(self, name: str, text: str, *, step: int) -> None:
-        """Records a text in every logger that takes texts."""
-        self._hand_on("log_text", name, text, step)
+        """Records a text in every logger that supports texts."""
+        self._log_medium("log_text", name, text, step)
 
     def position(self) -> dict[str, JSON]:
         """Returns the position of every logger that has one; see `ResumingLogger`."""
@@ -52,12 +52,12 @@ class ManyLoggers:
         }
 
     def resume(self, step: int, position: JSON = None) -> None:
-        """Drops what every logger that can do so has logged after a checkpoint.
+        """Drops the records after a checkpoint in every logger that supports it.
 
         Args:
             step: completed optimizer updates at the checkpoint.
-            position: what `position` returned then. A logger that stood in another place, or was
-                not there, goes by the step.
+            position: the return value of `position` at the checkpoint. A logger that is new, or at
+                another index in the list, uses the step.
         """
         known = position if isinstance(position, Mapping) else {}
         for key, logger in self._named():
@@ -76,14 +76,14 @@ class ManyLoggers:
         return {key: state for key, state in states.items() if state is not None}
 
     def set_state(self, state: JSON) -> None:
-        """Gives the loggers their states back, each to the one in the same place."""
+        """Restores the state of each logger that is still at the same index in the list."""
         known = state if isinstance(state, Mapping) else {}
         for key, logger in self._named():
             if key in known and hasattr(logger, "set_state"):
                 logger.set_state(known[key])
 
     def close(self, status: str) -> None:
-        """Closes every logger, also after one has failed, and then raises the first failure."""
+        """Closes every logger, then raises the first failure, if any."""
         failures: list[Exception] = []
         for logger in self.loggers:
             try:
@@ -94,10 +94,10 @@ class ManyLoggers:
             raise failures[0]
 
     def _named(self) -> list[tuple[str, Any]]:
-        """Returns the loggers by place and kind, so that none gets the position of another."""
+        """Returns the loggers by index and kind, so that none gets the position of another."""
         return [(f"{i}:{_kind(logger)}", logger) for i, logger in enumerate(self.loggers)]
 
-    def _hand_on(self, method: str, name: str, medium: Any, step: int) -> None:
+    def _log_medium(self, method: str, name: str, medium: Any, step: int) -> None:
         for logger in self.loggers:
             if hasattr(logger, method):
                 getattr(logger, method)(name, medium, step=step)

@@ -29,7 +29,7 @@ class Medium:
 
     Attributes:
         kind: `"figure"`, `"image"`, `"histogram"` or `"text"`.
-        name: what it was logged as.
+        name: the name it was logged under.
         content: the Figure or text itself, or a copy of the array.
         step: completed optimizer updates.
     """
@@ -41,7 +41,7 @@ class Medium:
 
 
 class MemoryLogger:
-    """Keeps what it is given.
+    """Keeps metrics and media in memory.
 
     Attributes:
         records: one `Record` per call of `log_metrics`, in order.
@@ -63,11 +63,11 @@ class MemoryLogger:
 
     @classmethod
     def read(cls, path: Path) -> MemoryLogger:
-        """Returns what a `JsonlLogger` has written.
+        """Returns a logger with the metrics of a file that a `JsonlLogger` wrote.
 
         Raises:
-            OSError: it cannot be read.
-            ValueError: it is no such file.
+            OSError: the file cannot be read.
+            ValueError: it is another file.
         """
         logger = cls()
         for line in path.read_bytes().splitlines():
@@ -102,13 +102,13 @@ class MemoryLogger:
         self.media.append(Medium(kind="text", name=name, content=text, step=step))
 
     def series(self, *prefixes: str) -> dict[str, list[tuple[int, float]]]:
-        """Returns the metrics that are numbers, by epoch, as learning curves take them.
+        """Returns the scalar metrics over epochs, for learning curves.
 
         Args:
-            *prefixes: how their names begin, such as `"train/"`; none takes all names.
+            *prefixes: prefixes of names, such as `"train/"`; all metrics without any.
 
         Returns:
-            `(epoch, value)` pairs by name, in the order in which they were recorded.
+            `(epoch, value)` pairs by name, in the order of recording.
         """
         series: dict[str, list[tuple[int, float]]] = {}
         for record in self.records:
@@ -118,15 +118,15 @@ class MemoryLogger:
         return series
 
     def position(self) -> list[int]:
-        """Returns how many records and media there are."""
+        """Returns the numbers of records and media."""
         return [len(self.records), len(self.media)]
 
     def resume(self, step: int, position: JSON = None) -> None:
-        """Forgets what came after a position, or what is of later steps.
+        """Drops records and media after a position, or of later steps.
 
         Args:
-            step: what is of greater steps is forgotten, where no position is given.
-            position: what `position` returned.
+            step: without a position, records and media of later steps are dropped.
+            position: the return value of `position`.
         """
         match position:
             case [int() as records, int() as media]:
@@ -143,5 +143,5 @@ class MemoryLogger:
 
 
 def _number(value: JSON) -> Any:
-    """Returns a logged number, or array; JSON has no NaN and no infinity, which are texts."""
+    """Returns a logged number or array; NaN and infinity are strings in JSON."""
     return np.asarray(value, np.float64) if isinstance(value, list) else float(value)  # ty: ignore

@@ -1,4 +1,4 @@
-"""Pictures as PNG, the one form that every backend takes."""
+"""Encodes images and figures as PNG."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def encode(image: Any) -> bytes:
             float in [0, 1].
 
     Raises:
-        BatchError: it is not such an image.
+        BatchError: `image` is something else.
     """
     pixels = as_pixels(image)
     height, width, channels = pixels.shape
     header = struct.pack(">2I5B", width, height, 8, _COLOR_TYPES[channels], 0, 0, 0)
-    # Each row starts with the number of its filter: none.
+    # Each row starts with its filter type: 0, none.
     rows = np.insert(pixels.reshape(height, -1), 0, 0, axis=1)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
@@ -59,7 +59,7 @@ def as_pixels(image: Any) -> np.ndarray:
         )
     if pixels.dtype == np.uint8:
         return pixels
-    # bfloat16 is a float that NumPy knows only by its name.
+    # bfloat16 is not a subtype of np.floating.
     is_float = np.issubdtype(pixels.dtype, np.floating) or "float" in pixels.dtype.name
     if not is_float or not ((pixels >= 0) & (pixels <= 1)).all():
         raise BatchError(

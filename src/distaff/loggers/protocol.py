@@ -1,4 +1,4 @@
-"""What a logger is: the three calls a run makes on it, and eight that it may take besides."""
+"""The logger protocol: three required methods, and optional ones for media and resuming."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON
 
 
 class Logger(Protocol):
-    """Receives what a run measures. It never changes the run, and never reads from it."""
+    """Records the metrics and the configuration of a run."""
 
     def log_metrics(self, metrics: Values, *, step: int, epoch: int) -> None:
         """Records metrics.
@@ -29,24 +29,24 @@ class Logger(Protocol):
         ...
 
     def close(self, status: str) -> None:
-        """Writes what is held and lets go of files and connections; a second call does nothing.
+        """Flushes and closes files and connections; a second call does nothing.
 
         Args:
-            status: how the run ended: `"finished"`, `"stopped"`, `"pruned"`, `"interrupted"` or
+            status: the status of the run: `"finished"`, `"stopped"`, `"pruned"`, `"interrupted"` or
                 `"failed"`.
         """
         ...
 
 
 class MediaLogger(Protocol):
-    """Receives what is no number, where the backend takes it.
+    """Logs figures, images, histograms and texts if the backend supports them.
 
-    A logger has those of these methods that its backend can do; `ManyLoggers`, which is what
-    `trainer.last_run.logger` is, has all four, and hands each on to the loggers that have it.
+    A logger defines the methods that its backend supports. `trainer.last_run.logger` is a
+    `ManyLoggers`, which has all four and passes each call to the loggers that define it.
     """
 
     def log_figure(self, name: str, figure: Any, *, step: int) -> None:
-        """Records a drawing.
+        """Records a figure.
 
         Args:
             name: such as `val/confusion`.
@@ -67,7 +67,7 @@ class MediaLogger(Protocol):
         ...
 
     def log_histogram(self, name: str, values: Any, *, step: int) -> None:
-        """Records how values are distributed; those that are not finite are left out.
+        """Records a histogram of the finite values.
 
         Args:
             name: such as `params/Dense_0/kernel`.
@@ -82,48 +82,44 @@ class MediaLogger(Protocol):
 
 
 class ResumingLogger(Protocol):
-    """Continues the log of a run that died after its last checkpoint.
+    """Drops the records after the last checkpoint when a run is resumed.
 
-    A logger may have `resume` alone, or both; one without is left alone. A step is not enough to
-    know what a resumed run will log again: of the metrics of one step, some are logged before the
-    checkpoint and some after it. The position is.
+    A logger may define `resume` alone or both methods; both are optional. A step alone does not say
+    which records a resumed run will log again: some metrics of a step are logged before its
+    checkpoint and some after it. The position does.
     """
 
     def position(self) -> JSON:
-        """Returns how far the log has come, in terms of the logger's own.
+        """Flushes the log and returns its current position, in a form that the logger chooses.
 
-        A checkpoint keeps it, and `resume` gets it back. What came before has left the process.
+        A checkpoint saves it, and `resume` receives it.
         """
         ...
 
     def resume(self, step: int, position: JSON = None) -> None:
-        """Drops what was logged after a checkpoint; called before the first metrics.
+        """Drops the records after a checkpoint; called before the first metrics.
 
         Args:
-            step: completed optimizer updates at the checkpoint. Where no position is given, what
-                was logged for greater steps is dropped, and what belongs to this step stays.
-            position: what `position` returned at the checkpoint. It is not passed to a logger
-                without that method, nor where the checkpoint has none.
+            step: completed optimizer updates at the checkpoint. Without a position, records of
+                later steps are dropped and records of this step are kept.
+            position: the return value of `position` at the checkpoint. It is not passed if the
+                logger does not define `position`, or the checkpoint has none.
         """
         ...
 
 
 class StatefulLogger(Protocol):
-    """Has a run of its own at a service, which a resumed run continues.
+    """Continues its run at a service when the training run is resumed.
 
-    Without these methods, each start is another run there.
+    Without these methods, each start creates another run there.
     """
 
     def get_state(self) -> JSON:
-        """Returns what identifies the run at the service; None where there is none yet."""
+        """Returns the identity of the run at the service; None before the service has one."""
         ...
 
     def set_state(self, state: JSON) -> None:
-        """Has the next call continue a run; called before any other call of a resumed run.
-
-        Args:
-            state: what `get_state` returned.
-        """
+        """Restores the return value of `get_state`; called first when a run is resumed."""
         ...
 
 

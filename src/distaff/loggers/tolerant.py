@@ -1,4 +1,4 @@
-"""A logger that may fail: what it does not take is missing there, and the run continues."""
+"""A wrapper for loggers that may fail: a failed call is lost, and the run continues."""
 
 from __future__ import annotations
 
@@ -16,22 +16,21 @@ _log = logging.getLogger("distaff")
 
 
 def is_of_storage(error: BaseException) -> bool:
-    """Whether a file could not be written because of the disk, and not because of its content."""
+    """Returns whether a file could not be written because of the disk, not its content."""
     cause = error.__cause__ if isinstance(error, RunDirectoryError) else error
     return isinstance(cause, OSError)
 
 
 class TolerantLogger:
-    """Hands each call to a logger, and warns where that fails.
+    """Passes each call to a logger, and turns its errors into warnings.
 
-    The next call is tried all the same. Of failures in a row the first one is a warning; once the
-    logger takes a call again, the log says how many are missing. A configuration that failed is
-    handed over again before the next metrics.
+    Only the first of consecutive failures is a warning; after the next successful call, the log
+    says how many are missing. A configuration that failed is retried before the next metrics.
 
     Args:
         logger: any logger.
-        option: how the user can have the error instead, such as `"on_failed_log"`.
-        catches: says which errors are warned of; all others are raised.
+        option: the option that makes failures errors, such as `"on_failed_log"`.
+        catches: returns whether an error becomes a warning; all others are raised.
     """
 
     def __init__(
@@ -46,7 +45,7 @@ class TolerantLogger:
         self._config: Mapping[str, JSON] | None = None
 
     def log_metrics(self, metrics: Values, *, step: int, epoch: int) -> None:
-        """Records metrics, if the logger takes them."""
+        """Records metrics."""
         if self._config is not None:
             self.log_config(self._config)
         self._call("log_metrics", metrics, step=step, epoch=epoch)
@@ -59,7 +58,7 @@ class TolerantLogger:
             self._config = None
 
     def close(self, status: str) -> None:
-        """Closes the logger, and says how much is missing in it."""
+        """Closes the logger, and logs how many calls are missing in it."""
         num_lost = self._num_lost
         self._call("close", status)
         if num_lost and self._num_lost:
@@ -67,7 +66,7 @@ class TolerantLogger:
         self._num_lost = 0
 
     def __getattr__(self, name: str) -> Any:
-        """Returns a further method of the logger, such as `log_figure`; none where it has none."""
+        """Returns a further method of the logger, such as `log_figure`, if it has one."""
         if name.startswith("_"):
             raise AttributeError(name)
         method = getattr(self.logger, name)
@@ -85,7 +84,7 @@ class TolerantLogger:
                 _log.info("%s", text)
                 return None
             text = (
-                f"{text.rstrip('.')}. The run continues, and the logger is tried again; "
+                f"{text.rstrip('.')}. The run continues, and calls the logger again; "
                 f"{self._option}='raise' makes this an error."
             )
             _log.warning("%s", text)

@@ -1,1 +1,1 @@
-"""The pure step: `TrainState`, `TrainStep`, and what is wrapped around them."""
+"""The pure training step: `TrainState`, `TrainStep`, and their wrappers."""

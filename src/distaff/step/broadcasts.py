@@ -1,6 +1,6 @@
-"""Broadcasts: a loss that meets each prediction with each label of the batch by mistake.
+"""Detects losses that broadcast predictions against labels by mistake.
 
-`[batch, 1]` and `[batch]` broadcast to `[batch, batch]`, whose mean is a loss that looks right.
+`[batch, 1]` and `[batch]` broadcast to `[batch, batch]`, whose mean looks like a valid loss.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from distaff.step.independence.walk import called
 
 _PROMOTION = re.compile(r"automatic rank promotion for (\S+) on shapes (\(.*?\)) (\(.*?\))\.")
 
-_TRACED_ANEW = jax.make_user_context(0)
+_FRESH_TRACE = jax.make_user_context(0)
 _NUMBERS = itertools.count(1)
-"""JAX warns only while it traces; what it has traced in a context of another number is no use."""
+"""A new context number forces a new trace: JAX warns of rank promotion only while tracing."""
 
 _PAIRWISE = frozenset(
     ["add", "sub", "mul", "div", "max", "min", "pow", "eq", "ne", "lt", "le", "gt", "ge", "atan2"]
@@ -43,45 +43,36 @@ _KEEPING = _ENTRY_BY_ENTRY | frozenset(
 
 
 class Promotion(NamedTuple):
-    """Two arrays of which JAX has given one more axes.
-
-    Attributes:
-        function: what they were given to, such as `"subtract"`.
-        shapes: of both.
-    """
+    """An implicit rank promotion: the function, such as `"subtract"`, and both shapes."""
 
     function: str
     shapes: tuple[tuple[int, ...], tuple[int, ...]]
 
     def crosses(self, size: int) -> bool:
-        """Returns whether it may meet each example of a batch with each other one."""
+        """Returns whether it may pair each example of a batch with every other one."""
         lower, higher = sorted(self.shapes, key=len)
         at = len(higher) - len(lower)
         return bool(lower) and lower[0] == higher[0] == size > 1 and higher[at] == 1
 
 
 def has_pairs(closed: Any, size: int) -> bool:
-    """Returns whether a program meets each example of a batch with each other one, by a broadcast.
+    """Returns whether a program broadcasts each example of a batch against every other one.
 
     Args:
         closed: the program, as `jax.make_jaxpr` returns it.
-        size: examples in the batch.
+        size: number of examples in the batch.
     """
     return size > 1 and any(_is_pair(equation, size) for equation in _equations(closed.jaxpr))
 
 
-def look(
+def check_returned(
     returned: Any,
     size: int,
     loss_fn: Callable[..., Any],
     arguments: tuple[Params, Batch],
     context: Callable[[], Any],
 ) -> None:
-    """Checks a loss function that returned an array `[batch, batch]`; see `check`.
-
-    Raises:
-        LossError: the array is of each prediction with each label.
-    """
+    """Calls `check` if the loss function returned an array `[batch, batch, ...]`."""
     shapes = [np.shape(leaf)[:2] for leaf in jax.tree.leaves(returned)]
     if size > 1 and (size, size) in shapes:
         check(loss_fn, arguments, context, size)
@@ -93,20 +84,20 @@ def check(
     context: Callable[[], Any],
     size: int,
 ) -> None:
-    """Checks that a loss function does not meet each prediction with each label by mistake.
+    """Checks that a loss function does not broadcast predictions against labels by mistake.
 
-    It traces the loss function anew. A mistake is a broadcast that JAX makes by itself, of what
-    depends on the parameters with what only depends on the batch, and which reaches the loss or a
-    metric entry by entry, or as a sum. A broadcast that is written out is meant.
+    Traces the loss function again. A mistake is an implicit broadcast between an array that depends
+    on the parameters and one that depends only on the batch, whose result reaches the loss or a
+    metric elementwise or as a sum. An explicit broadcast is intended.
 
     Args:
         loss_fn: `(params, batch, ctx) -> loss` or `(loss, metrics)`.
         arguments: the model's parameters, and a batch or its shapes.
-        context: makes the loss function's context.
-        size: how many examples there are.
+        context: creates the loss function's context.
+        size: number of examples in the batch.
 
     Raises:
-        LossError: it does.
+        LossError: each prediction meets every label.
     """
 
     def call(params: Params, batch: Batch) -> Any:
@@ -115,7 +106,7 @@ def check(
     try:
         with _promotions() as found:
             closed, shapes = jax.make_jaxpr(call, return_shape=True)(*arguments)
-    except Exception:  # with debug=True, what a loss does need not be traceable
+    except Exception:  # with debug=True, a loss need not be traceable
         return
     suspects = [each for each in found if each.crosses(size)]
     trace = _Trace(suspects)
@@ -134,12 +125,12 @@ def check(
 
 @contextmanager
 def _promotions() -> Generator[list[Promotion]]:
-    """Notes where JAX gives arrays more axes, also in functions that it has traced before."""
+    """Collects the implicit rank promotions, also those in functions that were traced before."""
     found: list[Promotion] = []
     with (
         warnings.catch_warnings(record=True) as caught,
         jax.numpy_rank_promotion("warn"),
-        _TRACED_ANEW(next(_NUMBERS)),
+        _FRESH_TRACE(next(_NUMBERS)),
     ):
         warnings.simplefilter("always")
         yield found
@@ -159,7 +150,7 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
 
 
 def _is_pair(equation: Any, size: int) -> bool:
-    """Returns whether an equation makes `[size, size]` of `[size, 1]` and `[1, size]`."""
+    """Returns whether an equation broadcasts `[size, 1]` and `[1, size]` to `[size, size]`."""
     if equation.primitive.name not in _PAIRWISE or len(equation.invars) != 2:
         return False
     first, second = (getattr(atom.aval, "shape", ()) for atom in equation.invars)
@@ -175,20 +166,20 @@ def _error(path: str, crossed: Promotion) -> LossError:
     both = str(list(np.broadcast_shapes(*crossed.shapes)))
     what = "The loss" if path.split("/")[0] == "loss" else f"The metric {path.split('/')[0]!r}"
     return LossError(
-        f"{what} meets each prediction with its own label; {crossed.function} has an array of "
-        f"shape {first} and one of shape {second}, which broadcast to {both}: each prediction with "
-        "each label of the batch. Give both one shape: predictions[:, 0], or labels[:, None]. "
-        "Where every pair is meant, write labels[None, :]."
+        f"{what} must compare each prediction with its own label; {crossed.function} gets arrays "
+        f"of shape {first} and shape {second}, which broadcast to {both} and compare each "
+        "prediction with each label of the batch. Give both the same shape: predictions[:, 0], or "
+        "labels[:, None]. If you do want every pair, write labels[None, :]."
     )
 
 
 class _Value(NamedTuple):
-    """What is known of an array.
+    """Facts about an array of the program.
 
     Attributes:
         params: whether it depends on the parameters.
         data: whether it depends on the batch.
-        crossed: where each prediction met each label, if that is what it is made of.
+        crossed: the broadcast of predictions against labels that it comes from, if any.
         is_uniform: whether all its entries are one constant.
     """
 
@@ -199,10 +190,10 @@ class _Value(NamedTuple):
 
 
 class _Trace:
-    """Goes through a program; see `_confirm`.
+    """Propagates `_Value`s through a program.
 
     Attributes:
-        is_meant: whether something else than a sum is made of what has met, such as a softmax.
+        is_meant: whether the pairs are used other than in a sum, such as in a softmax.
     """
 
     def __init__(self, suspects: list[Promotion]) -> None:
@@ -238,7 +229,7 @@ class _Trace:
         return _Value(params, data, crossed, is_uniform)
 
     def _keeps(self, equation: Any, values: list[_Value]) -> bool:
-        """Returns whether the result is nothing but what has met, entry by entry or summed up."""
+        """Returns whether the result consists of the pairs alone, elementwise or summed."""
         if equation.primitive.name not in _KEEPING:
             return False
         size = equation.outvars[0].aval.size

@@ -1,4 +1,4 @@
-"""Context: what a loss function needs besides parameters and batch."""
+"""Context: the third argument of a loss function."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _EVALUATION = 0x6576616C
 
 
 class Context:
-    """What a loss function needs besides parameters and batch. It lives for one trace.
+    """The model, random keys and checks for a loss function. It lives for one trace.
 
     Attributes:
-        state: the state before the step. Differentiate with respect to the loss function's own
-            `params` argument, not `state.params`: JAX differentiates a function by its arguments.
+        state: the state before the step. Use the loss function's own `params` argument instead of
+            `state.params`: JAX differentiates a function with respect to its arguments.
         train: True in a training step, False in evaluation and prediction.
-        penalty: the sum of what was added to the loss as a penalty; None without.
-        limits: what `check_range` was given, by the name of a metric.
+        penalty: the sum of the penalties that were added to the loss; None without.
+        limits: the ranges passed to `check_range`, by the name of a metric.
     """
 
     def __init__(self, state: TrainState, *, train: bool) -> None:
@@ -42,7 +42,7 @@ class Context:
         self._collections = state.collections
         self._root: Key | None = None
         if state.rng is not None:
-            # Evaluation draws the same numbers whatever the step, so that its results compare.
+            # Evaluation draws the same numbers at every step, so that its results are comparable.
             tag = state.step if train else jnp.uint32(_EVALUATION)
             self._root = jax.random.fold_in(state.rng, tag)
         self._applied = 0
@@ -52,7 +52,7 @@ class Context:
 
     @property
     def rng(self) -> Key:
-        """The step's own random key, `fold_in(state.rng, state.step)`; a fixed one in evaluation.
+        """The random key of the step, `fold_in(state.rng, state.step)`; a fixed one in evaluation.
 
         Raises:
             StateError: the state has no root key.
@@ -67,32 +67,32 @@ class Context:
     def apply(self, params: Params, *inputs: Any, **kwargs: Any) -> Any:
         """Runs the model's forward pass.
 
-        Dropout and running statistics are taken care of: each call draws from its own key, and in
-        training a changed statistic is seen by the next call and kept in the new state.
+        Handles dropout and running statistics: each call draws from its own key, and in training
+        updated statistics are used by the next call and kept in the new state.
 
         Args:
             params: the loss function's own `params` argument, or collections by name, `{"params":
-                params, ...}`; of those that are not given, the pass has the state's.
-            *inputs: handed to the model.
-            **kwargs: handed to the model; they win over what would be passed for its mode. `train=`
-                is the mode of the pass, whatever the model's name for it. `rngs=` or `key=` is
-                the key to draw from instead of the call's own, which a loop needs. For Flax,
-                `mutable=` names collections to be returned besides, such as what modules sow.
+                params, ...}`; missing collections default to the state's.
+            *inputs: passed to the model.
+            **kwargs: passed to the model, overriding the default mode. `train=` sets the mode of
+                the pass, whatever the model calls it. `rngs=` or `key=` replaces the call's own
+                key, which a loop needs. For Flax, `mutable=` names collections to return too, such
+                as those that modules sow.
 
         Returns:
             The model's outputs; `(outputs, collections)` with `mutable=`.
 
         Raises:
             LossError: in training, `params` is `state.params`, which is not differentiated; or the
-                pass is in a loop, or another transformation, and draws from the key of the call or
-                changes variables there.
+                pass is inside a loop or another transformation, and draws from the call's own key
+                or changes variables there.
         """
         params, given = self._collections_of(params)
         self._check_differentiated(params)
         place = self._place.of_call()
         model = model_of(self.state.apply_fn)
         key = self._key(place)
-        # A forward function of the user's own may have an argument `rngs` itself.
+        # A custom forward function may have an argument `rngs` itself.
         for name in ("key",) if isinstance(model, FunctionModel) else ("key", "rngs"):
             if is_key(kwargs.get(name)):
                 key = kwargs.pop(name)
@@ -116,26 +116,26 @@ class Context:
         return Variables(params, self._batch_stats, self._collections).by_collection()
 
     def _collections_of(self, params: Any) -> tuple[Params, dict[str, Any]]:
-        """Returns the parameters, and the other collections that are passed with them."""
+        """Splits `params` into the parameters and the other collections passed with them."""
         if not isinstance(params, Mapping) or "params" not in params:
             return params, {}
         own, inner = self.state.params, params["params"]
         is_function = isinstance(model_of(self.state.apply_fn), FunctionModel | Functions)
-        # A model of functions may call a part of its parameters so; of another one, the state may
-        # hold what `module.init` returned as it is.
+        # In a model of functions, "params" may name a part of the parameters; for other models,
+        # the state may hold the return value of `module.init` unchanged.
         if is_function and isinstance(own, Mapping) and "params" in own and set(inner) != set(own):
             return params, {}
         return inner, {name: x for name, x in params.items() if name != "params"}
 
     def _key(self, place: CallSite) -> Key | None:
-        """Returns the call's own key; None in a loop, which would draw the same in each turn."""
+        """Returns the call's own key; None in a loop, whose iterations would all draw the same."""
         number, self._applied = 1 + self._applied, self._applied + 1
         if self._root is None or place.is_repeated:
             return None
         return jax.random.fold_in(self._root, number)
 
     def _keep(self, before: Variables, after: Variables, place: CallSite) -> None:
-        """Keeps what a pass has changed of the state's collections."""
+        """Keeps the collections of the state that a pass has changed."""
         held, changed = before.by_collection(), after.by_collection()
         moved = [
             name
@@ -155,22 +155,22 @@ class Context:
         own = {id(leaf) for leaf in jax.tree.leaves(self.state.params)}
         if self.train and any(id(leaf) in own for leaf in jax.tree.leaves(params)):
             raise LossError(
-                "In training ctx.apply takes the loss function's own argument `params`; it was "
-                "given state.params, whose gradient is zero: JAX differentiates a function with "
+                "In training, ctx.apply takes the loss function's own argument `params`; it got "
+                "state.params, whose gradient is zero: JAX differentiates a function with "
                 "respect to its arguments. Write ctx.apply(params, ...)."
             )
 
     def add_penalty(self, value: jax.Array) -> None:
-        """Adds a penalty to what training differentiates, and to no loss that is reported.
+        """Adds a penalty to the objective that training differentiates, not to the reported loss.
 
-        The metric "loss" stays the loss of the data, in training as in evaluation, where a penalty
-        is left out; the metric "penalty" of a training step is the sum of its penalties.
+        The metric "loss" is always the loss of the data. The metric "penalty" of a training step
+        is the sum of its penalties; evaluation ignores penalties.
 
         Args:
-            value: a float scalar, a function of the loss function's own `params` or its outputs.
+            value: a float scalar, computed from the loss function's own `params` or the outputs.
 
         Raises:
-            LossError: `value` is no float scalar, or is added inside a JAX transformation.
+            LossError: `value` is not a float scalar, or is added inside a JAX transformation.
         """
         place = self._place.of_call()
         if place.is_inner:
@@ -178,7 +178,7 @@ class Context:
         value = jnp.asarray(value)
         if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
             raise LossError(
-                f"A penalty is a float scalar, and has shape {value.shape} and dtype "
+                f"A penalty is a float scalar; got shape {value.shape} and dtype "
                 f"{value.dtype}. Sum or average it first."
             )
         self.penalty = value if self.penalty is None else self.penalty + value
@@ -186,20 +186,20 @@ class Context:
     def check_indices(
         self, what: str, indices: jax.Array, size: int, *, where: Any = None, advice: str = ""
     ) -> None:
-        """Has the run end where an index of any batch is out of range; see `check_range`.
+        """Ends the run if an index of any batch is out of range; see `check_range`.
 
-        JAX takes the index -1 for the last entry, and gives NaN for one that is too large: without
-        this, the model trains on both.
+        Without this check the model trains on invalid indices: in JAX, -1 is the last entry, and an
+        index that is too large gives NaN.
 
         Args:
-            what: what they are, for the error: `"label"`.
+            what: name of the indices, for the error: `"label"`.
             indices: int `[batch, ...]`.
-            size: they are from 0 to `size - 1`.
-            where: bool, with the shape of `indices`: which of them count; None for all.
+            size: number of valid indices, from 0 to `size - 1`.
+            where: bool, with the shape of `indices`: which of them to check; None for all.
             advice: a sentence with the remedy, for the error.
 
         Raises:
-            LossError: they are no integers, or `where` has another shape.
+            LossError: `indices` are not integers, or `where` has another shape.
         """
         if not jnp.issubdtype(indices.dtype, jnp.integer):
             raise LossError(
@@ -219,18 +219,18 @@ class Context:
         where: Any = None,
         advice: str = "",
     ) -> None:
-        """Has the run end where a value of any batch is out of range, NaN or infinite.
+        """Ends the run if a value of any batch is out of range, NaN or infinite.
 
-        The step notes the range, and the host reads it with the metrics: no step waits for it. The
-        error, `BatchError`, names the batch and the value; `on_bad_input` makes it a warning. Call
-        it in the loss itself, not in a function that `jax.vmap`, `scan` or `grad` transforms.
+        The step records the range, and the host reads it with the metrics, so no step waits. The
+        `BatchError` names the batch and the value; `on_bad_input` turns it into a warning. Call
+        this in the loss itself, not in a function that `jax.vmap`, `scan` or `grad` transforms.
 
         Args:
-            rule: what must hold, as a clause, for the error: `"A weight is at least 0"`.
+            rule: the rule as a clause, for the error: `"A weight is at least 0"`.
             values: numbers `[batch, ...]`.
-            least: the least value that is allowed.
-            most: the largest one; None for any that is finite.
-            where: bool, with the shape of `values`: which of them count; None for all.
+            least: smallest allowed value.
+            most: largest allowed value; None for any finite value.
+            where: bool, with the shape of `values`: which of them to check; None for all.
             advice: a sentence with the remedy, for the error.
 
         Raises:
@@ -249,7 +249,7 @@ class Context:
         Args:
             params: the loss function's own `params` argument, or a part of it.
             coefficient: strength of the penalty; its gradient is `coefficient * p`.
-            mask: which parameters it applies to; biases and norm scales are left alone.
+            mask: which parameters it applies to; by default not to biases and norm scales.
 
         Raises:
             ConfigError: the optimizer decays the parameters too.
@@ -266,12 +266,12 @@ class Context:
 
     @property
     def changed(self) -> dict[str, Any]:
-        """Members of the state that the forward passes changed, with their new values."""
+        """The mutable members of the state, with their values after the forward passes."""
         return {"batch_stats": self._batch_stats, "collections": self._collections}
 
 
 def _check_keywords(train: Any, kwargs: Mapping[str, Any]) -> None:
-    """Refuses two keywords that mean something else to every model."""
+    """Raises if `train` or `key` is used as a name for an input of the model."""
     if not isinstance(train, bool):
         raise ConfigError(
             "train=... of ctx.apply says whether the pass trains, True or False; got "

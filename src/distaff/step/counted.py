@@ -1,4 +1,4 @@
-"""Counted: a training step of your own that makes several updates, or none, of `state.step`."""
+"""Counts batches in `state.step` for custom steps that make several updates per batch, or none."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _PROBED = 8
 
 
 class Counted:
-    """Wraps a step of your own so that `state.step` counts its calls, which are batches.
+    """Wraps a custom step so that `state.step` counts its calls, which are batches.
 
-    Inside the step `state.step` is the count that a plain loop would have: a step that makes two
-    updates sees 0, 2, 4 and so on, and draws other random numbers in each of them.
+    Inside the step, `state.step` counts updates as in a plain loop: a step that makes two updates
+    sees 0, 2, 4 and so on, and draws different random numbers in each of them.
 
     Args:
         step: `(state, batch) -> (state, metrics)`.
-        is_own: whether it is of the user's own; all others make one update.
+        is_own: whether it is a custom step; all others make one update.
 
     Attributes:
-        num_updates: by how much a call moves `state.step`; set by `count`.
+        num_updates: increase of `state.step` per call; set by `count`.
     """
 
     def __init__(self, step: StepFn, *, is_own: bool = True) -> None:
@@ -38,22 +38,21 @@ class Counted:
         """Returns the state after one batch, and the metrics."""
         if not self._is_own:
             return self._step(state, batch)
-        inside = state if self.num_updates == 1 else state.replace(step=self._count_of(state))
+        inside = state
+        if self.num_updates != 1:
+            inside = state.replace(step=state.step * self.num_updates)
         after, metrics = self._step(inside, batch)
         return after.replace(step=state.step + 1), metrics
 
     def count(self, state: TrainState, batch: Batch) -> int:
-        """Finds out how many updates a call makes, which schedules are stretched by.
+        """Returns the number of updates per call, at least 1, by which schedules are stretched.
 
         Args:
             state: a state with its optimizer; it is not changed.
-            batch: a batch like those of training.
-
-        Returns:
-            By how much a call moves `state.step`, at least 1.
+            batch: a training batch.
 
         Raises:
-            StateError: that depends on the step.
+            StateError: the number depends on `state.step`.
         """
         if not self._is_own:
             return 1
@@ -61,40 +60,34 @@ class Counted:
             moved = _moved_by(self._step, state, batch)
         except StateError:
             raise
-        except Exception:  # it is traced again, by what says more of an error
+        except Exception:  # the step is traced again later, with a better error message
             moved = {1}
         if len(moved) > 1:
             raise StateError(
-                f"train_step moves state.step by {' or '.join(map(str, sorted(moved)))}, depending "
-                "on the step, so that no schedule can be stretched over the run. Let each call "
-                "count alike: return after.replace(step=state.step + 1), where state is the one "
-                "that train_step was given."
+                "train_step must increase state.step by the same number in each call, so that "
+                "schedules fit the run; it increases it by "
+                f"{' or '.join(map(str, sorted(moved)))}, depending on the step. Return "
+                "after.replace(step=state.step + 1), where state is the argument of train_step."
             )
         self.num_updates = max(1, *moved)
         return self.num_updates
 
-    def _count_of(self, state: TrainState) -> jax.Array:
-        return state.step * self.num_updates
-
 
 def counted(step: StepFn, kind: type, base: type) -> Counted:
-    """Returns a step of a trainer, counted.
+    """Wraps the training step of a trainer of class `kind` in `Counted`.
 
-    Args:
-        step: its training step.
-        kind: its class.
-        base: the class whose `create_functions` makes steps of one update.
+    The step is custom if `kind` overrides the `create_functions` of `base`.
     """
-    methods = [getattr(each, "create_functions", None) for each in (kind, base)]
-    return Counted(step, is_own=methods[0] is not methods[1])
+    own, default = (getattr(each, "create_functions", None) for each in (kind, base))
+    return Counted(step, is_own=own is not default)
 
 
 def _moved_by(step: StepFn, state: TrainState, batch: Batch) -> set[int]:
-    """Returns by how much a step moves `state.step`: several numbers where it depends on it."""
+    """Returns the increments of `state.step` per call; several if they depend on the step."""
     found: list[Any] = []
 
     def run(state: TrainState, batch: Batch) -> tuple[()]:
-        # A number of NumPy stays one where it is only counted up, also while all else is traced.
+        # A NumPy integer that is only incremented stays concrete while all else is traced.
         found.append(step(state.replace(step=np.int32(0)), batch)[0].step)
         return ()
 

@@ -1,4 +1,4 @@
-"""Signs of life: whether a tree is finite, and whether training has changed anything."""
+"""Checks for NaN and infinite values, and for parameters that training does not change."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from distaff.step.state import TrainState
 
 _ODD = 0x9E3779B1
 _SMALL_BYTES = 2**24
-"""Fetched sooner than a program is compiled; a save fetches them anyway."""
+"""Fetching this much is faster than compiling a program; a save fetches it anyway."""
 
 
 class Evidence(NamedTuple):
-    """What training changes, as one number per array, which changes with its bits.
+    """Fingerprints of the arrays that training changes, uint32, one per array; 0 for all zeros.
 
     Attributes:
-        params: of the parameters, uint32; 0 where all bits are.
-        averages: likewise of the averages of the gradient.
+        params: fingerprints of the parameters.
+        averages: fingerprints of the moving averages of the gradient.
     """
 
     params: np.ndarray
@@ -32,10 +32,10 @@ class Evidence(NamedTuple):
 
 
 def evidence_of_learning(state: TrainState) -> Evidence:
-    """Returns fingerprints of what training changes: the parameters, and averages of the gradient.
+    """Returns fingerprints of the parameters and of the optimizer's moving averages.
 
-    The averages, arrays of the optimizer's state that are shaped like a parameter, stay as they are
-    where every gradient is zero, also when weight decay changes the parameters.
+    The averages are the arrays of the optimizer's state that are shaped like a parameter. They do
+    not change if every gradient is zero, even if weight decay changes the parameters.
     """
     params = _floats(state.params)
     shapes = {leaf.shape for leaf in params if leaf.ndim}
@@ -45,12 +45,12 @@ def evidence_of_learning(state: TrainState) -> Evidence:
 
 
 def what_is_missing(before: Evidence, after: Evidence) -> str:
-    """Returns in a few words which sign of learning is missing; empty where all are there."""
+    """Returns which sign of learning is missing; an empty string if training learns."""
     same_params, same_averages = (
         old.size > 0 and np.array_equal(old, new)
         for old, new in ((before.params, after.params), (before.averages, after.averages))
     )
-    # What begins as a copy of the parameters, as in optax.contrib.mechanize, is no average.
+    # An initial copy of the parameters, as in optax.contrib.mechanize, is not an average.
     is_copied = np.isin(before.params[before.params != 0], before.averages).any()
     if same_params:
         return "No parameter has changed"
@@ -58,7 +58,7 @@ def what_is_missing(before: Evidence, after: Evidence) -> str:
 
 
 def _without_sums(opt_state: PyTree) -> PyTree:
-    """Returns an optimizer's state without sums of gradients, which each update makes zero."""
+    """Returns an optimizer's state without sums of gradients, which each update resets to zero."""
     kinds = (AccumulateState, optax.MultiStepsState)
 
     def is_sum(node: Any) -> bool:
@@ -81,7 +81,7 @@ def _fingerprints(leaves: list[jax.Array]) -> np.ndarray:
 
 @jax.jit
 def _sums_of_bits(leaves: list[jax.Array]) -> jax.Array:
-    """Returns a number per array, which changes where any one of its elements does: uint32."""
+    """Returns one uint32 per array, which changes if any single element does."""
     return jnp.stack([_sum_of_bits(leaf) for leaf in leaves])
 
 
@@ -90,7 +90,7 @@ def _sum_of_bits(leaf: jax.Array) -> jax.Array:
         leaf = jnp.stack([leaf.real, leaf.imag])
     whole = jnp.dtype(f"uint{min(jnp.finfo(leaf.dtype).bits, 32)}")
     bits = jax.lax.bitcast_convert_type(leaf, whole).astype(jnp.uint32)
-    # An odd factor for each element; not reshaped, so that each device sums what it has.
+    # An odd factor for each element; not reshaped, so that each device sums its own shard.
     factors = jnp.ones(bits.shape, jnp.uint32)
     for axis in range(bits.ndim):
         index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
@@ -103,10 +103,7 @@ def _floats(tree: PyTree) -> list[jax.Array]:
 
 
 def all_finite(tree: PyTree) -> bool:
-    """Returns whether every float in a tree is a number; waits for the device.
-
-    Of large arrays on an accelerator one bool is fetched.
-    """
+    """Returns whether every float in a tree is finite; waits for the device."""
     leaves = _floats(tree)
     if not _are_near(leaves):
         return bool(_all_finite(leaves))
@@ -119,21 +116,21 @@ def _all_finite(leaves: list[jax.Array]) -> jax.Array:
 
 
 def _are_near(leaves: list[jax.Array]) -> bool:
-    """Returns whether NumPy reads arrays sooner than a program for them is compiled.
+    """Returns whether reading arrays with NumPy is faster than compiling a program for them.
 
-    On the CPU it reads them where they are, without a copy.
+    On the CPU, NumPy reads them without a copy.
     """
     is_near = jax.default_backend() == "cpu" or sum(x.nbytes for x in leaves) <= _SMALL_BYTES
     return is_near and all(getattr(leaf, "is_fully_addressable", True) for leaf in leaves)
 
 
 def new_bad(before: PyTree, after: PyTree) -> jax.Array:
-    """Returns whether a float is NaN or infinite that was a number before; works inside `jax.jit`.
+    """Returns whether a float that was finite has become NaN or infinite; works inside `jax.jit`.
 
-    What was not finite before does not count: some optimizers begin with an infinite number.
+    Values that were not finite before do not count: some optimizers start with infinity.
 
     Args:
-        before: arrays, such as the state before a step. Integers, bools and keys are not looked at.
+        before: arrays, such as the state before a step. Integers, bools and keys are ignored.
         after: the same arrays later, of the same structure, shapes and dtypes.
 
     Returns:

@@ -1,7 +1,7 @@
-"""The guard: sees bad steps inside the program, and leaves them out where it is told to.
+"""The guard: detects bad steps inside the program, and skips them if asked to.
 
-A bad step is one that makes a number of the state, or the loss, NaN or infinite; or whose loss is a
-spike. Nothing is fetched for it: what it sees is a row of metrics like any other.
+A bad step makes the loss or the state NaN or infinite, or its loss is a spike. The guard reports
+as a metric, so it needs no extra transfer from the device.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BadNumbersPolicy: TypeAlias = Literal["raise", "skip", "rollback"]
 SpikePolicy: TypeAlias = Literal["ignore", "raise", "skip", "rollback"]
 
 FLAGS = "guard"
-"""The name under which a guarded step returns its `Flags`, beside its metrics."""
+"""The name of the `Flags` among the metrics of a guarded step."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,29 +37,29 @@ class RecoveryOptions(Options):
     on_bad_numbers: BadNumbersPolicy = option(
         "raise",
         """What to do when the loss or the state becomes NaN or infinite: "raise" ends the run with
-        `NonFiniteError`, which says where the first bad number came from; "skip" leaves the state
-        as it was before that step; "rollback" returns to the last checkpoint, and skips the
-        batches around that step.""",
+        `NonFiniteError`, which reports the origin of the first bad number; "skip" keeps the state
+        from before that step; "rollback" restores the last checkpoint and skips the batches around
+        that step.""",
         check=one_of(BadNumbersPolicy),
         resume="same run",
     )
     on_loss_spike: SpikePolicy = option(
         "ignore",
-        """Likewise for a loss that stands out from those before it; by default nobody looks for
-        one.""",
+        """What to do when a loss is far above the losses before it; "ignore" disables the
+        check.""",
         check=one_of(SpikePolicy),
         resume="same run",
     )
     spike_threshold: float = option(
         8.0,
-        """How many standard deviations above the median of the last 128 losses a spike is, by a
-        robust estimate.""",
+        """Number of standard deviations, robustly estimated, above the median of the last 128
+        losses from which a loss is a spike.""",
         check=positive,
         resume="same run",
     )
     max_skips: int = option(
         10,
-        "How many steps in a row may be skipped, and how often a run may roll back.",
+        "Maximum number of consecutive skipped steps, and of rollbacks per run.",
         check=at_least(1),
         resume="same run",
     )
@@ -67,20 +67,20 @@ class RecoveryOptions(Options):
 
 @pytree
 class Flags(Sum):
-    """What the guard has seen of steps; in the order of these names, float32 `[4]`.
+    """Counts of bad steps, float32 `[4]`, in the order of `names`.
 
-    `bad` and `spiked` are steps that are not to be trained on, and were not left out.
+    `bad` and `spiked` count bad steps that were not skipped.
     """
 
     names: ClassVar[tuple[str, ...]] = ("bad", "spiked", "skipped", "spikes")
 
 
 class Guard(NamedTuple):
-    """What the guard remembers from one step to the next.
+    """The guard's own state.
 
     Attributes:
-        losses: the last ones; None where nobody looks for spikes.
-        in_a_row: steps since the last one that was not to be left out, int32.
+        losses: the last losses; None if spikes are not checked.
+        in_a_row: number of consecutive skipped steps, int32.
     """
 
     losses: Losses | None
@@ -88,12 +88,12 @@ class Guard(NamedTuple):
 
 
 def is_needed(config: RecoveryOptions) -> bool:
-    """Whether steps need a guard: where only the loss is watched, the host does that alone."""
+    """Returns whether steps need a guard; with the default policies the host checks the loss."""
     return config.on_bad_numbers != "raise" or config.on_loss_spike != "ignore"
 
 
 def make_guard(config: RecoveryOptions) -> Guard | None:
-    """Returns what a guard remembers before the first step; None where none is needed."""
+    """Returns the guard's state before the first step; None if no guard is needed."""
     if not is_needed(config):
         return None
     losses = None if config.on_loss_spike == "ignore" else no_losses()
@@ -101,14 +101,14 @@ def make_guard(config: RecoveryOptions) -> Guard | None:
 
 
 def form_of(guard: Guard | None) -> str | None:
-    """Returns in a word what a guard remembers, so that one of another form is not loaded."""
+    """Returns the kind of a guard's state, so that a checkpoint of another kind is not loaded."""
     if guard is None:
         return None
     return "steps" if guard.losses is None else "losses"
 
 
 def shown(metrics: Mapping[str, Metric], config: RecoveryOptions) -> dict[str, Metric]:
-    """Returns metrics with what their flags count as metrics of their own, under policies."""
+    """Returns metrics with the flags replaced by the counts that the policies ask for."""
     rest = {name: metric for name, metric in metrics.items() if not isinstance(metric, Flags)}
     if len(rest) == len(metrics):
         return rest
@@ -121,14 +121,14 @@ def shown(metrics: Mapping[str, Metric], config: RecoveryOptions) -> dict[str, M
 
 
 def guarded(step: StepFn, config: RecoveryOptions) -> StepFn:
-    """Wraps a step, as `measured` gives it, in the guard that the options ask for.
+    """Wraps a step of `measured` in the guard that the options ask for.
 
-    Where a step is left out, the state stays as it was but for `step`, which counts it, and its
-    metrics count nothing. After `max_skips` in a row the next one is no longer left out.
+    A skipped step increments `state.step`, leaves the rest of the state unchanged, and has empty
+    metrics. After `max_skips` consecutive skips the next bad step is not skipped.
 
     Args:
-        step: its state has a member `guard`, as `make_guard` makes it.
-        config: `on_bad_numbers`, `on_loss_spike`, `spike_threshold` and `max_skips` are read.
+        step: a step whose state has a member `guard` from `make_guard`.
+        config: the recovery options.
     """
     if not is_needed(config):
         return step
@@ -148,10 +148,10 @@ def guarded(step: StepFn, config: RecoveryOptions) -> StepFn:
         if "skip" in (config.on_bad_numbers, config.on_loss_spike):
             is_skipped &= in_a_row <= config.max_skips
             after = _chosen(is_skipped, state.replace(step=after.step), after)
-            # A limit is kept: a step that its own batch has spoiled is not to pass in silence.
+            # Range checks are kept, so that an invalid batch is reported even if it is skipped.
             empty = {n: x.empty_like() if x.is_result else x for n, x in metrics.items()}
             metrics = _chosen(is_skipped, empty, metrics)
-        # A spike that is not left out, after so many in a row, is a new level of the loss.
+        # After `max_skips` in a row, a spike is the new level of the loss.
         spiked = spikes & (config.on_loss_spike != "skip")
         flags = jnp.stack([is_bad & ~is_skipped, spiked & ~is_skipped, is_skipped, spikes])
         metrics = {**metrics, FLAGS: Flags(flags.astype(jnp.float32))}
@@ -164,19 +164,19 @@ def _loss(metrics: Mapping[str, Metric], *, needed: bool) -> jax.Array:
     taken = {FLAGS, "spikes", "skipped"} & metrics.keys()
     if taken:
         raise MetricError(
-            f"The names {sorted(taken)} are taken by what on_bad_numbers and on_loss_spike count; "
-            "rename these metrics."
+            f"The metric names {sorted(taken)} are reserved for the counts of on_bad_numbers and "
+            "on_loss_spike. Rename these metrics."
         )
     if "loss" not in metrics and needed:
         raise MetricError(
-            "on_loss_spike looks at the metric called 'loss'; the training step has none among "
+            "on_loss_spike needs a metric called 'loss'; the training step returns "
             f"{sorted(metrics)}. Return one, or pass on_loss_spike='ignore'."
         )
     return jnp.float32(jnp.mean(metrics["loss"].compute()) if "loss" in metrics else 0.0)
 
 
 def _is_known(metrics: Mapping[str, Metric]) -> jax.Array:
-    """Returns whether a loss has a weight: without, there was nothing to learn from."""
+    """Returns whether the loss has any weight; without, its value is undefined."""
     loss = metrics.get("loss")
     return jnp.any(loss.weight != 0) if isinstance(loss, Mean) else jnp.bool_(True)
 

@@ -1,4 +1,4 @@
-"""The learning rates that are logged: computed ahead on the host, or taken from the step."""
+"""Logged learning rates: computed on the host from schedules, or returned by the step."""
 
 from __future__ import annotations
 
@@ -17,19 +17,18 @@ from distaff.step.normalise import StepFn
 from distaff.step.state import TrainState
 
 Rates = Callable[[int], dict[str, float]]
-"""From the number of updates before one to its learning rates, by name."""
+"""Maps the number of completed updates to the learning rates of the next one, by name."""
 
 
 @pytree
 class Rate(Last):
-    """The learning rate of a step's update; it is logged with the step, and not with the epoch."""
+    """The learning rate of a step's update; logged with the step, not with the epoch."""
 
 
 def reporting(step: StepFn) -> StepFn:
-    """Wraps a step, as `measured` gives it, so that it also returns rates that its state holds.
+    """Wraps a step of `measured` so that it also returns the learning rates in its state.
 
-    Args:
-        step: a metric of its own that has the name of a rate stays as it is.
+    A metric of the step wins over a rate of the same name.
     """
 
     def reporting_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Metric]]:
@@ -46,12 +45,12 @@ def without_rates(metrics: Mapping[str, Metric]) -> dict[str, Metric]:
 
 
 def host_rates(tx: Any, params: Any, schedule: Schedule | None) -> Rates | None:
-    """Returns what computes the rates of a run ahead, on the host; None where it knows none.
+    """Returns a function that computes the learning rates on the host; None if they are unknown.
 
     Args:
         tx: the optimizer of the run.
-        params: its parameters, or their shapes.
-        schedule: the rate of an optimizer that does not describe its rates.
+        params: the parameters, or their shapes.
+        schedule: the schedule of an optimizer that does not describe its rates.
     """
     schedules: Mapping[str, Schedule] = {}
     if not isinstance(tx, Described):

@@ -1,4 +1,4 @@
-"""What a step measures, in the form in which it is merged with that of other steps."""
+"""Normalises the metrics of a step to mergeable accumulators."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ StepFn: TypeAlias = Callable[[TrainState, Batch], tuple[TrainState, Any]]
 
 
 def measured(step: StepFn) -> StepFn:
-    """Wraps a training step so that all its metrics are in their accumulating form.
+    """Wraps a training step so that all its metrics are `Metric`s.
 
     Args:
-        step: any `(state, batch) -> (state, metrics)`; its metrics may be scalars or arrays
-            `[batch, ...]` too.
+        step: `(state, batch) -> (state, metrics)`, whose metrics may also be scalars or arrays
+            `[batch, ...]`.
     """
 
     def measured_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Metric]]:
@@ -41,11 +41,11 @@ def measured(step: StepFn) -> StepFn:
 
 
 def accumulating(metrics: Mapping[str, Any], size: int) -> dict[str, Metric]:
-    """Brings the metrics that a user's own step returned into their accumulating form.
+    """Converts the metrics of a custom step to `Metric`s.
 
     Args:
         metrics: scalars, arrays `[batch, ...]` or metrics, by name.
-        size: the number of examples in the batch they come from.
+        size: number of examples in the batch.
 
     Raises:
         LossError: an array is neither a scalar nor one value per example.
@@ -55,15 +55,10 @@ def accumulating(metrics: Mapping[str, Any], size: int) -> dict[str, Metric]:
 
 
 def reduced(metrics: Mapping[str, Metric | PerExample], mask: jax.Array) -> dict[str, Metric]:
-    """Reduces values per example over the examples whose `mask` `[batch]` is true.
-
-    Args:
-        metrics: values per example, or metrics, which are taken as they are.
-        mask: bool `[batch]`.
-    """
+    """Reduces per-example values over the examples where `mask`, bool `[batch]`, is true."""
     reduced = {
         name: value.reduce(mask) if isinstance(value, PerExample) else value
         for name, value in metrics.items()
     }
-    # A Python number inside a metric would be weakly typed, and compile the merge twice.
+    # A weakly typed leaf, from a Python number, would compile the merge twice.
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.asarray(leaf).dtype), reduced)

@@ -1,4 +1,4 @@
-"""Spikes: losses that stand out from those before them, by a measure that they do not move."""
+"""Detects loss spikes with a robust running estimate of median and spread."""
 
 from __future__ import annotations
 
@@ -9,31 +9,30 @@ import jax.numpy as jnp
 import numpy as np
 
 WINDOW = 128
-"""How many losses are looked back on."""
+"""Number of recent losses that are compared."""
 
 WARM_UP = 32
-"""Losses before the first that can be a spike."""
+"""Number of losses before the first possible spike."""
 
 _TO_SIGMA = 1.4826
 """Standard deviations of a normal distribution per median absolute deviation."""
 
 _MEAN_TO_SIGMA = 1.2533
-"""Likewise per mean absolute deviation."""
+"""Standard deviations of a normal distribution per mean absolute deviation."""
 
 _ROUNDING = 4 * float(np.finfo(np.float32).eps)
 
-
 _REFRESH = WARM_UP // 4
-"""Losses between two looks at the median: on the CPU, sorting costs more than a small step."""
+"""Losses per update of the median: on the CPU, sorting costs more than a small step."""
 
 
 class Losses(NamedTuple):
-    """The last losses, and what is made of them.
+    """The recent losses and the spike limit.
 
     Attributes:
-        recent: in no order, float32 `[WINDOW]`.
-        count: how many there have been, int32.
-        limit: the largest loss that is no spike, float32.
+        recent: the last finite losses, unordered, float32 `[WINDOW]`.
+        count: number of finite losses so far, int32.
+        limit: the largest loss that is not a spike, float32.
     """
 
     recent: jax.Array
@@ -42,33 +41,30 @@ class Losses(NamedTuple):
 
 
 def no_losses() -> Losses:
-    """Returns what is remembered before the first step."""
+    """Returns the `Losses` before the first step."""
     return Losses(jnp.zeros(WINDOW, jnp.float32), jnp.int32(0), jnp.float32(jnp.inf))
 
 
 def is_spike(losses: Losses, loss: jax.Array) -> jax.Array:
-    """Tells whether a loss is further above the median of the last ones than noise leads to.
+    """Returns whether a loss is further above the recent median than noise explains.
 
-    The distance is measured in median absolute deviations, scaled to be standard deviations: the
-    modified z-score of Iglewicz and Hoaglin, *How to Detect and Handle Outliers* (1993); where more
-    than half of the losses are equal, in mean absolute deviations, as they advise. Neither median
-    is moved by a few spikes, so that a second one is seen after the first. A lasting change of
-    level is one for half a window at most. It works inside a program.
+    The distance is the modified z-score of Iglewicz and Hoaglin, *How to Detect and Handle
+    Outliers* (1993): median absolute deviations, scaled to standard deviations; or, as they advise,
+    mean absolute deviations if more than half of the losses are equal. A few spikes do not move
+    the medians, so consecutive spikes are detected. A lasting change of level counts as a spike for
+    at most half a window. Works inside `jax.jit`.
 
     Args:
-        losses: those before it, as `remembered`.
-        loss: float32 scalar. One that is not finite is no spike.
+        losses: the losses before it.
+        loss: float32 scalar. A NaN or infinite loss is not a spike.
     """
     return jnp.isfinite(loss) & (loss > losses.limit)
 
 
 def remembered(losses: Losses, loss: jax.Array, threshold: float) -> Losses:
-    """Returns the losses with one more; one that is not finite is not remembered.
+    """Returns the losses with one more, float32 scalar, which is ignored if it is not finite.
 
-    Args:
-        losses: those before it.
-        loss: float32 scalar.
-        threshold: how many standard deviations above the median a spike is.
+    `threshold` is the distance of a spike from the median, in standard deviations.
     """
     is_finite = jnp.isfinite(loss)
     place, count = losses.count % WINDOW, losses.count + is_finite
@@ -90,6 +86,6 @@ def _limit(recent: jax.Array, count: jax.Array, threshold: float) -> jax.Array:
 
 
 def _median(values: jax.Array, known: jax.Array, num_known: jax.Array) -> jax.Array:
-    """Returns the median of the values that are known; the others are sorted behind them."""
+    """Returns the median of the known values."""
     ordered = jnp.sort(jnp.where(known, values, jnp.inf))
     return 0.5 * (ordered[(num_known - 1) // 2] + ordered[num_known // 2])

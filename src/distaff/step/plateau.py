@@ -1,4 +1,4 @@
-"""Plateau: the loss of a batch without weights is no loss to judge a learning rate by."""
+"""Keeps batches whose weights are all zero out of `optax.contrib.reduce_on_plateau`."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from distaff.step.state import TrainState
 
 
 def with_plateaus_kept(before: TrainState, after: TrainState, loss: Any) -> TrainState:
-    """Returns a state in which `optax.contrib.reduce_on_plateau` has not seen an empty batch.
+    """Returns the state after a step, with plateau states unchanged if the batch had no weight.
 
-    A batch whose weights are all 0 has the loss 0, which no later one would be better than.
+    A batch whose weights are all 0 has the loss 0, which no later loss would improve on.
 
     Args:
-        before: the state before a step.
-        after: the state after it.
+        before: the state before the step.
+        after: the state after the step.
         loss: the metric "loss" of the step.
     """
-    is_there = any(map(_is_plateau, jax.tree.leaves(after.opt_state, is_leaf=_is_plateau)))
-    if not is_there or not isinstance(loss, Mean):
+    has_plateau = any(map(_is_plateau, jax.tree.leaves(after.opt_state, is_leaf=_is_plateau)))
+    if not has_plateau or not isinstance(loss, Mean):
         return after
     is_empty = loss.weight == 0
 

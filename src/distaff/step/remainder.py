@@ -1,4 +1,4 @@
-"""The end of an epoch under accumulation: one update of the batches that are left."""
+"""Applies the accumulated gradients that are left at the end of an epoch."""
 
 from __future__ import annotations
 
@@ -19,14 +19,12 @@ def may_have_rest(state: TrainState) -> bool:
 
 
 def with_rest(state: TrainState) -> TrainState:
-    """Returns a state after an update of the gradients that have no update yet.
+    """Returns a state after an update with the gradients that are accumulated so far.
 
-    Where there are none it stays as it is, bit for bit. `step` does not move: it counts batches.
-
-    Args:
-        state: one for which `may_have_rest` is true.
+    Without any, the state is unchanged, bit for bit. `step` stays the same: it counts batches.
+    Requires `may_have_rest(state)`.
     """
-    assert state.tx is not None  # its optimizer has a state
+    assert state.tx is not None
     zeros = jax.tree.map(jnp.zeros_like, state.params)
     offered = {"value": jnp.zeros([], jnp.float32), extra_args.FLUSH: "end"}
     updates, opt_state = extra_args.update(state.tx, zeros, state.opt_state, state.params, offered)

@@ -1,4 +1,4 @@
-"""TrainState: all that one training step may change, as one immutable pytree."""
+"""TrainState: everything a training step may update, held in one immutable pytree."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from distaff.optim.transforms import extra_args
 class TrainState(FrozenPyTree):
     """The state of training: `step` counts the completed optimizer updates of the whole state.
 
-    Subclass it to carry more; each annotated member becomes part of the pytree:
+    Subclass it to add members; each annotated member becomes part of the pytree:
 
     >>> class StateWithEpoch(TrainState):
     ...     epoch: jax.Array
 
-    `apply_gradients` changes `step`, `params` and `opt_state`; any other member changes only by
-    `replace`, or by a keyword argument of `apply_gradients`.
+    `apply_gradients` updates `step`, `params` and `opt_state`. To change any other member, use
+    `replace` or pass it to `apply_gradients` as a keyword.
 
     Args:
         step: number of completed updates, int32 scalar.
-        params: the arrays that the optimizer changes.
-        opt_state: the optimizer's own state; None until there is an optimizer.
+        params: the trainable parameters.
+        opt_state: the optimizer's state; None without an optimizer.
         batch_stats: running statistics of normalisation layers; None for a model without them.
-        collections: every other mutable variable of the model, by collection name; None without.
-        rng: the root key. A step uses `jax.random.fold_in(rng, step)`, so it never changes.
-        guard: what the trainer's guard against bad numbers remembers; None without one.
+        collections: other mutable variables of the model, by collection name; None without.
+        rng: the root key, which never changes: a step uses `jax.random.fold_in(rng, step)`.
+        guard: the state of the trainer's guard against bad numbers; None without one.
         apply_fn: the model's forward pass, `apply_fn(variables, *inputs)`.
         tx: the Optax optimizer.
     """
@@ -61,7 +61,7 @@ class TrainState(FrozenPyTree):
         apply_fn: Callable[..., Any] | None = None,
         **members: Any,
     ) -> Self:
-        """Makes the state before the first step.
+        """Creates the state before the first step.
 
         Args:
             params: initial parameters.
@@ -73,8 +73,8 @@ class TrainState(FrozenPyTree):
             A state with `step` 0 and the optimizer's initial state.
 
         Raises:
-            StateError: a keyword is not a member of this class; or `params` holds an optimizer's
-                state, or, beside an optimizer, an array that is neither float nor complex.
+            StateError: a keyword is not a member of this class, `params` holds an optimizer's
+                state, or `tx` is given and an array of `params` is neither float nor complex.
         """
         cls._check_members(members, reserved=("opt_state",))
         check_params(params)
@@ -114,15 +114,15 @@ class TrainState(FrozenPyTree):
         """Returns the state after one optimizer update.
 
         Args:
-            *misplaced: refused; every argument has its keyword.
-            grads: gradient of the loss, with the structure of `params`, as `jax.grad` returns it:
-                those of complex parameters are conjugated here. An optimizer that aggregates the
-                gradients of examples (`optax.contrib.dpsgd`) takes leaves `[examples, *shape]`;
+            *misplaced: not allowed; pass every argument by keyword.
+            grads: gradient of the loss, with the structure of `params`, as `jax.grad` returns it
+                (gradients of complex parameters are conjugated here). An optimizer that aggregates
+                per-example gradients (`optax.contrib.dpsgd`) takes leaves `[examples, *shape]`;
                 `optax.lookahead` takes the gradient of `params.fast`.
-            value: the loss, a scalar. Handed on with `grad=grads` to optimizers that ask for it
+            value: the loss, a scalar. Passed with `grad=grads` to optimizers that accept it
                 (`optax.contrib.reduce_on_plateau`, line searches, learned optimizers).
-            value_fn: the loss as a function of the parameters, for line searches; for an optimizer
-                that takes `grad_fn` (`optax.contrib.sam` in its opaque mode) also the source of it.
+            value_fn: the loss as a function of the parameters, for line searches, and to derive
+                `grad_fn` for optimizers that take it (`optax.contrib.sam` in its opaque mode).
             optimizer_args: further keyword arguments of the optimizer's `update`.
             **members: other members of the state, with their new values.
 
@@ -130,12 +130,13 @@ class TrainState(FrozenPyTree):
             A new state: `step + 1`, new `params` and `opt_state`.
 
         Raises:
-            StateError: there is no optimizer, it asks for what is not passed, `grads` is shaped
-                unlike `params`, or a keyword is not a member of this class.
+            StateError: the state has no optimizer, an argument that the optimizer requires is
+                missing, `grads` and `params` differ in structure or shapes, or a keyword is not a
+                member of this class.
         """
         if misplaced or grads is None:
             raise StateError(
-                "apply_gradients takes its arguments by keyword. "
+                "apply_gradients takes keyword arguments only. "
                 "Write state.apply_gradients(grads=grads)."
             )
         if self.tx is None:
@@ -161,7 +162,7 @@ class TrainState(FrozenPyTree):
         )
 
     def arrays(self) -> dict[str, PyTree]:
-        """Returns the members that hold arrays, by name: what a checkpoint keeps."""
+        """Returns the members that hold arrays, which a checkpoint saves, by name."""
         fields = dataclasses.fields(self)
         return {
             f.name: getattr(self, f.name) for f in fields if not f.metadata.get("static", False)
@@ -179,10 +180,9 @@ class TrainState(FrozenPyTree):
 
 
 def strongly_typed(tree: PyTree) -> PyTree:
-    """Returns a tree whose arrays are no longer weakly typed, as those made of Python numbers are.
+    """Returns a tree without weakly typed arrays, which come from Python numbers.
 
-    A step whose state is weakly typed before it and not after it, or the other way round, compiles
-    twice.
+    If the weak types of a state change in a step, the step compiles twice.
     """
 
     def strong(leaf: jax.Array) -> jax.Array:
@@ -193,6 +193,6 @@ def strongly_typed(tree: PyTree) -> PyTree:
 
 
 def is_intact(state: TrainState) -> bool:
-    """Whether no array of a state was donated or deleted."""
+    """Returns whether no array of a state was donated or deleted."""
     leaves = jax.tree.leaves(state.arrays())
     return not any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves)

@@ -1,6 +1,6 @@
 """TrainStep and EvalStep: pure functions of a state and a batch, built around a loss.
 
-"Step" means one completed optimizer update of the whole state, everywhere in this package.
+Throughout the package, "step" means one completed optimizer update of the whole state.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ LossFn: TypeAlias = Callable[[Params, Batch, Context], Any]
 """`(params, batch, ctx) -> loss` or `-> (loss, metrics)`; the loss is `[batch]` or a scalar."""
 
 AugmentFn: TypeAlias = Callable[[Batch, Key], Batch]
-"""`(batch, key) -> batch`, with as many examples."""
+"""`(batch, key) -> batch`, with the same number of examples."""
 
 
 def train_step(loss_fn: LossFn, *, augment: AugmentFn | None = None) -> StepFn:
     """Builds a training step: forward pass, loss, gradient, update. Jit it with the state donated.
 
-    The optimizer is offered the loss as `value`, its gradient as `grad`, and the loss as a function
-    of the parameters, with the dropout and the batch of this step, as `value_fn`.
+    Optimizers that accept them receive the loss as `value`, its gradient as `grad`, and the loss
+    as a function of the parameters, with this step's batch and dropout, as `value_fn`.
 
     Args:
         loss_fn: `(params, batch, ctx) -> loss` or `(loss, metrics)`. The loss is one number per
-            example, `[batch]`, or a scalar; metrics are as `distaff.metrics` describes.
-        augment: `(batch, key) -> batch`, called once before the loss, with a key of the step's own
-            that neither `ctx.rng` nor dropout draws from. See `distaff.augment`.
+            example, `[batch]`, or a scalar; see `distaff.metrics` for the metrics.
+        augment: `(batch, key) -> batch`, called once before the loss, with a separate key for each
+            step that neither `ctx.rng` nor dropout uses. See `distaff.augment`.
 
     Returns:
-        A pure function `(state, batch) -> (state, metrics)`. `metrics["loss"]` is the loss;
-        penalties (`ctx.add_penalty`) are apart from it, in `metrics["penalty"]`.
-        At the first trace it raises LossError for a loss or metric of the wrong form, and
-        BatchError for a batch whose leaves disagree in length, before or after `augment`.
+        A pure function `(state, batch) -> (state, metrics)`. `metrics["loss"]` is the loss without
+        penalties (`ctx.add_penalty`), whose sum is `metrics["penalty"]`.
+        When first traced it raises LossError for a loss or metric of the wrong shape or type, and
+        BatchError for a batch whose leaves differ in length, before or after `augment`.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Metric]]:
@@ -67,7 +67,7 @@ def train_step(loss_fn: LossFn, *, augment: AugmentFn | None = None) -> StepFn:
             ctx = context()
             with named_scope("loss"):
                 returned = loss_fn(params, batch, ctx)
-                broadcasts.look(returned, size, loss_fn, (params, batch), context)
+                broadcasts.check_returned(returned, size, loss_fn, (params, batch), context)
                 loss, metrics = _declared(returned, size, ctx)
             if ctx.penalty is not None:
                 loss, metrics = _penalized(loss, metrics, ctx.penalty, size)
@@ -113,7 +113,7 @@ class TrainStep:
         return self._step(state, batch)
 
     def loss_fn(self, params: Params, batch: Batch, ctx: Context) -> Any:
-        """Returns `loss` or `(loss, metrics)`, where no function is passed to the constructor."""
+        """Returns `loss` or `(loss, metrics)`; used if no function is passed to the constructor."""
         raise LossError(
             f"{type(self).__name__} has no loss. Pass one, TrainStep(loss_fn), or define the "
             "method loss_fn(self, params, batch, ctx)."
@@ -124,7 +124,7 @@ class EvalStep:
     """An evaluation step: `(state, batch, mask) -> metrics`, without gradient or update.
 
     Args:
-        loss_fn: the loss function of training; it is called with `ctx.train` False.
+        loss_fn: the loss function of training; called with `ctx.train` False.
     """
 
     def __init__(self, loss_fn: LossFn) -> None:
@@ -133,7 +133,7 @@ class EvalStep:
     def __call__(
         self, state: TrainState, batch: Batch, mask: jax.Array | None = None
     ) -> dict[str, Metric]:
-        """Returns the metrics over the examples whose `mask` `[batch]` is true; all without one.
+        """Returns the metrics over the examples where `mask` `[batch]` is true; None for all.
 
         Raises:
             MaskError: a mask is given and the loss or a metric is not one value per example.
@@ -144,22 +144,22 @@ class EvalStep:
         return reduced(per_example(metrics), mask)
 
     def outputs(self, state: TrainState, batch: Batch) -> dict[str, Metric | PerExample]:
-        """Returns the loss and the metrics of a batch, before any of them is reduced."""
+        """Returns the loss and the metrics of a batch, before reduction."""
 
         def context() -> Context:
             return Context(state, train=False)
 
         ctx, size = context(), num_examples(batch)
         returned = self._loss_fn(state.params, batch, ctx)
-        broadcasts.look(returned, size, self._loss_fn, (state.params, batch), context)
+        broadcasts.check_returned(returned, size, self._loss_fn, (state.params, batch), context)
         return _declared(returned, size, ctx)[1]
 
 
 def per_example(metrics: Mapping[str, Metric | PerExample]) -> dict[str, PerExample]:
-    """Returns metrics that are all values per example, and can be masked.
+    """Returns the metrics, checked to be values per example, which can be masked.
 
     Raises:
-        MaskError: one is not.
+        MaskError: a metric is reduced already.
     """
     values = {name: each for name, each in metrics.items() if isinstance(each, PerExample)}
     if len(values) < len(metrics):
@@ -169,7 +169,7 @@ def per_example(metrics: Mapping[str, Metric | PerExample]) -> dict[str, PerExam
 
 
 def _augmented(augment: AugmentFn, state: TrainState, batch: Batch, size: int) -> Batch:
-    """Returns what `augment` makes of a batch: all its leaves, maybe others, as many examples."""
+    """Returns the augmented batch, checked to have all leaves and the same number of examples."""
     key = jax.random.fold_in(Context(state, train=True).rng, _AUGMENTATION)
     with named_scope("augmentation"):
         returned = augment(batch, key)
@@ -178,14 +178,14 @@ def _augmented(augment: AugmentFn, state: TrainState, batch: Batch, size: int) -
     for path, _ in jax.tree.leaves_with_path(batch):
         if leaf_name(path) not in leaves:
             raise BatchError(
-                f"{rule}; {leaf_name(path)!r} is not in what it returned, of type "
-                f"{type(returned).__name__} with the leaves {list(leaves)}. Change some entries of "
-                "the batch and return the whole: {**batch, 'image': images}."
+                f"{rule}; {leaf_name(path)!r} is missing in the returned "
+                f"{type(returned).__name__} with the leaves {list(leaves)}. Return "
+                "the whole batch: {**batch, 'image': images}."
             )
     for name, leaf in leaves.items():
         if not hasattr(leaf, "dtype") and not isinstance(leaf, complex | float | int):
             raise BatchError(
-                f"{rule}, in an array; {name!r} is of type {type(leaf).__name__}. Leave it out, or "
+                f"{rule}, as arrays; {name!r} is of type {type(leaf).__name__}. Leave it out, or "
                 "encode it as numbers."
             )
         shape = np.shape(leaf)
@@ -206,12 +206,12 @@ def _declared(
     loss, extra = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, {})
     if not isinstance(extra, Mapping) or isinstance(loss, tuple | Mapping):
         raise LossError(
-            "A loss function returns loss, or (loss, metrics) with metrics a dict by name; "
+            "A loss function returns loss, or (loss, metrics) with metrics as a dict; "
             f"it returned {type(returned).__name__} holding {type(loss).__name__} and "
             f"{type(extra).__name__}."
         )
     if "loss" in extra:
-        raise LossError("The name 'loss' is taken by the loss itself; rename that metric.")
+        raise LossError("The metric name 'loss' is reserved for the loss. Rename the metric.")
     metrics = {"loss": _declared_loss(loss, size)}
     extra = {**extra, **ctx.limits}
     metrics.update({name: metrics_lib.declare(name, value, size) for name, value in extra.items()})
@@ -221,7 +221,7 @@ def _declared(
 
 
 def _scalar(mean: Any) -> jax.Array:
-    """Returns a mean, and 0 where nothing has a weight: a batch to learn nothing from."""
+    """Returns the mean, or 0 if the total weight is 0."""
     is_empty = mean.weight == 0
     return jnp.where(is_empty, 0, mean.total) / jnp.where(is_empty, 1, mean.weight)
 
@@ -231,7 +231,7 @@ def _penalized(
 ) -> tuple[jax.Array, dict[str, Metric | PerExample]]:
     if "penalty" in metrics:
         raise LossError(
-            "The name 'penalty' is taken by what ctx.add_penalty collects; rename that metric."
+            "The metric name 'penalty' is reserved for ctx.add_penalty. Rename the metric."
         )
     return loss + penalty, {**metrics, "penalty": metrics_lib.declare("penalty", penalty, size)}
 
@@ -253,8 +253,8 @@ def _declared_loss(loss: Any, size: int) -> Metric | PerExample:
         if values.shape[:2] == (size, size):
             advice = (
                 f"An array of shape [{size}, {size}] often comes from a broadcast of [{size}, 1] "
-                f"with [{size}]: give predictions and labels one shape. If its second axis is not "
-                f"the batch, average it first: {remedy}."
+                f"with [{size}]: give predictions and labels the same shape. If its second axis is "
+                f"not the batch, average it first: {remedy}."
             )
         raise LossError(f"{rule}; the loss function returned shape {values.shape}. {advice}")
     return metrics_lib.declare("loss", loss if isinstance(loss, PerExample) else values, size)

@@ -1,1 +1,1 @@
-"""Contract tests that every backend of a kind must pass, for your own backends too."""
+"""Contract tests for loaders and loggers, including your own."""

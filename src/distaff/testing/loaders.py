@@ -1,4 +1,4 @@
-"""The contract that every loader must keep, as tests to inherit."""
+"""Contract tests for loaders."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distaff.data import Loader, first_batch, num_batches, num_examples
 
 
 class LoaderContract(ABC):
-    """Tests for a loader: subclass it under pytest and say how the loader is made.
+    """Tests for a loader: subclass it in a pytest file and define `make_loader`.
 
     class TestMyLoader(LoaderContract):
         def make_loader(self):
@@ -24,14 +24,14 @@ class LoaderContract(ABC):
 
     @abstractmethod
     def make_loader(self) -> Loader:
-        """Returns a new loader at its start; all of them alike, with 3 to 20 batches an epoch."""
+        """Returns a new loader at its start, always the same, with 3 to 20 batches per epoch."""
 
     def test_loader_follows_the_protocol(self) -> None:
-        """It can be iterated, and has `get_state` and `set_state`."""
+        """A loader is iterable, and has `get_state` and `set_state`."""
         assert isinstance(self.make_loader(), Loader)
 
     def test_epochs_have_one_number_of_batches(self) -> None:
-        """Every epoch is as long as the first, and as `len` where there is one."""
+        """Every epoch has the same number of batches, which `len` returns if it is defined."""
         loader = self.make_loader()
         counts = [len(list(loader)) for _ in range(3)]
         assert counts[0] >= 3, f"the contract needs at least 3 batches, got {counts[0]}"
@@ -39,22 +39,22 @@ class LoaderContract(ABC):
         assert num_batches(loader) in (None, counts[0])
 
     def test_batches_have_one_leading_length(self) -> None:
-        """All leaves of a batch agree in their leading axis, which is not empty."""
+        """All leaves of a batch have the same leading axis, which is not empty."""
         assert all(num_examples(batch) > 0 for batch in self.make_loader())
 
     def test_new_loaders_yield_equal_batches(self) -> None:
-        """The order depends on how the loader was made, and on nothing else."""
+        """The order depends on the constructor arguments only."""
         assert_batches_equal(_epochs(self.make_loader(), 2), _epochs(self.make_loader(), 2))
 
     def test_state_is_json(self) -> None:
-        """The state holds values of JSON, and comes back from it as it was."""
+        """The state is equal after a round trip through JSON."""
         loader = self.make_loader()
         for _ in loader:
             state = loader.get_state()
             assert json.loads(json.dumps(state, allow_nan=False)) == state
 
     def test_state_resumes_exactly_at_every_position(self) -> None:
-        """What is left of the epoch and all later epochs are those of an uninterrupted run."""
+        """The rest of the epoch and all later epochs are as in an uninterrupted run."""
         length = len(list(self.make_loader()))
         for epoch in range(2):
             for position in range(length + 1):
@@ -70,14 +70,14 @@ class LoaderContract(ABC):
                 assert_batches_equal(_epochs(resumed, 2), _epochs(loader, 2))
 
     def test_state_set_to_where_it_is_continues(self) -> None:
-        """`set_state(get_state())` goes on with the running epoch."""
+        """`set_state(get_state())` continues the current epoch."""
         loader, whole = self.make_loader(), list(self.make_loader())
         start = list(islice(loader, 2))
         loader.set_state(loader.get_state())
         assert_batches_equal(start + list(loader), whole)
 
     def test_break_abandons_the_epoch(self) -> None:
-        """After a loop is broken off, the next one sees a whole epoch."""
+        """After a `break`, the next loop yields a whole epoch."""
         loader = self.make_loader()
         length = len(list(loader))
         next(iter(loader))
@@ -87,7 +87,7 @@ class LoaderContract(ABC):
         assert len(list(loader)) == length
 
     def test_first_batch_is_not_consumed(self) -> None:
-        """Looking at the first batch changes neither the state nor what follows."""
+        """Reading the first batch changes neither the state nor the batches that follow."""
         loader = self.make_loader()
         state = loader.get_state()
         assert_batches_equal(first_batch(loader), next(iter(self.make_loader())))
@@ -95,7 +95,7 @@ class LoaderContract(ABC):
         assert_batches_equal(_epochs(loader, 2), _epochs(self.make_loader(), 2))
 
     def test_batches_are_fresh_arrays(self) -> None:
-        """A batch keeps its values, and its memory, while later ones are made."""
+        """A batch keeps its values and its memory while later ones are created."""
         loader = self.make_loader()
         kept, copies = [], []
         for batch in _epochs(loader, 2):
@@ -109,7 +109,7 @@ class LoaderContract(ABC):
 
 
 def assert_batches_equal(actual: Any, expected: Any) -> None:
-    """Raises AssertionError, with the difference, where two pytrees of arrays are not equal."""
+    """Raises AssertionError, with the difference, if two pytrees of arrays are not equal."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for left, right in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert left.dtype == right.dtype

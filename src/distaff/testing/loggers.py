@@ -1,4 +1,4 @@
-"""The tests that every logger passes: subclass `LoggerContract` in a test file of your own."""
+"""Contract tests for loggers."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from distaff.loggers import Logger, Record
 
 
 class LoggerContract(ABC):
-    """What a run relies on in a logger.
+    """Tests for a logger.
 
-    Subclass it under a name that starts with `Test`, and define `make_logger`; define
-    `read_records` too where the logger's target can be read back. It is called once the logger is
-    closed.
+    Subclass it under a name that starts with `Test`, and define `make_logger`. If the log can be
+    read back, define `read_records` too, which is called after the logger is closed.
 
     Attributes:
-        number: the type in which the backend keeps a metric, `np.float32` where that is less.
+        number: the type in which the backend stores metrics, such as `np.float32`.
     """
 
     number: type[np.floating] = np.float64
@@ -32,17 +31,17 @@ class LoggerContract(ABC):
         """Returns a new logger that may write below `directory`."""
 
     def read_records(self, logger: Logger, directory: Path) -> list[Record] | None:
-        """Returns what the logger has recorded, in order, or `None` where it cannot be read."""
+        """Returns the records of the logger, in order; None if they cannot be read."""
         return None
 
     def test_logger_touches_nothing_before_its_first_call(self, tmp_path: Path) -> None:
-        """A run that fails before it starts leaves nothing behind."""
+        """A run that fails before it starts leaves no files."""
         logger = self.make_logger(tmp_path)
         logger.close("failed")
         assert list(tmp_path.iterdir()) == []
 
     def test_log_metrics_keeps_every_record_in_order(self, tmp_path: Path) -> None:
-        """Steps, epochs and values come back exactly, also where a name appears only sometimes."""
+        """Steps, epochs and values are exact, even if a metric is not in every record."""
         logger = self.make_logger(tmp_path)
         expected = [
             Record(step=20, epoch=1, metrics={"train/loss": 0.1 + 0.2, "val/loss": 0.5}),
@@ -58,7 +57,7 @@ class LoggerContract(ABC):
         ]
 
     def test_log_metrics_keeps_nan_and_infinity(self, tmp_path: Path) -> None:
-        """A loss that diverged is recorded as it is, not hidden."""
+        """NaN and infinite metrics are recorded."""
         logger = self.make_logger(tmp_path)
         logger.log_metrics({"a": math.nan, "b": math.inf, "c": -math.inf}, step=1, epoch=1)
         logger.close("failed")
@@ -69,7 +68,7 @@ class LoggerContract(ABC):
             assert (record.metrics["b"], record.metrics["c"]) == (math.inf, -math.inf)
 
     def test_log_metrics_takes_numpy_scalars(self, tmp_path: Path) -> None:
-        """What `jax.device_get` returns may be logged without a conversion."""
+        """The results of `jax.device_get` can be logged without conversion."""
         logger = self.make_logger(tmp_path)
         scalars = {"loss": np.float32(0.1), "count": np.int32(3), "zero_rank": np.array(0.5)}
         logger.log_metrics(scalars, step=1, epoch=1)
@@ -89,7 +88,7 @@ class LoggerContract(ABC):
         assert records is None or records[0].metrics == {"loss": 1.0}
 
     def test_log_config_takes_nested_json_and_adds_no_record(self, tmp_path: Path) -> None:
-        """A configuration is not a row of metrics."""
+        """A configuration is not a record of metrics."""
         logger = self.make_logger(tmp_path)
         logger.log_config({"seed": 0, "optimizer": {"name": "adamw", "betas": [0.9, 0.999]}})
         logger.log_metrics({"loss": 1.0}, step=1, epoch=1)
@@ -98,7 +97,7 @@ class LoggerContract(ABC):
         assert records is None or len(records) == 1
 
     def test_log_metrics_takes_arrays(self, tmp_path: Path) -> None:
-        """A confusion matrix beside the loss does no harm to it."""
+        """Arrays, such as a confusion matrix, do not affect the other metrics."""
         logger = self.make_logger(tmp_path)
         logger.log_metrics({"matrix": np.eye(2), "loss": 0.5}, step=1, epoch=1)
         logger.log_metrics({"all_bad": np.array([math.nan, math.inf])}, step=2, epoch=1)
@@ -116,7 +115,7 @@ class LoggerContract(ABC):
         assert records is None or [record.step for record in records] == [40, 20]
 
     def test_loggers_made_at_once_keep_apart(self, tmp_path: Path) -> None:
-        """A sweep opens several in one second, and in one process."""
+        """Several loggers in one process, created within a second, do not mix their records."""
         first, second = (self.make_logger(tmp_path / name) for name in ("first", "second"))
         for step in (1, 2):
             first.log_metrics({"loss": 1.0}, step=step, epoch=1)
@@ -128,7 +127,7 @@ class LoggerContract(ABC):
             assert records is None or [each.metrics["loss"] for each in records] == [loss, loss]
 
     def test_close_twice_keeps_the_records(self, tmp_path: Path) -> None:
-        """The second `close`, as an error handler may call it, does no harm."""
+        """A second `close`, for example from an error handler, does nothing."""
         logger = self.make_logger(tmp_path)
         logger.log_metrics({"loss": 1.0}, step=1, epoch=1)
         logger.close("interrupted")
@@ -143,7 +142,7 @@ class LoggerContract(ABC):
         assert not self.read_records(logger, tmp_path)
 
     def test_resume_drops_what_came_after_a_position(self, tmp_path: Path) -> None:
-        """A run goes on from a checkpoint: of its step, some is logged before it, some after."""
+        """Records of the checkpoint's step are kept before the position and dropped after it."""
         logger: Any = self.make_logger(tmp_path)
         if not (hasattr(logger, "resume") and hasattr(logger, "position")):
             return
@@ -164,7 +163,7 @@ class LoggerContract(ABC):
         ]
 
     def test_resume_without_a_position_drops_later_steps(self, tmp_path: Path) -> None:
-        """Steps need not be in order; what belongs to the step itself stays."""
+        """Steps need not be in order; records of the step itself are kept."""
         logger: Any = self.make_logger(tmp_path)
         if not (hasattr(logger, "resume") and hasattr(logger, "position")):
             return

@@ -1,4 +1,4 @@
-"""Independence: whether the outputs for an example depend on the other examples of its batch."""
+"""Checks whether the outputs for an example depend on the other examples of its batch."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import jax
 import numpy as np
 
 from distaff.core.typing import Batch, PyTree
-from distaff.step.independence.place import FREE, AxisKind, Place, rows
+from distaff.step.independence.place import FREE, AxisKind, rows
 from distaff.step.independence.walk import Walk
 
-__all__ = ["FREE", "Kind", "Place", "Walk", "keeps_apart", "places_of", "rows"]
+__all__ = ["keeps_apart"]
 
 
 def keeps_apart(trace: Callable[[PyTree, Batch], Any], state: PyTree, batch: Batch) -> bool:
-    """Returns whether each output of a program, for an example, depends on that example alone.
+    """Returns whether each output of a program for an example depends on that example alone.
 
-    It is read from the program, and so the same in every run: no numbers are compared, which would
-    be equal by chance where a parameter is 0. A program that cannot be read counts as one that
-    mixes examples, and so does one that computes with the size of its batch.
+    The answer comes from the jaxpr, so it is the same in every run: comparing outputs could agree
+    by chance, for example where a parameter is 0. A program without a jaxpr counts as mixing
+    examples, as does one that computes with the batch size.
 
     Args:
-        trace: `(state, batch) -> jaxpr`, of a function whose outputs are `[batch, ...]`; or
-            `-> None`, where it cannot be read.
-        state: what no example has a part in.
+        trace: `(state, batch) -> jaxpr` of a function whose outputs are `[batch, ...]`; returns
+            None if it has no jaxpr.
+        state: inputs that do not depend on the examples.
         batch: arrays, or their shapes, `[batch, ...]`, of at least two examples.
     """
     size = np.shape(jax.tree.leaves(batch)[0])[0]
@@ -41,22 +41,17 @@ def keeps_apart(trace: Callable[[PyTree, Batch], Any], state: PyTree, batch: Bat
     larger = jax.tree.map(lambda leaf: _sized(leaf, size + 1), batch)
     try:
         return _Found.of(trace(state, larger), state, larger) == found
-    except Exception:  # it takes batches of one size only
+    except Exception:  # the program takes batches of one size only
         return False
 
 
-def places_of(state: PyTree, batch: Batch) -> list[Place]:
-    """Returns the places of the inputs of a program `(state, batch)`."""
-    return [FREE] * len(jax.tree.leaves(state)) + [rows(0)] * len(jax.tree.leaves(batch))
-
-
 class _Found(NamedTuple):
-    """What a program tells of itself.
+    """The result of a `Walk` through a program, and its numbers.
 
     Attributes:
-        is_apart: whether its outputs keep the examples apart, along their first axis.
-        numbers: as `Walk` has them.
-        other_numbers: likewise.
+        is_apart: whether the outputs keep the examples apart, along their first axis.
+        numbers: see `Walk`.
+        other_numbers: see `Walk`.
     """
 
     is_apart: bool
@@ -66,15 +61,16 @@ class _Found(NamedTuple):
     @classmethod
     def of(cls, closed: Any, state: PyTree, batch: Batch) -> _Found:
         walk = Walk()
+        inputs = [FREE] * len(jax.tree.leaves(state)) + [rows(0)] * len(jax.tree.leaves(batch))
         try:
-            places = walk(closed, places_of(state, batch))
-        except Exception:  # another version of JAX may have a primitive in another form
+            places = walk(closed, inputs)
+        except Exception:  # another version of JAX may define a primitive differently
             return cls(is_apart=False, numbers=[], other_numbers=[])
         is_apart = all(place.kind is AxisKind.FREE or place.plain() == rows(0) for place in places)
         return cls(is_apart, walk.numbers, walk.other_numbers)
 
     def may_count(self, size: int) -> bool:
-        """Returns whether a number may come from the size of the batch."""
+        """Returns whether a number may be derived from the batch size."""
         known = [size, 1 / size, math.log(size)]
         counted = [*known, size - 1, 1 / (size - 1)]
         return _has(self.numbers, known) or _has(self.other_numbers, counted)

@@ -1,4 +1,4 @@
-"""Constants: small arrays that a program makes of nothing, such as the numbers of the examples."""
+"""Evaluates small constants of a program, such as the indices of the examples."""
 
 from __future__ import annotations
 
@@ -45,11 +45,9 @@ _FOLDS: dict[str, Callable[..., np.ndarray]] = {
 
 
 def folded(equation: Any, places: Sequence[Place]) -> Place:
-    """Returns the place of what an equation makes of constants, with its value where it is small.
+    """Returns the place of an equation's only result, with its value if it is a small constant.
 
-    Args:
-        equation: of a jaxpr, with one result.
-        places: of its operands, none of which has examples.
+    None of the operands depends on examples.
     """
     fold = _FOLDS.get(equation.primitive.name)
     values = [place.value for place in places]
@@ -66,12 +64,7 @@ def _is_integer(dtype: Any) -> bool:
 
 
 def counted_axis(column: np.ndarray, size: int) -> int | None:
-    """Returns the axis along which an array counts 0, 1, 2, ...; None where there is none.
-
-    Args:
-        column: a constant.
-        size: how far it counts.
-    """
+    """Returns the axis along which a constant counts 0, 1, ..., `size - 1`; None without one."""
     for axis, length in enumerate(column.shape):
         ends = [1] * column.ndim
         ends[axis] = length

@@ -1,4 +1,4 @@
-"""Indexing: gathers and scatters that keep the examples of a batch apart."""
+"""Propagation rules of gather and scatter."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from distaff.step.independence.place import FREE, MIXED, AxisKind, Place, rows
 
 
 def gathered(equation: Any, places: Sequence[Place]) -> Place:
-    """Returns the place of what is gathered from an array at indices."""
+    """Returns the place of the result of a gather."""
     numbers = equation.params["dimension_numbers"]
     columns = {
         column: axis
@@ -44,7 +44,7 @@ def gathered(equation: Any, places: Sequence[Place]) -> Place:
 
 
 def scattered(equation: Any, places: Sequence[Place]) -> Place:
-    """Returns the place of an array after updates were scattered into it."""
+    """Returns the place of the result of a scatter."""
     numbers = equation.params["dimension_numbers"]
     columns = {
         column: axis
@@ -75,7 +75,7 @@ def scattered(equation: Any, places: Sequence[Place]) -> Place:
 
 
 def _fits(place: Place, axis: int | None) -> bool:
-    """Whether the examples of an array, if it has any, lie along an axis."""
+    """Returns whether the examples of an array, if it has any, lie along an axis."""
     return not place.has_examples or (place.axis == axis and place.block == 1)
 
 
@@ -88,12 +88,12 @@ def _if(fits: bool, place: Place) -> Place:
 
 
 def _counted(equation: Any, places: Sequence[Place], columns: Mapping[int, int]) -> Place:
-    """Returns the place of the indices; those that count the examples belong to them.
+    """Returns the place of the indices; indices that count the examples belong to them.
 
     Args:
-        equation: of a jaxpr; its first operand is indexed by the second.
-        places: of its operands.
-        columns: the axes of which an index picks one entry, by the column of the indices.
+        equation: a gather or scatter, whose second operand indexes the first.
+        places: the places of its operands.
+        columns: the axis that each column of the indices selects from.
     """
     array, index = places[0], places[1]
     if index.has_examples or index.value is None or array.kind is not AxisKind.ROWS:

@@ -1,4 +1,4 @@
-"""Place: where in an array the examples of a batch lie, and what becomes of it in another one."""
+"""Place: the axis of an array along which the examples of a batch lie."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ class AxisKind(Enum):
     """How an array depends on the examples of a batch."""
 
     FREE = auto()
-    """It depends on none."""
+    """Independent of all examples."""
     ROWS = auto()
     """Along one axis, each entry depends on its own example alone."""
     SINGLE = auto()
-    """All of it depends on one example alone, inside a loop over examples."""
+    """The whole array depends on a single example, inside a loop over examples."""
     MIXED = auto()
-    """It may depend on several examples at once."""
+    """May depend on several examples at once."""
 
 
 class Place(NamedTuple):
-    """Where an array keeps the examples.
+    """The position of the examples in an array.
 
     Attributes:
-        kind: how it depends on them.
-        axis: the axis of the examples; only of `ROWS`.
-        block: consecutive entries of that axis that belong to one example.
-        value: the array itself, where it is a small constant.
-        own: columns of the last axis that hold the number of the example they belong to.
+        kind: how the array depends on the examples.
+        axis: the axis of the examples; for `ROWS` only.
+        block: number of consecutive entries of that axis per example.
+        value: the array itself, if it is a small constant.
+        own: columns of the last axis that hold the index of their own example.
     """
 
     kind: AxisKind
@@ -41,11 +41,11 @@ class Place(NamedTuple):
 
     @property
     def has_examples(self) -> bool:
-        """Whether it depends on any example."""
+        """Whether the array depends on any example."""
         return self.kind is not AxisKind.FREE
 
     def plain(self) -> Place:
-        """Returns it without what is known of its values."""
+        """Returns the place without facts about values."""
         return self._replace(value=None, own=frozenset())
 
 
@@ -53,12 +53,12 @@ FREE, SINGLE, MIXED = Place(AxisKind.FREE), Place(AxisKind.SINGLE), Place(AxisKi
 
 
 def rows(axis: int, block: int = 1) -> Place:
-    """Returns the place of an array that has the examples along an axis."""
+    """Returns the place of an array with the examples along an axis."""
     return Place(AxisKind.ROWS, int(axis), int(block))
 
 
 def combined(places: Iterable[Place]) -> Place:
-    """Returns the place of what is made of arrays entry by entry: all that have rows agree."""
+    """Returns the place of an elementwise result; mixed if its operands' places differ."""
     found = {place.plain() for place in places if place.has_examples}
     if not found:
         return FREE

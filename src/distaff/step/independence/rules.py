@@ -1,4 +1,4 @@
-"""Rules: what each primitive does to the place of the examples."""
+"""Propagation rules: the place of the examples after each primitive."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _REDUCTIONS = (
     *("reduce_xor", "argmax", "argmin", "reduce"),
 )
 
-_CUMULATIVE = (*("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"),)
+_CUMULATIVE = ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
 
-_WINDOWS = (*("reduce_window", "reduce_window_sum", "reduce_window_max", "reduce_window_min"),)
+_WINDOWS = ("reduce_window", "reduce_window_sum", "reduce_window_max", "reduce_window_min")
 
 _LINEAR_ALGEBRA = (
     *("cholesky", "eig", "eigh", "householder_product", "lu", "lu_pivots_to_permutation", "qr"),
@@ -68,8 +68,8 @@ def _reshape(equation: Any, places: Sequence[Place]) -> Found:
     size = before[place.axis] // place.block
     for axis, length in enumerate(after):
         rest = math.prod(after[axis + 1 :])
-        is_there = math.prod(after[:axis]) == leading and length > 1
-        if is_there and inner % rest == 0 and length == size * (inner // rest):
+        starts_here = math.prod(after[:axis]) == leading and length > 1
+        if starts_here and inner % rest == 0 and length == size * (inner // rest):
             return rows(axis, inner // rest)
     return MIXED
 
@@ -80,7 +80,7 @@ def _transpose(equation: Any, places: Sequence[Place]) -> Found:
 
 
 def _without(axes: Sequence[int], place: Place) -> Place:
-    """Returns the place after axes are gone."""
+    """Returns the place after removing axes."""
     if place.kind is not AxisKind.ROWS or place.axis in axes:
         return MIXED if place.kind is AxisKind.ROWS else place
     return rows(place.axis - sum(axis < place.axis for axis in axes), place.block)
@@ -104,7 +104,7 @@ def _reduce(equation: Any, places: Sequence[Place]) -> Found:
 
 
 def _along(name: str) -> Callable[[Any, Sequence[Place]], Found]:
-    """Returns the rule of what mixes the entries along the axis, or axes, of a parameter."""
+    """Returns the rule of a primitive that mixes the entries along the axes of a parameter."""
 
     def rule(equation: Any, places: Sequence[Place]) -> Found:
         axes, found = equation.params[name], combined(places)
@@ -202,7 +202,7 @@ def _fft(equation: Any, places: Sequence[Place]) -> Found:
 
 
 def _linear_algebra(equation: Any, places: Sequence[Place]) -> Found:
-    """Of stacked matrices; what stands before the last two axes says which one."""
+    """Handles stacked matrices, whose last two axes are mixed."""
     found = combined(places)
     ranks = [len(atom.aval.shape) for atom in equation.invars]
     return found if found.kind is AxisKind.ROWS and found.axis < min(ranks) - 2 else MIXED
@@ -215,7 +215,7 @@ def _top_k(equation: Any, places: Sequence[Place]) -> Found:
 
 
 def _keys(equation: Any, places: Sequence[Place]) -> Found:
-    """Random bits of each key, and keys of each seed: what a key is stands in the last axes."""
+    """Handles random bits and keys, whose last axes are mixed."""
     place = places[0]
     rank = min(len(_shape(equation)), equation.outvars[0].aval.ndim)
     return place if place.axis < max(rank, 1) else MIXED
@@ -250,4 +250,4 @@ RULES: dict[str, Callable[[Any, Sequence[Place]], Found]] = {
     "gather": gathered,
     "top_k": _top_k,
 }
-"""By the primitive's name: `(equation, places) -> place`, or a place for each result."""
+"""The rule of each primitive, `(equation, places) -> place`, or a place for each result."""

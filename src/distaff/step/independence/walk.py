@@ -1,7 +1,7 @@
-"""Walk: which outputs of a program keep the examples of a batch apart, read from its jaxpr.
+"""Propagates the places of the examples through a jaxpr.
 
-A program is gone through once, without running it. What is not known to keep examples apart counts
-as mixing them, so that the answer is never wrong in that direction, and is the same in every run.
+The program is not run. Everything that is not known to keep examples apart counts as mixing them,
+so that an answer "apart" is never wrong.
 """
 
 from __future__ import annotations
@@ -27,21 +27,14 @@ _JAXPRS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 
 class Walk:
-    """Goes through programs, with a batch among their inputs.
-
-    Args:
-        look: is shown every equation, with the places of its operands and of its results.
+    """Propagates places through programs that take a batch.
 
     Attributes:
-        numbers: those that the values of examples are computed with.
-        other_numbers: those that other floats are computed with.
+        numbers: constants in equations that depend on examples.
+        other_numbers: constants in other floating-point equations.
     """
 
-    def __init__(
-        self,
-        look: Callable[[Any, Sequence[Place], Sequence[Place]], None] | None = None,
-    ) -> None:
-        self._look = look
+    def __init__(self) -> None:
         self.numbers: list[float] = []
         self.other_numbers: list[float] = []
 
@@ -50,7 +43,7 @@ class Walk:
 
         Args:
             closed: the program, as `jax.make_jaxpr` returns it.
-            places: of its inputs.
+            places: the places of its inputs.
         """
         known = {}
         for var, value in zip(closed.jaxpr.constvars, closed.consts, strict=True):
@@ -63,8 +56,6 @@ class Walk:
         for equation in closed.jaxpr.eqns:
             before = [place_of(atom) for atom in equation.invars]
             after = self._through(equation, before)
-            if self._look is not None:
-                self._look(equation, before, after)
             known.update(zip(equation.outvars, after, strict=True))
         return [place_of(atom) for atom in closed.jaxpr.outvars]
 
@@ -94,7 +85,7 @@ class Walk:
         return found if isinstance(found, list) else [found] * count
 
     def scan(self, equation: Any, places: list[Place]) -> list[Place]:
-        """Goes through a scan: over time, or over the examples themselves."""
+        """Returns the places of the outputs of a scan, over time or over the examples."""
         body = equation.params["jaxpr"]
         num_carry = _num_same(equation.outvars, body.jaxpr.outvars)
         num_consts = _num_same(equation.invars, body.jaxpr.invars) - num_carry
@@ -110,7 +101,7 @@ class Walk:
         return [*carry, *(_stacked(place, is_over=is_over) for place in stacked)]
 
     def loop(self, equation: Any, places: list[Place]) -> list[Place]:
-        """Goes through a `while` loop: how long it runs may depend on the examples."""
+        """Returns the places of the outputs of a `while` loop."""
         params = equation.params
         num_cond, num_body = params["cond_nconsts"], params["body_nconsts"]
         cond, body = places[:num_cond], places[num_cond : num_cond + num_body]
@@ -119,11 +110,11 @@ class Walk:
             places[num_cond + num_body :],
             is_over=False,
         )
-        [going] = self(params["cond_jaxpr"], [*cond, *carry])
-        return [_chosen(going, place) for place in carry]
+        [condition] = self(params["cond_jaxpr"], [*cond, *carry])
+        return [_chosen(condition, place) for place in carry]
 
     def cond(self, equation: Any, places: list[Place]) -> list[Place]:
-        """Goes through the branches of a `cond` or `switch`."""
+        """Returns the places of the outputs of a `cond` or `switch`."""
         found = [self(branch, places[1:]) for branch in equation.params["branches"]]
         joined = [combined(each) for each in zip(*found, strict=True)]
         return [_chosen(places[0], place) for place in joined]
@@ -131,7 +122,7 @@ class Walk:
     def _settled(
         self, body: Callable[[list[Place]], list[Place]], carry: list[Place], *, is_over: bool
     ) -> tuple[list[Place], list[Place]]:
-        """Goes through the body of a loop until what it carries stays where it is."""
+        """Repeats the body of a loop until the places of its carry no longer change."""
         carry = [place.plain() for place in carry]
         while True:
             found = body(carry)
@@ -158,7 +149,7 @@ def called(equation: Any) -> Any:
 
 
 def _num_same(outer: Sequence[Any], inner: Sequence[Any]) -> int:
-    """Returns how many arrays a scan does not slice or stack: they keep their axes."""
+    """Returns the number of arrays that a scan neither slices nor stacks."""
     pairs = zip(outer, inner, strict=True)
     return sum(len(a.aval.shape) == len(b.aval.shape) for a, b in pairs)
 
@@ -173,7 +164,7 @@ def _constant(value: Any) -> Place:
 
 
 def _sliced(place: Place) -> Place:
-    """Returns the place of what a scan takes out of an array."""
+    """Returns the place of a slice that a scan takes from an array."""
     if place.kind is not AxisKind.ROWS:
         return place.plain()
     if place.axis:
@@ -182,14 +173,14 @@ def _sliced(place: Place) -> Place:
 
 
 def _stacked(place: Place, *, is_over: bool) -> Place:
-    """Returns the place of what a scan stacks."""
+    """Returns the place of an output that a scan stacks."""
     if place.kind is AxisKind.ROWS:
         return rows(place.axis + 1, place.block)
     return rows(0) if place.kind is AxisKind.SINGLE and is_over else place.plain()
 
 
 def _chosen(chooser: Place, place: Place) -> Place:
-    """Returns the place of what is chosen by a number."""
+    """Returns the place of a result that a condition selects."""
     if not chooser.has_examples:
         return place
     is_single = chooser.kind is AxisKind.SINGLE and place.kind in (AxisKind.FREE, AxisKind.SINGLE)
