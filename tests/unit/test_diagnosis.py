@@ -76,7 +76,7 @@ def test_diagnose_names_leaf_and_examples_of_bad_batch(value: float) -> None:
     assert finding == Finding(
         "the batch",
         ("x",),
-        "The batch holds 3 numbers that are not finite in 'x', in examples 5, 7.",
+        "The batch has 3 non-finite values in 'x', in examples 5, 7.",
     )
 
 
@@ -84,8 +84,7 @@ def test_diagnose_lists_few_of_many_bad_examples_and_blames_leaf_without_any_oth
     batch = batch_with("y", *((example,) for example in range(8)))
     finding = found(train_step(square_loss), make_state(nn.Dense(1)), batch)
     assert finding.text == (
-        "The batch holds 8 numbers that are not finite in 'y', "
-        "in examples 0, 1, 2, 3, 4 and 3 more."
+        "The batch has 8 non-finite values in 'y', in examples 0, 1, 2, 3, 4 and 3 more."
     )
 
 
@@ -139,8 +138,8 @@ def test_diagnose_says_if_step_is_bad_without_what_is_bad_in_batch() -> None:
     finding = found(train_step(square_loss), make_state(Model()), batch_with("y", (3,)))
     assert (finding.where, finding.operation) == ("the forward pass", "log")
     assert finding.text.endswith(
-        " The batch holds a number that is not finite in 'y', in example 3. "
-        "With other numbers there the step is bad all the same."
+        " The batch has 1 non-finite value in 'y', in example 3. "
+        "Replacing these values does not help."
     )
 
 
@@ -163,7 +162,7 @@ def test_diagnose_finds_overflow_behind_nan() -> None:
     assert (finding.names, finding.operation) == (("loss",), "exp")
     assert finding.line == line_of(loss_fn, "jnp.exp")
     assert "which is inf" in finding.text
-    assert finding.text.endswith(f"of that sub makes NaN, at {line_of(loss_fn, 'large - large')}.")
+    assert finding.text.endswith(f"sub turns it into NaN, at {line_of(loss_fn, 'large - large')}.")
 
 
 def test_diagnose_does_not_blame_inf_elsewhere_in_an_array() -> None:
@@ -225,7 +224,7 @@ def test_diagnose_names_bad_leaves_of_gradient() -> None:
     assert (finding.operation, finding.line) == ("div", line)
     assert finding.text == (
         "The gradient is not finite in 'zeros' (1 of 3 leaves); the loss is. It comes from "
-        f"div(0.5, 0), which is inf, in Norm at {line}; of that mul makes NaN, in Norm at {line}."
+        f"div(0.5, 0), which is inf, in Norm at {line}; mul turns it into NaN, in Norm at {line}."
     )
 
 
@@ -264,7 +263,7 @@ def test_diagnose_names_penalty_that_is_bad_and_not_the_loss() -> None:
 
     finding = found(train_step(loss_fn), make_state(nn.Dense(1)), batch_with("x"))
     assert finding.where == "the gradient"
-    assert " Nor is the metric 'penalty'." in finding.text
+    assert " The metric 'penalty' is not finite either." in finding.text
 
 
 def test_diagnose_names_update_of_huge_learning_rate() -> None:
@@ -286,7 +285,7 @@ def test_diagnose_names_bad_state_before_step() -> None:
     finding = found(train_step(square_loss), state, batch_with("x"))
     assert finding.where == "the state"
     assert finding.names[0].startswith("opt_state/0/mu/")
-    assert finding.text.startswith("Before the step the state holds a number that is not finite in")
+    assert finding.text.startswith("Before the step, the state has 1 non-finite value in")
 
 
 def test_diagnose_does_not_blame_inf_that_an_optimizer_begins_with() -> None:
@@ -348,7 +347,7 @@ def test_diagnose_says_which_of_several_optimizers_was_first() -> None:
     finding = found(step, make_players(), batch_with("x"))
     assert finding.where == "the gradient"
     assert finding.line == line_of(critic_update, "jnp.sqrt")
-    assert finding.text.startswith("The gradient that critic_tx is given is not finite in ")
+    assert finding.text.startswith("The gradient passed to critic_tx is not finite in ")
 
 
 def test_diagnose_sees_gradients_after_a_loop_of_updates() -> None:

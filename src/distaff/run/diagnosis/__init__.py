@@ -1,4 +1,4 @@
-"""Diagnosis: where, in a step that has gone wrong, a number became NaN or infinite."""
+"""Finds where a number of a bad step became NaN or infinite."""
 
 from distaff.run.diagnosis.diagnose import Finding, Replayed, diagnose, replay
 from distaff.run.diagnosis.origin import OUT_OF_RANGE

@@ -1,7 +1,7 @@
-"""Diagnosis: where, in a step that has gone wrong, a number became NaN or infinite.
+"""Finds where a number of a bad step became NaN or infinite.
 
-It is made after a run has failed, from the state before the step and its batch. The step runs again
-several times, and whatever it does beside computing (printing, say) it does again.
+It runs after a run has failed, from the state before the step and its batch. The step is executed
+again several times, including its side effects, such as printing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,15 @@ import numpy as np
 from distaff.core.typing import Batch
 from distaff.execution.placement import ONE_DEVICE, like
 from distaff.run.diagnosis.origin import Origin, origin_of
-from distaff.run.diagnosis.outcome import Outcome, call, is_bad, kept, named, outcome_of, runnable
+from distaff.run.diagnosis.outcome import (
+    Outcome,
+    call,
+    is_bad,
+    named,
+    outcome_of,
+    runnable,
+    without_donation,
+)
 from distaff.step.finite import new_bad
 from distaff.step.normalise import StepFn
 from distaff.step.state import TrainState, strongly_typed
@@ -35,12 +43,12 @@ class Finding(NamedTuple):
 
     Attributes:
         where: `"the batch"`, `"the state"` (before the step), `"the forward pass"`,
-            `"the gradient"` or `"the update"`; `"the step"` where these cannot be told apart.
-        names: of the leaves of it that are not finite; of the forward pass, the scope of the
-            operation that made the number, such as `"MLP/Dense_0"`, or `"loss"` if there is none.
-        text: all that was found, in a sentence or more.
-        operation: what made the number, as JAX calls it: `"log"`; empty where it is not known.
-        line: of the user's code that the operation is in, such as `"model.py:31"`; or empty.
+            `"the gradient"` or `"the update"`; `"the step"` if these cannot be distinguished.
+        names: names of the leaves that are not finite. For the forward pass, the scope of the
+            responsible operation, such as `"MLP/Dense_0"`, or `"loss"` if it has none.
+        text: the whole finding in one or more sentences.
+        operation: JAX name of the responsible operation, such as `"log"`; empty if unknown.
+        line: the line of the user's code with the operation, such as `"model.py:31"`; or empty.
     """
 
     where: str
@@ -51,12 +59,12 @@ class Finding(NamedTuple):
 
 
 class Replayed(NamedTuple):
-    """The first bad step among several.
+    """The first bad step of several.
 
     Attributes:
-        index: its position among the batches, from 0.
-        state: the state before it.
-        batch: its batch.
+        index: index of its batch, from 0.
+        state: the state before the step.
+        batch: the batch of the step.
     """
 
     index: int
@@ -67,26 +75,25 @@ class Replayed(NamedTuple):
 def diagnose(
     step: StepFn, state: TrainState, batch: Batch, *, max_seconds: float = 300.0
 ) -> Finding | None:
-    """Says where a number of a step became NaN or infinite.
+    """Finds where a number of a step became NaN or infinite. Never raises.
 
-    The step is bad if a float of the new state is not finite that was before, or the metric "loss"
-    is not finite. From there it goes back along the computation, one operation at a time, to what
-    has made the number: an entry of the batch or the state, or an operation. A batch is not blamed
-    if the step is bad with other numbers in those places, too.
+    A step is bad if the metric "loss" is not finite, or a float of the new state is not finite but
+    was before. The computation is traced back one operation at a time, to an operation or to an
+    entry of the batch or the state. A batch is not blamed if replacing the entry does not help.
 
     Args:
-        step: a pure `(state, batch) -> (state, metrics)`, best not yet compiled.
-        state: the state before the step. It is not given away.
+        step: a pure `(state, batch) -> (state, metrics)`, preferably not compiled.
+        state: the state before the step. It is not donated.
         batch: the batch of the step.
-        max_seconds: time for going back. Once it is over, leaves are named, but no operation.
+        max_seconds: time limit for tracing back. Afterwards only leaves are named, no operation.
 
     Returns:
-        The finding; None where the step is a good one when it runs again, where it fails, and where
-        other processes hold a part of the arrays. It raises nothing.
+        The finding; None if the step is good or fails when it runs again, or if other processes
+        hold parts of the arrays.
     """
     deadline = time.monotonic() + max_seconds
     try:
-        with _plainly():
+        with _values_allowed():
             return _diagnosed(step, state, batch, deadline)
     except Exception:
         _log.debug("A step could not be diagnosed.", exc_info=True)
@@ -96,21 +103,20 @@ def diagnose(
 def replay(
     step: StepFn, state: TrainState, batches: Iterable[Batch], *, max_seconds: float
 ) -> Replayed | None:
-    """Runs steps one by one, up to the first bad one; see `diagnose`.
+    """Runs steps one by one up to the first bad one; see `diagnose`. Never raises.
 
     Args:
         step: as for `diagnose`.
-        state: the state before the first step. It is not given away.
-        batches: their batches.
-        max_seconds: no step begins after that.
+        state: the state before the first step. It is not donated.
+        batches: the batches of the steps.
+        max_seconds: time limit; no step starts later.
 
     Returns:
-        The bad step; None where there is none, where time is up, and where something fails. It
-        raises nothing.
+        The bad step; None if there is none, the time is up, or something fails.
     """
     deadline = time.monotonic() + max_seconds
     try:
-        with _plainly():
+        with _values_allowed():
             return _replayed(step, state, batches, deadline)
     except Exception:
         _log.debug("Steps could not be run again.", exc_info=True)
@@ -121,7 +127,7 @@ def _replayed(
     step: StepFn, state: TrainState, batches: Iterable[Batch], deadline: float
 ) -> Replayed | None:
     def program(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
-        after, metrics = kept(step)(state, batch)
+        after, metrics = without_donation(step)(state, batch)
         loss = metrics.get("loss") if isinstance(metrics, Mapping) else None
         return strongly_typed(after), new_bad(state, after) | is_bad(loss)
 
@@ -140,8 +146,8 @@ def _replayed(
 
 
 @contextmanager
-def _plainly() -> Generator[None]:
-    """Lets values be fetched, and NaN be computed."""
+def _values_allowed() -> Generator[None]:
+    """Allows transfers and NaN values."""
     with jax.transfer_guard("allow"), jax.debug_nans(False), jax.debug_infs(False):
         yield
 
@@ -154,12 +160,12 @@ def _diagnosed(step: StepFn, state: TrainState, batch: Batch, deadline: float) -
     finding = _found(step, state, batch, deadline)
     if finding is None or finding.where != "the batch":
         return finding
-    # NaN may be in the batch on purpose, for the loss to mask.
+    # The loss may mask NaN in the batch on purpose.
     mended = _mended(batch)
     other = None if mended is None else _found(step, state, mended, deadline)
     if other is None:
         return finding
-    text = f"{other.text} {finding.text} With other numbers there the step is bad all the same."
+    text = f"{other.text} {finding.text} Replacing these values does not help."
     return other._replace(text=text)
 
 
@@ -171,17 +177,17 @@ def _found(step: StepFn, state: TrainState, batch: Batch, deadline: float) -> Fi
     given = {"state": state, "batch": batch}
     try:
         origin = origin_of(
-            lambda state, batch: outcome.again(bad, state, batch), given, deadline=deadline
+            lambda state, batch: outcome.recompute(bad, state, batch), given, deadline=deadline
         )
-    except Exception:  # also for lack of time or memory
-        _log.debug("Where a number was made could not be found.", exc_info=True)
+    except Exception:  # including lack of time or memory
+        _log.debug("The origin of a number could not be found.", exc_info=True)
         origin = None
     suspects = _suspects(named(given), origin)
     return _in_given(suspects) if suspects else _in_step(outcome, bad, origin)
 
 
 def _suspects(given: Mapping[str, Any], origin: Origin | None) -> dict[str, Any]:
-    """Returns what the step was given that made its result bad; unproven without an origin."""
+    """Returns the inputs responsible for a bad result; those that may be, without an origin."""
     argument = "" if origin is None else origin.root.argument
     if origin is not None and not argument.startswith("batch"):
         return {argument: given[argument]} if argument else {}
@@ -189,7 +195,7 @@ def _suspects(given: Mapping[str, Any], origin: Origin | None) -> dict[str, Any]
     in_batch = sorted((name for name in bad if name.startswith("batch")), key=argument.__ne__)
     if in_batch:
         return {name: bad[name] for name in in_batch}
-    finite = ("state/params/", "state/batch_stats/")  # Elsewhere inf may be as it should.
+    finite = ("state/params/", "state/batch_stats/")  # Other leaves may contain inf on purpose.
     return {n: x for n, x in bad.items() if n.startswith(finite) or np.isnan(_floats(x)).any()}
 
 
@@ -218,7 +224,7 @@ def _in_step(outcome: Outcome, bad: Sequence[str], origin: Origin | None) -> Fin
 def _of_gradient(outcome: Outcome, bad: Sequence[str]) -> str:
     place = call(bad[0])
     optimizer = place.split("/")[2]
-    which = "" if optimizer == "tx" else f" that {optimizer} is given"
+    which = "" if optimizer == "tx" else f" passed to {optimizer}"
     leaves = f"({len(bad)} of {len(outcome.all_of(place))} leaves)"
     loss = "; the loss is" * bool(outcome.all_of("metrics/loss"))
     return f"The gradient{which} is not finite in {_listed(bad)} {leaves}{loss}.{_metrics(outcome)}"
@@ -240,28 +246,26 @@ def _metrics(outcome: Outcome) -> str:
     names = list(dict.fromkeys(name.split("/")[1] for name in outcome.bad_of("metrics")))
     if not names:
         return ""
-    return f" Nor {'is the metric' if len(names) == 1 else 'are the metrics'} {_listed(names)}."
+    verb = "metric {} is" if len(names) == 1 else "metrics {} are"
+    return f" The {verb.format(_listed(names))} not finite either."
 
 
 def _holding(name: str, leaf: Any) -> str:
     bad = ~np.isfinite(_floats(leaf))
     count = int(bad.sum())
-    numbers = "a number that is" if count == 1 else f"{count} numbers that are"
+    numbers = f"{count} non-finite value{'s' * (count > 1)}"
     if name.startswith("state"):
-        return f"Before the step the state holds {numbers} not finite in {_short(name)!r}."
+        return f"Before the step, the state has {numbers} in {_short(name)!r}."
     examples = np.flatnonzero(bad.reshape(len(bad), -1).any(axis=1)) if bad.ndim else []
     shown = ", ".join(map(str, examples[:_SHOWN_EXAMPLES]))
     more = len(examples) - _SHOWN_EXAMPLES
     which = f", in example{'s' * (len(examples) > 1)} {shown}" if shown else ""
     which += f" and {more} more" * (more > 0)
-    return f"The batch holds {numbers} not finite in {_short(name)!r}{which}."
+    return f"The batch has {numbers} in {_short(name)!r}{which}."
 
 
 def _mended(batch: Batch) -> Batch | None:
-    """Returns a batch with other numbers of a leaf in place of what is not finite in it.
-
-    None where a leaf has no other numbers.
-    """
+    """Replaces non-finite values by the median of their leaf; None if it has no finite values."""
 
     def mended(leaf: Any) -> Any:
         numbers = _floats(leaf)
@@ -278,7 +282,7 @@ def _mended(batch: Batch) -> Batch | None:
 
 
 def _floats(leaf: Any) -> np.ndarray:
-    """Returns the floats of a leaf as a step sees them, in 64 bits; zeros for what is none."""
+    """Returns the floats of a leaf as a step sees them, in 64 bits; zeros for other types."""
     array = jnp.asarray(leaf)
     if not jnp.issubdtype(array.dtype, jnp.inexact):
         return np.zeros(array.shape)
@@ -287,7 +291,7 @@ def _floats(leaf: Any) -> np.ndarray:
 
 
 def _short(name: str) -> str:
-    """Returns a name as the user knows it: of `gradients/0/tx/Dense_0/bias`, `Dense_0/bias`."""
+    """Returns the user's name of a leaf: `Dense_0/bias` for `gradients/0/tx/Dense_0/bias`."""
     if name.startswith("gradients/"):
         return name.removeprefix(f"{call(name)}/")
     return name.partition("/")[2] or name

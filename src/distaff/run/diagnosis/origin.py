@@ -1,7 +1,7 @@
-"""Origin: the operation that made a number which is not finite.
+"""Finds the operation that produced a non-finite number.
 
-The program runs one operation at a time, and what holds NaN or inf remembers where they were made.
-So what is found has led to the result; it has not only come before it.
+The program runs one operation at a time. Each array with NaN or inf carries the origin of these, so
+the operation found has caused the result, and not merely preceded it.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ _CALLS = {
 """Operations that only call a function, with the parameter that holds it."""
 
 _ELEMENTWISE = {"add", "add_any", "sub", "mul", "div", "select_n", "log", "sqrt", "rsqrt"}
-"""Operations whose result at a place depends on the operands at that place only."""
+"""Operations whose result at an index depends only on the operands at that index."""
 
 OUT_OF_RANGE = "an index is out of range"
-"""What an origin says of NaN that fills the place of an entry that is not there."""
+"""The note of a NaN that fills in for an entry out of range."""
 
 _SHOWN_OPERANDS = 3
 _FEW = 2**16
 
 
 class Origin(NamedTuple):
-    """What made numbers that are not finite.
+    """The origin of non-finite numbers.
 
     Attributes:
-        order: its place among all origins of a program.
+        order: its position among all origins of a program.
         kind: `"NaN"` or `"inf"`.
-        operation: what JAX calls it, such as `"log"`; empty for an argument, or a constant.
-        operands: what it was given, such as `"-103 to -98"`.
-        scope: of the module it is in, such as `"MLP/Dense_0"`; empty where it is in none.
-        line: of the user's code, such as `"model.py:31"`; empty where only libraries are in it.
-        argument: name of the argument's leaf, if it was an argument.
-        cause: of NaN, what had made the inf that it was made of, if it was.
-        note: what else is known of the operation, as a clause; or empty.
+        operation: JAX name, such as `"log"`; empty for an argument or a constant.
+        operands: ranges of the operands, such as `"-103 to -98"`.
+        scope: scope of the module, such as `"MLP/Dense_0"`; empty outside of modules.
+        line: line of the user's code, such as `"model.py:31"`; empty if in libraries only.
+        argument: name of the argument's leaf; empty for other origins.
+        cause: the origin of the inf that a NaN was computed from, if any.
+        note: further information on the operation, as a clause; or empty.
     """
 
     order: int
@@ -64,19 +64,16 @@ class Origin(NamedTuple):
 
     @property
     def root(self) -> Origin:
-        """The cause, if there is one that is no constant; or else this."""
+        """The cause, unless there is none or it is a constant; else this origin."""
         cause = self.cause
         return self if cause is None or not (cause.operation or cause.argument) else cause
 
     def __str__(self) -> str:
         root = self.root
         if root is not self:
-            return f"{root}; of that {self.operation} makes {self.kind}{self._place()}"
+            return f"{root}; {self.operation} turns it into {self.kind}{self._place()}"
         if not self.operation:
-            holder = (
-                f"{self.argument!r} holds" if self.argument else "the program has as a constant"
-            )
-            return f"{self.kind} that {holder}"
+            return f"{self.kind} in {repr(self.argument) if self.argument else 'a constant'}"
         note = f": {self.note}" * bool(self.note)
         return f"{self.operation}({self.operands}), which is {self.kind}{self._place()}{note}"
 
@@ -88,26 +85,26 @@ class Origin(NamedTuple):
 def origin_of(
     function: Callable[..., PyTree], arguments: Mapping[str, PyTree], *, deadline: float
 ) -> Origin | None:
-    """Returns where what is not finite in a function's result was made.
+    """Returns the origin of non-finite values in the result of a function.
 
-    What its loops, conditions and nested functions do inside is looked at too; what runs on several
-    devices as one (`shard_map`), or in a kernel, counts as one operation.
+    Loops, conditionals and nested functions are traced inside. `shard_map` and kernels count as one
+    operation.
 
     Args:
         function: a function that JAX can trace.
-        arguments: by keyword. An origin's `argument` begins with the keyword.
-        deadline: by `time.monotonic`.
+        arguments: arguments by keyword. An origin's `argument` starts with the keyword.
+        deadline: time limit, as `time.monotonic`.
 
     Returns:
-        The earliest origin; None where the result is finite.
+        The earliest origin; None if the result is finite.
 
     Raises:
-        TimeoutError: it takes longer than that.
+        TimeoutError: the deadline has passed.
     """
     jaxpr = jax.make_jaxpr(lambda arguments: function(**arguments))(dict(arguments))
     walk = _Replay(deadline)
     values = [
-        walk.given(jnp.asarray(leaf), leaf_name(path))
+        walk.input(jnp.asarray(leaf), leaf_name(path))
         for path, leaf in jax.tree.leaves_with_path(dict(arguments))
     ]
     return _earliest(
@@ -116,7 +113,7 @@ def origin_of(
 
 
 class _Known(NamedTuple):
-    """An array, and where its NaN and its inf were made; None where it holds none."""
+    """An array with the origins of its NaN and its inf; None if it has none."""
 
     array: Any
     nan: Origin | None = None
@@ -124,19 +121,15 @@ class _Known(NamedTuple):
 
 
 class _Replay:
-    """One walk through a program.
-
-    Args:
-        deadline: by `time.monotonic`.
-    """
+    """Runs a program operation by operation, and tracks origins."""
 
     def __init__(self, deadline: float) -> None:
         self.deadline = deadline
         self._count = 0
         self._programs: dict[int, tuple[Any, Callable[..., Any]]] = {}
 
-    def given(self, array: Any, argument: str = "") -> _Known:
-        """Returns what the program is given: an argument, or without a name a constant."""
+    def input(self, array: Any, argument: str = "") -> _Known:
+        """Returns an input: a constant if it has no name, else an argument."""
         nan, inf = (
             self._origin(kind=kind, argument=argument) if is_there else None
             for kind, is_there in zip(("NaN", "inf"), _kinds(array), strict=True)
@@ -144,19 +137,13 @@ class _Replay:
         return _Known(array, nan, inf)
 
     def run(self, jaxpr: Any, args: Sequence[_Known], outer: tuple[Any, ...] = ()) -> list[_Known]:
-        """Runs a program, or one that it calls.
-
-        Args:
-            jaxpr: the program.
-            args: its arguments.
-            outer: the calls that lead to it, the outermost first.
-        """
+        """Runs a jaxpr; `outer` holds the equations of the enclosing calls, outermost first."""
         jaxpr, constants = _opened(jaxpr), getattr(jaxpr, "consts", ())
-        values = dict(zip(jaxpr.constvars, map(self.given, constants), strict=True))
+        values = dict(zip(jaxpr.constvars, map(self.input, constants), strict=True))
         values.update(zip(jaxpr.invars, args, strict=True))
 
         def read(atom: Any) -> _Known:
-            return self.given(atom.val) if isinstance(atom, jex.Literal) else values[atom]
+            return self.input(atom.val) if isinstance(atom, jex.Literal) else values[atom]
 
         for equation, unused in _needed(jaxpr):
             self._check_time()
@@ -173,7 +160,7 @@ class _Replay:
         if name in _CALLS:
             body = params[_CALLS[name]]
             is_good = all(operand.nan is operand.inf is None for operand in operands)
-            # As one program it compiles faster; it is looked into where that is bad.
+            # One program compiles faster. It is traced inside only if its result is bad.
             is_program = is_good and name in ("jit", "pjit")
             return (self._pass if is_program else self.run)(body, operands, path)
         if name == "cond":
@@ -203,7 +190,7 @@ class _Replay:
         nan: Origin | None = None,
         inf: Origin | None = None,
     ) -> _Known:
-        """Returns a result: what it holds is known, is passed on from operands, or is new."""
+        """Returns a result, whose origins are given, inherited from operands, or new."""
         has_nan, has_inf = _kinds(array)
         passes = functools.partial(_passes, path[-1].primitive.name in _ELEMENTWISE, array)
         if has_nan and nan is None:
@@ -222,7 +209,7 @@ class _Replay:
     ) -> list[_Known]:
         body = params["jaxpr"]
         jaxpr = _opened(body)
-        # JAX has named the numbers of each kind differently over time.
+        # The parameters with these counts differ between JAX versions.
         num_rows = sum(
             jnp.ndim(operand.array) > len(variable.aval.shape)
             for operand, variable in zip(operands, jaxpr.invars, strict=True)
@@ -257,7 +244,7 @@ class _Replay:
         return carried
 
     def _pass(self, body: Any, args: list[_Known], path: tuple[Any, ...]) -> list[_Known]:
-        """Runs a function: as one program, and if its results are bad, again step by step."""
+        """Runs a function as one program, and again step by step if its results are bad."""
         self._check_time()
         arrays = self._program(body)(*(each.array for each in args))
         return self.run(body, args, path) if _any_bad(arrays) else [_Known(x) for x in arrays]
@@ -269,7 +256,7 @@ class _Replay:
 
     def _check_time(self) -> None:
         if time.monotonic() > self.deadline:
-            raise TimeoutError("Where a number was made has not been found in time.")
+            raise TimeoutError("The origin of a number was not found in time.")
 
     def _made(
         self,
@@ -285,7 +272,7 @@ class _Replay:
             scope=place.scope(path),
             line=place.line(path),
             cause=cause,
-            note=_of_indices(path[-1], operands) if kind == "NaN" else "",
+            note=_index_note(path[-1], operands) if kind == "NaN" else "",
         )
 
     def _origin(self, **facts: Any) -> Origin:
@@ -299,10 +286,10 @@ def _has_nan_and_inf(array: jax.Array) -> jax.Array:
 
 
 def _kinds(array: Any) -> tuple[bool, bool]:
-    """Tells whether an array holds NaN, and whether it holds inf."""
+    """Returns whether an array holds NaN, and whether it holds inf."""
     if not jnp.issubdtype(jnp.result_type(array), jnp.inexact):
         return False, False
-    if np.size(array) < _FEW:  # Fetching these is faster than compiling for their shape.
+    if np.size(array) < _FEW:  # Copying these is faster than compiling for their shape.
         return bool(np.isnan(array).any()), bool(np.isinf(array).any())
     has_nan, has_inf = np.asarray(_has_nan_and_inf(array))
     return bool(has_nan), bool(has_inf)
@@ -312,8 +299,8 @@ def _any_bad(arrays: Iterable[Any]) -> bool:
     return any(any(_kinds(array)) for array in arrays)
 
 
-def _of_indices(equation: Any, operands: Sequence[_Known]) -> str:
-    """Returns what is wrong with the indices of an operation that fills what is not there."""
+def _index_note(equation: Any, operands: Sequence[_Known]) -> str:
+    """Returns a note on a gather with indices out of range."""
     if equation.primitive.name != "gather":
         return ""
     entries, indices = (np.asarray(operand.array) for operand in operands[:2])
@@ -321,8 +308,8 @@ def _of_indices(equation: Any, operands: Sequence[_Known]) -> str:
     for column, size in enumerate(sizes):
         found = indices[..., column]
         if found.size and (found.min() < 0 or found.max() >= size):
-            reach = f"they reach from {found.min()} to {found.max()}"
-            return f"{OUT_OF_RANGE}, for {reach} and the axis has {size} entries"
+            span = f"indices span {found.min()} to {found.max()}"
+            return f"{OUT_OF_RANGE}: {span}, but the axis has {size} entries"
     return ""
 
 
@@ -333,7 +320,7 @@ def _passes(
     operand: Any,
     is_bad: Callable[[Any], np.ndarray],
 ) -> bool:
-    """Tells whether what is bad in a result may come from what is bad in an operand."""
+    """Whether bad values of a result may come from bad values of an operand."""
     is_float = jnp.issubdtype(jnp.result_type(operand), jnp.inexact)
     if not (is_elementwise and is_float and np.shape(operand) == np.shape(result)):
         return is_float
@@ -356,7 +343,7 @@ def _opened(jaxpr: Any) -> Any:
 
 
 def _needed(jaxpr: Any) -> list[tuple[Any, list[Any]]]:
-    """Returns the equations that the results depend on, each with what is not used after it."""
+    """Returns the equations that the results depend on, with the variables unused afterwards."""
     used = {atom for atom in jaxpr.outvars if not isinstance(atom, jex.Literal)}
     needed = []
     for equation in reversed(jaxpr.eqns):
@@ -369,7 +356,7 @@ def _needed(jaxpr: Any) -> list[tuple[Any, list[Any]]]:
 
 
 def _ranges(arrays: Sequence[Any]) -> str:
-    """Returns the smallest and the largest number of each operand that holds floats."""
+    """Returns the minimum and maximum of each float operand."""
     floats = [x for x in arrays if jnp.issubdtype(jnp.result_type(x), jnp.floating)]
     more = ["..."] * (len(floats) > _SHOWN_OPERANDS)
     return ", ".join([*map(_range, floats[:_SHOWN_OPERANDS]), *more])

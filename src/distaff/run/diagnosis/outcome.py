@@ -1,4 +1,4 @@
-"""Outcome: all that a step computes, by name, and what of it is not finite."""
+"""Everything that a step computes, by name, with what is not finite in it."""
 
 from __future__ import annotations
 
@@ -21,48 +21,47 @@ from distaff.step.state import TrainState
 
 
 class Outcome:
-    """What a step has computed: `gradients/0/tx/...`, `metrics/...` and `state/...`.
+    """The outputs of a step: `gradients/0/tx/...`, `metrics/...` and `state/...`.
 
-    Gradients are what the state's optimizers were given, in the order of their calls, each under
-    the name of the state's member. There are none where the optimizers are not called by the step
-    itself, but in a loop or a program of its own.
+    Gradients are the inputs of the state's optimizers, in the order of their calls, by the name of
+    the optimizer in the state. Calls within a loop or an inner program are not recorded.
 
     Args:
         step: a pure `(state, batch) -> (state, metrics)`.
-        state: the state before the step. It is not given away.
+        state: the state before the step. It is not donated.
         batch: the batch of the step.
-        spies: whether gradients are looked at; a step may not work with what does that.
+        spies: whether to record gradients, which some steps do not allow.
 
     Attributes:
-        names: of all that was computed.
-        bad: names of what is not finite, and was not so before the step either.
+        names: names of all outputs.
+        bad: names of outputs that are not finite, unless they were so before the step.
     """
 
     def __init__(
         self, step: StepFn, state: TrainState, batch: Batch, *, spies: bool = True
     ) -> None:
-        self._step, self._spies = kept(step), spies
+        self._step, self._spies = without_donation(step), spies
         self.names: list[str] = []
         flags = np.asarray(runnable(self._flags, state, batch)(state, batch))
         self.bad = [name for name, flag in zip(self.names, flags, strict=True) if flag]
 
-    def again(self, names: Iterable[str], state: TrainState, batch: Batch) -> list[Any]:
-        """Computes some of it again."""
+    def recompute(self, names: Iterable[str], state: TrainState, batch: Batch) -> list[Any]:
+        """Computes the outputs of these names again."""
         outputs = named(self._run(state, batch))
         return [outputs[name] for name in names]
 
     def all_of(self, kind: str) -> list[str]:
-        """Returns the names that begin with `kind`, such as `"metrics/loss"`."""
+        """Returns the names that start with `kind`, such as `"metrics/loss"`."""
         return [name for name in self.names if f"{name}/".startswith(f"{kind}/")]
 
     def bad_of(self, kind: str) -> list[str]:
-        """Returns those of them that are bad."""
+        """Returns the bad ones among `all_of(kind)`."""
         return [name for name in self.bad if f"{name}/".startswith(f"{kind}/")]
 
     def first_bad(self) -> list[str]:
-        """Returns what was bad first, the loss, a gradient or the new state; empty if all is well.
+        """Returns what became bad first: the loss, a gradient or the new state; empty if none did.
 
-        A bad gradient is none of these as long as loss and new state are well.
+        A bad gradient does not count if the loss and the new state are good.
         """
         loss, state = self.bad_of("metrics/loss"), self.bad_of("state")
         if loss or not state:
@@ -72,7 +71,7 @@ class Outcome:
 
     def _flags(self, state: TrainState, batch: Batch) -> jax.Array:
         before, after = named({"state": state}), named(self._run(state, batch))
-        self.names = list(after)  # They are known once this is traced.
+        self.names = list(after)  # known after tracing
         return jnp.stack(
             [
                 new_bad(before[name], leaf) if name in before else is_bad(leaf)
@@ -87,8 +86,8 @@ class Outcome:
 
 
 def outcome_of(step: StepFn, state: TrainState, batch: Batch) -> Outcome:
-    """Runs a step; its gradients are looked at where that works."""
-    if isinstance(step, jax.stages.Wrapped):  # A program of its own would hide its gradients.
+    """Runs a step, recording its gradients if possible."""
+    if isinstance(step, jax.stages.Wrapped):  # gradients inside a program cannot be recorded
         step = getattr(step, "__wrapped__", step)
     try:
         return Outcome(step, state, batch)
@@ -97,7 +96,7 @@ def outcome_of(step: StepFn, state: TrainState, batch: Batch) -> Outcome:
 
 
 def call(gradient: str) -> str:
-    """Returns what names the gradients of one call of an optimizer, such as `gradients/0/tx`."""
+    """Returns the prefix of one optimizer call's gradients, such as `gradients/0/tx`."""
     return "/".join(gradient.split("/")[:3])
 
 
@@ -112,35 +111,29 @@ def is_bad(tree: PyTree) -> jax.Array:
 
 
 def runnable(function: Callable[..., Any], state: TrainState, batch: Batch) -> Callable[..., Any]:
-    """Returns a function as a program, or as plain Python where JAX cannot trace it.
-
-    Args:
-        function: of a state and a batch.
-        state: a state like those it will be called with.
-        batch: likewise.
-    """
+    """Returns a function of state and batch as a program, or unchanged if it cannot be traced."""
     program = jax.jit(function)
     try:
         jax.eval_shape(program, state, batch)
-    except Exception:  # It reads values, as a step that is debugged may.
+    except Exception:  # It reads values, for example for debugging.
         return function
     return program
 
 
-def kept(step: StepFn) -> StepFn:
-    """Returns a step that gives no state away, as one that is a program of its own may."""
+def without_donation(step: StepFn) -> StepFn:
+    """Returns a step that copies its state first, in case its program donates it."""
     return lambda state, batch: step(jax.tree.map(jnp.copy, state), batch)
 
 
 def _spied(state: TrainState, gradients: list[dict[str, Params]]) -> TrainState:
-    """Returns a state whose optimizers note what they are given."""
+    """Returns a state whose optimizers record their inputs."""
     trace = jex.get_opaque_trace_state()
 
     def spy(name: str, tx: Any) -> optax.GradientTransformationExtraArgs:
         inner = with_known_args(tx)
 
         def update(updates: Params, *args: Any, **kwargs: Any) -> tuple[Params, PyTree]:
-            # What is computed in a loop, or a program of its own, cannot be returned from here.
+            # A tracer of a loop or an inner program cannot be returned from here.
             if jex.get_opaque_trace_state() == trace:
                 gradients.append({name: updates})
             return inner.update(updates, *args, **kwargs)

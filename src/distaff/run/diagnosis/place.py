@@ -1,4 +1,4 @@
-"""Place: where in a model, and in whose code, an operation of a traced program comes from."""
+"""Locates an operation of a traced program in the model and in the user's code."""
 
 from __future__ import annotations
 
@@ -20,37 +20,35 @@ _STANDARD_LIBRARY = str(Path(os.__file__).parent) + os.sep
 
 
 def scope(path: tuple[Any, ...]) -> str:
-    """Returns the names that the model gives to where an operation is: those of its modules.
+    """Returns the module scope of an operation.
 
     Args:
-        path: the equation of the operation, after those of the calls that lead to it.
+        path: the equations of the enclosing calls, followed by that of the operation.
 
     Returns:
-        Such as `"MLP/Dense_0"`; empty outside of any.
+        The scope, such as `"MLP/Dense_0"`; empty outside of modules.
     """
     stacks = "/".join(str(equation.source_info.name_stack) for equation in path)
     names: list[str] = []
     for piece in stacks.split("/"):
-        name = re.sub(r"\w+\(|\)", "", piece)  # of transpose(jvp(MLP)), MLP
+        name = re.sub(r"\w+\(|\)", "", piece)  # MLP in transpose(jvp(MLP))
         if name != piece and (is_scope(name) or name in names[:1]):
-            names = []  # What a gradient computes anew is named from the start again.
+            names = []  # Recomputed operations of a gradient repeat the names from the start.
         if name and not is_scope(name) and name not in ("checkpoint", "rematted_computation"):
             names.append(name)
     return "/".join(names)
 
 
 def line(path: tuple[Any, ...]) -> str:
-    """Returns the innermost line of the user's code that an operation comes from.
+    """Returns the innermost line of the user's code that produced an operation.
 
     Args:
-        path: the equation of the operation, after those of the calls that lead to it. JAX keeps
-            of each the frames inside of its call: a function that is called from several places
-            is traced once.
+        path: the equations of the enclosing calls, followed by that of the operation. Each has only
+            the frames inside its call, because a function called repeatedly is traced once.
 
     Returns:
-        Such as `"model.py:31"`, the path being relative to the working directory if it is inside;
-        empty where there are only libraries: JAX, Flax, Optax, and the parts of Distaff that are no
-        models or tasks.
+        The line, such as `"model.py:31"`, relative to the working directory if possible; empty if
+        there is only library code: JAX, Flax, Optax, and Distaff except for its models and tasks.
     """
     for equation in reversed(path):
         traceback = equation.source_info.traceback
@@ -64,6 +62,6 @@ def line(path: tuple[Any, ...]) -> str:
 def _is_library(file: str) -> bool:
     if _DISTAFF in Path(file).parents:
         return Path(file).relative_to(_DISTAFF).parts[0] not in ("zoo", "tasks")
-    # What is installed may be inside of the standard library's directory.
+    # Installed packages may be inside the standard library's directory.
     is_standard = file.startswith(_STANDARD_LIBRARY) and "-packages" not in file
     return is_standard or file.startswith(_LIBRARIES)
