@@ -11,7 +11,7 @@ import pytest
 
 import distaff
 from distaff import data, zoo
-from distaff.execution.dispatch.in_flight import MAX_BYTES, MAX_CHUNKS, InFlightLimit
+from distaff.execution.dispatch.dispatcher import MAX_BYTES, MAX_CHUNKS, InFlightLimit
 
 X = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
 ARRAY = type(jnp.zeros(1))

@@ -96,7 +96,7 @@ def test_writer_that_goes_on_writes_what_waits_behind_a_failure() -> None:
     assert written == [3, 4]
     told = [writer.failure(), writer.failure(), writer.failure()]
     assert [failure and failure[0] for failure in told] == [1, 2, None]
-    assert not writer.has_failed
+    assert not writer.failures
 
 
 def test_writer_pauses_between_writes_unless_somebody_waits() -> None:

@@ -55,7 +55,7 @@ def steps(
 ) -> Iterator[ChunkEnd | WindowEnd]:
     run = Dispatcher(Eager(), program, METRICS, forms=fixed(1), log_every=log_every, watched=True)
     chunks = (Chunk(1, len(batch), One(batch)) for batch in batches)
-    return loop.steps(run, step, chunks, step=step, verdict=verdict or (lambda: Verdict.GO_ON))
+    return loop.steps(run, step, chunks, step=step, verdict=verdict or (lambda: Verdict.CONTINUE))
 
 
 def run(
@@ -65,7 +65,7 @@ def run(
 
     def verdict() -> Verdict:
         is_over = stop_at is not None and program.heard[-1] >= ("program", stop_at)
-        return Verdict.STOP if is_over else Verdict.GO_ON
+        return Verdict.STOP if is_over else Verdict.CONTINUE
 
     events = steps(program, batches, step=start, log_every=log_every, verdict=verdict)
     return list(events), batches

@@ -73,8 +73,8 @@ def row_of(step: int, bad: int | None) -> np.ndarray:
     return np.asarray(LOSS.row({"loss": Mean(jnp.float32(total), jnp.float32(step % 5 + 1))}))
 
 
-def strips_of(pieces: list[tuple[str, int]], start: int, every: int, bad: int | None) -> Any:
-    """Yields strips as `Steps` makes them, each with its last step, from pieces of a run."""
+def tables_of(pieces: list[tuple[str, int]], start: int, every: int, bad: int | None) -> Any:
+    """Yields tables as `Dispatcher` makes them, each with its last step, from pieces of a run."""
     step = start
     for kind, length in pieces:
         rows = [row_of(each, bad) for each in range(step + 1, step + 1 + length)]
@@ -84,13 +84,16 @@ def strips_of(pieces: list[tuple[str, int]], start: int, every: int, bad: int | 
             yield MetricTable(step, length, jnp.asarray(table), at_end=False), step + length
             step += length
             continue
-        strip = None
+        table = None
         for row in rows:
-            if strip is None or strip.num_rows == len(strip.table) or step % every == 0:
-                strip = MetricTable(step, 0, blank(LOSS.table_rows(every), LOSS.width), at_end=True)
-            table = jnp.concatenate([strip.table[1:], row[None]])
-            strip, step = MetricTable(strip.first, strip.num_rows + 1, table, at_end=True), step + 1
-            yield strip, step
+            if table is None or table.num_rows == len(table.rows) or step % every == 0:
+                table = MetricTable(step, 0, blank(LOSS.table_rows(every), LOSS.width), at_end=True)
+            filled = jnp.concatenate([table.rows[1:], row[None]])
+            table, step = (
+                MetricTable(table.first, table.num_rows + 1, filled, at_end=True),
+                step + 1,
+            )
+            yield table, step
 
 
 @settings(deadline=None, max_examples=60)
@@ -104,8 +107,8 @@ def strips_of(pieces: list[tuple[str, int]], start: int, every: int, bad: int | 
 )
 def test_windows_are_those_of_the_steps_however_they_came(pieces, start, every, bad):
     readout, windows, seen = MetricWindows(LOSS, every, start), [], []
-    for strip, step in strips_of(pieces, start, every, bad):
-        due = list(readout.add(strip, step))
+    for table, step in tables_of(pieces, start, every, bad):
+        due = list(readout.add(table, step))
         # One late: what has just ended is not read yet.
         assert all(each.step <= step - step % every - (step % every == 0) for each in due)
         windows += due

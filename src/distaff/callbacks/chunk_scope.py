@@ -32,7 +32,6 @@ class WatchesChunks(Protocol):
 def around_epoch(
     watchers: Sequence[WatchesChunks],
     directory: Path | None,
-    guard: Callable[[], AbstractContextManager[None]],
     timers: Timers,
 ) -> Generator[ChunkScope]:
     """Enters the contexts of all watchers for an epoch, the first one outermost.
@@ -40,7 +39,6 @@ def around_epoch(
     Args:
         watchers: callbacks.
         directory: absolute run directory; None if nothing is written.
-        guard: returns a further, innermost context for each chunk.
         timers: record the time that the watchers take.
 
     Yields:
@@ -58,7 +56,6 @@ def around_epoch(
                 for scope in scopes:
                     inner.enter_context(scope(steps))
                 inner.enter_context(timers.spent("device"))
-                inner.enter_context(guard())
                 yield
 
         yield around_chunk

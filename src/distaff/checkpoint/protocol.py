@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,13 @@ from distaff.errors import CheckpointError
 
 
 class Store:
-    """Keeps the checkpoints of one run, each under its step; this one keeps none."""
+    """Keeps the checkpoints of one run, each under its step; this one keeps none.
+
+    Attributes:
+        failures: saves that failed in the background, for `check_failure` to raise.
+    """
+
+    failures: Sequence[object] = ()
 
     def save(self, step: int, tree: Mapping[str, PyTree], info: Mapping[str, Any]) -> Path | None:
         """Starts to write a checkpoint; returns where it will be, None where it is not kept."""

@@ -83,6 +83,7 @@ class CheckpointStore(Store):
         self._whole: set[tuple[str, int]] = set()
         self._own: frozenset[int] | None = None
         self._writer = Writer(self._write, goes_on=self._goes_on)
+        self.failures = self._writer.failures
         arrays.import_early()
 
     def save(self, step: int, tree: Mapping[str, PyTree], info: Mapping[str, Any]) -> Path:
@@ -236,7 +237,7 @@ class CheckpointStore(Store):
         Raises:
             CheckpointError: a save failed.
         """
-        while self._writer.has_failed and (failure := self._writer.failure()):
+        while self.failures and (failure := self._writer.failure()):
             self._tell(*failure)
 
     def wait(self) -> None:

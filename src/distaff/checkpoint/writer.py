@@ -41,6 +41,9 @@ class Writer:
         write: writes one save. What it raises is kept for `failure`.
         pause: seconds.
         goes_on: whether saves that wait are written after a failure, and new ones taken.
+
+    Attributes:
+        failures: steps that could not be written and why; `failure` takes the next one.
     """
 
     def __init__(
@@ -55,12 +58,7 @@ class Writer:
         self._changed = threading.Condition()
         self._line: list[Save] = []
         self._is_writing = False  # the first one of them
-        self._failures: list[tuple[int, BaseException]] = []
-
-    @property
-    def has_failed(self) -> bool:
-        """Whether `failure` has something to tell; waits for no lock."""
-        return bool(self._failures)
+        self.failures: list[tuple[int, BaseException]] = []
 
     @property
     def held_bytes(self) -> int:
@@ -86,7 +84,7 @@ class Writer:
             kept: steps of those that are not outdated by it; the one being written goes on.
         """
         with self._changed:
-            if self._failures and not self._goes_on:
+            if self.failures and not self._goes_on:
                 return
             waiting = [each for each in self._line[self._is_writing :] if each.step in kept]
             idle = not self._line
@@ -106,7 +104,7 @@ class Writer:
     def failure(self) -> tuple[int, BaseException] | None:
         """Returns, once, the next step that could not be written and why; None after the last."""
         with self._changed:
-            return self._failures.pop(0) if self._failures else None
+            return self.failures.pop(0) if self.failures else None
 
     def _run(self) -> None:
         while (save := self._next()) is not None:
@@ -120,7 +118,7 @@ class Writer:
     def _note(self, step: int, error: BaseException) -> None:
         """Keeps a failure, and empties the line where it does not go on."""
         with self._changed:
-            self._failures.append((step, error))
+            self.failures.append((step, error))
             if not self._goes_on:
                 self._line, self._is_writing = [], False
                 self._changed.notify_all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -106,9 +107,8 @@ class Compiled:
         """Returns the function with its trace remembered; it is inlined where it is called."""
         return jax.jit(function, inline=True)
 
-    def guard(self) -> AbstractContextManager[None]:
-        """Refuses to fetch from the device: a step that waits for the host is an error."""
-        return jax.transfer_guard_device_to_host("disallow")
+    guard = staticmethod(partial(jax.transfer_guard_device_to_host, "disallow"))
+    """Makes a fetch from the device an error: no step waits for the host."""
 
     def shapes(self, program: Callable[..., Any], *args: Any) -> PyTree:
         """Traces the program (the trace is reused when it runs); computes nothing."""

@@ -1,10 +1,10 @@
-"""Learning: a warning where the first steps of a run have changed nothing."""
+"""Warns if the first steps of a run have changed nothing."""
 
 from __future__ import annotations
 
 from distaff.core.warnings import warn
 from distaff.optim import num_updates
-from distaff.step.finite import Evidence, evidence_of_learning, what_is_missing
+from distaff.step.finite import evidence_of_learning, what_is_missing
 from distaff.step.state import TrainState
 
 
@@ -12,32 +12,32 @@ class LearningCheck:
     """Compares the state after the first updates of a run with the one before them.
 
     Args:
-        state: before the first step; fingerprints of it are kept. None checks nothing.
+        state: before the first step; only its fingerprints are kept.
     """
 
-    def __init__(self, state: TrainState | None) -> None:
-        self._before: Evidence | None = None
+    def __init__(self, state: TrainState) -> None:
+        self._before = evidence_of_learning(state)
         # The learning rate of the first update is zero under a warm-up.
-        self._num_steps, self._enough = 2, 2
-        if state is not None:
-            self._before = evidence_of_learning(state)
-            self._enough += _updates(state) or 0
+        self._num_steps = 2
+        self._enough = 2 + (_updates(state) or 0)
 
-    def __call__(self, state: TrainState, num_steps: int) -> None:
-        """Warns, once, if nothing has been learned. It waits for the device when it looks.
+    def __call__(self, state: TrainState, num_steps: int) -> bool:
+        """Warns if the first steps have changed nothing; waits for the device to compare.
 
         Args:
-            state: after some steps.
-            num_steps: how many of them have been trained on.
+            state: the current state.
+            num_steps: steps trained so far, without skipped ones.
+
+        Returns:
+            Whether the check is done.
         """
-        if self._before is None or num_steps < self._num_steps:
-            return
+        if num_steps < self._num_steps:
+            return False
         updates = _updates(state)
         if updates is not None and updates < self._enough:  # It accumulates for longer than that.
             self._num_steps = 2 * num_steps
-            return
-        before, self._before = self._before, None
-        missing = what_is_missing(before, evidence_of_learning(state))
+            return False
+        missing = what_is_missing(self._before, evidence_of_learning(state))
         if missing:
             warn(
                 f"{missing} in the first {num_steps} steps. Either the loss does not depend on its "
@@ -46,6 +46,7 @@ class LearningCheck:
                 "weight.",
                 stacklevel=2,
             )
+        return True
 
 
 def _updates(state: TrainState) -> int | None:

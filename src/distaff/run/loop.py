@@ -28,14 +28,14 @@ rolls back from a bad step does the same, in the same process.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing, nullcontext
 from typing import Any
 
 import numpy as np
 
+from distaff.callbacks.chunk_scope import ChunkScope
 from distaff.data import Loader
 from distaff.execution.dispatch.dispatcher import Dispatcher
-from distaff.execution.dispatch.in_flight import InFlightLimit
 from distaff.execution.dispatch.packed_metrics import MetricWindows, WindowEnd
 from distaff.execution.feed.chunk import Chunk
 from distaff.run.events import BadNumbers, ChunkEnd, Hooks, Pause, given
@@ -96,32 +96,36 @@ def _train_epoch(hooks: Hooks, run: Run, epoch: int) -> None:
 
 
 def epoch_steps(run: Run, loader: Loader) -> Iterator[ChunkEnd]:
-    """Trains on what is left of an epoch, and keeps its books; a loop of your own may look on.
+    """Trains on the rest of an epoch and records it; iterate over it in your own loop.
 
     >>> for done in epoch_steps(trainer.last_run, train_loader):
     ...     print(done.step)
 
     Yields:
-        What was done, after each program of one or more steps.
+        A `ChunkEnd` after each program of one or more steps.
     """
     run.choose_form(loader)
-    with closing(run.training_chunks(loader)) as chunks, run.around_epoch() as guard:
+    recorder, dispatcher, supervisor = run.recorder, run.dispatcher, run.supervisor
+    with closing(run.training_chunks(loader)) as chunks, run.around_epoch() as around:
         events = steps(
-            run.dispatcher,
-            run.dispatcher.placement.state(run.workspace.ready_state()),
+            dispatcher,
+            dispatcher.placement.state(run.workspace.ready_state()),
             run.fetched(chunks),
             step=run.workspace.step,
-            verdict=run.verdict,
+            verdict=supervisor.verdict,
             rows=run.state.in_epoch.rows,
-            guard=guard,
+            around=around,
         )
         for event in run.timers.timed(events, "device"):
             match event:
                 case ChunkEnd():
-                    run.observe(event)
+                    recorder.observe(event)
+                    supervisor.beat("a step", event.step)
                     yield event
                 case WindowEnd():
-                    run.window(event)
+                    if event.bad is not None or event.breach is not None:
+                        run.reject(event)
+                    recorder.window(event)
                 case Pause():
                     run.pause(event)
 
@@ -132,44 +136,40 @@ def steps(
     chunks: Iterable[Chunk],
     *,
     step: int,
-    verdict: Callable[[], Verdict] = lambda: Verdict.GO_ON,
+    verdict: Callable[[], Verdict] = lambda: Verdict.CONTINUE,
     rows: np.ndarray | None = None,
-    guard: Callable[[range], AbstractContextManager[None]] = nullcontext,
+    around: ChunkScope = nullcontext,
 ) -> Iterator[ChunkEnd | WindowEnd | Pause]:
     """Trains on the chunks of one epoch.
 
     A window ends at every multiple of `dispatcher.log_every` in the global step, and with the
-    epoch; it is read when the next one ends, so that the device never waits for the host.
+    epoch. It is read when the next one ends, so the device never waits for the host.
 
     Args:
         dispatcher: runs chunks; the state is donated to it.
-        state: the state to start from; it is not usable afterwards.
-        chunks: what is left of the epoch.
+        state: the state to start from; do not use it afterwards.
+        chunks: the rest of the epoch.
         step: completed updates so far.
-        verdict: asked after each chunk: STOP ends the epoch there; SAVE reads what the device has
-            done so far.
-        rows: of the last of the completed steps, as a `Pause` has left them.
-        guard: what to run each chunk in, given its steps, such as a guard against transfers to the
-            host.
+        verdict: called after each chunk: STOP ends the epoch; SAVE reads what is done so far.
+        rows: metrics of the last completed steps, from a `Pause`.
+        around: returns the context to run a chunk in, given its steps.
 
     Yields:
-        A `ChunkEnd` for each chunk, a `WindowEnd` for each window, a `Pause` where the run is to be
-        saved.
+        A `ChunkEnd` for each chunk, a `WindowEnd` for each window, a `Pause` to save the run.
     """
-    strip, flight = dispatcher.blank, InFlightLimit()
-    readout = MetricWindows(dispatcher.layout, dispatcher.log_every, step, rows)
+    table = dispatcher.blank
+    windows = MetricWindows(dispatcher.layout, dispatcher.log_every, step, rows)
     for chunk in chunks:
-        with guard(range(step + 1, step + 1 + chunk.num_steps)):
-            state, strip, metrics = dispatcher(state, strip, chunk, step)
-        flight.add(strip.table, chunk.num_bytes)
+        with around(range(step + 1, step + 1 + chunk.num_steps)):
+            state, table, metrics = dispatcher(state, table, chunk, step)
         step += chunk.num_steps
         yield ChunkEnd(step, chunk.num_steps, state, metrics, chunk.examples)
-        yield from readout.add(strip, step)
+        yield from windows.add(table, step)
         match verdict():
             case Verdict.STOP:
                 break
             case Verdict.SAVE:
-                yield from readout.due()
-                rows = readout.left()
-                yield Pause(step, rows, readout.bad(rows), readout.breach(rows))
-    yield from readout.rest()
+                yield from windows.due()
+                rows = windows.left()
+                yield Pause(step, rows, windows.bad(rows), windows.breach(rows))
+    yield from windows.rest()

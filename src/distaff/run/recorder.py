@@ -21,7 +21,7 @@ from distaff.execution.dispatch.steps_per_call import FusionChoice
 from distaff.execution.feed.skipped import num_drawn, skipped_batches
 from distaff.execution.peak_flops import peak_flops
 from distaff.execution.timers import Timers
-from distaff.metrics import as_json, compute, results
+from distaff.metrics import Metric, as_json, compute, results
 from distaff.metrics.accumulators import Named
 from distaff.run.directory.protocol import Recording
 from distaff.run.display import rows_by_split
@@ -32,7 +32,7 @@ from distaff.run.report import Report, make_report
 from distaff.run.result import TrainResult
 from distaff.run.run_state import EpochProgress, RunState
 from distaff.run.workspace import Workspace
-from distaff.step.guard import Flags, RecoveryOptions, shown
+from distaff.step.guard import FLAGS, Flags, RecoveryOptions, shown
 from distaff.step.logged_rates import host_rates, without_rates
 
 _log = logging.getLogger("distaff")
@@ -54,6 +54,7 @@ class Recorder:
         state: where the run stands.
         record: what determines the run, as strict JSON.
         report: how fast a run was that has finished; None before.
+        has_observed: whether a chunk of this epoch was observed.
         updates_per_step: optimizer updates that a step makes.
         has_begun: whether there are files of a run, which can be written and read.
     """
@@ -67,10 +68,10 @@ class Recorder:
         self.display, self.timers = workspace.display, Timers()
         self.state = RunState.beginning(workspace.step, workspace.epoch)
         self.report: Report | None = None
-        self.updates_per_step, self.has_begun = 1, False
+        self.updates_per_step, self.has_begun, self.has_observed = 1, False, False
         self._dispatcher: Dispatcher | None = None
         self._options, self._rates, self._epoch_start = options, None, time.perf_counter()
-        self._check_learning = LearningCheck(None)
+        self._check_learning: LearningCheck | None = None
 
     @property
     def recording(self) -> Recording:
@@ -127,7 +128,7 @@ class Recorder:
 
     def begin_epoch(self, epoch: int) -> None:
         """Begins an epoch, or the rest of one."""
-        self.workspace.epoch = epoch
+        self.workspace.epoch, self.has_observed = epoch, False
         if self.state.in_epoch.epoch != epoch:
             self.update(in_epoch=EpochProgress(epoch))
         self._epoch_start = time.perf_counter()
@@ -140,15 +141,17 @@ class Recorder:
             self.display.compiling("the step")
 
     def observe(self, event: ChunkEnd) -> None:
-        """Takes over the new state, and tells display and callbacks: all that a step costs here."""
-        state, epoch = self.state, self.workspace.epoch
+        """Records a chunk of steps, and calls display and callbacks."""
+        state, epoch, store = self.state, self.workspace.epoch, self.recording.store
+        self.has_observed = True
         if self.workspace.step == state.first_step:
             self.display.running()
             self.show(f"{self.timers.read().compiled()}; {self.forms.describe()}")
         self.workspace.state, self.workspace.step = event.state, event.step
         in_epoch = state.in_epoch._replace(steps=state.in_epoch.steps + event.num_steps)
         self.state = state._replace(step=event.step, epoch=epoch, in_epoch=in_epoch)
-        self.recording.store.check_failure()
+        if store.failures:
+            store.check_failure()
         examples = self.timers.count(event.num_steps, event.examples)
         self.display.advance(event.step, epoch, examples)
         if event.metrics:
@@ -162,14 +165,24 @@ class Recorder:
 
     def window(self, event: WindowEnd) -> None:
         """Logs the metrics of a window as `step/...`."""
-        if event.skipped:
-            self.update(num_skipped=self.state.num_skipped + len(event.skipped))
-            self.show(f"left out, as bad steps: {', '.join(map(str, event.skipped))}")
+        with self.timers.spent("logging"):
+            if event.skipped:
+                self.update(num_skipped=self.state.num_skipped + len(event.skipped))
+                self.show(f"skipped bad steps: {', '.join(map(str, event.skipped))}")
+            if self._check_learning is not None:
+                self._look_for_learning(self._check_learning)
+            self.update(in_epoch=self.state.in_epoch.with_window(event))
+            self._log_window(event)
+
+    def _look_for_learning(self, check: LearningCheck) -> None:
         state = self.state
         num_steps = self.workspace.step - state.first_step - state.num_skipped
-        self._check_learning(self.workspace.ready_state(), num_steps)
-        self.update(in_epoch=state.in_epoch.with_window(event))
-        metrics = compute(shown(event.metrics, self._options), "step/")
+        if check(self.workspace.ready_state(), num_steps):
+            self._check_learning = None
+
+    def _log_window(self, event: WindowEnd) -> None:
+        state = self.state
+        metrics = compute(self._shown(event.metrics), "step/")
         self.display.update({n: v for n, v in metrics.items() if np.ndim(v) == 0})
         if self._rates is not None:
             updates = max(1, event.step - state.begun_at[0] - state.num_skipped)
@@ -182,7 +195,10 @@ class Recorder:
         """Ends the steps of an epoch; returns their metrics as `train/...`."""
         self.update(in_epoch=self.state.in_epoch._replace(rows=None, is_trained=True))
         metrics = without_rates(self.state.in_epoch.total or {})
-        return compute(shown(metrics, self._options), "train/")
+        return compute(self._shown(metrics), "train/")
+
+    def _shown(self, metrics: dict[str, Metric]) -> dict[str, Metric]:
+        return shown(metrics, self._options) if FLAGS in metrics else metrics
 
     def end_epoch(self, epoch: int, metrics: dict[str, Any], is_best: bool) -> None:
         """Logs the metrics of an epoch and its validation, and shows them as one line."""

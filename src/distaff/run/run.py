@@ -22,7 +22,6 @@ from distaff.execution.feed.chunk import Chunk
 from distaff.execution.feed.skipped import num_drawn, skipped_batches
 from distaff.execution.timers import Timers
 from distaff.loggers import ManyLoggers
-from distaff.metrics.limits import Breach
 from distaff.metrics.monitor import Monitor
 from distaff.run.checkpointer import Checkpointer
 from distaff.run.directory.recording import RecordingOptions
@@ -36,7 +35,7 @@ from distaff.run.result import Best
 from distaff.run.run_state import EpochProgress, RunState
 from distaff.run.sanity import report_breach
 from distaff.run.supervision.interruption import SupervisionOptions
-from distaff.run.supervision.supervisor import Supervisor, Verdict
+from distaff.run.supervision.supervisor import Supervisor
 from distaff.run.supervision.watchdog import COMPILING
 from distaff.run.workspace import Workspace
 from distaff.step.guard import RecoveryOptions
@@ -85,12 +84,11 @@ class Run:
         workspace.evaluation_watch.expect()
         workspace.feeds.validate_on(plan.val_loaders.values(), plan.train_loader)
         self.recorder = Recorder(workspace, plan, options, callbacks)
-        self.supervisor = Supervisor(options, is_watched=not options.debug)
+        self.supervisor = Supervisor(options, callbacks, is_watched=not options.debug)
         self.checkpointer = Checkpointer(self.recorder, self.supervisor, options)
         self.recovery = Recovery(self.recorder, self.checkpointer, self.supervisor, options)
         self.recovery.check()
         workspace.feeds.make_room(2 + len(plan.val_loaders))
-        self._has_reported = False
 
     @property
     def state(self) -> RunState:
@@ -190,7 +188,7 @@ class Run:
 
     def begin_epoch(self, epoch: int) -> None:
         """Begins an epoch, or the rest of one."""
-        self.checkpointer.boundary, self._has_reported = None, False
+        self.checkpointer.boundary = None
         self.supervisor.beat("the first step of an epoch", self.workspace.step, COMPILING)
         self.recorder.begin_epoch(epoch)
 
@@ -210,9 +208,8 @@ class Run:
         if progress.is_trained:
             return (chunk for chunk in ())
         without = skipped_batches(self.state.skipped, progress.epoch)
-        dispatcher = self.dispatcher
         return self.workspace.feeds.of(loader, name="train").epoch(
-            lambda: dispatcher.forms.form,
+            self.dispatcher.chunk_size,
             self.plan.steps_per_epoch,
             keep_place=True,
             done=num_drawn(progress.steps, without),
@@ -225,52 +222,33 @@ class Run:
         return self.timers.fetched(page_faults.watched(chunks, self._options.tune_process))
 
     def around_epoch(self) -> AbstractContextManager[ChunkScope]:
-        """Returns what an epoch's steps run in; its value gives what each chunk runs in."""
-        watchers, guard = self.callbacks.chunk_watchers, self.workspace.execution.guard
+        """Returns the context of an epoch's steps; its value returns that of each chunk."""
+        watchers = self.callbacks.chunk_watchers
         if not watchers:
-            return nullcontext(lambda steps: guard())
-        return around_epoch(watchers, self.path and self.path.absolute(), guard, self.timers)
-
-    def observe(self, event: Any) -> None:
-        """Takes over the new state after a chunk, and tells display and callbacks."""
-        self._has_reported = True
-        self.recorder.observe(event)
-        self.supervisor.beat("a step", event.step)
-
-    def verdict(self) -> Verdict:
-        """Returns what the run does after a chunk of steps."""
-        return self.supervisor.verdict(self.callbacks.stop_reason)
-
-    def window(self, event: WindowEnd) -> None:
-        """Logs the metrics of a window.
-
-        Raises:
-            BadNumbers: a step in it is not to be trained on.
-        """
-        with self.timers.spent("logging"):
-            self._raise_if_bad(event.bad, event.breach)
-            self.recorder.window(event)
+            return nullcontext(nullcontext)
+        return around_epoch(watchers, self.path and self.path.absolute(), self.timers)
 
     def pause(self, event: Pause) -> None:
         """Saves the run within an epoch, and ends it if that was asked for.
 
         Raises:
-            BadNumbers: a step is not to be trained on.
-            Interrupted: the run is to end.
+            BadNumbers: a step is bad.
+            BatchError: a batch has a value out of range.
+            Interrupted: the run was asked to end.
         """
-        self._raise_if_bad(event.bad, event.breach)
+        self.reject(event)
         self.recorder.update(in_epoch=self.state.in_epoch._replace(rows=event.rows))
         self.checkpointer.save(self.checkpointer.facts({}, None))
         self.supervisor.raise_if_interrupted()
 
-    def _raise_if_bad(self, bad: BadStep | None, breach: Breach | None) -> None:
-        """Ends the work on an epoch where a bad step is not to be trained on.
+    def reject(self, event: WindowEnd | Pause) -> None:
+        """Raises if a step is bad or a batch out of range.
 
         Raises:
-            BadNumbers: there is one.
+            BadNumbers: a step is bad.
             BatchError: a batch has a value out of range, under `on_bad_input="raise"`.
         """
-        here = self.workspace
+        here, bad, breach = self.workspace, event.bad, event.breach
         if breach is not None and (bad is None or breach.batch < bad.step):
             step = breach.batch + 1
             batch = self.recorder.batch_of(BadStep(step, is_spike=False)) + 1
@@ -309,7 +287,7 @@ class Run:
         """
         check_metrics(metrics, "train_epoch")
         here, progress = self.workspace, self.state.in_epoch
-        if not self._has_reported and not progress.is_trained:
+        if not self.recorder.has_observed and not progress.is_trained:
             step = int(here.ready_state().step)
             progress = progress._replace(steps=progress.steps + step - here.step, is_trained=True)
             here.step = step

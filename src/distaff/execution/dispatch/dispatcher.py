@@ -1,4 +1,4 @@
-"""Programs of one step, and of many steps at once."""
+"""Dispatcher: runs the steps of a run as programs of one step, or of many."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from distaff.execution.compile.recompiles import Watch
 from distaff.execution.dispatch.packed_metrics import MetricLayout, MetricTable, blank
 from distaff.execution.dispatch.steps_per_call import Expected, FusionChoice, chosen
 from distaff.execution.execution import Execution, ExecutionOptions
-from distaff.execution.feed.chunk import Chunk, ChunkData, One
+from distaff.execution.feed.chunk import Chunk, ChunkData, ChunkSize, One
 from distaff.execution.flops import Flops, flops_of
 from distaff.execution.placement import Placement
 from distaff.execution.timers import Timers
@@ -80,18 +80,18 @@ def make_dispatcher(
     watch: Watch | None = None,
     own_step: StepFn | None = None,
 ) -> Dispatcher:
-    """Makes what runs the steps of a run; the step is traced, nothing is compiled.
+    """Makes the dispatcher of a run. Traces the step, and compiles nothing.
 
     Args:
-        execution: how programs are made.
-        step: a training step as `measured` gives it.
+        execution: makes the programs.
+        step: a training step, as `normalise` returns it.
         example: a state and a batch like those of the run.
         config: `steps_per_call`, `log_every_n_steps` and `debug` are read.
         expected: what is known of the run's batches.
-        watched: whether the metrics of every step are wanted.
-        watch: watches what compiles.
-        own_step: a program of the user's own, `(state, batch) -> (state, metrics)`, which is called
-            as it is in the place of `step`; None for a program that is made of `step`.
+        watched: whether to return the metrics of every step.
+        watch: watches for recompiles.
+        own_step: the user's own program `(state, batch) -> (state, metrics)`, called once per step
+            in place of `step`; None to compile `step`.
     """
     _, metrics = execution.shapes(step, *example)
     for metric in metrics.values():
@@ -125,13 +125,13 @@ def single(step: StepFn, layout: MetricLayout, *, watched: bool) -> Callable[...
     """Makes a program of one step.
 
     Args:
-        step: a training step as `measured` gives it.
+        step: a training step, as `normalise` returns it.
         layout: of its metrics.
-        watched: whether its metrics are wanted for themselves, too.
+        watched: whether to return its metrics as well.
 
     Returns:
-        `(state, table, source) -> (state, table, metrics)`: the metrics become the last row of the
-        table, whose first row falls out; they are empty where they are not watched.
+        `(state, table, source) -> (state, table, metrics)`: drops the first row of the table and
+        appends the metrics as its last row; `metrics` is empty unless watched.
     """
 
     def program(
@@ -145,14 +145,14 @@ def single(step: StepFn, layout: MetricLayout, *, watched: bool) -> Callable[...
 
 
 def appending(layout: MetricLayout) -> Callable[..., Any]:
-    """Makes a program that adds the metrics of a step of the user's own to a table.
+    """Makes a program that appends the metrics of the user's own step to a table.
 
     Args:
         layout: of the metrics of a step.
 
     Returns:
-        `(table, metrics, examples) -> (table, metrics)`: the metrics, in accumulating form, become
-        the last row of the table; `examples` is any array of their number.
+        `(table, metrics, examples) -> (table, metrics)`: appends the metrics, as accumulators, as
+        the last row of the table; `examples` is any array `[batch]`.
     """
 
     def program(
@@ -165,18 +165,18 @@ def appending(layout: MetricLayout) -> Callable[..., Any]:
 
 
 def fused(step: StepFn, layout: MetricLayout, metrics: PyTree) -> Callable[..., Any]:
-    """Makes one program of many steps, whose number is an argument: no remainder compiles anew.
+    """Makes one program of many steps; their number is an argument, so a remainder reuses it.
 
     Args:
-        step: a training step as `measured` gives it.
+        step: a training step, as `normalise` returns it.
         layout: of its metrics.
-        metrics: the metrics of one step, or their shapes, where those of every step are wanted for
-            themselves, too; an empty pytree where they are not.
+        metrics: the metrics of one step, or their shapes, to return those of every step; an empty
+            pytree to return none.
 
     Returns:
-        `(state, source, num_steps) -> (state, table, metrics)`: the metrics of each step are a row
-        of the table `[source.capacity, width]`; rows after the last step mean nothing. A number of
-        steps that is an int, and no array, is built into the program.
+        `(state, source, num_steps) -> (state, table, metrics)`: row `i` of the table
+        `[source.capacity, width]` has the metrics of step `i`; rows after the last step are
+        undefined. If `num_steps` is an int rather than an array, it is part of the program.
     """
 
     def program(
@@ -199,16 +199,16 @@ def fused(step: StepFn, layout: MetricLayout, metrics: PyTree) -> Callable[..., 
 
 
 class Dispatcher:
-    """Runs chunks of steps, in the form that suits them.
+    """Runs chunks of steps as programs, of one step or of many.
 
     Args:
-        execution: how programs are made.
-        step: the step, as `measured` gives it.
+        execution: makes the programs.
+        step: the step, as `normalise` returns it.
         metrics: the metrics of one step, or their shapes.
-        forms: the choice of the form; it may be replaced before the first step.
+        forms: steps per call; may be replaced before the first step.
         log_every: steps per window.
-        watched: whether the metrics of every step are wanted, and not only those of windows.
-        watch: watches what compiles.
+        watched: whether to return the metrics of every step, not only those of windows.
+        watch: watches for recompiles.
         placement: where the state is trained; by default that of `execution`.
     """
 
@@ -230,10 +230,11 @@ class Dispatcher:
         self.layout, self.log_every, self.forms = MetricLayout(metrics), log_every, forms
         self.names = tuple(results(metrics))
         self.placement = placement or execution.placement
-        table = blank(self.layout.table_rows(log_every), self.layout.width)
-        self.blank = MetricTable(0, 0, self.placement.replicated(table), True)
-        self.timers, self._watched = Timers(), watched
+        rows = blank(self.layout.table_rows(log_every), self.layout.width)
+        self.blank = MetricTable(0, 0, self.placement.replicated(rows), True)
+        self.timers, self._watched, self._limit = Timers(), watched, InFlightLimit()
         kept, watch = metrics if watched else {}, watch or Watch()
+        self._guard = execution.guard
         self._one = execution.program(single(step, self.layout, watched=watched), donate=0)
         loop = fused(step, self.layout, kept)
         many = execution.program(loop, donate=0)
@@ -244,55 +245,97 @@ class Dispatcher:
         self._full = watch.over(full, "the fused steps of a full chunk", ("state", "source"))
 
     def __call__(
-        self, state: TrainState, strip: MetricTable, chunk: Chunk, step: int
+        self, state: TrainState, table: MetricTable, chunk: Chunk, step: int
     ) -> tuple[TrainState, MetricTable, list[Any]]:
-        """Runs a chunk.
+        """Runs a chunk; returns once it is dispatched.
 
         Args:
-            state: given away; it is where `placement.state` puts it.
-            strip: what the chunk before returned; `blank` before the first one.
+            state: donated; placed by `placement.state`.
+            table: the table of the previous chunk; `blank` for the first one.
             chunk: the batches.
             step: completed steps before the first one.
 
         Returns:
-            The new state; the rows of the steps, which may be added to those of the steps before;
-            the metrics of each step, none if they are not watched.
+            The new state; the table that holds the metrics of the new steps, and perhaps of those
+            before; the metrics of each step, none if they are not watched.
         """
         outer = self.timers.turn_to("host")
-        state, strip, metrics = self._hand_over(state, strip, chunk, step)
-        self.timers.handed(strip.table)
+        with self._guard():
+            state, table, metrics = self._dispatch(state, table, chunk, step)
+        self.timers.handed(table.rows)
         self.timers.turn_to(outer)
-        return state, strip, metrics
+        self._limit.add(table.rows, chunk.num_bytes)
+        return state, table, metrics
+
+    def chunk_size(self) -> ChunkSize:
+        """Returns how many batches the next chunk has."""
+        return self.forms.form
 
     def flops(self) -> Flops | None:
         """Counts the FLOPs of one step; see `flops_of`."""
         if self.example is None:
             return None
         state, batch = self.example
-        return flops_of(self._one, state, self.blank.table, One(batch))
+        return flops_of(self._one, state, self.blank.rows, One(batch))
 
-    def _hand_over(
-        self, state: TrainState, strip: MetricTable, chunk: Chunk, step: int
+    def _dispatch(
+        self, state: TrainState, table: MetricTable, chunk: Chunk, step: int
     ) -> tuple[TrainState, MetricTable, list[Any]]:
-        if chunk.source.capacity > 1:
-            is_full = self.forms.form.rest and chunk.num_steps == chunk.source.capacity
+        capacity = chunk.source.capacity
+        if capacity > 1:
+            is_full = self.forms.form.rest and chunk.num_steps == capacity
             end = () if is_full else (np.int32(chunk.num_steps),)
             program = self._full if is_full else self._fused
-            state, table, measured = program(state, chunk.source, *end)
+            state, rows, measured = program(state, chunk.source, *end)
             metrics = [_row(measured, row) for row in range(chunk.num_steps * self._watched)]
-            return state, MetricTable(step, chunk.num_steps, table, False), metrics
-        is_full = strip.num_rows in (0, len(strip.table))
-        if is_full or not strip.at_end or step % self.log_every == 0:
-            strip = self.blank._replace(first=step)
+            return state, MetricTable(step, chunk.num_steps, rows, False), metrics
+        is_full = table.num_rows in (0, len(table.rows))
+        if is_full or not table.at_end or step % self.log_every == 0:
+            table = self.blank._replace(first=step)
         if self.own_step is None:
-            state, table, measured = self._single(state, strip.table, chunk.source)
+            state, rows, measured = self._single(state, table.rows, chunk.source)
         else:
             batch = chunk.source.batch(0)
             state, found = self.own_step(state, batch)
-            table, measured = self._append(strip.table, found, np.empty(num_examples(batch), bool))
-        strip = MetricTable(strip.first, strip.num_rows + 1, table, True)
-        return state, strip, [measured] * self._watched
+            rows, measured = self._append(table.rows, found, np.empty(num_examples(batch), bool))
+        table = MetricTable(table.first, table.num_rows + 1, rows, True)
+        return state, table, [measured] * self._watched
 
 
 def _row(tree: PyTree, row: int) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[row], tree)
+
+
+MAX_CHUNKS = 8
+"""Most chunks in flight. Above that, simulated CPU devices may deadlock in their collectives (seen
+from about 50 on); a device with a few in its queue is never idle."""
+
+MAX_BYTES = 2**27
+"""About the most bytes in flight; the chunk that exceeds them is still dispatched."""
+
+
+class InFlightLimit:
+    """Limits how far the host runs ahead of the device.
+
+    Batches stay in memory until the device has used them. It waits for what was dispatched half a
+    limit ago, which is nearly always done.
+    """
+
+    def __init__(self) -> None:
+        self._marker: jax.Array | None = None
+        self._chunks = self._bytes = 0
+
+    def add(self, output: jax.Array, num_bytes: int) -> None:
+        """Counts a chunk, and waits while more than the limit would be in flight.
+
+        Args:
+            output: any output of its program that is not donated.
+            num_bytes: held until it has run.
+        """
+        self._chunks += 1
+        self._bytes += num_bytes
+        if self._chunks < MAX_CHUNKS // 2 and self._bytes < MAX_BYTES // 2:
+            return
+        if self._marker is not None:
+            self._marker.block_until_ready()
+        self._marker, self._chunks, self._bytes = output, 0, 0

@@ -14,7 +14,7 @@ import numpy as np
 from distaff import metrics as metrics_lib
 from distaff.metrics import Metric
 from distaff.metrics.accumulators import known_or_zero
-from distaff.metrics.limits import Breach, first_breach
+from distaff.metrics.limits import Breach, Limits, first_breach
 from distaff.step.guard import FLAGS, Flags
 
 _MAX_STRIP_BYTES = 2**16
@@ -32,6 +32,7 @@ class MetricLayout:
 
     Attributes:
         width: uint32 numbers in a row.
+        has_limits: whether a metric checks the range of a value.
     """
 
     def __init__(self, metrics: Mapping[str, Metric]) -> None:
@@ -41,6 +42,7 @@ class MetricLayout:
         sizes = [int(np.prod(shape)) * dtype.itemsize // 4 for shape, dtype in self._forms]
         self._ends = np.cumsum([0, *sizes])
         self.width = int(self._ends[-1])
+        self.has_limits = any(isinstance(each, Limits) for each in metrics.values())
 
     def row(self, metrics: Mapping[str, Metric]) -> jax.Array:
         """Returns the metrics of a step as one row: uint32 `[width]`. Works inside a program."""
@@ -114,18 +116,18 @@ class MetricTable(NamedTuple):
     Attributes:
         first: completed steps before the first row.
         num_rows: rows that are filled.
-        table: uint32 `[rows, width]`.
+        rows: uint32 `[rows, width]`.
         at_end: whether the filled rows are its last ones, rather than its first.
     """
 
     first: int
     num_rows: int
-    table: jax.Array
+    rows: jax.Array
     at_end: bool
 
     def fetch(self) -> np.ndarray:
         """Returns the filled rows, on the host; waits for them."""
-        rows = np.asarray(self.table)
+        rows = np.asarray(self.rows)
         return rows[len(rows) - self.num_rows :] if self.at_end else rows[: self.num_rows]
 
 
@@ -173,30 +175,30 @@ class MetricWindows:
     def __init__(
         self, layout: MetricLayout, log_every: int, step: int, rows: np.ndarray | None = None
     ) -> None:
-        self._columns, self._every = layout, log_every
-        self._strips: list[MetricTable] = []
+        self._layout, self._every = layout, log_every
+        self._tables: list[MetricTable] = []
         self._read = self._full = self._last = step
         if rows is not None and len(rows):
             self._read = self._full = step - len(rows)
-            self._strips = [MetricTable(self._read, len(rows), jnp.asarray(rows), False)]
+            self._tables = [MetricTable(self._read, len(rows), jnp.asarray(rows), False)]
 
-    def add(self, strip: MetricTable, step: int) -> Iterator[WindowEnd]:
+    def add(self, table: MetricTable, step: int) -> Iterator[WindowEnd]:
         """Takes the rows up to a step, and yields the windows that have become due.
 
         Args:
-            strip: a new one, or the one before with more rows.
+            table: a new one, or the one before with more rows.
             step: the step of its last row.
         """
-        if self._strips and self._strips[-1].first == strip.first:
-            self._strips.pop()
-        self._strips.append(strip)
+        if self._tables and self._tables[-1].first == table.first:
+            self._tables.pop()
+        self._tables.append(table)
         self._last, due = step, self._full
         full = step - step % self._every
         if full > self._full:
             self._full = full
-            for each in self._strips:
+            for each in self._tables:
                 if each.first + each.num_rows > due:
-                    each.table.copy_to_host_async()
+                    each.rows.copy_to_host_async()
             yield from self._windows(due)
 
     def due(self) -> Iterator[WindowEnd]:
@@ -206,19 +208,19 @@ class MetricWindows:
     def left(self) -> np.ndarray:
         """Returns the rows of steps that no window has yet, uint32 `[rows, width]`; see `due`."""
         rows = self._rows(self._read, self._last)
-        return np.concatenate([np.zeros((0, self._columns.width), np.uint32), *rows])
+        return np.concatenate([np.zeros((0, self._layout.width), np.uint32), *rows])
 
     def bad(self, rows: np.ndarray) -> BadStep | None:
         """Returns the first bad step among those of `left`."""
-        flags = _flags(self._columns.metrics(rows), len(rows))
+        flags = _flags(self._layout.metrics(rows), len(rows))
         return _judged(self._last - len(rows), flags)[0]
 
     def breach(self, rows: np.ndarray) -> Breach | None:
         """Returns the first batch with a value out of range among the rows of `left`."""
         if not len(rows):
             return None
-        merged = metrics_lib.merge_rows(self._columns.metrics(rows))
-        return _breach(merged, self._last - len(rows))
+        merged = metrics_lib.merge_rows(self._layout.metrics(rows))
+        return self._breach(merged, self._last - len(rows))
 
     def rest(self) -> Iterator[WindowEnd]:
         """Yields the windows that are left, the last one as far as it has come."""
@@ -230,8 +232,8 @@ class MetricWindows:
         if start == end:
             return
         rows = self._rows(start, end)
-        self._strips = [each for each in self._strips if each.first + each.num_rows > end]
-        metrics = self._columns.metrics(np.concatenate(rows))
+        self._tables = [each for each in self._tables if each.first + each.num_rows > end]
+        metrics = self._layout.metrics(np.concatenate(rows))
         flags = _flags(metrics, end - start)
         leaves, structure = jax.tree.flatten(metrics)
         step = start
@@ -239,14 +241,20 @@ class MetricWindows:
             first, step = step, min(step - step % self._every + self._every, end)
             part = slice(first - start, step - start)
             merged = metrics_lib.merge_rows(structure.unflatten([leaf[part] for leaf in leaves]))
-            yield WindowEnd(step, merged, *_judged(first, flags[:, part]), _breach(merged, first))
+            breach = self._breach(merged, first)
+            yield WindowEnd(step, merged, *_judged(first, flags[:, part]), breach)
+
+    def _breach(self, metrics: Mapping[str, Metric], first: int) -> Breach | None:
+        """Returns the first batch out of range among the merged metrics of the steps after one."""
+        found = first_breach(metrics) if self._layout.has_limits else None
+        return None if found is None else found._replace(batch=first + found.batch)
 
     def _rows(self, start: int, end: int) -> list[np.ndarray]:
-        """Returns the rows of the steps after one and up to another, strip by strip."""
+        """Returns the rows of the steps after one and up to another, table by table."""
         return [
-            strip.fetch()[max(start - strip.first, 0) : end - strip.first]
-            for strip in self._strips
-            if strip.first < end and strip.first + strip.num_rows > start
+            table.fetch()[max(start - table.first, 0) : end - table.first]
+            for table in self._tables
+            if table.first < end and table.first + table.num_rows > start
         ]
 
 
@@ -259,12 +267,6 @@ def _flags(metrics: Mapping[str, Metric], num_rows: int) -> np.ndarray:
         losses = np.asarray(known_or_zero(metrics["loss"])).reshape(num_rows, -1)
         flags[0] |= ~np.isfinite(losses).all(axis=1) & ~flags[2]
     return flags
-
-
-def _breach(metrics: Mapping[str, Metric], first: int) -> Breach | None:
-    """Returns the first breach of a limit among the merged metrics of the steps after one."""
-    found = first_breach(metrics)
-    return None if found is None else found._replace(batch=first + found.batch)
 
 
 def _judged(first: int, flags: np.ndarray) -> tuple[BadStep | None, tuple[int, ...]]:

@@ -35,10 +35,8 @@ class One(NamedTuple):
 
     whole: Batch
 
-    @property
-    def capacity(self) -> int:
-        """Returns 1."""
-        return 1
+    capacity = 1
+    """How many batches there is room for."""
 
     def batch(self, index: jax.Array | int) -> Batch:
         """Returns the batch."""

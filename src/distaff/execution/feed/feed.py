@@ -221,8 +221,9 @@ class Feed:
         """Yields the batches of an epoch, or their rows, each with the position after it."""
         source = _LoaderRows(self.loader) if isinstance(self._kind, _RowChunks) else self.loader
         items = epoch_of(source, steps_per_epoch, name=self._name, repeat=repeat)
-        # An evaluation changes no state: its loader may read it.
-        for item in marked(items, self.loader) if self._name == "train" else items:
+        # An evaluation changes no state, and arrays read none: only others may ask for it.
+        may_read_state = self._name == "train" and source is self.loader
+        for item in marked(items, self.loader) if may_read_state else items:
             yield item, source.get_state()
 
 

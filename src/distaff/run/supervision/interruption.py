@@ -6,6 +6,7 @@ See `docs/decisions/0013-interruption.md`.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import signal
 import sys
@@ -87,7 +88,8 @@ class Interruption:
 
     Attributes:
         ending: the reason that was agreed on last; None where there was none.
-        is_save_due: whether all processes have agreed to save the run, and to go on.
+        is_save_due: whether all processes have agreed to save the run and continue.
+        due_at: before this time of `clock`, `agreed` returns None and need not be called.
     """
 
     def __init__(
@@ -101,9 +103,10 @@ class Interruption:
         self._reasons = (None, None, limit, "Ctrl-C", "SIGTERM")  # the more urgent, the later
         self.ending: str | None = None
         self._code = 0
-        self._clock = clock
+        self.due_at, self.clock = -math.inf, clock
         self._deadline = clock() + _seconds(max_time, "max_time")
         self._save_seconds = _seconds(save_every, "save_every")
+        self._is_alone = jax.process_count() == 1
         self.saved()
         self._previous: dict[int, Any] = {}
         self._num_interrupts = 0
@@ -116,7 +119,7 @@ class Interruption:
 
         It is cheap enough for every step.
         """
-        if not self._code and self._clock() >= self._deadline:
+        if not self._code and self.clock() >= self._deadline:
             self._code = _MAX_TIME
         return self._reasons[self._code]
 
@@ -130,16 +133,19 @@ class Interruption:
         Returns:
             The reason; None while there is none.
         """
-        own = self._code if self.reason else _SAVE * (self._clock() >= self._next_save)
-        agreed = own if jax.process_count() == 1 else self._agreement(own)
+        own = self._code if self.reason else _SAVE * (self.clock() >= self._next_save)
+        agreed = own if self._is_alone else self._agreement(own)
         self.is_save_due, self.ending = agreed == _SAVE, self._reasons[agreed]
         if self.ending:
             self._code = max(self._code, agreed)
         return self.ending
 
     def saved(self) -> None:
-        """Hears that the run was saved: the next save is due `save_every` from now."""
-        self.is_save_due, self._next_save = False, self._clock() + self._save_seconds
+        """Restarts the clock of `save_every`."""
+        self.is_save_due, self._next_save = False, self.clock() + self._save_seconds
+        self.due_at = min(self._deadline, self._next_save)
+        if self._code or not self._is_alone:  # asked last: a signal may come at any moment
+            self.due_at = -math.inf
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
@@ -173,10 +179,11 @@ class Interruption:
             with suppress(OSError):  # not print: a handler may interrupt a print
                 os.write(2, _ENDING[number])
         self._code = max(self._code, _CODES[number])
+        self.due_at = -math.inf
 
 
 def _seconds(duration: Duration | None, name: str) -> float:
-    return float("inf") if duration is None else seconds_of(duration, name)
+    return math.inf if duration is None else seconds_of(duration, name)
 
 
 def _act_as(handler: Any, number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""Supervisor: when a run is saved, when it ends before its time, and what watches its progress."""
+"""Supervisor: when a run is saved, when it ends early, and what watches its progress."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from distaff.callbacks.callbacks import Callbacks
 from distaff.run.events import Interrupted
 from distaff.run.supervision.interruption import Interruption, SupervisionOptions
 from distaff.run.supervision.watchdog import COMPILING, Watchdog
@@ -16,7 +17,7 @@ T = TypeVar("T")
 
 
 class HasPath(Protocol):
-    """What has a folder, or none."""
+    """Has a folder, or none."""
 
     @property
     def path(self) -> Path | None:
@@ -27,28 +28,32 @@ class HasPath(Protocol):
 class Verdict(Enum):
     """What a run does after a chunk of steps."""
 
-    GO_ON = "go on"
+    CONTINUE = "continue"
     SAVE = "save"
     STOP = "stop"
-    """A callback wants the epoch to be the last one: its steps end here."""
+    """A callback stops the run: the steps of this epoch end here, and it is the last one."""
 
 
 class Supervisor:
-    """Signals, the clock, the wishes of callbacks, and the watchdog of a run.
+    """Decides when a run saves and stops, from signals, clocks and callbacks, and reports stalls.
 
     Args:
         options: of the run.
-        is_watched: whether a stall is reported; nobody is stuck in a debugger.
+        callbacks: which may stop the run.
+        is_watched: whether to report stalls; a run in a debugger has none.
     """
 
-    def __init__(self, options: SupervisionOptions, *, is_watched: bool) -> None:
+    def __init__(
+        self, options: SupervisionOptions, callbacks: Callbacks, *, is_watched: bool
+    ) -> None:
+        self._callbacks = callbacks
         self._interruption = Interruption(max_time=options.max_time, save_every=options.save_every)
         self._stuck_after = options.stuck_after if is_watched else None
         self._watchdog = Watchdog(None)
 
     @contextmanager
     def listening(self) -> Generator[None]:
-        """Listens to signals and to the clock."""
+        """Handles signals inside the block."""
         with self._interruption:
             yield
 
@@ -65,28 +70,27 @@ class Supervisor:
 
     def beat(self, what: str, step: int, patience: float = 1.0) -> None:
         """Notes that something new begins; see `Watchdog.beat`."""
-        self._watchdog.beat(what, step, patience)
+        self._watchdog.latest = (what, step, patience)
 
     def saved(self) -> None:
         """Restarts the clock of `save_every`."""
         self._interruption.saved()
 
-    def verdict(self, stop_reason: str | None) -> Verdict:
-        """Returns what the run does after a chunk of steps, the same in all processes.
-
-        Args:
-            stop_reason: why a callback wants the run to end; None while none does.
-        """
-        if stop_reason is not None:
+    def verdict(self) -> Verdict:
+        """Returns what the run does after a chunk of steps, the same in all processes."""
+        if self._callbacks.stop_reason is not None:
             return Verdict.STOP
-        is_asked = self._interruption.agreed() is not None or self._interruption.is_save_due
-        return Verdict.SAVE if is_asked else Verdict.GO_ON
+        interruption = self._interruption
+        if interruption.clock() < interruption.due_at:
+            return Verdict.CONTINUE
+        is_asked = interruption.agreed() is not None or interruption.is_save_due
+        return Verdict.SAVE if is_asked else Verdict.CONTINUE
 
     def raise_if_interrupted(self) -> None:
-        """Raises what ends a run that has just been saved, if that was asked for.
+        """Ends a run that has just been saved, if it was asked to end.
 
         Raises:
-            Interrupted: it was.
+            Interrupted: it was asked to.
         """
         if self._interruption.ending:
             raise Interrupted(self._interruption.ending)
@@ -94,20 +98,20 @@ class Supervisor:
     def interruptible(
         self, items: Iterator[T], what: str, step: int, *, is_on: Callable[[], bool]
     ) -> Iterator[T]:
-        """Yields items, such as the chunks of an evaluation, until the run is to end.
+        """Yields items, such as the chunks of an evaluation, until the run is asked to end.
 
         Args:
-            items: what is gone through.
-            what: what is done with them.
+            items: to yield.
+            what: name of the activity, for the watchdog.
             step: completed updates.
-            is_on: whether the run can be saved as it was before the first of them.
+            is_on: whether the run can be saved as it was before the first item.
 
         Raises:
-            Interrupted: it is to end.
+            Interrupted: the run is asked to end.
         """
-        patience = COMPILING
+        patience, interruption = COMPILING, self._interruption
         for item in items:
-            if is_on() and self._interruption.agreed():
+            if interruption.clock() >= interruption.due_at and is_on() and interruption.agreed():
                 self.raise_if_interrupted()
             self.beat(what, step, patience)
             patience = 1.0
@@ -115,5 +119,5 @@ class Supervisor:
 
     @property
     def is_ending(self) -> bool:
-        """Whether this process is asked to end the run; no other process is asked."""
+        """Whether this process was asked to end the run; does not ask other processes."""
         return self._interruption.reason is not None

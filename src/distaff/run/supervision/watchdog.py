@@ -44,7 +44,11 @@ class Watchdog:
         path: the file to append to, beside a line to standard error; None for all of it there.
 
     Raises:
-        ConfigError: `stuck_after` is no duration.
+        ConfigError: `stuck_after` is not a duration.
+
+    Attributes:
+        latest: what began last, the step, and how many times longer than `stuck_after` it may take;
+            `beat` sets it.
     """
 
     def __init__(
@@ -52,7 +56,7 @@ class Watchdog:
     ) -> None:
         self._seconds = None if stuck_after is None else seconds_of(stuck_after, "stuck_after")
         self._path = path
-        self._beat: tuple[str, int, float] = ("the start", 0, COMPILING)
+        self.latest: tuple[str, int, float] = ("the start", 0, COMPILING)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -65,7 +69,7 @@ class Watchdog:
             step: completed optimizer updates.
             patience: how many times longer than `stuck_after` it may take, such as `COMPILING`.
         """
-        self._beat = (what, step, patience)
+        self.latest = (what, step, patience)
 
     def __enter__(self) -> Watchdog:
         if self._seconds is not None:
@@ -87,9 +91,9 @@ class Watchdog:
 
     def _watch(self, seconds: float) -> None:
         """Looks ten times in `seconds`; the beats' own times are not known."""
-        beat, since, is_told = self._beat, time.monotonic(), False
+        beat, since, is_told = self.latest, time.monotonic(), False
         while not self._stop.wait(min(seconds / 10, 10.0)):
-            latest, now = self._beat, time.monotonic()
+            latest, now = self.latest, time.monotonic()
             if latest is not beat:
                 if is_told:
                     self._write(f"{self._who} goes on, after {now - since:.0f} s.\n")
