@@ -99,6 +99,15 @@ class ArrayLoader:
             yield self._rows_of(order, batch)
         self._position = self._start = (epoch + 1, 0)
 
+    def num_left(self) -> int:
+        """Returns how many batches are left of this epoch; all of the next one at its end."""
+        return len(self) - self._start[1] or len(self)
+
+    def skip_epoch(self) -> None:
+        """Moves to the end of the epoch of which `num_left` counts the batches."""
+        epoch, start = self._start
+        self._position = self._start = (epoch + 1 + (start == len(self)), 0)
+
     def peek(self) -> Batch:
         """Returns the first batch that the next epoch, or the rest of a resumed one, hands out."""
         epoch, batch = self._start

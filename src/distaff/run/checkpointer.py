@@ -242,7 +242,7 @@ class Checkpointer:
             self.seek(info["loader"], plan.train_loader, "train")
             if val and info["val_loader"] is not None and plan.val_loaders:
                 self.seek_validation(info["val_loader"])
-            dispatcher.forms = continued(dispatcher.forms, info["steps_per_call"])
+            recorder.fuse(continued(dispatcher.forms, info["steps_per_call"]))
             recorder.recording.logger.resume(step, info["logger"])
             is_best, metrics = info["is_best"], dict(as_numbers(info["metrics"]))
         return None if is_best is None else recorder.info(metrics, is_best)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,19 +13,22 @@ import numpy as np
 from distaff import metrics as metrics_lib
 from distaff.core.typing import Batch, PyTree
 from distaff.data import num_examples
-from distaff.errors import BatchError, leaf_name
+from distaff.errors import BatchError, MaskError, leaf_name
 from distaff.execution.compile.recompiles import Watch
 from distaff.execution.dispatch.packed_metrics import MetricLayout
 from distaff.execution.execution import Compiled, Execution
 from distaff.execution.feed.chunk import Chunk, ChunkData, One, pad
-from distaff.execution.feed.padding import MayPad, Padding, Sizes, form_of_examples, has_rows
 from distaff.execution.placement import to_host
 from distaff.metrics import Metric, PerExample
+from distaff.step.independence import keeps_apart
 from distaff.step.normalise import accumulating, reduced
 from distaff.step.state import TrainState
 from distaff.step.step import EvalFn, EvalStep, per_example
 
 _IN_FLIGHT = 32
+
+MayPad: TypeAlias = Callable[[ChunkData], bool]
+"""Tells whether batches like those of a source may be padded."""
 
 
 class Evaluator:
@@ -61,17 +64,20 @@ class Evaluator:
         self._call = watch.over(self._run, "the evaluation step", arguments)
         self._call_fused = watch.over(many, "the fused evaluation steps", arguments)
 
-    def __call__(self, state: TrainState, chunks: Iterable[Chunk]) -> dict[str, Metric]:
+    def __call__(
+        self, state: TrainState, chunks: Iterable[Chunk], may_pad: MayPad | None = None
+    ) -> dict[str, Metric]:
         """Returns the metrics over all examples, on the host.
 
         Args:
             state: evaluated, not changed.
             chunks: one pass over a data set.
+            may_pad: of this evaluator and state; None to ask for it.
 
         Raises:
             BatchError: there is no batch.
         """
-        sizes, waiting, total = Sizes(self.may_pad(state)), [], None
+        sizes, waiting, total = Sizes(may_pad or self.may_pad(state)), [], None
         for chunk in chunks:
             waiting.append(self._measure(state, chunk, sizes))
             if len(waiting) == _IN_FLIGHT:
@@ -99,11 +105,12 @@ class Evaluator:
     def _measure(
         self, state: TrainState, chunk: Chunk, sizes: Sizes
     ) -> dict[str, Metric] | _RowMetrics:
-        source, mask = chunk.source, None
-        form = form_of_examples(source, axes=1 if isinstance(source, One) else 2)
-        full = sizes.full(form, chunk.examples, lambda: source)
+        source, mask, axes = chunk.source, None, 1 if isinstance(chunk.source, One) else 2
+        full = sizes.full(form_of_examples(source, axes=axes), chunk.examples, lambda: source)
         if full.may_pad:
-            source, mask = source.padded(full.size), np.arange(full.size) < chunk.examples
+            mask = np.arange(full.size) < chunk.examples
+            if jax.tree.leaves(source)[0].shape[axes - 1] != full.size:
+                source = source.padded(full.size)
         if source.capacity == 1:
             return self._call(state, source, mask)
         return _RowMetrics(
@@ -177,6 +184,82 @@ def _drained(
     return total
 
 
+class Padding:
+    """Decides which batches may be padded: those whose examples a function keeps apart.
+
+    Padding repeats the last example. A function whose outputs for one example depend on others,
+    such as a contrastive loss, would see the copies, and so would one that uses the size of the
+    batch. This is read from the function's jaxpr, once per shapes and dtypes of its arguments.
+
+    Args:
+        execution: traces the function; without a trace, batches are not padded.
+        function: `(state, batch) -> outputs`, each `[batch, ...]`. It raises MaskError if an output
+            has another shape.
+    """
+
+    def __init__(self, execution: Execution, function: Callable[[Any, Batch], PyTree]) -> None:
+        self._execution, self._function = execution, function
+        self._known: dict[Any, bool] = {}
+
+    def of(self, state: PyTree) -> MayPad:
+        """Returns a function that tells whether batches like those of a source may be padded."""
+        form = _form(state)
+
+        def may_pad(source: ChunkData) -> bool:
+            key = form, type(source), _form(source)
+            if key not in self._known:
+                self._known[key] = self._found(state, source)
+            return self._known[key]
+
+        return may_pad
+
+    def _found(self, state: PyTree, source: ChunkData) -> bool:
+        batch = jax.eval_shape(lambda each: each.batch(0), source)
+        if not has_rows(batch):
+            return False
+
+        def trace(state: PyTree, batch: Batch) -> Any:
+            return self._execution.jaxpr(self._function, state, batch)
+
+        try:
+            return keeps_apart(trace, state, batch)
+        except MaskError:
+            return False
+
+
+class Full(NamedTuple):
+    """The largest batch so far whose examples have these shapes.
+
+    Attributes:
+        size: examples in it.
+        may_pad: whether smaller batches may be padded to this size.
+    """
+
+    size: int
+    may_pad: bool
+
+
+class Sizes:
+    """The largest batches of one pass over a data set, by the shapes of an example."""
+
+    def __init__(self, may_pad: MayPad) -> None:
+        self._may_pad = may_pad
+        self._full: dict[Any, Full] = {}
+
+    def full(self, form: Any, size: int, source: Callable[[], ChunkData]) -> Full:
+        """Returns the largest batch so far, this one included.
+
+        Args:
+            form: see `form_of_examples`.
+            size: examples in the batch.
+            source: returns its data.
+        """
+        full = self._full.get(form)
+        if full is None or full.size < size:
+            full = self._full[form] = Full(size, self._may_pad(source()))
+        return full
+
+
 def predict(
     predict_step: Callable[[TrainState, Batch], PyTree],
     state: TrainState,
@@ -240,3 +323,23 @@ def _fetched(outputs: PyTree, size: int, padded_size: int) -> tuple[PyTree, int,
         )
     kept = jax.tree.map(lambda leaf: leaf[:size], to_host(outputs))
     return kept, size, size
+
+
+def has_rows(batch: Batch) -> bool:
+    """Returns whether each array of a batch has one row for each example."""
+    return {leaf.shape[:1] for leaf in jax.tree.leaves(batch)} == {(num_examples(batch),)}
+
+
+def form_of_examples(tree: PyTree, *, axes: int = 1) -> Any:
+    """Returns structure, shapes and dtypes of an example: equal for batches of any size.
+
+    Args:
+        tree: arrays.
+        axes: number of leading axes before those of an example.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, tuple((leaf.shape[axes:], leaf.dtype) for leaf in leaves)
+
+
+def _form(tree: PyTree) -> Any:
+    return form_of_examples(tree, axes=0)

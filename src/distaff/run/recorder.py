@@ -66,6 +66,7 @@ class Recorder:
     ) -> None:
         self.workspace, self.plan, self.callbacks = workspace, plan, callbacks
         self.display, self.timers = workspace.display, Timers()
+        workspace.capacity = 1
         self.state = RunState.beginning(workspace.step, workspace.epoch)
         self.report: Report | None = None
         self.updates_per_step, self.has_begun, self.has_observed = 1, False, False
@@ -87,11 +88,11 @@ class Recorder:
     @dispatcher.setter
     def dispatcher(self, dispatcher: Dispatcher) -> None:
         dispatcher.timers, self._dispatcher = self.timers, dispatcher
+        self.fuse(dispatcher.forms)
 
-    @property
-    def capacity(self) -> int:
-        """How many batches one program of an evaluation takes."""
-        return 1 if self._dispatcher is None else self._dispatcher.forms.form.capacity
+    def fuse(self, forms: FusionChoice) -> None:
+        """Sets how many steps of the run, and batches of an evaluation, are one program."""
+        self.dispatcher.forms, self.workspace.capacity = forms, forms.form.capacity
 
     @property
     def forms(self) -> FusionChoice:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ class Run:
         path: of the run directory; None where nothing is written.
         best_models: the best first, each with a checkpoint.
         forms: how many steps are one program.
+        interruptible: ends an evaluation when the run is asked to end; see `Supervisor`.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class Run:
         self.recovery = Recovery(self.recorder, self.checkpointer, self.supervisor, options)
         self.recovery.check()
         workspace.feeds.make_room(2 + len(plan.val_loaders))
+        self.interruptible = partial(self.supervisor.interruptible, self.checkpointer)
 
     @property
     def state(self) -> RunState:
@@ -195,8 +198,10 @@ class Run:
     def choose_form(self, loader: Loader) -> None:
         """Chooses how many steps are one program, where that is to be measured."""
         here, tunes = self.workspace, self._options.tune_process
-        self.dispatcher.forms = rehearsed(
-            self.dispatcher, here.ready_state(), here.feeds, loader, self.path, remember=tunes
+        self.recorder.fuse(
+            rehearsed(
+                self.dispatcher, here.ready_state(), here.feeds, loader, self.path, remember=tunes
+            )
         )
 
     def training_chunks(self, loader: Loader) -> Generator[Chunk]:
@@ -257,13 +262,6 @@ class Run:
         if bad is not None:
             is_seen = bad.is_spike or here.ready_state().guard is None
             raise BadNumbers("The loss" if is_seen else "The loss or the state", bad)
-
-    def interruptible(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-        """Yields the chunks of an evaluation, until the run is to end where it can be saved."""
-        step, checkpointer = self.workspace.step, self.checkpointer
-        return self.supervisor.interruptible(
-            chunks, "an evaluation", step, is_on=lambda: checkpointer.boundary is not None
-        )
 
     def end_steps(self) -> dict[str, Any]:
         """Ends the steps of an epoch; returns their metrics as `train/...`.

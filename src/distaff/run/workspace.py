@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from typing import Any
 
+import jax
 from rich.console import RenderableType
 
 from distaff.checkpoint import Store
@@ -22,7 +23,7 @@ from distaff.execution.placement import like
 from distaff.optim import evaluation_params, has_evaluation_params
 from distaff.run.directory.protocol import NullRecording, Recording
 from distaff.run.display import Display
-from distaff.run.evaluation import Evaluator
+from distaff.run.evaluation import Evaluator, MayPad
 from distaff.step.counted import Counted
 from distaff.step.normalise import StepFn
 from distaff.step.remainder import with_rest
@@ -48,6 +49,7 @@ class Workspace:
         example_batch: a batch like those of training, once the trainer is set up.
         table: the model as a table; None where none was made.
         recording: of the next run, or of the last one.
+        capacity: batches per program of an evaluation.
         evaluator: evaluates; there once the trainer is set up.
         plain_step: the training step without a guard, with its metrics in accumulating form.
         measured_step: what a run repeats.
@@ -72,6 +74,7 @@ class Workspace:
         self.display, self.feeds = display, Feeds(self.execution.placement)
         self._options, self.state = options, None
         self.step = self.epoch = 0
+        self.capacity = 1
         self.steps_per_epoch: int | None = None
         self.example_batch: Batch = None
         self.table: RenderableType | None = None
@@ -82,6 +85,7 @@ class Workspace:
         self.origin, self.not_loaded = "", None
         self.told: set[tuple[str, str]] = set()
         self._programs: dict[str, Any] = {}
+        self._trains_others: dict[Any, bool] = {}
         self.predict_step = self.execution.program(predict)
         self.with_rest = self.execution.program(lambda state: with_rest(state), donate=0)
         # A function of this trainer alone: a program lives as long as the function it is made of.
@@ -124,7 +128,10 @@ class Workspace:
             StateError: there is none yet.
         """
         state = self.ready_state()
-        if not has_evaluation_params(state.opt_state):
+        kind = jax.tree.structure(state.opt_state)
+        if kind not in self._trains_others:
+            self._trains_others[kind] = has_evaluation_params(state.opt_state)
+        if not self._trains_others[kind]:
             return state
         return state.replace(params=self._evaluation_params(state.opt_state, state.params))
 
@@ -154,30 +161,28 @@ class Workspace:
         self,
         loader: Any,
         name: str,
-        capacity: int,
+        may_pad: MayPad,
         tracker: Callable[..., Iterator[Any]],
-        watching: Callable[[Iterator[Chunk]], Iterator[Chunk]] | None,
+        interruptible: Callable[[Iterator[Chunk]], Iterator[Chunk]] = iter,
     ) -> Generator[Iterator[Chunk]]:
-        """Goes once through a loader to evaluate on it, in chunks, with its progress shown.
+        """Yields one pass over a loader to evaluate on, in chunks, with its progress shown.
 
         Args:
             loader: any iterable of batches.
-            name: what errors and the display call it.
-            capacity: how many batches one program takes.
-            tracker: shows the progress; the user's.
-            watching: ends it where a run shall end; None without a run.
+            name: of the loader, for errors and the display.
+            may_pad: see `Evaluator.may_pad`.
+            tracker: shows the progress.
+            interruptible: ends the pass when the run is asked to end.
         """
-        made = as_loader(loader, name=name)
+        made = loader if self.feeds.has_view(loader) else as_loader(loader, name=name)
         self.evaluation_watch.expect(loader, num_shapes=num_shapes(made))
-        even = self.evaluator.may_pad(self.evaluation_state())
         with self.feeds.one_pass(made, name) as view:
-            length = num_batches(view)
+            capacity, length = self.capacity, num_batches(view)
             # Gathered rows would be a program of its own for each data set.
             feed = self.feeds.of(view, name=name, resident=False)
             total = None if length is None else -(-length // capacity)
-            with closing(feed.repeated(ChunkSize(capacity, capacity), even=even)) as chunks:
-                items = chunks if watching is None else watching(chunks)
-                yield tracker(items, description=name, total=total)
+            with closing(feed.repeated(ChunkSize(capacity, capacity), even=may_pad)) as chunks:
+                yield tracker(interruptible(chunks), description=name, total=total)
 
     def make_watch(self) -> Watch:
         """Returns what watches the programs of a run, or those of evaluations."""

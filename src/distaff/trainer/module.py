@@ -271,14 +271,15 @@ class TrainerModule(Predictor):
             BatchError: the loader is empty.
         """
         here, run = self._workspace, self._run
-        timers = Timers() if run is None else run.timers
+        timers = Timers() if run is None else run.recorder.timers
         with timers.spent("evaluation"):
             state, name = here.evaluation_state(), prefix.rstrip("/") or "evaluate"
-            watching = None if run is None else run.interruptible
-            capacity = 1 if run is None else run.recorder.capacity
-            with here.chunks(loader, name, capacity, self.tracker, watching) as chunks:
-                metrics = here.evaluator(state, chunks)
-            sanity.check_values(metrics, name, here.told, self.config)
+            may_pad = here.evaluator.may_pad(state)
+            interruptible = iter if run is None else run.interruptible
+            with here.chunks(loader, name, may_pad, self.tracker, interruptible) as chunks:
+                metrics = here.evaluator(state, chunks, may_pad)
+            if not all(metric.is_result for metric in metrics.values()):
+                sanity.check_values(metrics, name, here.told, self.config)
             return metrics_lib.compute(metrics, prefix)
 
     def is_new_model_better(

@@ -146,10 +146,10 @@ class Feed:
             yield from self.epoch(lambda: form)
             return
         loader: Any = self.loader
-        rows = list(loader.rows()) or list(loader.rows())
-        kept, key = self._kept, (form, len(rows))
+        kept, key = self._kept, (form, loader.num_left())
         if kept is None or kept.key != key or kept.even != even(kept.chunks[0].source):
             chunks, is_even = [], False
+            rows = list(loader.rows()) or list(loader.rows())
             slices = _slices(loader.arrays, rows)
             for chunk in _chunks_of(slices, lambda: form, _BatchChunks(self._name, None)):
                 is_even = is_even if chunks else even(chunk.source)
@@ -158,6 +158,7 @@ class Feed:
                 yield chunks[-1]
             self._kept = _Kept(key, is_even, chunks)
         else:
+            loader.skip_epoch()
             yield from kept.chunks
 
     def expect(self, batch: PyTree) -> None:

@@ -84,6 +84,10 @@ class Feeds:
             self._views.append((loader, view))
         return view
 
+    def has_view(self, loader: Any) -> bool:
+        """Whether `view` has returned one for a loader lately."""
+        return any(each[0] is loader for each in self._views)
+
     @contextmanager
     def one_pass(self, loader: Loader, name: str) -> Generator[Loader]:
         """Gives what to evaluate on in place of a loader, which stays where it is.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from distaff.callbacks.callbacks import Callbacks
 from distaff.run.events import Interrupted
@@ -23,6 +23,12 @@ class HasPath(Protocol):
     def path(self) -> Path | None:
         """The folder."""
         ...
+
+
+class HasBoundary(Protocol):
+    """Has the state of a run that can be saved, or None."""
+
+    boundary: Any
 
 
 class Verdict(Enum):
@@ -95,25 +101,22 @@ class Supervisor:
         if self._interruption.ending:
             raise Interrupted(self._interruption.ending)
 
-    def interruptible(
-        self, items: Iterator[T], what: str, step: int, *, is_on: Callable[[], bool]
-    ) -> Iterator[T]:
-        """Yields items, such as the chunks of an evaluation, until the run is asked to end.
+    def interruptible(self, checkpoints: HasBoundary, items: Iterator[T]) -> Iterator[T]:
+        """Yields the chunks of an evaluation until the run is asked to end.
 
         Args:
-            items: to yield.
-            what: name of the activity, for the watchdog.
-            step: completed updates.
-            is_on: whether the run can be saved as it was before the first item.
+            checkpoints: has what to save if the evaluation is interrupted.
+            items: the chunks.
 
         Raises:
             Interrupted: the run is asked to end.
         """
         patience, interruption = COMPILING, self._interruption
         for item in items:
-            if interruption.clock() >= interruption.due_at and is_on() and interruption.agreed():
+            is_due = interruption.clock() >= interruption.due_at
+            if is_due and checkpoints.boundary is not None and interruption.agreed():
                 self.raise_if_interrupted()
-            self.beat(what, step, patience)
+            self.beat("an evaluation", self._watchdog.latest[1], patience)
             patience = 1.0
             yield item
 
