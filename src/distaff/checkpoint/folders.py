@@ -10,6 +10,7 @@ import re
 import shutil
 from pathlib import Path
 
+NAME = "step_{:08d}"
 SAVING, EXPIRED, REPLACED = ".saving", ".expired", ".replaced"
 DAMAGED, ABANDONED = ".damaged", ".abandoned"
 _WHOLE = re.compile(r"step_([0-9]{8,})")
@@ -28,7 +29,7 @@ def name_of(step: int) -> str:
     >>> name_of(1200)
     'step_00001200'
     """
-    return f"step_{step:08d}"
+    return NAME.format(step)
 
 
 def step_of(folder: Path) -> int | None:

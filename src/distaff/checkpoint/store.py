@@ -316,7 +316,7 @@ class CheckpointStore(Store):
             self._own = self._undamaged() - {step} if is_gone else self._undamaged()
 
     def _path(self, step: int) -> Path:
-        return self.directory / folders.name_of(step)
+        return self.directory / folders.NAME.format(step)
 
     def _unfinished(self, step: int) -> Path:
         path = self._path(step)

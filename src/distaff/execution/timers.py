@@ -83,16 +83,19 @@ class Timers:
 
     Args:
         clock: gives a time in seconds that never goes back.
+
+    Attributes:
+        since: when the current part began; at most one step ago.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.steps = self.examples = 0
         self._clock = clock
         self._seconds = dict.fromkeys(PARTS, 0.0)
-        self._part, self._since = "other", clock()
+        self._part, self.since = "other", clock()
         self._before, self._compiled = _COMPILED.copy(), _COMPILED["seconds"]
         self._handed: Any = None
-        self._lap, self._lap_since = self.read(), self._since
+        self._lap, self._lap_since = self.read(), self.since
 
     def count(self, steps: int, batch_size: int) -> int:
         """Counts steps, and returns the examples in them."""
@@ -157,7 +160,7 @@ class Timers:
         if self._clock() - self._lap_since < seconds:
             return None
         before, self._lap = self._lap, self.read()
-        self._lap_since = self._since
+        self._lap_since = self.since
         return self._lap.since(before)
 
     def read(self) -> Throughput:
@@ -176,8 +179,8 @@ class Timers:
         now, outer, compiled = self._clock(), self._part, _COMPILED["seconds"]
         compiling = compiled - self._compiled
         self._seconds["compile"] += compiling
-        self._seconds[outer] += now - self._since - compiling
-        self._part, self._since, self._compiled = part, now, compiled
+        self._seconds[outer] += now - self.since - compiling
+        self._part, self.since, self._compiled = part, now, compiled
         return outer
 
 

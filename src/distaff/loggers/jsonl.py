@@ -80,9 +80,10 @@ class JsonlLogger:
     def position(self) -> int:
         """Flushes all lines, and returns the byte offset of the next one."""
         if self._file is not None:
-            with explained(self._path):
-                self._append(b"")
-                return self._file.seek(0, os.SEEK_END)
+            if self._held:
+                with explained(self._path):
+                    self._append(b"")
+            return self._file.seek(0, os.SEEK_END)
         path = Path(self._locate())
         with explained(path):
             if not is_file(path):

@@ -18,6 +18,11 @@ class ManyLoggers:
 
     def __init__(self, *loggers: Logger) -> None:
         self.loggers = loggers
+        # By place and kind, so that none gets the position of another.
+        self._named: list[tuple[str, Any]] = [
+            (f"{place}:{_kind(logger)}", logger) for place, logger in enumerate(loggers)
+        ]
+        self._placed = [each for each in self._named if hasattr(each[1], "position")]
 
     def log_metrics(self, metrics: Values, *, step: int, epoch: int) -> None:
         """Records the metrics in every logger."""
@@ -47,9 +52,7 @@ class ManyLoggers:
 
     def position(self) -> dict[str, JSON]:
         """Returns the position of every logger that has one; see `ResumingLogger`."""
-        return {
-            key: logger.position() for key, logger in self._named() if hasattr(logger, "position")
-        }
+        return {key: logger.position() for key, logger in self._placed}
 
     def resume(self, step: int, position: JSON = None) -> None:
         """Drops the records after a checkpoint in every logger that supports it.
@@ -60,7 +63,7 @@ class ManyLoggers:
                 another index in the list, uses the step.
         """
         known = position if isinstance(position, Mapping) else {}
-        for key, logger in self._named():
+        for key, logger in self._named:
             if not hasattr(logger, "resume"):
                 continue
             if key in known and hasattr(logger, "position"):
@@ -70,15 +73,13 @@ class ManyLoggers:
 
     def get_state(self) -> dict[str, JSON]:
         """Returns the states of the loggers that have one; see `StatefulLogger`."""
-        states = {
-            key: each.get_state() for key, each in self._named() if hasattr(each, "get_state")
-        }
+        states = {key: each.get_state() for key, each in self._named if hasattr(each, "get_state")}
         return {key: state for key, state in states.items() if state is not None}
 
     def set_state(self, state: JSON) -> None:
         """Restores the state of each logger that is still at the same index in the list."""
         known = state if isinstance(state, Mapping) else {}
-        for key, logger in self._named():
+        for key, logger in self._named:
             if key in known and hasattr(logger, "set_state"):
                 logger.set_state(known[key])
 
@@ -92,10 +93,6 @@ class ManyLoggers:
                 failures.append(failure)
         if failures:
             raise failures[0]
-
-    def _named(self) -> list[tuple[str, Any]]:
-        """Returns the loggers by index and kind, so that none gets the position of another."""
-        return [(f"{i}:{_kind(logger)}", logger) for i, logger in enumerate(self.loggers)]
 
     def _log_medium(self, method: str, name: str, medium: Any, step: int) -> None:
         for logger in self.loggers:

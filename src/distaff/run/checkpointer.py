@@ -58,11 +58,12 @@ class Checkpointer:
     ) -> None:
         self._recorder, self._supervisor, self._options = recorder, supervisor, options
         self._here, self.origin = recorder.workspace, _NOTHING
+        self._val_loaders = given(recorder.plan.val_loaders)
 
     @property
     def store(self) -> Store:
         """The checkpoints of the run."""
-        return self._recorder.recording.store
+        return self._here.recording.store
 
     def save(self, facts: Mapping[str, Any]) -> None:
         """Hands the arrays of the state, and what else a resume needs, to the store.
@@ -96,7 +97,7 @@ class Checkpointer:
         """
         recorder, here = self._recorder, self._here
         callbacks, plan = recorder.callbacks, recorder.plan
-        positions = {n: dict(here.feeds.position(v)) for n, v in plan.val_loaders.items()}
+        guard = here.ready_state().guard
         return {
             "record": recorder.record,
             "step": here.step,
@@ -106,14 +107,21 @@ class Checkpointer:
             "provisional": is_best is None,
             **recorder.state.to_json(ended=None if is_best is None else here.epoch),
             "stop": [callbacks.stop_reason, callbacks.stop_status],
-            "guard": form_of(here.ready_state().guard),
+            "guard": None if guard is None else form_of(guard),
             "loader": dict(here.feeds.position(plan.train_loader)),
-            "val_loader": given(positions),
+            "val_loader": self._validation_positions(),
             "callbacks": [callback.get_state() for callback in callbacks.callbacks],
             "callback_names": callbacks.names,
-            "logger": recorder.recording.logger.position(),
-            "steps_per_call": recorder.forms.facts(),
+            "logger": here.recording.logger.position(),
+            "steps_per_call": recorder.fusion,
         }
+
+    def _validation_positions(self) -> Any:
+        """Returns the positions of the loaders of the validation, in the form of `val_loader`."""
+        position, loaders = self._here.feeds.position, self._val_loaders
+        if isinstance(loaders, dict):
+            return {name: dict(position(loader)) for name, loader in loaders.items()}
+        return None if loaders is None else dict(position(loaders))
 
     def rank(self, metrics: Mapping[str, Any], is_best: bool, better: Better) -> None:
         """Takes the model just validated among the best ones, if it is one of them.

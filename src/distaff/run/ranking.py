@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from distaff.metrics import as_json, as_numbers
 from distaff.run.result import Best
 
 Better: TypeAlias = Callable[[Mapping[str, Any], Mapping[str, Any] | None], bool]
@@ -56,19 +55,3 @@ def kept(
             best.append(model)
             num_there += is_there
     return tuple(best)
-
-
-def best_json(model: Best) -> dict[str, Any]:
-    """Returns a best model as strict JSON."""
-    return {**model._asdict(), "metrics": as_json(model.metrics)}
-
-
-def best_from_json(info: Mapping[str, Any]) -> list[Best]:
-    """Returns the best models that a checkpoint names, best first."""
-    models = info.get("best_models")
-    if models is None:  # a checkpoint of the time when only one was kept
-        models = [] if info["best"] is None else [info["best"]]
-    return [
-        Best(int(model["step"]), int(model["epoch"]), dict(as_numbers(model["metrics"])))
-        for model in models
-    ]

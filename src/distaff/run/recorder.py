@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -27,15 +28,17 @@ from distaff.run.directory.protocol import Recording
 from distaff.run.display import rows_by_split
 from distaff.run.events import ChunkEnd, Plan
 from distaff.run.learning import LearningCheck
-from distaff.run.ranking import best_json
 from distaff.run.report import Report, make_report
 from distaff.run.result import TrainResult
-from distaff.run.run_state import EpochProgress, RunState
+from distaff.run.run_state import EpochProgress, RunState, best_json
 from distaff.run.workspace import Workspace
 from distaff.step.guard import FLAGS, Flags, RecoveryOptions, shown
 from distaff.step.logged_rates import host_rates, without_rates
 
 _log = logging.getLogger("distaff")
+
+_PROGRESS_SECONDS = 0.1
+"""Least time between two updates of the display's steps, or of its metrics."""
 
 _LAP_SECONDS = 10.0
 """How much time there is at least between two lines of `throughput.jsonl`."""
@@ -73,6 +76,8 @@ class Recorder:
         self._dispatcher: Dispatcher | None = None
         self._options, self._rates, self._epoch_start = options, None, time.perf_counter()
         self._check_learning: LearningCheck | None = None
+        self._num_shown = 0
+        self._progress_due_at = self._metrics_due_at = -math.inf
 
     @property
     def recording(self) -> Recording:
@@ -93,6 +98,7 @@ class Recorder:
     def fuse(self, forms: FusionChoice) -> None:
         """Sets how many steps of the run, and batches of an evaluation, are one program."""
         self.dispatcher.forms, self.workspace.capacity = forms, forms.form.capacity
+        self.fusion = forms.facts()
 
     @property
     def forms(self) -> FusionChoice:
@@ -153,10 +159,16 @@ class Recorder:
         self.state = state._replace(step=event.step, epoch=epoch, in_epoch=in_epoch)
         if store.failures:
             store.check_failure()
-        examples = self.timers.count(event.num_steps, event.examples)
-        self.display.advance(event.step, epoch, examples)
+        self.timers.count(event.num_steps, event.examples)
+        if self.timers.since >= self._progress_due_at:
+            self._show_progress()
         if event.metrics:
             self._show_steps(event, epoch)
+
+    def _show_progress(self) -> None:
+        examples = self.timers.examples
+        self.display.advance(self.state.step, self.state.epoch, examples - self._num_shown)
+        self._num_shown, self._progress_due_at = examples, self.timers.since + _PROGRESS_SECONDS
 
     def _show_steps(self, event: ChunkEnd, epoch: int) -> None:
         for step, metrics in enumerate(event.metrics, event.step - event.num_steps + 1):
@@ -184,7 +196,9 @@ class Recorder:
     def _log_window(self, event: WindowEnd) -> None:
         state = self.state
         metrics = compute(self._shown(event.metrics), "step/")
-        self.display.update({n: v for n, v in metrics.items() if np.ndim(v) == 0})
+        if self.timers.since >= self._metrics_due_at:
+            self.display.update({n: v for n, v in metrics.items() if np.ndim(v) == 0})
+            self._metrics_due_at = self.timers.since + _PROGRESS_SECONDS
         if self._rates is not None:
             updates = max(1, event.step - state.begun_at[0] - state.num_skipped)
             applied = self._rates(updates * self.updates_per_step - 1)
@@ -194,6 +208,7 @@ class Recorder:
 
     def end_steps(self) -> dict[str, Any]:
         """Ends the steps of an epoch; returns their metrics as `train/...`."""
+        self._show_progress()
         self.update(in_epoch=self.state.in_epoch._replace(rows=None, is_trained=True))
         metrics = without_rates(self.state.in_epoch.total or {})
         return compute(self._shown(metrics), "train/")
@@ -274,5 +289,5 @@ class Recorder:
             facts["metrics"] = as_json(self.state.last_metrics)
         best = None if self.state.best is None else best_json(self.state.best)
         report = self.report or Report(self.timers.read())
-        form = self.forms.facts()
+        form = self.fusion
         return {**facts, "best": best, "steps_per_call": form, "throughput": report.facts()}

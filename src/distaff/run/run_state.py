@@ -13,7 +13,7 @@ from distaff import metrics as metrics_lib
 from distaff.execution.dispatch.packed_metrics import MetricLayout, WindowEnd
 from distaff.execution.feed.skipped import SkippedBatches
 from distaff.metrics import Metric, as_json, as_numbers
-from distaff.run.ranking import best_from_json, best_json, kept
+from distaff.run.ranking import kept
 from distaff.run.result import Best
 
 
@@ -182,3 +182,19 @@ def _unpacked(value: Mapping[str, Any]) -> np.ndarray:
         raise ValueError(f"an array of numbers is not of {dtype}")
     bits = base64.b64decode(value["bits"], validate=True)
     return np.frombuffer(bits, dtype).reshape(value["shape"])
+
+
+def best_json(model: Best) -> dict[str, Any]:
+    """Returns a best model as strict JSON."""
+    return {**model._asdict(), "metrics": as_json(model.metrics)}
+
+
+def best_from_json(info: Mapping[str, Any]) -> list[Best]:
+    """Returns the best models that a checkpoint names, best first."""
+    models = info.get("best_models")
+    if models is None:  # a checkpoint of the time when only one was kept
+        models = [] if info["best"] is None else [info["best"]]
+    return [
+        Best(int(model["step"]), int(model["epoch"]), dict(as_numbers(model["metrics"])))
+        for model in models
+    ]

@@ -14,7 +14,7 @@ from distaff.core.typing import Batch, Key, Params
 from distaff.data import (
     Loader,
 )
-from distaff.errors import LossError
+from distaff.errors import LossError, StateError
 from distaff.execution.timers import Timers
 from distaff.loggers import Logger
 from distaff.loggers.given import as_loggers
@@ -38,7 +38,7 @@ from distaff.trainer.overrides import augmentation_of, check_class
 from distaff.trainer.predictor import Predictor
 from distaff.trainer.preparation import Preparation, recording_of
 from distaff.trainer.step_program import StepProgram
-from distaff.trainer.training import Given, Training, run_of
+from distaff.trainer.training import Given, Training
 from distaff.trainer.variants import variant_of
 
 
@@ -250,7 +250,7 @@ class TrainerModule(Predictor):
         Raises:
             NonFiniteError: the loss is NaN or infinite.
         """
-        run = run_of(self._run)
+        run = self.last_run
         for _ in loop.epoch_steps(run, train_loader):
             pass
         return run.end_steps()
@@ -306,7 +306,7 @@ class TrainerModule(Predictor):
             NonFiniteError: a parameter is NaN or infinite; such a model is never saved.
             StateError: nothing has been trained yet.
         """
-        checkpointer = run_of(self._run).checkpointer
+        checkpointer = self.last_run.checkpointer
         checkpointer.save(checkpointer.facts(metrics, is_best))
 
     def load_model(self) -> None:
@@ -317,7 +317,7 @@ class TrainerModule(Predictor):
         Raises:
             StateError: nothing has been trained yet.
         """
-        run_of(self._run).checkpointer.load_best()
+        self.last_run.checkpointer.load_best()
 
     def save_metrics(self, name: str, metrics: Mapping[str, Any]) -> None:
         """Writes metrics to `metrics/<name>.json` in the run directory.
@@ -325,7 +325,7 @@ class TrainerModule(Predictor):
         Raises:
             StateError: nothing has been trained yet.
         """
-        run_of(self._run).recorder.recording.save_metrics(name, as_json(metrics))
+        self.last_run.recorder.recording.save_metrics(name, as_json(metrics))
 
     def check_batch(self, batch: Batch, name: str) -> None:
         """Checks the first batch of a loader, once and on the host. Override it to check more.
@@ -367,7 +367,13 @@ class TrainerModule(Predictor):
         Raises:
             StateError: nothing has been trained yet.
         """
-        return run_of(self._run)
+        run = self._run
+        if run is None or not run.recorder.has_begun:
+            raise StateError(
+                "Checkpoints and metrics are files of a run, and this trainer has not trained yet. "
+                "Call train_model first; for weights of another run, use load_from_checkpoint."
+            )
+        return run
 
     @property
     def best(self) -> Best | None:

@@ -6,7 +6,6 @@ from contextlib import closing
 from typing import Any
 
 from distaff.data import as_loader, closing_made, first_to_train, limited, unlimited
-from distaff.errors import StateError
 from distaff.execution.devices import check_one_process
 from distaff.metrics import as_numbers
 from distaff.metrics.monitor import as_monitor
@@ -152,17 +151,3 @@ class Training:
         recorder.show(f"{done.path} is finished: it is loaded, and nothing is trained")
         reason = str(status.get("reason") or "") or "finished before: nothing was trained"
         return recorder.result()._replace(status=str(status["status"]), reason=reason)
-
-
-def run_of(run: Run | None) -> Run:
-    """Returns the run of a trainer, whose files can be written and read.
-
-    Raises:
-        StateError: nothing has been trained yet.
-    """
-    if run is None or not run.recorder.has_begun:
-        raise StateError(
-            "Checkpoints and metrics are files of a run, and this trainer has trained none yet. "
-            "Call train_model first; for the weights of another run, use load_from_checkpoint."
-        )
-    return run

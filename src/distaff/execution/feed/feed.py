@@ -45,6 +45,9 @@ class Feed:
             than with NumPy. What other loaders yield is stacked on the host.
         lock: held while a chunk is read; see `Prefetch`.
         placement: where batches go.
+
+    Attributes:
+        handed_out: position after the last chunk of the epoch that is read; None outside of one.
     """
 
     def __init__(
@@ -65,18 +68,18 @@ class Feed:
             arrays = placement.resident(loader.arrays) if fits else None
             self._kind = _RowChunks(loader, placement.batch, arrays)
         self._ahead: Prefetch[Chunk] = Prefetch(lock=lock)
-        self._position: Mapping[str, Any] | None = None
+        self.handed_out: Mapping[str, Any] | None = None
         self._kept: _Kept | None = None
 
     @property
     def position(self) -> Mapping[str, Any]:
         """Where the loader stood after the last chunk handed out: it may have been read further."""
-        return self.loader.get_state() if self._position is None else self._position
+        return self.loader.get_state() if self.handed_out is None else self.handed_out
 
     @property
     def running(self) -> bool:
         """Whether the loader stands elsewhere than what was handed out of it."""
-        return self._position is not None
+        return self.handed_out is not None
 
     def epoch(
         self,
@@ -107,7 +110,7 @@ class Feed:
         Raises:
             BatchError: the loader is empty.
         """
-        self._position = self.loader.get_state()
+        self.handed_out = self.loader.get_state()
         # Rows take microseconds; a thread takes longer than they do.
         is_quick = isinstance(self._kind, _RowChunks) or is_on_policy(self.loader)
         read = _as_it_is if is_quick else self._ahead.read
@@ -116,20 +119,20 @@ class Feed:
                 read(self._chunks(form, steps_per_epoch, done, without, repeat=repeat), steady)
             ) as chunks:
                 for chunk in chunks:
-                    self._position = chunk.position
+                    self.handed_out = chunk.position
                     yield chunk
-            self._position = None
+            self.handed_out = None
         except (GeneratorExit, KeyboardInterrupt):
             if keep_place:
                 self._go_back()
             else:
-                self._position = None
+                self.handed_out = None
             raise
 
     def settle(self) -> None:
         """Returns when no thread reads the loader any more, which may then be put elsewhere."""
         self._ahead.wait()
-        self._position = None
+        self.handed_out = None
 
     def repeated(self, form: ChunkSize, *, even: Callable[[ChunkData], bool]) -> Generator[Chunk]:
         """Yields the chunks of one epoch, placed once where it is the same each time.
@@ -195,7 +198,7 @@ class Feed:
             _log.info("the %s loader cannot go back to %s", self._name, dict(position))
             self.loader.set_state(self.loader.get_state())
         else:
-            self._position = None
+            self.handed_out = None
 
     def _chunks(
         self,

@@ -144,7 +144,8 @@ class Feeds:
     def position(self, loader: Loader) -> Mapping[str, Any]:
         """Returns where a loader stood after the last chunk that was handed out of it."""
         feed = self._known(loader)
-        return loader.get_state() if feed is None else feed.position
+        handed_out = None if feed is None else feed.handed_out
+        return loader.get_state() if handed_out is None else handed_out
 
     def settle(self, loader: Loader) -> None:
         """Returns when no thread reads a loader any more, which may then be put elsewhere."""
