@@ -52,6 +52,10 @@ class StateError(DistaffError, ValueError):
     """A train state is incomplete, or lacks the requested field."""
 
 
+class FixedAttributeError(StateError, AttributeError):
+    """An attribute of a trainer was set that is fixed, or that only a run changes."""
+
+
 class MetricError(DistaffError, ValueError):
     """A metric is unknown, or two metrics of one name cannot be merged."""
 

@@ -6,6 +6,7 @@ after the first epoch of a run, which compiles.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,16 +23,15 @@ from line import BATCH, Line
 PACKAGE = f"{Path(distaff.__file__).parent}/"
 STEPS, WINDOW = 12, 4
 
-TODAY = {"step": 22, "window": 34, "evaluation": 24, "save": 32}
-AIM = {"step": 12, "window": 20, "evaluation": 14, "save": 20}
-"""Most files that each enters. `TODAY` is lowered with each of them that needs fewer."""
+MOST = {"step": 12, "window": 20, "evaluation": 14, "save": 20}
+"""Most files that each may enter."""
 
 
 class Ways:
     """What was entered, by what was done."""
 
     def __init__(self) -> None:
-        self.files: dict[str, list[set[str]]] = {name: [] for name in AIM}
+        self.files: dict[str, list[set[str]]] = {name: [] for name in MOST}
         self.entered: set[str] = set()
         self.num_logged = 0
 
@@ -122,10 +122,13 @@ def ways(tmp_path_factory: pytest.TempPathFactory) -> Ways:
     trainer = Watched(callbacks=[Between(ways)], root=root, **options)
     trainer.ways = ways
     before = sys.getprofile()
-    try:
-        result = trainer.train_model(loader, loader, num_epochs=3)
-    finally:
-        sys.setprofile(before)
+    with pytest.MonkeyPatch.context() as patch:
+        # The display is updated by the clock: here with the first step only.
+        patch.setattr("distaff.run.recorder._PROGRESS_SECONDS", math.inf)
+        try:
+            result = trainer.train_model(loader, loader, num_epochs=3)
+        finally:
+            sys.setprofile(before)
     assert result.status == "finished"
     return ways
 
@@ -136,14 +139,7 @@ def test_ways_are_those_of_a_run(ways):
     assert ways.fewest("step") < ways.fewest("window")
 
 
-@pytest.mark.parametrize("name", AIM)
-def test_way_enters_no_more_files_than_it_did(name, ways):
-    entered = ways.fewest(name)
-    assert len(entered) <= TODAY[name], sorted(entered)
-
-
-@pytest.mark.xfail(raises=AssertionError, reason="the books are kept in a tower of classes")
-@pytest.mark.parametrize("name", AIM)
+@pytest.mark.parametrize("name", MOST)
 def test_way_enters_few_files(name, ways):
     entered = ways.fewest(name)
-    assert len(entered) <= AIM[name], sorted(entered)
+    assert len(entered) <= MOST[name], sorted(entered)

@@ -11,7 +11,8 @@ import pytest
 
 from distaff import Callback, TrainerConfig, TrainerModule
 from distaff.core.config.options import Options, at_least, integer, option
-from distaff.errors import ConfigError, StateError
+from distaff.errors import ConfigError, FixedAttributeError, StateError
+from distaff.metrics.monitor import Monitor
 from line import Line, loader, trained
 
 
@@ -35,6 +36,41 @@ def test_variant_refuses_what_is_no_option():
         Line().variant(sead=3)
     with pytest.raises(ConfigError, match="keep_last must be an integer, at least 1; got 0"):
         Line().variant(keep_last=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("optimizer", optax.sgd(0.5)),
+        ("callbacks", ()),
+        ("loggers", []),
+        ("model", None),
+        ("monitor", Monitor("train/loss")),
+        ("init_from", {}),
+        ("config", TrainerConfig()),
+    ],
+)
+def test_description_is_fixed_once_it_has_trained(name, value):
+    trainer = trained(Line, seed=1).trainer
+    with pytest.raises(
+        FixedAttributeError, match=rf"{name} describes a trainer.*trainer\.variant\("
+    ):
+        setattr(trainer, name, value)
+    before = Line()
+    setattr(before, name, value)
+    assert getattr(before, name) is value
+
+
+@pytest.mark.parametrize("name", ["step", "epoch", "best", "best_metrics", "last_run"])
+def test_place_of_a_run_cannot_be_set(name):
+    with pytest.raises(FixedAttributeError, match=f"{name} says where the run.*set trainer.state"):
+        setattr(Line(), name, 3)
+
+
+def test_variant_may_have_another_monitor():
+    trainer = trained(Line, seed=1).trainer
+    other = trainer.variant(monitor="train/loss")
+    assert (other.monitor.name, trainer.monitor.name) == ("train/loss", "val/loss")
 
 
 def test_last_run_is_that_of_the_last_training():

@@ -80,7 +80,7 @@ class JsonlLogger:
     def position(self) -> int:
         """Flushes all lines, and returns the byte offset of the next one."""
         if self._file is not None:
-            if self._held:
+            if self._pending:
                 with explained(self._path):
                     self._append(b"")
             return self._file.seek(0, os.SEEK_END)

@@ -64,20 +64,17 @@ class Evaluator:
         self._call = watch.over(self._run, "the evaluation step", arguments)
         self._call_fused = watch.over(many, "the fused evaluation steps", arguments)
 
-    def __call__(
-        self, state: TrainState, chunks: Iterable[Chunk], may_pad: MayPad | None = None
-    ) -> dict[str, Metric]:
+    def __call__(self, state: TrainState, chunks: Iterable[Chunk]) -> dict[str, Metric]:
         """Returns the metrics over all examples, on the host.
 
         Args:
             state: evaluated, not changed.
             chunks: one pass over a data set.
-            may_pad: of this evaluator and state; None to ask for it.
 
         Raises:
             BatchError: there is no batch.
         """
-        sizes, waiting, total = Sizes(may_pad or self.may_pad(state)), [], None
+        sizes, waiting, total = Sizes(self.may_pad(state)), [], None
         for chunk in chunks:
             waiting.append(self._measure(state, chunk, sizes))
             if len(waiting) == _IN_FLIGHT:

@@ -122,9 +122,10 @@ def epoch_steps(run: Run, loader: Loader) -> Iterator[ChunkEnd]:
                     recorder.observe(event)
                     supervisor.beat("a step", event.step)
                     yield event
+                case WindowEnd(bad=None, breach=None):
+                    recorder.window(event)
                 case WindowEnd():
-                    if event.bad is not None or event.breach is not None:
-                        run.reject(event)
+                    run.reject(event)
                     recorder.window(event)
                 case Pause():
                     run.pause(event)

@@ -69,7 +69,7 @@ class Recorder:
     ) -> None:
         self.workspace, self.plan, self.callbacks = workspace, plan, callbacks
         self.display, self.timers = workspace.display, Timers()
-        workspace.capacity = 1
+        workspace.capacity, workspace.timers = 1, self.timers
         self.state = RunState.beginning(workspace.step, workspace.epoch)
         self.report: Report | None = None
         self.updates_per_step, self.has_begun, self.has_observed = 1, False, False

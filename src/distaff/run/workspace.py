@@ -20,6 +20,7 @@ from distaff.execution.execution import Compiled, Eager, Execution, ExecutionOpt
 from distaff.execution.feed.chunk import Chunk, ChunkSize
 from distaff.execution.feed.feeds import Feeds
 from distaff.execution.placement import like
+from distaff.execution.timers import Timers
 from distaff.optim import evaluation_params, has_evaluation_params
 from distaff.run.directory.protocol import NullRecording, Recording
 from distaff.run.display import Display
@@ -50,6 +51,7 @@ class Workspace:
         table: the model as a table; None where none was made.
         recording: of the next run, or of the last one.
         capacity: batches per program of an evaluation.
+        timers: of the current run, or the last one.
         evaluator: evaluates; there once the trainer is set up.
         plain_step: the training step without a guard, with its metrics in accumulating form.
         measured_step: what a run repeats.
@@ -74,7 +76,7 @@ class Workspace:
         self.display, self.feeds = display, Feeds(self.execution.placement)
         self._options, self.state = options, None
         self.step = self.epoch = 0
-        self.capacity = 1
+        self.capacity, self.timers = 1, Timers()
         self.steps_per_epoch: int | None = None
         self.example_batch: Batch = None
         self.table: RenderableType | None = None

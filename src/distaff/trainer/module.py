@@ -11,11 +11,8 @@ from distaff.callbacks.callbacks import Callbacks
 from distaff.checkpoint.weights import as_init_from
 from distaff.core.config.other_frameworks import ARGUMENTS, spelled
 from distaff.core.typing import Batch, Key, Params
-from distaff.data import (
-    Loader,
-)
-from distaff.errors import LossError, StateError
-from distaff.execution.timers import Timers
+from distaff.data import Loader
+from distaff.errors import LossError
 from distaff.loggers import Logger
 from distaff.loggers.given import as_loggers
 from distaff.metrics import as_json
@@ -38,8 +35,8 @@ from distaff.trainer.overrides import augmentation_of, check_class
 from distaff.trainer.predictor import Predictor
 from distaff.trainer.preparation import Preparation, recording_of
 from distaff.trainer.step_program import StepProgram
-from distaff.trainer.training import Given, Training
-from distaff.trainer.variants import variant_of
+from distaff.trainer.training import Given, Training, not_trained
+from distaff.trainer.variants import check_assignment, variant_of
 
 
 class TrainerModule(Predictor):
@@ -96,8 +93,11 @@ class TrainerModule(Predictor):
             self._tune_process(example_batch)
             self._set_up(example_batch)
 
-    def __getattr__(self, name: str) -> Any:
-        return moved(self, name)
+    __getattr__ = moved
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        check_assignment(self, name, value)
+        super().__setattr__(name, value)
 
     def _set_up(self, example_batch: Batch) -> None:
         Preparation(self, TrainerModule).set_up(example_batch)
@@ -271,13 +271,12 @@ class TrainerModule(Predictor):
             BatchError: the loader is empty.
         """
         here, run = self._workspace, self._run
-        timers = Timers() if run is None else run.recorder.timers
-        with timers.spent("evaluation"):
+        with here.timers.spent("evaluation"):
             state, name = here.evaluation_state(), prefix.rstrip("/") or "evaluate"
             may_pad = here.evaluator.may_pad(state)
             interruptible = iter if run is None else run.interruptible
             with here.chunks(loader, name, may_pad, self.tracker, interruptible) as chunks:
-                metrics = here.evaluator(state, chunks, may_pad)
+                metrics = here.evaluator(state, chunks)
             if not all(metric.is_result for metric in metrics.values()):
                 sanity.check_values(metrics, name, here.told, self.config)
             return metrics_lib.compute(metrics, prefix)
@@ -348,12 +347,10 @@ class TrainerModule(Predictor):
         return None
 
     def variant(self, **changes: Any) -> Self:
-        """Returns an uninitialized copy of this trainer with some arguments changed.
-
-        Attributes of your own class are shared, not copied.
+        """Returns an uninitialized copy with some arguments changed; it shares your own attributes.
 
         Args:
-            **changes: options, `optimizer`, `loggers`, `callbacks` or `init_from`.
+            **changes: options, `optimizer`, `loggers`, `callbacks`, `init_from` or `monitor`.
 
         Raises:
             ConfigError: an argument is unknown or out of range.
@@ -367,13 +364,9 @@ class TrainerModule(Predictor):
         Raises:
             StateError: nothing has been trained yet.
         """
-        run = self._run
-        if run is None or not run.recorder.has_begun:
-            raise StateError(
-                "Checkpoints and metrics are files of a run, and this trainer has not trained yet. "
-                "Call train_model first; for weights of another run, use load_from_checkpoint."
-            )
-        return run
+        if self._run is None or not self._run.recorder.has_begun:
+            raise not_trained()
+        return self._run
 
     @property
     def best(self) -> Best | None:

@@ -6,6 +6,7 @@ from contextlib import closing
 from typing import Any
 
 from distaff.data import as_loader, closing_made, first_to_train, limited, unlimited
+from distaff.errors import StateError
 from distaff.execution.devices import check_one_process
 from distaff.metrics import as_numbers
 from distaff.metrics.monitor import as_monitor
@@ -151,3 +152,11 @@ class Training:
         recorder.show(f"{done.path} is finished: it is loaded, and nothing is trained")
         reason = str(status.get("reason") or "") or "finished before: nothing was trained"
         return recorder.result()._replace(status=str(status["status"]), reason=reason)
+
+
+def not_trained() -> StateError:
+    """Returns the error for a trainer that is asked for its run before it has one."""
+    return StateError(
+        "Checkpoints and metrics are files of a run, and this trainer has not trained yet. "
+        "Call train_model first; for weights of another run, use load_from_checkpoint."
+    )

@@ -26,7 +26,7 @@ def as_trial(trainer: T, *, seed: int) -> T:
         trainer: changed; it may be initialised already.
         seed: of the trial.
     """
-    trainer.config = dataclasses.replace(trainer.config, seed=seed, resume="never")
+    vars(trainer)["config"] = dataclasses.replace(trainer.config, seed=seed, resume="never")
     here = trainer._workspace
     here.explains, here.display = False, NullDisplay()
     if trainer.state is not None:  # its recording was made with what it had been given
@@ -36,7 +36,7 @@ def as_trial(trainer: T, *, seed: int) -> T:
 
 def watch(trainer: TrainerModule, callbacks: Sequence[Callback]) -> None:
     """Adds callbacks to those of a trainer."""
-    trainer.callbacks = Callbacks([*trainer.callbacks.callbacks, *callbacks])
+    vars(trainer)["callbacks"] = Callbacks([*trainer.callbacks.callbacks, *callbacks])
 
 
 def set_up(trainer: TrainerModule, example_batch: Batch) -> None:
