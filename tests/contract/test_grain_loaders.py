@@ -106,7 +106,7 @@ def test_data_loader_with_workers_goes_on_where_it_was():
     resumed.set_state(state)
     assert labels(resumed) == rest
     other = data.as_loader(loaded())
-    with pytest.raises(BatchError, match="Give them the number of workers"):
+    with pytest.raises(BatchError, match="Use the number of workers"):
         other.set_state(state)
 
 

@@ -154,7 +154,7 @@ def test_token_out_of_range_in_a_later_batch_ends_training_and_prediction(value:
     run = tasks.LanguageModel(model, **QUIET)
     with pytest.raises(BatchError, match=rf"A token \('tokens'\).*in batch 3 .*one is {value}"):
         run.train_model(batches, num_epochs=1)
-    with pytest.raises(BatchError, match=rf"Tokens are from 0 to 10.*predict loader.*{value}"):
+    with pytest.raises(BatchError, match=rf"Tokens must be from 0 to 10.*predict loader.*{value}"):
         run.predict(batches)
 
 

@@ -270,7 +270,7 @@ REFUSED = {
     "arrays": refused(
         make_loaders=lambda config: (np.ones((4, 3)), loader(1), None),
         error=distaff.errors.BatchError,
-        complaint="whole data set",
+        complaint="whole dataset",
     ),
     "no trials": refused(num_trials=0, complaint="num_trials"),
     "no epochs": refused(num_epochs=0, complaint="num_epochs"),

@@ -134,7 +134,7 @@ def test_nan_is_missing_in_the_leaves_that_are_named_and_bad_elsewhere():
         train({"x": X, "y": np.where(np.isnan(holes), np.inf, X)}, nan_ok=("y",))
     with pytest.raises(ConfigError, match=r"'z' is not one\. .*Known: 'x', 'y'"):
         train({"x": X, "y": X}, nan_ok=("z",))
-    with pytest.raises(ConfigError, match="nan_ok is a tuple of names"):
+    with pytest.raises(ConfigError, match="nan_ok must be a tuple of leaf names"):
         train({"x": X, "y": X}, nan_ok="y")
 
 

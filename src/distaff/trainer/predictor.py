@@ -85,7 +85,7 @@ class Predictor:
             StateError: a loader reads the state while it is prefetched, or before the state exists.
         """
         state = self._workspace.state
-        check_reader(is_there=state is not None)
+        check_reader(exists=state is not None)
         return state
 
     @state.setter
@@ -95,7 +95,7 @@ class Predictor:
     @property
     def step(self) -> int:
         """Number of completed optimizer updates of the state."""
-        check_reader(is_there=True)
+        check_reader(exists=True)
         return self._workspace.step
 
     @property
