@@ -34,6 +34,7 @@ class Group:
     num_batches: int = 0
 
     def add(self, piece: Piece) -> None:
+        """Adds a piece."""
         self.pieces.append(piece)
         self.length += piece.part.length
 
