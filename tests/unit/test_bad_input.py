@@ -106,7 +106,7 @@ LOSSES = {
     ),
     "metric": loss_case(
         lambda params, batch, ctx: (jnp.ones(4), {"twos": jnp.ones((2, 2))}),
-        *("one entry per example (shape [4, ...])", "'twos' has shape (2, 2)", "metrics.Sum(twos)"),
+        *("one entry per example, [4, ...]", "'twos' has shape (2, 2)", "metrics.Sum(twos)"),
     ),
     "absent": Case(
         lambda: distaff.TrainerModule(nn.Dense(1), enable_progress_bar=False).train_model(
@@ -120,7 +120,7 @@ LOSSES = {
             [BATCH], num_epochs=1
         ),
         LossError,
-        ("Labels are class indices", "float32"),
+        ("Labels must be class indices", "float32"),
     ),
 }
 

@@ -203,7 +203,7 @@ def test_indices_are_integers_and_where_has_their_shape():
 
 @pytest.mark.parametrize("value", [0.5, True, "pad", 2**31])
 def test_ignore_index_is_a_whole_number(value: Any):
-    with pytest.raises(ConfigError, match="ignore_index is a whole number of 32 bits"):
+    with pytest.raises(ConfigError, match="ignore_index must be a 32-bit integer"):
         tasks.Classifier(LOGITS, ignore_index=value)
 
 

@@ -82,8 +82,8 @@ def test_labels_that_are_no_probabilities_may_be_warned_of():
     ("labels", "words"),
     [
         (ONE_HOT[:, :2], r"logits \(8, 3\) and labels \(8, 2\)"),
-        (ONE_HOT.astype(np.int32), r"probabilities, of a float dtype.*got int32 \(8, 3\)\. Cast"),
-        (INDICES.astype(np.float32), r"class indices, of an int dtype.*got float32 \(8,\)"),
+        (ONE_HOT.astype(np.int32), r"probabilities, float.*got int32 \(8, 3\)\. Cast"),
+        (INDICES.astype(np.float32), r"class indices, int.*got float32 \(8,\)"),
         (INDICES[:, None], r"labels \(8, 1\)"),
     ],
 )

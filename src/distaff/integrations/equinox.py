@@ -20,12 +20,12 @@ from distaff.models.adapter import (
     Adapter,
     LayerRow,
     Variables,
+    accepts_collections,
     has_numbers,
     leaf_of,
     nested,
     without_numbers,
 )
-from distaff.models.as_in_linen import applies_collections
 from distaff.models.flags import method_of, mode_flag, parameters, switched
 from distaff.models.layers import Library, Opened, Path, listed_calls
 from distaff.models.randomness import KEY_NAMES, asking_for_key
@@ -93,7 +93,7 @@ class EquinoxModel(Adapter):
         """Makes the variables; the inputs are not needed, since modules know their shapes."""
         return self._read(*(self._call_source(key) if self._is_function else self._made))
 
-    @applies_collections
+    @accepts_collections
     def apply(
         self, variables: Variables, *inputs: Any, train: bool, key: Key | None, **kwargs: Any
     ) -> tuple[Any, Variables]:

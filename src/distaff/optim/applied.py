@@ -21,7 +21,7 @@ class RatesState(NamedTuple):
 
     Attributes:
         count: number of updates, int32 `[]`.
-        rates: rates of the latest update by name, float32 `[]`; before any, those of the first one.
+        rates: rates of the latest (or first) update by name, float32 `[]`.
         inner: the state of the optimizer itself.
     """
 

@@ -24,7 +24,7 @@ _LARGEST_PSNR = 100.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig(TrainerConfig):
-    """The options of an `Autoencoder`, in addition to those of every trainer.
+    """The options of an `Autoencoder`, in addition to `TrainerConfig`.
 
     Args:
         noise: standard deviation of the Gaussian noise added to the model's inputs but not to the

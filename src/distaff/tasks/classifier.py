@@ -36,7 +36,7 @@ _ADVICE = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassifierConfig(TrainerConfig):
-    """The options of a `Classifier`, in addition to those of every trainer.
+    """The options of a `Classifier`, in addition to `TrainerConfig`.
 
     Args:
         ignore_index: a label whose examples are ignored in the loss and metrics, such as -100; None

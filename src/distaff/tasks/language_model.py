@@ -46,7 +46,7 @@ _ADVICE = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LanguageModelConfig(TrainerConfig):
-    """The options of a `LanguageModel`, in addition to those of every trainer.
+    """The options of a `LanguageModel`, in addition to `TrainerConfig`.
 
     Args:
         ignore_index: a token that is not predicted, such as a padding token, or -100; None to

@@ -51,7 +51,7 @@ class GPT(nn.Module):
             tokens: int `[batch, length]`, at most `max_length` long.
             segment_ids: int `[batch, length]`, for rows of several sequences, as from
                 `data.packed`; a token attends only to its own segment. Since positions are
-                relative, the logits equal those of the sequence alone.
+                relative, the logits equal the logits of the sequence alone.
             train: use dropout.
 
         Returns:

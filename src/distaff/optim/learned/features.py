@@ -132,8 +132,8 @@ def parameter_features(
         moments: its averages, including this gradient.
 
     Returns:
-        One array per kind, float32 `[1, ...]` or `[3, ...]`. The other axes are those of the
-        tensor, with length 1 along axes that the feature does not depend on.
+        One array per kind, float32 `[1, ...]` or `[3, ...]`. The other axes are the
+        tensor's, with length 1 along axes that the feature does not depend on.
     """
     momentum, square = moments.momentum, moments.square[None]
     inverse_rms = jax.lax.rsqrt(square + 1e-6)

@@ -92,7 +92,7 @@ def velo(
         accumulate_above: maximum number of updates.
 
     Returns:
-        An optimizer whose state is a `VeloState`, nested in those of accumulation and decay if
+        An optimizer whose state is a `VeloState`, nested in the states of accumulation and decay if
         used. All of it is float32 and int32; updates have the dtype of the gradients.
 
     Raises:

@@ -218,7 +218,7 @@ def prepare_gradients(grads: Params, opt_state: PyTree, whole: Params) -> Params
 
 
 def keep_frozen_statistics(tx: Any, before: PyTree, after: PyTree) -> PyTree:
-    """Returns running statistics after a step, with those of frozen parts as before it."""
+    """Returns running statistics after a step, with frozen parts as before it."""
     keeps = getattr(tx, "keeps", None)
     if keeps is None or jax.tree.structure(before) != jax.tree.structure(after):
         return after
