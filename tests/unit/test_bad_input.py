@@ -307,7 +307,7 @@ OPTIONS = {
         lambda: Regression(nn.Dense), ConfigError, ("not its class", "pass Dense(...) instead")
     ),
     "function": Case(
-        lambda: Regression(len), ConfigError, ("A model is a flax.linen.Module", "builtins")
+        lambda: Regression(len), ConfigError, ("A model must be a flax.linen.Module", "builtins")
     ),
 }
 
