@@ -165,9 +165,7 @@ def test_what_is_no_model_is_refused_by_name():
     with pytest.raises(ConfigError, match="init is a dict, which cannot be called"):
         Functions({}, init)
     model = as_model((init, lambda params, state, x: (x, state)))
-    with pytest.raises(
-        ConfigError, match=r"must return \(params, state\).*it returned a dict"
-    ):
+    with pytest.raises(ConfigError, match=r"must return \(params, state\).*it returned a dict"):
         model.init(KEY, X)
 
 

@@ -200,11 +200,7 @@ def without_numbers(tree: PyTree) -> PyTree:
 
 
 def nested(leaves: Iterable[tuple[str, tuple[str, ...], Any]]) -> Variables:
-    """Returns variables as nested dictionaries.
-
-    Args:
-        leaves: collection, path and array of each leaf.
-    """
+    """Returns variables as nested dictionaries, from collection, path and array of each leaf."""
     collections: dict[str, dict[tuple[str, ...], Any]] = {"params": {}}
     for collection, path, leaf in leaves:
         collections.setdefault(collection, {})[path] = leaf

@@ -89,10 +89,7 @@ def names_mode(names: Iterable[str]) -> bool:
 def switched(name: str, value: Any, train: bool) -> Any:
     """Returns the value of a module's attribute in training or in evaluation.
 
-    Args:
-        name: name of the attribute. One that is not a mode flag keeps its value.
-        value: a bool, or a word such as `"train"` for the name `mode`; others are kept.
-        train: whether the module trains.
+    Only a bool of a name such as `train`, and a word such as `"train"` of the name `mode`, changes.
     """
     plain = _plain(name)
     if isinstance(value, bool) and plain in _TRAIN:
@@ -108,10 +105,8 @@ def switched(name: str, value: Any, train: bool) -> Any:
 def method_of(module: Any, method: Callable[..., Any] | str | None) -> Callable[..., Any]:
     """Returns the callable of a module: the module itself, or one of its methods.
 
-    Args:
-        module: a module with `__call__`, unless a method is named.
-        method: as in `ctx.apply(params, x, method="encode")`: a name, or a function whose first
-            argument is the module; None for the module itself.
+    As in `ctx.apply(params, x, method="encode")`, a method is a name, or a function whose first
+    argument is the module.
     """
     if method is None:
         return module

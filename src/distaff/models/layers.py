@@ -83,10 +83,9 @@ def listed(
 
     Args:
         variables: the model's arrays, or their shapes.
-        kinds: class name of each module, by path.
+        kinds: class name of each module.
         outputs: outputs of called modules in order of call, from `describe`.
-        flops: FLOPs of each module by itself in one evaluation, by path; `()` has those that are
-            not split by module.
+        flops: FLOPs of each module by itself; `()` has those that are not split by module.
     """
     collections = variables.by_collection()
     owners = {path for path, arrays in by_module(collections, {(), *kinds}).items() if arrays}

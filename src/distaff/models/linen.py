@@ -12,7 +12,7 @@ from flax.errors import ModifyScopeVariableError
 
 from distaff.core.typing import Key
 from distaff.models.adapter import LayerRow, Variables, accepts_collections
-from distaff.models.layers import by_module, describe, flops, own_flops
+from distaff.models.layers import Path, describe, flops, listed, own_flops
 from distaff.models.linen_collections import (
     evaluate_dropping_changes,
     is_requested,
@@ -138,32 +138,30 @@ class LinenModel:
         loop's body counts once. Only a module's first call counts as its own; further calls, and a
         module that cannot run apart from its parent, count as part of the caller.
         """
-        rows: dict[tuple[str, ...], tuple[str, str]] = {}
+        kinds: dict[Path, str] = {}
+        outputs_of: dict[Path, str] = {}
 
         def record(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-            is_call, kind = context.method_name == "__call__", type(context.module).__name__
+            path, is_call = context.module.path, context.method_name == "__call__"
             if is_call:
-                rows.setdefault(context.module.path, (kind, ""))
+                kinds[path] = type(context.module).__name__
+                outputs_of.setdefault(path, "")
             outputs = next_call(*args, **kwargs)
             if is_call:
-                rows[context.module.path] = (kind, describe(outputs))
+                outputs_of[path] = describe(outputs)
             return outputs
 
-        def init(key: Key, *inputs: Any) -> Any:
+        def init(key: Key, *inputs: Any) -> Variables:
             with nn.intercept_methods(record):
-                return self.init(key, *inputs).by_collection()
+                return self.init(key, *inputs)
 
         variables = jax.eval_shape(init, key, *inputs)
-        owned = by_module(variables, set(rows))
 
-        def evaluate(variables: Any, key: Key, inputs: tuple[Any, ...]) -> Any:
-            return self.apply(Variables.of(variables), *inputs, train=False, key=key)[0]
+        def evaluate(variables: Variables, key: Key, inputs: tuple[Any, ...]) -> Any:
+            return self.apply(variables, *inputs, train=False, key=key)[0]
 
-        own = _own_flops(set(rows), evaluate, variables, key, inputs)
-        return [
-            LayerRow("/".join(path), kind, output, tuple(owned.get(path, ())), own.get(path))
-            for path, (kind, output) in rows.items()
-        ]
+        own = _own_flops(set(kinds), evaluate, variables, key, inputs)
+        return listed(variables, kinds, outputs_of, own)
 
     def _init(self, key: Key, *inputs: Any) -> Any:
         module = in_mode(self.module, True)
@@ -228,12 +226,12 @@ class LinenModel:
 
 
 def _own_flops(
-    modules: set[tuple[str, ...]], forward: Callable[..., Any], *arguments: Any
-) -> dict[tuple[str, ...], float]:
+    modules: set[Path], forward: Callable[..., Any], *arguments: Any
+) -> dict[Path, float]:
     """Lowers the model and each module alone, and subtracts FLOPs of modules from their callers."""
-    callers: dict[tuple[str, ...], tuple[str, ...]] = {}
-    calls: dict[tuple[str, ...], _Call] = {}
-    active: list[tuple[str, ...]] = [()]
+    callers: dict[Path, Path] = {}
+    calls: dict[Path, _Call] = {}
+    active: list[Path] = [()]
 
     def record(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         path = context.module.path

@@ -20,11 +20,8 @@ def state_collections(collections: Mapping[str, Any], run: Callable[..., Any]) -
     """Returns the collections that carry state from one pass to the next.
 
     Excludes a collection that no pass reads, since modules sow into it, and one that no pass needs
-    or changes, since it is for gradients (`perturb`).
-
-    Args:
-        collections: all collections from `init`.
-        run: `run(collections, train, mutable)` returns the module's result.
+    or changes, since it is for gradients (`perturb`). `run(collections, train, mutable)` returns
+    the module's result.
     """
     kept = dict(collections)
     others = [name for name in collections if name not in ("params", "batch_stats")]
@@ -92,7 +89,7 @@ def evaluate_dropping_changes(
 
     Args:
         call: a function of the collections that may change.
-        collections: all collections. Parameters and running statistics may not change.
+        collections: all collections; parameters and running statistics may not change.
         mutable: the collections to return.
         error: the error that Linen raised when no collection was allowed to change.
         model: name of the model, for errors.

@@ -23,14 +23,10 @@ _SCOPE = re.compile(r"flax.core.scope\.py")
 
 
 def in_mode(module: nn.Module, train: bool) -> nn.Module:
-    """Returns a module with mode fields set, such as `train: bool`, also within configurations.
+    """Returns an unbound module with mode fields set, such as `train: bool`, even nested ones.
 
     An inner module that was created for evaluation stays in it, as a frozen part; fields of Flax's
-    own layers do not change.
-
-    Args:
-        module: an unbound module, which is returned itself if nothing changes.
-        train: whether the module trains.
+    own layers do not change. Without changes, it returns the module itself.
     """
     return _switched(module, train, is_inner=False, known={})
 
@@ -109,16 +105,9 @@ def arguments(
     """Returns the positional and keyword arguments for a method of a module.
 
     A mode flag right after the inputs is passed by position, as `nn.remat` and `nn.jit` need static
-    arguments.
-
-    Args:
-        module: the module.
-        method: as in `module.apply`; None for `__call__`.
-        inputs: passed by position.
-        kwargs: keyword arguments of the caller, which override others.
-        train: whether the module trains.
-        key: random key for a parameter without a default named `rng` or similar.
-        by_position: whether to pass a later flag by position too, with the arguments before it.
+    arguments. `by_position` passes a later flag by position too, with the arguments before it.
+    Keyword arguments of the caller override others; `key` is for a parameter named `rng` or
+    similar.
     """
     name = "__call__" if method is None else method
     function: Any = getattr(type(module), name) if isinstance(name, str) else name

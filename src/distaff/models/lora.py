@@ -112,13 +112,7 @@ class LoraModel:
         return copy
 
     def forward(self, variables: Mapping[str, Any], *inputs: Any, **kwargs: Any) -> Any:
-        """Runs the base's own forward function.
-
-        Args:
-            variables: variables by collection, including `lora_base`.
-            *inputs: passed to the base.
-            **kwargs: passed to the base.
-        """
+        """Runs the base's own forward function, given collections that include `lora_base`."""
         rest = {name: tree for name, tree in variables.items() if name not in ("params", BASE)}
         merged = self.merged(Variables(variables["params"], collections={BASE: variables[BASE]}))
         return self.inner.apply_fn({"params": merged.params, **rest}, *inputs, **kwargs)
@@ -150,7 +144,8 @@ class LoraModel:
         adapters: dict[str, Any] = {}
         for path, leaf in jax.tree.leaves_with_path(params):
             name = leaf_name(path)
-            if self._adapts(name, leaf):
+            is_kernel = leaf.ndim == 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
+            if is_kernel and fnmatch.fnmatchcase(name, self.module.pattern):
                 own = jax.random.fold_in(stream, zlib.crc32(name.encode()))
                 _put(adapters, name.split("/"), self._pair(own, name, leaf))
         if not adapters:
@@ -210,10 +205,6 @@ class LoraModel:
 
         return base._replace(params=jax.tree.map_with_path(merged, base.params))
 
-    def _adapts(self, name: str, leaf: Any) -> bool:
-        is_kernel = leaf.ndim == 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
-        return is_kernel and fnmatch.fnmatchcase(name, self.module.pattern)
-
     def _pair(self, key: Key, name: str, kernel: Any) -> dict[str, jax.Array]:
         rank = self.module.rank
         rows, columns = kernel.shape
@@ -225,11 +216,7 @@ class LoraModel:
 
 
 def rebuild(recorded: Any, cls: Any = None) -> Any:
-    """Rebuilds a model, or a `Lora` and its base, from a record.
-
-    Args:
-        recorded: the record, from `distaff.core.config.encoding.to_json`.
-        cls: class of the model, or of its base.
+    """Rebuilds a model, or a `Lora` with its base of class `cls`, from a record.
 
     Raises:
         CheckpointError: it cannot be rebuilt.

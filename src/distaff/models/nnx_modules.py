@@ -34,12 +34,7 @@ def without_sown(module: nnx.Module) -> nnx.Module:
 
 
 def set_mode(module: nnx.Module, train: bool) -> nnx.Module:
-    """Sets the mode of a module and its submodules, and returns it.
-
-    Args:
-        module: the module, which may be modified.
-        train: whether it trains.
-    """
+    """Sets the mode of a module and its submodules, in place if possible, and returns it."""
     module = nnx.view(
         module, raise_if_not_found=False, deterministic=not train, use_running_average=not train
     )
@@ -57,8 +52,7 @@ def sown_values(state: Any, known: Collection[Any], requested: Any) -> dict[str,
     Args:
         state: state of the module after the pass.
         known: paths of its variables before the pass.
-        requested: the collections to return, as in Linen's `mutable=`, named like the classes of
-            their variables.
+        requested: collections to return, named like the classes of their variables.
     """
     leaves = [
         (type(leaf).__name__, tuple(map(str, path)), leaf.get_value())

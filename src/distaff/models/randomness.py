@@ -32,12 +32,7 @@ class NoKeyError(StateError):
 
 
 def no_key(model: str, what: str = "") -> NoKeyError:
-    """Returns the error for a pass without a key.
-
-    Args:
-        model: name of the model.
-        what: source of the randomness, such as `stream 'dropout'`.
-    """
+    """Returns the error for a pass without a key; `what` is such as `stream 'dropout'`."""
     source = f" from its {what}" if what else ""
     return NoKeyError(
         f"{model} draws random numbers{source}, but this pass has no random key. Create the state "
@@ -48,15 +43,7 @@ def no_key(model: str, what: str = "") -> NoKeyError:
 
 @contextmanager
 def asking_for_key(model: str, is_without: bool) -> Generator[None]:
-    """Converts errors of a model that lacks a key into a `NoKeyError`.
-
-    Args:
-        model: name of the model.
-        is_without: whether it accepts a key but gets none.
-
-    Raises:
-        NoKeyError: the model fails because of a missing key.
-    """
+    """Converts errors of a model that accepts a key, but gets none, into a `NoKeyError`."""
     try:
         yield
     except DistaffError:
@@ -100,7 +87,7 @@ def call_with_streams(
     Args:
         call: a function of the streams by name.
         key: source of the streams, or None.
-        first: streams to start with.
+        first: names of the streams to start with.
         given: streams from the caller.
         model: name of the model, for errors.
 

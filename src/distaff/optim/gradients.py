@@ -13,13 +13,10 @@ from distaff.errors import StateError, leaf_name
 
 
 def check_trainable(params: Params) -> None:
-    """Checks that each parameter is a float or complex array, which JAX can differentiate.
-
-    Args:
-        params: arrays, or their shapes and dtypes.
+    """Checks that JAX can differentiate by each parameter: that its dtype is float or complex.
 
     Raises:
-        StateError: a parameter is not.
+        StateError: a parameter has another dtype.
     """
     for path, leaf in jax.tree.leaves_with_path(params):
         dtype = jax.dtypes.result_type(leaf) if not hasattr(leaf, "dtype") else leaf.dtype

@@ -44,12 +44,7 @@ def _is_alike(old: PyTree, new: PyTree) -> bool:
 
 
 def restart_schedules(old: Any, fresh: Any) -> Any:
-    """Returns an optimizer's state with restarted schedules and kept moments.
-
-    Args:
-        old: the state after training.
-        fresh: a new state of the same optimizer, with the same structure.
-    """
+    """Returns an optimizer's state with the schedules of a fresh one, and the old moments."""
 
     def one(old: Any, fresh: Any) -> Any:
         if not _has_schedule(old):

@@ -39,11 +39,7 @@ def is_finite(value: object) -> bool:
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
-    """Checks the options of an optimizer.
-
-    Args:
-        name: name of a known optimizer.
-        options: values by the name of Optax's argument.
+    """Checks the options of a known optimizer by the name of Optax's argument.
 
     Raises:
         ConfigError: one is unknown, missing, of another type than Optax's default, or out of range.

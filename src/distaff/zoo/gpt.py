@@ -152,15 +152,12 @@ def causal_attention(
         end = min(start + run, length)
         visible = jnp.tril(jnp.ones((1, 1, end - start, end), bool), k=start)
         if segment_ids is not None:
-            visible &= _in_one_segment(segment_ids[:, start:end], segment_ids[:, :end])
+            same_segment = segment_ids[:, start:end, None] == segment_ids[:, None, :end]
+            visible &= same_segment[:, None]
         scores = query[:, :, start:end] @ jnp.swapaxes(key[:, :, :end], 2, 3)
         weights = jax.nn.softmax(jnp.where(visible, floating(scores), -jnp.inf))
         outputs.append(weights.astype(value.dtype) @ value[:, :, :end])
     return jnp.swapaxes(jnp.concatenate(outputs, axis=2), 1, 2)
-
-
-def _in_one_segment(of_queries: jax.Array, of_keys: jax.Array) -> jax.Array:
-    return (of_queries[:, :, None] == of_keys[:, None, :])[:, None]
 
 
 def rotary(x: jax.Array, base: float = 10_000.0) -> jax.Array:

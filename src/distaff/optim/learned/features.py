@@ -203,7 +203,9 @@ def update_loss_averages(
         The averages; and float32 `[9]`, the position of each between its lowest value, -1, and the
         next longer average, 0. It is at most 1, and zero in the first two steps.
     """
-    decays, count = _loss_decays(horizon), averages.count.astype(jnp.float32)
+    halflives = np.logspace(1, np.log10(horizon), _NUM_AVERAGES)
+    decays = np.exp(-1 / halflives).astype(np.float32)
+    count = averages.count.astype(jnp.float32)
     highest = jnp.where(count == 0, loss, (averages.means / (1 - decays ** (count + 1))).max())
     loss = jnp.minimum(jnp.abs(highest) * 2, loss)
     means = averages.means * decays + loss * (1 - decays)
@@ -217,8 +219,3 @@ def update_loss_averages(
     position = jnp.clip(above[:-1] / spread - 1, -1, 1)
     features = jnp.where(averages.count < 2, 0, position)
     return LossAverages(means, lowest, averages.count + 1), features
-
-
-def _loss_decays(horizon: int) -> np.ndarray:
-    halflives = np.logspace(1, np.log10(horizon), _NUM_AVERAGES)
-    return np.exp(-1 / halflives).astype(np.float32)

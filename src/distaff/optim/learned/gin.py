@@ -59,12 +59,9 @@ _ONLY = {
 
 
 def read_settings(text: str) -> VeloSettings:
-    """Returns the settings that a `config.gin` binds, with defaults for the others.
+    """Returns the settings in the text of a `config.gin`, with defaults for missing ones.
 
     Bindings of other names, which belong to meta-training, are ignored, as in the original.
-
-    Args:
-        text: the contents of the file.
 
     Raises:
         CheckpointError: another network than HyperV2 was trained; or a line about it is not a

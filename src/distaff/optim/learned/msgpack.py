@@ -24,9 +24,6 @@ _DTYPES = {name: np.dtype(name).newbyteorder("<") for name in ("float32", "int32
 def read_tree(data: bytes) -> Any:
     """Returns nested dicts with arrays, strings, ints or None at the leaves.
 
-    Args:
-        data: the contents of the file.
-
     Raises:
         CheckpointError: the data hold anything else, end early, or continue after the tree.
     """

@@ -29,17 +29,11 @@ _FILES = {"config.gin": 2**17, "params": 2**27}
 
 
 def read_weights(folder: str | os.PathLike[str]) -> VeloWeights:
-    """Reads a folder with the files `params` and `config.gin`.
+    """Reads VeLO's settings and arrays from a folder with the files `params` and `config.gin`.
 
     Nothing in it is executed or looked up by name. The files must be whole regular files, not
     links, with the names, shapes and dtypes of a HyperV2 network with the settings of `config.gin`,
     and only finite numbers.
-
-    Args:
-        folder: its path; `~` is the home directory.
-
-    Returns:
-        The settings and arrays.
 
     Raises:
         CheckpointError: a file is missing or invalid.

@@ -62,13 +62,7 @@ class Described(optax.GradientTransformationExtraArgs):
 def with_description(
     tx: optax.GradientTransformationExtraArgs, like: Any = None, **facts: Any
 ) -> Any:
-    """Returns an optimizer with a description.
-
-    Args:
-        tx: the optimizer.
-        like: an optimizer whose description to copy, if it has one.
-        **facts: attributes of `Described`.
-    """
+    """Returns an optimizer with facts, attributes of `Described`, by default those from `like`."""
     described = Described(tx.init, tx.update)
     facts = {"rates": getattr(like, "rates", None), "keeps": getattr(like, "keeps", None), **facts}
     for name, value in facts.items():

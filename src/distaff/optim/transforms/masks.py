@@ -59,12 +59,9 @@ def decay_mask(params: Params) -> PyTree:
 def make_decay_mask(
     no_decay: Sequence[str] = (), also_decay: Sequence[str] = ()
 ) -> Callable[[Params], PyTree]:
-    """Returns `decay_mask` with exceptions by the path of a parameter.
+    """Returns `decay_mask` with exceptions: shell patterns for the paths of parameters.
 
-    Args:
-        no_decay: shell patterns of paths to exclude.
-        also_decay: shell patterns of paths to decay although `decay_mask` excludes them; `no_decay`
-            wins.
+    `no_decay` wins over `also_decay`.
     """
     if not no_decay and not also_decay:
         return decay_mask
@@ -82,11 +79,7 @@ def make_decay_mask(
 
 
 def check_patterns(patterns: Mapping[str, Sequence[str]], params: Params) -> None:
-    """Checks that each pattern matches the path of a parameter.
-
-    Args:
-        patterns: patterns by option.
-        params: all parameters of the model.
+    """Checks that each pattern, by option, matches the path of a parameter.
 
     Raises:
         ConfigError: a pattern matches none.
