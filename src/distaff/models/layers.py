@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -120,12 +120,12 @@ class Library(NamedTuple):
     """Library-specific functions for inspecting modules.
 
     Attributes:
-        apart: splits a module into a pytree and a function that rebuilds it.
+        split: splits a module into a pytree and a function that rebuilds it.
         outputs_of: selects the part of a module's result to show.
         calls: number of examples for which one pass calls a module, one by one.
     """
 
-    apart: Callable[[Any], tuple[Any, Callable[[Any], Any]]]
+    split: Callable[[Any], tuple[Any, Callable[[Any], Any]]]
     outputs_of: Callable[[Any], Any] = lambda result: result
     calls: int = 1
 
@@ -160,7 +160,7 @@ def listed_calls(
     training, evaluation = _Calls(library), _Calls(library)
     jax.eval_shape(functools.partial(forward, training, True), variables, key, *inputs)
     whole = flops(functools.partial(forward, evaluation, False), variables, key, *inputs)
-    per_call = {path: flops(*alone) for path, alone in evaluation.alone()}
+    per_call = {path: flops(*call) for path, call in evaluation.calls.items()}
     counts = {path: n if n is None else n * library.calls for path, n in per_call.items()}
     own = own_flops(whole, counts, evaluation.callers)
     return listed(variables, kinds, training.outputs, own)
@@ -172,38 +172,36 @@ class _Calls:
     Attributes:
         outputs: outputs from `describe`, by path in order of call.
         callers: caller of each module.
+        calls: each call as a function of arrays, and the shapes of these.
     """
 
     def __init__(self, library: Library) -> None:
         self._library = library
         self.outputs: dict[Path, str] = {}
         self.callers: dict[Path, Path] = {}
+        self.calls: dict[Path, tuple[Callable[..., Any], Any]] = {}
         self._active: list[Path] = [()]
-        self._calls: dict[Path, tuple[Callable[..., Any], Any]] = {}
 
     @contextmanager
-    def entered(self, path: Path, original: Any, module: Any, given: Any) -> Generator[None]:
+    def record(self, path: Path, original: Any, module: Any, arguments: Any) -> Generator[None]:
         """Records a call; calls within the context have this module as their caller."""
         if path:
             self.callers[path] = self._active[-1]
-            self._calls[path] = _alone(original, self._library.apart(module), given)
+            self.calls[path] = _as_function(original, *self._library.split(module), arguments)
         self.outputs[path] = ""
         self._active.append(path)
         yield
         self._active.pop()
 
-    def left(self, path: Path, outputs: Any) -> None:
+    def record_outputs(self, path: Path, outputs: Any) -> None:
         """Records the outputs of a call."""
         self.outputs[path] = describe(self._library.outputs_of(outputs))
 
-    def alone(self) -> Iterable[tuple[Path, tuple[Callable[..., Any], Any]]]:
-        """Returns each call as a function of arrays, and the shapes of these."""
-        return self._calls.items()
 
-
-def _alone(original: Any, apart: Any, given: Any) -> tuple[Callable[..., Any], Any]:
-    tree, together = apart
-    leaves, structure = jax.tree.flatten((tree, given))
+def _as_function(
+    original: Any, tree: Any, merge: Callable[[Any], Any], arguments: Any
+) -> tuple[Callable[..., Any], Any]:
+    leaves, structure = jax.tree.flatten((tree, arguments))
     shapes = {
         n: jax.ShapeDtypeStruct(x.shape, x.dtype)
         for n, x in enumerate(leaves)
@@ -215,7 +213,7 @@ def _alone(original: Any, apart: Any, given: Any) -> tuple[Callable[..., Any], A
         by_index = {**rest, **arrays}
         ordered = [by_index[n] for n in range(len(by_index))]
         tree, (args, kwargs) = jax.tree.unflatten(structure, ordered)
-        return original(together(tree), *args, **kwargs)
+        return original(merge(tree), *args, **kwargs)
 
     return call, shapes
 
@@ -237,9 +235,9 @@ def _recorded_calls(modules: Mapping[Path, Any], calls: _Calls) -> Generator[Non
             if path in calls.outputs:
                 outputs = original(module, *args, **kwargs)
             else:
-                with calls.entered(path, original, module, (args, kwargs)):
+                with calls.record(path, original, module, (args, kwargs)):
                     outputs = original(module, *args, **kwargs)
-            calls.left(path, outputs)
+            calls.record_outputs(path, outputs)
             return outputs
 
         return call

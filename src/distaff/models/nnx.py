@@ -155,7 +155,7 @@ class NnxModel(Adapter):
             module = self._merge(variables, train, key)
             return Opened(_modules(module), lambda *inputs: _call(module, inputs, {}, train, key))
 
-        return listed_calls(self, opened, key, inputs, Library(_apart))
+        return listed_calls(self, opened, key, inputs, Library(_split))
 
     def _create(self, key: Key) -> nnx.Module:
         source: Any = self._source
@@ -243,7 +243,7 @@ def _collection(leaf: Any) -> str | None:
     return "params" if is_trained else type(leaf).__name__
 
 
-def _apart(module: Any) -> tuple[Any, Callable[[Any], Any]]:
+def _split(module: Any) -> tuple[Any, Callable[[Any], Any]]:
     graph, state = nnx.split(module)
     return state, lambda state: nnx.merge(graph, state)
 
