@@ -166,7 +166,7 @@ def test_a_group_with_a_schedule_that_does_not_fit_the_run_is_refused():
         ({"freeze": True, "learning_rate": 0.0}, r"has \['learning_rate', 'freeze'\]"),
         ({"learning_rate": -1.0}, r"learning_rate of ParamGroup\('\*'\) .* is -1\.0"),
         ({"optimizer": "sgd"}, r"must be an OptimizerConfig or .* is 'sgd'"),
-        ({"optimizer": OptimizerConfig(clip_norm=1.0)}, r"Clipping .*'clip_norm': 1\.0.*Move"),
+        ({"optimizer": OptimizerConfig(clip_norm=1.0)}, r"Clipping, .*'clip_norm': 1\.0.*Move"),
         ({"optimizer": OptimizerConfig(groups=(BIASES_SLOW,))}, r"Clipping, .*'groups'"),
     ],
     ids=str,
