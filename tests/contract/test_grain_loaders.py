@@ -113,7 +113,7 @@ def test_data_loader_with_workers_goes_on_where_it_was():
 @pytest.mark.parametrize("make", [lambda: iter(mapped()), lambda: iter(loaded())])
 def test_iterator_is_refused(make):
     with pytest.raises(
-        BatchError, match=r"iterate anew in each epoch.*rather than iter\(dataset\)"
+        BatchError, match=r"iterable again in each epoch.*rather than iter\(dataset\)"
     ):
         data.as_loader(make())
 

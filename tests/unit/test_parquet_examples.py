@@ -282,7 +282,7 @@ def test_intervals_are_refused(tmp_path):
         (lambda path: data.ParquetExamples(path, []), ConfigError, "at least one column"),
         (lambda path: data.ParquetExamples(path, blocks_in_memory=0), ConfigError, "in_memory"),
         (lambda path: data.ParquetExamples(cut(path)), DataFileError, "not a whole Parquet"),
-        (lambda path: data.ParquetExamples(duplicated(path)), DataFileError, "of its own"),
+        (lambda path: data.ParquetExamples(duplicated(path)), DataFileError, "unique name"),
         (
             lambda path: data.ParquetExamples(write(path, pa.table({"x": [{"a": 1}]}))),
             ConfigError,
