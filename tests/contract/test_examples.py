@@ -239,19 +239,19 @@ def test_position_is_refused_with_other_options(examples, options):
 
     state = make(Blocks()).get_state()
     make(Blocks()).set_state(state)
-    with pytest.raises(BatchError, match="loader like the one that saved it"):
+    with pytest.raises(BatchError, match="loader with the same options and data"):
         make(examples, **options).set_state(state)
 
 
 def test_position_of_another_order_is_refused():
     state = data.from_examples(ROWS, 4, shuffle=True, remainder="keep").get_state()
-    with pytest.raises(BatchError, match="loader like the one that saved it"):
+    with pytest.raises(BatchError, match="loader with the same options and data"):
         data.from_examples(ROWS, 4, remainder="keep").set_state(state)
 
 
 def test_position_is_refused_where_the_blocks_are_others():
     state = data.from_examples(Blocks(), 4, shuffle=True).get_state()
-    with pytest.raises(BatchError, match="loader like the one that saved it"):
+    with pytest.raises(BatchError, match="loader with the same options and data"):
         data.from_examples(Blocks((5, 1, 6, 1, 10)), 4, shuffle=True).set_state(state)
     data.from_examples(Blocks(), 4, shuffle=True).set_state(state)
 
@@ -264,26 +264,26 @@ def test_position_is_refused_where_the_blocks_are_others():
         (
             lambda: data.from_examples(ROWS, 0),
             ConfigError,
-            "batch_size is .* got 0",
+            "batch_size must be .* got 0",
         ),
         (
             lambda: data.from_examples(ROWS, 2.5),
             ConfigError,
-            "batch_size is .* got 2.5",
+            "batch_size must be .* got 2.5",
         ),
         (
             lambda: data.from_examples(ROWS, 4, seed=-1),
             ConfigError,
-            "seed is .* got -1",
+            "seed must be .* got -1",
         ),
         (
             lambda: data.from_examples(ROWS, 4, seed=0.0),
             ConfigError,
-            "seed is .* got 0.0",
+            "seed must be .* got 0.0",
         ),
         (lambda: data.from_examples(Started([0, 20]), 4), BatchError, "there are 23"),
         (lambda: data.from_examples(Started([1, 23]), 4), BatchError, r"\[ 1 23\]"),
-        (lambda: data.from_examples(Started([]), 4), BatchError, "lead from 0"),
+        (lambda: data.from_examples(Started([]), 4), BatchError, "begin with 0"),
         (lambda: data.MappedExamples(iter(ROWS), dict), BatchError, "list_iterator.* list"),
         (lambda: data.from_examples(ROWS, 4, remainder="cut"), ConfigError, "'cut'"),
         (lambda: data.from_examples(ROWS, 24, remainder="drop"), BatchError, "at least one batch"),
@@ -291,7 +291,7 @@ def test_position_is_refused_where_the_blocks_are_others():
         (
             lambda: Blocks(blocks_in_memory=2.0),
             ConfigError,
-            "blocks_in_memory is .* got 2.0",
+            "blocks_in_memory must be .* got 2.0",
         ),
         (lambda: Blocks((0, 0)), BatchError, "at least one example"),
         (lambda: next(iter(data.from_examples([1.0, [2.0]], 2))), BatchError, "one structure"),

@@ -53,7 +53,7 @@ class FileContract(LoaderContract):
         sizes = np.array([path.stat().st_size for path in self.paths], "<i8")
         state = self.make_loader().get_state()
         assert state["fingerprint"] == zlib.crc32(sizes.tobytes())
-        with pytest.raises(BatchError, match="loader like the one that saved it"):
+        with pytest.raises(BatchError, match="loader with the same options and data"):
             self.make_loader().set_state({**state, "fingerprint": 0})
 
     def test_another_process_gets_the_examples_without_their_blocks(self) -> None:

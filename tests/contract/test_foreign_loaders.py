@@ -215,7 +215,7 @@ def test_torch_tensors_of_any_kind_become_arrays():
 def test_torch_loader_that_shuffles_without_a_seed_is_not_gone_on_with():
     loader = data.as_loader(DataLoader(Generator(1)))
     list(islice(loader, 2))
-    with pytest.raises(ChangedBatchesError, match="Seed what shuffles"):
+    with pytest.raises(ChangedBatchesError, match="Seed its shuffling"):
         data.as_loader(DataLoader(Generator(2))).set_state(loader.get_state())
 
 
@@ -260,7 +260,7 @@ def test_state_that_json_does_not_have_is_refused():
 
     loader = data.as_loader(Odd(Generator(0)))
     next(iter(loader))
-    with pytest.raises(TypeError, match="numbers, texts, arrays, lists and dicts; found <object"):
+    with pytest.raises(TypeError, match="numbers, strings, arrays, lists and dicts; got <object"):
         loader.get_state()
 
 
@@ -400,7 +400,7 @@ def test_bad_options_are_refused(kind):
             data.from_datasets(kind(), **options)
     with pytest.raises(ConfigError, match="Unknown remainder 'dropp'"):
         data.from_datasets(kind(), 2, remainder="dropp")
-    with pytest.raises(BatchError, match=r"Of a dict of splits, pass one: dataset\['train'\]"):
+    with pytest.raises(BatchError, match=r"a dict of splits, pass one: dataset\['train'\]"):
         data.from_datasets({"train": kind()}, 2)
 
 

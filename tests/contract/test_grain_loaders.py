@@ -106,14 +106,14 @@ def test_data_loader_with_workers_goes_on_where_it_was():
     resumed.set_state(state)
     assert labels(resumed) == rest
     other = data.as_loader(loaded())
-    with pytest.raises(BatchError, match="Give them the number of workers"):
+    with pytest.raises(BatchError, match="Use the number of workers"):
         other.set_state(state)
 
 
 @pytest.mark.parametrize("make", [lambda: iter(mapped()), lambda: iter(loaded())])
 def test_iterator_is_refused(make):
     with pytest.raises(
-        BatchError, match=r"iterate anew in each epoch.*rather than iter\(dataset\)"
+        BatchError, match=r"iterable again in each epoch.*rather than iter\(dataset\)"
     ):
         data.as_loader(make())
 

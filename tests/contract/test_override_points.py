@@ -399,12 +399,12 @@ def sets_half_a_step(self, train_step, eval_step):
 @pytest.mark.parametrize(
     ("name", "method", "error", "said"),
     [
-        ("init_logger", lambda self: "csv", ConfigError, "a logger, or a list of them; got 'csv'"),
+        ("init_logger", lambda self: "csv", ConfigError, "a list of loggers; got 'csv'"),
         ("create_jitted_functions", sets_nothing, ConfigError, r"self\.train_step is not set"),
         ("create_jitted_functions", sets_half_a_step, LossError, "returns .state, metrics."),
         ("train_epoch", lambda self, train_loader, epoch: None, LossError, "a dict of metrics"),
         ("eval_model", lambda self, loader, prefix="": [1], LossError, "a dict of metrics"),
-        ("init_optimizer", lambda self, total_steps: None, ConfigError, "gives the state its opt"),
+        ("init_optimizer", lambda self, total_steps: None, ConfigError, "must set the optimizer"),
     ],
 )
 def test_override_that_falls_short_is_told_what_is_wrong(name, method, error, said):

@@ -269,10 +269,14 @@ ROW = np.arange(4)
     [
         (lambda: packed(iter([ROW])), BatchError, "have a length"),
         (lambda: packed([ROW], 0), ConfigError, "length must be an integer, at least 1; got 0"),
-        (lambda: packed([ROW], 4.0), ConfigError, "length is .* got 4.0"),
+        (lambda: packed([ROW], 4.0), ConfigError, "length must be .* got 4.0"),
         (lambda: packed([np.array([2**31])]), BatchError, "to 2147483648"),
-        (lambda: packed([(ROW, 1)]), BatchError, "of type tuple, holds what is no array"),
-        (lambda: packed([ROW], open_rows=1), ConfigError, "open_rows is .* at least 2; got 1"),
+        (
+            lambda: packed([(ROW, 1)]),
+            BatchError,
+            "of type tuple, holds a value that is not an array",
+        ),
+        (lambda: packed([ROW], open_rows=1), ConfigError, "open_rows must be .* at least 2; got 1"),
         (lambda: packed([ROW], overlong="splt"), ConfigError, "Did you mean 'split'"),
         (lambda: packed([ROW], 3), BatchError, "at most 3 entries; example 0 has 4"),
         (lambda: packed([ROW], remainder="drop"), BatchError, "fill at least one batch"),
@@ -282,13 +286,13 @@ ROW = np.arange(4)
         (lambda: packed([{"tokens": ROW, "positions": ROW}]), BatchError, r"\['positions'\]"),
         (lambda: packed([{"a": ROW}, {"b": ROW}]), BatchError, "one structure"),
         (lambda: packed([{"a": ROW}, {"a": np.ones((4, 2))}]), BatchError, r"'a' has the shapes"),
-        (lambda: bucketed([ROW], ()), ConfigError, "rising order"),
+        (lambda: bucketed([ROW], ()), ConfigError, "increasing lengths"),
         (lambda: bucketed([ROW], (8, 4)), ConfigError, r"\(8, 4\)"),
         (lambda: bucketed([ROW], batch_size=(1, 2, 3)), ConfigError, r"\(1, 2, 3\) for 2"),
-        (lambda: bucketed([ROW], batch_size=0), ConfigError, "batch_size is .* got 0"),
+        (lambda: bucketed([ROW], batch_size=0), ConfigError, "batch_size must be .* got 0"),
         (lambda: bucketed([ROW], batch_size="2"), ConfigError, "batch_size='2' for 2"),
         (lambda: bucketed([ROW], 4), ConfigError, "got 4"),
-        (lambda: bucketed([ROW], (3.9,)), ConfigError, "each of boundaries is .* got 3.9"),
+        (lambda: bucketed([ROW], (3.9,)), ConfigError, "each of boundaries must be .* got 3.9"),
         (lambda: bucketed([ROW[:3]], pad_value=0.5, batch_size=1), BatchError, "cannot hold 0.5"),
         (lambda: bucketed([ROW[:3]], pad_value=np.nan, batch_size=1), BatchError, "hold nan"),
         (
@@ -315,7 +319,7 @@ def test_position_is_refused_by_a_loader_made_otherwise():
         data.packed(documents(LENGTHS), 10, 2, open_rows=9),
         data.bucketed(documents(LENGTHS), (10,), 2),
     ):
-        with pytest.raises(BatchError, match="loader like the one that saved it"):
+        with pytest.raises(BatchError, match="loader with the same options and data"):
             other.set_state(state)
 
 
@@ -341,7 +345,7 @@ def test_numbers_of_numpy_are_options():
 def test_bucket_that_never_fills_a_batch_is_warned_of():
     documents = [np.arange(3)] * 8 + [np.arange(10)] * 3
     loader = data.bucketed(documents, (4, 16), 4, shuffle=True)
-    with pytest.warns(UserWarning, match="All 3 examples of the bucket of 16"):
+    with pytest.warns(UserWarning, match="omits all 3 examples of the bucket of 16"):
         assert len(list(loader)) == 2
     assert len(list(data.bucketed(documents, (4, 16), (4, 3), shuffle=True))) == 3
 

@@ -259,14 +259,14 @@ def test_manifest_opens_no_file_elsewhere(
     described = json.loads(file.read_text())
     described["files"][name] = {"size": 6, "crc32": 1}
     file.write_text(json.dumps(described))
-    assert "is no file of a checkpoint" in str(CheckpointStore(directory).check(1))
+    assert "cannot be a file of a checkpoint" in str(CheckpointStore(directory).check(1))
 
 
 def test_pieces_larger_than_their_array_are_named(tmp_path: Path, honest: Path) -> None:
     directory = shutil.copytree(honest, tmp_path / "run")
     huge_pieces(directory / "step_00000001")
     describe(directory / "step_00000001")
-    with pytest.raises(CheckpointError, match=r"'x' of shape \[3\] is stored in pieces of \[1099"):
+    with pytest.raises(CheckpointError, match=r"'x' of shape \[3\] is stored in chunks of \[1099"):
         CheckpointStore(directory).load(1, X)
 
 
@@ -289,7 +289,7 @@ def test_huge_json_is_refused_by_its_size(tmp_path: Path, honest: Path, name: st
     directory = shutil.copytree(honest, tmp_path / "run")
     with (directory / "step_00000001" / name).open("ab") as file:
         file.truncate(2**25 + 1)
-    with pytest.raises(CheckpointError, match=f"{name} has 33554433 bytes, and may have 33554432"):
+    with pytest.raises(CheckpointError, match=f"{name} has 33554433 bytes; the limit is 33554432"):
         CheckpointStore(directory).load(1, X)
 
 

@@ -166,7 +166,7 @@ def test_run_goes_on_after_a_failed_save_and_ends_with_the_best_that_was_written
         result = train(trainer)
     texts = [str(warning.message) for warning in warned]
     assert "checkpoints/step_00000008 was not written: [Errno 28]" in texts[0]
-    assert "The newest whole checkpoint is of step 4. Training goes on" in texts[0]
+    assert "The newest whole checkpoint is of step 4. Training continues" in texts[0]
     assert on_disk() == left
     assert (result.status, result.step, result.best.step) == ("finished", 16, best)
     assert result.metrics["val/score"] == scores[best // 4 - 1]

@@ -123,7 +123,7 @@ def snapshot(folder: Path) -> dict[str, Any]:
 def test_before_a_run_there_is_nothing_to_save_or_load(method, tmp_path):
     trainer = make(example_batch=next(iter(loader())))
     arguments = {"save_model": ({}, True), "save_metrics": ("mine", {"x": 1.0})}.get(method, ())
-    with pytest.raises(StateError, match=r"files of a run.*Call train_model first"):
+    with pytest.raises(StateError, match=r"no run yet.*Call train_model first"):
         getattr(trainer, method)(*arguments)
     assert list(tmp_path.iterdir()) == []
 

@@ -132,7 +132,7 @@ def test_autoencoder_refuses_what_it_cannot_compare(model, batch, parts):
 @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf"), "much"])
 @pytest.mark.parametrize("name", ["noise", "data_range"])
 def test_autoencoder_refuses_options_out_of_range(name, value):
-    with pytest.raises(ConfigError, match=rf"{name} is .*finite number.* got {value!r}"):
+    with pytest.raises(ConfigError, match=rf"{name}.* must be .*finite number.* got {value!r}"):
         tasks.Autoencoder(Scaled(), **{name: value})
 
 

@@ -106,7 +106,7 @@ LOSSES = {
     ),
     "metric": loss_case(
         lambda params, batch, ctx: (jnp.ones(4), {"twos": jnp.ones((2, 2))}),
-        *("one entry per example (shape [4, ...])", "'twos' has shape (2, 2)", "metrics.Sum(twos)"),
+        *("one entry per example, [4, ...]", "'twos' has shape (2, 2)", "metrics.Sum(twos)"),
     ),
     "absent": Case(
         lambda: distaff.TrainerModule(nn.Dense(1), enable_progress_bar=False).train_model(
@@ -120,7 +120,7 @@ LOSSES = {
             [BATCH], num_epochs=1
         ),
         LossError,
-        ("Labels are class indices", "float32"),
+        ("Labels must be class indices", "float32"),
     ),
 }
 
@@ -157,7 +157,7 @@ BATCHES = {
     "input": Case(
         lambda: train([{"z": BATCH["x"], "y": BATCH["y"]}] * 2),
         BatchError,
-        ("input is looked for", "holds ['y', 'z']", "Override model_inputs"),
+        ("input must be in the batch", "holds ['y', 'z']", "Override model_inputs"),
     ),
     "arrays": Case(
         lambda: train(BATCH), BatchError, ("train loader must yield batches", "dict", "ArrayLoader")
@@ -235,7 +235,7 @@ VALUES = {
     "used up": Case(
         lambda: train(batches_of_one()),
         BatchError,
-        ("train loader must yield its batches anew in each of 2", "generator", "not its call"),
+        ("train loader must yield its batches again in each of 2", "generator", "not its call"),
     ),
     "used up val": Case(
         lambda: train(None, batches_of_one()), BatchError, ("The val loader must", "only once")
@@ -247,9 +247,9 @@ VALUES = {
             ),
             BatchError,
             (
-                f"of a batch of the {name} loader, 'x' has 1 {found} among 12 values, first in",
+                f"in a batch of the {name} loader, 'x' has 1 {found} among 12 values, first in",
                 "example 2",
-                "Look at how it is read",
+                "Check how it is read",
                 "on_bad_input='warn'",
             ),
         )
@@ -263,17 +263,17 @@ VALUES = {
     "label above": Case(
         lambda: classify([with_value("label", 7)] * 2),
         BatchError,
-        ("class indices from 0 to 2", "reach from 0 to 7", "example 2 is 7", "as many outputs"),
+        ("class indices from 0 to 2", "range from 0 to 7", "example 2 is 7", "one output per"),
     ),
     "label below": Case(
         lambda: classify([CLASSES], [with_value("label", -1)]),
         BatchError,
-        ("of the val loader reach from -1 to 1", "example 2 is -1"),
+        ("of the val loader range from -1 to 1", "example 2 is -1"),
     ),
     "label from one": Case(
         lambda: classify([CLASSES], None, [{**CLASSES, "label": np.array([1, 2, 3, 1])}]),
         BatchError,
-        ("of the test loader reach from 1 to 3", "example 2 is 3", "Subtract 1"),
+        ("of the test loader range from 1 to 3", "example 2 is 3", "Subtract 1"),
     ),
 }
 
@@ -293,21 +293,21 @@ METRICS = {
 OPTIONS = {
     "option": option_case({"log_every_n_step": 3}, "no option 'log_every_n_step'. Did you mean "),
     "argument": option_case({"optimiser": 3}, "no option 'optimiser'. Did you mean 'optimizer'?"),
-    "range": option_case({"keep_last": 0}, "keep_last is", "at least 1", "got 0"),
-    "text": option_case({"log_every_n_steps": "5"}, "log_every_n_steps is", "got '5'"),
+    "range": option_case({"keep_last": 0}, "keep_last must", "at least 1", "got 0"),
+    "text": option_case({"log_every_n_steps": "5"}, "log_every_n_steps must", "got '5'"),
     "fraction": option_case({"check_val_every_n_epoch": 1.5}, "an integer", "got 1.5"),
     "seed": option_case({"seed": "a"}, "seed must be an integer", "got 'a'"),
     "name": option_case({"name": "../up"}, "simple path components", "'../up'", "For example"),
-    "epochs": option_case({"num_epochs": 0}, "num_epochs is", "at least 1", "got 0"),
+    "epochs": option_case({"num_epochs": 0}, "num_epochs must", "at least 1", "got 0"),
     "bool epochs": option_case({"num_epochs": True}, "num_epochs must be an integer", "got True"),
     "half epochs": option_case({"num_epochs": 2.5}, "num_epochs must be an integer", "got 2.5"),
-    "steps": option_case({"steps_per_epoch": 0}, "steps_per_epoch is", "at least 1", "got 0"),
-    "minus": option_case({"steps_per_epoch": -1}, "steps_per_epoch is", "at least 1", "got -1"),
+    "steps": option_case({"steps_per_epoch": 0}, "steps_per_epoch must", "at least 1", "got 0"),
+    "minus": option_case({"steps_per_epoch": -1}, "steps_per_epoch must", "at least 1", "got -1"),
     "class": Case(
         lambda: Regression(nn.Dense), ConfigError, ("not its class", "pass Dense(...) instead")
     ),
     "function": Case(
-        lambda: Regression(len), ConfigError, ("A model is a flax.linen.Module", "builtins")
+        lambda: Regression(len), ConfigError, ("A model must be a flax.linen.Module", "builtins")
     ),
 }
 
@@ -450,7 +450,7 @@ def test_doubles_are_trained_on_as_floats_with_one_warning_that_names_them():
         return jnp.square(ctx.apply(params, batch["x"])[:, 0])
 
     with pytest.warns(
-        UserWarning, match="the train loader, 'x' come as float64, and are trained on as float32"
+        UserWarning, match="the train loader, JAX casts 'x' from float64 to float32"
     ) as caught:
         train([wide] * 3, root=None, loss=loss)
     assert len(caught) == 1

@@ -86,7 +86,9 @@ def test_info_compares_its_file_with_the_manifest(tmp_path: Path) -> None:
         save(store, 1)
     file = tmp_path / "step_00000001" / "_CHECKPOINT_METADATA"
     file.write_text(file.read_text().replace('"epoch": 1', '"epoch": 9'))
-    with pytest.raises(CheckpointError, match="_CHECKPOINT_METADATA is not as it was written"):
+    with pytest.raises(
+        CheckpointError, match="_CHECKPOINT_METADATA has changed since it was written"
+    ):
         store.info(1)
 
 

@@ -105,6 +105,6 @@ def test_model_loads_though_the_newest_checkpoint_is_truncated(caplog, tmp_path)
     expected = Newest.load_from_checkpoint(folders[0])
     np.testing.assert_array_equal(loaded.predict([INPUTS]), expected.predict([INPUTS]))
     assert f"{folders[1]} cannot be read" in caplog.text
-    assert "Step 2 is taken instead" in caplog.text
+    assert "Loading step 2 instead" in caplog.text
     with pytest.raises(CheckpointError, match="step_00000004 cannot be read"):
         Newest.load_from_checkpoint(folders[1])

@@ -326,7 +326,7 @@ def test_same_order_for_all_seeds_is_warned_of(minibatch):
         return Lab.make_loaders(minibatch, 0)
 
     minibatch.make_loaders = same_order
-    with pytest.warns(UserWarning, match="same first batch for the seeds 0 and 1"):
+    with pytest.warns(UserWarning, match="same first batch for seeds 0 and 1"):
         minibatch.compare(seeds=[0, 1])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -337,12 +337,12 @@ def test_same_order_for_all_seeds_is_warned_of(minibatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"optimizers": {}}, "needs optimizers by name"),
+        ({"optimizers": {}}, "optimizers must be a dict"),
         ({"grid": {"sdg": [1e-3]}}, "Did you mean 'sgd'"),
         ({"grid": {}}, r"for 'sgd' it has \[\]"),
         ({"grid": [0.1, 0.1]}, r"for 'sgd' it has \[0.1, 0.1\]"),
         ({"seeds": []}, r"got \[\]"),
-        ({"seeds": [3, 3]}, r"all different; got \[3, 3\]"),
+        ({"seeds": [3, 3]}, r"different integers; got \[3, 3\]"),
         ({"num_epochs": 0}, "num_epochs"),
         (
             {"optimizers": {"x": lambda rate: OptimizerConfig("sgd", warmup_steps=99)}},
@@ -359,7 +359,7 @@ def test_bad_arguments_are_refused_before_the_first_run(minibatch, options, mess
 
 def test_trainer_that_ignores_seed_or_optimizer_is_refused(minibatch):
     cases = {
-        "given the seed 1, and its trainer has the seed 42": {},
+        "called with seed 1, but its trainer has seed 42": {},
         "its trainer has another one": {"seed": 1},
     }
     for message, options in cases.items():

@@ -25,7 +25,7 @@ from distaff.core.config.encoding import to_json
 from distaff.core.names import chosen, imported, module_name, name_of
 from distaff.errors import CheckpointError, ConfigError
 from distaff.models import rebuild
-from distaff.trainer.constructor import constructed, made_again, recorded_options
+from distaff.trainer.constructor import constructed, rebuild_trainer, recorded_options
 from distaff.trainer.plain import LostError, recorded, restored
 from distaff.zoo import MLP
 from scripted import Regression
@@ -159,7 +159,7 @@ def again(trainer: Any, cls: type | None = None, model: Any = None, **changes: A
     record = json.loads(json.dumps(to_json(parts), allow_nan=False))
     cls = cls or type(trainer)
     options = {**recorded_options(cls.Config, record), "enable_progress_bar": False}
-    return made_again(cls, record, model, options, changes)
+    return rebuild_trainer(cls, record, model, options, changes)
 
 
 OPTIONS = {"root": None, "enable_progress_bar": False, "optimizer": OptimizerConfig("sgd")}
@@ -200,7 +200,7 @@ def test_what_a_loaded_trainer_does_without_is_not_asked_for():
         (lambda: Around(nn.Dense(1), MLP((2,)), **OPTIONS), {"teacher": MLP((2,))}),
     ],
 )
-def test_trainer_is_made_again_as_it_was_made(make, attributes):
+def test_trainer_is_rebuild_trainer_as_it_was_made(make, attributes):
     trainer = make()
     made = again(trainer)
     assert {name: getattr(made, name) for name in attributes} == attributes
@@ -221,13 +221,13 @@ def test_what_was_not_recorded_is_named_and_can_be_passed():
 def test_a_run_of_another_class_names_what_is_missing():
     plain = Regression(nn.Dense(1), **OPTIONS)
     assert plain._made_by is None
-    with pytest.raises(CheckpointError, match=r"'weight': the run has not recorded it"):
+    with pytest.raises(CheckpointError, match=r"'weight': it was not recorded"):
         again(plain, Weighted)
     assert again(plain, Weighted, weight=2).weight == 2
     assert type(again(Weighted(nn.Dense(1), 3, **OPTIONS), Regression)) is Regression
 
 
-def test_a_model_is_passed_where_it_cannot_be_made_again():
+def test_a_model_is_passed_where_it_cannot_be_rebuild_trainer():
     trainer = Weighted((lambda key, x: {"w": x[0]}, lambda p, x: p["w"] * x), 0.3, **OPTIONS)
     with pytest.raises(CheckpointError, match="Pass the module itself"):
         again(trainer)

@@ -19,7 +19,7 @@ from distaff import Callback, EarlyStopping, Monitor, OptimizerConfig, StepInfo,
 from distaff.errors import ConfigError, MetricError
 from distaff.loggers import MemoryLogger
 from distaff.metrics.monitor import direction
-from distaff.optim.kept import begun_again, kept_state
+from distaff.optim.kept import kept_state, restart_schedules
 from scripted import Break, InterruptError, Regression
 
 
@@ -206,7 +206,7 @@ def test_states_of_other_forms_or_of_learned_optimizers_are_not_kept():
     injected = optax.inject_hyperparams(optax.adam)(optax.linear_schedule(1.0, 0.0, 9))
     fresh = injected.init(params)
     _, old = injected.update({"w": jnp.ones(2)}, fresh, params)
-    begun = begun_again(old, fresh)
+    begun = restart_schedules(old, fresh)
     assert int(begun.count) == 0
     assert float(begun.hyperparams["learning_rate"]) == 1.0
     assert int(begun.inner_state[0].count) == 1

@@ -97,7 +97,7 @@ HUGE = struct.pack(">2x2B3I", 0x08, 3, 2**32 - 1, 2**32 - 1, 2**32 - 1)
 BAD = {
     "empty": (b"", "an empty file"),
     "short magic": (GOOD[:3], "got 00 00 08"),
-    "first bytes": (b"\1" + GOOD[1:], "first bytes 00 00.*got 01 00 08 02"),
+    "first bytes": (b"\1" + GOOD[1:], "the bytes 00 00.*got 01 00 08 02"),
     "dtype": (b"\0\0\x0a" + GOOD[3:], "08, 09, 0b, 0c, 0d, 0e.*got 00 00 0a 02"),
     "no axes": (b"\0\0\x08\0" + GOOD[4:], "1 to 64 axes; got 0"),
     "many axes": (b"\0\0\x08\x41" + b"\0\0\0\1" * 65 + b"\7", "1 to 64 axes; got 65"),
@@ -189,14 +189,14 @@ def test_mnist_says_where_to_get_the_files(tmp_path):
         assert word in str(refused.value)
     write_mnist(tmp_path / "here", suffix=".gz")
     (tmp_path / "here" / "t10k-labels-idx1-ubyte.gz").unlink()
-    with pytest.raises(DataFileError, match=r"here has no t10k-labels-idx1-ubyte\. Get"):
+    with pytest.raises(DataFileError, match=r"here has no t10k-labels-idx1-ubyte\. Download"):
         data.mnist(tmp_path)
 
 
 def test_mnist_refuses_to_choose_between_folders(tmp_path):
     write_mnist(tmp_path / "fashion")
     write_mnist(tmp_path / "mnist")
-    with pytest.raises(DataFileError, match=r"\['fashion', 'mnist'\].*Give one"):
+    with pytest.raises(DataFileError, match=r"\['fashion', 'mnist'\].*Pass one"):
         data.mnist(tmp_path)
     write_mnist(tmp_path)
     assert len(data.mnist(tmp_path, batch_size=7)[2]) == 1

@@ -211,9 +211,9 @@ def test_distance_is_to_the_nearest_minimum():
 @pytest.mark.parametrize(
     ("landscape", "num_dims", "message"),
     [
-        (BRANIN, 3, "Branin has 2 coordinates, and was given 3"),
-        (ROSENBROCK, 1, "Rosenbrock has at least 2 coordinates, and was given 1"),
-        (MICHALEWICZ, 11, "Michalewicz has 1 to 10 coordinates, and was given 11"),
+        (BRANIN, 3, "Branin has 2 coordinates; got 3"),
+        (ROSENBROCK, 1, "Rosenbrock has at least 2 coordinates; got 1"),
+        (MICHALEWICZ, 11, "Michalewicz has 1 to 10 coordinates; got 11"),
     ],
 )
 def test_other_numbers_of_coordinates_are_refused(landscape, num_dims, message):

@@ -154,7 +154,7 @@ def test_token_out_of_range_in_a_later_batch_ends_training_and_prediction(value:
     run = tasks.LanguageModel(model, **QUIET)
     with pytest.raises(BatchError, match=rf"A token \('tokens'\).*in batch 3 .*one is {value}"):
         run.train_model(batches, num_epochs=1)
-    with pytest.raises(BatchError, match=rf"Tokens are from 0 to 10.*predict loader.*{value}"):
+    with pytest.raises(BatchError, match=rf"Tokens must be from 0 to 10.*predict loader.*{value}"):
         run.predict(batches)
 
 
@@ -203,7 +203,7 @@ def test_indices_are_integers_and_where_has_their_shape():
 
 @pytest.mark.parametrize("value", [0.5, True, "pad", 2**31])
 def test_ignore_index_is_a_whole_number(value: Any):
-    with pytest.raises(ConfigError, match="ignore_index is a whole number of 32 bits"):
+    with pytest.raises(ConfigError, match="ignore_index must be a 32-bit integer"):
         tasks.Classifier(LOGITS, ignore_index=value)
 
 

@@ -262,7 +262,7 @@ def test_validation_set_with_a_bad_name_is_refused(name):
 
 
 def test_dict_of_arrays_is_still_no_loader():
-    with pytest.raises(BatchError, match="looks like the whole data set"):
+    with pytest.raises(BatchError, match="looks like the whole dataset"):
         trainer().train_model(arrays(), ARRAYS, num_epochs=1)
 
 

@@ -200,14 +200,14 @@ def test_language_model_knows_the_limits_of_its_base() -> None:
     [
         ({"rank": 0}, "rank must be an integer"),
         ({"rank": True}, "rank must be an integer"),
-        ({"alpha": 0}, "alpha is a finite positive number"),
-        ({"alpha": float("nan")}, "alpha is a finite positive number"),
-        ({"alpha": True}, "alpha is a finite positive number"),
-        ({"alpha": 10**400}, "alpha is a finite positive number"),
-        ({"module": Lora(MLP)}, "A Lora is of an ordinary model"),
+        ({"alpha": 0}, "alpha must be a finite positive number"),
+        ({"alpha": float("nan")}, "alpha must be a finite positive number"),
+        ({"alpha": True}, "alpha must be a finite positive number"),
+        ({"alpha": 10**400}, "alpha must be a finite positive number"),
+        ({"module": Lora(MLP)}, "must not be a Lora itself"),
         ({"pattern": ".*kernel"}, r"'\.\*kernel' matches none.*Kernels: \['Dense_0/kernel'"),
         ({"pattern": "*bias"}, "matches none"),
-        ({"pattern": None}, "pattern is a str"),
+        ({"pattern": None}, "pattern must be a str"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], complaint: str) -> None:

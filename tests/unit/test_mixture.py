@@ -150,7 +150,7 @@ def test_turns_are_the_callers_own_and_what_is_kept_of_them_is_small():
     first = proportions.turns((3, 1), (0, 0), 4)
     first[:] = 7
     assert proportions.turns((3, 1), (3, 1), 4).tolist() == [0, 0, 1, 0]
-    kept = proportions._round.cache_info().maxsize * proportions._LONGEST_ROUND * first.itemsize
+    kept = proportions._period.cache_info().maxsize * proportions._LONGEST_ROUND * first.itemsize
     assert kept <= 2**22
 
 
@@ -237,7 +237,7 @@ SAME = numbers(0, 4, 2)
 @pytest.mark.parametrize(
     ("loaders", "weights", "options", "complaint"),
     [
-        ({"a": [1]}, {"a": 0}, {}, "that of 'a' is 0. Leave 'a' out"),
+        ({"a": [1]}, {"a": 0}, {}, "that of 'a' is 0. Remove 'a'"),
         ({"a": [1]}, {"a": -1}, {}, "positive, finite number; that of 'a' is -1"),
         ({"a": [1]}, {"a": float("nan")}, {}, "that of 'a' is nan"),
         ({"a": [1]}, {"a": float("inf")}, {}, "that of 'a' is inf"),
@@ -250,7 +250,12 @@ SAME = numbers(0, 4, 2)
         ([[1]], [1], {}, "got list and list"),
         ({"a": SAME, "b": SAME}, {"a": 1, "b": 1}, {}, "'a' and 'b' are the same object"),
         ({"a": SAME}, {"a": 1}, {"by": "batches"}, "Did you mean 'batch'"),
-        ({"a": SAME}, {"a": 1}, {"by": "batch", "batch_size": 2}, "batch_size=2. Give the loaders"),
+        (
+            {"a": SAME},
+            {"a": 1},
+            {"by": "batch", "batch_size": 2},
+            "batch_size=2. Set it in the loaders",
+        ),
         ({"a": SAME}, {"a": 1}, {"batch_size": 0}, "batch_size must be an integer, at least 1"),
         ({"a": SAME}, {"a": 1}, {"num_batches": 2.0}, "num_batches must be an integer"),
     ],
@@ -295,7 +300,7 @@ def test_position_of_another_mixture_is_refused_and_nothing_moves(change):
     loader, same = pair(), pair()
     taken(loader, 2), taken(same, 2)
     before = loader.get_state()
-    with pytest.raises(BatchError, match="a mixture like the one that saved it"):
+    with pytest.raises(BatchError, match="a mixture with the same loaders and options"):
         loader.set_state({**before, **change})
     assert loader.get_state() == before
     loader.set_state(before), same.set_state(before)

@@ -224,9 +224,9 @@ def test_model_that_is_always_in_evaluation_is_warned_about():
     with pytest.warns(ModeWarning) as caught:
         applied(Phase(), True)
     texts = sorted(str(each.message) for each in caught)
-    assert "no dropout layer drops in Phase" in texts[0]
+    assert "dropout is off in Phase" in texts[0]
     assert "'drop'" in texts[0]
-    assert "no running statistics move in Phase" in texts[1]
+    assert "running statistics do not change in Phase" in texts[1]
     assert "ctx.apply(params, x, my_flag=ctx.train)" in texts[0]
     with pytest.warns(ModeWarning) as caught:
         applied(Deaf, True)

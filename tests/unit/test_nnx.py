@@ -281,5 +281,5 @@ class NeedsMore(nnx.Module):
 def test_what_makes_no_module_is_refused():
     with pytest.raises(ConfigError, match=r"pass lambda rngs: NeedsMore\(\.\.\., rngs=rngs\)"):
         as_model(NeedsMore)
-    with pytest.raises(ConfigError, match=r"returns a flax\.nnx\.Module; .* returned dict"):
+    with pytest.raises(ConfigError, match=r"must return a flax\.nnx\.Module; .* returned dict"):
         as_model(lambda rngs: {}).init(KEY, X)

@@ -114,7 +114,7 @@ def test_all_eleven_have_room_and_one_legend(tmp_path):
 @pytest.mark.parametrize(
     ("paths", "message"),
     [
-        ({}, "Booth have the shape .* got none"),
+        ({}, "Booth must have the shape .* got none"),
         ({"Booth": {"sgd": [1, 2]}}, r"got {'sgd': \(2,\)}"),
         ({"Booth": {"sgd": [[1, 2, 3]]}}, r"got {'sgd': \(1, 3\)}"),
     ],

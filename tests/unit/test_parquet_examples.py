@@ -277,12 +277,12 @@ def test_intervals_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("make", "error", "said"),
     [
-        (lambda path: data.ParquetExamples(path.parent / "none"), DataFileError, "is no file"),
+        (lambda path: data.ParquetExamples(path.parent / "none"), DataFileError, "is not a file"),
         (lambda path: data.ParquetExamples(path, ["inn"]), ConfigError, "Did you mean 'int'"),
         (lambda path: data.ParquetExamples(path, []), ConfigError, "at least one column"),
         (lambda path: data.ParquetExamples(path, blocks_in_memory=0), ConfigError, "in_memory"),
         (lambda path: data.ParquetExamples(cut(path)), DataFileError, "not a whole Parquet"),
-        (lambda path: data.ParquetExamples(duplicated(path)), DataFileError, "of its own"),
+        (lambda path: data.ParquetExamples(duplicated(path)), DataFileError, "unique name"),
         (
             lambda path: data.ParquetExamples(write(path, pa.table({"x": [{"a": 1}]}))),
             ConfigError,

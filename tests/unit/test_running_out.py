@@ -28,7 +28,7 @@ def train(loader: Any, num_epochs: int = 1, **options: Any) -> Any:
 
 
 def test_generator_that_runs_dry_says_how_many_batches_came_and_were_needed():
-    with pytest.raises(BatchError, match=r"ran out: it gave 10 batches of 12 that are needed"):
+    with pytest.raises(BatchError, match=r"ran out: it yielded 10 batches of 12 that are needed"):
         train((BATCH for _ in range(10)), 3, steps_per_epoch=4)
     assert train((BATCH for _ in range(10)), 2, steps_per_epoch=4).step == 8
 

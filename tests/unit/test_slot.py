@@ -139,7 +139,7 @@ def test_what_is_offered_adds_nothing_to_the_program_of_who_does_not_take_it():
 )
 def test_optimizer_that_is_offered_too_little_says_what_to_pass(tx, asked):
     state = TrainState.create(params=PARAMS, tx=tx)
-    with pytest.raises(StateError, match=rf"asks for more than grad,.*{asked}.*value=loss, value_"):
+    with pytest.raises(StateError, match=rf"needs more than grad.*{asked}.*value=loss, value_"):
         state.apply_gradients(grads=PARAMS)
 
 
@@ -154,7 +154,7 @@ def test_other_errors_of_an_optimizer_stay_what_they_are():
 
 def test_strict_optimizer_within_a_chain_is_explained_and_works_wrapped():
     clip = optax.clip_by_global_norm(1e6)
-    with pytest.raises(StateError, match=r"does not take 'grad'.*with_known_args"):
+    with pytest.raises(StateError, match=r"does not accept 'grad'.*with_known_args"):
         stepped(optax.chain(clip, SAM))
     assert_close(stepped(optax.chain(clip, with_known_args(SAM))).params, stepped(SAM).params)
 

@@ -56,12 +56,12 @@ def test_labels_in_bfloat16_are_probabilities_though_they_do_not_add_up_to_one()
     [
         (
             2 * ONE_HOT,
-            r"train loader, those of example 0 add up to 2, and the lowest is 0\. Divide",
+            r"train loader, example 0 has the sum 2 and the minimum 0\. Divide",
         ),
-        (ONE_HOT + np.eye(8, 3, dtype=np.float32), "example 0 add up to 2"),
+        (ONE_HOT + np.eye(8, 3, dtype=np.float32), "example 0 has the sum 2"),
         (
             1.5 * ONE_HOT - 0.5 * np.roll(ONE_HOT, 1, axis=1),
-            r"add up to 1, and the lowest is -0\.5",
+            r"has the sum 1 and the minimum -0\.5",
         ),
     ],
 )
@@ -71,7 +71,7 @@ def test_labels_that_are_no_probabilities_are_named(labels, words):
 
 
 def test_labels_that_are_no_probabilities_may_be_warned_of():
-    with pytest.warns(UserWarning, match="add up to 2|one is 2") as caught:
+    with pytest.warns(UserWarning, match="has the sum 2|one is 2") as caught:
         trained(2 * ONE_HOT, on_bad_input="warn")
     loaders = [name for each in caught for name in ("train", "val") if name in str(each.message)]
     # Of each loader once before the run, with the sum, and once from its batches.
@@ -82,8 +82,8 @@ def test_labels_that_are_no_probabilities_may_be_warned_of():
     ("labels", "words"),
     [
         (ONE_HOT[:, :2], r"logits \(8, 3\) and labels \(8, 2\)"),
-        (ONE_HOT.astype(np.int32), r"probabilities, of a float dtype.*got int32 \(8, 3\)\. Cast"),
-        (INDICES.astype(np.float32), r"class indices, of an int dtype.*got float32 \(8,\)"),
+        (ONE_HOT.astype(np.int32), r"probabilities, float.*got int32 \(8, 3\)\. Cast"),
+        (INDICES.astype(np.float32), r"class indices, int.*got float32 \(8,\)"),
         (INDICES[:, None], r"labels \(8, 1\)"),
     ],
 )

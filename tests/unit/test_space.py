@@ -112,7 +112,7 @@ def test_space_reaches_into_dataclasses_and_mappings():
         ({"optimiser.learning_rate": Float(0, 1)}, r"Did you mean 'optimizer'\?"),
         ({"optimizer.options.b2": Float(0.9, 0.99)}, r"'optimizer.options.b2' does not.*'b1'"),
         ({"width.x": Int(1, 2)}, "must end at a value"),
-        ({"width": (1, 2)}, r"a Float, an Int or a Choice.*\(1, 2\)"),
+        ({"width": (1, 2)}, r"to Float, Int or Choice.*\(1, 2\)"),
         ({"optimizer.learning_rate": Float(-1, 1)}, "learning_rate must be.* -1"),
         ({"optimizer.end_fraction": Float(0, 2)}, "end_fraction must be at most 1"),
         ({"optimizer.clip_norm": Float(0, 1)}, "clip_norm must be a finite int or float > 0"),

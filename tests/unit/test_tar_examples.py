@@ -192,26 +192,26 @@ END = bytes(1024)
     ("content", "said"),
     [
         (b"", "without the zeros"),
-        (b"text\n" * 200, "no octal number|right checksum"),
+        (b"text\n" * 200, "not an octal number|wrong checksum"),
         (GOOD, "ends at 1,024 bytes, without the zeros"),
         (GOOD[:800], "the member at 0|without the zeros"),
         (GOOD + header()[:400], "without the zeros"),
         (GOOD + header() + b"1", "ends at"),
-        (GOOD + header()[:-1] + b"x" + bytes(512) + END, "right checksum"),
+        (GOOD + header()[:-1] + b"x" + bytes(512) + END, "wrong checksum"),
         (GOOD + header(size=b"\x80" + b"\xff" * 11) + END, "ends at"),
-        (GOOD + header(size=b"\xff" * 12) + END, "no octal number"),
-        (GOOD + header(size=b"-0000000001") + END, "no octal number"),
+        (GOOD + header(size=b"\xff" * 12) + END, "not an octal number"),
+        (GOOD + header(size=b"-0000000001") + END, "not an octal number"),
         (GOOD + header(size=b"77777777777") + END, "ends at 8,589,936,127"),
-        (GOOD + record(b"size", b"-512") + header() + bytes(512) + END, "no decimal number"),
+        (GOOD + record(b"size", b"-512") + header() + bytes(512) + END, "not a decimal number"),
         (GOOD + record(b"size", b"9" * 60) + header() + bytes(512) + END, "ends at"),
-        (GOOD + header(kind=b"x", size=b"5") + b"9" * 512 + END, "no decimal|damaged"),
+        (GOOD + header(kind=b"x", size=b"5") + b"9" * 512 + END, "not a decimal|damaged"),
         (GOOD + header(kind=b"x", size=b"10000000") + bytes(2**22), "a header has 2,097,152"),
         (GOOD + header(kind=b"S") + bytes(512) + END, "sparse"),
         (GOOD + record(b"GNU.sparse.major", b"1") + header() + bytes(512) + END, "sparse"),
         (GOOD + GOOD + END, "'0' has two files 'cls'"),
-        (GOOD + END + GOOD + END, "ends at 1,024, and more follows.*several files"),
-        (GOOD + END[:512] + GOOD + END, "ends at 1,024, and more follows"),
-        (GOOD + bytes(5 * 2**19) + b"\n", "ends at 1,024, and more follows"),
+        (GOOD + END + GOOD + END, "ends at 1,024, but more data follow.*several files"),
+        (GOOD + END[:512] + GOOD + END, "ends at 1,024, but more data follow"),
+        (GOOD + bytes(5 * 2**19) + b"\n", "ends at 1,024, but more data follow"),
     ],
 )
 def test_hostile_archive_is_refused(tmp_path, content, said):
@@ -289,7 +289,7 @@ scraps = st.binary(max_size=16) | st.sampled_from(
 
 @st.composite
 def archives(draw) -> bytes:
-    """Cuts, and puts scraps into, an archive; half of them have right checksums again."""
+    """Cuts, and puts scraps into, an archive; half of them have wrong checksums again."""
     content = VALID
     for _ in range(draw(st.integers(1, 4))):
         start = draw(st.integers(0, len(content)) | st.integers(0, 12).map(lambda k: 512 * k))

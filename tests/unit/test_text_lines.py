@@ -117,15 +117,15 @@ def test_changed_file_is_noticed(tmp_path, change, said):
 @pytest.mark.parametrize(
     ("make", "error", "said"),
     [
-        (lambda path: data.TextLines(path / "none.txt"), DataFileError, "is no file"),
-        (lambda path: data.TextLines(path), DataFileError, "is no file"),
-        (lambda path: data.TextLines(f"{path}/*.csv"), DataFileError, "fits no file"),
+        (lambda path: data.TextLines(path / "none.txt"), DataFileError, "is not a file"),
+        (lambda path: data.TextLines(path), DataFileError, "is not a file"),
+        (lambda path: data.TextLines(f"{path}/*.csv"), DataFileError, "matches no file"),
         (lambda path: data.TextLines([]), DataFileError, "At least one file"),
         (lambda path: data.TextLines(path / "a.gz"), DataFileError, "gunzip .*a.gz"),
         (lambda path: data.TextLines(path / "a.zst"), DataFileError, "unzstd .*a.zst"),
         (lambda path: data.TextLines(path / "a.bz2"), DataFileError, "bunzip2 .*a.bz2"),
         (lambda path: data.TextLines(path / "b.bz2"), DataFileError, "bunzip2 .*b.bz2"),
-        (lambda path: data.TextLines(path / "pipe"), DataFileError, "is no file"),
+        (lambda path: data.TextLines(path / "pipe"), DataFileError, "is not a file"),
         (lambda path: data.TextLines(path / "a.txt", block_bytes=0), ConfigError, "block_bytes"),
         (lambda path: data.TextLines(path / "a.txt", block_bytes=1e6), ConfigError, "block_bytes"),
         (lambda path: data.TextLines(path / "a.txt", encoding="utf-16"), ConfigError, "utf-16"),
@@ -181,6 +181,6 @@ def test_position_is_refused_where_a_file_has_another_size(tmp_path):
         return data.from_examples(data.MappedExamples(lines, len), 2)
 
     state = make("one\n" * 8).get_state()
-    with pytest.raises(BatchError, match="loader like the one that saved it"):
+    with pytest.raises(BatchError, match="loader with the same options and data"):
         make("four\n" * 8).set_state(state)
     make("one\n" * 8, block_bytes=3).set_state(state)

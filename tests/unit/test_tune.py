@@ -207,7 +207,7 @@ def test_pruned_trial_is_a_normal_end():
         loggers.append(MemoryLogger())
         return trainer(config, loggers=loggers[-1:])
 
-    with pytest.raises(StateError, match=r"none has been trained to its end: 0 pruned, 1 pruned"):
+    with pytest.raises(StateError, match=r"No trial has finished: 0 pruned, 1 pruned"):
         search(make_trainer, num_trials=2, num_epochs=5, pruner=pruners.ThresholdPruner(upper=0.0))
     assert [logger.status for logger in loggers if logger.records] == ["pruned", "pruned"]
     for run in Path("runs/line").iterdir():
@@ -250,11 +250,11 @@ REFUSED = {
         complaint=r"Did you mean 'val/loss'\?",
     ),
     "no trainer": refused(lambda config: nn.Dense(1), complaint="returns a TrainerModule"),
-    "a trainer": refused(Line(nn.Dense(1)), complaint="make_trainer is a function"),
+    "a trainer": refused(Line(nn.Dense(1)), complaint="make_trainer must be a function"),
     "initialised": refused(
-        lambda config: trainer(config, example_batch=next(iter(SAME))), complaint="initialised"
+        lambda config: trainer(config, example_batch=next(iter(SAME))), complaint="initialized"
     ),
-    "same trainer": refused(cache(lambda config: trainer(config)), complaint="initialised"),
+    "same trainer": refused(cache(lambda config: trainer(config)), complaint="initialized"),
     "no root": refused(lambda config: trainer(config, root=None), complaint="Set a root"),
     "never validated": refused(
         lambda config: trainer(config, check_val_every_n_epoch=3), complaint="validate more often"
@@ -270,7 +270,7 @@ REFUSED = {
     "arrays": refused(
         make_loaders=lambda config: (np.ones((4, 3)), loader(1), None),
         error=distaff.errors.BatchError,
-        complaint="whole data set",
+        complaint="whole dataset",
     ),
     "no trials": refused(num_trials=0, complaint="num_trials"),
     "no epochs": refused(num_epochs=0, complaint="num_epochs"),
@@ -440,6 +440,6 @@ def test_trial_whose_loss_is_nan_has_failed_and_the_study_goes_on():
 
 
 def test_trial_whose_metric_is_nan_has_failed():
-    with pytest.raises(NonFiniteError, match=r"best of 1 trials.*each has failed.*\(0 failed\)"):
+    with pytest.raises(NonFiniteError, match=r"All 1 trials failed.*\(0 failed\)"):
         scripted(((float("nan"), float("nan")),), pruner=pruners.NopPruner())
     assert runs() == ["0001"]

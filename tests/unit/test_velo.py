@@ -382,7 +382,7 @@ def test_a_state_without_a_loss_is_told_to_pass_it():
 @pytest.mark.parametrize(
     ("weights", "total_steps", "options", "message"),
     [
-        (WEIGHTS, 0, {}, r"total_steps of VeLO is a whole number, at least 1, and is 0"),
+        (WEIGHTS, 0, {}, r"total_steps of VeLO must be an int >= 1, and is 0"),
         (WEIGHTS, 1.5, {}, r"and is 1\.5"),
         (WEIGHTS, 10, {"accumulate_above": 0}, r"accumulate_above of VeLO .* is 0"),
         (WEIGHTS, 10, {"weight_decay": -1.0}, r"weight_decay must be .* is -1\.0"),
@@ -405,7 +405,10 @@ def test_velo_refuses(weights, total_steps, options, message):
         ({"schedule": "linear"}, r"schedule is 'linear'\. Leave it at its default, 'cosine'"),
         ({"warmup_steps": 3}, r"warmup_steps is 3"),
         ({"end_fraction": 0.5}, r"end_fraction is 0\.5"),
-        ({"groups": (ParamGroup("*", learning_rate=0.1),)}, r"no learning rate .*'\*'.* own"),
+        (
+            {"groups": (ParamGroup("*", learning_rate=0.1),)},
+            r"no learning rate, .*'\*'.*the optimizer of the group",
+        ),
     ],
     ids=str,
 )
@@ -416,7 +419,7 @@ def test_a_config_refuses(fields, message):
 
 def test_a_config_needs_the_number_of_steps_before_it_reads_the_folder():
     config = OptimizerConfig("velo", options={"weights": "/nowhere"})
-    with pytest.raises(ConfigError, match=r"paces itself by the number of steps .* no length"):
+    with pytest.raises(ConfigError, match=r"needs the number of steps .* no length"):
         build_optimizer(config, None)
     with pytest.raises(CheckpointError, match=r"/nowhere/config.gin cannot be read"):
         build_optimizer(config, TOTAL_STEPS)

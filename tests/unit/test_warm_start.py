@@ -228,7 +228,7 @@ def test_a_finite_number_never_becomes_infinite() -> None:
         ({"rename": {"a": r"\1"}}, "template"),
         ({"rename": "a"}, "rename is a dict"),
         ({"rename": {"nothing": "x"}}, "without effect"),
-        ({"rename": {"bias|kernel": "x"}}, "two of one name"),
+        ({"rename": {"bias|kernel": "x"}}, "same name twice"),
         ({"only": "^encoder/(.*)"}, "shell pattern"),
         ({"only": 3}, "shell pattern"),
         ({"missing": "kep"}, "Did you mean 'keep'"),

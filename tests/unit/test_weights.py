@@ -134,7 +134,7 @@ def test_nan_is_missing_in_the_leaves_that_are_named_and_bad_elsewhere():
         train({"x": X, "y": np.where(np.isnan(holes), np.inf, X)}, nan_ok=("y",))
     with pytest.raises(ConfigError, match=r"'z' is not one\. .*Known: 'x', 'y'"):
         train({"x": X, "y": X}, nan_ok=("z",))
-    with pytest.raises(ConfigError, match="nan_ok is a tuple of names"):
+    with pytest.raises(ConfigError, match="nan_ok must be a tuple of leaf names"):
         train({"x": X, "y": X}, nan_ok="y")
 
 
@@ -224,7 +224,7 @@ def test_loss_of_ones_own_may_have_no_weight_in_a_batch():
 
 def test_weights_of_a_wrong_shape_or_kind_are_errors():
     run = task(tasks.Classifier, {"x": X, "y": Y})
-    with pytest.raises(LossError, match=r"of shape \(22,\); got \(22, 1\)"):
+    with pytest.raises(LossError, match=r"shape \(22,\); got \(22, 1\)"):
         run.eval_model([{"x": X, "y": Y, "weight": W[:, None]}])
     with pytest.raises(BatchError, match=r"third item of a tuple.*got int32"):
         run.eval_model([(X, Y, Y)])

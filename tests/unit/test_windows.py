@@ -78,7 +78,7 @@ def test_shuffled_windows_begin_at_every_stride():
         (TEXT, 0, {}, ConfigError, "length=0, stride=0"),
         (TEXT, 4, {"stride": 5}, ConfigError, "length=4, stride=5"),
         (TEXT, 4, {"stride": 0}, ConfigError, "stride=0"),
-        (TEXT, 4, {"batch_size": 0}, ConfigError, "batch_size is .* got 0"),
+        (TEXT, 4, {"batch_size": 0}, ConfigError, "batch_size must be .* got 0"),
     ],
 )
 def test_windows_refuse(windows, text, length, options, error, match):

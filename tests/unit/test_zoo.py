@@ -200,7 +200,7 @@ def test_resnet_refuses_pictures_without_channels():
         ((), (), "at least one stage"),
         ((1, 1), (16,), "one entry for each stage"),
         ((1, 0), (16, 16), "at least one block"),
-        ((1, 1), (16, 8), "must not fall"),
+        ((1, 1), (16, 8), "must not decrease"),
     ],
 )
 def test_resnet_refuses_stages_that_do_not_fit(pictures, blocks, features, complaint):

@@ -1,8 +1,8 @@
 """Augmentation: random changes of pictures on the device, inside the training step.
 
-Each function takes a random key and pictures `[batch, height, width, channels]`, and draws for each
-picture anew. Shapes are static and dtypes are kept, so that all of them run under `jax.jit`. What
-is drawn depends on the key alone; `TrainerModule.augment` is given the key of a step.
+Each function takes a random key and pictures `[batch, height, width, channels]`, and samples
+independently for each picture. Shapes are static and dtypes are preserved, so all functions work
+under `jax.jit`. Samples depend on the key alone; `TrainerModule.augment` gets the key of a step.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Boxes: parts of pictures, at random places, that are cut out."""
+"""Random boxes in pictures, and cutout."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from distaff.core.typing import Key
 
 
 def cutout(key: Key, images: Any, size: int) -> jax.Array:
-    """Sets a square of each picture to zero, which is the mean of normalised pictures.
+    """Sets a random square of each picture to zero, the mean of normalised pictures.
 
-    Its centre is any pixel, so that a part of it may lie outside. Source: DeVries and Taylor,
+    Its centre is any pixel, so a part of it may lie outside. Source: DeVries and Taylor,
     Improved Regularization of Convolutional Neural Networks with Cutout, 2017, arXiv:1708.04552,
     section 3.2.
 
     Args:
         key: a random key, `[]`.
         images: `[batch, height, width, channels]`, of any dtype.
-        size: of a side, in pixels.
+        size: side of the square, in pixels.
 
     Returns:
         The pictures, in the shape and dtype of `images`.
 
     Raises:
-        BatchError: `images` has another number of axes.
-        ConfigError: `size` is no whole number, or less than 1.
+        BatchError: `images` does not have four axes.
+        ConfigError: `size` is not an integer, or less than 1.
     """
     images = as_pictures(images)
     size = whole("size", size)
@@ -39,13 +39,9 @@ def cutout(key: Key, images: Any, size: int) -> jax.Array:
 def boxes(
     key: Key, images: jax.Array, height: jax.Array | int, width: jax.Array | int
 ) -> jax.Array:
-    """Returns the pixels in a box around a pixel of each picture, bool `[batch, h, w, 1]`.
+    """Returns a mask of a box around a random pixel of each picture, bool `[batch, h, w, 1]`.
 
-    Args:
-        key: makes the centres.
-        images: `[batch, h, w, channels]`.
-        height: of each box, int `[batch]` or `[]`.
-        width: likewise.
+    The height and width of the boxes are int `[batch]` or `[]`.
     """
     key_of_rows, key_of_columns = jax.random.split(key)
     rows = _intervals(key_of_rows, len(images), images.shape[1], height)
@@ -54,7 +50,7 @@ def boxes(
 
 
 def _intervals(key: Key, num: int, side: int, length: jax.Array | int) -> jax.Array:
-    """Returns the places in an interval around a random place of a side, bool `[num, side]`."""
+    """Returns masks of intervals around random positions of a side, bool `[num, side]`."""
     start = jax.random.randint(key, (num,), 0, side) - length // 2
     places = jnp.arange(side)[None]
     return (places >= start[:, None]) & (places < (start + length)[:, None])

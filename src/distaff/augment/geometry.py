@@ -1,4 +1,4 @@
-"""Geometry: pictures that are moved or mirrored."""
+"""Random crops and flips."""
 
 from __future__ import annotations
 
@@ -16,23 +16,22 @@ from distaff.errors import ConfigError, nearest
 def random_crop(
     key: Key, images: Any, padding: int = 4, mode: Literal["reflect", "constant"] = "reflect"
 ) -> jax.Array:
-    """Pads each picture on all sides, and cuts a window of its first size out of it.
+    """Pads each picture on all sides, and crops a random window of the original size.
 
-    Each place is as likely as any other; they are `(2 * padding + 1) ** 2`. Source: He et al.,
-    Deep Residual Learning for Image Recognition, 2016, arXiv:1512.03385, section 4.2, which pads
-    with zeros.
+    All `(2 * padding + 1) ** 2` positions are equally likely. Source: He et al., Deep Residual
+    Learning for Image Recognition, 2016, arXiv:1512.03385, section 4.2, which pads with zeros.
 
     Args:
         key: a random key, `[]`.
         images: `[batch, height, width, channels]`, of any dtype.
-        padding: rows and columns on each side; the most that a picture is shifted by.
+        padding: rows and columns on each side, the maximal shift of a picture.
         mode: `"reflect"` mirrors at the border pixels; `"constant"` pads with zeros.
 
     Returns:
         The windows, in the shape and dtype of `images`.
 
     Raises:
-        BatchError: `images` has another number of axes.
+        BatchError: `images` does not have four axes.
         ConfigError: an option is out of range.
 
     >>> random_crop(jax.random.key(0), jnp.ones((2, 8, 8, 1)), padding=2).shape
@@ -52,7 +51,7 @@ def random_crop(
 
 
 def random_flip(key: Key, images: Any) -> jax.Array:
-    """Mirrors each picture with probability 1/2, left to right.
+    """Flips each picture horizontally with probability 1/2.
 
     Args:
         key: a random key, `[]`.
@@ -62,7 +61,7 @@ def random_flip(key: Key, images: Any) -> jax.Array:
         Each picture or its mirror image, in the shape and dtype of `images`.
 
     Raises:
-        BatchError: `images` has another number of axes.
+        BatchError: `images` does not have four axes.
     """
     images = as_pictures(images)
     is_flipped = jax.random.bernoulli(key, shape=(len(images), 1, 1, 1))

@@ -1,4 +1,4 @@
-"""Mixing: examples that are made of two, with labels that say so."""
+"""Mixup and CutMix: mix pairs of examples and their labels."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from distaff.errors import BatchError, ConfigError
 def mixup(key: Key, images: Any, labels: Any, alpha: float = 0.2) -> tuple[jax.Array, jax.Array]:
     """Blends each example with another of the batch: `weight * own + (1 - weight) * other`.
 
-    Each example has a weight of its own, drawn from Beta(alpha, alpha), for its picture and its
-    label. Source: Zhang et al., mixup: Beyond Empirical Risk Minimization, 2018, arXiv:1710.09412,
-    section 2; there a batch has one weight.
+    Each example has its own weight from Beta(alpha, alpha), for both picture and label. Source:
+    Zhang et al., mixup: Beyond Empirical Risk Minimization, 2018, arXiv:1710.09412, section 2,
+    which uses one weight per batch.
 
     Args:
         key: a random key, `[]`.
         images: `[batch, height, width, channels]`, float.
-        labels: the probability of each class, float `[batch, classes]`; of class indices,
+        labels: class probabilities, float `[batch, classes]`; for class indices, use
             `jax.nn.one_hot(labels, num_classes)`.
-        alpha: the greater, the more equal the parts; towards 0 examples stay as they are.
+        alpha: large values mix in equal parts; values near 0 hardly mix.
 
     Returns:
         `(images, labels)`, in their shapes and dtypes.
 
     Raises:
-        BatchError: `images` or `labels` has another form.
+        BatchError: `images` or `labels` has another shape or dtype.
         ConfigError: `alpha` is not a positive, finite number in float32.
 
     >>> labels = jax.nn.one_hot(jnp.array([0, 1, 2]), 3)
@@ -41,39 +41,39 @@ def mixup(key: Key, images: Any, labels: Any, alpha: float = 0.2) -> tuple[jax.A
     True
     """
     images, labels = as_pictures(images, only_floats=True), _probabilities(images, labels)
-    weight, partners = _drawn(key, len(images), alpha)
-    return _blended(images, partners, weight), _blended(labels, partners, weight)
+    weight, partners = _sample_pairs(key, len(images), alpha)
+    return _blend(images, partners, weight), _blend(labels, partners, weight)
 
 
 def cutmix(key: Key, images: Any, labels: Any, alpha: float = 1.0) -> tuple[jax.Array, jax.Array]:
-    """Pastes a box of another example of the batch into each; labels mix by the share of pixels.
+    """Pastes a box of another example into each example; mixes labels by the share of pixels.
 
-    A weight is drawn from Beta(alpha, alpha); the box has the sides of the picture times
-    `sqrt(1 - weight)`, around any pixel, and a part of it may lie outside. Source: Yun et al.,
-    CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features, 2019,
-    arXiv:1905.04899, section 3.1; there a batch has one weight and one box.
+    The sides of the box are those of the picture times `sqrt(1 - weight)`, with a weight from
+    Beta(alpha, alpha). Its centre is any pixel, so a part of it may lie outside. Source: Yun et
+    al., CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features,
+    2019, arXiv:1905.04899, section 3.1, which uses one weight and one box per batch.
 
     Args:
         key: a random key, `[]`.
         images: `[batch, height, width, channels]`, of any dtype.
-        labels: the probability of each class, float `[batch, classes]`; of class indices,
+        labels: class probabilities, float `[batch, classes]`; for class indices, use
             `jax.nn.one_hot(labels, num_classes)`.
-        alpha: with 1, as in the paper, each area of the box is as likely as any other.
+        alpha: with 1, as in the paper, the area of the box is uniform.
 
     Returns:
         `(images, labels)`, in their shapes and dtypes.
 
     Raises:
-        BatchError: `images` or `labels` has another form.
+        BatchError: `images` or `labels` has another shape or dtype.
         ConfigError: `alpha` is not a positive, finite number in float32.
     """
     images, labels = as_pictures(images), _probabilities(images, labels)
     key, key_of_boxes = jax.random.split(key)
-    weight, partners = _drawn(key, len(images), alpha)
+    weight, partners = _sample_pairs(key, len(images), alpha)
     height, width = (jnp.int32(side * jnp.sqrt(1 - weight)) for side in images.shape[1:3])
     pasted = boxes(key_of_boxes, images, height, width)
     kept = 1 - pasted.mean(axis=(1, 2, 3), dtype=jnp.float32)
-    return jnp.where(pasted, images[partners], images), _blended(labels, partners, kept)
+    return jnp.where(pasted, images[partners], images), _blend(labels, partners, kept)
 
 
 def _probabilities(images: Any, labels: Any) -> jax.Array:
@@ -81,27 +81,27 @@ def _probabilities(images: Any, labels: Any) -> jax.Array:
     is_float = jnp.issubdtype(labels.dtype, jnp.floating)
     if labels.ndim != 2 or len(labels) != len(images) or not is_float:
         raise BatchError(
-            "Labels that are mixed are probabilities, float [batch, classes], for images "
-            f"{jnp.shape(images)}; got {labels.dtype} {labels.shape}. Of class indices, write "
+            "Labels to mix must be probabilities, float [batch, classes], for images "
+            f"{jnp.shape(images)}; got {labels.dtype} {labels.shape}. For class indices, use "
             "jax.nn.one_hot(labels, num_classes)."
         )
     return labels
 
 
-def _drawn(key: Key, size: int, alpha: float) -> tuple[jax.Array, jax.Array]:
-    """Returns a weight for each example, and the example that it is mixed with, both `[batch]`."""
+def _sample_pairs(key: Key, size: int, alpha: float) -> tuple[jax.Array, jax.Array]:
+    """Returns the weight and the partner of each example, both `[batch]`."""
     if not is_finite(alpha) or float(alpha) < np.finfo(np.float32).tiny:
         raise ConfigError(
-            f"alpha is a positive, finite number in float32, and is {alpha!r}. Leave the call out "
-            "to mix nothing."
+            f"alpha must be a positive, finite number in float32; got {alpha!r}. To disable "
+            "mixing, remove the call."
         )
     key_of_weights, key_of_partners = jax.random.split(key)
     weights = jax.random.beta(key_of_weights, alpha, alpha, (size,), jnp.float32)
     return weights, jax.random.permutation(key_of_partners, size)
 
 
-def _blended(values: jax.Array, partners: jax.Array, weight: jax.Array) -> jax.Array:
-    """Blends in float32 or wider, so that the parts of narrow floats add up to one."""
+def _blend(values: jax.Array, partners: jax.Array, weight: jax.Array) -> jax.Array:
+    """Blends in at least float32, so that the weights of narrow floats add up to one."""
     wide = values.astype(jnp.float64 if values.dtype == jnp.float64 else jnp.float32)
     weight = weight.reshape(-1, *[1] * (values.ndim - 1)).astype(wide.dtype)
     return (weight * wide + (1 - weight) * wide[partners]).astype(values.dtype)

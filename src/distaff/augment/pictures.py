@@ -1,4 +1,4 @@
-"""What a function is given: pictures, and options that are numbers."""
+"""Checks of the arguments of augmentations."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ _MAX = float(np.finfo(np.float32).max)
 
 
 def as_pictures(images: Any, *, only_floats: bool = False) -> jax.Array:
-    """Returns pictures as a JAX array `[batch, height, width, channels]`.
+    """Converts pictures to a JAX array `[batch, height, width, channels]`.
 
     Raises:
-        BatchError: they have another number of axes, or are no floats where these are needed.
+        BatchError: the pictures do not have four axes, or are not floats, with `only_floats`.
     """
     images = jnp.asarray(images)
     if images.ndim != 4:
         raise BatchError(
-            f"Pictures are [batch, height, width, channels]; got shape {images.shape}. Grey "
+            f"Pictures must be [batch, height, width, channels]; got shape {images.shape}. Grey "
             "pictures need a last axis of length 1: images[..., None]."
         )
     if only_floats and not jnp.issubdtype(images.dtype, jnp.floating):
         raise BatchError(
-            f"Pictures that are blended or coloured are floats; got {images.dtype}. Of bytes, "
-            "write images.astype(jnp.float32) / 255."
+            f"Pictures to blend or recolour must be floats; got {images.dtype}. Convert bytes with "
+            "images.astype(jnp.float32) / 255."
         )
     return images
 
 
 def is_finite(value: Any) -> bool:
-    """Whether an option is a number, neither NaN nor infinite in float32."""
+    """Whether an option is a number that is finite in float32."""
     return abs(as_float(value)) <= _MAX

@@ -1,4 +1,4 @@
-"""Checkpoints: the whole state of a run, written in the background, whole or absent."""
+"""Checkpoints: the complete state of a run, written atomically in the background."""
 
 from distaff.checkpoint.memory import MemoryStore
 from distaff.checkpoint.protocol import NullStore, Store

@@ -1,4 +1,4 @@
-"""The arrays of a checkpoint, as Orbax writes and reads them."""
+"""Reads and writes the arrays of a checkpoint with Orbax."""
 
 from __future__ import annotations
 
@@ -19,21 +19,17 @@ from distaff.core.typing import PyTree
 from distaff.errors import CheckpointError, leaf_name
 
 _EMPTY = "$empty"
-"""The entry beside the arrays that says which of them have no numbers, by name, and their shape."""
+"""The metadata entry with the names and shapes of arrays of size 0, which Orbax cannot store."""
 
 
 def import_early() -> None:
-    """Imports Orbax in the background: it takes a third of what JAX does."""
+    """Imports Orbax in the background: it takes a third of the time of JAX."""
     if "orbax.checkpoint" not in sys.modules:
         threading.Thread(target=_orbax, name="import orbax").start()
 
 
 def as_array(path: tuple[Any, ...], leaf: Any) -> jax.Array | np.ndarray:
-    """Returns a leaf as the array that it is saved as.
-
-    Args:
-        path: where it is in its tree.
-        leaf: an array or a number.
+    """Returns a leaf, an array or a number, as an array.
 
     Raises:
         CheckpointError: it is neither.
@@ -43,19 +39,13 @@ def as_array(path: tuple[Any, ...], leaf: Any) -> jax.Array | np.ndarray:
     if isinstance(leaf, bool | int | float | complex | np.generic):
         return jnp.asarray(leaf)
     raise CheckpointError(
-        f"Every leaf of a checkpoint is an array or a number; {leaf_name(path)!r} is a "
-        f"{type(leaf).__name__}. Put it in `info`, as JSON, or leave it out."
+        f"Every leaf of a checkpoint must be an array or a number; {leaf_name(path)!r} is a "
+        f"{type(leaf).__name__}. Move it to `info`, as JSON, or leave it out."
     )
 
 
 def write(path: Path, arrays: PyTree, info: Mapping[str, Any]) -> None:
-    """Writes a folder that must not exist yet, in a directory that does.
-
-    Args:
-        path: the folder.
-        arrays: on the host or on devices.
-        info: strict JSON.
-    """
+    """Writes arrays and `info`, strict JSON, to a new folder in an existing directory."""
     empty = {
         leaf_name(keys): list(np.shape(leaf))
         for keys, leaf in jax.tree.leaves_with_path(arrays)
@@ -68,50 +58,47 @@ def write(path: Path, arrays: PyTree, info: Mapping[str, Any]) -> None:
 
 
 def read(path: Path, abstract: Mapping[str, PyTree]) -> dict[str, PyTree]:
-    """Returns those arrays of a folder that `abstract` describes.
+    """Returns the arrays of a folder that `abstract` describes.
 
     Args:
         path: the folder.
-        abstract: some of the outermost keys that were saved, with what describes the arrays.
+        abstract: some of the outermost keys that were saved, with arrays or their descriptions.
 
     Raises:
-        ValueError: the arrays are others; the first leaf that differs is named.
-        Exception: whatever Orbax raises where it cannot read the folder.
+        OtherModelError: the arrays differ; names the first leaf that differs.
+        Exception: any exception of Orbax if it cannot read the folder.
     """
     target = jax.tree.map(_with_sharding, dict(abstract))
     stored = metadata(path)
-    asked = {key: stored[key] for key in target if key in stored}
-    # Compared first: what a folder declares is not allocated unless it is what is wanted.
-    difference = first_difference(leaf_forms(asked), leaf_forms(target))
+    requested = {key: stored[key] for key in target if key in stored}
+    # Compared first, so that no memory is allocated for arrays that a folder merely declares.
+    difference = first_difference(leaf_forms(requested), leaf_forms(target))
     if difference is not None:
         raise OtherModelError(difference)
-    for keys, leaf in jax.tree.leaves_with_path(asked):
+    for keys, leaf in jax.tree.leaves_with_path(requested):
         if np.size(leaf):
             _check_chunks(leaf_name(keys), leaf)
     with quiet(), safe(path) as place, _context():
         loaded = _orbax().load(str(place), jax.tree.map(_storable, target))
-    return jax.tree.map(_as_asked, loaded, target)
+    return jax.tree.map(_with_empty, loaded, target)
 
 
 class OtherModelError(ValueError):
-    """A checkpoint holds other arrays than those that are wanted."""
+    """The arrays of a checkpoint do not match the model."""
 
 
 def metadata(path: Path) -> Mapping[str, PyTree]:
-    """Returns what a folder says of its arrays.
-
-    Args:
-        path: the folder.
+    """Returns the metadata of the arrays of a folder.
 
     Raises:
         ValueError: it does not describe a dict of arrays.
-        Exception: whatever Orbax raises where it cannot read the folder.
+        Exception: any exception of Orbax if it cannot read the folder.
     """
     with quiet(), safe(path) as place:
         described = _orbax().metadata(str(place))
     stored = described.metadata
     if not isinstance(stored, Mapping):
-        raise ValueError(f"it holds no dict of arrays, but {type(stored).__name__}")
+        raise ValueError(f"it holds {type(stored).__name__} instead of a dict of arrays")
     empty = dict(described.custom_metadata or {}).get(_EMPTY)
     if isinstance(empty, Mapping):
         return jax.tree.map_with_path(lambda keys, leaf: _or_empty(keys, leaf, empty), stored)
@@ -119,11 +106,7 @@ def metadata(path: Path) -> Mapping[str, PyTree]:
 
 
 def damage(path: Path) -> str | None:
-    """Returns what is wrong with what a folder says of its arrays, None where nothing is.
-
-    Args:
-        path: the folder.
-    """
+    """Returns what is wrong with the metadata of a folder's arrays; None if nothing is."""
     try:
         metadata(path)
     except Exception as error:
@@ -132,13 +115,13 @@ def damage(path: Path) -> str | None:
 
 
 def _or_empty(keys: tuple[Any, ...], leaf: Any, empty: Mapping[str, Any]) -> Any:
-    """Returns what a folder says of a leaf, or the shape of one without numbers."""
+    """Returns the metadata of a leaf, or the shape of an empty one."""
     shape = empty.get(leaf_name(keys))
     return leaf if shape is None else jax.ShapeDtypeStruct(tuple(map(int, shape)), leaf.dtype)
 
 
 def _storable(leaf: Any) -> Any:
-    """Returns a leaf, or one number in the place of an array without any, which Orbax refuses."""
+    """Returns a leaf, or a placeholder of size 1 for an empty array, which Orbax cannot store."""
     if np.size(leaf):
         return leaf
     if isinstance(leaf, jax.ShapeDtypeStruct):
@@ -146,7 +129,8 @@ def _storable(leaf: Any) -> Any:
     return np.zeros((1,), leaf.dtype)
 
 
-def _as_asked(loaded: Any, target: Any) -> Any:
+def _with_empty(loaded: Any, target: Any) -> Any:
+    """Returns a loaded leaf, or an empty array if the target is empty."""
     if np.size(target):
         return loaded
     if isinstance(target, np.ndarray):
@@ -155,46 +139,46 @@ def _as_asked(loaded: Any, target: Any) -> Any:
 
 
 def check_readable(path: Path, arrays: Mapping[str, PyTree]) -> None:
-    """Reads back what was just written: the forms of all arrays, and the smallest member's values.
+    """Reads back the metadata of all arrays, and the values of the smallest member.
 
     Args:
         path: the folder.
-        arrays: what was written.
+        arrays: the arrays that were written.
 
     Raises:
-        ValueError: something else is read.
-        Exception: whatever Orbax raises where it cannot read the folder.
+        ValueError: the folder holds something else.
+        Exception: any exception of Orbax if it cannot read the folder.
     """
     difference = first_difference(leaf_forms(metadata(path)), leaf_forms(arrays))
     if difference is not None:
-        raise ValueError(f"what was written is not what is read. {difference}")
+        raise ValueError(f"reading it back gives other arrays. {difference}")
     sizes = {name: _num_bytes(tree) for name, tree in arrays.items()}
     for name in sorted((name for name in sizes if sizes[name]), key=sizes.__getitem__)[:1]:
         found = read(path, {name: arrays[name]})[name]
         same = jax.tree.map(lambda a, b: a.tobytes() == b.tobytes(), found, arrays[name])
         if not jax.tree.all(same):
-            raise ValueError(f"{name!r} is read with other values than were written")
+            raise ValueError(f"reading {name!r} back gives other values")
 
 
 def _num_bytes(tree: PyTree) -> int:
-    """Returns the size of a tree on the host; 0 where a leaf is elsewhere."""
+    """Returns the size of a tree on the host; 0 if a leaf is on a device."""
     leaves = jax.tree.leaves(tree)
     on_host = all(isinstance(leaf, np.ndarray) for leaf in leaves)
     return sum(leaf.nbytes for leaf in leaves) if on_host else 0
 
 
 def _check_chunks(name: str, leaf: Any) -> None:
-    """Refuses an array whose pieces are larger than itself: each is decoded as a whole."""
+    """Raises if the chunks of an array are larger than the array: each is decoded as a whole."""
     storage = getattr(leaf, "storage_metadata", None)
     chunks = getattr(storage, "chunk_shape", None) or ()
     if any(chunk > max(size, 1) for chunk, size in zip(chunks, leaf.shape, strict=True)):
         raise ValueError(
-            f"the leaf {name!r} of shape {list(leaf.shape)} is stored in pieces of {list(chunks)}"
+            f"the leaf {name!r} of shape {list(leaf.shape)} is stored in chunks of {list(chunks)}"
         )
 
 
 def _with_sharding(leaf: Any) -> Any:
-    """Returns what Orbax needs to place a leaf, whatever devices it was saved from."""
+    """Returns a leaf with the sharding to load it with, whatever devices it was saved from."""
     if isinstance(leaf, np.ndarray):
         return leaf
     if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
@@ -204,7 +188,7 @@ def _with_sharding(leaf: Any) -> Any:
 
 
 def _orbax() -> Any:
-    """Returns Orbax's API, which a run can begin without."""
+    """Imports Orbax on first use."""
     with quiet():
         from orbax.checkpoint import v1
     return v1
@@ -212,8 +196,8 @@ def _orbax() -> Any:
 
 def _context() -> Any:
     context = _orbax().Context()
-    # The keys that `abstract` leaves out stay on disk. What is missing, we have named before.
+    # Keys that are not in `abstract` stay on disk. `read` has checked for missing ones.
     context.pytree.loading.partial_load = True
-    # In the background, a folder that cannot be made leaves Orbax's other threads waiting for it.
+    # If a folder cannot be created in the background, Orbax's other threads wait for it forever.
     context.asynchronous.create_directories_asynchronously = False
     return context

@@ -1,4 +1,4 @@
-"""What a checkpoint holds against what a model needs, leaf by leaf."""
+"""Compares the arrays of a checkpoint with the arrays of a model."""
 
 from __future__ import annotations
 
@@ -12,26 +12,18 @@ from distaff.errors import leaf_name
 
 
 def leaf_forms(tree: PyTree) -> dict[str, str]:
-    """Returns dtype and shape of every leaf under its path.
+    """Returns dtype and shape of every leaf by path, as `{"Dense_0/kernel": "float32[64, 10]"}`.
 
     A typed random key counts as the integers that it is stored as.
 
     Args:
-        tree: a tree of arrays, of `jax.ShapeDtypeStruct`, or of stored leaf metadata.
-
-    Returns:
-        Such as `{"params/Dense_0/kernel": "float32[64, 10]", "rng": "uint32[2]"}`.
+        tree: a tree of arrays, `jax.ShapeDtypeStruct` or stored leaf metadata.
     """
     return {leaf_name(path): _form(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def first_difference(stored: Mapping[str, str], expected: Mapping[str, str]) -> str | None:
-    """Returns a sentence on the first leaf that differs, None where all agree.
-
-    Args:
-        stored: the leaf forms of the checkpoint.
-        expected: the leaf forms of the model.
-    """
+    """Returns a sentence on the first leaf that differs between checkpoint and model, or None."""
     for name, form in expected.items():
         if name not in stored:
             return f"The leaf {name!r} ({form} in the model) is missing in the checkpoint."
@@ -39,9 +31,7 @@ def first_difference(stored: Mapping[str, str], expected: Mapping[str, str]) -> 
             return f"The leaf {name!r} is {stored[name]} in the checkpoint, {form} in the model."
     for name, form in stored.items():
         if name not in expected:
-            return (
-                f"The leaf {name!r} ({form} in the checkpoint) is unexpected: the model has none."
-            )
+            return f"The leaf {name!r} ({form} in the checkpoint) is unexpected: not in the model."
     return None
 
 

@@ -1,4 +1,4 @@
-"""The names that checkpoints have on disk, and what a save that was cut short leaves there."""
+"""Checkpoint folders: names, atomic replacement, and cleanup after killed processes."""
 
 from __future__ import annotations
 
@@ -21,10 +21,7 @@ _DIRECTORY_MODE = 0o775  # never writable by everybody, whatever the umask
 
 
 def name_of(step: int) -> str:
-    """Returns the name of a checkpoint's folder.
-
-    Args:
-        step: completed optimizer updates.
+    """Returns the folder name of a checkpoint.
 
     >>> name_of(1200)
     'step_00001200'
@@ -33,32 +30,23 @@ def name_of(step: int) -> str:
 
 
 def step_of(folder: Path) -> int | None:
-    """Returns the step of a whole checkpoint, None for any other folder or file.
-
-    Args:
-        folder: a path that need not exist.
-    """
+    """Returns the step of a complete checkpoint; None for any other path."""
     name = _WHOLE.fullmatch(folder.name)
     is_named = name and name_of(int(name[1])) == folder.name and not folder.is_symlink()
     return int(name[1]) if name and is_named and is_whole(folder) else None
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a folder, of any name, is a checkpoint that was written to its end.
-
-    Args:
-        folder: a path that need not exist.
-    """
+    """Returns whether a path is a complete checkpoint, under any name."""
     return (folder / _COMMIT_MARKER).is_file()
 
 
 def steps_in(directory: Path, known: set[tuple[str, int]] | None = None) -> tuple[int, ...]:
-    """Returns the steps that have a folder which looks whole, ascending.
+    """Returns the steps of the folders that look complete, ascending.
 
     Args:
         directory: a path that need not exist.
-        known: name and inode of the folders that were found to be whole, which are not looked at
-            again; what is found is added.
+        known: a cache of complete folders by name and inode, which is updated.
     """
     known = set() if known is None else known
     try:
@@ -74,14 +62,7 @@ def steps_in(directory: Path, known: set[tuple[str, int]] | None = None) -> tupl
 
 
 def make(directory: Path) -> None:
-    """Makes a directory, and those above it, unless it is there.
-
-    Args:
-        directory: its path.
-
-    Raises:
-        OSError: it cannot be made.
-    """
+    """Creates a directory and its parents if they do not exist; raises OSError on failure."""
     for missing in reversed(
         [path for path in (directory, *directory.parents) if not path.exists()]
     ):
@@ -91,98 +72,66 @@ def make(directory: Path) -> None:
 
 
 def remove_leftovers(directory: Path) -> bool:
-    """Removes what killed saves and removals have left; no other process may be writing here.
-
-    Args:
-        directory: where the checkpoints are.
+    """Removes the leftovers of killed saves and removals; no other process may be writing here.
 
     Returns:
-        Whether nothing is left. What cannot be removed is logged: it is no reason to end a run.
+        Whether nothing is left. Failures are logged: they do not end a run.
     """
     left = [entry for entry in directory.iterdir() if _LEFT.fullmatch(entry.name)]
     ours = [entry for entry in left if entry.is_dir() and not entry.is_symlink()]
-    staying = [entry for entry in ours if not _is_removed(entry)]
-    return not staying
+    remaining = [entry for entry in ours if not _is_removed(entry)]
+    return not remaining
 
 
 def remove(folder: Path) -> bool:
-    """Removes a checkpoint.
+    """Removes a complete checkpoint; returns whether it is gone, and logs a failure.
 
-    Renamed first: a process killed while it removes files must not leave half a checkpoint under
-    the name of a whole one.
-
-    Args:
-        folder: a whole checkpoint.
-
-    Returns:
-        Whether it is gone; else the reason is logged.
+    It is renamed first: a process killed during the removal must not leave a partial checkpoint
+    under the name of a complete one.
     """
     try:
         folder = folder.rename(folder.with_suffix(EXPIRED))
-    except FileNotFoundError:  # somebody else has removed it
+    except FileNotFoundError:  # another process has removed it
         return True
     except OSError as error:
-        _log.warning("a checkpoint that is no longer needed stays: %s", error)
+        _log.warning("cannot remove an expired checkpoint: %s", error)
         return False
     return _is_removed(folder)
 
 
 def put_in_place(new: Path, folder: Path, *, is_damaged: bool) -> None:
-    """Gives a new checkpoint its name.
+    """Renames a complete checkpoint to its final name; raises OSError on failure.
 
     Args:
-        new: one that is whole, elsewhere.
-        folder: its name. A whole checkpoint that has it is replaced: the new one has more to tell.
-        is_damaged: whether the checkpoint that has it is damaged; it is then set aside.
-
-    Raises:
-        OSError: it cannot be renamed.
+        new: the complete checkpoint, under another name.
+        folder: its final name; a complete checkpoint of that name is replaced.
+        is_damaged: whether an existing checkpoint of that name is damaged; it is then set aside.
     """
     if step_of(folder) is not None and not is_damaged:
-        replace(folder, new)
+        # One of the two is always on disk; see `restore_replaced`.
+        old = folder.rename(folder.with_suffix(REPLACED))
+        new.rename(folder)
+        _is_removed(old)
         return
     if is_damaged and folder.exists():
-        _log.warning("the damaged checkpoint %s is %s", folder, set_aside(folder))
+        _log.warning("moved the damaged checkpoint %s to %s", folder, set_aside(folder))
     new.rename(folder)
-
-
-def replace(folder: Path, new: Path) -> None:
-    """Puts a checkpoint in the place of another; one of the two is there whatever happens.
-
-    Args:
-        folder: a whole checkpoint.
-        new: one that is whole, elsewhere.
-
-    Raises:
-        OSError: it cannot be renamed.
-    """
-    old = folder.rename(folder.with_suffix(REPLACED))
-    new.rename(folder)
-    _is_removed(old)
 
 
 def restore_replaced(directory: Path) -> None:
-    """Gives checkpoints their names back whose replacement was cut short.
-
-    Args:
-        directory: where the checkpoints are; it need not exist.
-    """
+    """Restores checkpoints whose replacement was interrupted; the directory need not exist."""
     for old in directory.glob(f"step_*{REPLACED}"):
         folder = old.with_suffix("")
         if not old.is_symlink() and not folder.exists():
-            _log.warning("the checkpoint %s is there again: its replacement was cut short", folder)
+            _log.warning("restored the checkpoint %s: its replacement was interrupted", folder)
             old.rename(folder)
 
 
 def set_aside(folder: Path, suffix: str = DAMAGED) -> Path:
-    """Renames a checkpoint, so that its step can be saved again; nothing is removed.
-
-    Args:
-        folder: a checkpoint.
-        suffix: what tells why.
+    """Renames a checkpoint, so that its step can be saved again.
 
     Returns:
-        Where it is now.
+        The new path: the old one with `suffix`, and a number if that name exists.
 
     Raises:
         OSError: it cannot be renamed.
@@ -192,26 +141,17 @@ def set_aside(folder: Path, suffix: str = DAMAGED) -> Path:
 
 
 def abandon_after(directory: Path, step: int) -> None:
-    """Puts the checkpoints of later steps aside.
-
-    Args:
-        directory: where the checkpoints are.
-        step: completed optimizer updates.
-    """
+    """Sets the checkpoints of later steps aside."""
     for later in steps_in(directory):
         if later > step:
             path = set_aside(directory / name_of(later), ABANDONED)
-            _log.warning("the checkpoint of step %d is now %s", later, path)
+            _log.warning("moved the checkpoint of step %d to %s", later, path)
 
 
 def content(directory: Path) -> str:
-    """Returns half a sentence on what is there where a checkpoint was looked for.
-
-    Args:
-        directory: a path that need not exist.
-    """
+    """Returns a clause, for an error, on the content of a directory without checkpoints."""
     if not directory.is_dir():
-        return "is no directory" if directory.exists() else "does not exist"
+        return "is not a directory" if directory.exists() else "does not exist"
     names = sorted(entry.name for entry in directory.iterdir())
     return f"holds {', '.join(names[:10]) or 'nothing'}{', ...' if names[10:] else ''}"
 
@@ -220,6 +160,6 @@ def _is_removed(folder: Path) -> bool:
     try:
         shutil.rmtree(folder)
     except OSError as error:
-        _log.warning("%s is no longer needed, and cannot be removed: %s", folder, error)
+        _log.warning("cannot remove the expired %s: %s", folder, error)
         return False
     return True

@@ -1,7 +1,7 @@
-"""The manifest of a checkpoint: the size and checksum of each file, and the format's version.
+"""The manifest of a checkpoint: the size and checksum of each file, and the format version.
 
-It is written last, before the folder gets its name. A folder may come from anywhere: what is read
-here is only compared, and no name in it leads out of the folder.
+It is written last, before the folder gets its name. A folder may come from anywhere, so its content
+is only compared, and names in it cannot point outside the folder.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from typing import Any
 from distaff.core.config import encoding
 
 FORMAT = 1
-"""Version of the format that is written. Checkpoints of version 0 have no manifest."""
+"""The current format version. Checkpoints of version 0 have no manifest."""
 
 NAME = "distaff_manifest.json"
 INFO_FILE = "_CHECKPOINT_METADATA"
 FORMAT_KEY = "$format"
-"""Beside the keys of the info: tells that a manifest belongs to the checkpoint."""
+"""A key in the info of every checkpoint that has a manifest."""
 
 MAX_JSON_BYTES = 2**25
-"""No larger file is read whole: a stranger's may be of any size."""
+"""Limit for files that are read whole: an untrusted file may have any size."""
 _BLOCK_BYTES = 2**20
 _DATA_FOLDER = "d"
 _FOR_EVERYBODY = stat.S_IWOTH
@@ -35,13 +35,11 @@ _NO_SYNC = (errno.EINVAL, errno.ENOTSUP)
 
 
 def seal(folder: Path, step: int) -> None:
-    """Writes the manifest of a finished folder, and has all of it reach the disk.
-
-    Nothing in the folder stays writable by everybody, whatever the umask is.
+    """Writes the manifest of a folder, flushes all files to disk, and makes none world-writable.
 
     Args:
-        folder: what Orbax has written.
-        step: of the checkpoint, which a folder of another name does not tell.
+        folder: a folder that Orbax has written.
+        step: the step of the checkpoint, in case the folder is renamed.
 
     Raises:
         OSError: it cannot be written.
@@ -66,14 +64,7 @@ def seal(folder: Path, step: int) -> None:
 
 
 def sync_directory(folder: Path) -> None:
-    """Has the names in a folder reach the disk, where the file system can do so.
-
-    Args:
-        folder: an existing directory.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Flushes the entries of a directory to disk, if the file system supports it."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -85,14 +76,11 @@ def sync_directory(folder: Path) -> None:
 
 
 def damage(folder: Path, *names: str) -> str | None:
-    """Returns what is wrong with a checkpoint, None where nothing is. Changes nothing.
+    """Returns a clause on the first damaged, missing or untrusted file of a checkpoint, or None.
 
     Args:
         folder: the folder of a checkpoint.
-        *names: the files to compare with the manifest; all of them where none is given.
-
-    Returns:
-        Half a sentence that names the first file that is damaged, missing or not to be trusted.
+        *names: the files to compare with the manifest; all without any.
     """
     try:
         return _untrusted(folder) or _difference(folder, names)
@@ -101,38 +89,31 @@ def damage(folder: Path, *names: str) -> str | None:
 
 
 def step_in(folder: Path) -> int | None:
-    """Returns the step that a checkpoint itself tells; None where it tells none.
-
-    Args:
-        folder: a checkpoint, under any name.
-    """
+    """Returns the step recorded in a checkpoint folder of any name; None without one."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        sealed = _read_json(folder, NAME) if (folder / NAME).exists() else {}
-        for told in (sealed, read_info(folder)):
-            step = told.get("step")
+        manifest = _read_json(folder, NAME) if (folder / NAME).exists() else {}
+        for content in (manifest, read_info(folder)):
+            step = content.get("step")
             if type(step) is int and step >= 0:
                 return step
     return None
 
 
 def read_info(folder: Path) -> dict[str, Any]:
-    """Returns what was saved beside the arrays, with the mark of the format.
-
-    Args:
-        folder: the folder of a checkpoint.
+    """Returns the JSON that was saved with the arrays, including `FORMAT_KEY`.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it does not hold what it should.
+        ValueError: its content is invalid.
     """
     info = _read_json(folder, INFO_FILE).get("custom_metadata")
     if not isinstance(info, dict | None):
-        raise ValueError(f"{INFO_FILE} holds no info, but {type(info).__name__}")
+        raise ValueError(f"{INFO_FILE} holds {type(info).__name__} instead of an info")
     return info or {}
 
 
 def _entries(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """Yields the folder and all that is in it; follows no links."""
+    """Yields the folder and everything in it without following links."""
     yield folder, folder.lstat()
     for parent, folders, files in os.walk(folder, onerror=_raised):
         for name in (*sorted(folders), *sorted(files)):
@@ -156,12 +137,12 @@ def _untrusted(folder: Path) -> str | None:
     for entry, status in _entries(folder):
         name = entry.relative_to(folder).as_posix()
         if stat.S_ISLNK(status.st_mode):
-            return f"{name} is a symbolic link, and a checkpoint has none"
+            return f"{name} is a symbolic link, which a checkpoint must not have"
         if not stat.S_ISDIR(status.st_mode) and not stat.S_ISREG(status.st_mode):
             return f"{name} is neither a file nor a folder"
         is_data = entry.parent.name == _DATA_FOLDER
         if stat.S_ISREG(status.st_mode) and not is_data and status.st_size > MAX_JSON_BYTES:
-            return f"{name} has {status.st_size} bytes, and may have {MAX_JSON_BYTES}"
+            return f"{name} has {status.st_size} bytes; the limit is {MAX_JSON_BYTES}"
     return None
 
 
@@ -173,15 +154,15 @@ def _difference(folder: Path, names: tuple[str, ...]) -> str | None:
     version, files = manifest.get("format"), manifest.get("files")
     if type(version) is int and version > FORMAT:
         return (
-            f"its format is {version}, and this Distaff reads up to {FORMAT}; update Distaff, or "
-            "train anew"
+            f"its format is {version}, and this version of Distaff reads up to {FORMAT}; update "
+            "Distaff, or train again"
         )
     is_manifest = type(version) is int and version > 0 and isinstance(files, dict)
     if not is_manifest or INFO_FILE not in files:
-        return f"{NAME} does not hold what a manifest holds"
+        return f"{NAME} is not a valid manifest"
     for name in names or files:
         if name not in files:
-            return f"{NAME} does not name {name}"
+            return f"{NAME} does not list {name}"
         difference = _file_difference(folder, name, files[name])
         if difference is not None:
             return difference
@@ -191,9 +172,9 @@ def _difference(folder: Path, names: tuple[str, ...]) -> str | None:
 def _file_difference(folder: Path, name: str, expected: Any) -> str | None:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\0" in name or path.as_posix() != name:
-        return f"{NAME} names {name!r}, which is no file of a checkpoint"
+        return f"{NAME} lists {name!r}, which cannot be a file of a checkpoint"
     if not isinstance(expected, dict) or expected.keys() != {"size", "crc32"}:
-        return f"{NAME} does not hold size and checksum of {name}"
+        return f"{NAME} lacks size or checksum of {name}"
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(open(folder / name, "rb"))
@@ -203,7 +184,7 @@ def _file_difference(folder: Path, name: str, expected: Any) -> str | None:
         if size != expected["size"]:
             return f"{name} has {size} bytes instead of {expected['size']}"
         if _measured(file)[1] != expected["crc32"]:
-            return f"{name} is not as it was written: its checksum differs"
+            return f"{name} has changed since it was written: its checksum differs"
     return None
 
 
@@ -215,7 +196,7 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     try:
         value = encoding.loads(text)
     except ValueError as error:
-        raise ValueError(f"{name} is no JSON: {error}") from error
+        raise ValueError(f"{name} is not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{name} holds no object, but {type(value).__name__}")
+        raise ValueError(f"{name} holds {type(value).__name__} instead of an object")
     return value

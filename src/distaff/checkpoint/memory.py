@@ -1,4 +1,4 @@
-"""Checkpoints in the host's memory, for runs that write no files."""
+"""Checkpoints in host memory, for runs that write no files."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from distaff.errors import CheckpointError
 
 
 class MemoryStore(Store):
-    """Keeps the newest checkpoint of one run and all that it names as best; nothing on disk.
+    """Keeps the newest checkpoint of a run and those that it names as best, in memory only.
 
-    Of one whose `info["provisional"]` is true, the newest lasting one before it stays, too.
+    If the newest is provisional (`info["provisional"]`), the one before it is kept too.
     """
 
     def __init__(self) -> None:
         self._kept: dict[int, tuple[dict[str, PyTree], dict[str, Any]]] = {}
 
     def save(self, step: int, tree: Mapping[str, PyTree], info: Mapping[str, Any]) -> None:
-        """Copies the arrays to the host; of a step that is kept already, only `info` is new."""
+        """Copies the arrays to the host; saving a step again replaces its `info` only."""
         arrays = self._kept[step][0] if step in self._kept else jax.tree.map(_copied, dict(tree))
         self._kept[step] = (arrays, json.loads(json.dumps(info)))
         lasting = [n for n, (_, facts) in self._kept.items() if not facts.get("provisional")]
@@ -51,7 +51,8 @@ class MemoryStore(Store):
     def _entry(self, step: int) -> tuple[dict[str, PyTree], dict[str, Any]]:
         if step not in self._kept:
             raise CheckpointError(
-                f"No checkpoint of step {step} is in memory; there are {list(self.steps())}."
+                f"There is no checkpoint of step {step} in memory. Known steps: "
+                f"{list(self.steps())}."
             )
         return self._kept[step]
 
@@ -63,5 +64,5 @@ def _copied(leaf: Any) -> Any:
 
 
 def _restored(leaf: Any) -> jax.Array:
-    # Copied, because the next step donates what is returned here.
+    # Copied, because the next step donates the returned arrays.
     return leaf.copy() if isinstance(leaf, jax.Array) else jnp.array(leaf)

@@ -1,4 +1,4 @@
-"""What the loop asks of a store of checkpoints."""
+"""The interface of checkpoint stores."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from distaff.errors import CheckpointError
 
 
 class Store:
-    """Keeps the checkpoints of one run, each under its step; this one keeps none.
+    """Base class: keeps the checkpoints of one run by step. This one keeps none.
 
     Attributes:
         failures: saves that failed in the background, for `check_failure` to raise.
@@ -20,15 +20,15 @@ class Store:
     failures: Sequence[object] = ()
 
     def save(self, step: int, tree: Mapping[str, PyTree], info: Mapping[str, Any]) -> Path | None:
-        """Starts to write a checkpoint; returns where it will be, None where it is not kept."""
+        """Starts to write a checkpoint; returns its future path, or None if it is not on disk."""
         return None
 
     def steps(self) -> tuple[int, ...]:
-        """Returns the steps that have a whole checkpoint, ascending."""
+        """Returns the steps that have a complete checkpoint, ascending."""
         return ()
 
     def latest(self) -> int | None:
-        """Returns the newest step, None where there is no checkpoint."""
+        """Returns the newest step; None without any checkpoint."""
         return max(self.steps(), default=None)
 
     def best(self) -> int | None:
@@ -36,14 +36,14 @@ class Store:
         return None
 
     def info(self, step: int) -> dict[str, Any]:
-        """Returns what was saved beside the arrays.
+        """Returns the JSON that was saved with the arrays.
 
         Raises:
             CheckpointError: the checkpoint does not exist.
         """
         raise CheckpointError(
-            f"This run keeps no checkpoints, so there is none of step {step}. "
-            "Train with a CheckpointStore to have them."
+            f"This run keeps no checkpoints, so step {step} has none. "
+            "Train with a CheckpointStore to keep them."
         )
 
     def load(self, step: int, abstract: Mapping[str, PyTree]) -> dict[str, PyTree]:
@@ -58,11 +58,11 @@ class Store:
         """Raises CheckpointError for a save that failed in the background."""
 
     def wait(self) -> None:
-        """Returns when nothing is being written."""
+        """Waits for all saves in progress."""
 
     def close(self) -> None:
-        """Finishes what is being written."""
+        """Waits for all saves in progress, and closes the store."""
 
 
 class NullStore(Store):
-    """A store that is switched off: saves nothing, knows no steps."""
+    """A store that saves nothing."""

@@ -1,4 +1,4 @@
-"""A run's record: `config.json`, which says what was trained, and on batches of what form."""
+"""The record of a run, `config.json`: model, options, and the shapes of an example batch."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from distaff.errors import CheckpointError
 
 
 def make_record(**parts: Any) -> dict[str, Any]:
-    """Returns a run's record as strict JSON.
+    """Returns the record of a run as strict JSON.
 
     Args:
-        **parts: whatever determines the run, by name; `model`, `options` and `example_batch`
-            are read back by `load_from_checkpoint`.
+        **parts: everything that determines the run, by name. `load_from_checkpoint` reads
+            `model`, `options` and `example_batch`.
     """
     form = _batch_form(parts.pop("example_batch"))
     return {"distaff": version("distaff"), **to_json(parts), "example_batch": form}
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Reads a run's record.
+    """Reads the record of a run.
 
     Raises:
-        CheckpointError: it is missing, is no JSON, or lacks an entry.
+        CheckpointError: it is missing, is not JSON, or lacks an entry.
     """
     remedy = "Pass the path of a run directory, or of a checkpoint inside one."
     try:
@@ -42,11 +42,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def checked_record(record: Any, path: Path) -> dict[str, Any]:
-    """Returns a record, if it is one.
-
-    Args:
-        record: what was read.
-        path: where from.
+    """Returns a record that was read from a path, if it is valid.
 
     Raises:
         CheckpointError: it lacks an entry.
@@ -58,14 +54,14 @@ def checked_record(record: Any, path: Path) -> dict[str, Any]:
     ]
     if missing:
         raise CheckpointError(
-            f"{path} is no record of a run: it lacks {missing}. Pass the path of a run directory, "
-            "or of a checkpoint inside one."
+            f"{path} is not the record of a run: it lacks {missing}. Pass the path of a run "
+            "directory, or of a checkpoint inside one."
         )
     return record
 
 
 def _batch_form(batch: Batch) -> Any:
-    """Returns shapes and dtypes of a batch; one of named entries, of any kind, becomes a dict."""
+    """Returns shapes and dtypes of a batch; named tuples and dataclasses become dicts."""
     if hasattr(batch, "_asdict"):
         batch = batch._asdict()
     elif dataclasses.is_dataclass(batch):
@@ -80,14 +76,14 @@ def _batch_form(batch: Batch) -> Any:
 
 
 def example_from(form: Any, *, whole: bool = False) -> Batch:
-    """Makes a batch of zeros from a recorded form.
+    """Returns a batch of zeros with the recorded shapes and dtypes.
 
     Args:
-        form: what the record has of the batch.
-        whole: whether it has as many examples as the recorded one; otherwise it has one.
+        form: the `example_batch` of a record.
+        whole: whether to return as many examples as recorded, instead of one.
 
     Raises:
-        CheckpointError: the form was not recorded, or is none.
+        CheckpointError: the shapes were not recorded, or are invalid.
     """
     if isinstance(form, Mapping) and "$array" in form:
         try:
@@ -95,14 +91,14 @@ def example_from(form: Any, *, whole: bool = False) -> Batch:
             return np.zeros(shape if whole else [1, *shape[1:]], jnp.dtype(dtype))
         except (KeyError, TypeError, ValueError, MemoryError) as error:
             raise CheckpointError(
-                f"The run's batches were recorded with an array of the form {form['$array']!r}, "
-                f"which is none: {error}. Pass example_batch=... to load_from_checkpoint."
+                f"The record of the run has an array of the form {form['$array']!r}, which is "
+                f"invalid: {error}. Pass example_batch=... to load_from_checkpoint."
             ) from error
     if isinstance(form, Mapping):
         return {name: example_from(value, whole=whole) for name, value in form.items()}
     if isinstance(form, list):
         return tuple(example_from(value, whole=whole) for value in form)
     raise CheckpointError(
-        "The run's batches hold something else than arrays with names or positions, so their form "
-        "is not recorded. Pass example_batch=... to load_from_checkpoint."
+        "The run's batches are not dicts, tuples or lists of arrays, so their shapes are not "
+        "recorded. Pass example_batch=... to load_from_checkpoint."
     )

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run may go."""
+"""Retention: which checkpoints of a run to keep."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from distaff.errors import CheckpointError, ConfigError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Retention:
-    """How many checkpoints of a run are kept.
+    """The number of checkpoints to keep.
 
     Args:
-        keep_last: how many of the newest, at least 1.
-        keep_best: how many of the best, at least 1; None keeps all that are named as best.
-        keep_every: those whose step is a multiple of it, at least 1; None keeps none for that
-            reason.
+        keep_last: number of newest checkpoints, at least 1.
+        keep_best: number of best checkpoints, at least 1; None for all that are named as best.
+        keep_every: also keep checkpoints whose step is a multiple of this, at least 1; None to
+            disable.
 
     Raises:
-        ConfigError: one of them is less than 1.
+        ConfigError: a number is less than 1.
     """
 
     keep_last: int = 2
@@ -31,30 +31,29 @@ class Retention:
     def __post_init__(self) -> None:
         if self.keep_last < 1:
             raise ConfigError(
-                f"A run keeps at least its newest checkpoint, or it could not resume; "
+                f"A run keeps at least its newest checkpoint, in order to resume; "
                 f"keep_last is {self.keep_last}. Pass 1 or more, or a NullStore to keep none."
             )
         if self.keep_best is not None and self.keep_best < 1:
             raise ConfigError(
-                f"A run keeps at least its best checkpoint, which it ends with; keep_best is "
-                f"{self.keep_best}. Pass 1 or more, or None to keep all that are named as best."
+                f"A run keeps at least its best checkpoint, which it loads at the end; keep_best "
+                f"is {self.keep_best}. Pass 1 or more, or None to keep all that are named as best."
             )
         if self.keep_every is not None and self.keep_every < 1:
             raise ConfigError(
-                f"The checkpoints that are kept lie a number of steps apart; keep_every is "
-                f"{self.keep_every}. Pass 1 or more, or None to keep none for that reason."
+                f"keep_every is a number of steps between checkpoints; keep_every is "
+                f"{self.keep_every}. Pass 1 or more, or None to disable it."
             )
 
     def expired(
         self, steps: Set[int], info: Mapping[str, Any], provisional: Set[int] = frozenset()
     ) -> tuple[int, ...]:
-        """Returns what is no longer needed.
+        """Returns the steps whose checkpoints are no longer needed.
 
         Args:
-            steps: those that have a checkpoint.
-            info: of the newest one. Of the best steps that it names, those that are there count: a
-                save that has failed, or that waits, takes the place of none.
-            provisional: steps whose checkpoints go as soon as there is a newer one.
+            steps: the steps that have a checkpoint.
+            info: the info of the newest one. Best steps without a checkpoint do not count.
+            provisional: steps whose checkpoints expire as soon as there is a newer one.
         """
         lasting = steps - provisional
         passed = (steps & provisional) - {max(steps, default=0)}
@@ -70,19 +69,15 @@ def expired(
     best: Sequence[int] = (),
     keep_every: int | None = None,
 ) -> tuple[int, ...]:
-    """Returns the steps whose checkpoints are no longer needed.
+    """Returns the steps whose checkpoints are no longer needed, ascending.
 
-    The newest ones are always kept, so that a run can resume from where it stopped, however bad
-    its last metrics are.
+    The newest are always kept, so that a run can resume where it stopped.
 
     Args:
         steps: the steps that have a checkpoint, in any order.
-        keep_last: how many of the newest to keep, at least 1.
-        best: the steps of the best models, kept as well; empty where none was judged yet.
-        keep_every: the multiples of it are kept as well; None keeps none for that reason.
-
-    Returns:
-        The steps to remove, ascending.
+        keep_last: number of newest steps to keep, at least 1.
+        best: the steps of the best models, which are kept.
+        keep_every: multiples of this are kept; None to disable.
 
     >>> expired([10, 20, 30, 40, 50], keep_last=1, best=[20], keep_every=40)
     (10, 30)
@@ -95,10 +90,9 @@ def expired(
 
 
 def best_steps(info: Mapping[str, Any]) -> tuple[int, ...]:
-    """Returns the steps of the best models, best first, that an info names.
+    """Returns the steps of the best models, best first, in the info of a checkpoint.
 
-    Args:
-        info: of a checkpoint. `best_steps` is a list; without it, `best_step` is one step or None.
+    `info["best_steps"]` is a list; without it, `info["best_step"]` is one step or None.
     """
     named = info.get("best_steps", [info.get("best_step")])
     return tuple(step for step in named if type(step) is int) if isinstance(named, list) else ()
@@ -107,15 +101,12 @@ def best_steps(info: Mapping[str, Any]) -> tuple[int, ...]:
 def named_best(store: Store) -> tuple[int | None, tuple[int, ...]]:
     """Returns the newest checkpoint whose info can be read, and the best ones that it names.
 
-    Args:
-        store: of the run.
-
     Returns:
-        Its step, None where there is no checkpoint; and of the best steps those that have a
-        checkpoint, best first.
+        Its step, None without any checkpoint; and the best steps that have a checkpoint, best
+        first.
 
     Raises:
-        CheckpointError: there are checkpoints, and none can be read; it is that of the newest.
+        CheckpointError: there are checkpoints, but none can be read.
     """
     steps, unread = store.steps(), []
     for step in reversed(steps):

@@ -1,4 +1,4 @@
-"""A name for a folder that Orbax takes for nothing but a name."""
+"""Paths without characters that Orbax would interpret."""
 
 from __future__ import annotations
 
@@ -9,23 +9,20 @@ import tempfile
 from collections.abc import Generator
 from pathlib import Path
 
-# Orbax looks for files by glob patterns made of the path, where [, ], * and ? mean something else;
-# TensorStore wants UTF-8, and no control characters.
+# Orbax builds glob patterns from the path, in which [, ], * and ? are special; TensorStore needs
+# UTF-8 without control characters.
 _OPEN_FILES = "/proc/self/fd"
 _PLAIN = re.compile(r"[\w./ +=,@:-]*", re.ASCII)
 
 
 @contextlib.contextmanager
 def safe(folder: Path) -> Generator[Path]:
-    """Gives the path of a folder as one without characters that Orbax would take for a pattern.
+    """Yields an equivalent path of a folder without special characters, valid within the block.
 
-    Where the path has such characters, its parent is opened, and reached through that.
+    If the path has such characters, it goes through a descriptor of the opened parent.
 
     Args:
         folder: an absolute path; its parent exists.
-
-    Yields:
-        A path of the same folder, to be used within the block.
 
     Raises:
         OSError: the parent cannot be opened.
@@ -34,7 +31,7 @@ def safe(folder: Path) -> Generator[Path]:
         yield folder
         return
     if not _PLAIN.fullmatch(folder.name):
-        # Only a folder that was renamed by hand; it is reached by a link.
+        # Only a folder that was renamed by hand.
         with _linked(folder) as path:
             yield path
         return
@@ -52,7 +49,7 @@ def safe(folder: Path) -> Generator[Path]:
 
 @contextlib.contextmanager
 def _linked(folder: Path) -> Generator[Path]:
-    """Makes a link to a folder in a temporary directory."""
+    """Yields a link to a folder in a temporary directory."""
     with tempfile.TemporaryDirectory(prefix="distaff-") as directory:
         link = Path(directory, "link")
         link.symlink_to(folder, target_is_directory=True)

@@ -1,4 +1,4 @@
-"""Which checkpoint of a directory is meant, and what of the others is in the way."""
+"""Finds the checkpoint to load for a path."""
 
 from __future__ import annotations
 
@@ -19,19 +19,13 @@ _log = logging.getLogger("distaff")
 
 
 class _OneFolder(CheckpointStore):
-    """Reads one checkpoint, whatever its folder is called.
-
-    Args:
-        folder: of the checkpoint.
-        step: which it is of.
-    """
+    """Reads a single checkpoint from a folder of any name."""
 
     def __init__(self, folder: Path, step: int) -> None:
         super().__init__(folder.parent)
         self._folder, self._step = folder, step
 
     def steps(self) -> tuple[int, ...]:
-        """Returns its step, as long as it is there."""
         return (self._step,) if folders.is_whole(self._folder) else ()
 
     def _path(self, step: int) -> Path:
@@ -39,13 +33,7 @@ class _OneFolder(CheckpointStore):
 
 
 class Located(NamedTuple):
-    """A checkpoint that a path leads to.
-
-    Attributes:
-        store: to read it with.
-        step: which one of the store.
-        folder: where it is.
-    """
+    """A checkpoint: its store, step and folder."""
 
     store: CheckpointStore
     step: int
@@ -53,15 +41,15 @@ class Located(NamedTuple):
 
     @property
     def origin(self) -> Path:
-        """What errors on the record name."""
+        """The path to name in errors about the record."""
         file = self.folder.parent.parent / "config.json"
         return file if file.is_file() else self.folder
 
     def record(self) -> dict[str, Any]:
-        """Returns what determines the run that has saved it.
+        """Returns the record of the run that saved the checkpoint.
 
-        `config.json` of its run directory, where the checkpoint is in one; else, or where that file
-        is damaged or missing, what the checkpoint itself holds, and the log says so.
+        It comes from `config.json` in the run directory. If that is missing or damaged, it comes
+        from the checkpoint itself, and a warning is logged.
 
         Raises:
             CheckpointError: neither can be read.
@@ -79,43 +67,43 @@ class Located(NamedTuple):
                 record = checked_record(self.own_record(), self.folder)
             except CheckpointError:
                 raise error from None
-            _log.warning("%s The record in the checkpoint %s is used.", error, self.folder)
+            _log.warning("%s The record in the checkpoint %s is used instead.", error, self.folder)
             return record
 
     def own_record(self) -> Any:
-        """Returns the record that the checkpoint holds; None if it holds none."""
+        """Returns the record inside the checkpoint; None without one."""
         return self.store.info(self.step).get("record")
 
 
 def find(path: Path | str) -> tuple[Path, int]:
-    """Returns the checkpoint that a user means by a path: the best of a run, else its newest.
+    """Returns the checkpoint to load for a path: the best of a run, else its newest.
 
-    One that is damaged is passed over, and named in the log, unless `path` is its folder. To know
-    that, all files of a checkpoint are read.
+    Damaged checkpoints are skipped with a warning, unless `path` is the checkpoint's folder. To
+    detect damage, all files of a checkpoint are read.
 
     Args:
-        path: a run directory (`runs/digits/0001`), its `checkpoints` directory, or one checkpoint
-            folder (`.../step_00000040`). Nothing in it is touched, and it may have been moved.
+        path: a run directory (`runs/digits/0001`), its `checkpoints` directory, or a checkpoint
+            folder (`.../step_00000040`). It is opened read-only, and may have been moved.
 
     Returns:
-        The directory to make a `CheckpointStore` of, and the step to load from it. A checkpoint
-        folder under another name is read by `located` alone.
+        The directory for a `CheckpointStore`, and the step to load. For a checkpoint folder under
+        another name, use `located`.
 
     Raises:
-        CheckpointError: there is no checkpoint at `path` that is whole and can be read.
+        CheckpointError: there is no complete, readable checkpoint at `path`.
     """
     found = located(path)
     return found.store.directory, found.step
 
 
 def located(path: Path | str) -> Located:
-    """Returns the checkpoint that a user means by a path, as `find` does, and what reads it.
+    """Returns the checkpoint to load for a path, with a store to read it.
 
     Args:
-        path: as in `find`; or one checkpoint folder that was copied, renamed or linked.
+        path: see `find`; or a checkpoint folder that was copied, renamed or linked.
 
     Raises:
-        CheckpointError: there is no checkpoint at `path` that is whole and can be read.
+        CheckpointError: there is no complete, readable checkpoint at `path`.
     """
     path = _unlinked(as_path(path, "The path of a checkpoint"))
     step = folders.step_of(path)
@@ -137,17 +125,13 @@ def located(path: Path | str) -> Located:
 
 
 def recorded(run: Path) -> dict[str, Any]:
-    """Returns the record of a run: `config.json`, or what its newest readable checkpoint holds.
+    """Returns the record of a run: `config.json`, or the one in its newest readable checkpoint.
 
-    Args:
-        run: its directory.
-
-    Returns:
-        An empty record where neither can be read; the log says so.
+    Logs a warning for a damaged `config.json`; returns an empty record if neither can be read.
     """
     try:
         record = load(run / "config.json")
-        problem = "" if isinstance(record, dict) else "it holds no record"
+        problem = "" if isinstance(record, dict) else "it does not hold a record"
     except (OSError, ValueError) as error:
         record, problem = None, str(error)
     if isinstance(record, dict):
@@ -157,22 +141,22 @@ def recorded(run: Path) -> dict[str, Any]:
         with contextlib.suppress(CheckpointError):
             record = store.info(step).get("record")
             break
-    is_there = isinstance(record, dict)
-    instead = "its newest checkpoint has the record" if is_there else "it cannot be continued"
+    has_record = isinstance(record, dict)
+    instead = "using the newest checkpoint's record" if has_record else "it cannot be resumed"
     _log.warning("%s: config.json cannot be read (%s); %s", run, problem, instead)
     return record if isinstance(record, dict) else {}
 
 
 def _unlinked(path: Path) -> Path:
-    """Returns where a link to a checkpoint leads; other paths as they are."""
-    with contextlib.suppress(OSError, RuntimeError):  # a circle of links
+    """Returns the target of a link to a checkpoint; other paths unchanged."""
+    with contextlib.suppress(OSError, RuntimeError):  # a cycle of links
         if path.is_symlink() and folders.is_whole(path):
             return path.resolve()
     return path
 
 
 def _readable(store: CheckpointStore) -> int:
-    """Returns the best checkpoint that can be read, else the newest."""
+    """Returns the step of the best readable checkpoint, else of the newest."""
     newest, best = named_best(store)
     steps, problems = store.steps()[::-1], []
     damaged = [step for step in steps if newest is not None and step > newest]
@@ -180,31 +164,27 @@ def _readable(store: CheckpointStore) -> int:
         problem = store.check(step)
         if problem is None:
             for each in problems:
-                _log.warning("%s Step %d is taken instead.", each, step)
+                _log.warning("%s Loading step %d instead.", each, step)
             return step
         folder = store.directory / folders.name_of(step)
         problems.append(f"The checkpoint {folder} cannot be read: {problem}.")
     raise CheckpointError(
         f"No checkpoint in {store.directory} can be read. {' '.join(problems)} Restore one of them "
-        "from a copy, or train anew."
+        "from a copy, or train again."
     )
 
 
 def tidy(store: CheckpointStore) -> None:
-    """Removes what killed saves and removals have left; no other process may be saving here.
-
-    Args:
-        store: of a run that goes on.
-    """
+    """Removes the leftovers of killed saves and removals; no other process may be saving here."""
     if store.directory.is_dir():
         folders.remove_leftovers(store.directory)
 
 
 def forget_after(store: CheckpointStore, step: int) -> None:
-    """Puts the checkpoints of later steps aside, so that a run can resume from this one.
+    """Sets the checkpoints of later steps aside, so that a run can resume from this step.
 
     Args:
-        store: of the run; nothing is being saved.
+        store: the store of the run, without a save in progress.
         step: one of `store.steps()`.
 
     Raises:

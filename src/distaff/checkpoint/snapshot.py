@@ -1,4 +1,4 @@
-"""A snapshot: arrays as they are now, on the host, whatever becomes of them on the device."""
+"""Snapshots of arrays on the host, which later donations do not change."""
 
 from __future__ import annotations
 
@@ -12,13 +12,10 @@ from distaff.core.typing import PyTree
 
 
 def taken(tree: PyTree) -> PyTree:
-    """Returns the arrays of a tree as they are now; they may be donated or changed afterwards.
+    """Returns a snapshot of JAX and NumPy arrays, which may be donated or changed afterwards.
 
-    What is on one device comes back as NumPy arrays. On the CPU these are views, and nothing is
-    copied: JAX does not reuse a buffer that somebody looks at.
-
-    Args:
-        tree: its leaves are JAX or NumPy arrays.
+    Arrays on one device become NumPy arrays. On the CPU these are views without a copy: JAX does
+    not reuse a buffer that has a view.
     """
     for leaf in jax.tree.leaves(tree):
         if _is_fetched(leaf):
@@ -27,7 +24,7 @@ def taken(tree: PyTree) -> PyTree:
 
 
 def num_bytes(tree: PyTree) -> int:
-    """Returns the size of all arrays of a tree, in bytes."""
+    """Returns the total size of the arrays of a tree, in bytes."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
@@ -40,6 +37,6 @@ def _taken(leaf: Any) -> Any:
 
 
 def _is_fetched(leaf: Any) -> bool:
-    """Tells whether a leaf is one array of numbers on one device."""
+    """Returns whether a leaf is an array of numbers on a single device."""
     is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return isinstance(leaf, jax.Array) and not is_key and len(leaf.sharding.device_set) == 1

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: one folder for each step, renamed into place when it is whole."""
+"""Checkpoints on disk: one folder per step, renamed to its final name when it is complete."""
 
 from __future__ import annotations
 
@@ -37,32 +37,33 @@ _MAX_HELD_BYTES = 2**30
 class CheckpointStore(Store):
     """The checkpoints of one run: `<directory>/step_00001200/`, one folder each.
 
-    A folder appears under its name only when it is whole. After each save the last `keep_last`
-    checkpoints, the best ones and the multiples of `keep_every` are kept, the others removed. The
-    newest checkpoint names the best ones: `info["best_steps"]`, best first, or `info["best_step"]`.
-    Nothing is written before the first save. Close the store, or use a `with` statement, since
-    Python may end before a save in the background does.
+    A folder gets its name only when it is complete. Each save keeps the last `keep_last`
+    checkpoints, the best ones and the multiples of `keep_every`, and removes the others. The newest
+    checkpoint names the best ones: `info["best_steps"]`, best first, or `info["best_step"]`.
+    The first save creates the directory. Close the store, or use a `with` statement, to finish
+    saves in the background.
 
-    A save that fails leaves the checkpoints before it as they are. The next call of `save`,
-    `check_failure`, `wait` or `close` raises it, or warns with `on_failed_save="warn"`.
+    A failed save does not affect earlier checkpoints. The next call of `save`, `check_failure`,
+    `wait` or `close` raises its error, or warns with `on_failed_save="warn"`.
 
-    A checkpoint whose `info["provisional"]` is true is kept until the next one is there, and does
-    not count for `keep_last`. Saves are written one after the other; one that newer saves would
-    remove before its turn comes is not written, so that a fast loop does not wait for the disk.
+    A checkpoint whose `info["provisional"]` is true is kept until the next one is complete, and
+    does not count for `keep_last`. Saves are written one at a time; a waiting save that newer ones
+    would remove is skipped, so that a fast loop does not wait for the disk.
 
-    What `check`, `newest_valid` or `load` found damaged is from then on neither counted nor
-    removed; a save of the same step renames it to `step_00001200.damaged`. Only one process may
-    save into a directory: its first save removes what killed ones have left there.
+    A checkpoint that `check`, `newest_valid` or `load` found damaged no longer counts, and is not
+    removed; saving the same step renames it to `step_00001200.damaged`. Only one process may save
+    into a directory: its first save removes the leftovers of killed processes.
 
     Args:
-        directory: where the folders go. It need not exist.
-        keep_last: how many of the newest checkpoints to keep, at least 1.
-        keep_best: how many of the best ones to keep, at least 1; None keeps all that are named.
-        keep_every: keep also the checkpoints whose step is a multiple of it, at least 1.
-        on_failed_save: what a save leads to that cannot be written.
+        directory: parent of the folders; need not exist.
+        keep_last: number of newest checkpoints to keep, at least 1.
+        keep_best: number of best checkpoints to keep, at least 1; None for all that are named.
+        keep_every: also keep checkpoints whose step is a multiple of this, at least 1; None to
+            disable.
+        on_failed_save: whether a save that cannot be written raises or warns.
 
     Raises:
-        ConfigError: one of the numbers is less than 1.
+        ConfigError: a number is less than 1.
     """
 
     def __init__(
@@ -89,23 +90,23 @@ class CheckpointStore(Store):
     def save(self, step: int, tree: Mapping[str, PyTree], info: Mapping[str, Any]) -> Path:
         """Starts to write a checkpoint in the background.
 
-        Blocks while the arrays are copied off the device; on the CPU they are held rather than
-        copied. Where saves that wait already hold much memory, it also waits for them. The arrays
-        may be donated, and `info` changed, as soon as it returns. Saving the newest step once more
-        does nothing, unless it is damaged or `info` is another: then it is replaced.
+        Blocks while the arrays are copied from the device (on the CPU they are referenced, not
+        copied), and until waiting saves hold at most 1 GiB. Afterwards the arrays may be donated
+        and `info` changed. Saving the newest step again does nothing, unless it is damaged or has
+        another `info`: then it is replaced.
 
         Args:
-            step: the number of completed optimizer updates. No smaller than the newest one saved.
+            step: the number of completed optimizer updates; at least the newest saved step.
             tree: the state: nested dicts, tuples and dataclasses with arrays or numbers as leaves.
-                The keys of the outermost dict can be loaded one by one.
-            info: what else a resume needs, as strict JSON: epoch, metrics, `best_steps`.
+                The keys of the outermost dict can be loaded separately.
+            info: further data for a resume, as strict JSON: epoch, metrics, `best_steps`.
 
         Returns:
-            The folder that the checkpoint will have.
+            The future folder of the checkpoint.
 
         Raises:
-            CheckpointError: a leaf is no array, `info` is no JSON, `step` lies before the newest
-                one, or this or a previous save failed.
+            CheckpointError: a leaf is not an array, `info` is not JSON, `step` is older than the
+                newest, or this or a previous save failed.
         """
         step = operator.index(step)
         path = self._path(step)
@@ -135,30 +136,27 @@ class CheckpointStore(Store):
         return path
 
     def steps(self) -> tuple[int, ...]:
-        """Returns the steps that have a checkpoint which looks whole, ascending; reads none."""
+        """Returns the steps of all checkpoints that look complete, ascending; reads none."""
         return folders.steps_in(self.directory, self._whole)
 
     def best(self) -> int | None:
-        """Returns the best step there is that the newest readable checkpoint names.
-
-        Returns:
-            None where it names none that is there, or where there is no checkpoint.
+        """Returns the best existing step that the newest readable checkpoint names, or None.
 
         Raises:
-            CheckpointError: there are checkpoints, and none can be read.
+            CheckpointError: there are checkpoints, but none can be read.
         """
         return next(iter(named_best(self)[1]), None)
 
     def check(self, step: int) -> str | None:
-        """Returns what is wrong with a checkpoint, None where nothing is; reads all of it.
+        """Reads all files of a checkpoint, and returns what is wrong with it.
 
-        Of a checkpoint that was saved before there were manifests, the arrays are not read.
+        The arrays of checkpoints without a manifest (format 0) are not read.
 
         Args:
             step: one of `steps()`.
 
         Returns:
-            Half a sentence, such as `"state/d/0ff8 has 120 bytes instead of 496"`.
+            A clause, such as `"state/d/0ff8 has 120 bytes instead of 496"`; None if it is valid.
         """
         if step not in self.steps():
             return "it is not there"
@@ -171,8 +169,7 @@ class CheckpointStore(Store):
         """Returns the newest checkpoint that passes `check`, and what is wrong with newer ones.
 
         Returns:
-            The step, None where none passes; and a sentence for each one that was passed over,
-            newest first. Nothing is removed.
+            The step, None if none passes; and a sentence for each skipped one, newest first.
         """
         folders.restore_replaced(self.directory)
         skipped = []
@@ -185,7 +182,7 @@ class CheckpointStore(Store):
         return None, skipped
 
     def info(self, step: int) -> dict[str, Any]:
-        """Returns what was saved beside the arrays.
+        """Returns the `info` of a checkpoint.
 
         Args:
             step: one of `steps()`.
@@ -201,10 +198,10 @@ class CheckpointStore(Store):
         return {key: value for key, value in info.items() if key != manifest.FORMAT_KEY}
 
     def load(self, step: int, abstract: Mapping[str, PyTree]) -> dict[str, PyTree]:
-        """Returns the arrays of a checkpoint in the structure, and on the devices, of `abstract`.
+        """Returns the arrays of a checkpoint with the structure and placement of `abstract`.
 
-        All files are compared with the manifest first. Reads only, and only the keys that
-        `abstract` has: `{"params": ...}` leaves the optimizer state on disk.
+        Compares all files with the manifest first. Loads only the keys in `abstract`:
+        `{"params": ...}` skips the optimizer state.
 
         Args:
             step: one of `steps()`.
@@ -213,8 +210,8 @@ class CheckpointStore(Store):
                 first device of this process; a NumPy leaf stays on the host.
 
         Raises:
-            CheckpointError: there is no such checkpoint, it cannot be read, or it is of another
-                model; then the first leaf that differs is named.
+            CheckpointError: there is no such checkpoint, it cannot be read, or it does not match
+                `abstract`; names the first leaf that differs.
         """
         self._verify(step)
         try:
@@ -229,10 +226,10 @@ class CheckpointStore(Store):
             raise unreadable(self._path(step), error, self.steps()) from error
 
     def check_failure(self) -> None:
-        """Tells of a save that failed in the background; costs nothing where none did.
+        """Raises or warns once for each save that failed in the background.
 
-        Ask at each step: a failure is told once, by whichever call comes first, and no save is
-        written until then.
+        Costs nothing without a failure, so call it at each step. No save is written between a
+        failure and its report.
 
         Raises:
             CheckpointError: a save failed.
@@ -241,7 +238,7 @@ class CheckpointStore(Store):
             self._tell(*failure)
 
     def wait(self) -> None:
-        """Returns when nothing is being written.
+        """Waits for all saves.
 
         Raises:
             CheckpointError: a save failed.
@@ -250,7 +247,7 @@ class CheckpointStore(Store):
         self.check_failure()
 
     def close(self) -> None:
-        """Finishes what is being written, as `wait` does. The store may be used again."""
+        """Waits for all saves, like `wait`. The store may be used again."""
         self.wait()
 
     def __enter__(self) -> CheckpointStore:
@@ -260,11 +257,11 @@ class CheckpointStore(Store):
         self.close()
 
     def list_again(self) -> None:
-        """Looks at the directory again before the next save, after something else changed it."""
+        """Lists the directory again before the next save, after it was changed elsewhere."""
         self._own = None
 
     def _is_saved(self, step: int, info: Mapping[str, Any]) -> bool:
-        """Whether a checkpoint is written, or waits to be, with just this info."""
+        """Returns whether a checkpoint with this info is written or waiting."""
         waiting = self._writer.info(step)
         if waiting is None:
             with contextlib.suppress(CheckpointError):  # a damaged one is saved again
@@ -272,27 +269,27 @@ class CheckpointStore(Store):
         return info == waiting
 
     def _undamaged(self) -> frozenset[int]:
-        """Returns the steps that are there; listed once, since nobody else saves here."""
+        """Returns the undamaged steps; listed once, since no other process saves here."""
         if self._own is None:
             self._own = frozenset(self.steps())
         return self._own - self._damaged
 
     def _tell(self, step: int, error: BaseException) -> None:
-        """Tells of a save that failed; all that do so come here."""
+        """Raises or warns of a failed save."""
         failed = not_written(self._path(step), error)
         if not (self._goes_on and is_of_storage(error)):
             raise failed from error
         warned(f"{failed} {going_on(self.latest())}")
 
     def _write(self, save: Save) -> None:
-        """Writes a checkpoint, then removes those that are no longer needed. In the background."""
+        """Writes a checkpoint in the background, then removes expired ones."""
         if jax.process_index() > 0:  # the first process does what is done once
             arrays.write(self._unfinished(save.step), save.arrays, _marked(save.info))
             return
         folders.make(self.directory)
         self._is_tidy = self._is_tidy or folders.remove_leftovers(self.directory)
         path, unfinished = self._path(save.step), self._unfinished(save.step)
-        # Only the owner gets in, until nothing in it is writable by everybody.
+        # Private to the owner until `seal` has removed world-writable modes.
         unfinished.parent.mkdir(0o700)
         try:
             arrays.write(unfinished, save.arrays, _marked(save.info))
@@ -334,7 +331,7 @@ class CheckpointStore(Store):
 
 
 def _as_json(info: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns `info` as JSON gives it back: a copy, which later changes do not reach."""
+    """Returns a copy of `info` after a round trip through JSON."""
     copy, sizes = {}, {}
     for key, value in info.items():
         try:
@@ -356,5 +353,5 @@ def _as_json(info: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _marked(info: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the info with the mark that tells a lost manifest from one that never was."""
+    """Returns the info with `FORMAT_KEY`, which distinguishes a lost manifest from format 0."""
     return {**info, manifest.FORMAT_KEY: manifest.FORMAT}

@@ -1,4 +1,4 @@
-"""One thread that writes checkpoints, and the line of those that wait for it."""
+"""A queue of checkpoints, and the thread that writes them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from distaff.core.typing import PyTree
 
 
 class Save(NamedTuple):
-    """A checkpoint to be written.
+    """A checkpoint to write.
 
     Attributes:
         step: completed optimizer updates.
-        arrays: on the host, and changed by nobody.
+        arrays: immutable arrays on the host.
         info: strict JSON.
-        num_bytes: of the arrays.
+        num_bytes: size of the arrays.
     """
 
     step: int
@@ -28,19 +28,19 @@ class Save(NamedTuple):
 
 
 _PAUSE_SECONDS = 1.0
-"""From the begin of one write to that of the next: a loop of short epochs is not slowed by them."""
+"""Minimum time between the starts of two writes, so that they do not slow down short epochs."""
 
 
 class Writer:
-    """Writes saves one after the other, in a thread that lives while there is something to write.
+    """Writes saves one at a time, in a thread that lives while the queue is not empty.
 
-    Writes begin a pause apart, unless somebody waits for them. After a failure nothing more is
-    written until `failure` was asked, unless it `goes_on`.
+    Writes start at least `pause` seconds apart, unless a caller waits for them.
 
     Args:
-        write: writes one save. What it raises is kept for `failure`.
+        write: writes one save; `failure` returns its exceptions.
         pause: seconds.
-        goes_on: whether saves that wait are written after a failure, and new ones taken.
+        goes_on: whether to write further saves after a failure; if False, the queue is emptied and
+            new saves are ignored until `failure` is called.
 
     Attributes:
         failures: steps that could not be written and why; `failure` takes the next one.
@@ -62,27 +62,22 @@ class Writer:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of the saves that wait, and of the one being written."""
+        """The size of the saves in the queue, including the one being written."""
         with self._changed:
             return sum(save.num_bytes for save in self._line)
 
     def steps(self) -> tuple[int, ...]:
-        """Returns the steps of the saves that wait, and of the one being written."""
+        """Returns the steps of the saves in the queue, including the one being written."""
         with self._changed:
             return tuple(save.step for save in self._line)
 
     def info(self, step: int) -> dict[str, Any] | None:
-        """Returns the `info` of the last save of a step that waits; None if none does."""
+        """Returns the `info` of the last save of a step in the queue; None without one."""
         with self._changed:
             return next((each.info for each in self._line[::-1] if each.step == step), None)
 
     def put(self, save: Save, kept: Set[int]) -> None:
-        """Puts a save at the end of the line, and takes those out of it that are not kept.
-
-        Args:
-            save: the newest save.
-            kept: steps of those that are not outdated by it; the one being written goes on.
-        """
+        """Appends a save to the queue, and removes waiting saves whose step is not in `kept`."""
         with self._changed:
             if self.failures and not self._goes_on:
                 return
@@ -90,11 +85,11 @@ class Writer:
             idle = not self._line
             self._line = [*self._line[: self._is_writing], *waiting, save]
             if idle:
-                # Not a daemon: Python waits for it before it ends.
+                # Not a daemon: Python waits for it at exit.
                 threading.Thread(target=self._run, name="checkpoint").start()
 
     def wait(self) -> None:
-        """Returns when the line is empty; writes make no pause meanwhile."""
+        """Waits until the queue is empty; writes do not pause meanwhile."""
         with self._changed:
             self._num_waiting += 1
             self._changed.notify_all()
@@ -102,7 +97,7 @@ class Writer:
             self._num_waiting -= 1
 
     def failure(self) -> tuple[int, BaseException] | None:
-        """Returns, once, the next step that could not be written and why; None after the last."""
+        """Removes and returns the oldest failure, its step and exception; None without any."""
         with self._changed:
             return self.failures.pop(0) if self.failures else None
 
@@ -116,7 +111,7 @@ class Writer:
                     return
 
     def _note(self, step: int, error: BaseException) -> None:
-        """Keeps a failure, and empties the line where it does not go on."""
+        """Keeps a failure, and empties the queue unless `goes_on`."""
         with self._changed:
             self.failures.append((step, error))
             if not self._goes_on:
@@ -124,7 +119,7 @@ class Writer:
                 self._changed.notify_all()
 
     def _next(self) -> Save | None:
-        """Takes the save that was written out of the line, and returns the next one in its time."""
+        """Removes the written save, and returns the next one after the pause."""
         with self._changed:
             if self._is_writing:
                 del self._line[:1]

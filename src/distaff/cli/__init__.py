@@ -11,11 +11,11 @@ from distaff.cli.digits import Digits
 from distaff.errors import DistaffError, nearest
 
 RECIPES = {"digits": Digits}
-"""Recipes by name: dataclasses of options with a method `run`."""
+"""Recipes by name: dataclasses of options with a `run` method."""
 
 _USAGE = """usage: distaff fit RECIPE [OPTIONS]
 
-Trains a recipe from end to end, and writes the run below runs/.
+Trains a recipe from start to finish, and writes the run below runs/.
 
 recipes:
 {recipes}
@@ -28,25 +28,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Args:
-        arguments: what was typed after `distaff`; by default this process's own.
+        arguments: the arguments after `distaff`; None for those of this process.
 
     Returns:
-        The exit status: 0, or 2 after a wrong word or a refused option.
+        The exit status: 0, or 2 for an unknown command or an invalid option.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help") or words == ["fit", "--help"]:
         print(_usage())
         return 0
     if words[0] != "fit":
-        return _refused(f"There is no command {words[0]!r}. {nearest(words[0], ['fit'])}")
+        return _failed(f"There is no command {words[0]!r}. {nearest(words[0], ['fit'])}")
     if len(words) < 2 or words[1] not in RECIPES:
         given = words[1] if len(words) > 1 else ""
-        return _refused(f"There is no recipe {given!r}. {nearest(given, RECIPES)}")
+        return _failed(f"There is no recipe {given!r}. {nearest(given, RECIPES)}")
     try:
         recipe = tyro.cli(RECIPES[words[1]], prog=f"distaff fit {words[1]}", args=words[2:])
         recipe.run()
     except DistaffError as error:
-        return _refused(str(error))
+        return _failed(str(error))
     return 0
 
 
@@ -55,6 +55,6 @@ def _usage() -> str:
     return _USAGE.format(recipes="\n".join(lines))
 
 
-def _refused(message: str) -> int:
+def _failed(message: str) -> int:
     print(f"distaff: {message}", file=sys.stderr)
     return 2

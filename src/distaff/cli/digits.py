@@ -1,4 +1,4 @@
-"""The recipe `digits`: real data, from the pixels to the pictures of a finished run."""
+"""The recipe `digits`: trains on real data, and draws figures of the finished run."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class Digits:
     Args:
         num_epochs: epochs to train.
         batch_size: examples per step.
-        seed: of the parameters, dropout, and the order of the examples.
+        seed: seed of the parameters, dropout, and the order of the examples.
         features: channels of the CNN's blocks.
-        dropout: fraction of the last block's values dropped in training.
+        dropout: dropout rate of the last block.
         optimizer: the optimizer and its schedule.
-        root: the folder of all runs.
+        root: folder of all runs.
         figures: whether to draw learning curves, confusion matrix and worst mistakes.
-        progress_bar: whether to show anything while training.
+        progress_bar: whether to show progress.
     """
 
     num_epochs: int = 20
@@ -54,12 +54,12 @@ class Digits:
     progress_bar: bool = True
 
     def run(self) -> TrainResult:
-        """Trains, validates, tests, draws, and prints where everything is.
+        """Trains, validates, tests, draws figures, and prints the paths of the files.
 
         Raises:
-            DistaffError: an option is refused, or an extra is missing.
+            DistaffError: an option is invalid, or an extra is missing.
         """
-        # Looked for first: a missing package must not be noticed after the training.
+        # Loaded first, so that a missing package raises before the training.
         plots = optional.load("matplotlib", extra="plots") if self.figures else None
         train, val, test = data.digits(self.batch_size, self.seed)
         trainer = tasks.Classifier(
@@ -70,7 +70,7 @@ class Digits:
             seed=self.seed,
             enable_progress_bar=self.progress_bar,
         )
-        # 180 validation examples: the accuracy is soon at its ceiling, the loss is not.
+        # With 180 validation examples, the accuracy saturates, but the loss does not.
         trainer.monitor = Monitor("val/loss", mode="min")
         result = trainer.train_model(train, val, test, num_epochs=self.num_epochs)
         path = Path(str(result.path))
@@ -78,7 +78,7 @@ class Digits:
             print(f"{result.status} by {result.reason} run={shown(path)}")
             return result
         if plots is not None:
-            history = MemoryLogger.read(path / "metrics.jsonl")  # also of before a resume
+            history = MemoryLogger.read(path / "metrics.jsonl")  # including before a resume
             best_epoch = None if result.best is None else result.best.epoch
             curves = plots.learning_curves(history.series("train/", "val/"), best_epoch)
             plots.save(curves, path / "figures" / "learning_curves.png")

@@ -55,11 +55,9 @@ class Part(NamedTuple):
 
 
 class Program(NamedTuple):
-    """The digest of a program.
+    """The digest of all results of a program, and those of its parts by scope.
 
-    Attributes:
-        whole: digest of all its results.
-        parts: digests of its parts by scope; `REST` for operations outside all scopes.
+    `REST` is the part outside all scopes.
     """
 
     whole: str
@@ -67,11 +65,9 @@ class Program(NamedTuple):
 
 
 def program_digest(function: Callable[..., Any], *arguments: Any) -> Program:
-    """Traces a function, or reuses JAX's cached trace, and returns its digest.
+    """Traces a pure function, or reuses JAX's cached trace, and returns its digest.
 
-    Args:
-        function: a pure function; it is neither compiled nor run.
-        *arguments: pytrees of arrays, or of `jax.ShapeDtypeStruct`.
+    The arguments are pytrees of arrays, or of `jax.ShapeDtypeStruct`; the function is not run.
     """
     traced = jax.make_jaxpr(function)(*arguments)
     return _Digester().program(traced.jaxpr, traced.consts)
@@ -83,11 +79,7 @@ def digest(*values: Any) -> str:
 
 
 def sample_digest(array: Any) -> str:
-    """Returns the dtype, shape and digest of an array; a large array is sampled.
-
-    Args:
-        array: an array that NumPy can read, or random keys.
-    """
+    """Returns the dtype, shape and digest of an array or random keys; samples a large array."""
     if isinstance(array, jax.Array) and jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
         return _array(array)
     host = np.asarray(array)
@@ -208,9 +200,6 @@ def _exported(flat: Flat, equations: list[tuple[Equation, str]]) -> set[Any]:
 
 class _Collected:
     """A part of a program while it is collected.
-
-    Args:
-        constants: tokens of the program's constants.
 
     Attributes:
         values: tokens of its constants and variables, without and with literals.

@@ -23,11 +23,7 @@ _SCOPE = re.compile(re.escape(_PREFIX) + r"(\w+)")
 
 
 def named_scope(name: str) -> Any:
-    """Returns a context manager that marks a part of a step while it is traced.
-
-    Args:
-        name: one of `SCOPES`.
-    """
+    """Returns a context manager that marks a part of a step, one of `SCOPES`, during tracing."""
     return jax.named_scope(_PREFIX + name)
 
 

@@ -20,10 +20,7 @@ def write_whole(
 ) -> None:
     """Writes a file atomically: after a crash it has either its old or its new content.
 
-    Args:
-        target: the file.
-        content: new content; a str is written in UTF-8.
-        mode: permissions, before the umask.
+    A str is written in UTF-8. `mode` has the permissions before the umask.
 
     Raises:
         OSError: the file cannot be written.

@@ -19,12 +19,8 @@ _SCRIPTS = ("__main__", "__mp_main__")
 def module_name(name: str) -> str:
     """Returns the name under which a module can be imported.
 
-    Args:
-        name: `__module__` of its classes; `__main__` for a script.
-
-    Returns:
-        The name itself. For a script, its module name, or its file name without `.py`. In a
-        notebook, `__main__`.
+    For a script, `__main__`, this is its module name, or its file name without `.py`; in a
+    notebook, `__main__`.
     """
     module = sys.modules.get(name)
     if module is None or name not in _SCRIPTS:
@@ -42,18 +38,12 @@ def name_of(named: Any) -> str:
 
 
 def chosen(name: str, candidates: Iterable[T]) -> T | None:
-    """Returns the candidate with a name, or the last one if it was redefined.
+    """Returns the candidate with a name from `name_of`, or None if none or several match.
 
-    A module may be named with its packages in one process and without them in another. So if no
-    candidate has the full name, the only one with the same module and qualified name is returned.
-    Names from a notebook have no module to compare.
-
-    Args:
-        name: a name from `name_of`.
-        candidates: classes or functions.
-
-    Returns:
-        The candidate, or None if no candidate or several match.
+    If it was redefined, the last one is returned. A module may be named with its packages in one
+    process and without them in another. So if no candidate has the full name, the only one with
+    the same module and qualified name is returned. Names from a notebook have no module to
+    compare.
     """
     known = {name_of(each): each for each in candidates}
     if name in known:
@@ -69,16 +59,10 @@ def chosen(name: str, candidates: Iterable[T]) -> T | None:
 
 
 def imported(name: str) -> Any:
-    """Returns the class or function with a name, if its module is already imported.
+    """Returns the class or function with a name from `name_of`, or None if it is not imported yet.
 
     This never imports a module, and returns nothing from Python's standard library: a name in a
     file must not lead to `os.system`.
-
-    Args:
-        name: a name from `name_of`.
-
-    Returns:
-        The class or function, or None if it is not found.
     """
     module, _, path = name.rpartition(":")
     if module.split(".")[0] in sys.stdlib_module_names and module_name("__main__") != module:

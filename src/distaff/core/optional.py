@@ -10,11 +10,7 @@ from distaff.errors import MissingExtraError
 
 
 def load(integration: str, *, extra: str) -> ModuleType:
-    """Imports `distaff.integrations.<integration>`.
-
-    Args:
-        integration: file name in `integrations/`, without `.py`.
-        extra: the extra in `pyproject.toml` that installs its dependency.
+    """Imports `distaff.integrations.<integration>`; `extra` installs its dependency.
 
     Raises:
         MissingExtraError: the dependency is not installed.

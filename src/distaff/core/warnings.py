@@ -8,13 +8,8 @@ import warnings
 def warn(text: str, category: type[Warning] = UserWarning, *, stacklevel: int = 1) -> None:
     """Issues a warning; does nothing if it cannot be shown.
 
-    Args:
-        text: whole sentences.
-        category: class of the warning.
-        stacklevel: as for `warnings.warn`, counted from the caller.
-
-    Raises:
-        Warning: the program turns warnings into errors.
+    `stacklevel` is that of `warnings.warn`, counted from the caller. Raises the warning if the
+    program turns warnings into errors.
     """
     try:
         warnings.warn(text, category, stacklevel=stacklevel + 1)

@@ -1,4 +1,4 @@
-"""Loaders: what yields the batches of an epoch, and can say and restore how far it got."""
+"""Loaders: they yield the batches of an epoch, and save and restore their position."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ArrayLoader: batches from arrays in memory, in an order that a resumed run finds again."""
+"""ArrayLoader: yields batches of arrays in memory, in a reproducible order."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ import numpy as np
 from distaff.core.config.checks import whole
 from distaff.core.digest import digest, sample_digest
 from distaff.core.typing import Batch, PyTree
-from distaff.data.loader import drops, held_by_jax, num_examples
+from distaff.data.loader import drops, epoch_length, held_by_jax, num_examples
 from distaff.errors import BatchError
 
 
 class ArrayLoader:
     """A loader over arrays in memory.
 
-    Every `iter()` is one epoch with an order of its own, a function of `(seed, epoch)` alone.
-    Breaking out of a loop abandons the rest of that epoch: the next `iter()` begins a new one at
-    its first batch. Only `set_state` makes the next `iter()` begin in the middle. Both
-    `get_state` and `set_state` take the same time at any position.
+    Every `iter()` is one epoch. Its order is a function of `(seed, epoch)` alone. Breaking out of a
+    loop abandons the rest of that epoch: the next `iter()` begins a new one at its first batch.
+    Only `set_state` makes the next `iter()` begin in the middle. `get_state` and `set_state` take
+    the same time at any position.
 
-    64-bit numbers are kept in 32 bits, as JAX would hold them (see `jax_enable_x64`).
+    64-bit numbers are stored in 32 bits, as JAX would (see `jax_enable_x64`).
 
     Args:
         arrays: a pytree of arrays `[examples, ...]`.
         batch_size: examples in a batch.
         shuffle: whether each epoch has a new order.
-        seed: makes the orders, not negative.
-        remainder: what becomes of a last batch that is short: `"keep"` yields it at its own size,
-            `"drop"` leaves it out. By default it is dropped when shuffled, since other examples
-            fall away in each epoch, and kept when not, since an evaluation counts all of them.
+        seed: seed of the orders, not negative.
+        remainder: what to do with a short last batch: `"keep"` yields it at its own size, `"drop"`
+            omits it. Default: drop it when shuffling, since each epoch then omits other examples,
+            and keep it otherwise, since an evaluation counts every example.
 
     Raises:
-        BatchError: the arrays disagree in length, hold no examples, or fewer than one whole batch
-            where a short one is dropped; or an integer does not fit into 32 bits.
-        ConfigError: an option is no whole number, or out of range.
+        BatchError: the arrays differ in length, hold no examples, or hold less than one batch and
+            short batches are dropped; or an integer does not fit into 32 bits.
+        ConfigError: an option is not an integer, or out of range.
 
     >>> loader = ArrayLoader({"x": np.arange(5.0)}, batch_size=2)
     >>> [batch["x"].tolist() for batch in loader]
@@ -59,37 +59,31 @@ class ArrayLoader:
         self._shuffle = shuffle
         self._seed = whole("seed", seed, least=0)
         self._drop = drops(remainder, shuffle)
-        if self._drop and self.num_examples < self.batch_size:
-            raise BatchError(
-                f"The arrays must fill at least one batch; they hold {self.num_examples} examples, "
-                f"batch_size is {batch_size}, and a short batch is dropped. Give more examples, "
-                "lower batch_size, or keep the short batch with remainder='keep'."
-            )
+        epoch_length(self.num_examples, self.batch_size, drop=self._drop)
         self._arrays = held_by_jax(arrays)
         self._position = (0, 0)
         self._start = (0, 0)
 
     @property
     def arrays(self) -> PyTree:
-        """The arrays `[examples, ...]` that the batches are taken from; do not write to them."""
+        """The arrays `[examples, ...]` of the batches; do not modify them."""
         return self._arrays
 
     @property
     def shuffle(self) -> bool:
-        """Whether each epoch has an order of its own."""
+        """Whether each epoch has a new order."""
         return self._shuffle
 
     def __len__(self) -> int:
-        whole, rest = divmod(self.num_examples, self.batch_size)
-        return whole + (rest > 0 and not self._drop)
+        return epoch_length(self.num_examples, self.batch_size, drop=self._drop)
 
     def __iter__(self) -> Iterator[Batch]:
         return map(self.gathered, self.rows())
 
     def rows(self) -> Iterator[np.ndarray]:
-        """Yields which rows of `arrays` each batch of the next epoch has, int32 `[batch]`.
+        """Yields the rows of `arrays` in each batch of the next epoch, int32 `[batch]`.
 
-        It stands for `iter()`, where the batches are gathered elsewhere.
+        Use it instead of `iter()` to gather the batches elsewhere.
         """
         epoch, start = self._start
         self._start = (epoch + 1, 0)
@@ -109,29 +103,29 @@ class ArrayLoader:
         self._position = self._start = (epoch + 1 + (start == len(self)), 0)
 
     def peek(self) -> Batch:
-        """Returns the first batch that the next epoch, or the rest of a resumed one, hands out."""
+        """Returns the next batch of the next or resumed epoch, without consuming it."""
         epoch, batch = self._start
         if batch == len(self):
             epoch, batch = epoch + 1, 0
         return self.gathered(self._rows_of(self._order(epoch), batch))
 
     def in_order(self) -> Self:
-        """Returns a loader of the same arrays that neither shuffles nor drops; see `Loader`."""
+        """Returns a loader of the same arrays that neither shuffles nor drops batches."""
         view = copy.copy(self)
         view._shuffle, view._drop = False, False
         view._position = view._start = (0, 0)
         return view
 
     def get_state(self) -> dict[str, int]:
-        """Returns the position after the last batch handed out, and what its order depends on."""
+        """Returns the position after the last yielded batch, and the options of its order."""
         epoch, batch = self._position
         return {"epoch": epoch, "batch": batch, **self._identity()}
 
     def set_state(self, state: Mapping[str, int]) -> None:
-        """Goes to a position; the next `iter()` yields the rest of that epoch.
+        """Restores a position; the next `iter()` yields the rest of that epoch.
 
         Args:
-            state: what `get_state` returned, of a loader made with the same arguments.
+            state: the result of `get_state` of a loader with the same arguments.
 
         Raises:
             BatchError: the state was saved by a loader with other data or options.
@@ -140,7 +134,7 @@ class ArrayLoader:
         saved = {name: state.get(name) for name in identity}
         if saved != identity or not {"epoch", "batch"} <= set(state):
             raise BatchError(
-                "A position can be restored only in a loader like the one that saved it; "
+                "A position can only be restored in a loader with the same options and data; "
                 f"saved: {dict(state)}, this loader: {identity}. Make the loader with the saved "
                 "options and data, or start a new run."
             )
@@ -148,15 +142,12 @@ class ArrayLoader:
         if epoch < 0 or not 0 <= batch <= len(self):
             raise BatchError(
                 f"An epoch of this loader has {len(self)} batches; the saved position is "
-                f"epoch={epoch}, batch={batch}. The state was not made by get_state."
+                f"epoch={epoch}, batch={batch}. Pass a state that get_state returned."
             )
         self._position = self._start = (epoch, batch)
 
     def identity(self) -> dict[str, Any]:
-        """Returns what the batches depend on: the options, and a digest of the arrays' values.
-
-        Of an array of more than 4 MiB, pieces count that are spread over it.
-        """
+        """Returns the options, and a digest of the arrays; arrays above 4 MiB are sampled."""
         values = digest(*map(sample_digest, jax.tree.leaves(self._arrays)))
         return {**self._identity(), "values": values}
 
@@ -179,5 +170,5 @@ class ArrayLoader:
         return order[batch * self.batch_size : (batch + 1) * self.batch_size]
 
     def gathered(self, rows: np.ndarray) -> Batch:
-        """Returns the batch that has these rows of `arrays`."""
+        """Returns the batch with these rows of `arrays`."""
         return jax.tree.map(lambda array: array[rows], self._arrays)

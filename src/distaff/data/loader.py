@@ -1,12 +1,11 @@
-"""The Loader protocol, and the few questions that are asked of every loader and batch."""
+"""The Loader protocol, and functions of loaders and batches."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -14,75 +13,68 @@ import numpy as np
 from distaff.core.config.checks import whole
 from distaff.core.typing import Batch
 from distaff.data.adapters.adapters import adapted
-from distaff.data.dataclass_batches import known_to_jax
+from distaff.data.entry import known_to_jax
 from distaff.data.stream import Stream
 from distaff.errors import BatchError, ConfigError, leaf_name, nearest
 
 _NOT_NUMBERS = "OSUTMm"
-_ENCODE = "Encode it as numbers, or leave it out."
-_PAD = "Pad all examples to one shape, and yield a mask of what is real beside them."
-
-
-W = TypeVar("W")
+_ENCODE = "Encode it as numbers, or drop it."
+_PAD = "Pad all examples to one shape, and yield a mask of the real entries with them."
 
 
 @runtime_checkable
 class Loader(Protocol):
-    """Yields batches, epoch by epoch, and knows its position.
+    """Yields batches, epoch by epoch, and saves and restores its position.
 
-    A batch is any pytree of arrays with one leading axis: `[batch, ...]`. Each batch is made of
-    fresh arrays, never of a buffer that is filled again. One iteration runs at a time.
+    A batch is any pytree of arrays with one leading axis: `[batch, ...]`. Each batch consists of
+    fresh arrays, never of a reused buffer. Only one iteration runs at a time.
 
-    A loader may also have `__len__`, the number of batches in an epoch; `num_shapes`, how many
-    shapes its batches have; `peek()`, which returns the first batch to come without handing it out;
+    Optional members: `__len__`, the number of batches in an epoch; `num_shapes`, the number of
+    distinct shapes of its batches; `peek()`, which returns the next batch without consuming it;
     `abandon()`, after which the next `iter()` begins a new epoch; and `close_made()`, which closes
-    what it has made itself, and tells whether that was anything. One that takes its batches from
-    others has these in an attribute: `loader`, or a tuple `loaders`.
+    loaders that it made itself, and returns whether there were any. A wrapper has its inner loaders
+    in an attribute: `loader`, or a tuple `loaders`.
 
-    `in_order()` returns a loader to evaluate on, which moves nothing of this one: each iteration
-    yields every example once, in the data's own order, none left out; or None where there is none.
+    `in_order()` returns a loader for evaluation, or None, and does not move this one. Each
+    iteration of it yields every example exactly once, in the order of the data.
     """
 
     def __iter__(self) -> Iterator[Batch]:
         """Yields the batches of the next epoch, or after `set_state` the rest of that epoch.
 
-        An epoch without batches leaves the state as it is.
+        An epoch without batches does not change the state.
         """
         ...
 
     def get_state(self) -> dict[str, Any]:
-        """Returns the position after the last batch that was handed out.
+        """Returns the position after the last yielded batch, to be stored in a checkpoint.
 
-        Its values are those that JSON has, and come back from it as they are: whole numbers,
-        texts, lists and dicts. A checkpoint holds it.
+        Its values must survive JSON unchanged: integers, strings, lists and dicts.
         """
         ...
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes to a position: the next `iter()` yields exactly what was left of that epoch.
+        """Restores a position: the next `iter()` yields exactly the rest of that epoch.
 
-        That may be nothing, where the last batch of the epoch had been handed out.
+        The rest is empty if the last batch of the epoch had been yielded.
 
         Raises:
-            ChangedBatchesError: the batches up to the position are not those of before.
+            ChangedBatchesError: the batches up to the position differ from before.
         """
         ...
 
 
 def as_loader(data: Any, *, name: str = "data") -> Loader:
-    """Returns a loader as it is, data of other libraries adapted, other iterables as a `Stream`.
+    """Returns a loader unchanged, adapts loaders of other libraries, wraps iterables in a `Stream`.
 
-    What Grain, PyTorch and TensorFlow yield batches with is known; see `distaff.data.adapters`.
+    Loaders of Grain, PyTorch and TensorFlow are supported; see `distaff.data.adapters`.
 
     Args:
         data: a loader, an iterable of batches, or a function that returns one.
-        name: what the error calls it, such as `"train"`.
-
-    Returns:
-        The loader.
+        name: name of the loader for the error, such as `"train"`.
 
     Raises:
-        BatchError: the value is no iterable of batches, for example the arrays themselves.
+        BatchError: the value is not an iterable of batches, but for example the arrays themselves.
     """
     known = adapted(data)
     if known is not None:
@@ -95,7 +87,7 @@ def as_loader(data: Any, *, name: str = "data") -> Loader:
     if hasattr(data, "shape") or isinstance(data, Mapping) or arrays_in_a_tuple:
         raise BatchError(
             f"The {name} loader must yield batches; got {type(data).__name__}, which looks like "
-            f"the whole data set. Write data.ArrayLoader({name}, batch_size=...)."
+            f"the whole dataset. Write data.ArrayLoader({name}, batch_size=...)."
         )
     if isinstance(data, str | bytes) or not (isinstance(data, Iterable) or callable(data)):
         raise BatchError(
@@ -105,14 +97,19 @@ def as_loader(data: Any, *, name: str = "data") -> Loader:
     return Stream(data)
 
 
+def inner_loaders(loader: Any) -> tuple[Any, ...]:
+    """Returns the loaders that a wrapper reads: its tuple `loaders`, or its `loader` or None."""
+    inner = getattr(loader, "loaders", None)
+    return inner if isinstance(inner, tuple) else (getattr(loader, "loader", None),)
+
+
 def sources(loader: Any) -> Iterator[Any]:
-    """Yields the loaders that the batches come from in the end: itself, where it wraps none.
+    """Yields the innermost loaders that the batches come from: the loader itself if it wraps none.
 
     Args:
-        loader: with its inner ones in the attribute `loader`, or a tuple `loaders`.
+        loader: a loader; a wrapper has its inner loaders in `loader`, or a tuple `loaders`.
     """
-    inner = getattr(loader, "loaders", None)
-    inner = inner if isinstance(inner, tuple) else (getattr(loader, "loader", None),)
+    inner = inner_loaders(loader)
     if not all(isinstance(each, Loader) for each in inner):
         yield loader
         return
@@ -121,19 +118,17 @@ def sources(loader: Any) -> Iterator[Any]:
 
 
 def close_made(loader: Any) -> bool:
-    """Closes what a loader has made itself, if it can; returns whether that was anything."""
+    """Closes the loaders that a loader made itself; returns whether there were any."""
     close = getattr(loader, "close_made", None)
     return close is not None and bool(close())
 
 
 @contextmanager
 def closing_made(*pairs: tuple[Any, Any]) -> Generator[None]:
-    """Closes in the end the loaders that were made of something else, so that nothing runs on.
-
-    Those that a given loader has made are among them.
+    """Closes loaders made from the user's data, and those that the user's loaders made, at exit.
 
     Args:
-        *pairs: what was given, and the loader it became.
+        *pairs: the user's data, and the loader made from it.
     """
     try:
         yield
@@ -145,26 +140,13 @@ def closing_made(*pairs: tuple[Any, Any]) -> Generator[None]:
 
 
 def in_order(loader: Any) -> Any:
-    """Returns a loader of the same examples that moves nothing of it; see `Loader`.
-
-    Returns:
-        None where the loader has none.
-    """
+    """Returns `loader.in_order()`, a loader for evaluation; None if the loader has none."""
     make = getattr(loader, "in_order", None)
     return None if make is None else make()
 
 
-def over(wrapper: W, loader: Any) -> W | None:
-    """Returns a wrapper of a loader over another loader; None without one."""
-    if loader is None:
-        return None
-    copied: Any = copy.copy(wrapper)
-    copied.loader = loader
-    return copied
-
-
 def abandon(loader: Loader) -> None:
-    """Leaves the epoch that `set_state` put a loader into: the next `iter()` begins a new one."""
+    """Abandons the epoch that `set_state` restored: the next `iter()` begins a new one."""
     leave = getattr(loader, "abandon", None)
     if leave is None:
         next(iter(loader), None)
@@ -173,7 +155,7 @@ def abandon(loader: Loader) -> None:
 
 
 def num_batches(loader: Loader) -> int | None:
-    """Returns the number of batches in an epoch, or None where the loader does not know it."""
+    """Returns the number of batches in an epoch, or None if it is unknown."""
     try:
         return len(loader) if isinstance(loader, Sized) else None
     except TypeError:
@@ -181,10 +163,9 @@ def num_batches(loader: Loader) -> int | None:
 
 
 def num_shapes(loader: Any) -> int:
-    """Returns how many shapes the batches of a loader have, but for those of short last batches.
+    """Returns the number of distinct shapes of a loader's batches, ignoring short last batches.
 
-    A loader may say so in its attribute `num_shapes`; or it has an attribute `loader`, whose
-    batches it hands out. Others have one.
+    This is the loader's attribute `num_shapes`, or that of its inner `loader`, or 1.
     """
     own = getattr(loader, "num_shapes", None)
     inner = getattr(loader, "loader", None)
@@ -196,20 +177,17 @@ def num_shapes(loader: Any) -> int:
 def num_examples(batch: Batch, *, name: str = "") -> int:
     """Returns the length of the leading axis that all leaves of a batch share.
 
-    Only `shape` and `dtype` are read: NumPy and JAX arrays, tracers and
-    `jax.ShapeDtypeStruct` will do. A batch of graphs, whose leaves differ in their leading axis,
-    says what an example is: its class has a property `num_examples`.
+    Only `shape` and `dtype` are read, so NumPy and JAX arrays, tracers and `jax.ShapeDtypeStruct`
+    all work. If the leaves differ in their leading axis, as for a batch of graphs, the class of the
+    batch defines a property `num_examples`.
 
     Args:
         batch: a pytree of arrays `[batch, ...]`.
-        name: of the loader that it comes from, such as `"train"`, for the error.
-
-    Returns:
-        The number of examples.
+        name: name of the batch's loader for the error, such as `"train"`.
 
     Raises:
-        BatchError: there is no leaf or no example, or a leaf that is not an array of numbers, has
-            no axis, or has another length.
+        BatchError: the batch has no leaves or no examples, or a leaf is not a numeric array, has
+            no axis, or differs in length.
 
     >>> num_examples({"image": np.zeros((32, 8, 8, 1)), "label": np.zeros(32)})
     32
@@ -219,8 +197,8 @@ def num_examples(batch: Batch, *, name: str = "") -> int:
     if not leaves:
         raise BatchError(
             f"{whose.capitalize()} must hold at least one array [batch, ...]; got "
-            f"{type(batch).__name__} without leaves. Yield for example {{'image': images, 'label': "
-            "labels}."
+            f"{type(batch).__name__} without leaves. Yield, for example, {{'image': images, "
+            "'label': labels}."
         )
     own = counts_itself(batch)
     shapes = {
@@ -241,22 +219,18 @@ def num_examples(batch: Batch, *, name: str = "") -> int:
     if shapes[first][0] == 0:
         raise BatchError(
             f"{whose.capitalize()} must hold at least one example; {first!r} has shape "
-            f"{shapes[first]}. Leave empty batches out."
+            f"{shapes[first]}. Skip empty batches."
         )
     return shapes[first][0]
 
 
 def counts_itself(batch: Batch) -> bool:
-    """Whether a batch says itself how many examples it has; its leaves may then have any shapes."""
+    """Whether a batch has a property `num_examples`; its leaves may then have any shapes."""
     return not hasattr(batch, "shape") and hasattr(batch, "num_examples")
 
 
 def drops(remainder: Literal["keep", "drop"] | None, shuffle: bool) -> bool:
-    """Returns whether a short last batch is left out; by default where the order is shuffled.
-
-    Raises:
-        ConfigError: `remainder` is neither.
-    """
+    """Returns whether to drop a short last batch; by default only when shuffling."""
     if remainder not in ("keep", "drop", None):
         raise ConfigError(
             f"Unknown remainder {remainder!r}. {nearest(remainder, ('keep', 'drop'))}"
@@ -264,20 +238,34 @@ def drops(remainder: Literal["keep", "drop"] | None, shuffle: bool) -> bool:
     return bool(shuffle) if remainder is None else remainder == "drop"
 
 
+def epoch_length(count: int, batch_size: int, *, drop: bool) -> int:
+    """Returns the number of batches of `count` examples, with or without a short last batch.
+
+    Raises:
+        BatchError: it is 0.
+    """
+    length, rest = divmod(count, batch_size)
+    length += rest > 0 and not drop
+    if not length:
+        dropped = ", and short batches are dropped" if drop else ""
+        raise BatchError(
+            f"The data must fill at least one batch; they hold {count} examples, batch_size is "
+            f"{batch_size}{dropped}. Pass more examples, lower batch_size, or keep the short batch "
+            "with remainder='keep'."
+        )
+    return length
+
+
 def held_by_jax(tree: Any) -> Any:
-    """Returns a tree with each leaf as `as_held_by_jax` has it."""
+    """Applies `as_held_by_jax` to each leaf of a tree."""
     return jax.tree.map_with_path(lambda path, leaf: as_held_by_jax(leaf, path), tree)
 
 
 def as_held_by_jax(leaf: Any, path: tuple[Any, ...] = ()) -> np.ndarray:
-    """Returns an array in the dtype that JAX would hold it in: 32 bits for 64, as it is set.
-
-    Args:
-        leaf: what becomes an array.
-        path: where it stands in its tree, for the error.
+    """Casts an array to JAX's dtype for it: 32 bits instead of 64, unless `jax_enable_x64` is set.
 
     Raises:
-        BatchError: an integer does not fit.
+        BatchError: an integer does not fit into 32 bits; the message names its `path`.
     """
     array = np.asarray(leaf)
     dtype = jax.dtypes.canonicalize_dtype(array.dtype)
@@ -285,56 +273,46 @@ def as_held_by_jax(leaf: Any, path: tuple[Any, ...] = ()) -> np.ndarray:
         limits, low, high = np.iinfo(dtype), array.min(), array.max()
         if low < limits.min or high > limits.max:
             raise BatchError(
-                f"Integers must fit into {dtype}, in which JAX holds them; {leaf_name(path)!r} has "
+                f"Integers must fit into {dtype}, the dtype that JAX uses; {leaf_name(path)!r} has "
                 f"values from {low} to {high}. Number them from 0 (np.unique with return_inverse), "
-                "leave them out, or set jax_enable_x64."
+                "drop them, or set jax_enable_x64."
             )
     return array.astype(dtype, copy=False)
 
 
 def first_batch(loader: Loader, *, name: str = "data") -> Batch:
-    """Returns the first batch to come; the loader stays where it is.
+    """Returns the next batch without consuming it.
 
     Args:
-        loader: the loader to look into.
-        name: what the error calls it, such as `"train"`.
-
-    Returns:
-        The batch.
+        loader: the loader.
+        name: name of the loader for the error, such as `"train"`.
 
     Raises:
-        BatchError: the loader is empty, or the batch is none that `num_examples` accepts.
+        BatchError: the loader is empty, or `num_examples` does not accept the batch.
     """
     peek = getattr(loader, "peek", None)
-    batch = peek() if peek else _peek_and_return(loader)
+    batch = peek() if peek else _peek_and_restore(loader)
     if batch is None:
-        raise _empty(name)
+        raise empty_loader(name)
     num_examples(batch, name="" if name == "data" else name)
     return batch
 
 
 def epoch_of(
-    loader: Loader,
-    steps_per_epoch: int | None = None,
-    *,
-    name: str = "data",
-    repeat: bool = True,
+    loader: Loader, steps_per_epoch: int | None = None, *, name: str = "data", repeat: bool = True
 ) -> Iterator[Batch]:
     """Yields the batches of one epoch.
 
     Args:
-        loader: where they come from.
-        steps_per_epoch: exactly this many batches, which go on where the last ones stopped, and
-            start again where the loader runs out: a cut for infinite streams. None: what the
-            loader calls an epoch.
-        name: what the error calls the loader, such as `"train"`.
-        repeat: whether a loader may have fewer batches than `steps_per_epoch`.
-
-    Yields:
-        Batches.
+        loader: source of the batches.
+        steps_per_epoch: number of batches, such as for an endless stream. An epoch continues where
+            the last one stopped, and starts the loader again when it runs out. None for one pass
+            over the loader.
+        name: name of the loader for the error, such as `"train"`.
+        repeat: whether the loader may have fewer batches than `steps_per_epoch`.
 
     Raises:
-        BatchError: the loader is empty; or a whole pass has too few batches, without `repeat`.
+        BatchError: the loader is empty; or one pass has too few batches, without `repeat`.
         ConfigError: `steps_per_epoch` is less than 1.
     """
     if steps_per_epoch is not None:
@@ -348,23 +326,22 @@ def epoch_of(
         for batch in islice(loader, missing):
             taken += 1
             yield batch
-        # What is left of a resumed epoch may be empty; then the loader has moved on.
+        # The rest of a resumed epoch may be empty; the loader has then moved to the next one.
         if not taken and loader.get_state() == before:
-            raise _empty(name)
+            raise empty_loader(name)
         missing = 0 if missing is None else missing - taken
         if missing and is_whole and not repeat:
             raise BatchError(
                 f"The {name} loader ran out after {taken} batches, and steps_per_epoch="
-                f"{steps_per_epoch}. Lower it, give more batches, or pass repeat=True to "
+                f"{steps_per_epoch}. Lower it, yield more batches, or pass repeat=True to "
                 "train_model: the loader then starts again within an epoch."
             )
 
 
-def _peek_and_return(loader: Loader) -> Batch | None:
+def _peek_and_restore(loader: Loader) -> Batch | None:
     state = loader.get_state()
     batch = next(iter(loader), None)
-    if batch is None:
-        # A resumed epoch may have nothing left: look into the one after it.
+    if batch is None:  # nothing is left of a resumed epoch
         batch = next(iter(loader), None)
     loader.set_state(state)
     return batch
@@ -373,7 +350,7 @@ def _peek_and_return(loader: Loader) -> Batch | None:
 def _array_shape(name: str, leaf: Any, whose: str, *, has_axis: bool = True) -> tuple[int, ...]:
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
         is_text = isinstance(leaf, str | bytes)
-        remedy = _ENCODE if is_text else "Write numpy.asarray([...]) around all examples' values."
+        remedy = _ENCODE if is_text else "Put the values of all examples into numpy.asarray([...])."
         raise BatchError(
             f"All leaves of {whose} must be arrays [batch, ...]; {name!r} is of type "
             f"{type(leaf).__name__}. {remedy}"
@@ -388,12 +365,13 @@ def _array_shape(name: str, leaf: Any, whose: str, *, has_axis: bool = True) -> 
     if has_axis and not leaf.shape:
         raise BatchError(
             f"All leaves of {whose} must have a leading axis [batch, ...]; {name!r} is a scalar. "
-            "Put the values of all examples into one array, or leave it out."
+            "Put the values of all examples into one array, or drop it."
         )
     return tuple(leaf.shape)
 
 
-def _empty(name: str) -> BatchError:
+def empty_loader(name: str) -> BatchError:
+    """Returns the error for a loader without batches."""
     return BatchError(
         f"The {name} loader must yield at least one batch in an epoch; it yields none. "
         "Check its source, its filters, and whether an iterator was already used up."

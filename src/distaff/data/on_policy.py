@@ -1,4 +1,4 @@
-"""OnPolicy: batches that depend on the training so far, each made after the step before it."""
+"""OnPolicy: yields batches that depend on the trainer's state, one after each step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from distaff.core.typing import Batch
-from distaff.data.loader import Loader, as_loader, first_batch, num_batches
+from distaff.data.loader import Loader, as_loader, first_batch, inner_loaders, num_batches
 from distaff.data.stream import Stream
 from distaff.errors import ChangedBatchesError, StateError
 
@@ -16,23 +16,23 @@ T = TypeVar("T")
 _AHEAD, _AFTER = "ahead", "after"
 
 _reading: ContextVar[str] = ContextVar("reading", default="")
-"""Whether a batch of the training is being fetched in this thread, and when."""
+"""How this thread is fetching a training batch: ahead of the steps, after one, or not at all."""
 
 
 class OnPolicy:
-    """A loader that may read the trainer's state: in reinforcement learning, by its own policy.
+    """A loader that may read the trainer's state, such as the policy in reinforcement learning.
 
-    Batches are not fetched ahead, and steps run one by one: a batch is asked for once the step
-    before it is done, so that `trainer.state` is the state it will be trained on. Give the trainer
-    an `example_batch`: the state is then there for the first batch, too.
+    Batches are not prefetched, and steps run one at a time: each batch is requested after the step
+    before it, so `trainer.state` is the state that the batch will train. Pass `example_batch` to
+    the trainer: the state then exists before the first batch, too.
 
     Args:
         source: an iterable of batches, or a function that returns one, as for `Stream`; or a
-            loader. To resume a run exactly, it must be a loader whose `get_state` holds all that
-            its batches depend on besides the trainer's state, such as the environment's.
+            loader. To resume a run exactly, it must be a loader whose `get_state` holds everything
+            that its batches depend on besides the trainer's state, such as the environment's state.
 
     Raises:
-        BatchError: the source is neither.
+        BatchError: the source is none of these.
     """
 
     def __init__(self, source: Iterable[Batch] | Callable[[], Iterable[Batch]] | Loader) -> None:
@@ -41,14 +41,14 @@ class OnPolicy:
     def __len__(self) -> int:
         length = num_batches(self.loader)
         if length is None:
-            raise TypeError("The length of this loader is unknown: pass steps_per_epoch.")
+            raise TypeError("The number of batches is unknown: pass steps_per_epoch.")
         return length
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self.loader)
 
     def peek(self) -> Batch:
-        """Returns the first batch to come, without handing it out."""
+        """Returns the next batch without consuming it."""
         return first_batch(self.loader)
 
     def get_state(self) -> Mapping[str, Any]:
@@ -56,32 +56,30 @@ class OnPolicy:
         return self.loader.get_state()
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes to a position.
+        """Restores a position.
 
         Raises:
-            ChangedBatchesError: the source cannot be read again, since its batches depend on states
-                of the trainer that are gone.
+            ChangedBatchesError: the source cannot be read again, since its batches depend on past
+                states of the trainer.
         """
         if isinstance(self.loader, Stream) and dict(state) != self.loader.get_state():
             raise ChangedBatchesError(
                 "Batches that depend on the trainer's state cannot be read again, and this source "
-                "knows no position. Write a loader whose get_state and set_state keep what its "
+                "has no position. Write a loader whose get_state and set_state save what its "
                 "batches depend on, or pass allow_inexact_resume=True to the trainer."
             )
         self.loader.set_state(state)
 
 
 def is_on_policy(loader: Any) -> bool:
-    """Whether the batches of a loader, or of one that it wraps, may depend on the training."""
+    """Whether a loader, or one that it wraps, is an `OnPolicy` loader."""
     if isinstance(loader, OnPolicy):
         return True
-    inner = getattr(loader, "loaders", None)
-    inner = inner if isinstance(inner, tuple) else (getattr(loader, "loader", None),)
-    return any(is_on_policy(each) for each in inner if each is not None)
+    return any(is_on_policy(each) for each in inner_loaders(loader) if each is not None)
 
 
 def first_to_train(loader: Loader) -> Batch:
-    """Returns the first batch of a training to come; see `first_batch`."""
+    """Returns the next training batch without consuming it; see `first_batch`."""
 
     def peeked() -> Iterator[Batch]:
         yield first_batch(loader, name="train")
@@ -90,7 +88,7 @@ def first_to_train(loader: Loader) -> Batch:
 
 
 def marked(items: Iterator[T], loader: Any) -> Generator[T]:
-    """Yields items that a loader of the training makes, each marked while it is made."""
+    """Yields the items of a training loader, which `check_reader` may forbid to read the state."""
     mark, end = _AFTER if is_on_policy(loader) else _AHEAD, object()
     while True:
         token = _reading.set(mark)
@@ -103,25 +101,22 @@ def marked(items: Iterator[T], loader: Any) -> Generator[T]:
         yield item
 
 
-def check_reader(*, is_there: bool) -> None:
-    """Checks that what a step changes may be read by this thread now.
-
-    Args:
-        is_there: whether there is something to read.
+def check_reader(*, exists: bool) -> None:
+    """Checks that this thread may read the trainer's state now, and that it `exists`.
 
     Raises:
-        StateError: a loader that is read ahead asks for it, or one asks before it is there.
+        StateError: a prefetched loader reads the state, or a loader reads it before it exists.
     """
     mark = _reading.get()
     if mark == _AHEAD:
         raise StateError(
             "The train loader reads the trainer's state or step while it makes a batch. Batches "
-            "are fetched ahead of the steps, so that it would see old parameters, or arrays that a "
-            "step has taken. Wrap the loader: train_model(data.OnPolicy(loader), ...)."
+            "are prefetched, so it would see old parameters, or arrays donated to a step. Wrap the "
+            "loader: train_model(data.OnPolicy(loader), ...)."
         )
-    if mark == _AFTER and not is_there:
+    if mark == _AFTER and not exists:
         raise StateError(
-            "The train loader reads the trainer's state for its first batch, and there is none "
-            "yet: the model is made for that batch. Pass example_batch=... to the trainer's "
-            "constructor."
+            "The train loader reads the trainer's state for its first batch, but the state does "
+            "not exist yet: the model is initialized with that batch. Pass example_batch=... to "
+            "the trainer's constructor."
         )

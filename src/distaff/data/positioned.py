@@ -1,4 +1,4 @@
-"""Positioned: a loader over data that knows its own position, and can be started anywhere."""
+"""Positioned: a loader over data that can be started at any position."""
 
 from __future__ import annotations
 
@@ -14,30 +14,26 @@ _KEYS = {"epoch", "batch", "source"}
 
 
 class Restartable(Protocol):
-    """Data of another library, which it can iterate from a position in the library's own terms."""
+    """Data that can be iterated from a saved position, in the terms of its own library."""
 
     def start(self, epoch: int, batch: int, saved: Any) -> Iterator[Batch]:
-        """Returns the batches of an epoch, or the rest of it; one iteration runs at a time.
+        """Returns the batches of an epoch, or the rest of it; only one iteration runs at a time.
 
         Args:
-            epoch: which one, counted from 0.
-            batch: how many batches of it are left out.
-            saved: what `position` returned after the last of them; at the start of an epoch, what
-                it returned at the end of the one before. None where nothing was handed out before.
+            epoch: number of the epoch, from 0.
+            batch: number of batches to skip.
+            saved: result of `position` after the last skipped batch; at the start of an epoch, its
+                result at the end of the previous one. None before the first batch.
         """
         ...
 
     def position(self) -> Any:
-        """Returns the position after the last batch handed out, of values that JSON has."""
+        """Returns the position after the last yielded batch, as JSON values."""
         ...
 
 
 class FirstEpoch:
-    """Data of which every epoch is like the first one.
-
-    Args:
-        source: the data.
-    """
+    """Data whose first epoch is repeated."""
 
     def __init__(self, source: Restartable) -> None:
         self._source = source
@@ -47,20 +43,20 @@ class FirstEpoch:
         return self._source.start(0, batch, saved)
 
     def position(self) -> Any:
-        """Returns the position after the last batch handed out, of values that JSON has."""
+        """Returns the position of the source."""
         return self._source.position()
 
 
 class Positioned:
-    """A loader over data of another library, which goes to a position without reading up to it.
+    """A loader over data of another library that restores a position without reading up to it.
 
     Args:
         source: the data.
-        length: batches in an epoch; None where that is not known.
-        identity: facts that a position is only good with, of values that JSON has.
-        num_shapes: as `distaff.data.num_shapes` tells of loaders.
-        in_order: makes a loader of the same data to evaluate on; see `Loader`. Without it, an
-            evaluation reads the next epoch, and goes back to where it was.
+        length: number of batches in an epoch; None if unknown.
+        identity: JSON values that must be equal to restore a position, such as the batch size.
+        num_shapes: number of distinct shapes of the batches.
+        in_order: returns a loader of the same data for evaluation; see `Loader`. Without it, an
+            evaluation reads the next epoch, and then restores the position.
     """
 
     def __init__(
@@ -82,7 +78,7 @@ class Positioned:
 
     def __len__(self) -> int:
         if self._length is None:
-            raise TypeError("The number of batches is not known: pass steps_per_epoch.")
+            raise TypeError("The number of batches is unknown: pass steps_per_epoch.")
         return self._length
 
     def __iter__(self) -> Iterator[Batch]:
@@ -93,11 +89,11 @@ class Positioned:
             yield batch
 
     def in_order(self) -> Any:
-        """Returns a loader to evaluate on, or None; see `Loader`."""
+        """Returns a loader for evaluation, or None; see `Loader`."""
         return None if self._in_order is None else self._in_order()
 
     def peek(self) -> Batch | None:
-        """Returns the next batch, which stays in line, or None where there is none."""
+        """Returns the next batch without consuming it, or None if the data is empty."""
         if self._ahead:
             return self._ahead[0][0]
         state, resumed = self.get_state(), self._resumed
@@ -106,18 +102,18 @@ class Positioned:
             self._batch -= 1
             self._ahead = [(batch, state)]
             return batch
-        # Of a resumed epoch nothing was left: what follows is the one after it.
+        # Nothing is left of a resumed epoch: return the first batch of the next one.
         batch = self._pull()
         self._go_to(state["epoch"], state["batch"], state["source"])
         self._resumed = resumed
         return None if batch is _EPOCH_END else batch
 
     def get_state(self) -> dict[str, Any]:
-        """Returns the position after the last batch that was handed out, fit for JSON."""
+        """Returns the position after the last yielded batch, as JSON values."""
         if self._ahead:
             return self._ahead[0][1]
         if self._place is None:
-            # Before its first batch, a library may not know its position.
+            # Before the first batch, the position of a library may be undefined.
             is_inside = self._running is not None and self._batch and not self._is_new
             saved = self._source.position() if is_inside else self._saved
             numbers = {"epoch": self._epoch, "batch": self._batch}
@@ -125,24 +121,24 @@ class Positioned:
         return dict(self._place)
 
     def identity(self) -> dict[str, Any]:
-        """Returns the facts that a position is only good with."""
+        """Returns the values that must be equal to restore a position."""
         return dict(self._identity)
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes to a position at once; the next `iter()` yields the rest of that epoch.
+        """Restores a position at once; the next `iter()` yields the rest of that epoch.
 
         Args:
-            state: what `get_state` returned, of a loader of the same data.
+            state: the result of `get_state` of a loader of the same data.
 
         Raises:
-            BatchError: it is of other data, or the library refuses it.
+            BatchError: the state is of other data, or the library does not accept it.
         """
         found = {name: state.get(name) for name in self._identity}
         numbers = [state.get("epoch"), state.get("batch")]
         fits = state.keys() == _KEYS | found.keys() and found == self._identity
         if not fits or not all(type(number) is int and number >= 0 for number in numbers):
             raise BatchError(
-                "A position can be restored only in a loader like the one that saved it; "
+                "A position can only be restored in a loader with the same options and data; "
                 f"saved: {dict(state)}, this loader: {self.get_state()}. Make the loader with the "
                 "saved options and data, or start a new run."
             )
@@ -152,12 +148,12 @@ class Positioned:
         self._resumed = True
 
     def close(self) -> None:
-        """Ends what the library has running, such as workers; a new epoch begins anew."""
+        """Stops the running iteration, such as its workers, and abandons the epoch."""
         if self._running is not None:
             self._go_to(self._epoch + 1, 0, None)
 
     def _pull(self) -> Any:
-        """Returns the next batch, or `_EPOCH_END`, and counts it."""
+        """Consumes and returns the next batch, or `_EPOCH_END`."""
         batch: Any = self._ahead.pop()[0] if self._ahead else self._read()
         self._is_new, self._place = False, None
         if batch is not _EPOCH_END:
@@ -169,7 +165,7 @@ class Positioned:
         return batch
 
     def _read(self) -> Any:
-        """Reads on; after an error the place is the one before it, where reading begins again."""
+        """Reads the next batch; after an error, the next call tries the same position again."""
         place = self.get_state()
         try:
             return next(self._start(), _EPOCH_END)
@@ -185,8 +181,8 @@ class Positioned:
             except (KeyError, IndexError, TypeError, ValueError) as error:
                 raise BatchError(
                     f"The data could not be started at epoch {self._epoch}, batch {self._batch}: "
-                    f"{error!r}. Give them the number of workers, the batch size and the data that "
-                    "the position was saved with, or start a new run."
+                    f"{error!r}. Use the number of workers, the batch size and the data that the "
+                    "position was saved with, or start a new run."
                 ) from error
         return self._running
 
@@ -195,5 +191,5 @@ class Positioned:
         self._running, self._ahead, self._place = None, [], None
         self._epoch, self._batch, self._saved = epoch, batch, saved
         if close is not None:
-            with suppress(ValueError):  # a thread that hangs in the source is left alone
+            with suppress(ValueError):  # another thread is still reading
                 close()

@@ -1,4 +1,4 @@
-"""The source of Python's standard library, as a text that every machine has."""
+"""The source of Python's standard library, a text corpus on every machine."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ _WRITTEN_BY_THE_BUILD = ("config-", "_sysconfigdata")
 def python_source(folder: str | os.PathLike[str] | None = None) -> tuple[bytes, bytes, bytes]:
     """Returns the source of Python's standard library, about 12 MB, split by file.
 
-    Eight of ten files train, one validates, one tests; which one, a hash of its path decides, so
-    that a file stays in its part in every version. The text differs from one version of Python to
-    the next, and with it what is measured on it. All `*.py` files count but tests (`test`, `tests`,
-    `idle_test`, which some distributions leave out), what is installed beside the library
-    (`site-packages`, `dist-packages`), and what the build of the interpreter wrote (`config-*`,
-    `_sysconfigdata*`). A file that cannot be read is left out.
+    Of ten files, eight are for training, one for validation, one for testing. The split is by a
+    hash of the path, so a file is in the same part in every version of Python. The text differs
+    between versions, so results are only comparable within one.
+
+    It includes all `*.py` files except tests (`test`, `tests`, `idle_test`, which some
+    distributions omit), installed packages (`site-packages`, `dist-packages`), files written by the
+    build of the interpreter (`config-*`, `_sysconfigdata*`), and unreadable files.
 
     Args:
-        folder: where to look; by default where this interpreter has its library.
+        folder: the library's folder; by default that of this interpreter.
 
     Returns:
         `(train, val, test)`, each the bytes of its files, joined in the order of their paths.
 
     Raises:
-        DataFileError: there is no such file.
+        DataFileError: no source file can be read.
     """
     root = as_path(sysconfig.get_path("stdlib") if folder is None else folder, "folder")
     parts: dict[str, list[bytes]] = {"train": [], "val": [], "test": []}
@@ -44,7 +45,7 @@ def python_source(folder: str | os.PathLike[str] | None = None) -> tuple[bytes, 
     if not any(parts.values()):
         raise DataFileError(
             f"The source of the standard library must be in {root}, in files *.py; none can be "
-            "read. Some distributions ship it in another package, or compiled: give the folder "
+            "read. Some distributions ship it in another package, or compiled: pass the folder "
             "of another Python, python_source(folder=...)."
         )
     train, val, test = (b"".join(files) for files in parts.values())

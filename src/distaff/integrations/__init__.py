@@ -1,1 +1,1 @@
-"""One file per third party, each found by string and imported by nobody."""
+"""Adapters of third-party libraries, one per file, loaded by name on first use."""

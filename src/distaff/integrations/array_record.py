@@ -1,4 +1,4 @@
-"""ArrayRecord: files of records that are read by index."""
+"""ArrayRecord: files of records with random access."""
 
 from __future__ import annotations
 
@@ -11,13 +11,10 @@ _RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
 
 
 class Records:
-    """The records of a file, which stays open.
-
-    Args:
-        file: where they are.
+    """The records of an open file.
 
     Raises:
-        DataFileError: it is no whole ArrayRecord file.
+        DataFileError: it is not a whole ArrayRecord file.
     """
 
     def __init__(self, file: DataFile) -> None:
@@ -25,7 +22,7 @@ class Records:
         self._reader = array_record_module.ArrayRecordReader(str(file.path), _RANDOM_ACCESS)
         if not self._reader.ok():
             raise DataFileError(
-                f"{file.path} is not a whole ArrayRecord file, of {file.num_bytes:,} bytes. Get or "
+                f"{file.path} ({file.num_bytes:,} bytes) is not a whole ArrayRecord file. Get or "
                 "write it again."
             )
 

@@ -1,4 +1,4 @@
-"""Arrow: columns of Parquet and Arrow IPC files (Feather 2 among them) as NumPy arrays."""
+"""Arrow: reads columns of Parquet and Arrow IPC files (including Feather 2) as NumPy arrays."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from distaff.data.formats.files import DataFile
 from distaff.errors import BatchError, DataFileError
 
 Column: TypeAlias = np.ndarray | Sequence[Any]
-"""The values of a column: an array `[rows, ...]`, or by row where they are no such array."""
+"""The values of a column: an array `[rows, ...]`, or a sequence with one value per row."""
 
 _LISTS = (pa.ListType, pa.LargeListType)
 _NUMBERS = (
     *(types.is_boolean, types.is_integer, types.is_floating),
-    *(types.is_date, types.is_timestamp, types.is_duration),  # others become objects, or crash
+    *(types.is_date, types.is_timestamp, types.is_duration),  # other types become objects, or crash
 )
 _OBJECTS = (
     *(types.is_string, types.is_large_string, types.is_string_view),
@@ -31,17 +31,14 @@ _OBJECTS = (
 
 
 class Table:
-    """A file of columns, in blocks: the row groups of Parquet, the record batches of Arrow IPC.
-
-    Args:
-        file: where it is.
+    """A file of columns in blocks: row groups in Parquet, record batches in Arrow IPC.
 
     Attributes:
-        sizes: rows of each block.
-        column_types: the type of each column.
+        sizes: number of rows in each block.
+        column_types: type of each column.
 
     Raises:
-        DataFileError: it is no whole Parquet or Arrow IPC file, or has two columns of one name.
+        DataFileError: it is not a whole Parquet or Arrow IPC file, or has duplicate columns.
     """
 
     def __init__(self, file: DataFile) -> None:
@@ -49,8 +46,8 @@ class Table:
         start = file.read(0, 4)
         if start == b"\xff\xff\xff\xff":
             raise DataFileError(
-                f"An Arrow file must list its blocks; {file.path} is an Arrow stream, which does "
-                "not. Write it again with pyarrow.ipc.new_file."
+                f"Arrow files must be in the IPC file format, for random access; {file.path} is an "
+                "Arrow stream. Write it again with pyarrow.ipc.new_file."
             )
         try:
             self._metadata = pq.read_metadata(file.path) if start == b"PAR1" else None
@@ -63,17 +60,17 @@ class Table:
         )
         if len(self.column_types) < len(schema.names):
             raise DataFileError(
-                f"Each column must have a name of its own; {file.path} has {schema.names}. Write "
-                "it again with other names."
+                f"Each column needs a unique name; {file.path} has {schema.names}. Write it again "
+                "with other names."
             )
 
     def read(self, block: int, columns: Sequence[str], first: int) -> dict[str, Column]:
         """Returns columns of a block.
 
         Args:
-            block: its number.
-            columns: their names.
-            first: the number of its first row in the file, for errors.
+            block: index of the block.
+            columns: names of the columns.
+            first: index in the file of the first row, for errors.
 
         Raises:
             BatchError: a value is null.
@@ -86,14 +83,14 @@ class Table:
         return {name: self._values(name, table.column(name), first) for name in columns}
 
     def _values(self, name: str, column: pa.ChunkedArray, first: int) -> Column:
-        """Returns the values of a column; Arrow itself joins no chunks of more than 2 GiB."""
+        """Returns the values of a column; Arrow itself cannot join more than 2 GiB."""
         parts = []
         for chunk in column.chunks:
             row = _first_null(chunk)
             if row is not None:
                 raise BatchError(
-                    f"No value of a column may be null; {name!r} is null in row {first + row} of "
-                    f"{self._file.path}. Fill or drop nulls before, or leave the column out with "
+                    f"Columns must not have nulls; {name!r} is null in row {first + row} of "
+                    f"{self._file.path}. Fill or drop nulls, or exclude the column with "
                     "columns=[...]."
                 )
             parts.append(_as_numpy(chunk))
@@ -131,7 +128,7 @@ class Table:
 
 
 def is_readable(kind: pa.DataType) -> bool:
-    """Whether values are numbers, dates, durations, texts, bytes, or lists of such."""
+    """Returns whether values are numbers, dates, durations, texts, bytes, or lists of these."""
     if isinstance(kind, pa.BaseExtensionType):
         return is_readable(kind.storage_type)
     if isinstance(kind, (*_LISTS, pa.FixedSizeListType, pa.DictionaryType)):
@@ -140,7 +137,7 @@ def is_readable(kind: pa.DataType) -> bool:
 
 
 def _first_null(values: pa.Array) -> int | None:
-    """Returns the first row that is null, or is a list with a null in it."""
+    """Returns the first row that is null or a list that contains null; None without one."""
     values = _plain(values)
     if values.null_count:
         return pc.index(values.is_null(), True).as_py()
@@ -151,14 +148,14 @@ def _first_null(values: pa.Array) -> int | None:
 
 
 def _plain(values: pa.Array) -> pa.Array:
-    """Returns values without the name of an extension, and without a dictionary."""
+    """Returns the storage of extension types, and decodes dictionaries."""
     while isinstance(values, pa.ExtensionArray):
         values = values.storage
     return values.dictionary_decode() if isinstance(values, pa.DictionaryArray) else values
 
 
 def _width(kind: pa.DataType) -> float:
-    """Returns the bits of a number, which tell how little a column of them takes to read."""
+    """Returns the bits per number; infinity for other types."""
     return kind.bit_width if any(of_kind(kind) for of_kind in _NUMBERS) else math.inf
 
 
@@ -172,7 +169,7 @@ def _joined(parts: Sequence[Column]) -> Column:
 
 
 def _as_numpy(values: pa.Array) -> Column:
-    """Returns values without nulls; lists of one length in all rows become an axis."""
+    """Returns values without nulls; lists of equal length become an axis."""
     if isinstance(values, pa.FixedShapeTensorArray):
         return values.to_numpy_ndarray()
     values = _plain(values)

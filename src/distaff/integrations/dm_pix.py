@@ -1,4 +1,4 @@
-"""dm-pix: changes of colour, for each picture of a batch anew."""
+"""dm-pix: random colour changes for each image of a batch."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _CHANGES: dict[str, Callable[[Key, jax.Array, float], Any]] = {
 
 
 def color_jitter(key: Key, images: jax.Array, strengths: Mapping[str, float]) -> jax.Array:
-    """Changes colours; see `distaff.augment.color_jitter`.
+    """Changes colours at random; see `distaff.augment.color_jitter`.
 
     Args:
         key: a random key, `[]`.
         images: `[batch, height, width, channels]`, float in [0, 1].
-        strengths: of some of the changes, by name; each draws from a key of its own, whichever
-            others there are.
+        strengths: strength of each change by name; each uses its own key, independent of the
+            other changes.
     """
 
     def jittered(key: Key, image: jax.Array) -> jax.Array:
@@ -36,7 +36,7 @@ def color_jitter(key: Key, images: jax.Array, strengths: Mapping[str, float]) ->
                 image = image.clip(0, 1)
         return image
 
-    # dm-pix makes float32 of other floats where it changes the hue.
+    # dm-pix converts other floats to float32 when it changes the hue.
     jitter = jax.vmap(jittered)
     return jitter(jax.random.split(key, len(images)), images.astype(jnp.float32)).astype(
         images.dtype

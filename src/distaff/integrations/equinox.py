@@ -1,4 +1,4 @@
-"""Equinox: its modules behind the functional face of models."""
+"""Equinox: modules as functional models."""
 
 from __future__ import annotations
 
@@ -20,40 +20,40 @@ from distaff.models.adapter import (
     Adapter,
     LayerRow,
     Variables,
+    accepts_collections,
     has_numbers,
     leaf_of,
     nested,
     without_numbers,
 )
-from distaff.models.as_in_linen import applies_collections
 from distaff.models.flags import method_of, mode_flag, parameters, switched
 from distaff.models.layers import Library, Opened, Path, listed_calls
 from distaff.models.randomness import KEY_NAMES, asking_for_key
 
 AXIS = "batch"
-"""The name of the axis of examples: `eqx.nn.BatchNorm(..., axis_name="batch")`."""
+"""The axis name of the examples: `eqx.nn.BatchNorm(..., axis_name="batch")`."""
 
 
 class EquinoxModel(Adapter):
     """An `equinox.Module` as pure functions.
 
-    Its floating-point arrays are what is trained, by the names of the fields they are in
-    (`layers/0/weight`); other arrays are the collection `arrays`, and an `equinox.nn.State` is the
-    collection `state`, its arrays by their order. In training a pass may change the state alone.
+    Floating-point arrays are the parameters, named by their fields (`layers/0/weight`). Other
+    arrays are the collection `arrays`, and the arrays of an `equinox.nn.State`, in order, are the
+    collection `state`, the only one that a training pass can change.
 
-    Modules take one example, as Equinox's own layers do: a pass maps them over the leading axis of
-    all inputs, an axis of the name `batch`, or of the name that `eqx.nn.BatchNorm` layers inside
-    have for it. Each example has its own key, if the module takes a `key` or `rng`; what else is
-    passed by keyword is not mapped.
+    Like Equinox's own layers, modules take a single example. A pass maps them over the leading axis
+    of all positional inputs, with the axis name `batch`, or the name used by `eqx.nn.BatchNorm`
+    layers inside. If the module takes a `key` or `rng`, each example gets its own key. Keyword
+    arguments are not mapped.
 
-    All modules inside are told whether to train that have a field for it, such as `inference`, as
-    `equinox.nn.inference_mode` does, or `training`; the called method is told too if it has a
-    parameter for it, as with Linen.
+    The training mode is set in all modules with a field for it, `inference` (as in
+    `equinox.nn.inference_mode`) or `training`; and passed to the called method if it has a
+    parameter for it, as in Linen.
 
     Args:
-        source: a module, or `(module, state)` as `equinox.nn.make_with_state` makes it: their
-            arrays are the initial ones whatever the seed. Or a function `f(key)` that returns
-            either, which is called with the trainer's seed.
+        source: a module, or `(module, state)` from `equinox.nn.make_with_state`, whose arrays are
+            the initial values whatever the seed. Or a function `f(key)` that returns either, which
+            is called with the trainer's seed.
         vmap: whether to map over examples; False for a module that takes whole batches.
     """
 
@@ -62,7 +62,7 @@ class EquinoxModel(Adapter):
 
     @functools.cached_property
     def light(self) -> EquinoxModel:
-        """The model without the numbers of its module, such as of one passed ready-made."""
+        """The model without the array values of a module instance."""
         if not has_numbers(self._made):
             return self
         light = EquinoxModel(without_numbers(self._made), vmap=self._vmap)
@@ -71,11 +71,11 @@ class EquinoxModel(Adapter):
 
     @property
     def module(self) -> Any:
-        """The module; one without numbers where a function makes it."""
+        """The module; without array values if a function creates it."""
         return self._made[0]
 
     def ready(self, key: Key) -> Variables | None:
-        """Returns the variables of a module that was passed ready-made."""
+        """Returns the variables of a module instance; None if a function creates it."""
         return None if self._is_function else self._read(*self._made)
 
     @property
@@ -90,14 +90,14 @@ class EquinoxModel(Adapter):
         }
 
     def init(self, key: Key, *inputs: Any) -> Variables:
-        """Makes the variables; the inputs are not needed, since modules know their shapes."""
+        """Returns the initial variables; the inputs are ignored, since modules have shapes."""
         return self._read(*(self._call_source(key) if self._is_function else self._made))
 
-    @applies_collections
+    @accepts_collections
     def apply(
         self, variables: Variables, *inputs: Any, train: bool, key: Key | None, **kwargs: Any
     ) -> tuple[Any, Variables]:
-        """Runs the forward pass for a batch; `method="encode"` calls another method."""
+        """Runs the forward pass on a batch; `method="encode"` calls another method."""
         module, state = self._merged(variables, train)
         outputs, state = self._called(module, state, inputs, kwargs, train=train, key=key)
         if not train or state is None:
@@ -108,21 +108,21 @@ class EquinoxModel(Adapter):
         )
 
     def bind(self, variables: Variables) -> Any:
-        """Returns the module with the variables inside, in inference mode, for one example.
+        """Returns the module with the variables, in inference mode, for single examples.
 
         Returns:
-            `module`, or `(module, state)` for one with a state, as Equinox has them.
+            `module`, or `(module, state)` if it has a state.
         """
         module, state = self._merged(variables, False)
         return module if state is None else (module, state)
 
     def layers(self, key: Key, *inputs: Any) -> list[LayerRow]:
-        """Lists the modules in order of call, by abstract evaluation.
+        """Lists the modules in the order of their calls, by abstract evaluation.
 
-        The outputs are those of one example, except the model's own. FLOPs are those of evaluation
-        for the batch, as XLA estimates them before it optimizes; as with Linen, a module's first
-        call counts as its own, any other as its caller's. What it computes of its state alone
-        counts for each example.
+        Outputs are for one example, except the model's own. FLOPs are for the evaluation of the
+        batch, as XLA estimates them before optimization; as in Linen, a module counts its first
+        call, and later calls count for the caller. Computations on the state alone count once per
+        example.
         """
 
         def opened(variables: Variables, key: Key, train: bool) -> Opened:
@@ -146,7 +146,7 @@ class EquinoxModel(Adapter):
         if self._is_function:
             try:
                 return eqx.filter_eval_shape(self._call_source, jax.random.key(0))
-            except jax.errors.JAXTypeError:  # It computes on the host.
+            except jax.errors.JAXTypeError:  # the function computes on the host
                 return self._call_source(jax.random.key(0))
         return _pair(self._source)
 
@@ -196,7 +196,7 @@ class EquinoxModel(Adapter):
         train: bool,
         key: Key | None,
     ) -> tuple[Any, Any]:
-        """Returns the outputs for a batch, and the state after it."""
+        """Returns the outputs for a batch, and the new state."""
         kwargs = dict(kwargs)
         function = method_of(module, kwargs.pop("method", None))
         accepted = parameters(function)[len(inputs) :]
@@ -222,7 +222,7 @@ class EquinoxModel(Adapter):
 
 
 class _EquinoxSlot(NamedTuple):
-    """A leaf of the module; with a collection, an array that lies in the variables."""
+    """A leaf of the module, with the collection of an array; None for other leaves."""
 
     collection: str | None
     path: Path
@@ -240,8 +240,8 @@ def _pair(made: Any) -> tuple[Any, Any]:
     if isinstance(module, eqx.Module) and (state is None or isinstance(state, eqx.nn.State)):
         return module, state
     raise ConfigError(
-        "A model of Equinox is a module, or (module, state) as equinox.nn.make_with_state makes "
-        f"it; got {type(made).__name__}. Write lambda key: MyModule(..., key=key), or "
+        "An Equinox model is a module, or (module, state) from equinox.nn.make_with_state; "
+        f"got {type(made).__name__}. Write lambda key: MyModule(..., key=key), or "
         "lambda key: equinox.nn.make_with_state(MyModule)(..., key=key)."
     )
 
@@ -253,7 +253,7 @@ def _collection(leaf: Any) -> str | None:
 
 
 def _form(leaf: Any) -> Any:
-    """Returns what is written down of a leaf: of an array its form, whether it has numbers yet."""
+    """Returns a leaf for the record; dtype and shape of an array."""
     return leaf if _collection(leaf) is None else f"{leaf.dtype}{list(leaf.shape)}"
 
 
@@ -262,7 +262,7 @@ def _name(key: Any) -> str:
 
 
 def in_mode(node: Any, train: bool) -> Any:
-    """Returns a tree whose modules train, or do not, also by fields that are static."""
+    """Returns a tree with all modules in training or inference mode, including static fields."""
     if isinstance(node, eqx.Module):
         changed = {}
         for field in dataclasses.fields(node):
@@ -288,16 +288,16 @@ def in_mode(node: Any, train: bool) -> Any:
 
 
 def axis_of(module: Any, default: str) -> Any:
-    """Returns the name of the axis of examples that the layers inside agree on.
+    """Returns the axis name of the examples in the BatchNorm layers, or the default without any.
 
     Raises:
-        ConfigError: they do not.
+        ConfigError: layers have different axis names.
     """
     layers = jax.tree.leaves(module, is_leaf=lambda x: isinstance(x, eqx.nn.BatchNorm))
     names = {x.axis_name for x in layers if isinstance(x, eqx.nn.BatchNorm)}
     if len(names) > 1 or any(not isinstance(name, str) for name in names):
         raise ConfigError(
-            "A batch has one axis of examples, and the BatchNorm layers have the axis_name "
+            "All BatchNorm layers need the same axis_name; got "
             f"{sorted(map(repr, names))}. Give all of them axis_name={default!r}."
         )
     return next(iter(names), default)
@@ -305,10 +305,10 @@ def axis_of(module: Any, default: str) -> Any:
 
 @contextmanager
 def explained(name: str) -> Generator[None]:
-    """Turns two errors of JAX into one that says what an Equinox module has to do.
+    """Explains two JAX errors in terms of an Equinox module.
 
     Raises:
-        ConfigError: the state is another for each example, or there is no axis of some name.
+        ConfigError: the state differs between examples, or an axis name is unknown.
     """
     try:
         yield
@@ -316,16 +316,16 @@ def explained(name: str) -> Generator[None]:
         if "axis" not in str(error):
             raise
         raise ConfigError(
-            f"{name} is mapped over an axis of the name {AXIS!r}, and asks for another: {error} "
+            f"{name} is mapped over the axis {AXIS!r}, and uses another axis name: {error} "
             f"Write axis_name={AXIS!r}."
         ) from error
     except ValueError as error:
         if "out_axes" not in str(error):
             raise
         raise ConfigError(
-            f"A state of Equinox belongs to the whole batch, and that of {name} differs between "
-            f"examples. Average it before it is set: jax.lax.pmean(value, {AXIS!r}). Or write the "
-            "module for whole batches: distaff.models.whole_batches(module)."
+            f"An Equinox state must be the same for all examples; the state of {name} differs "
+            f"between examples. Average values before setting them: jax.lax.pmean(value, {AXIS!r})."
+            " Or write the module for whole batches: distaff.models.whole_batches(module)."
         ) from error
 
 
@@ -334,8 +334,8 @@ def _num_examples(inputs: tuple[Any, ...]) -> int:
     if not shapes or not all(shapes):
         raise ConfigError(
             "An Equinox module is mapped over the leading axis of its inputs; their shapes are "
-            f"{shapes}. "
-            "Pass what has no such axis by keyword, or use distaff.models.whole_batches(module)."
+            f"{shapes}. Pass inputs without that axis by keyword, or use "
+            "distaff.models.whole_batches(module)."
         )
     return shapes[0][0]
 
@@ -346,7 +346,7 @@ def _without_state(result: Any) -> Any:
 
 
 def _modules(module: Any, path: Path = ()) -> dict[Path, Any]:
-    """Returns the module and those inside that can be called, by path, each before its own."""
+    """Returns a module and the callable modules inside it by path, parents first."""
     found = {path: module} if callable(module) or not path else {}
 
     def is_inner(node: Any) -> bool:

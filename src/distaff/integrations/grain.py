@@ -1,4 +1,4 @@
-"""Grain: its datasets and data loaders as loaders, at whose positions a run goes on at once."""
+"""Grain: datasets and data loaders as loaders that resume without replaying batches."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from distaff.errors import BatchError
 
 
 def make_loader(data: Any) -> Loader:
-    """Returns a loader of what Grain yields.
+    """Returns a loader for a Grain dataset or data loader.
 
     Args:
-        data: a `grain.MapDataset`, whose epochs are shuffled anew where it is shuffled; or a
-            `grain.IterDataset` or `grain.DataLoader`, of which one iteration is one epoch, each
-            like the first. Of one that repeats without end, an epoch is `steps_per_epoch` batches.
+        data: a `grain.MapDataset`, which is reshuffled in each epoch if it is shuffled; or a
+            `grain.IterDataset` or `grain.DataLoader`, which is iterated once per epoch, with the
+            same order in each. For endless data, set `steps_per_epoch`.
 
     Raises:
-        BatchError: it is none of them, such as an iterator of one.
+        BatchError: `data` is something else, such as an iterator.
     """
     if isinstance(data, grain.MapDataset):
-        # What was repeated already has a length that no epoch has.
+        # A repeated dataset has no length of an epoch.
         indices = None if len(data) > sys.maxsize // 2 else len(data)
-        length = None if _leaves_out(data) else indices
+        length = None if _filters(data) else indices
         return Positioned(
             _Mapped(data, indices),
             length=length,
@@ -42,18 +42,17 @@ def make_loader(data: Any) -> Loader:
         texts = (bytes.decode, str.encode)
     else:
         raise BatchError(
-            "Of Grain, a run takes what it can iterate anew in each epoch: a MapDataset, "
-            f"IterDataset or DataLoader; got {type(data).__name__}. Pass the dataset, rather than "
-            "iter(dataset)."
+            "Grain data must be iterable again in each epoch: a MapDataset, IterDataset or "
+            f"DataLoader; got {type(data).__name__}. Pass the dataset rather than iter(dataset)."
         )
     return Positioned(_Iterated(data, *texts), in_order=lambda: Positioned(_Iterated(data, *texts)))
 
 
 class _Mapped:
-    """A dataset with random access: the position is the index, and an epoch goes on from another.
+    """A dataset with random access, whose position is an index.
 
-    Indices behind the end are those of the next epoch, which Grain gives seeds of its own. There
-    may be fewer batches than indices, where some are filtered out.
+    Indices past the end belong to the next epoch, for which Grain uses other seeds. A dataset that
+    filters has fewer batches than indices.
     """
 
     def __init__(self, dataset: grain.MapDataset, length: int | None) -> None:
@@ -79,12 +78,12 @@ class _Mapped:
 
 
 class _Iterated:
-    """What is read in a row: an iterable dataset, or a data loader, with workers or without.
+    """An iterable dataset or data loader, with or without workers.
 
     Args:
-        source: it is iterated.
-        to_text: makes text of its iterator's state, which is Grain's own matter.
-        from_text: makes that state again.
+        source: the dataset or data loader.
+        to_text: encodes the state of its iterator, which is opaque, as text.
+        from_text: decodes it.
     """
 
     def __init__(
@@ -104,14 +103,14 @@ class _Iterated:
         return self._to_text(self._iterator.get_state())
 
 
-def _leaves_out(dataset: Any) -> bool:
-    """Whether a dataset filters: it then has fewer elements than its length says."""
+def _filters(dataset: Any) -> bool:
+    """Returns whether a dataset filters, and so has fewer elements than its length."""
     is_filter = "Filter" in type(dataset).__name__
-    return is_filter or any(_leaves_out(parent) for parent in getattr(dataset, "_parents", ()))
+    return is_filter or any(_filters(parent) for parent in getattr(dataset, "_parents", ()))
 
 
 def _allow_workers() -> None:
-    """Grain's workers read flags of absl, which a program that has none never parses."""
+    """Marks absl's flags as parsed, which Grain's workers require."""
     flags: Any = sys.modules.get("absl.flags")
     if flags is not None and not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()

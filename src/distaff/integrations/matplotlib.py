@@ -1,13 +1,12 @@
-"""matplotlib: learning curves, the confusion matrix, and the sheet of worst mistakes.
+"""matplotlib: learning curves, confusion matrix, and worst mistakes.
 
-Figures are made without pyplot: no window, no display, and nothing to close.
+Figures are created without pyplot, so they need no display and no closing.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -16,11 +15,14 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from distaff.core.files import explained
 from distaff.core.paths import as_path
-from distaff.errors import BatchError, ConfigError, MetricError, RunDirectoryError
+from distaff.errors import BatchError, ConfigError, MetricError
+from distaff.loggers.disk import replace
+from distaff.loggers.png import encode_figure
 
 # M. Okabe and K. Ito, Color Universal Design, 2008, https://jfly.uni-koeln.de/color/: distinct
-# to readers of every kind of colour vision.
+# with every kind of colour vision.
 BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 GREY = "#666666"
 SPLIT_COLORS = {"train": BLUE, "val": VERMILION, "test": GREEN}
@@ -32,21 +34,18 @@ WRONG_COLORS = LinearSegmentedColormap.from_list("wrong", ["#fdebdc", "#f0975a"]
 def learning_curves(
     history: Mapping[str, Sequence[tuple[int, float]]], best_epoch: int | None = None
 ) -> Figure:
-    """Draws one panel per metric, with the splits in it as lines.
+    """Draws one panel per metric, with one line per split.
 
-    A loss has a logarithmic axis where it is positive and spans a factor of ten. What is not finite
-    is left out of its line.
+    A positive loss that spans a factor of ten gets a logarithmic axis. Values that are not finite
+    are gaps.
 
     Args:
-        history: `(epoch, value)` pairs by name, `{"train/loss": [(1, 2.3), (2, 0.9)]}`; what comes
+        history: `(epoch, value)` pairs by name, `{"train/loss": [(1, 2.3), (2, 0.9)]}`; the part
             before the first slash is the split, the rest is the metric.
-        best_epoch: the epoch to mark; None marks none.
-
-    Returns:
-        The figure.
+        best_epoch: the epoch to mark; None to disable.
 
     Raises:
-        MetricError: there is no series, one has no slash in its name, or none has `best_epoch`.
+        MetricError: the history is empty, a name has no slash, or `best_epoch` is not in it.
     """
     panels = _panels(history)
     epochs = sorted({epoch for series in history.values() for epoch, _ in series})
@@ -68,21 +67,18 @@ def learning_curves(
 
 
 def confusion_matrix(labels: Any, predictions: Any, class_names: Sequence[str]) -> Figure:
-    """Draws how many examples of each class were taken for each class.
+    """Draws a confusion matrix, with the accuracy as its title.
 
-    Right answers are blue, mistakes orange, each shaded on a scale of its own, so that a few
-    mistakes show beside many right answers. A cell without a number counts nothing.
+    Correct predictions are blue, mistakes orange, each with its own colour scale, so that a few
+    mistakes are visible next to many correct predictions. Empty cells are 0.
 
     Args:
-        labels: the true classes, int `[n]`: the rows.
-        predictions: the predicted classes, int `[n]`: the columns.
-        class_names: a name for each class, in the order of their numbers.
-
-    Returns:
-        The figure, with the accuracy in its title.
+        labels: true classes, int `[n]`: the rows.
+        predictions: predicted classes, int `[n]`: the columns.
+        class_names: the names of the classes, in order.
 
     Raises:
-        BatchError: a shape or a class number does not fit.
+        BatchError: an array has a wrong shape or an invalid class.
     """
     labels = _classes("labels", labels, len(class_names))
     predictions = _classes("predictions", predictions, len(class_names))
@@ -119,23 +115,21 @@ def confusion_matrix(labels: Any, predictions: Any, class_names: Sequence[str]) 
 def worst_mistakes(
     images: Any, labels: Any, probabilities: Any, class_names: Sequence[str], count: int = 24
 ) -> Figure:
-    """Shows the pictures that the model got wrong, the most confident mistake first.
+    """Shows misclassified images, the most confident mistakes first.
 
-    Cells left over show the right answers of least confidence, in another colour.
+    Remaining cells show the least confident correct predictions, in another colour. The title of a
+    cell is the true class, the predicted class and its probability.
 
     Args:
         images: `[n, height, width]`, or with 1 or 3 channels as the last axis. Black is the lowest
-            value in all of them, white the highest.
-        labels: the true classes, int `[n]`.
-        probabilities: of each class, float `[n, classes]`.
-        class_names: a name for each class, in the order of their numbers.
-        count: cells to fill.
-
-    Returns:
-        The figure; each cell is titled by the true class, the predicted one, and its probability.
+            value of all images, white the highest.
+        labels: true classes, int `[n]`.
+        probabilities: predicted probabilities, float `[n, classes]`.
+        class_names: the names of the classes, in order.
+        count: number of cells.
 
     Raises:
-        BatchError: a shape, a class number or a probability does not fit.
+        BatchError: an array has a wrong shape, or an invalid class or probability.
         ConfigError: `count` is less than 1.
     """
     if count < 1:
@@ -146,7 +140,7 @@ def worst_mistakes(
     _check_lengths(images=images, labels=labels, probabilities=probabilities)
     predictions, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
     wrong = predictions != labels
-    # Mistakes first, by falling confidence; then right answers, by rising confidence.
+    # Mistakes by decreasing confidence, then correct predictions by increasing confidence.
     shown = np.lexsort((np.where(wrong, -confidence, confidence), ~wrong))[:count]
 
     names = [str(name) for name in class_names]
@@ -155,7 +149,7 @@ def worst_mistakes(
         true, predicted = names[labels[row]], names[predictions[row]]
         words = (f"true {true}", f"→ {predicted}") if wrong[row] else (f"right {true}",)
         captions.append((*words, f"({confidence[row]:.2f})"))
-    # Nine-point type fits about twenty letters above a picture.
+    # About twenty letters of nine-point type fit above an image.
     lines = 1 if max(len(" ".join(caption)) for caption in captions) <= 20 else 2
 
     columns = min(6, len(shown))
@@ -177,32 +171,14 @@ def worst_mistakes(
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Writes a figure as PNG, 150 dots per inch; the file is whole or absent, never partial.
-
-    Args:
-        figure: what to write.
-        path: the file; an older one is replaced, a missing directory is made.
+    """Writes a figure as PNG, 150 dots per inch, atomically; creates the directory if needed.
 
     Raises:
         RunDirectoryError: the file cannot be written.
     """
     path = as_path(path, "path")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            figure.savefig(file, format="png", dpi=150)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise RunDirectoryError(
-            f"The figure {path} cannot be written: {error}. Choose a directory that you may "
-            "write to, on a disk that has room."
-        ) from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
+    with explained(path, rule="Saving a figure needs a path that can be {}", other="path"):
+        replace(path, encode_figure(figure))
 
 
 def _panels(
@@ -214,7 +190,7 @@ def _panels(
         split, slash, metric = name.partition("/")
         if not slash:
             raise MetricError(
-                f"A series is named by split and metric, such as 'train/loss'; got {name!r}."
+                f"The name of a series is split and metric, such as 'train/loss'; got {name!r}."
             )
         panels.setdefault(metric, {})[split] = series
     if not panels:
@@ -228,7 +204,6 @@ def _draw_metric(
     splits: Mapping[str, Sequence[tuple[int, float]]],
     best_epoch: int | None,
 ) -> None:
-    """Draws the lines of one metric, and the value of each at the best epoch."""
     finite = np.array([])
     for split, series in splits.items():
         epochs, values = np.array(series, float).reshape(-1, 2).T
@@ -269,7 +244,6 @@ def _cell_colors(counts: np.ndarray) -> np.ndarray:
 
 
 def _mistakes_title(wrong: np.ndarray, shown: np.ndarray) -> str:
-    """Returns what the sheet shows, in one sentence."""
     mistakes, total = int(wrong.sum()), len(wrong)
     if not mistakes:
         return f"No mistake in {total} examples; shown: right answers of least confidence"
@@ -284,13 +258,13 @@ def _classes(name: str, values: Any, classes: int) -> np.ndarray:
     array = np.asarray(values)
     if array.ndim != 1 or not len(array) or not np.issubdtype(array.dtype, np.integer):
         raise BatchError(
-            f"{name} are class numbers, a non-empty int array [n]; got {array.dtype} of shape "
+            f"{name} must be a non-empty int array [n] of classes; got {array.dtype} of shape "
             f"{array.shape}."
         )
     if array.min() < 0 or array.max() >= classes:
         raise BatchError(
-            f"{name} are class numbers in 0..{classes - 1}, one for each of {classes} class_names; "
-            f"got {array.min()}..{array.max()}. Name every class."
+            f"{name} must be in 0..{classes - 1}, since there are {classes} class_names; got "
+            f"{array.min()}..{array.max()}. Name every class."
         )
     return array
 
@@ -300,25 +274,25 @@ def _probabilities(values: Any, classes: int) -> np.ndarray:
     array = np.asarray(values).astype(float)
     if array.ndim != 2 or array.shape[1] != classes:
         raise BatchError(
-            f"probabilities have the shape [n, classes] with {classes} class_names; got "
-            f"{array.shape}."
+            f"probabilities must have the shape [n, {classes}], since there are {classes} "
+            f"class_names; got {array.shape}."
         )
     if not ((array >= 0) & (array <= 1 + 1e-3)).all():
         raise BatchError(
-            f"probabilities are in [0, 1]; got {array.min():g}..{array.max():g}. "
-            "Turn logits into probabilities with jax.nn.softmax."
+            f"probabilities must be in [0, 1]; got {array.min():g}..{array.max():g}. "
+            "Convert logits to probabilities with jax.nn.softmax."
         )
     return array
 
 
 def _pictures(values: Any) -> np.ndarray:
-    """Returns pictures scaled to [0, 1], `[n, height, width]` or `[n, height, width, 3]`."""
+    """Returns images scaled to [0, 1], `[n, height, width]` or `[n, height, width, 3]`."""
     array = np.asarray(values).astype(float)
     if array.ndim == 4 and array.shape[-1] == 1:
         array = array[..., 0]
     if not array.size or not (array.ndim == 3 or (array.ndim == 4 and array.shape[-1] == 3)):
         raise BatchError(
-            "images have the shape [n, height, width], [n, height, width, 1] or "
+            "images must have the shape [n, height, width], [n, height, width, 1] or "
             f"[n, height, width, 3]; got {np.shape(values)}."
         )
     low, high = array.min(), array.max()
@@ -326,7 +300,6 @@ def _pictures(values: Any) -> np.ndarray:
 
 
 def _check_lengths(**arrays: np.ndarray) -> None:
-    """Checks that the arrays have one length."""
     if len({len(array) for array in arrays.values()}) > 1:
         listed = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
-        raise BatchError(f"All arrays have one length, that of their first axis; got {listed}.")
+        raise BatchError(f"All arrays must have the same first axis; got {listed}.")

@@ -1,6 +1,6 @@
-"""matplotlib: pictures of optimizers beside each other, as curves and as paths on landscapes.
+"""matplotlib: comparisons of optimizers, as curves and as paths on landscapes.
 
-Figures are made without pyplot: no window, no display, and nothing to close.
+Figures are created without pyplot, so they need no display and no closing.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from distaff.tune.comparison import Comparison, Curve
 from distaff.tune.landscapes import Landscape
 
 # M. Okabe and K. Ito, Color Universal Design, 2008, https://jfly.uni-koeln.de/color/: distinct
-# to readers of every kind of colour vision. Its yellow is left out: it does not show on white.
+# with every kind of colour vision. Without its yellow, which is invisible on white.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 LINES = ("-", "--", ":")
 
-# Light enough for every line to show, the lowest ground darkest.
+# Light enough for all lines to be visible; the lowest values are darkest.
 DEPTHS = LinearSegmentedColormap.from_list("depths", ["#a9b8c6", "#ffffff"])
 
 _CONTOURS = 9
@@ -31,23 +31,22 @@ _RESOLUTION = 241
 
 
 def comparison(found: Comparison) -> Figure:
-    """Draws how the training loss went down, and how far from steepest descent, by step.
+    """Draws the training loss, and the cosine of update and negative gradient, over steps.
 
-    A line is the mean over the seeds, its band one standard error to either side. The loss has a
-    logarithmic axis where it is positive, and a line where its target is.
+    Lines are means over the seeds, with bands of one standard error. A positive loss has a
+    logarithmic axis. A dotted line marks the target.
 
     Args:
-        found: what `distaff.tune.compare` returned.
-
-    Returns:
-        The figure: two panels and one legend.
+        found: the return value of `distaff.tune.compare`.
 
     Raises:
         MetricError: no optimizer has a curve.
     """
     losses, cosines = found.curves("losses"), found.curves("cosines")
     if not losses:
-        raise MetricError("There is nothing to draw: every optimizer diverged with every rate.")
+        raise MetricError(
+            "There is no curve to draw: every optimizer diverged with every learning rate."
+        )
     figure = Figure(figsize=(11, 4.3), layout="constrained")
     left, right = figure.subplots(1, 2)
     looks = _looks(found.results)
@@ -74,18 +73,14 @@ def comparison(found: Comparison) -> Figure:
 def optimizer_paths(
     landscapes: Iterable[Landscape], paths: Mapping[str, Mapping[str, Any]]
 ) -> Figure:
-    """Draws the ways of several optimizers over functions of two coordinates.
+    """Draws the paths of optimizers on functions of two coordinates.
 
-    The darker, the lower; each shade covers an equal area. A star is a global minimum, a white
-    circle where a path begins, a coloured one where it ends.
+    Darker is lower; each shade covers an equal area. Stars are global minima, white circles the
+    starts of paths, coloured ones their ends.
 
     Args:
         landscapes: the functions, one panel each.
-        paths: by the landscape's name and the optimizer's name, positions `[steps, 2]`; one that
-            became NaN ends there.
-
-    Returns:
-        The figure, with one legend.
+        paths: positions `[steps, 2]` by the names of landscape and optimizer; a path ends at NaN.
 
     Raises:
         ConfigError: a landscape has no path, or a path has another shape.
@@ -93,7 +88,7 @@ def optimizer_paths(
     landscapes = list(landscapes)
     names = dict.fromkeys(name for by_name in paths.values() for name in by_name)
     columns = min(4, len(landscapes) + 1)
-    rows = -(-(len(landscapes) + 1) // columns)  # one cell more, for the legend
+    rows = -(-(len(landscapes) + 1) // columns)  # one more cell for the legend
     figure = Figure(figsize=(2.5 * columns, 2.4 * rows), layout="constrained")
     cells = list(figure.subplots(rows, columns, squeeze=False).flat)
     looks = _looks(names)
@@ -102,7 +97,8 @@ def optimizer_paths(
         if not found or any(path.ndim != 2 or path.shape[1] != 2 for path in found.values()):
             shapes = {name: path.shape for name, path in found.items()}
             raise ConfigError(
-                f"The paths on {landscape.name} have the shape [steps, 2]; got {shapes or 'none'}."
+                f"The paths on {landscape.name} must have the shape [steps, 2]; got "
+                f"{shapes or 'none'}."
             )
         _draw_landscape(axes, landscape)
         for name, path in found.items():
@@ -119,7 +115,7 @@ def optimizer_paths(
 
 
 def _looks(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Returns colour and line style by name; no two of 21 names look the same."""
+    """Returns colour and line style by name, distinct for up to 21 names."""
     count = len(COLORS)
     return {
         name: {"color": COLORS[i % count], "linestyle": LINES[i // count % len(LINES)]}

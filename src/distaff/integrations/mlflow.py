@@ -1,4 +1,4 @@
-"""MLflow: a run of its own for each run, in a local directory, or on a server."""
+"""MLflow: records a run in a local directory or on a server."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-# Before the import, which would start to report the use of MLflow over the network.
+# Before the import, which would start MLflow's telemetry.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 from mlflow import MlflowClient
@@ -34,26 +34,25 @@ _MAX_METRICS, _MAX_PARAMS, _MAX_KEY = 1000, 100, 250
 
 
 class MlflowLogger:
-    """Records a run in MLflow; without a server, in the files of a directory.
+    """Records a run in MLflow, by default in the files of a directory.
 
-    The configuration is recorded twice: as parameters with dotted names, whose values MLflow cuts
-    after 6000 characters, and whole as the artifact `config.json`. A metric
-    that is not one number is left out: MLflow has no place for it. Takes figures, images and texts,
-    as artifacts. The run starts with the first call, and after `close` the next call starts
-    another. A run that Distaff resumes continues its run in MLflow, whose parameters stay: MLflow
-    changes none.
+    The configuration is recorded as parameters with dotted names, whose values MLflow truncates to
+    6000 characters, and in full as the artifact `config.json`. Metrics must be scalars; others are
+    ignored. Figures, images and texts become artifacts. The first call starts the run; the first
+    call after `close` starts another. A resumed run continues its MLflow run, whose parameters
+    cannot change.
 
-    `mlflow ui --backend-store-uri <directory>` shows a directory, with the environment variable
-    `MLFLOW_ALLOW_FILE_STORE=true`. It needs the whole package `mlflow`; the extra `distaff[mlflow]`
-    installs the part that records.
+    To view a directory, use `mlflow ui --backend-store-uri <directory>` with the environment
+    variable `MLFLOW_ALLOW_FILE_STORE=true`. This needs the package `mlflow`; the extra
+    `distaff[mlflow]` installs only the client.
 
     Args:
-        directory: where, or a function that gives it, called when a run starts.
-        experiment: the name of the experiment that the run belongs to; made where it is missing.
-        run_name: the run's name; None lets MLflow choose one.
-        tracking_uri: a server, or a database, to record in instead of the directory; a database
-            needs the whole package `mlflow` too.
-        clock: gives the Unix time in seconds.
+        directory: the directory, or a function that returns it, called when a run starts.
+        experiment: the name of the experiment, which is created if it does not exist.
+        run_name: the name of the run; None lets MLflow choose one.
+        tracking_uri: a server or database to use instead of the directory; a database needs the
+            package `mlflow`.
+        clock: returns the Unix time in seconds.
     """
 
     def __init__(
@@ -74,12 +73,12 @@ class MlflowLogger:
         self._resumed: str | None = None
 
     def log_metrics(self, metrics: Values, *, step: int, epoch: int) -> None:
-        """Records the metrics that are one number, and the epoch as the metric `epoch`.
+        """Records the scalar metrics, and the epoch as the metric `epoch`.
 
-        A character that MLflow does not allow in a name becomes "_".
+        Characters that MLflow does not allow in names become "_".
 
         Raises:
-            MetricError: a metric is not a number, or is named `step`, `epoch` or `time`.
+            MetricError: a metric is not a number, or has a reserved name: `step`, `epoch`, `time`.
         """
         numbers = {k: array.item() for k, array in as_arrays(metrics).items() if array.ndim == 0}
         now = int(1000 * self._clock())
@@ -93,10 +92,10 @@ class MlflowLogger:
 
     def log_config(self, config: Mapping[str, JSON]) -> None:
         """Records the configuration as parameters, and as `config.json`."""
-        # In the files of a directory, a "/" is a directory, and a name cannot be that as well.
+        # In the file store, a "/" creates a directory, which cannot also be a parameter.
         values = {_key(name).replace("/", "_"): text for name, text in _flat(config)}
         client, run = self._opened()
-        known = client.get_run(run).data.params  # of the start before, in a resumed run
+        known = client.get_run(run).data.params  # not empty in a resumed run
         params = [Param(name, text) for name, text in values.items() if name not in known]
         for start in range(0, len(params), _MAX_PARAMS):
             client.log_batch(run, params=params[start : start + _MAX_PARAMS])
@@ -115,7 +114,7 @@ class MlflowLogger:
         self._add_file(file_name("texts", name, step, "txt"), text.encode())
 
     def close(self, status: str) -> None:
-        """Ends the run: FINISHED, KILLED where it was interrupted, FAILED where it failed."""
+        """Ends the run with the MLflow status FINISHED, KILLED (interrupted) or FAILED."""
         opened, self._run, self._resumed = self._run, None, None
         if opened is not None:
             client, run = opened
@@ -127,7 +126,7 @@ class MlflowLogger:
         return None if run is None else {"run_id": run}
 
     def set_state(self, state: JSON) -> None:
-        """Has the next call continue a run, if it is there."""
+        """Makes the next call continue a run, if it still exists."""
         match state:
             case {"run_id": str() as run} if run:
                 self._resumed = run
@@ -136,7 +135,7 @@ class MlflowLogger:
         if self._run is None:
             uri = self._tracking_uri
             if uri is None:
-                # MLflow prefers a database, and refuses a directory unless it is asked for.
+                # MLflow raises for a directory without this variable.
                 os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
                 uri = str(Path(self._locate()).absolute())
             client = MlflowClient(tracking_uri=uri)
@@ -154,7 +153,7 @@ class MlflowLogger:
         return self._run
 
     def _is_continued(self, client: MlflowClient, run: str) -> bool:
-        """Opens a run again; False where it is no longer there."""
+        """Reopens a run; returns False if it no longer exists."""
         try:
             if client.get_run(run).info.lifecycle_stage == "deleted":
                 return False
@@ -177,7 +176,7 @@ def _key(name: str) -> str:
 
 
 def _flat(value: JSON, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yields the leaves of nested mappings with their dotted names; a list is one leaf, as JSON."""
+    """Yields the leaves of nested mappings as text with dotted names; a list is one leaf."""
     if isinstance(value, Mapping) and value:
         for name, member in value.items():
             yield from _flat(member, f"{prefix}.{name}" if prefix else str(name))

@@ -1,4 +1,4 @@
-"""Optuna: its samplers, pruners and storages as the engine of `distaff.tune.study`."""
+"""Optuna: samplers, pruners and storages for `distaff.tune.study`."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from distaff.tune.search import Trial, listed
 from distaff.tune.space import Choice, Dimension, Int, Space
 
 MAX_ATTEMPTS = 3
-"""How often the same values are begun before they count as failed."""
+"""Number of attempts with the same values before they count as failed."""
 
-# A process says that a trial is its own right after it has begun it, unless it is killed then.
+# A trial without an owner after this time belongs to a process that was killed.
 _PATIENCE = timedelta(minutes=1)
 _STATES = {
     "finished": TrialState.COMPLETE,
@@ -44,13 +44,12 @@ _OPTIONS = {
 
 
 class OptunaSuggestion:
-    """A trial of Optuna that is under way.
+    """A running Optuna trial.
 
-    Another process may take it for one of a process that is gone, and end it; what is said of it
-    after that is lost.
+    If another process ends it, because this one seems to be dead, later reports are ignored.
 
     Args:
-        trial: as `Study.ask` returns it.
+        trial: the trial from `Study.ask`.
         root: the folder of all runs.
     """
 
@@ -59,18 +58,18 @@ class OptunaSuggestion:
         self.number, self.values = trial.number, {}
 
     def report(self, value: float, epoch: int) -> None:
-        """Hands a value on to the pruner."""
+        """Reports a value to the pruner."""
         with suppress(UpdateFinishedTrialError):
             self.trial.report(value, epoch)
 
     def should_prune(self) -> bool:
-        """Asks the pruner."""
+        """Returns whether the pruner ends the trial."""
         with suppress(UpdateFinishedTrialError):
             return self.trial.should_prune()
         return False
 
     def note(self, **facts: Any) -> None:
-        """Keeps facts as the trial's user attributes."""
+        """Stores user attributes of the trial."""
         for name, fact in facts.items():
             fact = os.path.relpath(fact, self._root) if name == "path" else fact
             with suppress(UpdateFinishedTrialError):
@@ -78,15 +77,15 @@ class OptunaSuggestion:
 
 
 class OptunaSearch:
-    """A study of Optuna, opened again where it exists already.
+    """An Optuna study, which is reopened if it exists.
 
     Args:
-        space: what varies, by dotted path.
-        form: what makes trials comparable, as strict JSON: with `"mode"`, whether a smaller
-            (`"min"`) or a larger (`"max"`) value is better.
-        first: values to try before all others; None to leave them to the sampler.
-        seed: of the default sampler.
-        root: the folder of all runs, and of the journal where no storage is given.
+        space: the search space, by dotted path.
+        form: the settings that must be equal for trials to be comparable, as strict JSON; `"mode"`
+            is `"min"` or `"max"`.
+        first: values of the first trial; None to leave them to the sampler.
+        seed: seed of the default sampler.
+        root: the folder of all runs, and of the default storage.
         options: `storage`, `sampler`, `pruner`, `study_name`, see `distaff.tune.study`.
 
     Raises:
@@ -120,10 +119,10 @@ class OptunaSearch:
             self.study = optuna.create_study(direction=direction, **study)
         except DuplicatedStudyError:
             self.study = optuna.load_study(**study)
-            # With the same seed, each process would begin with the same draws.
+            # With the same seed, all processes would start with the same draws.
             self.study.sampler.reseed_rng()
         else:
-            # A grid is tried as it is; it has no place for values that are not on it.
+            # A grid cannot have values that are not on it.
             if first is not None and not isinstance(sampler, GridSampler):
                 self.study.enqueue_trial(dict(first))
         self._check_form(form, direction)
@@ -133,34 +132,33 @@ class OptunaSearch:
         name = self.study.study_name
         if begun is None and self.study.direction.name.lower() != direction:
             raise ConfigError(
-                f"The study {name!r} was made by other means than distaff.tune.study, to "
-                f"{self.study.direction.name.lower()}, and shall {direction}. Choose another "
-                "study_name."
+                f"The study {name!r} was not created by distaff.tune.study: its direction is "
+                f"{self.study.direction.name.lower()}, not {direction}. Choose another study_name."
             )
         if begun is None:
             self.remember("form", form)
         elif changes := diff(begun, form):
             raise ConfigError(
-                f"A study goes on as it was begun, so that its trials can be compared; {name!r} "
-                f"was begun with {listed(changes)}. Choose another study_name."
+                "Changing a study would make its trials incomparable; "
+                f"{name!r} was begun with {listed(changes)}. Choose another study_name."
             )
 
     def ask(self, num_trials: int) -> OptunaSuggestion | None:
-        """Begins a trial; None where no other is to be made."""
+        """Starts a trial; returns None if the study is complete."""
         self._recover()
         if self._is_exhausted() or len(self._counted()) >= num_trials:
             return None
         suggestion = OptunaSuggestion(self.study.ask(), self._root)
         try:
             suggestion.note(owner=this_process())
-            # Where several processes begin the last trial at once, all but the first withdraw.
+            # If several processes start the last trial at once, all but the first withdraw.
             numbers = [trial.number for trial in self._counted()]
             if sum(number < suggestion.number for number in numbers) >= num_trials:
                 self._end(suggestion.number, TrialState.FAIL)
                 return None
             for path, dimension in self._space.items():
                 suggestion.values[path] = _suggest(suggestion.trial, path, dimension)
-        except Exception:  # the sampler does not fit the space: there is nothing to try again
+        except Exception:  # the sampler does not support the space: a retry would fail too
             self._end(suggestion.number, TrialState.FAIL)
             raise
         except BaseException:
@@ -176,20 +174,20 @@ class OptunaSearch:
         return self._as_trial(self._find(suggestion.number))
 
     def abandon(self, suggestion: OptunaSuggestion) -> None:
-        """Ends a trial that was interrupted: its values are tried again."""
+        """Ends an interrupted trial; its values are tried again."""
         self._abandon(suggestion.number)
 
     def trials(self) -> list[Trial]:
-        """Returns all trials that came to an end of their own, by number."""
+        """Returns all completed trials, by number."""
         return [self._as_trial(trial) for trial in self._counted() if trial.state.is_finished()]
 
     def underway(self) -> list[str]:
-        """Returns what other processes are at."""
+        """Returns descriptions of the running trials."""
         running = self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
         return [_described(trial) for trial in running]
 
     def remember(self, name: str, fact: Any) -> None:
-        """Keeps strict JSON as a user attribute of the study."""
+        """Stores strict JSON as a user attribute of the study."""
         self.study.set_user_attr(name, fact)
 
     def recall(self, name: str) -> Any:
@@ -200,7 +198,7 @@ class OptunaSearch:
         return self.study.get_trials(deepcopy=False)[number]
 
     def _counted(self) -> list[FrozenTrial]:
-        """Returns the trials that have ended on their own or are under way."""
+        """Returns the completed and running trials."""
         return [
             trial
             for trial in self.study.get_trials(deepcopy=False)
@@ -216,7 +214,7 @@ class OptunaSearch:
         return self.recall("exhausted") == type(sampler).__name__
 
     def _end(self, number: int, state: TrialState, value: float | None = None) -> bool:
-        """Returns whether it was this process that ended the trial."""
+        """Ends a trial; returns False if another process has ended it already."""
         try:
             self.study.tell(number, value, state=state)
         except (ValueError, RuntimeError) as error:
@@ -225,8 +223,8 @@ class OptunaSearch:
                 raise
             if isinstance(error, ValueError | UpdateFinishedTrialError):
                 return False
-            # A sampler with nothing left calls Study.stop, which is for Study.optimize only; the
-            # end of the trial is stored nevertheless.
+            # An exhausted sampler calls Study.stop, which raises outside of Study.optimize, after
+            # the end of the trial is stored.
             if _status(trial) is not None:
                 self.remember("exhausted", type(self.study.sampler).__name__)
         return True
@@ -237,9 +235,9 @@ class OptunaSearch:
             self.study.add_trial(_again(trial))
 
     def _recover(self) -> None:
-        """Takes over the trials of processes that are gone."""
+        """Abandons the trials of dead processes."""
         for trial in self.study.get_trials(states=[TrialState.RUNNING]):
-            if _is_left_alone(trial):
+            if _is_orphaned(trial):
                 self._abandon(trial.number)
 
     def _as_trial(self, trial: FrozenTrial) -> Trial:
@@ -256,7 +254,7 @@ class OptunaSearch:
 
 
 def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the options that are given, of their right types."""
+    """Returns the options that are not None, checked for names and types."""
     for name in options:
         if name not in _OPTIONS:
             raise ConfigError(f"A study has no option {name!r}. {nearest(name, _OPTIONS)}")
@@ -274,10 +272,10 @@ def _storage(storage: str | Path | BaseStorage) -> BaseStorage:
     is_url = isinstance(storage, str) and "://" in storage
     try:
         return _database(str(storage)) if is_url else _journal(as_path(storage, "storage"))
-    except Exception as error:  # each database has exceptions of its own
+    except Exception as error:  # each database has its own exceptions
         place = str(storage).rpartition("@")[2]  # without a password
         raise RunDirectoryError(
-            f"A study keeps its trials in a storage that can be opened; {place!r} cannot: "
+            f"The storage of a study must be possible to open; {place!r} cannot: "
             f"{str(error).splitlines()[0]}. Check the path, or choose another storage."
         ) from error
 
@@ -294,20 +292,20 @@ def _database(url: str) -> BaseStorage:
 def _journal(path: Path) -> BaseStorage:
     path.parent.mkdir(parents=True, exist_ok=True)
     file = str(path.absolute())
-    # Optuna's default lock is a link to the journal. Where it dangles, as one to a relative path
-    # does, and its process was killed, the next process waits for it for ever.
+    # Optuna's default lock is a link to the journal. If the link dangles, for example because of a
+    # relative path, and its process was killed, the next process would wait forever.
     lock = JournalFileOpenLock(file)
     backend = JournalFileBackend(file, lock_obj=lock)
     lock.acquire()
     try:
-        _drop_half_line(path)
+        _drop_partial_line(path)
     finally:
         lock.release()
     return JournalStorage(backend)
 
 
-def _drop_half_line(path: Path) -> None:
-    """Removes what a full disk or a power cut has left of a line: Optuna cannot read past it."""
+def _drop_partial_line(path: Path) -> None:
+    """Removes an incomplete last line, which Optuna cannot read, after a full disk or a crash."""
     with path.open("rb+") as file:
         content = file.read()
         if not content.endswith(b"\n"):
@@ -323,12 +321,12 @@ def _suggest(trial: optuna.Trial, path: str, dimension: Dimension) -> Any:
 
 
 def _status(trial: FrozenTrial) -> str | None:
-    """Returns how a trial ended on its own; None where it did not."""
+    """Returns the status of a completed trial; None for running and abandoned ones."""
     status = trial.user_attrs.get("status")
     if _STATES.get(status) == trial.state:
         return status
-    is_given_up = trial.state == TrialState.FAIL and _attempt(trial) >= MAX_ATTEMPTS
-    return "failed" if is_given_up else None
+    has_failed = trial.state == TrialState.FAIL and _attempt(trial) >= MAX_ATTEMPTS
+    return "failed" if has_failed else None
 
 
 def _attempt(trial: FrozenTrial) -> int:
@@ -336,8 +334,8 @@ def _attempt(trial: FrozenTrial) -> int:
 
 
 def _again(trial: FrozenTrial) -> FrozenTrial:
-    """Returns a trial of the same values, to be tried before all others."""
-    # Rungs are what a halving pruner remembers of the attempt that came to no end.
+    """Returns a waiting trial with the same values, which Optuna tries first."""
+    # Rungs are the state of a halving pruner for the abandoned attempt.
     attributes = {
         name: value
         for name, value in trial.system_attrs.items()
@@ -352,7 +350,7 @@ def _again(trial: FrozenTrial) -> FrozenTrial:
     )
 
 
-def _is_left_alone(trial: FrozenTrial) -> bool:
+def _is_orphaned(trial: FrozenTrial) -> bool:
     owner = trial.user_attrs.get("owner")
     if owner is not None:
         return is_alive(owner) is False

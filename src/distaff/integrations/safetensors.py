@@ -1,4 +1,4 @@
-"""safetensors: named arrays in one file, which other frameworks read and write, too."""
+"""safetensors: named arrays in a file, shared with other frameworks."""
 
 from __future__ import annotations
 
@@ -29,17 +29,14 @@ _DTYPES = {
     "BOOL": np.dtype(np.bool_),
     "C64": np.dtype(np.complex64),
 }
-"""What is both written and read back; the library writes some more, and NumPy reads no float8."""
+"""The dtypes that can be both written and read with NumPy, which excludes float8."""
 
 
 def forms(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Returns shape and dtype of each array of a file; only its header is read.
-
-    Args:
-        path: a regular file.
+    """Returns shape and dtype of each array of a regular file; reads its header only.
 
     Raises:
-        CheckpointError: it is no safetensors file, or has an array of another dtype.
+        CheckpointError: it is not a safetensors file, or has an array of another dtype.
     """
     try:
         with safe_open(path, framework="np") as file:
@@ -49,14 +46,10 @@ def forms(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
 
 
 def read(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """Returns some arrays of a file.
-
-    Args:
-        path: a file whose `forms` have been looked at.
-        names: which ones.
+    """Returns arrays of a file by name; call `forms` first to check it.
 
     Raises:
-        CheckpointError: they cannot be read.
+        CheckpointError: the arrays cannot be read.
     """
     try:
         with safe_open(path, framework="np") as file:
@@ -66,22 +59,18 @@ def read(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
 
 
 def write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes a file.
-
-    Args:
-        path: where.
-        arrays: by name.
+    """Writes a file of named arrays.
 
     Raises:
-        CheckpointError: an array is of a dtype that the format lacks.
-        OSError: it cannot be written.
+        CheckpointError: the format does not support the dtype of an array.
+        OSError: the file cannot be written.
     """
     little = {name: _little_endian(array) for name, array in arrays.items()}
     for name, array in little.items():
         if array.dtype not in _DTYPES.values():
             raise CheckpointError(
-                f"A safetensors file holds arrays of the dtypes {list(_DTYPES)}; {name!r} is "
-                f"{array.dtype}. Convert it, or leave it out with only=..."
+                f"A safetensors file supports the dtypes {list(_DTYPES)}; {name!r} is "
+                f"{array.dtype}. Convert it, or exclude it with only=..."
             )
     try:
         save_file(little, path)
@@ -91,17 +80,17 @@ def write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
-        f"{path} cannot be read as a safetensors file: {error}. Export it anew, or pass another."
+        f"{path} cannot be read as a safetensors file: {error}. Export it again, or pass another."
     )
 
 
 def _form(name: str, part: Any) -> tuple[tuple[int, ...], np.dtype]:
     code = part.get_dtype()
     if code not in _DTYPES:
-        raise ValueError(f"{name!r} is of the dtype {code}, none of {', '.join(_DTYPES)}")
+        raise ValueError(f"{name!r} has dtype {code}; known: {', '.join(_DTYPES)}")
     return tuple(part.get_shape()), _DTYPES[code]
 
 
 def _little_endian(array: np.ndarray) -> np.ndarray:
-    """Returns an array as it lies in a file: in one piece, whatever it is a view of."""
+    """Returns a contiguous little-endian array, as the file format needs."""
     return np.asarray(array, array.dtype.newbyteorder("<"), order="C")

@@ -1,4 +1,4 @@
-"""scikit-learn: the handwritten digits that it ships."""
+"""scikit-learn: its dataset of handwritten digits."""
 
 from __future__ import annotations
 

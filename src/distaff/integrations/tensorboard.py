@@ -1,4 +1,4 @@
-"""TensorBoard, through tensorboardX, which writes its files without TensorFlow."""
+"""TensorBoard: event files, written by tensorboardX without TensorFlow."""
 
 from __future__ import annotations
 
@@ -23,15 +23,14 @@ _writers = itertools.count()
 
 
 class TensorBoardLogger:
-    """Writes event files: `tensorboard --logdir <directory>` shows them.
+    """Writes event files, to view with `tensorboard --logdir <directory>`.
 
-    TensorBoard keeps numbers in float32. A metric that is not one number is a histogram of its
-    finite values; the epoch is a curve of its own; the configuration is a text. Takes figures,
-    images, histograms and texts. The file is made by the first call, and after `close` the next
-    call makes another beside it.
+    TensorBoard stores float32. Metrics that are not scalars become histograms of their finite
+    values, the epoch a curve, and the configuration a text. Supports figures, images, histograms
+    and texts. The first call creates the file; the first call after `close` creates another.
 
     Args:
-        directory: where, or a function that gives it, called when a file is made.
+        directory: the directory, or a function that returns it, called when a file is created.
     """
 
     def __init__(self, directory: Location) -> None:
@@ -40,10 +39,10 @@ class TensorBoardLogger:
         self._purged_from: int | None = None
 
     def log_metrics(self, metrics: Values, *, step: int, epoch: int) -> None:
-        """Writes the epoch, then the metrics; they are in the file ten seconds later.
+        """Writes the epoch, then the metrics; flushed every ten seconds.
 
         Raises:
-            MetricError: a metric is not a number, or is named `step`, `epoch` or `time`.
+            MetricError: a metric is not a number, or has a reserved name: `step`, `epoch`, `time`.
         """
         arrays = as_arrays(metrics)
         self._writer.add_scalar("epoch", epoch, step)
@@ -55,12 +54,12 @@ class TensorBoardLogger:
 
     def log_config(self, config: Mapping[str, JSON]) -> None:
         """Writes the configuration as the text `config`."""
-        # Markdown shows an indented block as it is.
+        # Markdown shows an indented block verbatim.
         lines = json.dumps(config, indent=2).splitlines()
         self._writer.add_text("config", "\n".join(f"    {line}" for line in lines), 0)
 
     def log_figure(self, name: str, figure: Any, *, step: int) -> None:
-        """Writes a matplotlib Figure as a picture."""
+        """Writes a matplotlib Figure as an image."""
         self._add_png(name, png.encode_figure(figure), step)
 
     def log_image(self, name: str, image: Any, *, step: int) -> None:
@@ -68,7 +67,7 @@ class TensorBoardLogger:
         self._add_png(name, png.encode(image), step)
 
     def log_histogram(self, name: str, values: Any, *, step: int) -> None:
-        """Writes a histogram of the finite values; nothing where there are none."""
+        """Writes a histogram of the finite values, if there are any."""
         numbers = np.asarray(values, np.float64)
         finite = numbers[np.isfinite(numbers)]
         if finite.size:
@@ -79,20 +78,20 @@ class TensorBoardLogger:
         self._writer.add_text(name, text, step)
 
     def close(self, status: str) -> None:
-        """Writes what is held and closes the file."""
+        """Flushes and closes the file."""
         writer, self._open_writer = self._open_writer, None
         if writer is not None:
             writer.close()
 
     def resume(self, step: int) -> None:
-        """Notes that TensorBoard shall not show what the files before hold of later steps."""
+        """Makes TensorBoard hide later steps of earlier files."""
         self.close("interrupted")
         self._purged_from = step + 1
 
     @property
     def _writer(self) -> SummaryWriter:
         if self._open_writer is None:
-            # A file is named by second and host: two made in one second would be one file.
+            # File names contain second and host; the suffix distinguishes files of one second.
             suffix = f".{os.getpid()}.{next(_writers)}"
             self._open_writer = SummaryWriter(
                 logdir=os.fspath(self._locate()),
@@ -104,7 +103,7 @@ class TensorBoardLogger:
         return self._open_writer
 
     def _add_png(self, name: str, encoded: bytes, step: int) -> None:
-        # add_image would encode by Pillow; the picture is PNG already.
+        # add_image would encode it again, with Pillow.
         width, height = struct.unpack(">2I", encoded[16:24])
         image = Summary.Image(
             height=height, width=width, colorspace=3, encoded_image_string=encoded

@@ -1,4 +1,4 @@
-"""Weights & Biases: a run of its own for each run, online or in files to be synchronized later."""
+"""Weights & Biases: records a run online, or in files to synchronize later."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from distaff.loggers.png import as_pixels, encode_figure
 from distaff.loggers.protocol import JSON
 from distaff.loggers.row import as_arrays
 
-# 255 is what Weights & Biases itself notes for a run that was interrupted.
+# 255 is the code that Weights & Biases itself uses for an interrupted run.
 _EXIT_CODES = {"finished": 0, "stopped": 0, "pruned": 0, "interrupted": 255, "failed": 1}
 _LETTERS = string.ascii_lowercase + string.digits
 _OWN = ("project", "mode", "dir", "config", "reinit")
@@ -29,22 +29,21 @@ _OWN = ("project", "mode", "dir", "config", "reinit")
 class WandbLogger:
     """Records a run in Weights & Biases.
 
-    A metric that is not one number is a histogram of its finite values. Curves are drawn over
-    `step`, a column beside `epoch`: a run may go back to an earlier step, as the test of its best
-    model does, while the service's own step only grows. Takes figures, images, histograms and
-    texts. The run starts with the first call, and after `close` the next call starts another. A run
-    that Distaff resumes continues its run in Weights & Biases; what it logs again, after a kill,
-    has the same `step`.
+    Metrics that are not scalars become histograms of their finite values. The x axis is the metric
+    `step`, because a run may log an earlier step, such as the test of its best model, while the
+    service's own step only grows. Supports figures, images, histograms and texts. The first call
+    starts the run; the first call after `close` starts another. A resumed run continues its run in
+    Weights & Biases; after a kill, repeated records have the same `step`.
 
     Args:
-        project: the project's name.
-        mode: `"online"`; `"offline"`, which needs no network and leaves files for `wandb sync`; or
-            `"disabled"`. None is what `WANDB_MODE` says, and online where it says nothing.
-        directory: where the files go, in its folder `wandb`; or a function that gives it.
+        project: the name of the project.
+        mode: `"online"`; `"offline"`, which needs no network and writes files for `wandb sync`; or
+            `"disabled"`. None for the environment variable `WANDB_MODE`, by default online.
+        directory: parent of the folder `wandb` for files, or a function that returns it.
         **options: further arguments of `wandb.init`, such as `name`, `group`, `tags`, `entity`.
 
     Raises:
-        ConfigError: an option is one that the logger itself decides.
+        ConfigError: an option is reserved for the logger.
     """
 
     def __init__(
@@ -57,7 +56,7 @@ class WandbLogger:
     ) -> None:
         if taken := sorted(options.keys() & set(_OWN)):
             raise ConfigError(
-                f"WandbLogger itself gives wandb.init {', '.join(_OWN)}; got {', '.join(taken)}. "
+                f"WandbLogger itself sets {', '.join(_OWN)} of wandb.init; got {', '.join(taken)}. "
                 "Use project, mode and directory; the configuration comes from the run."
             )
         self._options: dict[str, Any] = {"project": project, "mode": mode, **options}
@@ -69,7 +68,7 @@ class WandbLogger:
         """Records a row.
 
         Raises:
-            MetricError: a metric is not a number, or is named `step`, `epoch` or `time`.
+            MetricError: a metric is not a number, or has a reserved name: `step`, `epoch`, `time`.
         """
         row = {
             name: array.item() if array.ndim == 0 else _histogram(array)
@@ -78,12 +77,12 @@ class WandbLogger:
         self._run.log({"step": int(step), "epoch": int(epoch), **row})
 
     def log_config(self, config: Mapping[str, JSON]) -> None:
-        """Records the configuration as the run's."""
+        """Records the configuration."""
         self._run.config.update(dict(config), allow_val_change=True)
 
     def log_figure(self, name: str, figure: Any, *, step: int) -> None:
-        """Records a matplotlib Figure as a picture."""
-        # Given a Figure itself, wandb.Image would need pyplot. The file is copied by the call.
+        """Records a matplotlib Figure as an image."""
+        # wandb.Image would need pyplot for a Figure. It copies the file.
         with tempfile.TemporaryDirectory() as directory:
             file = Path(directory, "figure.png")
             file.write_bytes(encode_figure(figure))
@@ -98,12 +97,12 @@ class WandbLogger:
         self._run.log({"step": int(step), name: _histogram(np.asarray(values, np.float64))})
 
     def log_text(self, name: str, text: str, *, step: int) -> None:
-        """Records a text as it is, without markup."""
+        """Records a text verbatim."""
         shown = wandb.Html(f"<pre>{html.escape(text)}</pre>", inject=False)
         self._run.log({"step": int(step), name: shown})
 
     def close(self, status: str) -> None:
-        """Ends the run: with exit code 0, 1 where it failed, 255 where it was interrupted."""
+        """Ends the run with exit code 0, 1 (failed) or 255 (interrupted)."""
         run, self._open_run = self._open_run, None
         self._id = self._options.get("id")
         if run is not None:
@@ -114,7 +113,7 @@ class WandbLogger:
         return None if self._id is None else {"id": self._id}
 
     def set_state(self, state: JSON) -> None:
-        """Has the next call continue a run."""
+        """Makes the next call continue a run."""
         match state:
             case {"id": str() as identity} if identity:
                 self._id = identity
@@ -124,7 +123,7 @@ class WandbLogger:
         if self._open_run is None:
             directory = Path(self._locate()).absolute()
             directory.mkdir(parents=True, exist_ok=True)
-            # The id is chosen here, so that a service that is away for a moment changes nothing.
+            # Chosen here, so that the id does not depend on whether the service is reachable.
             self._id = self._id or "".join(secrets.choice(_LETTERS) for _ in range(8))
             options: dict[str, Any] = {"resume": "allow", **self._options, "id": self._id}
             self._open_run = wandb.init(dir=str(directory), reinit="create_new", **options)

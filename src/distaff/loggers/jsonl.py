@@ -50,7 +50,7 @@ class JsonlLogger:
         """Writes one line; it is in the file when the call returns.
 
         Raises:
-            MetricError: a metric is not a number, or is named `step`, `epoch` or `time`.
+            MetricError: a metric is not a number, or has a reserved name: `step`, `epoch`, `time`.
             RunDirectoryError: the file cannot be written.
         """
         row = as_row(metrics, step=step, epoch=epoch, time=self._clock())

@@ -17,7 +17,7 @@ def as_row(metrics: Values, *, step: int, epoch: int, time: float) -> dict[str, 
     """Returns a row as strict JSON, with NaN and infinity as text; see `metrics.as_json`.
 
     Raises:
-        MetricError: a metric is not a number, or is named `step`, `epoch` or `time`.
+        MetricError: a metric is not a number, or has a reserved name: `step`, `epoch`, `time`.
     """
     _check_names(metrics)
     return {"step": int(step), "epoch": int(epoch), "time": time, **as_json(metrics)}

@@ -115,7 +115,8 @@ class Limits(Metric):
     def reduce(cls, mask: jax.Array, *values: jax.Array, **settings: Any) -> Self:
         array, where = values
         lowest = extremes_of(array.dtype)[0]
-        both = jnp.stack([_reversed(array), array])
+        # No integer overflows on reversal.
+        both = jnp.stack([~array if is_whole(array) else -array, array])
         kept = jnp.broadcast_to(masked(mask, where, False)[None], both.shape)
         ends = jnp.max(both, axis=range(1, both.ndim), initial=lowest, where=kept)
         return cls(jnp.concatenate([ends, jnp.array([1, 0], ends.dtype)]), **settings)
@@ -166,11 +167,6 @@ class Limits(Metric):
         is_empty = high < low
         are_kept = (low >= self.least) & (high < np.inf if self.most is None else high <= self.most)
         return are_kept | is_empty  # NaN fails each comparison
-
-
-def _reversed(values: jax.Array) -> jax.Array:
-    """Returns values in reverse order, without integer overflow."""
-    return ~values if is_whole(values) else -values
 
 
 def _plain(value: Any) -> Any:

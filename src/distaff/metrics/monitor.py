@@ -103,12 +103,7 @@ class Monitor:
     def judged(
         self, metrics: Mapping[str, Any], validation: Mapping[str, Any]
     ) -> Mapping[str, Any]:
-        """Returns the validation metrics, plus the monitored training metric.
-
-        Args:
-            metrics: metrics of the training epoch.
-            validation: metrics of the validation after it, or empty.
-        """
+        """Returns the validation metrics, and the monitored metric if it is one of training."""
         if self.is_of_training and self.name in metrics:
             return {self.name: metrics[self.name], **validation}
         return validation

@@ -36,19 +36,19 @@ __all__ = [
 ]
 
 _POSSIBLE = (
-    "a flax.linen.Module; a flax.nnx.Module, or a function f(rngs) that makes one; "
-    "an equinox.Module, or a function f(key) that makes one; a pair (init, apply) of functions; "
+    "a flax.linen.Module; a flax.nnx.Module, or a function f(rngs) that returns one; "
+    "an equinox.Module, or a function f(key) that returns one; a pair (init, apply) of functions; "
     "a distaff.Lora of any of these; or an object with the methods of distaff.models.Model"
 )
 
 
 def as_model(source: Any) -> Model:
-    """Returns the functional face of a user's model.
+    """Wraps a user's model in the `Model` interface.
 
     Args:
         source: a `flax.linen.Module`, whose variables are kept if it is bound; a
-            `flax.nnx.Module`, or a function `f(rngs)` that makes one; an `equinox.Module`,
-            `(module, state)`, or a function `f(key)` that makes either; a pair `(init, apply)` of
+            `flax.nnx.Module`, or a function `f(rngs)` that returns one; an `equinox.Module`,
+            `(module, state)`, or a function `f(key)` that returns either; a pair `(init, apply)` of
             functions, such as Haiku's; or a `Model`.
 
     Raises:
@@ -73,14 +73,14 @@ def as_model(source: Any) -> Model:
             return NnxModel(source)
         case "key":
             return _equinox(source)
-    raise ConfigError(_refusal(source))
+    raise ConfigError(_error_message(source))
 
 
 def whole_batches(module: Any) -> Model:
-    """Returns an Equinox model that is called with whole batches, rather than mapped over examples.
+    """Returns an Equinox model that is called with whole batches rather than mapped over examples.
 
     Args:
-        module: as `as_model` takes it: a module, `(module, state)`, or a function `f(key)`.
+        module: a module, `(module, state)`, or a function `f(key)` that returns either.
 
     Raises:
         MissingExtraError: Equinox is not installed.
@@ -89,7 +89,7 @@ def whole_batches(module: Any) -> Model:
 
 
 def model_of(apply_fn: Callable[..., Any] | None) -> Model:
-    """Returns the model whose forward function a `TrainState` holds.
+    """Returns the model of the forward function in a `TrainState`.
 
     Args:
         apply_fn: `module.apply` of a Linen module, `as_model(...).apply_fn`, or any
@@ -112,7 +112,7 @@ def model_of(apply_fn: Callable[..., Any] | None) -> Model:
 
 
 def _owner(init: Any, apply: Any) -> nn.Module | None:
-    """Returns the module whose own `init` and `apply` these are, if any."""
+    """Returns the module whose bound methods `init` and `apply` these are, or None."""
     owner = getattr(apply, "__self__", None)
     if not isinstance(owner, nn.Module) or apply != owner.apply or init != owner.init:
         return None
@@ -124,22 +124,22 @@ def _equinox(source: Any, **options: Any) -> Model:
 
 
 def _is_equinox(source: Any) -> bool:
-    """Tells an Equinox module, or one with its state, without importing Equinox."""
+    """Returns whether this is an Equinox module or `(module, state)`; never imports Equinox."""
     first = source[0] if isinstance(source, tuple) and len(source) == 2 else source
     names = {cls.__module__.partition(".")[0] for cls in type(first).__mro__}
     return "equinox" in names and not isinstance(first, type)
 
 
 def _only_argument(source: Any) -> str | None:
-    """Returns `rngs` or `key`, if a function or class can be called with that alone."""
+    """Returns `rngs` or `key` if a function or class can be called with only that argument."""
     if not callable(source):
         return None
-    given = source if isinstance(source, functools.partial) else functools.partial(source)
-    function: Any = given.func
-    if isinstance(function, type):  # whose metaclass may hide what its constructor takes
-        given = functools.partial(function.__init__, None, *given.args, **given.keywords)
+    call = source if isinstance(source, functools.partial) else functools.partial(source)
+    function: Any = call.func
+    if isinstance(function, type):  # a metaclass may hide the signature of the constructor
+        call = functools.partial(function.__init__, None, *call.args, **call.keywords)
     try:
-        accepted = inspect.signature(given).parameters
+        accepted = inspect.signature(call).parameters
     except (TypeError, ValueError):
         return None
     required = {
@@ -149,21 +149,21 @@ def _only_argument(source: Any) -> str | None:
         and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     }
     for name in ("rngs", "key"):
-        if name in accepted and name not in given.keywords and required <= {name}:
+        if name in accepted and name not in call.keywords and required <= {name}:
             return name
     return None
 
 
-def _refusal(source: Any) -> str:
+def _error_message(source: Any) -> str:
     if not isinstance(source, type):
         cls = type(source)
-        return f"A model is {_POSSIBLE}. Got {cls.__module__}.{cls.__qualname__}."
-    name, making = source.__name__, f"{source.__name__}(...)"
+        return f"A model must be {_POSSIBLE}. Got {cls.__module__}.{cls.__qualname__}."
+    name, call = source.__name__, f"{source.__name__}(...)"
     bases = {cls.__module__.partition(".")[0] for cls in source.__mro__}
     if issubclass(source, flax_nnx.Module):
-        making = f"lambda rngs: {name}(..., rngs=rngs)"
+        call = f"lambda rngs: {name}(..., rngs=rngs)"
     elif "equinox" in bases:
-        making = f"lambda key: {name}(..., key=key)"
+        call = f"lambda key: {name}(..., key=key)"
     elif not issubclass(source, nn.Module):
-        return f"A model is {_POSSIBLE}. Got the class {name}."
-    return f"A model is a module, not its class: pass {making} instead of {name}."
+        return f"A model must be {_POSSIBLE}. Got the class {name}."
+    return f"A model must be a module, not its class: pass {call} instead of {name}."

@@ -1,11 +1,12 @@
-"""The one functional face that every kind of model shows to the rest of the house."""
+"""The common functional interface of all kinds of model."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, Protocol, Self, TypeGuard
+from typing import Any, NamedTuple, Protocol, Self, TypeGuard, TypeVar
 
 import jax
 from flax import traverse_util
@@ -15,11 +16,11 @@ from distaff.errors import StateError
 
 
 class Variables(NamedTuple):
-    """A model's arrays: what the optimizer changes, and what the forward pass changes.
+    """A model's arrays: trained by the optimizer, or changed by the forward pass.
 
     Attributes:
         params: the trainable arrays.
-        batch_stats: running statistics of normalisation layers, or None.
+        batch_stats: running statistics of normalization layers, or None.
         collections: every other mutable collection by name, or None.
     """
 
@@ -29,7 +30,7 @@ class Variables(NamedTuple):
 
     @classmethod
     def of(cls, collections: Mapping[str, PyTree]) -> Variables:
-        """Returns the variables that lie in collections by name, as Flax Linen has them."""
+        """Returns variables from collections by name, as in Flax Linen."""
         rest = dict(collections)
         params, batch_stats = rest.pop("params", {}), rest.pop("batch_stats", None)
         return cls(params, batch_stats, rest or None)
@@ -43,15 +44,15 @@ class Variables(NamedTuple):
 
 
 class LayerRow(NamedTuple):
-    """One line of the model table.
+    """One row of the model table.
 
     Attributes:
-        path: the module's path, such as `Conv_0`; empty for the whole model.
-        kind: the module's class name.
-        output: shapes and dtypes of what it returns, such as `float32[64,8,8,32]`.
-        variables: its own arrays, not its children's: collection, name, shape and dtype.
-        flops: its own floating point operations in one forward pass, without those of the modules
-            it calls; None where they are not known.
+        path: path of the module, such as `Conv_0`; empty for the whole model.
+        kind: class name of the module.
+        output: shapes and dtypes of its output, such as `float32[64,8,8,32]`.
+        variables: arrays of the module, not of its children: collection, name, shape and dtype.
+        flops: floating point operations of the module in one forward pass, without its submodules;
+            None if unknown.
     """
 
     path: str
@@ -62,13 +63,13 @@ class LayerRow(NamedTuple):
 
 
 class Model(Protocol):
-    """A model as pure functions of its variables. One implementation per kind of module."""
+    """A model as pure functions of its variables, implemented once per kind of module."""
 
     @property
     def apply_fn(self) -> Callable[..., Any]:
-        """The forward function kept in `TrainState.apply_fn`: a method of this object.
+        """The forward function for `TrainState.apply_fn`; its `__self__` identifies the model.
 
-        The state finds the model again by it. Linen's is the module's own `apply`.
+        For Linen it is the module's own `apply`.
         """
         ...
 
@@ -79,19 +80,19 @@ class Model(Protocol):
 
     @property
     def record(self) -> Any:
-        """What a run records of it, as strict JSON can hold it: the same for equal models."""
+        """A description of the model as strict JSON, equal for equal models."""
         ...
 
     def ready(self, key: Key) -> Variables | None:
-        """Returns the variables it came with; None for a model whose variables `init` makes.
+        """Returns the variables of a ready-made module; None if `init` creates them.
 
         Args:
-            key: source of what is drawn beside them, as by a `Lora`.
+            key: random key for additional variables, as in a `Lora`.
         """
         ...
 
     def init(self, key: Key, *inputs: Any) -> Variables:
-        """Makes the variables for inputs shaped like these."""
+        """Creates the variables for inputs of these shapes."""
         ...
 
     def apply(
@@ -101,40 +102,58 @@ class Model(Protocol):
 
         Args:
             variables: the model's arrays.
-            *inputs: handed to the module.
-            train: whether dropout drops and running statistics move.
-            key: source of every random stream; None for a model that draws nothing.
-            **kwargs: handed to the module; they win over what the adapter would pass.
+            *inputs: passed to the module.
+            train: whether dropout and running statistics are active.
+            key: source of every random stream; None for a model that uses no randomness.
+            **kwargs: passed to the module; they override arguments set by the adapter.
 
         Returns:
-            The outputs, and the variables with those that the pass changed.
+            The outputs, and the variables, including changed ones.
         """
         ...
 
     def bind(self, variables: Variables) -> Any:
-        """Returns the module with its variables inside, to be called directly."""
+        """Returns the module with its variables bound, to be called directly."""
         ...
 
     def layers(self, key: Key, *inputs: Any) -> list[LayerRow]:
-        """Lists the modules in order of call; nothing is computed on a device."""
+        """Lists the modules in order of call, without computing anything on a device."""
         ...
 
 
-_FACE = ("apply_fn", "module", "record", "ready", "init", "apply", "bind", "layers")
+_MEMBERS = ("apply_fn", "module", "record", "ready", "init", "apply", "bind", "layers")
 _ABSENT = object()
 
 
 def is_model(source: Any) -> TypeGuard[Model]:
-    """Tells whether an object has all that `Model` has; no property of it is evaluated."""
-    found = (inspect.getattr_static(source, name, _ABSENT) for name in _FACE)
-    return not isinstance(source, type) and all(member is not _ABSENT for member in found)
+    """Returns whether an object has all members of `Model`, without evaluating properties."""
+    members = (inspect.getattr_static(source, name, _ABSENT) for name in _MEMBERS)
+    return not isinstance(source, type) and all(member is not _ABSENT for member in members)
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def accepts_collections(apply: F) -> F:
+    """Lets a model's `apply` also take collections by name: `{"params": ..., "batch_stats": ...}`.
+
+    It then calls `apply_fn` and returns its result, as `module.apply` of Flax Linen.
+    """
+
+    @functools.wraps(apply)
+    def either(self: Any, variables: Any, *inputs: Any, **kwargs: Any) -> Any:
+        if isinstance(variables, Mapping):
+            return self.apply_fn(variables, *inputs, **kwargs)
+        return apply(self, variables, *inputs, **kwargs)
+
+    return either  # ty: ignore[invalid-explicit-return]
 
 
 class Adapter(ABC):
-    """What the adapters have in common that take a module apart and put it together themselves."""
+    """Base class of adapters that split a module into variables and rebuild it themselves."""
 
     def ready(self, key: Key) -> Variables | None:
-        """Returns the variables it came with, if any."""
+        """Returns the variables of a ready-made module, or None."""
         return None
 
     @abstractmethod
@@ -145,12 +164,12 @@ class Adapter(ABC):
 
     @property
     def apply_fn(self) -> Callable[..., Any]:
-        """The method `forward` of `light`: JAX's caches keep the structure of a state for long."""
+        """The method `forward` of `light`: JAX's caches may hold it for long, so without arrays."""
         return self.light.forward
 
     @property
     def light(self) -> Self:
-        """The model without the numbers that it came with; by default it came with none."""
+        """The model without the arrays of a ready-made module; by default the model itself."""
         return self
 
     def forward(
@@ -166,26 +185,22 @@ class Adapter(ABC):
 
 
 def has_numbers(tree: PyTree) -> bool:
-    """Tells whether a pytree holds a JAX array, and not only the forms of some."""
+    """Returns whether a pytree holds a JAX array, rather than only shapes and dtypes."""
     return any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(tree))
 
 
 def without_numbers(tree: PyTree) -> PyTree:
-    """Returns a pytree with the form of each JAX array in its place."""
+    """Replaces each JAX array of a pytree by a `jax.ShapeDtypeStruct`."""
 
-    def form(leaf: Any) -> Any:
+    def shape_of(leaf: Any) -> Any:
         is_array = isinstance(leaf, jax.Array)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_array else leaf
 
-    return jax.tree.map(form, tree)
+    return jax.tree.map(shape_of, tree)
 
 
 def nested(leaves: Iterable[tuple[str, tuple[str, ...], Any]]) -> Variables:
-    """Returns variables as plain nested dictionaries.
-
-    Args:
-        leaves: collection, path and array of each.
-    """
+    """Returns variables as nested dictionaries, from collection, path and array of each leaf."""
     collections: dict[str, dict[tuple[str, ...], Any]] = {"params": {}}
     for collection, path, leaf in leaves:
         collections.setdefault(collection, {})[path] = leaf
@@ -196,15 +211,15 @@ def leaf_of(collections: Mapping[str, PyTree], collection: str, path: tuple[str,
     """Returns one array of a model's variables.
 
     Raises:
-        StateError: it is not there.
+        StateError: it is missing.
     """
     node: Any = collections
     for name in (collection, *path):
         if not isinstance(node, Mapping) or name not in node:
             raise StateError(
                 f"The model's forward pass needs {'/'.join((collection, *path))!r}, which is not "
-                f"among the variables it was given: {sorted(collections)}. Pass all collections, "
-                "as trainer.state or trainer.run_model_init has them."
+                f"among the given variables: {sorted(collections)}. Pass all collections, as in "
+                "trainer.state or from trainer.run_model_init."
             )
         node = node[name]
     return node

@@ -1,4 +1,4 @@
-"""How a forward function is told whether it trains: under the name that it has for it."""
+"""Mode flags: passes `train` to a forward function under the name that it uses."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _EVALUATE = frozenset(
 _TRAIN_IN_CALLS = frozenset(
     ("enabledropout", "applydropout", "dropoutenabled", "updatestats", "updatebatchstats")
 )
-"""As fields, these are hyperparameters: whether there is any dropout at all."""
+"""Mode flags as arguments of a call; as fields, they are hyperparameters."""
 
 _MODES = frozenset(("mode", "phase", "runmode"))
 _TRAIN_WORDS = ("train", "training", "fit")
@@ -37,63 +37,59 @@ _EVALUATION_WORDS = (
     *("eval", "evaluation", "evaluate", "test", "testing", "inference", "infer", "predict"),
     *("prediction", "val", "valid", "validation"),
 )
-_LEFT_ALONE = object()
+_NO_FLAG = object()
 
 NAMES_IN_WORDS = "train, is_training, deterministic, inference or eval"
-"""For errors and warnings."""
+"""Examples of names, for errors and warnings."""
 
 
 def parameters(function: Callable[..., Any]) -> list[str]:
-    """Returns the names of a function's parameters; none for one that Python cannot look into."""
+    """Returns the names of a function's parameters; empty if Python cannot inspect it."""
     return list(_signature(function))
 
 
 def num_positional(function: Callable[..., Any]) -> int:
-    """Returns how many arguments a function wants by position; a large number for any number.
+    """Returns the number of positional arguments without a default value, at least 1.
 
-    A parameter whose default is a value, such as `width=8`, is an option.
+    A large number stands for any number. A default of None does not count as a value.
     """
-    found = _signature(function).values()
-    if not found or any(each.kind is each.VAR_POSITIONAL for each in found):
+    known = _signature(function).values()
+    if not known or any(each.kind is each.VAR_POSITIONAL for each in known):
         return sys.maxsize
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    wanted = [x for x in found if x.kind in kinds and (x.default is None or x.default is x.empty)]
-    return max(len(wanted), 1)
+    required = [x for x in known if x.kind in kinds and (x.default is None or x.default is x.empty)]
+    return max(len(required), 1)
 
 
 def mode_flag(function: Callable[..., Any], train: bool, num_inputs: int = 0) -> dict[str, Any]:
-    """Returns the keyword arguments that tell a function whether it trains; none if it has none.
+    """Returns the keyword arguments that set the mode of a function; empty if it has none.
 
     Args:
-        function: its parameters of a name such as `train` or `is_training` are given `train`, those
-            of a name such as `deterministic`, `inference` or `eval` the opposite, and one called
-            `mode` a word, where its default, its `Literal` or its `Enum` says which words it knows.
-        train: whether it trains.
-        num_inputs: how many of its parameters are passed by position; they are inputs, whatever
-            their name.
+        function: its parameters with a name such as `train` or `is_training` get `train`, those
+            with a name such as `deterministic`, `inference` or `eval` the opposite, and one called
+            `mode` a word, if its default, its `Literal` or its `Enum` lists the words.
+        train: whether to train.
+        num_inputs: number of parameters passed by position, which are inputs whatever their name.
     """
     flags = {}
     for parameter in list(_signature(function).values())[num_inputs:]:
         is_named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        value = _flag(parameter, train) if is_named else _LEFT_ALONE
-        if value is not _LEFT_ALONE:
+        value = _flag(parameter, train) if is_named else _NO_FLAG
+        if value is not _NO_FLAG:
             flags[parameter.name] = value
     return flags
 
 
 def names_mode(names: Iterable[str]) -> bool:
-    """Tells whether one of these names is of a mode flag: the caller has chosen the mode."""
+    """Returns whether one of these names is a mode flag, so that the caller has chosen the mode."""
     known = _TRAIN | _EVALUATE | _TRAIN_IN_CALLS | _MODES
     return any(_plain(name) in known for name in names)
 
 
 def switched(name: str, value: Any, train: bool) -> Any:
-    """Returns what an attribute of a module is in training or in evaluation.
+    """Returns the value of a module's attribute in training or in evaluation.
 
-    Args:
-        name: of the attribute. One that is no mode flag keeps its value.
-        value: a bool, or a word such as `"train"` for the name `mode`; others are kept.
-        train: whether the module trains.
+    Only a bool of a name such as `train`, and a word such as `"train"` of the name `mode`, changes.
     """
     plain = _plain(name)
     if isinstance(value, bool) and plain in _TRAIN:
@@ -102,17 +98,15 @@ def switched(name: str, value: Any, train: bool) -> Any:
         return not train
     if plain in _MODES and _is_word(value):
         word = _word(_known_words(value), train, value)
-        return value if word is _LEFT_ALONE else word
+        return value if word is _NO_FLAG else word
     return value
 
 
 def method_of(module: Any, method: Callable[..., Any] | str | None) -> Callable[..., Any]:
-    """Returns what to call of a module: the module itself, or one of its methods.
+    """Returns the callable of a module: the module itself, or one of its methods.
 
-    Args:
-        module: it has `__call__`, unless a method is named.
-        method: as in `ctx.apply(params, x, method="encode")`: a name, or a function whose first
-            argument is the module.
+    As in `ctx.apply(params, x, method="encode")`, a method is a name, or a function whose first
+    argument is the module.
     """
     if method is None:
         return module
@@ -133,32 +127,32 @@ def _plain(name: str) -> str:
 
 
 def _flag(parameter: inspect.Parameter, train: bool) -> Any:
-    """Returns what a parameter is given, `_LEFT_ALONE` for one that is no mode flag."""
+    """Returns the value for a parameter, or `_NO_FLAG` if it is not a mode flag."""
     plain, default = _plain(parameter.name), parameter.default
     if plain in _MODES:
         words = _annotated_words(parameter.annotation) or _known_words(default)
         if default is parameter.empty and not words:
             words = ("train", "eval")
-        return _word(words, train, default) if words else _LEFT_ALONE
-    # Few-shot models have inputs called `train` and `test`; these have no truth value as default.
+        return _word(words, train, default) if words else _NO_FLAG
+    # Few-shot models have inputs called `train` and `test`, whose default is not a truth value.
     if not (default is None or default is parameter.empty or isinstance(default, int)):
-        return _LEFT_ALONE
+        return _NO_FLAG
     if plain in _TRAIN | _TRAIN_IN_CALLS:
         return train
-    return not train if plain in _EVALUATE else _LEFT_ALONE
+    return not train if plain in _EVALUATE else _NO_FLAG
 
 
 def _word(words: tuple[Any, ...], train: bool, default: Any) -> Any:
-    """Returns the word for a mode: the default if it is one, else the first."""
-    wanted = _TRAIN_WORDS if train else _EVALUATION_WORDS
-    fitting = [each for each in words if _text(each) in wanted]
+    """Returns the word for a mode: the default if it fits, else the first that does."""
+    words_of_mode = _TRAIN_WORDS if train else _EVALUATION_WORDS
+    fitting = [each for each in words if _text(each) in words_of_mode]
     if not fitting:
-        return _LEFT_ALONE
+        return _NO_FLAG
     return default if default in fitting else fitting[0]
 
 
 def _known_words(default: Any) -> tuple[Any, ...]:
-    """Returns the words that a parameter or an attribute knows by what it is now."""
+    """Returns the possible words of a parameter or attribute, judged by its value."""
     if isinstance(default, enum.Enum):
         return tuple(type(default))
     return (default, "train", "eval") if _is_word(default) else ()

@@ -1,4 +1,4 @@
-"""Models as plain functions behind the functional face: `(init, apply)`, or a forward alone."""
+"""Models as plain functions: a pair `(init, apply)`, or a forward function alone."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import jax
 
 from distaff.core.typing import Key
 from distaff.errors import ConfigError
-from distaff.models.adapter import Adapter, LayerRow, Variables
-from distaff.models.as_in_linen import applies_collections
+from distaff.models.adapter import Adapter, LayerRow, Variables, accepts_collections
 from distaff.models.flags import mode_flag, num_positional, parameters
 from distaff.models.layers import Path, describe, flops, listed, own_flops
 from distaff.models.randomness import KEY_NAMES, asking_for_key
@@ -19,18 +18,17 @@ _COLLECTIONS = {"params", "batch_stats"}
 
 
 class Functions(Adapter):
-    """A model as two pure functions, such as a pair of one's own or Haiku's `transform`.
+    """A model as two pure functions, such as your own pair or Haiku's `transform`.
 
-    What `apply` takes is told by the names of its arguments. After the model's parameters come
-    `state`, if it has that name, and `rng` or `key`, then the inputs; an `rng` or `key` further
-    back is passed by keyword, and so is a mode flag, such as `train`, `is_training`,
-    `deterministic` or `inference`. With `state`, `init` returns `(params, state)` and `apply`
-    `(outputs, state)`: the state is the collection `state`, and changes in training only.
+    The names of `apply`'s arguments select what it gets. After the model's parameters come `state`,
+    if it has that name, and `rng` or `key`, then the inputs; an `rng` or `key` after these is
+    passed by keyword, and so is a mode flag, such as `train`, `is_training`, `deterministic` or
+    `inference`. With `state`, `init` returns `(params, state)` and `apply` `(outputs, state)`; the
+    state is the collection `state`, and changes in training only.
 
-    `init` may take the key alone, or the key and `input_shape`, as those of
-    `jax.example_libraries.stax` do. The key of `apply` is a fixed one in evaluation. A function
-    that cannot be told whether it trains has to be by its caller:
-    `ctx.apply(params, x, my_flag=ctx.train)`.
+    `init` may take only the key, or the key and `input_shape`, as in `jax.example_libraries.stax`.
+    In evaluation the key of `apply` is fixed. If a function has a mode flag under another name,
+    pass it in the loss: `ctx.apply(params, x, my_flag=ctx.train)`.
 
     Args:
         init: `init(key, *inputs)`, or `init(key)`, returns the parameters: any pytree of arrays.
@@ -48,7 +46,7 @@ class Functions(Adapter):
         for name, function in (("init", init), ("apply", apply)):
             if not callable(function):
                 raise ConfigError(
-                    f"A model of two functions is (init, apply); {name} is of the type "
+                    f"A model of two functions is (init, apply), but {name} is a "
                     f"{type(function).__name__}, which cannot be called. "
                     "Pass distaff.models.Functions(init, apply)."
                 )
@@ -73,35 +71,35 @@ class Functions(Adapter):
         return {"$module": ", ".join(names), "kind": "functions"}
 
     def init(self, key: Key, *inputs: Any) -> Variables:
-        """Calls `init`, which is told that it trains if it has a parameter for that."""
+        """Calls `init`, in training mode if it has a mode flag."""
         if parameters(self._init)[1:2] == ["input_shape"]:  # jax.example_libraries.stax
-            _, made = self._init(key, inputs[0].shape)
-            return Variables(made)
-        given = inputs[: num_positional(self._init) - 1]
-        flag: dict[str, Any] = mode_flag(self._init, True, 1 + len(given))
-        made = self._init(key, *given, **flag)
-        if isinstance(made, Mapping) and set(made) >= _COLLECTIONS:
+            _, result = self._init(key, inputs[0].shape)
+            return Variables(result)
+        inputs = inputs[: num_positional(self._init) - 1]
+        flag: dict[str, Any] = mode_flag(self._init, True, 1 + len(inputs))
+        result = self._init(key, *inputs, **flag)
+        if isinstance(result, Mapping) and set(result) >= _COLLECTIONS:
             raise ConfigError(
-                f"What init returns is trained, and it returned the collections {sorted(made)}, "
-                "as a Flax Linen module makes them: running statistics are no parameters. Pass the "
+                f"init returned the collections {sorted(result)} of a Flax Linen module, all of "
+                "which would be trained, but running statistics are not parameters. Pass the "
                 "module itself as the model."
             )
         if not self._has_state:
-            return Variables(made)
-        if not isinstance(made, tuple) or len(made) != 2:
+            return Variables(result)
+        if not isinstance(result, tuple) or len(result) != 2:
             raise ConfigError(
-                "A model whose apply(params, state, ...) has a state returns (params, state) from "
-                f"init; it returned a {type(made).__name__}. Rename apply's second parameter if "
-                "it is an input."
+                "init must return (params, state) for a model whose apply(params, state, ...) has "
+                f"a state; it returned a {type(result).__name__}. Rename apply's second parameter "
+                "if it is an input."
             )
-        params, state = made
+        params, state = result
         return Variables(params, collections={"state": state} if jax.tree.leaves(state) else None)
 
-    @applies_collections
+    @accepts_collections
     def apply(
         self, variables: Variables, *inputs: Any, train: bool, key: Key | None, **kwargs: Any
     ) -> tuple[Any, Variables]:
-        """Calls `apply`, with the key and the state where it takes them."""
+        """Calls `apply`, with the key and the state if it accepts them."""
         first: list[Any] = [variables.params]
         if self._has_state:
             first.append((variables.collections or {}).get("state", {}))
@@ -123,7 +121,7 @@ class Functions(Adapter):
         return outputs, variables._replace(collections={**variables.collections, "state": state})
 
     def bind(self, variables: Variables) -> Callable[..., Any]:
-        """Returns the function of the inputs, with its parameters inside, in evaluation."""
+        """Returns a function of the inputs with the parameters bound, in evaluation."""
 
         def bound(*inputs: Any, key: Key | None = None, **kwargs: Any) -> Any:
             return self.apply(variables, *inputs, train=False, key=key, **kwargs)[0]
@@ -131,7 +129,7 @@ class Functions(Adapter):
         return bound
 
     def layers(self, key: Key, *inputs: Any) -> list[LayerRow]:
-        """Lists the whole model as one, with all of its arrays."""
+        """Lists the whole model as one row, with all of its arrays."""
 
         def evaluate(variables: Variables, key: Key, *inputs: Any) -> Any:
             return self.apply(variables, *inputs, train=False, key=key)[0]
@@ -143,11 +141,11 @@ class Functions(Adapter):
 
 
 class FunctionModel:
-    """Someone's own forward function, as found in `TrainState.apply_fn`.
+    """A user's forward function from `TrainState.apply_fn`.
 
     Args:
         apply_fn: called as `apply_fn({"params": params}, *inputs, **kwargs)`, with the state's
-            other collections beside `params`.
+            other collections alongside `params`.
     """
 
     def __init__(self, apply_fn: Callable[..., Any]) -> None:
@@ -155,20 +153,20 @@ class FunctionModel:
         self.apply_fn = apply_fn
 
     def ready(self, key: Key) -> None:
-        """Returns None: `init` makes the variables."""
+        """Returns None: there are no variables."""
 
     def init(self, key: Key, *inputs: Any) -> Variables:
-        """Refuses: a forward function does not say how its parameters are made."""
+        """Raises ConfigError: a forward function cannot create its parameters."""
         raise ConfigError(
-            "A forward function has no init. Make the parameters yourself and pass them to "
-            "TrainState.create(params=...), or give a model: distaff.models.Functions(init, apply)."
+            "A forward function has no init. Create the parameters yourself and pass them to "
+            "TrainState.create(params=...), or pass a model: distaff.models.Functions(init, apply)."
         )
 
-    @applies_collections
+    @accepts_collections
     def apply(
         self, variables: Variables, *inputs: Any, train: bool, key: Key | None, **kwargs: Any
     ) -> tuple[Any, Variables]:
-        """Calls the function, which changes nothing, with its mode and a key if it takes them."""
+        """Calls the function, with a mode flag and a key if it accepts them."""
         flags: dict[str, Any] = mode_flag(self.apply_fn, train, 1 + len(inputs))
         accepted = parameters(self.apply_fn)[1 + len(inputs) :]
         if key is not None:
@@ -177,9 +175,9 @@ class FunctionModel:
         return outputs, variables
 
     def bind(self, variables: Variables) -> Callable[..., Any]:
-        """Returns the function with its parameters inside."""
+        """Returns the function with its parameters bound."""
         return lambda *inputs, **kwargs: self.apply_fn(variables.by_collection(), *inputs, **kwargs)
 
     def layers(self, key: Key, *inputs: Any) -> list[LayerRow]:
-        """Lists nothing: a function has no modules."""
+        """Returns no rows: a function has no modules."""
         return []

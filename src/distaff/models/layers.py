@@ -1,10 +1,10 @@
-"""What the model table says of a model: outputs in words, FLOPs, and whose each array is."""
+"""Rows of the model table: outputs, FLOPs, and the owner of each array."""
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -20,22 +20,22 @@ _RECORDING = threading.RLock()
 
 
 def describe(outputs: Any) -> str:
-    """Returns shapes and dtypes of what a module returns, such as `float32[64,8,8,32]`."""
+    """Returns shapes and dtypes of a module's output, such as `float32[64,8,8,32]`."""
     leaves = [leaf for leaf in jax.tree.leaves(outputs) if hasattr(leaf, "shape")]
     return ", ".join(f"{leaf.dtype}{list(leaf.shape)}".replace(" ", "") for leaf in leaves)
 
 
 def flops(function: Callable[..., Any], *arguments: Any) -> float | None:
-    """Returns XLA's estimate for one call, before it optimizes; None where there is none."""
+    """Returns XLA's estimate for one call, before optimization; None if unavailable."""
     try:
         analysis = jax.jit(function).lower(*arguments).cost_analysis()
-    except Exception:  # Some modules work within their parent alone, some backends do not count.
+    except Exception:  # Some modules only work within their parent; some backends do not count.
         return None
     return None if analysis is None else analysis.get("flops", 0.0)
 
 
 def by_module(variables: Any, modules: Collection[Path]) -> dict[Path, list[Any]]:
-    """Gives each array to the deepest called module whose path its own path starts with."""
+    """Assigns each array to the deepest called module whose path its own path starts with."""
     owned: dict[Path, list[Any]] = {}
     for path, leaf in jax.tree.leaves_with_path(variables):
         collection, *names = leaf_name(path).split("/")
@@ -49,16 +49,16 @@ def by_module(variables: Any, modules: Collection[Path]) -> dict[Path, list[Any]
 def own_flops(
     whole: float | None, totals: Mapping[Path, float | None], callers: Mapping[Path, Path]
 ) -> dict[Path, float]:
-    """Takes the FLOPs of each callee off its caller's.
+    """Subtracts the FLOPs of each module from its caller's.
 
     Args:
-        whole: of the model.
-        totals: of each module that was called, with those of the modules it calls; None counts as
-            its caller's.
-        callers: which module called it; `()` is the model.
+        whole: FLOPs of the model.
+        totals: FLOPs of each called module, including the modules it calls; None to count it as
+            part of its caller.
+        callers: caller of each module; `()` is the model.
 
     Returns:
-        By path; empty where those of the model are not known.
+        FLOPs by path; empty if the model's are unknown.
     """
     if not whole:
         return {}
@@ -69,7 +69,7 @@ def own_flops(
         while caller not in own:
             caller = callers[caller]
         own[caller] -= total
-    # Work whose result nothing uses is in a module's count, and not in its caller's.
+    # Work with an unused result is in a module's count, but not in its caller's.
     return {path: max(count, 0.0) for path, count in own.items()}
 
 
@@ -79,14 +79,13 @@ def listed(
     outputs: Mapping[Path, str],
     flops: Mapping[Path, float],
 ) -> list[LayerRow]:
-    """Returns the rows of a model: the modules that were called, and those that have arrays.
+    """Returns the rows of a model: the modules that were called or have arrays.
 
     Args:
-        variables: the model's arrays, or what stands for them.
-        kinds: the class's name of each module, by path.
-        outputs: of the modules that were called, in order of call, as `describe` words them.
-        flops: each module's own in one evaluation, by path; all of the model's are under `()`
-            where they are not told apart.
+        variables: the model's arrays, or their shapes.
+        kinds: class name of each module.
+        outputs: outputs of called modules in order of call, from `describe`.
+        flops: FLOPs of each module by itself; `()` has those that are not split by module.
     """
     collections = variables.by_collection()
     owners = {path for path, arrays in by_module(collections, {(), *kinds}).items() if arrays}
@@ -106,11 +105,11 @@ def listed(
 
 
 class Opened(NamedTuple):
-    """A model's module with its variables inside.
+    """A model's module with its variables bound.
 
     Attributes:
-        modules: it and those inside, by path.
-        call: takes the inputs, and returns the model's outputs.
+        modules: the module and its submodules, by path.
+        call: a function from inputs to the model's outputs.
     """
 
     modules: Mapping[Path, Any]
@@ -118,15 +117,15 @@ class Opened(NamedTuple):
 
 
 class Library(NamedTuple):
-    """What is to be known of a library to look at its modules.
+    """Library-specific functions for inspecting modules.
 
     Attributes:
-        apart: takes a module apart into a pytree, and what puts it together again.
-        outputs_of: gives what is shown of what a module returns.
-        calls: how many examples one pass of the model calls a module for, one by one.
+        split: splits a module into a pytree and a function that rebuilds it.
+        outputs_of: selects the part of a module's result to show.
+        calls: number of examples for which one pass calls a module, one by one.
     """
 
-    apart: Callable[[Any], tuple[Any, Callable[[Any], Any]]]
+    split: Callable[[Any], tuple[Any, Callable[[Any], Any]]]
     outputs_of: Callable[[Any], Any] = lambda result: result
     calls: int = 1
 
@@ -141,11 +140,11 @@ def listed_calls(
     """Returns the rows of a model in order of call, by abstract evaluation.
 
     Args:
-        model: its `init` needs no inputs.
-        opened: called with variables, a key, and whether to train.
-        key: shapes of a key are enough.
-        inputs: of the model, or their shapes, `[batch, ...]`.
-        library: of its modules.
+        model: a model whose `init` needs no inputs.
+        opened: a function of variables, a key, and whether to train.
+        key: a key, or its shape.
+        inputs: inputs of the model, or their shapes, `[batch, ...]`.
+        library: functions for its modules.
     """
     kinds: dict[Path, str] = {}
 
@@ -161,7 +160,8 @@ def listed_calls(
     training, evaluation = _Calls(library), _Calls(library)
     jax.eval_shape(functools.partial(forward, training, True), variables, key, *inputs)
     whole = flops(functools.partial(forward, evaluation, False), variables, key, *inputs)
-    counts = {path: _scaled(flops(*alone), library.calls) for path, alone in evaluation.alone()}
+    per_call = {path: flops(*call) for path, call in evaluation.calls.items()}
+    counts = {path: n if n is None else n * library.calls for path, n in per_call.items()}
     own = own_flops(whole, counts, evaluation.callers)
     return listed(variables, kinds, training.outputs, own)
 
@@ -170,40 +170,38 @@ class _Calls:
     """The first call of each module in a pass.
 
     Attributes:
-        outputs: as `describe` words them, by path in order of call.
-        callers: which module called it.
+        outputs: outputs from `describe`, by path in order of call.
+        callers: caller of each module.
+        calls: each call as a function of arrays, and the shapes of these.
     """
 
     def __init__(self, library: Library) -> None:
         self._library = library
         self.outputs: dict[Path, str] = {}
         self.callers: dict[Path, Path] = {}
+        self.calls: dict[Path, tuple[Callable[..., Any], Any]] = {}
         self._active: list[Path] = [()]
-        self._calls: dict[Path, tuple[Callable[..., Any], Any]] = {}
 
     @contextmanager
-    def entered(self, path: Path, original: Any, module: Any, given: Any) -> Generator[None]:
-        """Notes a call; within it, others are those of this module."""
+    def record(self, path: Path, original: Any, module: Any, arguments: Any) -> Generator[None]:
+        """Records a call; calls within the context have this module as their caller."""
         if path:
             self.callers[path] = self._active[-1]
-            self._calls[path] = _alone(original, self._library.apart(module), given)
+            self.calls[path] = _as_function(original, *self._library.split(module), arguments)
         self.outputs[path] = ""
         self._active.append(path)
         yield
         self._active.pop()
 
-    def left(self, path: Path, outputs: Any) -> None:
-        """Notes what it returns."""
+    def record_outputs(self, path: Path, outputs: Any) -> None:
+        """Records the outputs of a call."""
         self.outputs[path] = describe(self._library.outputs_of(outputs))
 
-    def alone(self) -> Iterable[tuple[Path, tuple[Callable[..., Any], Any]]]:
-        """Returns each call as a function of arrays, and their shapes."""
-        return self._calls.items()
 
-
-def _alone(original: Any, apart: Any, given: Any) -> tuple[Callable[..., Any], Any]:
-    tree, together = apart
-    leaves, structure = jax.tree.flatten((tree, given))
+def _as_function(
+    original: Any, tree: Any, merge: Callable[[Any], Any], arguments: Any
+) -> tuple[Callable[..., Any], Any]:
+    leaves, structure = jax.tree.flatten((tree, arguments))
     shapes = {
         n: jax.ShapeDtypeStruct(x.shape, x.dtype)
         for n, x in enumerate(leaves)
@@ -212,26 +210,23 @@ def _alone(original: Any, apart: Any, given: Any) -> tuple[Callable[..., Any], A
     rest = {n: x for n, x in enumerate(leaves) if n not in shapes}
 
     def call(arrays: dict[int, Any]) -> Any:
-        found = {**rest, **arrays}
-        tree, (args, kwargs) = jax.tree.unflatten(structure, [found[n] for n in range(len(found))])
-        return original(together(tree), *args, **kwargs)
+        by_index = {**rest, **arrays}
+        ordered = [by_index[n] for n in range(len(by_index))]
+        tree, (args, kwargs) = jax.tree.unflatten(structure, ordered)
+        return original(merge(tree), *args, **kwargs)
 
     return call, shapes
 
 
-def _scaled(count: float | None, factor: int) -> float | None:
-    return None if count is None else count * factor
-
-
 @contextmanager
 def _recorded_calls(modules: Mapping[Path, Any], calls: _Calls) -> Generator[None]:
-    """Notes calls of modules, for libraries that do not say when one is called.
+    """Records calls of modules, for libraries without a hook for calls.
 
-    While it is open, `__call__` of their classes is another; only one thread can have it open.
+    It replaces `__call__` of their classes while it is open, in one thread at a time.
     """
     paths = {id(module): path for path, module in modules.items()}
 
-    def noting(original: Callable[..., Any]) -> Callable[..., Any]:
+    def recorded(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def call(module: Any, *args: Any, **kwargs: Any) -> Any:
             path = paths.get(id(module))
@@ -240,9 +235,9 @@ def _recorded_calls(modules: Mapping[Path, Any], calls: _Calls) -> Generator[Non
             if path in calls.outputs:
                 outputs = original(module, *args, **kwargs)
             else:
-                with calls.entered(path, original, module, (args, kwargs)):
+                with calls.record(path, original, module, (args, kwargs)):
                     outputs = original(module, *args, **kwargs)
-            calls.left(path, outputs)
+            calls.record_outputs(path, outputs)
             return outputs
 
         return call
@@ -250,12 +245,12 @@ def _recorded_calls(modules: Mapping[Path, Any], calls: _Calls) -> Generator[Non
     classes: set[Any] = {type(module) for module in modules.values() if callable(module)}
     with _RECORDING, ExitStack() as restored:
         for cls in classes:
-            restored.callback(_put_back, cls, vars(cls).get("__call__"))
-            cls.__call__ = noting(cls.__call__)
+            restored.callback(_restore_call, cls, vars(cls).get("__call__"))
+            cls.__call__ = recorded(cls.__call__)
         yield
 
 
-def _put_back(cls: Any, own: Any) -> None:
+def _restore_call(cls: Any, own: Any) -> None:
     if own is None:
         del cls.__call__
     else:

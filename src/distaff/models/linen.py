@@ -1,9 +1,9 @@
-"""Flax Linen modules behind the functional face."""
+"""Flax Linen modules as models."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -11,33 +11,37 @@ import jax
 from flax.errors import ModifyScopeVariableError
 
 from distaff.core.typing import Key
-from distaff.models.adapter import LayerRow, Variables
-from distaff.models.as_in_linen import applies_collections, initialises_by_keyword
-from distaff.models.layers import by_module, describe, flops, own_flops
+from distaff.models.adapter import LayerRow, Variables, accepts_collections
+from distaff.models.layers import Path, describe, flops, listed, own_flops
 from distaff.models.linen_collections import (
-    as_before,
-    carried,
-    evaluated,
-    is_asked,
-    joined,
-    wants,
+    evaluate_dropping_changes,
+    is_requested,
+    join_filters,
+    matches,
+    state_collections,
+    without_added,
 )
-from distaff.models.linen_modes import LayerObserver, arguments, in_mode, lifted
+from distaff.models.linen_modes import (
+    LayerObserver,
+    arguments,
+    call_by_keyword_or_position,
+    in_mode,
+)
 from distaff.models.observed import Observed
-from distaff.models.randomness import drawing, streams
+from distaff.models.randomness import call_with_streams, streams
 
 
 class LinenModel:
     """A `flax.linen.Module` as pure functions.
 
-    Whether to train is told under the name the called method has for it, such as `train`,
-    `is_training`, or, inverted, `deterministic`, `eval` or `inference`, and under the name of a
-    field, such as `train: bool`; see `distaff.models.flags`. Every random stream, whatever its
-    name, draws from the one key that a pass is given.
+    The mode is passed under the name that the called method uses, such as `train`, `is_training`,
+    or, inverted, `deterministic`, `eval` or `inference`, and set in fields of such a name, as
+    `train: bool`; see `distaff.models.flags`. Every random stream, whatever its name, derives from
+    the one key of a pass.
 
     Args:
-        module: a Linen module. One that is bound brings its variables.
-        observed: notes what the layers make of the mode; None where nobody looks.
+        module: a Linen module. If it is bound, its variables are the initial ones.
+        observed: records what the layers do in this mode; None to disable.
     """
 
     def __init__(self, module: nn.Module, observed: Observed | None = None) -> None:
@@ -47,11 +51,11 @@ class LinenModel:
         self.module, self._observed = module, observed
 
     def observing(self, observed: Observed) -> LinenModel:
-        """Returns this model, whose passes are noted."""
+        """Returns this model with its passes recorded."""
         return LinenModel(self.module, observed)
 
     def ready(self, key: Key) -> Variables | None:
-        """Returns the variables of a bound module; None where `init` makes them."""
+        """Returns the variables of a bound module; None if `init` creates them."""
         if self._variables is None:
             return None
         held = {name: x for name, x in self._variables.items() if name != "intermediates"}
@@ -64,139 +68,137 @@ class LinenModel:
 
     @property
     def record(self) -> nn.Module:
-        """The module: its class and hyperparameters are written down, and it is rebuilt of them."""
+        """The module; its class and hyperparameters are recorded, and sufficient to rebuild it."""
         return self.module
 
-    @initialises_by_keyword
-    def init(self, key: Key, *inputs: Any) -> Variables:
-        """Makes the variables for inputs shaped like these, as in training.
+    def init(self, key: Key, *inputs: Any, **kwargs: Any) -> Any:
+        """Creates the variables for inputs of these shapes, in training mode.
 
-        Left out is a collection that modules sow into, which a pass would add to for ever, and one
-        that is there for gradients alone, as `perturb` makes it. Boxes (`nn.with_partitioning`) are
-        opened.
+        Excludes collections that modules sow into, which would grow with every pass, and those only
+        for gradients, as from `perturb`. Boxes (`nn.with_partitioning`) are opened.
+
+        With keyword arguments, or a key for each random stream by name, it returns
+        `module.init(...)` instead.
         """
+        if kwargs or isinstance(key, Mapping):
+            return self.module.init(key, *inputs, **kwargs)
         collections = nn.unbox(dict(self._init(key, *inputs)))
 
         def run(collections: Mapping[str, Any], train: bool, mutable: Any) -> Any:
-            call = self._prepared(inputs, {}, train, key)
-            return self._drawn(call, collections, train, key, mutable)
+            call = self._bind_arguments(inputs, {}, train, key)
+            return self._call(call, collections, train, key, mutable)
 
-        return Variables.of(carried(collections, run))
+        return Variables.of(state_collections(collections, run))
 
-    @applies_collections
+    @accepts_collections
     def apply(
         self, variables: Variables, *inputs: Any, train: bool, key: Key | None, **kwargs: Any
     ) -> tuple[Any, Variables]:
         """Runs the forward pass; in training, every collection but `params` may change.
 
-        `mutable=` names collections to be returned besides, as in Linen: `outputs, changed`.
-        `rngs=` is a key for all random streams, or keys for some of them by name. What a pass in
-        evaluation changes is dropped.
+        `mutable=` names collections to return in addition, as in Linen: `outputs, changed`. `rngs=`
+        is a key for all random streams, or keys for some of them by name. Changes of a pass in
+        evaluation are dropped.
 
         Raises:
-            ConfigError: running statistics would move in evaluation.
-            NoKeyError: the model draws random numbers, and there is no key.
+            ConfigError: running statistics would change in evaluation.
+            NoKeyError: the model needs random numbers, and there is no key.
         """
         collections = variables.by_collection()
-        asked, rngs = kwargs.pop("mutable", None), kwargs.pop("rngs", None)
+        requested, rngs = kwargs.pop("mutable", None), kwargs.pop("rngs", None)
         if kwargs.get("capture_intermediates"):
-            asked = asked or ["intermediates"]
+            requested = requested or ["intermediates"]
         kept = [name for name in collections if name != "params"] if train else []
         given = rngs if isinstance(rngs, Mapping) else {}
         key = key if rngs is None or given else rngs
-        call = self._prepared(inputs, kwargs, train, key)
-        mutable = joined(kept, asked)
-        with nn.intercept_methods(LayerObserver(self._observed)) if self._observed else _NOTHING:
-            outputs = self._drawn(call, collections, train, key, mutable, given)
+        call = self._bind_arguments(inputs, kwargs, train, key)
+        mutable = join_filters(kept, requested)
+        observer = nullcontext()
+        if self._observed is not None:
+            observer = nn.intercept_methods(LayerObserver(self._observed))
+        with observer:
+            outputs = self._call(call, collections, train, key, mutable, given)
         if mutable is False:
             return outputs, variables
         outputs, changed = outputs
         for name in kept:
-            collections[name] = as_before(collections[name], changed.get(name, {}))
-        if is_asked(asked):
-            outputs = outputs, {name: x for name, x in changed.items() if wants(asked, name)}
+            collections[name] = without_added(collections[name], changed.get(name, {}))
+        if is_requested(requested):
+            outputs = outputs, {name: x for name, x in changed.items() if matches(requested, name)}
         return outputs, Variables.of(collections) if kept else variables
 
     def bind(self, variables: Variables) -> nn.Module:
-        """Returns `module.bind(variables)`: call it as in Linen, `bound(x, train=False)`."""
+        """Returns `module.bind(variables)`; call it as in Linen, `bound(x, train=False)`."""
         return in_mode(self.module, False).bind(variables.by_collection())
 
     def layers(self, key: Key, *inputs: Any) -> list[LayerRow]:
         """Lists the modules in order of call, by abstract evaluation.
 
-        Shapes are those of training. FLOPs are those of evaluation, as XLA estimates them before it
-        optimizes: a loop's body counts once. A module's first call counts as its own, any other as
-        its caller's; so does a module that cannot run apart from its parent.
+        Shapes are for training, FLOPs for evaluation, estimated by XLA before optimization: a
+        loop's body counts once. Only a module's first call counts as its own; further calls, and a
+        module that cannot run apart from its parent, count as part of the caller.
         """
-        rows: dict[tuple[str, ...], tuple[str, str]] = {}
+        kinds: dict[Path, str] = {}
+        outputs_of: dict[Path, str] = {}
 
         def record(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-            called, kind = context.method_name == "__call__", type(context.module).__name__
-            if called:
-                rows.setdefault(context.module.path, (kind, ""))
+            path, is_call = context.module.path, context.method_name == "__call__"
+            if is_call:
+                kinds[path] = type(context.module).__name__
+                outputs_of.setdefault(path, "")
             outputs = next_call(*args, **kwargs)
-            if called:
-                rows[context.module.path] = (kind, describe(outputs))
+            if is_call:
+                outputs_of[path] = describe(outputs)
             return outputs
 
-        def init(key: Key, *inputs: Any) -> Any:
+        def init(key: Key, *inputs: Any) -> Variables:
             with nn.intercept_methods(record):
-                return self.init(key, *inputs).by_collection()
+                return self.init(key, *inputs)
 
         variables = jax.eval_shape(init, key, *inputs)
-        owned = by_module(variables, set(rows))
 
-        def evaluate(variables: Any, key: Key, inputs: tuple[Any, ...]) -> Any:
-            return self.apply(Variables.of(variables), *inputs, train=False, key=key)[0]
+        def evaluate(variables: Variables, key: Key, inputs: tuple[Any, ...]) -> Any:
+            return self.apply(variables, *inputs, train=False, key=key)[0]
 
-        counted = _own_flops(set(rows), evaluate, variables, key, inputs)
-        return [
-            LayerRow("/".join(path), kind, output, tuple(owned.get(path, ())), counted.get(path))
-            for path, (kind, output) in rows.items()
-        ]
+        own = _own_flops(set(kinds), evaluate, variables, key, inputs)
+        return listed(variables, kinds, outputs_of, own)
 
     def _init(self, key: Key, *inputs: Any) -> Any:
         module = in_mode(self.module, True)
         name = type(module).__name__
 
         def call(rngs: Any) -> Any:
-            def called(by_position: bool) -> Any:
+            def init(by_position: bool) -> Any:
                 args, named = arguments(
                     module, None, inputs, {}, train=True, key=key, by_position=by_position
                 )
                 return module.init(rngs, *args, **named)
 
-            return lifted(called, name)
+            return call_by_keyword_or_position(init, name)
 
-        return drawing(call, key, first=("params", "dropout"), given={}, model=name)
+        return call_with_streams(call, key, first=("params", "dropout"), given={}, model=name)
 
-    def _prepared(
+    def _bind_arguments(
         self, inputs: tuple[Any, ...], kwargs: dict[str, Any], train: bool, key: Key | None
     ) -> Callable[..., Any]:
         """Returns `module.apply` as a function of collections, streams and `mutable`."""
         module = in_mode(self.module, train)
-        rest, options = dict(kwargs), {"method": kwargs.get("method")}
-        rest.pop("method", None)
+        rest = dict(kwargs)
+        method = rest.pop("method", None)
 
         def call(collections: Any, rngs: Any, mutable: Any) -> Any:
-            def called(by_position: bool) -> Any:
+            def apply(by_position: bool) -> Any:
                 args, named = arguments(
-                    module,
-                    options["method"],
-                    inputs,
-                    rest,
-                    train=train,
-                    key=key,
-                    by_position=by_position,
+                    module, method, inputs, rest, train=train, key=key, by_position=by_position
                 )
-                given: dict[str, Any] = {**options, "rngs": rngs or None, "mutable": mutable}
-                return module.apply(collections, *args, **given, **named)
+                options: dict[str, Any] = {"method": method, "rngs": rngs or None}
+                return module.apply(collections, *args, mutable=mutable, **options, **named)
 
-            return lifted(called, type(module).__name__)
+            return call_by_keyword_or_position(apply, type(module).__name__)
 
         return call
 
-    def _drawn(
+    def _call(
         self,
         call: Callable[..., Any],
         collections: Mapping[str, Any],
@@ -205,39 +207,36 @@ class LinenModel:
         mutable: Any,
         given: Mapping[str, Key] | None = None,
     ) -> Any:
-        """Calls the module with its streams; in evaluation, what it changes is dropped."""
+        """Calls the module with its random streams; drops changes in evaluation."""
         name = type(self.module).__name__
         first = ("dropout",) if train else ()
 
-        def drawn(mutable: Any) -> Any:
+        def run(mutable: Any) -> Any:
             def with_streams(rngs: Any) -> Any:
                 return call(collections, rngs, mutable)
 
-            return drawing(with_streams, key, first=first, given=given or {}, model=name)
+            return call_with_streams(with_streams, key, first=first, given=given or {}, model=name)
 
         try:
-            return drawn(mutable)
+            return run(mutable)
         except ModifyScopeVariableError as error:
             if train:
                 raise
-            return evaluated(drawn, collections, mutable, error, name)
-
-
-_NOTHING: AbstractContextManager[None] = nullcontext()
+            return evaluate_dropping_changes(run, collections, mutable, error, name)
 
 
 def _own_flops(
-    modules: set[tuple[str, ...]], forward: Callable[..., Any], *arguments: Any
-) -> dict[tuple[str, ...], float]:
-    """Lowers the model whole and each module alone, and takes each callee off its caller."""
-    callers: dict[tuple[str, ...], tuple[str, ...]] = {}
-    calls: dict[tuple[str, ...], _Call] = {}
-    active: list[tuple[str, ...]] = [()]
+    modules: set[Path], forward: Callable[..., Any], *arguments: Any
+) -> dict[Path, float]:
+    """Lowers the model and each module alone, and subtracts FLOPs of modules from their callers."""
+    callers: dict[Path, Path] = {}
+    calls: dict[Path, _Call] = {}
+    active: list[Path] = [()]
 
     def record(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         path = context.module.path
-        listed = path in modules and path != () and context.method_name == "__call__"
-        if not listed or path in calls:
+        is_listed = path in modules and path != () and context.method_name == "__call__"
+        if not is_listed or path in calls:
             return next_call(*args, **kwargs)
         active.append(path)
         outputs = next_call(*args, **kwargs)
@@ -256,7 +255,7 @@ def _own_flops(
 
 
 class _Call(NamedTuple):
-    """One call of a module; shapes and dtypes stand for its arrays. Equal calls cost the same."""
+    """One call of a module, with shapes instead of arrays. Equal calls cost the same."""
 
     module: nn.Module
     leaves: tuple[Any, ...]
@@ -276,7 +275,7 @@ class _Call(NamedTuple):
             if self not in known:
                 known[self] = self.flops()
             return known[self]
-        except TypeError:  # The module has an attribute that cannot be hashed.
+        except TypeError:  # The module has an unhashable attribute.
             return self.flops()
 
     def flops(self) -> float | None:

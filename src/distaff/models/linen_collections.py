@@ -1,4 +1,4 @@
-"""The collections of a Linen module: which are state, and which a pass hands back."""
+"""Collections of a Linen module: selects those that are state, and those to return."""
 
 from __future__ import annotations
 
@@ -16,64 +16,61 @@ _ADDRESS = re.compile(r"0x[0-9a-f]+")
 _WHERE = re.compile(r'in "/?([^"]*)" because')
 
 
-def carried(collections: Mapping[str, Any], run: Callable[..., Any]) -> dict[str, Any]:
-    """Returns the collections that are state: those that one pass leaves for the next one.
+def state_collections(collections: Mapping[str, Any], run: Callable[..., Any]) -> dict[str, Any]:
+    """Returns the collections that carry state from one pass to the next.
 
-    Not among them is one that no pass reads, since modules sow into it, and one that no pass needs
-    and none changes, since it is there for gradients (`perturb`).
-
-    Args:
-        collections: all that `init` has made.
-        run: `(collections, train, mutable)` returns what the module does.
+    Excludes a collection that no pass reads, since modules sow into it, and one that no pass needs
+    or changes, since it is for gradients (`perturb`). `run(collections, train, mutable)` returns
+    the module's result.
     """
     kept = dict(collections)
     others = [name for name in collections if name not in ("params", "batch_stats")]
     if not others:
         return kept
     changing = [name for name in collections if name != "params"]
-    same: set[str] = set()
+    unchanged: set[str] = set()
 
-    def trained(given: Mapping[str, Any]) -> Any:
+    def train(given: Mapping[str, Any]) -> Any:
         changed = run(given, True, changing)[1]
-        same.update(name for name in others if _is_same(given[name], changed.get(name)))
+        unchanged.update(name for name in others if _is_same(given[name], changed.get(name)))
         return changed
 
-    after = jax.eval_shape(trained, collections)
+    after = jax.eval_shape(train, collections)
     for name in others:
-        kept[name] = _steady(collections[name], after.get(name, {}))
-        if not kept[name] or _is_idle(name, collections, run, is_same=name in same):
+        kept[name] = _without_growing(collections[name], after.get(name, {}))
+        if not kept[name] or _is_unused(name, collections, run, is_same=name in unchanged):
             del kept[name]
     return kept
 
 
-def _steady(before: Any, after: Any) -> Any:
-    """Returns a collection without the variables whose form a pass changes: they grow."""
+def _without_growing(before: Any, after: Any) -> Any:
+    """Returns a collection without the variables whose structure a pass changes."""
     if not isinstance(before, Mapping) or not isinstance(after, Mapping):
         return before
-    found = {name: _steady(x, after.get(name, x)) for name, x in before.items()}
+    kept = {name: _without_growing(x, after.get(name, x)) for name, x in before.items()}
     return {
         name: x
-        for name, x in found.items()
+        for name, x in kept.items()
         if isinstance(x, Mapping) or jax.tree.structure(x) == jax.tree.structure(after.get(name, x))
     }
 
 
-def _is_idle(
+def _is_unused(
     name: str, collections: Mapping[str, Any], run: Callable[..., Any], *, is_same: bool
 ) -> bool:
-    """Tells whether a pass does as well without a collection."""
+    """Returns whether a pass has the same result without a collection."""
 
     def program(without: str | None) -> str:
-        def evaluated(given: Mapping[str, Any]) -> Any:
+        def evaluate(given: Mapping[str, Any]) -> Any:
             return run({n: tree for n, tree in given.items() if n != without}, False, False)
 
-        return _ADDRESS.sub("", str(jax.make_jaxpr(evaluated)(collections)))
+        return _ADDRESS.sub("", str(jax.make_jaxpr(evaluate)(collections)))
 
     try:
-        alone = program(name)
-    except Exception:  # It is missed. What is wrong with the model itself is told elsewhere.
+        reduced = program(name)
+    except Exception:  # The pass needs it; errors of the model itself surface elsewhere.
         return False
-    return is_same or alone == program(None)
+    return is_same or reduced == program(None)
 
 
 def _is_same(before: Any, after: Any) -> bool:
@@ -81,71 +78,67 @@ def _is_same(before: Any, after: Any) -> bool:
     return len(leaves[0]) == len(leaves[1]) and all(map(lambda a, b: a is b, *leaves))
 
 
-def evaluated(
+def evaluate_dropping_changes(
     call: Callable[[Any], Any],
     collections: Mapping[str, Any],
     mutable: Any,
     error: ModifyScopeVariableError,
     model: str,
 ) -> Any:
-    """Calls a module in evaluation that changes collections all the same, and drops the changes.
+    """Calls a module that changes collections in evaluation, and drops the changes.
 
     Args:
-        call: takes the names of the collections that may change.
-        collections: all there are. Parameters and running statistics may not change.
-        mutable: what the caller wants back.
-        error: what Linen raised where none of them might.
-        model: its name, for errors.
+        call: a function of the collections that may change.
+        collections: all collections; parameters and running statistics may not change.
+        mutable: the collections to return.
+        error: the error that Linen raised when no collection was allowed to change.
+        model: name of the model, for errors.
 
     Raises:
-        ConfigError: it would move its running statistics.
+        ConfigError: it would change running statistics.
     """
     others = [name for name in collections if name not in ("params", "batch_stats")]
     try:
         if '"batch_stats"' in str(error) or not others:
             raise error
-        outputs = call(joined(others, mutable))
-    except ModifyScopeVariableError as still:
-        if '"batch_stats"' not in str(still):
+        outputs = call(join_filters(others, mutable))
+    except ModifyScopeVariableError as second:
+        if '"batch_stats"' not in str(second):
             raise
-        found = _WHERE.search(str(still))
-        raise statistics_in_evaluation(model, [found[1]] if found else []) from still
+        where = _WHERE.search(str(second))
+        raise statistics_in_evaluation(model, [where[1]] if where else []) from second
     return outputs[0] if mutable is False else outputs
 
 
-def is_asked(asked: Any) -> bool:
-    """Tells whether the caller has named collections: `mutable=` of `module.apply`."""
-    return asked is not None and asked is not False
+def is_requested(requested: Any) -> bool:
+    """Returns whether the caller has passed `mutable=`."""
+    return requested is not None and requested is not False
 
 
-def wants(asked: Any, name: str) -> bool:
-    """Tells whether the caller wants a collection back."""
-    if isinstance(asked, DenyList):
-        return not wants(asked.deny, name)
-    if isinstance(asked, bool | None):
-        return bool(asked)
-    return name == asked if isinstance(asked, str) else name in asked
+def matches(requested: Any, name: str) -> bool:
+    """Returns whether a collection matches the caller's `mutable=`."""
+    if isinstance(requested, DenyList):
+        return not matches(requested.deny, name)
+    if isinstance(requested, bool | None):
+        return bool(requested)
+    return name == requested if isinstance(requested, str) else name in requested
 
 
-def joined(kept: list[str], asked: Any) -> Any:
-    """Returns the filter of collections that may change: those that are kept, and those asked for.
-
-    Returns:
-        As `module.apply` takes it; False where there are none.
-    """
-    if asked is True:
+def join_filters(kept: list[str], requested: Any) -> Any:
+    """Returns the argument `mutable` of `module.apply` for kept and requested collections."""
+    if requested is True:
         return True
-    if isinstance(asked, DenyList):
-        denied = [asked.deny] if isinstance(asked.deny, str) else asked.deny
+    if isinstance(requested, DenyList):
+        denied = [requested.deny] if isinstance(requested.deny, str) else requested.deny
         if isinstance(denied, bool):
             return kept if denied else True
         return DenyList([name for name in denied if name not in kept])
-    names = [asked] if isinstance(asked, str) else list(asked or ())
-    return list(dict.fromkeys([*kept, *names])) if kept or is_asked(asked) else False
+    names = [requested] if isinstance(requested, str) else list(requested or ())
+    return list(dict.fromkeys([*kept, *names])) if kept or is_requested(requested) else False
 
 
-def as_before(before: Any, after: Any) -> Any:
+def without_added(before: Any, after: Any) -> Any:
     """Returns a collection after a pass, without the variables that the pass has added."""
     if not isinstance(before, Mapping) or not isinstance(after, Mapping):
         return after
-    return {name: as_before(x, after[name]) if name in after else x for name, x in before.items()}
+    return {n: without_added(x, after[n]) if n in after else x for n, x in before.items()}

@@ -1,4 +1,4 @@
-"""The mode of a Linen module: fields that say it, and what its layers made of it in a pass."""
+"""The mode of a Linen module: sets fields and arguments, and observes its layers."""
 
 from __future__ import annotations
 
@@ -18,28 +18,22 @@ from distaff.models.flags import mode_flag, switched
 from distaff.models.observed import Observed
 from distaff.models.randomness import KEY_NAMES
 
-_OWN = "flax"
-_LACKS = re.compile(r"(\w+)\.\w+\(\) missing \d+ required")
+_MISSING_ARGUMENT = re.compile(r"(\w+)\.\w+\(\) missing \d+ required")
 _SCOPE = re.compile(r"flax.core.scope\.py")
 
 
 def in_mode(module: nn.Module, train: bool) -> nn.Module:
-    """Returns a module whose fields say that it trains, or that it does not.
+    """Returns an unbound module with mode fields set, such as `train: bool`, even nested ones.
 
-    Fields such as `train: bool` are switched, also in a configuration that a field holds. An inner
-    module that was made for evaluation stays so, as a frozen part; layers of Flax itself keep what
-    they were made with.
-
-    Args:
-        module: an unbound module. It is returned itself where nothing changes.
-        train: whether it trains.
+    An inner module that was created for evaluation stays in it, as a frozen part; fields of Flax's
+    own layers do not change. Without changes, it returns the module itself.
     """
     return _switched(module, train, is_inner=False, known={})
 
 
 def _switched(node: Any, train: bool, *, is_inner: bool, known: dict[int, Any]) -> Any:
     if id(node) not in known:
-        # The node is kept beside its copy: another object may not get its id meanwhile.
+        # Holding the node keeps its id from being reused.
         known[id(node)] = (node, _copy(node, train, is_inner=is_inner, known=known))
     return known[id(node)][1]
 
@@ -60,7 +54,7 @@ def _copy(node: Any, train: bool, *, is_inner: bool, known: dict[int, Any]) -> A
     if type(node) is dict:
         values = {name: inside(value) for name, value in node.items()}
         return values if any(values[name] is not node[name] for name in node) else node
-    if isinstance(node, functools.partial) and _is_users(node.func):
+    if isinstance(node, functools.partial) and _is_user_defined(node.func):
         keywords = {n: _new_value(n, x, train, is_inner=True) for n, x in node.keywords.items()}
         is_same = all(keywords[n] is x for n, x in node.keywords.items())
         return node if is_same else functools.partial(node.func, *node.args, **keywords)
@@ -71,14 +65,16 @@ def _changed_fields(
     node: Any, train: bool, *, is_inner: bool, known: dict[int, Any]
 ) -> dict[str, Any]:
     changes = {}
-    is_users = _is_users(type(node))
+    is_user_defined = _is_user_defined(type(node))
     for field in dataclasses.fields(node):
         if field.name in ("parent", "name") or not field.init or not hasattr(node, field.name):
             continue
         value = getattr(node, field.name)
-        new = _new_value(field.name, value, train, is_inner=is_inner) if is_users else value
+        new = value
+        if is_user_defined:
+            new = _new_value(field.name, value, train, is_inner=is_inner)
         if new is value:
-            # A configuration speaks for the module that holds it.
+            # A configuration belongs to the module that holds it.
             is_config = dataclasses.is_dataclass(value) and not isinstance(value, nn.Module)
             inner = is_inner or not is_config
             new = _switched(value, train, is_inner=inner, known=known)
@@ -92,8 +88,8 @@ def _new_value(name: str, value: Any, train: bool, *, is_inner: bool) -> Any:
     return value if is_inner and is_for_evaluation else switched(name, value, train)
 
 
-def _is_users(cls: Any) -> bool:
-    return getattr(cls, "__module__", "").partition(".")[0] != _OWN
+def _is_user_defined(cls: Any) -> bool:
+    return getattr(cls, "__module__", "").partition(".")[0] != "flax"
 
 
 def arguments(
@@ -106,31 +102,20 @@ def arguments(
     key: Key | None,
     by_position: bool = False,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Returns what to call a method of a module with, by position and by keyword.
+    """Returns the positional and keyword arguments for a method of a module.
 
-    A mode flag that comes right after the inputs is passed by position, as `nn.remat` and `nn.jit`
-    want their static arguments.
-
-    Args:
-        module: the module.
-        method: as of `module.apply`; None for `__call__`.
-        inputs: passed by position.
-        kwargs: what the caller passes by keyword; it wins.
-        train: whether the module trains.
-        key: for a parameter without a default that is called `rng` or the like.
-        by_position: whether also a flag further back is passed by position, after what stands
-            before it.
+    A mode flag right after the inputs is passed by position, as `nn.remat` and `nn.jit` need static
+    arguments. `by_position` passes a later flag by position too, with the arguments before it.
+    Keyword arguments of the caller override others; `key` is for a parameter named `rng` or
+    similar.
     """
     name = "__call__" if method is None else method
     function: Any = getattr(type(module), name) if isinstance(name, str) else name
     function = getattr(function, "__func__", function)
     accepted = _parameters(function)
-    is_own = not _is_users(type(module))
-    flags = {
-        name: value
-        for name, value in mode_flag(function, train, 1 + len(inputs)).items()
-        if not (is_own and getattr(module, name, None) is not None)
-    }
+    flags: dict[str, Any] = mode_flag(function, train, 1 + len(inputs))
+    if not _is_user_defined(type(module)):
+        flags = {name: x for name, x in flags.items() if getattr(module, name, None) is None}
     keys = _key_argument(accepted[len(inputs) :], kwargs, key)
     named, args = {**flags, **keys, **kwargs}, list(inputs)
     last = max((n for n, p in enumerate(accepted) if p.name in flags), default=-1)
@@ -154,9 +139,9 @@ def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
 def _key_argument(
     accepted: list[inspect.Parameter], kwargs: Mapping[str, Any], key: Key | None
 ) -> dict[str, Key]:
-    """Returns a key for each parameter that must be given one."""
+    """Returns a key for each parameter that needs one."""
     names = {parameter.name for parameter in accepted}
-    wanted = [
+    missing = [
         parameter.name
         for parameter in accepted
         if parameter.name in KEY_NAMES
@@ -164,19 +149,20 @@ def _key_argument(
         and parameter.default is parameter.empty
         and not (parameter.name == "key" and names & {"query", "value"})
     ]
-    if key is None or not wanted:
+    if key is None or not missing:
         return {}
-    return dict(zip(wanted, jax.random.split(jax.random.fold_in(key, 2), len(wanted)), strict=True))
+    keys = jax.random.split(jax.random.fold_in(key, 2), len(missing))
+    return dict(zip(missing, keys, strict=True))
 
 
-def lifted(call: Callable[[bool], Any], model: str) -> Any:
-    """Calls a module whose mode is passed by keyword, or by position where it has to be.
+def call_by_keyword_or_position(call: Callable[[bool], Any], model: str) -> Any:
+    """Calls a module with its mode by keyword, or by position if that fails.
 
-    `nn.remat` and `nn.jit` have static arguments by position alone; a flag by keyword is traced.
+    Static arguments of `nn.remat` and `nn.jit` must be passed by position; a keyword is traced.
 
     Args:
-        call: takes whether all arguments up to the mode flag are passed by position.
-        model: its name, for errors.
+        call: a function of whether to pass all arguments up to the mode flag by position.
+        model: name of the model, for errors.
 
     Raises:
         ConfigError: an argument is missing, or an initializer cannot be traced.
@@ -190,18 +176,18 @@ def lifted(call: Callable[[bool], Any], model: str) -> Any:
             raise
         # Linen traces the initializer of each parameter in every pass, to compare shapes.
         raise ConfigError(
-            f"JAX traces an initializer of {model}, which computes with NumPy, and cannot: "
-            f"{str(error).partition('.')[0]}. Use jax.numpy in it, such as jnp.linalg.qr; or make "
-            "the array before, and let the initializer return it."
+            f"JAX cannot trace an initializer of {model}, which uses NumPy: "
+            f"{str(error).partition('.')[0]}. Use jax.numpy in it, such as jnp.linalg.qr, or "
+            "create the array before and return it from the initializer."
         ) from error
     except TypeError as error:
-        found = _LACKS.search(str(error))
-        if found is None or found[1] != model:
+        missing = _MISSING_ARGUMENT.search(str(error))
+        if missing is None or missing[1] != model:
             raise
         raise ConfigError(
-            f"{model} is called with what model_inputs(batch) returns and with its mode, and needs "
-            f"more: {error}. For positional arguments, override model_inputs. For others, "
-            "override run_model_init(example_batch, key), and pass them in the loss: "
+            f"{model} needs more arguments than its mode and the inputs from model_inputs(batch): "
+            f"{error}. For positional arguments, override model_inputs. For others, override "
+            "run_model_init(example_batch, key), and pass them in the loss: "
             "ctx.apply(params, x, name=value)."
         ) from error
     except ValueError as error:
@@ -211,33 +197,34 @@ def lifted(call: Callable[[bool], Any], model: str) -> Any:
 
 
 class LayerObserver:
-    """Notes which layers of Flax dropped or moved their statistics; see `nn.intercept_methods`."""
+    """An interceptor for `nn.intercept_methods` that records dropout and running statistics."""
 
     def __init__(self, observed: Observed) -> None:
         self._observed = observed
 
     def __call__(self, call: Any, args: Any, kwargs: Mapping[str, Any], context: Any) -> Any:
-        """Calls a method of a module, and notes it if it is such a layer."""
+        """Calls a method of a module; for dropout and normalization layers, records their mode."""
         module = context.module
         if context.method_name == "__call__":
             name = "/".join(module.path)
             if isinstance(module, nn.Dropout) and module.rate > 0:
-                is_off = _given("deterministic", 1, module, args, kwargs)
-                self._observed.dropout(name, is_on=not _is(is_off))
+                is_off = _flag_of("deterministic", module, args, kwargs)
+                self._observed.dropout(name, is_on=not _is_true(is_off))
             elif isinstance(module, nn.BatchNorm):
-                is_off = _given("use_running_average", 1, module, args, kwargs)
-                self._observed.statistics(name, is_on=not _is(is_off))
+                is_off = _flag_of("use_running_average", module, args, kwargs)
+                self._observed.statistics(name, is_on=not _is_true(is_off))
             elif isinstance(module, nn.MultiHeadDotProductAttention) and module.dropout_rate > 0:
                 is_off = module.deterministic or kwargs.get("deterministic")
-                self._observed.dropout(name, is_on=not _is(is_off))
+                self._observed.dropout(name, is_on=not _is_true(is_off))
         return call(*args, **kwargs)
 
 
-def _given(name: str, position: int, module: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-    given = args[position] if len(args) > position else kwargs.get(name)
-    return getattr(module, name) if given is None else given
+def _flag_of(name: str, module: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+    """Returns a layer's second argument, or its field of that name."""
+    argument = args[1] if len(args) > 1 else kwargs.get(name)
+    return getattr(module, name) if argument is None else argument
 
 
-def _is(flag: Any) -> bool:
-    """Whether a flag is true; one that is traced counts as false."""
-    return flag is True or flag == 1 if isinstance(flag, bool | int) else False
+def _is_true(flag: Any) -> bool:
+    """Returns whether a flag is true; a traced one counts as false."""
+    return isinstance(flag, bool | int) and flag == 1

@@ -1,4 +1,4 @@
-"""LoRA: a model whose weights stay as they are, with a small trainable matrix product beside each.
+"""LoRA: a model with frozen weights and a small trainable matrix product for each.
 
 Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
 """
@@ -24,7 +24,7 @@ from distaff.models.adapter import LayerRow, Model, Variables, is_model
 from distaff.models.observed import Observed, observing
 
 BASE = "lora_base"
-"""The collection of the base's parameters: no optimizer sees them, a checkpoint has them."""
+"""The collection of the base's parameters, which are saved in checkpoints but not trained."""
 
 _A, _B = "lora_a", "lora_b"
 _STREAM = 0x6C6F7261
@@ -32,22 +32,21 @@ _STREAM = 0x6C6F7261
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """A model that is fine-tuned by low-rank updates of its kernels; pass it as the model.
+    """A model to fine-tune by low-rank updates of its kernels; pass it as the model.
 
     The parameters are two matrices for each kernel `[in, out]`: `<path>/lora_a`, `[in, rank]`,
     normal with variance `1 / in`, and `<path>/lora_b`, `[rank, out]`, zero. The forward pass uses
-    `kernel + alpha / rank * lora_a @ lora_b`. A kernel of the name `weight` is `[out, in]`, as in
+    `kernel + alpha / rank * lora_a @ lora_b`. A kernel named `weight` is `[out, in]`, as in
     Equinox: `lora_a` is `[rank, in]`, `lora_b` `[out, rank]`, and `lora_b @ lora_a` is added. All
-    else keeps its bits, in the collection `lora_base`, and costs neither gradients nor optimizer
-    state.
+    other weights stay unchanged, bit for bit, in the collection `lora_base`, and need neither
+    gradients nor optimizer state.
 
     Args:
-        module: the model, of any kind that a trainer takes.
-        pattern: shell pattern for the paths of the kernels, as of parameter groups:
-            `"*/query/kernel"`, or `"*weight"` for Equinox. What it matches that does not have two
-            axes stays as it is.
-        rank: of the updates.
-        alpha: their scale, times `rank`.
+        module: the model, of any kind that a trainer accepts.
+        pattern: shell pattern for the paths of kernels, as in parameter groups: `"*/query/kernel"`,
+            or `"*weight"` for Equinox. Matching arrays that do not have two axes stay unchanged.
+        rank: rank of the updates.
+        alpha: scale of the updates, times `rank`.
 
     Raises:
         ConfigError: an option is out of its range, or the model is a `Lora` itself.
@@ -60,51 +59,51 @@ class Lora:
     alpha: float = 16.0
 
     def __post_init__(self) -> None:
-        """Refuses what cannot be built."""
         if isinstance(self.module, Lora):
             raise ConfigError(
-                f"A Lora is of an ordinary model; got one of {self.module}. Export the merged "
-                "weights of that one and begin with them, or match all kernels by one pattern."
+                f"The module of a Lora must not be a Lora itself; got {self.module}. Export the "
+                "merged weights of that one and start from them, or match all kernels by one "
+                "pattern."
             )
         if not isinstance(self.pattern, str):
-            raise ConfigError(f"pattern is a str such as '*/kernel'; got {self.pattern!r}.")
+            raise ConfigError(f"pattern must be a str such as '*/kernel'; got {self.pattern!r}.")
         alpha = as_float(self.alpha)
         if not 0 < alpha < math.inf:
-            raise ConfigError(f"alpha is a finite positive number; got {self.alpha!r}.")
+            raise ConfigError(f"alpha must be a finite positive number; got {self.alpha!r}.")
         object.__setattr__(self, "rank", whole("rank", self.rank))
         object.__setattr__(self, "alpha", alpha)
 
 
 class LoraModel:
-    """A `Lora` as pure functions, around those of its base.
+    """A `Lora` as pure functions.
 
     Args:
-        inner: the functional face of the base.
-        lora: its options.
+        inner: the base as a `Model`.
+        lora: the options.
     """
 
     def __init__(self, inner: Model, lora: Lora) -> None:
         self.inner, self.module = inner, lora
 
     def observing(self, observed: Observed) -> LoraModel:
-        """Returns this model, whose passes are noted."""
+        """Returns this model with its passes recorded."""
         return LoraModel(observing(self.inner, observed), self.module)
 
     @property
     def record(self) -> dict[str, Any]:
-        """The options, and what is written down of the base."""
+        """The options, and the record of the base."""
         names = [field.name for field in dataclasses.fields(self.module)]
         options = {name: getattr(self.module, name) for name in names}
         return {**options, "module": self.inner.record}
 
     @property
     def apply_fn(self) -> Callable[..., Any]:
-        """The base's forward function, with merged kernels; the base's numbers are not in it."""
+        """The base's forward function, with merged kernels; it does not hold the base's arrays."""
         return self.light.forward
 
     @functools.cached_property
     def light(self) -> LoraModel:
-        """The model around a base without the numbers that it came with."""
+        """The model around a base without the arrays of a ready-made module."""
         owner = getattr(self.inner.apply_fn, "__self__", None)
         if not is_model(owner) or owner is self.inner:
             return self
@@ -113,19 +112,13 @@ class LoraModel:
         return copy
 
     def forward(self, variables: Mapping[str, Any], *inputs: Any, **kwargs: Any) -> Any:
-        """Runs the base's own forward function.
-
-        Args:
-            variables: by collection, `lora_base` among them.
-            *inputs: handed to the base.
-            **kwargs: likewise.
-        """
+        """Runs the base's own forward function, given collections that include `lora_base`."""
         rest = {name: tree for name, tree in variables.items() if name not in ("params", BASE)}
         merged = self.merged(Variables(variables["params"], collections={BASE: variables[BASE]}))
         return self.inner.apply_fn({"params": merged.params, **rest}, *inputs, **kwargs)
 
     def init(self, key: Key, *inputs: Any) -> Variables:
-        """Makes the base's variables, as the base alone would be, and the matrices beside them.
+        """Creates the variables of the base, as the base alone would, and the matrices.
 
         Raises:
             ConfigError: the pattern matches no kernel.
@@ -134,16 +127,16 @@ class LoraModel:
         return self.with_base(Variables(self._adapters(base.params, key)), base)
 
     def ready(self, key: Key) -> Variables | None:
-        """Returns the variables that the base came with, and the matrices beside them.
+        """Returns the variables of a ready-made base, and the matrices.
 
-        The program that draws the matrices has the shapes of the base alone.
+        The program that draws the matrices depends only on the shapes of the base.
         """
         base = self.inner.ready(key)
         if base is None:
             return None
-        forms = jax.eval_shape(lambda params: params, base.params)
-        drawn = jax.jit(lambda key: self._adapters(forms, key))(key)
-        return self.with_base(Variables(drawn), base)
+        shapes = jax.eval_shape(lambda params: params, base.params)
+        matrices = jax.jit(lambda key: self._adapters(shapes, key))(key)
+        return self.with_base(Variables(matrices), base)
 
     def _adapters(self, params: Params, key: Key) -> Params:
         """Returns the matrices for the kernels among parameters, or their shapes."""
@@ -151,16 +144,16 @@ class LoraModel:
         adapters: dict[str, Any] = {}
         for path, leaf in jax.tree.leaves_with_path(params):
             name = leaf_name(path)
-            if self._adapts(name, leaf):
+            is_kernel = leaf.ndim == 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
+            if is_kernel and fnmatch.fnmatchcase(name, self.module.pattern):
                 own = jax.random.fold_in(stream, zlib.crc32(name.encode()))
                 _put(adapters, name.split("/"), self._pair(own, name, leaf))
         if not adapters:
             kernels = [leaf_name(p) for p, x in jax.tree.leaves_with_path(params) if x.ndim == 2]
             raise ConfigError(
-                "The pattern of a Lora must match the path of a kernel [in, out], and "
+                "The pattern of a Lora must match the path of a kernel [in, out], but "
                 f"{self.module.pattern!r} matches none. It is a shell pattern, such as '*kernel', "
-                "or '*weight' for Equinox. "
-                f"Kernels: {kernels}."
+                f"or '*weight' for Equinox. Kernels: {kernels}."
             )
         return adapters
 
@@ -178,7 +171,7 @@ class LoraModel:
         return self.inner.bind(self.merged(variables))
 
     def layers(self, key: Key, *inputs: Any) -> list[LayerRow]:
-        """Lists the base's modules, the matrices with the kernels that they belong to."""
+        """Lists the base's modules, with the matrices next to their kernels."""
         variables = jax.eval_shape(self.init, key, *inputs)
         pairs = {leaf_name(p): x for p, x in jax.tree.leaves_with_path(variables.params)}
         return [
@@ -187,18 +180,18 @@ class LoraModel:
         ]
 
     def base(self, variables: Variables) -> Variables:
-        """Returns the variables of the base, without any update."""
+        """Returns the variables of the base, without updates."""
         others = dict(variables.collections or {})
         params = others.pop(BASE)
         return Variables(params, variables.batch_stats, others or None)
 
     def with_base(self, variables: Variables, base: Variables) -> Variables:
-        """Returns the variables of this model, with other ones of its base."""
+        """Returns the variables of this model with the given ones of its base."""
         collections = {**(base.collections or {}), BASE: base.params}
         return Variables(variables.params, base.batch_stats, collections)
 
     def merged(self, variables: Variables) -> Variables:
-        """Returns the variables of an ordinary model, whose kernels have their updates in them."""
+        """Returns the variables of an ordinary model, with updates merged into its kernels."""
         base = self.base(variables)
         pairs = {leaf_name(p): x for p, x in jax.tree.leaves_with_path(variables.params)}
         scale = self.module.alpha / self.module.rank
@@ -212,10 +205,6 @@ class LoraModel:
 
         return base._replace(params=jax.tree.map_with_path(merged, base.params))
 
-    def _adapts(self, name: str, leaf: Any) -> bool:
-        is_kernel = leaf.ndim == 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
-        return is_kernel and fnmatch.fnmatchcase(name, self.module.pattern)
-
     def _pair(self, key: Key, name: str, kernel: Any) -> dict[str, jax.Array]:
         rank = self.module.rank
         rows, columns = kernel.shape
@@ -227,11 +216,7 @@ class LoraModel:
 
 
 def rebuild(recorded: Any, cls: Any = None) -> Any:
-    """Rebuilds a model from its record, as `record.rebuild` does, and a `Lora` around it.
-
-    Args:
-        recorded: what `distaff.core.config.encoding.to_json` recorded of it.
-        cls: its class, or that of its base.
+    """Rebuilds a model, or a `Lora` with its base of class `cls`, from a record.
 
     Raises:
         CheckpointError: it cannot be rebuilt.
@@ -245,12 +230,12 @@ def rebuild(recorded: Any, cls: Any = None) -> Any:
 
 
 def is_own(name: str) -> bool:
-    """Whether an array of this name is a `Lora`'s, and not that of an ordinary model."""
+    """Returns whether an array of this name belongs to a `Lora`, not to an ordinary model."""
     return name.startswith(f"{BASE}/") or name.rpartition("/")[2] in (_A, _B)
 
 
 def _has_inputs_last(name: str) -> bool:
-    """Whether a kernel is `[out, in]`: Equinox and torch call such a one `weight`."""
+    """Returns whether a kernel is `[out, in]`, as one named `weight` in Equinox and torch."""
     return name.rpartition("/")[2] == "weight"
 
 
@@ -262,15 +247,15 @@ def _put(tree: dict[str, Any], path: list[str], pair: Params) -> None:
 
 
 def _with_pairs(row: LayerRow, pairs: Mapping[str, Any]) -> list[tuple[str, str, Any, Any]]:
-    found = []
+    variables = []
     for collection, name, shape, dtype in row.variables:
         if collection != "params":
-            found.append((collection, name, shape, dtype))
+            variables.append((collection, name, shape, dtype))
             continue
-        found.append((BASE, name, shape, dtype))
+        variables.append((BASE, name, shape, dtype))
         path = "/".join(part for part in (row.path, name) if part)
         for each in (_A, _B):
             if f"{path}/{each}" in pairs:
                 leaf = pairs[f"{path}/{each}"]
-                found.append(("params", f"{name}/{each}", tuple(leaf.shape), leaf.dtype))
-    return found
+                variables.append(("params", f"{name}/{each}", tuple(leaf.shape), leaf.dtype))
+    return variables

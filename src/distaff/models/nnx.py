@@ -1,4 +1,4 @@
-"""Flax NNX modules behind the functional face: taken apart once, put together in each trace."""
+"""Flax NNX modules as models: split once, merged in each trace."""
 
 from __future__ import annotations
 
@@ -19,38 +19,39 @@ from distaff.models.adapter import (
     Adapter,
     LayerRow,
     Variables,
+    accepts_collections,
     has_numbers,
     leaf_of,
     nested,
     without_numbers,
 )
-from distaff.models.as_in_linen import applies_collections
 from distaff.models.flags import method_of, mode_flag, parameters
 from distaff.models.layers import Library, Opened, Path, listed_calls
-from distaff.models.linen_collections import is_asked
-from distaff.models.nnx_modules import Snapshot, set_mode, sown, without_sown
+from distaff.models.linen_collections import is_requested
+from distaff.models.nnx_modules import Snapshot, set_mode, sown_values, without_sown
 from distaff.models.observed import Observed
 
 
 class NnxModel(Adapter):
     """A `flax.nnx.Module` as pure functions.
 
-    Its variables are plain nested dictionaries: `nnx.Param` is what is trained, `nnx.BatchStat` the
-    running statistics, any other type of variable a collection of its class's name, and arrays that
-    are no variable the collection `arrays`. What modules sow is no state; `mutable="Intermediate"`
-    returns it, by the class of its variables, beside the outputs of its pass.
+    Its variables are nested dictionaries: `nnx.Param` is trained, `nnx.BatchStat` holds the running
+    statistics, any other type of variable is a collection named like its class, and arrays that are
+    not variables are the collection `arrays`. Sown values are not state; `mutable="Intermediate"`
+    returns them, by the class of their variables, alongside the outputs.
 
-    Random streams are no variables: each pass begins every stream anew, from a key of its own that
-    is drawn from the key of the pass. So they need no checkpoint, and the key that a module was
-    made with, and how often it has drawn, make no difference.
+    Random streams are not variables: each pass restarts every stream from its own key, derived from
+    the key of the pass. So they need no checkpoint, and neither the key that a module was created
+    with nor its counts matter.
 
-    Whether to train is told to all modules inside that have an attribute for it, such as
-    `deterministic`, `use_running_average` or `is_training`, as `module.train()` and `module.eval()`
-    do, and to the called method if it has a parameter for it, as with Linen.
+    The mode is set in all submodules with an attribute such as `deterministic`,
+    `use_running_average` or `is_training`, as by `module.train()` and `module.eval()`, and passed
+    to the called method if it has a parameter for it, as with Linen.
 
     Args:
         source: a module, whose variables are the initial ones whatever the seed; or a function
-            `f(rngs)` that makes one, which is called with the trainer's seed.
+            `f(rngs)` that returns one, which is called with the trainer's seed.
+        observed: records what the layers do in this mode; None to disable.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class NnxModel(Adapter):
         self._observed = observed
 
     def observing(self, observed: Observed) -> NnxModel:
-        """Returns this model, whose passes are noted."""
+        """Returns this model with its passes recorded."""
         copy = NnxModel.__new__(NnxModel)
         copy.__dict__.update(self.__dict__, _observed=observed)
         copy.__dict__.pop("light", None)
@@ -68,7 +69,7 @@ class NnxModel(Adapter):
 
     @functools.cached_property
     def light(self) -> NnxModel:
-        """The model without the numbers of its module, such as of one passed ready-made."""
+        """The model without the arrays of a ready-made module."""
         graph, state = nnx.split(self.module)
         if not has_numbers(state):
             return self
@@ -78,22 +79,23 @@ class NnxModel(Adapter):
 
     @functools.cached_property
     def module(self) -> nnx.Module:
-        """The module; one without numbers where a function makes it."""
+        """The module; without arrays if a function creates it."""
         if isinstance(self._source, nnx.Module):
             return self._source
         try:
-            return nnx.eval_shape(lambda: self._made(jax.random.key(0)))
+            return nnx.eval_shape(lambda: self._create(jax.random.key(0)))
         except jax.errors.JAXTypeError:  # It computes on the host.
-            return self._made(jax.random.key(0))
+            return self._create(jax.random.key(0))
 
     def ready(self, key: Key) -> Variables | None:
-        """Returns the variables of a module that was passed ready-made."""
-        is_made = isinstance(self._source, nnx.Module)
-        return self._read(nnx.split(self._source)[1]) if is_made else None
+        """Returns the variables of a ready-made module, or None."""
+        if not isinstance(self._source, nnx.Module):
+            return None
+        return self._read(nnx.split(self._source)[1])
 
     @property
     def record(self) -> dict[str, Any]:
-        """Class and plain attributes of every module inside, and the form of every array."""
+        """Class and plain attributes of every submodule, and shape and dtype of every array."""
         variables = self._read(self._parts.state).by_collection()
         return {
             "$module": _class_name(self.module),
@@ -106,63 +108,61 @@ class NnxModel(Adapter):
         }
 
     def init(self, key: Key, *inputs: Any) -> Variables:
-        """Makes the variables; the inputs are not needed, since NNX modules know their shapes."""
-        if isinstance(self._source, nnx.Module):
-            return self._read(nnx.split(self._source)[1])
-        return self._read(nnx.split(self._made(key))[1])
+        """Creates the variables; ignores the inputs, since NNX modules have fixed shapes."""
+        return self.ready(key) or self._read(nnx.split(self._create(key))[1])
 
-    @applies_collections
+    @accepts_collections
     def apply(
         self, variables: Variables, *inputs: Any, train: bool, key: Key | None, **kwargs: Any
     ) -> tuple[Any, Variables]:
         """Runs the forward pass; in training, every variable but the parameters may change.
 
-        `method="encode"` calls another method. A parameter `rngs` is given streams, and one called
-        `rng` or `key` a key, if the caller does not.
+        `method="encode"` calls another method. A parameter `rngs` gets streams, and one named `rng`
+        or `key` a key, unless the caller passes them.
 
         Raises:
-            NoKeyError: it draws random numbers in training, and there is no key.
+            NoKeyError: it needs random numbers in training, and there is no key.
         """
-        asked = kwargs.pop("mutable", None)
-        module = self._merged(variables, train, key)
+        requested = kwargs.pop("mutable", None)
+        module = self._merge(variables, train, key)
         before = Snapshot.of(module)
-        outputs = _called(module, inputs, kwargs, train, key)
+        outputs = _call(module, inputs, kwargs, train, key)
         before.check(module, must_not_draw=train and key is None, observed=self._observed)
         state = nnx.split(module)[1]
-        if is_asked(asked):
+        if is_requested(requested):
             known = {slot.path for slot in self._parts.slots}
-            outputs = outputs, sown(state, known, asked)
+            outputs = outputs, sown_values(state, known, requested)
         if not train:
             return outputs, variables
         return outputs, self._read(state)._replace(params=variables.params)
 
     def bind(self, variables: Variables) -> nnx.Module:
-        """Returns a live module with the variables inside, in evaluation: `bound(x)`.
+        """Returns a live module with the variables, in evaluation: `bound(x)`.
 
-        `bound.train()` makes it train; its random streams then begin with a fixed key.
+        After `bound.train()` it trains; its random streams then start from a fixed key.
         """
-        return self._merged(variables, False, None)
+        return self._merge(variables, False, None)
 
     def layers(self, key: Key, *inputs: Any) -> list[LayerRow]:
         """Lists the modules in order of call, by abstract evaluation.
 
         A module that runs inside an NNX transformation (`nnx.scan`) has no output here. FLOPs are
-        those of evaluation, as XLA estimates them before it optimizes; as with Linen, a module's
-        first call counts as its own, any other as its caller's.
+        for evaluation, estimated by XLA before optimization; as with Linen, only a module's first
+        call counts as its own, further calls as part of the caller.
         """
 
         def opened(variables: Variables, key: Key, train: bool) -> Opened:
-            module = self._merged(variables, train, key)
-            return Opened(_modules(module), lambda *inputs: _called(module, inputs, {}, train, key))
+            module = self._merge(variables, train, key)
+            return Opened(_modules(module), lambda *inputs: _call(module, inputs, {}, train, key))
 
-        return listed_calls(self, opened, key, inputs, Library(_apart))
+        return listed_calls(self, opened, key, inputs, Library(_split))
 
-    def _made(self, key: Key) -> nnx.Module:
+    def _create(self, key: Key) -> nnx.Module:
         source: Any = self._source
         module = source(rngs=nnx.Rngs(key))
         if not isinstance(module, nnx.Module):
             raise ConfigError(
-                "A model as a function f(rngs) returns a flax.nnx.Module; "
+                "A model given as a function f(rngs) must return a flax.nnx.Module; "
                 f"{getattr(source, '__qualname__', source)} returned {type(module).__name__}. "
                 "Write lambda rngs: MyModule(..., rngs=rngs)."
             )
@@ -178,14 +178,14 @@ class NnxModel(Adapter):
         return _NnxParts(graph, state, tuple(slots))
 
     def _read(self, state: Any) -> Variables:
-        found = dict(nnx.to_flat_state(state))
+        leaves = dict(nnx.to_flat_state(state))
         return nested(
-            (slot.collection, slot.names, _value(found[slot.path]))
+            (slot.collection, slot.names, _value(leaves[slot.path]))
             for slot in self._parts.slots
             if slot.collection is not None
         )
 
-    def _merged(self, variables: Variables, train: bool, key: Key | None) -> nnx.Module:
+    def _merge(self, variables: Variables, train: bool, key: Key | None) -> nnx.Module:
         collections = variables.by_collection()
         key = jax.random.key(0) if key is None else key
         leaves = []
@@ -201,7 +201,7 @@ class NnxModel(Adapter):
 
 
 class _NnxSlot(NamedTuple):
-    """Where an array is in the module, and in the variables; no collection for random streams."""
+    """The place of an array in module and variables; a random stream has no collection."""
 
     path: tuple[Any, ...]
     names: Path
@@ -215,7 +215,7 @@ class _NnxParts(NamedTuple):
     slots: tuple[_NnxSlot, ...]
 
 
-def _called(
+def _call(
     module: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any], train: bool, key: Key | None
 ) -> Any:
     kwargs = dict(kwargs)
@@ -227,7 +227,7 @@ def _called(
     if key is not None:
         flags.update((name, key) for name in ("rng", "key") if name in names)
     with warnings.catch_warnings():
-        # Flax advises its caller to call the module otherwise: that is Distaff.
+        # Flax's advice to its caller concerns Distaff, not the user.
         warnings.filterwarnings("ignore", r"Using 'Module\.sow", DeprecationWarning)
         return function(*inputs, **{**flags, **kwargs})
 
@@ -243,7 +243,7 @@ def _collection(leaf: Any) -> str | None:
     return "params" if is_trained else type(leaf).__name__
 
 
-def _apart(module: Any) -> tuple[Any, Callable[[Any], Any]]:
+def _split(module: Any) -> tuple[Any, Callable[[Any], Any]]:
     graph, state = nnx.split(module)
     return state, lambda state: nnx.merge(graph, state)
 
@@ -253,7 +253,7 @@ def _value(leaf: Any) -> Any:
 
 
 def _stream(leaf: Any, key: Key) -> jax.Array:
-    """Returns the beginning of a random stream, or of several for layers that are stacked."""
+    """Returns the start of a random stream, or of several for stacked layers."""
     like = _value(leaf)
     if isinstance(leaf, nnx.RngCount):
         return jnp.zeros(like.shape, like.dtype)
@@ -261,17 +261,17 @@ def _stream(leaf: Any, key: Key) -> jax.Array:
 
 
 def _modules(module: nnx.Module) -> dict[Path, Any]:
-    """Returns the module and those inside by path, each before its own; containers are none."""
-    found = {
+    """Returns the module and its submodules by path, parents first, without containers."""
+    by_path = {
         tuple(map(str, path)): node
         for path, node in nnx.iter_modules(module)
         if not path or callable(node)
     }
-    return dict(sorted(found.items(), key=lambda item: len(item[0])))
+    return dict(sorted(by_path.items(), key=lambda item: len(item[0])))
 
 
 def _with_traced_arrays(module: nnx.Module) -> nnx.Module:
-    """Marks arrays that are no variables as data, as NNX does itself where it is not traced."""
+    """Marks traced arrays that are not variables as data, as NNX does outside of a trace."""
     for _, node in nnx.iter_modules(module):
         for name, value in list(vars(node).items()):
             if isinstance(value, Tracer):
@@ -280,7 +280,7 @@ def _with_traced_arrays(module: nnx.Module) -> nnx.Module:
 
 
 def _attributes(module: Any) -> dict[str, Any]:
-    """Returns the attributes that say what kind of module it is, as JSON."""
+    """Returns the hyperparameters of a module, as JSON."""
     held = (nnx.Module, nnx.Variable, nnx.Rngs, jax.Array)
     values = {
         name: to_json(value)

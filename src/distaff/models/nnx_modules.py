@@ -1,4 +1,4 @@
-"""NNX modules in a pass: their mode, what they sow, and what they leave behind."""
+"""NNX modules in a pass: mode, sown values, and side effects."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from distaff.core.warnings import warn
 from distaff.errors import ModeWarning
 from distaff.models.adapter import nested
 from distaff.models.flags import switched
-from distaff.models.linen_collections import wants
+from distaff.models.linen_collections import matches
 from distaff.models.observed import Observed
 from distaff.models.randomness import no_key
 
 
 def without_sown(module: nnx.Module) -> nnx.Module:
-    """Returns a module without what earlier calls of it have sown; itself if that is nothing."""
+    """Returns a module without values sown by earlier calls; itself if there are none."""
 
     def is_sown(path: Any, leaf: Any) -> bool:
         is_variable = isinstance(leaf, nnx.Variable)
@@ -34,12 +34,7 @@ def without_sown(module: nnx.Module) -> nnx.Module:
 
 
 def set_mode(module: nnx.Module, train: bool) -> nnx.Module:
-    """Returns a module that trains, or does not, with all that are inside.
-
-    Args:
-        module: it may be changed.
-        train: whether it trains.
-    """
+    """Sets the mode of a module and its submodules, in place if possible, and returns it."""
     module = nnx.view(
         module, raise_if_not_found=False, deterministic=not train, use_running_average=not train
     )
@@ -51,30 +46,31 @@ def set_mode(module: nnx.Module, train: bool) -> nnx.Module:
     return module
 
 
-def sown(state: Any, known: Collection[Any], asked: Any) -> dict[str, Any]:
-    """Returns what a pass has added to a module: collection, path and value, nested.
+def sown_values(state: Any, known: Collection[Any], requested: Any) -> dict[str, Any]:
+    """Returns the values that a pass has added to a module, by collection and path, nested.
 
     Args:
-        state: of the module after the pass.
-        known: paths of what it had before.
-        asked: which collections, as in Linen's `mutable=`; one is called as its variables' class.
+        state: state of the module after the pass.
+        known: paths of its variables before the pass.
+        requested: collections to return, named like the classes of their variables.
     """
     leaves = [
         (type(leaf).__name__, tuple(map(str, path)), leaf.get_value())
         for path, leaf in nnx.to_flat_state(state)
         if path not in known and isinstance(leaf, nnx.Variable)
     ]
-    found = nested(leaf for leaf in leaves if wants(asked, leaf[0])).by_collection()
-    return {name: tree for name, tree in found.items() if tree}
+    collections = nested(leaf for leaf in leaves if matches(requested, leaf[0])).by_collection()
+    return {name: tree for name, tree in collections.items() if tree}
 
 
 class Snapshot(NamedTuple):
-    """A module before a pass: its numbers in Python, and its random streams.
+    """Python numbers and random streams of a module before a pass.
 
     Attributes:
-        numbers: attributes by module and name.
-        counts: how often each dropout layer has drawn, and each other stream.
-        statistics: the mean of each layer with running statistics.
+        numbers: numeric attributes by module and name.
+        counts: draws from each random stream.
+        dropout: draws of each dropout layer.
+        statistics: mean of each layer with running statistics.
     """
 
     numbers: dict[tuple[str, str], int | float]
@@ -84,7 +80,7 @@ class Snapshot(NamedTuple):
 
     @classmethod
     def of(cls, module: nnx.Module) -> Snapshot:
-        """Returns what a module has now."""
+        """Returns a snapshot of a module."""
         numbers: dict[tuple[str, str], int | float] = {}
         counts, dropout, statistics = {}, {}, {}
         for path, node in nnx.iter_modules(module):
@@ -101,10 +97,10 @@ class Snapshot(NamedTuple):
         return cls(numbers, counts, dropout, statistics)
 
     def check(self, module: nnx.Module, *, must_not_draw: bool, observed: Observed | None) -> None:
-        """Objects to what is lost after the pass, and notes what followed the mode.
+        """Warns of changes that are lost after the pass, and records the mode of layers.
 
         Raises:
-            NoKeyError: it has drawn random numbers where it must not.
+            NoKeyError: the module has drawn random numbers although it must not.
         """
         now, name = Snapshot.of(module), type(module).__name__
         if must_not_draw and any(now.counts.get(n) is not x for n, x in self.counts.items()):
@@ -113,8 +109,8 @@ class Snapshot(NamedTuple):
             if self.numbers.get((path, attribute), value) != value:
                 where = f"{path}.{attribute}" if path else attribute
                 warn(
-                    f"The pass changes {where!r} of {name}, a Python number: it is a part of the "
-                    "program, and each pass begins with the same one. Make it a variable: "
+                    f"The pass changes {where!r} of {name}, a Python number, which is a constant "
+                    "of the program: each pass starts with the same value. Use a variable: "
                     "self.count = nnx.Variable(jnp.zeros((), jnp.int32)), and "
                     "self.count[...] += 1.",
                     ModeWarning,
@@ -129,5 +125,5 @@ class Snapshot(NamedTuple):
 
 
 def _leaf(rngs: Any) -> Any:
-    """Returns the count of a stream, or of the first one."""
+    """Returns the count of a stream, or of the first of several."""
     return next(iter(jax.tree.leaves(nnx.state(rngs, nnx.RngCount))), None)

@@ -1,4 +1,4 @@
-"""What a pass of a model made of its mode: whether dropout dropped, whether statistics moved."""
+"""Observation of a pass: whether dropout and running statistics followed the mode."""
 
 from __future__ import annotations
 
@@ -9,27 +9,26 @@ from distaff.errors import ConfigError, ModeWarning
 from distaff.models.flags import NAMES_IN_WORDS
 
 _REMEDY = (
-    f"A model is told whether it trains by an argument, or a field, of a name such as "
-    f"{NAMES_IN_WORDS}. Rename the one that it has, or pass it yourself in the loss: "
+    f"The mode is passed to an argument, or set in a field, with a name such as "
+    f"{NAMES_IN_WORDS}. Rename yours, or pass it in the loss: "
     "ctx.apply(params, x, my_flag=ctx.train)."
 )
-
 
 M = TypeVar("M")
 
 
 def observing(model: M, observed: Observed | None) -> M:
-    """Returns a model whose passes are noted, where its kind can do so."""
+    """Returns a model whose passes are recorded, if its kind supports that."""
     method = getattr(model, "observing", None)
     return model if observed is None or method is None else method(observed)
 
 
 class Observed:
-    """What the layers of a model did in one pass whose mode was not chosen by the caller.
+    """A record of a model's layers in one pass whose mode the caller did not choose.
 
     Args:
-        train: whether the pass was to train.
-        model: the model's name, for the message.
+        train: whether the pass is in training mode.
+        model: name of the model, for messages.
     """
 
     def __init__(self, train: bool, model: str) -> None:
@@ -38,18 +37,18 @@ class Observed:
         self._statistics: dict[str, bool] = {}
 
     def dropout(self, name: str, *, is_on: bool) -> None:
-        """Notes a dropout layer, and whether it dropped."""
+        """Records whether a dropout layer drops values."""
         self._dropout[name] = is_on or self._dropout.get(name, False)
 
     def statistics(self, name: str, *, is_on: bool) -> None:
-        """Notes a layer with running statistics, and whether it moved them."""
+        """Records whether a layer updates its running statistics."""
         self._statistics[name] = is_on or self._statistics.get(name, False)
 
     def check(self) -> None:
-        """Objects to layers that did not follow the mode.
+        """Checks that the layers followed the mode, and warns if not.
 
         Raises:
-            ConfigError: running statistics were to move in evaluation.
+            ConfigError: running statistics would change in evaluation.
         """
         if self.train:
             self._check_training()
@@ -61,28 +60,27 @@ class Observed:
         if dropped:
             _warn(
                 f"In evaluation, dropout is on in {self._model}: in {_listed(dropped)}. Its "
-                f"predictions are random, then. {_REMEDY}"
+                f"predictions are random. {_REMEDY}"
             )
 
     def _check_training(self) -> None:
-        for what, found in (
-            ("no dropout layer drops", self._dropout),
-            ("no running statistics move", self._statistics),
+        for what, layers in (
+            ("dropout is off", self._dropout),
+            ("running statistics do not change", self._statistics),
         ):
-            if found and not any(found.values()):
+            if layers and not any(layers.values()):
                 _warn(
-                    f"In training, {what} in {self._model}: it is always in evaluation, in "
-                    f"{_listed(list(found))}. {_REMEDY} For a frozen part this is right: ignore "
-                    "the ModeWarning."
+                    f"In training, {what} in {self._model}: in {_listed(list(layers))}. {_REMEDY} "
+                    "If that part is frozen on purpose, ignore this ModeWarning."
                 )
 
 
 def statistics_in_evaluation(model: str, layers: list[str]) -> ConfigError:
-    """Returns the error for running statistics that would move in evaluation."""
+    """Returns the error for running statistics that would change in evaluation."""
     where = f" in {_listed(layers)}" if layers else ""
     return ConfigError(
-        f"Running statistics (batch_stats) move in training only, and {model} moves them in "
-        f"evaluation{where}: an example's output would depend on the rest of its batch, as with "
+        f"{model} updates running statistics (batch_stats) in evaluation{where}, so an example's "
+        "output would depend on the rest of its batch, as with "
         f"BatchNorm(use_running_average=False). Write use_running_average=not train. {_REMEDY}"
     )
 

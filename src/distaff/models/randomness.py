@@ -1,4 +1,4 @@
-"""The random keys of a pass: how a model gets those that it draws from, and is told of none."""
+"""The random keys of a pass."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KEY_NAMES = (
     *("key", "rng", "prng", "prng_key", "rng_key", "random_key", "dropout_key", "dropout_rng"),
     *("sample_key", "sample_rng", "noise_key", "noise_rng", "z_rng"),
 )
-"""Parameters of these names are given a random key."""
+"""Names of parameters that get a random key."""
 
 _OWN_FOLDS = {"params": 0, "dropout": 1}
 _OF_A_KEY = re.compile(r"\b(key|rng|prng|random)", re.IGNORECASE)
@@ -28,19 +28,14 @@ _MISSING = re.compile(r'PRNG for "([^"]*)"')
 
 
 class NoKeyError(StateError):
-    """A model draws random numbers in a pass that has no key to draw from."""
+    """A model needs random numbers in a pass without a key."""
 
 
 def no_key(model: str, what: str = "") -> NoKeyError:
-    """Returns the error for a pass without a key.
-
-    Args:
-        model: its name.
-        what: what it draws from, such as `stream 'dropout'`.
-    """
-    drawn = f" from its {what}" if what else ""
+    """Returns the error for a pass without a key; `what` is such as `stream 'dropout'`."""
+    source = f" from its {what}" if what else ""
     return NoKeyError(
-        f"{model} draws random numbers{drawn}, and this pass has no random key. Create the state "
+        f"{model} draws random numbers{source}, but this pass has no random key. Create the state "
         "with TrainState.create(..., rng=jax.random.key(0)), or pass a key: "
         "ctx.apply(params, x, rngs=key)."
     )
@@ -48,15 +43,7 @@ def no_key(model: str, what: str = "") -> NoKeyError:
 
 @contextmanager
 def asking_for_key(model: str, is_without: bool) -> Generator[None]:
-    """Turns what a model fails with that has no key into an error that says so.
-
-    Args:
-        model: its name.
-        is_without: whether it takes a key and is given none.
-
-    Raises:
-        NoKeyError: it fails, without a key.
-    """
+    """Converts errors of a model that accepts a key, but gets none, into a `NoKeyError`."""
     try:
         yield
     except DistaffError:
@@ -68,7 +55,7 @@ def asking_for_key(model: str, is_without: bool) -> Generator[None]:
 
 
 def is_key(value: Any) -> bool:
-    """Tells a random key, typed or not, from other values."""
+    """Returns whether a value is a random key, typed or not."""
     if not isinstance(value, jax.Array | np.ndarray):
         return False
     if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
@@ -77,14 +64,14 @@ def is_key(value: Any) -> bool:
 
 
 def streams(key: Key, names: Collection[str] = ("params", "dropout")) -> dict[str, Key]:
-    """Returns the keys of Linen's random streams by name, each its own."""
+    """Returns an independent key for each of Linen's random streams, by name."""
     return {
         name: jax.random.fold_in(key, _OWN_FOLDS.get(name, zlib.crc32(name.encode())))
         for name in names
     }
 
 
-def drawing(
+def call_with_streams(
     call: Callable[[dict[str, Key]], Any],
     key: Key | None,
     *,
@@ -92,20 +79,20 @@ def drawing(
     given: Mapping[str, Key],
     model: str,
 ) -> Any:
-    """Calls a Linen module with the streams that it draws from, and no others.
+    """Calls a Linen module with only those random streams that it uses.
 
-    Linen answers for a stream that is missing with that of `params`, which `nn.scan` and `nn.vmap`
-    do not split. So `params` is not offered, and each stream that is missing is added by its name.
+    Linen replaces a missing stream by `params`, which `nn.scan` and `nn.vmap` do not split. So
+    `params` is not passed, and each missing stream is added by its name.
 
     Args:
-        call: takes the streams by name.
-        key: source of the streams; None where there is none.
-        first: streams to begin with.
-        given: streams that the caller passes.
-        model: its name, for errors.
+        call: a function of the streams by name.
+        key: source of the streams, or None.
+        first: names of the streams to start with.
+        given: streams from the caller.
+        model: name of the model, for errors.
 
     Raises:
-        NoKeyError: it draws, and there is no key.
+        NoKeyError: the model uses a stream, and there is no key.
     """
     names = list(first)
     while True:
@@ -113,8 +100,8 @@ def drawing(
         try:
             return call({**own, **given})
         except InvalidRngError as error:
-            found = _MISSING.search(str(error))
-            name = found[1] if found else None
+            missing = _MISSING.search(str(error))
+            name = missing[1] if missing else None
             if key is None:
                 raise no_key(model, f"stream {name!r}" if name else "") from error
             if name is None or name in names:

@@ -1,4 +1,4 @@
-"""From a recorded description of a model back to the module, without importing anything."""
+"""Rebuilds a module from its recorded description, without importing anything."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _REMEDY = "Pass the module itself: load_from_checkpoint(path, model=...)."
 
 
 def rebuild(record: Any, cls: Any = None) -> nn.Module:
-    """Rebuilds a Linen module from what `distaff.core.config.encoding.to_json` recorded of it.
+    """Rebuilds a Linen module from a record of `distaff.core.config.encoding.to_json`.
 
     A hyperparameter that JSON cannot hold, such as a function, is taken from the class's default
     if that is what was recorded.
 
     Args:
         record: `{"$class": "package.module:Name", ...hyperparameters}`.
-        cls: its class, a Linen one; without it, the one of the recorded name is looked for among
-            the module classes that this process has imported already.
+        cls: a Linen class; by default the one of the recorded name among the module classes that
+            this process has imported.
 
     Raises:
         CheckpointError: the class is not imported, or a hyperparameter cannot be rebuilt.
@@ -34,7 +34,7 @@ def rebuild(record: Any, cls: Any = None) -> nn.Module:
     record = record if isinstance(record, Mapping) else {}
     if "$module" in record:
         raise CheckpointError(
-            "Only Flax Linen modules are rebuilt from a record; the model is of the kind "
+            "Only Flax Linen modules can be rebuilt from a record; this model is of the kind "
             f"{record.get('kind')}: {record['$module']}. {_REMEDY}"
         )
     cls = cls or _imported(str(record.get("$class")))
@@ -52,30 +52,30 @@ def rebuild(record: Any, cls: Any = None) -> nn.Module:
         return cls(**arguments)
     except Exception as error:
         raise CheckpointError(
-            f"{name} cannot be made with what was recorded of it, {arguments}: {error}. {_REMEDY}"
+            f"{name} cannot be created from its record, {arguments}: {error}. {_REMEDY}"
         ) from error
 
 
 def is_linen_class(model: Any) -> bool:
-    """Tells whether a model is given as the class of a Linen module, which `rebuild` completes."""
+    """Returns whether a model is given as a Linen class, which `rebuild` can instantiate."""
     return isinstance(model, type) and issubclass(model, nn.Module)
 
 
 def _imported(name: str) -> Any:
-    found = chosen(name, _subclasses(nn.Module))
-    if found is None:
+    cls = chosen(name, _subclasses(nn.Module))
+    if cls is None:
         raise CheckpointError(
-            f"The model was recorded as {name!r}, and no module class of that name is imported. "
+            f"The model was recorded as {name!r}, but no module class of that name is imported. "
             f"Import it first. {_REMEDY}"
         )
-    return found
+    return cls
 
 
 def _is_default(recorded: Any, default: Any, field_name: str) -> bool:
     if default is dataclasses.MISSING or to_json(default) != recorded:
         return False
-    # Two functions without a name of their own look the same. Initializers do no harm: the
-    # parameters are loaded.
+    # Anonymous functions look the same in a record. Initializers may differ, since the parameters
+    # are loaded.
     nameless = "<lambda>" in str(recorded) or "<locals>" in str(recorded)
     return field_name.endswith("_init") or not nameless
 

@@ -1,4 +1,4 @@
-"""Optimizers: a config becomes an Optax transformation, with its schedule and weight-decay mask."""
+"""Builds Optax transformations, with schedules and weight-decay masks, from configs."""
 
 from distaff.optim.applied import applied_rates
 from distaff.optim.build import Optimizer, build_optimizer

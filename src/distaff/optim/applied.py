@@ -1,4 +1,4 @@
-"""The learning rates that an optimizer has applied, read from its state."""
+"""The learning rates that an optimizer applied, stored in its state."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import jax.numpy as jnp
 import optax
 
 from distaff.core.typing import Params, PyTree
-from distaff.optim.transforms.extra_args import Described, described
+from distaff.optim.transforms.extra_args import Described, with_description
 
 RATE = "learning_rate"
-"""The name under which a learning rate is logged; of a group: `learning_rate/<group>`."""
+"""The name of a learning rate in the log; for a group `learning_rate/<group>`."""
 
 
 class RatesState(NamedTuple):
-    """The state of an optimizer that notes the rates of its latest update.
+    """The state of an optimizer that stores the learning rates of its latest update.
 
     Attributes:
-        count: updates so far, int32 `[]`.
-        rates: of the latest one, float32 `[]` by name; of the first one before it.
+        count: number of updates, int32 `[]`.
+        rates: rates of the latest (or first) update by name, float32 `[]`.
         inner: the state of the optimizer itself.
     """
 
@@ -33,10 +33,9 @@ class RatesState(NamedTuple):
 def with_rates(
     tx: optax.GradientTransformationExtraArgs,
 ) -> optax.GradientTransformationExtraArgs:
-    """Wraps an optimizer whose description has rates, so that its state notes those it applies.
+    """Wraps an optimizer whose description has rates so that its state stores the applied ones.
 
-    Args:
-        tx: any optimizer; one without a description is returned as it is.
+    Returns any other optimizer unchanged.
     """
     if not isinstance(tx, Described) or tx.rates is None:
         return tx
@@ -57,31 +56,31 @@ def with_rates(
         changes, inner = tx.update(updates, state.inner, params, **extra_args)
         return changes, RatesState(state.count + 1, applied, inner)
 
-    return described(optax.GradientTransformationExtraArgs(init, update), tx, rates=None)
+    return with_description(optax.GradientTransformationExtraArgs(init, update), tx, rates=None)
 
 
 def applied_rates(opt_state: PyTree) -> dict[str, jax.Array]:
-    """Returns the learning rates that an optimizer's state holds, float32 `[]` by name.
+    """Returns the learning rates in an optimizer's state, float32 `[]` by name.
 
-    They are those of `with_rates`, which an optimizer that accumulates has, and those of
-    `optax.inject_hyperparams`, at any depth. Of several of these each has the label of its part of
-    `optax.partition`, or a number, in its name.
+    They come from `with_rates`, which `accumulate` uses, and from `optax.inject_hyperparams`, at
+    any depth. If there are several of the latter, each name has the label of its part of
+    `optax.partition`, or a number.
 
     Args:
         opt_state: the state of any optimizer.
     """
     kinds = (RatesState, optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 
-    def is_found(node: Any) -> bool:
+    def has_rates(node: Any) -> bool:
         return isinstance(node, kinds)
 
     rates: dict[str, Any] = {}
     injected: list[tuple[str, Any]] = []
-    for path, node in jax.tree.leaves_with_path(opt_state, is_leaf=is_found):
+    for path, node in jax.tree.leaves_with_path(opt_state, is_leaf=has_rates):
         if isinstance(node, RatesState):
             rates.update(node.rates)
             rates.update(applied_rates(node.inner))
-        elif is_found(node) and RATE in node.hyperparams:
+        elif has_rates(node) and RATE in node.hyperparams:
             labels = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
             injected.append((str(labels[-1]) if labels else "", node.hyperparams[RATE]))
     for index, (label, rate) in enumerate(injected):

@@ -1,4 +1,4 @@
-"""From what a user passes as `optimizer` to an Optax transformation and its learning rate."""
+"""Builds an Optax transformation and its learning rates from an optimizer that a user passes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from distaff.core.typing import Params, PyTree, Schedule
 from distaff.errors import ConfigError
 from distaff.optim import catalog
 from distaff.optim.applied import RATE
-from distaff.optim.config import OptimizerConfig, ParamGroup
+from distaff.optim.config import WHOLE_MODEL_OPTIONS, OptimizerConfig, ParamGroup
 from distaff.optim.given import OptimizerLike, check_optimizer
 from distaff.optim.schedules import make_schedule
 from distaff.optim.transforms.accumulate import accumulate
-from distaff.optim.transforms.extra_args import described, with_known_args
+from distaff.optim.transforms.extra_args import with_description, with_known_args
 from distaff.optim.transforms.masks import check_patterns, make_decay_mask
 from distaff.optim.transforms.param_groups import (
     frozen,
@@ -27,21 +27,13 @@ from distaff.optim.transforms.param_groups import (
     keeps_statistics,
 )
 
-_WHOLE: Mapping[str, Any] = {
-    "groups": (),
-    "clip_norm": None,
-    "clip_value": None,
-    "accumulate": 1,
-}
-"""The options of a config that are about all parameters together, as a part has them."""
-
 
 class Optimizer(NamedTuple):
     """An optimizer ready for a train state.
 
     Attributes:
         tx: the Optax transformation; its `update` accepts any keyword argument.
-        schedule: the learning rate by update, outside of groups; None where it is not known.
+        schedule: the learning rate by update, outside of groups; None if unknown.
     """
 
     tx: optax.GradientTransformationExtraArgs
@@ -51,26 +43,27 @@ class Optimizer(NamedTuple):
 def build_optimizer(
     optimizer: OptimizerLike, total_steps: int | None, *, steps_per_epoch: int | None = None
 ) -> Optimizer:
-    """Makes the optimizer of a run.
+    """Builds the optimizer of a run.
 
     A config becomes the chain `clip_value` → `clip_norm` → optimizer, so that momentum and second
-    moments see the clipped gradient, and weight decay is never clipped. With groups, the norm is
-    still one, of all gradients but the frozen ones. All of it is within `accumulate`, if the config
-    accumulates.
+    moments see the clipped gradient, and weight decay is never clipped. With groups, the norm
+    covers the gradients of all parameters that are not frozen. If the config accumulates,
+    `accumulate` wraps the chain.
 
     Args:
-        optimizer: an `OptimizerConfig`; an `optax.GradientTransformation` or `optax.MultiSteps`,
-            taken as it is; or a function `f(total_steps)` that returns one of these.
-        total_steps: training steps of the whole run; None where they are not known.
-        steps_per_epoch: of these; under accumulation each epoch ends with an update.
+        optimizer: an `OptimizerConfig`; an `optax.GradientTransformation` or `optax.MultiSteps`; or
+            a function `f(total_steps)` that returns one of these.
+        total_steps: training steps of the whole run; None if unknown.
+        steps_per_epoch: training steps of an epoch; with accumulation each epoch ends with an
+            update.
 
     Returns:
         The transformation and, for a config, its schedule.
 
     Raises:
-        ConfigError: `optimizer` has none of the three forms, or needs the number of steps and it
-            is not known, or its warm-up is not shorter than the run. `tx.init` raises it if a
-            group has no parameters.
+        ConfigError: `optimizer` is of another type, needs the number of steps when it is unknown,
+            or its warm-up is not shorter than the run. `tx.init` raises it if a group has no
+            parameters.
     """
     if isinstance(optimizer, OptimizerConfig):
         return _from_config(optimizer, _num_updates(optimizer, total_steps, steps_per_epoch))
@@ -79,22 +72,22 @@ def build_optimizer(
     check_optimizer(optimizer)
     if total_steps is None:
         raise ConfigError(
-            "A function of the number of steps was given as optimizer, and the number of steps is "
-            "not known because the loader has no length. Pass steps_per_epoch to train_model."
+            "The optimizer is a function of the number of steps, which is not known because the "
+            "loader has no length. Pass steps_per_epoch to train_model."
         )
-    made = optimizer(total_steps)
-    if not isinstance(made, OptimizerConfig | optax.GradientTransformation | optax.MultiSteps):
+    built = optimizer(total_steps)
+    if not isinstance(built, OptimizerConfig | optax.GradientTransformation | optax.MultiSteps):
         raise ConfigError(
-            "A function given as optimizer must return an OptimizerConfig or an "
-            f"optax.GradientTransformation, and {optimizer!r} returned {made!r}."
+            "An optimizer function must return an OptimizerConfig or an "
+            f"optax.GradientTransformation, and {optimizer!r} returned {built!r}."
         )
-    return build_optimizer(made, total_steps, steps_per_epoch=steps_per_epoch)
+    return build_optimizer(built, total_steps, steps_per_epoch=steps_per_epoch)
 
 
 def _num_updates(
     config: OptimizerConfig, total_steps: int | None, steps_per_epoch: int | None
 ) -> int | None:
-    """Returns how many updates a run makes, which its schedule is stretched over."""
+    """Returns the number of updates in a run, over which the schedule extends."""
     if total_steps is None or config.accumulate == 1:
         return total_steps
     per_epoch = min(steps_per_epoch or total_steps, total_steps)
@@ -105,7 +98,7 @@ def _num_updates(
 def _from_config(config: OptimizerConfig, total_steps: int | None) -> Optimizer:
     schedule = _schedule(config, total_steps)
     tx = optax.with_extra_args_support(optax.chain(*_transforms(config, total_steps)))
-    tx = described(
+    tx = with_description(
         _checking_patterns(tx, config),
         rates=_rates(config, total_steps),
         keeps=keeps_statistics(config.groups),
@@ -116,7 +109,7 @@ def _from_config(config: OptimizerConfig, total_steps: int | None) -> Optimizer:
 def _rates(
     config: OptimizerConfig, total_steps: int | None
 ) -> Callable[[Params], Mapping[str, Schedule]]:
-    """Returns the learning rate of each group that has parameters, by the name it is logged as."""
+    """Returns the learning rate of each group that has parameters, by its name in the log."""
     outer = _schedule(config, total_steps)
     if not config.groups:
         return lambda params: {} if outer is None else {RATE: outer}
@@ -165,7 +158,7 @@ def _transforms(
 def _checking_patterns(
     tx: optax.GradientTransformationExtraArgs, config: OptimizerConfig
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns an optimizer that checks the patterns of decay once it sees all parameters."""
+    """Returns an optimizer whose `init` checks the decay patterns against all parameters."""
     own = [g.optimizer for g in config.groups if isinstance(g.optimizer, OptimizerConfig)]
     patterns = {
         "no_decay": [pattern for each in (config, *own) for pattern in each.no_decay],
@@ -182,13 +175,13 @@ def _checking_patterns(
 
 
 def _grouped(config: OptimizerConfig, total_steps: int | None) -> optax.GradientTransformation:
-    rest = dataclasses.replace(config, **_WHOLE)
+    rest = dataclasses.replace(config, **WHOLE_MODEL_OPTIONS)
     transforms = [
-        frozen() if group.freeze else _of_part(_own_config(group, config), total_steps)
+        frozen() if group.freeze else _group_transform(_own_config(group, config), total_steps)
         for group in config.groups
     ]
-    transforms.append(_of_part(rest, total_steps))
-    # A line search then gets the gradient of its own parameters alone.
+    transforms.append(_group_transform(rest, total_steps))
+    # With masked extra arguments, a line search gets the gradient of its own parameters only.
     return optax.partition(
         dict(enumerate(transforms)), group_labels(config.groups), mask_compatible_extra_args=True
     )
@@ -197,19 +190,19 @@ def _grouped(config: OptimizerConfig, total_steps: int | None) -> optax.Gradient
 def _own_config(
     group: ParamGroup, config: OptimizerConfig
 ) -> OptimizerConfig | optax.GradientTransformation:
-    """Returns the optimizer of a group that is trained."""
+    """Returns the optimizer of a group that is not frozen."""
     if group.optimizer is not None:
         return group.optimizer
-    rest = dataclasses.replace(config, **_WHOLE)
+    rest = dataclasses.replace(config, **WHOLE_MODEL_OPTIONS)
     if group.learning_rate is None:
         return rest
     return dataclasses.replace(rest, learning_rate=group.learning_rate)
 
 
-def _of_part(
+def _group_transform(
     optimizer: OptimizerConfig | optax.GradientTransformation, total_steps: int | None
 ) -> optax.GradientTransformation:
-    """Makes the optimizer of some parameters; patterns may match others."""
+    # Without a check of decay patterns, which may match parameters of other groups.
     if isinstance(optimizer, OptimizerConfig):
         return optax.chain(*_transforms(optimizer, total_steps))
     return build_optimizer(optimizer, total_steps).tx
@@ -228,7 +221,7 @@ def _with_decay(config: OptimizerConfig, schedule: Schedule) -> list[optax.Gradi
         optimizer = function(rate, **arguments)
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"Optax cannot make the optimizer {config.name!r} with the options "
+            f"Optax cannot build the optimizer {config.name!r} with the options "
             f"{config.options!r}: {error}"
         ) from error
     if decay == 0 or mask_argument is not None:
@@ -241,11 +234,11 @@ def _with_decay(config: OptimizerConfig, schedule: Schedule) -> list[optax.Gradi
 def _learned(config: OptimizerConfig, total_steps: int | None) -> optax.GradientTransformation:
     if total_steps is None:
         raise ConfigError(
-            f"The optimizer {config.name!r} paces itself by the number of steps of the run, which "
-            "is not known because the loader has no length. Pass steps_per_epoch to train_model."
+            f"The optimizer {config.name!r} needs the number of steps of the run, which is not "
+            "known because the loader has no length. Pass steps_per_epoch to train_model."
         )
-    make = catalog.LEARNED[config.name]
+    build = catalog.LEARNED[config.name]
     mask = make_decay_mask(config.no_decay, config.also_decay)
-    return make(
+    return build(
         total_steps=total_steps, weight_decay=config.weight_decay, mask=mask, **config.options
     )

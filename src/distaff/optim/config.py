@@ -12,14 +12,6 @@ from distaff.core.config.checks import whole
 from distaff.core.config.other_frameworks import OPTIMIZER, spell
 from distaff.errors import ConfigError, nearest
 from distaff.optim import catalog
-from distaff.optim.defaults import (
-    RATE,
-    SCHEDULE,
-    DefaultRate,
-    DefaultSchedule,
-    default_rate,
-    default_schedule,
-)
 from distaff.optim.options import check_options, is_finite, no_decay_remedy, plain
 
 ScheduleName: TypeAlias = Literal[
@@ -27,8 +19,15 @@ ScheduleName: TypeAlias = Literal[
 ]
 
 Option: TypeAlias = bool | int | float | str | None
-"""What an option may be: the scalars of JSON."""
+"""The type of an option: a JSON scalar."""
 
+WHOLE_MODEL_OPTIONS: Mapping[str, Any] = {
+    "groups": (),
+    "clip_norm": None,
+    "clip_value": None,
+    "accumulate": 1,
+}
+"""Options that apply to all parameters together, with their defaults; a group cannot set them."""
 
 _NUMBERS = (
     *("learning_rate", "warmup_steps", "end_fraction", "weight_decay", "clip_norm", "clip_value"),
@@ -38,21 +37,21 @@ _NUMBERS = (
 
 @dataclass(frozen=True)
 class ParamGroup:
-    """Parameters that are trained in a way of their own: exactly one of the three options.
+    """Parameters trained differently from the others. Set exactly one of the three options.
 
     Args:
         pattern: shell pattern (`fnmatch.fnmatchcase`) for the path of a parameter, such as
-            `Dense_0/kernel`. `*` stands for any text, slashes included: `encoder/*`, `*/bias`.
-        optimizer: their own optimizer and schedule. It has no clipping: the norm is of all
-            gradients, and is limited in the config that holds the groups.
-        learning_rate: their highest learning rate; all else is as for the other parameters.
-        freeze: whether they keep their values, bit for bit. They then cost no optimizer state.
-        freeze_statistics: whether `freeze` also holds for the running statistics
-            (`state.batch_stats`) at paths that the pattern matches. In training a layer still
-            normalises by the statistics of the batch.
+            `Dense_0/kernel`. `*` matches any text, slashes included: `encoder/*`, `*/bias`.
+        optimizer: optimizer and schedule of the group. It cannot clip or accumulate: set these in
+            the config that holds the groups, where the norm covers all gradients.
+        learning_rate: peak learning rate of the group; everything else as for the other parameters.
+        freeze: whether the parameters keep their values, bit for bit. They then have no optimizer
+            state.
+        freeze_statistics: whether `freeze` also applies to running statistics (`state.batch_stats`)
+            at matching paths. In training, a layer still normalises by the statistics of the batch.
 
     Raises:
-        ConfigError: none or several of the options are given, or one of them is of no use here.
+        ConfigError: not exactly one of the options is set, or one has an invalid value.
     """
 
     pattern: str
@@ -63,55 +62,53 @@ class ParamGroup:
     freeze_statistics: bool = True
 
     def __post_init__(self) -> None:
-        """Refuses what cannot be built."""
-        _take_plain(self, ("learning_rate",))
+        _to_python_scalars(self, ("learning_rate",))
         _check_group(self)
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """An optimizer described by plain values; `build_optimizer` makes it.
+    """An optimizer described by plain values; build it with `build_optimizer`.
 
-    The end of a schedule is a fraction, not a learning rate: it then stays right when
-    `learning_rate` alone is changed, on the command line or by a search.
+    The end of a schedule is a fraction of `learning_rate`, so that it stays right when
+    `learning_rate` alone changes, on the command line or in a search.
 
     Args:
         name: sgd, momentum, rmsprop, adam, adamw, lamb, lion, muon, or any other function of
-            `optax` or `optax.contrib` that makes an optimizer from a `learning_rate`; or velo, a
-            trained network whose weights are in a folder, `options={"weights": "/folder"}`. It has
-            no learning rate: the next four fields keep their defaults.
-        learning_rate: the highest learning rate of the run. By default that of the Optax function,
-            such as 1.0 for prodigy, dowg or schedule_free_sgd, and 1e-3 where it has none.
-        schedule: how the learning rate falls after the warm-up; one_cycle rises first. By default
+            `optax` or `optax.contrib` that builds an optimizer from a `learning_rate`; or velo, a
+            trained network whose weights are in a folder, `options={"weights": "/folder"}`. Velo
+            has no learning rate: leave the next four fields at their defaults.
+        learning_rate: peak learning rate. By default that of the Optax function, such as 1.0 for
+            prodigy, dowg or schedule_free_sgd, and 1e-3 if it has none.
+        schedule: decay of the learning rate after the warm-up; one_cycle rises first. By default
             cosine; constant for schedule_free_sgd, schedule_free_adamw and lbfgs.
         warmup_steps: optimizer updates over which the learning rate rises linearly from 0.
-        end_fraction: what the learning rate is divided by `learning_rate` once the run is over,
-            from 0 to 1; the last step still has a little more. Not used by constant and
-            inverse_sqrt.
-        weight_decay: strength of weight decay, which leaves biases and norm scales alone; see
-            `decay_mask`. For sgd and momentum it is L2 added to the gradient, for all others what
-            their Optax function calls `weight_decay` (adamw, lamb, lion, muon: decoupled, and
+        end_fraction: learning rate after the last step, as a fraction of `learning_rate` from 0 to
+            1. Constant and inverse_sqrt ignore it.
+        weight_decay: strength of weight decay, which excludes biases and norm scales; see
+            `decay_mask`. For sgd and momentum it is L2 added to the gradient, for all others the
+            `weight_decay` of their Optax function (adamw, lamb, lion, muon: decoupled, and
             multiplied by the learning rate; adafactor: `weight_decay_rate`, without the learning
-            rate). The defaults of Optax, such as 1e-4 for adamw, are never used. For velo see
+            rate). Optax's own defaults, such as 1e-4 for adamw, are never used. For velo see
             `distaff.optim.learned.velo`.
-        no_decay: shell patterns for the paths of parameters that are not decayed either, such as
-            `*/embedding`.
-        also_decay: patterns for those that are decayed, though they look like a bias or a scale.
-            What both match is not decayed.
-        clip_norm: the largest global norm of the gradient; None for no limit.
-        clip_value: the largest absolute value of each gradient entry; None for no limit.
-        accumulate: batches per update. The gradients of that many batches are averaged, each with
-            the weight of its loss, and update the parameters once: as one batch of all their
-            examples does. `warmup_steps`, the schedule and the optimizer count updates; clipping
-            acts on the averaged gradient; an epoch ends with an update of the batches that are
-            left. The step count of the trainer stays that of batches.
+        no_decay: shell patterns for the paths of further parameters to exclude from weight decay,
+            such as `*/embedding`.
+        also_decay: shell patterns for parameters to decay although they look like a bias or a
+            scale. `no_decay` wins if both match.
+        clip_norm: maximum global norm of the gradient; None to disable.
+        clip_value: maximum absolute value of each gradient entry; None to disable.
+        accumulate: batches per update. The gradients of that many batches are averaged, weighted
+            like their losses, so that one update equals that of one batch of all their examples.
+            `warmup_steps`, the schedule and the optimizer count updates; clipping applies to the
+            averaged gradient; an epoch ends with an update from the remaining batches. The step
+            count of the trainer still counts batches.
         options: further arguments of the Optax function, such as `{"b1": 0.95}`.
-        groups: parameters that are trained in another way. The first group whose pattern matches
-            has a parameter; what none matches is trained as the other fields say.
+        groups: parameters trained differently. The first group whose pattern matches applies;
+            the other fields apply to parameters that match none.
 
     Raises:
-        ConfigError: a value is out of range, a name is unknown, or `weight_decay` is asked of an
-            optimizer that has none.
+        ConfigError: a value is out of range, a name is unknown, or `weight_decay` is set for an
+            optimizer that does not support it.
 
     Example:
         >>> OptimizerConfig("adamw", learning_rate=3e-3, warmup_steps=50).schedule
@@ -120,8 +117,8 @@ class OptimizerConfig:
 
     name: str = "adamw"
     _: KW_ONLY
-    learning_rate: float = RATE
-    schedule: ScheduleName = SCHEDULE  # ty: ignore[invalid-assignment]
+    learning_rate: float = catalog.RATE
+    schedule: ScheduleName = catalog.SCHEDULE  # ty: ignore[invalid-assignment]
     warmup_steps: int = 0
     end_fraction: float = 0.01
     weight_decay: float = 0.0
@@ -137,13 +134,12 @@ class OptimizerConfig:
         if not isinstance(self.name, str):
             raise ConfigError(
                 f"OptimizerConfig takes the name of an optimizer; got {self.name!r}. Write "
-                'OptimizerConfig("adamw", ...); or, for a transformation of Optax, pass it to the '
-                "trainer as it is: optimizer=optax.adamw(1e-3)."
+                'OptimizerConfig("adamw", ...), or pass an Optax transformation to the trainer '
+                "directly: optimizer=optax.adamw(1e-3)."
             )
-        """Fills in what was not given, and refuses what cannot be built."""
-        _take_plain(self, _NUMBERS)
+        _to_python_scalars(self, _NUMBERS)
         _check_names(self)
-        _fill_in(self)
+        _fill_in_defaults(self)
         _check_numbers(self)
         _check_options(self)
         _check_combinations(self)
@@ -154,49 +150,50 @@ class OptimizerConfig:
 
 
 def _check_group(group: ParamGroup) -> None:
-    given = f"ParamGroup({group.pattern!r})"
+    label = f"ParamGroup({group.pattern!r})"
     if not isinstance(group.pattern, str) or not group.pattern:
         raise ConfigError(f"pattern must be a str such as '*/bias', and is {group.pattern!r}.")
     options = {name: getattr(group, name) for name in ("optimizer", "learning_rate", "freeze")}
     named = [name for name, value in options.items() if value is not None and value is not False]
     if len(named) != 1:
         raise ConfigError(
-            f"{given} must have exactly one of {', '.join(options)}, and has {named or 'none'}."
+            f"{label} must have exactly one of {', '.join(options)}, and has {named or 'none'}."
         )
     rate, optimizer = group.learning_rate, group.optimizer
     if rate is not None and (not is_finite(rate) or rate < 0):
         raise ConfigError(
-            f"The learning_rate of {given} must be a finite int or float >= 0, and is {rate!r}."
+            f"The learning_rate of {label} must be a finite int or float >= 0, and is {rate!r}."
         )
     if not isinstance(optimizer, OptimizerConfig | optax.GradientTransformation | None):
         raise ConfigError(
-            f"The optimizer of {given} must be an OptimizerConfig or an "
+            f"The optimizer of {label} must be an OptimizerConfig or an "
             f"optax.GradientTransformation, and is {optimizer!r}."
         )
-    whole_only = {"clip_norm": None, "clip_value": None, "groups": (), "accumulate": 1}
-    outer = whole_only if isinstance(optimizer, OptimizerConfig) else {}
+    if not isinstance(optimizer, OptimizerConfig):
+        return
     misplaced = {
-        n: getattr(optimizer, n) for n, none in outer.items() if getattr(optimizer, n) != none
+        name: getattr(optimizer, name)
+        for name, default in WHOLE_MODEL_OPTIONS.items()
+        if getattr(optimizer, name) != default
     }
     if misplaced:
         raise ConfigError(
-            "Clipping and groups belong to the OptimizerConfig that holds all groups, as does "
-            f"accumulation; the optimizer of {given} has {misplaced!r}. Move them there."
+            "Clipping, groups and accumulation belong to the OptimizerConfig that holds all "
+            f"groups; the optimizer of {label} has {misplaced!r}. Move them there."
         )
 
 
-def _take_plain(config: Any, names: Sequence[str]) -> None:
-    """Replaces scalars of NumPy and JAX by Python's own."""
+def _to_python_scalars(config: Any, names: Sequence[str]) -> None:
     for name in names:
         object.__setattr__(config, name, plain(getattr(config, name)))
 
 
-def _fill_in(config: OptimizerConfig) -> None:
-    """Gives a config that leaves rate or schedule open those that its optimizer has by default."""
-    if isinstance(config.learning_rate, DefaultRate):
-        object.__setattr__(config, "learning_rate", default_rate(config.name))
-    if isinstance(config.schedule, DefaultSchedule):
-        object.__setattr__(config, "schedule", default_schedule(config.name))
+def _fill_in_defaults(config: OptimizerConfig) -> None:
+    """Sets a learning rate or schedule that was not given to the default of the optimizer."""
+    if isinstance(config.learning_rate, catalog.DefaultRate):
+        object.__setattr__(config, "learning_rate", catalog.default_rate(config.name))
+    if isinstance(config.schedule, catalog.DefaultSchedule):
+        object.__setattr__(config, "schedule", catalog.default_schedule(config.name))
 
 
 def _check_decay_patterns(config: OptimizerConfig) -> None:
@@ -218,7 +215,7 @@ def _check_groups(config: OptimizerConfig) -> None:
         if not isinstance(group, ParamGroup):
             raise ConfigError(
                 f"groups must hold ParamGroup objects only, and holds {group!r}. "
-                "Parsed JSON is read by distaff.config.from_json(OptimizerConfig, data)."
+                "For parsed JSON, call distaff.config.from_json(OptimizerConfig, data)."
             )
 
 
@@ -237,7 +234,7 @@ def _check_numbers(config: OptimizerConfig) -> None:
         if value is not None and (not is_finite(value) or value <= 0):
             raise ConfigError(
                 f"{name} must be a finite int or float > 0, and is {value!r}. "
-                "For no clipping, use None."
+                "Use None to disable clipping."
             )
     whole("accumulate", config.accumulate)
     steps = config.warmup_steps
@@ -252,7 +249,7 @@ def _check_names(config: OptimizerConfig) -> None:
     if config.name not in known:
         raise ConfigError(
             f"No optimizer is called {config.name!r}. {nearest(str(config.name).lower(), known)} "
-            "Any other is passed as the optax.GradientTransformation itself."
+            "Any other can be passed as the optax.GradientTransformation itself."
         )
     schedules = get_args(ScheduleName)
     if config.schedule not in schedules:
@@ -277,7 +274,7 @@ def _check_combinations(config: OptimizerConfig) -> None:
     if config.accumulate > 1 and config.name in ("lbfgs", "sophia"):
         raise ConfigError(
             f"The optimizer {config.name!r} evaluates the loss of its batch at other parameters, "
-            f"and accumulate is {config.accumulate}: the batches before the last one are gone by "
+            f"but accumulate is {config.accumulate}, and only the last batch is still available "
             "then. Use accumulate=1 with larger batches."
         )
     has_fixed_rate = config.schedule == "constant" and config.warmup_steps == 0
@@ -289,8 +286,8 @@ def _check_combinations(config: OptimizerConfig) -> None:
         )
     if config.weight_decay > 0 and not catalog.takes_weight_decay(config.name):
         raise ConfigError(
-            f"The optimizer {config.name!r} has no weight decay that can leave biases and norm "
-            f"scales alone, and weight_decay is {config.weight_decay!r}. {_decay_remedy(config)}"
+            f"The optimizer {config.name!r} has no weight decay that can exclude biases and norm "
+            f"scales, and weight_decay is {config.weight_decay!r}. {_decay_remedy(config)}"
         )
 
 
@@ -308,9 +305,9 @@ def _check_learned(config: OptimizerConfig) -> None:
     for group in config.groups:
         if group.learning_rate is not None:
             raise ConfigError(
-                f"The optimizer {config.name!r} has no learning rate that could be another for "
-                f"ParamGroup({group.pattern!r}), and learning_rate is {group.learning_rate!r}. "
-                "Give the group an optimizer of its own."
+                f"The optimizer {config.name!r} has no learning rate, but "
+                f"ParamGroup({group.pattern!r}) sets learning_rate={group.learning_rate!r}. "
+                "Set the optimizer of the group instead."
             )
 
 

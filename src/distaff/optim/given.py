@@ -1,4 +1,4 @@
-"""Checks of what is given as optimizer, before a trainer is made."""
+"""The types of optimizer that a trainer accepts."""
 
 from __future__ import annotations
 
@@ -18,19 +18,14 @@ OptimizerLike: TypeAlias = (
     | optax.MultiSteps
     | Callable[[int], OptimizerConfig | optax.GradientTransformation | optax.MultiSteps]
 )
-"""The forms of an optimizer: a config, the transformation itself, a function of `total_steps`."""
-
-_FORMS = (
-    'Write OptimizerConfig("adamw", learning_rate=1e-3), an Optax transformation such as '
-    "optax.adamw(1e-3), or a function of the total number of steps that returns one of the two."
-)
+"""An optimizer: a config, an Optax transformation, or a function of `total_steps`."""
 
 
 def as_optimizer(given: OptimizerLike | None) -> OptimizerLike:
-    """Returns an optimizer as it is, once its form is checked; the default one for None.
+    """Returns a valid optimizer unchanged; the default one for None.
 
     Raises:
-        ConfigError: it is none of the forms that a trainer takes.
+        ConfigError: it has none of the types that a trainer accepts.
     """
     if given is None:
         return OptimizerConfig()
@@ -39,21 +34,18 @@ def as_optimizer(given: OptimizerLike | None) -> OptimizerLike:
 
 
 def check_optimizer(optimizer: Any) -> None:
-    """Checks the form of an optimizer; nothing is built.
-
-    Args:
-        optimizer: anything.
+    """Checks the type of an optimizer without building it.
 
     Raises:
-        ConfigError: it is none of the forms that a trainer takes.
+        ConfigError: it has none of the types that a trainer accepts.
     """
     if isinstance(optimizer, OptimizerConfig | optax.GradientTransformation | optax.MultiSteps):
         return
     for name, function in catalog.optimizers().items():
         if optimizer is function:
             raise ConfigError(
-                f"optimizer is Optax's function {name!r} itself, which would take the number of "
-                f"steps for its learning rate. Call it, or pass OptimizerConfig({name!r})."
+                f"optimizer is Optax's function {name!r} itself, which would use the number of "
+                f"steps as its learning rate. Call it, or pass OptimizerConfig({name!r})."
             )
     if isinstance(optimizer, type) or not callable(optimizer):
         hint = f" Did you mean OptimizerConfig({optimizer!r})?" * isinstance(optimizer, str)
@@ -63,12 +55,12 @@ def check_optimizer(optimizer: Any) -> None:
             f"or an Optax transformation like optax.adamw(1e-3), and is {optimizer!r}.{hint}"
         )
     try:
-        signature = inspect.signature(optimizer)
-        signature.bind(None)
+        inspect.signature(optimizer).bind(None)
     except TypeError as error:
         raise ConfigError(
-            "A function given as optimizer takes the total number of steps, f(total_steps); "
-            f"{optimizer!r} cannot be called so: {error}. {_FORMS}"
+            "An optimizer function must accept the total number of steps, f(total_steps); "
+            f'{optimizer!r} does not: {error}. Write such a function, OptimizerConfig("adamw", '
+            "learning_rate=1e-3), or an Optax transformation such as optax.adamw(1e-3)."
         ) from None
-    except ValueError:  # a function in C, which does not say
+    except ValueError:  # a function in C without a signature
         return

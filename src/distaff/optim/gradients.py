@@ -1,4 +1,4 @@
-"""Gradients: what an optimizer can train, and the form of the gradients that it is given."""
+"""Checks of parameters and gradients."""
 
 from __future__ import annotations
 
@@ -13,28 +13,24 @@ from distaff.errors import StateError, leaf_name
 
 
 def check_trainable(params: Params) -> None:
-    """Checks that each parameter is a float or complex array, which JAX can differentiate.
-
-    Args:
-        params: what an optimizer is to train; arrays, or their shapes.
+    """Checks that JAX can differentiate by each parameter: that its dtype is float or complex.
 
     Raises:
-        StateError: one is not; it is named.
+        StateError: a parameter has another dtype.
     """
     for path, leaf in jax.tree.leaves_with_path(params):
         dtype = jax.dtypes.result_type(leaf) if not hasattr(leaf, "dtype") else leaf.dtype
         if not jnp.issubdtype(dtype, jnp.inexact):
             raise StateError(
-                "A parameter is an array of float or complex numbers, which a loss can be "
-                f"differentiated by; {leaf_name(path)!r} has dtype {dtype}. Keep it out of the "
-                "parameters: as a constant or a plain attribute of the model, or as a variable "
-                "of another collection (in Flax Linen self.variable('constants', ...)). A number "
-                "that is to be trained needs a float dtype."
+                f"The parameter {leaf_name(path)!r} has dtype {dtype}, which JAX cannot "
+                "differentiate. To train it, use a float or complex dtype. Otherwise keep it out "
+                "of the parameters: as a constant or plain attribute of the model, or as a "
+                "variable of another collection (in Flax Linen self.variable('constants', ...))."
             )
 
 
 def check_params(params: Params) -> None:
-    """Checks that parameters are not what an optimizer's `update` returned.
+    """Checks that parameters are not the pair that an optimizer's `update` returns.
 
     Raises:
         StateError: they hold the state of an optimizer.
@@ -47,7 +43,7 @@ def check_params(params: Params) -> None:
 
     if any(is_optax_state(node) for node in jax.tree.leaves(params, is_leaf=is_optax_state)):
         raise StateError(
-            "params holds the state of an optimizer, as optimizer.update returns it. Write "
+            "params holds the state of an optimizer, which optimizer.update also returns. Write "
             "updates, opt_state = optimizer.update(grads, opt_state, params), then "
             "params = optax.apply_updates(params, updates); or state.apply_gradients(grads=grads), "
             "which does both."
@@ -57,7 +53,7 @@ def check_params(params: Params) -> None:
 def descending(grads: Params) -> Params:
     """Returns gradients whose negative is the direction of steepest descent.
 
-    For a complex parameter JAX's gradient is the conjugate of that; see `jax.grad`.
+    JAX returns the conjugate for a complex parameter; see `jax.grad`.
     """
     return jax.tree.map(lambda leaf: jnp.conj(leaf) if jnp.iscomplexobj(leaf) else leaf, grads)
 
@@ -68,14 +64,14 @@ def is_complex(tree: PyTree) -> bool:
 
 
 def num_per_example(grads: Params, params: Params) -> int | None:
-    """Returns of how many examples gradients are, if they have one more axis, in front.
+    """Returns the number of examples of gradients with a leading axis of examples.
 
     Args:
-        grads: each leaf `[examples, *shape]`, or any others.
-        params: each leaf `shape`.
+        grads: leaves `[examples, *shape]`, or any others.
+        params: leaves `shape`.
 
     Returns:
-        None for gradients of another form.
+        None if they have no such axis.
     """
     if jax.tree.structure(grads) != jax.tree.structure(params):
         return None
@@ -87,10 +83,10 @@ def num_per_example(grads: Params, params: Params) -> int | None:
 
 
 def check_gradients(grads: Params, params: Params) -> None:
-    """Checks that gradients, or updates, have the structure and the shapes of parameters.
+    """Checks that gradients, or updates, have the structure and shapes of parameters.
 
     Raises:
-        StateError: they do not; the leaves that differ are named.
+        StateError: they do not; the message names the leaves that differ.
     """
     got, expected = _shapes(grads), _shapes(params)
     structures = [jax.tree.structure(tree) for tree in (grads, params)]

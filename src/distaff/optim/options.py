@@ -1,4 +1,4 @@
-"""Checks of the options of an optimizer, by what its Optax function has as their defaults."""
+"""Checks of an optimizer's options against the defaults of its Optax function."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from distaff.optim import catalog
 from distaff.optim.learned import WHERE_TO_GET
 
 _DECAYS = {"b1", "b2", "b3", "beta", "adam_b1", "adam_b2", "rho", "decay"}
-"""Options that say which share of an average stays; 1 would keep it as it is for ever."""
+"""Decay rates of running averages, which must be less than 1."""
 
 _OBJECTS = {"base_optimizer", "weight_dimension_numbers", "muon_weight_dimension_numbers"}
 _SEEDS = {"key", "seed"}
 
 
 def plain(value: Any) -> Any:
-    """Returns a scalar of NumPy or JAX as Python's own, which JSON can hold; all else as it is."""
+    """Converts a scalar of NumPy or JAX to a Python scalar; returns any other value unchanged."""
     if isinstance(value, np.generic) or (
         isinstance(value, np.ndarray | jax.Array) and value.ndim == 0
     ):
@@ -34,16 +34,12 @@ def plain(value: Any) -> Any:
 
 
 def is_finite(value: object) -> bool:
-    """Returns whether a value is a finite int or float of Python."""
+    """Returns whether a value is a finite Python int or float."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
-    """Checks the options of an optimizer.
-
-    Args:
-        name: of a known optimizer.
-        options: by the name of Optax's argument.
+    """Checks the options of a known optimizer by the name of Optax's argument.
 
     Raises:
         ConfigError: one is unknown, missing, of another type than Optax's default, or out of range.
@@ -63,10 +59,10 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
                 f"options[{option!r}] is {value!r}. For anything else, pass the "
                 "optax.GradientTransformation itself."
             )
-        wanted = "" if name in catalog.LEARNED else _wanted(option, value, known[option])
-        if wanted:
+        rule = "" if name in catalog.LEARNED else _broken_rule(option, value, known[option])
+        if rule:
             raise ConfigError(
-                f"options[{option!r}] of the optimizer {name!r} must be {wanted}, and is {value!r}."
+                f"options[{option!r}] of the optimizer {name!r} must be {rule}, and is {value!r}."
             )
     _check_missing(name, options, known)
 
@@ -77,21 +73,15 @@ def _check_owner(name: str, option: str) -> None:
         return
     if owner == "weight_decay" and not catalog.takes_weight_decay(name):
         raise ConfigError(f"options may not hold {option!r}. {no_decay_remedy(name)}")
-    patterns = " Which parameters are decayed is set by no_decay and also_decay." * (
-        "mask" in option
-    )
+    patterns = " Set no_decay and also_decay to choose parameters." * ("mask" in option)
     raise ConfigError(
-        f"options may not hold {option!r}, which the field {owner} of OptimizerConfig decides. "
+        f"options may not hold {option!r}, which is set by the field {owner} of OptimizerConfig. "
         f"Set {owner} instead.{patterns}"
     )
 
 
 def no_decay_remedy(name: str) -> str:
-    """Returns what to do for the decay of an optimizer whose decay no mask reaches, as sentences.
-
-    Args:
-        name: of a known optimizer.
-    """
+    """Returns the remedy, as sentences, for an optimizer whose decay cannot be masked."""
     parameters = inspect.signature(catalog.optimizers()[name]).parameters
     able = [each for each in sorted(catalog.optimizers()) if catalog.takes_weight_decay(each)]
     others = f"The others are: {', '.join(able)}."
@@ -99,7 +89,7 @@ def no_decay_remedy(name: str) -> str:
         return f"Use weight_decay=0, or one of these: {', '.join(able)}."
     return (
         f"Optax's {name!r} decays all parameters or none, biases and norm scales too. To decay "
-        "them all, pass the transformation itself, with its weight_decay; to spare some, use "
+        "them all, pass the transformation itself, with its weight_decay; to exclude some, use "
         f"another optimizer. {others}"
     )
 
@@ -119,8 +109,8 @@ def _check_missing(
         )
 
 
-def _wanted(option: str, value: Any, parameter: inspect.Parameter) -> str:
-    """Returns what an option must be, in words; empty where the value is that."""
+def _broken_rule(option: str, value: Any, parameter: inspect.Parameter) -> str:
+    """Returns what an option must be, in words; empty for a valid value."""
     default, kinds = parameter.default, typing.get_args(parameter.annotation)
     if value is None and (default is None or type(None) in kinds):
         return ""
@@ -137,18 +127,14 @@ def _wanted(option: str, value: Any, parameter: inspect.Parameter) -> str:
     if isinstance(default, str):
         return "" if isinstance(value, str) else "a str"
     if isinstance(default, int):
-        return _wanted_whole(value, min(default, 1))
+        least, is_int = min(default, 1), isinstance(value, Integral) and not isinstance(value, bool)
+        return "" if is_int and value >= least else f"an int, at least {least}"
     if isinstance(default, float | None) or default is inspect.Parameter.empty:
-        return _wanted_real(option, value, default)
+        return _broken_rule_of_number(option, value, default)
     return f"a {type(default).__name__}: pass the optax.GradientTransformation itself"
 
 
-def _wanted_whole(value: Any, least: int) -> str:
-    is_whole = isinstance(value, Integral) and not isinstance(value, bool)
-    return "" if is_whole and value >= least else f"an int, at least {least}"
-
-
-def _wanted_real(option: str, value: Any, default: Any) -> str:
+def _broken_rule_of_number(option: str, value: Any, default: Any) -> str:
     if not isinstance(value, Real) or isinstance(value, bool):
         return "a number"
     if option in _DECAYS and isinstance(default, float) and default < 1:

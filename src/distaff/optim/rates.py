@@ -1,6 +1,6 @@
 """Learning rates for the log, computed ahead.
 
-The smallest program waits for all steps that were handed to the device before it.
+Even the smallest program waits for all steps dispatched to the device before it.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import numpy as np
 from distaff.core.typing import Schedule
 
 _BLOCK = 1024
-"""Steps whose rates are computed at once."""
+"""Number of steps whose rates are computed at once."""
 
 
 def make_rates(schedule: Schedule) -> Callable[[int], Any]:
     """Returns a schedule's values as floats, without waiting for steps in flight.
 
     Args:
-        schedule: the learning rate by optimizer step, as a function that JAX can trace.
+        schedule: the learning rate by optimizer step, traceable by JAX.
 
     Returns:
-        `step -> learning_rate`, an array where the schedule returns one. Ask it for steps in
-        ascending order.
+        A function `step -> learning_rate`, to be called with ascending steps. It returns an array
+        if the schedule does.
     """
     if not jax.make_jaxpr(schedule)(0).eqns:  # constant
         rate = _plain(np.asarray(schedule(0)))
@@ -48,7 +48,7 @@ class _Rates:
         return _plain(np.asarray(self._blocks[block])[row])
 
     def _prepare(self, block: int) -> None:
-        """Has a block computed and, while there is time, the one after it."""
+        """Computes a block and the one after it, without waiting for them."""
         wanted = block, block + 1
         kept = {number: self._blocks[number] for number in wanted if number in self._blocks}
         for number in wanted:

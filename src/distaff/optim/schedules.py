@@ -11,7 +11,7 @@ from distaff.errors import ConfigError
 from distaff.optim.config import OptimizerConfig
 
 _LONGEST = 2**30
-"""The most steps that a schedule divides by exactly."""
+"""The maximum number of steps that a schedule divides by exactly."""
 
 _ENDLESS = {"constant", "inverse_sqrt"}
 _ONE_CYCLE_RISE = 25.0
@@ -19,10 +19,10 @@ _ONE_CYCLE_RISE_SHARE = 0.3
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int | None) -> Schedule:
-    """Makes the learning rate a function of the optimizer step.
+    """Returns the learning rate as a function of the optimizer step.
 
-    The first `warmup_steps` steps rise linearly from 0 to where the schedule starts; the schedule
-    then has the rest of the run. With peak `p`, end `e` (`p * end_fraction`) and `n` steps left:
+    The rate rises linearly from 0 over the first `warmup_steps` steps, then follows the schedule.
+    With peak `p`, end `e` (`p * end_fraction`) and `n` steps left:
 
     * constant: `p`.
     * cosine: from `p` to `e` along half a cosine (Loshchilov & Hutter 2017, arXiv:1608.03983).
@@ -33,18 +33,18 @@ def make_schedule(config: OptimizerConfig, total_steps: int | None) -> Schedule:
     * one_cycle: from `p / 25` to `p` in 0.3 `n` steps, one at least, then to `e`, both along half
       a cosine (Smith & Topin 2018, arXiv:1708.07120). A single step is at `p`.
 
-    The end `e` is the rate after `n` steps: the last step, number `n - 1`, still has a little more.
+    The end `e` is the rate after `n` steps; the last step, number `n - 1`, is slightly above it.
 
     Args:
         config: the schedule's name, peak, end and warm-up.
-        total_steps: optimizer steps of the whole run; None where they are not known.
+        total_steps: optimizer steps of the whole run; None if unknown.
 
     Returns:
         A function of the number of completed steps, an int or an array of shape `[]`.
 
     Raises:
         ConfigError: the warm-up is not shorter than the run, or the schedule needs the length of
-            the run and it is not known.
+            the run and it is unknown.
     """
     if total_steps is None and config.schedule not in _ENDLESS:
         raise ConfigError(
@@ -54,7 +54,7 @@ def make_schedule(config: OptimizerConfig, total_steps: int | None) -> Schedule:
         )
     if total_steps is not None and total_steps <= config.warmup_steps:
         raise ConfigError(
-            f"The warm-up must be shorter than the run: warmup_steps is {config.warmup_steps}, and "
+            f"The warm-up must be shorter than the run: warmup_steps is {config.warmup_steps}, but "
             f"the run has {total_steps} optimizer steps. Lower warmup_steps or train longer."
         )
     after_warmup = _after_warmup(config, (total_steps or 0) - config.warmup_steps)
@@ -84,7 +84,7 @@ def _after_warmup(config: OptimizerConfig, num_steps: int) -> Schedule:
         case "inverse_sqrt":
             return _inverse_sqrt_schedule(peak, config.warmup_steps)
         case "one_cycle":
-            # A run of a few steps rises too: one step at most is at the peak from the beginning.
+            # Even a run of a few steps rises first; only a single step starts at the peak.
             summit = max(int(_ONE_CYCLE_RISE_SHARE * num_steps), min(num_steps - 1, 1))
             return optax.piecewise_interpolate_schedule(
                 "cosine", peak / _ONE_CYCLE_RISE, {summit: _ONE_CYCLE_RISE, num_steps: end_fraction}

@@ -147,14 +147,14 @@ class TrainState(FrozenPyTree):
         self._check_members(members, reserved=("step", "params", "opt_state"))
         offered = {"value": value, "value_fn": value_fn, **(optimizer_args or {})}
         with named_scope("optimizer"):
-            grads = extra_args.prepared(grads, self.opt_state, self.params)
+            grads = extra_args.prepare_gradients(grads, self.opt_state, self.params)
             updates, opt_state = extra_args.update(
                 self.tx, grads, self.opt_state, self.params, offered
             )
             check_gradients(updates, self.params)
             params = optax.apply_updates(self.params, updates)
         if "batch_stats" in members:
-            members["batch_stats"] = extra_args.kept_statistics(
+            members["batch_stats"] = extra_args.keep_frozen_statistics(
                 self.tx, self.batch_stats, members["batch_stats"]
             )
         return dataclasses.replace(

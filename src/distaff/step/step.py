@@ -77,7 +77,7 @@ def train_step(loss_fn: LossFn, *, augment: AugmentFn | None = None) -> StepFn:
             state.params
         )
         args = None
-        if extra_args.holds(state.opt_state, extra_args.AccumulateState):
+        if extra_args.contains(state.opt_state, extra_args.AccumulateState):
             args = {"weight": getattr(metrics["loss"], "weight", size)}
         after = state.apply_gradients(
             grads=grads,

@@ -1,4 +1,4 @@
-"""Trainers for common tasks: a model is all they need."""
+"""Trainers for common tasks, which need only a model."""
 
 from __future__ import annotations
 

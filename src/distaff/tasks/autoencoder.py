@@ -1,4 +1,4 @@
-"""Autoencoding: inputs that a model reconstructs, as they are or from a corrupted copy."""
+"""Autoencoding: models that reconstruct their inputs, optionally from a corrupted copy."""
 
 from __future__ import annotations
 
@@ -16,10 +16,7 @@ from distaff.errors import ConfigError, LossError
 from distaff.metrics import Mean, filled
 from distaff.metrics.monitor import Monitor
 from distaff.step.context import Context
-from distaff.tasks.weighing import (
-    WeighingTask,
-    weights_for,
-)
+from distaff.tasks.weighing import WeighingTask, weights_for
 from distaff.trainer.config import TrainerConfig
 
 _LARGEST_PSNR = 100.0
@@ -27,12 +24,12 @@ _LARGEST_PSNR = 100.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig(TrainerConfig):
-    """The options of an `Autoencoder`, beside those of every trainer.
+    """The options of an `Autoencoder`, in addition to `TrainerConfig`.
 
     Args:
-        noise: standard deviation of the Gaussian noise that is added to the inputs and not to what
-            they are compared with; 0 for none.
-        data_range: the difference of the largest and the smallest possible input, for `psnr`.
+        noise: standard deviation of the Gaussian noise added to the model's inputs but not to the
+            targets; 0 to disable.
+        data_range: difference between the largest and the smallest possible input, for `psnr`.
 
     Raises:
         ConfigError: an option is out of its range.
@@ -45,27 +42,27 @@ class AutoencoderConfig(TrainerConfig):
         super().__post_init__()
         if not _is_finite(self.noise) or self.noise < 0:
             raise ConfigError(
-                f"noise is a standard deviation, a finite number >= 0; got {self.noise!r}."
+                f"noise, a standard deviation, must be a finite number >= 0; got {self.noise!r}."
             )
         if not _is_finite(self.data_range) or self.data_range <= 0:
-            raise ConfigError(f"data_range is a finite number > 0; got {self.data_range!r}.")
+            raise ConfigError(f"data_range must be a finite number > 0; got {self.data_range!r}.")
 
 
 class Autoencoder(WeighingTask):
-    """Trains a model that returns its input, `[batch, ...]`, by mean squared error.
+    """Trains a model that reconstructs its input, `[batch, ...]`, by mean squared error.
 
     With `noise` it is a denoising autoencoder (P. Vincent et al., Extracting and Composing Robust
-    Features with Denoising Autoencoders, ICML 2008): the model sees corrupted inputs, in validation
-    and test too, and is judged by the clean ones. The noise of an evaluation is the same whatever
-    the step, so that results compare. Weights, `sample_weight` or `weight`, or the third item of a
-    tuple, weigh loss and metrics: `[batch]`, or with more leading axes of the inputs. The best
-    model is the one with the lowest `val/loss`. `predict` returns reconstructions of the inputs as
-    they are.
+    Features with Denoising Autoencoders, ICML 2008): the model gets corrupted inputs, in validation
+    and test too, and its outputs are compared with the clean ones. Evaluation always uses the same
+    noise, so that results are comparable. Weights, `sample_weight` or `weight`, or the third item
+    of a tuple, weight the loss and metrics: `[batch]`, or with more leading axes of the inputs. The
+    best model is the one with the lowest `val/loss`. `predict` returns reconstructions of the
+    uncorrupted inputs.
 
     Args:
-        model: as for `TrainerModule`, as every other argument. What `model_inputs` returns first is
-            reconstructed; the rest is handed on.
-        **options: those of `AutoencoderConfig`, such as `noise=0.3`.
+        model: the model, as for `TrainerModule`, whose other arguments apply too. It reconstructs
+            the first item that `model_inputs` returns; further items are passed on.
+        **options: options of `AutoencoderConfig`, such as `noise=0.3`.
     """
 
     Config = AutoencoderConfig
@@ -73,11 +70,11 @@ class Autoencoder(WeighingTask):
     monitor = Monitor("val/loss", mode="min")
 
     def corrupt(self, inputs: jax.Array, rng: Key) -> jax.Array:
-        """Returns what the model sees of the inputs. Override it for other corruptions.
+        """Returns the corrupted inputs. Override it for other corruptions.
 
         Args:
-            inputs: what is to be reconstructed, `[batch, ...]`.
-            rng: a key of this step's own; in evaluation always the same one.
+            inputs: the clean inputs, `[batch, ...]`.
+            rng: key of this step; the same one in every evaluation.
 
         Returns:
             The inputs with Gaussian noise of standard deviation `noise`, unclipped.
@@ -91,22 +88,21 @@ class Autoencoder(WeighingTask):
         """Returns the mean squared error `[batch]`, and `psnr`, in decibels and at most 100.
 
         Raises:
-            LossError: the inputs are no floats, or the model returns another shape.
+            LossError: the inputs are not floats, or the model returns another shape.
         """
         inputs, *rest = self.model_inputs(batch)
         if not jnp.issubdtype(inputs.dtype, jnp.floating):
             raise LossError(
-                f"An Autoencoder's inputs are floats; got {inputs.dtype}. Scale them in the "
+                f"An Autoencoder's inputs must be floats; got {inputs.dtype}. Scale them in the "
                 "loader, for example images / 255."
             )
         weight = weights_for(self.sample_weight(batch), inputs.shape, ctx)
-        inputs = filled(inputs, weight)
-        rest = filled(rest, weight)
+        inputs, rest = filled(inputs, weight), filled(rest, weight)
         outputs = ctx.apply(params, self.corrupt(inputs, ctx.rng), *rest)
         if jnp.shape(outputs) != inputs.shape:
             raise LossError(
-                "An Autoencoder's model returns the shape of its input; got inputs "
-                f"{inputs.shape} and outputs {jnp.shape(outputs)}. Let the model end with "
+                "An Autoencoder's model must return the shape of its input; got inputs "
+                f"{inputs.shape} and outputs {jnp.shape(outputs)}. End the model with "
                 "x.reshape(inputs.shape)."
             )
         dtype = np.promote_types(outputs.dtype, np.float32)
@@ -114,14 +110,14 @@ class Autoencoder(WeighingTask):
         loss = error.mean(tuple(range(1 if weight is None else weight.ndim, error.ndim)))
         if weight is None:
             return loss, {"psnr": _psnr(loss, self.config.data_range)}
-        declared = Mean.per_example(loss, weight)
-        of_each, weight = declared.values
-        psnr = Mean.per_example(_psnr(of_each, self.config.data_range), weight)
-        return declared, {"psnr": psnr}
+        mean_loss = Mean.per_example(loss, weight)
+        loss_per_example, weight = mean_loss.values
+        psnr = _psnr(loss_per_example, self.config.data_range)
+        return mean_loss, {"psnr": Mean.per_example(psnr, weight)}
 
 
 def _psnr(error: jax.Array, data_range: float) -> jax.Array:
-    """Returns the peak signal-to-noise ratio; a perfect example must not make the mean infinite."""
+    """Returns the peak signal-to-noise ratio, bounded so that its mean stays finite."""
     smallest = 10 ** (-_LARGEST_PSNR / 10)
     return -10 * jnp.log10(jnp.maximum(error / data_range**2, smallest))
 

@@ -21,26 +21,26 @@ from distaff.run.sanity import report
 from distaff.step.context import Context
 from distaff.tasks.weighing import (
     WeighingTask,
-    called,
     check_ignore_index,
     weights_for,
+    with_entry_name,
 )
 from distaff.trainer.config import TrainerConfig
 
 _LABEL_NAMES = ("label", "labels", "y", "target", "targets")
 _ADVICE = (
-    "Give the model as many outputs as there are classes, or look at how labels are read. To leave "
-    "examples with a certain label out, pass ignore_index=label."
+    "Give the model as many outputs as there are classes, or check how labels are read. To ignore "
+    "examples with a certain label, pass ignore_index=label."
 )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassifierConfig(TrainerConfig):
-    """The options of a `Classifier`, alongside those of every trainer.
+    """The options of a `Classifier`, in addition to `TrainerConfig`.
 
     Args:
-        ignore_index: a label whose examples count neither in the loss nor in a metric, such as
-            -100; None for none.
+        ignore_index: a label whose examples are ignored in the loss and metrics, such as -100; None
+            to disable.
 
     Raises:
         ConfigError: an option is out of its range.
@@ -56,17 +56,17 @@ class ClassifierConfig(TrainerConfig):
 class Classifier(WeighingTask):
     """Trains a model that returns logits `[batch, classes]`, by softmax cross-entropy.
 
-    Batches are dicts or dataclasses with `label` (or `labels`, `y`, `target`, `targets`) beside the
-    model's input; or tuples `(input, label)`. Labels are class indices, int `[batch]`, or the
-    probability of each class, float `[batch, classes]`, as `distaff.augment.mixup` makes them; the
-    likeliest class is then the one that counts as right. An index out of range raises an error, in
-    whatever batch it is. A weight for each example, `sample_weight` or `weight` `[batch]`, or the
-    third item of a tuple, weighs the loss and the accuracy. The best model is the one with the
-    highest `val/accuracy`. `predict` returns the logits.
+    Batches are dicts or dataclasses with `label` (or `labels`, `y`, `target`, `targets`) alongside
+    the model's input; or tuples `(input, label)`. Labels are class indices, int `[batch]`, or
+    probabilities of the classes, float `[batch, classes]`, as from `distaff.augment.mixup`;
+    accuracy then compares with the most likely class. An index out of range raises an error, in any
+    batch. Weights `[batch]`, `sample_weight` or `weight`, or the third item of a tuple, weight the
+    loss and the accuracy. The best model is the one with the highest `val/accuracy`. `predict`
+    returns the logits.
 
     Args:
-        model: as for `TrainerModule`, as every other argument.
-        **options: those of `ClassifierConfig`, such as `ignore_index=-100`.
+        model: the model, as for `TrainerModule`, whose other arguments apply too.
+        **options: options of `ClassifierConfig`, such as `ignore_index=-100`.
     """
 
     Config = ClassifierConfig
@@ -84,14 +84,14 @@ class Classifier(WeighingTask):
         return entry(batch, _LABEL_NAMES, 1, what="The label", override="labels(self, batch)")
 
     def check_batch(self, batch: Batch, name: str) -> None:
-        """Looks at the first batch of a loader; see `TrainerModule`.
+        """Checks the first batch of a loader; see `TrainerModule`.
 
         Raises:
-            BatchError: also for labels of classes that the model does not have, or that are no
-                probabilities, unless a subclass has a `loss_fn` of its own.
+            BatchError: also for labels of classes that the model does not have, or invalid
+                probabilities, unless a subclass overrides `loss_fn`.
         """
         super().check_batch(batch, name)
-        # A loss around this one may change the labels before it hands them on, or mask some.
+        # A subclass's loss may change or mask labels before it calls this one.
         num_classes = self.num_outputs(batch) if type(self).loss_fn is Classifier.loss_fn else None
         if num_classes is None:
             return
@@ -102,17 +102,16 @@ class Classifier(WeighingTask):
             return
         if self.config.ignore_index is not None:
             counts &= labels != self.config.ignore_index
-        found = out_of_range(np.where(counts, labels, 0), num_classes, name)
-        report(found, self.config)
+        report(out_of_range(np.where(counts, labels, 0), num_classes, name), self.config)
 
     def loss_fn(self, params: Params, batch: Batch, ctx: Context) -> Any:
-        """Returns the cross-entropy `[batch]`, and the accuracy; both are weighted."""
+        """Returns the cross-entropy `[batch]` and the accuracy, both weighted."""
         labels = self.labels(batch)
         weight = weights_for(self.sample_weight(batch), labels.shape[:1], ctx)
-        weight = _without(labels, self.config.ignore_index, weight)
+        weight = _ignore(labels, self.config.ignore_index, weight)
         inputs = filled(self.checked_inputs(batch, ctx), weight)
         logits = ctx.apply(params, *inputs)
-        _check_forms(logits, labels)
+        _check_shapes(logits, labels)
         logits = floating(logits)
         if labels.ndim == 2:
             labels = filled(labels.astype(logits.dtype), weight)
@@ -121,7 +120,7 @@ class Classifier(WeighingTask):
             labels = labels.argmax(axis=-1)
         else:
             where = None if weight is None else weight != 0
-            what, labels = called("label", labels, batch), labels.astype(jnp.int32)
+            what, labels = with_entry_name("label", labels, batch), labels.astype(jnp.int32)
             ctx.check_indices(what, labels, logits.shape[1], where=where, advice=_ADVICE)
             labels = labels if where is None else jnp.where(where, labels, 0)
             loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -143,30 +142,30 @@ def _check_probabilities(labels: jax.Array, weight: jax.Array | None, ctx: Conte
     )
 
 
-def _without(
+def _ignore(
     labels: jax.Array, ignore_index: int | None, weight: jax.Array | None
 ) -> jax.Array | None:
-    """Returns weights that are 0 where the label is the one to ignore."""
+    """Returns weights that are 0 for labels equal to `ignore_index`."""
     if ignore_index is None or labels.ndim != 1:
         return weight
     kept = jnp.asarray(labels).astype(jnp.int32) != ignore_index
     return kept.astype(jnp.float32) if weight is None else jnp.where(kept, weight, 0)
 
 
-def _check_forms(logits: jax.Array, labels: jax.Array) -> None:
+def _check_shapes(logits: jax.Array, labels: jax.Array) -> None:
     are_indices = labels.shape == logits.shape[:1]
     if logits.ndim != 2 or not (are_indices or labels.shape == logits.shape):
         raise LossError(
-            "A Classifier's model returns logits [batch, classes] for labels [batch] or "
+            "A Classifier's model must return logits [batch, classes] for labels [batch] or "
             f"[batch, classes]; got logits {logits.shape} and labels {labels.shape}."
         )
-    is_right = (
+    has_valid_dtype = (
         labels.dtype == bool or jnp.issubdtype(labels.dtype, jnp.integer)
         if are_indices
         else jnp.issubdtype(labels.dtype, jnp.floating)
     )
-    if not is_right:
+    if not has_valid_dtype:
         raise LossError(
-            "Labels are class indices, of an int dtype or bool [batch], or probabilities, of a "
-            f"float dtype [batch, classes]; got {labels.dtype} {labels.shape}. Cast them to it."
+            "Labels must be class indices, int or bool [batch], or probabilities, float "
+            f"[batch, classes]; got {labels.dtype} {labels.shape}. Cast them."
         )

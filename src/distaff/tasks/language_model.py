@@ -1,4 +1,4 @@
-"""Language modelling: every token predicted from those before it."""
+"""Language modelling: models that predict every token from the tokens before it."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from distaff.step.context import Context
 from distaff.step.state import TrainState
 from distaff.tasks.weighing import (
     WeighingTask,
-    called,
     check_ignore_index,
     check_weights,
     weights_for,
+    with_entry_name,
 )
 from distaff.trainer.config import TrainerConfig
 from distaff.zoo.sampling import generate
@@ -39,24 +39,24 @@ from distaff.zoo.sampling import generate
 _NATS_PER_BIT = math.log(2)
 _BYTES = 256
 _ADVICE = (
-    "Give the model the vocab_size of the tokenizer, and pad with a token that it has, or leave "
-    "one out: ignore_index=token."
+    "Give the model the vocab_size of the tokenizer, and pad with a token that it has, or ignore "
+    "one: ignore_index=token."
 )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LanguageModelConfig(TrainerConfig):
-    """The options of a `LanguageModel`, beside those of every trainer.
+    """The options of a `LanguageModel`, in addition to `TrainerConfig`.
 
     Args:
-        ignore_index: a token that is not predicted, such as a padding token, or -100; None for
-            none. A model is given the token 0 for one that it cannot have, such as -100: to hide a
-            prompt from the loss, and not from the model, use `mask`.
-        sample_every_n_steps: steps between samples, which the loggers get as the text `sample`;
-            None for none. Tokens are taken for bytes, in UTF-8.
-        sample_prompt: what a sample begins with.
-        sample_length: tokens drawn for a sample.
-        temperature: of the samples; see `LanguageModel.sample`.
+        ignore_index: a token that is not predicted, such as a padding token, or -100; None to
+            disable. If the model does not have the token, such as -100, its input is the token 0
+            instead: to hide a prompt from the loss but not from the model, use `mask`.
+        sample_every_n_steps: steps between samples, which are logged as the text `sample`; None to
+            disable. Tokens are decoded as UTF-8 bytes.
+        sample_prompt: beginning of a sample.
+        sample_length: number of tokens to sample.
+        temperature: temperature of the samples; see `LanguageModel.sample`.
 
     Raises:
         ConfigError: an option is out of its range.
@@ -75,29 +75,30 @@ class LanguageModelConfig(TrainerConfig):
             whole("sample_every_n_steps", self.sample_every_n_steps)
         whole("sample_length", self.sample_length)
         if not isinstance(self.sample_prompt, str) or not self.sample_prompt:
-            raise ConfigError(
-                f"sample_prompt is a str of one character or more; got {self.sample_prompt!r}."
-            )
+            raise ConfigError(f"sample_prompt must be a non-empty str; got {self.sample_prompt!r}.")
         _check_temperature(self.temperature)
 
 
 class LanguageModel(WeighingTask):
     """Trains a causal model of tokens, `[batch, length] -> logits [batch, length, vocab]`.
 
-    Batches are dicts with `tokens`, int `[batch, length + 1]`, or such an array alone: each token
-    but the first is predicted from those before it. A dict may also hold `mask`, `[batch, length]`,
-    which says how much each of `tokens[:, 1:]` counts (bool, or a weight), or `[batch, length + 1]`
-    for all of them, as `data.bucketed` does; a `sample_weight` of these shapes, or `[batch]`; and
-    `segment_ids`, int `[batch, length + 1]`, as `data.packed` does: no token is then predicted from
-    another segment, and the model takes `segment_ids`, `[batch, length]`, after the tokens. All
-    averages are per token, exact over weights and uneven batches. A token that the model does not
-    have raises an error, in whatever batch it is. The best model is the one with the lowest
-    `val/loss`. `predict` returns the logits of `tokens[:, 1:]`.
+    Batches are dicts with `tokens`, int `[batch, length + 1]`, or such an array alone; each token
+    after the first is predicted from the tokens before it. A dict may also hold:
+
+    * `mask`, `[batch, length]`, bool or weights of `tokens[:, 1:]`; or `[batch, length + 1]` for
+      all tokens, as from `data.bucketed`;
+    * `sample_weight`, of these shapes or `[batch]`;
+    * `segment_ids`, int `[batch, length + 1]`, as from `data.packed`. No token is then predicted
+      from another segment, and `segment_ids`, `[batch, length]`, are the model's second argument.
+
+    All averages are per token, exact over weights and uneven batches. A token that the model does
+    not have raises an error, in any batch. The best model is the one with the lowest `val/loss`.
+    `predict` returns the logits of `tokens[:, 1:]`.
 
     Args:
-        model: as for `TrainerModule`, as every other argument. An attribute `max_length` of it
-            limits the tokens that a sample depends on.
-        **options: those of `LanguageModelConfig`, such as `sample_every_n_steps=1000`.
+        model: the model, as for `TrainerModule`, whose other arguments apply too. Its attribute
+            `max_length`, if any, limits the tokens that a sample depends on.
+        **options: options of `LanguageModelConfig`, such as `sample_every_n_steps=1000`.
     """
 
     Config = LanguageModelConfig
@@ -105,7 +106,7 @@ class LanguageModel(WeighingTask):
     monitor = Monitor("val/loss", mode="min")
 
     def __init__(self, model: Any, *, callbacks: Iterable[Callback] = (), **options: Any) -> None:
-        # Runs whose steps no callback watches pay nothing for it.
+        # A callback only if needed: steps without callbacks are faster.
         samples = (_Samples(self),) if options.get("sample_every_n_steps") else ()
         super().__init__(model, callbacks=(*callbacks, *samples), **options)
         if samples:
@@ -124,27 +125,27 @@ class LanguageModel(WeighingTask):
         """Returns the tokens of a batch, int `[batch, length + 1]`. Override it for other batches.
 
         Raises:
-            BatchError: no tokens are found, or they are no integers of this shape.
+            BatchError: no tokens are found, or they have another dtype or shape.
         """
         (tokens,) = super().model_inputs(batch)
         if np.ndim(tokens) != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise BatchError(
-                "A LanguageModel's batches hold tokens [batch, length + 1] of an int dtype; got "
-                f"shape {np.shape(tokens)} and dtype {tokens.dtype}."
+                "A LanguageModel's batches must hold tokens [batch, length + 1] of an int dtype; "
+                f"got shape {np.shape(tokens)} and dtype {tokens.dtype}."
             )
         if tokens.shape[1] < 2:
             raise BatchError(
-                "A LanguageModel predicts each token but the first, so that it needs at least two "
-                f"in a row; got tokens of shape {tokens.shape}."
+                "A LanguageModel predicts each token after the first, so it needs at least two per "
+                f"row; got tokens of shape {tokens.shape}."
             )
         return tokens
 
     def check_batch(self, batch: Batch, name: str) -> None:
-        """Looks at the first batch of a loader; see `TrainerModule`.
+        """Checks the first batch of a loader; see `TrainerModule`.
 
         Raises:
-            BatchError: also for tokens that the model does not have, unless a subclass has a
-                `loss_fn` of its own.
+            BatchError: also for tokens that the model does not have, unless a subclass overrides
+                `loss_fn`.
         """
         super().check_batch(batch, name)
         if type(self).loss_fn is LanguageModel.loss_fn:
@@ -163,10 +164,7 @@ class LanguageModel(WeighingTask):
             yield batch
 
     def mask(self, batch: Batch) -> jax.Array | None:
-        """Returns how much each of `tokens[:, 1:]` counts, `[batch, length]`; None for all alike.
-
-        Bool, or a weight of another dtype.
-        """
+        """Returns the mask or weights of `tokens[:, 1:]`, `[batch, length]`, or None."""
         if not isinstance(batch, Mapping):
             return None
         mask, segments = batch.get("mask"), batch.get("segment_ids")
@@ -181,8 +179,8 @@ class LanguageModel(WeighingTask):
         """Returns all tokens but the last, which is only predicted, and their segments if any.
 
         Raises:
-            BatchError: there are `segment_ids`, and the model takes none, or they have another
-                shape than the tokens.
+            BatchError: the batch has `segment_ids` that the model does not accept, or that differ
+                from the tokens in shape.
         """
         tokens, ignored = self.tokens(batch), self.config.ignore_index
         if ignored is not None and not 0 <= ignored < (self._vocab_size or math.inf):
@@ -193,22 +191,22 @@ class LanguageModel(WeighingTask):
             return (tokens[:, :-1],)
         if segments.shape != tokens.shape:
             raise BatchError(
-                "Packed batches have a segment id for each token; got segment_ids of shape "
+                "Packed batches need a segment id for each token; got segment_ids of shape "
                 f"{segments.shape} for tokens of shape {tokens.shape}."
             )
         if parameters(self._module)[1:2] != ["segment_ids"]:
             raise BatchError(
-                "The batches are packed, and the model would look across the sequences of a row: "
-                f"the second argument of {type(self.model.module).__name__} is not segment_ids. "
-                "Take a model of (tokens, segment_ids), such as zoo.GPT, or data.bucketed rather "
-                "than data.packed."
+                "The batches are packed, but the model would mix the sequences of a row: the "
+                f"second argument of {type(self.model.module).__name__} is not segment_ids. Use a "
+                "model of (tokens, segment_ids), such as zoo.GPT, or data.bucketed instead of "
+                "data.packed."
             )
         return tokens[:, :-1], segments[:, :-1]
 
     def loss_fn(self, params: Params, batch: Batch, ctx: Context) -> Any:
         """Returns each row's mean negative log-likelihood per token, in nats, and metrics.
 
-        The metrics are `perplexity`, and the loss in bits: `bits_per_byte` where there are 256
+        The metrics are `perplexity`, and the loss in bits: `bits_per_byte` for a vocabulary of 256
         tokens, `bits_per_token` otherwise.
 
         Raises:
@@ -220,14 +218,14 @@ class LanguageModel(WeighingTask):
         mask = jnp.ones(targets.shape, bool) if mask is None else mask
         if logits.ndim != 3 or logits.shape[:2] != targets.shape or mask.shape != targets.shape:
             raise LossError(
-                "A LanguageModel's model returns logits [batch, length, vocab] for tokens [batch, "
-                "length + 1], and a mask is [batch, length]; got logits "
+                "A LanguageModel's model must return logits [batch, length, vocab] for tokens "
+                "[batch, length + 1], and a mask must be [batch, length]; got logits "
                 f"{logits.shape}, tokens {self.tokens(batch).shape} and mask {mask.shape}."
             )
         weight = self._weight(batch, tokens, mask, ctx)
         ignored = self.config.ignore_index
         is_known = jnp.ones(tokens.shape, bool) if ignored is None else tokens != ignored
-        what = called("token", self.tokens(batch), batch)
+        what = with_entry_name("token", self.tokens(batch), batch)
         ctx.check_indices(what, tokens, logits.shape[-1], where=is_known, advice=_ADVICE)
         losses = optax.softmax_cross_entropy_with_integer_labels(
             floating(logits), jnp.where(is_known[:, 1:], targets, 0)
@@ -242,15 +240,15 @@ class LanguageModel(WeighingTask):
         }
 
     def _weight(self, batch: Batch, tokens: Any, mask: Any, ctx: Context) -> jax.Array:
-        """Returns the weight of each token that is predicted, float `[batch, length]`."""
-        mask, given = jnp.asarray(mask), self.sample_weight(batch)
+        """Returns the weights of `tokens[:, 1:]`, float `[batch, length]`."""
+        mask, sample_weight = jnp.asarray(mask), self.sample_weight(batch)
         if mask.dtype != bool:
             check_weights("mask", mask, ctx)
         weight = floating(mask)
-        if given is not None:
-            of_all = given[:, 1:] if np.shape(given) == tokens.shape else given
-            given = weights_for(of_all, weight.shape, ctx)
-            weight = weight * aligned(given, weight)
+        if sample_weight is not None:
+            if np.shape(sample_weight) == tokens.shape:
+                sample_weight = sample_weight[:, 1:]
+            weight = weight * aligned(weights_for(sample_weight, weight.shape, ctx), weight)
         if self.config.ignore_index is not None:
             weight = jnp.where(tokens[:, 1:] == self.config.ignore_index, 0, weight)
         return weight
@@ -258,31 +256,32 @@ class LanguageModel(WeighingTask):
     def sample_weight(self, batch: Batch) -> Any:
         """Returns the weights of a batch, `[batch]`, `[batch, length]` or `[batch, length + 1]`.
 
-        None where all count alike, and of a batch that is no dict. See also `mask`.
+        None for equal weights, and for a batch that is not a dict. See also `mask`.
         """
         return super().sample_weight(batch) if isinstance(batch, Mapping) else None
 
     def sample(self, prompt: Any, length: int, *, temperature: float = 1.0, seed: int = 0) -> Any:
-        """Draws what follows a beginning, with the parameters of evaluation.
+        """Samples a continuation of a prompt, with the parameters for evaluation.
 
         Args:
             prompt: bytes, or tokens int `[length]` or `[batch, length]`; at least one.
-            length: tokens to draw.
-            temperature: the logits are divided by it: below 1 likely tokens become likelier, and
-                0 always takes the likeliest.
-            seed: of what is drawn.
+            length: number of tokens to sample.
+            temperature: divisor of the logits: below 1, likely tokens become more likely; 0 always
+                picks the most likely one.
+            seed: random seed.
 
         Returns:
-            The prompt and what follows it, in the form of the prompt.
+            The prompt and its continuation, with the type of the prompt.
 
         Raises:
             StateError: the model has no parameters yet.
-            ConfigError: the prompt is empty or no tokens, or an option is out of its range.
+            ConfigError: the prompt is empty or has invalid tokens, or an option is out of its
+                range.
         """
         whole("length", length)
         _check_temperature(temperature)
-        given = _as_tokens(prompt, self._vocab_size)
-        rows = np.atleast_2d(given)
+        prompt_tokens = _as_tokens(prompt, self._vocab_size)
+        rows = np.atleast_2d(prompt_tokens)
         buffer = np.pad(rows, ((0, 0), (0, length)))
         max_length = getattr(self._module, "max_length", None)
 
@@ -303,12 +302,12 @@ class LanguageModel(WeighingTask):
             jnp.float32(temperature),
             jax.random.key(seed),
         )
-        tokens = np.asarray(filled).reshape(*given.shape[:-1], -1)
+        tokens = np.asarray(filled).reshape(*prompt_tokens.shape[:-1], -1)
         return tokens.astype(np.uint8).tobytes() if isinstance(prompt, bytes) else tokens
 
 
 class _Samples(Callback):
-    """Hands a sample to the loggers every `sample_every_n_steps` steps."""
+    """Logs a sample every `sample_every_n_steps` steps."""
 
     def __init__(self, trainer: LanguageModel) -> None:
         self._trainer = trainer
@@ -327,28 +326,28 @@ class _Samples(Callback):
 
 def _as_tokens(prompt: Any, vocab_size: int | None) -> np.ndarray:
     if isinstance(prompt, str):
-        raise ConfigError("A prompt is bytes or tokens, not str. Write prompt.encode().")
+        raise ConfigError("A prompt must be bytes or tokens, not str. Write prompt.encode().")
     is_bytes = isinstance(prompt, bytes)
     tokens: Any = np.frombuffer(prompt, np.uint8) if is_bytes else np.asarray(prompt)
     if tokens.ndim not in (1, 2) or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
         raise ConfigError(
-            "A prompt is bytes, or tokens int [length] or [batch, length], at least one; got "
+            "A prompt must be bytes, or tokens int [length] or [batch, length], at least one; got "
             f"{type(prompt).__name__} of shape {tokens.shape} and dtype {tokens.dtype}. "
-            "To begin at the beginning of a text, give b'\\n'."
+            "To start at the beginning of a text, pass b'\\n'."
         )
     if isinstance(prompt, bytes) and vocab_size not in (None, _BYTES):
         raise ConfigError(
-            f"A prompt in bytes is for a model of {_BYTES} tokens; this one has "
-            f"vocab_size={vocab_size}. Give tokens, an int array."
+            f"A prompt in bytes needs a model of {_BYTES} tokens; this one has "
+            f"vocab_size={vocab_size}. Pass tokens, an int array."
         )
     if tokens.min() < 0 or (vocab_size is not None and tokens.max() >= vocab_size):
         raise ConfigError(
-            f"A token is at least 0 and less than vocab_size={vocab_size}; the prompt has tokens "
-            f"from {tokens.min()} to {tokens.max()}."
+            f"Tokens must be at least 0 and less than vocab_size={vocab_size}; the prompt has "
+            f"tokens from {tokens.min()} to {tokens.max()}."
         )
     return tokens.astype(np.int32)
 
 
 def _check_temperature(temperature: Any) -> None:
     if not isinstance(temperature, Real) or not 0 <= temperature < math.inf:
-        raise ConfigError(f"temperature is a finite number >= 0; got {temperature!r}.")
+        raise ConfigError(f"temperature must be a finite number >= 0; got {temperature!r}.")

@@ -1,4 +1,4 @@
-"""Regression: numbers to predict for each example."""
+"""Regression: models that predict numbers for each example."""
 
 from __future__ import annotations
 
@@ -15,10 +15,7 @@ from distaff.metrics import Mean, filled
 from distaff.metrics.accumulators import aligned
 from distaff.metrics.monitor import Monitor
 from distaff.step.context import Context
-from distaff.tasks.weighing import (
-    WeighingTask,
-    weights_for,
-)
+from distaff.tasks.weighing import WeighingTask, weights_for
 
 _TARGET_NAMES = ("y", "target", "targets", "label", "labels")
 
@@ -27,13 +24,14 @@ class Regressor(WeighingTask):
     """Trains a model that returns numbers `[batch, ...]`, by mean squared error.
 
     Batches are dicts or dataclasses with `y` (or `target`, `targets`, `label`, `labels`), of the
-    shape of the model's outputs, beside the model's input; or tuples `(input, target)`. Weights,
-    `sample_weight` or `weight`, or the third item of a tuple, weigh loss and metrics: `[batch]`, or
-    with more leading axes of the targets. A target of NaN counts as missing under the option
-    `nan_ok`. The best model is the one with the lowest `val/loss`. `predict` returns the outputs.
+    shape of the model's outputs, alongside the model's input; or tuples `(input, target)`. Weights,
+    `sample_weight` or `weight`, or the third item of a tuple, weight the loss and metrics:
+    `[batch]`, or with more leading axes of the targets. With the option `nan_ok`, targets of NaN
+    are ignored. The best model is the one with the lowest `val/loss`. `predict` returns the
+    outputs.
 
     Args:
-        model: as for `TrainerModule`, as every other argument.
+        model: the model, as for `TrainerModule`, whose other arguments apply too.
     """
 
     monitor = Monitor("val/loss", mode="min")
@@ -49,12 +47,12 @@ class Regressor(WeighingTask):
     def loss_fn(self, params: Params, batch: Batch, ctx: Context) -> Any:
         """Returns the mean squared error `[batch]`, and the mean absolute error, `mae`.
 
-        Both are means over all axes but the first, in float32 at least; under weights for each
+        Both are means over all axes but the first, in float32 or wider; with a weight for each
         value, over the values of all examples.
 
         Raises:
             LossError: outputs and targets, or weights and targets, differ in shape, or the outputs
-                are no floats.
+                are not floats.
         """
         targets = self.targets(batch)
         weight = weights_for(self.sample_weight(batch), targets.shape, ctx)
@@ -74,7 +72,7 @@ class Regressor(WeighingTask):
 
 
 def _without_missing(targets: jax.Array, weight: jax.Array | None) -> jax.Array:
-    """Returns a weight for each target, 0 where it is NaN."""
+    """Returns a weight for each target, 0 for NaN."""
     known = ~jnp.isnan(targets)
     if weight is None:
         return known.astype(jnp.float32)
@@ -82,15 +80,15 @@ def _without_missing(targets: jax.Array, weight: jax.Array | None) -> jax.Array:
 
 
 def _check(outputs: Any, targets: Any) -> None:
-    """Refuses shapes that would be broadcast: `[batch]` against `[batch, 1]` is every pair."""
+    """Rejects shapes that would broadcast: `[batch]` against `[batch, 1]` compares every pair."""
     if not hasattr(outputs, "shape") or not jnp.issubdtype(outputs.dtype, jnp.floating):
         raise LossError(
-            "A Regressor's model returns one array of floats [batch, ...]; it returned "
+            "A Regressor's model must return one array of floats [batch, ...]; it returned "
             f"{getattr(outputs, 'dtype', type(outputs).__name__)}. Override loss_fn for others."
         )
     if outputs.shape != targets.shape:
         raise LossError(
-            "A Regressor's targets have the shape of the model's outputs: others would be "
+            "A Regressor's targets must have the shape of the model's outputs: others would be "
             f"broadcast, and compare examples with each other. Got outputs {outputs.shape} and "
             f"targets {targets.shape}. Reshape the targets to {outputs.shape}, in the loader or in "
             "targets(self, batch), or give the model as many outputs as there are targets."

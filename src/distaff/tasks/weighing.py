@@ -1,4 +1,4 @@
-"""Weighing: how much each example, or each of its values, counts in a task's loss and metrics."""
+"""Sample weights: the weight of each example, or value, in a task's loss and metrics."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from distaff.trainer.module import TrainerModule
 _NAMES = ("sample_weight", "sample_weights", "weight", "weights")
 _PLACE = 2
 _TOKENS = "Pad with a token that the model has."
-_ADVICE = "Leave an example out with the weight 0."
+_ADVICE = "Use the weight 0 to ignore an example."
 
 
 class WeighingTask(TrainerModule):
     """A task whose batches may hold a weight for each example.
 
-    It is the entry `sample_weight`, `sample_weights`, `weight` or `weights` of a dict or dataclass,
-    or the third item of a tuple, `(input, label, weight)`.
+    Weights are the entry `sample_weight`, `sample_weights`, `weight` or `weights` of a dict or
+    dataclass, or the third item of a tuple, `(input, label, weight)`.
     """
 
     def num_outputs(self, batch: Batch) -> int | None:
-        """Returns the length of the last axis of what the model returns: its classes, or tokens.
+        """Returns the length of the last axis of the model's output: its classes, or tokens.
 
         Args:
-            batch: a batch; nothing is computed of it.
+            batch: a batch, of which only shapes are used.
 
         Returns:
-            None as long as the model has no parameters.
+            None if the model has no parameters yet.
         """
         if self.state is None:
             return None
@@ -49,7 +49,7 @@ class WeighingTask(TrainerModule):
         return here.execution.shapes(program, self.evaluation_state(), batch).shape[-1]
 
     def checked_inputs(self, batch: Batch, ctx: Context) -> tuple[Any, ...]:
-        """Returns the model's inputs, and has tokens among them checked: none is negative.
+        """Returns the model's inputs; checks that tokens among them are not negative.
 
         A token that is too large becomes NaN in the model, but -1 is read as the last one.
         """
@@ -57,20 +57,20 @@ class WeighingTask(TrainerModule):
         tokens = named(batch).get("tokens")
         is_input = tokens is not None and any(each is tokens for each in inputs)
         if is_input and jnp.issubdtype(tokens.dtype, jnp.integer):
-            what = called("token", tokens, batch)
+            what = with_entry_name("token", tokens, batch)
             ctx.check_range(f"A {what} is an index, at least 0", tokens, 0, advice=_TOKENS)
         return inputs
 
     def sample_weight(self, batch: Batch) -> Any:
-        """Returns the weights of a batch, `[batch]`; None where all examples count alike.
+        """Returns the weights of a batch, `[batch]`; None for equal weights.
 
         Override it for other batches, or to return None.
 
         Raises:
-            BatchError: the third item of a tuple is no array of floats or bools.
+            BatchError: the third item of a tuple is not an array of floats or bools.
         """
         if isinstance(batch, tuple | list) and not hasattr(batch, "_fields"):
-            return _third(batch[_PLACE]) if len(batch) > _PLACE else None
+            return _tuple_weight(batch[_PLACE]) if len(batch) > _PLACE else None
         entries = named(batch)
         return next((entries[name] for name in _NAMES if entries.get(name) is not None), None)
 
@@ -78,13 +78,13 @@ class WeighingTask(TrainerModule):
 def weights_for(
     weight: Any, shape: tuple[int, ...], ctx: Context, *, what: str = "sample weight"
 ) -> jax.Array | None:
-    """Returns weights as floats of the leading axes of a shape, and has every batch checked.
+    """Converts weights to floats and checks them in every batch.
 
     Args:
-        weight: bool, int or float; None for none.
-        shape: of what is weighed, `[batch, ...]`.
-        ctx: of the step.
-        what: what they are called in errors.
+        weight: bool, int or float, with the leading axes of `shape`; None for equal weights.
+        shape: shape of the weighted values, `[batch, ...]`.
+        ctx: context of the step.
+        what: name of the weights in errors.
 
     Raises:
         LossError: they have another shape.
@@ -95,16 +95,16 @@ def weights_for(
     if weight.ndim == 0 or weight.shape != shape[: weight.ndim]:
         whole = f" or {shape}" if len(shape) > 1 else ""
         raise LossError(
-            f"A {what} is one number for each example, or one for each value: of shape {shape[:1]}"
-            f"{whole}; got {weight.shape}. Reshape it in the loader, or override sample_weight("
-            "self, batch)."
+            f"A {what} must have one number for each example, or one for each value: shape "
+            f"{shape[:1]}{whole}; got {weight.shape}. Reshape it in the loader, or override "
+            "sample_weight(self, batch)."
         )
     check_weights(what, weight, ctx)
     return floating(weight)
 
 
-def called(what: str, leaf: Any, batch: Batch) -> str:
-    """Returns what a leaf of a batch is, with its name: `"label ('y')"`."""
+def with_entry_name(what: str, leaf: Any, batch: Batch) -> str:
+    """Appends the name of a leaf of a batch: `"label ('y')"`."""
     for path, other in jax.tree.leaves_with_path(batch):
         if other is leaf and path:
             return f"{what} ({leaf_name(path)!r})"
@@ -112,30 +112,29 @@ def called(what: str, leaf: Any, batch: Batch) -> str:
 
 
 def check_weights(what: str, weight: jax.Array, ctx: Context) -> None:
-    """Has the weights of every batch checked: finite, and none is negative."""
-    rule = f"A {what} is a finite number, at least 0"
-    ctx.check_range(rule, weight, 0, advice=_ADVICE)
+    """Checks that the weights of every batch are finite and not negative."""
+    ctx.check_range(f"A {what} is a finite number, at least 0", weight, 0, advice=_ADVICE)
 
 
 def check_ignore_index(value: Any) -> None:
     """Checks the option `ignore_index`.
 
     Raises:
-        ConfigError: it is no whole number of 32 bits.
+        ConfigError: it is not a 32-bit integer.
     """
     is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if value is not None and not (is_whole and abs(int(value)) < 2**31):
         raise ConfigError(
-            f"ignore_index is a whole number of 32 bits, such as -100, or None; got {value!r}."
+            f"ignore_index must be a 32-bit integer, such as -100, or None; got {value!r}."
         )
 
 
-def _third(item: Any) -> Any:
+def _tuple_weight(item: Any) -> Any:
     dtype = getattr(item, "dtype", None)
     if dtype is None or not (jnp.issubdtype(dtype, jnp.floating) or dtype == np.bool_):
         raise BatchError(
-            "The third item of a tuple (input, label, weight) is the weight of each example, of a "
-            f"float or bool dtype [batch]; got {dtype or type(item).__name__}. Cast it, if it is "
-            "one; if not, yield a dict, or override sample_weight(self, batch) to return None."
+            "The third item of a tuple (input, label, weight) must be the weight of each example, "
+            f"float or bool [batch]; got {dtype or type(item).__name__}. If it is one, cast it; if "
+            "not, yield a dict, or override sample_weight(self, batch) to return None."
         )
     return item

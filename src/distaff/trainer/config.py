@@ -1,4 +1,4 @@
-"""The options every trainer has: those of its parts, each declared beside what it configures."""
+"""`TrainerConfig`, the options of every trainer, collected from the parts that use them."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ C = TypeVar("C", bound="TrainerConfig")
 @described
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainerConfig(DisplayOptions, RunOptions):
-    """The options of every trainer; a subclass of the trainer may add its own.
+    """The options of every trainer. Subclass it to add your own.
 
     Raises:
-        ConfigError: an option is out of its range.
+        ConfigError: an option is out of range.
     """
 
     seed: int = option(
         42,
-        "Of the parameters, dropout, and every other random number of the model.",
+        "Seed of the parameters, dropout, and all other random numbers of the model.",
         check=integer,
     )
     keep_optimizer: bool = option(
         True,
-        """Whether a second call of `train_model` keeps the optimizer's state, such as Adam's
-        moments. False begins with a new one. The schedule of an `OptimizerConfig`, or of a function
-        of the number of steps, is made for one call, and begins again.""",
+        """Whether a second call of `train_model` keeps the optimizer state, such as Adam's moments.
+        False resets it. The schedule of an `OptimizerConfig`, or of a function of the number of
+        steps, restarts with each call.""",
     )
 
 
 def make_config(cls: type[C], options: dict[str, Any], owner: type) -> C:
-    """Makes a trainer's options from keyword arguments.
+    """Creates a trainer's options from keyword arguments.
 
     Args:
         cls: the class of the options.
         options: their values.
-        owner: the trainer; what its constructors take besides is named with the options.
+        owner: the class of the trainer, whose other arguments are suggested, too.
 
     Raises:
-        ConfigError: an option is unknown; the nearest one is named.
+        ConfigError: an option is unknown; the message suggests the nearest one.
     """
     known = [field.name for field in dataclasses.fields(cls)]
     for name in options:
@@ -64,6 +64,6 @@ def make_config(cls: type[C], options: dict[str, Any], owner: type) -> C:
 
 
 def with_descriptions(doc: str | None) -> str:
-    """Returns the docstring of a class whose `**options` are described one by one."""
+    """Returns a class docstring with a description of every option of `**options`."""
     listed = descriptions(TrainerConfig)
     return inspect.cleandoc(doc or "").replace("by name:\n", f"by name:\n\n{listed}\n")

@@ -1,4 +1,4 @@
-"""Constructors of a trainer's subclass: the call that made it, recorded, and made again.
+"""Records the constructor call of a trainer's subclass, and repeats it from the record.
 
 See `docs/decisions/0031-the-call-that-made-a-trainer.md`.
 """
@@ -28,21 +28,21 @@ _ABSENT: Mapping[str, Any] = {
     "example_batch": None,
     "init_from": None,
 }
-"""What a trainer takes besides its options that a loaded one does without."""
+"""Arguments other than options, with their values in a loaded trainer."""
 
 _GIVEN = {"optimizer", *_ABSENT}
 
 
 class Call(NamedTuple):
-    """The arguments of a constructor of the user's own, as strict JSON.
+    """The arguments of a custom constructor, as strict JSON.
 
     Attributes:
-        owner: the name of the class.
-        named: by the name of the parameter.
-        positional: those of `*args`.
-        loose: those of `**kwargs`.
-        places: where each argument is, by the identity of the object: the dict or list, and the
-            key. Only the constructor may use it, while the objects live.
+        owner: name of the class.
+        named: arguments by parameter name.
+        positional: values of `*args`.
+        loose: values of `**kwargs`.
+        places: container and key of each argument, by the `id` of the object. Valid only in the
+            constructor, while the objects exist.
     """
 
     owner: str
@@ -52,17 +52,17 @@ class Call(NamedTuple):
     places: dict[int, tuple[Any, Any]]
 
     def with_model(self, model: Any) -> Call:
-        """Notes which argument is the model: it is recorded by itself."""
+        """Replaces the model in the arguments by a marker, since it is recorded separately."""
         if id(model) in self.places:
             container, key = self.places[id(model)]
             container[key] = _MODEL
         return self._replace(places={})
 
     def record(self, options: Any) -> dict[str, Any]:
-        """Returns what a run keeps of the call.
+        """Returns the record of the call.
 
         Args:
-            options: the trainer's `TrainerConfig`. Those that were given are recorded there.
+            options: the trainer's `TrainerConfig`. Arguments with equal values are recorded there.
         """
         own = {each.name for each in dataclasses.fields(options)}
         values = to_json(options)
@@ -82,15 +82,15 @@ def call_of(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call
     """Records a call of a constructor, before it can change its arguments.
 
     Returns:
-        None for a constructor of Distaff's own, and for a call that Python will refuse.
+        The call; None for Distaff's constructors, and for invalid arguments.
 
     Raises:
-        ConfigError: one of Distaff's own gets more by position than the model.
+        ConfigError: one of Distaff's constructors gets more positional arguments than the model.
     """
     if not has_own_constructor(cls):
         if len(args) > 1:
             raise ConfigError(
-                f"{cls.__name__} takes the model by position, and all else by keyword; got "
+                f"{cls.__name__} takes only the model by position, and all else by keyword; got "
                 f"{len(args)} arguments. Write {cls.__name__}(model, example_batch=batch, ...)."
             )
         return None
@@ -116,52 +116,52 @@ def call_of(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call
 
 
 def constructed(call: Call | None, options: Any) -> dict[str, Any]:
-    """Returns the part of a run's record that holds a call; nothing for one of Distaff's own."""
+    """Returns the entry of a run's record for a call; empty for Distaff's constructors."""
     return {} if call is None else {"constructor": call.record(options)}
 
 
 def has_own_constructor(cls: type) -> bool:
-    """Whether a class, or one that it inherits from, has a constructor of the user's own."""
+    """Whether a class has or inherits a custom constructor."""
     return not cls.__init__.__module__.startswith("distaff.")
 
 
 def recorded_options(cls: type[TrainerConfig], record: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns Distaff's own arguments of a constructor, as far as a run's record holds them.
+    """Returns the recorded arguments of Distaff's constructor.
 
     Args:
         cls: the class of the options.
-        record: of the run.
+        record: the record of the run.
 
     Raises:
-        ConfigError: an option is unknown, or has another type by now.
+        ConfigError: an option is unknown, or has another type in this version.
     """
     options = dict(vars(from_json(cls, record["options"])))
-    with suppress(ConfigError):  # A transformation or a function is recorded by name only.
+    with suppress(ConfigError):  # A transformation or a function is only recorded by its name.
         options["optimizer"] = from_json(OptimizerConfig, record.get("optimizer"))
-    # How long that run might last, and what it went on from, is no matter of this one.
+    # These only concern that run.
     own = ("resume", "allow_inexact_resume", "allow_changes", "max_time")
     return {name: x for name, x in options.items() if name not in own}
 
 
-def made_again(
+def rebuild_trainer(
     cls: type[T],
     record: Mapping[str, Any],
     model: Any,
     options: Mapping[str, Any],
     changes: Mapping[str, Any],
 ) -> T:
-    """Makes the trainer of a run again.
+    """Creates the trainer of a run again.
 
     Args:
-        cls: its class.
-        record: of the run; its entry `constructor` holds what `Call.record` returned.
-        model: as it was given to load the run; None, or a class of Linen, is completed.
-        options: Distaff's own options, as the run has recorded them.
-        changes: arguments that shall differ from the recorded ones.
+        cls: class of the trainer.
+        record: the record of the run; its entry `constructor` was returned by `Call.record`.
+        model: the model passed for loading; None or a Linen class is rebuilt from the record.
+        options: recorded arguments of Distaff's constructor.
+        changes: arguments that replace the recorded ones.
 
     Raises:
-        CheckpointError: an argument is missing that has to be passed.
-        ConfigError: the constructor does not take one of the changes.
+        CheckpointError: an argument must be passed, because it was not recorded.
+        ConfigError: the constructor does not accept one of the changes.
     """
 
     def the_model() -> Any:
@@ -172,42 +172,42 @@ def made_again(
     if not has_own_constructor(cls):
         make: Any = cls
         return make(the_model(), **{**options, **changes})
-    return _called(_Maker(cls, record.get("constructor"), options), the_model, model, changes)
+    return _call(_Arguments(cls, record.get("constructor"), options), the_model, model, changes)
 
 
-def _called(
-    maker: _Maker, the_model: Callable[[], Any], model: Any, changes: Mapping[str, Any]
+def _call(
+    found: _Arguments, the_model: Callable[[], Any], model: Any, changes: Mapping[str, Any]
 ) -> Any:
-    """Calls a constructor of the user's own as it was called."""
-    signature, left = maker.signature, dict(changes)
+    """Repeats the call of a custom constructor."""
+    signature, left = found.signature, dict(changes)
     if model is not None and "model" in signature.parameters:
         left["model"] = the_model()
     bound = signature.bind_partial(None)
-    bound.arguments.update(maker.named(the_model, left))
+    bound.arguments.update(found.named(the_model, left))
     for name, parameter in signature.parameters.items():
         if parameter.kind is parameter.VAR_POSITIONAL:
-            bound.arguments[name] = maker.positional(the_model)
+            bound.arguments[name] = found.positional(the_model)
         elif parameter.kind is parameter.VAR_KEYWORD:
-            bound.arguments[name], left = {**maker.loose(the_model), **left}, {}
-    name = maker.cls.__name__
+            bound.arguments[name], left = {**found.loose(the_model), **left}, {}
+    name = found.cls.__name__
     if left:
         known = ", ".join(map(repr, list(signature.parameters)[1:])) or "nothing"
         raise ConfigError(
-            f"The constructor of {name} takes {known}, and not {sorted(left)}. Leave these out, or "
-            "let it take **options and hand them to super().__init__."
+            f"The constructor of {name} takes {known}, but not {sorted(left)}. Omit these, or let "
+            "it take **options and pass them to super().__init__."
         )
-    maker.check()
+    found.check()
     try:
-        return maker.cls(*bound.args[1:], **bound.kwargs)
+        return found.cls(*bound.args[1:], **bound.kwargs)
     except TypeError as error:
         raise CheckpointError(
-            f"{name} cannot be made as the run has recorded it: {error}. Pass the arguments of its "
+            f"{name} cannot be created as recorded: {error}. Pass the arguments of its "
             f"constructor to {name}.load_from_checkpoint(path, ...)."
         ) from error
 
 
-class _Maker:
-    """Finds the arguments of a call, and what is missing."""
+class _Arguments:
+    """Restores the arguments of a call, and collects those that are missing."""
 
     def __init__(
         self, cls: type, call: Mapping[str, Any] | None, options: Mapping[str, Any]
@@ -220,7 +220,7 @@ class _Maker:
         self._options = {name: options[name] for name in given if name in options}
 
     def named(self, model: Callable[[], Any], changes: dict[str, Any]) -> dict[str, Any]:
-        """Returns the arguments by the names of parameters; takes them out of the changes."""
+        """Returns the arguments by parameter name. Removes them from the changes."""
         found: dict[str, Any] = {}
         recorded_here = self._call.get("named", {})
         for name, parameter in list(self.signature.parameters.items())[1:]:
@@ -237,18 +237,18 @@ class _Maker:
             elif name in _ABSENT:
                 found[name] = _ABSENT[name]
             elif parameter.default is parameter.empty:
-                self.missing[name] = "the run has not recorded it"
+                self.missing[name] = "it was not recorded"
         return found
 
     def positional(self, model: Callable[[], Any]) -> tuple[Any, ...]:
-        """Returns the arguments of `*args`."""
+        """Returns the values of `*args`."""
         found: dict[str, Any] = {}
         for number, each in enumerate(self._call.get("positional", ())):
             self._restore_or_model(found, f"argument {number}", each, model)
         return tuple(found.values())
 
     def loose(self, model: Callable[[], Any]) -> dict[str, Any]:
-        """Returns the arguments of `**kwargs`, Distaff's options among them."""
+        """Returns the values of `**kwargs`, including Distaff's options."""
         named = self.signature.parameters
         found = {name: x for name, x in self._options.items() if name not in named}
         for name, each in self._call.get("loose", {}).items():
@@ -256,18 +256,18 @@ class _Maker:
         return found
 
     def check(self) -> None:
-        """Checks that nothing is missing.
+        """Checks that no argument is missing.
 
         Raises:
-            CheckpointError: something is; all of it is named.
+            CheckpointError: some are; the message lists them.
         """
         if self.missing:
             name = self.cls.__name__
             reasons = "; ".join(f"{each!r}: {why}" for each, why in self.missing.items())
             shown = ", ".join(f"{each}=..." for each in self.missing)
             raise CheckpointError(
-                f"{name} cannot be made again without arguments of its constructor ({reasons}). "
-                f"Pass what is missing: {name}.load_from_checkpoint(path, {shown})."
+                f"{name} needs arguments of its constructor that cannot be restored ({reasons}). "
+                f"Pass them: {name}.load_from_checkpoint(path, {shown})."
             )
 
     def _restore_or_model(
@@ -282,9 +282,9 @@ class _Maker:
         try:
             found[name] = restored(data)
         except LostError as error:
-            if name == "optimizer":  # which a loaded model does without
+            if name == "optimizer":  # not needed by a loaded model
                 found[name] = self._optimizer
             else:
                 self.missing[name] = str(error)
         except Exception as error:
-            self.missing[name] = f"it cannot be made again: {error}"
+            self.missing[name] = f"it cannot be restored: {error}"

@@ -1,4 +1,4 @@
-"""The initial variables of a model, in the form that a state keeps."""
+"""Normalizes the initial variables of a model."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from distaff.models.layers import listed
 
 
 def normalized(variables: Any) -> Variables:
-    """Returns variables as a state keeps them: dicts, opened boxes, arrays that a program may hold.
+    """Returns variables as a state holds them: dicts of unboxed arrays that JAX supports.
 
-    A NumPy array of float64 or int64 becomes what JAX makes of it, as it does in the first step: so
-    a checkpoint fits the model that it is of.
+    NumPy arrays of float64 or int64 are converted as JAX would in the first step, so that a
+    checkpoint fits its model.
 
     Args:
-        variables: `Variables`, or collections by name, as `module.init` of Flax Linen returns them.
+        variables: `Variables`, or collections by name, as returned by `module.init` of Flax Linen.
 
     Raises:
-        ConfigError: it is something else.
+        ConfigError: `variables` has another type.
     """
     if isinstance(variables, Mapping) and ("params" in variables or not variables):
         variables = Variables.of(variables)
     if not isinstance(variables, Variables):
         raise ConfigError(
-            "run_model_init returns distaff.models.Variables(params, ...), or the collections that "
-            f"module.init returns, {{'params': ...}}; got {type(variables).__name__}."
+            "run_model_init must return distaff.models.Variables(params, ...), or the collections "
+            f"of module.init, {{'params': ...}}; got {type(variables).__name__}."
         )
     thawed = Variables(*(unfreeze(x) if isinstance(x, FrozenDict) else x for x in variables))
     return jax.tree.map(_canonical, nn.unbox(thawed))
@@ -46,13 +46,7 @@ def _canonical(leaf: Any) -> Any:
 
 
 def on_host(function: Callable[..., Any], traced: Callable[..., Any], *args: Any) -> Any:
-    """Returns what a function returns that computes with NumPy on its way, and cannot be traced.
-
-    Args:
-        function: called where `traced` fails for that reason.
-        traced: the function as a program.
-        *args: arguments of both.
-    """
+    """Returns `traced(*args)`, or `function(*args)` if that cannot be traced because of NumPy."""
     try:
         return traced(*args)
     except jax.errors.JAXTypeError:
@@ -60,10 +54,5 @@ def on_host(function: Callable[..., Any], traced: Callable[..., Any], *args: Any
 
 
 def rows_of(variables: Variables, kind: str) -> list[LayerRow]:
-    """Returns the rows of a model that cannot be called: its arrays, and no more.
-
-    Args:
-        variables: its arrays, or their shapes.
-        kind: the name of its class.
-    """
+    """Returns the table rows of a model that cannot be called, with its arrays only."""
     return listed(variables, {(): kind}, {(): ""}, {})

@@ -35,7 +35,7 @@ from distaff.trainer.overrides import augmentation_of, check_class
 from distaff.trainer.predictor import Predictor
 from distaff.trainer.preparation import Preparation, recording_of
 from distaff.trainer.step_program import StepProgram
-from distaff.trainer.training import Given, Training, not_trained
+from distaff.trainer.training import Inputs, Training, not_trained
 from distaff.trainer.variants import check_assignment, variant_of
 
 
@@ -238,8 +238,8 @@ class TrainerModule(Predictor):
             after_epoch=self.epoch,
             repeat=repeat,
         )
-        given = Given(plan, (train_loader, val_loader, test_loader), self.config)
-        return Training(self, TrainerModule).run(given, key=key, rerun=rerun)
+        inputs = Inputs(plan, (train_loader, val_loader, test_loader), self.config)
+        return Training(self, TrainerModule).run(inputs, key=key, rerun=rerun)
 
     def train_epoch(self, train_loader: Loader, epoch: int) -> dict[str, Any]:
         """Trains on the batches of one epoch.

@@ -1,4 +1,4 @@
-"""Moved: names that a trainer had, and where they are by now."""
+"""Deprecated attributes of a trainer, and their new places."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _OF_A_WORKSPACE: dict[str, tuple[str, Callable[[Workspace], Any]]] = {
 
 
 def moved(trainer: Any, name: str) -> Any:
-    """Returns what a name stood for that is elsewhere by now, with a DeprecationWarning.
+    """Returns the value of a deprecated attribute, with a DeprecationWarning.
 
     Raises:
-        UnknownNameError: a trainer never had it, or not yet.
+        UnknownNameError: there is no such attribute, or not before the first run.
     """
     of_a_run = name in _OF_A_RUN
     owner = vars(trainer).get("_run" if of_a_run else "_workspace")
@@ -37,6 +37,6 @@ def moved(trainer: Any, name: str) -> Any:
     if owner is None or name not in known:
         raise unknown_trainer_name(trainer, name)
     place, get = known[name]
-    text = f"trainer.{name} is trainer.{place} by now, and will be removed."
+    text = f"trainer.{name} is deprecated and will be removed. Use trainer.{place}."
     warn(text, DeprecationWarning, stacklevel=3)
     return get(owner)

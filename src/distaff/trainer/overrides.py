@@ -1,4 +1,4 @@
-"""Overrides: which methods of a trainer a subclass may override, and whether it can be called."""
+"""Checks the methods that a subclass of a trainer overrides."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ OVERRIDE_POINTS = (
     *("init_optimizer", "train_epoch", "eval_model", "tracker", "check_batch", "load_model"),
     *("save_metrics", "save_model", "is_new_model_better"),
 )
-"""The methods that a run calls on a trainer, and a subclass may override."""
+"""Methods that a run calls, and that a subclass may override."""
 
 
 def check_class(trainer: Any, base: type) -> None:
-    """Checks that what a trainer's class defines is called, and can be.
+    """Checks the hooks and overrides of a trainer's class.
 
     Args:
-        trainer: of a class of the user's own.
-        base: the class that calls it.
+        trainer: a trainer of the user's class.
+        base: the class that defines the methods.
 
     Raises:
-        ConfigError: a hook has a name that nothing calls, or an override other arguments.
+        ConfigError: a hook is never called, or an override has other arguments.
     """
     check_methods(type(trainer), base, HOOKS, METHODS)
     check_overrides(trainer, base, OVERRIDE_POINTS)
 
 
 def augmentation_of(trainer: Any, base: type) -> AugmentFn | None:
-    """Returns the `augment` of a trainer, or None where it is not overridden: steps do without."""
+    """Returns the `augment` of a trainer; None if it is not overridden."""
     is_own = getattr(trainer.augment, "__func__", None) is not getattr(base, "augment", None)
     return trainer.augment if is_own else None

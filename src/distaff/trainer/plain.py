@@ -1,8 +1,8 @@
-"""Plain values to strict JSON and back: what a constructor's arguments are recorded as.
+"""Records the arguments of a constructor as strict JSON, and restores them.
 
-Unlike the encoding of options, which describes a run, what is written here is read back as it was:
-tuples, dataclasses, enum members, small arrays, Linen modules, and functions of modules, these by
-the names of what this process has imported. Everything else is `{"$missing": "..."}`.
+Unlike the encoding of options, which describes a run, values are restored exactly: tuples,
+dataclasses, enum members, small arrays, Linen modules, and functions of modules, by the names of
+objects that this process has imported. Everything else is `{"$missing": "..."}`.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _DTYPES = (np.dtype, type(jnp.float32))
 
 
 class LostError(ValueError):
-    """A value was recorded by a description only, or what it names is not imported."""
+    """A value was recorded only as a description, or its name is not imported."""
 
 
 def recorded(value: Any) -> Any:
-    """Returns a value as strict JSON, from which `restored` makes it again."""
+    """Returns a value as strict JSON, for `restored`."""
     match value:
         case Enum():
             return _named("$enum", type(value), value.name)
@@ -67,10 +67,10 @@ def recorded(value: Any) -> Any:
 
 
 def restored(data: Any) -> Any:
-    """Returns the value of which `recorded` made JSON.
+    """Returns the value that `recorded` encoded.
 
     Raises:
-        LostError: it was recorded by a description only, or what it names is not imported.
+        LostError: it was recorded only as a description, or its name is not imported.
     """
     if isinstance(data, list):
         return [restored(each) for each in data]
@@ -85,7 +85,7 @@ def restored(data: Any) -> Any:
 
 
 def _named(tag: str, named: Any, content: Any = None) -> Any:
-    """Records what is found by its name again; what is not is only described."""
+    """Records an object by its name, if that can be imported; else as a description."""
     module = getattr(named, "__module__", None)
     if not isinstance(module, str) or imported(name_of(named)) is not named:
         return _missing(named)
@@ -94,7 +94,7 @@ def _named(tag: str, named: Any, content: Any = None) -> Any:
 
 def _missing(value: Any) -> dict[str, str]:
     name = getattr(value, "__qualname__", None)
-    # A repr may hold an address, and a value whatever a run is compared by.
+    # Not the repr, which may hold an address and would make runs differ.
     return {"$missing": str(name) if name else f"an object of the class {type(value).__name__}"}
 
 
@@ -133,7 +133,7 @@ def _found(data: Mapping[str, Any], tag: str) -> Any:
 def _read_dataclass(data: Mapping[str, Any]) -> Any:
     cls = _found(data, "$dataclass")
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
-        raise LostError(f"{data['$dataclass']!r} is no dataclass by now")
+        raise LostError(f"{data['$dataclass']!r} is no longer a dataclass")
     return cls(**{name: restored(each) for name, each in data["content"].items()})
 
 
@@ -141,7 +141,7 @@ def _read_enum(data: Mapping[str, Any]) -> Any:
     cls = _found(data, "$enum")
     members = getattr(cls, "__members__", {})
     if data["content"] not in members:
-        raise LostError(f"{data['$enum']!r} has no member {data['content']!r} by now")
+        raise LostError(f"{data['$enum']!r} no longer has a member {data['content']!r}")
     return members[data["content"]]
 
 

@@ -30,7 +30,7 @@ from distaff.run.workspace import Workspace
 from distaff.step.context import Context
 from distaff.step.state import TrainState
 from distaff.trainer.config import TrainerConfig, make_config
-from distaff.trainer.constructor import call_of, made_again, recorded_options
+from distaff.trainer.constructor import call_of, rebuild_trainer, recorded_options
 from distaff.trainer.initial import normalized, on_host, rows_of
 
 T = TypeVar("T")
@@ -85,7 +85,7 @@ class Predictor:
             StateError: a loader reads the state while it is prefetched, or before the state exists.
         """
         state = self._workspace.state
-        check_reader(is_there=state is not None)
+        check_reader(exists=state is not None)
         return state
 
     @state.setter
@@ -95,7 +95,7 @@ class Predictor:
     @property
     def step(self) -> int:
         """Number of completed optimizer updates of the state."""
-        check_reader(is_there=True)
+        check_reader(exists=True)
         return self._workspace.step
 
     @property
@@ -271,7 +271,7 @@ class Predictor:
             example_batch = example_from(record["example_batch"])
         with _explained(file):
             recorded = {**recorded_options(cls.Config, record), "enable_progress_bar": False}
-        trainer = made_again(cls, record, model, recorded, options)
+        trainer = rebuild_trainer(cls, record, model, recorded, options)
         if not trainer.config.enable_progress_bar or "enable_progress_bar" not in options:
             # Overrides the display of a custom constructor.
             trainer._workspace.display = make_display(False)

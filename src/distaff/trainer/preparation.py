@@ -1,4 +1,4 @@
-"""Preparation: what a run needs before its first step is made and checked; nothing is written."""
+"""Prepares a run: creates and checks everything before the first step, without writing."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ from distaff.trainer.step_program import StepProgram, function_of
 
 
 class Preparation:
-    """Calls the initialising methods of a user's class, and keeps the books around them.
+    """Calls the setup methods of a trainer, and collects their results.
 
     Args:
-        trainer: of the user's class.
+        trainer: a trainer of the user's class.
         base: the class whose methods it overrides.
     """
 
@@ -52,7 +52,7 @@ class Preparation:
         self._here, self._options = trainer._workspace, trainer.config
 
     def set_up(self, example_batch: Batch) -> None:
-        """Calls the initialising methods in their order; see `TrainerModule`."""
+        """Calls the setup methods in order; see `TrainerModule`."""
         trainer, here = self._trainer, self._here
         num_examples(example_batch)
         trainer.example_batch = here.example_batch = example_batch
@@ -65,14 +65,14 @@ class Preparation:
         self._load_init_from()
 
     def _take_programs(self) -> None:
-        """Takes over the programs that `create_jitted_functions` has set."""
+        """Uses the programs set by `create_jitted_functions`."""
         trainer, here = self._trainer, self._here
         for name in ("train_step", "eval_step"):
             if not callable(vars(trainer).get(name)):
                 raise ConfigError(
-                    f"create_jitted_functions sets self.train_step and self.eval_step; self.{name} "
-                    "is not set. Write self.train_step = jax.jit(train_step, donate_argnums=0) and "
-                    "self.eval_step = jax.jit(eval_step)."
+                    f"create_jitted_functions must set self.train_step and self.eval_step, but "
+                    f"self.{name} is not set. Write self.train_step = jax.jit(train_step, "
+                    "donate_argnums=0) and self.eval_step = jax.jit(eval_step)."
                 )
         step, evaluation = function_of(trainer.train_step), function_of(trainer.eval_step)
         is_own = not isinstance(trainer.train_step, StepProgram)
@@ -80,12 +80,12 @@ class Preparation:
         here.plain_step = measured(here.counted)
         guarded_step = guarded(reporting(here.plain_step), self._options)
         here.measured_step = here.execution.part(guarded_step)
-        # In a guard it becomes a part of another program.
+        # A guard makes it a part of another program.
         here.own_step = step if is_own and not is_needed(self._options) else None
         here.evaluator = Evaluator(evaluation, here.execution, here.evaluation_watch)
 
     def _load_init_from(self) -> None:
-        """Replaces the initial weights by those of `init_from`.
+        """Loads the initial weights from `init_from`.
 
         Raises:
             CheckpointError: they cannot be read, or do not fit the model.
@@ -98,16 +98,16 @@ class Preparation:
         try:
             variables, here.origin = loaded(trainer.model, as_variables(state), trainer.init_from)
         except DistaffError as error:
-            # There may be a run to resume, whose checkpoint then has the weights.
+            # A run to resume has the weights in its own checkpoint.
             if not (isinstance(recording, DirectoryRecording) and recording.may_resume):
                 raise
             here.not_loaded = error
-            here.show(f"the weights are to come from a checkpoint, since init_from fails: {error}")
+            here.show(f"weights must come from a checkpoint, because init_from failed: {error}")
             return
         here.state = state.replace(**variables._asdict())
 
     def make_recording(self) -> None:
-        """Makes where a run is recorded, with the loggers that `init_logger` returns."""
+        """Creates the recording of a run, with the loggers of `init_logger`."""
         made = self._trainer.init_logger()
         if is_logger(made):
             made = [made]
@@ -115,16 +115,16 @@ class Preparation:
             made = recording_of(self._trainer, as_loggers(made))
         if not hasattr(made, "finished"):
             raise ConfigError(
-                f"init_logger returns a logger, or a list of them; got {made!r}. Write "
-                "return [loggers.CsvLogger()], or leave init_logger out and pass loggers=[...]."
+                f"init_logger must return a logger or a list of loggers; got {made!r}. Write "
+                "return [loggers.CsvLogger()], or remove init_logger and pass loggers=[...]."
             )
         self._here.recording = made
 
     def prepare(self, run: Run, test_loader: Loader | None) -> None:
-        """Makes all that a run needs and checks it; nothing is written.
+        """Creates and checks everything a run needs, without writing.
 
         Raises:
-            DistaffError: any bad input, by its kind.
+            DistaffError: an input is invalid (the subclass says which).
         """
         here, plan = self._here, run.plan
         batch = first_to_train(plan.train_loader)
@@ -138,14 +138,14 @@ class Preparation:
         total = None if per_epoch is None else per_epoch * plan.num_epochs
         run.recorder.updates_per_step = self._init_optimizer(total, batch)
         options = self._options
-        if here.own_step is not None:  # called as it is, once per step
+        if here.own_step is not None:  # called once per step, unchanged
             options = dataclasses.replace(options, steps_per_call=1)
         elif is_on_policy(plan.train_loader):
             options = options.one_by_one()
         run.recorder.dispatcher = make_dispatcher(
             here.execution,
             here.measured_step,
-            (here.evaluation_state(), batch),  # of the same form as the state that is trained
+            (here.evaluation_state(), batch),  # same structure as the state to train
             options,
             Expected(per_epoch, total, num_shapes(plan.train_loader)),
             watched=run.callbacks.watches_steps,
@@ -174,11 +174,7 @@ class Preparation:
         return any(getattr(kind, name) is not getattr(self._base, name) for name in names)
 
     def _init_optimizer(self, total_steps: int | None, batch: Batch) -> int:
-        """Initialises the optimizer, for as many updates as the steps of the run make.
-
-        Returns:
-            How many updates a step makes.
-        """
+        """Initializes the optimizer, and returns the number of updates per step."""
         self._call_init_optimizer(total_steps, self._per_epoch)
         count = self._here.counted.count(self._here.ready_state(), batch)
         if count > 1:
@@ -195,13 +191,13 @@ class Preparation:
         state = here.ready_state()
         if state.tx is None or state.opt_state is None:
             raise ConfigError(
-                "init_optimizer gives the state its optimizer; the state has none. Write "
+                "init_optimizer must set the optimizer of the state, but it has none. Write "
                 "self.state = self.state.replace(tx=tx, opt_state=tx.init(self.state.params))."
             )
         here.state = owned(state.replace(guard=make_guard(self._options)))
 
     def _identify(self, run: Run, total_steps: int | None) -> None:
-        """Makes the record of the run, with what makes it the one that it is."""
+        """Creates the record of the run, including its identity."""
         plan, trainer = run.plan, self._trainer
         self.subject = self._subject(run, total_steps)
         identity = None if self.subject is None else self.subject.identity()
@@ -223,8 +219,8 @@ class Preparation:
         )
 
     def _subject(self, run: Run, total_steps: int | None) -> Subject | None:
-        """Returns what the identity of a run is found from; None of a run that writes nothing."""
-        # Nothing is read for it: a source may not be the same after it.
+        """Returns the source of a run's identity; None for a run that writes nothing."""
+        # Reads no data, which could change the position of a loader.
         plan, here, first = run.plan, self._here, self._first_batches
         if not isinstance(here.recording, DirectoryRecording):
             return None
@@ -242,27 +238,22 @@ class Preparation:
         )
 
     def _stretched(self, total_steps: int | None) -> TrainState:
-        """Returns the state with the optimizer that a run of another length would have."""
+        """Returns the state with the optimizer for a run of another length."""
         here = self._here
         state, schedule = here.ready_state(), here.schedule
         try:
             self._trainer.init_optimizer(total_steps)
             return here.ready_state().replace(guard=None)
-        except DistaffError:  # such as of a warm-up that is longer than that
+        except DistaffError:  # such as a warm-up that is too long for it
             return state.replace(guard=None)
         finally:
             here.state, here.schedule = state, schedule
 
 
 def recording_of(trainer: Any, loggers: Any) -> Recording:
-    """Returns where a run is recorded.
-
-    Args:
-        trainer: its options say where; its class names a run without a name.
-        loggers: told of the run, alongside its directory.
-    """
+    """Returns the recording of a run, according to the options of its trainer."""
     options = trainer.config
-    # What a trainer that has trained already does next needs no run to be there.
+    # A trainer that has already trained need not resume anything.
     resume = "auto" if trainer.step and options.resume != "never" else options.resume
     name = options.name or type(trainer).__name__.lower()
     return make_recording(options, name, loggers, resume=resume)

@@ -1,4 +1,4 @@
-"""Step programs: the programs that Distaff makes of a step, known again by their function."""
+"""Compiled steps that keep the function they were compiled from."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class StepProgram:
-    """A pure function, and the program that was made of it; a call runs the program.
+    """A pure function and its compiled program. Calling it runs the program.
 
     Attributes:
-        function: what a run may put into programs of several steps.
-        program: as `jax.jit` returns it; its methods, such as `lower`, are methods of this one.
+        function: the function, which a run may fuse into programs of several steps.
+        program: the result of `jax.jit`, whose methods, such as `lower`, are available here.
     """
 
     function: Callable[..., Any]
@@ -24,11 +24,11 @@ class StepProgram:
         return self.program(*arguments)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # what copies ask for before there is a program
+        if name.startswith("__"):  # requested by `copy` before `program` exists
             raise AttributeError(name)
         return getattr(self.program, name)
 
 
 def function_of(program: Any) -> Any:
-    """Returns the pure function of a program of Distaff's; one of the user's own as it is."""
+    """Returns the pure function of a `StepProgram`; other programs unchanged."""
     return program.function if isinstance(program, StepProgram) else program

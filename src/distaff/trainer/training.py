@@ -1,4 +1,4 @@
-"""Training: a run from its preparation to its result."""
+"""Runs a training from its preparation to its result."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from distaff.run.run import Run
 from distaff.trainer.preparation import Preparation
 
 
-class Given:
-    """What `train_model` was given, and the loaders it became.
+class Inputs:
+    """The arguments of `train_model`, converted to loaders.
 
     Args:
-        plan: of the run.
-        loaders: as they were given: to train on, to validate on, and to test on.
-        options: how many batches to take.
+        plan: the plan of the run.
+        loaders: the arguments for training, validation and test.
+        options: limits on the number of batches.
 
     Attributes:
-        test_loader: what is tested on; None for nothing.
-        made: what was given, each with the loader that it became.
+        test_loader: the loader of the test; None to skip it.
+        made: pairs of an argument and its loader.
     """
 
     def __init__(self, plan: Plan, loaders: tuple[Any, Any, Any], options: PlanOptions) -> None:
@@ -42,10 +42,10 @@ class Given:
 
 
 class Training:
-    """Runs a user's class from its preparation to its result.
+    """Trains a trainer, from the preparation of a run to its result.
 
     Args:
-        trainer: of the user's class.
+        trainer: a trainer of the user's class.
         base: the class whose methods it overrides.
     """
 
@@ -53,19 +53,19 @@ class Training:
         self._trainer, self._base = trainer, base
         self._here, self._options = trainer._workspace, trainer.config
 
-    def run(self, given: Given, *, key: str | None, rerun: bool) -> TrainResult:
-        """Trains, or takes the result of a run that is finished; see `train_model`."""
+    def run(self, inputs: Inputs, *, key: str | None, rerun: bool) -> TrainResult:
+        """Trains, or loads the result of a finished run; see `train_model`."""
         here = self._here
-        with closing_made(*given.made), closing(here.display):
-            run = self._begin(given.plan)
+        with closing_made(*inputs.made), closing(here.display):
+            run = self._begin(inputs.plan)
             with run.supervisor.listening():
                 preparation = Preparation(self._trainer, self._base)
-                preparation.prepare(run, given.test_loader)
+                preparation.prepare(run, inputs.test_loader)
                 recording, record = here.recording, run.recorder.record
                 subject = preparation.subject
                 done = recording.finished(record, subject, key=key, rerun=rerun)
                 if done is not None:
-                    return self._load_finished(run, done, given)
+                    return self._load_finished(run, done, inputs)
                 texts = {} if here.table is None else {"model.txt": as_text(here.table)}
                 with (
                     recorded(recording, record, texts, run.recorder.outcome, subject),
@@ -73,14 +73,14 @@ class Training:
                     run.recovery.explaining(),
                 ):
                     run.recorder.has_begun = True
-                    self._train(run, given.test_loader)
+                    self._train(run, inputs.test_loader)
         return run.recorder.result()
 
     def check(self, plan: Plan) -> None:
-        """Prepares a run, and begins none.
+        """Prepares a run without starting it.
 
         Raises:
-            DistaffError: any bad input, by its kind.
+            DistaffError: an input is invalid (the subclass says which).
         """
         Preparation(self._trainer, self._base).prepare(self._made(plan), None)
 
@@ -91,7 +91,7 @@ class Training:
 
     def _begin(self, plan: Plan) -> Run:
         trainer, here = self._trainer, self._here
-        if here.state is None:  # before the display starts a thread, which would have an arena
+        if here.state is None:  # before the display starts a thread with its own arena
             trainer._tune_process(first_to_train(plan.train_loader))
         check_one_process()
         run = self._made(plan)
@@ -100,7 +100,7 @@ class Training:
         return run
 
     def _train(self, run: Run, test_loader: Any) -> None:
-        """Trains to an end of whatever kind, tells callbacks of it, and tests the best model."""
+        """Runs the loop, notifies callbacks of its end, and tests the best model."""
         try:
             try:
                 loop.train(self._trainer, run)
@@ -116,7 +116,7 @@ class Training:
             self._finish(run, test_loader)
 
     def _finish(self, run: Run, test_loader: Any) -> None:
-        """Keeps the last state where no epoch's end has, loads the best, and tests it."""
+        """Saves the last state unless already saved, loads the best model, and tests it."""
         trainer, here, store = self._trainer, self._here, run.checkpointer.store
         store.wait()
         if store.latest() != here.step:
@@ -133,30 +133,28 @@ class Training:
         run.recorder.update(last_metrics=metrics)
         run.recorder.show_result(metrics, measures=self._options.tune_process)
 
-    def _load_finished(self, run: Run, done: Candidate, given: Given) -> TrainResult:
-        """Takes the result of a run that is finished, and leaves all as if it had just been made.
-
-        Loaders of the user's own go to where the run has left them.
+    def _load_finished(self, run: Run, done: Candidate, inputs: Inputs) -> TrainResult:
+        """Loads a finished run, as if it had just ended. The user's loaders move to its end.
 
         Raises:
             CheckpointError: its checkpoints cannot be read.
         """
         recorder, status = run.recorder, done.status
         recorder.has_begun = True
-        own = [loader for argument, loader in given.made if argument is loader]
+        own = [loader for argument, loader in inputs.made if argument is loader]
         run.checkpointer.load_finished(own)
         self._trainer.load_model()
         step, epoch = int(status["step"]), int(status["epoch"])
         metrics = dict(as_numbers(status["metrics"]))
         recorder.update(step=step, epoch=epoch, first_step=step, last_metrics=metrics)
-        recorder.show(f"{done.path} is finished: it is loaded, and nothing is trained")
-        reason = str(status.get("reason") or "") or "finished before: nothing was trained"
+        recorder.show(f"{done.path} has already finished; loading its result without training")
+        reason = str(status.get("reason") or "") or "already finished: nothing was trained"
         return recorder.result()._replace(status=str(status["status"]), reason=reason)
 
 
 def not_trained() -> StateError:
     """Returns the error for a trainer that is asked for its run before it has one."""
     return StateError(
-        "Checkpoints and metrics are files of a run, and this trainer has not trained yet. "
-        "Call train_model first; for weights of another run, use load_from_checkpoint."
+        "This trainer has no run yet, and so no checkpoints and metrics. Call train_model "
+        "first; to load the weights of another run, use load_from_checkpoint."
     )

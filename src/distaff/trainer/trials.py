@@ -1,4 +1,4 @@
-"""Trials: a trainer as one of many: it draws nothing, and looks into no bad step."""
+"""Turns trainers into trials: runs without a display and without a diagnosis of bad steps."""
 
 from __future__ import annotations
 
@@ -20,39 +20,34 @@ T = TypeVar("T", bound=TrainerModule)
 
 
 def as_trial(trainer: T, *, seed: int) -> T:
-    """Makes a trainer one that draws nothing, begins runs of its own, and has another seed.
-
-    Args:
-        trainer: changed; it may be initialised already.
-        seed: of the trial.
-    """
+    """Turns off a trainer's display, diagnosis and resuming, and sets its seed, in place."""
     vars(trainer)["config"] = dataclasses.replace(trainer.config, seed=seed, resume="never")
     here = trainer._workspace
     here.explains, here.display = False, NullDisplay()
-    if trainer.state is not None:  # its recording was made with what it had been given
+    if trainer.state is not None:  # its recording was created with the old config
         Preparation(trainer, TrainerModule).make_recording()
     return trainer
 
 
 def watch(trainer: TrainerModule, callbacks: Sequence[Callback]) -> None:
-    """Adds callbacks to those of a trainer."""
+    """Adds callbacks to a trainer."""
     vars(trainer)["callbacks"] = Callbacks([*trainer.callbacks.callbacks, *callbacks])
 
 
 def set_up(trainer: TrainerModule, example_batch: Batch) -> None:
-    """Initialises a trainer as its first training would."""
+    """Runs the setup methods of a trainer."""
     Preparation(trainer, TrainerModule).set_up(example_batch)
 
 
 def check(trainer: TrainerModule, plan: Plan) -> None:
-    """Goes as far as a run can without writing anything.
+    """Checks everything that can be checked without writing.
 
     Raises:
-        DistaffError: any bad input, by its kind.
+        DistaffError: an input is invalid (the subclass says which).
     """
     Training(trainer, TrainerModule).check(plan)
 
 
 def path_of(trainer: TrainerModule) -> Path | None:
-    """Returns the run directory of a trainer's last run; None where it has written none."""
+    """Returns the directory of a trainer's last run; None if it wrote none."""
     return trainer._workspace.recording.path

@@ -1,4 +1,4 @@
-"""Variants: trainers that differ from another one in a few arguments."""
+"""Copies of a trainer with some arguments changed."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def check_assignment(trainer: Predictor, name: str, value: Any) -> None:
 
 
 def variant_of(trainer: T, changes: dict[str, Any]) -> T:
-    """Returns a trainer like another one, not initialised; see `TrainerModule.variant`.
+    """Returns an uninitialized copy of a trainer; see `TrainerModule.variant`.
 
     Args:
-        trainer: stays as it is.
+        trainer: the trainer to copy.
         changes: options and other arguments of the constructor.
 
     Raises:
-        ConfigError: one is unknown or out of range.
+        ConfigError: an argument is unknown or out of range.
     """
     arguments = {name: _CHECKS[name](x) for name, x in changes.items() if name in _CHECKS}
     options = {name: x for name, x in changes.items() if name not in _CHECKS}

@@ -1,4 +1,4 @@
-"""Searches: many runs, and what they tell of an option's best value."""
+"""Searches over options, and comparisons of optimizers."""
 
 from distaff.tune.compare import compare
 from distaff.tune.comparison import Comparison, OptimizerResult, OptimizerRun

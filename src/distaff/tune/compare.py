@@ -1,4 +1,4 @@
-"""compare: one task, several optimizers, each with the learning rate that suits it, many seeds."""
+"""Compares optimizers on one task, each with its best learning rate, over several seeds."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from distaff.trainer.trials import as_trial, path_of, watch
 from distaff.tune.comparison import Comparison, OptimizerResult, OptimizerRun
 
 Rate: TypeAlias = float | None
-"""A learning rate; None where an optimizer has none."""
+"""A learning rate; None for an optimizer without one."""
 
 MakeOptimizer: TypeAlias = Callable[[Any], OptimizerLike]
-"""From a learning rate to an optimizer."""
+"""A function from a learning rate to an optimizer."""
 
 
 def compare(
@@ -47,35 +47,35 @@ def compare(
 ) -> Comparison:
     """Trains one task with several optimizers, over several seeds.
 
-    Each optimizer is first trained with every learning rate of its grid, with the first seed and
-    without the test set; the rate with the best validation is chosen. Then it is trained with that
-    rate and every seed, and the best model of each run is tested, once. Every training is an
-    ordinary run; one whose loss becomes NaN is recorded as diverged.
+    First, each optimizer is trained with every learning rate of its grid, on one seed and without
+    the test set, and the rate with the best validation is chosen. Then it is trained with that rate
+    on every seed, and the best model of each run is tested once. Every training is an ordinary run;
+    if the loss becomes NaN, the run is recorded as diverged.
 
-    Each step is waited for, so that its time is known; its time includes that of its batch, and
-    leaves out compilation, validation and checkpoints.
+    To measure the time per step, the host waits for each step. The time includes fetching the
+    batch, but not compilation, validation and checkpoints.
 
     Args:
-        make_trainer: `(optimizer, seed) -> trainer`, a new one for each run. The seed is to be the
-            trainer's, so that initial parameters differ from seed to seed.
+        make_trainer: `(optimizer, seed) -> trainer`, a new trainer for each run. Pass the seed to
+            the trainer, so that runs start from different parameters.
         optimizers: functions from a learning rate to an optimizer, by name.
-        grid: learning rates to choose from, for all optimizers or by name. A grid of one rate
-            costs no further run; `(None,)` is the grid of an optimizer that has none.
+        grid: learning rates to try, for all optimizers or by name. A grid of one rate needs no
+            extra run; use `(None,)` for an optimizer without a learning rate.
         make_loaders: `(seed) -> (train, val, test)`, new loaders for each run; `test` may be None.
-            The order of the training data is to differ from seed to seed.
-        seeds: of the runs that are compared. A learning rate is chosen by runs of one more seed,
-            `max(seeds) + 1`, which are not reported.
-        num_epochs: epochs of each run.
-        target: a training loss; steps and seconds until it are measured.
-        monitor: the validation metric that chooses a learning rate, by its best value in a run.
+            The seed should determine the order of the training data.
+        seeds: seeds of the compared runs. Learning rates are chosen with another seed,
+            `max(seeds) + 1`, whose runs are not reported.
+        num_epochs: epochs per run.
+        target: a training loss; the steps and seconds to reach it are measured.
+        monitor: the validation metric for choosing learning rates, by its best value in a run.
 
     Returns:
         Curves and a table.
 
     Raises:
-        ConfigError: an argument does not fit, or an optimizer cannot be built; said before the
+        ConfigError: an argument is invalid, or an optimizer cannot be built. Raised before the
             first run.
-        MetricError: the monitored metric is none of the validation.
+        MetricError: the monitored metric is not a validation metric.
     """
     whole("num_epochs", num_epochs)
     rates = _rates(optimizers, grid)
@@ -95,7 +95,7 @@ def compare(
 
 @dataclasses.dataclass(frozen=True)
 class _Observed:
-    """An optimizer to be observed; a dataclass, so that a run's record says what is in it."""
+    """An observed optimizer. As a dataclass it is recorded with its content."""
 
     optimizer: OptimizerLike
 
@@ -105,7 +105,7 @@ class _Observed:
 
 @dataclasses.dataclass(frozen=True)
 class _Contest:
-    """What is the same for all optimizers."""
+    """What all runs of a comparison share."""
 
     make_trainer: Callable[[OptimizerLike, int], TrainerModule]
     make_loaders: Callable[[int], tuple[Any, Any, Any]]
@@ -113,33 +113,32 @@ class _Contest:
     monitor: Monitor
 
     def check_loaders(self, seeds: Sequence[int]) -> int:
-        """Checks the loaders, and returns the number of training steps in an epoch."""
+        """Checks the loaders, and returns the number of steps per epoch."""
         train = as_loader(self.loaders(seeds[0])[0], name="train")
         steps_per_epoch = num_batches(train)
         if steps_per_epoch is None:
             raise ConfigError(
-                "Steps are compared, so each epoch has a known number of them; the train loader "
-                "has no length. Write data.Stream(source, length=...)."
+                "A comparison needs a known number of steps per epoch, but the train loader has "
+                "no length. Write data.Stream(source, length=...)."
             )
         if steps_per_epoch > 1 and len(seeds) > 1:
             other = as_loader(self.loaders(seeds[1])[0], name="train")
             batches = [jax.tree.leaves(first_batch(loader)) for loader in (train, other)]
             if all(map(np.array_equal, *batches)):
                 warn(
-                    f"make_loaders gives the same first batch for the seeds {seeds[0]} and "
-                    f"{seeds[1]}, so the runs differ by their initial parameters alone. Shuffle, "
-                    "and hand the seed on: data.ArrayLoader(..., shuffle=True, seed=seed).",
+                    f"make_loaders gives the same first batch for seeds {seeds[0]} and {seeds[1]}, "
+                    "so the runs differ only in their initial parameters. Shuffle, and pass the "
+                    "seed: data.ArrayLoader(..., shuffle=True, seed=seed).",
                     stacklevel=3,
                 )
         return steps_per_epoch
 
     def loaders(self, seed: int) -> tuple[Any, Any, Any]:
-        """Returns `(train, val, test)`."""
         loaders = self.make_loaders(seed) if callable(self.make_loaders) else None
         if not isinstance(loaders, tuple) or len(loaders) != 3 or loaders[1] is None:
             raise ConfigError(
-                "make_loaders is a function of the seed that returns new loaders (train, val, "
-                "test); test may be None, val may not, since learning rates are chosen on it. "
+                "make_loaders must be a function of the seed that returns new loaders (train, val, "
+                "test). test may be None, but val may not: it selects the learning rate. "
                 "Write lambda seed: data.digits(seed=seed)."
             )
         return loaders
@@ -147,10 +146,10 @@ class _Contest:
     def result(
         self, name: str, make_optimizer: MakeOptimizer, rates: Sequence[Rate], seeds: Sequence[int]
     ) -> OptimizerResult:
-        """Chooses a learning rate, and trains with it."""
+        """Chooses a learning rate, and trains with it on every seed."""
         chosen, tried = rates[0], {}
         if len(rates) > 1:
-            # A seed of its own: the luck of the one that a rate was chosen by is not reported.
+            # Another seed: results must not be selected by the luck of a reported one.
             seed = max(seeds) + 1
             for rate in rates:
                 _, tried[rate] = self.run(name, make_optimizer(rate), rate, seed, test=False)
@@ -164,7 +163,7 @@ class _Contest:
     def run(
         self, name: str, optimizer: OptimizerLike, rate: Rate, seed: int, *, test: bool
     ) -> tuple[OptimizerRun, float]:
-        """Trains once; returns the run and the best value of the monitored metric."""
+        """Trains once. Returns the run and the best value of the monitored metric."""
         trainer = self.trainer(optimizer, seed)
         watcher = _Watcher(self.monitor)
         watch(trainer, [watcher])
@@ -173,7 +172,7 @@ class _Contest:
         metrics: dict[str, float] = {}
         start, diverged = time.perf_counter(), False
         try:
-            with watcher.told_of_compilations():
+            with watcher.watching_compilations():
                 result = trainer.train_model(
                     train_loader,
                     val_loader,
@@ -207,20 +206,20 @@ class _Contest:
         return run, value
 
     def trainer(self, optimizer: OptimizerLike, seed: int) -> TrainerModule:
-        """Returns a new trainer whose optimizer is observed."""
+        """Returns a new trainer with an observed optimizer."""
         trainer = self.make_trainer(_Observed(optimizer), seed)
         if not isinstance(trainer, TrainerModule):
-            raise ConfigError(f"make_trainer returns a TrainerModule; got {trainer!r}.")
+            raise ConfigError(f"make_trainer must return a TrainerModule; got {trainer!r}.")
         if trainer.config.seed != seed:
             raise ConfigError(
-                f"make_trainer was given the seed {seed}, and its trainer has the seed "
-                f"{trainer.config.seed}: all runs would begin alike. Hand it on: "
+                f"make_trainer was called with seed {seed}, but its trainer has seed "
+                f"{trainer.config.seed}, so all runs would start alike. Pass it on: "
                 "Classifier(model, optimizer=optimizer, seed=seed)."
             )
         if not isinstance(trainer.optimizer, _Observed):
             raise ConfigError(
-                "make_trainer was given an optimizer, and its trainer has another one: "
-                f"{trainer.optimizer!r}. Hand it on: Classifier(model, optimizer=optimizer, "
+                "make_trainer was called with an optimizer, but its trainer has another one: "
+                f"{trainer.optimizer!r}. Pass it on: Classifier(model, optimizer=optimizer, "
                 "seed=seed)."
             )
         return as_trial(trainer, seed=seed)
@@ -229,21 +228,20 @@ class _Contest:
 def _rates(
     optimizers: Mapping[str, MakeOptimizer], grid: Mapping[str, Sequence[Rate]] | Sequence[Rate]
 ) -> dict[str, tuple[Rate, ...]]:
-    """Returns the learning rates of each optimizer."""
     if not isinstance(optimizers, Mapping) or not optimizers:
         raise ConfigError(
-            "A comparison needs optimizers by name, such as {'adam': lambda rate: "
+            "optimizers must be a dict of functions, such as {'adam': lambda rate: "
             f"OptimizerConfig('adam', learning_rate=rate)}}; got {optimizers!r}."
         )
     by_name = grid if isinstance(grid, Mapping) else dict.fromkeys(optimizers, grid)
     for name in by_name:
         if name not in optimizers:
-            raise ConfigError(f"The grid has {name!r}, no optimizer. {nearest(name, optimizers)}")
+            raise ConfigError(f"No optimizer for grid entry {name!r}. {nearest(name, optimizers)}")
     rates = {name: tuple(by_name.get(name, ())) for name in optimizers}
     for name, found in rates.items():
         if not found or len(set(found)) < len(found):
             raise ConfigError(
-                f"The grid has at least one learning rate for each optimizer, and none twice; for "
+                "The grid needs at least one learning rate per optimizer, without duplicates; for "
                 f"{name!r} it has {list(found)}."
             )
     return rates
@@ -251,15 +249,11 @@ def _rates(
 
 def _check_seeds(seeds: Sequence[int]) -> None:
     if not seeds or len(set(seeds)) < len(seeds):
-        raise ConfigError(f"seeds are at least one, and all different; got {list(seeds)}.")
+        raise ConfigError(f"seeds must be one or more different integers; got {list(seeds)}.")
 
 
 class _Watcher(Callback):
-    """Notes loss, cosine and duration of each step, and the validations.
-
-    Args:
-        monitor: the metric whose best validation is kept.
-    """
+    """Records loss, cosine and duration of each step, and the best validation of `monitor`."""
 
     def __init__(self, monitor: Monitor) -> None:
         self.monitor = monitor
@@ -269,8 +263,8 @@ class _Watcher(Callback):
         self._start_timing()
 
     @contextlib.contextmanager
-    def told_of_compilations(self) -> Generator[None]:
-        """Notes in which steps JAX compiles: the first, and those of a new shape or dtype."""
+    def watching_compilations(self) -> Generator[None]:
+        """Detects steps in which JAX compiles: the first, and those with a new shape or dtype."""
         jax.monitoring.register_event_duration_secs_listener(self._on_duration)
         try:
             yield
@@ -286,10 +280,10 @@ class _Watcher(Callback):
         metrics = metrics_lib.compute(metrics_lib.to_host(info.metrics))
         if "loss" not in metrics:
             raise MetricError(
-                "Optimizers are compared by the metric 'loss' of a training step, which is not "
-                f"among {sorted(metrics)}. Return it from train_step."
+                "Optimizers are compared by the training metric 'loss', which is not among "
+                f"{sorted(metrics)}. Return it from train_step."
             )
-        assert info.state is not None  # steps run one by one where a callback watches them
+        assert info.state is not None  # steps are not fused while a callback watches them
         cosine = float(geometry(info.state.opt_state).cosine)
         self._steps.append((metrics["loss"], cosine, seconds))
         self.steps_per_epoch += info.epoch == 1

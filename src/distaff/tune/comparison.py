@@ -1,4 +1,4 @@
-"""Comparison: what the runs of several optimizers on one task showed, as curves and as a table."""
+"""The result of a comparison of optimizers, as curves and as a table."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class Estimate(NamedTuple):
     """A number measured in several runs.
 
     Attributes:
-        mean: over the runs that have it; NaN where none has.
-        standard_error: of the mean, from the spread between runs; NaN for fewer than two.
-        count: runs that have it.
-        total: all runs.
+        mean: mean over the runs that have it; NaN if none has.
+        standard_error: standard error of the mean between runs; NaN for fewer than two.
+        count: number of runs that have it.
+        total: number of all runs.
     """
 
     mean: float
@@ -26,10 +26,10 @@ class Estimate(NamedTuple):
     total: int
 
     def __str__(self) -> str:
-        """Returns such as `0.0123 ± 0.0004 (3/5)`; the count is left out where all runs have it."""
+        """Returns text such as `0.0123 ± 0.0004 (3/5)`, without the count if it is complete."""
         if not self.count:
             return "-"
-        # An error below the last digit that is shown of the mean is none to the reader.
+        # An error below the last digit of the mean is shown as 0.
         shown = 0 if self.standard_error < 1e-4 * abs(self.mean) else self.standard_error
         error = "" if np.isnan(shown) else f" ± {shown:.2g}"
         share = "" if self.count == self.total else f" ({self.count}/{self.total})"
@@ -41,8 +41,8 @@ class Curve(NamedTuple):
 
     Attributes:
         steps: completed optimizer updates, int `[points]`.
-        mean: over the runs, `[points]`; NaN from where the first run has ended.
-        standard_error: of the mean, `[points]`; NaN for a single run.
+        mean: mean over the runs, `[points]`; NaN after the first run has ended.
+        standard_error: standard error of the mean, `[points]`; NaN for a single run.
     """
 
     steps: np.ndarray
@@ -52,20 +52,19 @@ class Curve(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerRun:
-    """One training by one optimizer.
+    """One training run of one optimizer.
 
     Attributes:
-        seed: of the model and of the order of the data.
-        learning_rate: it was trained with; None where the optimizer has none.
-        losses: the training loss of each step, float64 `[steps]`; not finite where it diverged.
-        cosines: of update and negative gradient at each step, float64 `[steps]`.
-        seconds: each step took, float64 `[steps]`, from asking for its batch until its loss is
-            known. A step in which JAX compiled counts as the median of the others.
-        steps_per_epoch: steps that see each example once; losses and cosines are averaged over so
-            many.
-        metrics: numbers of the best validation (`val/`) and of the test (`test/`), by name.
+        seed: seed of the model and of the data order.
+        learning_rate: the learning rate; None for an optimizer without one.
+        losses: training loss per step, float64 `[steps]`; not finite after divergence.
+        cosines: cosine of update and negative gradient per step, float64 `[steps]`.
+        seconds: duration per step, float64 `[steps]`, from requesting the batch until the loss is
+            known. Steps in which JAX compiled have the median of the others.
+        steps_per_epoch: steps per epoch, the window for averaging losses and cosines.
+        metrics: metrics of the best validation (`val/`) and of the test (`test/`), by name.
         diverged: whether the loss or a parameter became NaN or infinite.
-        path: the run directory; None where nothing was written.
+        path: the run directory; None if nothing was written.
     """
 
     seed: int
@@ -79,12 +78,10 @@ class OptimizerRun:
     path: Path | None = None
 
     def averaged(self, name: Literal["losses", "cosines"]) -> np.ndarray:
-        """Returns at each step the mean over the last `steps_per_epoch` steps.
-
-        Of a loss that is the training loss over every example once, each as it was seen.
+        """Returns the mean over the last `steps_per_epoch` steps, at each step.
 
         Returns:
-            `[steps]`; NaN before the first epoch is over, and where a value is not finite.
+            An array `[steps]`; NaN in the first epoch, and if a value is not finite.
         """
         values = getattr(self, name)
         values = np.where(np.isfinite(values), values, np.nan)
@@ -96,15 +93,15 @@ class OptimizerRun:
         return averaged
 
     def steps_to(self, target: float) -> int | None:
-        """Returns after how many steps the averaged loss was first at most `target`, or None.
+        """Returns the first step whose averaged loss is at most `target`, or None.
 
-        A run that diverges afterwards has reached it all the same.
+        A run that diverges later still counts.
         """
         reached = np.flatnonzero(self.averaged("losses") <= target)
         return int(reached[0]) + 1 if len(reached) else None
 
     def numbers(self, target: float) -> dict[str, float]:
-        """Returns what a row of the table is made of; NaN for what this run does not have."""
+        """Returns the numbers of a table row; NaN for those that this run does not have."""
         steps = self.steps_to(target)
         averaged = self.averaged("losses")
         return {
@@ -120,14 +117,14 @@ class OptimizerRun:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerResult:
-    """What one optimizer showed.
+    """The result of one optimizer.
 
     Attributes:
-        learning_rate: the one of the grid that was best on validation data; NaN where the loss
-            became NaN with all of them, None where the optimizer has none.
-        grid: the validation metric that each learning rate came to; NaN where it diverged. Empty
-            where the grid has one rate, so that there is nothing to choose.
-        runs: one for each seed, with the chosen rate; none where all rates diverged.
+        learning_rate: the rate with the best validation; NaN if all rates diverged, None for an
+            optimizer without a learning rate.
+        grid: value of the validation metric per learning rate; NaN if it diverged. Empty for a grid
+            of one rate.
+        runs: one run per seed with the chosen rate; empty if all rates diverged.
     """
 
     learning_rate: float | None
@@ -136,7 +133,7 @@ class OptimizerResult:
 
     @property
     def shown_rate(self) -> str:
-        """The learning rate as a table or a legend shows it; `0.1*` at an edge of the grid."""
+        """The learning rate as text; with an asterisk, `0.1*`, at an edge of the grid."""
         if self.learning_rate is None:
             return "-"
         if np.isnan(self.learning_rate):
@@ -145,7 +142,7 @@ class OptimizerResult:
 
     @property
     def edge(self) -> Literal["lowest", "highest"] | None:
-        """Which end of the grid the chosen rate is at, beyond which a better one may lie."""
+        """The edge of the grid at which the chosen rate lies; None if inside."""
         rates = [rate for rate in self.grid if rate is not None]
         if len(rates) < 2 or self.learning_rate not in rates:
             return None
@@ -154,7 +151,7 @@ class OptimizerResult:
         return "highest" if self.learning_rate == max(rates) else None
 
     def curve(self, name: Literal["losses", "cosines"]) -> Curve:
-        """Returns how a quantity, averaged over the last epoch, went with the steps."""
+        """Returns a quantity by step, averaged over the last epoch and the runs."""
         curves = [run.averaged(name) for run in self.runs]
         length = max(map(len, curves), default=0)
         padded = np.full((len(curves), length), np.nan)
@@ -168,7 +165,7 @@ class OptimizerResult:
         return Curve(np.arange(1, length + 1), padded.mean(axis=0), error)
 
     def estimates(self, target: float) -> dict[str, Estimate]:
-        """Returns the numbers of the table, by name."""
+        """Returns the numbers of the table by name."""
         rows = [run.numbers(target) for run in self.runs]
         names = dict.fromkeys(name for row in rows for name in row)
         return {name: _estimate([row.get(name, np.nan) for row in rows]) for name in names}
@@ -176,39 +173,39 @@ class OptimizerResult:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Several optimizers on one task, each with its best learning rate of a grid.
+    """Several optimizers on one task, each with its best learning rate.
 
     Attributes:
-        results: by the optimizer's name.
-        target: the training loss whose first reach is timed.
+        results: results by the optimizer's name.
+        target: the training loss to reach.
     """
 
     results: Mapping[str, OptimizerResult]
     target: float
 
     def curves(self, name: Literal["losses", "cosines"]) -> dict[str, Curve]:
-        """Returns the curve of each optimizer that has one."""
+        """Returns the curves by optimizer, without those that always diverged."""
         curves = {label: result.curve(name) for label, result in self.results.items()}
         return {label: curve for label, curve in curves.items() if len(curve.steps)}
 
     def rows(self) -> dict[str, dict[str, Estimate]]:
-        """Returns by optimizer what was measured.
+        """Returns the measurements by optimizer.
 
         Returns:
-            `final_loss`: of training, over the last epoch; `mean_loss` over all steps; `steps` and
-            `seconds` until the loss, averaged over an epoch, is at most `target`;
-            `seconds_per_step`; `cosine` of update and negative gradient, over all steps; and the
-            metrics of the best validation (`val/...`) and of its test (`test/...`). A run that
-            diverged has only the steps, and the seconds, of a target it had reached before.
+            `final_loss`, the training loss over the last epoch; `mean_loss` over all steps; `steps`
+            and `seconds` until the averaged loss is at most `target`; `seconds_per_step`; `cosine`
+            of update and negative gradient; and the metrics of the best validation (`val/...`) and
+            of the test (`test/...`). A run that diverged has only `steps` and `seconds`, if it
+            reached the target before.
         """
         return {name: result.estimates(self.target) for name, result in self.results.items()}
 
     def table(self) -> str:
         """Returns the rows as text: mean ± standard error over the seeds.
 
-        Of several metrics the validation and test losses are left out. A number such as `(3/5)`
-        says how many runs a mean is of, where it is not of all. A rate at the edge of its grid has
-        an asterisk, and a line below the table names it.
+        Losses of validation and test are omitted if there are other metrics. A count such as
+        `(3/5)` is the number of runs in a mean, if not all. A rate at the edge of its grid has an
+        asterisk, explained below the table.
         """
         rows = self.rows()
         measured = list(dict.fromkeys(name for row in rows.values() for name in row))

@@ -1,9 +1,9 @@
-"""Eleven classic test functions of optimization, each with its domain and its known global minima.
+"""Eleven classic test functions of optimization, with their domains and known global minima.
 
 Definitions and minima: S. Surjanovic and D. Bingham, Virtual Library of Simulation Experiments,
 https://www.sfu.ca/~ssurjano/optimization.html; M. Jamil and X.-S. Yang, A literature survey of
-benchmark functions for global optimization problems, 2013, arXiv:1308.4008. Minima that these give
-to a few digits are stated here to those of float64.
+benchmark functions for global optimization problems, 2013, arXiv:1308.4008. Minima given there to a
+few digits are refined here to float64.
 """
 
 from __future__ import annotations
@@ -22,27 +22,31 @@ from distaff.errors import ConfigError
 from distaff.step.state import TrainState
 
 
+def _zero(num_dims: int) -> float:
+    return 0.0
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Landscape:
-    """A function of `n` coordinates, with its global minima. Call it: it checks the shape first.
+    """A function of `n` coordinates with its global minima. Calling it checks the shape.
 
     >>> float(BOOTH(jnp.array([1.0, 3.0])))
     0.0
 
     Args:
-        name: as it is known.
-        function: `[..., n] -> [...]`, float; it has a finite gradient in the whole domain.
-        domain: the interval of each coordinate; one that stands for all where it is alone.
-        minima: positions of all global minima by the number of coordinates, float64 `[k, n]`.
-        minimum: the value there, by the number of coordinates.
-        num_dims: the fewest and the most coordinates; None for no limit.
+        name: common name of the function.
+        function: `[..., n] -> [...]`, float, with a finite gradient in the whole domain.
+        domain: interval of each coordinate, or a single one for all.
+        minima: function from `n` to the positions of all global minima, float64 `[k, n]`.
+        minimum: function from `n` to the value of the global minima.
+        num_dims: smallest and largest `n`; None for no limit.
     """
 
     name: str
     function: Callable[[jax.Array], jax.Array]
     domain: tuple[tuple[float, float], ...]
     minima: Callable[[int], np.ndarray]
-    minimum: Callable[[int], float]
+    minimum: Callable[[int], float] = _zero
     num_dims: tuple[int, int | None] = (1, None)
 
     def __call__(self, x: ArrayLike) -> jax.Array:
@@ -52,35 +56,35 @@ class Landscape:
             x: points, float `[..., n]`.
 
         Returns:
-            `[...]`, of the dtype of `x`.
+            Values `[...]` with the dtype of `x`.
 
         Raises:
-            ConfigError: the function is not defined for so many coordinates.
+            ConfigError: the function is not defined for `n` coordinates.
         """
         self.check_dims(jnp.shape(x)[-1] if jnp.ndim(x) else 0)
         return self.function(jnp.asarray(x))
 
     def bounds(self, num_dims: int = 2) -> np.ndarray:
-        """Returns the lowest and the highest value of each coordinate, float64 `[2, n]`.
+        """Returns the lower and upper bounds of the domain, float64 `[2, n]`.
 
         Raises:
-            ConfigError: the function is not defined for so many coordinates.
+            ConfigError: the function is not defined for `n` coordinates.
         """
         self.check_dims(num_dims)
         intervals = self.domain * num_dims if len(self.domain) == 1 else self.domain
         return np.array(intervals, float).T
 
     def distance(self, x: ArrayLike) -> np.ndarray:
-        """Returns how far each point is from the nearest global minimum.
+        """Returns the distance of each point to the nearest global minimum.
 
         Args:
             x: points `[..., n]`.
 
         Returns:
-            Euclidean distances `[...]`, float64; infinity for a point that is not finite.
+            Euclidean distances `[...]`, float64; inf for points that are not finite.
 
         Raises:
-            ConfigError: the function is not defined for so many coordinates.
+            ConfigError: the function is not defined for `n` coordinates.
         """
         x = np.asarray(x, float)
         self.check_dims(x.shape[-1] if x.ndim else 0)
@@ -92,32 +96,32 @@ class Landscape:
         """Checks a number of coordinates.
 
         Raises:
-            ConfigError: the function is not defined for so many.
+            ConfigError: the function is not defined for it.
         """
         fewest, most = self.num_dims
         if num_dims < fewest or (most is not None and num_dims > most):
             limits = f"{fewest} to {most}" if most else f"at least {fewest}"
             wanted = str(fewest) if fewest == most else limits
-            raise ConfigError(f"{self.name} has {wanted} coordinates, and was given {num_dims}.")
+            raise ConfigError(f"{self.name} has {wanted} coordinates; got {num_dims}.")
 
 
 def descend(
     landscape: Landscape, tx: optax.GradientTransformation, start: jax.Array, num_steps: int
 ) -> jax.Array:
-    """Lets an optimizer run over a landscape, and returns the way it took.
+    """Minimizes a landscape with an optimizer, and returns its path.
 
-    The optimizer sees the domain scaled to the unit cube, so that learning rates compare between
-    landscapes, and is kept in it: a point that leaves it is put back on its border. It may be run
-    under `jax.jit` and `jax.vmap`, also over the arguments it is made of.
+    The domain is scaled to the unit cube, so that learning rates are comparable between landscapes,
+    and points outside are clipped to it. Works under `jax.jit` and `jax.vmap`, including over
+    hyperparameters.
 
     Args:
-        landscape: the function to minimise.
-        tx: any Optax optimizer; it is offered the value, the gradient and the function.
-        start: where to begin, float `[n]`.
-        num_steps: updates.
+        landscape: the function to minimize.
+        tx: any Optax optimizer; it also receives the value, the gradient and the function.
+        start: initial position, float `[n]`.
+        num_steps: number of updates.
 
     Returns:
-        Positions `[num_steps + 1, n]`, the first of them `start`.
+        Positions `[num_steps + 1, n]`, the first of which is `start`.
     """
     low, high = jnp.asarray(landscape.bounds(start.shape[-1]), start.dtype)
 
@@ -131,23 +135,23 @@ def descend(
         return state, low + state.params * (high - low)
 
     state = TrainState.create(params=(start - low) / (high - low), tx=tx)
-    _, way = jax.lax.scan(step, state, length=num_steps)
-    return jnp.concatenate([start[None], way])
+    _, path = jax.lax.scan(step, state, length=num_steps)
+    return jnp.concatenate([start[None], path])
 
 
 def _axes(x: jax.Array) -> jax.Array:
-    """Returns the number of each coordinate, counted from 1, in the shape of `x`."""
+    """Returns the index of each coordinate, counted from 1, in the shape of `x`."""
     return jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1).astype(x.dtype) + 1
 
 
 def _root(squares: jax.Array) -> jax.Array:
-    """Returns the square root, with a gradient of 0 where it is 0."""
+    """Returns the square root, with gradient 0 at 0."""
     positive = squares > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1)), 0)
 
 
 def _ackley(x: jax.Array) -> jax.Array:
-    # At its minimum it has a cusp; there 0 is one of its subgradients.
+    # The minimum is a cusp, where 0 is a subgradient.
     radius = _root(jnp.square(x).mean(axis=-1))
     waves = jnp.cos(2 * math.pi * x).mean(axis=-1)
     return -20 * jnp.expm1(-0.2 * radius) - (jnp.exp(waves) - math.e)
@@ -205,7 +209,7 @@ def _branin(x: jax.Array) -> jax.Array:
 
 _SCHWEFEL_AT, _SCHWEFEL_VALUE = 420.9687463599821, 418.98288727243374
 _STYBLINSKI_TANG_AT, _STYBLINSKI_TANG_VALUE = -2.903534027771177, -39.16616570377141
-# Michalewicz is a sum of functions of one coordinate: where each is lowest, and how low.
+# Michalewicz is a sum of functions of one coordinate: their minima and values.
 _MICHALEWICZ_AT = (
     *(2.2029055201726093, math.pi / 2, 1.2849915705529245, 1.9230584698663629, 1.7204697725658413),
     *(math.pi / 2, 1.454413971362379, 1.756086520945026, 1.6557174168210291, math.pi / 2),
@@ -217,7 +221,7 @@ _MICHALEWICZ_VALUES = (
 
 
 def _everywhere(coordinate: float) -> Callable[[int], np.ndarray]:
-    """Returns the single minimum whose coordinates are all the same."""
+    """Returns the single minimum with equal coordinates."""
     return lambda num_dims: np.full((1, num_dims), coordinate)
 
 
@@ -225,53 +229,23 @@ def _at(*points: tuple[float, float]) -> Callable[[int], np.ndarray]:
     return lambda num_dims: np.array(points, float)
 
 
-def _zero(num_dims: int) -> float:
-    return 0.0
-
-
 ACKLEY = Landscape(
-    name="Ackley",
-    function=_ackley,
-    domain=((-32.768, 32.768),),
-    minima=_everywhere(0.0),
-    minimum=_zero,
+    name="Ackley", function=_ackley, domain=((-32.768, 32.768),), minima=_everywhere(0.0)
 )
 RASTRIGIN = Landscape(
-    name="Rastrigin",
-    function=_rastrigin,
-    domain=((-5.12, 5.12),),
-    minima=_everywhere(0.0),
-    minimum=_zero,
+    name="Rastrigin", function=_rastrigin, domain=((-5.12, 5.12),), minima=_everywhere(0.0)
 )
 GRIEWANK = Landscape(
-    name="Griewank",
-    function=_griewank,
-    domain=((-600.0, 600.0),),
-    minima=_everywhere(0.0),
-    minimum=_zero,
+    name="Griewank", function=_griewank, domain=((-600.0, 600.0),), minima=_everywhere(0.0)
 )
 SCHWEFEL = Landscape(
-    name="Schwefel",
-    function=_schwefel,
-    domain=((-500.0, 500.0),),
-    minima=_everywhere(_SCHWEFEL_AT),
-    minimum=_zero,
+    name="Schwefel", function=_schwefel, domain=((-500.0, 500.0),), minima=_everywhere(_SCHWEFEL_AT)
 )
 MATYAS = Landscape(
-    name="Matyas",
-    function=_matyas,
-    domain=((-10.0, 10.0),),
-    minima=_at((0, 0)),
-    minimum=_zero,
-    num_dims=(2, 2),
+    name="Matyas", function=_matyas, domain=((-10.0, 10.0),), minima=_at((0, 0)), num_dims=(2, 2)
 )
 BOOTH = Landscape(
-    name="Booth",
-    function=_booth,
-    domain=((-10.0, 10.0),),
-    minima=_at((1, 3)),
-    minimum=_zero,
-    num_dims=(2, 2),
+    name="Booth", function=_booth, domain=((-10.0, 10.0),), minima=_at((1, 3)), num_dims=(2, 2)
 )
 MICHALEWICZ = Landscape(
     name="Michalewicz",
@@ -293,16 +267,10 @@ ROSENBROCK = Landscape(
     function=_rosenbrock,
     domain=((-5.0, 10.0),),
     minima=_everywhere(1.0),
-    minimum=_zero,
     num_dims=(2, None),
 )
 BEALE = Landscape(
-    name="Beale",
-    function=_beale,
-    domain=((-4.5, 4.5),),
-    minima=_at((3, 0.5)),
-    minimum=_zero,
-    num_dims=(2, 2),
+    name="Beale", function=_beale, domain=((-4.5, 4.5),), minima=_at((3, 0.5)), num_dims=(2, 2)
 )
 BRANIN = Landscape(
     name="Branin",
@@ -317,4 +285,4 @@ LANDSCAPES = (
     *(ACKLEY, RASTRIGIN, GRIEWANK, SCHWEFEL, MATYAS, BOOTH),
     *(MICHALEWICZ, STYBLINSKI_TANG, ROSENBROCK, BEALE, BRANIN),
 )
-"""All eleven; each of them is defined for two coordinates."""
+"""All eleven. Each is defined for two coordinates."""

@@ -1,4 +1,4 @@
-"""What a search is: it suggests values, hears how they fare, and remembers all of it."""
+"""The interface of a search, which suggests values and records the results."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ class Trial(NamedTuple):
     """One run of a search.
 
     Attributes:
-        number: counted from 0. Those of trials that were interrupted are left out.
+        number: number of the trial, from 0, without interrupted trials.
         status: `"finished"`, `"stopped"`, `"pruned"` or `"failed"`.
-        value: the monitored metric of its best model; where pruned, the last one reported; None
-            where it failed.
-        values: what it was trained with, by dotted path.
-        seed: of its model; None where it failed before it had one.
-        path: its run directory, an absolute path; None where it failed before it had
-            one.
+        value: monitored metric of the best model, or the last one reported if pruned; None if
+            failed.
+        values: values of the searched options, by dotted path.
+        seed: seed of the model; None if the trial failed before it had one.
+        path: absolute path of the run directory; None if the trial failed before it had one.
     """
 
     number: int
@@ -31,72 +30,71 @@ class Trial(NamedTuple):
 
 
 class Suggestion(Protocol):
-    """The values to try next, and the channel back while they are tried."""
+    """The values to try next, with methods to report their results."""
 
     number: int
     values: dict[str, Any]
 
     def report(self, value: float, epoch: int) -> None:
-        """Hears the monitored metric after a validation."""
+        """Reports the monitored metric after a validation."""
         ...
 
     def should_prune(self) -> bool:
-        """Tells whether to give up, by what was reported so far."""
+        """Whether to prune the trial, given the reports so far."""
         ...
 
     def note(self, **facts: Any) -> None:
-        """Remembers facts about the trial, which must be strict JSON: `seed`, `path`, `reason`.
+        """Records facts about the trial as strict JSON: `seed`, `path`, `reason`.
 
-        A path is kept relative to the root of all runs, which may be moved.
+        A path is stored relative to the root of all runs, which may be moved.
         """
         ...
 
 
 class Search(Protocol):
-    """Suggests values, and remembers every trial, in a storage that outlives the process."""
+    """Suggests values, and records every trial in a storage that outlives the process."""
 
     study: Any
 
     def ask(self, num_trials: int) -> Suggestion | None:
-        """Begins a trial; first those that a process which is gone has left.
+        """Starts a trial, first those left by processes that died.
 
         Returns:
-            What to try; None where so many trials have ended or are under way, or where the
-            sampler has nothing left to try.
+            The values to try; None if `num_trials` trials have ended or are running, or if the
+            sampler is exhausted.
         """
         ...
 
     def tell(self, suggestion: Suggestion, status: str, value: float | None) -> Trial:
-        """Ends a trial, and returns it as it is remembered."""
+        """Ends a trial, and returns it as recorded."""
         ...
 
     def abandon(self, suggestion: Suggestion) -> None:
-        """Ends a trial that was interrupted: its values are tried again by the next `ask`.
+        """Ends an interrupted trial, whose values the next `ask` returns again.
 
-        Values that were interrupted three times count as a failed trial instead: they may be what
-        the process dies of.
+        Values interrupted three times count as a failed trial, since they may crash the process.
         """
         ...
 
     def trials(self) -> list[Trial]:
-        """Returns all trials that came to an end of their own, by number."""
+        """Returns all trials that were not interrupted, by number."""
         ...
 
     def underway(self) -> list[str]:
-        """Returns what other processes are at, such as `"trial 3 (process 71 on node2)"`."""
+        """Returns the trials of other processes, such as `"trial 3 (process 71 on node2)"`."""
         ...
 
     def remember(self, name: str, fact: Any) -> None:
-        """Keeps strict JSON with the study."""
+        """Stores strict JSON with the study."""
         ...
 
     def recall(self, name: str) -> Any:
-        """Returns what was kept with the study, or None."""
+        """Returns what was stored with the study, or None."""
         ...
 
 
 def listed(changes: Mapping[str, tuple[Any, Any]]) -> str:
-    """Returns what `distaff.core.config.encoding.diff` found, as an error says it."""
+    """Formats a result of `distaff.core.config.encoding.diff` for an error."""
     shown = {
         path: ["absent" if value is MISSING else repr(value) for value in change]
         for path, change in changes.items()

@@ -1,4 +1,4 @@
-"""The space of a search: which options vary, by dotted path, and between what values."""
+"""The space of a search: options by dotted path, and their ranges."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from distaff.errors import ConfigError
 
 @dataclass(frozen=True)
 class Float:
-    """A real number from `low` to `high`, both included.
+    """A real number from `low` to `high`, inclusive.
 
     Args:
         low: the smallest value.
-        high: the largest one.
-        log: whether its logarithm is searched evenly, as for learning rates.
+        high: the largest value.
+        log: whether to sample on a logarithmic scale, as for learning rates.
 
     Raises:
-        ConfigError: the bounds are not finite, or not in order, or not positive where `log` is on.
+        ConfigError: the bounds are not finite, not in order, or not positive with `log`.
     """
 
     low: float
@@ -39,15 +39,15 @@ class Float:
 
 @dataclass(frozen=True)
 class Int:
-    """A whole number from `low` to `high`, both included.
+    """A whole number from `low` to `high`, inclusive.
 
     Args:
         low: the smallest value.
-        high: the largest one.
-        log: whether its logarithm is searched evenly, as for widths of layers.
+        high: the largest value.
+        log: whether to sample on a logarithmic scale, as for widths of layers.
 
     Raises:
-        ConfigError: the bounds are not whole, or not in order, or not positive where `log` is on.
+        ConfigError: the bounds are not integers, not in order, or not positive with `log`.
     """
 
     low: int
@@ -71,7 +71,7 @@ class Choice:
         *values: strings, finite numbers, booleans or None.
 
     Raises:
-        ConfigError: there is none, one is there twice, or one is of another kind.
+        ConfigError: there are no values, duplicates, or values of another type.
     """
 
     values: tuple[bool | int | float | str | None, ...]
@@ -84,7 +84,7 @@ class Choice:
         )
         if not known or not values or len(set(values)) < len(values):
             raise ConfigError(
-                "A Choice is between different strings, finite numbers, booleans or None, such as "
+                "A Choice needs different strings, finite numbers, booleans or None, such as "
                 f"Choice('relu', 'gelu'); got Choice{values!r}."
             )
 
@@ -94,28 +94,28 @@ class Choice:
 
 
 Dimension: TypeAlias = Float | Int | Choice
-"""How one option varies."""
+"""The range of one option."""
 
 Space: TypeAlias = Mapping[str, Dimension]
-"""What varies, by dotted path: `{"optimizer.learning_rate": Float(1e-4, 1e-2, log=True)}`.
+"""Ranges by dotted path: `{"optimizer.learning_rate": Float(1e-4, 1e-2, log=True)}`.
 
-A path leads through dataclasses and mappings; of a mapping such as `optimizer.options`, keys that
-the config has can vary.
+A path leads through dataclasses and mappings. In a mapping such as `optimizer.options`, the key
+must exist.
 """
 
 
 def check_space(config: Any, space: Space) -> None:
-    """Checks that each path exists in a config, and that its extreme values are allowed there.
+    """Checks that each path exists in a config, which accepts the extreme values.
 
     Raises:
-        ConfigError: one does not, or is not; or the space is empty.
+        ConfigError: a path is unknown, a value is invalid, or the space is empty.
     """
     if not space:
         raise ConfigError('A search needs a space such as {"optimizer.learning_rate": Float(...)}.')
     for path, dimension in space.items():
         if not isinstance(dimension, Dimension):
             raise ConfigError(
-                f"The space holds a Float, an Int or a Choice by path; {path!r} has {dimension!r}."
+                f"The space must map paths to Float, Int or Choice; {path!r} has {dimension!r}."
             )
         for value in dimension.ends():
             try:
@@ -133,7 +133,7 @@ def space_to_json(space: Space) -> dict[str, Any]:
 
 
 def values_of(config: Any, space: Space) -> dict[str, Any]:
-    """Returns what a config holds at the paths of a space."""
+    """Returns the values of a config at the paths of a space."""
     return {path: _value_at(config, path) for path in space}
 
 
@@ -144,7 +144,7 @@ def _value_at(config: Any, path: str) -> Any:
 
 
 def contains(dimension: Dimension, value: Any) -> bool:
-    """Tells whether a value is one that a dimension can take."""
+    """Whether a dimension contains a value."""
     if isinstance(dimension, Choice):
         return value in dimension.values
     kinds = int if isinstance(dimension, Int) else int | float
@@ -155,11 +155,11 @@ def _check_bounds(dimension: Float | Int, kinds: Any) -> None:
     bounds = (dimension.low, dimension.high)
     if not all(_is_number(bound, kinds) for bound in bounds) or dimension.low > dimension.high:
         raise ConfigError(
-            f"Bounds are finite numbers with low <= high, whole ones in an Int; got {dimension}."
+            f"Bounds must be finite numbers with low <= high, whole in an Int; got {dimension}."
         )
     if dimension.log and dimension.low <= 0:
         raise ConfigError(
-            f"A logarithm needs low > 0; got {dimension}. Raise low, or use log=False."
+            f"log=True requires low > 0; got {dimension}. Raise low, or use log=False."
         )
 
 

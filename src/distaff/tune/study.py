@@ -1,4 +1,4 @@
-"""study: a search over the options of a run, by Optuna, that continues where it was left."""
+"""Searches for the best options of a run with Optuna, and resumes interrupted searches."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from distaff.tune.trial import Task
 
 
 class StudyResult(NamedTuple):
-    """What a search found.
+    """The result of a search.
 
     Attributes:
         best: the best trial that was not pruned.
-        config: the config it was trained with.
-        metrics: of its best model on the test set, as `test/...`; empty without one, and as long
-            as other processes are at trials: the one that ends last tests.
-        trials: all trials that ended on their own, by number.
-        study: the `optuna.Study`, for its figures and its tables.
+        config: the config of the best trial.
+        metrics: test metrics of its best model as `test/...`; empty without a test loader, or while
+            other processes are running trials (the last one to end tests).
+        trials: all trials that were not interrupted, by number.
+        study: the `optuna.Study`, with its plots and tables.
     """
 
     best: Trial
@@ -53,48 +53,48 @@ def study(
 ) -> StudyResult:
     """Searches for the best values of some options.
 
-    The config's own values are tried first, where the space holds them; the sampler chooses all
-    others. A trial is an ordinary run in a directory of its own; trial `n` has the trainer's seed
-    plus `n`. After each validation the trainer's monitored metric is reported, and a trial that
-    the pruner gives up ends as any other run does, with the status `pruned`. One whose loss
-    becomes NaN counts as failed. The best trial is tested at the end, once: no other sees the
-    test set.
+    The first trial uses the config's own values if they lie within the space; the sampler chooses
+    all others. A trial is an ordinary run with its own directory; trial `n` has the trainer's seed
+    plus `n`. The monitored metric is reported after each validation. A pruned trial ends normally,
+    with the status `pruned`; one whose loss becomes NaN counts as failed. At the end, the best
+    trial is tested once; no other trial uses the test set.
 
-    Started again with the same storage and name, a study goes on: `num_trials` counts those it
-    has. The values of a trial that was interrupted, killed, or ended by an error of the program
-    are tried again; after three attempts they count as failed. Several processes may work at one
-    study: on one machine, each takes over what another left when it was killed.
+    To resume a study, call this again with the same storage and name: `num_trials` includes the
+    existing trials. The values of trials that were interrupted, killed or ended by an error in the
+    program are tried again; after three attempts they count as failed. Several processes can work
+    on one study. On one machine, each takes over the trials of killed ones.
 
-    Compiled programs are kept on disk for all trials: see `distaff.execution.compile_cache.enable`.
+    Compiled programs are cached on disk for all trials: see
+    `distaff.execution.compile_cache.enable`.
 
     Args:
-        make_trainer: `(config) -> trainer`, a new trainer at each call.
-        space: what varies, by dotted path in the config: `{"optimizer.learning_rate": Float(...)}`.
-        config: a frozen dataclass, whose fields may be dataclasses such as `OptimizerConfig`, and
-            mappings, whose present keys may be in the space.
-        make_loaders: `(config) -> (train, val, test)`, new loaders at each call; `test` may be
+        make_trainer: `(config) -> trainer`, a new trainer for each call.
+        space: ranges by dotted path in the config: `{"optimizer.learning_rate": Float(...)}`.
+        config: a frozen dataclass. Fields may be dataclasses, such as `OptimizerConfig`, and
+            mappings, whose existing keys can be searched.
+        make_loaders: `(config) -> (train, val, test)`, new loaders for each call; `test` may be
             None.
-        num_trials: trials of the whole study.
-        num_epochs: epochs of each trial.
-        steps_per_epoch: cuts epochs of this many steps; needed for loaders without length.
-        **options: as `optuna.create_study` takes them: `sampler` (by default TPE with the
-            trainer's seed; a grid is tried without the config's own values, and ends the study
-            when it is exhausted), `pruner` (by default the median rule), `study_name` (by default
-            `"study"`), and `storage`: an Optuna storage, a URL such as
-            `"sqlite:///runs/study.db"`, or the path of a journal file, by default
-            `<root>/<study_name>.journal`. A sampler's own seed counts where the study begins.
+        num_trials: number of trials of the whole study.
+        num_epochs: epochs per trial.
+        steps_per_epoch: steps per epoch; required for loaders without a length.
+        **options: options of `optuna.create_study`: `sampler` (defaults to TPE with the trainer's
+            seed; a grid does not try the config's own values, and ends the study when exhausted),
+            `pruner` (defaults to the median rule), `study_name` (defaults to `"study"`), and
+            `storage`: an Optuna storage, a URL such as `"sqlite:///runs/study.db"`, or the path of
+            a journal file (defaults to `<root>/<study_name>.journal`). A sampler's own seed only
+            has an effect when the study is created.
 
     Returns:
-        The best trial, its test, all trials, and Optuna's own study.
+        The best trial, its test metrics, all trials, and Optuna's study.
 
     Raises:
         ConfigError: a path of the space is unknown, a bound is out of range, or the study was
-            begun with another space, monitor or number of epochs.
-        MetricError: the trainer's monitored metric is not among its validation metrics.
+            created with another space, monitor or number of epochs.
+        MetricError: the monitored metric is not a validation metric.
         MissingExtraError: Optuna is not installed.
         NonFiniteError: every trial failed.
         RunDirectoryError: the storage cannot be opened.
-        StateError: no trial has come to an end that makes it the best.
+        StateError: no trial has finished.
     """
     optuna = optional.load("optuna", extra="tune")
     whole("num_trials", num_trials)
@@ -110,7 +110,7 @@ def study(
     own = values_of(config, space)
     search: Search = optuna.OptunaSearch(
         space,
-        _form(space, trainer.monitor, num_epochs, steps_per_epoch),
+        _signature(space, trainer.monitor, num_epochs, steps_per_epoch),
         first=own if all(contains(space[path], value) for path, value in own.items()) else None,
         seed=trainer.config.seed,
         root=trainer.config.root,
@@ -125,12 +125,12 @@ def study(
             seconds = time.perf_counter() - start
             display.print(f"{place}  {_described(trial, trainer.monitor)}  {seconds:.1f}s")
         if others := search.underway():
-            display.print(f"under way in other processes: {', '.join(others)}")
+            display.print(f"running in other processes: {', '.join(others)}")
         return _result(task, config, search, trainer.monitor)
 
 
-def _form(space: Space, monitor: Monitor, num_epochs: int, steps_per_epoch: int | None) -> Any:
-    """Returns what makes the trials of a study comparable."""
+def _signature(space: Space, monitor: Monitor, num_epochs: int, steps_per_epoch: int | None) -> Any:
+    """Returns what must be equal for all trials of a study."""
     return {
         "space": space_to_json(space),
         "monitor": monitor.name,
@@ -141,7 +141,7 @@ def _form(space: Space, monitor: Monitor, num_epochs: int, steps_per_epoch: int 
 
 
 def _check_config(search: Search, config: Any, space: Space) -> None:
-    """Warns where a study goes on with another config than it was begun with."""
+    """Logs a warning if a study is resumed with another config."""
     begun, now = search.recall("config"), to_json(config)
     if begun is None:
         search.remember("config", now)
@@ -149,9 +149,8 @@ def _check_config(search: Search, config: Any, space: Space) -> None:
     changes = {path: change for path, change in diff(begun, now).items() if path not in space}
     if changes:
         warn(
-            f"The study was begun with another config ({listed(changes)}). Its "
-            "trials are compared with those to come all the same. If that is wrong, choose another "
-            "study_name.",
+            f"The study was created with another config ({listed(changes)}). Its existing trials "
+            "are compared with new ones nevertheless. To start over, choose another study_name.",
             stacklevel=3,
         )
 
@@ -162,8 +161,8 @@ def _run(task: Task, config: Any, search: Search, suggestion: Suggestion) -> Tri
     except BaseException as error:
         search.abandon(suggestion)
         error.add_note(
-            f"This was trial {suggestion.number} of a study, with {suggestion.values}. Started "
-            "again, the study goes on."
+            f"This was trial {suggestion.number} of a study, with {suggestion.values}. Run the "
+            "same program again to resume the study."
         )
         raise
     return search.tell(suggestion, status, value)
@@ -201,12 +200,10 @@ def _best(trials: tuple[Trial, ...], monitor: Monitor) -> Trial:
     statuses = [f"{trial.number} {trial.status}" for trial in trials]
     if trials and all(trial.status == "failed" for trial in trials):
         raise NonFiniteError(
-            f"The best of {len(trials)} trials is asked for, and each has failed: its loss became "
-            f"NaN, or the process died of it ({', '.join(statuses)}). Narrow the space, such as by "
-            "a lower learning rate."
+            f"All {len(trials)} trials failed, because the loss became NaN or the process died "
+            f"({', '.join(statuses)}). Narrow the space, for example to lower learning rates."
         )
     raise StateError(
-        "The best trial is asked for, and none has been trained to its end: "
-        f"{', '.join(statuses) or 'none has ended'}. Try more trials, use a milder pruner, or "
-        "wait for the other processes."
+        f"No trial has finished: {', '.join(statuses) or 'none has ended'}. Run more trials, use "
+        "a milder pruner, or wait for the other processes."
     )

@@ -1,4 +1,4 @@
-"""One trial: a trainer made from a config, trained, reported and pruned; the best one tested."""
+"""Trains, reports and prunes one trial of a search, and tests the best one."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from distaff.tune.search import Suggestion, Trial
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-    """How a config becomes a run.
+    """Turns a config into a run.
 
     Args:
         make_trainer: `(config) -> trainer`.
         make_loaders: `(config) -> (train, val, test)`; `test` may be None.
-        num_epochs: epochs of each trial.
-        steps_per_epoch: cuts epochs of this many steps; None for the loader's own.
+        num_epochs: epochs per trial.
+        steps_per_epoch: steps per epoch; None for the length of the loader.
     """
 
     make_trainer: Callable[[Any], TrainerModule]
@@ -37,25 +37,26 @@ class Task:
     steps_per_epoch: int | None = None
 
     def trainer(self, config: Any, seed_offset: int = 0) -> TrainerModule:
-        """Returns a trainer that draws nothing, with a seed of its own.
+        """Returns a new trainer without a display, with its own seed.
 
         Raises:
-            ConfigError: it was initialised before its seed could be set, or writes no runs.
+            ConfigError: the trainer is already initialized, or writes no runs.
         """
         trainer = self.make_trainer(config) if callable(self.make_trainer) else None
         if not isinstance(trainer, TrainerModule):
             raise ConfigError(
-                "make_trainer is a function of the config that returns a TrainerModule; "
+                "make_trainer must be a function of the config that returns a TrainerModule; "
                 f"{self.make_trainer!r} returned {trainer!r}."
             )
         if trainer.state is not None:
             raise ConfigError(
-                "make_trainer returned a trainer that is initialised already, so that every trial "
-                "would have the same seed. Make a new one at each call, without example_batch."
+                "make_trainer returned a trainer that is already initialized, so every trial would "
+                "have the same seed. Create a new trainer in each call, without example_batch."
             )
         if trainer.config.root is None:
             raise ConfigError(
-                "Trials are run directories, and make_trainer's trainer has root=None. Set a root."
+                "make_trainer returned a trainer with root=None, but trials need run directories. "
+                "Set a root."
             )
         return as_trial(trainer, seed=trainer.config.seed + seed_offset)
 
@@ -63,23 +64,23 @@ class Task:
         """Returns `(train, val, test)`.
 
         Raises:
-            ConfigError: they are not these three, or there is none to train or validate on.
+            ConfigError: they are not such a tuple, or `train` or `val` is None.
         """
         loaders = self.make_loaders(config) if callable(self.make_loaders) else None
         is_three = isinstance(loaders, tuple) and len(loaders) == 3
         if not is_three or any(loader is None for loader in loaders[:2]):
             raise ConfigError(
-                "make_loaders is a function of the config that returns new loaders (train, val, "
-                "test); test may be None, val may not, since trials are compared on it. Write "
-                "lambda config: data.digits(config.batch_size)."
+                "make_loaders must be a function of the config that returns new loaders (train, "
+                "val, test). test may be None, but val may not: it is used to compare trials. "
+                "Write lambda config: data.digits(config.batch_size)."
             )
         return loaders
 
     def check(self, config: Any) -> TrainerModule:
-        """Goes as far as a run can without writing anything, and returns the trainer.
+        """Checks everything that can be checked without writing, and returns the trainer.
 
         Raises:
-            DistaffError: any bad input, by its kind.
+            DistaffError: an input is invalid (the subclass says which).
         """
         trainer = self.trainer(config)
         train, val, _ = self.loaders(config)
@@ -91,23 +92,23 @@ class Task:
             options=trainer.config,
         )
         trials.check(trainer, plan)
-        self.trainer(config)  # refuses the same trainer again
+        self.trainer(config)  # raises if it is the same trainer
         if self.loaders(config)[0] is train:
             raise ConfigError(
-                "make_loaders returned the same train loader twice. It remembers where it is, so "
-                "that each trial would see another order of the examples. Make a new one at each "
-                "call: data.ArrayLoader(arrays, ...) copies no array."
+                "make_loaders returned the same train loader twice. It keeps its position, so each "
+                "trial would see the examples in another order. Create a new loader in each call: "
+                "data.ArrayLoader(arrays, ...) copies no array."
             )
         if trainer.config.check_val_every_n_epoch > self.num_epochs:
             raise ConfigError(
-                "Trials are compared by their validations, and there is none in num_epochs="
+                "Trials are compared by their validations, but there is none in num_epochs="
                 f"{self.num_epochs} with check_val_every_n_epoch="
                 f"{trainer.config.check_val_every_n_epoch}. Train longer, or validate more often."
             )
         return trainer
 
     def run(self, config: Any, suggestion: Suggestion) -> tuple[str, float | None]:
-        """Trains one trial as an ordinary run; the test set is left alone.
+        """Trains one trial as an ordinary run, without the test set.
 
         Returns:
             The trial's status, and the monitored metric of its best model.
@@ -135,10 +136,10 @@ class Task:
         return ("stopped" if result.status == "interrupted" else result.status), value
 
     def test(self, config: Any, trial: Trial) -> dict[str, Any]:
-        """Tests the best model of a trial, and writes the metrics into its run directory.
+        """Tests the best model of a trial, and writes the metrics to its run directory.
 
         Returns:
-            Metrics as `test/...`, as strict JSON; none where there is nothing to test on.
+            Metrics `test/...` as strict JSON; empty without a test loader.
         """
         train, _, test = self.loaders(config)
         if test is None or trial.path is None:
@@ -152,32 +153,22 @@ class Task:
 
 
 class Reporting(Callback):
-    """Reports each validation of a trial, and ends it where the search gives it up.
+    """Reports each validation of a trial, and stops it if the search prunes it.
 
     Args:
-        suggestion: the trial's channel to the search.
+        suggestion: the suggestion of the search.
         monitor: the metric to report.
-        num_epochs: epochs of the trial; after the last one there is nothing left to prune.
+        num_epochs: epochs of the trial; it is not pruned after the last one.
     """
 
     def __init__(self, suggestion: Suggestion, monitor: Monitor, num_epochs: int) -> None:
         self._suggestion, self._monitor, self._num_epochs = suggestion, monitor, num_epochs
 
     def on_epoch_end(self, info: StepInfo) -> None:
-        """Reports a monitored metric of training.
-
-        Raises:
-            StopTraining: the trial is pruned.
-        """
         if self._monitor.is_of_training:
             self._report(info)
 
     def on_validation_end(self, info: StepInfo) -> None:
-        """Reports a monitored metric of validation.
-
-        Raises:
-            StopTraining: the trial is pruned.
-        """
         if not self._monitor.is_of_training:
             self._report(info)
 

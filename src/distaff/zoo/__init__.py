@@ -1,4 +1,4 @@
-"""Small reference models that the tasks and the examples train."""
+"""Small reference models for the tasks and examples."""
 
 from __future__ import annotations
 

@@ -15,9 +15,9 @@ class MLPAutoencoder(nn.Module):
     """Two multilayer perceptrons: `encoder`, and `decoder` with its layers in reverse.
 
     Attributes:
-        shape: of one example, without the batch axis.
-        latent: numbers that are kept of each example.
-        hidden: outputs of the encoder's layers between.
+        shape: shape of one example, without the batch axis.
+        latent: size of the code of an example.
+        hidden: outputs of each hidden layer of the encoder.
     """
 
     shape: Sequence[int]
@@ -25,25 +25,18 @@ class MLPAutoencoder(nn.Module):
     hidden: Sequence[int] = (128,)
 
     def setup(self) -> None:
-        """Makes the two networks."""
+        """Creates the two networks."""
         self.encoder = MLP((*self.hidden, self.latent))
         self.decoder = MLP((*reversed(self.hidden), math.prod(self.shape)))
 
     def encode(self, x: jax.Array) -> jax.Array:
-        """Returns what is kept of `x` `[batch, *shape]`: codes `[batch, latent]`, unbounded."""
+        """Returns the codes `[batch, latent]` of `x` `[batch, *shape]`, unbounded."""
         return self.encoder(x)
 
     def decode(self, code: jax.Array) -> jax.Array:
-        """Returns examples for codes `[batch, latent]`: `[batch, *shape]`, in (0, 1)."""
+        """Returns examples `[batch, *shape]` in (0, 1) for codes `[batch, latent]`."""
         return nn.sigmoid(self.decoder(code)).reshape(-1, *self.shape)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Reconstructs.
-
-        Args:
-            x: inputs `[batch, *shape]`, float.
-
-        Returns:
-            Reconstructions `[batch, *shape]`, in (0, 1).
-        """
+        """Returns reconstructions `[batch, *shape]` in (0, 1) of `x`, float `[batch, *shape]`."""
         return self.decode(self.encode(x))

@@ -1,4 +1,4 @@
-"""A convolutional network for small pictures."""
+"""A convolutional network for small images."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class CNN(nn.Module):
         """Computes the logits.
 
         Args:
-            x: pictures, `[batch, height, width, channels]`, float.
-            train: use the batch's own statistics and dropout, rather than the running statistics.
+            x: images, `[batch, height, width, channels]`, float.
+            train: use batch statistics and dropout, rather than running statistics.
 
         Returns:
             Logits, `[batch, num_classes]`.
@@ -44,11 +44,11 @@ class CNN(nn.Module):
         """
         if x.ndim != 4:
             raise BatchError(
-                f"CNN takes pictures [batch, height, width, channels]; got {x.shape}. "
-                "Grey pictures need a last axis of length 1: x[..., None]."
+                f"CNN needs images [batch, height, width, channels]; got {x.shape}. "
+                "Grayscale images need a last axis of length 1: x[..., None]."
             )
         if not self.features:
-            raise ConfigError("CNN(features=...) has at least one block; got ().")
+            raise ConfigError("CNN(features=...) needs at least one block; got ().")
         for block, features in enumerate(self.features):
             x = nn.Conv(features, kernel_size=(3, 3), use_bias=False)(x)
             x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)

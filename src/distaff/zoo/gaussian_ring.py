@@ -1,4 +1,4 @@
-"""A ring of Gaussians: the distribution on which generative models are caught missing modes."""
+"""A ring of Gaussians, a test of mode collapse in generative models."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GaussianRing:
-    """A mixture of equally likely round Gaussians in the plane, their centres on a circle.
+    """A mixture of equally likely isotropic Gaussians in the plane, with centres on a circle.
 
-    The form in which L. Metz et al., Unrolled Generative Adversarial Networks, ICLR 2017
-    (arXiv:1611.02163) show collapse.
+    L. Metz et al., Unrolled Generative Adversarial Networks, ICLR 2017 (arXiv:1611.02163), use it
+    to show mode collapse.
 
     Attributes:
         modes: number of Gaussians.
-        radius: of the circle.
+        radius: radius of the circle.
         sigma: standard deviation of each Gaussian along each axis.
     """
 
@@ -33,24 +33,25 @@ class GaussianRing:
         return (self.radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)).astype(np.float32)
 
     def sample(self, number: int, seed: int | np.random.Generator) -> np.ndarray:
-        """Returns points of the mixture, float32 `[number, 2]`."""
+        """Returns samples of the mixture, float32 `[number, 2]`."""
         random = np.random.default_rng(seed)
         centres = self.centres[random.integers(self.modes, size=number)]
         return (centres + self.sigma * random.normal(size=(number, 2))).astype(np.float32)
 
     def coverage(self, points: jax.Array) -> dict[str, jax.Array]:
-        """Tells how well points cover the mixture.
+        """Returns how well points cover the mixture.
 
-        A point is good within three standard deviations of a centre; of the mixture's own points
-        98.9 % are, `1 - exp(-9 / 2)`. A mode is covered by a quarter of its fair share of points,
-        `1 / (4 * modes)` of all, good ones only: a few strays between two modes cover none.
+        A point is good within three standard deviations of a centre, as are 98.9 % of the mixture's
+        own samples, `1 - exp(-9 / 2)`. A mode is covered if its good points are at least a quarter
+        of its fair share, `1 / (4 * modes)` of all points: a few strays between two modes cover
+        neither.
 
         Args:
             points: `[batch, 2]`, float.
 
         Returns:
-            Float scalars: `modes`, how many are covered; `good`, the share of good points;
-            `rarest_mode`, the share of all points that are good and of the mode that has fewest.
+            Float scalars: `modes`, the number of covered modes; `good`, the share of good points;
+            `rarest_mode`, the lowest share of good points of any mode.
         """
         distances = jnp.linalg.norm(points[:, None] - self.centres[None], axis=-1)
         shares = (distances < 3 * self.sigma).mean(axis=0)

@@ -14,25 +14,24 @@ _RUNS = 4
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer, which predicts every token from those before it.
+    """A decoder-only transformer, which predicts every token from the tokens before it.
 
     Pre-norm blocks of causal attention and a GELU MLP four times as wide, initialised as GPT-2
     (Radford et al. 2019): normal with standard deviation 0.02, divided by `sqrt(2 * num_layers)`
-    where a block writes into the residual stream. Positions are rotary (Su et al. 2021,
+    for kernels that write into the residual stream. Positions are rotary (Su et al. 2021,
     arXiv:2104.09864), norms are RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467), linear layers
-    have no biases (PaLM, Chowdhery et al. 2022, arXiv:2204.02311), and the embedding of tokens is
-    not tied to the last layer. That makes
-    `2 * vocab_size * features + num_layers * (12 * features ** 2 + 2 * features) + features`
-    parameters: 853,120 by default.
+    have no biases (PaLM, Chowdhery et al. 2022, arXiv:2204.02311), and the token embedding is not
+    tied to the last layer. The number of parameters is `2 * vocab_size * features + num_layers *
+    (12 * features ** 2 + 2 * features) + features`: 853,120 by default.
 
     Attributes:
         vocab_size: number of different tokens; 256 for bytes.
-        num_layers: blocks.
-        num_heads: attention heads of a block; `features / num_heads` is a whole, even number.
+        num_layers: number of blocks.
+        num_heads: attention heads of a block; `features / num_heads` must be an even integer.
         features: width of the residual stream.
-        max_length: the most tokens of an input.
-        dropout: fraction of the values that the embedding and each half of a block add to the
-            residual stream which are set to zero in training, in `[0, 1]`.
+        max_length: maximum length of an input.
+        dropout: dropout rate in `[0, 1]` of the embedding, and of the output of each half of a
+            block.
     """
 
     vocab_size: int = 256
@@ -50,17 +49,17 @@ class GPT(nn.Module):
 
         Args:
             tokens: int `[batch, length]`, at most `max_length` long.
-            segment_ids: int `[batch, length]`, for rows that hold several sequences, as
-                `data.packed` makes them: a token sees those of its own segment alone. Since
-                positions are relative, its logits are those of the sequence by itself.
+            segment_ids: int `[batch, length]`, for rows of several sequences, as from
+                `data.packed`; a token attends only to its own segment. Since positions are
+                relative, the logits equal the logits of the sequence alone.
             train: use dropout.
 
         Returns:
-            Logits, `[batch, length, vocab_size]`; those at a position depend on no later token.
+            Logits, `[batch, length, vocab_size]`; each depends on no later token.
 
         Raises:
-            BatchError: `tokens` are no integers `[batch, length]`, or too long, or `segment_ids`
-                of another shape.
+            BatchError: `tokens` are not integers `[batch, length]`, or too long, or `segment_ids`
+                have another shape.
             ConfigError: `features` cannot be divided among the heads.
         """
         self._check(tokens, segment_ids)
@@ -76,23 +75,23 @@ class GPT(nn.Module):
     def _check(self, tokens: jax.Array, segment_ids: jax.Array | None) -> None:
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise BatchError(
-                "GPT takes tokens [batch, length] of an int dtype; got shape "
+                "GPT needs tokens [batch, length] of an int dtype; got shape "
                 f"{tokens.shape} and dtype {tokens.dtype}."
             )
         if tokens.shape[1] > self.max_length:
             raise BatchError(
-                f"GPT takes at most max_length={self.max_length} tokens; the input has "
-                f"{tokens.shape[1]}. Cut it, or make the model with a larger max_length."
+                f"GPT accepts at most max_length={self.max_length} tokens; the input has "
+                f"{tokens.shape[1]}. Shorten it, or create the model with a larger max_length."
             )
         if segment_ids is not None and jnp.shape(segment_ids) != tokens.shape:
             raise BatchError(
-                "GPT takes a segment id for each token; got segment_ids of shape "
-                f"{jnp.shape(segment_ids)} for tokens of shape {tokens.shape}. Of the mode, write "
-                "train=False."
+                "GPT needs a segment id for each token; got segment_ids of shape "
+                f"{jnp.shape(segment_ids)} for tokens of shape {tokens.shape}. To set the mode, "
+                "write train=False."
             )
         if self.features % (2 * self.num_heads):
             raise ConfigError(
-                "Each head of GPT has a whole, even number of features, features / num_heads; "
+                "Each head of GPT needs an even number of features, features / num_heads; "
                 f"got features={self.features}, num_heads={self.num_heads}."
             )
 
@@ -103,7 +102,7 @@ class Block(nn.Module):
     Attributes:
         num_heads: attention heads.
         out_scale: initial standard deviation of the kernels that write into the residual stream.
-        dropout: fraction of what is added that is set to zero in training.
+        dropout: dropout rate of the output of each half.
     """
 
     num_heads: int
@@ -131,17 +130,17 @@ class Block(nn.Module):
 def causal_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array | None = None
 ) -> jax.Array:
-    """Attends from each position to itself and those before it.
+    """Attends from each position to itself and the positions before it.
 
-    Queries are taken in four runs, each with the keys up to its end: three eighths of the scores,
-    which the mask would set to zero, are never computed.
+    Queries are split into four runs, each attending to the keys up to its end: three eighths of the
+    scores, which the mask would set to zero, are never computed.
 
     Args:
         query: `[batch, length, heads, features]`.
         key: as `query`.
         value: as `query`.
-        segment_ids: int `[batch, length]`; a position attends to those with its own alone. By
-            default all are of one segment.
+        segment_ids: int `[batch, length]`; a position attends only to positions of its own segment.
+            By default there is one segment.
 
     Returns:
         As `query`: means of the values, weighted by the softmax of scaled dot products.
@@ -153,26 +152,23 @@ def causal_attention(
         end = min(start + run, length)
         visible = jnp.tril(jnp.ones((1, 1, end - start, end), bool), k=start)
         if segment_ids is not None:
-            visible &= _in_one_segment(segment_ids[:, start:end], segment_ids[:, :end])
+            same_segment = segment_ids[:, start:end, None] == segment_ids[:, None, :end]
+            visible &= same_segment[:, None]
         scores = query[:, :, start:end] @ jnp.swapaxes(key[:, :, :end], 2, 3)
         weights = jax.nn.softmax(jnp.where(visible, floating(scores), -jnp.inf))
         outputs.append(weights.astype(value.dtype) @ value[:, :, :end])
     return jnp.swapaxes(jnp.concatenate(outputs, axis=2), 1, 2)
 
 
-def _in_one_segment(of_queries: jax.Array, of_keys: jax.Array) -> jax.Array:
-    return (of_queries[:, :, None] == of_keys[:, None, :])[:, None]
-
-
 def rotary(x: jax.Array, base: float = 10_000.0) -> jax.Array:
-    """Turns pairs of features by angles proportional to the position (RoPE).
+    """Rotates pairs of features by angles proportional to the position (RoPE).
 
-    The dot product of a turned query and a turned key depends on their distance, not on where
-    they are. Su et al. 2021, arXiv:2104.09864.
+    The dot product of a rotated query and a rotated key depends only on their distance. Su et al.
+    2021, arXiv:2104.09864.
 
     Args:
         x: queries or keys, `[batch, length, heads, features]`, an even number of features.
-        base: the slowest pair turns by `base ** -(1 - 2 / features)` radians per position.
+        base: the slowest pair rotates by `base ** -(1 - 2 / features)` radians per position.
 
     Returns:
         As `x`; feature `i` is paired with feature `i + features / 2`.

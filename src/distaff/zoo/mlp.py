@@ -11,15 +11,15 @@ from distaff.errors import ConfigError
 
 
 class MLP(nn.Module):
-    """Linear layers; between each and the next batch normalization, ReLU and dropout.
+    """Linear layers, separated by batch normalization, ReLU and dropout.
 
     Batch normalization keeps running means and variances in the collection `batch_stats`; dropout
-    needs a key for the stream `dropout` in training. By default there is neither.
+    needs a key for the stream `dropout` in training. Both are off by default.
 
     Attributes:
-        features: outputs of each layer; the last is the length of the network's output.
-        dropout: fraction of the values between two layers set to zero in training, in `[0, 1]`.
-        batch_norm: whether each layer but the last is normalized.
+        features: outputs of each layer; the last is the size of the network's output.
+        dropout: dropout rate between layers, in `[0, 1]`.
+        batch_norm: whether to normalize each layer but the last.
     """
 
     features: Sequence[int]
@@ -32,7 +32,7 @@ class MLP(nn.Module):
 
         Args:
             x: inputs, `[batch, ...]`, float; all axes but the first are flattened.
-            train: use the batch's own statistics and dropout, rather than the running statistics.
+            train: use batch statistics and dropout, rather than running statistics.
 
         Returns:
             Outputs before any activation, `[batch, features[-1]]`.
@@ -41,7 +41,7 @@ class MLP(nn.Module):
             ConfigError: there are no features.
         """
         if not self.features:
-            raise ConfigError("MLP(features=...) has at least one layer; got ().")
+            raise ConfigError("MLP(features=...) needs at least one layer; got ().")
         *hidden, outputs = self.features
         x = x.reshape(x.shape[0], -1)
         for features in hidden:

@@ -1,4 +1,4 @@
-"""A residual network for small pictures."""
+"""A residual network for small images."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ class ResNet(nn.Module):
 
     A convolution without pooling, stages of residual blocks, the mean over all pixels, and one
     linear layer. The first stage keeps height and width; each later one halves them, rounded up.
-    Shortcuts have no parameters: where a stage begins they take every other pixel, and zeros in the
-    new channels (option A). Kernels are drawn from the normal distribution of He et al. (2015,
+    Shortcuts have no parameters: at the beginning of a stage they take every other pixel, and pad
+    new channels with zeros (option A). Kernels are initialised as by He et al. (2015,
     arXiv:1502.01852). Batch normalization keeps running means and variances in the collection
     `batch_stats`.
 
     With `blocks=(n, n, n)` it has `6n + 2` layers: the default is ResNet-8, with 75,290 parameters
-    for colour pictures; `blocks=(3, 3, 3)` is ResNet-20, with 269,722.
+    for color images; `blocks=(3, 3, 3)` is ResNet-20, with 269,722.
 
     Attributes:
         num_classes: length of the last axis of the logits.
         blocks: residual blocks of each stage.
-        features: channels of each stage, which do not fall from stage to stage.
+        features: channels of each stage, in non-decreasing order.
     """
 
     num_classes: int = 10
@@ -40,8 +40,8 @@ class ResNet(nn.Module):
         """Computes the logits.
 
         Args:
-            x: pictures, `[batch, height, width, channels]`, float.
-            train: normalize by the batch's own statistics, rather than the running ones.
+            x: images, `[batch, height, width, channels]`, float.
+            train: normalize by batch statistics, rather than running statistics.
 
         Returns:
             Logits, `[batch, num_classes]`.
@@ -52,8 +52,8 @@ class ResNet(nn.Module):
         """
         if x.ndim != 4:
             raise BatchError(
-                f"ResNet takes pictures [batch, height, width, channels]; got {x.shape}. "
-                "Grey pictures need a last axis of length 1: x[..., None]."
+                f"ResNet needs images [batch, height, width, channels]; got {x.shape}. "
+                "Grayscale images need a last axis of length 1: x[..., None]."
             )
         _check_stages(tuple(self.blocks), tuple(self.features))
         x = _convolution(self.features[0])(x)
@@ -69,8 +69,8 @@ class ResidualBlock(nn.Module):
     """Two convolutions, each with batch normalization, and a shortcut around both.
 
     Attributes:
-        features: channels of its output, at least those of its input.
-        stride: the input's pixels for one of the output, in height and in width.
+        features: output channels, at least as many as input channels.
+        stride: stride in height and width.
     """
 
     features: int
@@ -82,7 +82,7 @@ class ResidualBlock(nn.Module):
 
         Args:
             x: `[batch, height, width, channels]`, float.
-            train: normalize by the batch's own statistics, rather than the running ones.
+            train: normalize by batch statistics, rather than running statistics.
 
         Returns:
             `[batch, height / stride, width / stride, features]`, rounded up.
@@ -96,7 +96,7 @@ class ResidualBlock(nn.Module):
         return nn.relu(shortcut + residual)
 
 
-# Padded on both sides, so that a stride of two meets the very pixels that the shortcut takes.
+# Padded on both sides, so that a stride of two samples the same pixels as the shortcut.
 _convolution = partial(
     nn.Conv,
     kernel_size=(3, 3),
@@ -113,11 +113,11 @@ def _normalization(train: bool) -> nn.BatchNorm:
 def _check_stages(blocks: tuple[int, ...], features: tuple[int, ...]) -> None:
     if not features or len(blocks) != len(features) or min(blocks) < 1:
         raise ConfigError(
-            "ResNet has at least one stage, and in each at least one block; got "
+            "ResNet needs at least one stage, and at least one block in each; got "
             f"blocks={blocks}, features={features}. Give both one entry for each stage."
         )
     if list(features) != sorted(features):
         raise ConfigError(
-            "The features of a ResNet must not fall from stage to stage, since its shortcuts only "
-            f"add channels; got features={features}."
+            "The features of a ResNet must not decrease from stage to stage, since its shortcuts "
+            f"only add channels; got features={features}."
         )

@@ -1,4 +1,4 @@
-"""Weights by name: taken from checkpoints, files and trees, and exported."""
+"""Loads weights by name from checkpoints, files and trees, and exports them."""
 
 from __future__ import annotations
 

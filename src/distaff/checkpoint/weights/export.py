@@ -1,4 +1,4 @@
-"""Export: a model's arrays as one safetensors file."""
+"""Exports the arrays of a model as a safetensors file."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ from distaff.errors import CheckpointError
 
 
 def export_weights(path: str | Path, tree: PyTree, *, only: str | Sequence[str] = "*") -> Path:
-    """Writes the arrays of a model as a safetensors file, whole or not at all.
+    """Writes the arrays of a model to a safetensors file, atomically.
 
-    Names are paths: `encoder/Dense_0/kernel` for a parameter, with the collection before it for any
-    other array, `batch_stats/BatchNorm_0/mean`. Random keys are left out. A file of that name is
-    replaced. With several processes the first one writes.
+    Names are paths: `encoder/Dense_0/kernel` for a parameter; other arrays start with their
+    collection, `batch_stats/BatchNorm_0/mean`. Random keys are skipped. An existing file is
+    replaced. With several processes, the first one writes.
 
     Args:
         path: the file, which ends in `.safetensors`.
-        tree: a tree of parameters, a dict with the key `params` and other collections beside it, or
-            a `TrainState`.
+        tree: a tree of parameters, a dict with the key `params` and other collections, or a
+            `TrainState`.
         only: shell patterns for the names to write.
 
     Returns:
         The absolute path of the file.
 
     Raises:
-        CheckpointError: an array is of a dtype that the format lacks, or the file cannot be
+        CheckpointError: the format does not support the dtype of an array, or the file cannot be
             written.
         ConfigError: a pattern matches nothing.
         MissingExtraError: safetensors is not installed.
     """
     target = as_path(path, "path")
     if target.suffix != SUFFIX:
-        raise CheckpointError(f"Weights are exported to a file that ends in {SUFFIX}; got {path}.")
+        raise CheckpointError(f"export_weights writes a file that ends in {SUFFIX}; got {path}.")
     library = optional.load("safetensors", extra="safetensors")
     leaves = {name: leaf for name, leaf in named(tree).items() if not is_random_key(leaf)}
     arrays = {name: np.asarray(leaves[name]) for name in matching(list(leaves), as_patterns(only))}

@@ -1,4 +1,4 @@
-"""InitFrom: where a model's first weights come from, and under which names."""
+"""InitFrom: the source of a model's initial weights, and how its names map to the model's."""
 
 from __future__ import annotations
 
@@ -17,28 +17,26 @@ from distaff.errors import ConfigError
 
 @dataclass(frozen=True, eq=False)  # arrays have no truth value that could say whether two are equal
 class InitFrom:
-    r"""Weights that a model begins with, instead of its own initial ones.
+    r"""Weights to start from, instead of the model's own initialization.
 
-    By default each array of the model is found, and each array of the source is used. Shapes must
-    be the same. So must dtypes; only a float becomes a float of another width, as in
-    `float32 -> bfloat16`, to the nearest value and never from a finite number to infinity.
+    By default, model and source must have the same arrays. Shapes must be equal, and dtypes too,
+    except that a float may change its width, as in `float32 -> bfloat16`: values are rounded to
+    nearest, and finite values must stay finite.
 
     Args:
-        source: a run directory (its best checkpoint is taken, else its newest), one checkpoint
-            folder, a `.safetensors` file; or arrays: a tree of parameters, a dict with the key
-            `params` and other collections beside it, a `TrainState`.
-        rename: regular expressions and what to put for each match, as in `re.sub`, applied one
-            after the other to the names of the source: `{r"^encoder/": "backbone/"}`;
-            `{r"\.": "/"}` for a file with dotted names.
-        only: shell patterns, as of parameter groups, for the arrays of the model that are loaded:
-            `"backbone/*"`. All others keep their initial values, and what the source has for them
-            is left there.
-        missing: what an array leads to that the source lacks: "error", or "keep" for the model's
-            initial value.
-        unused: what an array of the source leads to that the model lacks: "error" or "ignore".
+        source: a run directory (its best checkpoint, else its newest), a checkpoint folder, a
+            `.safetensors` file; or arrays: a tree of parameters, a dict with the key `params` and
+            other collections, or a `TrainState`.
+        rename: regular expressions and their replacements, as in `re.sub`, applied in order to the
+            names of the source: `{r"^encoder/": "backbone/"}`; `{r"\.": "/"}` for dotted names.
+        only: shell patterns, as in parameter groups, for the arrays of the model to load:
+            `"backbone/*"`. All others keep their initial values.
+        missing: what to do with arrays that the source lacks: "error", or "keep" the model's
+            initial values.
+        unused: what to do with arrays that the model lacks: "error" or "ignore".
 
     Raises:
-        ConfigError: an option is out of its range.
+        ConfigError: an option is invalid.
     """
 
     source: str | os.PathLike[str] | PyTree
@@ -49,7 +47,6 @@ class InitFrom:
     unused: Literal["error", "ignore"] = "error"
 
     def __post_init__(self) -> None:
-        """Refuses what cannot be used."""
         check_choice("missing", self.missing, Literal["error", "keep"])
         check_choice("unused", self.unused, Literal["error", "ignore"])
         object.__setattr__(self, "only", as_patterns(self.only))
@@ -63,7 +60,7 @@ class InitFrom:
                 re.compile(pattern)
             except (re.error, TypeError) as error:
                 raise ConfigError(
-                    f"rename has regular expressions as keys; {pattern!r} is none: {error}."
+                    f"rename has regular expressions as keys; {pattern!r} is not one: {error}."
                 ) from error
 
     @property
@@ -72,7 +69,7 @@ class InitFrom:
         return os.fspath(self.source) if isinstance(self.source, str | os.PathLike) else None
 
     def renamed(self, name: str) -> str:
-        """Returns the name that an array of the source has in the model.
+        """Returns the name in the model of an array of the source.
 
         Raises:
             ConfigError: a replacement refers to a group that its pattern lacks.
@@ -82,13 +79,13 @@ class InitFrom:
                 name = re.sub(pattern, replacement, name)
             except (re.error, IndexError, TypeError) as error:
                 raise ConfigError(
-                    f"The replacement of a rename is a template of re.sub; {replacement!r} for "
-                    f"{pattern!r} is none: {error}."
+                    f"The values of rename are templates of re.sub; {replacement!r} for "
+                    f"{pattern!r} is not one: {error}."
                 ) from error
         return name
 
     def record(self) -> dict[str, Any]:
-        """Returns what a run's record says of it: of arrays their forms."""
+        """Returns the entry for the record of a run; arrays become shapes and dtypes."""
         return {
             "source": leaf_forms(named(self.source)) if self.path is None else self.path,
             "rename": dict(self.rename),
@@ -99,5 +96,5 @@ class InitFrom:
 
 
 def as_init_from(source: Any) -> InitFrom | None:
-    """Returns what a user passes as `init_from` in its full form; None stays None."""
+    """Returns the `init_from` argument as an `InitFrom`; None stays None."""
     return source if source is None or isinstance(source, InitFrom) else InitFrom(source)

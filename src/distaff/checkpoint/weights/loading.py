@@ -1,4 +1,4 @@
-"""Weights of a source put into a model, or an error that names each leaf that differs."""
+"""Loads the weights of a source into a model; errors name each leaf that differs."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ from distaff.models.lora import LoraModel, is_own
 
 
 class Loaded(NamedTuple):
-    """A model's arrays after loading, and a sentence on where they are from."""
+    """A model's arrays after loading, and a summary of their origin."""
 
     variables: Variables
     text: str
 
 
 def loaded(model: Any, variables: Variables, init_from: InitFrom) -> Loaded:
-    """Returns a model's arrays with those of a source in their places.
+    """Returns a model's arrays with the weights of a source.
 
-    A `Lora` takes the weights of its base; its own of a source that names one of them.
+    A `Lora` loads the weights of its base, unless the source has weights of the adapters.
 
     Args:
-        model: the functional face of the model.
-        variables: its initial arrays, which say shapes, dtypes and placement.
-        init_from: the source, and how it is read.
+        model: the adapter of the model.
+        variables: its initial arrays, which define shapes, dtypes and placement.
+        init_from: the source and options.
 
     Raises:
-        CheckpointError: the source cannot be read, or does not fit: each leaf is named.
+        CheckpointError: the source cannot be read, or does not match; names each leaf.
         ConfigError: a pattern matches nothing.
     """
     source = open_source(init_from.source)
@@ -71,7 +71,7 @@ def _loaded(variables: Variables, source: WeightSource, init_from: InitFrom) -> 
             if new not in model
         ]
     if problems:
-        raise _refused(source, problems)
+        raise _mismatch(source, problems)
     read = source.read([offered[name] for name in found])
     values = {name: read[offered[name]] for name in found}
     casts = Counter(
@@ -79,7 +79,7 @@ def _loaded(variables: Variables, source: WeightSource, init_from: InitFrom) -> 
         for name in found
         if values[name].dtype != model[name].dtype
     )
-    placed = {name: _placed(name, values[name], model[name], source) for name in found}
+    placed = {name: _cast(name, values[name], model[name], source) for name in found}
     text = f"weights from {source.origin}: {len(found)} arrays, {len(model) - len(found)} kept"
     text += "".join(f"; {number} converted {cast}" for cast, number in casts.items())
     return Loaded(_filled(variables, placed), text)
@@ -88,13 +88,13 @@ def _loaded(variables: Variables, source: WeightSource, init_from: InitFrom) -> 
 def _renamed(
     source: WeightSource, init_from: InitFrom, keys: set[str]
 ) -> tuple[dict[str, str], list[str]]:
-    """Returns the names in the source by those in the model, and what is wrong with them."""
+    """Returns the names in the source by their names in the model, and problems with them."""
     offered: dict[str, str] = {}
     problems = []
     for old in source.forms:
         new = init_from.renamed(old)
         if new in offered:
-            problems.append(f"two of one name: {offered[new]!r} and {old!r} become {new!r}")
+            problems.append(f"same name twice: {offered[new]!r} and {old!r} become {new!r}")
         offered[new] = old
     if init_from.rename and all(new == old for new, old in offered.items()):
         problems.append(f"without effect: rename={dict(init_from.rename)!r} changes no name")
@@ -113,18 +113,18 @@ def _differences(
 
 
 def _fits(theirs: Any, ours: Any) -> bool:
-    """Whether arrays of a dtype may become those of another: a float one of another width."""
+    """Returns whether a dtype may be cast to another: floats may change their width."""
     floats = jnp.issubdtype(theirs, jnp.floating) and jnp.issubdtype(ours, jnp.floating)
     return theirs == ours or (floats and np.dtype(theirs).itemsize != np.dtype(ours).itemsize)
 
 
-def _placed(name: str, value: np.ndarray, like: Any, source: WeightSource) -> jax.Array:
-    """Returns an array in the dtype of another and on its devices."""
-    with np.errstate(over="ignore"):  # seen below
+def _cast(name: str, value: np.ndarray, like: Any, source: WeightSource) -> jax.Array:
+    """Returns an array with the dtype and placement of another."""
+    with np.errstate(over="ignore"):  # checked below
         cast = value.astype(like.dtype)
     if cast.dtype != value.dtype and not np.array_equal(np.isfinite(cast), np.isfinite(value)):
         raise CheckpointError(
-            f"A float is converted to another width where it stays finite; {name!r} from "
+            f"Finite weights must stay finite in the dtype of the model; {name!r} from "
             f"{source.origin} has numbers that {cast.dtype} cannot hold. Use a wider dtype in the "
             "model."
         )
@@ -143,13 +143,13 @@ def _filled(variables: Variables, values: dict[str, jax.Array]) -> Variables:
     return Variables(params, batch_stats, others or None)
 
 
-def _refused(source: WeightSource, problems: list[str]) -> CheckpointError:
+def _mismatch(source: WeightSource, problems: list[str]) -> CheckpointError:
     return CheckpointError(
-        "init_from gives each array of the model its value, and uses each array of the source; "
-        f"{source.origin} differs:{listed(problems)}\n"
-        "Pass InitFrom(source, ...): rename={'^encoder/': 'backbone/'} for other names, "
-        "only='backbone/*' for a part of the model, missing='keep' for the model's own initial "
-        "values, unused='ignore' for what the model lacks."
+        f"The weights in init_from do not match the model; {source.origin} differs:"
+        f"{listed(problems)}\n"
+        "Declare differences with InitFrom(source, ...): rename={'^encoder/': 'backbone/'} for "
+        "other names, only='backbone/*' for a part of the model, missing='keep' for the model's "
+        "own initial values, unused='ignore' for arrays that the model lacks."
     )
 
 

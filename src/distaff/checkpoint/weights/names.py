@@ -1,4 +1,4 @@
-"""The names of a model's arrays: "/"-joined paths, as parameter groups and errors have them."""
+"""Names of a model's arrays: "/"-joined paths, as in parameter groups and errors."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from distaff.models import Variables
 from distaff.step.state import TrainState
 
 _ALL = 500
-"""How many leaves an error lists; a stranger's file may have any number."""
+"""Maximum number of leaves in an error; an untrusted file may have any number."""
 
 
 def as_variables(tree: PyTree) -> Variables:
     """Returns the arrays of a model as `Variables`.
 
     Args:
-        tree: `Variables`, a `TrainState`, a dict with the key `params` and other collections
-            beside it, as Linen has it, or parameters alone.
+        tree: `Variables`, a `TrainState`, a dict with the key `params` and other collections, as in
+            Linen, or parameters alone.
     """
     if isinstance(tree, Variables):
         return tree
@@ -35,7 +35,7 @@ def as_variables(tree: PyTree) -> Variables:
 
 
 def parts(variables: Variables) -> dict[str, PyTree]:
-    """Returns the collections of a model by the prefix of their arrays; that of `params` is ""."""
+    """Returns the collections of a model by the prefix of their names, which is "" for `params`."""
     others = {**(variables.collections or {})}
     if variables.batch_stats is not None:
         others["batch_stats"] = variables.batch_stats
@@ -45,11 +45,8 @@ def parts(variables: Variables) -> dict[str, PyTree]:
 def named(tree: PyTree) -> dict[str, Any]:
     """Returns the arrays of a model by name.
 
-    A parameter has its path as name, `encoder/Dense_0/kernel`; an array of any other collection
-    has the collection before it, `batch_stats/BatchNorm_0/mean`.
-
-    Args:
-        tree: see `as_variables`.
+    The name of a parameter is its path, `encoder/Dense_0/kernel`; the name of any other array
+    starts with its collection, `batch_stats/BatchNorm_0/mean`. See `as_variables` for `tree`.
 
     Raises:
         CheckpointError: two arrays have the same name.
@@ -60,20 +57,17 @@ def named(tree: PyTree) -> dict[str, Any]:
             name = prefix + leaf_name(path)
             if name in found:
                 raise CheckpointError(
-                    f"Each array has a name of its own; two are called {name!r}. Rename a module."
+                    f"Each array needs a unique name; two are called {name!r}. Rename a module."
                 )
             found[name] = leaf
     return found
 
 
 def as_patterns(patterns: Any) -> tuple[str, ...]:
-    """Returns shell patterns as a tuple.
-
-    Args:
-        patterns: one or several, as those of parameter groups.
+    """Returns one or several shell patterns as a tuple.
 
     Raises:
-        ConfigError: it is something else.
+        ConfigError: `patterns` is something else.
     """
     found = (patterns,) if isinstance(patterns, str) else patterns
     if not isinstance(found, Sequence) or not all(isinstance(each, str) for each in found):
@@ -84,23 +78,23 @@ def as_patterns(patterns: Any) -> tuple[str, ...]:
 
 
 def matching(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
-    """Returns the names that at least one pattern matches, in their order.
+    """Returns the names that match at least one pattern, in their order.
 
     Raises:
         ConfigError: a pattern matches none.
     """
     for pattern in patterns:
-        is_all_of_none = pattern == "*" and not names
-        if not (is_all_of_none or any(fnmatch.fnmatchcase(name, pattern) for name in names)):
+        is_trivial = pattern == "*" and not names
+        if not (is_trivial or any(fnmatch.fnmatchcase(name, pattern) for name in names)):
             raise ConfigError(
-                f"A pattern must match the name of an array, and {pattern!r} matches none. It is a "
-                f"shell pattern, in which * stands for any text.{listed(map(repr, names))}"
+                f"A pattern must match the name of an array; {pattern!r} matches none. Patterns "
+                f"are shell patterns, in which * matches any text.{listed(map(repr, names))}"
             )
     return [name for name in names if any(fnmatch.fnmatchcase(name, each) for each in patterns)]
 
 
 def listed(lines: Any) -> str:
-    """Returns lines below each other, after a line break; the first few hundred of them."""
+    """Returns indented lines, each after a line break, up to a maximum number."""
     lines = list(lines)
     more = [f"and {len(lines) - _ALL} more"] if len(lines) > _ALL else []
     return "".join(f"\n  {line}" for line in lines[:_ALL] + more)

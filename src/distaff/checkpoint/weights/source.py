@@ -1,4 +1,4 @@
-"""Sources of weights: which arrays they have, before any of them is read."""
+"""Sources of weights, which list their arrays before reading them."""
 
 from __future__ import annotations
 
@@ -21,21 +21,20 @@ from distaff.errors import CheckpointError, ConfigError
 from distaff.models import Variables
 
 EVALUATION_PARAMS = "evaluation-params"
-"""In a checkpoint, the parameters to evaluate with; no member of a state can have this name."""
+"""The key in a checkpoint of the parameters for evaluation, if they differ from `params`."""
 
 SUFFIX = ".safetensors"
 
 ShapeAndDtype: TypeAlias = tuple[tuple[int, ...], Any]
-"""Shape and dtype."""
 
 
 class WeightSource(NamedTuple):
-    """Named arrays somewhere.
+    """Named arrays from a tree, file or checkpoint.
 
     Attributes:
-        origin: what errors call it.
-        forms: of each array by name, see `named`.
-        read: returns the arrays of some names.
+        origin: description of the source, for errors.
+        forms: shape and dtype of each array by name, see `named`.
+        read: returns arrays by name.
     """
 
     origin: str
@@ -44,13 +43,10 @@ class WeightSource(NamedTuple):
 
 
 def open_source(source: Any) -> WeightSource:
-    """Looks at where weights come from; arrays are read later, those that fit.
-
-    Args:
-        source: see `InitFrom`.
+    """Opens the source of an `InitFrom` without reading arrays.
 
     Raises:
-        CheckpointError: there is nothing that can be read.
+        CheckpointError: it cannot be read.
         ConfigError: it is neither a path nor a tree of arrays.
         MissingExtraError: it is a safetensors file, and the package is not installed.
     """
@@ -70,7 +66,7 @@ def _of_tree(tree: PyTree) -> WeightSource:
                 f"{SUFFIX} file, or parameters."
             )
     if not leaves:
-        raise ConfigError("init_from is a path or a tree of arrays; got a tree without any.")
+        raise ConfigError("init_from is a path or a tree of arrays; got a tree without arrays.")
     forms = {name: (tuple(leaf.shape), _native(leaf.dtype)) for name, leaf in leaves.items()}
     return WeightSource(
         "the tree", forms, lambda names: {name: np.asarray(leaves[name]) for name in names}
@@ -78,17 +74,15 @@ def _of_tree(tree: PyTree) -> WeightSource:
 
 
 def _of_file(path: Path) -> WeightSource:
-    if not path.is_file():  # a pipe would be waited for
-        raise CheckpointError(
-            f"Weights are read from a regular file; {path} is none. Check the path."
-        )
+    if not path.is_file():  # reading a pipe would block
+        raise CheckpointError(f"init_from must be a regular file; {path} is not. Check the path.")
     library = optional.load("safetensors", extra="safetensors")
     return WeightSource(str(path), library.forms(path), partial(library.read, path))
 
 
 def _of_checkpoint(path: Path) -> WeightSource:
     store, step, folder = checkpoint.located(path)
-    problem = store.check(step)  # before Orbax reads it, whose threads outlive what they fail at
+    problem = store.check(step)  # first, because threads of Orbax outlive a failed read
     if problem is not None:
         raise CheckpointError(
             f"The checkpoint {folder} cannot be read: {problem}. Pass another one."
@@ -106,7 +100,7 @@ def _of_checkpoint(path: Path) -> WeightSource:
         forms = {
             name: (leaf.shape, leaf.dtype) for name, leaf in named(_variables(abstract)).items()
         }
-    except Exception as error:  # Orbax has no error of its own for what is no checkpoint
+    except Exception as error:  # Orbax has no specific error for an invalid checkpoint
         raise CheckpointError(
             f"The checkpoint {folder} cannot be read: {error}. Pass another one."
         ) from error
@@ -127,15 +121,15 @@ def _variables(members: dict[str, PyTree]) -> Variables:
 
 
 def _described(leaf: Any) -> np.ndarray:
-    """Returns a NumPy array of a stored one's form, which takes no memory: it stays on the host."""
+    """Returns a NumPy array without memory, so that the stored array is loaded to the host."""
     return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
 
 
 def _native(dtype: Any) -> Any:
-    """Returns a dtype in this machine's order of bytes, in which all arrays of JAX are."""
+    """Returns a dtype in native byte order, which JAX needs."""
     return dtype.newbyteorder("=") if isinstance(dtype, np.dtype) else dtype
 
 
 def is_random_key(leaf: Any) -> bool:
-    """Whether a leaf is a typed random key, which is no weight."""
+    """Returns whether a leaf is a typed random key, which is not a weight."""
     return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)

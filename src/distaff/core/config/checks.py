@@ -11,12 +11,7 @@ from distaff.errors import ConfigError
 
 
 def whole(name: str, value: Any, least: int = 1) -> int:
-    """Returns an integer option as a Python int, which JSON can store.
-
-    Args:
-        name: name of the option.
-        value: an int, or an integer of NumPy.
-        least: smallest allowed value.
+    """Returns an integer option as a Python int, which JSON can store; accepts NumPy integers.
 
     Raises:
         ConfigError: the value is not an integer, or is less than `least`.

@@ -14,8 +14,7 @@ Duration: TypeAlias = int | float | timedelta | str
 
 _NUMBER = r"(\d+(?:\.\d+)?)"
 _UNITS = re.compile(
-    rf"(?:{_NUMBER}\s*d)?\s*(?:{_NUMBER}\s*h)?\s*(?:{_NUMBER}\s*m)?\s*(?:{_NUMBER}\s*s)?",
-    re.ASCII,
+    rf"(?:{_NUMBER}\s*d)?\s*(?:{_NUMBER}\s*h)?\s*(?:{_NUMBER}\s*m)?\s*(?:{_NUMBER}\s*s)?", re.ASCII
 )
 _CLOCK = re.compile(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", re.ASCII)
 _SECONDS = (86_400.0, 3_600.0, 60.0, 1.0)
@@ -28,9 +27,9 @@ def seconds_of(duration: Duration, name: str = "A duration") -> float:
     (12600.0, 88200.0, 90.0)
 
     Args:
-        duration: seconds as a number; a `datetime.timedelta`; or a string: days, hours, minutes and
-            seconds in this order, each at most once (`"1d 12h"`, `"1.5h"`), Slurm's notation
-            (`"HH:MM:SS"`, `"D-HH:MM:SS"`), or seconds without a unit.
+        duration: seconds; a `datetime.timedelta`; or a string: days, hours, minutes and seconds in
+            this order (`"1d 12h"`, `"1.5h"`), Slurm's notation (`"HH:MM:SS"`, `"D-HH:MM:SS"`), or
+            seconds without a unit.
         name: name of the option, for the error.
 
     Raises:

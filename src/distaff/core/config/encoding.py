@@ -52,13 +52,8 @@ _DTYPES = (np.dtype, type(jnp.float32))  # jnp's dtypes are classes with their o
 def to_json(value: Any) -> Any:
     """Returns a value as strict JSON, encoded as the module's docstring lists.
 
-    Args:
-        value: a dataclass, or hyperparameters of any kind. A dataclass is written as the fields of
-            its constructor, a path as a string, an enum member as its name, a 0-d array as a
-            number.
-
-    Returns:
-        Dicts, lists, strings, finite numbers, booleans and None.
+    A dataclass is written as the fields of its constructor, a path as a string, an enum member as
+    its name, a 0-d array as a number.
     """
     match value:
         case Enum():
@@ -123,13 +118,6 @@ def from_json(cls: type[Value], data: Any) -> Value:
     Supported field types: bool, int, float, str, None, Path, Enum, Literal, tuple, list, Mapping,
     dataclasses, unions of these, and Any. A union prefers the member of exactly the data's type,
     then the first that accepts the data. Missing fields have their defaults.
-
-    Args:
-        cls: the dataclass.
-        data: parsed JSON.
-
-    Returns:
-        An instance of `cls`.
 
     Raises:
         ConfigError: a key is unknown, a value is missing or of another type, or the data only
@@ -245,15 +233,12 @@ def _join(path: str, name: str) -> str:
 
 
 def override(config: Value, changes: Mapping[str, Any]) -> Value:
-    """Returns a config with some of its values replaced, all at once.
+    """Returns a copy of a config with some values replaced.
 
     Args:
-        config: a dataclass whose fields may be dataclasses and mappings; not modified.
+        config: a dataclass whose fields may be dataclasses and mappings.
         changes: new values by dotted path: `{"optimizer.learning_rate": 1e-3}`. A number, string,
             boolean or None must be of the field's type; other objects are not checked.
-
-    Returns:
-        A config of the same class.
 
     Raises:
         ConfigError: a path is unknown, or a value is not of the field's type.
@@ -286,11 +271,7 @@ def _override(config: Any, changes: Mapping[str, Any], path: str) -> Any:
 
 
 def diff(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
-    """Returns the differences between two configs.
-
-    Args:
-        old: a config, or the output of `to_json`.
-        new: the other config, of either kind.
+    """Returns the differences between two configs, each a config or the output of `to_json`.
 
     Returns:
         The old and the new JSON value by dotted path, in the order of the fields. A value missing
@@ -313,14 +294,7 @@ def _is_branch(data: Any) -> bool:
 
 
 def dumps(value: Any) -> str:
-    """Returns JSON text: indented by two spaces, in the given order, with a final newline.
-
-    Args:
-        value: output of `to_json`.
-
-    Raises:
-        ValueError: a float is NaN or infinite, which `to_json` would have tagged.
-    """
+    """Returns indented JSON text with a final newline; raises ValueError for NaN and infinities."""
     return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
@@ -332,10 +306,7 @@ _decoder = json.JSONDecoder(parse_constant=_reject_constant)
 
 
 def loads(data: bytes) -> Any:
-    """Parses strict JSON in UTF-8.
-
-    Args:
-        data: the text, which may be hostile.
+    """Parses strict JSON in UTF-8, which may be hostile.
 
     Raises:
         ValueError: the text is not strict JSON, or is nested too deeply.
@@ -347,10 +318,7 @@ def loads(data: bytes) -> Any:
 
 
 def load(path: Path) -> Any:
-    """Reads a JSON file.
-
-    Args:
-        path: a regular file of at most 64 MiB; larger or endless files are not read.
+    """Reads a JSON file of at most 64 MiB.
 
     Raises:
         OSError: the file cannot be read.

@@ -43,11 +43,7 @@ def option(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Base class of options, which are validated in the constructor.
-
-    Raises:
-        ConfigError: an option is out of range.
-    """
+    """Base class of options; its constructor raises ConfigError for a value out of range."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -77,12 +73,7 @@ def descriptions(cls: type[Options]) -> str:
 
 
 def with_options(function: Callable[..., Any], cls: type[Options]) -> inspect.Signature:
-    """Returns the signature of a constructor, with the options of a class instead of `**options`.
-
-    Args:
-        function: the constructor; `self` is omitted.
-        cls: class of the options.
-    """
+    """Returns the signature of a constructor, with the options of a class for its `**options`."""
     known = list(inspect.signature(function).parameters.values())[1:]
     if not any(each.kind is each.VAR_KEYWORD for each in known):
         return inspect.Signature(known)
@@ -116,12 +107,7 @@ def at_least(least: int) -> Check:
 
 def one_of(choices: Any) -> Check:
     """Returns a check that a value is one of the choices of a `Literal` type."""
-
-    def check(name: str, value: Any) -> Any:
-        check_choice(name, value, choices)
-        return value
-
-    return check
+    return lambda name, value: check_choice(name, value, choices)
 
 
 def or_none(check: Check) -> Check:
@@ -155,8 +141,8 @@ def path(name: str, value: Any) -> Any:
     return value
 
 
-def check_choice(name: str, value: Any, choices: Any) -> None:
-    """Checks that a value is one of the choices of a `Literal` type.
+def check_choice(name: str, value: Any, choices: Any) -> Any:
+    """Returns a value that is one of the choices of a `Literal` type.
 
     Raises:
         ConfigError: the value is not one of them; the message suggests the nearest one.
@@ -165,3 +151,4 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
         raise ConfigError(
             f"{name} has no value {value!r}. {nearest(str(value), get_args(choices))}"
         )
+    return value

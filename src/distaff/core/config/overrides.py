@@ -12,11 +12,7 @@ from distaff.errors import ConfigError
 def check_override(owner: Any, name: str, method: Callable[..., Any]) -> None:
     """Checks that an override can be called like the method it overrides.
 
-    Args:
-        owner: the object whose class overrides the method.
-        name: name of the method.
-        method: the overridden method. Its required arguments are passed by position, keyword-only
-            ones by keyword.
+    The required arguments of `method` are passed by position, keyword-only ones by keyword.
 
     Raises:
         ConfigError: the override is not a function, or does not accept these arguments.
@@ -49,16 +45,7 @@ def check_override(owner: Any, name: str, method: Callable[..., Any]) -> None:
 
 
 def check_overrides(owner: Any, base: type, names: Iterable[str]) -> None:
-    """Checks all overrides of an object; see `check_override`.
-
-    Args:
-        owner: the object.
-        base: the class whose methods may be overridden.
-        names: names of these methods.
-
-    Raises:
-        ConfigError: an override is not a function, or does not accept its arguments.
-    """
+    """Checks the overrides of the methods `names` of `base`; see `check_override`."""
     for name in names:
         method = getattr(base, name)
         if inspect.getattr_static(owner, name) is not inspect.getattr_static(base, name):

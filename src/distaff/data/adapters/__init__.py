@@ -1,1 +1,1 @@
-"""Loaders and data sets of other libraries."""
+"""Loaders and datasets of other libraries."""

@@ -1,4 +1,4 @@
-"""Adapters: data of other libraries as loaders, recognised without importing any of them."""
+"""Adapts data of other libraries to loaders, without importing these libraries."""
 
 from __future__ import annotations
 
@@ -6,19 +6,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 from distaff.core import optional
-from distaff.data.adapters.tensorflow import tensorflow_loader
 from distaff.data.adapters.torch import torch_loader
+from distaff.data.stream import Stream
 from distaff.errors import BatchError
 
 
 class LoaderKind(NamedTuple):
-    """A kind of data.
-
-    Attributes:
-        package: where its class is defined, as the module's first names.
-        name: of that class.
-        adapt: makes a loader of it.
-    """
+    """The package and the name of a class of data, and a function that makes a loader of it."""
 
     package: str
     name: str
@@ -29,9 +23,18 @@ def _grain_loader(data: Any) -> Any:
     return optional.load("grain", extra="grain").make_loader(data)
 
 
-def _refuse_rows(data: Any) -> NoReturn:
+def _tensorflow_loader(dataset: Any) -> Stream:
+    """Returns a loader over a `tf.data.Dataset` of batches.
+
+    Restoring a position reads the dataset again, and verifies the batches: give `shuffle` a seed.
+    """
+    cardinality = int(dataset.cardinality())  # -1 is endless, -2 is unknown
+    return Stream(dataset.as_numpy_iterator, length=cardinality if cardinality >= 0 else None)
+
+
+def _raise_for_rows(data: Any) -> NoReturn:
     raise BatchError(
-        f"A loader yields batches; a {type(data).__name__} of Hugging Face holds rows. Write "
+        f"A loader must yield batches; a Hugging Face {type(data).__name__} holds rows. Write "
         "data.from_datasets(dataset, batch_size=..., shuffle=True)."
     )
 
@@ -43,21 +46,18 @@ KINDS = (
     LoaderKind("grain", "DatasetIterator", _grain_loader),
     LoaderKind("grain", "DataLoaderIterator", _grain_loader),
     LoaderKind("torch.utils.data", "DataLoader", torch_loader),
-    LoaderKind("datasets", "Dataset", _refuse_rows),
-    LoaderKind("datasets", "IterableDataset", _refuse_rows),
-    LoaderKind("tensorflow", "DatasetV2", tensorflow_loader),
+    LoaderKind("datasets", "Dataset", _raise_for_rows),
+    LoaderKind("datasets", "IterableDataset", _raise_for_rows),
+    LoaderKind("tensorflow", "DatasetV2", _tensorflow_loader),
 )
-"""All kinds that are known; a class counts as its base classes do."""
+"""All supported classes, including their subclasses."""
 
 
 def adapted(data: Any) -> Any | None:
-    """Returns a loader of data of another library; None where it is of none that is known.
-
-    Args:
-        data: what a user passes as a loader.
+    """Returns a loader for data of a supported library, or None for any other value.
 
     Raises:
-        BatchError: it yields no batches, such as a table of rows; the remedy is named.
+        BatchError: the data do not yield batches, such as a table of rows.
     """
     for base in type(data).__mro__:
         for package, name, adapt in KINDS:

@@ -1,4 +1,4 @@
-"""Hugging Face's datasets as loaders, for users who have them: nothing of them is imported."""
+"""Adapts Hugging Face datasets to loaders, without importing `datasets`."""
 
 from __future__ import annotations
 
@@ -30,31 +30,32 @@ def from_datasets(
 ) -> Loader:
     """Returns a loader over the rows of a `datasets.Dataset` or `datasets.IterableDataset`.
 
-    Columns that hold texts, or lists of several lengths, are to be encoded or removed before:
+    First encode or remove columns of strings, or of lists of several lengths:
     `dataset.map(encode, remove_columns=["text"])`.
 
-    A `Dataset` goes to any position at once, and its orders are those of an `ArrayLoader`. So does
-    an `IterableDataset` as it comes; a shuffled one, whose buffer no position holds, is read again
-    up to it.
+    A `Dataset` restores any position at once, and has the same orders as an `ArrayLoader`. An
+    `IterableDataset` restores any position at once, too, unless it is shuffled: then it is read
+    again up to the position, since its buffer is not saved.
 
     Args:
-        dataset: the rows; split them before.
+        dataset: the rows of one split.
         batch_size: rows in a batch.
-        shuffle: whether each epoch has a new order; of an `IterableDataset` within 1000 rows.
-        seed: makes the orders, not negative.
-        remainder: what becomes of a short last batch, as `ArrayLoader` has it.
+        shuffle: whether each epoch has a new order; an `IterableDataset` is shuffled in a buffer of
+            1000 rows.
+        seed: seed of the orders, not negative.
+        remainder: what to do with a short last batch; see `ArrayLoader`.
 
     Returns:
         A loader of dicts of arrays by column.
 
     Raises:
-        BatchError: it is no dataset, or fills no batch.
+        BatchError: `dataset` is not such a dataset, or fills no batch.
         ConfigError: an option is out of range.
     """
     if not hasattr(dataset, "with_format"):
         raise BatchError(
             "from_datasets takes a datasets.Dataset or datasets.IterableDataset; got "
-            f"{type(dataset).__name__}. Of a dict of splits, pass one: dataset['train']."
+            f"{type(dataset).__name__}. If it is a dict of splits, pass one: dataset['train']."
         )
     batch_size = whole("batch_size", batch_size)
     if hasattr(dataset, "__len__"):
@@ -67,7 +68,7 @@ def from_datasets(
             remainder=remainder,
         )
         return MappedLoader(rows, lambda batch: _rows_of(table, batch["row"]))
-    seed, is_short_dropped = whole("seed", seed, least=0), drops(remainder, shuffle)
+    seed, drop = whole("seed", seed, least=0), drops(remainder, shuffle)
     kept = _DatasetRows(dataset, batch_size, drops=False)
 
     def in_order() -> Positioned:
@@ -75,28 +76,28 @@ def from_datasets(
 
     if shuffle:
         dataset = dataset.shuffle(seed=seed, buffer_size=_BUFFER_SIZE)
-    rows = _DatasetRows(dataset, batch_size, is_short_dropped)
+    rows = _DatasetRows(dataset, batch_size, drop)
     if shuffle or getattr(dataset, "_shuffling", None) is not None:
         return Stream(_Epochs(rows), in_order=in_order)
-    identity = {"batch_size": batch_size, "drop": int(is_short_dropped)}
+    identity = {"batch_size": batch_size, "drop": int(drop)}
     return Positioned(rows, identity=identity, in_order=in_order)
 
 
 def _rows_of(table: Any, rows: np.ndarray) -> Batch:
     is_slice = len(rows) == rows[-1] - rows[0] + 1 and bool((np.diff(rows) == 1).all())
-    # Arrow reads a slice without looking for each of its rows.
+    # Arrow reads a slice faster than a list of rows.
     return table[int(rows[0]) : int(rows[-1]) + 1] if is_slice else table[rows.tolist()]
 
 
 class _DatasetRows:
-    """An `IterableDataset`, read in a row."""
+    """Batches of an `IterableDataset`, read sequentially."""
 
     def __init__(self, dataset: Any, batch_size: int, drops: bool) -> None:
         self._dataset, self._batch_size, self._drops = dataset, batch_size, drops
         self._running: Any = None
 
     def start(self, epoch: int, batch: int, saved: Any) -> Iterator[Batch]:
-        self._running = self._dataset.with_format("numpy")  # a copy, which stands at its start
+        self._running = self._dataset.with_format("numpy")  # a copy, at its start
         self._running.set_epoch(epoch)
         if batch:
             self._running.load_state_dict(json.loads(saved))
@@ -107,7 +108,7 @@ class _DatasetRows:
 
 
 class _Epochs:
-    """The epochs of a dataset, one with each iteration."""
+    """An iterable of batches; each iteration is the next epoch."""
 
     def __init__(self, rows: _DatasetRows) -> None:
         self._rows, self._epoch = rows, -1

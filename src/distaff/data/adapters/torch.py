@@ -1,4 +1,4 @@
-"""PyTorch's data loaders as loaders: tensors become NumPy arrays, in the structure they come in."""
+"""Adapts PyTorch's data loaders: tensors become NumPy arrays, in the same structure."""
 
 from __future__ import annotations
 
@@ -20,14 +20,11 @@ _ARRAY, _BYTES, _TUPLE = "$array", "$bytes", "$tuple"
 
 
 def torch_loader(loader: Any) -> Any:
-    """Returns a loader over a `torch.utils.data.DataLoader`; its workers and collation are kept.
+    """Returns a loader over a `torch.utils.data.DataLoader`, with its workers and collation.
 
-    One with `state_dict` and `load_state_dict`, as torchdata's `StatefulDataLoader` has them, goes
-    to a position by itself. Any other one is read again up to it, as a `Stream`, which verifies
-    that it yields the same batches: give one that shuffles a seeded `generator`.
-
-    Args:
-        loader: the data loader; one that is a `Loader` already is returned as it is.
+    A data loader with `state_dict` and `load_state_dict`, such as torchdata's `StatefulDataLoader`,
+    restores positions itself. Any other becomes a `Stream`, which reads it again up to the
+    position, and verifies the batches: to shuffle, give it a seeded `generator`.
     """
     if hasattr(loader, "get_state") and hasattr(loader, "set_state"):
         return loader
@@ -41,11 +38,11 @@ def torch_loader(loader: Any) -> Any:
         if view is not None:
             return Stream(_TorchBatches(view), length=None if length is None else len(view))
         warn(
-            "An evaluation of a DataLoader takes the examples that its sampler draws, in that "
-            "order: Distaff knows no order of its own for the sampler "
+            "This evaluation uses the examples that the DataLoader's sampler draws, since Distaff "
+            "cannot iterate in order over the sampler "
             f"{type(loader.sampler).__name__} or its batch_sampler. "
-            "To evaluate every example once, give it a DataLoader(dataset, batch_size) that does "
-            "not shuffle.",
+            "To evaluate every example once, pass a DataLoader(dataset, batch_size) without "
+            "shuffling.",
             stacklevel=2,
         )
         return Stream(_Unmoved(loader), length=length)
@@ -56,12 +53,12 @@ def torch_loader(loader: Any) -> Any:
 
 
 def as_arrays(batch: Any) -> Batch:
-    """Returns a batch whose tensors are NumPy arrays over the same memory, where NumPy can."""
+    """Returns a batch with its tensors as NumPy arrays, which share memory if possible."""
     return jax.tree.map(lambda leaf: _as_array(leaf) if _is_tensor(leaf) else leaf, batch)
 
 
 class _TorchBatches:
-    """The batches of a data loader, which is iterated anew in each epoch."""
+    """The batches of a data loader, as an iterable."""
 
     def __init__(self, loader: Any) -> None:
         self._loader = loader
@@ -71,7 +68,7 @@ class _TorchBatches:
 
 
 class _Unmoved(_TorchBatches):
-    """The batches of a data loader, whose generator stays as it was."""
+    """The batches of a data loader; restores the state of its generator afterwards."""
 
     def __iter__(self) -> Iterator[Batch]:
         generator = self._loader.generator
@@ -84,9 +81,9 @@ class _Unmoved(_TorchBatches):
 
 
 def _in_order(loader: Any) -> Any:
-    """Returns a data loader of the same examples, each once and in their order; None without one.
+    """Returns a data loader that yields each example once, in order, or None if impossible.
 
-    It draws from a generator of its own, and so moves nothing of the other one.
+    It has its own generator, so that it does not advance the original one.
     """
     torch: Any = sys.modules["torch"]
     utils, sampler = torch.utils.data, loader.sampler
@@ -115,22 +112,22 @@ def _in_order(loader: Any) -> Any:
 
 
 def _is_torchs(value: Any, *names: str) -> bool:
-    """Whether an object is of a class of torch or torchdata itself, rather than of a subclass."""
+    """Whether the class of an object is defined in torch or torchdata, and is not a subclass."""
     package = type(value).__module__.split(".")[0]
     return package in ("torch", "torchdata") and type(value).__name__ in names
 
 
 class _Stateful:
-    """A data loader that knows its position."""
+    """A data loader that saves and restores its position."""
 
     def __init__(self, loader: Any) -> None:
         self._loader = loader
 
     def start(self, epoch: int, batch: int, saved: Any) -> Iterator[Batch]:
-        # At the start of an epoch, too: an order is drawn from where the last one has left off.
+        # Also at the start of an epoch: its order depends on the generator after the last one.
         if saved is not None:
             self._loader.load_state_dict(_from_json(saved))
-        # A map goes on with what is handed out: arrays own no memory that the loader fills again.
+        # The loader does not reuse the memory of its batches, so no copy is needed.
         return map(as_arrays, iter(self._loader))
 
     def position(self) -> Any:
@@ -147,12 +144,12 @@ def _as_array(tensor: Any) -> np.ndarray:
     tensor = tensor.detach().cpu()
     try:
         return tensor.numpy()
-    except TypeError:  # bfloat16, which NumPy does not have: float32 holds its values exactly
+    except TypeError:  # NumPy has no bfloat16; float32 represents its values exactly
         return tensor.float().numpy().astype(jnp.bfloat16)
 
 
 def _to_json(value: Any) -> Any:
-    """Returns a state of dicts, lists, numbers, tensors, arrays and bytes as JSON has it."""
+    """Converts a state of dicts, lists, numbers, tensors, arrays and bytes to JSON values."""
     if isinstance(value, Mapping):
         return {"": [[_to_json(name), _to_json(each)] for name, each in value.items()]}
     if isinstance(value, tuple):
@@ -168,7 +165,7 @@ def _to_json(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(
-        f"A data loader's state holds numbers, texts, arrays, lists and dicts; found {value!r}"
+        f"A data loader's state may hold numbers, strings, arrays, lists and dicts; got {value!r}"
     )
 
 

@@ -1,1 +1,1 @@
-"""Data sets by name."""
+"""Datasets by name."""

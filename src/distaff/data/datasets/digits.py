@@ -1,12 +1,10 @@
-"""Real data that needs no download."""
+"""Handwritten digits, a dataset that needs no download."""
 
 from __future__ import annotations
 
-import numpy as np
-
 from distaff.core import optional
 from distaff.data.arrays import ArrayLoader
-from distaff.data.split import tenths
+from distaff.data.datasets.published import tenths
 
 
 def digits(batch_size: int = 64, seed: int = 0) -> tuple[ArrayLoader, ArrayLoader, ArrayLoader]:
@@ -19,27 +17,24 @@ def digits(batch_size: int = 64, seed: int = 0) -> tuple[ArrayLoader, ArrayLoade
 
     Args:
         batch_size: examples in a batch.
-        seed: makes the order of the training examples, and nothing else.
+        seed: seed of the order of the training examples only.
 
     Returns:
         `(train, val, test)`. A batch is `{"image": float32 [batch, 8, 8, 1] in [0, 1],
-        "label": int32 [batch] in 0..9}`. Only `train` is shuffled, and drops a short last batch.
+        "label": int32 [batch] in 0..9}`. Only `train` is shuffled and drops a short last batch.
 
     Raises:
         MissingExtraError: scikit-learn is not installed.
     """
     images, labels = optional.load("sklearn", extra="digits").digits()
-    train, val, test = ({"image": images[rows], "label": labels[rows]} for rows in _split(labels))
+    tenth = tenths(labels)
+    is_val, is_test = tenth == 2, (tenth == 0) | (tenth == 5)
+    train, val, test = (
+        {"image": images[rows], "label": labels[rows]}
+        for rows in (~(is_val | is_test), is_val, is_test)
+    )
     return (
         ArrayLoader(train, batch_size, shuffle=True, seed=seed),
         ArrayLoader(val, batch_size),
         ArrayLoader(test, batch_size),
     )
-
-
-def _split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the rows for train, val and test: 7, 1 and 2 of every 10 examples of a class."""
-    tenth = tenths(labels)
-    val, test = tenth == 2, (tenth == 0) | (tenth == 5)
-    train = ~(val | test)
-    return np.flatnonzero(train), np.flatnonzero(val), np.flatnonzero(test)

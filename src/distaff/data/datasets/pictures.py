@@ -1,4 +1,4 @@
-"""MNIST and CIFAR, read from the files in which they are published."""
+"""MNIST and CIFAR, read from their published files."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from distaff.core.typing import Batch
 from distaff.data.arrays import ArrayLoader
 from distaff.data.datasets.cifar import read_cifar10, read_cifar100, read_class_names
 from distaff.data.datasets.idx import read_idx
-from distaff.data.datasets.published import Published, find
-from distaff.data.split import tenths
+from distaff.data.datasets.published import Published, find, tenths
 from distaff.data.wrappers.mapped import MappedLoader
 from distaff.errors import DataFileError
 
@@ -25,7 +24,7 @@ _CIFAR_PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
 
 
 def _idx_names(stem: str, axes: int) -> tuple[str, ...]:
-    """Returns the names under which a file of MNIST goes round; some tools put a dot for a dash."""
+    """Returns the common names of a file of MNIST; some tools replace a dash by a dot."""
     names = (f"{stem}-idx{axes}-ubyte", f"{stem}.idx{axes}-ubyte")
     return tuple(name + suffix for name in names for suffix in ("", ".gz"))
 
@@ -37,23 +36,23 @@ _MNIST = Published(
         for split in ("train", "t10k")
         for kind, axes in (("images", 3), ("labels", 1))
     ),
-    "Get the four files, each with .gz (11.6 MB in all), from http://yann.lecun.com/exdb/mnist/ or "
-    "its mirror https://github.com/cvdfoundation/mnist, and put them into {folder}; they may stay "
-    "compressed. Fashion-MNIST (31 MB) has files of the same names, at "
+    "Download the four .gz files (11.6 MB in total) from http://yann.lecun.com/exdb/mnist/ or its "
+    "mirror https://github.com/cvdfoundation/mnist, and put them into {folder}, compressed or not. "
+    "Fashion-MNIST (31 MB) has files of the same names, at "
     "https://github.com/zalandoresearch/fashion-mnist.",
 )
 _CIFAR10 = Published(
     "CIFAR-10",
     (*((f"data_batch_{part}.bin",) for part in range(1, 6)), ("test_batch.bin",)),
-    f"Get the binary version, cifar-10-binary.tar.gz (162 MB), from {_CIFAR_PAGE}, and unpack it: "
-    "tar -xzf cifar-10-binary.tar.gz -C {folder}",
+    f"Download the binary version, cifar-10-binary.tar.gz (162 MB), from {_CIFAR_PAGE}, and unpack "
+    "it: tar -xzf cifar-10-binary.tar.gz -C {folder}",
     pickled="data_batch_1",
 )
 _CIFAR100 = Published(
     "CIFAR-100",
     (("train.bin",), ("test.bin",)),
-    f"Get the binary version, cifar-100-binary.tar.gz (161 MB), from {_CIFAR_PAGE}, and unpack it: "
-    "tar -xzf cifar-100-binary.tar.gz -C {folder}",
+    f"Download the binary version, cifar-100-binary.tar.gz (161 MB), from {_CIFAR_PAGE}, and "
+    "unpack it: tar -xzf cifar-100-binary.tar.gz -C {folder}",
     pickled="meta",
 )
 
@@ -61,24 +60,24 @@ _CIFAR100 = Published(
 def mnist(folder: Folder, batch_size: int = 64, seed: int = 0) -> Loaders:
     """Returns loaders over MNIST, or Fashion-MNIST: 60,000 and 10,000 grey pictures, ten classes.
 
-    Nothing is downloaded. The split is the same for every seed, machine and version: one of ten
-    training examples of each class validates, which leaves 54,000 to train, 6,000 to validate and
-    the 10,000 of the test files to test. Pictures are kept in bytes, 55 MB in all, and scaled when
-    a batch is asked for. Sources: Y. LeCun et al., Proceedings of the IEEE 86, 1998,
+    Nothing is downloaded. The split is the same for every seed, machine and version: of the
+    training files, 54,000 examples are for training, and 6,000, a tenth of each class, for
+    validation; the 10,000 of the test files are for testing. Pictures are stored in bytes, 55 MB in
+    total, and scaled per batch. Sources: Y. LeCun et al., Proceedings of the IEEE 86, 1998,
     http://yann.lecun.com/exdb/mnist/; H. Xiao et al. 2017, arXiv:1708.07747.
 
     Args:
-        folder: where the four files lie, `train-images-idx3-ubyte` and so on, as they are or with
-            `.gz`; or the folder around it.
+        folder: folder of the four files, `train-images-idx3-ubyte` and so on, with or without
+            `.gz`; or its parent folder.
         batch_size: examples in a batch.
-        seed: makes the order of the training examples, and nothing else.
+        seed: seed of the order of the training examples only.
 
     Returns:
         `(train, val, test)`. A batch is `{"image": float32 [batch, 28, 28, 1] in [0, 1],
-        "label": int32 [batch] in 0..9}`. Only `train` is shuffled, and drops a short last batch.
+        "label": int32 [batch] in 0..9}`. Only `train` is shuffled and drops a short last batch.
 
     Raises:
-        DataFileError: a file is missing, is not in its format, or does not fit the others.
+        DataFileError: a file is missing, has another format, or does not match the others.
     """
     train_images, train_labels, test_images, test_labels = find(folder, _MNIST)
     train = _read_mnist(train_images, train_labels)
@@ -88,24 +87,24 @@ def mnist(folder: Folder, batch_size: int = 64, seed: int = 0) -> Loaders:
 def cifar10(folder: Folder, batch_size: int = 64, seed: int = 0) -> Loaders:
     """Returns loaders over CIFAR-10: 50,000 and 10,000 colour pictures, ten classes.
 
-    Nothing is downloaded. The split is the same for every seed, machine and version: one of ten
-    training examples of each class validates, which leaves 45,000 to train, 5,000 to validate and
-    the 10,000 of the test file to test. Pictures are kept in bytes, 184 MB in all rather than 737,
-    and scaled when a batch is asked for; reading takes 470 MB for a moment. Source: A. Krizhevsky
-    2009, https://www.cs.toronto.edu/~kriz/cifar.html.
+    Nothing is downloaded. The split is the same for every seed, machine and version: of the
+    training files, 45,000 examples are for training, and 5,000, a tenth of each class, for
+    validation; the 10,000 of the test file are for testing. Pictures are stored in bytes, 184 MB in
+    total instead of 737, and scaled per batch; reading temporarily takes 470 MB. Source:
+    A. Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html.
 
     Args:
-        folder: `cifar-10-batches-bin`, the binary version unpacked, or the folder around it.
+        folder: `cifar-10-batches-bin` of the unpacked binary version, or its parent folder.
         batch_size: examples in a batch.
-        seed: makes the order of the training examples, and nothing else.
+        seed: seed of the order of the training examples only.
 
     Returns:
         `(train, val, test)`. A batch is `{"image": float32 [batch, 32, 32, 3] in [0, 1],
-        "label": int32 [batch] in 0..9}`. Only `train` is shuffled, and drops a short last batch.
+        "label": int32 [batch] in 0..9}`. Only `train` is shuffled and drops a short last batch.
 
     Raises:
-        DataFileError: a file is missing, or is not in its format. The Python version, which is in
-            pickles, is refused.
+        DataFileError: a file is missing, or has another format. The Python version, which consists
+            of pickles, is not read.
     """
     *parts, test = (read_cifar10(path) for path in find(folder, _CIFAR10))
     images, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
@@ -114,20 +113,20 @@ def cifar10(folder: Folder, batch_size: int = 64, seed: int = 0) -> Loaders:
 
 
 def cifar100(folder: Folder, batch_size: int = 64, seed: int = 0) -> Loaders:
-    """Returns loaders over CIFAR-100: as `cifar10`, but a hundred classes in twenty groups.
+    """Returns loaders over CIFAR-100, like `cifar10`, with 100 classes in 20 superclasses.
 
     Args:
-        folder: `cifar-100-binary`, the binary version unpacked, or the folder around it.
+        folder: `cifar-100-binary` of the unpacked binary version, or its parent folder.
         batch_size: examples in a batch.
-        seed: makes the order of the training examples, and nothing else.
+        seed: seed of the order of the training examples only.
 
     Returns:
         `(train, val, test)`. A batch is `{"image": float32 [batch, 32, 32, 3] in [0, 1],
         "label": int32 [batch] in 0..99, "coarse_label": int32 [batch] in 0..19}`. Only `train` is
-        shuffled, and drops a short last batch.
+        shuffled and drops a short last batch.
 
     Raises:
-        DataFileError: as `cifar10`.
+        DataFileError: see `cifar10`.
     """
     names = ("image", "label", "coarse_label")
     train, test = (
@@ -140,10 +139,10 @@ def cifar10_names(folder: Folder) -> tuple[str, ...]:
     """Returns the names of CIFAR-10's ten classes, in the order of their labels.
 
     Args:
-        folder: as for `cifar10`.
+        folder: see `cifar10`.
 
     Raises:
-        DataFileError: `batches.meta.txt`, or another file, is missing or not in its format.
+        DataFileError: `batches.meta.txt` or another file is missing, or has another format.
     """
     (*_, names) = find(folder, _with_names(_CIFAR10, "batches.meta.txt"))
     return read_class_names(names, 10)
@@ -153,10 +152,10 @@ def cifar100_names(folder: Folder) -> tuple[str, ...]:
     """Returns the names of CIFAR-100's hundred classes, in the order of their labels.
 
     Args:
-        folder: as for `cifar100`.
+        folder: see `cifar100`.
 
     Raises:
-        DataFileError: `fine_label_names.txt`, or another file, is missing or not in its format.
+        DataFileError: `fine_label_names.txt` or another file is missing, or has another format.
     """
     (*_, names) = find(folder, _with_names(_CIFAR100, "fine_label_names.txt"))
     return read_class_names(names, 100)
@@ -172,20 +171,20 @@ def _read_mnist(images_path: Path, labels_path: Path) -> dict[str, np.ndarray]:
     if images.dtype != np.uint8 or images.shape[1:] != (side, side):
         raise DataFileError(
             f"{images_path} must hold pictures of {side} x {side} pixels, uint8 [n, {side}, "
-            f"{side}]; it holds {images.dtype} {list(images.shape)}. It is another file: get it "
-            "again."
+            f"{side}]; it holds {images.dtype} {list(images.shape)}. The file is another one: "
+            "download it again."
         )
     if labels.dtype != np.uint8 or labels.shape != (len(images),):
         raise DataFileError(
             f"{labels_path} must hold a label for each of the {len(images):,} pictures of "
             f"{images_path.name}, uint8 [{len(images)}]; it holds {labels.dtype} "
-            f"{list(labels.shape)}. The two files do not belong together: get both again."
+            f"{list(labels.shape)}. The two files do not match: download both again."
         )
     if labels.max() > 9:
         row = int(np.argmax(labels > 9))
         raise DataFileError(
-            f"Each label in {labels_path} must be in 0..9; label {row} is {labels[row]}. It is "
-            "another file, or damaged: get it again."
+            f"Each label in {labels_path} must be in 0..9; label {row} is {labels[row]}. The file "
+            "is another one, or damaged: download it again."
         )
     return {"image": images[..., None], "label": labels.astype(np.int32)}
 

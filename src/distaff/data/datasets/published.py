@@ -1,4 +1,4 @@
-"""Published data sets: which files they are, where to get them, and where they lie."""
+"""Finds the files of published datasets, and splits their examples."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+import numpy as np
+
 from distaff.core.paths import as_path
 from distaff.errors import DataFileError
 
 
 class Published(NamedTuple):
-    """A data set as it is published.
+    """A published dataset.
 
     Attributes:
-        name: such as `CIFAR-10`.
-        files: for each file its names, the usual one first.
-        remedy: what to get, from where, how large it is, and how to unpack it.
-        pickled: the name of a file that only the version in pickles has, which is never read.
+        name: name of the dataset, such as `CIFAR-10`.
+        files: possible names of each file, the usual one first.
+        remedy: instructions to download and unpack the files, with their size.
+        pickled: name of a file that only the pickled version has, which is never read.
     """
 
     name: str
@@ -29,25 +31,18 @@ class Published(NamedTuple):
 
 
 def find(folder: str | os.PathLike[str], source: Published) -> list[Path]:
-    """Returns the files of a data set, which lie in a folder, or in one of the folders in it.
-
-    Args:
-        folder: where to look.
-        source: what to look for.
-
-    Returns:
-        The paths, in the order of `source.files`.
+    """Returns the paths of a dataset's files in `folder`, or in one of its folders.
 
     Raises:
-        DataFileError: files are missing, or several folders have them.
+        DataFileError: files are missing, or several folders contain them.
     """
     folder = as_path(folder, "folder")
     found = {place: _files_in(place, source) for place in _places(folder)}
     whole = [place for place, files in found.items() if None not in files]
     if len(whole) > 1 and whole[0] != folder:
         raise DataFileError(
-            f"The files of {source.name} must be in one of the folders of {folder}; they are in "
-            f"{[place.name for place in whole]}. Give one of these folders."
+            f"Only one folder in {folder} may hold the files of {source.name}; found them in "
+            f"{[place.name for place in whole]}. Pass one of these folders."
         )
     if not whole:
         raise _missing(folder, source, found)
@@ -56,18 +51,14 @@ def find(folder: str | os.PathLike[str], source: Published) -> list[Path]:
 
 @contextmanager
 def opened(path: Path) -> Generator[tuple[BinaryIO, int]]:
-    """Opens a file for reading, and yields it with its number of bytes.
-
-    Raises:
-        DataFileError: it cannot be opened or read.
-    """
+    """Opens a file, and yields it with its size in bytes; turns OSError into DataFileError."""
     try:
         with path.open("rb") as file:
             yield file, os.fstat(file.fileno()).st_size
     except OSError as error:
         raise DataFileError(
-            f"A file of a data set must be readable; {path} is not: {error}. "
-            "Check its permissions, or get it again."
+            f"A file of a dataset must be readable; {path} is not: {error}. "
+            "Check its permissions, or download it again."
         ) from error
 
 
@@ -75,7 +66,7 @@ def _places(folder: Path) -> list[Path]:
     try:
         return [folder, *sorted(child for child in folder.iterdir() if os.path.isdir(child))]
     except OSError:
-        return [folder]  # of which the caller says what is missing
+        return [folder]  # the caller reports the missing files
 
 
 def _files_in(place: Path, source: Published) -> list[Path | None]:
@@ -89,7 +80,7 @@ def _files_in(place: Path, source: Published) -> list[Path | None]:
 def _missing(
     folder: Path, source: Published, found: dict[Path, list[Path | None]]
 ) -> DataFileError:
-    """Returns the error for the place where the fewest files are missing."""
+    """Returns an error that names the files missing in the most complete folder."""
     place = min(found, key=lambda place: found[place].count(None))
     names = [names[0] for names, path in zip(source.files, found[place], strict=True) if not path]
     state = (
@@ -100,10 +91,20 @@ def _missing(
     ]
     if pickled:
         state += (
-            f", and {pickled[0]} holds the Python version: pickles, which can run any code when "
-            "they are read, and are refused"
+            f", and {pickled[0]} holds the Python version, which is not read since loading its "
+            "pickles can run arbitrary code"
         )
     return DataFileError(
         f"The published files of {source.name} must be in {folder}, or in a folder in it; "
         f"{state}. {source.remedy.format(folder=folder)}"
     )
+
+
+def tenths(labels: np.ndarray) -> np.ndarray:
+    """Returns the part in 0..9 of each example, int `[n]`, with an equal share of every class."""
+    # NumPy guarantees the numbers of RandomState in all versions, but not those of default_rng.
+    shuffled = np.random.RandomState(0).permutation(len(labels))
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    parts = np.empty(len(labels), int)
+    parts[by_class] = np.arange(len(labels)) % 10
+    return parts

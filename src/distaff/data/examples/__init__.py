@@ -1,1 +1,1 @@
-"""Data sets that are read by index."""
+"""Datasets that are read by index."""

@@ -1,4 +1,4 @@
-"""Kept: the last values that were made, such as blocks that were read."""
+"""Kept: a cache of the last values, such as blocks of a file."""
 
 from __future__ import annotations
 
@@ -11,31 +11,28 @@ Value = TypeVar("Value")
 
 
 class Kept(Generic[Key, Value]):
-    """Values by key, the oldest of which goes before a new one is made.
+    """A thread-safe cache of `size` values, which evicts the oldest before it makes a new one.
 
-    Unlike `functools.lru_cache` it holds no function, whose object would hold it in turn: what has
-    one is freed at once, with all values. A pickle has none of them. Threads may share it.
-
-    Args:
-        most: how many values are kept.
+    Unlike `functools.lru_cache`, it holds no function, so there is no reference cycle with its
+    owner, and the values are freed with it. A pickle contains no values.
     """
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, size: int) -> None:
+        self._size = size
         self._values: dict[Key, Value] = {}
         self._lock = RLock()
 
     def get(self, key: Key, make: Callable[[Key], Value]) -> Value:
-        """Returns the value of a key, which is made where it is not kept; never None."""
+        """Returns the cached value of a key, or makes it; values must not be None."""
         value = self._values.get(key)
         if value is not None:
             return value
         with self._lock:
             if key not in self._values:
-                while len(self._values) >= self._most:
+                while len(self._values) >= self._size:
                     del self._values[next(iter(self._values))]
                 self._values[key] = make(key)
             return self._values[key]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Kept, (self._most,)
+        return Kept, (self._size,)

@@ -1,4 +1,4 @@
-"""Examples: data that are read one by one, by index, and loaders over them."""
+"""Examples: data that are read by index, and loaders over them."""
 
 from __future__ import annotations
 
@@ -14,29 +14,30 @@ import numpy as np
 
 from distaff.core.config.checks import whole
 from distaff.core.typing import Batch, PyTree
-from distaff.data.dataclass_batches import known_to_jax
+from distaff.data.entry import known_to_jax
 from distaff.data.examples.block_cache import Kept
 from distaff.data.examples.order import Order
-from distaff.data.loader import as_held_by_jax, drops, num_examples
+from distaff.data.loader import as_held_by_jax, drops, epoch_length, num_examples
 from distaff.data.positioned import Positioned
 from distaff.errors import BatchError, leaf_name
 
 
 @runtime_checkable
 class Examples(Protocol):
-    """Data of a known length, read by index: a list, a file of records, a dataset of PyTorch's.
+    """Data of a known length, read by index: a list, a file of records, a PyTorch dataset.
 
     An example is a pytree of arrays and numbers, without a batch axis.
 
-    What lies in blocks that are read whole also has `starts`, int64 `[blocks + 1]`, the first
-    example of each block, and behind them the number of examples; and `blocks_in_memory`, how
-    many blocks it keeps. A shuffled epoch then never needs more of them at once.
+    Data in blocks, which are read whole, also have `starts`, int64 `[blocks + 1]`: the index of the
+    first example of each block, then the number of examples; and `blocks_in_memory`, the number of
+    cached blocks. A shuffled epoch then never needs more blocks at once.
 
-    Two more are optional. `fingerprint`, an int, stands for the data: a position is refused where
-    it is another. `read_batch(indices)` returns what stacking these examples would, sooner.
+    Two more attributes are optional. `fingerprint`, an int, identifies the data: a position is only
+    restored if it is equal. `read_batch(indices)` returns the stacked examples, faster than
+    stacking them one by one.
 
-    All four count only where an object has them itself: what a `__getattr__` finds belongs to other
-    examples, as does the `read_batch` of a class whose subclass has another `__getitem__`.
+    All four must be attributes of the object itself: those found by `__getattr__` are ignored, as
+    is a `read_batch` if a subclass overrides only `__getitem__`.
     """
 
     def __len__(self) -> int:
@@ -49,18 +50,18 @@ class Examples(Protocol):
 
 
 class BlockExamples(ABC):
-    """Examples that lie in blocks, each of which is read whole; the last ones stay in memory.
+    """Examples in blocks, which are read whole and cached.
 
-    Make one object for each loader: two loaders that are read in turn would each push the blocks of
-    the other out of memory. A pickle, as for worker processes, holds no blocks.
+    Make one object per loader: two loaders that are read in turn would evict each other's blocks.
+    A pickle, such as for worker processes, contains no blocks.
 
     Args:
-        sizes: how many examples each block has, `[blocks]`.
-        blocks_in_memory: how many blocks are kept. A shuffled epoch mixes so many at a time.
+        sizes: number of examples in each block, `[blocks]`.
+        blocks_in_memory: number of cached blocks, which a shuffled epoch mixes at a time.
 
     Raises:
-        BatchError: there is no example.
-        ConfigError: `blocks_in_memory` is no whole number, or less than 1.
+        BatchError: there are no examples.
+        ConfigError: `blocks_in_memory` is not an integer, or less than 1.
     """
 
     def __init__(self, sizes: Sequence[int] | np.ndarray, *, blocks_in_memory: int = 16) -> None:
@@ -69,7 +70,7 @@ class BlockExamples(ABC):
         if not len(self):
             raise BatchError(
                 f"{type(self).__name__} must hold at least one example; its {len(sizes)} blocks "
-                "hold none. Check the paths."
+                "are empty. Check the paths."
             )
         self._kept: Kept[int, Examples] = Kept(self.blocks_in_memory)
 
@@ -77,30 +78,29 @@ class BlockExamples(ABC):
         return int(self.starts[-1])
 
     def __getitem__(self, index: int, /) -> Any:
-        starts = self.starts.data  # items of which are read sooner than those of the array
+        starts = self.starts.data  # indexing a memoryview is faster than indexing the array
         if not 0 <= index < starts[-1]:
             raise IndexError(f"{type(self).__name__} holds {len(self)} examples; got {index}")
         block = bisect_right(starts, index) - 1
         return self._block(block)[index - starts[block]]
 
     def _block(self, number: int) -> Examples:
-        """Returns the examples of a block, which is read where it is not in memory."""
         return self._kept.get(number, self.read_block)
 
     @abstractmethod
     def read_block(self, block: int) -> Examples:
-        """Returns the examples of a block, as many as it has."""
+        """Reads the examples of a block."""
 
 
 class MappedExamples:
-    """Applies a function to each example, when it is asked for.
+    """Applies a function to each example on demand.
 
     Args:
-        examples: where they come from.
-        function: `example -> example`. It has no memory and no randomness of its own.
+        examples: source of the examples.
+        function: `example -> example`, without state and randomness.
 
     Raises:
-        BatchError: the examples have no length, or cannot be read by index.
+        BatchError: `examples` has no length, or cannot be read by index.
 
     >>> doubled = MappedExamples([1, 2, 3], lambda example: 2 * example)
     >>> [doubled[index] for index in range(len(doubled))]
@@ -110,9 +110,9 @@ class MappedExamples:
     def __init__(self, examples: Examples, function: Callable[[Any], Any]) -> None:
         _check_examples(examples)
         self._examples, self._function = examples, function
-        self.starts: np.ndarray | None = _own(examples, "starts")
-        self.blocks_in_memory: int = _own(examples, "blocks_in_memory", 1)
-        self.fingerprint: int | None = _own(examples, "fingerprint")
+        self.starts: np.ndarray | None = _attribute(examples, "starts")
+        self.blocks_in_memory: int = _attribute(examples, "blocks_in_memory", 1)
+        self.fingerprint: int | None = _attribute(examples, "fingerprint")
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -129,26 +129,26 @@ def from_examples(
     seed: int = 0,
     remainder: Literal["keep", "drop"] | None = None,
 ) -> Positioned:
-    """Returns a loader that reads examples and stacks them, and goes to any position at once.
+    """Returns a loader that reads and stacks examples, and restores any position at once.
 
-    Each epoch has an order that depends on `(seed, epoch)` alone. Of examples in blocks, as files
-    have them, it mixes as many blocks as the examples keep in memory.
+    Each epoch has an order that depends on `(seed, epoch)` alone. For examples in blocks, such as
+    files, a shuffled epoch mixes as many blocks as are cached.
 
     Args:
-        examples: what is read, by index; all of one structure, and leaf by leaf of one shape.
+        examples: examples that are read by index, all of one structure and one shape per leaf.
         batch_size: examples in a batch.
         shuffle: whether each epoch has a new order.
-        seed: makes the orders, not negative.
-        remainder: what becomes of a short last batch, as `ArrayLoader` has it.
+        seed: seed of the orders, not negative.
+        remainder: what to do with a short last batch; see `ArrayLoader`.
 
     Returns:
-        A loader of batches `[batch, ...]`. The dtype of a leaf is that of its values, in 32 bits:
-        where they are ints of Python in one batch and floats in another, as JSON has them, convert
-        them in a `MappedExamples`.
+        A loader of batches `[batch, ...]`. The dtype of a leaf is that of its values, in 32 bits.
+        If these are Python ints in one batch and floats in another, as in JSON, convert them with
+        `MappedExamples`.
 
     Raises:
-        BatchError: the examples have no length or fill no batch, or their `starts` are not those of
-            so many; while it reads, they differ, or an integer does not fit into 32 bits.
+        BatchError: the examples have no length, fill no batch, or have invalid `starts`; while
+            reading: they differ in structure or shape, or an integer does not fit into 32 bits.
         ConfigError: an option is out of range.
 
     >>> loader = from_examples([{"x": np.ones(2)}, {"x": np.zeros(2)}, {"x": np.ones(2)}], 2)
@@ -157,16 +157,9 @@ def from_examples(
     """
     batch_size = whole("batch_size", batch_size)
     order = make_order(examples, batch_size, shuffle=shuffle, seed=seed)
-    is_short_dropped = drops(remainder, shuffle)
-    length, rest = divmod(len(examples), batch_size)
-    length += rest > 0 and not is_short_dropped
-    if not length:
-        raise BatchError(
-            f"The examples must fill at least one batch; there are {len(examples)}, batch_size is "
-            f"{batch_size}, and a short batch is dropped. Give more examples, lower batch_size, "
-            "or keep the short batch with remainder='keep'."
-        )
-    identity = {**order.identity(), "batch_size": batch_size, "drop": is_short_dropped}
+    drop = drops(remainder, shuffle)
+    length = epoch_length(len(examples), batch_size, drop=drop)
+    identity = {**order.identity(), "batch_size": batch_size, "drop": drop}
     source = _ExampleBatches(examples, order, batch_size, length)
     return Positioned(
         source,
@@ -180,53 +173,50 @@ def make_order(examples: Examples, batch_size: int, *, shuffle: bool, seed: int)
     """Returns the order in which a loader reads examples.
 
     Raises:
-        BatchError: they have no length, cannot be read by index, or have `starts` that do not lead
-            from 0 to their number.
-        ConfigError: an option is no whole number, or out of range.
+        BatchError: the examples have no length, cannot be read by index, or have invalid `starts`.
     """
     _check_examples(examples)
     whole("batch_size", batch_size)
-    starts = _own(examples, "starts")
+    starts = _attribute(examples, "starts")
     if starts is not None:
         starts = np.asarray(starts, np.int64)
         if [*starts[:1], *starts[-1:]] != [0, len(examples)]:
             raise BatchError(
-                "`starts` must lead from 0 to the number of examples; those of "
-                f"{type(examples).__name__} are {starts}, and there are {len(examples)}. Give it "
-                "`starts` of its own, or None."
+                "`starts` must begin with 0 and end with the number of examples; in "
+                f"{type(examples).__name__} it is {starts}, and there are {len(examples)} "
+                "examples. Correct `starts`, or set it to None."
             )
     return Order(
         len(examples),
         shuffle=bool(shuffle),
         seed=whole("seed", seed, least=0),
         starts=starts,
-        window=whole("blocks_in_memory", _own(examples, "blocks_in_memory", 1)),
-        fingerprint=_own(examples, "fingerprint"),
+        window=whole("blocks_in_memory", _attribute(examples, "blocks_in_memory", 1)),
+        fingerprint=_attribute(examples, "fingerprint"),
     )
 
 
 def _check_examples(examples: Any) -> None:
     if not isinstance(examples, Examples) or isinstance(examples, dict | str | bytes):
         raise BatchError(
-            "Examples have a length and are read by index, examples[0]; got "
+            "Examples must have a length and be read by index, examples[0]; got "
             f"{type(examples).__name__}. Write data.ArrayLoader(arrays, batch_size=...) for arrays "
-            "in memory, list(...) for an iterator over examples, or give an iterable of batches to "
-            "the trainer as it is."
+            "in memory, list(...) for an iterator over examples, or pass an iterable of batches "
+            "directly to the trainer."
         )
 
 
-def _own(examples: Examples, name: str, default: Any = None) -> Any:
-    """Returns an attribute that examples have themselves; `__getattr__` is not asked for it."""
+def _attribute(examples: Examples, name: str, default: Any = None) -> Any:
+    """Returns an attribute of examples, without calling their `__getattr__`."""
     is_own = getattr_static(examples, name, None) is not None
     return getattr(examples, name, default) if is_own else default
 
 
 def stacked(examples: Sequence[PyTree]) -> Batch:
-    """Returns a batch of examples, `[batch, ...]`, in 32 bits where `ArrayLoader` has 32 bits.
+    """Stacks examples into a batch `[batch, ...]`, in 32 bits like `ArrayLoader`.
 
     Raises:
-        BatchError: they differ in structure, or a leaf in its shape or kind of number, or an
-            integer does not fit into 32 bits.
+        BatchError: the examples differ in structure, or a leaf in shape or kind of number.
     """
     batch = joined(_stacked_leaf, examples)
     num_examples(batch)
@@ -236,14 +226,10 @@ def stacked(examples: Sequence[PyTree]) -> Batch:
 def joined(
     join: Callable[[tuple[Any, ...], Sequence[Any]], Any], examples: Sequence[PyTree]
 ) -> PyTree:
-    """Returns a tree like each of the examples, which has at each leaf what is made of theirs.
-
-    Args:
-        join: `(path, leaves) -> leaf`, of the leaves at one path, one of each example.
-        examples: pytrees of one structure.
+    """Maps `join`, `(path, leaves) -> leaf`, over the corresponding leaves of examples.
 
     Raises:
-        BatchError: they differ in structure.
+        BatchError: the examples differ in structure.
     """
     with_path, structure = jax.tree.flatten_with_path(known_to_jax(examples[0]))
     rows = []
@@ -256,8 +242,8 @@ def joined(
             )
         rows.append(leaves)
     columns = zip(*rows, strict=True)
-    made = [join(path, leaves) for (path, _), leaves in zip(with_path, columns, strict=True)]
-    return jax.tree.unflatten(structure, made)
+    pairs = zip(with_path, columns, strict=True)
+    return jax.tree.unflatten(structure, [join(path, leaves) for (path, _), leaves in pairs])
 
 
 def _stacked_leaf(path: tuple[Any, ...], leaves: Sequence[Any]) -> np.ndarray:
@@ -266,7 +252,7 @@ def _stacked_leaf(path: tuple[Any, ...], leaves: Sequence[Any]) -> np.ndarray:
         dtypes = sorted({array.dtype.name for array in arrays})
         raise BatchError(
             f"All examples of a batch must have one kind of number; {leaf_name(path)!r} has "
-            f"{', '.join(dtypes)}. Convert them, such as with np.float32 (data.MappedExamples)."
+            f"{', '.join(dtypes)}. Convert them, for example with np.float32 (data.MappedExamples)."
         )
     try:
         stack = np.stack(arrays)
@@ -274,13 +260,13 @@ def _stacked_leaf(path: tuple[Any, ...], leaves: Sequence[Any]) -> np.ndarray:
         shapes = sorted({np.shape(leaf) for leaf in leaves})
         raise BatchError(
             f"All examples of a batch must have one shape; {leaf_name(path)!r} has {shapes}. Pad "
-            "or cut them (data.MappedExamples), or use data.bucketed or data.packed for sequences."
+            "or crop them (data.MappedExamples), or use data.bucketed or data.packed for sequences."
         ) from error
     return as_held_by_jax(stack, path)
 
 
 class _ExampleBatches:
-    """Examples, stacked in their order: the number of the batch is the position."""
+    """Batches of stacked examples; the number of the batch is the position."""
 
     def __init__(self, examples: Examples, order: Order, batch_size: int, length: int) -> None:
         self._order, self._batch_size, self._length = order, batch_size, length
@@ -292,7 +278,7 @@ class _ExampleBatches:
         return self._read(self._order.epoch(epoch, batch * self._batch_size), batch)
 
     def position(self) -> None:
-        """Nothing that the number of the batch does not say."""
+        """Returns None: the number of the batch is enough."""
 
     def _read(self, indices: Iterator[int], batch: int) -> Iterator[Batch]:
         for _ in range(batch, self._length):
@@ -300,7 +286,7 @@ class _ExampleBatches:
 
 
 def _reader_of(examples: Any) -> Callable[[Sequence[int]], Batch]:
-    """Returns `read_batch`, but not that of a class whose subclass has another `__getitem__`."""
+    """Returns `read_batch`, unless a subclass overrides only `__getitem__`."""
     for kind in type(examples).__mro__:
         if "read_batch" in vars(kind):
             return examples.read_batch

@@ -1,4 +1,4 @@
-"""Order: in which order an epoch goes through examples that lie one by one, or in blocks."""
+"""Order: the order in which an epoch reads examples, which may lie in blocks."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import Any
 import numpy as np
 
 _SLICE = 4096
-"""Indices that are ints of Python at once; an int takes four times the memory of an int64."""
+"""Indices converted to Python ints at once: an int takes four times the memory of an int64."""
 
 
 class Order:
-    """The order of an epoch, a function of `(seed, epoch)` alone, that can be begun anywhere.
+    """The order of an epoch: a function of `(seed, epoch)` alone, which can start anywhere.
 
-    Examples that lie one by one are shuffled as a whole. Of those that lie in blocks, which are
-    read whole, the blocks are shuffled, and then the examples of each `window` blocks among
-    themselves: no more blocks are ever needed at once.
+    Without blocks, all examples are shuffled. With blocks, which are read whole, first the blocks
+    are shuffled, and then the examples within each window of blocks, so that an epoch never needs
+    more than `window` blocks at once.
 
     Args:
-        num_examples: how many there are.
-        shuffle: whether each epoch has an order of its own.
-        seed: makes the orders, not negative.
-        starts: of each block, its first example, and behind them the number of examples, int64
-            `[blocks + 1]`. None where the examples lie one by one.
-        window: blocks that are shuffled together.
-        fingerprint: of the data; None where they have none.
+        num_examples: number of examples.
+        shuffle: whether each epoch has a new order.
+        seed: seed of the orders, not negative.
+        starts: index of the first example of each block, then the number of examples, int64
+            `[blocks + 1]`. None if there are no blocks.
+        window: number of blocks that are shuffled together.
+        fingerprint: fingerprint of the data, or None.
     """
 
     def __init__(
@@ -44,12 +44,7 @@ class Order:
         self._shuffle, self._seed, self._starts, self._window = shuffle, seed, starts, window
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[int]:
-        """Yields the indices of the examples of an epoch.
-
-        Args:
-            epoch: which one, counted from 0.
-            start: how many of its first indices are left out.
-        """
+        """Yields the indices of the examples of an epoch, without the first `start` ones."""
         if not self._shuffle:
             yield from range(start, self.num_examples)
             return
@@ -62,7 +57,7 @@ class Order:
             start = max(start - size, 0)
 
     def identity(self) -> Mapping[str, Any]:
-        """Returns what a position depends on, of values that JSON has."""
+        """Returns the JSON values that must be equal to restore a position."""
         facts = {"num_examples": self.num_examples, "shuffle": self._shuffle, "seed": self._seed}
         if self._fingerprint is not None:
             facts["fingerprint"] = self._fingerprint
@@ -71,7 +66,7 @@ class Order:
         return {**facts, "window": self._window, "blocks": zlib.crc32(self._starts.tobytes())}
 
     def _windows(self, epoch: int) -> Iterator[np.ndarray]:
-        """Yields the blocks that are shuffled together, the windows in their order."""
+        """Yields the windows of blocks, in order."""
         num_blocks = 1 if self._starts is None else len(self._starts) - 1
         blocks = np.random.default_rng([self._seed, epoch]).permutation(num_blocks)
         for first in range(0, num_blocks, self._window):

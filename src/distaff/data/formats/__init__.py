@@ -1,1 +1,1 @@
-"""Files of examples."""
+"""Readers of files of examples."""

@@ -1,4 +1,4 @@
-"""Records of ArrayRecord files."""
+"""Reads records of ArrayRecord files."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ _OPEN_FILES = 16
 
 
 class ArrayRecordExamples(FileExamples):
-    """The records of ArrayRecord files, which are bytes; a `MappedExamples` decodes them.
+    """The records of ArrayRecord files, as bytes; decode them with `MappedExamples`.
 
-    The format: https://github.com/google/array_record. In memory are
-    `examples_per_block * blocks_in_memory` records, the indices of 16 files at most, and 32 bytes
-    for each block.
+    The format: https://github.com/google/array_record. Memory holds
+    `examples_per_block * blocks_in_memory` records, the indices of up to 16 files, and 32 bytes per
+    block.
 
     Args:
         paths: a file, a glob pattern, or several of them.
-        examples_per_block: how many consecutive records are read at once. A multiple of the
-            `group_size` that the files were written with reads no group twice.
-        blocks_in_memory: how many blocks are kept. A shuffled epoch mixes so many at a time.
+        examples_per_block: consecutive records read at once. Choose a multiple of the `group_size`
+            that the files were written with, to read each group only once.
+        blocks_in_memory: number of cached blocks, which a shuffled epoch mixes at a time.
 
     Raises:
-        BatchError: there is no record.
+        BatchError: there are no records.
         ConfigError: an option is out of range.
-        DataFileError: a file is missing, or no whole ArrayRecord file; while it is read, it has
+        DataFileError: a file is missing, or not a whole ArrayRecord file; while reading: it has
             changed, or is damaged.
         MissingExtraError: the package `array_record` is not installed.
     """

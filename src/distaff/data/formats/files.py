@@ -1,4 +1,4 @@
-"""Files of examples, larger than memory: which they are, and where in them each block lies."""
+"""Finds files of examples, larger than memory, and reads their blocks."""
 
 from __future__ import annotations
 
@@ -24,48 +24,36 @@ Paths: TypeAlias = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 _COMPRESSED = {
     rb"\x1f\x8b\x08": "gunzip",
     rb"\x28\xb5\x2f\xfd": "unzstd",
-    rb"BZh[1-9](1AY&SY|\x17rE8P\x90)": "bunzip2",  # before the first block, or the end of none
+    rb"BZh[1-9](1AY&SY|\x17rE8P\x90)": "bunzip2",  # magic of the first block, or of an empty file
     rb"\xfd7zXZ\x00": "unxz",
 }
-"""How a compressed file begins, as a regular expression, and what unpacks it."""
+"""First bytes of compressed files, as regular expressions, and the commands to unpack them."""
 
 
 class DataFile(NamedTuple):
-    """A file, and its size when it was found.
-
-    Attributes:
-        path: where it is.
-        num_bytes: its size.
-    """
+    """A file, and its size in bytes when it was found."""
 
     path: Path
     num_bytes: int
 
     def read(self, start: int, stop: int) -> bytes:
-        """Returns the bytes from `start` to `stop`.
-
-        Raises:
-            DataFileError: the file cannot be read.
-        """
+        """Returns the bytes from `start` to `stop`, or raises DataFileError."""
         with opened(self.path) as (file, _):
             file.seek(start)
             return file.read(stop - start)
 
     def changed(self, what: str) -> DataFileError:
-        """Returns the error for a file that is not what it was when it was found."""
+        """Returns the error for a file that has changed since it was found."""
         return DataFileError(
-            f"A file must stay as it is while it is read; {self.path} has changed: {what}. "
-            "Make the examples anew, and leave their files alone."
+            f"A file must not change while it is read; {self.path} has changed: {what}. "
+            "Create the examples again, and do not modify their files."
         )
 
 
 class FileBlock(NamedTuple):
-    """A part of a file that is read whole.
+    """A part of a file, with `size` examples, that is read at once.
 
-    Attributes:
-        start: where it begins, in bytes or in what else the format counts.
-        stop: where it ends.
-        size: how many examples it has.
+    `start` and `stop` are in bytes, or in another unit of the format.
     """
 
     start: int
@@ -74,13 +62,11 @@ class FileBlock(NamedTuple):
 
 
 class BlockPlace(NamedTuple):
-    """Where a block lies.
+    """The place of a block.
 
     Attributes:
-        file: the number of its file.
-        start: as a `FileBlock` has it.
-        stop: as a `FileBlock` has it.
-        first: the number of its first example, among those of the file.
+        file: index of its file, in which it goes from `start` to `stop`.
+        first: index of its first example in the file.
     """
 
     file: int
@@ -90,17 +76,7 @@ class BlockPlace(NamedTuple):
 
 
 class FileExamples(BlockExamples):
-    """Examples of files; each block lies in one file.
-
-    Args:
-        files: where they are.
-        blocks: of each file, its blocks.
-        blocks_in_memory: how many blocks are kept.
-
-    Raises:
-        BatchError: there is no example.
-        ConfigError: `blocks_in_memory` is no whole number, or less than 1.
-    """
+    """Examples in files; `blocks` has the blocks of each file, and each block lies in one file."""
 
     def __init__(
         self,
@@ -110,7 +86,7 @@ class FileExamples(BlockExamples):
         blocks_in_memory: int,
     ) -> None:
         self.files = files
-        tables = [np.array(list(found), np.int64).reshape(-1, 3) for found in blocks]
+        tables = [np.array(list(each), np.int64).reshape(-1, 3) for each in blocks]
         self._file_starts = np.concatenate([[0], np.cumsum([len(table) for table in tables])])
         self._blocks = np.concatenate(tables)
         self.fingerprint = zlib.crc32(np.array([file.num_bytes for file in files], "<i8").tobytes())
@@ -130,35 +106,27 @@ class FileExamples(BlockExamples):
 
     @abstractmethod
     def read(self, place: BlockPlace) -> Examples:
-        """Returns the examples of a block."""
+        """Reads the examples of a block."""
 
 
 def find_files(paths: Paths) -> list[DataFile]:
-    """Returns the files, in the order given.
-
-    Raises:
-        DataFileError: a file is missing or is none, or no file fits a pattern.
-    """
+    """Returns the files, in the given order; raises DataFileError if a path matches no file."""
     single = isinstance(paths, str | os.PathLike)
     named = [as_path(path, "A path of data") for path in ([paths] if single else paths)]
-    found = [path for name in named for path in _matching(name)]
-    if not found:
-        raise DataFileError("At least one file must be given; got none. Check the list of paths.")
-    return [DataFile(path, path.stat().st_size) for path in found]
+    files = [path for name in named for path in _matching(name)]
+    if not files:
+        raise DataFileError("At least one file is needed; got none. Check the list of paths.")
+    return [DataFile(path, path.stat().st_size) for path in files]
 
 
-def refuse_compressed(file: DataFile) -> None:
-    """Raises an error where a file is compressed: none can be read from its middle.
-
-    Raises:
-        DataFileError: it is compressed by gzip, Zstandard, bzip2 or xz.
-    """
+def check_uncompressed(file: DataFile) -> None:
+    """Raises DataFileError if a file is compressed, and so cannot be read from any position."""
     start = file.read(0, 10)
     for magic, remedy in _COMPRESSED.items():
         if re.match(magic, start):
             raise DataFileError(
-                f"A file must be read from any place, which no compressed file can be; {file.path} "
-                f"is compressed. Unpack it: {remedy} {file.path}"
+                f"A compressed file cannot be read from any position; {file.path} is compressed. "
+                f"Unpack it: {remedy} {file.path}"
             )
 
 
@@ -167,14 +135,14 @@ def _matching(name: Path) -> list[Path]:
         return [name]
     pattern = str(name)
     is_pattern = glob.has_magic(pattern)
-    found = sorted(glob.glob(pattern, recursive=True)) if is_pattern else []
-    if is_pattern and not found:  # a folder may have [brackets] in its name
-        found = sorted(map(str, name.parent.glob(name.name))) if name.parent.is_dir() else []
-    files = [Path(path) for path in found if os.path.isfile(path)]
+    matches = sorted(glob.glob(pattern, recursive=True)) if is_pattern else []
+    if is_pattern and not matches:  # a folder may have [brackets] in its name
+        matches = sorted(map(str, name.parent.glob(name.name))) if name.parent.is_dir() else []
+    files = [Path(path) for path in matches if os.path.isfile(path)]
     if not files:
-        what = "fits no file" if is_pattern else "is no file"
+        what = "matches no file" if is_pattern else "is not a file"
         raise DataFileError(
-            f"A path must be that of a file, or a glob pattern that fits some; {pattern!r} {what}. "
+            f"A path must be a file, or a glob pattern that matches files; {pattern!r} {what}. "
             "Check the path."
         )
     return files

@@ -1,4 +1,4 @@
-"""Rows of Parquet and Arrow files."""
+"""Reads rows of Parquet and Arrow files."""
 
 from __future__ import annotations
 
@@ -18,26 +18,25 @@ from distaff.errors import ConfigError, DataFileError, nearest
 class ParquetExamples(FileExamples):
     """The rows of Parquet files, or of Arrow IPC files (Feather 2), as dicts by column.
 
-    A value is a number, an array of numbers for a list, a str, or bytes; rows whose lists differ
-    in their lengths have arrays of different lengths. A row may be changed, and stays as it is in
-    the examples. A block is a row group, or a record batch.
-    In memory are the chosen columns of `blocks_in_memory` of them, as arrays: write row groups
-    that are small enough, of some 10,000 rows.
+    A value is a number, a str, bytes, or, for a list, an array of numbers, whose length may differ
+    between rows. Rows are copies, and can be modified. A block is a row group or a record batch.
+    Memory holds the chosen columns of `blocks_in_memory` blocks, as arrays: write small row groups,
+    of about 10,000 rows.
 
-    `data.from_examples` gathers batches from these arrays, without rows in between, where all
-    columns hold numbers of one shape. A `MappedLoader` around it changes whole batches; a
-    `MappedExamples` makes each row a dict first, and is slower.
+    If all columns hold numbers of one shape, `data.from_examples` gathers batches directly from
+    these arrays. To transform data, prefer a `MappedLoader`, which maps whole batches; a
+    `MappedExamples` is slower, since it makes a dict of each row.
 
     Args:
-        paths: a file, a glob pattern, or several of them; all have the columns, of one type.
-        columns: their names. None: all.
-        blocks_in_memory: how many blocks are kept. A shuffled epoch mixes so many at a time.
+        paths: a file, a glob pattern, or several of them, all with columns of the same types.
+        columns: names of the columns. None for all.
+        blocks_in_memory: number of cached blocks, which a shuffled epoch mixes at a time.
 
     Raises:
-        BatchError: there is no row; while it is read, a value is null.
+        BatchError: there are no rows; while reading: a value is null.
         ConfigError: an option is out of range, or a column is unknown.
-        DataFileError: a file is missing, damaged, or has other columns than the first; while it
-            is read, it has changed.
+        DataFileError: a file is missing, damaged, or has other columns than the first; while
+            reading: it has changed.
         MissingExtraError: the package `pyarrow` is not installed.
     """
 
@@ -58,16 +57,15 @@ class ParquetExamples(FileExamples):
                 raise ConfigError(f"Unknown column {name!r}. {nearest(name, kinds)}")
             if not arrow.is_readable(kinds[name]):
                 raise ConfigError(
-                    "A column must hold numbers, dates, timestamps, durations, texts, bytes, or "
-                    "lists of them; "
-                    f"{name!r} holds {kinds[name]}. Leave it out with columns=[...]."
+                    "A column must hold numbers, dates, timestamps, durations, strings, bytes, or "
+                    f"lists of them; {name!r} holds {kinds[name]}. Omit it with columns=[...]."
                 )
             for file, table in zip(files, self._tables, strict=True):
                 if table.column_types.get(name) != kinds[name]:
                     raise DataFileError(
-                        f"All files must have one type of each column; {name!r} is {kinds[name]} "
-                        f"in {files[0].path}, and {table.column_types.get(name, 'missing')} in "
-                        f"{file.path}. Write them alike, or leave the column out."
+                        f"A column must have one type in all files; {name!r} is {kinds[name]} in "
+                        f"{files[0].path}, and {table.column_types.get(name, 'missing')} in "
+                        f"{file.path}. Convert the files, or omit the column."
                     )
         blocks = [
             [FileBlock(number, number + 1, size) for number, size in enumerate(table.sizes)]
@@ -80,15 +78,15 @@ class ParquetExamples(FileExamples):
         return _ParquetRows(table.read(place.start, self._columns, place.first))
 
     def read_batch(self, indices: Sequence[int]) -> Batch:
-        """Returns rows as arrays by column, `[rows, ...]`, like stacking them one by one.
+        """Returns rows as arrays by column, `[rows, ...]`, equal to stacking them one by one.
 
         Raises:
-            BatchError: the values of a column differ in their shapes, or are no numbers.
+            BatchError: the values of a column differ in shape, or are not numbers.
         """
         rows = np.asarray(indices)
         blocks = np.searchsorted(self.starts, rows, side="right") - 1
         batch: dict[str, np.ndarray] = {}
-        # In the order of the rows: the blocks of a window that ends are not read again.
+        # In the order of the rows, so that the blocks of a finished window are not read again.
         for block in dict.fromkeys(blocks.tolist()):
             here = blocks == block
             inside = rows[here] - self.starts[block]
@@ -99,7 +97,7 @@ class ParquetExamples(FileExamples):
 
 
 class _ParquetRows:
-    """Columns of a block, read row by row."""
+    """The columns of a block, as rows."""
 
     def __init__(self, columns: Mapping[str, Any]) -> None:
         self._columns = columns
@@ -111,12 +109,12 @@ class _ParquetRows:
         return {name: _copied(values[index]) for name, values in self._columns.items()}
 
     def put(self, batch: dict[str, np.ndarray], here: np.ndarray, rows: np.ndarray) -> bool:
-        """Puts rows into a batch; returns whether all columns are arrays that fit into it.
+        """Copies rows into a batch; returns False if a column is not an array of the same shape.
 
         Args:
-            batch: its columns `[batch, ...]`; an empty one gets those that the block has.
-            here: in which places, bool `[batch]`.
-            rows: which of the block, int `[rows]`.
+            batch: columns `[batch, ...]`; missing columns are added.
+            here: places of the rows in the batch, bool `[batch]`.
+            rows: indices of the rows in the block, int `[rows]`.
         """
         for name, values in self._columns.items():
             if not isinstance(values, np.ndarray):
@@ -130,7 +128,7 @@ class _ParquetRows:
 
 
 def _copied(value: Any) -> Any:
-    """Returns a value of a row, which has no memory in common with its block."""
+    """Returns a copy of a value that does not share memory with its block."""
     if isinstance(value, list):
         return [_copied(each) for each in value]
     return value.copy() if isinstance(value, np.ndarray) else value

@@ -1,9 +1,9 @@
-"""The members of tar archives, by their headers alone, which may say anything.
+"""Reads the headers of tar archives, which may be hostile.
 
-POSIX.1-1988 (ustar) and POSIX.1-2001 (pax) archives, with GNU's long names:
+It supports POSIX.1-1988 (ustar) and POSIX.1-2001 (pax) archives, with GNU's long names:
 https://pubs.opengroup.org/onlinepubs/9799919799/utilities/pax.html, "pax Interchange Format", and
 https://www.gnu.org/software/tar/manual/html_node/Standard.html. The standard library's `tarfile`
-keeps all members in memory, and some of its versions loop for ever on negative sizes.
+keeps all members in memory, and some of its versions loop forever on negative sizes.
 """
 
 from __future__ import annotations
@@ -21,14 +21,12 @@ _EXTENSIONS = (_LONG_NAME, b"K", _PAX, b"g")
 
 
 class Member(NamedTuple):
-    """A regular file of an archive.
+    """A regular file of an archive; the offsets are in bytes.
 
     Attributes:
         name: its path, which is never opened.
-        header: where the first of its headers begins, in bytes.
-        start: where its data begin.
-        stop: where they end.
-        end: where the next header begins.
+        header: offset of its first header; its data are from `start` to `stop`.
+        end: offset of the next header.
     """
 
     name: str
@@ -39,37 +37,33 @@ class Member(NamedTuple):
 
 
 def read_members(archive: BinaryIO, num_bytes: int) -> Iterator[Member]:
-    """Yields the regular files of an archive; folders, links and devices are left out.
-
-    Args:
-        archive: of which the headers are read, from its start.
-        num_bytes: how many it has.
+    """Yields the regular files of an archive of `num_bytes`; skips folders, links and devices.
 
     Raises:
-        ValueError: it is no tar archive, does not end as one, or holds sparse files.
+        ValueError: it is not a whole tar archive, or holds sparse files.
     """
     first = position = 0
-    said: dict[str, str] = {}
+    extended: dict[str, str] = {}
     while header := _header(archive, position, num_bytes):
         kind = header[156:157]
         start = position + _BLOCK
-        stop = start + _size(header, kind, said)
+        stop = start + _size(header, kind, extended)
         if stop > num_bytes:
             raise ValueError(f"the member at {first:,} ends at {stop:,} of {num_bytes:,} bytes")
         position = stop + -stop % _BLOCK
         if kind in _EXTENSIONS:
-            said |= _extension(archive, kind, start, stop)
+            extended |= _extension(archive, kind, start, stop)
             continue
-        if kind == _SPARSE or any(key.startswith("GNU.sparse.") for key in said):
+        if kind == _SPARSE or any(key.startswith("GNU.sparse.") for key in extended):
             raise ValueError(f"the member at {first:,} is a sparse file")
-        name = said.get("path") or _name(header)
+        name = extended.get("path") or _name(header)
         if kind in _FILES and not name.endswith("/"):
             yield Member(name, first, start, stop, position)
-        first, said = position, {}
+        first, extended = position, {}
 
 
 def _header(archive: BinaryIO, position: int, num_bytes: int) -> bytes | None:
-    """Returns a header, or None where a block of zeros ends the archive."""
+    """Returns a header, or None at the block of zeros that ends the archive."""
     archive.seek(position)
     header = archive.read(_BLOCK)
     if len(header) < _BLOCK:
@@ -78,27 +72,27 @@ def _header(archive: BinaryIO, position: int, num_bytes: int) -> bytes | None:
         _check_end(archive, position)
         return None
     if _octal(header[148:156]) != sum(header[:148]) + 8 * ord(" ") + sum(header[156:]):
-        raise ValueError(f"at {position:,} is no header with a right checksum")
+        raise ValueError(f"the header at {position:,} has a wrong checksum")
     return header
 
 
 def _check_end(archive: BinaryIO, position: int) -> None:
-    """Raises an error where anything but zeros follows: no more is read behind an archive's end."""
+    """Raises ValueError if the end of the archive is followed by anything but zeros."""
     while piece := archive.read(_PIECE):
         if piece.strip(b"\0"):
             raise ValueError(
-                f"it ends at {position:,}, and more follows, perhaps a second archive; give "
+                f"it ends at {position:,}, but more data follow, perhaps a second archive; pass "
                 "archives as several files, or join them with tar --concatenate"
             )
 
 
-def _size(header: bytes, kind: bytes, said: Mapping[str, str]) -> int:
+def _size(header: bytes, kind: bytes, extended: Mapping[str, str]) -> int:
     if kind in _WITHOUT_DATA:
         return 0
-    if "size" in said and kind not in _EXTENSIONS:
-        return _decimal(said["size"].encode())
+    if "size" in extended and kind not in _EXTENSIONS:
+        return _decimal(extended["size"].encode())
     field = header[124:136]
-    is_binary = field[0] == 0x80  # 0xff begins a negative number
+    is_binary = field[0] == 0x80  # 0xff marks a negative number
     size = int.from_bytes(field[1:]) if is_binary else _octal(field)
     if kind in _EXTENSIONS and size > _MAX_EXTENSION_BYTES:
         raise ValueError(f"a header has {size:,} bytes")
@@ -106,7 +100,7 @@ def _size(header: bytes, kind: bytes, said: Mapping[str, str]) -> int:
 
 
 def _extension(archive: BinaryIO, kind: bytes, start: int, stop: int) -> dict[str, str]:
-    """Returns what an extended header says of the next member, in the words of pax."""
+    """Returns the fields of an extended header for the next member, under their names in pax."""
     archive.seek(start)
     content = archive.read(stop - start)
     if kind == _LONG_NAME:
@@ -115,7 +109,7 @@ def _extension(archive: BinaryIO, kind: bytes, start: int, stop: int) -> dict[st
 
 
 def _pax_records(content: bytes) -> Iterator[tuple[str, str]]:
-    """Yields the records `length key=value`, whose length counts themselves whole."""
+    """Yields the records `length key=value`, whose length includes the whole record."""
     position = 0
     while position < len(content):
         length, _, _ = content[position : position + 20].partition(b" ")
@@ -140,11 +134,11 @@ def _text(field: bytes) -> str:
 def _octal(field: bytes) -> int:
     digits = field.partition(b"\0")[0].strip()
     if digits.strip(b"01234567"):
-        raise ValueError(f"{field!r} in a header is no octal number")
+        raise ValueError(f"{field!r} in a header is not an octal number")
     return int(digits or b"0", 8)
 
 
 def _decimal(digits: bytes) -> int:
     if not digits.isdigit():
-        raise ValueError(f"{digits[:20]!r} in a header is no decimal number")
+        raise ValueError(f"{digits[:20]!r} in a header is not a decimal number")
     return int(digits)

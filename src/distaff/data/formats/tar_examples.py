@@ -1,4 +1,4 @@
-"""Examples of tar archives, in the form of WebDataset."""
+"""Reads examples of tar archives in the WebDataset format."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from distaff.data.formats.files import (
     FileBlock,
     FileExamples,
     Paths,
+    check_uncompressed,
     find_files,
-    refuse_compressed,
 )
 from distaff.data.formats.tar import Member, read_members
 from distaff.errors import DataFileError
@@ -29,30 +29,29 @@ _END = bytes(512)
 
 
 class TarExamples(FileExamples):
-    """Examples of tar archives: consecutive files of one name, up to its first dot, are one.
+    """Examples of tar archives: consecutive files with one name up to the first dot are an example.
 
-    The form is WebDataset's, https://webdataset.github.io/webdataset/: `a/7.jpg` and `a/7.cls` are
-    the example `{"__key__": "a/7", "jpg": bytes, "cls": 5}`. What is decoded goes by the end of
-    the name: `cls`, `cls2`, `class`, `count`, `index`, `inx`, `id` are an int, `txt`, `text`,
-    `transcript` a str, `json`, `jsn` what JSON has, `npy` an array. All else stays bytes, such as
-    pictures. Left out are folders, links, devices, and names without an extension or `__like__`
-    this.
+    This is the WebDataset format, https://webdataset.github.io/webdataset/: `a/7.jpg` and `a/7.cls`
+    are the example `{"__key__": "a/7", "jpg": bytes, "cls": 5}`. Values are decoded by extension:
+    `cls`, `cls2`, `class`, `count`, `index`, `inx`, `id` to an int; `txt`, `text`, `transcript` to
+    a str; `json`, `jsn` as JSON; `npy` to an array. All other values, such as pictures, are bytes.
+    Folders, links, devices, and names without an extension or of the form `__name__` are skipped.
 
-    When this is made, the headers are read, and the data passed over. In memory are the bytes of
-    `examples_per_block * blocks_in_memory` examples, and 32 bytes for each block of the archives.
+    The constructor reads only the headers. Memory holds the bytes of
+    `examples_per_block * blocks_in_memory` examples, and 32 bytes per block of the archives.
 
     Args:
         paths: a file, a glob pattern, or several of them.
-        decode: whether values are decoded, when an example is asked for; otherwise all are bytes.
-        examples_per_block: how many consecutive examples are read at once.
-        blocks_in_memory: how many blocks are kept. A shuffled epoch mixes so many at a time.
+        decode: whether to decode values on access; otherwise all values are bytes.
+        examples_per_block: consecutive examples read at once.
+        blocks_in_memory: number of cached blocks, which a shuffled epoch mixes at a time.
 
     Raises:
-        BatchError: there is no example.
+        BatchError: there are no examples.
         ConfigError: an option is out of range.
-        DataFileError: a file is missing, compressed, no whole tar archive, or has sparse files, or
-            an example two files of one extension; while it is read, it has changed, or a value
-            cannot be decoded.
+        DataFileError: a file is missing, compressed, not a whole tar archive, or has sparse files,
+            or an example has two files of one extension; while reading: a file has changed, or a
+            value cannot be decoded.
     """
 
     def __init__(
@@ -77,7 +76,7 @@ class TarExamples(FileExamples):
 
 
 class _TarBlock:
-    """A part of an archive, whose examples are made anew each time they are asked for."""
+    """A part of an archive, which decodes its examples on access."""
 
     def __init__(
         self, file: DataFile, content: bytes, groups: list[dict[str, Member]], decode: bool
@@ -100,15 +99,15 @@ class _TarBlock:
             return value
         try:
             return decoder(value)
-        except Exception as error:  # of many kinds: NumPy's headers are literals of Python
+        except Exception as error:  # of many kinds: NumPy's headers are Python literals
             raise DataFileError(
-                f"A value must be what its name says; {member.name!r} in {self._file.path} is not: "
-                f"{error}. Write it again, or read bytes with decode=False."
+                f"A value must be valid for its extension; {member.name!r} in {self._file.path} is "
+                f"not: {error}. Write it again, or read bytes with decode=False."
             ) from error
 
 
 def _find_blocks(file: DataFile, examples_per_block: int) -> Iterator[FileBlock]:
-    refuse_compressed(file)
+    check_uncompressed(file)
     with opened(file.path) as (archive, _):
         groups = _groups(file, archive, file.num_bytes)
         while block := [list(group.values()) for group in islice(groups, examples_per_block)]:
@@ -116,7 +115,7 @@ def _find_blocks(file: DataFile, examples_per_block: int) -> Iterator[FileBlock]
 
 
 def _groups(file: DataFile, archive: BinaryIO, num_bytes: int) -> Iterator[dict[str, Member]]:
-    """Yields, of each example, its members by extension."""
+    """Yields the members of each example, by extension."""
     try:
         named = (
             (*_key_and_extension(member.name), member)
@@ -127,34 +126,34 @@ def _groups(file: DataFile, archive: BinaryIO, num_bytes: int) -> Iterator[dict[
             yield _by_extension(key, group)
     except ValueError as error:
         raise DataFileError(
-            f"{file.path} is not a whole tar archive that can be read by member: {error}. Get it "
-            "again, or write it again with tar --format=pax."
+            f"{file.path} is not a whole, readable tar archive: {error}. Download it again, or "
+            "write it again with tar --format=pax."
         ) from error
 
 
 def _by_extension(key: str, group: Iterator[tuple[str, str, Member]]) -> dict[str, Member]:
-    found: dict[str, Member] = {}
+    members: dict[str, Member] = {}
     for _, extension, member in group:
-        if extension in found:
+        if extension in members:
             raise ValueError(f"the example {key!r} has two files {extension!r}")
-        found[extension] = member
-    return found
+        members[extension] = member
+    return members
 
 
 def _key_and_extension(name: str) -> tuple[str, str]:
-    """Returns what is before the first dot of a file's name, with its folders, and behind it."""
+    """Splits a name at the first dot after its folders; the key is empty for skipped files."""
     folder, slash, file = name.rpartition("/")
     stem, _, extension = file.partition(".")
-    is_left_out = not stem or (name.startswith("__") and name.endswith("__"))
-    return ("" if is_left_out else folder + slash + stem), extension.lower()
+    is_skipped = not stem or (name.startswith("__") and name.endswith("__"))
+    return ("" if is_skipped else folder + slash + stem), extension.lower()
 
 
 def _array(content: bytes) -> np.ndarray:
-    """Reads an `.npy` file; its memory is taken only where its length is what the header says."""
+    """Reads an `.npy` file; allocates memory only if the size in the header is correct."""
     stream = BytesIO(content)
     version = np.lib.format.read_magic(stream)
     if version not in _NPY_HEADERS:
-        raise ValueError(f"it is an .npy file of version {version}")
+        raise ValueError(f"it is an .npy file of the unsupported version {version}")
     shape, is_fortran, dtype = _NPY_HEADERS[version](stream)
     values = content[stream.tell() :]
     if not dtype.itemsize or len(values) != math.prod(shape) * dtype.itemsize:
@@ -173,4 +172,4 @@ _DECODERS: Mapping[str, Callable[[bytes], Any]] = {
     **dict.fromkeys(("json", "jsn"), json.loads),
     "npy": _array,
 }
-"""By the end of the extension, as WebDataset has them; nothing is unpickled."""
+"""Decoders of WebDataset, by the last part of the extension; without pickle."""

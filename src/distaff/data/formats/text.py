@@ -1,4 +1,4 @@
-"""Lines of text files that are larger than memory."""
+"""Reads lines of text files that are larger than memory."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from distaff.data.formats.files import (
     FileBlock,
     FileExamples,
     Paths,
+    check_uncompressed,
     find_files,
-    refuse_compressed,
 )
 from distaff.errors import ConfigError, DataFileError
 
@@ -22,24 +22,24 @@ _MAX_LINE_BYTES = 2**30
 
 
 class TextLines(FileExamples):
-    r"""The lines of text files as examples, without their ends, `\n` or `\r\n`.
+    r"""The lines of text files as examples, without line endings (`\n` or `\r\n`).
 
-    The files are read once when this is made, to count their lines, and kept nowhere. In memory
-    are the lines of `blocks_in_memory` blocks, and 32 bytes for each block of the files. A str of
-    Python takes some 50 bytes beside its characters.
+    The constructor reads the files once to count their lines. Memory holds the lines of
+    `blocks_in_memory` blocks, and 32 bytes per block of the files. A Python str takes about 50
+    bytes in addition to its characters.
 
     Args:
         paths: a file, a glob pattern, or several of them.
-        block_bytes: how much of a file is read at once. The last line of a block is whole.
-        blocks_in_memory: how many blocks are kept. A shuffled epoch mixes so many at a time.
-        encoding: one in which a line feed is one byte, such as `"utf-8"` or `"latin-1"`. None:
-            the lines are bytes.
+        block_bytes: bytes of a file read at once, extended to the end of a line.
+        blocks_in_memory: number of cached blocks, which a shuffled epoch mixes at a time.
+        encoding: an encoding in which a line feed is one byte, such as `"utf-8"` or `"latin-1"`.
+            None to read lines as bytes.
 
     Raises:
-        BatchError: there is no line.
+        BatchError: there are no lines.
         ConfigError: an option is out of range.
-        DataFileError: a file is missing, compressed, or has a line of more than 1 GiB; while it is
-            read, it has changed, or is not of that encoding.
+        DataFileError: a file is missing, compressed, or has a line of more than 1 GiB; while
+            reading: it has changed, or is not in that encoding.
 
     >>> from pathlib import Path
     >>> from tempfile import TemporaryDirectory
@@ -76,8 +76,9 @@ class TextLines(FileExamples):
         except UnicodeDecodeError as error:
             line = place.first + content.count(b"\n", 0, error.start) + 1
             raise DataFileError(
-                f"Text must be of its encoding, {self._encoding!r}; {file.path}, line {line}, is "
-                f"not: {error.reason}. Name the encoding it has, or read bytes with encoding=None."
+                f"The text must be in the encoding {self._encoding!r}; {file.path}, line {line}, "
+                f"is not: {error.reason}. Pass the right encoding, or read bytes with "
+                "encoding=None."
             ) from error
         return _without_last_end(text.replace("\r\n", "\n").split("\n"))
 
@@ -89,14 +90,14 @@ def _check_encoding(encoding: str) -> None:
         is_one_byte = False
     if not is_one_byte:
         raise ConfigError(
-            "encoding must be one that Python knows, in which a line feed is one byte; got "
+            "encoding must be an encoding of Python in which a line feed is one byte; got "
             f"{encoding!r}. Write the files in UTF-8, or read bytes with encoding=None."
         )
 
 
 def _count_lines(file: DataFile, block_bytes: int) -> Iterator[FileBlock]:
-    """Yields the blocks of a file, each of which ends with a line."""
-    refuse_compressed(file)
+    """Yields the blocks of a file, each of which ends at the end of a line."""
+    check_uncompressed(file)
     with opened(file.path) as (stream, _):
         start = 0
         while start < file.num_bytes:
@@ -104,7 +105,7 @@ def _count_lines(file: DataFile, block_bytes: int) -> Iterator[FileBlock]:
             if not most:
                 raise file.changed(f"it ends at {start:,} bytes, and had {file.num_bytes:,}")
             rest = _rest_of_line(stream, file)
-            # The rest is one line, or what is left of one; behind it the file may be at its end.
+            # The rest, or a block without a final line feed at the end of the file, is one line.
             size = most.count(b"\n") + (bool(rest) or not most.endswith(b"\n"))
             stop = start + len(most) + len(rest)
             yield FileBlock(start, stop, size)
@@ -115,12 +116,12 @@ def _rest_of_line(stream: BinaryIO, file: DataFile) -> bytes:
     rest = stream.readline(_MAX_LINE_BYTES)
     if len(rest) == _MAX_LINE_BYTES and not rest.endswith(b"\n"):
         raise DataFileError(
-            f"A line must have at most {_MAX_LINE_BYTES:,} bytes; {file.path} has a longer one. "
-            "Check that it is a text file, with line feeds."
+            f"A line may have at most {_MAX_LINE_BYTES:,} bytes; {file.path} has a longer one. "
+            "Check that it is a text file with line feeds."
         )
     return rest
 
 
 def _without_last_end(lines: list[AnyStr]) -> list[AnyStr]:
-    """Returns lines without the empty one that `split` sees behind the last line feed."""
+    """Removes the empty line that `split` returns after the last line feed."""
     return lines if lines[-1] else lines[:-1]

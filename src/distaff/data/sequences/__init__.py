@@ -1,1 +1,1 @@
-"""Sequences of different lengths, as batches."""
+"""Batches of sequences of different lengths."""

@@ -1,4 +1,4 @@
-"""Bucketing: sequences of about the same length make a batch, padded to one of a few lengths."""
+"""Bucketing: batches of sequences of similar length, padded to one of a few lengths."""
 
 from __future__ import annotations
 
@@ -30,39 +30,38 @@ def bucketed(
     overlong: Literal["error", "cut", "drop"] = "error",
     pad_value: float = 0,
 ) -> Positioned:
-    """Returns a loader whose batches hold sequences of about the same length.
+    """Returns a loader of batches of sequences of similar length.
 
-    Each sequence is padded at its end to the least boundary that holds it, and waits in that bucket
-    until there are enough for a batch. So batches have at most `len(boundaries)` lengths, and a
-    step compiles once for each. An epoch has one order of examples, a function of `(seed, epoch)`,
-    and holds each whole example once, but for what `remainder` and `overlong` leave out.
+    Each sequence is padded at its end to the smallest boundary that fits, and waits in that bucket
+    until a batch is full. So batches have at most `len(boundaries)` lengths, and a step compiles
+    once for each. An epoch has one order of examples, a function of `(seed, epoch)`, and contains
+    every example once, except those omitted by `remainder` and `overlong`.
 
     Args:
-        examples: dicts, all of whose arrays are sequences along their first axis, of one length,
-            `[length, ...]`; scalars are not, and are stacked as they are. Or tokens alone,
-            int `[length]`, which become the entry `tokens`.
-        boundaries: lengths of the batches, in rising order. Sequences are at most as long as the
-            last one.
-        batch_size: examples in a batch; or one number for each boundary, such as more of the
-            shorter ones.
+        examples: dicts of arrays `[length, ...]`, all of one length per example, and scalars, which
+            are stacked. Or tokens alone, int `[length]`, which become the entry `tokens`.
+        boundaries: increasing lengths of the batches. The last one is the maximal length of a
+            sequence.
+        batch_size: examples in a batch; or one number per boundary, such as more for shorter
+            sequences.
         shuffle: whether each epoch has a new order.
-        seed: makes the orders, not negative.
-        remainder: what becomes of the short batches, at most one of each bucket, at the end of an
-            epoch: `"keep"`, at their own sizes, which an evaluation pads and masks and for each of
-            which a training step compiles once more; or `"drop"`, by default where it shuffles. A
-            bucket with fewer examples than a batch has then gives none, which is warned of.
-        overlong: what becomes of sequences beyond the last boundary: an error, or they are cut, or
-            left out.
-        pad_value: what numbers are padded with; bools are padded with False.
+        seed: seed of the orders, not negative.
+        remainder: what to do with short batches, at most one per bucket, at the end of an epoch:
+            `"keep"` yields them at their own sizes (an evaluation pads and masks them, a training
+            step compiles again for each size); `"drop"`, the default when shuffling, omits them.
+            If a bucket then yields no batch at all, a warning is logged.
+        overlong: what to do with sequences longer than the last boundary: raise an error, cut them,
+            or drop them.
+        pad_value: padding value of numbers; bools are padded with False.
 
     Returns:
-        A loader of the examples' entries, `[batch, boundary, ...]`; `tokens` in int32. With them
-        comes `mask`, bool `[batch, boundary]`: what is no padding and, where examples have a
-        `mask` of their own, true there.
+        A loader of the examples' entries, `[batch, boundary, ...]`, with `tokens` in int32, and of
+        `mask`, bool `[batch, boundary]`, which is False for padding, and where the `mask` of an
+        example is False.
 
     Raises:
-        BatchError: the examples have no length; while it reads, one is no sequence or too long, or
-            they fill no batch.
+        BatchError: the examples have no length; while reading: one is not a sequence or too long,
+            or they fill no batch.
         ConfigError: an option is out of range.
 
     >>> loader = bucketed([np.arange(n) for n in (2, 7, 3, 8)], boundaries=(4, 8), batch_size=2)
@@ -91,7 +90,7 @@ def bucketed(
 
 
 class _Buckets(NamedTuple):
-    """One group for each boundary."""
+    """A grouping with one group per boundary."""
 
     boundaries: tuple[int, ...]
     batch_sizes: tuple[int, ...]
@@ -104,7 +103,7 @@ class _Buckets(NamedTuple):
 
     def parts(self, index: int, example: Any) -> list[SequencePart]:
         parts = parts_of(example, index, self.boundaries[-1], self.overlong)
-        return [part._replace(leaves=_masked(part, index)) for part in parts]
+        return [part._replace(leaves=_with_mask(part, index)) for part in parts]
 
     def put(self, groups: list[Group], piece: Piece) -> Batch | None:
         bucket = bisect_left(self.boundaries, piece.part.length)
@@ -118,9 +117,10 @@ class _Buckets(NamedTuple):
                 yield self._batch(groups, bucket)
             elif group.pieces and not group.num_batches:
                 warn(
-                    f"All {len(group.pieces)} examples of the bucket of {self.boundaries[bucket]} "
-                    f"are left out of the epoch: its batches have {self.batch_sizes[bucket]}. Give "
-                    "it a smaller batch_size, fewer boundaries, or remainder='keep'.",
+                    f"The epoch omits all {len(group.pieces)} examples of the bucket of "
+                    f"{self.boundaries[bucket]}, since its batch_size is "
+                    f"{self.batch_sizes[bucket]}. Lower it, use fewer boundaries, or set "
+                    "remainder='keep'.",
                     stacklevel=2,
                 )
 
@@ -130,12 +130,12 @@ class _Buckets(NamedTuple):
         return stacked([padded(piece.part, length, self.pad_value) for piece in group.pieces])
 
 
-def _masked(part: SequencePart, index: int) -> dict[str, Any]:
+def _with_mask(part: SequencePart, index: int) -> dict[str, Any]:
     mask = part.leaves.get("mask", np.ones(part.length, bool))
     if getattr(mask, "shape", None) != (part.length,) or mask.dtype != bool:
         raise BatchError(
-            "The `mask` of an example tells which of its entries count, bool [length]; that of "
-            f"example {index} is {mask!r}. Give it another name, or make it such an array."
+            "The `mask` of an example must be bool [length]; that of example "
+            f"{index} is {mask!r}. Convert it, or rename the entry."
         )
     return {**part.leaves, "mask": mask}
 
@@ -147,13 +147,13 @@ def _checked(
     lengths = tuple(whole("each of boundaries", boundary) for boundary in given)
     if not lengths or list(lengths) != sorted(set(lengths)):
         raise ConfigError(
-            f"boundaries are lengths in rising order; got {boundaries!r}. Write for example "
+            f"boundaries must be increasing lengths; got {boundaries!r}. Write, for example, "
             "(64, 128, 256)."
         )
     each = batch_size if isinstance(batch_size, Sequence) else (batch_size,) * len(lengths)
     if len(each) != len(lengths):
         raise ConfigError(
-            "batch_size is one number, or one for each boundary; got "
+            "batch_size must be one integer, or one per boundary; got "
             f"batch_size={batch_size!r} for {len(lengths)} boundaries."
         )
     return lengths, tuple(whole("batch_size", size) for size in each)

@@ -1,4 +1,4 @@
-"""Grouped: examples are put into open groups as they are read, and groups become batches."""
+"""Grouped: collects examples in groups, and makes batches of the groups."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from distaff.errors import BatchError
 
 
 class Piece(NamedTuple):
-    """A part of an example, and which one: `part` is the `number`-th of example `index`."""
+    """A part of an example: `part` is the `number`-th part of example `index`."""
 
     index: int
     number: int
@@ -23,12 +23,10 @@ class Piece(NamedTuple):
 
 @dataclasses.dataclass
 class Group:
-    """Pieces that belong together.
+    """Pieces that belong together, and the sum of their lengths.
 
-    Attributes:
-        pieces: in the order in which they came.
-        length: the sum of their lengths.
-        num_batches: how many were made of this group in the epoch; unknown after a resume: 1.
+    `num_batches` is the number of batches made of this group in the epoch; after a resume it is
+    unknown, and 1.
     """
 
     pieces: list[Piece] = dataclasses.field(default_factory=list)
@@ -42,35 +40,30 @@ class Group:
 
 
 class Grouping(Protocol):
-    """Says which group takes a piece, and which groups make a batch. It has no memory."""
+    """Assigns pieces to groups, and makes batches of groups. It has no state."""
 
     def empty(self) -> list[Group]:
-        """Returns the groups of the beginning of an epoch."""
+        """Returns the groups at the start of an epoch."""
         ...
 
     def parts(self, index: int, example: Any) -> Sequence[SequencePart]:
-        """Returns the parts of an example, always the same ones; none to leave it out."""
+        """Returns the parts of an example, or none to omit it. Must be deterministic."""
         ...
 
     def put(self, groups: list[Group], piece: Piece) -> Batch | None:
-        """Puts a piece into one of the groups; returns a batch where that makes one."""
+        """Adds a piece to one of the groups; returns a batch if one is full."""
         ...
 
     def rest(self, groups: list[Group]) -> Iterator[Batch]:
-        """Yields the batches of what is left at the end of an epoch, each taken from the groups."""
+        """Yields the last batches of an epoch, and removes them from the groups."""
         ...
 
 
 class Grouped:
-    """Batches of examples that are grouped in their order, for `Positioned`.
+    """Batches of grouped examples, as a source for `Positioned`.
 
-    A position is how far the order was read, and which pieces the open groups hold: these are read
-    again where a loader goes on from it.
-
-    Args:
-        examples: what is read.
-        order: of the examples.
-        grouping: makes batches of them.
+    A position is the number of examples read, and the pieces in the groups, which are read again
+    when the position is restored.
     """
 
     def __init__(self, examples: Examples, order: Order, grouping: Grouping) -> None:
@@ -88,12 +81,12 @@ class Grouped:
         return self._read(epoch, bool(batch))
 
     def position(self) -> dict[str, Any]:
-        """Returns the examples that were read, the parts of the next one, and what is held."""
+        """Returns the number of examples read, of parts of the next one, and the groups."""
         groups = [[[piece.index, piece.number] for piece in g.pieces] for g in self._groups]
         return {"examples": self._num_read, "parts": self._num_parts, "groups": groups}
 
     def _held(self, groups: Sequence[Sequence[Sequence[int]]]) -> list[Group]:
-        """Reads what the groups of a position hold, each example once and in one sweep."""
+        """Reads the pieces in the groups of a position, each example once and in order."""
         indices = sorted({index for group in groups for index, _ in group})
         parts = {index: self._grouping.parts(index, self._examples[index]) for index in indices}
         held = [Group(num_batches=1) for _ in groups]

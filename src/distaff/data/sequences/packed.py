@@ -1,4 +1,4 @@
-"""Packing: several sequences share a row, so that little of a batch is padding."""
+"""Packing: several sequences per row, to minimize padding."""
 
 from __future__ import annotations
 
@@ -31,36 +31,36 @@ def packed(
     overlong: Literal["error", "cut", "drop", "split"] = "error",
     open_rows: int | None = None,
 ) -> Positioned:
-    """Returns a loader whose rows hold several sequences each, one after the other.
+    """Returns a loader whose rows contain several sequences each, one after the other.
 
-    A sequence goes into the first open row with room for it. Where none has, and no more rows may
-    be open, the fullest `batch_size` of them are handed out, and it begins a new one. How many
-    batches a shuffled epoch has depends on its order: pass `steps_per_epoch` to a run whose
+    A sequence is added to the first open row with enough room. If there is none, and no more rows
+    may be open, the fullest `batch_size` rows become a batch, and the sequence begins a new row.
+    The number of batches in a shuffled epoch depends on its order: pass `steps_per_epoch` if a
     schedule needs their number.
 
     Args:
         examples: tokens, int `[n]`, or dicts of arrays of one length, `[n, ...]`, such as
-            `{"tokens": ..., "mask": ...}`. Empty ones are left out.
-        length: of a row. A language model predicts `length - 1` tokens of it.
+            `{"tokens": ..., "mask": ...}`. Empty examples are omitted.
+        length: length of a row. A language model predicts `length - 1` of its tokens.
         batch_size: rows in a batch.
         shuffle: whether each epoch has a new order.
-        seed: makes the orders, not negative.
-        remainder: what becomes of a last batch with fewer rows: `"keep"`, at its own size, which an
-            evaluation pads and masks; or `"drop"`, by default where it shuffles.
-        overlong: what becomes of sequences longer than a row: an error, or they are cut, left out,
-            or split into parts, which are then sequences of their own.
-        open_rows: how many rows are held at most, `batch_size` or more; by default four times as
-            many. More of them leave less padding, and take more memory.
+        seed: seed of the orders, not negative.
+        remainder: what to do with a short last batch: `"keep"` yields it at its own size (an
+            evaluation pads and masks it); `"drop"`, the default when shuffling, omits it.
+        overlong: what to do with sequences longer than a row: raise an error, cut them, drop them,
+            or split them into several sequences.
+        open_rows: maximal number of open rows, at least `batch_size`; default: four times
+            `batch_size`. More rows need less padding and more memory.
 
     Returns:
-        A loader of the examples' entries, `[batch, length, ...]`, `tokens` in int32, zero where
-        nothing is. With them come `segment_ids`, int32 `[batch, length]`, which counts the
-        sequences of a row from 1 and is 0 where nothing is, and `positions`, int32
-        `[batch, length]`, counted from 0 in each sequence.
+        A loader of the examples' entries, `[batch, length, ...]`, with `tokens` in int32, and zero
+        as padding. It adds `segment_ids`, int32 `[batch, length]`, which numbers the sequences of a
+        row from 1 and is 0 for padding, and `positions`, int32 `[batch, length]`, which counts from
+        0 in each sequence.
 
     Raises:
-        BatchError: the examples have no length; while it reads, one is no sequence or too long, or
-            they fill no batch.
+        BatchError: the examples have no length; while reading: one is not a sequence or too long,
+            or they fill no batch.
         ConfigError: an option is out of range.
 
     >>> loader = packed([np.array([5, 6]), np.array([7, 8, 9]), np.array([4])], 4, batch_size=2)
@@ -88,7 +88,7 @@ def packed(
 
 
 class _PackedRows(NamedTuple):
-    """Groups are rows, in the order in which they were begun."""
+    """A grouping whose groups are rows, in order of their first sequence."""
 
     length: int
     batch_size: int
@@ -118,7 +118,7 @@ class _PackedRows(NamedTuple):
             yield self._batch(self._fullest(groups))
 
     def _fullest(self, groups: list[Group]) -> list[Group]:
-        """Takes as many rows as a batch has, the fullest ones, in their order."""
+        """Removes and returns the fullest rows, as many as a batch has, in order."""
         by_length = sorted(range(len(groups)), key=lambda row: -groups[row].length)
         taken = sorted(by_length[: self.batch_size])
         rows = [groups[row] for row in taken]
@@ -127,18 +127,18 @@ class _PackedRows(NamedTuple):
         return rows
 
     def _batch(self, rows: Sequence[Group]) -> Batch:
-        return stacked([padded(_joined(row.pieces), self.length, 0) for row in rows])
+        return stacked([padded(_concatenated(row.pieces), self.length, 0) for row in rows])
 
 
-def _joined(pieces: Sequence[Piece]) -> SequencePart:
-    """Returns the parts of a row as one, with the entries that tell them apart."""
+def _concatenated(pieces: Sequence[Piece]) -> SequencePart:
+    """Concatenates the parts of a row, and adds `segment_ids` and `positions`."""
     lengths = [piece.part.length for piece in pieces]
-    leaves = joined(_joined_leaf, [piece.part.leaves for piece in pieces])
+    leaves = joined(_concatenated_leaf, [piece.part.leaves for piece in pieces])
     own = [name for name in _OWN if name in leaves]
     if own:
         raise BatchError(
-            f"Packed batches have the entries {_OWN} of their own; the examples hold {own}, too. "
-            "Give these other names (data.MappedExamples)."
+            f"Packing adds the entries {_OWN}; the examples already have {own}. Rename these "
+            "(data.MappedExamples)."
         )
     segment_ids = np.repeat(np.arange(1, len(lengths) + 1, dtype=np.int32), lengths)
     positions = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
@@ -146,12 +146,12 @@ def _joined(pieces: Sequence[Piece]) -> SequencePart:
     return SequencePart(sum(lengths), leaves)
 
 
-def _joined_leaf(path: tuple[Any, ...], leaves: Sequence[Any]) -> np.ndarray:
+def _concatenated_leaf(path: tuple[Any, ...], leaves: Sequence[Any]) -> np.ndarray:
     shapes = {leaf.shape[1:] if leaf.ndim else None for leaf in leaves}
     if None in shapes or len(shapes) > 1:
         raise BatchError(
-            "What is packed are arrays [length, ...], alike in all axes but the first; "
-            f"{leaf_name(path)!r} has the shapes {sorted({leaf.shape for leaf in leaves})}. Leave "
-            "it out, or repeat a scalar along the sequence (data.MappedExamples)."
+            "Packed leaves must be arrays [length, ...], of one shape after the first axis; "
+            f"{leaf_name(path)!r} has the shapes {sorted({leaf.shape for leaf in leaves})}. Drop "
+            "it, or repeat a scalar along the sequence (data.MappedExamples)."
         )
     return np.concatenate(leaves)

@@ -1,4 +1,4 @@
-"""Sequences: examples of any length, and what becomes of those that are too long."""
+"""Checks, cuts and pads sequences of any length."""
 
 from __future__ import annotations
 
@@ -12,30 +12,25 @@ from distaff.errors import BatchError, ConfigError, leaf_name, nearest
 
 
 class SequencePart(NamedTuple):
-    """A sequence, or what was cut from a longer one.
-
-    Attributes:
-        length: how long it is.
-        leaves: a dict of arrays `[length, ...]`, and of scalars.
-    """
+    """A sequence, or a part of a longer one: arrays `[length, ...]` and scalars."""
 
     length: int
     leaves: dict[str, Any]
 
 
 def parts_of(example: Any, index: int, limit: int, overlong: str) -> list[SequencePart]:
-    """Returns the parts of an example, none of them longer than a limit.
+    """Returns the parts of an example, each of at most `limit` entries.
 
     Args:
         example: a dict whose leaves are arrays `[length, ...]` or scalars, or tokens alone, int
             `[length]`.
-        index: of the example, for errors.
-        limit: the most that a part may have.
-        overlong: what becomes of a longer example: `"split"` cuts it into parts, `"cut"` keeps the
-            first one, `"drop"` none, `"error"` raises.
+        index: index of the example, for errors.
+        limit: maximal length of a part.
+        overlong: what to do with a longer example: `"split"` splits it into parts, `"cut"` keeps
+            only the first part, `"drop"` drops it, `"error"` raises.
 
     Raises:
-        BatchError: the example is no sequence, or is too long.
+        BatchError: the example is not a sequence, or is too long.
     """
     leaves = _as_dict(example, index)
     length = _length(leaves, index)
@@ -43,9 +38,8 @@ def parts_of(example: Any, index: int, limit: int, overlong: str) -> list[Sequen
         starts = [*range(0, max(length, 1), limit)]
     elif overlong == "error":
         raise BatchError(
-            f"A sequence has at most {limit} entries; example {index} has {length}. Allow for "
-            "longer ones, or say what becomes of them with overlong='cut', 'drop', or where "
-            "sequences are packed, 'split'."
+            f"A sequence may have at most {limit} entries; example {index} has {length}. Raise the "
+            "limit, or set overlong='cut' or 'drop', or for packed sequences 'split'."
         )
     else:
         starts = [0] if overlong == "cut" else []
@@ -56,17 +50,13 @@ def parts_of(example: Any, index: int, limit: int, overlong: str) -> list[Sequen
 
 
 def check_overlong(overlong: str, known: Sequence[str]) -> None:
-    """Looks at the name of what becomes of too long examples.
-
-    Raises:
-        ConfigError: it is not known.
-    """
+    """Checks that the option `overlong` is one of `known`; raises ConfigError otherwise."""
     if overlong not in known:
         raise ConfigError(f"Unknown overlong {overlong!r}. {nearest(str(overlong), known)}")
 
 
 def padded(part: SequencePart, length: int, pad_value: float) -> dict[str, Any]:
-    """Returns the leaves of a part, each `[length, ...]`; bools are padded with False."""
+    """Returns the leaves of a part, padded to `[length, ...]`; bools are padded with False."""
 
     def fill(path: tuple[Any, ...], leaf: Any) -> Any:
         if not np.ndim(leaf):
@@ -81,12 +71,12 @@ def padded(part: SequencePart, length: int, pad_value: float) -> dict[str, Any]:
 
 
 def _as_dtype(value: float, dtype: np.dtype, name: str) -> np.ndarray:
-    """Returns what pads, in the dtype of what is padded."""
+    """Returns the padding value in the dtype of the padded array."""
     limits = np.iinfo(dtype) if np.issubdtype(dtype, np.integer) else None
     if limits and not (float(value).is_integer() and limits.min <= value <= limits.max):
         raise BatchError(
-            f"pad_value is a number that the padded arrays can hold; {name!r} is {dtype}, and "
-            f"cannot hold {value!r}. Give another one, or cast the array (data.MappedExamples)."
+            f"The dtype of padded arrays must be able to hold pad_value; {name!r} is {dtype}, and "
+            f"cannot hold {value!r}. Change pad_value, or cast the array (data.MappedExamples)."
         )
     return np.asarray(value).astype(dtype)
 
@@ -99,30 +89,30 @@ def _as_dict(example: Any, index: int) -> dict[str, Any]:
             leaves = {"tokens": _array(example)}
     except ValueError as error:
         raise BatchError(
-            "An example is a dict of arrays, or tokens alone, int [length]; example "
-            f"{index}, of type {type(example).__name__}, holds what is no array: {error}. Make "
-            "it a dict (data.MappedExamples)."
+            "An example must be a dict of arrays, or tokens alone, int [length]; example "
+            f"{index}, of type {type(example).__name__}, holds a value that is not an array: "
+            f"{error}. Convert it (data.MappedExamples)."
         ) from error
     tokens = leaves.get("tokens")
     if not isinstance(tokens, np.ndarray):
         return leaves
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
         raise BatchError(
-            "An example is a dict of arrays, or tokens alone, int [length], as are the `tokens` of "
-            f"a dict; those of example {index} have shape {tokens.shape} and dtype {tokens.dtype}. "
-            "Name other arrays in a dict (data.MappedExamples)."
+            f"Tokens must be int [length]; those of example {index} have shape {tokens.shape} and "
+            f"dtype {tokens.dtype}. Put other arrays into a dict, under other names "
+            "(data.MappedExamples)."
         )
     narrow = tokens.astype(np.int32, copy=False)
     if narrow.dtype != tokens.dtype and not np.array_equal(narrow, tokens):
         raise BatchError(
-            f"Tokens are int32; those of example {index} reach from {tokens.min()} to "
-            f"{tokens.max()}. Look at the tokenizer."
+            f"Tokens must fit into int32; those of example {index} range from {tokens.min()} to "
+            f"{tokens.max()}. Check the tokenizer."
         )
     return {**leaves, "tokens": narrow}
 
 
 def _array(value: Any) -> np.ndarray:
-    """Returns a list, number or array as an array; what is empty, and says no dtype, is int."""
+    """Converts a list, number or array to an array; an empty list is int32."""
     array = np.asarray(value)
     return array.astype(np.int32) if array.size == 0 and _is_list(value) else array
 
@@ -137,15 +127,15 @@ def _length(leaves: dict[str, Any], index: int) -> int:
     }
     if len(set(lengths.values())) != 1:
         raise BatchError(
-            "All arrays of an example are sequences along their first axis, of one length; example "
-            f"{index} has {lengths or 'scalars only'}. Leave out what is no sequence, or make "
-            "scalars of it (data.MappedExamples)."
+            "All arrays of an example must be sequences of one length, along their first axis; "
+            f"example {index} has {lengths or 'scalars only'}. Drop other arrays, or replace them "
+            "by scalars (data.MappedExamples)."
         )
     return next(iter(lengths.values()))
 
 
 def _sliced(leaves: dict[str, Any], start: int, end: int) -> dict[str, Any]:
-    """Returns a part of a sequence; a copy, where the whole would wait in memory with it."""
+    """Returns a part of a sequence; a copy, so that the whole sequence can be freed."""
 
     def cut(leaf: Any) -> Any:
         if not leaf.ndim or (start == 0 and end >= len(leaf)):

@@ -1,4 +1,4 @@
-"""Windows of a text, for models that predict each byte from those before it."""
+"""Windows of a text, for models that predict each byte from the bytes before it."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ _FIRST_CONTEXT = b"\0"
 def shuffled_windows(
     text: bytes, length: int, batch_size: int, *, stride: int | None = None, seed: int = 0
 ) -> MappedLoader:
-    """Returns a loader of windows to train on, in a new order in each epoch.
+    """Returns a loader of training windows, in a new order in each epoch.
 
     Args:
-        text: what the windows are cut from.
-        length: bytes of a window that are predicted; each from all before it in the window.
+        text: the text.
+        length: number of predicted bytes in a window.
         batch_size: windows in a batch; a short last batch is dropped.
-        stride: bytes from the start of one window to the next one's. By default `length`: an epoch
-            holds every byte once. A smaller one makes more windows, at more places of the text.
-        seed: makes the orders, not negative.
+        stride: bytes between the starts of consecutive windows. Default: `length`, so that an epoch
+            contains every byte once. A smaller stride makes more windows, which overlap.
+        seed: seed of the orders, not negative.
 
     Returns:
-        A loader of `{"tokens": int32 [batch, length + 1]}`: the bytes to predict, and before them
-        one that is only seen.
+        A loader of `{"tokens": int32 [batch, length + 1]}`: one byte of context, then the bytes to
+        predict.
 
     Raises:
         BatchError: the text is too short for one batch.
@@ -39,7 +39,7 @@ def shuffled_windows(
     if len(starts) < batch_size:
         raise BatchError(
             f"The text must fill at least one batch; {len(text)} bytes make {len(starts)} windows "
-            f"of length={length} at stride={stride}, and batch_size is {batch_size}. Give more "
+            f"of length={length} at stride={stride}, and batch_size is {batch_size}. Pass more "
             "text, or lower one of the three."
         )
 
@@ -52,25 +52,25 @@ def shuffled_windows(
 def held_out_windows(
     text: bytes, length: int, batch_size: int, *, stride: int | None = None
 ) -> MappedLoader:
-    """Returns a loader of windows to evaluate on, in which every byte is predicted exactly once.
+    """Returns a loader of evaluation windows, in which every byte is predicted exactly once.
 
-    The first byte is predicted from a zero byte, every other one from those before it in its
-    window: the first byte of the text and the last one count like all others, so that the sum of
-    all losses is the length of a code for the whole text, as of a file that gzip compresses. With
-    a stride, windows overlap, and the bytes that an earlier window has predicted are context only.
+    The first byte is predicted from a zero byte, every other byte from the bytes before it in its
+    window. All bytes of the text count, so the sum of the losses is the length of a code for the
+    whole text, comparable to the size of a gzip file. With a stride, windows overlap, and bytes
+    that an earlier window predicted are only context.
 
     Args:
-        text: what is predicted.
-        length: bytes of a window.
+        text: the text.
+        length: number of bytes in a window.
         batch_size: windows in a batch; the last batch may be shorter.
-        stride: bytes that a window predicts, from 1 to `length`. Each byte, but those of the first
-            window, then sees at least `length - stride` bytes before it, in an evaluation that
-            takes `length / stride` times as long. By default `length`: windows do not overlap, and
-            a byte sees half a window on average.
+        stride: bytes predicted by a window, from 1 to `length`. Except in the first window, each
+            byte then has at least `length - stride` bytes of context, and the evaluation takes
+            `length / stride` times as long. Default: `length`, without overlap, which gives a byte
+            half a window of context on average.
 
     Returns:
         A loader of `{"tokens": int32 [batch, length + 1], "mask": bool [batch, length]}`. The mask
-        tells which of `tokens[:, 1:]` are predicted.
+        marks the predicted bytes of `tokens[:, 1:]`.
 
     Raises:
         BatchError: the text is shorter than a window.
@@ -78,7 +78,7 @@ def held_out_windows(
     """
     stride = _checked(text, length, stride)
     stream = np.frombuffer(_FIRST_CONTEXT + text, np.uint8)
-    # The last window is moved back, rather than padded: it then holds more context.
+    # The last window is moved back instead of padded, which gives it more context.
     ends = np.minimum(np.arange(length, len(text) + stride, stride), len(text))
     counts = np.diff(ends, prepend=0)
 
@@ -97,16 +97,16 @@ def _checked(text: bytes, length: int, stride: int | None) -> int:
     stride = length if stride is None else stride
     if not isinstance(text, bytes):
         raise BatchError(
-            f"Windows are cut from bytes; got {type(text).__name__}. Of a str, give text.encode()."
+            f"The text must be bytes; got {type(text).__name__}. Convert a str with text.encode()."
         )
     if not 1 <= stride <= length:
         raise ConfigError(
-            "A window has at least one byte, and begins at most one window after the one before "
-            f"it: 1 <= stride <= length; got length={length}, stride={stride}."
+            f"Windows need 1 <= stride <= length; got length={length}, stride={stride}. Change one "
+            "of the two."
         )
     if len(text) < length:
         raise BatchError(
             f"The text must hold at least one window of length={length}; it has {len(text)} bytes. "
-            "Give more text, or a smaller length."
+            "Pass more text, or a smaller length."
         )
     return stride

@@ -1,1 +1,1 @@
-"""Loaders around loaders."""
+"""Loaders that wrap other loaders."""

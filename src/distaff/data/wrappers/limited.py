@@ -1,4 +1,4 @@
-"""Limited: the first batches of each epoch of a loader, to try out code on little data."""
+"""Limited: yields only the first batches of each epoch, to try out code on little data."""
 
 from __future__ import annotations
 
@@ -10,23 +10,16 @@ import jax
 import numpy as np
 
 from distaff.core.typing import Batch
-from distaff.data.loader import (
-    Loader,
-    abandon,
-    close_made,
-    first_batch,
-    in_order,
-    num_batches,
-)
+from distaff.data.loader import Loader, abandon, close_made, first_batch, in_order, num_batches
 from distaff.errors import BatchError
 
 
 class Limited:
-    """A loader whose epochs end after some batches; what is left of them is abandoned.
+    """A loader whose epochs end after some batches; the rest of each epoch is abandoned.
 
     Args:
-        loader: where the batches come from.
-        num_batches: the most that an epoch has, at least 1.
+        loader: source of the batches.
+        num_batches: maximal number of batches in an epoch, at least 1.
 
     >>> [batch.tolist() for batch in Limited(ArrayLoader(np.arange(6), batch_size=2), 2)]
     [[0, 1], [2, 3]]
@@ -42,7 +35,7 @@ class Limited:
         return self._most if length is None else min(length, self._most)
 
     def __iter__(self) -> Iterator[Batch]:
-        # The loader was put into an epoch that is over, and would go on with it.
+        # `set_state` restored the end of an epoch: the loader would continue it.
         if self._is_behind:
             abandon(self.loader)
         left = self._most - (self._taken if self._resumed else 0)
@@ -63,35 +56,35 @@ class Limited:
                 batches.close()
 
     def peek(self) -> Batch:
-        """Returns the first batch to come, without handing it out."""
+        """Returns the next batch without consuming it."""
         return first_batch(self.loader)
 
     def in_order(self) -> Self | None:
-        """Returns the first batches of the loader in the data's own order; see `Loader`."""
+        """Returns a loader of the first batches in the order of the data; see `Loader`."""
         view = in_order(self.loader)
         return None if view is None else type(self)(view, self._most)
 
     def close_made(self) -> bool:
-        """Closes what the loader has made itself; returns whether that was anything."""
+        """Closes the loaders that the loader made itself; returns whether there were any."""
         return close_made(self.loader)
 
     def get_state(self) -> dict[str, Any]:
-        """Returns the position of the loader, and how many batches of the epoch were handed out."""
+        """Returns the position of the loader, and the number of batches yielded in the epoch."""
         inner = dict(self.loader.get_state())
         return {"taken": self._taken, "is_over": int(self._is_over), "loader": inner}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes to a position that `get_state` returned.
+        """Restores a position that `get_state` returned.
 
         Raises:
-            BatchError: it was saved by another loader.
+            BatchError: the position was saved by another loader.
         """
         taken, is_over = state.get("taken"), state.get("is_over")
         fits = type(taken) is int and 0 <= taken <= self._most and is_over in (0, 1)
         if state.keys() != {"taken", "is_over", "loader"} or not fits:
             raise BatchError(
                 f"An epoch is limited to {self._most} batches; the saved position is "
-                f"{dict(state)}. Go on with the same limit, or start a new run."
+                f"{dict(state)}. Resume with the same limit, or start a new run."
             )
         self.loader.set_state(state["loader"])
         self._taken, self._is_over = int(state["taken"]), bool(is_over)
@@ -99,24 +92,24 @@ class Limited:
 
 
 def limited(loader: Loader, num_batches: int | None) -> Loader:
-    """Returns a loader of at most some batches an epoch; None takes it as it is."""
+    """Limits the number of batches in an epoch; None for no limit."""
     return loader if num_batches is None else Limited(loader, num_batches)
 
 
 def unlimited(loader: Loader) -> Loader:
-    """Returns the loader that another one takes its batches from."""
+    """Returns the loader inside a `Limited`; other loaders are returned unchanged."""
     return loader.loader if isinstance(loader, Limited) else loader
 
 
 def first_batches(loader: Loader, count: int) -> list[Batch]:
-    """Returns the first batches that a loader hands out, at most `count`; they are kept in memory.
+    """Returns copies of the next `count` batches, or fewer, and restores the position if possible.
 
-    The loader goes back to where it was, if it can.
+    A loader that cannot go back, such as a `Stream`, continues after these batches.
     """
     state = loader.get_state()
-    found = [jax.tree.map(np.array, batch) for batch in islice(loader, count)]
+    batches = [jax.tree.map(np.array, batch) for batch in islice(loader, count)]
     try:
         loader.set_state(state)
     except BatchError:
-        loader.set_state(loader.get_state())  # a Stream goes on from there
-    return found
+        loader.set_state(loader.get_state())
+    return batches

@@ -1,32 +1,24 @@
-"""MappedLoader: a loader whose batches go through a function."""
+"""MappedLoader: applies a function to each batch of a loader."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 from distaff.core.typing import Batch
-from distaff.data.loader import (
-    Loader,
-    abandon,
-    close_made,
-    first_batch,
-    in_order,
-    num_batches,
-    over,
-)
+from distaff.data.loader import Loader, abandon, close_made, first_batch, in_order, num_batches
 
 
 class MappedLoader:
-    """Applies a function to each batch of a loader, when the batch is asked for.
+    """Applies a function to each batch of a loader on demand.
 
-    What takes little memory in the loader may thus be large in the batch: pictures are kept in
-    bytes and scaled batch by batch.
+    Use it to store compact data: keep pictures in bytes, and scale them batch by batch.
 
     Args:
-        loader: where the batches come from.
-        function: `batch -> batch`. It has no memory and no randomness of its own, so that a
-            position is the loader's alone, and makes new arrays rather than writing to its batch.
+        loader: source of the batches.
+        function: `batch -> batch`. It must have no state and no randomness, since only the position
+            of the loader is saved, and must return new arrays instead of modifying its batch.
 
     >>> loader = ArrayLoader({"x": np.arange(4, dtype=np.uint8)}, batch_size=2)
     >>> halved = MappedLoader(loader, lambda batch: {"x": batch["x"] / np.float32(2)})
@@ -40,14 +32,15 @@ class MappedLoader:
 
     @property
     def arrays(self) -> Any:
-        """What the function makes of all arrays of an `ArrayLoader`; made anew at each call."""
+        """The function of all arrays of an `ArrayLoader`, computed at each access."""
         loader: Any = self.loader
         return self._function(loader.arrays)
 
     def __len__(self) -> int:
         length = num_batches(self.loader)
         if length is None:
-            raise TypeError(f"{type(self.loader).__name__} does not know its number of batches.")
+            name = type(self.loader).__name__
+            raise TypeError(f"The number of batches of {name} is unknown: pass steps_per_epoch.")
         return length
 
     def __iter__(self) -> Iterator[Batch]:
@@ -55,19 +48,24 @@ class MappedLoader:
             yield self._function(batch)
 
     def peek(self) -> Batch:
-        """Returns the first batch to come, without handing it out."""
+        """Returns the next batch without consuming it."""
         return self._function(first_batch(self.loader))
 
     def in_order(self) -> Self | None:
-        """Returns it over the loader in the data's own order; see `Loader`."""
-        return over(self, in_order(self.loader))
+        """Returns a loader of the mapped batches in the order of the data; see `Loader`."""
+        loader = in_order(self.loader)
+        if loader is None:
+            return None
+        view = copy.copy(self)
+        view.loader = loader
+        return view
 
     def abandon(self) -> None:
-        """Lets the next `iter()` begin a new epoch."""
+        """Makes the next `iter()` begin a new epoch."""
         abandon(self.loader)
 
     def close_made(self) -> bool:
-        """Closes what the loader has made itself; returns whether that was anything."""
+        """Closes the loaders that the loader made itself; returns whether there were any."""
         return close_made(self.loader)
 
     def get_state(self) -> dict[str, Any]:
@@ -75,9 +73,9 @@ class MappedLoader:
         return self.loader.get_state()
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes to a position that `get_state` returned.
+        """Restores a position that `get_state` returned.
 
         Raises:
-            BatchError: the loader does not take it.
+            BatchError: the loader does not accept the position.
         """
         self.loader.set_state(state)

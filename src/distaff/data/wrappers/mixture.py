@@ -1,4 +1,4 @@
-"""Mixture: several loaders as one, whose batches hold rows of all of them, by weight."""
+"""Mixture: mixes several loaders by weight."""
 
 from __future__ import annotations
 
@@ -31,36 +31,36 @@ _POSITION = {"loader", "used", "fingerprint"}
 
 
 class Mixture:
-    """A loader whose batches hold rows of several loaders, in the proportions of their weights.
+    """A loader that mixes rows of several loaders in the proportions of their weights.
 
-    Which loader each row comes from depends on the weights alone: after any number of rows, each
-    has given its share to within one row. Every loader hands out its own batches in its own order,
-    and starts its next epoch when it is used up, whatever the others do; it goes on from where it
-    stands, and is not to be iterated elsewhere meanwhile.
+    The loader of each row depends on the weights alone: after any number of rows, each loader has
+    contributed its share to within one row. Each loader keeps its own order, and starts its next
+    epoch when it runs out, independently of the others. Do not iterate over a loader elsewhere
+    while a mixture reads it.
 
-    An epoch of the mixture is a number of batches: the next one goes on where it ended, and so
-    does one after an epoch that was broken off, or failed. An evaluation sees the first epoch each
-    time. To evaluate every example once, pass the loaders by name, which gives a loss for each:
-    `val_loader={"web": ...}`.
+    An epoch of the mixture is a number of batches. The next epoch continues where the last one
+    stopped, even if that one was abandoned or failed. Every evaluation reads the first epoch. To
+    evaluate every example once, pass the loaders by name, `val_loader={"web": ...}`, which gives a
+    loss for each.
 
     Args:
-        loaders: what `as_loader` takes, by name; two or more, as a rule.
-        weights: a positive number for each name. Only their proportions count.
-        by: `"example"` mixes rows within a batch; all loaders then yield leaves of the same names,
-            dtypes (64 bits count as the 32 that JAX makes of them) and shapes after the first axis.
-            `"batch"` hands out whole batches, of one loader
-            each, as it makes them; the weights count batches then.
-        batch_size: rows in a batch; by default as many as the first batch of the first loader has.
-            All batches have it, by example.
-        num_batches: in an epoch. By default as many as hold all rows of all loaders once, counted
-            as their batches times the rows of the first one, and all batches of all loaders with
-            `by="batch"`. Where a loader does not know its number of batches, an epoch has no end:
-            pass `steps_per_epoch` to the trainer.
-        with_source: whether each batch, a dict, gets the entry `source`: which loader each row is
-            of, by their order, int32 `[batch]`.
+        loaders: loaders, or data that `as_loader` accepts, by name; usually two or more.
+        weights: a positive number for each name; only their proportions matter.
+        by: `"example"` mixes rows within a batch; all loaders must then yield leaves of the same
+            names, dtypes (after JAX's cast from 64 to 32 bits) and shapes after the first axis.
+            `"batch"` yields whole batches, unchanged, each from one loader; the weights then count
+            batches.
+        batch_size: rows in every batch, with `by="example"`; default: the size of the first batch
+            of the first loader.
+        num_batches: batches in an epoch. Default: with `by="example"`, the rows of all loaders,
+            estimated from their first batches, divided by `batch_size`; with `by="batch"`, the
+            batches of all loaders. If a loader has no length, an epoch is endless: pass
+            `steps_per_epoch` to the trainer.
+        with_source: whether to add the entry `source` to each batch, a dict: the index of each
+            row's loader, int32 `[batch]`.
 
     Raises:
-        BatchError: a loader is none.
+        BatchError: an entry of `loaders` is not a loader.
         ConfigError: an option is out of range, names differ, or two names share a loader.
 
     >>> web, books = [np.arange(3)] * 2, [np.arange(10, 12)]
@@ -86,8 +86,8 @@ class Mixture:
         num_batches = None if num_batches is None else whole("num_batches", num_batches)
         if by == "batch" and batch_size is not None:
             raise ConfigError(
-                f"With by='batch', batches stay as the loaders make them; got {batch_size=}. Give "
-                "the loaders their batch size, or mix by='example'."
+                f"With by='batch', the loaders determine the batch size; got {batch_size=}. Set it "
+                "in the loaders, or mix by='example'."
             )
         self._by, self._batch_size, self._num_batches = by, batch_size, num_batches
         self._with_source = with_source
@@ -102,8 +102,8 @@ class Mixture:
     def __len__(self) -> int:
         if self._plan.num_batches is None:
             raise TypeError(
-                "Of a loader in the mixture the number of batches is not known: pass "
-                "num_batches=... to Mixture, or steps_per_epoch."
+                "The number of batches of a loader in the mixture is unknown: pass num_batches=... "
+                "to Mixture, or steps_per_epoch."
             )
         return self._plan.num_batches
 
@@ -118,10 +118,10 @@ class Mixture:
         self._batch = 0
 
     def peek(self) -> Batch:
-        """Returns the next batch, which stays in line.
+        """Returns the next batch without consuming it.
 
         Raises:
-            BatchError: a loader is empty, or yields other leaves than the first one.
+            BatchError: a loader is empty, or its leaves differ from those of the first loader.
         """
         if self._ahead is None:
             place = self._place()
@@ -130,35 +130,36 @@ class Mixture:
 
     @property
     def loaders(self) -> tuple[Any, ...]:
-        """What it mixes, as loaders."""
+        """The mixed loaders."""
         return tuple(reader.loader for reader in self._readers)
 
     @property
     def num_shapes(self) -> int:
-        """How many shapes the batches have; as `distaff.data.num_shapes` tells of loaders."""
+        """Number of distinct shapes of the batches; see `distaff.data.num_shapes`."""
         return self._plan.num_shapes
 
     def in_order(self) -> Any:
-        """Returns the first epoch of a mixture of the loaders in their own orders; see `Loader`.
+        """Returns the first epoch of a mixture of the loaders in the order of their data.
 
-        Each of them gives its share of the rows, as in training: a small loader's rows come several
-        times, a large one's not all. To evaluate every example once, pass the loaders by name.
+        Each loader contributes its share of the rows, as in training: rows of a small loader may be
+        repeated, and rows of a large one omitted. To evaluate every example once, pass the loaders
+        by name.
         """
         if any(in_order(loader) is None for loader in self.loaders):
             return None
         return Stream(lambda: iter(_in_order(self)), length=self._plan.num_batches)
 
     def abandon(self) -> None:
-        """Lets the next `iter()` begin a new epoch, which goes on with the rows that follow."""
+        """Makes the next `iter()` begin a new epoch, which continues with the next rows."""
         self._resumed = False
 
     def close_made(self) -> bool:
-        """Closes what was made of iterables, here or in a loader of these; the rest stays open.
+        """Closes the loaders made from iterables, here or in inner loaders.
 
-        What was closed begins anew; the others stay where they are.
+        Closed loaders start again; the others keep their positions.
 
         Returns:
-            Whether that was anything.
+            Whether any loader was closed.
         """
         closed = [reader.close_made() for reader in self._readers]
         if not any(closed):
@@ -168,35 +169,35 @@ class Mixture:
             self._taken = list(place["taken"])
             places = zip(self._readers, place["loaders"], closed, strict=True)
             for reader, position in ((each, at) for each, at, is_closed in places if not is_closed):
-                with suppress(BatchError):  # a Stream goes on after what was in line
+                with suppress(BatchError):  # a Stream cannot go back, and continues
                     reader.seek(position)
         return True
 
     def get_state(self) -> dict[str, Any]:
-        """Returns the position after the last batch that was handed out, fit for JSON.
+        """Returns the position after the last yielded batch, as JSON values.
 
-        It has the position of each loader before the batch of which rows are left, and how many
-        rows of that are used.
+        For each loader it has the position before its current batch, and the number of rows used of
+        that batch.
         """
         place = self._place() if self._ahead is None else self._ahead[1]
-        return {**self._identity(), "batch": self._batch, **place}
+        return {**self.identity(), "batch": self._batch, **place}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes to a position; the next `iter()` yields the rest of that epoch.
+        """Restores a position; the next `iter()` yields the rest of that epoch.
 
-        Where a loader cannot go there, all of them stay where they are.
+        If a loader cannot restore its position, all loaders keep theirs.
 
         Args:
-            state: what `get_state` returned, of a mixture made with the same arguments.
+            state: the result of `get_state` of a mixture with the same arguments.
 
         Raises:
-            BatchError: it is of another mixture, or a loader does not take its part of it.
-            ChangedBatchesError: a loader does not yield the same batches up to there.
+            BatchError: the state is of another mixture, or a loader does not accept its position.
+            ChangedBatchesError: a loader yields other batches than before.
         """
         here, changed = self.get_state(), None
         self._check(state)
         if any(state[name] != here[name] for name in ("taken", "loaders")):
-            changed = self._go_to(state["loaders"])
+            changed = self._seek(state["loaders"])
             self._ahead, self._taken = None, list(state["taken"])
         self._batch, self._resumed = state["batch"], True
         if changed:
@@ -204,9 +205,9 @@ class Mixture:
 
     @cached_property
     def _plan(self) -> _Plan:
-        """Looks into all loaders, so that what does not fit is an error before the first batch."""
-        found = [first_batch(each.loader, name=each.name) for each in self._readers]
-        firsts = [held_by_jax(first) for first in found]
+        """Checks the first batches of all loaders, and plans the epochs."""
+        batches = [first_batch(each.loader, name=each.name) for each in self._readers]
+        firsts = [held_by_jax(batch) for batch in batches]
         rows = [num_examples(first) for first in firsts]
         example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), firsts[0])
         plan = _Plan(self._batch_size or rows[0], self._num_batches, example)
@@ -227,7 +228,7 @@ class Mixture:
         return plan._replace(num_batches=max(1, total // plan.batch_size))
 
     def _draw(self) -> Batch:
-        """Returns the next batch; all loaders stay where they are if one of them fails."""
+        """Returns the next batch; if a loader fails, all loaders keep their positions."""
         plan, is_whole = self._plan, self._by == "batch"
         whose = turns(self._shares, self._taken, 1 if is_whole else plan.batch_size)
         taken = self._taken + np.bincount(whose, minlength=len(self._readers))
@@ -245,7 +246,7 @@ class Mixture:
         return batch
 
     def _mixed(self, whose: np.ndarray) -> Batch:
-        """Returns a batch of the next rows of the loaders that each row is of."""
+        """Returns a batch of the next rows; `whose` is the loader of each row, int `[batch]`."""
         places, parts = [], []
         for index, reader in enumerate(self._readers):
             rows = np.flatnonzero(whose == index)
@@ -268,9 +269,9 @@ class Mixture:
         if not isinstance(batch, dict) or _SOURCE in batch:
             found = f"the keys {list(batch)}" if isinstance(batch, dict) else type(batch).__name__
             raise BatchError(
-                f"with_source adds the entry {_SOURCE!r} to batches that are dicts without it; got "
-                f"{found}. Map the loaders to such dicts (data.MappedLoader), or leave "
-                "with_source out."
+                f"with_source adds the entry {_SOURCE!r} to batches, which must be dicts without "
+                f"it; got {found}. Map the loaders to such dicts (data.MappedLoader), or omit "
+                "with_source."
             )
         return {**batch, _SOURCE: whose}
 
@@ -279,17 +280,13 @@ class Mixture:
             return
         first = self._readers[0].name
         raise BatchError(
-            "The loaders of a mixture by example yield the same leaves, with rows of one shape and "
-            f"dtype; those of {name!r} and {first!r} differ in {_difference(batch, example)}. Make "
-            "them alike (data.MappedLoader), or mix whole batches: by='batch'."
+            "The loaders of a mixture by example must yield the same leaves, with rows of the same "
+            f"shape and dtype; {name!r} and {first!r} differ in {_difference(batch, example)}. "
+            "Convert them (data.MappedLoader), or mix whole batches: by='batch'."
         )
 
     def identity(self) -> dict[str, Any]:
-        """Returns what a position is only good with."""
-        return self._identity()
-
-    def _identity(self) -> dict[str, Any]:
-        """Returns what a position is only good with."""
+        """Returns the values that must be equal to restore a position."""
         return {
             "names": [reader.name for reader in self._readers],
             "shares": list(self._shares),
@@ -303,18 +300,18 @@ class Mixture:
         return {"taken": list(self._taken), "loaders": loaders}
 
     def _check(self, state: Mapping[str, Any]) -> None:
-        own, most = self._identity(), self._plan.num_batches
+        own, most = self.identity(), self._plan.num_batches
         saved = {name: state.get(name) for name in own}
         fits = saved == own and _is_place(state, len(self._readers))
         if not fits or (most is not None and state["batch"] > most):
             raise BatchError(
-                "A position can be restored only in a mixture like the one that saved it; saved: "
-                f"{saved}, this mixture: {own}. Make it with the saved loaders, weights and "
+                "A position can only be restored in a mixture with the same loaders and options; "
+                f"saved: {saved}, this mixture: {own}. Make it with the saved loaders, weights and "
                 "options, or start a new run."
             )
 
-    def _go_to(self, positions: Sequence[Any]) -> ChangedBatchesError | None:
-        """Puts all loaders elsewhere; returns the error of one that has come there all the same."""
+    def _seek(self, positions: Sequence[Any]) -> ChangedBatchesError | None:
+        """Moves all loaders; returns the error of one that yielded other batches on the way."""
         before = [reader.position() for reader in self._readers]
         changed = None
         try:
@@ -322,14 +319,14 @@ class Mixture:
                 changed = reader.seek(position) or changed
         except Exception:
             for reader, position in zip(self._readers, before, strict=True):
-                with suppress(Exception):  # a Stream that has read on stays there
+                with suppress(Exception):  # a Stream cannot go back
                     reader.seek(position)
             raise
         return changed
 
 
 def _in_order(mixture: Mixture) -> Mixture:
-    """Returns a mixture of the same loaders, each in its own order, that stands at its start."""
+    """Returns a mixture of the loaders in the order of their data, at its start."""
     view: Any = copy.copy(mixture)
     whole = mixture._by == "batch"
     view._readers = [
@@ -342,13 +339,10 @@ def _in_order(mixture: Mixture) -> Mixture:
 
 
 class _Plan(NamedTuple):
-    """What the first batches of the loaders tell.
+    """The epochs and batches of a mixture, planned from the first batches of the loaders.
 
-    Attributes:
-        batch_size: rows in a batch of the mixture.
-        num_batches: in an epoch; None where it has no end.
-        example: shapes and dtypes of the first batch of the first loader.
-        num_shapes: of the batches; loaders whose first batches are alike count once.
+    `num_batches` is None for an endless epoch. `example` has the shapes and dtypes of the first
+    loader. In `num_shapes`, loaders with equal first batches count once.
     """
 
     batch_size: int
@@ -363,7 +357,7 @@ def _form(batch: Batch) -> Any:
 
 
 def _difference(batch: Batch, example: Batch) -> str:
-    """Returns the first leaf in which two batches differ, with both forms of it."""
+    """Returns the first leaf in which two batches differ, with both dtypes and shapes."""
     found, expected = (
         {
             leaf_name(path): f"{leaf.dtype} [batch{''.join(f', {n}' for n in leaf.shape[1:])}]"
@@ -378,7 +372,7 @@ def _difference(batch: Batch, example: Batch) -> str:
 
 
 def _is_place(state: Mapping[str, Any], count: int) -> bool:
-    """Whether a state says of so many loaders where they are, in whole numbers."""
+    """Whether a state holds valid positions of `count` loaders."""
     batch, taken, loaders = (state.get(name) for name in ("batch", "taken", "loaders"))
     if not isinstance(taken, list) or not isinstance(loaders, list):
         return False

@@ -1,4 +1,4 @@
-"""Learned optimizers: networks that were trained to train networks."""
+"""Learned optimizers: networks trained to train networks."""
 
 from distaff.optim.learned.optimizer import VeloState, velo
 from distaff.optim.learned.settings import (

@@ -1,4 +1,4 @@
-"""What VeLO's networks see of a tensor, its gradients and the loss.
+"""The input features of VeLO's networks, from tensors, gradients and the loss.
 
 Everything is float32. Running averages with several decays have them on the leading axis.
 """
@@ -24,10 +24,11 @@ class Moments(NamedTuple):
     """Running averages over the gradients of one tensor.
 
     Attributes:
-        momentum: of the gradient, `[3, *shape]`.
-        square: of its square, `shape`.
-        factors: of its square, with the longest axis averaged out, and with the second longest:
-            two arrays `[3, ...]`. Without two axes, one array `[3, *shape]`.
+        momentum: average gradient, `[3, *shape]`.
+        square: average squared gradient, `shape`.
+        factors: average squared gradient, averaged over the longest axis and over the second
+            longest: two arrays `[3, ...]`; one array `[3, *shape]` for a tensor of fewer than two
+            axes.
     """
 
     momentum: jax.Array
@@ -39,9 +40,9 @@ class LossAverages(NamedTuple):
     """Running averages of the loss over 10 horizons.
 
     Attributes:
-        means: the averages before their bias is corrected, `[10]`.
-        lowest: the lowest value that each corrected average has had, `[10]`.
-        count: losses seen, int32 `[]`.
+        means: averages without bias correction, `[10]`.
+        lowest: lowest value of each corrected average so far, `[10]`.
+        count: number of losses, int32 `[]`.
     """
 
     means: jax.Array
@@ -61,27 +62,27 @@ def init_moments(shape: Sequence[int]) -> Moments:
 
 
 def update_moments(moments: Moments, grad: jax.Array) -> Moments:
-    """Returns the averages with one more gradient, of `shape`."""
+    """Returns the averages updated with a gradient of `shape`."""
     squares = jnp.square(grad) + 1e-30
     axes = _factored_axes(grad.shape)
-    seen = [squares.mean(axis) for axis in axes] if axes else [squares]
+    factors = [squares.mean(axis) for axis in axes] if axes else [squares]
     return Moments(
-        _averaged(moments.momentum, grad),
+        _update_average(moments.momentum, grad),
         _RMS_DECAY * moments.square + (1 - _RMS_DECAY) * jnp.square(grad),
-        tuple(map(_averaged, moments.factors, seen)),
+        tuple(map(_update_average, moments.factors, factors)),
     )
 
 
-def _averaged(mean: jax.Array, value: jax.Array) -> jax.Array:
+def _update_average(mean: jax.Array, value: jax.Array) -> jax.Array:
     decays: Any = _DECAYS.reshape(3, *[1] * value.ndim)
     return decays * mean + (1 - decays) * value[None]
 
 
 def _factored_axes(shape: Sequence[int]) -> tuple[int, int] | None:
-    """Returns the longest axis and the second longest; None where there are not two."""
+    """Returns the longest axis and the second longest; None for fewer than two axes."""
     if len(shape) < 2:
         return None
-    # Stable, so that which of two equal axes is which depends on no machine.
+    # A stable sort makes the order of equal axes the same on every machine.
     by_length = np.argsort(shape, kind="stable")
     return int(by_length[-1]), int(by_length[-2])
 
@@ -89,19 +90,19 @@ def _factored_axes(shape: Sequence[int]) -> tuple[int, int] | None:
 def tensor_features(
     param: jax.Array, moments: Moments, fraction_trained: jax.Array, loss_features: jax.Array
 ) -> jax.Array:
-    """Returns what the LSTM sees of a tensor: float32 `[30]`.
+    """Returns the LSTM's features of a tensor: float32 `[30]`.
 
     Args:
         param: the tensor.
         moments: its averages before the gradient of this step.
         fraction_trained: completed steps divided by all steps, `[]`.
-        loss_features: see `update_loss_averages`, `[9]`.
+        loss_features: features of the loss from `update_loss_averages`, `[9]`.
     """
     scale = jax.lax.rsqrt(jnp.maximum(1e-9, jnp.square(param).mean()))
     axes = tuple(range(1, param.ndim + 1))
     momentum, square = moments.momentum * scale, moments.square[None] * scale
     mean = momentum.mean(axes, keepdims=True)
-    # Around the mean of the momentum, as the published networks were trained to see it.
+    # Around the mean of the momentum, as the published networks were trained.
     square_spread = jnp.square(square - mean).mean(axes)
     rank = sum(length > 1 for length in param.shape)
     return jnp.concatenate(
@@ -123,16 +124,16 @@ def _log_size(value: jax.Array) -> jax.Array:
 def parameter_features(
     param: jax.Array, grad: jax.Array, moments: Moments
 ) -> tuple[jax.Array, ...]:
-    """Returns what an MLP sees of each parameter of a tensor, 30 numbers, in 14 kinds.
+    """Returns the MLP's features of each parameter of a tensor, 30 numbers of 14 kinds.
 
     Args:
         param: the tensor.
         grad: its gradient.
-        moments: its averages with this gradient in them.
+        moments: its averages, including this gradient.
 
     Returns:
-        One array per kind, float32 `[1, ...]` or `[3, ...]`. The rest has the axes of the tensor,
-        and length 1 along one that the feature does not depend on.
+        One array per kind, float32 `[1, ...]` or `[3, ...]`. The other axes are the
+        tensor's, with length 1 along axes that the feature does not depend on.
     """
     momentum, square = moments.momentum, moments.square[None]
     inverse_rms = jax.lax.rsqrt(square + 1e-6)
@@ -161,7 +162,7 @@ class _Normalizers(NamedTuple):
 def _factor_features(
     moments: Moments,
 ) -> tuple[tuple[jax.Array, jax.Array], _Normalizers]:
-    """Returns the averaged squares along both axes, and what gradients are normalised by."""
+    """Returns the averaged squares along both axes, and the normalizers of gradients."""
     axes = _factored_axes(moments.square.shape)
     if axes is None:
         (full,) = moments.factors
@@ -191,33 +192,30 @@ def init_loss_averages() -> LossAverages:
 def update_loss_averages(
     averages: LossAverages, loss: jax.Array, horizon: int
 ) -> tuple[LossAverages, jax.Array]:
-    """Returns the averages with one more loss, and what the LSTM sees of them.
+    """Returns the averages updated with a loss, and the LSTM's features of them.
 
     Args:
-        averages: those before it.
-        loss: float32 `[]`. What is above twice the highest average counts as that.
-        horizon: steps of the longest average; the shortest is over 10.
+        averages: the averages before it.
+        loss: float32 `[]`; clipped to twice the highest average.
+        horizon: steps of the longest average; the shortest spans 10.
 
     Returns:
-        The averages; and float32 `[9]`, where each stands between its lowest value, -1, and the
+        The averages; and float32 `[9]`, the position of each between its lowest value, -1, and the
         next longer average, 0. It is at most 1, and zero in the first two steps.
     """
-    decays, count = _loss_decays(horizon), averages.count.astype(jnp.float32)
+    halflives = np.logspace(1, np.log10(horizon), _NUM_AVERAGES)
+    decays = np.exp(-1 / halflives).astype(np.float32)
+    count = averages.count.astype(jnp.float32)
     highest = jnp.where(count == 0, loss, (averages.means / (1 - decays ** (count + 1))).max())
     loss = jnp.minimum(jnp.abs(highest) * 2, loss)
     means = averages.means * decays + loss * (1 - decays)
     corrected = means / (1 - decays ** (count + 1))
     lowest = jnp.minimum(averages.lowest, corrected)
-    # Exactly zero for an average that is at its lowest. Were it `corrected - lowest`, the two might
-    # be compiled apart and differ in the last bit; where the decays are equal, as by the bugged
-    # features, the quotient would then be of any size.
+    # Exactly zero for an average that is at its lowest. The two terms of `corrected - lowest` might
+    # be compiled differently and differ in the last bit; with equal decays, as in the bugged
+    # features, the quotient could then have any size.
     above = jnp.maximum(corrected - averages.lowest, 0)
     spread = jnp.maximum(1e-8, corrected[1:] - lowest[:-1])
     position = jnp.clip(above[:-1] / spread - 1, -1, 1)
-    seen = jnp.where(averages.count < 2, 0, position)
-    return LossAverages(means, lowest, averages.count + 1), seen
-
-
-def _loss_decays(horizon: int) -> np.ndarray:
-    halflives = np.logspace(1, np.log10(horizon), _NUM_AVERAGES)
-    return np.exp(-1 / halflives).astype(np.float32)
+    features = jnp.where(averages.count < 2, 0, position)
+    return LossAverages(means, lowest, averages.count + 1), features

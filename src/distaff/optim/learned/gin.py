@@ -1,7 +1,7 @@
-"""The `config.gin` beside published meta-parameters: of all it says, what HyperV2 is built from.
+"""Reads the settings of HyperV2 from the `config.gin` published with its meta-parameters.
 
-Gin is a configuration language whose bindings `selector.argument = value` may name any function. No
-name is looked up here, and a value is a Python literal or is refused.
+Gin is a configuration language whose bindings `selector.argument = value` may name any function.
+This reader looks up no name, and accepts only Python literals as values.
 """
 
 from __future__ import annotations
@@ -59,56 +59,53 @@ _ONLY = {
 
 
 def read_settings(text: str) -> VeloSettings:
-    """Returns the settings that a `config.gin` binds; what it leaves out has its default.
+    """Returns the settings in the text of a `config.gin`, with defaults for missing ones.
 
-    Anything about something else is passed over, as the original does: it is of the meta-training.
-
-    Args:
-        text: the whole file.
+    Bindings of other names, which belong to meta-training, are ignored, as in the original.
 
     Raises:
-        CheckpointError: another network than HyperV2 was trained, a line about it is no binding, or
-            binds an argument that it does not have, or to a value that is not supported.
+        CheckpointError: another network than HyperV2 was trained; or a line about it is not a
+            binding, or binds an unknown argument or an unsupported value.
     """
     known = {each.name for each in dataclasses.fields(VeloSettings)}
-    found: dict[str, Any] = {}
+    bound: dict[str, Any] = {}
     for line, statement in _statements(text):
         binding = _BINDING.fullmatch(statement)
         if binding is None:
             if _NETWORK not in statement:
                 continue
-            raise _refused(line, f"must be `name.argument = value`, and is {_quoted(statement)}")
+            raise _error(line, f"must be `name.argument = value`, and is {_quoted(statement)}")
         selector, argument, value = binding["selector"] or "", binding["argument"], binding["value"]
         configurable = selector.split(".")[-1]
         if (configurable, argument) == ("run_train", "lopt") and not _TRAINED.fullmatch(
             value.strip()
         ):
-            raise _refused(line, f"must train @{_NETWORK}(), and trains {_quoted(value)}")
+            raise _error(line, f"must train @{_NETWORK}(), and trains {_quoted(value)}")
         if configurable != _NETWORK or binding["scope"]:
             continue
-        if argument in found:
-            raise _refused(line, f"must not bind {_NETWORK}.{argument} a second time")
-        found[argument] = None if argument in _WITHOUT_EFFECT else _literal(line, argument, value)
+        if argument in bound:
+            raise _error(line, f"must not bind {_NETWORK}.{argument} a second time")
+        bound[argument] = None if argument in _WITHOUT_EFFECT else _literal(line, argument, value)
         if argument not in known | _WITHOUT_EFFECT | _ONLY.keys():
-            raise _refused(
+            raise _error(
                 line,
                 f"must bind an argument of {_NETWORK}, and binds {_quoted(argument)}. "
                 f"{nearest(argument, known)}",
             )
-        if argument in _ONLY and not _is_same(found[argument], _ONLY[argument]):
-            raise _refused(
+        if argument in _ONLY and not _is_same(bound[argument], _ONLY[argument]):
+            raise _error(
                 line,
                 f"must leave {argument} at {_ONLY[argument]!r}, the only value that is "
                 f"implemented, and sets {_quoted(value)}",
             )
     try:
-        return VeloSettings(**{name: value for name, value in found.items() if name in known})
+        return VeloSettings(**{name: value for name, value in bound.items() if name in known})
     except ConfigError as error:
-        raise CheckpointError(f"config.gin is of no network: {error}") from error
+        raise CheckpointError(f"config.gin has invalid settings: {error}") from error
 
 
 def _statements(text: str) -> Iterator[tuple[int, str]]:
-    """Yields the statements with their first line; an indented line goes on with the one before."""
+    """Yields each statement with its first line number; an indented line continues a statement."""
     first, gathered = 0, ""
     for number, line in enumerate([*text.splitlines(), "end"], 1):
         bare = line.rstrip().removesuffix("\\").rstrip()
@@ -126,7 +123,7 @@ def _literal(line: int, argument: str, value: str) -> Any:
     try:
         return ast.literal_eval(value.strip() if len(value) <= _LONGEST_VALUE else "")
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-        raise _refused(
+        raise _error(
             line,
             f"must bind {argument} to a number, True, False, None or a tuple of "
             f"these, and binds it to {_quoted(value)}",
@@ -143,5 +140,5 @@ def _quoted(text: str) -> str:
     return repr(text if len(text) <= 60 else f"{text[:60]}...")
 
 
-def _refused(line: int, rule: str) -> CheckpointError:
+def _error(line: int, rule: str) -> CheckpointError:
     return CheckpointError(f"Line {line} of config.gin {rule}.")

@@ -1,8 +1,7 @@
-"""Reads one kind of MessagePack file: nested dicts of plain arrays, as Flax writes them.
+"""Reads nested dicts of plain arrays from a MessagePack file, as written by Flax.
 
-`msgpack` reads it, within limits: a file may claim any length or dtype, and nothing is allocated
-beyond the size of the data. Of what it can read, only dicts, strings, whole numbers, nil and arrays
-of a few dtypes are accepted.
+A file may claim any length or dtype, so nothing beyond the size of the data is allocated, and only
+dicts, strings, integers, nil and arrays of a few dtypes are accepted.
 """
 
 from __future__ import annotations
@@ -23,13 +22,10 @@ _DTYPES = {name: np.dtype(name).newbyteorder("<") for name in ("float32", "int32
 
 
 def read_tree(data: bytes) -> Any:
-    """Returns what the data hold: nested dicts with arrays, strings, ints or None at the leaves.
-
-    Args:
-        data: all of the bytes.
+    """Returns nested dicts with arrays, strings, ints or None at the leaves.
 
     Raises:
-        CheckpointError: they are anything else, or end early, or go on after the tree.
+        CheckpointError: the data hold anything else, end early, or continue after the tree.
     """
     unpacker = msgpack.Unpacker(
         max_buffer_size=len(data) + 1,  # 0 would be no limit
@@ -41,7 +37,7 @@ def read_tree(data: bytes) -> Any:
     unpacker.feed(data)
     try:
         tree = unpacker.unpack()
-    except CheckpointError:  # of the hooks
+    except CheckpointError:  # from the hooks
         raise
     except msgpack.OutOfData:
         raise _refused(f"ends at byte {len(data)}, in the middle of a value") from None
@@ -56,36 +52,36 @@ def read_tree(data: bytes) -> Any:
 
 
 def _as_dict(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
-    found = {_text(key): value for key, value in pairs}
-    if len(found) < len(pairs):
-        raise _refused("has a key that is there a second time")
-    return found
+    entries = {_text(key): value for key, value in pairs}
+    if len(entries) < len(pairs):
+        raise _refused("has a duplicate key")
+    return entries
 
 
 def _as_array(kind: int, data: bytes) -> np.ndarray:
-    """Returns an array: a list of its shape, its dtype's name and its bytes."""
+    """Returns an array, encoded as its shape, its dtype's name and its bytes."""
     try:
         shape, name, buffer = msgpack.unpackb(data, max_array_len=_LARGEST_RANK, max_map_len=0)
     except (ValueError, TypeError, msgpack.UnpackException) as error:
-        raise _refused(f"has an extension that is no array: {error}") from error
+        raise _refused(f"has an extension that is not an array: {error}") from error
     is_shape = type(shape) is list and all(type(n) is int and n >= 1 for n in shape)
     if kind not in (_ARRAY, _SCALAR) or not is_shape or type(buffer) is not bytes:
-        raise _refused("has an extension that is no array of whole numbers >= 1 as its shape")
+        raise _refused("has an extension that is not an array with integers >= 1 as its shape")
     dtype = _DTYPES.get(_text(name))
     if dtype is None or len(buffer) != math.prod(shape) * dtype.itemsize:
-        raise _refused("has an array whose bytes are not those of its shape and dtype")
+        raise _refused("has an array whose bytes do not match its shape and dtype")
     return np.frombuffer(buffer, dtype).reshape(shape).astype(dtype.newbyteorder("="))
 
 
 def _text(name: Any) -> str:
-    """Returns a name, which is sometimes binary."""
+    """Returns a name as str; some are bytes."""
     if not isinstance(name, str | bytes):
         raise _refused(f"has a name that is a {type(name).__name__}")
     return name if isinstance(name, str) else name.decode()
 
 
 def _check(tree: Any, depth: int) -> None:
-    """Raises an error where a value is none that such a file has."""
+    """Raises if a value has a type that such a file never has."""
     if isinstance(tree, dict):
         if depth == _DEEPEST:
             raise _refused(f"has dicts of more than {_DEEPEST} levels")

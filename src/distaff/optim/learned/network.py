@@ -1,4 +1,4 @@
-"""HyperV2, VeLO's network: an LSTM over tensors mixes, for each of them, a small MLP from a bank.
+"""HyperV2, VeLO's network: an LSTM over tensors mixes a small MLP for each from a bank.
 
 Metz et al. 2022, "VeLO: Training Versatile Learned Optimizers by Scaling Up" (arXiv:2211.09760).
 """
@@ -28,7 +28,7 @@ class LSTMState(NamedTuple):
 
 
 class TinyMLP(NamedTuple):
-    """The MLP of one tensor, of the shapes in `MLP_SHAPES`."""
+    """The MLP of one tensor, with the shapes in `MLP_SHAPES`."""
 
     w0: jax.Array
     b0: jax.Array
@@ -39,14 +39,14 @@ class TinyMLP(NamedTuple):
 
 
 class Network(NamedTuple):
-    """The meta-parameters in the form they are computed with.
+    """The meta-parameters in the layout used for computation.
 
-    They are NumPy arrays, so that a compiled step holds them as constants: what is on a device
-    could not be fetched into it under the trainer's guard against transfers.
+    They are NumPy arrays, so that a compiled step holds them as constants: the trainer's guard
+    against transfers would not let them be fetched from a device.
 
     Attributes:
         bank: the MLPs, one flat row each, in the order of `TinyMLP`.
-        initial: the LSTM's memory before the first step, by name.
+        initial: the LSTM's initial memory, by name.
         layers: weight and bias of each layer around the LSTM, by name.
     """
 
@@ -56,7 +56,7 @@ class Network(NamedTuple):
 
 
 def make_network(weights: VeloWeights) -> Network:
-    """Brings meta-parameters into the form they are computed with."""
+    """Converts meta-parameters to the layout used for computation."""
     arrays = weights.arrays
     mlp = {path[-1]: array for path, array in arrays.items() if path[0] == "ff_mod_stack"}
     pieces = [mlp[f"w0__{i}"] for i in range(len(FEATURES_PER_PARAMETER))]
@@ -79,18 +79,17 @@ def initial_lstm_state(network: Network, num_tensors: int) -> LSTMState:
 def run_lstm(
     network: Network, features: jax.Array, state: LSTMState
 ) -> tuple[list[TinyMLP], jax.Array, LSTMState]:
-    """Looks at all tensors once.
+    """Runs the LSTM over all tensors.
 
     Args:
         network: the meta-parameters.
-        features: of each tensor, `[tensors, 30]`.
+        features: features of each tensor, `[tensors, 30]`.
         state: the LSTM's memory.
 
     Returns:
-        Each tensor's MLP; the factors that their steps are multiplied by, `[tensors]`; the memory
-        after it.
+        The MLP of each tensor; the factors of their steps, `[tensors]`; the new memory.
     """
-    # The published networks have a layer "linear", whose output they never use.
+    # The output of the layer "linear" of the published networks is unused.
     shared = jax.nn.relu(_linear(network, "linear_1", features)).max(0, keepdims=True)
     inputs = _linear(network, "linear_2", features) + shared
     gates = _linear(network, "rnn/linear", jnp.concatenate([inputs, state.hidden], axis=1))
@@ -100,10 +99,10 @@ def run_lstm(
     controls = _linear(network, "rnn_to_controls", hidden)
     mixed = _MIX / len(network.bank) * _matmul(controls, network.bank)
     factors = _linear(network, "step_size", hidden)[:, 0]
-    return [_unpacked(row) for row in mixed], factors, LSTMState(hidden, cell)
+    return [_unpack(row) for row in mixed], factors, LSTMState(hidden, cell)
 
 
-def _unpacked(row: jax.Array) -> TinyMLP:
+def _unpack(row: jax.Array) -> TinyMLP:
     ends = np.cumsum([math.prod(shape) for shape in MLP_SHAPES.values()])
     parts = jnp.split(row, ends[:-1])
     return TinyMLP(*(part.reshape(s) for part, s in zip(parts, MLP_SHAPES.values(), strict=True)))
@@ -112,20 +111,20 @@ def _unpacked(row: jax.Array) -> TinyMLP:
 def run_mlp(
     mlp: TinyMLP, features: Sequence[jax.Array], param: jax.Array, factor: jax.Array
 ) -> jax.Array:
-    """Returns the step of one tensor, which is subtracted from it.
+    """Returns the step of one tensor, to be subtracted from it.
 
-    Its few dozen multiplications per parameter are written out: compiled, they are one loop over
-    the parameters, which keeps no array of features (6 times as fast as matrix products on a CPU).
+    The few dozen multiplications per parameter are written out: they compile to one loop over the
+    parameters, without an array of features (6 times as fast as matrix products on a CPU).
 
     Args:
-        mlp: the TinyMLP of this tensor.
-        features: of each of its parameters, as `parameter_features` returns them.
+        mlp: the MLP of this tensor.
+        features: features of its parameters, from `parameter_features`.
         param: the tensor.
-        factor: what its step is multiplied by, `[]`.
+        factor: factor of its step, `[]`.
     """
     axes = tuple(range(1, param.ndim + 1))
     squares = jnp.concatenate([jnp.square(kind).mean(axes) for kind in features])
-    # Each feature is brought to a size of 1, here by way of its weights, which are fewer.
+    # Normalises each feature to a size of 1 by scaling its weights, which are fewer.
     scaled = mlp.w0 * jax.lax.rsqrt(1e-5 + squares)[:, None]
     hidden = _layer([feature for kind in features for feature in kind], scaled, mlp.b0)
     hidden = _layer([jax.nn.relu(each) for each in hidden], mlp.w1, mlp.b1)
@@ -135,7 +134,7 @@ def run_mlp(
 
 
 def _layer(inputs: Sequence[jax.Array], weight: jax.Array, bias: jax.Array) -> list[jax.Array]:
-    """Returns the outputs of a layer, one array each, from its inputs, one array each."""
+    """Returns the outputs of a layer, as one array per output."""
     return [
         sum((weight[i, j] * each for i, each in enumerate(inputs)), start=bias[j])
         for j in range(len(bias))
@@ -148,5 +147,5 @@ def _linear(network: Network, name: str, inputs: jax.Array) -> jax.Array:
 
 
 def _matmul(left: jax.Array, right: jax.Array | np.ndarray) -> jax.Array:
-    # The steps depend on small differences, which half precision on an accelerator would lose.
+    # The steps depend on small differences, which an accelerator's default precision would lose.
     return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)

@@ -1,4 +1,4 @@
-"""VeLO: an optimizer that is a trained network, as an Optax transformation."""
+"""VeLO: a trained network as an Optax transformation."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ class VeloState(NamedTuple):
     """The state of VeLO.
 
     Attributes:
-        step: completed updates, int32 `[]`.
-        moments: running averages over the gradients of each parameter, a `Moments` in its place.
-        lstm: the memory of the LSTM, one row per parameter.
-        losses: running averages over the loss.
+        step: number of updates, int32 `[]`.
+        moments: running averages of gradients, one `Moments` per parameter.
+        lstm: memory of the LSTM, one row per parameter.
+        losses: running averages of the loss.
     """
 
     step: jax.Array
@@ -65,46 +65,45 @@ def velo(
     mask: Callable[[Params], PyTree] | PyTree | None = decay_mask,
     accumulate_above: int = 150_000,
 ) -> optax.GradientTransformationExtraArgs:
-    """Makes the optimizer VeLO (Metz et al. 2022, arXiv:2211.09760).
+    """Returns the optimizer VeLO (Metz et al. 2022, arXiv:2211.09760).
 
-    It has no learning rate. It reads the loss, so every `update` needs `value=loss`, as a train
-    step passes it; and it paces itself by the length of the run. It looks at all the tensors that
-    it is given together: under a mask it is an optimizer of those it sees. It keeps four numbers
-    for each parameter of a matrix, and seven for each of a vector.
+    It has no learning rate. Every `update` needs `value=loss`, which a train step passes, and the
+    steps depend on the length of the run. It uses all tensors jointly; under a mask, those that it
+    sees. It stores four numbers for each parameter of a matrix, and seven for each of a vector.
 
-    It was trained on runs of up to 200,000 steps. Like the original, above 150,000 it averages
-    gradients and losses over the fewest steps that bring the number of its updates down to that.
+    It was trained on runs of up to 200,000 steps. Like the original, for more than 150,000 steps it
+    averages gradients and losses over as few steps as bring the number of updates down to that.
 
-    `weight_decay` is decoupled (Loshchilov & Hutter 2019, arXiv:1711.05101), and happens once: each
-    update also takes `weight_decay * p` off the parameters, and the network sees nothing of it. The
-    original has another: it adds `weight_decay * p` to the gradients and `weight_decay *
-    sum(p ** 2)` to the loss, over all parameters, biases among them; what becomes of that is up to
-    the network, which rescales both. For that form leave `weight_decay` at 0 here, and write
-    `ctx.add_l2_loss(params, weight_decay)` in the loss function: gradients are then the original's,
-    the loss has half of its sum, and biases and norm scales are spared, unless `mask` has them too.
+    `weight_decay` is decoupled (Loshchilov & Hutter 2019, arXiv:1711.05101): each update also
+    subtracts `weight_decay * p` from the parameters, unseen by the network. The original instead
+    adds `weight_decay * p` to the gradients and `weight_decay * sum(p ** 2)` to the loss, over all
+    parameters including biases; the effect depends on the network, which rescales both. To
+    reproduce it, leave `weight_decay` at 0 and call `ctx.add_l2_loss(params, weight_decay)` in the
+    loss function: gradients then equal the original's, the loss has half of its sum, and biases and
+    norm scales are excluded unless `mask` includes them.
 
     Args:
-        weights: the folder that `read_weights` reads, or what it returned.
+        weights: the folder for `read_weights`, or its result.
         total_steps: steps of the whole run.
-        weight_decay: the fraction that each update takes off a parameter, with no learning rate in
-            it. The original's docstring found 1e-6 of its own form sufficient.
-        mask: which parameters decay: a pytree of bool like `params`, a function that makes it, or
-            None for all. By default biases and norm scales are left alone.
-        accumulate_above: the most updates it makes.
+        weight_decay: fraction of a parameter that each update subtracts, independent of any
+            learning rate. The original's docstring considers 1e-6 of its own form sufficient.
+        mask: parameters to decay: a pytree of bool like `params`, a function that returns one, or
+            None for all. By default all except biases and norm scales.
+        accumulate_above: maximum number of updates.
 
     Returns:
-        An optimizer whose state is a `VeloState`, within that of accumulation and decay if there
-        is any. All of it is float32 and int32; updates have the dtype of the gradients.
+        An optimizer whose state is a `VeloState`, nested in the states of accumulation and decay if
+        used. All of it is float32 and int32; updates have the dtype of the gradients.
 
     Raises:
         ConfigError: a number is out of its range.
-        CheckpointError: the weights are missing, or are not those of such a network.
-        LossError: raised by `update` if `value` is missing or no scalar.
-        StateError: raised by `update` if `params` is missing.
+        CheckpointError: the weights are missing, or do not belong to such a network.
+        LossError: from `update`, if `value` is missing or not a scalar.
+        StateError: from `update`, if `params` is missing.
     """
     for name, count in (("total_steps", total_steps), ("accumulate_above", accumulate_above)):
         if not isinstance(count, Integral) or isinstance(count, bool) or count < 1:
-            raise ConfigError(f"{name} of VeLO is a whole number, at least 1, and is {count!r}.")
+            raise ConfigError(f"{name} of VeLO must be an int >= 1, and is {count!r}.")
     if not isinstance(weight_decay, int | float) or not 0 <= weight_decay < math.inf:
         raise ConfigError(f"weight_decay must be a finite number >= 0, and is {weight_decay!r}.")
     every = math.ceil(total_steps / accumulate_above)
@@ -115,11 +114,11 @@ def velo(
     tx = _velo(weights, total_steps // every)
     if weight_decay > 0:
         tx = optax.chain(tx, optax.add_decayed_weights(-weight_decay, mask))
-    return accumulate(tx, every, tail=False)  # as the original, which paces itself by windows
+    return accumulate(tx, every, tail=False)  # the original updates after whole windows only
 
 
 def _velo(weights: VeloWeights, num_steps: int) -> optax.GradientTransformationExtraArgs:
-    """Makes the optimizer without decay and accumulation."""
+    """Returns the optimizer without decay and accumulation."""
     network, settings = make_network(weights), weights.settings
     horizon = _BUGGED_HORIZON if settings.use_bugged_loss_features else num_steps
 
@@ -142,7 +141,7 @@ def _velo(weights: VeloWeights, num_steps: int) -> optax.GradientTransformationE
     ) -> tuple[Params, PyTree]:
         del extra_args
         grads, structure = jax.tree.flatten(updates)
-        if decay_only or not grads:  # optim.decays asks what else than the network moves parameters
+        if decay_only or not grads:  # optim.decays probes the decay without the network
             return jax.tree.map(jnp.zeros_like, updates), state
         loss = _checked_loss(value, params)
         losses, loss_features = update_loss_averages(state.losses, loss, horizon)
@@ -190,7 +189,7 @@ def _checked_loss(value: Any, params: Params | None) -> jax.Array:
     if value is None or jnp.shape(value) != ():
         given = "no `value`" if value is None else f"a `value` of shape {jnp.shape(value)}"
         raise LossError(
-            f"VeLO reads the loss, a scalar, and got {given}. Pass it: "
+            f"VeLO needs the loss, a scalar, and got {given}. Pass it: "
             "tx.update(grads, opt_state, params, value=loss), or "
             "state.apply_gradients(grads=grads, value=loss)."
         )

@@ -1,4 +1,4 @@
-"""What a HyperV2 network is built from, and the names and shapes of its meta-parameters."""
+"""The settings of HyperV2 networks, and the names and shapes of their meta-parameters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from distaff.errors import CheckpointError, ConfigError
 
 Path = tuple[str, ...]
-"""Where a meta-parameter stands in the published file; a name of Haiku may hold a slash."""
+"""The path of a meta-parameter in the published file; names from Haiku may contain a slash."""
 
 FEATURES_PER_TENSOR = 30
 FEATURES_PER_PARAMETER = (1, 1, 1, 3, 1, 3, 1, 3, 1, 3, 3, 3, 3, 3)
@@ -25,25 +25,25 @@ MLP_SHAPES = {
     "w2": (MLP_WIDTH, MLP_OUTPUTS),
     "b2": (MLP_OUTPUTS,),
 }
-"""The MLP of a tensor; in the file the rows of `w0` are apart, by kind of feature."""
+"""Shapes of a tensor's MLP; the file stores the rows of `w0` separately, by kind of feature."""
 
 _LARGEST_SIZE = 65536
 
 
 @dataclass(frozen=True)
 class VeloSettings:
-    """The settings in which published HyperV2 networks differ; the defaults are the original's.
+    """The settings in which published HyperV2 networks differ, with the original's defaults.
 
     Args:
-        lstm_hidden_size: width of the LSTM that looks at each tensor.
-        param_inits: how many MLPs are in the bank that those of the tensors are mixed from.
-        use_bugged_next_lstm_state: whether the LSTM forgets: each step starts from its initial
-            state. Older networks were trained so.
-        use_bugged_loss_features: whether the loss is averaged over about 10 steps however long the
-            run is, rather than over 10 to `total_steps` of them.
+        lstm_hidden_size: width of the LSTM over tensors.
+        param_inits: number of MLPs in the bank from which each tensor's MLP is mixed.
+        use_bugged_next_lstm_state: whether each step starts from the LSTM's initial state. Older
+            networks were trained so.
+        use_bugged_loss_features: whether the loss is averaged over about 10 steps whatever the
+            length of the run, rather than over 10 to `total_steps` steps.
 
     Raises:
-        ConfigError: a size is no whole number from 1 to 65536, or a switch is no bool.
+        ConfigError: a size is not an integer from 1 to 65536, or a switch is not a bool.
     """
 
     _: KW_ONLY
@@ -53,14 +53,15 @@ class VeloSettings:
     use_bugged_loss_features: bool = True
 
     def __post_init__(self) -> None:
-        """Refuses what no network has."""
         for each in fields(self):
             value = getattr(self, each.name)
             kind = type(each.default)
             in_range = kind is bool or (type(value) is int and 1 <= value <= _LARGEST_SIZE)
             if type(value) is not kind or not in_range:
                 rule = "True or False" if kind is bool else f"an int from 1 to {_LARGEST_SIZE}"
-                raise ConfigError(f"{each.name} of a VeLO network is {rule}, and is {value!r}.")
+                raise ConfigError(
+                    f"{each.name} of a VeLO network must be {rule}, and is {value!r}."
+                )
 
 
 RELEASED = VeloSettings(lstm_hidden_size=512, param_inits=256, use_bugged_loss_features=False)
@@ -69,11 +70,11 @@ RELEASED = VeloSettings(lstm_hidden_size=512, param_inits=256, use_bugged_loss_f
 
 @dataclass(frozen=True, eq=False)
 class VeloWeights:
-    """The meta-parameters of a HyperV2 network, as `read_weights` and `init_weights` make them.
+    """The meta-parameters of a HyperV2 network, from `read_weights` or `init_weights`.
 
     Args:
-        settings: what the network is built from.
-        arrays: float32 arrays by their path in the published file, of `weight_shapes(settings)`.
+        settings: settings of the network.
+        arrays: float32 arrays by their path in the published file, with `weight_shapes(settings)`.
 
     Raises:
         CheckpointError: an array is missing, unexpected, of another shape or dtype, or not finite.
@@ -83,23 +84,19 @@ class VeloWeights:
     arrays: Mapping[Path, np.ndarray] = field(repr=False)
 
     def __post_init__(self) -> None:
-        """Refuses arrays that are not of the network."""
         expected = weight_shapes(self.settings)
         for path in [*expected, *self.arrays]:
-            form = _form(self.arrays[path]) if path in self.arrays else "missing"
+            got = _describe(self.arrays[path]) if path in self.arrays else "missing"
             needed = f"float32{list(expected[path])}" if path in expected else "nothing"
-            if form != needed:
+            if got != needed:
                 raise CheckpointError(
-                    f"A network of {self.settings} has {needed} at {'/'.join(path)!r}, and what is "
-                    f"given there is {form}."
+                    f"A network of {self.settings} has {needed} at {'/'.join(path)!r}; got {got}."
                 )
             if not np.isfinite(self.arrays[path]).all():
-                raise CheckpointError(
-                    f"Weights are finite, and some at {'/'.join(path)!r} are not."
-                )
+                raise CheckpointError(f"Some weights at {'/'.join(path)!r} are not finite.")
 
 
-def _form(leaf: Any) -> str:
+def _describe(leaf: Any) -> str:
     is_array = isinstance(leaf, np.ndarray)
     return f"{leaf.dtype}{list(leaf.shape)}" if is_array else type(leaf).__name__
 
@@ -126,14 +123,14 @@ def weight_shapes(settings: VeloSettings) -> dict[Path, tuple[int, ...]]:
 
 
 def init_weights(settings: VeloSettings, seed: int = 0) -> VeloWeights:
-    """Draws a network as meta-training starts from: an optimizer that has learned nothing.
+    """Returns random weights from which meta-training starts: an untrained optimizer.
 
     Args:
-        settings: what the network is built from.
-        seed: of the random numbers.
+        settings: settings of the network.
+        seed: seed of the random numbers.
 
     Returns:
-        Weights from a normal distribution cut off at two standard deviations of
+        Weights from a normal distribution truncated at two standard deviations of
         `1 / sqrt(inputs)`; biases and the LSTM's initial state are zero.
     """
     random = np.random.default_rng(seed)

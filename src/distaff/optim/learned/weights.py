@@ -1,4 +1,4 @@
-"""Reading VeLO's meta-parameters from a folder, in the form in which they are published."""
+"""Reads VeLO's meta-parameters from a folder in their published format."""
 
 from __future__ import annotations
 
@@ -20,60 +20,54 @@ _FOLDER = f"gresearch/learned_optimization/pretrained_lopts/{_NAME}"
 WHERE_TO_GET = (
     "VeLO's weights are not shipped with this package. Fetch the two files `params` (9.3 MB) and "
     f"`config.gin` from gs://{_FOLDER}/, for instance as "
-    f"https://storage.googleapis.com/{_FOLDER}/params, and put both into one folder of your own, "
-    'whose path is then the option: OptimizerConfig("velo", options={"weights": "/that/folder"}).'
+    f"https://storage.googleapis.com/{_FOLDER}/params, put both into one folder, and pass its path "
+    'as an option: OptimizerConfig("velo", options={"weights": "/that/folder"}).'
 )
-"""What to fetch, and where to put it."""
+"""Instructions for downloading the weights."""
 
 _FILES = {"config.gin": 2**17, "params": 2**27}
 
 
 def read_weights(folder: str | os.PathLike[str]) -> VeloWeights:
-    """Reads a folder with the files `params` and `config.gin`.
+    """Reads VeLO's settings and arrays from a folder with the files `params` and `config.gin`.
 
-    Nothing of it is run or looked up by name. The files must be whole, regular and no links; their
-    names, shapes and dtypes those of a HyperV2 network with the settings of `config.gin`; and every
-    number finite. Any other is refused.
-
-    Args:
-        folder: its path; `~` is the home directory.
-
-    Returns:
-        The settings and arrays.
+    Nothing in it is executed or looked up by name. The files must be whole regular files, not
+    links, with the names, shapes and dtypes of a HyperV2 network with the settings of `config.gin`,
+    and only finite numbers.
 
     Raises:
-        CheckpointError: a file is missing, or not as it must be.
+        CheckpointError: a file is missing or invalid.
     """
     path = as_path(folder, "The folder of the weights")
     config, params = (_read(path / name, most) for name, most in _FILES.items())
     try:
         settings = read_settings(config.decode())
-        return VeloWeights(settings, _flat(read_tree(params)))
+        return VeloWeights(settings, _arrays(read_tree(params)))
     except (CheckpointError, UnicodeDecodeError) as error:
         raise CheckpointError(
-            f"The weights in {path} cannot be used: {error} Fetch both files anew. {WHERE_TO_GET}"
+            f"The weights in {path} cannot be used: {error} Fetch both files again. {WHERE_TO_GET}"
         ) from error
 
 
 def _read(path: Path, most: int) -> bytes:
     try:
-        found = path.lstat()
-        is_plain = stat.S_ISREG(found.st_mode) and found.st_size <= most
+        status = path.lstat()
+        is_plain = stat.S_ISREG(status.st_mode) and status.st_size <= most
         data = path.read_bytes() if is_plain else b""
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}. {WHERE_TO_GET}") from error
     if not is_plain:
         raise CheckpointError(
-            f"{path} must be a regular file, no link, of at most {most} bytes, and is "
-            f"{stat.filemode(found.st_mode)} of {found.st_size} bytes. {WHERE_TO_GET}"
+            f"{path} must be a regular file, not a link, of at most {most} bytes, and is "
+            f"{stat.filemode(status.st_mode)} of {status.st_size} bytes. {WHERE_TO_GET}"
         )
     return data
 
 
-def _flat(tree: Any) -> dict[tuple[str, ...], Any]:
-    """Returns the arrays of a checkpoint of meta-training, by their path."""
+def _arrays(tree: Any) -> dict[tuple[str, ...], Any]:
+    """Returns the arrays of a checkpoint of meta-training by path."""
     if not isinstance(tree, dict) or set(tree) != {"params", "gen_id", "step"}:
-        raise CheckpointError("It must hold `params`, `gen_id` and `step`, and nothing else.")
+        raise CheckpointError("params must hold `params`, `gen_id` and `step` only.")
     return dict(_leaves(tree["params"], ()))
 
 

@@ -1,1 +1,1 @@
-"""Optax transformations, and what a step offers to them."""
+"""Optax transformations, and the extra arguments that a step passes to them."""

@@ -1,4 +1,4 @@
-"""The optimizer slot: what a step offers to its optimizer beside the gradient, and who takes it."""
+"""Extra arguments of optimizers: passes to each `update` only those that it accepts."""
 
 from __future__ import annotations
 
@@ -17,15 +17,13 @@ from distaff.core.typing import Params, PyTree
 from distaff.errors import StateError, leaf_name
 from distaff.optim.gradients import check_gradients, descending, is_complex, num_per_example
 
-_REFUSED = re.compile(r"unexpected keyword argument '(\w+)'")
-_ASKED = re.compile(r"missing \d+ required keyword-only argument|must be provided")
-
+_UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
+_MISSING = re.compile(r"missing \d+ required keyword-only argument|must be provided")
 
 FLUSH = "flush"
-"""What asks an optimizer that accumulates for an update before its window is full.
+"""The argument that requests an update from an optimizer that accumulates, before a window is full.
 
-`"end"` offers no gradient, and asks for an update of those that it has; `"now"` for one with this
-gradient.
+`"end"` requests one from the gradients accumulated so far, `"now"` one including this gradient.
 """
 
 
@@ -34,10 +32,10 @@ class AccumulateState(NamedTuple):
 
     Attributes:
         count: micro-steps since the last update, int32 `[]`.
-        grads: the weighted sum of their gradients, in float32 or wider.
-        value: the weighted sum of their losses, float32 `[]`; 0 where none are given.
-        weight: the sum of their weights, float32 `[]`.
-        num_updates: updates so far, int32 `[]`.
+        grads: weighted sum of their gradients, in float32 or wider.
+        value: weighted sum of their losses, float32 `[]`; 0 if none are passed.
+        weight: sum of their weights, float32 `[]`.
+        num_updates: number of updates, int32 `[]`.
         inner: the state of the optimizer itself.
     """
 
@@ -50,61 +48,58 @@ class AccumulateState(NamedTuple):
 
 
 class Described(optax.GradientTransformationExtraArgs):
-    """An optimizer that says more of itself than Optax asks for.
+    """An optimizer with facts that Optax has no field for.
 
     Attributes:
-        rates: from parameters to learning rates by update, by the name they are logged under.
-        keeps: whether the running statistics at a path stay as they are.
+        rates: a function from parameters to learning rates by update, by their name in the log.
+        keeps: whether the running statistics at a path stay unchanged.
     """
 
     rates: Callable[[Params], Mapping[str, Callable[[Any], Any]]] | None = None
     keeps: Callable[[str], bool] | None = None
 
 
-def described(tx: optax.GradientTransformationExtraArgs, like: Any = None, **facts: Any) -> Any:
-    """Returns an optimizer with a description.
-
-    Args:
-        tx: the optimizer.
-        like: one whose description it takes over, if it has any.
-        **facts: attributes of `Described`.
-    """
-    made = Described(tx.init, tx.update)
+def with_description(
+    tx: optax.GradientTransformationExtraArgs, like: Any = None, **facts: Any
+) -> Any:
+    """Returns an optimizer with facts, attributes of `Described`, by default those from `like`."""
+    described = Described(tx.init, tx.update)
     facts = {"rates": getattr(like, "rates", None), "keeps": getattr(like, "keeps", None), **facts}
     for name, value in facts.items():
-        setattr(made, name, value)
-    return made
+        setattr(described, name, value)
+    return described
 
 
-def found(opt_state: PyTree, *kinds: type) -> Iterator[Any]:
-    """Yields the states of some kinds in an optimizer's state, the outermost of each branch."""
+def find_states(opt_state: PyTree, *types: type) -> Iterator[Any]:
+    """Yields the outermost states of the given types in an optimizer's state."""
 
-    def is_found(node: Any) -> bool:
-        return isinstance(node, kinds)
+    def is_match(node: Any) -> bool:
+        return isinstance(node, types)
 
-    return filter(is_found, jax.tree.leaves(opt_state, is_leaf=is_found))
+    return filter(is_match, jax.tree.leaves(opt_state, is_leaf=is_match))
 
 
-def holds(opt_state: PyTree, *kinds: type) -> bool:
-    """Returns whether an optimizer's state has one of these kinds in it."""
-    return next(found(opt_state, *kinds), None) is not None
+def contains(opt_state: PyTree, *types: type) -> bool:
+    """Returns whether an optimizer's state contains a state of one of the given types."""
+    return next(find_states(opt_state, *types), None) is not None
 
 
 def with_known_args(
     tx: optax.GradientTransformation | optax.MultiSteps,
 ) -> optax.GradientTransformationExtraArgs:
-    """Wraps an optimizer so that, of all arguments offered to its `update`, it gets those it takes.
+    """Wraps an optimizer so that its `update` gets only those extra arguments that it accepts.
 
     An `update` with `**extra_args` gets all of them, any other those that it names. Optax's
-    `with_extra_args_support` goes by the type instead: with it `optax.contrib.sam` fails on what it
-    does not name, and `optax.MultiSteps(...).gradient_transformation()` loses what it would take.
+    `with_extra_args_support` decides by type instead: `optax.contrib.sam` then fails on arguments
+    it does not name, and `optax.MultiSteps(...).gradient_transformation()` loses arguments it
+    accepts.
 
     Args:
-        tx: any Optax optimizer. Where its `update` names `grad_fn`, and only `value_fn` is offered,
-            it gets the gradient of that: `grad_fn(params, step)`, as SAM calls it.
+        tx: any Optax optimizer. If its `update` names `grad_fn`, and only `value_fn` is passed, it
+            gets the gradient of that: `grad_fn(params, step)`, as SAM calls it.
 
     Returns:
-        An optimizer of the same states and updates.
+        An optimizer with the same states and updates.
     """
     if isinstance(tx, optax.MultiSteps):
         tx = tx.gradient_transformation()
@@ -139,88 +134,85 @@ def update(
     Args:
         tx: the optimizer.
         grads: gradient of the loss.
-        opt_state: its state.
+        opt_state: state of the optimizer.
         params: the parameters.
-        offered: further arguments by name; what is None is left out. A `value_fn` may then be
-            asked about parameters of which `optax.masked` shows only some: the others are held.
+        offered: extra arguments by name; None to leave one out. Under `optax.masked`, a `value_fn`
+            may be called with a part of the parameters, and holds the others fixed.
 
     Raises:
-        StateError: the optimizer needs an argument that is not there, or one inside of it does not
-            take one that is.
+        StateError: the optimizer needs an argument that is missing, or an inner one rejects an
+            argument.
     """
     given = {name: arg for name, arg in offered.items() if arg is not None}
     if "value_fn" in given:
-        given["value_fn"] = _of_shown(given["value_fn"], params)
-        if holds(opt_state, optax.contrib.HutchinsonState, optax.contrib.SophiaState):
+        given["value_fn"] = _accepting_masked(given["value_fn"], params)
+        if contains(opt_state, optax.contrib.HutchinsonState, optax.contrib.SophiaState):
             given.setdefault("obj_fn", given["value_fn"])
-    if holds(opt_state, optax.ScaleByBacktrackingLinesearchState) and is_complex(grads):
+    if contains(opt_state, optax.ScaleByBacktrackingLinesearchState) and is_complex(grads):
         raise StateError(
-            "optax.scale_by_backtracking_linesearch does not search along complex parameters: it "
-            "takes the slope for another one. Use optax.scale_by_zoom_linesearch or optax.lbfgs."
+            "optax.scale_by_backtracking_linesearch does not support complex parameters: it "
+            "computes a wrong slope. Use optax.scale_by_zoom_linesearch or optax.lbfgs."
         )
     try:
         updates, new_state = with_known_args(tx).update(
             grads, opt_state, params, grad=grads, **given
         )
-        return updates, _with_still_averages(opt_state, new_state, updates)
+        return updates, _with_frozen_averages(opt_state, new_state, updates)
     except (TypeError, ValueError) as error:
-        refused = _REFUSED.search(str(error))
-        if refused is not None and refused[1] in {"grad", *given}:
+        unexpected = _UNEXPECTED.search(str(error))
+        if unexpected is not None and unexpected[1] in {"grad", *given}:
             raise StateError(
-                "optax.chain, partition and the like hand all that a step offers to each of their "
-                f"optimizers, and one of these does not take {refused[1]!r} ({error}). Put it "
-                "outermost, or wrap it: distaff.optim.with_known_args(optimizer)."
+                "optax.chain, partition and similar wrappers pass all extra arguments to each of "
+                f"their optimizers, and one of these does not accept {unexpected[1]!r} ({error}). "
+                "Put it outermost, or wrap it: distaff.optim.with_known_args(optimizer)."
             ) from error
-        if _ASKED.search(str(error)):
+        if _MISSING.search(str(error)):
             raise StateError(
-                f"The optimizer asks for more than {', '.join(['grad', *given])}, which it was "
-                f"offered ({error}). Call state.apply_gradients(grads=grads, value=loss, "
-                "value_fn=lambda params: ...), with any other argument in optimizer_args."
+                f"The optimizer needs more than {', '.join(['grad', *given])} ({error}). Call "
+                "state.apply_gradients(grads=grads, value=loss, value_fn=lambda params: ...), with "
+                "any other argument in optimizer_args."
             ) from error
         raise
 
 
-def prepared(grads: Params, opt_state: PyTree, whole: Params) -> Params:
-    """Returns gradients as an optimizer takes them: checked, and pointing uphill.
-
-    Their shapes are those of the parameters, or have one more axis, of examples, in front.
+def prepare_gradients(grads: Params, opt_state: PyTree, whole: Params) -> Params:
+    """Checks gradients, and conjugates complex ones so that they point uphill.
 
     Args:
-        grads: gradients, as `jax.grad` returns them.
-        opt_state: the state of the optimizer that is to take them.
+        grads: gradients from `jax.grad`, with the shapes of the parameters, or with a leading axis
+            of examples.
+        opt_state: state of the optimizer.
         whole: the parameters.
 
     Raises:
-        StateError: they have other shapes, or an optimizer that needs the gradient of each example
-            is given their mean.
+        StateError: they have other shapes, or the optimizer needs the gradient of each example.
     """
-    if holds(opt_state, optax.LookaheadState) and not isinstance(whole, optax.LookaheadParams):
+    if contains(opt_state, optax.LookaheadState) and not isinstance(whole, optax.LookaheadParams):
         raise StateError(
-            "optax.lookahead trains optax.LookaheadParams, and the parameters are of type "
-            f"{type(whole).__name__}. Make the state with "
+            "optax.lookahead trains optax.LookaheadParams, but the parameters are of type "
+            f"{type(whole).__name__}. Create the state with "
             "params=optax.LookaheadParams.init_synced(params), differentiate the loss with respect "
             "to state.params.fast, and evaluate with state.params.slow."
         )
     params = whole
     if isinstance(whole, optax.LookaheadParams):
         params, grads = whole.fast, getattr(grads, "fast", grads)
-    is_private = holds(opt_state, optax.contrib.DifferentiallyPrivateAggregateState)
     if num_per_example(grads, params) is not None:
         return descending(grads)
     check_gradients(grads, params)
-    if is_private:
+    if contains(opt_state, optax.contrib.DifferentiallyPrivateAggregateState):
         raise StateError(
             "optax.contrib.dpsgd clips the gradient of each example and adds noise to their mean, "
-            "so it needs gradients [examples, *shape]; it was given the mean gradient of a batch, "
-            "for which its noise protects nobody. Override create_functions with a train_step "
+            "so it needs gradients [examples, *shape]; it got the mean gradient of a batch, where "
+            "its noise does not protect privacy. Override create_functions with a train_step "
             "that computes jax.vmap(jax.grad(loss), (None, 0))(state.params, batch), and returns "
             "state.apply_gradients(grads=...)."
         )
     return descending(grads)
 
 
-def kept_statistics(tx: Any, before: PyTree, after: PyTree) -> PyTree:
-    """Returns running statistics after a step, those of frozen parts as they were before it."""
+def keep_frozen_statistics(tx: Any, before: PyTree, after: PyTree) -> PyTree:
+    """Returns running statistics after a step, with frozen parts as before it."""
     keeps = getattr(tx, "keeps", None)
     if keeps is None or jax.tree.structure(before) != jax.tree.structure(after):
         return after
@@ -230,63 +222,63 @@ def kept_statistics(tx: Any, before: PyTree, after: PyTree) -> PyTree:
 
 
 def is_masked(node: Any) -> bool:
-    """Tells whether a node of a pytree stands for parameters that a mask hides."""
+    """Returns whether a node of a pytree replaces masked parameters."""
     return isinstance(node, optax.MaskedNode)
 
 
-def filled(shown: PyTree, params: Params) -> Params:
-    """Returns a pytree with what a mask hides of it taken from `params`."""
+def unmask(shown: PyTree, params: Params) -> Params:
+    """Returns a pytree whose masked leaves are taken from `params`."""
     return jax.tree.map(
         lambda own, full: full if is_masked(own) else own, shown, params, is_leaf=is_masked
     )
 
 
-def _of_shown(value_fn: Callable[..., jax.Array], params: Params) -> Callable[..., jax.Array]:
-    """Returns `value_fn` as a function of parameters some of which are masked, and then held."""
+def _accepting_masked(
+    value_fn: Callable[..., jax.Array], params: Params
+) -> Callable[..., jax.Array]:
+    """Returns `value_fn` as a function of partly masked parameters; masked ones are held fixed."""
 
     @functools.wraps(value_fn)  # A line search reads its signature.
     def of_shown(shown: Params, *args: Any, **kwargs: Any) -> jax.Array:
-        # A copy is not taken for the state's own parameters, and costs nothing in a program.
-        whole = jax.tree.map(jnp.copy, filled(shown, params))
+        # A copy differs from the state's own parameters, and costs nothing in a program.
+        whole = jax.tree.map(jnp.copy, unmask(shown, params))
         return value_fn(whole, *args, **kwargs)
 
     return of_shown
 
 
-def _with_still_averages(before: PyTree, after: PyTree, updates: Params) -> PyTree:
-    """Returns an optimizer's state in which averages of frozen parameters stand still, too.
+def _with_frozen_averages(before: PyTree, after: PyTree, updates: Params) -> PyTree:
+    """Returns an optimizer's state in which averages of frozen parameters are unchanged.
 
-    `optax.contrib.schedule_free` moves the point that it averages, whatever a transformation behind
-    it, such as `optax.freeze`, then leaves of the update; a model is evaluated with the average.
+    `optax.contrib.schedule_free` moves the point that it averages even if a later transformation,
+    such as `optax.freeze`, drops the update; the average is used for evaluation.
     """
     kind = optax.contrib.ScheduleFreeState
 
     def is_average(node: Any) -> bool:
         return isinstance(node, kind)
 
-    def still(old: Any, new: Any) -> Any:
-        if not is_average(new) or not _is_of(new.z, updates):
+    def freeze(old: Any, new: Any) -> Any:
+        if not is_average(new) or not _has_structure(new.z, updates):
             return new
         moved = jax.tree.map(
-            lambda z, z_before, update: z if is_masked(z) else _if_any(update, z, z_before),
+            lambda z, z_before, update: (
+                z if is_masked(z) else jnp.where((update != 0).any(), z, z_before)
+            ),
             *(new.z, old.z, updates),
             is_leaf=is_masked,
         )
         return new._replace(z=moved)
 
-    if not holds(after, kind):
+    if not contains(after, kind):
         return after
-    return jax.tree.map(still, before, after, is_leaf=is_average)
+    return jax.tree.map(freeze, before, after, is_leaf=is_average)
 
 
-def _is_of(shown: PyTree, params: Params) -> bool:
-    """Returns whether a tree has the structure of parameters, but for masked ones."""
+def _has_structure(shown: PyTree, params: Params) -> bool:
+    """Returns whether a tree has the structure of parameters, apart from masked ones."""
     try:
         jax.tree.map(lambda *_: None, shown, params, is_leaf=is_masked)
     except (TypeError, ValueError):
         return False
     return True
-
-
-def _if_any(update: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
-    return jnp.where((update != 0).any(), new, old)

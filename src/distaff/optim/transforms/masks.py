@@ -1,4 +1,4 @@
-"""Which parameters weight decay applies to."""
+"""Selection of the parameters that weight decay applies to."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ _WORDS = {"bias", "biases", "scale", "scales", "gamma", "beta", "offset", "shift
 _BIAS = re.compile(r"b\d*|b_.*")
 _NORM = re.compile(r"norm|(^|_)(ln|bn|gn|rms)(_|\d|$)", re.IGNORECASE)
 _UNIT_NAMES = {"weight", "w", "g"}
-"""How a norm layer may call its scale, where its name does not say what it is."""
+"""Names of a norm layer's scale that other layers use for weights."""
 
 
 def decay_mask(params: Params) -> PyTree:
     """Returns for each parameter whether weight decay applies to it.
 
     Decay is for matrices, kernels and embeddings. Biases and the scales of norm layers set the
-    offset and the size of activations, where a pull towards zero does harm. They are spared, also
-    where they are stacked over layers, `[layers, features]`:
+    offset and size of activations, where a pull towards zero does harm. They are excluded, even if
+    stacked over layers, `[layers, features]`:
 
     * leaves of fewer than two axes;
     * leaves with one of the words bias, scale, gamma, beta, offset, shift or gain in their name,
-      such as `bias_ih`, and those called `b`, `b1`, `b_...` (but for a `b` alongside an `a`, as in
+      such as `bias_ih`, and those called `b`, `b1`, `b_...` (except a `b` alongside an `a`, as in
       LoRA);
-    * leaves called `weight`, `w` or `g` of a layer whose name says that it normalises (`norm`,
+    * leaves called `weight`, `w` or `g` of a layer whose name indicates a norm (`norm`,
       `LayerNorm_0`, `ln_1`), or whose bias has the same shape.
 
     Args:
         params: a pytree of arrays, or of anything with `shape`.
 
     Returns:
-        A pytree of bool with the structure of `params`, as the `mask` argument of Optax takes it.
+        A pytree of bool with the structure of `params`, for the `mask` argument of Optax.
 
     Example:
         >>> decay_mask({"kernel": np.ones([3, 2]), "bias": np.ones([2])})
@@ -59,11 +59,9 @@ def decay_mask(params: Params) -> PyTree:
 def make_decay_mask(
     no_decay: Sequence[str] = (), also_decay: Sequence[str] = ()
 ) -> Callable[[Params], PyTree]:
-    """Returns `decay_mask` with exceptions by the path of a parameter.
+    """Returns `decay_mask` with exceptions: shell patterns for the paths of parameters.
 
-    Args:
-        no_decay: shell patterns of paths that are not decayed.
-        also_decay: those that are, though `decay_mask` spares them; `no_decay` comes first.
+    `no_decay` wins over `also_decay`.
     """
     if not no_decay and not also_decay:
         return decay_mask
@@ -81,14 +79,10 @@ def make_decay_mask(
 
 
 def check_patterns(patterns: Mapping[str, Sequence[str]], params: Params) -> None:
-    """Checks that each pattern matches the path of a parameter.
-
-    Args:
-        patterns: by the option that holds them.
-        params: all parameters of the model.
+    """Checks that each pattern, by option, matches the path of a parameter.
 
     Raises:
-        ConfigError: one matches none.
+        ConfigError: a pattern matches none.
     """
     names = [leaf_name(path) for path, _ in jax.tree.leaves_with_path(params)]
     for option, each in patterns.items():
@@ -101,7 +95,7 @@ def check_patterns(patterns: Mapping[str, Sequence[str]], params: Params) -> Non
 
 
 def _names(path: tuple[Any, ...]) -> tuple[str, str]:
-    """Returns the path of what holds a leaf, and the leaf's name; a box around it has none."""
+    """Returns the path of a leaf's parent, and the leaf's name; skips a box around the leaf."""
     keys = [jax.tree_util.keystr((key,), simple=True) for key in path]
     if len(keys) > 1 and keys[-1] == "value" and isinstance(path[-1], jax.tree_util.GetAttrKey):
         keys.pop()

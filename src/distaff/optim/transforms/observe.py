@@ -1,4 +1,4 @@
-"""What an optimizer makes of a gradient: the angle between the two, and their lengths."""
+"""Observation of an optimizer: angle between gradient and update, and their norms."""
 
 from __future__ import annotations
 
@@ -10,15 +10,20 @@ import optax
 
 from distaff.core.typing import Params, PyTree
 from distaff.errors import StateError
-from distaff.optim.transforms.extra_args import FLUSH, described, with_known_args
+from distaff.optim.transforms.extra_args import (
+    FLUSH,
+    find_states,
+    with_description,
+    with_known_args,
+)
 
 
 class Geometry(NamedTuple):
-    """How the latest update lies to the gradient it was made from, over all parameters together.
+    """The latest update compared with its gradient, over all parameters together.
 
     Attributes:
-        cosine: of the angle between the update and the negative gradient, float32 `[]`: 1 for
-            steepest descent, 0 where they are orthogonal, or one of them is zero.
+        cosine: cosine of the angle between the update and the negative gradient, float32 `[]`: 1
+            for steepest descent, 0 if they are orthogonal or one of them is zero.
         grad_norm: Euclidean norm of the gradient, float32 `[]`.
         update_norm: Euclidean norm of the update, float32 `[]`.
     """
@@ -33,7 +38,7 @@ class ObservedState(NamedTuple):
 
     Attributes:
         inner: the state of the optimizer itself.
-        geometry: of its latest update; zeros before the first.
+        geometry: geometry of its latest update; zeros before the first.
     """
 
     inner: PyTree
@@ -41,17 +46,18 @@ class ObservedState(NamedTuple):
 
 
 def observed(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Wraps an optimizer so that its state also tells how each update lies to its gradient.
+    """Wraps an optimizer so that its state records the geometry of each update.
 
-    The updates stay the same, bit for bit; it costs three dot products per step and keeps three
-    numbers. The gradient is what this wrapper is given: outside of a chain, before any clipping.
+    The updates stay the same, bit for bit. It costs three dot products per step and stores three
+    numbers. The gradient is the one passed to this wrapper; outside of a chain, that is before any
+    clipping.
 
     Args:
-        tx: any Optax optimizer; extra arguments of `update` are handed on to it.
+        tx: any Optax optimizer; it gets extra arguments of `update`.
 
     Returns:
-        The optimizer, whose state is an `ObservedState`; `geometry(opt_state)` finds what is new
-        in it, wherever it is nested.
+        The optimizer, whose state is an `ObservedState`; read it with `geometry(opt_state)`,
+        however deeply it is nested.
 
     Example:
         >>> tx = observed(optax.sgd(0.1))
@@ -71,46 +77,41 @@ def observed(tx: optax.GradientTransformation) -> optax.GradientTransformationEx
         grads = updates
         updates, inner_state = inner.update(grads, state.inner, params, **extra_args)
         has_gradient = extra_args.get(FLUSH) != "end"
-        seen = _geometry(grads, updates) if has_gradient else state.geometry
-        return updates, ObservedState(inner_state, seen)
+        latest = _geometry(grads, updates) if has_gradient else state.geometry
+        return updates, ObservedState(inner_state, latest)
 
-    return described(optax.GradientTransformationExtraArgs(init, update), inner)
+    return with_description(optax.GradientTransformationExtraArgs(init, update), inner)
 
 
 def geometry(opt_state: PyTree) -> Geometry:
-    """Returns what the one observed optimizer in a state has kept.
+    """Returns the geometry of the latest update of an observed optimizer.
 
     Args:
-        opt_state: the state of an optimizer with `observed` in it, at any depth.
+        opt_state: the state of an optimizer with one `observed` in it, at any depth.
 
     Raises:
-        StateError: there is none, or there are several.
+        StateError: there is not exactly one.
     """
-
-    def is_found(node: Any) -> bool:
-        return isinstance(node, ObservedState)
-
-    nodes = jax.tree.leaves(opt_state, is_leaf=is_found)
-    found = [node.geometry for node in nodes if is_found(node)]
-    if len(found) != 1:
+    states = list(find_states(opt_state, ObservedState))
+    if len(states) != 1:
         raise StateError(
-            f"The state must be of one observed optimizer, and holds {len(found)}. Wrap the "
+            f"The state must be that of one observed optimizer, and holds {len(states)}. Wrap the "
             "optimizer, once: optim.observed(optax.adam(1e-3))."
         )
-    return found[0]
+    return states[0].geometry
 
 
 def _geometry(grads: Params, updates: Params) -> Geometry:
     grad_norm, update_norm = jnp.sqrt(_dot(grads, grads)), jnp.sqrt(_dot(updates, updates))
     lengths = grad_norm * update_norm
     cosine = -_dot(grads, updates) / jnp.where(lengths == 0, 1, lengths)
-    # Rounding may leave a cosine a little beyond 1.
+    # Rounding may bring a cosine slightly above 1.
     cosine = jnp.clip(cosine, -1, 1)
     return Geometry(cosine, grad_norm, update_norm)
 
 
 def _dot(left: Params, right: Params) -> jax.Array:
-    """Returns the inner product of two trees, float32 `[]`; of complex ones its real part."""
+    """Returns the (real part of the) inner product of two trees, float32 `[]`."""
 
     def product(a: jax.Array, b: jax.Array) -> jax.Array:
         if jnp.iscomplexobj(a):

@@ -1,4 +1,4 @@
-"""Which group of an optimizer a parameter belongs to, by the pattern of its path."""
+"""Assignment of parameters to the groups of an optimizer, by path."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from distaff.optim.config import ParamGroup
 
 
 def group_labels(groups: Sequence[ParamGroup]) -> Callable[[Params], PyTree]:
-    """Returns a function from parameters to labels, as `optax.partition` takes it.
+    """Returns a function from parameters to labels, for `optax.partition`.
 
-    The label of a parameter is the index of the first group whose pattern matches its path, and
-    `len(groups)` where none does. The function raises ConfigError if a group gets no parameter.
+    The label of a parameter is the index of the first group whose pattern matches its path, or
+    `len(groups)` if none does. The function raises ConfigError if a group gets no parameter.
     """
 
     def label_of(path: tuple) -> int:
@@ -39,14 +39,14 @@ def group_labels(groups: Sequence[ParamGroup]) -> Callable[[Params], PyTree]:
 
 
 def is_trained(groups: Sequence[ParamGroup]) -> Callable[[Params], PyTree]:
-    """Returns a function from parameters to a mask: False for those that a group freezes."""
+    """Returns a function from parameters to a mask, which is False for frozen ones."""
     labels = group_labels(groups)
     freezes = [*(group.freeze for group in groups), False]
     return lambda params: jax.tree.map(lambda label: not freezes[label], labels(params))
 
 
 def keeps_statistics(groups: Sequence[ParamGroup]) -> Callable[[str], bool] | None:
-    """Returns whether running statistics at a path stay as they are; None where none do."""
+    """Returns a predicate for paths of frozen running statistics; None if no group freezes any."""
     if not any(group.freeze and group.freeze_statistics for group in groups):
         return None
 
@@ -59,7 +59,7 @@ def keeps_statistics(groups: Sequence[ParamGroup]) -> Callable[[str], bool] | No
 
 
 def group_names(groups: Sequence[ParamGroup]) -> list[str]:
-    """Returns a name for each group, for the log: its pattern without what loggers refuse."""
+    """Returns the name of each group in the log: its pattern without special characters."""
     names: list[str] = []
     for index, group in enumerate(groups):
         name = re.sub(r"[^\w./-]+", "", group.pattern).strip("/.") or "all"
@@ -68,8 +68,8 @@ def group_names(groups: Sequence[ParamGroup]) -> list[str]:
 
 
 def frozen() -> optax.GradientTransformation:
-    """Makes the transformation that leaves parameters as they are, bit for bit."""
-    # optax.set_to_zero would not: -0.0 + 0.0 is 0.0, whereas x + -0.0 is x for every x.
+    """Returns the transformation that leaves parameters unchanged, bit for bit."""
+    # optax.set_to_zero would turn -0.0 into 0.0, but x + -0.0 is x for every x.
     return optax.stateless(
         lambda updates, _: jax.tree.map(lambda leaf: jnp.full_like(leaf, -0.0), updates)
     )
@@ -79,8 +79,8 @@ def _without_parameters(pattern: str, params: Params) -> ConfigError:
     names = [leaf_name(path) for path, _ in jax.tree.leaves_with_path(params)]
     if fnmatch.filter(names, pattern):
         return ConfigError(
-            f"ParamGroup({pattern!r}) is without effect: earlier groups have all the parameters "
-            "it matches, and the first match counts. Put the narrower pattern first."
+            f"ParamGroup({pattern!r}) has no effect: earlier groups match all its parameters, and "
+            "the first match counts. Put the narrower pattern first."
         )
     return ConfigError(
         "The pattern of a ParamGroup must match the path of a parameter, and "

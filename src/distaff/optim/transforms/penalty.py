@@ -1,4 +1,4 @@
-"""The L2 penalty, and whether an optimizer decays the parameters by itself."""
+"""The L2 penalty, and a test whether an optimizer decays parameters itself."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from distaff.optim.transforms.masks import decay_mask
 
 _PROBED_STEPS = 64
 _COUNTS = [*range(1, 1025), *(2**k + j for k in range(11, 31) for j in (-1, 0, 2 ** (k - 1)))]
-"""Counts of steps, and of micro-steps in a window, from which two more are probed."""
+"""Counts of steps, or of micro-steps in a window, after which two more steps are probed."""
 
 _ROUNDING = 1e-13
 
@@ -28,18 +28,18 @@ def l2_loss(
 ) -> jax.Array:
     """Returns the L2 penalty `coefficient / 2 * sum(p ** 2)`, a scalar.
 
-    The factor of one half makes its gradient `coefficient * p`: the coefficient is then the
-    `weight_decay` of SGD (`OptimizerConfig("sgd", weight_decay=...)` is the same training).
+    Its gradient is `coefficient * p`, so the coefficient equals the `weight_decay` of SGD:
+    `OptimizerConfig("sgd", weight_decay=...)` trains identically.
 
-    Prefer the weight decay of an optimizer. It costs no pass over the parameters in the loss, and
+    Prefer the weight decay of an optimizer. It needs no pass over the parameters in the loss, and
     in an adaptive optimizer L2 is not weight decay (Loshchilov & Hutter 2019, arXiv:1711.05101).
-    In a loss function use `ctx.add_l2_loss`: the reported loss then holds no penalty.
+    In a loss function use `ctx.add_l2_loss`, which keeps the penalty out of the reported loss.
 
     Args:
         params: the loss function's own `params` argument.
         coefficient: strength of the penalty.
-        mask: which parameters it applies to: a pytree of bool like `params`, or a function that
-            makes it. By default biases and norm scales are left alone.
+        mask: the parameters to penalise: a pytree of bool like `params`, or a function that returns
+            one. By default all except biases and norm scales.
 
     Raises:
         ConfigError: `coefficient` is negative, infinite or NaN.
@@ -58,26 +58,26 @@ def _square(leaf: jax.Array) -> jax.Array:
 
 
 def _wide(leaf: jax.Array) -> jax.Array:
-    """Returns floats of at least 32 bits: a sum in half precision stands still."""
+    """Converts half precision to float32, in which a sum does not stall."""
     is_half = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize < 4
     return leaf.astype(jnp.float32) if is_half else leaf
 
 
 def decays(tx: optax.GradientTransformation, params: Params) -> bool:
-    """Tells whether an optimizer pulls parameters towards zero by itself, as weight decay does.
+    """Returns whether an optimizer pulls parameters towards zero itself, like weight decay.
 
-    Without a gradient, only decay moves parameters of one in another way than parameters of zero.
-    That is tried out, in 64 bits, on parameters named like `params`, of at most 2 along each axis:
-    64 steps, and then two steps from each of many counts of steps before, so that a warm-up from 0,
-    a schedule that begins late, or an accumulation of gradients does not hide the decay.
+    Without a gradient, only decay moves parameters of one differently from parameters of zero. This
+    is tested in 64 bits, on parameters named like `params`, of at most 2 along each axis: 64 steps,
+    then two steps after each of many counts of earlier steps, so that a warm-up from 0, a late
+    schedule, or gradient accumulation does not hide the decay.
 
-    It finds the decay of every optimizer of Optax that has one, but for `prodigy`, whose update is
+    It detects the decay of every Optax optimizer that has one, except `prodigy`, whose update is
     NaN without gradients, and `sophia`, which needs more than a gradient. `fromage` shrinks all
     parameters by its rule, and counts as decaying.
 
     Args:
         tx: any Optax optimizer.
-        params: a pytree of arrays, or of anything with `shape` and `dtype`; no value is read.
+        params: a pytree of arrays, or of anything with `shape` and `dtype`; values are not read.
 
     Returns:
         True if it does; False if it does not, or fails on such parameters.
@@ -91,31 +91,31 @@ def decays(tx: optax.GradientTransformation, params: Params) -> bool:
 @functools.lru_cache(maxsize=8)
 def _decays(tx: Any, structure: Any, shapes: tuple[tuple[int, ...], ...]) -> bool:
     try:
-        # A step may be being traced, in which these are numbers all the same.
+        # Computes concrete values even while a step is being traced.
         with jax.ensure_compile_time_eval(), jax.enable_x64(True):
             ones = jax.tree.unflatten(structure, [jnp.ones(shape) for shape in shapes])
             return _moves(with_known_args(tx), ones)
-    except Exception:  # a mask over other sizes, or arguments of its own: nothing can be said
+    except Exception:  # a mask over other sizes, or missing arguments: unknown
         return False
 
 
 def _moves(tx: optax.GradientTransformationExtraArgs, ones: Params) -> bool:
     zeros = jax.tree.map(jnp.zeros_like, ones)
-    # The network of a learned optimizer sees the parameters, and would move them in any case.
+    # The network of a learned optimizer depends on the parameters, so only its decay is probed.
     unused = {"decay_only": True, FLUSH: "now", "grad": zeros, "value": jnp.zeros([])}
 
     def loss(params: Params) -> jax.Array:
         return jnp.zeros([])
 
-    def step(found: jax.Array, *opt_states: PyTree) -> tuple[PyTree, ...]:
+    def step(differ: jax.Array, *opt_states: PyTree) -> tuple[PyTree, ...]:
         (first, first_state), (second, second_state) = (
             tx.update(zeros, opt_state, params, **unused, value_fn=loss)
             for opt_state, params in zip(opt_states, (ones, zeros), strict=True)
         )
-        # Noise in an update, as of optax.noisy_sgd, is the same in both.
+        # Noise in an update, as in optax.noisy_sgd, is the same in both.
         apart = jax.tree.map(lambda a, b: (jnp.abs(a - b) > _ROUNDING).any(), first, second)
-        found |= jax.tree.reduce(jnp.logical_or, apart, jnp.asarray(False))
-        return found, first_state, second_state
+        differ |= jax.tree.reduce(jnp.logical_or, apart, jnp.asarray(False))
+        return differ, first_state, second_state
 
     start = tx.init(ones), tx.init(zeros)
     carry, compiled = (jnp.asarray(False), *start), jax.jit(step)
@@ -125,7 +125,7 @@ def _moves(tx: optax.GradientTransformationExtraArgs, ones: Params) -> bool:
 
 
 def _moves_later(step: Callable[..., Any], start: tuple[PyTree, PyTree]) -> bool:
-    """Returns whether decay shows in one of two steps after as many as one of `_COUNTS`."""
+    """Returns whether decay shows within two steps after one of `_COUNTS` steps."""
 
     def at(count: jax.Array, state: PyTree) -> PyTree:
         def moved(leaf: jax.Array) -> jax.Array:
