@@ -212,7 +212,7 @@ def test_position_is_that_of_the_last_chunk_handed_out(
     uninterrupted = after(make(), 30)
     loader = make()
     feed = Feed(loader, name="train", resident=resident)
-    feed._ahead = Prefetch(Always(threaded))
+    feed._prefetch = Prefetch(Always(threaded))
     trained: list[float] = []
     handed_out = 0
     while handed_out < stop_after:
@@ -238,7 +238,7 @@ def test_position_is_that_of_the_last_chunk_handed_out(
 def test_stream_that_was_read_ahead_stays_ahead_and_its_position_does_not():
     loader = Stream([np.full(1, float(n)) for n in range(10)])
     feed = Feed(loader, name="train", resident=False)
-    feed._ahead = Prefetch(Always(True))
+    feed._prefetch = Prefetch(Always(True))
     chunks = feed.epoch(keep_place=True)
     next(chunks)
     wait_until(lambda: loader.get_state()["batch"] == 1 + DEPTH)

@@ -79,7 +79,7 @@ def test_form_is_asked_before_each_chunk():
 @pytest.mark.parametrize("resident", [True, False])
 def test_chunk_that_is_not_full_has_the_room_of_the_rest(resident):
     feed = Feed(loader(), name="train", resident=resident)
-    chunks = list(feed.epoch(lambda: ChunkSize(2, 2, rest=8)))
+    chunks = list(feed.epoch(lambda: ChunkSize(2, 2, partial_capacity=8)))
     rooms = [(chunk.num_steps, chunk.source.capacity) for chunk in chunks]
     assert rooms == [(2, 2), (2, 2), (1, 8), (1, 8)]  # the last batch is smaller
 

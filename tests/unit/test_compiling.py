@@ -54,7 +54,7 @@ def test_warning_comes_once_for_a_signature_and_not_without_end():
     with pytest.warns(RecompileWarning) as caught:
         list(map(program, range(8), batches))
     assert len(caught) == 4
-    assert "Only the log tells of more" in str(caught[-1].message)
+    assert "Further recompiles are only logged" in str(caught[-1].message)
 
 
 def test_ignore_says_nothing():
@@ -98,7 +98,7 @@ def test_declared_shapes_are_no_surprise_and_everything_else_is():
     program(np.float32(1), np.ones((2, 6), np.float32))
     for state, batch, remedy in (
         (np.float32(1), np.ones((2, 6), np.int32), "Cast it"),
-        (np.ones(2, np.float32), np.ones((2, 6), np.float32), "Return arrays of the shapes"),
+        (np.ones(2, np.float32), np.ones((2, 6), np.float32), "Return arrays with the same shapes"),
         (np.float32(1), np.ones((3, 6), np.float32), "Drop a short last batch"),
     ):
         with pytest.raises(RecompileError, match=remedy):
@@ -113,7 +113,7 @@ def test_compile_without_a_change_is_told_as_that():
     _, program = watched()
     program(np.float32(1), np.ones(3, np.float32))
     jax.clear_caches()
-    with pytest.raises(RecompileError, match=r"all arguments are as they were.*clear_caches"):
+    with pytest.raises(RecompileError, match=r"all arguments are the same as.*clear_caches"):
         program(np.float32(1), np.ones(3, np.float32))
 
 

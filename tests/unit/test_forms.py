@@ -16,11 +16,11 @@ from distaff.execution.dispatch.steps_per_call import (
     Expected,
     FusionChoice,
     Timing,
-    chosen,
+    choose_fusion,
     continued,
     fixed,
     recorded,
-    settled,
+    with_full_program,
 )
 from distaff.execution.feed.chunk import SINGLE, ChunkSize
 
@@ -44,28 +44,30 @@ def choose(
     jaxpr: Callable[[], Any] = traced(),  # noqa: B008 - makes a function
     **expected: Any,
 ) -> FusionChoice:
-    return chosen(steps_per_call, metrics, Expected(**expected), watched=watched, jaxpr=jaxpr)
+    return choose_fusion(
+        steps_per_call, metrics, Expected(**expected), watched=watched, jaxpr=jaxpr
+    )
 
 
 def test_small_steps_are_fused_within_an_epoch_and_within_memory():
-    assert choose().form == ChunkSize(256, 256)
-    assert choose(steps_per_epoch=40).form == ChunkSize(40, 40)
+    assert choose().chunk_size == ChunkSize(256, 256)
+    assert choose(steps_per_epoch=40).chunk_size == ChunkSize(40, 40)
     large = {"m": jax.ShapeDtypeStruct((2**20,), jnp.float32)}
-    assert choose(metrics=large).form == ChunkSize(4, 4)
+    assert choose(metrics=large).chunk_size == ChunkSize(4, 4)
     assert choose().why == "estimated"
 
 
 def test_larger_steps_are_fewer_and_the_largest_run_one_at_a_time_in_the_loop():
-    numbers = [choose(jaxpr=traced(size)).form.num_steps for size in (64, 512, 1024, 4096)]
+    numbers = [choose(jaxpr=traced(size)).chunk_size.num_steps for size in (64, 512, 1024, 4096)]
     assert numbers == sorted(numbers, reverse=True)
     assert 1 < numbers[1] < 256
-    assert choose(jaxpr=traced(4096)).form == ChunkSize(1, 2)
+    assert choose(jaxpr=traced(4096)).chunk_size == ChunkSize(1, 2)
 
 
 def test_convolutions_are_fused_on_accelerators_only(monkeypatch):
-    assert choose(jaxpr=convolution).form == SINGLE
+    assert choose(jaxpr=convolution).chunk_size == SINGLE
     monkeypatch.setattr("distaff.execution.dispatch.steps_per_call._is_accelerated", lambda: True)
-    assert choose(jaxpr=convolution).form.num_steps > 1
+    assert choose(jaxpr=convolution).chunk_size.num_steps > 1
 
 
 @pytest.mark.parametrize("steps_per_call", ["auto", "measure"])
@@ -78,7 +80,7 @@ def test_steps_run_one_by_one_where_there_is_no_choice(steps_per_call):
         ({"metrics": huge}, "metrics"),
     ):
         choice = choose(steps_per_call, **options)
-        assert choice.form == SINGLE
+        assert choice.chunk_size == SINGLE
         assert choice.measurement is None
         assert why in choice.why
 
@@ -94,15 +96,15 @@ def test_short_steps_of_a_long_run_have_programs_of_fixed_length(
     )
     pays = accelerated and is_long and seconds < 1e-3
     kept = ChunkSize(20, 20, 64) if pays else ChunkSize(20, 64)
-    assert settled(ChunkSize(20, 64), seconds, is_long=is_long) == kept
-    form = choose(total_steps=20_000 if is_long else 19_999).form
+    assert with_full_program(ChunkSize(20, 64), seconds, is_long=is_long) == kept
+    form = choose(total_steps=20_000 if is_long else 19_999).chunk_size
     assert form == ChunkSize(256, 256, 256 * (accelerated and is_long))
-    assert fixed(64).form == ChunkSize(64, 64, 64 * accelerated)
+    assert fixed(64).chunk_size == ChunkSize(64, 64, 64 * accelerated)
 
 
 def test_number_that_was_asked_for_is_taken():
-    assert choose(7).form == ChunkSize(7, 7)
-    assert choose(7, watched=True).form == ChunkSize(7, 7)
+    assert choose(7).chunk_size == ChunkSize(7, 7)
+    assert choose(7, watched=True).chunk_size == ChunkSize(7, 7)
     assert choose(7).describe() == "step fusion: 7 steps per call, given"
 
 

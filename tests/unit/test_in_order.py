@@ -239,5 +239,5 @@ def test_an_evaluation_that_moves_a_loader_for_good_says_so():
                 raise BatchError("it knows no way back")
 
     trainer = train(shuffled())
-    with pytest.warns(UserWarning, match="has moved the predict loader.*no way back"):
+    with pytest.warns(UserWarning, match="changed the position of the predict loader.*no way back"):
         assert len(trainer.predict(Forgetful())) == 20

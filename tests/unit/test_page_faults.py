@@ -41,7 +41,7 @@ def test_slow_steps_are_warned_of_once_with_what_was_measured(caplog):
     (text,) = warnings_of(caplog, used(0.25, 40_000), epochs=3)
     assert "takes 25 % of the processor time" in text
     assert "(10,000 per step)" in text
-    assert "Call distaff.allocator.tune() before" in text
+    assert "Call distaff.execution.allocator.tune() before" in text
 
 
 @pytest.mark.parametrize(("kernel", "faults"), [(0.05, 40_000), (0.5, 3_000)])

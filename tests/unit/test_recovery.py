@@ -417,7 +417,7 @@ def test_run_that_waits_for_its_data_says_where(tmp_path: Path, capfd) -> None:
     text = (fit.last_run.path / "log.txt").read_text()
     assert "seems stuck: at step 4, a step has taken" in text
     assert "in batches" in text  # the function that it waits in
-    assert "goes on, after" in text
+    assert "continues, after" in text
     assert "seems stuck" in capfd.readouterr().err
 
 

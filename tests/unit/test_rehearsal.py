@@ -141,7 +141,7 @@ def test_run_that_was_killed_before_its_first_checkpoint_keeps_its_form(monkeypa
         trained(callbacks=[Killed()], name="run", tune_process=False)
     (file,) = Path("runs/run").rglob("steps_per_call.json")
     kept = json.loads(file.read_text())
-    monkeypatch.setattr(calibration, "_measured", None)
+    monkeypatch.setattr(calibration, "_measure", None)
     _, facts, path = trained(name="run", tune_process=False)
     assert (path, facts) == (file.parent.resolve(), kept)
 

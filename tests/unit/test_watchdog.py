@@ -37,7 +37,7 @@ def test_stall_is_written_once_with_the_stacks_of_all_threads(tmp_path, capfd):
         time.sleep(0.5)
         text = log.read_text()
         watchdog.beat("a step", 42)
-        wait_for(lambda: "goes on" in log.read_text())
+        wait_for(lambda: "continues, after" in log.read_text())
         assert text.startswith("before\n")
         assert text.count("seems stuck") == 1
         assert "at step 41, waiting for data has taken 0 s so far" in text

@@ -1,4 +1,4 @@
-"""Agreement: several processes act at the same call, though each hears of reasons by itself."""
+"""Makes all processes agree on when to stop or save."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 SECONDS_BETWEEN = 2.0
-"""About how long two exchanges lie apart: each waits for the steps underway, and then for 1.5 ms
+"""Approximate time between two exchanges. Each waits for the running steps, plus about 1.5 ms
 (two processes on one CPU)."""
 
 MAX_CALLS_BETWEEN = 256
-"""Calls between two exchanges, at most: how fast they come may change, as in an evaluation."""
+"""Most calls between two exchanges: calls may become slower, for example in an evaluation."""
 
 
 class Agreement:
-    """Gives all processes the most urgent of their codes, at the same call.
+    """Returns the most urgent code of all processes, in all of them at the same call.
 
-    Every so many calls they exchange their codes, and how long these calls took; from the longest
-    each finds the same next call. What `jax.distributed` hears of by itself, a SIGTERM in a process
-    whose handler is its own, is heard too.
+    At every n-th call the processes exchange their codes and the seconds since the last exchange.
+    Each derives the same n from the longest time. A preemption notice that only `jax.distributed`
+    receives (a SIGTERM handled by its own service) counts, too.
 
     Args:
-        preempted: the code of a notice by `jax.distributed`, the most urgent one.
+        preempted: code of a preemption notice from `jax.distributed`; the most urgent one.
     """
 
     def __init__(self, preempted: int) -> None:
@@ -32,16 +32,17 @@ class Agreement:
         self._calls = self._exchanged = 0
         self._interval = 1
         self._start = time.monotonic()
-        self._hears_preemption = True
+        self._has_service = True
 
     def __call__(self, code: int) -> int:
-        """Returns what is agreed on; every process must call it equally often.
+        """Returns the code agreed on; every process must call this equally often.
 
         Args:
-            code: of this process: 0 for nothing, more for what is more urgent.
+            code: this process's code; 0 for none, larger is more urgent.
 
         Returns:
-            `code` where there is one process; else 0, until all have agreed on the largest.
+            `code` itself if there is one process. With several, 0 until all have agreed on the
+            largest code.
         """
         if jax.process_count() == 1:
             return code
@@ -54,20 +55,20 @@ class Agreement:
 
     def _exchange(self, code: int) -> int:
         seconds = time.monotonic() - self._start
-        # float32 holds both: codes are few.
-        all_of_them = multihost_utils.process_allgather(np.array([code, seconds], np.float32))
-        largest, longest = np.max(all_of_them, axis=0)
+        # float32 represents both well enough: codes are small integers.
+        gathered = multihost_utils.process_allgather(np.array([code, seconds], np.float32))
+        largest, longest = np.max(gathered, axis=0)
         calls = self._calls - self._exchanged
-        aim = int(calls * SECONDS_BETWEEN / max(float(longest), 1e-6))
-        self._interval = max(1, min(aim, 8 * calls, MAX_CALLS_BETWEEN))
+        target = int(calls * SECONDS_BETWEEN / max(float(longest), 1e-6))
+        self._interval = max(1, min(target, 8 * calls, MAX_CALLS_BETWEEN))
         self._exchanged, self._start = self._calls, time.monotonic()
         return int(largest)
 
     def _is_preempted(self) -> bool:
-        if not self._hears_preemption:
+        if not self._has_service:
             return False
         try:
             return multihost_utils.reached_preemption_sync_point(self._calls)
         except RuntimeError:  # jax_enable_preemption_service is off
-            self._hears_preemption = False
+            self._has_service = False
             return False

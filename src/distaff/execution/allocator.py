@@ -1,9 +1,9 @@
-"""The C allocator under XLA's CPU backend: asked to keep the memory that every step needs again.
+"""Tunes glibc's allocator so that XLA's CPU backend reuses the memory of a step.
 
-XLA takes the temporary buffers of a program from the C library at every call and gives them back
-after it. glibc hands large ones back to the system, which must then fill new pages with zeros:
-10,000 to 40,000 page faults per step of a middling model, a fifth of its time. See
-`docs/decisions/0007-the-allocator.md` for what was measured.
+At every call of a program XLA allocates temporary buffers from the C library, and frees them
+afterwards. glibc returns large ones to the system, which must then zero new pages: 10,000 to 40,000
+page faults per step of a medium-sized model, a fifth of its time. The measurements are in
+`docs/decisions/0007-the-allocator.md`.
 """
 
 from __future__ import annotations
@@ -32,29 +32,28 @@ _SETTINGS = {
     _M_TOP_PAD: 256 * 2**20,
 }
 
-
 _MIN_BYTES = 5 * 10**7
-"""What a forward pass makes at least where tuning gains; below, it costs small steps up to 40 %."""
+"""Array bytes of a forward pass from which tuning pays; it slows smaller steps by up to 40 %."""
 
 
 def tune(num_bytes: Callable[[], int] | None = None) -> str:
-    """Tunes glibc's allocator for XLA on the CPU, once in a process.
+    """Tunes glibc's allocator for XLA on the CPU, once per process.
 
-    It does nothing but on Linux with glibc, where JAX runs on the CPU alone, and before JAX's
-    backend has started: its threads have arenas of their own from then on. The environment variable
-    `DISTAFF_MALLOC=off` turns it off.
+    Applies only to Linux with glibc if JAX runs on the CPU only, and before JAX's backend has
+    started: from then on its threads have their own arenas. `DISTAFF_MALLOC=off` in the environment
+    turns it off.
 
     Args:
-        num_bytes: tells how large the arrays are that a forward pass makes, without starting JAX's
-            backend (`made_bytes`): small ones gain nothing. Asked only where it matters; what it
-            cannot tell counts as large. None tunes at any size.
+        num_bytes: returns the bytes of all arrays of a forward pass, without starting JAX's backend
+            (see `made_bytes`); small models are not tuned. Called only if needed; an error counts
+            as large. None tunes at any size.
 
     Returns:
-        What was done, and why not more: `"tuned"`, or the reason why it was left alone.
+        `"tuned"`, or the reason the allocator was left unchanged.
     """
     reason = _reason_against()
     if num_bytes is not None and not reason:
-        made = _told_by(num_bytes)
+        made = _call(num_bytes)
         if made is not None and made < _MIN_BYTES:
             reason = f"left as it is (a forward pass makes {made / 1e6:.3g} MB, which is little)"
     return _tune(reason)
@@ -73,12 +72,12 @@ _late: set[str] = set()
 
 
 def is_late() -> bool:
-    """Tells whether `tune` was called in this process when it was too late for it."""
+    """Whether `tune` was called too late in this process: JAX's backend had started."""
     return bool(_late)
 
 
 def made_bytes(function: Callable[..., Any], *args: Any) -> int:
-    """Returns the size of all arrays that a function makes on its way, in bytes.
+    """Returns the bytes of all arrays that a function creates, intermediate ones included.
 
     Args:
         function: traced, not run.
@@ -96,16 +95,16 @@ def _made_bytes(jaxpr: Any) -> int:
     return total
 
 
-def _told_by(num_bytes: Callable[[], int]) -> int | None:
+def _call(num_bytes: Callable[[], int]) -> int | None:
     try:
         return num_bytes()
-    except Exception:  # A model that cannot be traced is reported where it is set up.
+    except Exception:  # the setup reports a model that cannot be traced
         return None
 
 
 _TOO_LATE = (
     "left as it is, because JAX had started before the trainer was made. Steps of large models on "
-    "the CPU may be slower, which is measured in the first steps. To tune it, call "
+    "the CPU may be slower; the first steps are measured. To tune it, call "
     "distaff.execution.allocator.tune() before any JAX array is made."
 )
 
@@ -138,8 +137,8 @@ def _libc() -> str:
 
 
 def _on_cpu_alone() -> bool:
-    """Tells whether JAX will run on the CPU, without starting it."""
-    config: Any = jax.config  # whose options are made at run time
+    """Whether JAX will run on the CPU only; does not start its backend."""
+    config: Any = jax.config  # its options are defined at run time
     platforms = config.jax_platforms
     if platforms:
         return platforms == "cpu"
@@ -149,11 +148,11 @@ def _on_cpu_alone() -> bool:
 
 
 def _has_started() -> bool:
-    """Tells whether JAX's backend has started: from then on the number of CPU devices is fixed."""
-    config: Any = jax.config  # whose options are made at run time
+    """Whether JAX's backend has started: from then on the number of CPU devices is fixed."""
+    config: Any = jax.config  # its options are defined at run time
     number = config.jax_num_cpu_devices
     try:
-        # Only a change is looked at.
+        # JAX checks only a changed value.
         jax.config.update("jax_num_cpu_devices", 1 if number == -1 else number + 1)
         jax.config.update("jax_num_cpu_devices", number)
     except RuntimeError:

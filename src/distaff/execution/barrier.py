@@ -1,4 +1,4 @@
-"""Barriers: where the processes of a run wait for each other, by name and not for ever."""
+"""Barriers across processes, with a timeout."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from distaff.errors import BarrierError
 
 
 def barrier(name: str, timeout: Duration = "10m") -> None:
-    """Waits until every process is here. With one process it returns at once.
+    """Waits until every process has called this. Returns at once with one process.
 
-    No device takes part: it is the coordinator of `jax.distributed` that counts, through the
-    barrier that Orbax makes public. Without `jax.distributed`, as on a TPU pod that nobody has
-    initialized, devices wait for each other, without a limit.
+    The processes wait at the coordinator of `jax.distributed`, through Orbax's barrier; no device
+    is involved. If `jax.distributed` is not initialized (possible on TPU pods), the devices
+    synchronize instead, without a timeout.
 
     Args:
-        name: what all of them call this place. It may be used again.
-        timeout: the longest to wait; see `seconds_of`.
+        name: the same in all processes. It can be reused.
+        timeout: the longest time to wait; see `seconds_of`.
 
     Raises:
-        BarrierError: not all came in time; those who did not are named, as far as is known.
-        ConfigError: `timeout` is no duration.
+        BarrierError: a process did not arrive in time. The message names the missing processes if
+            they are known.
+        ConfigError: `timeout` is not a duration.
     """
     seconds = seconds_of(timeout, "timeout")
     if jax.process_count() == 1:
@@ -34,26 +35,28 @@ def barrier(name: str, timeout: Duration = "10m") -> None:
         multihost_utils.sync_global_devices(name)
         return
     with quiet():
-        from orbax.checkpoint.multihost import get_barrier_sync_fn  # slow, and for several alone
+        from orbax.checkpoint.multihost import (
+            get_barrier_sync_fn,
+        )  # slow, and unused with one process
 
     try:
         get_barrier_sync_fn()(key=name, timeout_ms=max(1, round(1000 * seconds)))
     except jax.errors.JaxRuntimeError as error:
         missing = missing_processes(str(error))
-        absent = f"missing: {', '.join(map(str, missing))}" if missing else "which, is not known"
+        absent = f"missing: {', '.join(map(str, missing))}" if missing else "it is unknown which"
         raise BarrierError(
-            f"All {jax.process_count()} processes must come to the barrier {name!r} within "
+            f"All {jax.process_count()} processes must reach the barrier {name!r} within "
             f"{seconds:g} s, but not all did ({absent}; this is process {jax.process_index()}). "
-            "Look at the log of a missing one: it has failed, hangs, or goes another way through "
-            f"the program. {str(error).splitlines()[0]}"
+            "Check the log of a missing process: it has failed, hangs, or takes another path "
+            f"through the program. {str(error).splitlines()[0]}"
         ) from error
 
 
 def missing_processes(message: str) -> tuple[int, ...]:
-    """Returns which processes a coordinator's message says have not come to a barrier in time.
+    """Returns the missing processes that a coordinator's timeout message names.
 
     Args:
-        message: of the error. The coordinator names some of them where they are many.
+        message: of the error. If many processes are missing, it names only some of them.
     """
     _, _, names = message.partition("timed out task names:")
     found = re.findall(r"^(?:\S*task:)?(\d+)\s*$", names, re.MULTILINE)

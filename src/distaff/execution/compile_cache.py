@@ -1,4 +1,4 @@
-"""The persistent compilation cache: what was compiled once on a machine stays compiled."""
+"""Enables JAX's persistent compilation cache."""
 
 from __future__ import annotations
 
@@ -11,38 +11,38 @@ import jax
 
 
 def enable() -> Path | None:
-    """Keeps compiled programs on disk, for this process and those after it.
+    """Stores compiled programs on disk, for this process and later ones.
 
-    They are kept in `$XDG_CACHE_HOME/distaff/jax`, by default `~/.cache/distaff/jax`, which only
-    its owner can use: who can write there can run programs. It may be deleted at any time; nothing
-    else keeps it small. A directory that was chosen before, by `JAX_COMPILATION_CACHE_DIR` or
-    `jax.config`, stays as it is.
+    The directory is `$XDG_CACHE_HOME/distaff/jax`, by default `~/.cache/distaff/jax`. Only its
+    owner has access, because whoever can write there can run code. It has no size limit, and can be
+    deleted at any time. A directory already set by `JAX_COMPILATION_CACHE_DIR` or `jax.config` is
+    left unchanged.
 
     Returns:
-        The directory in use; None where none can be written.
+        The directory in use; None if none is writable.
     """
-    config: Any = jax.config  # whose options are made at run time
+    config: Any = jax.config  # its options are defined at run time
     chosen = config.jax_compilation_cache_dir
     if chosen:
         return Path(chosen)
     directory = home("jax")
     if directory is not None:
         jax.config.update("jax_compilation_cache_dir", str(directory))
-        # By default JAX keeps only what took a second: in a small model, nothing.
+        # By default JAX stores only programs that took a second to compile.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return directory
 
 
 def home(folder: str = "") -> Path | None:
-    """Returns `$XDG_CACHE_HOME/distaff`, or a folder of it, made for its owner alone.
+    """Returns `$XDG_CACHE_HOME/distaff`, or a folder in it; creates it for its owner only.
 
     Returns:
-        The directory; None where none can be written.
+        The directory; None if it is not writable.
     """
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))  # a relative one does not count, by its rules
-    with suppress(OSError, RuntimeError):  # no home, or one that cannot be written
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))  # its specification ignores relative paths
+    with suppress(OSError, RuntimeError):  # no home directory, or not writable
         directory = (base if base.is_absolute() else Path.home() / ".cache") / "distaff" / folder
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        directory.chmod(0o700)  # it may have been there before; an error if it is another's
+        directory.chmod(0o700)  # for a directory that existed; raises if another user owns it
         return directory
     return None

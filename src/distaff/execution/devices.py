@@ -1,4 +1,4 @@
-"""Devices: training uses one process and one device, and says so where there are more."""
+"""Checks of the processes and devices in use: training uses one process and one device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _HIDING = {
 
 
 def check_one_process() -> None:
-    """Checks that this process trains alone. It starts JAX's backend.
+    """Checks that there is only one process. Starts JAX's backend.
 
     Raises:
         ConfigError: `jax.distributed` has joined several processes.
@@ -24,18 +24,18 @@ def check_one_process() -> None:
     if number > 1:
         raise ConfigError(
             f"Training runs in one process; jax.process_count() is {number} (this is process "
-            f"{jax.process_index()}). Each of them would train its own model on all of the data. "
+            f"{jax.process_index()}). Each process would train its own model on all of the data. "
             "Start one process without jax.distributed.initialize(). For independent runs, such "
-            "as one seed per GPU, start each without it, and give each a name of its own."
+            "as one seed per GPU, start each without it and under its own name."
         )
 
 
 def idle_devices(batch: Batch) -> str:
-    """Returns a line on the local devices that a training leaves idle; empty where none is.
+    """Returns a line about local devices that training leaves idle; empty if all are used.
 
     Args:
-        batch: of the train loader. Steps run where its arrays are: a loader may place them on
-            several devices.
+        batch: a batch of the train loader. Steps run on the devices of its arrays: a loader may
+            place them on several devices.
     """
     local, used = jax.local_devices(), num_devices(batch)
     if used >= len(local):

@@ -1,4 +1,4 @@
-"""How pure functions are made to run: compiled, or as plain Python for debugging."""
+"""Executes pure functions: compiled by XLA, or as plain Python for debugging."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from distaff.execution.compile.recompiles import Recompile
 from distaff.execution.placement import ONE_DEVICE, Placement
 
 _LITTLE_EFFORT = {"xla_backend_optimization_level": 1}
-"""Of XLA's CPU backend, from 0 to 3, its default. Level 0 changes the last bits of results."""
+"""Optimization level of XLA's CPU backend: 0 to 3 (default). Level 0 changes results slightly."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExecutionOptions(Options):
-    """How functions are made to run."""
+    """How functions are executed."""
 
     debug: bool = option(
         False,
@@ -31,16 +31,15 @@ class ExecutionOptions(Options):
     )
     recompile: Recompile = option(
         "warn",
-        """What to do when a training or evaluation program compiles again, after its first time:
-        "warn" says which leaf has changed and what to do, "error" raises `RecompileError`,
-        "ignore" says nothing.""",
+        """What to do when a training or evaluation program compiles again: "warn" names the leaf
+        that changed and the remedy, "error" raises `RecompileError`, "ignore" does nothing.""",
         check=one_of(Recompile),
         resume="same run",
     )
     tune_process: bool = option(
         True,
-        """Keep compiled programs on disk, and have the C library keep the memory that steps on the
-        CPU need again.""",
+        """Cache compiled programs on disk, and tune the C library's allocator so that steps on the
+        CPU reuse their memory.""",
         resume="same run",
     )
 
@@ -50,41 +49,41 @@ class Execution(Protocol):
 
     @property
     def placement(self) -> Placement:
-        """Where the arrays of its programs are."""
+        """The placement of the arrays of its programs."""
         ...
 
     def program(self, function: Callable[..., Any], *, donate: int | None = None) -> Any:
-        """Returns the program; the argument at position `donate` gives its buffers away."""
+        """Returns a program that donates the buffers of its argument at position `donate`."""
         ...
 
     def once(self, function: Callable[..., Any]) -> Any:
-        """Returns the function as a program that is called once, as an initialisation is.
+        """Returns a program to be called once, such as an initialisation.
 
-        JAX keeps the program as long as the function lives, and an optimizer's functions outlive
-        its trainer (JAX's caches hold them): pass one that is made for this call.
+        JAX keeps a program as long as its function lives, and its caches keep an optimizer's
+        functions longer than the trainer: pass a function created for this call.
         """
         ...
 
     def part(self, function: Callable[..., Any]) -> Any:
-        """Returns the function as a part of programs, traced once for all of them."""
+        """Returns the function for use inside programs, traced once for all of them."""
         ...
 
     def guard(self) -> AbstractContextManager[None]:
-        """Returns what the training loop runs its steps in."""
+        """Returns the context in which the training loop runs its steps."""
         ...
 
     def shapes(self, program: Callable[..., Any], *args: Any) -> PyTree:
-        """Returns what the program would return, as `jax.ShapeDtypeStruct` or as arrays."""
+        """Returns the outputs of the program, as `jax.ShapeDtypeStruct` or as arrays."""
         ...
 
     def jaxpr(self, program: Callable[..., Any], *args: Any) -> Any:
-        """Returns what the program computes, as a jaxpr; None where it is not traced."""
+        """Returns the jaxpr of the program; None if it is not traced."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Compiled:
-    """Each function becomes one XLA program per set of shapes."""
+    """Compiles each function to one XLA program per set of shapes."""
 
     placement: Placement = ONE_DEVICE
 
@@ -93,22 +92,22 @@ class Compiled:
         return jax.jit(function, donate_argnums=() if donate is None else donate)
 
     def once(self, function: Callable[..., Any]) -> Any:
-        """Returns `jax.jit(function)`, which on the CPU is compiled with less effort."""
+        """Returns `jax.jit(function)`, compiled on the CPU with a lower optimization level."""
 
         def run(*args: Any) -> Any:
             is_traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(args))
-            # JAX takes options for whole programs only, and the effort is measured on the CPU only.
+            # JAX accepts compiler options for whole programs only; the gain is measured on CPUs.
             is_plain = is_traced or jax.default_backend() != "cpu"
             return jax.jit(function, compiler_options=None if is_plain else _LITTLE_EFFORT)(*args)
 
         return run
 
     def part(self, function: Callable[..., Any]) -> Any:
-        """Returns the function with its trace remembered; it is inlined where it is called."""
+        """Returns the function with its trace cached; it is inlined at each call."""
         return jax.jit(function, inline=True)
 
     guard = staticmethod(partial(jax.transfer_guard_device_to_host, "disallow"))
-    """Makes a fetch from the device an error: no step waits for the host."""
+    """Raises on a transfer from the device, so that no step waits for one."""
 
     def shapes(self, program: Callable[..., Any], *args: Any) -> PyTree:
         """Traces the program (the trace is reused when it runs); computes nothing."""
@@ -121,7 +120,7 @@ class Compiled:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Eager:
-    """Each function runs as plain Python: breakpoints, prints and concrete values work."""
+    """Runs each function as plain Python: breakpoints, prints and concrete values work."""
 
     placement: Placement = ONE_DEVICE
 
@@ -138,11 +137,11 @@ class Eager:
         return function
 
     def guard(self) -> AbstractContextManager[None]:
-        """Refuses nothing: a loss may print what it computes."""
+        """Allows transfers: a loss may print its values."""
         return nullcontext()
 
     def shapes(self, program: Callable[..., Any], *args: Any) -> PyTree:
-        """Runs the program once: traced code could not read concrete values."""
+        """Runs the program once, because traced code cannot read concrete values."""
         return program(*args)
 
     def jaxpr(self, program: Callable[..., Any], *args: Any) -> Any:

@@ -1,4 +1,4 @@
-"""FLOPs of a program, as XLA counts them before it is compiled."""
+"""Counts the FLOPs of a program with XLA, before it is compiled."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ class Flops(NamedTuple):
     """Floating point operations of one call of a program.
 
     Attributes:
-        count: additions and multiplications, and whatever else computes with floats, one each.
-        at_least: whether there are loops in it, whose body XLA counts once however often it runs.
+        count: additions, multiplications and other floating point operations, one each.
+        at_least: whether the program has loops. XLA counts the body of a loop once, so the true
+            number may be higher.
     """
 
     count: float
@@ -24,28 +25,28 @@ class Flops(NamedTuple):
 
 
 def flops_of(program: Any, *args: Any) -> Flops | None:
-    """Counts the FLOPs of a program; it is traced and lowered, not compiled.
+    """Counts the FLOPs of a program. Traces and lowers it, and compiles nothing.
 
-    What a library computes is not seen by XLA (a fused attention of cuDNN, a Pallas kernel), and
-    what is computed twice to save memory (`jax.checkpoint`) counts twice.
+    XLA does not count custom calls (cuDNN's fused attention, Pallas kernels). Recomputation by
+    `jax.checkpoint` counts twice.
 
     Args:
-        program: what `jax.jit` returned.
+        program: a function returned by `jax.jit`.
         *args: its arguments, or their shapes.
 
     Returns:
-        The FLOPs; None where they are not known: for plain Python, and where the backend has no
-        such analysis. It is never an error.
+        The FLOPs; None if they are unknown: `program` is plain Python, or the backend has no cost
+        analysis. Never raises.
     """
     if not hasattr(program, "trace"):
         return None
     try:
         traced = program.trace(*jax.eval_shape(lambda *each: each, *args))
-        # An accelerator's backend counts only what it has compiled; the CPU's counts at once.
+        # Backends of accelerators count only compiled programs; the CPU's needs no compile.
         with jax.default_device(jax.devices("cpu")[0]):
             count = (traced.lower().cost_analysis() or {}).get("flops", 0.0)
-    except Exception as error:  # whatever a backend raises: a run must not fail for its report
-        _log.debug("the FLOPs of a step are not known: %s", error)
+    except Exception as error:  # any error of a backend: a report must not fail the run
+        _log.debug("the FLOPs of a step are unknown: %s", error)
         return None
     return Flops(float(count), _has_loop(traced.jaxpr.jaxpr)) if count > 0 else None
 

@@ -1,4 +1,4 @@
-"""Page faults of training steps: what an allocator that could not be tuned costs, measured."""
+"""Measures page faults of training steps, and warns if the untuned allocator slows them."""
 
 from __future__ import annotations
 
@@ -13,20 +13,19 @@ from distaff.execution.feed.chunk import Chunk
 _log = logging.getLogger("distaff")
 
 _FIRST_CHUNKS = 2
-"""Chunks of an epoch before the measurement: they compile, or their memory is new."""
+"""Chunks of an epoch to skip before the measurement: they compile, or touch new memory."""
 
 _MIN_CHUNKS, _MIN_SECONDS = 3, 0.2
-"""Chunks, and seconds of processor time, that are measured at least."""
+"""Fewest chunks, and seconds of processor time, to measure."""
 
 _MIN_SHARE, _MIN_FAULTS = 0.1, 1000
-"""The kernel's share of the processor time, and page faults per step, that are worth a warning."""
-
+"""Thresholds of the warning: the kernel's share of the processor time, page faults per step."""
 
 _said: list[bool] = []
 
 
 class Usage(NamedTuple):
-    """What a process has used of its machine: seconds of the program, of the kernel, and faults."""
+    """Resource usage of a process: user seconds, kernel seconds, and minor page faults."""
 
     user: float
     kernel: float
@@ -36,15 +35,15 @@ class Usage(NamedTuple):
 def watched(
     chunks: Iterable[Chunk], tune_process: bool, usage: Callable[[], Usage] | None = None
 ) -> Iterable[Chunk]:
-    """Returns the chunks of an epoch; some are measured where the allocator could not be tuned.
+    """Returns chunks unchanged; measures page faults if it was too late to tune the allocator.
 
-    Where page faults slow their steps, a warning is logged, once in a process. Nothing else
-    changes, and where the allocator was tuned, or left alone, nothing is measured.
+    Logs a warning, once per process, if page faults slow the steps. Measures nothing if the
+    allocator was tuned, or left alone for another reason.
 
     Args:
-        chunks: that are trained on.
-        tune_process: whether the process was to be tuned.
-        usage: reads what the process has used.
+        chunks: the chunks of an epoch of training.
+        tune_process: the option of this name.
+        usage: returns the resource usage of the process; replaced in tests.
     """
     if not (tune_process and allocator.is_late()) or _said:
         return chunks
@@ -55,7 +54,7 @@ def _measured(chunks: Iterator[Chunk], usage: Callable[[], Usage]) -> Iterator[C
     yield from islice(chunks, _FIRST_CHUNKS)
     before, num_steps = usage(), 0
     for number, chunk in enumerate(chunks, 1):
-        yield chunk  # and is trained on until the next one is asked for
+        yield chunk  # trained on until the next one is requested
         num_steps += chunk.num_steps
         user, kernel, faults = (now - then for now, then in zip(usage(), before, strict=True))
         if number >= _MIN_CHUNKS and user + kernel >= _MIN_SECONDS:
@@ -71,14 +70,14 @@ def _judge(share: float, faults: float) -> None:
     _log.warning(
         "The kernel takes %.0f %% of the processor time of a training step, mostly for page "
         "faults (%s per step): JAX had started before the trainer was made, too late to tune the "
-        "memory allocator. Call distaff.allocator.tune() before any JAX array is made, or set "
-        "DISTAFF_MALLOC=off to silence this warning.",
+        "memory allocator. Call distaff.execution.allocator.tune() before any JAX array is made, "
+        "or set DISTAFF_MALLOC=off to silence this warning.",
         *(100 * share, f"{faults:,.0f}"),
     )
 
 
 def _usage() -> Usage:
-    import resource  # not on every system; where it is missing nothing is tuned
+    import resource  # not on every system; the allocator is tuned on Linux only
 
-    found = resource.getrusage(resource.RUSAGE_SELF)
-    return Usage(found.ru_utime, found.ru_stime, found.ru_minflt)
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return Usage(usage.ru_utime, usage.ru_stime, usage.ru_minflt)

@@ -1,4 +1,4 @@
-"""The machine: how many FLOPs per second it reaches at best, measured once and remembered."""
+"""Measures the peak FLOPs per second of a device, and caches the result on disk."""
 
 from __future__ import annotations
 
@@ -23,31 +23,30 @@ _SIZES = (1024, 2048, 4096)
 _REPEATS = 3
 
 _LONG_SECONDS = 0.01
-"""A product that takes this long is large enough: starting it is lost in the noise."""
+"""A product that takes this long is large enough: its dispatch time is negligible."""
 
 
 def peak_flops(again: bool = False) -> float | None:
-    """Returns the peak of one device, in FLOPs per second: of a product of float32 matrices.
+    """Returns the peak FLOPs per second of one device, measured with float32 matrix products.
 
-    The product runs with the precision that the user's own products have, on a GPU that of
-    TF32 unless JAX is told otherwise. It takes about 0.2 s on a CPU, and is remembered in
-    `machine.json` beside the compiled programs: for the kind of the device, the number of cores,
-    JAX's version and the precision. That file may be deleted at any
-    time. A machine that is busy with something else while it is measured seems slower than it is.
+    The products use JAX's default matmul precision (TF32 on a GPU unless configured otherwise).
+    Measuring takes about 0.2 s on a CPU. The result is cached in `machine.json` next to the
+    compiled programs, by device kind, number of cores, JAX version and precision; that file can be
+    deleted at any time. A machine that is busy during the measurement yields too low a peak.
 
     Args:
-        again: measure also where a peak is remembered, and keep the higher one.
+        again: measure even if a peak is cached, and keep the higher one.
 
     Returns:
-        The peak; None where it cannot be measured.
+        The peak; None if it cannot be measured.
     """
     home, key = compile_cache.home(), _key()
     path = None if home is None else home / "machine.json"
-    known = {} if path is None else _remembered(path)
+    known = {} if path is None else _cached(path)
     if again or key not in known:
         try:
             measured = _measure()
-        except Exception as error:  # out of memory, say: a run must not fail for its report
+        except Exception as error:  # such as out of memory: a report must not fail the run
             _log.debug("the peak of this machine cannot be measured: %s", error)
             return known.get(key)
         known = {**known, key: max(measured, known.get(key, 0.0))}
@@ -58,7 +57,7 @@ def peak_flops(again: bool = False) -> float | None:
 
 
 def _key() -> str:
-    config: Any = jax.config  # whose options are made at run time
+    config: Any = jax.config  # its options are defined at run time
     device = jax.local_devices()[0]
     return (
         f"{device.platform} {device.device_kind}, {_num_cores()} cores, jax {jax.__version__}, "
@@ -67,10 +66,10 @@ def _key() -> str:
 
 
 def _num_cores() -> int:
-    """Returns the cores that this process may use."""
+    """Returns the number of cores that this process may use."""
     try:
         return len(os.sched_getaffinity(0))
-    except (AttributeError, OSError):  # not on every system
+    except (AttributeError, OSError):  # not available on every system
         return os.cpu_count() or 1
 
 
@@ -79,21 +78,21 @@ def _measure() -> float:
     for size in _SIZES:
         matrix = jnp.sin(jnp.arange(size * size, dtype=jnp.float32)).reshape(size, size)
         product(matrix, matrix).block_until_ready()
-        seconds = min(_timed(product, matrix) for _ in range(_REPEATS))
+        seconds = min(_seconds(product, matrix) for _ in range(_REPEATS))
         best = max(best, 2 * size**3 / seconds)
         if seconds >= _LONG_SECONDS:
             break
     return best
 
 
-def _timed(product: Any, matrix: jax.Array) -> float:
+def _seconds(product: Any, matrix: jax.Array) -> float:
     start = time.perf_counter()
     product(matrix, matrix).block_until_ready()
     return max(time.perf_counter() - start, 1e-9)
 
 
-def _remembered(path: Path) -> dict[str, float]:
-    """Returns the peaks in a file; none where it is absent or not as it was written."""
+def _cached(path: Path) -> dict[str, float]:
+    """Returns the peaks in a file by key; empty if it is absent or damaged."""
     with suppress(OSError, ValueError, AttributeError):
         peaks = json.loads(path.read_bytes())
         return {

@@ -1,4 +1,4 @@
-"""Placement: where the arrays of a run are, decided by one object."""
+"""Placement: decides on which devices the arrays of a run are."""
 
 from __future__ import annotations
 
@@ -13,143 +13,142 @@ from distaff.core.typing import Batch, PyTree
 from distaff.step.state import strongly_typed
 
 Place: TypeAlias = Callable[[PyTree], PyTree]
-"""Starts to copy arrays to where programs read them, and does not wait for it."""
+"""Starts to copy arrays to the devices of the programs, without waiting."""
 
 
 class Placement(Protocol):
-    """Decides on which devices arrays are. Nothing else in the package names a device."""
+    """Decides on which devices arrays are. No other object names a device."""
 
     @property
     def gathers(self) -> bool:
-        """Whether the arrays of a loader are resident, and programs gather their rows."""
+        """Whether a loader's arrays stay on the device, and programs gather rows from them."""
         ...
 
     def alongside(self, batch: Batch) -> Placement:
-        """Returns the placement of a run whose loader yields batches like this one."""
+        """Returns the placement for a run whose loader yields batches like this one."""
         ...
 
     def state(self, tree: PyTree) -> PyTree:
-        """Returns a state where it is trained. Arrays that are there already are not copied."""
+        """Returns a state on its training devices. Does not copy arrays already there."""
         ...
 
     def replicated(self, tree: PyTree) -> PyTree:
-        """Returns arrays whole on each device."""
+        """Returns arrays replicated on every device."""
         ...
 
     @property
     def batch(self) -> Place | None:
-        """What places batches that are used once; None where programs take NumPy arrays."""
+        """Places batches that are used once; None if programs take NumPy arrays."""
         ...
 
     def resident(self, tree: PyTree) -> PyTree:
-        """Returns copies of arrays on the device, that stay there for many programs."""
+        """Returns copies of arrays on the device, to be used by many programs."""
         ...
 
 
 class OneDevice:
-    """Every array is where JAX puts it by default: on the first device."""
+    """Leaves every array on JAX's default device, the first one."""
 
     @property
     def gathers(self) -> bool:
-        """Whether the device is an accelerator: XLA on the CPU gathers row by row.
+        """Whether the device is an accelerator.
 
-        There NumPy gathers while the device computes.
+        XLA on the CPU gathers row by row, so NumPy gathers there while the device computes.
         """
         return jax.default_backend() != "cpu"
 
     def alongside(self, batch: Batch) -> Placement:
-        """Returns this placement, or that of a loader which places its batches itself.
+        """Returns this placement, or one that follows a loader's own placement.
 
         Args:
-            batch: like those of training. The first of its arrays that is committed to devices
-                decides.
+            batch: a training batch. Its first array committed to devices decides.
         """
         placed = [x for x in jax.tree.leaves(batch) if isinstance(x, jax.Array) and x.committed]
         if not placed:
             return self
-        there = placed[0].sharding
-        if isinstance(there, jax.sharding.NamedSharding):
-            there = jax.sharding.NamedSharding(there.mesh, jax.sharding.PartitionSpec())
-        return Alongside(there) if there.is_fully_replicated else self
+        sharding = placed[0].sharding
+        if isinstance(sharding, jax.sharding.NamedSharding):
+            sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+        return Alongside(sharding) if sharding.is_fully_replicated else self
 
     def state(self, tree: PyTree) -> PyTree:
-        """Returns the state as it is."""
+        """Returns the state unchanged."""
         return tree
 
     def replicated(self, tree: PyTree) -> PyTree:
-        """Returns arrays on the device."""
+        """Copies arrays to the device."""
         return jax.device_put(tree)
 
     @property
     def batch(self) -> Place | None:
-        """A copy to an accelerator; None on the CPU, whose programs take NumPy arrays."""
+        """Copies to an accelerator; None on the CPU, whose programs take NumPy arrays."""
         return None if jax.default_backend() == "cpu" else jax.device_put
 
     def resident(self, tree: PyTree) -> PyTree:
-        """Returns copies on the device, which share no memory with the host's arrays."""
-        # `device_put` may take over the memory of a NumPy array, `may_alias=False` or not.
+        """Returns copies on the device that share no memory with the host's arrays."""
+        # `device_put` may alias the memory of a NumPy array, even with `may_alias=False`.
         return jax.tree.map(jnp.array, tree)
 
 
 class Alongside(OneDevice):
-    """The state is whole on each device that the loader has placed its batches on.
+    """Replicates the state over the devices on which the loader places its batches.
 
-    A step returns its state where its arguments are: a state that was elsewhere before the first
-    step would make it compile twice.
+    A step returns its state on the devices of its arguments. A state placed elsewhere before the
+    first step would make it compile twice.
 
     Args:
-        there: replicates over these devices.
+        sharding: replicates over these devices.
     """
 
-    def __init__(self, there: jax.sharding.Sharding) -> None:
-        self._there = there
+    def __init__(self, sharding: jax.sharding.Sharding) -> None:
+        self._sharding = sharding
 
     def state(self, tree: PyTree) -> PyTree:
-        """Returns the state on these devices; what is committed to others stays there."""
+        """Replicates the state over these devices, except arrays committed to others."""
 
-        def moved(leaf: Any) -> Any:
+        def place(leaf: Any) -> Any:
             is_placed = isinstance(leaf, jax.Array) and leaf.committed
-            return leaf if is_placed else jax.device_put(leaf, self._there)
+            return leaf if is_placed else jax.device_put(leaf, self._sharding)
 
-        return jax.tree.map(moved, tree)
+        return jax.tree.map(place, tree)
 
     def replicated(self, tree: PyTree) -> PyTree:
-        """Returns arrays whole on each of these devices."""
-        return jax.device_put(tree, self._there)
+        """Returns arrays replicated over these devices."""
+        return jax.device_put(tree, self._sharding)
 
 
 ONE_DEVICE = OneDevice()
 
 
 def owned(tree: PyTree) -> PyTree:
-    """Returns copies of arrays, each where it is in a buffer of its own: all can be donated.
+    """Returns copies of arrays on their devices, each in its own buffer: all can be donated.
 
-    None of them is weakly typed; see `strongly_typed`.
+    The copies are strongly typed; see `strongly_typed`.
     """
 
-    def copied(leaf: Any) -> jax.Array:
+    def copy(leaf: Any) -> jax.Array:
         if not isinstance(leaf, jax.Array):
             leaf = jnp.asarray(np.array(leaf, jax.dtypes.canonicalize_dtype(np.result_type(leaf))))
-        # Unlike `leaf.copy()`, this compiles no program for each shape.
+        # Unlike `leaf.copy()`, this does not compile a program per shape.
         return jax.device_put(leaf, leaf.sharding if leaf.committed else None, may_alias=False)
 
-    return strongly_typed(jax.tree.map(copied, tree))
+    return strongly_typed(jax.tree.map(copy, tree))
 
 
 def like(tree: PyTree, example: PyTree) -> PyTree:
-    """Returns arrays that were read from somewhere on the devices of those they replace.
+    """Returns arrays on the devices of the arrays they replace.
 
-    JAX may place an array where it likes if it may place the one of the example. What is read from
-    a file is committed to its device, and a program would compile again for that.
+    If an array of the example is uncommitted, so is the result. Arrays read from a file would be
+    committed to a device, and programs would compile again for them.
 
     Args:
         tree: JAX or NumPy arrays.
-        example: of the same structure. A NumPy array asks for no device.
+        example: arrays of the same structure. A NumPy array requires no device.
     """
-    return jax.tree.map(_like, tree, example)
+    return jax.tree.map(_leaf_like, tree, example)
 
 
-def _like(leaf: Any, example: Any) -> Any:
+def _leaf_like(leaf: Any, example: Any) -> Any:
     if not isinstance(example, jax.Array):
         return leaf
     if isinstance(leaf, jax.Array) and (example.committed or not leaf.committed):
@@ -157,16 +156,16 @@ def _like(leaf: Any, example: Any) -> Any:
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         data = jax.device_put(np.asarray(jax.random.key_data(leaf)), may_alias=False)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-    there = example.sharding if example.committed else None
-    return jax.device_put(np.asarray(leaf), there, may_alias=False)
+    sharding = example.sharding if example.committed else None
+    return jax.device_put(np.asarray(leaf), sharding, may_alias=False)
 
 
 def to_host(tree: PyTree) -> PyTree:
-    """Returns arrays as NumPy arrays; waits for them."""
+    """Converts arrays to NumPy arrays; waits for them."""
     return jax.tree.map(np.asarray, tree)
 
 
 def num_devices(batch: Batch) -> int:
-    """Returns how many devices the arrays of a batch are on; 1 for arrays of the host."""
+    """Returns the number of devices of a batch's arrays; 1 for arrays on the host."""
     arrays = [leaf for leaf in jax.tree.leaves(batch) if isinstance(leaf, jax.Array)]
     return max((len(array.sharding.device_set) for array in arrays), default=1)

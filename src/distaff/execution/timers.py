@@ -1,4 +1,4 @@
-"""Throughput: where the time of a run goes, and how fast its steps are."""
+"""Measures how a run spends its time, and the throughput of its steps."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ PARTS = (
     *("device", "host", "data", "logging", "callbacks"),
     *("evaluation", "checkpoint", "compile", "other"),
 )
-"""What the time of a run is spent on, as the host's clock tells it; each second counts once.
+"""The parts of a run's time, measured with the host's clock; each second counts once.
 
-`device`: the host waits for results, or is in a call in which they are computed. `host`: it hands
-programs to the device, which the call ends before it has done. `data`: it gets the next batches,
-and the device has nothing left to do when they come. `compile`: tracing, lowering and compiling, or
-reading from the compile cache, wherever it happens. `other` is what none of these is.
+`device`: the host waits for results, or runs a call that computes them. `host`: it dispatches
+programs that the device finishes after the call. `data`: it fetches the next batches, and the
+device is idle when they arrive. `compile`: tracing, lowering, compiling, and reading the compile
+cache, in any part. `other`: everything else.
 
-What can be told apart and what cannot: where the device computes beside the host, as a GPU does and
-a CPU with large programs, `host` is the price of the calls alone, and batches that come while it is
-still at work have cost nothing and count as `device`. A CPU runs small programs inside the call:
-one whose results are there when it returns counts as `device`, the host's part of it included. Of
-many steps in one program that part is small; of single small steps it may be half.
+If the device computes concurrently with the host (GPUs; CPUs with large programs), `host` is the
+cost of dispatch only, and time to fetch batches while the device is busy counts as `device`. A CPU
+runs small programs inside the call: a call whose results are ready when it returns counts as
+`device`, including its dispatch. With many steps per program the dispatch is negligible; with
+single small steps it may be half of the time.
 """
 
 TRAINING = ("device", "host", "data", "logging", "callbacks")
-"""The parts that make up the training itself."""
+"""The parts of training itself: all but evaluation, checkpoints, compiling and other."""
 
 
 class Throughput(NamedTuple):
-    """How fast a run was, or a stretch of it.
+    """Steps and seconds of a run, or of a part of it.
 
     Attributes:
-        steps: steps that were run.
-        examples: examples in them.
-        seconds: wall time of each of `PARTS`.
-        programs: programs that were compiled, those from the compile cache included.
-        cached: those from the compile cache.
+        steps: completed steps.
+        examples: examples in these steps.
+        seconds: wall time by `PARTS`.
+        programs: compiled programs, including programs read from the compile cache.
+        cached: programs read from the compile cache.
     """
 
     steps: int
@@ -59,16 +59,16 @@ class Throughput(NamedTuple):
         return sum(self.seconds[part] for part in TRAINING)
 
     def compiled(self) -> str:
-        """Returns in a few words what was compiled, and for how long."""
+        """Describes the number of compiled programs and the seconds that took."""
         seconds, programs = self.seconds["compile"], self.programs
         return f"compiled in {seconds:.1f} s ({programs} programs, {self.cached} cached)"
 
     def per_second(self, number: float) -> float:
-        """Returns a number of things of the whole training per second of it; 0 without any."""
+        """Divides a number by the training seconds; 0 if there are none."""
         return number / self.training_seconds if self.training_seconds > 0 else 0.0
 
     def since(self, earlier: Throughput) -> Throughput:
-        """Returns what was counted after an earlier reading."""
+        """Returns the difference to an earlier reading."""
         return Throughput(
             self.steps - earlier.steps,
             self.examples - earlier.examples,
@@ -79,13 +79,13 @@ class Throughput(NamedTuple):
 
 
 class Timers:
-    """Counts the seconds of a run by what they are spent on; each second counts once.
+    """Measures the seconds of a run by `PARTS`; each second counts once.
 
     Args:
-        clock: gives a time in seconds that never goes back.
+        clock: returns seconds, monotonically.
 
     Attributes:
-        since: when the current part began; at most one step ago.
+        since: start of the current part, on `clock`; at most one step ago.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -98,14 +98,14 @@ class Timers:
         self._lap, self._lap_since = self.read(), self.since
 
     def count(self, steps: int, batch_size: int) -> int:
-        """Counts steps, and returns the examples in them."""
+        """Counts steps, and returns their number of examples."""
         self.steps += steps
         self.examples += steps * batch_size
         return steps * batch_size
 
     @contextmanager
     def spent(self, part: str) -> Generator[None]:
-        """Counts the time inside as spent on a part; on that part alone, where parts are nested."""
+        """Counts the time in the block as spent on a part; nested blocks count only their own."""
         outer = self.turn_to(part)
         try:
             yield
@@ -113,7 +113,7 @@ class Timers:
             self.turn_to(outer)
 
     def timed(self, items: Iterable[T], part: str) -> Iterator[T]:
-        """Yields items, and counts the time to get each of them."""
+        """Yields items, and counts the time to fetch each of them as spent on a part."""
         iterator: Any = iter(items)
         while True:
             outer = self.turn_to(part)
@@ -126,7 +126,10 @@ class Timers:
             yield item
 
     def fetched(self, chunks: Iterable[T]) -> Iterator[T]:
-        """Yields chunks, and counts the time to get each of them: as `data`, or see `PARTS`."""
+        """Yields chunks, and counts the time to fetch each of them as `data`.
+
+        If the device is still busy when the chunk arrives, the time counts as `device`.
+        """
         iterator: Any = iter(chunks)
         while True:
             outer = self.turn_to("data")
@@ -141,11 +144,11 @@ class Timers:
             yield chunk
 
     def handed(self, result: Any) -> None:
-        """Hears that a program was handed over; called at the end of the part `host`.
+        """Records a dispatched program; call it at the end of the part `host`.
 
         Args:
-            result: an array that the program makes, which is not donated before the next call. It
-                is asked whether it is ready, and neither read nor waited for.
+            result: an output of the program that is not donated before the next call. Only
+                `is_ready` is called, which does not wait.
         """
         self._handed = result
         if self._calls_compute and result.is_ready():
@@ -156,7 +159,7 @@ class Timers:
         return jax.default_backend() == "cpu"
 
     def lap(self, seconds: float) -> Throughput | None:
-        """Returns what was counted since the last lap, or None until it has lasted this long."""
+        """Returns the throughput since the last lap; None if the lap is shorter than `seconds`."""
         if self._clock() - self._lap_since < seconds:
             return None
         before, self._lap = self._lap, self.read()
@@ -164,7 +167,7 @@ class Timers:
         return self._lap.since(before)
 
     def read(self) -> Throughput:
-        """Returns what was counted so far."""
+        """Returns the throughput so far."""
         self.turn_to(self._part)
         programs, cached = (
             int(_COMPILED[name] - self._before[name]) for name in ("programs", "cached")
@@ -172,9 +175,9 @@ class Timers:
         return Throughput(self.steps, self.examples, dict(self._seconds), programs, cached)
 
     def turn_to(self, part: str) -> str:
-        """Counts the time from here on as spent on a part, and returns the one before.
+        """Counts the time from now on as spent on a part, and returns the previous part.
 
-        `spent` is the safe way; this one costs a step less.
+        Prefer `spent`, which restores the part; this is faster in every step.
         """
         now, outer, compiled = self._clock(), self._part, _COMPILED["seconds"]
         compiling = compiled - self._compiled
@@ -186,31 +189,31 @@ class Timers:
 
 _END = object()
 
-# Of this process, since this module was imported. JAX keeps its listeners for good.
+# Totals of this process since this module was imported: JAX's listeners cannot be removed.
 _COMPILED = {"seconds": 0.0, "programs": 0, "cached": 0}
 _BACKEND = "/jax/core/compile/backend_compile_duration"
 _COMPILING = (
     *(_BACKEND, "/jax/core/compile/jaxpr_to_mlir_module_duration"),
     "/jax/core/compile/jaxpr_trace_duration",
 )
-_spans: deque[tuple[float, float]] = deque(maxlen=1000)  # of compiling: from when, for how long
+_spans: deque[tuple[float, float]] = deque(maxlen=1000)  # start and duration of compiles
 
 
-def _hear_duration(event: str, duration_secs: float, **_: str | int) -> None:
+def _on_duration(event: str, duration_secs: float, **_: str | int) -> None:
     if event not in _COMPILING:
         return
     _COMPILED["programs"] += event == _BACKEND
     start = time.perf_counter() - duration_secs
-    # What is traced inside of another trace ends before it, and would count twice.
+    # A trace nested in another trace ends before it, and would count twice.
     while _spans and _spans[-1][0] + _spans[-1][1] / 2 > start:
         _COMPILED["seconds"] -= _spans.pop()[1]
     _COMPILED["seconds"] += duration_secs
     _spans.append((start, duration_secs))
 
 
-def _hear(event: str, **_: str | int) -> None:
+def _on_event(event: str, **_: str | int) -> None:
     _COMPILED["cached"] += event == "/jax/compilation_cache/cache_hits"
 
 
-jax.monitoring.register_event_duration_secs_listener(_hear_duration)
-jax.monitoring.register_event_listener(_hear)
+jax.monitoring.register_event_duration_secs_listener(_on_duration)
+jax.monitoring.register_event_listener(_on_event)

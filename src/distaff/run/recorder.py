@@ -97,7 +97,7 @@ class Recorder:
 
     def fuse(self, forms: FusionChoice) -> None:
         """Sets how many steps of the run, and batches of an evaluation, are one program."""
-        self.dispatcher.forms, self.workspace.capacity = forms, forms.form.capacity
+        self.dispatcher.forms, self.workspace.capacity = forms, forms.capacity
         self.fusion = forms.facts()
 
     @property

@@ -16,7 +16,7 @@ from distaff.data import Loader
 from distaff.data.inspection import InspectionOptions
 from distaff.errors import LossError
 from distaff.execution import page_faults
-from distaff.execution.dispatch.calibration import rehearsed
+from distaff.execution.dispatch.calibration import calibrate
 from distaff.execution.dispatch.dispatcher import Dispatcher, DispatchOptions
 from distaff.execution.dispatch.packed_metrics import BadStep, WindowEnd
 from distaff.execution.feed.chunk import Chunk
@@ -199,7 +199,7 @@ class Run:
         """Chooses how many steps are one program, where that is to be measured."""
         here, tunes = self.workspace, self._options.tune_process
         self.recorder.fuse(
-            rehearsed(
+            calibrate(
                 self.dispatcher, here.ready_state(), here.feeds, loader, self.path, remember=tunes
             )
         )

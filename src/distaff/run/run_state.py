@@ -61,9 +61,9 @@ class EpochProgress(NamedTuple):
         try:
             total, rows = _metrics(value, layout)
         except ValueError:  # the run may have had another policy for bad steps
-            before = layout.unlike()
+            before = layout.with_guard_toggled()
             total, rows = _metrics(value, before)
-            rows = None if rows is None else layout.translated(rows, before)
+            rows = None if rows is None else layout.convert(rows, before)
             total = total and layout.completed(total)
         return cls(int(value["epoch"]), int(value["steps"]), bool(value["is_trained"]), total, rows)
 

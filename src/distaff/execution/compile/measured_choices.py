@@ -1,4 +1,4 @@
-"""Choices that were measured on this machine, kept in a file for the runs after this one."""
+"""On-disk cache of measured choices."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ _ADDRESS = re.compile(r"0x[0-9a-f]+")
 
 
 class Entry:
-    """The place of one choice in a file; what cannot be read or written is not there.
+    """One entry of the cache. An unreadable file counts as empty, and failed writes are ignored.
 
-    The file is a JSON object of entries by key. It may be deleted at any time. Of two processes
-    that write at once the last one wins; what the other one chose is measured again.
+    The file is a JSON object of entries by key, and can be deleted at any time. If two processes
+    write at the same time, the last one wins, and the other choice is measured again.
 
     Args:
-        file: whose owner alone can use it; None to remember nothing.
-        key: of the choice.
-        clock: gives the seconds since 1970.
+        file: accessible to its owner only; None to disable.
+        key: identifies the choice.
+        clock: returns the seconds since 1970.
     """
 
     def __init__(
@@ -43,11 +43,11 @@ class Entry:
         self._file, self._key, self._clock = file, key, clock
 
     def read(self) -> Any:
-        """Returns what was kept in the last 30 days, as JSON gives it; None if there is nothing."""
+        """Returns the value, as JSON; None if it is missing or older than 30 days."""
         return self._entries().get(self._key, {}).get("value")
 
     def write(self, value: Any) -> None:
-        """Keeps a value, and drops the oldest of more than 256."""
+        """Writes a value, and drops the oldest entries if there are more than 256."""
         if self._file is None:
             return
         entries = {**self._entries(), self._key: {"saved": self._clock(), "value": value}}
@@ -64,8 +64,8 @@ class Entry:
             read = json.loads(_read(self._file))
         except (OSError, ValueError, RecursionError):
             return {}
-        found = read if isinstance(read, dict) else {}
-        return {key: entry for key, entry in found.items() if self._is_valid(entry)}
+        entries = read if isinstance(read, dict) else {}
+        return {key: entry for key, entry in entries.items() if self._is_valid(entry)}
 
     def _is_valid(self, entry: Any) -> bool:
         saved = entry.get("saved") if isinstance(entry, dict) else None
@@ -74,11 +74,11 @@ class Entry:
 
 
 def program_key(jaxpr: Any, *further: Any) -> str:
-    """Returns a digest of a program, of this machine and of the software that compiles for it.
+    """Returns a digest of a program, this machine, and the versions of the software involved.
 
     Args:
-        jaxpr: the program; its text names the shapes and dtypes of all arrays.
-        *further: whatever else the choice depends on, as JSON.
+        jaxpr: the program; its text includes the shapes and dtypes of all arrays.
+        *further: other values on which the choice depends, as JSON.
     """
     device = jax.devices()[0]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -90,7 +90,7 @@ def program_key(jaxpr: Any, *further: Any) -> str:
 
 
 def _processor() -> str:
-    """Returns the model of the CPU: a home directory may be shared by several machines."""
+    """Returns the CPU model, because machines may share a home directory."""
     with suppress(OSError):
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
         return found[1] if found else ""
@@ -98,16 +98,16 @@ def _processor() -> str:
 
 
 def _read(file: Path) -> bytes:
-    """Returns the content of a file of this user.
+    """Returns the content of a regular file that this user owns, of a plausible size.
 
     Raises:
-        OSError: it is no file, or another's, or larger than any that is written here.
+        OSError: otherwise, or if it cannot be read.
     """
-    # Neither follows a link nor waits for the other end of a pipe.
+    # Do not follow a link, nor wait for the other end of a pipe.
     flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     with open(os.open(file, os.O_RDONLY | flags), "rb") as opened:
         status = os.fstat(opened.fileno())
         is_own = not hasattr(os, "getuid") or status.st_uid == os.getuid()
         if not (stat.S_ISREG(status.st_mode) and is_own and status.st_size <= _MAX_BYTES):
-            raise OSError(f"{file} is not used.")
+            raise OSError(f"{file} is not a regular file of this user, or is too large.")
         return opened.read()

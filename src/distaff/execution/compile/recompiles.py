@@ -1,4 +1,4 @@
-"""Which programs compile, and why: after its first compile a program is not to compile again."""
+"""Detects programs that compile again, and reports the cause."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from distaff.execution.compile.signature import Difference, Signature, differenc
 _log = logging.getLogger("distaff")
 
 Recompile: TypeAlias = Literal["warn", "error", "ignore"]
-"""What a compile that nobody expects leads to."""
+"""What to do when a program unexpectedly compiles again."""
 
 _MAX_REMEMBERED = 64
 _MAX_WARNINGS = 5
@@ -25,12 +25,12 @@ _MAX_REASONS = 3
 
 
 class Compile(NamedTuple):
-    """One program that was compiled.
+    """A compile of a program.
 
     Attributes:
-        name: what JAX calls it, such as `"jit(step)"`; empty where it does not say.
-        seconds: that lowering and compiling took, or reading from the compile cache.
-        cached: whether it came from the compile cache on disk.
+        name: its name in JAX, such as `"jit(step)"`; empty if unknown.
+        seconds: time to lower and compile, or to read from the compile cache.
+        cached: whether it was read from the compile cache on disk.
     """
 
     name: str
@@ -42,12 +42,12 @@ class Compile(NamedTuple):
 
 
 class Watch:
-    """Watches the programs of a trainer, each of which shall compile once.
+    """Watches the programs of a trainer, each of which should compile once.
 
     Args:
-        recompile: what a compile that nobody expects leads to: `"warn"`, `"error"` or `"ignore"`.
+        recompile: what to do on an unexpected compile: `"warn"`, `"error"` or `"ignore"`.
         step: returns the completed optimizer updates.
-        say: shows a line that is no warning.
+        say: shows a line that is not a warning.
     """
 
     def __init__(
@@ -64,24 +64,24 @@ class Watch:
         self._reasons: list[object] = []
 
     def over(self, program: Any, what: str, arguments: Sequence[str]) -> Watched:
-        """Returns the program, watched.
+        """Wraps a program to watch its compiles.
 
         Args:
-            program: as `jax.jit` returns it.
-            what: what to call it, such as `"the step"`.
+            program: a function returned by `jax.jit`.
+            what: its name in messages, such as `"the step"`.
             arguments: names of its positional arguments.
         """
-        watched = Watched(program, what, arguments, self._surprised)
+        watched = Watched(program, what, arguments, self._on_recompile)
         self._watched.append(watched)
         return watched
 
     def expect(self, reason: object = None, *, num_shapes: int = 1) -> None:
-        """Expects one more compile of each program, as where new data are evaluated.
+        """Allows one more compile of each program, for example for new data to evaluate.
 
         Args:
-            reason: such as the new data; one that was given lately is none. Without one, all
-                reasons count again.
-            num_shapes: how many shapes their batches have: those after the first are expected, too.
+            reason: an object such as the new data; a recent reason does not count again. None
+                forgets all reasons.
+            num_shapes: number of different shapes of batches; allows a compile for each of them.
         """
         if reason is not None and any(reason is each for each in self._reasons):
             return
@@ -90,12 +90,12 @@ class Watch:
             watched.num_expected = 1 if reason is None else watched.num_expected + 1
             watched.num_reshapes = num_shapes - 1 + (reason is not None) * watched.num_reshapes
 
-    def _surprised(self, what: str, compiled: Compile, found: Difference, is_end: bool) -> None:
+    def _on_recompile(self, what: str, compiled: Compile, found: Difference, is_end: bool) -> None:
         if self.recompile == "ignore":
             return
         text = (
-            f"A program compiles once; {what} compiled again after step {self._step()}, in "
-            f"{compiled}: {found.text}. {found.remedy}"
+            f"A program should compile once, but {what} compiled again after step {self._step()}, "
+            f"in {compiled}: {found.text}. {found.remedy}"
         )
         if self.recompile == "error":
             raise RecompileError(text)
@@ -106,23 +106,23 @@ class Watch:
         _log.warning("%s", text)
         self._num_warnings += 1
         if self._num_warnings <= _MAX_WARNINGS:
-            last = "Only the log tells of more. " * (self._num_warnings == _MAX_WARNINGS)
-            text = f"{text} {last}recompile='ignore' turns this off."
+            last = "Further recompiles are only logged. " * (self._num_warnings == _MAX_WARNINGS)
+            text = f"{text} {last}Set recompile='ignore' to disable this warning."
             warn(text, RecompileWarning, stacklevel=2)
 
 
 class Watched:
-    """A program that looks, after each call, at whether that call has compiled it.
+    """A program that checks after each call whether the call compiled it.
 
-    Only what this thread compiles under the program's name counts: a call may compile other
-    programs too, as that of a callback or of a constant.
+    Only compiles in this thread and under the program's name count: a call may compile other
+    programs, such as a callback's.
 
     Args:
-        program: as `jax.jit` returns it.
-        what: what to call it.
+        program: a function returned by `jax.jit`.
+        what: its name in messages.
         arguments: names of its positional arguments.
-        surprised: is told of a compile that was not expected, and whether it is the one for
-            batches of a second size, as an epoch may end with.
+        on_recompile: called for an unexpected compile; its last argument is whether it may be the
+            compile for a smaller batch at the end of an epoch.
     """
 
     def __init__(
@@ -130,10 +130,10 @@ class Watched:
         program: Any,
         what: str,
         arguments: Sequence[str],
-        surprised: Callable[[str, Compile, Difference, bool], None],
+        on_recompile: Callable[[str, Compile, Difference, bool], None],
     ) -> None:
         self._program, self._what, self._arguments = program, what, tuple(arguments)
-        self._surprised = surprised
+        self._on_recompile = on_recompile
         self._signatures: deque[Signature] = deque(maxlen=_MAX_REMEMBERED)
         self._name = f"jit({getattr(program, '__name__', '')})"
         self._had_end = False
@@ -141,14 +141,14 @@ class Watched:
 
     def __call__(self, *args: Any) -> Any:
         """Calls the program."""
-        before = _HEARD.count
+        before = _COMPILES.count
         result = self._program(*args)
-        if _HEARD.count != before:
-            self._look(args, _HEARD.count - before)
+        if _COMPILES.count != before:
+            self._check(args, _COMPILES.count - before)
         return result
 
-    def _look(self, args: Sequence[Any], num_compiles: int) -> None:
-        recent = [c for c in list(_HEARD.recent)[-num_compiles:] if c.name in ("", self._name)]
+    def _check(self, args: Sequence[Any], num_compiles: int) -> None:
+        recent = [c for c in list(_COMPILES.recent)[-num_compiles:] if c.name in ("", self._name)]
         if not recent:
             return
         compiled = recent[-1]
@@ -163,11 +163,11 @@ class Watched:
         elif found is not None:
             is_end = found.is_resized and not self._had_end
             self._had_end |= is_end
-            self._surprised(self._what, compiled, found, is_end)
+            self._on_recompile(self._what, compiled, found, is_end)
 
 
-class _Heard(threading.local):
-    """What one thread has compiled."""
+class _Compiles(threading.local):
+    """The compiles of one thread."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -175,29 +175,29 @@ class _Heard(threading.local):
         self.lowering, self.is_hit = 0.0, False
 
 
-_HEARD = _Heard()
+_COMPILES = _Compiles()
 
 
 def count() -> int:
-    """Returns how many programs this thread has compiled, those from the compile cache included."""
-    return _HEARD.count
+    """Returns the number of compiles in this thread, including reads from the compile cache."""
+    return _COMPILES.count
 
 
-# JAX tells of these in the thread that compiles, the cache hit and the lowering before the end.
-def _hear_duration(event: str, duration_secs: float, **kwargs: str | int) -> None:
+# JAX calls these in the compiling thread: for the cache hit and the lowering before the compile.
+def _on_duration(event: str, duration_secs: float, **kwargs: str | int) -> None:
     if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":
-        _HEARD.lowering += duration_secs
+        _COMPILES.lowering += duration_secs
     elif event == "/jax/core/compile/backend_compile_duration":
-        name, seconds = str(kwargs.get("fun_name", "")), duration_secs + _HEARD.lowering
-        _HEARD.recent.append(Compile(name, seconds, _HEARD.is_hit))
-        _HEARD.count += 1
-        _HEARD.lowering, _HEARD.is_hit = 0.0, False
+        name, seconds = str(kwargs.get("fun_name", "")), duration_secs + _COMPILES.lowering
+        _COMPILES.recent.append(Compile(name, seconds, _COMPILES.is_hit))
+        _COMPILES.count += 1
+        _COMPILES.lowering, _COMPILES.is_hit = 0.0, False
 
 
-def _hear(event: str, **_: str | int) -> None:
+def _on_event(event: str, **_: str | int) -> None:
     if event == "/jax/compilation_cache/cache_hits":
-        _HEARD.is_hit = True
+        _COMPILES.is_hit = True
 
 
-jax.monitoring.register_event_duration_secs_listener(_hear_duration)
-jax.monitoring.register_event_listener(_hear)
+jax.monitoring.register_event_duration_secs_listener(_on_duration)
+jax.monitoring.register_event_listener(_on_event)

@@ -1,4 +1,4 @@
-"""Signatures: what of its arguments a program is compiled for, and how two of them differ."""
+"""Signatures of program arguments, and the differences that cause a recompile."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from distaff.errors import leaf_name
 
 _MAX_NAMED = 4
 
-# Fields of a chunk's source (`distaff.data`), as its reader knows them.
-_SAID = {"source/whole": "batch", "source/": ""}
+# Names of the fields of `ChunkData` in messages.
+_NAMES = {"source/whole": "batch", "source/": ""}
 _AXIS_OF_EXAMPLES = {"batch": 0, "mask": 0, "batches": 1, "rows": 1}
 
 
 class Leaf(NamedTuple):
-    """What a program is compiled for, of one array.
+    """The properties of one array for which a program is compiled.
 
     Attributes:
         shape: its shape.
-        dtype: the dtype JAX gives it.
-        weak_type: whether it takes the dtype of what it meets, as Python's numbers do.
-        sharding: where it is; None where JAX may place it.
+        dtype: its dtype in JAX.
+        weak_type: whether it is weakly typed, as Python's numbers are.
+        sharding: its sharding; None if it is uncommitted.
     """
 
     shape: tuple[int, ...]
@@ -37,11 +37,11 @@ class Leaf(NamedTuple):
 
 
 class Signature(NamedTuple):
-    """What a program is compiled for.
+    """The properties of arguments for which a program is compiled.
 
     Attributes:
-        leaves: by path, such as `batch/image`.
-        structure: of the arguments, static members included.
+        leaves: arrays by path, such as `batch/image`.
+        structure: tree structure of the arguments, including static fields.
     """
 
     leaves: dict[str, Leaf]
@@ -49,14 +49,15 @@ class Signature(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """How a signature differs from another.
+    """The difference between two signatures.
 
     Attributes:
         leaves: paths of the leaves that differ.
-        text: what differs.
-        remedy: what to do about it.
-        is_resized: whether all that differs is the number of examples.
-        is_reshaped: whether all that differs are lengths of axes of batches, more than their first.
+        text: describes the difference.
+        remedy: how to avoid it.
+        is_resized: whether only the number of examples differs.
+        is_reshaped: whether only lengths of axes of batches differ, including axes other than the
+            first.
     """
 
     leaves: tuple[str, ...]
@@ -70,10 +71,10 @@ def signature(arguments: Mapping[str, Any]) -> Signature:
     """Returns the signature of a call.
 
     Args:
-        arguments: by name; arrays that were given away still know what they were.
+        arguments: by name; donated arrays are allowed.
     """
     leaves = {
-        _said(name, path): _leaf(value)
+        _leaf_path(name, path): _leaf(value)
         for name, argument in arguments.items()
         for path, value in jax.tree.leaves_with_path(argument)
     }
@@ -81,11 +82,11 @@ def signature(arguments: Mapping[str, Any]) -> Signature:
 
 
 def difference(earlier: Iterable[Signature], new: Signature) -> Difference:
-    """Compares a signature with the nearest of earlier ones.
+    """Compares a signature with the most similar earlier one.
 
     Args:
-        earlier: at least one; of equally near ones the last counts.
-        new: what is there now.
+        earlier: at least one signature; ties are resolved in favor of the last.
+        new: the new signature.
     """
     distances = [_distance(old, new) for old in earlier]
     nearest = min(range(len(distances)), key=lambda index: (distances[index], -index))
@@ -93,15 +94,14 @@ def difference(earlier: Iterable[Signature], new: Signature) -> Difference:
 
 
 def _distance(old: Signature, new: Signature) -> tuple[int, bool, int]:
-    """Returns how many leaves differ, whether the structure does, and in how much the leaves do."""
     changed = _changed(old, new)
     pairs = [(old.leaves.get(name), new.leaves.get(name)) for name in changed]
-    facts = sum(_num_facts(a, b) for a, b in pairs if a is not None and b is not None)
-    return len(changed), old.structure != new.structure, facts
+    total = sum(_leaf_distance(a, b) for a, b in pairs if a is not None and b is not None)
+    return len(changed), old.structure != new.structure, total
 
 
-def _num_facts(old: Leaf, new: Leaf) -> int:
-    """Returns how many lengths of axes differ, and dtype and place as one more."""
+def _leaf_distance(old: Leaf, new: Leaf) -> int:
+    """Returns the number of axes that differ in length, plus one if dtype or sharding differs."""
     axes = sum(a != b for a, b in zip(old.shape, new.shape, strict=False))
     return axes + (old[1:] != new[1:])
 
@@ -116,30 +116,27 @@ def _between(old: Signature, new: Signature) -> Difference:
         text += f"; and {len(changed) - _MAX_NAMED} more" * (len(changed) > _MAX_NAMED)
         remedy = _RESIZED if is_resized else _remedy(changed[0], *pairs[changed[0]])
     elif old.structure != new.structure:
-        text, remedy = "all leaves are as they were, the tree around them is not", _STRUCTURE
+        text, remedy = "all leaves are unchanged, but the tree structure differs", _STRUCTURE
     else:
-        text, remedy = "all arguments are as they were for an earlier compile", _UNCHANGED
+        text, remedy = "all arguments are the same as in an earlier compile", _UNCHANGED
     return Difference(changed, text, remedy, is_resized, is_reshaped and not is_resized)
 
 
-_RESIZED = "Drop a short last batch (remainder='drop'), pad it, or sort batches into a few sizes."
-_STRUCTURE = "Keep the type of each node, and static members such as tx, from step to step."
+_RESIZED = "Drop a short last batch (remainder='drop'), pad it, or bucket batches into a few sizes."
+_STRUCTURE = "Keep node types and static fields such as tx the same in every step."
 _UNCHANGED = (
     "JAX compiles again after jax.clear_caches() and after most changes of jax.config: make them "
     "before training."
 )
 _REMEDIES = {
     ("batch", "entry"): "Yield the same entries in every batch.",
-    ("batch", "shape"): "Yield batches of one shape: pad them, or sort them into a few sizes.",
+    ("batch", "shape"): "Yield batches of one shape: pad them, or bucket them into a few sizes.",
     ("batch", "dtype"): "Cast it in the loader, always to the same dtype.",
-    ("state", "entry"): "Return a state of the form that the step was given.",
-    ("state", "shape"): "Return arrays of the shapes that the step was given.",
-    (
-        "state",
-        "dtype",
-    ): "Keep its dtype in the step with .astype; Python's numbers are weakly typed.",
+    ("state", "entry"): "Return a state with the same entries as the argument of the step.",
+    ("state", "shape"): "Return arrays with the same shapes as in the argument of the step.",
+    ("state", "dtype"): "Keep its dtype with .astype in the step; Python numbers are weakly typed.",
 }
-_PLACE = "Place it in one way throughout, with jax.device_put, before the first step."
+_PLACE = "Place it on one device or sharding with jax.device_put, before the first step."
 
 
 def _remedy(name: str, old: Leaf | None, new: Leaf | None) -> str:
@@ -157,9 +154,9 @@ def _text(name: str, old: Leaf | None, new: Leaf | None) -> str:
     if old is None:
         return f"{name} is new: {new}"
     if new is None:
-        return f"{name} is gone: it was {old}"
+        return f"{name} is missing: it was {old}"
     if old[:3] == new[:3]:
-        was, now = (leaf.sharding or "wherever JAX places it" for leaf in (old, new))
+        was, now = (leaf.sharding or "JAX's default device" for leaf in (old, new))
         return f"{name} was on {was}, is on {now}"
     return f"{name} was {old}, is {new}"
 
@@ -183,20 +180,20 @@ def _is_reshaped(name: str, old: Leaf | None, new: Leaf | None) -> bool:
     return len(old.shape) == len(new.shape) and old._replace(shape=new.shape) == new
 
 
-def _said(name: str, path: tuple[Any, ...]) -> str:
+def _leaf_path(name: str, path: tuple[Any, ...]) -> str:
     whole = f"{name}/{leaf_name(path)}" if path else name
-    for field, said in _SAID.items():
+    for field, shown in _NAMES.items():
         if whole.startswith(field):
-            return said + whole.removeprefix(field)
+            return shown + whole.removeprefix(field)
     return whole
 
 
 def _leaf(value: Any) -> Leaf:
-    kind: Any = jax.typeof(value)
+    aval: Any = jax.typeof(value)
     is_placed = isinstance(value, jax.Array) and value.committed
     return Leaf(
-        tuple(kind.shape),
-        str(kind.dtype),
-        bool(getattr(kind, "weak_type", False)),
+        tuple(aval.shape),
+        str(aval.dtype),
+        bool(getattr(aval, "weak_type", False)),
         value.sharding if is_placed else None,
     )

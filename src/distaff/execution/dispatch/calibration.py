@@ -1,7 +1,7 @@
-"""Rehearsal: `steps_per_call="measure"` times the forms of a step before the first one is trained.
+"""Calibration: `steps_per_call="measure"` times single and fused steps before the first step.
 
-It runs on a copy of the state and on the first batch again and again, so that a run has one form
-from its first step to its last, and two runs with one recorded form are equal bit for bit.
+It repeats the first batch on a copy of the state. The run then uses one chunk size from its first
+step to its last, so two runs with the same recorded choice are equal bit for bit.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from distaff.execution.dispatch.steps_per_call import (
     Timing,
     num_at_once,
     recorded,
-    settled,
+    with_full_program,
 )
 from distaff.execution.feed.chunk import SINGLE, ChunkSize
 from distaff.execution.feed.feed import Feed
@@ -37,29 +37,29 @@ from distaff.execution.placement import owned
 from distaff.step.state import TrainState
 
 _FILE = "steps_per_call.json"
-"""In a run's directory: one that was killed before its first checkpoint keeps its form, too."""
+"""In the run directory, so that a run killed before its first checkpoint keeps its choice."""
 
 _FAST_SECONDS = 5e-4
-"""A fused step this fast needs no comparison: the host alone would cost a good part of it."""
+"""A fused step this fast needs no comparison: single steps would spend much of it on the host."""
 
 _SLOW_SECONDS = 5e-3
-"""A single step this slow needs none either: the host's part in it is lost in the noise."""
+"""A single step this slow needs no comparison: the host's part in it is negligible."""
 
 _MAX_SINGLE = 8
-"""How many single steps are timed together."""
+"""Most single steps to time together."""
 
 _CLEARLY, _HOPELESSLY = 2, 8
-"""How many times slower a form is that is not worth more steps, or not even a second look."""
+"""How many times slower fused steps must be to stop measuring: after a second try, or at once."""
 
-Trying: TypeAlias = Generator[ChunkSize, float, tuple[ChunkSize, Timing]]
-"""Yields forms to run, is sent their seconds per step, and returns the form to keep.
+Trials: TypeAlias = Generator[ChunkSize, float, tuple[ChunkSize, Timing]]
+"""Yields chunk sizes to run, receives their seconds per step, and returns the size to keep.
 
-Whatever else a machine does makes a step slower, never faster: of several times the least counts.
+Other load on a machine only makes steps slower, so the minimum of several times counts.
 """
 
 
-def rehearsed(
-    steps: Dispatcher,
+def calibrate(
+    dispatcher: Dispatcher,
     state: TrainState,
     feeds: Feeds,
     loader: Loader,
@@ -67,20 +67,21 @@ def rehearsed(
     *,
     remember: bool,
 ) -> FusionChoice:
-    """Returns the choice of a run that is about to begin: measured, if that is still to be done.
+    """Returns the choice of steps per call, and measures it first if necessary.
 
     Args:
-        steps: runs chunks of steps.
-        state: copied, and otherwise left alone.
-        feeds: has that of the train loader.
-        loader: the train loader. Its first batch is looked at, and it stays where it is.
-        directory: of the run, where the choice is looked for first, and kept; None for none.
-        remember: whether to look for the choice of an earlier run of the same program on this
-            machine, and to keep it for later ones.
+        dispatcher: runs chunks of steps; its `forms` is set to the choice.
+        state: copied, and otherwise unchanged.
+        feeds: feeds that include the train loader.
+        loader: the train loader. Its first batch is read, and its position does not change.
+        directory: of the run; the choice is read from it if present, and saved to it. None to
+            disable.
+        remember: whether to reuse the choice of an earlier run of the same program on this machine,
+            and to save it for later runs.
     """
-    measurement = steps.forms.measurement
+    measurement = dispatcher.forms.measurement
     if measurement is None:
-        return steps.forms
+        return dispatcher.forms
     own = None if directory is None else directory / _FILE
     choice = None if own is None else _read(own)
     if choice is None:
@@ -92,13 +93,13 @@ def rehearsed(
         choice = None if kept is None else kept._replace(why="remembered")
         if choice is None:
             batch, feed = first_batch(loader, name="train"), feeds.of(loader, name="train")
-            choice = _measured(measurement, _stopwatch(steps, state, feed, batch))
+            choice = _measure(measurement, _timer(dispatcher, state, feed, batch))
         if choice.why == "measured":
             entry.write(choice.facts())
     if own is not None:
-        with suppress(OSError):  # a full disk: it is in every checkpoint, too
+        with suppress(OSError):  # such as a full disk; every checkpoint has the choice, too
             write_whole(own, json.dumps(choice.facts(), indent=2) + "\n")
-    steps.forms = choice
+    dispatcher.forms = choice
     return choice
 
 
@@ -108,18 +109,18 @@ def _read(file: Path) -> FusionChoice | None:
     return None
 
 
-def _stopwatch(
-    steps: Dispatcher, state: TrainState, feed: Feed, batch: Batch
+def _timer(
+    dispatcher: Dispatcher, state: TrainState, feed: Feed, batch: Batch
 ) -> Callable[[ChunkSize], float]:
-    """Returns what gives the seconds per step of a form."""
-    carried = steps.placement.state(owned(state))
+    """Returns a function that measures the seconds per step of a chunk size."""
+    carried = dispatcher.placement.state(owned(state))
 
-    def seconds(form: ChunkSize) -> float:
+    def seconds(size: ChunkSize) -> float:
         nonlocal carried
         while True:
-            chunk = feed.sample(batch, form)
+            chunk = feed.sample(batch, size)
             start, num_compiled = time.perf_counter(), recompiles.count()
-            carried, _, _ = steps(carried, steps.blank, chunk, 0)
+            carried, _, _ = dispatcher(carried, dispatcher.blank, chunk, 0)
             jax.block_until_ready(carried)
             if recompiles.count() == num_compiled:
                 return (time.perf_counter() - start) / chunk.num_steps
@@ -127,65 +128,63 @@ def _stopwatch(
     return seconds
 
 
-def _measured(measurement: Measurement, seconds: Callable[[ChunkSize], float]) -> FusionChoice:
-    """Measures, and returns the choice."""
-    trying = (single_first if measurement.convolves else fused_first)(measurement.capacity)
-    form = next(trying)
+def _measure(measurement: Measurement, seconds: Callable[[ChunkSize], float]) -> FusionChoice:
+    trials = (single_first if measurement.convolves else fused_first)(measurement.capacity)
+    size = next(trials)
     try:
         while True:
-            form = trying.send(seconds(form))
+            size = trials.send(seconds(size))
     except StopIteration as end:
-        form, timing = end.value
-    if form.capacity > 1 and timing.fused is not None:
-        form = settled(form, timing.fused, is_long=measurement.is_long)
-    return FusionChoice(form, "measured", timing)
+        size, timing = end.value
+    if size.capacity > 1 and timing.fused is not None:
+        size = with_full_program(size, timing.fused, is_long=measurement.is_long)
+    return FusionChoice(size, "measured", timing)
 
 
-def fused_first(capacity: int) -> Trying:
-    """Begins with fused steps, and compares them unless they are fast."""
+def fused_first(capacity: int) -> Trials:
+    """Times fused steps first, and compares them with single steps unless they are fast."""
     fused = yield ChunkSize(1, capacity)
-    fused = min(fused, (yield _kept(capacity, fused)))
+    fused = min(fused, (yield _fused_size(capacity, fused)))
     if fused < _FAST_SECONDS:
-        fused = min(fused, (yield _kept(capacity, fused)))
-        return _kept(capacity, fused), Timing(None, fused)
+        fused = min(fused, (yield _fused_size(capacity, fused)))
+        return _fused_size(capacity, fused), Timing(None, fused)
     single = yield SINGLE
     if fused > _CLEARLY * single:
         return SINGLE, Timing(single, fused)
-    return (yield from _compared(capacity, fused))
+    return (yield from _compare(capacity, fused))
 
 
-def single_first(capacity: int) -> Trying:
-    """Begins with single steps, and tries fused ones only if these are fast.
+def single_first(capacity: int) -> Trials:
+    """Times single steps first, and tries fused steps only if single ones are fast.
 
-    Convolutions in a loop are slow on the CPU: 25 times, where they are large.
+    On the CPU convolutions in a loop are up to 25 times slower.
     """
     single = min([(yield SINGLE), (yield SINGLE), (yield SINGLE)])
     if single > _SLOW_SECONDS:
         return SINGLE, Timing(single, None)
     fused = yield ChunkSize(1, capacity)
     if _CLEARLY * single < fused < _HOPELESSLY * single:
-        fused = min(
-            fused, (yield ChunkSize(1, capacity))
-        )  # another program may have been in the way
+        # Another program may have slowed the first one.
+        fused = min(fused, (yield ChunkSize(1, capacity)))
     if fused > _CLEARLY * single:
         return SINGLE, Timing(single, fused)
-    return (yield from _compared(capacity, fused))
+    return (yield from _compare(capacity, fused))
 
 
-def _compared(capacity: int, fused: float) -> Trying:
-    """Runs the forms in turn, twice: a busy moment of the machine meets both."""
-    form, singles, fuseds = _kept(capacity, fused), [], [fused]
-    num_single = max(1, min(form.num_steps, _MAX_SINGLE))
+def _compare(capacity: int, fused: float) -> Trials:
+    """Times fused and single steps in turn, twice, so that other load affects both."""
+    size, singles, fuseds = _fused_size(capacity, fused), [], [fused]
+    num_single = max(1, min(size.num_steps, _MAX_SINGLE))
     for _ in range(2):
-        fuseds.append((yield form))
+        fuseds.append((yield size))
         total = 0.0
         for _ in range(num_single):
             total += yield SINGLE
         singles.append(total / num_single)
-        form = _kept(capacity, min(fuseds))
+        size = _fused_size(capacity, min(fuseds))
     timing = Timing(min(singles), min(fuseds))
-    return (form if min(fuseds) < min(singles) else SINGLE), timing
+    return (size if min(fuseds) < min(singles) else SINGLE), timing
 
 
-def _kept(capacity: int, seconds: float) -> ChunkSize:
+def _fused_size(capacity: int, seconds: float) -> ChunkSize:
     return ChunkSize(num_at_once(seconds, capacity), capacity)

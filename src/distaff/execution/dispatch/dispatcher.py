@@ -1,4 +1,4 @@
-"""Dispatcher: runs the steps of a run as programs of one step, or of many."""
+"""Dispatcher: runs the steps of a run as programs of one step or of many."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distaff.data import num_examples
 from distaff.errors import ConfigError, MetricError
 from distaff.execution.compile.recompiles import Watch
 from distaff.execution.dispatch.packed_metrics import MetricLayout, MetricTable, blank
-from distaff.execution.dispatch.steps_per_call import Expected, FusionChoice, chosen
+from distaff.execution.dispatch.steps_per_call import Expected, FusionChoice, choose_fusion
 from distaff.execution.execution import Execution, ExecutionOptions
 from distaff.execution.feed.chunk import Chunk, ChunkData, ChunkSize, One
 from distaff.execution.flops import Flops, flops_of
@@ -46,25 +46,25 @@ class DispatchOptions(ExecutionOptions):
     )
     steps_per_call: int | Literal["auto", "measure"] = option(
         "auto",
-        """Steps that run as one program: more of them cost the host less. "auto" estimates a good
-        number from the operations of a step and the shapes of its arrays, so that equal runs have
-        equal numbers; on the CPU it is 1 for a model with convolutions. "measure" times both forms
-        before the first step, on a copy of the state, and the run keeps the faster one. Both are 1
-        where a callback watches steps.""",
+        """Steps per program; more of them reduce the host's work. "auto" estimates a good number
+        from the operations of a step and the shapes of its arrays, so that equal runs use equal
+        numbers; on the CPU it is 1 for a model with convolutions. "measure" times single and fused
+        steps before the first step, on a copy of the state, and keeps the faster. Both use 1 if a
+        callback watches steps.""",
         check=_steps_per_call,
         resume="same run",
     )
 
     def one_by_one(self) -> Self:
-        """Returns the options of a run whose steps must not be fused.
+        """Returns these options with one step per call.
 
         Raises:
-            ConfigError: they ask for fused steps.
+            ConfigError: the options require fused steps.
         """
         if self.steps_per_call not in (1, "auto"):
             raise ConfigError(
-                f"steps_per_call={self.steps_per_call} runs steps as one program, and the batches "
-                "of data.OnPolicy depend on the step before. Leave steps_per_call out."
+                f"steps_per_call={self.steps_per_call} fuses steps into one program, but each "
+                "batch of data.OnPolicy depends on the previous step. Leave steps_per_call out."
             )
         return dataclasses.replace(self, steps_per_call=1)
 
@@ -80,58 +80,61 @@ def make_dispatcher(
     watch: Watch | None = None,
     own_step: StepFn | None = None,
 ) -> Dispatcher:
-    """Makes the dispatcher of a run. Traces the step, and compiles nothing.
+    """Creates the dispatcher of a run. Traces the step, and compiles nothing.
 
     Args:
-        execution: makes the programs.
+        execution: creates the programs.
         step: a training step, as `normalise` returns it.
-        example: a state and a batch like those of the run.
-        config: `steps_per_call`, `log_every_n_steps` and `debug` are read.
-        expected: what is known of the run's batches.
+        example: a state and a batch with the shapes of the run.
+        config: `steps_per_call`, `log_every_n_steps` and `debug` are used.
+        expected: known facts about the run's batches.
         watched: whether to return the metrics of every step.
-        watch: watches for recompiles.
-        own_step: the user's own program `(state, batch) -> (state, metrics)`, called once per step
-            in place of `step`; None to compile `step`.
+        watch: detects recompiles.
+        own_step: the user's own program `(state, batch) -> (state, metrics)`, called for each step
+            instead of `step`; None to compile `step`.
+
+    Raises:
+        MetricError: a metric cannot be used in training.
     """
     _, metrics = execution.shapes(step, *example)
     for metric in metrics.values():
         if metric.refused_in_training:
             raise MetricError(metric.refused_in_training)
-    forms = chosen(
+    forms = choose_fusion(
         1 if config.debug else config.steps_per_call,
         metrics,
         expected,
         watched=watched,
         jaxpr=lambda: jax.make_jaxpr(step)(*example),
     )
-    every, watch = config.log_every_n_steps, watch or Watch()
-    steps = Dispatcher(
+    watch = watch or Watch()
+    dispatcher = Dispatcher(
         execution,
         step,
         metrics,
         forms=forms,
-        log_every=every,
+        log_every=config.log_every_n_steps,
         watched=watched,
         watch=watch,
         placement=execution.placement.alongside(example[1]),
     )
     watch.expect(num_shapes=expected.num_shapes)
-    steps.example = jax.eval_shape(lambda *each: each, *example)
-    steps.own_step = own_step
-    return steps
+    dispatcher.example = jax.eval_shape(lambda *each: each, *example)
+    dispatcher.own_step = own_step
+    return dispatcher
 
 
 def single(step: StepFn, layout: MetricLayout, *, watched: bool) -> Callable[..., Any]:
-    """Makes a program of one step.
+    """Returns a program of one step.
 
     Args:
         step: a training step, as `normalise` returns it.
-        layout: of its metrics.
-        watched: whether to return its metrics as well.
+        layout: layout of its metrics.
+        watched: whether to return the metrics as well.
 
     Returns:
         `(state, table, source) -> (state, table, metrics)`: drops the first row of the table and
-        appends the metrics as its last row; `metrics` is empty unless watched.
+        appends the metrics as its last row. `metrics` is empty unless `watched`.
     """
 
     def program(
@@ -145,14 +148,14 @@ def single(step: StepFn, layout: MetricLayout, *, watched: bool) -> Callable[...
 
 
 def appending(layout: MetricLayout) -> Callable[..., Any]:
-    """Makes a program that appends the metrics of the user's own step to a table.
+    """Returns a program that appends the metrics of the user's own step to a table.
 
     Args:
-        layout: of the metrics of a step.
+        layout: layout of the metrics of a step.
 
     Returns:
-        `(table, metrics, examples) -> (table, metrics)`: appends the metrics, as accumulators, as
-        the last row of the table; `examples` is any array `[batch]`.
+        `(table, metrics, examples) -> (table, metrics)`: converts the metrics to accumulators and
+        appends them as the last row of the table. `examples` is any array `[batch]`.
     """
 
     def program(
@@ -165,13 +168,13 @@ def appending(layout: MetricLayout) -> Callable[..., Any]:
 
 
 def fused(step: StepFn, layout: MetricLayout, metrics: PyTree) -> Callable[..., Any]:
-    """Makes one program of many steps; their number is an argument, so a remainder reuses it.
+    """Returns one program of many steps. Their number is an argument, so partial chunks reuse it.
 
     Args:
         step: a training step, as `normalise` returns it.
-        layout: of its metrics.
-        metrics: the metrics of one step, or their shapes, to return those of every step; an empty
-            pytree to return none.
+        layout: layout of its metrics.
+        metrics: the metrics of one step, or their shapes, to return the metrics of every step; an
+            empty pytree to return none.
 
     Returns:
         `(state, source, num_steps) -> (state, table, metrics)`: row `i` of the table
@@ -199,17 +202,21 @@ def fused(step: StepFn, layout: MetricLayout, metrics: PyTree) -> Callable[..., 
 
 
 class Dispatcher:
-    """Runs chunks of steps as programs, of one step or of many.
+    """Runs chunks of steps as programs of one step or of many.
 
     Args:
-        execution: makes the programs.
+        execution: creates the programs.
         step: the step, as `normalise` returns it.
         metrics: the metrics of one step, or their shapes.
-        forms: steps per call; may be replaced before the first step.
+        forms: the choice of steps per call; may be replaced before the first step.
         log_every: steps per window.
-        watched: whether to return the metrics of every step, not only those of windows.
-        watch: watches for recompiles.
-        placement: where the state is trained; by default that of `execution`.
+        watched: whether to return the metrics of every step.
+        watch: detects recompiles.
+        placement: devices of the state; by default the placement of `execution`.
+
+    Attributes:
+        example: shapes of a state and a batch; None if they are unknown.
+        own_step: the user's own program of a step; None to use `step`.
     """
 
     example: tuple[TrainState, Batch] | None = None
@@ -251,13 +258,13 @@ class Dispatcher:
 
         Args:
             state: donated; placed by `placement.state`.
-            table: the table of the previous chunk; `blank` for the first one.
+            table: the table of the previous chunk; `blank` for the first chunk.
             chunk: the batches.
-            step: completed steps before the first one.
+            step: completed steps before this chunk.
 
         Returns:
-            The new state; the table that holds the metrics of the new steps, and perhaps of those
-            before; the metrics of each step, none if they are not watched.
+            The new state; a table with the metrics of the new steps, and possibly of earlier ones;
+            the metrics of each step, empty if steps are not watched.
         """
         outer = self.timers.turn_to("host")
         with self._guard():
@@ -268,8 +275,8 @@ class Dispatcher:
         return state, table, metrics
 
     def chunk_size(self) -> ChunkSize:
-        """Returns how many batches the next chunk has."""
-        return self.forms.form
+        """Returns the size of the next chunk."""
+        return self.forms.chunk_size
 
     def flops(self) -> Flops | None:
         """Counts the FLOPs of one step; see `flops_of`."""
@@ -283,7 +290,7 @@ class Dispatcher:
     ) -> tuple[TrainState, MetricTable, list[Any]]:
         capacity = chunk.source.capacity
         if capacity > 1:
-            is_full = self.forms.form.rest and chunk.num_steps == capacity
+            is_full = self.forms.chunk_size.partial_capacity and chunk.num_steps == capacity
             end = () if is_full else (np.int32(chunk.num_steps),)
             program = self._full if is_full else self._fused
             state, rows, measured = program(state, chunk.source, *end)
@@ -296,8 +303,8 @@ class Dispatcher:
             state, rows, measured = self._single(state, table.rows, chunk.source)
         else:
             batch = chunk.source.batch(0)
-            state, found = self.own_step(state, batch)
-            rows, measured = self._append(table.rows, found, np.empty(num_examples(batch), bool))
+            state, metrics = self.own_step(state, batch)
+            rows, measured = self._append(table.rows, metrics, np.empty(num_examples(batch), bool))
         table = MetricTable(table.first, table.num_rows + 1, rows, True)
         return state, table, [measured] * self._watched
 
@@ -307,18 +314,17 @@ def _row(tree: PyTree, row: int) -> PyTree:
 
 
 MAX_CHUNKS = 8
-"""Most chunks in flight. Above that, simulated CPU devices may deadlock in their collectives (seen
-from about 50 on); a device with a few in its queue is never idle."""
+"""Most chunks in flight: enough that a device is never idle. With about 50 or more, simulated CPU
+devices may deadlock in their collectives."""
 
 MAX_BYTES = 2**27
-"""About the most bytes in flight; the chunk that exceeds them is still dispatched."""
+"""Approximate limit of bytes in flight; the chunk that exceeds it is still dispatched."""
 
 
 class InFlightLimit:
-    """Limits how far the host runs ahead of the device.
+    """Limits how far the host runs ahead of the device, as batches in flight occupy memory.
 
-    Batches stay in memory until the device has used them. It waits for what was dispatched half a
-    limit ago, which is nearly always done.
+    Waits for the chunk dispatched half a limit ago, which nearly always has finished.
     """
 
     def __init__(self) -> None:
@@ -326,11 +332,11 @@ class InFlightLimit:
         self._chunks = self._bytes = 0
 
     def add(self, output: jax.Array, num_bytes: int) -> None:
-        """Counts a chunk, and waits while more than the limit would be in flight.
+        """Counts a chunk; waits if more than the limit would be in flight.
 
         Args:
             output: any output of its program that is not donated.
-            num_bytes: held until it has run.
+            num_bytes: memory in use until the program has run.
         """
         self._chunks += 1
         self._bytes += num_bytes

@@ -1,4 +1,4 @@
-"""Rows: the metrics of each step as a row of bits, merged on the host, a window at a time."""
+"""Packs the metrics of each step into a row of a table, merged on the host once per window."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from distaff.metrics.accumulators import known_or_zero
 from distaff.metrics.limits import Breach, Limits, first_breach
 from distaff.step.guard import FLAGS, Flags
 
-_MAX_STRIP_BYTES = 2**16
-_MAX_STRIP_ROWS = 64
+_MAX_TABLE_BYTES = 2**16
+_MAX_TABLE_ROWS = 64
 
 
 class MetricLayout:
-    """Where the numbers of a step's metrics lie in a row of uint32.
+    """The layout of a step's metrics as a row of uint32.
 
-    One array per step or per program costs the device and the host less than one for each number.
-    Bits, and not floats, so that every dtype keeps its value.
+    One array per program costs the device and the host less than one array per number. The rows
+    hold bits rather than floats, so values of every dtype are exact.
 
     Args:
         metrics: the metrics of one step, or their shapes.
@@ -38,24 +38,24 @@ class MetricLayout:
     def __init__(self, metrics: Mapping[str, Metric]) -> None:
         self._example = dict(metrics)
         leaves, self._structure = jax.tree.flatten(self._example)
-        self._forms = [(leaf.shape, _wide(leaf.dtype)) for leaf in leaves]
-        sizes = [int(np.prod(shape)) * dtype.itemsize // 4 for shape, dtype in self._forms]
+        self._leaves = [(leaf.shape, _wide(leaf.dtype)) for leaf in leaves]
+        sizes = [int(np.prod(shape)) * dtype.itemsize // 4 for shape, dtype in self._leaves]
         self._ends = np.cumsum([0, *sizes])
         self.width = int(self._ends[-1])
         self.has_limits = any(isinstance(each, Limits) for each in metrics.values())
 
     def row(self, metrics: Mapping[str, Metric]) -> jax.Array:
-        """Returns the metrics of a step as one row: uint32 `[width]`. Works inside a program."""
+        """Returns the metrics of a step as a row, uint32 `[width]`; for use inside a program."""
         leaves = self._structure.flatten_up_to(dict(metrics))
         parts = [
             jax.lax.bitcast_convert_type(jnp.asarray(leaf, dtype), jnp.uint32).reshape(-1)
-            for leaf, (_, dtype) in zip(leaves, self._forms, strict=True)
+            for leaf, (_, dtype) in zip(leaves, self._leaves, strict=True)
         ]
         return jnp.concatenate([jnp.zeros(0, jnp.uint32), *parts])
 
     def metrics(self, rows: np.ndarray) -> dict[str, Metric]:
-        """Returns the metrics in rows `[rows, width]`: float64 leaves `[rows, ...]`."""
-        parts = zip(self._ends[:-1], self._ends[1:], self._forms, strict=True)
+        """Returns the metrics in rows `[rows, width]`, with float64 leaves `[rows, ...]`."""
+        parts = zip(self._ends[:-1], self._ends[1:], self._leaves, strict=True)
         leaves = [
             np.ascontiguousarray(rows[:, start:end])
             .view(dtype)
@@ -66,26 +66,29 @@ class MetricLayout:
         return self._structure.unflatten(leaves)
 
     def like(self, leaves: Sequence[np.ndarray]) -> dict[str, Metric]:
-        """Returns merged metrics with these leaves: float64, in the shapes of a step's.
+        """Returns merged metrics with these leaves.
+
+        Args:
+            leaves: float64, with the shapes of the metrics of a step.
 
         Raises:
-            ValueError: they are of another form.
+            ValueError: a dtype or shape differs.
         """
-        forms = [(leaf.dtype, leaf.shape) for leaf in leaves]
-        if forms != [(np.dtype(np.float64), shape) for shape, _ in self._forms]:
-            raise ValueError(f"the metrics of a step are not of the form {forms}")
+        found = [(leaf.dtype, leaf.shape) for leaf in leaves]
+        if found != [(np.dtype(np.float64), shape) for shape, _ in self._leaves]:
+            raise ValueError(f"the metrics of a step do not have these dtypes and shapes: {found}")
         return self._structure.unflatten(leaves)
 
-    def unlike(self) -> MetricLayout:
-        """Returns the layout of the same step with a guard, if this one has none; or without."""
-        rest = {name: x for name, x in self._example.items() if not isinstance(x, Flags)}
-        if len(rest) == len(self._example):
+    def with_guard_toggled(self) -> MetricLayout:
+        """Returns the layout with the guard's flags removed, or added if it has none."""
+        metrics = {name: x for name, x in self._example.items() if not isinstance(x, Flags)}
+        if len(metrics) == len(self._example):
             flags = jax.ShapeDtypeStruct((len(Flags.names),), np.dtype(np.float32))
-            rest[FLAGS] = Flags(flags)
-        return MetricLayout(rest)
+            metrics[FLAGS] = Flags(flags)
+        return MetricLayout(metrics)
 
-    def translated(self, rows: np.ndarray, layout: MetricLayout) -> np.ndarray:
-        """Returns rows of other layout as rows of these; what they have not is 0."""
+    def convert(self, rows: np.ndarray, layout: MetricLayout) -> np.ndarray:
+        """Converts rows of another layout to this one; metrics missing there are 0."""
         known = {name: rows[:, start:end] for name, (start, end) in layout.spans.items()}
         parts = [np.zeros((len(rows), 0), np.uint32)]
         for name, (start, end) in self.spans.items():
@@ -93,31 +96,31 @@ class MetricLayout:
         return np.concatenate(parts, axis=1)
 
     def completed(self, metrics: Mapping[str, Metric]) -> dict[str, Metric]:
-        """Returns merged metrics with those names that a step has; flags that are missing are 0."""
+        """Returns merged metrics with the names of a step's metrics; missing flags are 0."""
         none = Flags(np.zeros(len(Flags.names)))
         return {name: metrics.get(name, none) for name in self._example}
 
     @cached_property
     def spans(self) -> dict[str, tuple[int, int]]:
-        """Where in a row the numbers of each metric begin and end, by name, in their order."""
+        """Start and end of each metric in a row, by name, in their order."""
         sizes = {name: len(jax.tree.leaves(self._example[name])) for name in sorted(self._example)}
         ends = self._ends[np.cumsum([0, *sizes.values()])].tolist()
         return dict(zip(sizes, pairwise(ends), strict=True))
 
     def table_rows(self, log_every: int) -> int:
-        """Returns how many rows of single steps to keep in one array."""
-        fitting = _MAX_STRIP_BYTES // (4 * max(self.width, 1))
-        return max(1, min(log_every, fitting, _MAX_STRIP_ROWS))
+        """Returns the number of rows in the table of single steps."""
+        fitting = _MAX_TABLE_BYTES // (4 * max(self.width, 1))
+        return max(1, min(log_every, fitting, _MAX_TABLE_ROWS))
 
 
 class MetricTable(NamedTuple):
-    """Rows of consecutive steps, on the device.
+    """Packed metrics of consecutive steps, on the device.
 
     Attributes:
         first: completed steps before the first row.
-        num_rows: rows that are filled.
+        num_rows: filled rows.
         rows: uint32 `[rows, width]`.
-        at_end: whether the filled rows are its last ones, rather than its first.
+        at_end: whether the filled rows are the last ones, rather than the first.
     """
 
     first: int
@@ -126,21 +129,21 @@ class MetricTable(NamedTuple):
     at_end: bool
 
     def fetch(self) -> np.ndarray:
-        """Returns the filled rows, on the host; waits for them."""
+        """Copies the filled rows to the host; waits for them."""
         rows = np.asarray(self.rows)
         return rows[len(rows) - self.num_rows :] if self.at_end else rows[: self.num_rows]
 
 
 class WindowEnd(NamedTuple):
-    """The steps since the previous log line, read from the device.
+    """Merged metrics of the steps since the previous log line.
 
     Attributes:
         step: the last step of the window.
         metrics: merged metrics, on the host.
-        bad: the first step that was bad, and was not left out; None without.
-        skipped: the steps that were left out.
+        bad: the first bad step that was not skipped, or None.
+        skipped: the skipped steps.
         breach: the first batch with a value out of range, counted from 0 at the first step of a
-            run; None without.
+            run, or None.
     """
 
     step: int
@@ -151,11 +154,11 @@ class WindowEnd(NamedTuple):
 
 
 class BadStep(NamedTuple):
-    """A step whose loss, or what it made of the state, is not to be trained on.
+    """A step with a bad loss or state.
 
     Attributes:
-        step: completed updates with it.
-        is_spike: whether its loss is a spike; else something is NaN or infinite.
+        step: completed updates, including this step.
+        is_spike: whether the loss is a spike; otherwise a number is NaN or infinite.
     """
 
     step: int
@@ -163,13 +166,13 @@ class BadStep(NamedTuple):
 
 
 class MetricWindows:
-    """Reads the rows of an epoch, window by window, and each window when the next one is full.
+    """Reads the metrics of an epoch window by window, each once the next window is full.
 
     Args:
-        layout: what is in a row.
+        layout: the layout of a row.
         log_every: a window ends at each multiple of this in the global step.
         step: completed steps.
-        rows: of the last of these steps, which belong to a window that is not read yet.
+        rows: rows of the last of these steps, if they belong to an unfinished window.
     """
 
     def __init__(
@@ -183,10 +186,10 @@ class MetricWindows:
             self._tables = [MetricTable(self._read, len(rows), jnp.asarray(rows), False)]
 
     def add(self, table: MetricTable, step: int) -> Iterator[WindowEnd]:
-        """Takes the rows up to a step, and yields the windows that have become due.
+        """Adds the rows up to a step, and yields the windows that have become due.
 
         Args:
-            table: a new one, or the one before with more rows.
+            table: a new table, or the previous one with more rows.
             step: the step of its last row.
         """
         if self._tables and self._tables[-1].first == table.first:
@@ -202,32 +205,32 @@ class MetricWindows:
             yield from self._windows(due)
 
     def due(self) -> Iterator[WindowEnd]:
-        """Yields the windows that are full; waits for them."""
+        """Yields the full windows; waits for them."""
         yield from self._windows(self._full)
 
     def left(self) -> np.ndarray:
-        """Returns the rows of steps that no window has yet, uint32 `[rows, width]`; see `due`."""
+        """Returns the rows that no window has yielded, uint32 `[rows, width]`; see `due`."""
         rows = self._rows(self._read, self._last)
         return np.concatenate([np.zeros((0, self._layout.width), np.uint32), *rows])
 
     def bad(self, rows: np.ndarray) -> BadStep | None:
-        """Returns the first bad step among those of `left`."""
+        """Returns the first bad step among the rows of `left`, or None."""
         flags = _flags(self._layout.metrics(rows), len(rows))
-        return _judged(self._last - len(rows), flags)[0]
+        return _bad_and_skipped(self._last - len(rows), flags)[0]
 
     def breach(self, rows: np.ndarray) -> Breach | None:
-        """Returns the first batch with a value out of range among the rows of `left`."""
+        """Returns the first batch out of range among the rows of `left`, or None."""
         if not len(rows):
             return None
         merged = metrics_lib.merge_rows(self._layout.metrics(rows))
         return self._breach(merged, self._last - len(rows))
 
     def rest(self) -> Iterator[WindowEnd]:
-        """Yields the windows that are left, the last one as far as it has come."""
+        """Yields the remaining windows; the last one may be partial."""
         yield from self._windows(self._last)
 
     def _windows(self, end: int) -> Iterator[WindowEnd]:
-        """Yields the windows up to a step; their rows are fetched and taken apart together."""
+        """Yields the windows up to a step, from rows that are fetched and unpacked together."""
         start, self._read = self._read, end
         if start == end:
             return
@@ -242,15 +245,15 @@ class MetricWindows:
             part = slice(first - start, step - start)
             merged = metrics_lib.merge_rows(structure.unflatten([leaf[part] for leaf in leaves]))
             breach = self._breach(merged, first)
-            yield WindowEnd(step, merged, *_judged(first, flags[:, part]), breach)
+            yield WindowEnd(step, merged, *_bad_and_skipped(first, flags[:, part]), breach)
 
     def _breach(self, metrics: Mapping[str, Metric], first: int) -> Breach | None:
-        """Returns the first batch out of range among the merged metrics of the steps after one."""
+        """Returns the first batch out of range, from the merged metrics of the steps after one."""
         found = first_breach(metrics) if self._layout.has_limits else None
         return None if found is None else found._replace(batch=first + found.batch)
 
     def _rows(self, start: int, end: int) -> list[np.ndarray]:
-        """Returns the rows of the steps after one and up to another, table by table."""
+        """Returns the rows of steps `start + 1` to `end`, table by table."""
         return [
             table.fetch()[max(start - table.first, 0) : end - table.first]
             for table in self._tables
@@ -259,7 +262,7 @@ class MetricWindows:
 
 
 def _flags(metrics: Mapping[str, Metric], num_rows: int) -> np.ndarray:
-    """Returns which rows are bad, are spikes, were left out: bool `[3, rows]`."""
+    """Returns which rows are bad, are spikes, were skipped: bool `[3, rows]`."""
     flags = np.zeros((3, num_rows), bool)
     if isinstance(metrics.get(FLAGS), Flags):
         flags[:] = np.asarray(metrics[FLAGS].compute()).T[:3] > 0
@@ -269,8 +272,8 @@ def _flags(metrics: Mapping[str, Metric], num_rows: int) -> np.ndarray:
     return flags
 
 
-def _judged(first: int, flags: np.ndarray) -> tuple[BadStep | None, tuple[int, ...]]:
-    """Returns the first bad step after a step, and those that were left out."""
+def _bad_and_skipped(first: int, flags: np.ndarray) -> tuple[BadStep | None, tuple[int, ...]]:
+    """Returns the first bad step after `first`, and the skipped steps."""
     is_bad, is_spike, is_skipped = flags
     found = np.flatnonzero(is_bad | is_spike)[:1]
     bad = None
@@ -280,12 +283,12 @@ def _judged(first: int, flags: np.ndarray) -> tuple[BadStep | None, tuple[int, .
 
 
 def _wide(dtype: Any) -> np.dtype:
-    """Returns the dtype of 32 or 64 bits that holds every value of another."""
+    """Returns a dtype of 32 or 64 bits that represents every value of `dtype`."""
     if jnp.dtype(dtype).itemsize >= 4:
         return np.dtype(dtype)
     return np.dtype(np.float32 if jnp.issubdtype(dtype, jnp.floating) else np.int32)
 
 
 def blank(rows: int, width: int) -> np.ndarray:
-    """Returns a table without filled rows: uint32 `[rows, width]`."""
+    """Returns the rows of an empty table: uint32 `[rows, width]`."""
     return np.zeros((rows, width), np.uint32)

@@ -1,9 +1,8 @@
-"""Which form the steps of a run take: one by one, or many as one program.
+"""Chooses the number of steps per call: single steps, or many fused into one program.
 
-The form is a function of the step's program, of the shapes of its batches and of the platform. No
-clock has a part in it, unless it is asked for: programs of other forms may round otherwise, as
-convolutions on the CPU do, so two equal runs must have equal forms. See
-`docs/decisions/0025-the-clock-decides-no-number.md`.
+The choice depends on the program of a step, the shapes of its batches and the platform, and on
+measured times only for `"measure"`: fused steps may round differently (convolutions on the CPU do),
+so equal runs must choose equally. See `docs/decisions/0025-the-clock-decides-no-number.md`.
 """
 
 from __future__ import annotations
@@ -18,29 +17,32 @@ from distaff.execution.dispatch.work import Work, seconds_of, work_of
 from distaff.execution.feed.chunk import SINGLE, ChunkSize
 
 StepsPerCall: TypeAlias = int | Literal["auto", "measure"]
-"""Steps of one program; see `TrainerConfig`."""
+"""See `TrainerConfig`."""
 
 _MAX_STEPS = 256
 _MAX_BYTES = 2**24  # of metrics
 
-AT_ONCE_SECONDS = 0.02
-"""How long one program shall run: the host's part is then small, and it still answers at once."""
+_CALL_SECONDS = 0.02
+"""Target duration of one program: the host's overhead is small, and the run stays responsive."""
 
 _SHORT_SECONDS, _LONG_RUN = 1e-3, 20_000
-"""Fused steps this fast, and so many, are worth another program on an accelerator."""
+"""Seconds of a fused step, and steps of a run, for which a second program pays on accelerators."""
 
 _CHOSEN = ("estimated", "measured", "remembered")
-"""Reasons of a choice that a resumed run takes over: all but the user's own, and the data's."""
+"""Reasons of choices that a resumed run reuses: not the user's choice, nor one due to the data."""
+
+_KEYS = ("num_steps", "capacity", "rest")
+"""JSON keys of the fields of a `ChunkSize`."""
 
 
 class Expected(NamedTuple):
-    """What is known of the batches of a run before it begins.
+    """Facts about the batches of a run that are known before it starts.
 
     Attributes:
-        steps_per_epoch: no program runs past the end of an epoch; None if it is not known.
-        total_steps: of the run; likewise.
-        num_shapes: how many shapes the batches have; each program compiles for each of them. Where
-            they take turns, few steps in a row could be one program.
+        steps_per_epoch: limits the steps per call; None if unknown.
+        total_steps: steps of the run; None if unknown.
+        num_shapes: number of different shapes of batches. Each program compiles for each of them,
+            and steps are not fused.
     """
 
     steps_per_epoch: int | None = None
@@ -49,24 +51,24 @@ class Expected(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """What was measured of the two forms, in seconds per step; None for a form not tried."""
+    """Measured seconds per step, single and fused; None if not measured."""
 
     single: float | None = None
     fused: float | None = None
 
     def __str__(self) -> str:
-        named = {"unfused": self.single, "fused": self.fused}
-        parts = [f"{1e3 * time:.3g} ms {name}" for name, time in named.items() if time]
+        times = {"unfused": self.single, "fused": self.fused}
+        parts = [f"{1e3 * time:.3g} ms {name}" for name, time in times.items() if time]
         return f" ({', '.join(parts)} per step)" if parts else ""
 
 
 class Measurement(NamedTuple):
-    """What is still to be measured before the first step.
+    """A measurement to be made before the first step.
 
     Attributes:
-        capacity: the most steps of one program.
+        capacity: most steps per call.
         convolves: whether the step has convolutions.
-        is_long: whether the run has so many steps that another program pays.
+        is_long: whether the run is long enough for a second program.
         step: the traced step.
     """
 
@@ -77,42 +79,42 @@ class Measurement(NamedTuple):
 
 
 class FusionChoice(NamedTuple):
-    """How the steps of a run become programs.
+    """The choice of steps per call.
 
     Attributes:
-        form: of each chunk.
-        why: `"given"` by the user; `"estimated"`; `"measured"`, now or by the run that this one
-            resumes; `"remembered"` of another run; or what leaves no choice.
-        timing: what was measured.
-        measurement: what is still to be measured; None where the choice is made.
+        chunk_size: size of each chunk.
+        why: `"given"` by the user; `"estimated"`; `"measured"` by this run or the run it resumes;
+            `"remembered"` from another run; or a reason that leaves no choice.
+        timing: the measured times.
+        measurement: the measurement still to be made; None if the choice is final.
     """
 
-    form: ChunkSize
+    chunk_size: ChunkSize
     why: str
     timing: Timing = Timing()
     measurement: Measurement | None = None
 
     @property
     def capacity(self) -> int:
-        """How many steps suit one program."""
-        return self.form.capacity
+        """Most steps per call."""
+        return self.chunk_size.capacity
 
     def describe(self) -> str:
-        """Returns the choice and its reason in a few words."""
-        number = self.form.num_steps
+        """Describes the choice and its reason."""
+        number = self.chunk_size.num_steps
         fused = f"{number} step{'s' * (number > 1)} per call" if self.capacity > 1 else "off"
         return f"step fusion: {fused}, {self.why}{self.timing}"
 
     def facts(self) -> dict[str, Any]:
         """Returns the choice as strict JSON; `recorded` reads it."""
         return {
-            **self.form._asdict(),
+            **dict(zip(_KEYS, self.chunk_size, strict=True)),
             "why": self.why,
             "seconds_per_step": self.timing._asdict(),
         }
 
 
-def chosen(
+def choose_fusion(
     steps_per_call: StepsPerCall,
     metrics: PyTree,
     expected: Expected,
@@ -120,17 +122,17 @@ def chosen(
     watched: bool,
     jaxpr: Callable[[], Any],
 ) -> FusionChoice:
-    """Chooses the form of a run's steps.
+    """Chooses the number of steps per call.
 
     Args:
         steps_per_call: as in `TrainerConfig`.
-        metrics: of one step, or their shapes: a fused program holds those of all its steps.
-        expected: what is known of the run's batches.
-        watched: whether somebody looks at each step, which then must be one program.
+        metrics: the metrics of one step, or their shapes; a fused program holds them for all steps.
+        expected: known facts about the run's batches.
+        watched: whether a callback watches each step, which prevents fusion.
         jaxpr: traces the step.
 
     Returns:
-        The choice; under `"measure"` one to be replaced before the first step.
+        The choice. With `"measure"`, its `measurement` is to be made before the first step.
     """
     if isinstance(steps_per_call, int):
         return fixed(steps_per_call)
@@ -148,25 +150,25 @@ def chosen(
     work = work_of(step.jaxpr)
     if steps_per_call == "auto":
         return FusionChoice(_estimated(work, capacity, is_long=is_long), "estimated")
-    to_do = Measurement(capacity, work.convolves, is_long, step)
-    return FusionChoice(SINGLE, "to be measured", measurement=to_do)
+    measurement = Measurement(capacity, work.convolves, is_long, step)
+    return FusionChoice(SINGLE, "to be measured", measurement=measurement)
 
 
 def fixed(steps_per_call: int) -> FusionChoice:
-    """Returns the choice of a user."""
-    rest = steps_per_call if steps_per_call > 1 and _is_accelerated() else 0
-    return FusionChoice(ChunkSize(steps_per_call, steps_per_call, rest), "given")
+    """Returns the choice of a number given by the user."""
+    partial_capacity = steps_per_call if steps_per_call > 1 and _is_accelerated() else 0
+    return FusionChoice(ChunkSize(steps_per_call, steps_per_call, partial_capacity), "given")
 
 
 def continued(choice: FusionChoice, facts: Any) -> FusionChoice:
-    """Returns the choice of a resumed run: the one that it had made, if any.
+    """Returns the choice of a resumed run: its earlier choice if it made one, else `choice`.
 
     Args:
-        choice: that the same run would make now.
-        facts: of the run before it, as `FusionChoice.facts` gave them.
+        choice: the choice that the run would make now.
+        facts: the earlier choice, as `FusionChoice.facts` returned it.
 
     Raises:
-        ValueError: no run has written them.
+        ValueError: `facts` is not valid.
     """
     if not isinstance(facts, Mapping):
         raise ValueError(f"its steps_per_call is {facts!r}")
@@ -174,56 +176,57 @@ def continued(choice: FusionChoice, facts: Any) -> FusionChoice:
 
 
 def recorded(facts: Any) -> FusionChoice | None:
-    """Returns a choice that was kept as JSON; None if it is not one that a run has made by itself.
+    """Reads a choice from JSON; None if it is invalid or was not estimated or measured.
 
     Args:
-        facts: as `FusionChoice.facts` gave them.
+        facts: as `FusionChoice.facts` returned them.
     """
     if not isinstance(facts, Mapping) or facts.get("why") not in _CHOSEN:
         return None
-    form = ChunkSize(*(facts.get(name, 0) for name in ChunkSize._fields))
+    size = ChunkSize(*(facts.get(key, 0) for key in _KEYS))
     seconds = facts.get("seconds_per_step")
-    if not isinstance(seconds, Mapping) or not all(type(number) is int for number in form):
+    if not isinstance(seconds, Mapping) or not all(type(number) is int for number in size):
         return None
     timing = Timing(seconds.get("single"), seconds.get("fused"))
-    is_form = 1 <= form.num_steps <= form.capacity <= _MAX_STEPS and 0 <= form.rest <= _MAX_STEPS
+    is_size = 1 <= size.num_steps <= size.capacity <= _MAX_STEPS
+    is_size = is_size and 0 <= size.partial_capacity <= _MAX_STEPS
     is_timing = all(time is None or _is_seconds(time) for time in timing)
-    return FusionChoice(form, facts["why"], timing) if is_form and is_timing else None
+    return FusionChoice(size, facts["why"], timing) if is_size and is_timing else None
 
 
-def settled(form: ChunkSize, seconds: float, *, is_long: bool) -> ChunkSize:
-    """Returns a form, on an accelerator with programs of just its length where that pays.
+def with_full_program(size: ChunkSize, seconds: float, *, is_long: bool) -> ChunkSize:
+    """Returns a chunk size; on an accelerator with a program for full chunks alone if that pays.
 
-    The host of an accelerator asks after each step of a loop whether it was the last, unless the
-    program knows how many there are. On an H100 that was 15 us a step, with convolutions 40 to 70.
+    The host of an accelerator checks after each step of a loop whether it was the last one, unless
+    the program has a fixed number of steps. On an H100 a check took 15 us, with convolutions 40 to
+    70.
 
     Args:
-        form: that was chosen.
-        seconds: that a fused step takes.
-        is_long: whether the run has so many steps that another program pays.
+        size: the chosen size.
+        seconds: seconds per fused step.
+        is_long: whether the run is long enough for a second program.
     """
-    if not (is_long and seconds < _SHORT_SECONDS and form.num_steps > 1 and _is_accelerated()):
-        return form
-    return ChunkSize(form.num_steps, form.num_steps, rest=form.capacity)
+    if not (is_long and seconds < _SHORT_SECONDS and size.num_steps > 1 and _is_accelerated()):
+        return size
+    return ChunkSize(size.num_steps, size.num_steps, partial_capacity=size.capacity)
 
 
 def num_at_once(seconds: float, capacity: int) -> int:
-    """Returns how many steps make a program of the right length.
+    """Returns the number of steps that make a program of the right duration.
 
     Args:
-        seconds: that a fused step takes.
-        capacity: the most steps of one program.
+        seconds: seconds per fused step.
+        capacity: most steps per call.
     """
-    return max(1, min(capacity, round(AT_ONCE_SECONDS / max(seconds, 1e-9))))
+    return max(1, min(capacity, round(_CALL_SECONDS / max(seconds, 1e-9))))
 
 
 def _estimated(work: Work, capacity: int, *, is_long: bool) -> ChunkSize:
-    """Returns the form that suits the work of a step."""
     if work.convolves and not _is_accelerated():
         return SINGLE  # XLA's CPU backend runs convolutions in a loop up to 25 times slower
     seconds = seconds_of(work, jax.default_backend())
     number = num_at_once(seconds, capacity)
-    return settled(ChunkSize(number, max(number, 2)), seconds, is_long=is_long)
+    return with_full_program(ChunkSize(number, max(number, 2)), seconds, is_long=is_long)
 
 
 def _is_accelerated() -> bool:

@@ -1,4 +1,4 @@
-"""Work: what one call of a program computes, counted in its jaxpr before anything compiles."""
+"""Estimates the cost of a program from its jaxpr, before it is compiled."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from jax.extend.core import jaxprs_in_params
 
 
 class Work(NamedTuple):
-    """What one call of a program computes. Equal programs give equal numbers on every machine.
+    """The work of one call of a program. Equal programs give equal numbers on every machine.
 
     Attributes:
-        flops: of matrix products and convolutions; an addition and a multiplication count as two.
-        num_bytes: of all arrays that are made on the way.
-        operations: how many operations run; each has a cost of its own, however small its arrays.
-        convolves: whether there is a convolution among them.
+        flops: FLOPs of matrix products and convolutions; a multiply-add counts as two.
+        num_bytes: bytes of all intermediate arrays and outputs.
+        operations: number of operations; each has a fixed cost.
+        convolves: whether there is a convolution.
     """
 
     flops: float = 0.0
@@ -25,7 +25,7 @@ class Work(NamedTuple):
     convolves: bool = False
 
     def times(self, number: float) -> Work:
-        """Returns the work of so many calls."""
+        """Returns the work of this many calls."""
         counts = (number * count for count in (self.flops, self.num_bytes, self.operations))
         return Work(*counts, self.convolves)
 
@@ -33,8 +33,8 @@ class Work(NamedTuple):
 def work_of(jaxpr: Any) -> Work:
     """Counts the work of a program.
 
-    The body of a loop counts as often as it runs, once where that is decided while it runs. Of
-    several branches the most expensive one counts.
+    The body of a loop counts once per iteration, or once if their number is dynamic. Of several
+    branches the most expensive one counts.
 
     Args:
         jaxpr: a `jax.core.Jaxpr`, such as `jax.make_jaxpr(function)(*args).jaxpr`.
@@ -67,14 +67,14 @@ def _of_equation(equation: Any) -> Work:
 
 
 def _flops(equation: Any) -> float:
-    """Returns the FLOPs of a product or a convolution; 0 for everything else."""
+    """Returns the FLOPs of a matrix product or a convolution; 0 for other operations."""
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         shape = equation.invars[0].aval.shape
         return 2.0 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
     if name == "conv_general_dilated":
-        # The kernel is [out, in / groups, ...] in the order that its specification names.
+        # The kernel is [out, in / groups, ...] in the order of its specification.
         kernel, out_axis = equation.invars[1].aval, params["dimension_numbers"].rhs_spec[0]
         each = math.prod(size for axis, size in enumerate(kernel.shape) if axis != out_axis)
         return 2.0 * equation.outvars[0].aval.size * each
@@ -82,7 +82,7 @@ def _flops(equation: Any) -> float:
 
 
 class _Speed(NamedTuple):
-    """What a platform does about in a second, and how long an operation takes at least."""
+    """Approximate throughput per second of a platform, and its least time per operation."""
 
     flops: float
     num_bytes: float
@@ -94,15 +94,15 @@ _SPEEDS = {
     "gpu": _Speed(flops=2e13, num_bytes=1e12, operation_seconds=1e-6),
     "tpu": _Speed(flops=5e13, num_bytes=1e12, operation_seconds=5e-7),
 }
-"""Of one middling machine for all, on purpose: a choice made by these is the same on every one."""
+"""Fixed for a typical machine on purpose: choices based on these are the same on all machines."""
 
 
 def seconds_of(work: Work, platform: str) -> float:
-    """Estimates how long a program runs: right within a factor of three or so, and always equal.
+    """Estimates the seconds of a program, to within a factor of about three, deterministically.
 
     Args:
-        work: of the program.
-        platform: as `jax.default_backend()` gives it; one that is not known counts as a GPU.
+        work: the work of the program.
+        platform: as `jax.default_backend()` returns it; an unknown one counts as a GPU.
     """
     speed = _SPEEDS.get(platform, _SPEEDS["gpu"])
     computing = work.flops / speed.flops + work.num_bytes / speed.num_bytes

@@ -1,4 +1,4 @@
-"""Chunks: consecutive batches that are trained on as one program, and where it finds them."""
+"""Chunks: consecutive batches for one program."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from distaff.core.typing import Batch, PyTree
 
 
 class ChunkData(Protocol):
-    """Where a program finds the batches of a chunk: a pytree of arrays."""
+    """The batches of a chunk, as a pytree of arrays that programs take as an argument."""
 
     @property
     def capacity(self) -> int:
-        """How many batches there is room for."""
+        """Most batches it can hold."""
         ...
 
     def batch(self, index: jax.Array | int) -> Batch:
-        """Returns a batch, inside the program."""
+        """Returns a batch; for use inside a program."""
         ...
 
     def padded(self, size: int) -> ChunkData:
-        """Returns it with `size` examples in each batch, the last one again and again."""
+        """Pads each batch to `size` examples by repeating its last one."""
         ...
 
 
@@ -36,19 +36,19 @@ class One(NamedTuple):
     whole: Batch
 
     capacity = 1
-    """How many batches there is room for."""
+    """Most batches it can hold."""
 
     def batch(self, index: jax.Array | int) -> Batch:
         """Returns the batch."""
         return self.whole
 
     def padded(self, size: int) -> One:
-        """Returns it with `size` examples, the last one again and again."""
+        """Pads the batch to `size` examples by repeating its last one."""
         return One(pad(self.whole, size))
 
 
 class Stacked(NamedTuple):
-    """Batches that the host has stacked.
+    """Batches stacked on the host.
 
     Attributes:
         batches: each leaf `[capacity, batch, ...]`.
@@ -58,7 +58,7 @@ class Stacked(NamedTuple):
 
     @property
     def capacity(self) -> int:
-        """How many batches there is room for."""
+        """Most batches it can hold."""
         return jax.tree.leaves(self.batches)[0].shape[0]
 
     def batch(self, index: jax.Array | int) -> Batch:
@@ -66,12 +66,12 @@ class Stacked(NamedTuple):
         return jax.tree.map(lambda leaf: leaf[index], self.batches)
 
     def padded(self, size: int) -> Stacked:
-        """Returns it with `size` examples in each batch, the last one again and again."""
+        """Pads each batch to `size` examples by repeating its last one."""
         return Stacked(pad(self.batches, size, axis=1))
 
 
 class Gathered(NamedTuple):
-    """Arrays on the device, and which of their rows make the batches.
+    """Arrays on the device, and the rows of each batch.
 
     Attributes:
         arrays: each leaf `[examples, ...]`.
@@ -83,7 +83,7 @@ class Gathered(NamedTuple):
 
     @property
     def capacity(self) -> int:
-        """How many batches there is room for."""
+        """Most batches it can hold."""
         return self.rows.shape[0]
 
     def batch(self, index: jax.Array | int) -> Batch:
@@ -92,19 +92,19 @@ class Gathered(NamedTuple):
         return jax.tree.map(lambda leaf: leaf.at[rows].get(mode="promise_in_bounds"), self.arrays)
 
     def padded(self, size: int) -> Gathered:
-        """Returns it with `size` examples in each batch, the last one again and again."""
+        """Pads each batch to `size` examples by repeating its last one."""
         return Gathered(self.arrays, pad(self.rows, size, axis=1))
 
 
 class Chunk(NamedTuple):
-    """Consecutive batches of one form.
+    """Consecutive batches of one structure, with equal shapes and dtypes.
 
     Attributes:
-        num_steps: how many; what a source holds after them is padding.
-        examples: in each.
-        source: where the program finds them.
-        position: of the loader after the last of them, as its `get_state` gave it.
-        num_bytes: about how much memory is held for them alone until they are used.
+        num_steps: number of batches; further entries of `source` are padding.
+        examples: examples per batch.
+        source: the batches, as an argument of programs.
+        position: the loader's `get_state()` after the last batch.
+        num_bytes: approximate memory in use for these batches until they have been used.
     """
 
     num_steps: int
@@ -115,18 +115,18 @@ class Chunk(NamedTuple):
 
 
 class ChunkSize(NamedTuple):
-    """How many batches the next chunk shall have.
+    """The size of the next chunk, in batches.
 
     Attributes:
-        num_steps: at most this many.
-        capacity: the source has room for this many.
-        rest: 0, or the room in the source of a chunk that is shorter than `num_steps`; one that is
-            as long may then have a program for just this number.
+        num_steps: most batches of the chunk.
+        capacity: capacity of its data.
+        partial_capacity: capacity of a chunk with fewer batches than `num_steps`, so that full
+            chunks may use a program of fixed length; 0 to use `capacity` for both.
     """
 
     num_steps: int
     capacity: int
-    rest: int = 0
+    partial_capacity: int = 0
 
 
 _ALIGNMENT = 64
@@ -136,21 +136,21 @@ SINGLE = ChunkSize(1, 1)
 
 
 def stack(items: Sequence[PyTree], capacity: int) -> PyTree:
-    """Stacks pytrees of one form along a new first axis of length `capacity`.
+    """Stacks pytrees of equal shapes along a new first axis of length `capacity`.
 
-    What is missing is zero; a program goes no further than its `num_steps`.
+    Programs do not read the entries after the last item.
     """
 
-    def stacked(*leaves: Any) -> Any:
+    def stack_leaves(*leaves: Any) -> Any:
         if isinstance(leaves[0], jax.Array):
             padding = leaves[-1:] * (capacity - len(leaves))
             return jnp.stack([*leaves, *padding])
         array = np.empty((capacity, *np.shape(leaves[0])), leaves[0].dtype)
         np.stack(leaves, out=array[: len(leaves)])
-        array[len(leaves) :] = 0  # what was in memory may overflow where JAX narrows the dtype
+        array[len(leaves) :] = 0  # arbitrary memory may overflow when JAX narrows the dtype
         return array
 
-    return jax.tree.map(stacked, *items)
+    return jax.tree.map(stack_leaves, *items)
 
 
 def gather(arrays: PyTree, rows: Sequence[np.ndarray], capacity: int) -> PyTree:
@@ -158,22 +158,22 @@ def gather(arrays: PyTree, rows: Sequence[np.ndarray], capacity: int) -> PyTree:
 
     Args:
         arrays: each leaf `[examples, ...]`.
-        rows: which of them make each batch, `[batch]` each.
-        capacity: how many batches there is room for; what follows the last one means nothing.
+        rows: indices of the examples of each batch, `[batch]` each.
+        capacity: most batches; entries after the last batch are undefined.
     """
     index = np.stack(rows)
 
-    def gathered(leaf: np.ndarray) -> np.ndarray:
+    def gather_leaf(leaf: np.ndarray) -> np.ndarray:
         batches = _aligned((capacity, *index.shape[1:], *leaf.shape[1:]), leaf.dtype)
-        # `mode` spares a copy: the rows are known to be there.
+        # mode="clip" avoids a copy; all indices are valid.
         np.take(leaf, index, axis=0, out=batches[: len(index)], mode="clip")
         return batches
 
-    return jax.tree.map(gathered, arrays)
+    return jax.tree.map(gather_leaf, arrays)
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Returns an array with room for a shape, which JAX on the CPU takes without a copy."""
+    """Returns an empty array, aligned so that JAX on the CPU uses it without a copy."""
     num_bytes = math.prod(shape) * dtype.itemsize
     memory = np.empty(num_bytes + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
@@ -181,17 +181,17 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def pad(tree: PyTree, size: int, *, axis: int = 0) -> PyTree:
-    """Repeats the last entries along an axis until it has the length `size`.
+    """Pads an axis to the length `size` by repeating its last entry.
 
-    Real examples rather than zeros, so that no division by zero or logarithm of zero can appear.
+    Real examples rather than zeros avoid divisions by zero and logarithms of zero.
     """
 
-    def padded(leaf: Any) -> Any:
+    def pad_leaf(leaf: Any) -> Any:
         missing = size - leaf.shape[axis]
         if missing == 0:
             return leaf
-        numpy = jnp if isinstance(leaf, jax.Array) else np  # what is on the device stays there
+        numpy = jnp if isinstance(leaf, jax.Array) else np  # arrays on the device stay there
         widths = [(0, missing if each == axis else 0) for each in range(leaf.ndim)]
         return numpy.pad(leaf, widths, mode="edge")
 
-    return jax.tree.map(padded, tree)
+    return jax.tree.map(pad_leaf, tree)

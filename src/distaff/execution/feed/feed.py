@@ -1,4 +1,4 @@
-"""Feeds: the epochs of a loader in chunks, got ahead and placed where the programs want them."""
+"""Feeds: batch a loader into chunks, prefetch them, and put them on the device."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ _MAX_CHUNK_BYTES = 2**25
 
 
 class Feed:
-    """Hands out the epochs of a loader in chunks.
+    """Yields the epochs of a loader in chunks.
 
     Args:
-        loader: where the batches come from.
-        name: what errors call it, such as `"train"`.
-        resident: whether to place arrays in memory on the device once, and gather there, rather
-            than with NumPy. What other loaders yield is stacked on the host.
+        loader: yields the batches.
+        name: name of the loader in errors, such as `"train"`.
+        resident: whether to place the arrays of an `ArrayLoader` on the device once and gather
+            batches there, rather than with NumPy. Batches of other loaders are stacked on the host.
         lock: held while a chunk is read; see `Prefetch`.
-        placement: where batches go.
+        placement: places batches.
 
     Attributes:
-        handed_out: position after the last chunk of the epoch that is read; None outside of one.
+        handed_out: position after the last chunk yielded in this epoch; None outside of an epoch.
     """
 
     def __init__(
@@ -62,28 +62,28 @@ class Feed:
         self.loader = loader
         self._name, self._placement = name, placement
         self._kind: _BatchChunks | _RowChunks = _BatchChunks(name, placement.batch)
-        # A subclass may yield something else than the rows of its arrays.
+        # A subclass may yield batches other than rows of its arrays.
         if type(loader) is ArrayLoader:
             fits = resident and _is_in_memory(loader)
             arrays = placement.resident(loader.arrays) if fits else None
             self._kind = _RowChunks(loader, placement.batch, arrays)
-        self._ahead: Prefetch[Chunk] = Prefetch(lock=lock)
+        self._prefetch: Prefetch[Chunk] = Prefetch(lock=lock)
         self.handed_out: Mapping[str, Any] | None = None
         self._kept: _Kept | None = None
 
     @property
     def position(self) -> Mapping[str, Any]:
-        """Where the loader stood after the last chunk handed out: it may have been read further."""
+        """Position of the loader after the last chunk yielded; it may have been read further."""
         return self.loader.get_state() if self.handed_out is None else self.handed_out
 
     @property
     def running(self) -> bool:
-        """Whether the loader stands elsewhere than what was handed out of it."""
+        """Whether an epoch is being read, so the loader may be ahead of `position`."""
         return self.handed_out is not None
 
     def epoch(
         self,
-        form: Callable[[], ChunkSize] = lambda: SINGLE,
+        chunk_size: Callable[[], ChunkSize] = lambda: SINGLE,
         steps_per_epoch: int | None = None,
         *,
         steady: Callable[[], bool] = lambda: True,
@@ -92,69 +92,66 @@ class Feed:
         without: Set[int] = frozenset(),
         repeat: bool = True,
     ) -> Generator[Chunk]:
-        """Yields the chunks of one epoch. Close it: chunks may be got ahead, by a thread.
+        """Yields the chunks of one epoch. Close it, because a thread may prefetch chunks.
 
         Args:
-            form: asked before each chunk.
-            steps_per_epoch: as `epoch_of` takes it.
-            steady: whether chunks may be got ahead, in the form that is asked for then.
-            keep_place: whether the loader, if this is closed before its end, goes on with the
-                batch after the last one handed out. A loader that has been read ahead and cannot
-                go back, such as a `Stream`, goes on where it is. Otherwise what is left of the
-                epoch is abandoned.
-            done: batches of the epoch that were drawn before: the loader stands after them. What is
-                left of it may be nothing.
-            without: which batches of the epoch are drawn and left out, counted from 0.
-            repeat: as `epoch_of` takes it.
+            chunk_size: returns the size of the next chunk.
+            steps_per_epoch: see `epoch_of`.
+            steady: returns whether chunks may be prefetched, with the current chunk size.
+            keep_place: whether the loader, if this is closed early, resumes with the batch after
+                the last chunk yielded. A loader that was prefetched and cannot go back, such as a
+                `Stream`, continues from its current position. False abandons the rest of the epoch.
+            done: batches of the epoch that were drawn before; the loader is positioned after them.
+                The rest may be empty.
+            without: batches of the epoch to draw and skip, counted from 0.
+            repeat: see `epoch_of`.
 
         Raises:
             BatchError: the loader is empty.
         """
         self.handed_out = self.loader.get_state()
-        # Rows take microseconds; a thread takes longer than they do.
+        # Rows take microseconds, less than the hand-over from a thread.
         is_quick = isinstance(self._kind, _RowChunks) or is_on_policy(self.loader)
-        read = _as_it_is if is_quick else self._ahead.read
+        chunks = self._chunks(chunk_size, steps_per_epoch, done, without, repeat=repeat)
         try:
-            with closing(
-                read(self._chunks(form, steps_per_epoch, done, without, repeat=repeat), steady)
-            ) as chunks:
+            with closing(chunks if is_quick else self._prefetch.read(chunks, steady)) as chunks:
                 for chunk in chunks:
                     self.handed_out = chunk.position
                     yield chunk
             self.handed_out = None
         except (GeneratorExit, KeyboardInterrupt):
             if keep_place:
-                self._go_back()
+                self._restore_position()
             else:
                 self.handed_out = None
             raise
 
     def settle(self) -> None:
-        """Returns when no thread reads the loader any more, which may then be put elsewhere."""
-        self._ahead.wait()
+        """Waits until no thread reads the loader; its position may then be set."""
+        self._prefetch.wait()
         self.handed_out = None
 
-    def repeated(self, form: ChunkSize, *, even: Callable[[ChunkData], bool]) -> Generator[Chunk]:
-        """Yields the chunks of one epoch, placed once where it is the same each time.
+    def repeated(self, size: ChunkSize, *, even: Callable[[ChunkData], bool]) -> Generator[Chunk]:
+        """Yields the chunks of one epoch; keeps them on the device if every epoch is the same.
 
         Args:
-            form: of the chunks.
-            even: whether batches like those of a source may be padded: a short one then has the
-                size of the first one. `Chunk.examples` is the number without the padding.
+            size: size of the chunks.
+            even: returns whether batches like these may be padded; short ones then get the size of
+                the first batch. `Chunk.examples` does not count padding.
 
         Raises:
             BatchError: the loader is empty.
         """
-        if not _is_repeated(self.loader):
-            yield from self.epoch(lambda: form)
-            return
         loader: Any = self.loader
-        kept, key = self._kept, (form, loader.num_left())
+        if not _is_in_memory(loader) or loader.shuffle:
+            yield from self.epoch(lambda: size)
+            return
+        kept, key = self._kept, (size, loader.num_left())
         if kept is None or kept.key != key or kept.even != even(kept.chunks[0].source):
             chunks, is_even = [], False
             rows = list(loader.rows()) or list(loader.rows())
             slices = _slices(loader.arrays, rows)
-            for chunk in _chunks_of(slices, lambda: form, _BatchChunks(self._name, None)):
+            for chunk in _chunks_of(slices, lambda: size, _BatchChunks(self._name, None)):
                 is_even = is_even if chunks else even(chunk.source)
                 source = chunk.source.padded(len(rows[0])) if is_even else chunk.source
                 chunks.append(chunk._replace(source=self._placement.resident(source)))
@@ -165,44 +162,45 @@ class Feed:
             yield from kept.chunks
 
     def expect(self, batch: PyTree) -> None:
-        """Takes over how many batches suit a chunk from a whole one.
+        """Determines the most batches per chunk from a full batch.
 
-        A run that resumes before the short batch of an epoch's end has the chunks of one that did
-        not stop.
+        A run that resumes just before the short last batch of an epoch then uses the same chunks as
+        an uninterrupted run.
         """
         if isinstance(self._kind, _BatchChunks):
             self._kind.most(batch)
 
-    def sample(self, batch: PyTree, form: ChunkSize) -> Chunk:
-        """Returns a chunk like those of an epoch, without reading the loader.
+    def sample(self, batch: PyTree, size: ChunkSize) -> Chunk:
+        """Returns a chunk as in an epoch, without reading the loader.
 
         Args:
-            batch: like those that it yields; the chunk holds it as often as it has steps.
-            form: of the chunk.
+            batch: a batch of the loader; the chunk repeats it.
+            size: size of the chunk.
         """
-        size = num_examples(batch, name=self._name)
         kind: Any = self._kind
-        item = np.arange(size, dtype=np.int32) if isinstance(kind, _RowChunks) else batch
-        items = repeat((item, {}), form.num_steps)
-        return next(_chunks_of(items, lambda: form, kind))
+        item = batch
+        if isinstance(kind, _RowChunks):
+            item = np.arange(num_examples(batch, name=self._name), dtype=np.int32)
+        items = repeat((item, {}), size.num_steps)
+        return next(_chunks_of(items, lambda: size, kind))
 
-    def _go_back(self) -> None:
-        """Puts the loader where the last chunk handed out ends, if it can go there."""
+    def _restore_position(self) -> None:
+        """Sets the loader to the end of the last chunk yielded, if it can go there."""
         position = self.position
-        if self._ahead.busy:
+        if self._prefetch.busy:
             return
         try:
             self.loader.set_state(position)
         except Exception:
-            # A Stream has been read ahead, and goes on from there; a checkpoint keeps the place.
-            _log.info("the %s loader cannot go back to %s", self._name, dict(position))
+            # A prefetched Stream continues from where it is; a checkpoint has the position.
+            _log.info("the %s loader cannot return to %s", self._name, dict(position))
             self.loader.set_state(self.loader.get_state())
         else:
             self.handed_out = None
 
     def _chunks(
         self,
-        form: Callable[[], ChunkSize],
+        chunk_size: Callable[[], ChunkSize],
         steps_per_epoch: int | None,
         done: int,
         without: Set[int],
@@ -213,11 +211,11 @@ class Feed:
             return
         items = self._items(steps_per_epoch and steps_per_epoch - done, repeat=repeat)
         waiting: list[Any] = list(islice(items, 1))
-        if not waiting and not done:  # a loader may stand at the end of an epoch
+        if not waiting and not done:  # a loader may be at the end of an epoch
             items = self._items(steps_per_epoch, repeat=repeat)
         numbered = enumerate(chain(waiting, items), done)
         kept = (item for number, item in numbered if number not in without)
-        yield from _chunks_of(kept if without else chain(waiting, items), form, self._kind)
+        yield from _chunks_of(kept if without else chain(waiting, items), chunk_size, self._kind)
 
     def _items(
         self, steps_per_epoch: int | None, *, repeat: bool
@@ -225,24 +223,24 @@ class Feed:
         """Yields the batches of an epoch, or their rows, each with the position after it."""
         source = _LoaderRows(self.loader) if isinstance(self._kind, _RowChunks) else self.loader
         items = epoch_of(source, steps_per_epoch, name=self._name, repeat=repeat)
-        # An evaluation changes no state, and arrays read none: only others may ask for it.
+        # Only train loaders may read the state of a step, and array loaders read none.
         may_read_state = self._name == "train" and source is self.loader
         for item in marked(items, self.loader) if may_read_state else items:
             yield item, source.get_state()
 
 
 class _BatchChunks:
-    """Chunks of what a loader yields; they stay on the host where nothing places them."""
+    """Builds chunks from batches; without `place` they stay on the host."""
 
     def __init__(self, name: str, place: Place | None) -> None:
         self._name, self._place = name, place
         self._most: dict[Any, int] = {}
 
     def most(self, item: PyTree) -> int:
-        """How many suit a chunk; as many of a short batch as of a whole one, which came before."""
-        structure, leaves = _form(item)
-        form = structure, tuple((shape[1:], dtype) for shape, dtype in leaves)
-        return self._most.setdefault(form, _most(self.num_bytes(item)))
+        """Most batches per chunk; a short batch uses the number of the full batch before it."""
+        structure, leaves = _spec(item)
+        spec = structure, tuple((shape[1:], dtype) for shape, dtype in leaves)
+        return self._most.setdefault(spec, _most(self.num_bytes(item)))
 
     def size(self, item: PyTree) -> int:
         return num_examples(item, name=self._name)
@@ -256,14 +254,14 @@ class _BatchChunks:
 
 
 class _RowChunks:
-    """Chunks of rows of an array loader: gathered by NumPy, or on the device if they are there."""
+    """Builds chunks from rows of an array loader, gathered by NumPy or on the device."""
 
     def __init__(self, loader: ArrayLoader, place: Place | None, on_device: PyTree | None) -> None:
         self._loader, self._place, self._on_device = loader, place, on_device
         self._row_bytes = max(1, _num_bytes(loader.arrays) // loader.num_examples)
 
     def most(self, item: np.ndarray) -> int:
-        """How many suit a chunk, whatever the size of the batch."""
+        """Most batches per chunk; does not depend on the size of this batch."""
         return _most(self.num_bytes(item) * self._loader.batch_size // len(item))
 
     def size(self, item: np.ndarray) -> int:
@@ -289,7 +287,7 @@ class _Kept(NamedTuple):
 
 
 class _LoaderRows:
-    """An array loader that hands out the rows of its batches."""
+    """Yields the rows of an array loader's batches instead of the batches."""
 
     def __init__(self, loader: Any) -> None:
         self._loader = loader
@@ -305,19 +303,21 @@ class _LoaderRows:
 
 
 def _chunks_of(
-    items: Iterator[tuple[Any, Any]], form: Callable[[], ChunkSize], kind: _BatchChunks | _RowChunks
+    items: Iterator[tuple[Any, Any]],
+    chunk_size: Callable[[], ChunkSize],
+    kind: _BatchChunks | _RowChunks,
 ) -> Generator[Chunk]:
     """Yields chunks of items, each with the position after it."""
     waiting = list(islice(items, 1))
     while waiting:
-        num_steps, capacity, rest = form()
+        num_steps, capacity, partial_capacity = chunk_size()
         size, num_bytes = kind.size(waiting[0][0]), kind.num_bytes(waiting[0][0])
         most = kind.most(waiting[0][0])
         num_steps, capacity = min(num_steps, capacity, most), min(capacity, most)
         waiting.extend(islice(items, max(num_steps - len(waiting), 0)))
-        group = _of_one_form([item for item, _ in waiting[:num_steps]])
-        if len(group) < num_steps and rest:
-            capacity = min(rest, most)
+        group = _equal_prefix([item for item, _ in waiting[:num_steps]])
+        if len(group) < num_steps and partial_capacity:
+            capacity = min(partial_capacity, most)
         position = waiting[len(group) - 1][1]
         del waiting[: len(group)]
         source = kind.source(group, capacity)
@@ -331,33 +331,24 @@ def _most(num_bytes: int) -> int:
     return 1 + _MAX_CHUNK_BYTES // max(1, num_bytes)
 
 
-def _as_it_is(chunks: Generator[Chunk], steady: Callable[[], bool]) -> Generator[Chunk]:
-    return chunks
-
-
 def _slices(arrays: PyTree, rows: Sequence[np.ndarray]) -> Iterator[tuple[PyTree, None]]:
-    """Yields the batches of an array loader that does not shuffle, without copying them."""
+    """Yields the batches of an array loader that does not shuffle, as views."""
     for batch in rows:
         part = slice(batch[0], batch[-1] + 1)
         yield jax.tree.map(lambda leaf, part=part: leaf[part], arrays), None
 
 
-def _of_one_form(items: Sequence[PyTree]) -> Sequence[PyTree]:
-    """Returns the first items, as far as they are of one form."""
+def _equal_prefix(items: Sequence[PyTree]) -> Sequence[PyTree]:
+    """Returns the first items that have equal structures, shapes and dtypes."""
     if len(items) == 1:
         return items[:1]
-    form = _form(items[0])
-    return next((items[:n] for n, item in enumerate(items) if _form(item) != form), items[:])
+    spec = _spec(items[0])
+    return next((items[:n] for n, item in enumerate(items) if _spec(item) != spec), items[:])
 
 
-def _form(item: PyTree) -> Any:
+def _spec(item: PyTree) -> Any:
     leaves, structure = jax.tree.flatten(item)
     return structure, [(np.shape(leaf), getattr(leaf, "dtype", None)) for leaf in leaves]
-
-
-def _is_repeated(loader: Any) -> bool:
-    """Whether each epoch of a loader is the same, and small enough to be kept on the device."""
-    return _is_in_memory(loader) and not loader.shuffle
 
 
 def _is_in_memory(loader: Any) -> bool:

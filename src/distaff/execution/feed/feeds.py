@@ -1,4 +1,4 @@
-"""Feeds: the loaders that a trainer reads, and what it evaluates on in place of them."""
+"""Manages the loaders of a trainer: their feeds, and the views to evaluate on."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _MIN_FEEDS = 4
 
 
 class Feeds:
-    """The feeds of the loaders that were seen last, so that their arrays are placed once.
+    """Keeps the feeds of recently used loaders, so that their arrays are placed only once.
 
     Args:
-        placement: where batches go.
+        placement: places batches.
     """
 
     def __init__(self, placement: Placement = ONE_DEVICE) -> None:
@@ -31,23 +31,18 @@ class Feeds:
         self._views: list[tuple[Loader, Loader]] = []
         self._in_place: list[Loader] = []
         self._room = _MIN_FEEDS
-        self.lock = threading.RLock()  # a loader may itself predict
+        self.lock = threading.RLock()  # reentrant, as a loader may itself call predict
 
     def make_room(self, count: int) -> None:
-        """Has room for so many loaders that take turns."""
+        """Sets the number of loaders to keep; at least 4."""
         self._room = max(_MIN_FEEDS, count)
 
     def of(self, loader: Loader, *, name: str, resident: bool | None = None) -> Feed:
-        """Returns the feed of a loader; see `Feed`. By default the placement decides."""
+        """Returns the feed of a loader; see `Feed`. By default the placement sets `resident`."""
         if resident is None:
             resident = self._placement.gathers
-        found = self._known(loader)
-        feed = found or Feed(
-            loader,
-            name=name,
-            resident=resident,
-            lock=self.lock,
-            placement=self._placement,
+        feed = self._known(loader) or Feed(
+            loader, name=name, resident=resident, lock=self.lock, placement=self._placement
         )
         others = [each for each in self._feeds if each is not feed]
         older = [each for each in others[self._room - 1 :] if each.running]
@@ -55,10 +50,10 @@ class Feeds:
         return feed
 
     def validate_on(self, loaders: Iterable[Loader], train_loader: Loader) -> None:
-        """Notes the loaders of a run's validations.
+        """Registers the validation loaders of a run.
 
-        An iterable of the user's own that only validations read is read where it stands, so that
-        its position is saved, and its batches are verified at a resume.
+        A custom iterable that only validations read is evaluated directly rather than through a
+        view, so that its position is saved and its batches are verified on resume.
         """
         trained = list(sources(train_loader))
         self._in_place = [
@@ -69,14 +64,14 @@ class Feeds:
         ]
 
     def view(self, loader: Loader) -> Loader | None:
-        """Returns what to evaluate on in place of a loader, always the same; see `Loader`.
+        """Returns the loader to evaluate on in place of another one, the same at each call.
 
         Returns:
-            None where the loader has no `in_order`.
+            The view; None if the loader has no `in_order` (see `Loader`).
         """
         if any(loader is each for each in self._in_place):
             return loader
-        known = next((view for given, view in self._views if given is loader), None)
+        known = next((view for viewed, view in self._views if viewed is loader), None)
         view = in_order(loader) if known is None else known
         others = [each for each in self._views if each[0] is not loader]
         self._views = others[-self._room + 1 :]
@@ -85,12 +80,12 @@ class Feeds:
         return view
 
     def has_view(self, loader: Any) -> bool:
-        """Whether `view` has returned one for a loader lately."""
+        """Whether `view` recently returned another loader for this one."""
         return any(each[0] is loader for each in self._views)
 
     @contextmanager
     def one_pass(self, loader: Loader, name: str) -> Generator[Loader]:
-        """Gives what to evaluate on in place of a loader, which stays where it is.
+        """Yields the loader to evaluate on, and restores the position of `loader` afterwards.
 
         Raises:
             BatchError: the loader has no `in_order`, and is being trained on.
@@ -103,52 +98,52 @@ class Feeds:
         if feed is not None and feed.running:
             raise BatchError(
                 f"The {name} loader, a {type(loader).__name__}, is being trained on, and an "
-                "evaluation would move it. Evaluate with a loader of its own, or give the loader a "
-                "method in_order() that returns another one over the same data."
+                "evaluation would change its position. Evaluate with a separate loader, or give "
+                "this one a method in_order() that returns another loader over the same data."
             )
         state = loader.get_state()
         try:
             yield loader
         finally:
-            self._back(loader, state, name)
+            self._restore(loader, state, name)
 
-    def _back(self, loader: Loader, state: Mapping[str, Any], name: str) -> None:
-        """Puts a loader back, if it can go there."""
+    def _restore(self, loader: Loader, state: Mapping[str, Any], name: str) -> None:
+        """Restores the position of a loader if possible, else logs a warning."""
         try:
             loader.set_state(state)
         except BatchError as error:
             loader.set_state(loader.get_state())
             warn(
-                f"An evaluation has moved the {name} loader, which continues from where it is now: "
-                f"{error}"
+                f"An evaluation changed the position of the {name} loader, which continues from "
+                f"there: {error}"
             )
 
     def batches(self, loader: Loader, name: str) -> Iterator[Batch]:
-        """Yields the batches of the next epoch, while no other one is read.
+        """Yields the batches of the next epoch; holds `lock` while it reads each of them.
 
         Raises:
-            BatchError: there is none.
+            BatchError: the loader is empty.
         """
-        found = iter(loader)
+        batches = iter(loader)
         with self.lock:
-            batch = next(found, None)
-        if batch is None:  # a loader may stand at the end of an epoch
-            found = epoch_of(loader, name=name)
+            batch = next(batches, None)
+        if batch is None:  # a loader may be at the end of an epoch
+            batches = epoch_of(loader, name=name)
             with self.lock:
-                batch = next(found, None)
+                batch = next(batches, None)
         while batch is not None:
             yield batch
             with self.lock:
-                batch = next(found, None)
+                batch = next(batches, None)
 
     def position(self, loader: Loader) -> Mapping[str, Any]:
-        """Returns where a loader stood after the last chunk that was handed out of it."""
+        """Returns the position of a loader after the last chunk that its feed yielded."""
         feed = self._known(loader)
         handed_out = None if feed is None else feed.handed_out
         return loader.get_state() if handed_out is None else handed_out
 
     def settle(self, loader: Loader) -> None:
-        """Returns when no thread reads a loader any more, which may then be put elsewhere."""
+        """Waits until no thread reads a loader; its position may then be set."""
         feed = self._known(loader)
         if feed is not None:
             feed.settle()

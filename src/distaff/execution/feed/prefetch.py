@@ -1,4 +1,4 @@
-"""Reading ahead: items that take long to get are got by a thread, others where they are used."""
+"""Prefetches the items of slow generators in a thread."""
 
 from __future__ import annotations
 
@@ -16,65 +16,65 @@ _log = logging.getLogger("distaff")
 T = TypeVar("T")
 
 DEPTH = 2
-"""How many items the thread gets ahead: those that wait, and the one it is at."""
+"""Items the thread is ahead: those in the queue, and the one being read."""
 
 _HAND_OVER_SECONDS = 5e-4
-"""What an item may take before a thread is worth its hand-over, and its part of Python's lock."""
+"""Seconds per item above which a thread pays for its hand-over and its share of the GIL."""
 
 _PATIENCE_SECONDS = 1e-2
-"""How much longer than that items may have taken in all; then the thread takes over."""
+"""Total seconds above that limit after which the thread takes over."""
 
 _JOIN_SECONDS = 5.0
-"""How long a reader that is stopped is waited for: it may hang in a read that never ends."""
+"""Longest wait for a stopped thread, which may hang in a read."""
 
 
 class ReadTimes:
-    """Tells slow from fast, by a cumulative sum: neither one hiccup nor one slow start decides."""
+    """Detects slow reads with a cumulative sum, so that a single slow read does not decide."""
 
     def __init__(self) -> None:
         self._lost = 0.0
 
     @property
     def slow(self) -> bool:
-        """Whether items have taken long, one after another."""
+        """Whether several items in a row were slow."""
         return self._lost > _PATIENCE_SECONDS
 
     def record_seconds(self, seconds: float) -> None:
-        """Hears how long an item took."""
+        """Records the seconds that an item took."""
         lost = max(0.0, self._lost + seconds - _HAND_OVER_SECONDS)
         self._lost = min(lost, 2 * _PATIENCE_SECONDS)
 
 
 class Prefetch(Generic[T]):
-    """Hands out the items of generators, and gets them ahead where that takes long.
+    """Yields the items of generators, prefetched by a thread if they are slow.
 
-    Items and their order are those of the generator. One thread at a time goes on with it: the one
-    that calls at first, then one that is started for the rest. An error of the generator is raised
-    where its item would have been handed out. The pace is remembered from one generator to the
-    next.
+    Items keep their order. At first the caller's thread reads a generator; if items are slow, a new
+    thread reads the rest. An error of the generator is raised in place of its item. The read times
+    carry over from one generator to the next.
 
     Args:
-        pace: decides.
-        clock: gives a time in seconds that never goes back.
-        lock: held while an item is got: data that two of them read are read by one at a time.
+        times: decides whether items are slow.
+        clock: returns seconds, monotonically.
+        lock: held while an item is read, so that data shared by several loaders are read by one at
+            a time.
     """
 
     def __init__(
         self,
-        pace: ReadTimes | None = None,
+        times: ReadTimes | None = None,
         clock: Callable[[], float] = time.perf_counter,
         lock: AbstractContextManager[Any] | None = None,
     ) -> None:
-        self._pace, self._clock, self._lock = pace or ReadTimes(), clock, lock or nullcontext()
+        self._times, self._clock, self._lock = times or ReadTimes(), clock, lock or nullcontext()
         self._reader: _Worker | None = None
 
     @property
     def busy(self) -> bool:
-        """Whether a thread is still at a generator, such as one that hangs in a read."""
+        """Whether a thread is still reading a generator, for example because the read hangs."""
         return self._reader is not None and self._reader.thread.is_alive()
 
     def wait(self) -> None:
-        """Returns when no thread is at a generator."""
+        """Waits until no thread reads a generator."""
         if self._reader is not None:
             self._reader.thread.join()
         self._reader = None
@@ -83,21 +83,21 @@ class Prefetch(Generic[T]):
         """Yields the items of a generator, and closes it.
 
         Args:
-            items: what to read.
-            steady: whether the next items may be got before the last one was used; asked until it
-                is true once.
+            items: the generator.
+            steady: returns whether items may be read before the previous one was used; called until
+                it returns True.
         """
-        self.wait()  # one thread at a time, also after one that hung
+        self.wait()  # only one thread reads, even if the previous one hung
         try:
-            first = True  # opening files, or a new order, says nothing of the items after it
-            while not (self._pace.slow and steady()):
+            first = True  # its time, such as to open files, is not typical
+            while not (self._times.slow and steady()):
                 start = self._clock()
                 with self._lock:
                     item: Any = next(items, _END)
                 if item is _END:
                     return
                 if not first:
-                    self._pace.record_seconds(self._clock() - start)
+                    self._times.record_seconds(self._clock() - start)
                 first = False
                 yield item
                 del item
@@ -107,32 +107,32 @@ class Prefetch(Generic[T]):
                 items.close()
 
     def _read_in_thread(self, items: Generator[T]) -> Generator[T]:
-        self._reader = reader = _Worker.start(items, self._pace, self._clock, self._lock)
+        self._reader = reader = _Worker.start(items, self._times, self._clock, self._lock)
         try:
-            while (got := reader.got.get()).error is None:
+            while (result := reader.results.get()).error is None:
                 reader.wanted.release()
-                yield got.item
-                del got
+                yield result.item
+                del result
         finally:
             reader.stop()
-        if not isinstance(got.error, _EndError):
-            raise got.error
+        if not isinstance(result.error, _EndError):
+            raise result.error
 
 
 class _EndError(Exception):
     """The generator has no more items."""
 
 
-class _Got(NamedTuple):
+class _Result(NamedTuple):
     item: Any
     error: BaseException | None
 
 
 class _Worker(NamedTuple):
-    """A thread that goes on with a generator, and what passes between it and its reader."""
+    """A thread that reads a generator, and the queue of its results."""
 
     thread: threading.Thread
-    got: SimpleQueue[_Got]
+    results: SimpleQueue[_Result]
     wanted: threading.Semaphore
     stopped: threading.Event
 
@@ -140,11 +140,11 @@ class _Worker(NamedTuple):
     def start(
         cls,
         items: Generator[Any],
-        pace: ReadTimes,
+        times: ReadTimes,
         clock: Callable[[], float],
         lock: AbstractContextManager[Any],
     ) -> _Worker:
-        got: SimpleQueue[_Got] = SimpleQueue()
+        results: SimpleQueue[_Result] = SimpleQueue()
         wanted, stopped = threading.Semaphore(DEPTH), threading.Event()
 
         def run() -> None:
@@ -153,31 +153,33 @@ class _Worker(NamedTuple):
                     start = clock()
                     with lock:
                         item = next(items, _END)
-                    pace.record_seconds(clock() - start)
+                    times.record_seconds(clock() - start)
                     if item is _END:
                         break
-                    got.put(_Got(item, None))
+                    results.put(_Result(item, None))
                     del item
-                got.put(_Got(None, _EndError()))
+                results.put(_Result(None, _EndError()))
             except BaseException as error:
-                got.put(_Got(None, error))
+                results.put(_Result(None, error))
             finally:
                 items.close()
 
-        # A daemon: Python does not wait for a read that hangs.
+        # A daemon, so that Python does not wait for a read that hangs.
         thread = threading.Thread(
             target=copy_context().run, args=(run,), name="read ahead", daemon=True
         )
         thread.start()
-        return cls(thread, got, wanted, stopped)
+        return cls(thread, results, wanted, stopped)
 
     def stop(self) -> None:
-        """Ends the thread, after the item that it is at."""
+        """Stops the thread after its current item."""
         self.stopped.set()
         self.wanted.release()
         self.thread.join(_JOIN_SECONDS)
         if self.thread.is_alive():
-            _log.warning("the loader is still at its next batch, and is left alone with it")
+            _log.warning(
+                "the loader is still reading its next batch; the run no longer waits for it"
+            )
 
 
 _END: Any = object()

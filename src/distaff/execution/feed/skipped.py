@@ -1,4 +1,4 @@
-"""Batches that a run goes on without, after it has gone back from a bad step."""
+"""Batches that a run skips after it rolled back from a bad step."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ class SkippedBatches(NamedTuple):
 
     Attributes:
         epoch: counted from 1.
-        start: the first of them, counted from 0 in the order of that epoch.
-        stop: the first one after them; it may lie behind the epoch's end.
-        back_to: the step that the run has gone back to because of them.
+        start: the first batch to skip, counted from 0 in the order of that epoch.
+        stop: the first batch after them; may exceed the length of the epoch.
+        back_to: the step to which the run rolled back because of them.
     """
 
     epoch: int
@@ -22,18 +22,18 @@ class SkippedBatches(NamedTuple):
     back_to: int
 
 
-def skipped_batches(stretches: Iterable[SkippedBatches], epoch: int) -> Set[int]:
-    """Returns which batches of an epoch are in one of the stretches."""
-    ranges = (range(each.start, each.stop) for each in stretches if each.epoch == epoch)
+def skipped_batches(skipped: Iterable[SkippedBatches], epoch: int) -> Set[int]:
+    """Returns the batches of an epoch to skip, counted from 0."""
+    ranges = (range(each.start, each.stop) for each in skipped if each.epoch == epoch)
     return {batch for batches in ranges for batch in batches}
 
 
 def num_drawn(steps: int, without: Set[int]) -> int:
-    """Returns how many batches of an epoch have been drawn, up to the last one trained on.
+    """Returns the number of batches drawn in an epoch, up to the last one trained on.
 
     Args:
-        steps: how many of them have been trained on.
-        without: which batches are left out.
+        steps: batches trained on.
+        without: batches to skip, counted from 0.
     """
     drawn = steps
     for batch in sorted(without):
@@ -42,20 +42,18 @@ def num_drawn(steps: int, without: Set[int]) -> int:
 
 
 _RELAPSE = 128
-"""After so many batches without a bad one, the next bad one is other trouble."""
+"""A bad batch after more batches than this is considered a new problem."""
 
 
-def relapses(
-    stretches: Iterable[SkippedBatches], epoch: int, batch: int, length: int | None
-) -> int:
-    """Returns how many stretches a bad batch comes shortly after.
+def relapses(skipped: Iterable[SkippedBatches], epoch: int, batch: int, length: int | None) -> int:
+    """Returns how often batches were skipped shortly before a bad batch.
 
     Args:
-        stretches: that are left out already.
-        epoch: of the bad batch.
-        batch: which one of that epoch, counted from 0.
-        length: batches in an epoch; None if that is not known.
+        skipped: the batches skipped so far.
+        epoch: epoch of the bad batch.
+        batch: its index in that epoch, counted from 0.
+        length: batches per epoch; None if unknown.
     """
-    known = [each for each in stretches if each.epoch == epoch or length is not None]
+    known = [each for each in skipped if each.epoch == epoch or length is not None]
     since = ((epoch - each.epoch) * (length or 0) + batch - each.stop for each in known)
     return sum(batches <= _RELAPSE for batches in since)

@@ -1,1 +1,1 @@
-"""What ends a run, saves it, or finds it stuck."""
+"""Stops and saves runs on signals and time limits, and detects stalls."""

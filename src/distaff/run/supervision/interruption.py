@@ -1,4 +1,4 @@
-"""Interruption: what asks a run to end in good order, and how the process ends then.
+"""Interruption: saves and stops a run on SIGTERM, Ctrl-C or a time limit, then ends the process.
 
 See `docs/decisions/0013-interruption.md`.
 """
@@ -38,56 +38,56 @@ _ENDING: dict[int, bytes] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SupervisionOptions(Options):
-    """When a run is saved, ended and found to be stuck."""
+    """When a run is saved, stopped, and considered stuck."""
 
     save_every: str | float | None = option(
         "10m",
-        """About how much time lies between two checkpoints within an epoch, beside those at its
-        end: what is lost at most where a machine dies. None for no such checkpoints.""",
+        """Approximate time between two checkpoints within an epoch, in addition to those at its
+        end: the most work lost if a machine fails. None to disable.""",
         check=or_none(checked_time),
         resume="same run",
     )
     max_time: str | float | None = option(
         None,
-        """The longest a run may last, such as "3h30m", a number of seconds, or a `timedelta`. It is
-        then saved, and ends as interrupted.""",
+        """Longest duration of a run, such as "3h30m", a number of seconds, or a `timedelta`. The
+        run is then saved, and ends as interrupted.""",
         check=or_none(checked_time),
         resume="ignored",
     )
     stuck_after: str | float | None = option(
         "10m",
-        """How long a run may make no progress until the log is told where every thread stands;
-        None to watch nothing. Compiling may take six times as long.""",
+        """Longest time without progress before the stacks of all threads are logged. None to
+        disable. Compiling may take six times as long.""",
         check=or_none(checked_time),
         resume="same run",
     )
 
 
 class Interruption:
-    """Listens, while it is entered, to what asks a run to end: SIGTERM, Ctrl-C, and the clock.
+    """Context that handles requests to stop a run: SIGTERM, Ctrl-C, and a time limit.
 
-    A signal only sets `reason`; whoever polls it ends the run. A second Ctrl-C does what Ctrl-C
-    does without it, such as raise `KeyboardInterrupt`. When it is left, the handlers of before are
-    back, and a SIGTERM that came is sent again: the process ends as it would have, only later. It
-    is not sent again where an exception is on its way, which must be seen.
+    A signal only sets `reason`; poll it to stop the run. A second Ctrl-C runs the previous handler,
+    which by default raises `KeyboardInterrupt`. On exit the previous handlers are restored, and a
+    SIGTERM that was received is sent again, so that the process ends as usual, only later. It is
+    not sent again if an exception propagates.
 
-    Only the main thread may set handlers: in any other, the clock is all that is listened to. A
-    signal that is ignored stays ignored. One inside of another passes its signals on.
+    Only the main thread can set handlers; other threads check the time limit alone. A signal that
+    the process ignores stays ignored. Nested contexts forward signals to the outer one.
 
     >>> with Interruption(max_time="3h30m") as interruption:
     ...     while interruption.reason is None:
     ...         step()
 
     Args:
-        max_time: the longest a run may last; None for no limit. See `seconds_of`.
-        save_every: time between two saves; None to ask for none.
-        clock: gives seconds, as `time.monotonic` does.
+        max_time: longest duration; None for no limit. See `seconds_of`.
+        save_every: time between two saves; None to disable.
+        clock: returns seconds, as `time.monotonic` does.
 
     Raises:
-        ConfigError: `max_time` or `save_every` is no duration.
+        ConfigError: `max_time` or `save_every` is not a duration.
 
     Attributes:
-        ending: the reason that was agreed on last; None where there was none.
+        ending: the reason agreed on last, or None.
         is_save_due: whether all processes have agreed to save the run and continue.
         due_at: before this time of `clock`, `agreed` returns None and need not be called.
     """
@@ -100,7 +100,7 @@ class Interruption:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         limit = "max_time" if max_time is None else f"max_time={max_time}"
-        self._reasons = (None, None, limit, "Ctrl-C", "SIGTERM")  # the more urgent, the later
+        self._reasons = (None, None, limit, "Ctrl-C", "SIGTERM")  # by increasing urgency
         self.ending: str | None = None
         self._code = 0
         self.due_at, self.clock = -math.inf, clock
@@ -115,7 +115,7 @@ class Interruption:
 
     @property
     def reason(self) -> str | None:
-        """Why this process shall end the run: `"SIGTERM"`, `"Ctrl-C"`, `"max_time=3h30m"`; or None.
+        """Reason of this process to stop: `"SIGTERM"`, `"Ctrl-C"`, `"max_time=3h30m"` or None.
 
         It is cheap enough for every step.
         """
@@ -124,14 +124,14 @@ class Interruption:
         return self._reasons[self._code]
 
     def agreed(self) -> str | None:
-        """Returns why all processes shall end the run, the same in all of them at the same call.
+        """Returns the reason to stop the run, the same in all processes at the same call.
 
-        With one process that is `reason`. With several, each must call it equally often, at the
-        same points of the run, such as after every chunk of steps; a reason that only one of them
-        has is then given to all, within seconds where the calls are short.
+        With one process this is `reason`. With several, each must call it equally often and at the
+        same points of the run, such as after every chunk of steps. The reason of one process then
+        reaches all of them, within seconds if the calls are frequent.
 
         Returns:
-            The reason; None while there is none.
+            The reason; None to continue.
         """
         own = self._code if self.reason else _SAVE * (self.clock() >= self._next_save)
         agreed = own if self._is_alone else self._agreement(own)
@@ -141,31 +141,31 @@ class Interruption:
         return self.ending
 
     def saved(self) -> None:
-        """Restarts the clock of `save_every`."""
+        """Restarts the timer of `save_every`."""
         self.is_save_due, self._next_save = False, self.clock() + self._save_seconds
         self.due_at = min(self._deadline, self._next_save)
-        if self._code or not self._is_alone:  # asked last: a signal may come at any moment
+        if self._code or not self._is_alone:  # checked last: a signal may arrive at any moment
             self.due_at = -math.inf
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
-                # None: a handler that Python did not set, and could not set again.
+                # None is a handler not set by Python, which could not be restored.
                 if signal.getsignal(number) not in (None, signal.SIG_IGN):
-                    self._previous[number] = signal.signal(number, self._heard)
+                    self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         previous, self._previous = self._previous, {}
         for number, handler in previous.items():
-            if signal.getsignal(number) == self._heard:  # else it is somebody else's by now
+            if signal.getsignal(number) == self._handle:  # otherwise replaced by other code
                 signal.signal(number, handler)
         if self._code == _SIGTERM and signal.SIGTERM in previous and kind is None:
             _send_again(signal.SIGTERM)
 
-    def _heard(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         previous = self._previous.get(number, signal.SIG_DFL)
-        if os.getpid() != self._process:  # a fork, which no run will end
+        if os.getpid() != self._process:  # a fork, in which no run polls
             _act_as(previous, number, frame)
             return
         self._num_interrupts += number == signal.SIGINT
@@ -174,7 +174,7 @@ class Interruption:
             return
         outer = getattr(previous, "__self__", None)
         if isinstance(outer, Interruption):
-            outer._heard(number, frame)  # which tells the user
+            outer._handle(number, frame)  # prints the message
         elif self._code < _CODES[number]:
             with suppress(OSError):  # not print: a handler may interrupt a print
                 os.write(2, _ENDING[number])
@@ -187,7 +187,7 @@ def _seconds(duration: Duration | None, name: str) -> float:
 
 
 def _act_as(handler: Any, number: int, frame: FrameType | None) -> None:
-    """Does what another handler does with a signal."""
+    """Runs another handler of a signal."""
     if callable(handler):
         handler(number, frame)
     else:
@@ -196,13 +196,13 @@ def _act_as(handler: Any, number: int, frame: FrameType | None) -> None:
 
 
 def _send_again(number: signal.Signals) -> None:
-    """Sends a signal to this process, which ends it unless somebody has set a handler."""
+    """Sends a signal to this process, which ends it unless other code has set a handler."""
     for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError, OSError, ValueError):  # none, or closed
+        with suppress(AttributeError, OSError, ValueError):  # missing or closed
             stream.flush()
     is_fatal = signal.getsignal(number) == signal.SIG_DFL
     if is_fatal and jax.distributed.is_initialized():
-        jax.distributed.shutdown()  # waits for the others, whom the end of this one would abort
+        jax.distributed.shutdown()  # waits for the other processes, which would abort otherwise
     signal.raise_signal(number)
-    if is_fatal:  # The first process of a container survives: the kernel spares it.
+    if is_fatal:  # the kernel does not deliver it to the first process of a container
         os._exit(128 + number)

@@ -1,4 +1,4 @@
-"""Supervisor: when a run is saved, when it ends early, and what watches its progress."""
+"""Supervisor: decides when a run saves and stops, and reports stalls."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ T = TypeVar("T")
 
 
 class HasPath(Protocol):
-    """Has a folder, or none."""
+    """Has the path of a run directory."""
 
     @property
     def path(self) -> Path | None:
-        """The folder."""
+        """The run directory, or None."""
         ...
 
 
 class HasBoundary(Protocol):
-    """Has the state of a run that can be saved, or None."""
+    """Has a state of the run that can be saved, or None."""
 
     boundary: Any
 
 
 class Verdict(Enum):
-    """What a run does after a chunk of steps."""
+    """What to do after a chunk of steps."""
 
     CONTINUE = "continue"
     SAVE = "save"
     STOP = "stop"
-    """A callback stops the run: the steps of this epoch end here, and it is the last one."""
+    """A callback stops the run: this epoch ends here and is the last one."""
 
 
 class Supervisor:
-    """Decides when a run saves and stops, from signals, clocks and callbacks, and reports stalls.
+    """Decides when a run saves and stops, from signals, timers and callbacks; reports stalls.
 
     Args:
-        options: of the run.
-        callbacks: which may stop the run.
-        is_watched: whether to report stalls; a run in a debugger has none.
+        options: options of the run.
+        callbacks: callbacks, which may stop the run.
+        is_watched: whether to report stalls; disabled in a debugger.
     """
 
     def __init__(
@@ -68,48 +68,48 @@ class Supervisor:
         """Watches the progress of the run.
 
         Args:
-            recording: its path is that of the run directory, to whose `log.txt` a stall is written.
+            recording: has the path of the run directory; stalls are written to its `log.txt`.
         """
         path = recording.path and recording.path.absolute() / "log.txt"
         with Watchdog(self._stuck_after, path=path) as self._watchdog:
             yield
 
     def beat(self, what: str, step: int, patience: float = 1.0) -> None:
-        """Notes that something new begins; see `Watchdog.beat`."""
+        """Records progress; see `Watchdog.beat`."""
         self._watchdog.latest = (what, step, patience)
 
     def saved(self) -> None:
-        """Restarts the clock of `save_every`."""
+        """Restarts the timer of `save_every`."""
         self._interruption.saved()
 
     def verdict(self) -> Verdict:
-        """Returns what the run does after a chunk of steps, the same in all processes."""
+        """Returns what to do after a chunk of steps, the same in all processes."""
         if self._callbacks.stop_reason is not None:
             return Verdict.STOP
         interruption = self._interruption
         if interruption.clock() < interruption.due_at:
             return Verdict.CONTINUE
-        is_asked = interruption.agreed() is not None or interruption.is_save_due
-        return Verdict.SAVE if is_asked else Verdict.CONTINUE
+        is_due = interruption.agreed() is not None or interruption.is_save_due
+        return Verdict.SAVE if is_due else Verdict.CONTINUE
 
     def raise_if_interrupted(self) -> None:
-        """Ends a run that has just been saved, if it was asked to end.
+        """Stops a run that was just saved, if all processes agreed to stop.
 
         Raises:
-            Interrupted: it was asked to.
+            Interrupted: they did.
         """
         if self._interruption.ending:
             raise Interrupted(self._interruption.ending)
 
     def interruptible(self, checkpoints: HasBoundary, items: Iterator[T]) -> Iterator[T]:
-        """Yields the chunks of an evaluation until the run is asked to end.
+        """Yields the chunks of an evaluation until the run is to stop.
 
         Args:
-            checkpoints: has what to save if the evaluation is interrupted.
+            checkpoints: has the state to save if the evaluation is interrupted.
             items: the chunks.
 
         Raises:
-            Interrupted: the run is asked to end.
+            Interrupted: all processes agreed to stop the run.
         """
         patience, interruption = COMPILING, self._interruption
         for item in items:
@@ -122,5 +122,5 @@ class Supervisor:
 
     @property
     def is_ending(self) -> bool:
-        """Whether this process was asked to end the run; does not ask other processes."""
+        """Whether this process has a reason to stop; does not consult other processes."""
         return self._interruption.reason is not None

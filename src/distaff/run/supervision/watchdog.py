@@ -1,4 +1,4 @@
-"""Watchdog: says where a run hangs, while it hangs."""
+"""Watchdog: reports the stacks of all threads if a run makes no progress."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ from distaff.errors import BarrierError
 from distaff.execution.barrier import barrier
 
 STUCK_AFTER = "10m"
-"""How long no progress is a stall: what collectives on GPUs wait before they give up. A false alarm
-costs a page of log, a hang that nobody sees costs a night."""
+"""Time without progress that counts as a stall, the timeout of collectives on GPUs. A false alarm
+costs a page of log; an unnoticed hang costs a night."""
 
 COMPILING = 6.0
-"""How many times longer compiling may take: large models compile for half an hour."""
+"""Factor for compiling: large models compile for half an hour."""
 
 _MAX_WAIT = 60.0
 
 
 class Watchdog:
-    """Watches a run that tells it of progress; of a stall it writes where every thread stands.
+    """Context that watches the progress of a run, and writes the stacks of all threads on a stall.
 
-    It writes once per stall: host, process, step, what went on, and the stacks of all threads. With
-    several processes it then names those that stand elsewhere: they are who the others wait for.
-    It ends nothing, and its thread keeps no process alive. It sees no stall in native code that
-    holds the interpreter's lock.
+    It writes once per stall: host, process, step, the current activity, and the stacks. With
+    several processes it then names those at another place, for which the others wait. It never
+    stops the run, and its thread does not keep the process alive. It cannot detect a stall in
+    native code that holds the GIL.
 
     >>> with Watchdog(path=log) as watchdog:
     ...     for step, batch in enumerate(batches):
     ...         watchdog.beat("a step", step)
 
     Args:
-        stuck_after: how long no beat is a stall; None to watch nothing. See `seconds_of`.
-        path: the file to append to, beside a line to standard error; None for all of it there.
+        stuck_after: time without a beat that counts as a stall; None to disable. See `seconds_of`.
+        path: file to append to; standard error then gets only a line. None to write everything to
+            standard error.
 
     Raises:
         ConfigError: `stuck_after` is not a duration.
 
     Attributes:
-        latest: what began last, the step, and how many times longer than `stuck_after` it may take;
-            `beat` sets it.
+        latest: the arguments of the last `beat`.
     """
 
     def __init__(
@@ -61,19 +61,19 @@ class Watchdog:
         self._thread: threading.Thread | None = None
 
     def beat(self, what: str, step: int, patience: float = 1.0) -> None:
-        """Tells of progress: something new begins. It costs next to nothing.
+        """Records progress. Costs almost nothing.
 
         Args:
-            what: what begins, such as `"a step"` or `"evaluation"`; processes that are in step
-                must call it the same.
+            what: the activity that starts, such as `"a step"` or `"evaluation"`; the same in all
+                processes.
             step: completed optimizer updates.
-            patience: how many times longer than `stuck_after` it may take, such as `COMPILING`.
+            patience: factor for `stuck_after` during this activity, such as `COMPILING`.
         """
         self.latest = (what, step, patience)
 
     def __enter__(self) -> Watchdog:
         if self._seconds is not None:
-            # Asked now: a thread that starts the backend and hangs there would hold its lock.
+            # Read now: a thread that hangs while it starts the backend would hold the lock.
             self._num_processes = jax.process_count()
             self._who = f"Process {jax.process_index()} ({os.getpid()} on {socket.gethostname()})"
             self._stop.clear()
@@ -90,23 +90,23 @@ class Watchdog:
             self._thread = None
 
     def _watch(self, seconds: float) -> None:
-        """Looks ten times in `seconds`; the beats' own times are not known."""
-        beat, since, is_told = self.latest, time.monotonic(), False
+        """Checks for a new beat ten times in `seconds`; beats have no times."""
+        beat, since, is_reported = self.latest, time.monotonic(), False
         while not self._stop.wait(min(seconds / 10, 10.0)):
             latest, now = self.latest, time.monotonic()
             if latest is not beat:
-                if is_told:
-                    self._write(f"{self._who} goes on, after {now - since:.0f} s.\n")
-                beat, since, is_told = latest, now, False
-            elif not is_told and now - since >= seconds * beat[2]:
-                is_told = True
-                self._tell(beat, now - since, seconds)
+                if is_reported:
+                    self._write(f"{self._who} continues, after {now - since:.0f} s.\n")
+                beat, since, is_reported = latest, now, False
+            elif not is_reported and now - since >= seconds * beat[2]:
+                is_reported = True
+                self._report(beat, now - since, seconds)
 
-    def _tell(self, beat: tuple[str, int, float], waited: float, seconds: float) -> None:
+    def _report(self, beat: tuple[str, int, float], waited: float, seconds: float) -> None:
         what, step, _ = beat
         self._write(
             f"{self._who} seems stuck: at step {step}, {what} has taken {waited:.0f} s so far. The "
-            "stacks of its threads follow; nothing is ended.\n",
+            "stacks of its threads follow; the run is not stopped.\n",
             stacks=True,
         )
         if self._num_processes > 1:
@@ -117,7 +117,7 @@ class Watchdog:
                 self._write(f"Not all processes are stuck at this place. {error}\n")
 
     def _write(self, text: str, stacks: bool = False) -> None:
-        """Writes without Python's logging, whose lock may be what is stuck."""
+        """Writes without Python's logging, because the stall may be at its lock."""
         with suppress(OSError):
             os.write(2, text.encode())
         if self._path is None:
