@@ -9,14 +9,7 @@ from distaff.checkpoint.record import make_record
 from distaff.checkpoint.weights import loaded
 from distaff.checkpoint.weights.names import as_variables
 from distaff.core.typing import Batch
-from distaff.data import (
-    Loader,
-    first_to_train,
-    is_on_policy,
-    num_batches,
-    num_examples,
-    num_shapes,
-)
+from distaff.data import Loader, first_to_train, is_on_policy, num_batches, num_examples, num_shapes
 from distaff.errors import ConfigError, DistaffError
 from distaff.execution.dispatch.dispatcher import make_dispatcher
 from distaff.execution.dispatch.steps_per_call import Expected

@@ -46,10 +46,7 @@ class RecordingOptions(PlanOptions, ResumeOptions):
         resume="same run",
     )
     keep_best: int = option(
-        1,
-        "Number of best checkpoints to keep, at least 1.",
-        check=at_least(1),
-        resume="same run",
+        1, "Number of best checkpoints to keep, at least 1.", check=at_least(1), resume="same run"
     )
     keep_every: int | None = option(
         None,

@@ -12,13 +12,7 @@ from typing import Any, Literal
 from distaff.checkpoint import recorded
 from distaff.core.config.options import Options, option
 from distaff.core.warnings import warn
-from distaff.errors import (
-    CheckpointError,
-    ConfigError,
-    RunDirectoryError,
-    RunInUseError,
-    nearest,
-)
+from distaff.errors import CheckpointError, ConfigError, RunDirectoryError, RunInUseError, nearest
 from distaff.run.directory.run_directory import RunDirectory, read_status
 from distaff.run.directory.run_lock import locked
 from distaff.run.directory.run_version import reserve
