@@ -33,12 +33,7 @@ from distaff.trainer.step_program import StepProgram, function_of
 
 
 class Preparation:
-    """Calls the setup methods of a trainer, and collects their results.
-
-    Args:
-        trainer: a trainer of the user's class.
-        base: the class whose methods it overrides.
-    """
+    """Calls the setup methods of a trainer, which overrides `base`, and collects their results."""
 
     def __init__(self, trainer: Any, base: type) -> None:
         self._trainer, self._base = trainer, base

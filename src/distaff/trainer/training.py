@@ -23,11 +23,6 @@ from distaff.trainer.preparation import Preparation
 class Inputs:
     """The arguments of `train_model`, converted to loaders.
 
-    Args:
-        plan: the plan of the run.
-        loaders: the arguments for training, validation and test.
-        options: limits on the number of batches.
-
     Attributes:
         test_loader: the loader of the test; None to skip it.
         made: pairs of an argument and its loader.
@@ -42,12 +37,7 @@ class Inputs:
 
 
 class Training:
-    """Trains a trainer, from the preparation of a run to its result.
-
-    Args:
-        trainer: a trainer of the user's class.
-        base: the class whose methods it overrides.
-    """
+    """Trains a trainer, which overrides `base`, from the preparation of a run to its result."""
 
     def __init__(self, trainer: Any, base: type) -> None:
         self._trainer, self._base = trainer, base

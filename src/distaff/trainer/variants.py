@@ -58,10 +58,6 @@ def check_assignment(trainer: Predictor, name: str, value: Any) -> None:
 def variant_of(trainer: T, changes: dict[str, Any]) -> T:
     """Returns an uninitialized copy of a trainer; see `TrainerModule.variant`.
 
-    Args:
-        trainer: the trainer to copy.
-        changes: options and other arguments of the constructor.
-
     Raises:
         ConfigError: an argument is unknown or out of range.
     """

@@ -198,14 +198,7 @@ class DirectoryRecording(Recording):
 def make_recording(
     options: RecordingOptions, name: str, loggers: Sequence[Logger], *, resume: str | int
 ) -> Recording:
-    """Returns the recording of a run below `root`, or one that writes no files.
-
-    Args:
-        options: the options of the trainer.
-        name: name of the run.
-        loggers: the user's loggers.
-        resume: as in `TrainerConfig`.
-    """
+    """Returns the recording of a run below `root`, or one that writes no files."""
     if options.on_failed_log == "warn":
         loggers = [TolerantLogger(each, "on_failed_log") for each in loggers]
     if options.root is None or not options.writes:

@@ -18,9 +18,6 @@ class CurrentDisplay(Display):
 
     Standard output may be redirected, closed or replaced after the trainer is created. Outside of
     a run, each call chooses a display.
-
-    Args:
-        choose: returns a display for the current standard output.
     """
 
     def __init__(self, choose: Callable[[], Display]) -> None:

@@ -71,11 +71,7 @@ class Seat(NamedTuple):
 
 
 class Launch:
-    """The runs of this process below one root.
-
-    Args:
-        root: the absolute path of the folder of all runs.
-    """
+    """The runs of this process below one root."""
 
     def __init__(self, root: Path) -> None:
         self._folder = root / _FOLDER

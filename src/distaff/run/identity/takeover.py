@@ -94,12 +94,6 @@ class Takeover:
     ) -> Candidate | None:
         """Chooses the run to resume, or returns a finished one that equals the new run.
 
-        Args:
-            record: the record of the new run.
-            subject: the source of its identity.
-            key: see `train_model`.
-            rerun: see `train_model`.
-
         Raises:
             ConfigError: the key is not a nonempty string.
         """
@@ -147,11 +141,6 @@ class Takeover:
         self, record: Mapping[str, Any], subject: Subject | None, lock: ExitStack
     ) -> RecordComparison | None:
         """Locks the directory of the run, and compares the run with the one it resumes.
-
-        Args:
-            record: the record of the new run.
-            subject: the source of its identity.
-            lock: the stack that releases the lock.
 
         Returns:
             The comparison; None for a new run.
