@@ -5,14 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
-import jax
-
 from distaff.callbacks.callback import Callback, StepInfo, StopTraining
 from distaff.callbacks.chunk_scope import WatchesChunks
 from distaff.callbacks.early_stopping import EarlyStopping
 from distaff.callbacks.given import as_callbacks
 from distaff.metrics.monitor import Monitor
-from distaff.step.state import TrainState
+from distaff.step.state import is_intact
 
 _log = logging.getLogger("distaff")
 
@@ -93,7 +91,7 @@ class Callbacks:
             Exception: the first error of a callback, if the run has not failed already; others are
                 logged.
         """
-        state = info.state if error is None or not _is_donated(info.state) else None
+        state = info.state if error is None or is_intact(info.state) else None
         info = info._replace(state=state, status=status, reason=reason, error=error)
         waiting, self._to_end, first = self._to_end, [], error
         for callback in waiting:
@@ -107,8 +105,3 @@ class Callbacks:
                 first = first or failure
         if first is not error and first is not None:
             raise first
-
-
-def _is_donated(state: TrainState | None) -> bool:
-    arrays = [leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)]
-    return any(leaf.is_deleted() for leaf in arrays)

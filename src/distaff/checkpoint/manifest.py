@@ -49,7 +49,7 @@ def seal(folder: Path, step: int) -> None:
         entry.chmod(stat.S_IMODE(status.st_mode) & ~_FOR_EVERYBODY)
         if stat.S_ISREG(status.st_mode):
             with entry.open("rb") as file:
-                size, checksum = _measured(file)
+                size, checksum = _size_and_checksum(file)
                 os.fsync(file.fileno())
             files[entry.relative_to(folder).as_posix()] = {"size": size, "crc32": checksum}
     text = json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1)
@@ -115,17 +115,17 @@ def read_info(folder: Path) -> dict[str, Any]:
 def _entries(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
     """Yields the folder and everything in it without following links."""
     yield folder, folder.lstat()
-    for parent, folders, files in os.walk(folder, onerror=_raised):
+    for parent, folders, files in os.walk(folder, onerror=_raise):
         for name in (*sorted(folders), *sorted(files)):
             entry = Path(parent, name)
             yield entry, entry.lstat()
 
 
-def _raised(error: OSError) -> None:
+def _raise(error: OSError) -> None:
     raise error
 
 
-def _measured(file: Any) -> tuple[int, int]:
+def _size_and_checksum(file: Any) -> tuple[int, int]:
     """Returns the size and the CRC-32 of an open file."""
     size = checksum = 0
     while block := file.read(_BLOCK_BYTES):
@@ -183,7 +183,7 @@ def _file_difference(folder: Path, name: str, expected: Any) -> str | None:
         size = os.fstat(file.fileno()).st_size
         if size != expected["size"]:
             return f"{name} has {size} bytes instead of {expected['size']}"
-        if _measured(file)[1] != expected["crc32"]:
+        if _size_and_checksum(file)[1] != expected["crc32"]:
             return f"{name} has changed since it was written: its checksum differs"
     return None
 

@@ -210,13 +210,13 @@ class _Trace:
         for equation in jaxpr.eqns:
             values = [value_of(atom) for atom in equation.invars]
             inner = called(equation)
-            found = [self._through(equation, values)] * len(equation.outvars)
+            found = [self._propagate(equation, values)] * len(equation.outvars)
             if inner is not None:
                 found = self(inner.jaxpr, values)
             known.update(zip(equation.outvars, found, strict=True))
         return [value_of(atom) for atom in jaxpr.outvars]
 
-    def _through(self, equation: Any, values: list[_Value]) -> _Value:
+    def _propagate(self, equation: Any, values: list[_Value]) -> _Value:
         params, data = any(v.params for v in values), any(v.data for v in values)
         name = equation.primitive.name
         is_uniform = name in _KEEPING and all(value.is_uniform for value in values)
@@ -225,7 +225,7 @@ class _Trace:
             self.is_meant |= called(equation) is None
             crossed = None
         if crossed is None and name in _PAIRWISE and len(values) == 2:
-            crossed = self._crossing(equation, values)
+            crossed = self._crossed(equation, values)
         return _Value(params, data, crossed, is_uniform)
 
     def _keeps(self, equation: Any, values: list[_Value]) -> bool:
@@ -240,7 +240,7 @@ class _Trace:
         ]
         return size == 1 or all(other < size for other in others) or len(values) == 1
 
-    def _crossing(self, equation: Any, values: list[_Value]) -> Promotion | None:
+    def _crossed(self, equation: Any, values: list[_Value]) -> Promotion | None:
         first, second = values
         one = second if first.params else first
         if first.params == second.params or not one.data or one.params:
