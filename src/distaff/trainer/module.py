@@ -33,8 +33,7 @@ from distaff.trainer.config import with_descriptions
 from distaff.trainer.moved import moved
 from distaff.trainer.overrides import augmentation_of, check_class
 from distaff.trainer.predictor import Predictor
-from distaff.trainer.preparation import Preparation, recording_of
-from distaff.trainer.step_program import StepProgram
+from distaff.trainer.preparation import Preparation, StepProgram, recording_of
 from distaff.trainer.training import Inputs, Training, not_trained
 from distaff.trainer.variants import check_assignment, variant_of
 
@@ -149,10 +148,9 @@ class TrainerModule(Predictor):
         return train_step, EvalStep(self.loss_fn)
 
     def create_jitted_functions(self, train_step: StepFn, eval_step: EvalFn) -> None:
-        """Compiles the pure functions, lazily, and sets `self.train_step` and `self.eval_step`.
+        """Compiles the pure functions lazily, and sets `self.train_step` and `self.eval_step`.
 
-        A run calls whatever is set here. It can fuse several steps into one call only if
-        `train_step` was not compiled by your own override.
+        A run calls what is set here. It does not fuse steps that your override compiles itself.
         """
         execution = self._workspace.execution
         self.train_step = StepProgram(train_step, execution.program(train_step, donate=0))

@@ -175,7 +175,7 @@ class Takeover:
         place = self.directory.path
         end = Candidate(place, {**facts, "status": status}, _equal)
         if self._seat is not None and not end.is_unfinished:
-            self._seat.launch.ended(place)
+            self._seat.launch.unfinished.discard(place)
 
     def _begun(self, seat: Seat) -> None:
         """Adds a new run to the launch, unless it is never resumed."""
@@ -183,7 +183,7 @@ class Takeover:
             self.directory.marks = {"launch": None, "key": seat.key}
             return
         seat.launch.begin()
-        seat.launch.opened(self.directory.path)
+        seat.launch.unfinished.add(self.directory.path)
         self.directory.marks = seat.marks()
 
     def _resumed(self, candidate: Candidate) -> None:
@@ -201,7 +201,7 @@ class Takeover:
         if seat is not None and seat.adopt(candidate.status):
             marks = {name: candidate.status.get(name) for name in ("launch", "key")}
             self.directory.marks = marks
-            seat.launch.opened(self.directory.path)
+            seat.launch.unfinished.add(self.directory.path)
         elif seat is not None:
             self._begun(seat)
 
