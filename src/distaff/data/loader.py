@@ -81,10 +81,8 @@ def as_loader(data: Any, *, name: str = "data") -> Loader:
         return known
     if isinstance(data, Loader):
         return data
-    arrays_in_a_tuple = isinstance(data, tuple) and {hasattr(item, "shape") for item in data} == {
-        True
-    }
-    if hasattr(data, "shape") or isinstance(data, Mapping) or arrays_in_a_tuple:
+    are_arrays = isinstance(data, tuple) and data and all(hasattr(each, "shape") for each in data)
+    if hasattr(data, "shape") or isinstance(data, Mapping) or are_arrays:
         raise BatchError(
             f"The {name} loader must yield batches; got {type(data).__name__}, which looks like "
             f"the whole dataset. Write data.ArrayLoader({name}, batch_size=...)."
@@ -104,11 +102,7 @@ def inner_loaders(loader: Any) -> tuple[Any, ...]:
 
 
 def sources(loader: Any) -> Iterator[Any]:
-    """Yields the innermost loaders that the batches come from: the loader itself if it wraps none.
-
-    Args:
-        loader: a loader; a wrapper has its inner loaders in `loader`, or a tuple `loaders`.
-    """
+    """Yields the innermost loaders of a loader: the loader itself if it wraps none."""
     inner = inner_loaders(loader)
     if not all(isinstance(each, Loader) for each in inner):
         yield loader
@@ -125,7 +119,7 @@ def close_made(loader: Any) -> bool:
 
 @contextmanager
 def closing_made(*pairs: tuple[Any, Any]) -> Generator[None]:
-    """Closes loaders made from the user's data, and those that the user's loaders made, at exit.
+    """Closes, at exit, the loaders made from a user's data, and by a user's loaders.
 
     Args:
         *pairs: the user's data, and the loader made from it.
@@ -133,10 +127,10 @@ def closing_made(*pairs: tuple[Any, Any]) -> Generator[None]:
     try:
         yield
     finally:
-        for given, made in pairs:
-            if made is not given and hasattr(made, "close"):
-                made.close()
-            close_made(given)
+        for data, loader in pairs:
+            if loader is not data and hasattr(loader, "close"):
+                loader.close()
+            close_made(data)
 
 
 def in_order(loader: Any) -> Any:

@@ -49,7 +49,7 @@ def bucketed(
         remainder: what to do with short batches, at most one per bucket, at the end of an epoch:
             `"keep"` yields them at their own sizes (an evaluation pads and masks them, a training
             step compiles again for each size); `"drop"`, the default when shuffling, omits them.
-            If a bucket then yields no batch at all, a warning is logged.
+            If a bucket then yields no batch at all, a warning is issued.
         overlong: what to do with sequences longer than the last boundary: raise an error, cut them,
             or drop them.
         pad_value: padding value of numbers; bools are padded with False.
