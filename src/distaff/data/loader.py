@@ -13,7 +13,7 @@ import numpy as np
 from distaff.core.config.checks import whole
 from distaff.core.typing import Batch
 from distaff.data.adapters.adapters import adapted
-from distaff.data.entry import known_to_jax
+from distaff.data.entry import register_dataclasses
 from distaff.data.stream import Stream
 from distaff.errors import BatchError, ConfigError, leaf_name, nearest
 
@@ -186,7 +186,7 @@ def num_examples(batch: Batch, *, name: str = "") -> int:
     >>> num_examples({"image": np.zeros((32, 8, 8, 1)), "label": np.zeros(32)})
     32
     """
-    leaves = jax.tree_util.tree_leaves_with_path(known_to_jax(batch))
+    leaves = jax.tree_util.tree_leaves_with_path(register_dataclasses(batch))
     whose = f"a batch of the {name} loader" if name else "a batch"
     if not leaves:
         raise BatchError(
@@ -223,7 +223,7 @@ def counts_itself(batch: Batch) -> bool:
     return not hasattr(batch, "shape") and hasattr(batch, "num_examples")
 
 
-def drops(remainder: Literal["keep", "drop"] | None, shuffle: bool) -> bool:
+def drops_remainder(remainder: Literal["keep", "drop"] | None, shuffle: bool) -> bool:
     """Returns whether to drop a short last batch; by default only when shuffling."""
     if remainder not in ("keep", "drop", None):
         raise ConfigError(
@@ -250,12 +250,12 @@ def epoch_length(count: int, batch_size: int, *, drop: bool) -> int:
     return length
 
 
-def held_by_jax(tree: Any) -> Any:
-    """Applies `as_held_by_jax` to each leaf of a tree."""
-    return jax.tree.map_with_path(lambda path, leaf: as_held_by_jax(leaf, path), tree)
+def canonicalize(tree: Any) -> Any:
+    """Applies `canonicalize_leaf` to each leaf of a tree."""
+    return jax.tree.map_with_path(lambda path, leaf: canonicalize_leaf(leaf, path), tree)
 
 
-def as_held_by_jax(leaf: Any, path: tuple[Any, ...] = ()) -> np.ndarray:
+def canonicalize_leaf(leaf: Any, path: tuple[Any, ...] = ()) -> np.ndarray:
     """Casts an array to JAX's dtype for it: 32 bits instead of 64, unless `jax_enable_x64` is set.
 
     Raises:
