@@ -248,11 +248,11 @@ class Preparation:
             state=here.ready_state().replace(guard=None),
             loaders={name: (each, first[name]) for name, each in named.items() if name in first},
             total_steps=total_steps,
-            stretched=self._stretched,
+            with_total_steps=self._with_total_steps,
             has_weights=here.not_loaded is None,
         )
 
-    def _stretched(self, total_steps: int | None) -> TrainState:
+    def _with_total_steps(self, total_steps: int | None) -> TrainState:
         """Returns the state with the optimizer for a run of another length."""
         here = self._here
         state, schedule = here.ready_state(), here.schedule

@@ -72,9 +72,9 @@ class Training:
         Raises:
             DistaffError: an input is invalid (the subclass says which).
         """
-        Preparation(self._trainer, self._base).prepare(self._made(plan), None)
+        Preparation(self._trainer, self._base).prepare(self._make_run(plan), None)
 
-    def _made(self, plan: Plan) -> Run:
+    def _make_run(self, plan: Plan) -> Run:
         trainer, name = self._trainer, type(self._trainer).__name__
         monitor = as_monitor(trainer.monitor)
         return Run(self._here, plan, self._options, trainer.callbacks, monitor, name)
@@ -84,7 +84,7 @@ class Training:
         if here.state is None:  # before the display starts a thread with its own arena
             trainer._tune_process(first_to_train(plan.train_loader))
         check_one_process()
-        run = self._made(plan)
+        run = self._make_run(plan)
         trainer._run = run
         run.recorder.begin()
         return run

@@ -149,7 +149,7 @@ class DirectoryRecording(Recording):
         taken = self._takeover.take(record, subject, self._lock)
         self.store = store = self._make_store(self.directory.path / "checkpoints")
         changes = [f"changed: {each}" for each in self.directory.environment_changes()]
-        self.found = self._look(store, [] if taken is None else [*taken.lines(), *changes])
+        self.found = self._resume_point(store, [] if taken is None else [*taken.lines(), *changes])
         if self.found is None:
             self.confirm(record)
         self.outlets.open(texts, is_taken=taken is not None)
@@ -159,7 +159,7 @@ class DirectoryRecording(Recording):
         self.outlets.keep_states()
         _log.info("run %s", self.directory.path)
 
-    def _look(self, store: CheckpointStore, notes: list[str]) -> ResumePoint | None:
+    def _resume_point(self, store: CheckpointStore, notes: list[str]) -> ResumePoint | None:
         if isinstance(self._takeover.resume, int):
             return ResumePoint(self.directory.path, self._takeover.resume, [], notes)
         step, skipped = store.newest_valid()

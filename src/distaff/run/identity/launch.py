@@ -80,7 +80,7 @@ class Launch:
     def __init__(self, root: Path) -> None:
         self._folder = root / _FOLDER
         self._held: dict[str, int] = {}
-        self._begun = ""
+        self._own_id = ""
         self._counts: Counter[str] = Counter()
         self.unfinished: set[Path] = set()
 
@@ -105,7 +105,7 @@ class Launch:
         with contextlib.suppress(OSError):
             self._folder.mkdir(exist_ok=True)
             if self._take(name, os.O_CREAT | os.O_EXCL):
-                self._begun = name
+                self._own_id = name
                 os.write(self._held[name], json.dumps(about).encode() + b"\n")
 
     def standing(self, name: str) -> Standing:
@@ -121,7 +121,7 @@ class Launch:
         """Whether an earlier run belongs to an open launch of another process."""
         launch = status.get("launch")
         name = launch.get("id") if isinstance(launch, Mapping) else None
-        return isinstance(name, str) and name != self._begun and self.standing(name) == "open"
+        return isinstance(name, str) and name != self._own_id and self.standing(name) == "open"
 
     def adopt(self, name: str) -> bool:
         """Adopts an open launch. Returns False if another process was faster."""

@@ -154,9 +154,9 @@ class Takeover:
         choice, self._choice = self._choice or EarlierRuns(), None
         for each in choice.candidates:
             check_changes(each, allowed=self._options.allow_changes)
-            if self._locks(each, lock):
+            if self._try_lock(each, lock):
                 _check_links(each.path)
-                self._resumed(each)
+                self._take_over(each)
                 return each.comparison
         if self._must and not self.directory.created:
             raise CheckpointError(
@@ -166,7 +166,7 @@ class Takeover:
         is_new = not self.directory.created
         reserve(self.directory, lock)
         if is_new and self._seat is not None:
-            self._begun(self._seat)
+            self._join_launch(self._seat)
             self.remark = choice.remark and f"{self.directory.path.name} is {choice.remark}"
         return None
 
@@ -177,7 +177,7 @@ class Takeover:
         if self._seat is not None and not end.is_unfinished:
             self._seat.launch.unfinished.discard(place)
 
-    def _begun(self, seat: Seat) -> None:
+    def _join_launch(self, seat: Seat) -> None:
         """Adds a new run to the launch, unless it is never resumed."""
         if self.resume == "never":
             self.directory.marks = {"launch": None, "key": seat.key}
@@ -186,7 +186,7 @@ class Takeover:
         seat.launch.unfinished.add(self.directory.path)
         self.directory.marks = seat.marks()
 
-    def _resumed(self, candidate: Candidate) -> None:
+    def _take_over(self, candidate: Candidate) -> None:
         """Takes the directory of a resumed run, and its position in the program."""
         if candidate.comparison.changes:
             changes = "; ".join(candidate.comparison.changes)
@@ -203,9 +203,9 @@ class Takeover:
             self.directory.marks = marks
             seat.launch.unfinished.add(self.directory.path)
         elif seat is not None:
-            self._begun(seat)
+            self._join_launch(seat)
 
-    def _locks(self, candidate: Candidate, lock: ExitStack) -> bool:
+    def _try_lock(self, candidate: Candidate, lock: ExitStack) -> bool:
         """Locks an existing run. Returns False if another process uses it, or has ended it."""
         try:
             lock.enter_context(locked(candidate.path))
