@@ -18,8 +18,8 @@ from distaff.loggers.given import as_loggers
 from distaff.metrics import as_json
 from distaff.metrics.monitor import Monitor, as_monitor
 from distaff.optim import OptimizerLike, build_optimizer
-from distaff.optim.given import as_optimizer
-from distaff.optim.kept import kept_state
+from distaff.optim.build import as_optimizer
+from distaff.optim.reuse import reusable_state
 from distaff.run import loop, sanity
 from distaff.run.directory.protocol import Recording
 from distaff.run.events import make_plan
@@ -181,7 +181,7 @@ class TrainerModule(Predictor):
         )
         state, ready = here.evaluation_state(), here.ready_state()
         opt_state = here.execution.once(lambda params: tx.init(params))(state.params)
-        kept = kept_state(ready.opt_state, opt_state, self.optimizer)
+        kept = reusable_state(ready.opt_state, opt_state, self.optimizer)
         if self.config.keep_optimizer and kept is not None:
             state, opt_state = ready, kept
         self.state = state.replace(tx=tx, opt_state=opt_state)

@@ -10,7 +10,7 @@ from distaff.checkpoint.weights import as_init_from
 from distaff.errors import FixedAttributeError
 from distaff.loggers.given import as_loggers
 from distaff.metrics.monitor import as_monitor
-from distaff.optim.given import as_optimizer
+from distaff.optim.build import as_optimizer
 from distaff.trainer.config import make_config
 from distaff.trainer.predictor import Predictor
 

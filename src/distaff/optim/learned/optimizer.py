@@ -72,7 +72,7 @@ def velo(
     sees. It stores four numbers for each parameter of a matrix, and seven for each of a vector.
 
     It was trained on runs of up to 200,000 steps. Like the original, for more than 150,000 steps it
-    averages gradients and losses over as few steps as bring the number of updates down to that.
+    averages gradients and losses over as few steps as needed to make at most 150,000 updates.
 
     `weight_decay` is decoupled (Loshchilov & Hutter 2019, arXiv:1711.05101): each update also
     subtracts `weight_decay * p` from the parameters, unseen by the network. The original instead
