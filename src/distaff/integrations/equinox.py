@@ -27,7 +27,7 @@ from distaff.models.adapter import (
     without_numbers,
 )
 from distaff.models.flags import method_of, mode_flag, parameters, switched
-from distaff.models.layers import Library, Opened, Path, listed_calls
+from distaff.models.layers import Library, OpenModule, Path, trace_layers
 from distaff.models.randomness import KEY_NAMES, asking_for_key
 
 AXIS = "batch"
@@ -127,17 +127,17 @@ class EquinoxModel(Adapter):
         example.
         """
 
-        def opened(variables: Variables, key: Key, train: bool) -> Opened:
+        def open_module(variables: Variables, key: Key, train: bool) -> OpenModule:
             module, state = self._merge(variables, train)
 
             def call(*inputs: Any) -> Any:
                 return self._call(module, state, inputs, {}, train=train, key=key)[0]
 
-            return Opened(_modules(module), call)
+            return OpenModule(_modules(module), call)
 
         calls = _num_examples(inputs) if self._vmap else 1
         library = Library(lambda module: (module, lambda tree: tree), _without_state, calls)
-        return listed_calls(self, opened, key, inputs, library)
+        return trace_layers(self, open_module, key, inputs, library)
 
     @property
     def _is_function(self) -> bool:

@@ -12,7 +12,7 @@ from flax.errors import ModifyScopeVariableError
 
 from distaff.core.typing import Key
 from distaff.models.adapter import LayerRow, Variables, accepts_collections
-from distaff.models.layers import Path, describe, flops, listed, own_flops
+from distaff.models.layers import Path, describe, flops, layer_rows, own_flops
 from distaff.models.linen_collections import (
     evaluate_dropping_changes,
     is_requested,
@@ -159,7 +159,7 @@ class LinenModel:
             return self.apply(variables, *inputs, train=False, key=key)[0]
 
         own = _own_flops(set(kinds), evaluate, variables, key, inputs)
-        return listed(variables, kinds, outputs_of, own)
+        return layer_rows(variables, kinds, outputs_of, own)
 
     def _init(self, key: Key, *inputs: Any) -> Any:
         module = in_mode(self.module, True)
