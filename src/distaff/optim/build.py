@@ -13,8 +13,8 @@ import optax
 from distaff.core.typing import Params, PyTree, Schedule
 from distaff.errors import ConfigError
 from distaff.optim import catalog
-from distaff.optim.applied import RATE
 from distaff.optim.config import WHOLE_MODEL_OPTIONS, OptimizerConfig, ParamGroup
+from distaff.optim.rates import RATE
 from distaff.optim.schedules import make_schedule
 from distaff.optim.transforms.accumulate import accumulate
 from distaff.optim.transforms.extra_args import with_description, with_known_args

@@ -9,9 +9,9 @@ import optax
 
 from distaff.core.typing import PyTree
 from distaff.optim import catalog
-from distaff.optim.applied import RatesState
 from distaff.optim.build import OptimizerLike
 from distaff.optim.config import OptimizerConfig
+from distaff.optim.rates import RatesState
 
 _OF_HYPERPARAMS = ("count", "hyperparams", "hyperparams_states")
 

@@ -12,7 +12,7 @@ import optax
 
 from distaff.core.typing import Params, PyTree
 from distaff.errors import ConfigError, LossError
-from distaff.optim.applied import with_rates
+from distaff.optim.rates import with_rates
 from distaff.optim.transforms.extra_args import (
     FLUSH,
     AccumulateState,
