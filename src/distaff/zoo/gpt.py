@@ -152,8 +152,8 @@ def causal_attention(
         end = min(start + run, length)
         visible = jnp.tril(jnp.ones((1, 1, end - start, end), bool), k=start)
         if segment_ids is not None:
-            same_segment = segment_ids[:, start:end, None] == segment_ids[:, None, :end]
-            visible &= same_segment[:, None]
+            of_queries, of_keys = segment_ids[:, start:end], segment_ids[:, :end]
+            visible &= (of_queries[:, :, None] == of_keys[:, None, :])[:, None]
         scores = query[:, :, start:end] @ jnp.swapaxes(key[:, :, :end], 2, 3)
         weights = jax.nn.softmax(jnp.where(visible, floating(scores), -jnp.inf))
         outputs.append(weights.astype(value.dtype) @ value[:, :, :end])
