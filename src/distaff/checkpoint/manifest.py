@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from distaff.core.config import encoding
+from distaff.core.files import write_whole
 
 FORMAT = 1
 """The current format version. Checkpoints of version 0 have no manifest."""
@@ -30,12 +31,11 @@ MAX_JSON_BYTES = 2**25
 """Limit for files that are read whole: an untrusted file may have any size."""
 _BLOCK_BYTES = 2**20
 _DATA_FOLDER = "d"
-_FOR_EVERYBODY = stat.S_IWOTH
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP)
 
 
 def seal(folder: Path, step: int) -> None:
-    """Writes the manifest of a folder, flushes all files to disk, and makes none world-writable.
+    """Writes the manifest of a folder, syncs it to disk, and removes world-write permissions.
 
     Args:
         folder: a folder that Orbax has written.
@@ -46,18 +46,14 @@ def seal(folder: Path, step: int) -> None:
     """
     files = {}
     for entry, status in _entries(folder):
-        entry.chmod(stat.S_IMODE(status.st_mode) & ~_FOR_EVERYBODY)
+        entry.chmod(stat.S_IMODE(status.st_mode) & ~stat.S_IWOTH)
         if stat.S_ISREG(status.st_mode):
             with entry.open("rb") as file:
                 size, checksum = _size_and_checksum(file)
                 os.fsync(file.fileno())
             files[entry.relative_to(folder).as_posix()] = {"size": size, "crc32": checksum}
-    text = json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1)
-    descriptor = os.open(folder / NAME, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o664)
-    with open(descriptor, "wb") as file:
-        file.write(text.encode())
-        file.flush()
-        os.fsync(descriptor)
+    manifest = {"format": FORMAT, "step": step, "files": files}
+    write_whole(folder / NAME, json.dumps(manifest, indent=1))
     for entry, status in _entries(folder):
         if stat.S_ISDIR(status.st_mode):
             sync_directory(entry)

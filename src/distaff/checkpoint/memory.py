@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distaff.checkpoint.protocol import Store
-from distaff.checkpoint.retention import best_steps
+from distaff.checkpoint.retention import best_steps, named_best
 from distaff.core.typing import PyTree
 from distaff.errors import CheckpointError
 
@@ -27,9 +27,7 @@ class MemoryStore(Store):
 
     def save(self, step: int, tree: Mapping[str, PyTree], info: Mapping[str, Any]) -> None:
         """Copies the arrays to the host; saving a step again replaces its `info` only."""
-        arrays = (
-            self._kept[step][0] if step in self._kept else jax.tree.map(_copy_to_host, dict(tree))
-        )
+        arrays = self._kept[step][0] if step in self._kept else jax.tree.map(_to_host, dict(tree))
         self._kept[step] = (arrays, json.loads(json.dumps(info)))
         lasting = [n for n, (_, facts) in self._kept.items() if not facts.get("provisional")]
         wanted = (step, max(lasting, default=step), *best_steps(info))
@@ -39,9 +37,7 @@ class MemoryStore(Store):
         return tuple(sorted(self._kept))
 
     def best(self) -> int | None:
-        newest = self.latest()
-        best = () if newest is None else best_steps(self.info(newest))
-        return best[0] if best else None
+        return next(iter(named_best(self)[1]), None)
 
     def info(self, step: int) -> dict[str, Any]:
         return self._entry(step)[1]
@@ -59,7 +55,7 @@ class MemoryStore(Store):
         return self._kept[step]
 
 
-def _copy_to_host(leaf: Any) -> Any:
+def _to_host(leaf: Any) -> Any:
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return leaf.copy()
     return np.array(leaf)

@@ -109,11 +109,12 @@ def check(
     except Exception:  # with debug=True, a loss need not be traceable
         return
     suspects = [each for each in found if each.crosses(size)]
+    if not suspects:
+        return
     trace = _Trace(suspects)
     params, batch = (len(jax.tree.leaves(each)) for each in arguments)
-    inputs = [_Value(params=True)] * params + [_Value(data=True)] * batch
-    values = trace(closed.jaxpr, inputs) if suspects else []
-    if not suspects or trace.is_meant:
+    values = trace(closed.jaxpr, [_Value(params=True)] * params + [_Value(data=True)] * batch)
+    if trace.is_meant:
         return
     is_pair = isinstance(shapes, tuple) and len(shapes) == 2 and isinstance(shapes[1], Mapping)
     named = {"loss": shapes[0], "metrics": shapes[1]} if is_pair else {"loss": shapes}

@@ -202,7 +202,7 @@ def _augment(augment: AugmentFn, state: TrainState, batch: Batch, size: int) -> 
 def _split(
     returned: Any, size: int, ctx: Context
 ) -> tuple[jax.Array, dict[str, Metric | PerExample]]:
-    """Splits what a loss function returned into the scalar to differentiate and its metrics."""
+    """Splits the return value of a loss function into the scalar to differentiate and metrics."""
     loss, extra = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, {})
     if not isinstance(extra, Mapping) or isinstance(loss, tuple | Mapping):
         raise LossError(
