@@ -11,10 +11,11 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from distaff import metrics as metrics_lib
 from distaff.core.equations import named_scope
-from distaff.core.typing import Batch, Key, Params
+from distaff.core.typing import Batch, Key, Params, PyTree
 from distaff.data import counts_itself, num_examples
 from distaff.errors import BatchError, LossError, MaskError, leaf_name
 from distaff.metrics import Mean, Metric, PerExample
@@ -22,7 +23,6 @@ from distaff.optim.transforms import extra_args
 from distaff.step import broadcasts
 from distaff.step.context import Context
 from distaff.step.normalise import StepFn, reduced
-from distaff.step.plateau import with_plateaus_kept
 from distaff.step.state import TrainState
 
 _AUGMENTATION = 0x6175676D
@@ -86,7 +86,7 @@ def train_step(loss_fn: LossFn, *, augment: AugmentFn | None = None) -> StepFn:
             optimizer_args=args,
             **changed,
         )
-        return with_plateaus_kept(state, after, metrics["loss"]), metrics
+        return _with_plateaus_kept(state, after, metrics["loss"]), metrics
 
     return step
 
@@ -258,3 +258,26 @@ def _declare_loss(loss: Any, size: int) -> Metric | PerExample:
             )
         raise LossError(f"{rule}; the loss function returned shape {values.shape}. {advice}")
     return metrics_lib.declare("loss", loss if isinstance(loss, PerExample) else values, size)
+
+
+def _with_plateaus_kept(before: TrainState, after: TrainState, loss: Any) -> TrainState:
+    """Keeps the state of `optax.contrib.reduce_on_plateau` if the batch had no weight.
+
+    The loss of such a batch is 0, which no later loss would improve on.
+    """
+    has_plateau = any(map(_is_plateau, jax.tree.leaves(after.opt_state, is_leaf=_is_plateau)))
+    if not has_plateau or not isinstance(loss, Mean):
+        return after
+    is_empty = loss.weight == 0
+
+    def kept(old: PyTree, new: PyTree) -> PyTree:
+        if not _is_plateau(new):
+            return new
+        return jax.tree.map(lambda a, b: jnp.where(is_empty, a, b), old, new)
+
+    opt_state = jax.tree.map(kept, before.opt_state, after.opt_state, is_leaf=_is_plateau)
+    return after.replace(opt_state=opt_state)
+
+
+def _is_plateau(node: Any) -> bool:
+    return isinstance(node, optax.contrib.ReduceLROnPlateauState)

@@ -14,7 +14,7 @@ from distaff.core.typing import Batch, Key, Params
 from distaff.data import Loader
 from distaff.errors import LossError
 from distaff.loggers import Logger
-from distaff.loggers.given import as_loggers
+from distaff.loggers.protocol import as_loggers
 from distaff.metrics import as_json
 from distaff.metrics.monitor import Monitor, as_monitor
 from distaff.optim import OptimizerLike, build_optimizer

@@ -15,7 +15,7 @@ from distaff.errors import ConfigError, DistaffError
 from distaff.execution.dispatch.dispatcher import make_dispatcher
 from distaff.execution.dispatch.steps_per_call import Expected
 from distaff.execution.placement import owned
-from distaff.loggers.given import as_loggers, is_logger
+from distaff.loggers.protocol import as_loggers, is_logger
 from distaff.metrics.monitor import as_monitor
 from distaff.optim.gradients import check_trainable
 from distaff.run.directory.protocol import Recording

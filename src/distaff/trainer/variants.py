@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from distaff.callbacks.callbacks import Callbacks
 from distaff.checkpoint.weights import as_init_from
 from distaff.errors import FixedAttributeError
-from distaff.loggers.given import as_loggers
+from distaff.loggers.protocol import as_loggers
 from distaff.metrics.monitor import as_monitor
 from distaff.optim.build import as_optimizer
 from distaff.trainer.config import make_config
