@@ -125,13 +125,13 @@ class JsonlLogger:
 
 def _append_all(file: FileIO, content: bytes) -> None:
     """Appends all of the content or nothing."""
-    end, view = file.seek(0, os.SEEK_END), memoryview(content)
+    view = memoryview(content)
     try:
         while view:
             view = view[file.write(view) :]
     except OSError:
         with suppress(OSError):
-            file.truncate(end)
+            file.truncate(file.seek(0, os.SEEK_END) - (len(content) - len(view)))
         raise
 
 
