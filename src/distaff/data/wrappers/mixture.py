@@ -121,7 +121,7 @@ class Mixture:
         """Returns the next batch without consuming it.
 
         Raises:
-            BatchError: a loader is empty, or its leaves differ from those of the first loader.
+            BatchError: a loader is empty, or its leaves differ from the first loader's.
         """
         if self._ahead is None:
             place = self._place()
