@@ -79,7 +79,7 @@ def check_optimizer(optimizer: Any) -> None:
         raise ConfigError(
             "optimizer must be an OptimizerConfig, an optax.GradientTransformation, or a function "
             'of total_steps that returns one, such as OptimizerConfig("adamw", learning_rate=1e-3) '
-            f"or an Optax transformation like optax.adamw(1e-3), and is {optimizer!r}.{hint}"
+            f"or an Optax transformation like optax.adamw(1e-3); got {optimizer!r}.{hint}"
         )
     try:
         inspect.signature(optimizer).bind(None)

@@ -62,7 +62,7 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
         rule = "" if name in catalog.LEARNED else _broken_rule(option, value, known[option])
         if rule:
             raise ConfigError(
-                f"options[{option!r}] of the optimizer {name!r} must be {rule}, and is {value!r}."
+                f"options[{option!r}] of the optimizer {name!r} must be {rule}; got {value!r}."
             )
     missing = [n for n, each in known.items() if each.default is each.empty and n not in options]
     if missing:

@@ -59,7 +59,7 @@ def _read(path: Path, most: int) -> bytes:
         raise CheckpointError(f"{path} cannot be read: {error}. {WHERE_TO_GET}") from error
     if not is_plain:
         raise CheckpointError(
-            f"{path} must be a regular file, not a link, of at most {most} bytes, and is "
+            f"{path} must be a regular file, not a link, of at most {most} bytes; got "
             f"{stat.filemode(status.st_mode)} of {status.st_size} bytes. {WHERE_TO_GET}"
         )
     return data

@@ -64,7 +64,7 @@ def accumulate(
     """
     if not isinstance(every, Integral) or isinstance(every, bool) or every < 1:
         raise ConfigError(
-            f"every, the number of micro-steps per update, must be an int >= 1, and is {every!r}."
+            f"every, the number of micro-steps per update, must be an int >= 1; got {every!r}."
         )
     inner = with_known_args(tx)
     if every == 1:
