@@ -56,10 +56,7 @@ class Limits(Metric):
         ends: four numbers, `[..., 4]`, with the dtype of the values: the lowest value, reversed
             (`~x` for integers, `-x` for floats) so that one reduction computes both ends; the
             highest value; the number of batches; and the index of the batch of the values.
-        rule: the rule, as a clause, for the error.
-        least: the lowest allowed value.
-        most: the highest allowed value; None for any finite one.
-        advice: a sentence with the remedy, for the error.
+        rule: as in `per_example`, like `least`, `most` and `advice`.
         are_whole: whether the values are integers.
     """
 
