@@ -34,8 +34,8 @@ def accumulate(
     weights all micro-steps equally, and passes on the loss of the last one only. Micro-steps before
     the last leave the parameters unchanged, bit for bit.
 
-    A training step passes the weight. In your own step pass it to `state.apply_gradients(...,
-    optimizer_args={"weight": ...})`; by default all micro-steps weigh 1.
+    A training step passes the weight. In your own step, pass it to `state.apply_gradients` with
+    `optimizer_args={"weight": ...}`; by default all micro-steps weigh 1.
 
     Args:
         tx: any Optax optimizer. Its `grad` argument, if passed, is the averaged gradient; other
