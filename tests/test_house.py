@@ -218,6 +218,20 @@ def test_rule_catches(rule: Callable[[House], list[str]], source: str, found: st
     assert rule({**GOOD, "distaff.bad": source}) == [found]
 
 
+def test_loop_is_short_and_calls_only_what_a_user_may_override():
+    source = HOUSE["distaff.run.loop"]
+    assert len(source.splitlines()) <= 150
+    called = {
+        node.attr
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Attribute) and chain(node)[-1] == "hooks"
+    }
+    assert called == {
+        *("on_training_start", "train_epoch", "on_training_epoch_end", "eval_model"),
+        *("on_validation_epoch_end", "save_metrics", "is_new_model_better", "save_model"),
+    }
+
+
 @pytest.mark.parametrize(
     "body", ["self.n = 1", "self.n: int = 1", "self.n += 1", "self.n['a'] = 1", "self.n.append(1)"]
 )

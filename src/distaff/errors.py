@@ -53,7 +53,7 @@ class StateError(DistaffError, ValueError):
 
 
 class FixedAttributeError(StateError, AttributeError):
-    """An attribute of a trainer was set that is fixed, or that only a run changes."""
+    """A read-only attribute of a trainer was set."""
 
 
 class MetricError(DistaffError, ValueError):

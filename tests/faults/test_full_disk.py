@@ -26,10 +26,10 @@ class Disk:
     def __init__(self, monkeypatch):
         self.full_for: tuple[str, ...] = ()
         self.refused: set[str] = set()
-        self.write_whole, self.append = run_directory.write_whole, jsonl._append
+        self.write_whole, self.append = run_directory.write_whole, jsonl._append_all
         for module in (run_directory, disk):
             monkeypatch.setattr(module, "write_whole", self.whole)
-        monkeypatch.setattr(jsonl, "_append", self.line)
+        monkeypatch.setattr(jsonl, "_append_all", self.line)
         emit = logging.StreamHandler.emit
         monkeypatch.setattr(logging.StreamHandler, "emit", lambda *args: self.log(emit, *args))
 

@@ -148,7 +148,7 @@ def test_it_works_within_a_chain_and_a_mask():
 
 @pytest.mark.parametrize("every", [0, -1, 2.0, True, "2"])
 def test_accumulate_refuses_what_is_no_number_of_steps(every):
-    with pytest.raises(ConfigError, match=r"every, the number .* >= 1, and is"):
+    with pytest.raises(ConfigError, match=r"every, the number .* >= 1; got"):
         accumulate(optax.sgd(1.0), every)
 
 

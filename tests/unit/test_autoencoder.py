@@ -117,8 +117,12 @@ def test_autoencoder_hands_on_what_the_model_takes_besides():
 @pytest.mark.parametrize(
     ("model", "batch", "parts"),
     [
-        (nn.Dense(3), images(), ("returns the shape of its input", "(4, 3, 2, 1)", "(4, 3, 2, 3)")),
-        (Scaled(), np.ones((4, 2), np.uint8), ("inputs are floats", "uint8", "images / 255")),
+        (
+            nn.Dense(3),
+            images(),
+            ("must return the shape of its input", "(4, 3, 2, 1)", "(4, 3, 2, 3)"),
+        ),
+        (Scaled(), np.ones((4, 2), np.uint8), ("inputs must be floats", "uint8", "images / 255")),
     ],
 )
 def test_autoencoder_refuses_what_it_cannot_compare(model, batch, parts):

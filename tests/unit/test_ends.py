@@ -19,7 +19,7 @@ from distaff import Callback, EarlyStopping, Monitor, OptimizerConfig, StepInfo,
 from distaff.errors import ConfigError, MetricError
 from distaff.loggers import MemoryLogger
 from distaff.metrics.monitor import direction
-from distaff.optim.kept import kept_state, restart_schedules
+from distaff.optim.reuse import restart_schedules, reusable_state
 from scripted import Break, InterruptError, Regression
 
 
@@ -200,9 +200,9 @@ def test_schedule_of_a_config_begins_again_and_moments_do_not():
 def test_states_of_other_forms_or_of_learned_optimizers_are_not_kept():
     params = {"w": jnp.ones(2)}
     adam, sgd = optax.adam(0.1), optax.sgd(0.1, momentum=0.9)
-    assert kept_state(adam.init(params), sgd.init(params), sgd) is None
+    assert reusable_state(adam.init(params), sgd.init(params), sgd) is None
     other = {"w": jnp.ones(3)}
-    assert kept_state(adam.init(other), adam.init(params), adam) is None
+    assert reusable_state(adam.init(other), adam.init(params), adam) is None
     injected = optax.inject_hyperparams(optax.adam)(optax.linear_schedule(1.0, 0.0, 9))
     fresh = injected.init(params)
     _, old = injected.update({"w": jnp.ones(2)}, fresh, params)

@@ -16,7 +16,7 @@ from distaff import Callback, EarlyStopping, Monitor, OptimizerConfig, TrainerMo
 from distaff.callbacks import Callbacks
 from distaff.errors import ConfigError, MetricError, UnknownNameError
 from distaff.loggers import MemoryLogger
-from distaff.optim.given import as_optimizer
+from distaff.optim.build import as_optimizer
 from scripted import Regression
 
 

@@ -213,7 +213,7 @@ def test_last_refuses_values_per_example():
 
 def test_merge_refuses_other_names_and_other_kinds():
     first = {"loss": Sum(1.0), "accuracy": Sum(1.0)}
-    message = "One returned ['accuracy', 'loss'], another ['loss']"
+    message = "one returned ['accuracy', 'loss'], another ['loss']"
     with pytest.raises(MetricError, match=re.escape(message)):
         merge(first, {"loss": Sum(1.0)})
     with pytest.raises(

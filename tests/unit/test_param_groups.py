@@ -164,8 +164,8 @@ def test_a_group_with_a_schedule_that_does_not_fit_the_run_is_refused():
     [
         ({}, r"ParamGroup\('\*'\) must have exactly one of optimizer, .*has none"),
         ({"freeze": True, "learning_rate": 0.0}, r"has \['learning_rate', 'freeze'\]"),
-        ({"learning_rate": -1.0}, r"learning_rate of ParamGroup\('\*'\) .* is -1\.0"),
-        ({"optimizer": "sgd"}, r"must be an OptimizerConfig or .* is 'sgd'"),
+        ({"learning_rate": -1.0}, r"learning_rate of ParamGroup\('\*'\) .*; got -1\.0"),
+        ({"optimizer": "sgd"}, r"must be an OptimizerConfig or .*; got 'sgd'"),
         ({"optimizer": OptimizerConfig(clip_norm=1.0)}, r"Clipping, .*'clip_norm': 1\.0.*Move"),
         ({"optimizer": OptimizerConfig(groups=(BIASES_SLOW,))}, r"Clipping, .*'groups'"),
     ],
@@ -179,8 +179,8 @@ def test_param_group_refuses(options, message):
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
-        ("*/bias", r"groups must be a tuple of ParamGroup, and is '\*/bias'"),
-        ([{"pattern": "*"}], r"holds \{'pattern': '\*'\}.*from_json"),
+        ("*/bias", r"groups must be a tuple of ParamGroup; got '\*/bias'"),
+        ([{"pattern": "*"}], r"got \{'pattern': '\*'\}.*from_json"),
     ],
 )
 def test_optimizer_config_refuses_groups(groups, message):

@@ -258,7 +258,7 @@ def test_boxes_are_opened_and_arrays_are_those_of_a_program():
     }
     frozen = normalized(Variables(freeze({"a": X}), None, freeze({"b": {"c": X}})))
     assert [type(frozen.params), type(frozen.collections)] == [dict, dict]
-    with pytest.raises(ConfigError, match="run_model_init returns"):
+    with pytest.raises(ConfigError, match="run_model_init must return"):
         normalized([1])
 
 

@@ -105,7 +105,7 @@ RULE = "A loss is a float: one number per example, shape [8], or a scalar; the l
         ((jnp.ones(8), {}, {}), "it returned tuple holding tuple and dict"),
         ({"loss": jnp.ones(8)}, "it returned dict holding dict and dict"),
         ((jnp.ones(8), {"loss": 1.0}), "The metric name 'loss' is reserved for the loss. Rename"),
-        ((jnp.ones(8), {"hits": jnp.ones(3)}), "(shape [8, ...]); 'hits' has shape (3,)"),
+        ((jnp.ones(8), {"hits": jnp.ones(3)}), "'hits' has shape (3,); expected a scalar"),
     ],
 )
 def test_step_refuses_a_wrong_loss_and_names_the_remedy(returned, message):

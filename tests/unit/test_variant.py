@@ -52,9 +52,7 @@ def test_variant_refuses_what_is_no_option():
 )
 def test_description_is_fixed_once_it_has_trained(name, value):
     trainer = trained(Line, seed=1).trainer
-    with pytest.raises(
-        FixedAttributeError, match=rf"{name} describes a trainer.*trainer\.variant\("
-    ):
+    with pytest.raises(FixedAttributeError, match=rf"{name} is fixed.*trainer\.variant\("):
         setattr(trainer, name, value)
     before = Line()
     setattr(before, name, value)
@@ -63,7 +61,7 @@ def test_description_is_fixed_once_it_has_trained(name, value):
 
 @pytest.mark.parametrize("name", ["step", "epoch", "best", "best_metrics", "last_run"])
 def test_place_of_a_run_cannot_be_set(name):
-    with pytest.raises(FixedAttributeError, match=f"{name} says where the run.*set trainer.state"):
+    with pytest.raises(FixedAttributeError, match=f"{name} is read-only.*set trainer.state"):
         setattr(Line(), name, 3)
 
 

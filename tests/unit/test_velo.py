@@ -382,12 +382,12 @@ def test_a_state_without_a_loss_is_told_to_pass_it():
 @pytest.mark.parametrize(
     ("weights", "total_steps", "options", "message"),
     [
-        (WEIGHTS, 0, {}, r"total_steps of VeLO must be an int >= 1, and is 0"),
-        (WEIGHTS, 1.5, {}, r"and is 1\.5"),
-        (WEIGHTS, 10, {"accumulate_above": 0}, r"accumulate_above of VeLO .* is 0"),
-        (WEIGHTS, 10, {"weight_decay": -1.0}, r"weight_decay must be .* is -1\.0"),
-        (WEIGHTS, 10, {"weight_decay": float("nan")}, r"weight_decay must be .* is nan"),
-        (3, 10, {}, r"weights must be a folder, or VeloWeights, and is 3"),
+        (WEIGHTS, 0, {}, r"total_steps of VeLO must be an int >= 1; got 0"),
+        (WEIGHTS, 1.5, {}, r"got 1\.5"),
+        (WEIGHTS, 10, {"accumulate_above": 0}, r"accumulate_above of VeLO .*; got 0"),
+        (WEIGHTS, 10, {"weight_decay": -1.0}, r"weight_decay must be .*; got -1\.0"),
+        (WEIGHTS, 10, {"weight_decay": float("nan")}, r"weight_decay must be .*; got nan"),
+        (3, 10, {}, r"weights must be a folder, or VeloWeights; got 3"),
     ],
 )
 def test_velo_refuses(weights, total_steps, options, message):

@@ -304,7 +304,7 @@ def test_config_binds_settings(text, expected):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("\nHyperV2:", r"Line 2 of config.gin must be `name.argument = value`, and is 'HyperV2:'"),
+        ("\nHyperV2:", r"Line 2 of config.gin must be `name.argument = value`; got 'HyperV2:'"),
         (
             "HyperV2.lstm_hiden_size = 8",
             r"binds 'lstm_hiden_size'\. Did you mean 'lstm_hidden_size",
@@ -316,10 +316,10 @@ def test_config_binds_settings(text, expected):
         ("HyperV2.param_inits = __import__('os').getpid()", r"and binds it to .__import__"),
         ("HyperV2.param_inits = " + "(" * 100_000, r"must bind param_inits to a number"),
         ("HyperV2.param_inits = 4\nHyperV2.param_inits = 5", r"Line 2 .* a second time"),
-        ("HyperV2.param_inits = 4.0", r"param_inits .* an int from 1 to 65536, and is 4\.0"),
+        ("HyperV2.param_inits = 4.0", r"param_inits .* an int from 1 to 65536; got 4\.0"),
         ("HyperV2.param_inits = 10**9", r"must bind param_inits to a number"),
         ("HyperV2.param_inits = 1000000000", r"from 1 to 65536"),
-        ("HyperV2.use_bugged_loss_features = 0", r"True or False, and is 0"),
+        ("HyperV2.use_bugged_loss_features = 0", r"True or False; got 0"),
         ("run_train.lopt = @MLPLOpt()", r"must train @HyperV2\(\), and trains '@MLPLOpt\(\)'"),
     ],
     ids=lambda value: value[:30],
@@ -343,5 +343,5 @@ def test_weights_made_by_hand_are_checked_too():
     del arrays["rnn_params", "step_size", "w"]
     with pytest.raises(CheckpointError, match=r"'rnn_params/step_size/w'; got missing"):
         VeloWeights(SMALL, arrays)
-    with pytest.raises(ConfigError, match=r"param_inits .* and is 0"):
+    with pytest.raises(ConfigError, match=r"param_inits .*; got 0"):
         VeloSettings(param_inits=0)

@@ -48,7 +48,7 @@ def mixup(key: Key, images: Any, labels: Any, alpha: float = 0.2) -> tuple[jax.A
 def cutmix(key: Key, images: Any, labels: Any, alpha: float = 1.0) -> tuple[jax.Array, jax.Array]:
     """Pastes a box of another example into each example; mixes labels by the share of pixels.
 
-    The sides of the box are those of the picture times `sqrt(1 - weight)`, with a weight from
+    The box has the sides of the picture times `sqrt(1 - weight)`, with a weight from
     Beta(alpha, alpha). Its centre is any pixel, so a part of it may lie outside. Source: Yun et
     al., CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features,
     2019, arXiv:1905.04899, section 3.1, which uses one weight and one box per batch.

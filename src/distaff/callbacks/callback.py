@@ -78,8 +78,7 @@ class Callback:
     def on_training_end(self, info: StepInfo) -> None:
         """Called once at the end of training, before the test, whatever ended it.
 
-        `info.status` is how it ended. After an error that ended the run, an error raised here is
-        only logged.
+        `info.status` is how it ended. An error raised here after another error is only logged.
         """
 
     def get_state(self) -> dict[str, Any]:

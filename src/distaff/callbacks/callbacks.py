@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
-
-import jax
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from distaff.callbacks.callback import Callback, StepInfo, StopTraining
 from distaff.callbacks.chunk_scope import WatchesChunks
 from distaff.callbacks.early_stopping import EarlyStopping
-from distaff.callbacks.given import as_callbacks
+from distaff.core.config.other_frameworks import EVENTS, check_methods
+from distaff.core.config.overrides import check_overrides
+from distaff.errors import ConfigError
 from distaff.metrics.monitor import Monitor
-from distaff.step.state import TrainState
+from distaff.step.state import is_intact
 
 _log = logging.getLogger("distaff")
+
+_EVENTS = tuple(name for name in vars(Callback) if name.startswith("on_"))
+_REMEDY = (
+    "Write a subclass of distaff.Callback that defines the events it needs, such as "
+    "on_epoch_end(self, info), and pass callbacks=[MyCallback()]."
+)
 
 
 class Callbacks:
@@ -31,7 +38,7 @@ class Callbacks:
     """
 
     def __init__(self, callbacks: Iterable[Callback] | None) -> None:
-        self.callbacks = as_callbacks(callbacks)
+        self.callbacks = _as_callbacks(callbacks)
         kinds = [type(callback).__name__ for callback in self.callbacks]
         self.names = [f"{kind}-{kinds[:n].count(kind)}" for n, kind in enumerate(kinds)]
         self.stop_reason: str | None = None
@@ -93,7 +100,7 @@ class Callbacks:
             Exception: the first error of a callback, if the run has not failed already; others are
                 logged.
         """
-        state = info.state if error is None or not _is_donated(info.state) else None
+        state = info.state if error is None or is_intact(info.state) else None
         info = info._replace(state=state, status=status, reason=reason, error=error)
         waiting, self._to_end, first = self._to_end, [], error
         for callback in waiting:
@@ -109,6 +116,32 @@ class Callbacks:
             raise first
 
 
-def _is_donated(state: TrainState | None) -> bool:
-    arrays = [leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)]
-    return any(leaf.is_deleted() for leaf in arrays)
+def _as_callbacks(given: Any) -> tuple[Callback, ...]:
+    """Returns a list of callbacks as a tuple; empty for None.
+
+    Raises:
+        ConfigError: `given` is not a list of callbacks, or one defines an event that nothing calls.
+    """
+    if given is None:
+        return ()
+    if isinstance(given, Callback):
+        name = type(given).__name__
+        raise ConfigError(f"callbacks is a list; got one {name}. Write callbacks=[{name}(...)].")
+    if isinstance(given, str | bytes | Mapping | type) or not isinstance(given, Iterable):
+        raise ConfigError(f"callbacks is a list of callbacks; got {given!r}. {_REMEDY}")
+    callbacks = tuple(given)
+    for callback in callbacks:
+        _check(callback)
+    return callbacks
+
+
+def _check(callback: Any) -> None:
+    if isinstance(callback, type):
+        name = callback.__name__
+        raise ConfigError(
+            f"A callback is an object; got the class {name}. Write callbacks=[{name}(...)]."
+        )
+    if not isinstance(callback, Callback):
+        raise ConfigError(f"A callback is a distaff.Callback; got {callback!r}. {_REMEDY}")
+    check_methods(type(callback), Callback, _EVENTS, EVENTS)
+    check_overrides(callback, Callback, (*_EVENTS, "get_state", "set_state"))

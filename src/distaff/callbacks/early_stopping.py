@@ -86,24 +86,14 @@ class EarlyStopping(Callback):
         self.best, self.waited, self.looked, self.begun = None, 0, 0, info.epoch
 
     def on_epoch_end(self, info: StepInfo) -> None:
-        """Checks a training metric.
-
-        Raises:
-            MetricError: the epoch has no such metric.
-            StopTraining: a condition to stop is met.
-        """
+        """Checks a training metric; raises `StopTraining` if a condition to stop is met."""
         if self._watched.is_of_training:
-            self._look(info)
+            self._check(info)
 
     def on_validation_end(self, info: StepInfo) -> None:
-        """Checks a validation metric.
-
-        Raises:
-            MetricError: the validation has no such metric.
-            StopTraining: a condition to stop is met.
-        """
+        """Checks a validation metric; raises `StopTraining` if a condition to stop is met."""
         if not self._watched.is_of_training:
-            self._look(info)
+            self._check(info)
 
     def on_training_end(self, info: StepInfo) -> None:
         """Warns if a finished run never reported the metric."""
@@ -136,7 +126,7 @@ class EarlyStopping(Callback):
             )
         return self.monitor
 
-    def _look(self, info: StepInfo) -> None:
+    def _check(self, info: StepInfo) -> None:
         monitor = self._watched
         value = monitor.value(info.metrics)
         self.looked += 1
@@ -159,8 +149,8 @@ class EarlyStopping(Callback):
             return f"{monitor.name} of {value:.6g} is worse than {self.divergence_threshold:g}"
         if self.waited < self.patience:
             return ""
-        looks = "epochs" if monitor.is_of_training else "validations"
-        return f"{monitor.name} has not improved on {best:.6g} for {self.waited} {looks}"
+        checks = "epochs" if monitor.is_of_training else "validations"
+        return f"{monitor.name} has not improved on {best:.6g} for {self.waited} {checks}"
 
     def _is_beyond(self, value: float, threshold: float | None, *, better: bool) -> bool:
         if threshold is None or math.isnan(value):

@@ -93,22 +93,22 @@ class Profiler(Callback):
     @contextmanager
     def _around_chunk(self, steps: range) -> Generator[None]:
         self._chunks += 1
-        if not self._running and not self._done and self._begins(steps):
+        if not self._running and not self._done and self._starts_with(steps):
             self._start()
         if not self._running:
             yield
             return
         with jax.profiler.StepTraceAnnotation("train", step_num=steps[0], num_steps=len(steps)):
             yield
-        self._recorded += len(steps)
-        if self._recorded >= self.num_steps:
+        self._num_recorded += len(steps)
+        if self._num_recorded >= self.num_steps:
             self._stop()
 
     def _reset(self) -> None:
         self._running = self._done = False
-        self._chunks = self._recorded = 0
+        self._chunks = self._num_recorded = 0
 
-    def _begins(self, steps: range) -> bool:
+    def _starts_with(self, steps: range) -> bool:
         if self.first_step is None:
             return self._chunks > _WARM_UP_CHUNKS
         return steps[-1] >= self.first_step
@@ -131,7 +131,7 @@ class Profiler(Callback):
             self._running, self._done = False, True
             _wait_for_device()
             jax.profiler.stop_trace()
-            _log.info("profile of %d steps: %s", self._recorded, self._target)
+            _log.info("profile of %d steps: %s", self._num_recorded, self._target)
 
 
 def _wait_for_device() -> None:

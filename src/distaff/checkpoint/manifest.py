@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from distaff.core.config import encoding
+from distaff.core.files import write_whole
 
 FORMAT = 1
 """The current format version. Checkpoints of version 0 have no manifest."""
@@ -30,12 +31,11 @@ MAX_JSON_BYTES = 2**25
 """Limit for files that are read whole: an untrusted file may have any size."""
 _BLOCK_BYTES = 2**20
 _DATA_FOLDER = "d"
-_FOR_EVERYBODY = stat.S_IWOTH
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP)
 
 
 def seal(folder: Path, step: int) -> None:
-    """Writes the manifest of a folder, flushes all files to disk, and makes none world-writable.
+    """Writes the manifest of a folder, syncs it to disk, and removes world-write permissions.
 
     Args:
         folder: a folder that Orbax has written.
@@ -46,18 +46,14 @@ def seal(folder: Path, step: int) -> None:
     """
     files = {}
     for entry, status in _entries(folder):
-        entry.chmod(stat.S_IMODE(status.st_mode) & ~_FOR_EVERYBODY)
+        entry.chmod(stat.S_IMODE(status.st_mode) & ~stat.S_IWOTH)
         if stat.S_ISREG(status.st_mode):
             with entry.open("rb") as file:
-                size, checksum = _measured(file)
+                size, checksum = _size_and_checksum(file)
                 os.fsync(file.fileno())
             files[entry.relative_to(folder).as_posix()] = {"size": size, "crc32": checksum}
-    text = json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1)
-    descriptor = os.open(folder / NAME, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o664)
-    with open(descriptor, "wb") as file:
-        file.write(text.encode())
-        file.flush()
-        os.fsync(descriptor)
+    manifest = {"format": FORMAT, "step": step, "files": files}
+    write_whole(folder / NAME, json.dumps(manifest, indent=1))
     for entry, status in _entries(folder):
         if stat.S_ISDIR(status.st_mode):
             sync_directory(entry)
@@ -115,17 +111,17 @@ def read_info(folder: Path) -> dict[str, Any]:
 def _entries(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
     """Yields the folder and everything in it without following links."""
     yield folder, folder.lstat()
-    for parent, folders, files in os.walk(folder, onerror=_raised):
+    for parent, folders, files in os.walk(folder, onerror=_raise):
         for name in (*sorted(folders), *sorted(files)):
             entry = Path(parent, name)
             yield entry, entry.lstat()
 
 
-def _raised(error: OSError) -> None:
+def _raise(error: OSError) -> None:
     raise error
 
 
-def _measured(file: Any) -> tuple[int, int]:
+def _size_and_checksum(file: Any) -> tuple[int, int]:
     """Returns the size and the CRC-32 of an open file."""
     size = checksum = 0
     while block := file.read(_BLOCK_BYTES):
@@ -183,7 +179,7 @@ def _file_difference(folder: Path, name: str, expected: Any) -> str | None:
         size = os.fstat(file.fileno()).st_size
         if size != expected["size"]:
             return f"{name} has {size} bytes instead of {expected['size']}"
-        if _measured(file)[1] != expected["crc32"]:
+        if _size_and_checksum(file)[1] != expected["crc32"]:
             return f"{name} has changed since it was written: its checksum differs"
     return None
 

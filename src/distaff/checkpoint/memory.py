@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distaff.checkpoint.protocol import Store
-from distaff.checkpoint.retention import best_steps
+from distaff.checkpoint.retention import best_steps, named_best
 from distaff.core.typing import PyTree
 from distaff.errors import CheckpointError
 
@@ -27,7 +27,7 @@ class MemoryStore(Store):
 
     def save(self, step: int, tree: Mapping[str, PyTree], info: Mapping[str, Any]) -> None:
         """Copies the arrays to the host; saving a step again replaces its `info` only."""
-        arrays = self._kept[step][0] if step in self._kept else jax.tree.map(_copied, dict(tree))
+        arrays = self._kept[step][0] if step in self._kept else jax.tree.map(_to_host, dict(tree))
         self._kept[step] = (arrays, json.loads(json.dumps(info)))
         lasting = [n for n, (_, facts) in self._kept.items() if not facts.get("provisional")]
         wanted = (step, max(lasting, default=step), *best_steps(info))
@@ -37,16 +37,14 @@ class MemoryStore(Store):
         return tuple(sorted(self._kept))
 
     def best(self) -> int | None:
-        newest = self.latest()
-        best = () if newest is None else best_steps(self.info(newest))
-        return best[0] if best else None
+        return next(iter(named_best(self)[1]), None)
 
     def info(self, step: int) -> dict[str, Any]:
         return self._entry(step)[1]
 
     def load(self, step: int, abstract: Mapping[str, PyTree]) -> dict[str, PyTree]:
         arrays = self._entry(step)[0]
-        return {name: jax.tree.map(_restored, arrays[name]) for name in abstract}
+        return {name: jax.tree.map(_restore, arrays[name]) for name in abstract}
 
     def _entry(self, step: int) -> tuple[dict[str, PyTree], dict[str, Any]]:
         if step not in self._kept:
@@ -57,12 +55,12 @@ class MemoryStore(Store):
         return self._kept[step]
 
 
-def _copied(leaf: Any) -> Any:
+def _to_host(leaf: Any) -> Any:
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return leaf.copy()
     return np.array(leaf)
 
 
-def _restored(leaf: Any) -> jax.Array:
+def _restore(leaf: Any) -> jax.Array:
     # Copied, because the next step donates the returned arrays.
     return leaf.copy() if isinstance(leaf, jax.Array) else jnp.array(leaf)

@@ -32,7 +32,7 @@ def safe(folder: Path) -> Generator[Path]:
         return
     if not _PLAIN.fullmatch(folder.name):
         # Only a folder that was renamed by hand.
-        with _linked(folder) as path:
+        with _link_to(folder) as path:
             yield path
         return
     descriptor = os.open(folder.parent, os.O_RDONLY | os.O_DIRECTORY)
@@ -41,14 +41,14 @@ def safe(folder: Path) -> Generator[Path]:
         if through.is_dir():
             yield through / folder.name
         else:
-            with _linked(folder.parent) as parent:
+            with _link_to(folder.parent) as parent:
                 yield parent / folder.name
     finally:
         os.close(descriptor)
 
 
 @contextlib.contextmanager
-def _linked(folder: Path) -> Generator[Path]:
+def _link_to(folder: Path) -> Generator[Path]:
     """Yields a link to a folder in a temporary directory."""
     with tempfile.TemporaryDirectory(prefix="distaff-") as directory:
         link = Path(directory, "link")

@@ -105,7 +105,7 @@ def located(path: Path | str) -> Located:
     Raises:
         CheckpointError: there is no complete, readable checkpoint at `path`.
     """
-    path = _unlinked(as_path(path, "The path of a checkpoint"))
+    path = _resolved(as_path(path, "The path of a checkpoint"))
     step = folders.step_of(path)
     if step is not None:
         return Located(CheckpointStore(path.parent), step, path)
@@ -120,7 +120,7 @@ def located(path: Path | str) -> Located:
             "Pass a run directory such as runs/digits/0001, its checkpoints directory, or one "
             "checkpoint folder such as step_00000040."
         )
-    step = _readable(store)
+    step = _best_readable(store)
     return Located(store, step, directory / folders.name_of(step))
 
 
@@ -147,7 +147,7 @@ def recorded(run: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def _unlinked(path: Path) -> Path:
+def _resolved(path: Path) -> Path:
     """Returns the target of a link to a checkpoint; other paths unchanged."""
     with contextlib.suppress(OSError, RuntimeError):  # a cycle of links
         if path.is_symlink() and folders.is_whole(path):
@@ -155,7 +155,7 @@ def _unlinked(path: Path) -> Path:
     return path
 
 
-def _readable(store: CheckpointStore) -> int:
+def _best_readable(store: CheckpointStore) -> int:
     """Returns the step of the best readable checkpoint, else of the newest."""
     newest, best = named_best(store)
     steps, problems = store.steps()[::-1], []

@@ -18,9 +18,9 @@ def taken(tree: PyTree) -> PyTree:
     not reuse a buffer that has a view.
     """
     for leaf in jax.tree.leaves(tree):
-        if _is_fetched(leaf):
+        if _is_on_one_device(leaf):
             leaf.copy_to_host_async()
-    return jax.tree.map(_taken, tree)
+    return jax.tree.map(_copy, tree)
 
 
 def num_bytes(tree: PyTree) -> int:
@@ -28,15 +28,15 @@ def num_bytes(tree: PyTree) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-def _taken(leaf: Any) -> Any:
-    if _is_fetched(leaf):
+def _copy(leaf: Any) -> Any:
+    if _is_on_one_device(leaf):
         return np.asarray(leaf)
     if isinstance(leaf, jax.Array):
         return jax.device_put(leaf, leaf.sharding, may_alias=False)
     return leaf.copy()
 
 
-def _is_fetched(leaf: Any) -> bool:
+def _is_on_one_device(leaf: Any) -> bool:
     """Returns whether a leaf is an array of numbers on a single device."""
     is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return isinstance(leaf, jax.Array) and not is_key and len(leaf.sharding.device_set) == 1

@@ -117,11 +117,13 @@ class CheckpointStore(Store):
             return path
         if newest is not None and step < newest:
             raise CheckpointError(
-                f"The checkpoints of a run go forward; step {step} comes before step {newest}, "
-                f"which is in {self.directory}. Save into a new directory, or remove what is newer."
+                f"Checkpoints are saved in order; step {step} comes before step {newest}, which is "
+                f"in {self.directory}. Save into a new directory, or remove newer checkpoints."
             )
         if path.exists() and step not in self._damaged and step != newest:
-            self._tell(step, FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)))
+            self._report_failure(
+                step, FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+            )
             return path
         leaves = jax.tree.map_with_path(arrays.as_array, dict(tree))
         if self._writer.held_bytes > _MAX_HELD_BYTES:
@@ -159,7 +161,7 @@ class CheckpointStore(Store):
             A clause, such as `"state/d/0ff8 has 120 bytes instead of 496"`; None if it is valid.
         """
         if step not in self.steps():
-            return "it is not there"
+            return "it does not exist"
         problem = manifest.damage(self._path(step)) or arrays.damage(self._path(step))
         if problem is not None:
             self._damaged |= {step}
@@ -235,7 +237,7 @@ class CheckpointStore(Store):
             CheckpointError: a save failed.
         """
         while self.failures and (failure := self._writer.failure()):
-            self._tell(*failure)
+            self._report_failure(*failure)
 
     def wait(self) -> None:
         """Waits for all saves.
@@ -274,7 +276,7 @@ class CheckpointStore(Store):
             self._own = frozenset(self.steps())
         return self._own - self._damaged
 
-    def _tell(self, step: int, error: BaseException) -> None:
+    def _report_failure(self, step: int, error: BaseException) -> None:
         """Raises or warns of a failed save."""
         failed = not_written(self._path(step), error)
         if not (self._goes_on and is_of_storage(error)):
@@ -283,7 +285,7 @@ class CheckpointStore(Store):
 
     def _write(self, save: Save) -> None:
         """Writes a checkpoint in the background, then removes expired ones."""
-        if jax.process_index() > 0:  # the first process does what is done once
+        if jax.process_index() > 0:  # only the first process manages the directory
             arrays.write(self._unfinished(save.step), save.arrays, _marked(save.info))
             return
         folders.make(self.directory)
@@ -340,11 +342,11 @@ def _as_json(info: Mapping[str, Any]) -> dict[str, Any]:
         except (TypeError, ValueError) as error:
             raise CheckpointError(
                 f"The info of a checkpoint is strict JSON; {key!r} is {value!r} ({error}). "
-                "Pass Python numbers, and None for what is not finite."
+                "Pass Python numbers, and None for NaN and infinity."
             ) from error
-    if sum(sizes.values()) > manifest.MAX_JSON_BYTES // 2:  # it is written with spaces
+    if sum(sizes.values()) > manifest.MAX_JSON_BYTES // 2:  # the file has spaces, too
         raise CheckpointError(
-            f"The info of a checkpoint has at most {manifest.MAX_JSON_BYTES // 2} bytes; it has "
+            f"The info of a checkpoint is at most {manifest.MAX_JSON_BYTES // 2} bytes; got "
             f"{sum(sizes.values())}, most of them in {max(sizes, key=sizes.__getitem__)!r}. Save "
             "arrays in the tree; in a trainer, return smaller metrics from the training step, or "
             "log more often (log_every_n_steps)."

@@ -55,7 +55,7 @@ class Part(NamedTuple):
 
 
 class Program(NamedTuple):
-    """The digest of all results of a program, and those of its parts by scope.
+    """Digests of a program: of all its results, and of its parts by scope.
 
     `REST` is the part outside all scopes.
     """

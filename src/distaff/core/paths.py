@@ -16,20 +16,17 @@ _SCHEMES = {
 }
 
 
-def as_path(given: str | os.PathLike[str], name: str) -> Path:
+def as_path(path: str | os.PathLike[str], name: str) -> Path:
     """Returns an absolute local path; expands `~` and accepts a `file://` URL.
 
-    Args:
-        given: the path.
-        name: name of the option, such as `"root"`, for errors.
-
     Raises:
-        ConfigError: it is not a path, or is on remote storage, such as `gs://bucket/runs`.
+        ConfigError: it is not a path, or is on remote storage, such as `gs://bucket/runs`; the
+            message calls it `name`.
 
     >>> as_path("file:///data/runs", "root").as_posix()
     '/data/runs'
     """
-    text = given if isinstance(given, str) else _text_of(given, name)
+    text = path if isinstance(path, str) else _text_of(path, name)
     url = _URL.fullmatch(text)
     if url and (url[2] == "//" or url[1].lower() in _SCHEMES):
         text = _local(text, url, name)
@@ -44,11 +41,11 @@ def as_path(given: str | os.PathLike[str], name: str) -> Path:
         ) from error
 
 
-def _text_of(given: object, name: str) -> str:
+def _text_of(path: object, name: str) -> str:
     try:
-        return os.fsdecode(given)  # ty: ignore[invalid-argument-type] the error is raised here
+        return os.fsdecode(path)  # ty: ignore[invalid-argument-type] the error is raised here
     except TypeError as error:
-        message = f"{name} must be a path; got {given!r}. Pass a string or a Path."
+        message = f"{name} must be a path; got {path!r}. Pass a string or a Path."
         raise ConfigError(message) from error
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from distaff.core.config.checks import whole
 from distaff.core.digest import digest, sample_digest
 from distaff.core.typing import Batch, PyTree
-from distaff.data.loader import drops, epoch_length, held_by_jax, num_examples
+from distaff.data.loader import canonicalize, drops_remainder, epoch_length, num_examples
 from distaff.errors import BatchError
 
 
@@ -58,9 +58,9 @@ class ArrayLoader:
         self.num_examples = num_examples(arrays)
         self._shuffle = shuffle
         self._seed = whole("seed", seed, least=0)
-        self._drop = drops(remainder, shuffle)
+        self._drop = drops_remainder(remainder, shuffle)
         epoch_length(self.num_examples, self.batch_size, drop=self._drop)
-        self._arrays = held_by_jax(arrays)
+        self._arrays = canonicalize(arrays)
         self._position = (0, 0)
         self._start = (0, 0)
 

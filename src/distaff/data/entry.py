@@ -52,7 +52,7 @@ def named(batch: Batch) -> Mapping[str, Any]:
     return {}
 
 
-def known_to_jax(tree: Any) -> Any:
+def register_dataclasses(tree: Any) -> Any:
     """Registers the plain dataclasses in a tree as pytrees, once per process, and returns the tree.
 
     Raises:

@@ -34,7 +34,7 @@ class InspectionOptions(Options):
         "raise",
         """What to do about invalid values: NaN in the first batch of a loader, and in any batch
         labels or tokens that the model does not have, or negative weights. "raise" raises
-        `BatchError`, "warn" logs a warning, "ignore" skips the checks.""",
+        `BatchError`, "warn" issues a warning, "ignore" skips the checks.""",
         check=one_of(BadInputPolicy),
         resume="same run",
     )

@@ -13,7 +13,7 @@ import numpy as np
 from distaff.core.config.checks import whole
 from distaff.core.typing import Batch
 from distaff.data.adapters.adapters import adapted
-from distaff.data.entry import known_to_jax
+from distaff.data.entry import register_dataclasses
 from distaff.data.stream import Stream
 from distaff.errors import BatchError, ConfigError, leaf_name, nearest
 
@@ -81,10 +81,8 @@ def as_loader(data: Any, *, name: str = "data") -> Loader:
         return known
     if isinstance(data, Loader):
         return data
-    arrays_in_a_tuple = isinstance(data, tuple) and {hasattr(item, "shape") for item in data} == {
-        True
-    }
-    if hasattr(data, "shape") or isinstance(data, Mapping) or arrays_in_a_tuple:
+    are_arrays = isinstance(data, tuple) and data and all(hasattr(each, "shape") for each in data)
+    if hasattr(data, "shape") or isinstance(data, Mapping) or are_arrays:
         raise BatchError(
             f"The {name} loader must yield batches; got {type(data).__name__}, which looks like "
             f"the whole dataset. Write data.ArrayLoader({name}, batch_size=...)."
@@ -104,11 +102,7 @@ def inner_loaders(loader: Any) -> tuple[Any, ...]:
 
 
 def sources(loader: Any) -> Iterator[Any]:
-    """Yields the innermost loaders that the batches come from: the loader itself if it wraps none.
-
-    Args:
-        loader: a loader; a wrapper has its inner loaders in `loader`, or a tuple `loaders`.
-    """
+    """Yields the innermost loaders of a loader: the loader itself if it wraps none."""
     inner = inner_loaders(loader)
     if not all(isinstance(each, Loader) for each in inner):
         yield loader
@@ -125,7 +119,7 @@ def close_made(loader: Any) -> bool:
 
 @contextmanager
 def closing_made(*pairs: tuple[Any, Any]) -> Generator[None]:
-    """Closes loaders made from the user's data, and those that the user's loaders made, at exit.
+    """Closes, at exit, the loaders made from a user's data, and by a user's loaders.
 
     Args:
         *pairs: the user's data, and the loader made from it.
@@ -133,10 +127,10 @@ def closing_made(*pairs: tuple[Any, Any]) -> Generator[None]:
     try:
         yield
     finally:
-        for given, made in pairs:
-            if made is not given and hasattr(made, "close"):
-                made.close()
-            close_made(given)
+        for data, loader in pairs:
+            if loader is not data and hasattr(loader, "close"):
+                loader.close()
+            close_made(data)
 
 
 def in_order(loader: Any) -> Any:
@@ -192,7 +186,7 @@ def num_examples(batch: Batch, *, name: str = "") -> int:
     >>> num_examples({"image": np.zeros((32, 8, 8, 1)), "label": np.zeros(32)})
     32
     """
-    leaves = jax.tree_util.tree_leaves_with_path(known_to_jax(batch))
+    leaves = jax.tree_util.tree_leaves_with_path(register_dataclasses(batch))
     whose = f"a batch of the {name} loader" if name else "a batch"
     if not leaves:
         raise BatchError(
@@ -229,7 +223,7 @@ def counts_itself(batch: Batch) -> bool:
     return not hasattr(batch, "shape") and hasattr(batch, "num_examples")
 
 
-def drops(remainder: Literal["keep", "drop"] | None, shuffle: bool) -> bool:
+def drops_remainder(remainder: Literal["keep", "drop"] | None, shuffle: bool) -> bool:
     """Returns whether to drop a short last batch; by default only when shuffling."""
     if remainder not in ("keep", "drop", None):
         raise ConfigError(
@@ -256,12 +250,12 @@ def epoch_length(count: int, batch_size: int, *, drop: bool) -> int:
     return length
 
 
-def held_by_jax(tree: Any) -> Any:
-    """Applies `as_held_by_jax` to each leaf of a tree."""
-    return jax.tree.map_with_path(lambda path, leaf: as_held_by_jax(leaf, path), tree)
+def canonicalize(tree: Any) -> Any:
+    """Applies `canonicalize_leaf` to each leaf of a tree."""
+    return jax.tree.map_with_path(lambda path, leaf: canonicalize_leaf(leaf, path), tree)
 
 
-def as_held_by_jax(leaf: Any, path: tuple[Any, ...] = ()) -> np.ndarray:
+def canonicalize_leaf(leaf: Any, path: tuple[Any, ...] = ()) -> np.ndarray:
     """Casts an array to JAX's dtype for it: 32 bits instead of 64, unless `jax_enable_x64` is set.
 
     Raises:

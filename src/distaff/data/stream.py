@@ -12,7 +12,7 @@ import numpy as np
 
 from distaff.core.digest import digest, sample_digest
 from distaff.core.typing import Batch
-from distaff.data.entry import known_to_jax
+from distaff.data.entry import register_dataclasses
 from distaff.data.examples.fingerprint import fingerprint
 from distaff.errors import BatchError, ChangedBatchesError
 
@@ -137,7 +137,7 @@ class Stream:
             if item is None:
                 return None
             self._ahead.append(item)
-        return jax.tree.map(_copied, known_to_jax(self._ahead[-1]))
+        return jax.tree.map(_copied, register_dataclasses(self._ahead[-1]))
 
     def get_state(self) -> dict[str, int]:
         """Returns the position after the last yielded batch, with a fingerprint."""
@@ -216,7 +216,7 @@ class Stream:
         """Consumes and returns the next batch, or `_EPOCH_END`."""
         item = self._ahead.pop(0) if self._ahead else next(self._line, _EPOCH_END)
         if item is not _EPOCH_END:
-            item = jax.tree.map(_copied, known_to_jax(item))
+            item = jax.tree.map(_copied, register_dataclasses(item))
             self._num_yielded += 1
             # The fingerprint of an epoch is kept until the next one begins.
             self._fingerprint = fingerprint(item, self._fingerprint if self._batch else 0)
@@ -255,7 +255,7 @@ class Stream:
 
 
 def _signature(batch: Batch) -> Any:
-    leaves, structure = jax.tree.flatten(known_to_jax(batch))
+    leaves, structure = jax.tree.flatten(register_dataclasses(batch))
     return structure, tuple((np.shape(leaf), getattr(leaf, "dtype", None)) for leaf in leaves)
 
 

@@ -95,7 +95,7 @@ class Table:
                 )
             parts.append(_as_numpy(chunk))
             first += len(chunk)
-        return _joined([part for part in parts if len(part)])
+        return _join([part for part in parts if len(part)])
 
     def _contents(self) -> tuple[pa.Schema, list[int]]:
         if self._metadata is not None:
@@ -159,7 +159,7 @@ def _width(kind: pa.DataType) -> float:
     return kind.bit_width if any(of_kind(kind) for of_kind in _NUMBERS) else math.inf
 
 
-def _joined(parts: Sequence[Column]) -> Column:
+def _join(parts: Sequence[Column]) -> Column:
     if len(parts) == 1:
         return parts[0]
     arrays = [part for part in parts if isinstance(part, np.ndarray)]

@@ -27,7 +27,7 @@ from distaff.models.adapter import (
     without_numbers,
 )
 from distaff.models.flags import method_of, mode_flag, parameters, switched
-from distaff.models.layers import Library, Opened, Path, listed_calls
+from distaff.models.layers import Library, OpenModule, Path, trace_layers
 from distaff.models.randomness import KEY_NAMES, asking_for_key
 
 AXIS = "batch"
@@ -63,20 +63,20 @@ class EquinoxModel(Adapter):
     @functools.cached_property
     def light(self) -> EquinoxModel:
         """The model without the array values of a module instance."""
-        if not has_numbers(self._made):
+        if not has_numbers(self._module_and_state):
             return self
-        light = EquinoxModel(without_numbers(self._made), vmap=self._vmap)
+        light = EquinoxModel(without_numbers(self._module_and_state), vmap=self._vmap)
         light.__dict__["light"] = light
         return light
 
     @property
     def module(self) -> Any:
         """The module; without array values if a function creates it."""
-        return self._made[0]
+        return self._module_and_state[0]
 
     def ready(self, key: Key) -> Variables | None:
         """Returns the variables of a module instance; None if a function creates it."""
-        return None if self._is_function else self._read(*self._made)
+        return None if self._is_function else self._read(*self._module_and_state)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -91,15 +91,17 @@ class EquinoxModel(Adapter):
 
     def init(self, key: Key, *inputs: Any) -> Variables:
         """Returns the initial variables; the inputs are ignored, since modules have shapes."""
-        return self._read(*(self._call_source(key) if self._is_function else self._made))
+        return self._read(
+            *(self._call_source(key) if self._is_function else self._module_and_state)
+        )
 
     @accepts_collections
     def apply(
         self, variables: Variables, *inputs: Any, train: bool, key: Key | None, **kwargs: Any
     ) -> tuple[Any, Variables]:
         """Runs the forward pass on a batch; `method="encode"` calls another method."""
-        module, state = self._merged(variables, train)
-        outputs, state = self._called(module, state, inputs, kwargs, train=train, key=key)
+        module, state = self._merge(variables, train)
+        outputs, state = self._call(module, state, inputs, kwargs, train=train, key=key)
         if not train or state is None:
             return outputs, variables
         leaves = {str(n): leaf for n, leaf in enumerate(jax.tree.leaves(state))}
@@ -113,7 +115,7 @@ class EquinoxModel(Adapter):
         Returns:
             `module`, or `(module, state)` if it has a state.
         """
-        module, state = self._merged(variables, False)
+        module, state = self._merge(variables, False)
         return module if state is None else (module, state)
 
     def layers(self, key: Key, *inputs: Any) -> list[LayerRow]:
@@ -125,24 +127,24 @@ class EquinoxModel(Adapter):
         example.
         """
 
-        def opened(variables: Variables, key: Key, train: bool) -> Opened:
-            module, state = self._merged(variables, train)
+        def open_module(variables: Variables, key: Key, train: bool) -> OpenModule:
+            module, state = self._merge(variables, train)
 
             def call(*inputs: Any) -> Any:
-                return self._called(module, state, inputs, {}, train=train, key=key)[0]
+                return self._call(module, state, inputs, {}, train=train, key=key)[0]
 
-            return Opened(_modules(module), call)
+            return OpenModule(_modules(module), call)
 
         calls = _num_examples(inputs) if self._vmap else 1
         library = Library(lambda module: (module, lambda tree: tree), _without_state, calls)
-        return listed_calls(self, opened, key, inputs, library)
+        return trace_layers(self, open_module, key, inputs, library)
 
     @property
     def _is_function(self) -> bool:
         return not isinstance(self._source, eqx.Module | tuple)
 
     @functools.cached_property
-    def _made(self) -> tuple[Any, Any]:
+    def _module_and_state(self) -> tuple[Any, Any]:
         if self._is_function:
             try:
                 return eqx.filter_eval_shape(self._call_source, jax.random.key(0))
@@ -155,7 +157,7 @@ class EquinoxModel(Adapter):
 
     @functools.cached_property
     def _parts(self) -> _EquinoxParts:
-        module, state = self._made
+        module, state = self._module_and_state
         leaves, structure = jax.tree.flatten_with_path(module)
         slots = tuple(
             _EquinoxSlot(_collection(leaf), tuple(_name(key) for key in path), leaf)
@@ -172,7 +174,7 @@ class EquinoxModel(Adapter):
         held = jax.tree.leaves(state)
         return nested([*values, *(("state", (str(n),), leaf) for n, leaf in enumerate(held))])
 
-    def _merged(self, variables: Variables, train: bool) -> tuple[Any, Any]:
+    def _merge(self, variables: Variables, train: bool) -> tuple[Any, Any]:
         collections, parts = variables.by_collection(), self._parts
         leaves = [
             slot.leaf
@@ -186,7 +188,7 @@ class EquinoxModel(Adapter):
         held = [leaf_of(collections, "state", (str(n),)) for n in range(parts.state.num_leaves)]
         return module, jax.tree.unflatten(parts.state, held)
 
-    def _called(
+    def _call(
         self,
         module: Any,
         state: Any,

@@ -103,7 +103,7 @@ class OptunaSearch:
         root: str,
         options: Mapping[str, Any],
     ) -> None:
-        options = _checked(options)
+        options = _check_options(options)
         name = options.get("study_name", "study")
         root = str(as_path(root, "root"))
         self._space, self._root = space, root
@@ -184,7 +184,7 @@ class OptunaSearch:
     def underway(self) -> list[str]:
         """Returns descriptions of the running trials."""
         running = self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
-        return [_described(trial) for trial in running]
+        return [_describe(trial) for trial in running]
 
     def remember(self, name: str, fact: Any) -> None:
         """Stores strict JSON as a user attribute of the study."""
@@ -231,8 +231,8 @@ class OptunaSearch:
 
     def _abandon(self, number: int) -> None:
         trial = self._find(number)
-        if self._end(number, TrialState.FAIL) and _attempt(trial) < MAX_ATTEMPTS:
-            self.study.add_trial(_again(trial))
+        if self._end(number, TrialState.FAIL) and _num_attempts(trial) < MAX_ATTEMPTS:
+            self.study.add_trial(_retry(trial))
 
     def _recover(self) -> None:
         """Abandons the trials of dead processes."""
@@ -253,7 +253,7 @@ class OptunaSearch:
         )
 
 
-def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
+def _check_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the options that are not None, checked for names and types."""
     for name in options:
         if name not in _OPTIONS:
@@ -325,15 +325,15 @@ def _status(trial: FrozenTrial) -> str | None:
     status = trial.user_attrs.get("status")
     if _STATES.get(status) == trial.state:
         return status
-    has_failed = trial.state == TrialState.FAIL and _attempt(trial) >= MAX_ATTEMPTS
+    has_failed = trial.state == TrialState.FAIL and _num_attempts(trial) >= MAX_ATTEMPTS
     return "failed" if has_failed else None
 
 
-def _attempt(trial: FrozenTrial) -> int:
+def _num_attempts(trial: FrozenTrial) -> int:
     return trial.user_attrs.get("attempt", 1)
 
 
-def _again(trial: FrozenTrial) -> FrozenTrial:
+def _retry(trial: FrozenTrial) -> FrozenTrial:
     """Returns a waiting trial with the same values, which Optuna tries first."""
     # Rungs are the state of a halving pruner for the abandoned attempt.
     attributes = {
@@ -346,7 +346,7 @@ def _again(trial: FrozenTrial) -> FrozenTrial:
         params=trial.params,
         distributions=trial.distributions,
         system_attrs=attributes,
-        user_attrs={"attempt": _attempt(trial) + 1},
+        user_attrs={"attempt": _num_attempts(trial) + 1},
     )
 
 
@@ -358,6 +358,6 @@ def _is_orphaned(trial: FrozenTrial) -> bool:
     return begun is not None and datetime.now() - begun > _PATIENCE
 
 
-def _described(trial: FrozenTrial) -> str:
+def _describe(trial: FrozenTrial) -> str:
     owner = trial.user_attrs.get("owner", {"pid": "unknown", "host": "unknown"})
     return f"trial {trial.number} (process {owner['pid']} on {owner['host']})"

@@ -48,18 +48,18 @@ class CsvLogger:
         path = self._path or Path(self._locate())
         with explained(path):
             if self._path is None:
-                self._columns, self._rows = _repaired(path)
+                self._columns, self._rows = _repair(path)
                 self._path = path
             new = [name for name in row if name not in self._columns]
             columns = self._columns + new
             cells = [_cell(row.get(name, "")) for name in columns]
             if new:
                 older = [cells + [""] * len(new) for cells in _read(path)[1:]]
-                replace(path, _encoded([columns, *older, cells]))
+                replace(path, _encode([columns, *older, cells]))
                 self._columns = columns
             else:
                 with open(path, "ab", opener=open_private) as file:
-                    file.write(_encoded([cells]))
+                    file.write(_encode([cells]))
             self._rows += 1
 
     def log_config(self, config: Mapping[str, JSON]) -> None:
@@ -78,11 +78,7 @@ class CsvLogger:
             return max(0, len(_read(path)) - 1)
 
     def resume(self, step: int, position: JSON = None) -> None:
-        """Drops the rows after a position, and columns that are empty without them.
-
-        Args:
-            step: without a valid position, rows of later steps are dropped.
-            position: the return value of `position`.
+        """Drops later rows, and columns that are then empty; see `ResumingLogger`.
 
         Raises:
             RunDirectoryError: rows cannot be read, or the file cannot be written; the file is
@@ -98,7 +94,7 @@ class CsvLogger:
             rows = rows[:position] if by_row else rows
             kept = _rows_up_to(path, columns, rows, None if by_row else step)
             used = [i for i in range(len(columns)) if i < len(COLUMNS) or any(r[i] for r in kept)]
-            replace(path, _encoded([[row[i] for i in used] for row in (columns, *kept)]))
+            replace(path, _encode([[row[i] for i in used] for row in (columns, *kept)]))
 
 
 def _rows_up_to(
@@ -127,7 +123,7 @@ def _cell(value: Any) -> str:
     return json.dumps(value) if isinstance(value, list) else str(value)
 
 
-def _encoded(rows: Iterable[list[str]]) -> bytes:
+def _encode(rows: Iterable[list[str]]) -> bytes:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue().encode()
@@ -168,11 +164,11 @@ def _table(path: Path) -> list[list[str]]:
     return rows
 
 
-def _repaired(path: Path) -> tuple[list[str], int]:
+def _repair(path: Path) -> tuple[list[str], int]:
     """Cuts an existing table to complete rows; returns its columns and number of rows."""
     if not path.exists() or path.stat().st_size == 0:
         return [], 0
     rows = _table(path)
     if not path.read_bytes().endswith(b"\n"):
-        replace(path, _encoded(rows))
+        replace(path, _encode(rows))
     return rows[0], len(rows) - 1

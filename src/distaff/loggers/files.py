@@ -17,7 +17,8 @@ class FilesLogger:
     """Writes media files: `figures/val/errors_1200.png`, `images/...png`, `texts/...txt`.
 
     Files are written atomically; a file of the same name and step is replaced. A "/" in a name
-    creates a directory. Metrics and histograms are ignored.
+    creates a directory. Metrics and histograms are ignored. All methods raise ConfigError for an
+    invalid name, and RunDirectoryError if the file cannot be written.
 
     Args:
         directory: the directory, or a function that returns it, called for each file.
@@ -33,31 +34,15 @@ class FilesLogger:
         """Does nothing."""
 
     def log_figure(self, name: str, figure: Any, *, step: int) -> None:
-        """Writes `figures/<name>_<step>.png`, 150 dots per inch.
-
-        Raises:
-            ConfigError: the name is not a valid file name.
-            RunDirectoryError: the file cannot be written.
-        """
+        """Writes `figures/<name>_<step>.png`, 150 dots per inch."""
         self._write(file_name("figures", name, step, "png"), png.encode_figure(figure))
 
     def log_image(self, name: str, image: Any, *, step: int) -> None:
-        """Writes `images/<name>_<step>.png`.
-
-        Raises:
-            BatchError: `image` is not an image; see `MediaLogger`.
-            ConfigError: the name is not a valid file name.
-            RunDirectoryError: the file cannot be written.
-        """
+        """Writes `images/<name>_<step>.png`; raises BatchError for an invalid image."""
         self._write(file_name("images", name, step, "png"), png.encode(image))
 
     def log_text(self, name: str, text: str, *, step: int) -> None:
-        """Writes `texts/<name>_<step>.txt` in UTF-8.
-
-        Raises:
-            ConfigError: the name is not a valid file name.
-            RunDirectoryError: the file cannot be written.
-        """
+        """Writes `texts/<name>_<step>.txt` in UTF-8."""
         self._write(file_name("texts", name, step, "txt"), text.encode())
 
     def close(self, status: str) -> None:

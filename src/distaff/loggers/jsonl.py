@@ -92,14 +92,9 @@ class JsonlLogger:
                 return _end_of_lines(file)
 
     def resume(self, step: int, position: JSON = None) -> None:
-        """Drops the lines after a position, or the lines of later steps.
+        """Drops later lines, and an incomplete last line; see `ResumingLogger`.
 
-        A position that is not the end of a line is ignored with a warning. An incomplete last line
-        is always dropped.
-
-        Args:
-            step: without a valid position, lines of later steps are dropped.
-            position: the return value of `position`.
+        A position that is not the end of a line is ignored with a warning.
 
         Raises:
             RunDirectoryError: lines cannot be read, or the file cannot be written; the file is
@@ -124,19 +119,19 @@ class JsonlLogger:
             if end < self._file.seek(0, os.SEEK_END):
                 self._file.truncate(end)
         if self._file is not None and self._pending:
-            _append(self._file, self._pending)
+            _append_all(self._file, self._pending)
             self._pending = b""
 
 
-def _append(file: FileIO, content: bytes) -> None:
+def _append_all(file: FileIO, content: bytes) -> None:
     """Appends all of the content or nothing."""
-    end, view = file.seek(0, os.SEEK_END), memoryview(content)
+    view = memoryview(content)
     try:
         while view:
             view = view[file.write(view) :]
     except OSError:
         with suppress(OSError):
-            file.truncate(end)
+            file.truncate(file.seek(0, os.SEEK_END) - (len(content) - len(view)))
         raise
 
 
@@ -183,7 +178,7 @@ def _lines_up_to(path: Path, step: int) -> Iterator[bytes]:
             elif row["step"] <= step:
                 yield line
     if unreadable:
-        shown = ", ".join(str(number) for number in unreadable[:10])
+        shown = ", ".join(map(str, unreadable[:10]))
         raise RunDirectoryError(
             f"Each line of metrics must be JSON with a step; {len(unreadable)} lines of "
             f"{str(path)!r} are not (the first: {shown}). The file is unchanged. "

@@ -55,12 +55,9 @@ class ManyLoggers:
         return {key: logger.position() for key, logger in self._placed}
 
     def resume(self, step: int, position: JSON = None) -> None:
-        """Drops the records after a checkpoint in every logger that supports it.
+        """Drops later records in every logger that supports it; see `ResumingLogger`.
 
-        Args:
-            step: completed optimizer updates at the checkpoint.
-            position: the return value of `position` at the checkpoint. A logger that is new, or at
-                another index in the list, uses the step.
+        A logger that is new, or at another index in the list, goes by the step.
         """
         known = position if isinstance(position, Mapping) else {}
         for key, logger in self._named:

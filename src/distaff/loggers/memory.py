@@ -122,12 +122,7 @@ class MemoryLogger:
         return [len(self.records), len(self.media)]
 
     def resume(self, step: int, position: JSON = None) -> None:
-        """Drops records and media after a position, or of later steps.
-
-        Args:
-            step: without a position, records and media of later steps are dropped.
-            position: the return value of `position`.
-        """
+        """Drops later records and media, and resets the status; see `ResumingLogger`."""
         match position:
             case [int() as records, int() as media]:
                 del self.records[records:], self.media[media:]

@@ -1,7 +1,7 @@
 """Metrics as mergeable accumulators: exact over uneven batches, windows, hosts and restarts.
 
-A metric is a small pytree with `empty_like`, `merge` and `compute`, as in `clu.metrics`. A loss
-function returns a dict whose values are any of
+A metric is a small pytree with `empty_like`, `merge` and `compute`, as in `clu.metrics`. The loss,
+and each metric that a loss function returns, may be
 
 * an array `[batch, ...]`: one value per example, averaged over the examples;
 * `Mean.per_example(...)`, `Sum.per_example(...)`, ...: one value per example, reduced that way;

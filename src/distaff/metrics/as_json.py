@@ -33,8 +33,8 @@ def as_numbers(value: Any) -> Any:
 
 
 def _numbers(name: str, value: Any) -> Any:
-    if type(value) is float:
-        return value
+    if isinstance(value, float):
+        return float(value)
     try:
         return np.asarray(value, dtype=np.float64).tolist()
     except (TypeError, ValueError) as error:

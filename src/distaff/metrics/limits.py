@@ -56,10 +56,7 @@ class Limits(Metric):
         ends: four numbers, `[..., 4]`, with the dtype of the values: the lowest value, reversed
             (`~x` for integers, `-x` for floats) so that one reduction computes both ends; the
             highest value; the number of batches; and the index of the batch of the values.
-        rule: the rule, as a clause, for the error.
-        least: the lowest allowed value.
-        most: the highest allowed value; None for any finite one.
-        advice: a sentence with the remedy, for the error.
+        rule: as in `per_example`, like `least`, `most` and `advice`.
         are_whole: whether the values are integers.
     """
 
@@ -122,12 +119,24 @@ class Limits(Metric):
         return cls(jnp.concatenate([ends, jnp.array([1, 0], ends.dtype)]), **settings)
 
     def merge(self, other: Self) -> Self:
+        if isinstance(self.ends, np.ndarray) and self.ends.ndim == 1:  # once per log line
+            (low, high, count, _), (low2, high2, count2, _) = (
+                self.ends.tolist(),
+                other.ends.tolist(),
+            )
+            if self._are_kept(low, high) and self._are_kept(low2, high2):
+                ends = [max(low, low2), max(high, high2), count + count2, 0]
+                return dataclasses.replace(self, ends=np.asarray(ends, self.ends.dtype))
         pair = namespace(self.ends).stack([self.ends, other.ends])
         return dataclasses.replace(self, ends=pair).over_rows()
 
     def over_rows(self) -> Self:
-        numpy = namespace(self.ends)
-        is_bad = ~self._are_kept(self.ends)
+        numpy, are_kept = namespace(self.ends), self.compute()
+        if numpy is np and are_kept.all():
+            ends = self.ends.max(0)
+            ends[..., 2], ends[..., 3] = self.ends[..., 2].sum(0), 0
+            return dataclasses.replace(self, ends=ends)
+        is_bad = ~are_kept
         row, any_bad = numpy.argmax(is_bad, axis=0), is_bad.any(axis=0)
         total = self.ends[..., 2].sum(0)
         before = numpy.cumsum(self.ends[..., 2], axis=0) - self.ends[..., 2]
@@ -145,25 +154,25 @@ class Limits(Metric):
 
     def compute(self) -> Any:
         """Returns whether all values are in their range."""
-        return self._are_kept(self.ends)
+        return self._are_kept(self.ends[..., 0], self.ends[..., 1])
 
     def breach(self) -> Breach | None:
         """Returns the first batch that breaks a limit, or None. Only on the host."""
         rows = np.reshape(self.ends, (-1, 4))
-        bad = rows[~self._are_kept(rows)]
+        bad = rows[~self._are_kept(rows[:, 0], rows[:, 1])]
         if not len(bad):
             return None
         ends = min(bad, key=lambda row: row[3])
-        low, high = _plain(self._low(ends)), _plain(ends[1])
+        low, high = _plain(self._low(ends[0])), _plain(ends[1])
         value = high if low >= self.least else low
         reach = "" if low == high or low != low else f", and they range from {low} to {high}"
         return Breach(int(ends[3]), self.rule, f"one is {value}{reach}", self.advice)
 
-    def _low(self, ends: Any) -> Any:
-        return -1 - ends[..., 0] if self.are_whole else -ends[..., 0]
+    def _low(self, reversed_low: Any) -> Any:
+        return -1 - reversed_low if self.are_whole else -reversed_low
 
-    def _are_kept(self, ends: Any) -> Any:
-        low, high = self._low(ends), ends[..., 1]
+    def _are_kept(self, reversed_low: Any, high: Any) -> Any:
+        low = self._low(reversed_low)
         is_empty = high < low
         are_kept = (low >= self.least) & (high < np.inf if self.most is None else high <= self.most)
         return are_kept | is_empty  # NaN fails each comparison

@@ -119,7 +119,7 @@ class Monitor:
             raise MetricError(
                 f"The monitored metric {self.name!r} is not among the validation metrics. "
                 f"{nearest(self.name, names)} "
-                "Return it from the loss function, or set monitor to a known one."
+                "Return it from the loss function, or set monitor = Monitor(...) to a known one."
             )
 
     def value(self, metrics: Mapping[str, Any]) -> float:

@@ -71,17 +71,14 @@ class Model(Protocol):
 
         For Linen it is the module's own `apply`.
         """
-        ...
 
     @property
     def module(self) -> Any:
         """The module itself, whose class names the model."""
-        ...
 
     @property
     def record(self) -> Any:
         """A description of the model as strict JSON, equal for equal models."""
-        ...
 
     def ready(self, key: Key) -> Variables | None:
         """Returns the variables of a ready-made module; None if `init` creates them.
@@ -89,11 +86,9 @@ class Model(Protocol):
         Args:
             key: random key for additional variables, as in a `Lora`.
         """
-        ...
 
     def init(self, key: Key, *inputs: Any) -> Variables:
         """Creates the variables for inputs of these shapes."""
-        ...
 
     def apply(
         self, variables: Variables, *inputs: Any, train: bool, key: Key | None, **kwargs: Any
@@ -110,15 +105,12 @@ class Model(Protocol):
         Returns:
             The outputs, and the variables, including changed ones.
         """
-        ...
 
     def bind(self, variables: Variables) -> Any:
         """Returns the module with its variables bound, to be called directly."""
-        ...
 
     def layers(self, key: Key, *inputs: Any) -> list[LayerRow]:
         """Lists the modules in order of call, without computing anything on a device."""
-        ...
 
 
 _MEMBERS = ("apply_fn", "module", "record", "ready", "init", "apply", "bind", "layers")

@@ -11,7 +11,7 @@ from distaff.core.typing import Key
 from distaff.errors import ConfigError
 from distaff.models.adapter import Adapter, LayerRow, Variables, accepts_collections
 from distaff.models.flags import mode_flag, num_positional, parameters
-from distaff.models.layers import Path, describe, flops, listed, own_flops
+from distaff.models.layers import Path, describe, flops, layer_rows, own_flops
 from distaff.models.randomness import KEY_NAMES, asking_for_key
 
 _COLLECTIONS = {"params", "batch_stats"}
@@ -137,7 +137,7 @@ class Functions(Adapter):
         variables = jax.eval_shape(self.init, key, *inputs)
         outputs: dict[Path, str] = {(): describe(jax.eval_shape(evaluate, variables, key, *inputs))}
         count = flops(evaluate, variables, key, *inputs)
-        return listed(variables, {(): "Functions"}, outputs, own_flops(count, {}, {}))
+        return layer_rows(variables, {(): "Functions"}, outputs, own_flops(count, {}, {}))
 
 
 class FunctionModel:

@@ -73,7 +73,7 @@ def own_flops(
     return {path: max(count, 0.0) for path, count in own.items()}
 
 
-def listed(
+def layer_rows(
     variables: Variables,
     kinds: Mapping[Path, str],
     outputs: Mapping[Path, str],
@@ -104,7 +104,7 @@ def listed(
     ]
 
 
-class Opened(NamedTuple):
+class OpenModule(NamedTuple):
     """A model's module with its variables bound.
 
     Attributes:
@@ -130,9 +130,9 @@ class Library(NamedTuple):
     calls: int = 1
 
 
-def listed_calls(
+def trace_layers(
     model: Model,
-    opened: Callable[[Variables, Key, bool], Opened],
+    open_module: Callable[[Variables, Key, bool], OpenModule],
     key: Key,
     inputs: tuple[Any, ...],
     library: Library,
@@ -141,7 +141,7 @@ def listed_calls(
 
     Args:
         model: a model whose `init` needs no inputs.
-        opened: a function of variables, a key, and whether to train.
+        open_module: a function of variables, a key, and whether to train.
         key: a key, or its shape.
         inputs: inputs of the model, or their shapes, `[batch, ...]`.
         library: functions for its modules.
@@ -149,7 +149,7 @@ def listed_calls(
     kinds: dict[Path, str] = {}
 
     def forward(calls: _Calls, train: bool, variables: Variables, key: Key, *inputs: Any) -> Any:
-        modules, call = opened(variables, key, train)
+        modules, call = open_module(variables, key, train)
         kinds.update({path: type(each).__name__ for path, each in modules.items()})
         with _recorded_calls(modules, calls):
             result = call(*inputs)
@@ -163,7 +163,7 @@ def listed_calls(
     per_call = {path: flops(*call) for path, call in evaluation.calls.items()}
     counts = {path: n if n is None else n * library.calls for path, n in per_call.items()}
     own = own_flops(whole, counts, evaluation.callers)
-    return listed(variables, kinds, training.outputs, own)
+    return layer_rows(variables, kinds, training.outputs, own)
 
 
 class _Calls:

@@ -12,7 +12,7 @@ from flax.errors import ModifyScopeVariableError
 
 from distaff.core.typing import Key
 from distaff.models.adapter import LayerRow, Variables, accepts_collections
-from distaff.models.layers import Path, describe, flops, listed, own_flops
+from distaff.models.layers import Path, describe, flops, layer_rows, own_flops
 from distaff.models.linen_collections import (
     evaluate_dropping_changes,
     is_requested,
@@ -85,8 +85,7 @@ class LinenModel:
         collections = nn.unbox(dict(self._init(key, *inputs)))
 
         def run(collections: Mapping[str, Any], train: bool, mutable: Any) -> Any:
-            call = self._bind_arguments(inputs, {}, train, key)
-            return self._call(call, collections, train, key, mutable)
+            return self._call(collections, inputs, {}, train, key, mutable)
 
         return Variables.of(state_collections(collections, run))
 
@@ -111,13 +110,12 @@ class LinenModel:
         kept = [name for name in collections if name != "params"] if train else []
         given = rngs if isinstance(rngs, Mapping) else {}
         key = key if rngs is None or given else rngs
-        call = self._bind_arguments(inputs, kwargs, train, key)
         mutable = join_filters(kept, requested)
         observer = nullcontext()
         if self._observed is not None:
             observer = nn.intercept_methods(LayerObserver(self._observed))
         with observer:
-            outputs = self._call(call, collections, train, key, mutable, given)
+            outputs = self._call(collections, inputs, kwargs, train, key, mutable, given)
         if mutable is False:
             return outputs, variables
         outputs, changed = outputs
@@ -161,7 +159,7 @@ class LinenModel:
             return self.apply(variables, *inputs, train=False, key=key)[0]
 
         own = _own_flops(set(kinds), evaluate, variables, key, inputs)
-        return listed(variables, kinds, outputs_of, own)
+        return layer_rows(variables, kinds, outputs_of, own)
 
     def _init(self, key: Key, *inputs: Any) -> Any:
         module = in_mode(self.module, True)
@@ -178,43 +176,33 @@ class LinenModel:
 
         return call_with_streams(call, key, first=("params", "dropout"), given={}, model=name)
 
-    def _bind_arguments(
-        self, inputs: tuple[Any, ...], kwargs: dict[str, Any], train: bool, key: Key | None
-    ) -> Callable[..., Any]:
-        """Returns `module.apply` as a function of collections, streams and `mutable`."""
-        module = in_mode(self.module, train)
-        rest = dict(kwargs)
-        method = rest.pop("method", None)
-
-        def call(collections: Any, rngs: Any, mutable: Any) -> Any:
-            def apply(by_position: bool) -> Any:
-                args, named = arguments(
-                    module, method, inputs, rest, train=train, key=key, by_position=by_position
-                )
-                options: dict[str, Any] = {"method": method, "rngs": rngs or None}
-                return module.apply(collections, *args, mutable=mutable, **options, **named)
-
-            return call_by_keyword_or_position(apply, type(module).__name__)
-
-        return call
-
     def _call(
         self,
-        call: Callable[..., Any],
         collections: Mapping[str, Any],
+        inputs: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
         train: bool,
         key: Key | None,
         mutable: Any,
         given: Mapping[str, Key] | None = None,
     ) -> Any:
-        """Calls the module with its random streams; drops changes in evaluation."""
-        name = type(self.module).__name__
-        first = ("dropout",) if train else ()
+        """Calls the module with its mode and random streams; drops changes in evaluation."""
+        module, rest = in_mode(self.module, train), dict(kwargs)
+        method, name = rest.pop("method", None), type(module).__name__
 
         def run(mutable: Any) -> Any:
             def with_streams(rngs: Any) -> Any:
-                return call(collections, rngs, mutable)
+                options: dict[str, Any] = {"method": method, "rngs": rngs or None}
 
+                def apply(by_position: bool) -> Any:
+                    args, named = arguments(
+                        module, method, inputs, rest, train=train, key=key, by_position=by_position
+                    )
+                    return module.apply(collections, *args, mutable=mutable, **options, **named)
+
+                return call_by_keyword_or_position(apply, name)
+
+            first = ("dropout",) if train else ()
             return call_with_streams(with_streams, key, first=first, given=given or {}, model=name)
 
         try:

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
 from distaff.core.config.checks import as_float, whole
 from distaff.core.typing import Key, Params
@@ -141,13 +142,13 @@ class LoraModel:
     def _adapters(self, params: Params, key: Key) -> Params:
         """Returns the matrices for the kernels among parameters, or their shapes."""
         stream = jax.random.fold_in(key, _STREAM)
-        adapters: dict[str, Any] = {}
+        adapters: dict[tuple[str, ...], Any] = {}
         for path, leaf in jax.tree.leaves_with_path(params):
             name = leaf_name(path)
             is_kernel = leaf.ndim == 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
             if is_kernel and fnmatch.fnmatchcase(name, self.module.pattern):
                 own = jax.random.fold_in(stream, zlib.crc32(name.encode()))
-                _put(adapters, name.split("/"), self._pair(own, name, leaf))
+                adapters[tuple(name.split("/"))] = self._pair(own, name, leaf)
         if not adapters:
             kernels = [leaf_name(p) for p, x in jax.tree.leaves_with_path(params) if x.ndim == 2]
             raise ConfigError(
@@ -155,7 +156,7 @@ class LoraModel:
                 f"{self.module.pattern!r} matches none. It is a shell pattern, such as '*kernel', "
                 f"or '*weight' for Equinox. Kernels: {kernels}."
             )
-        return adapters
+        return traverse_util.unflatten_dict(adapters)
 
     def apply(
         self, variables: Variables, *inputs: Any, train: bool, key: Key | None, **kwargs: Any
@@ -237,13 +238,6 @@ def is_own(name: str) -> bool:
 def _has_inputs_last(name: str) -> bool:
     """Returns whether a kernel is `[out, in]`, as one named `weight` in Equinox and torch."""
     return name.rpartition("/")[2] == "weight"
-
-
-def _put(tree: dict[str, Any], path: list[str], pair: Params) -> None:
-    *outer, last = path
-    for name in outer:
-        tree = tree.setdefault(name, {})
-    tree[last] = pair
 
 
 def _with_pairs(row: LayerRow, pairs: Mapping[str, Any]) -> list[tuple[str, str, Any, Any]]:

@@ -26,7 +26,7 @@ from distaff.models.adapter import (
     without_numbers,
 )
 from distaff.models.flags import method_of, mode_flag, parameters
-from distaff.models.layers import Library, Opened, Path, listed_calls
+from distaff.models.layers import Library, OpenModule, Path, trace_layers
 from distaff.models.linen_collections import is_requested
 from distaff.models.nnx_modules import Snapshot, set_mode, sown_values, without_sown
 from distaff.models.observed import Observed
@@ -151,11 +151,13 @@ class NnxModel(Adapter):
         call counts as its own, further calls as part of the caller.
         """
 
-        def opened(variables: Variables, key: Key, train: bool) -> Opened:
+        def open_module(variables: Variables, key: Key, train: bool) -> OpenModule:
             module = self._merge(variables, train, key)
-            return Opened(_modules(module), lambda *inputs: _call(module, inputs, {}, train, key))
+            return OpenModule(
+                _modules(module), lambda *inputs: _call(module, inputs, {}, train, key)
+            )
 
-        return listed_calls(self, opened, key, inputs, Library(_split))
+        return trace_layers(self, open_module, key, inputs, Library(_split))
 
     def _create(self, key: Key) -> nnx.Module:
         source: Any = self._source

@@ -1,11 +1,9 @@
 """Builds Optax transformations, with schedules and weight-decay masks, from configs."""
 
-from distaff.optim.applied import applied_rates
-from distaff.optim.build import Optimizer, build_optimizer
+from distaff.optim.build import Optimizer, OptimizerLike, build_optimizer
 from distaff.optim.config import OptimizerConfig, ParamGroup
 from distaff.optim.evaluation import evaluation_params, has_evaluation_params
-from distaff.optim.given import OptimizerLike
-from distaff.optim.rates import make_rates
+from distaff.optim.rates import applied_rates, make_rates
 from distaff.optim.schedules import make_schedule
 from distaff.optim.transforms.accumulate import AccumulateState, accumulate, num_updates
 from distaff.optim.transforms.extra_args import with_known_args

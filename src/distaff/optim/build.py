@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import optax
@@ -12,9 +13,8 @@ import optax
 from distaff.core.typing import Params, PyTree, Schedule
 from distaff.errors import ConfigError
 from distaff.optim import catalog
-from distaff.optim.applied import RATE
 from distaff.optim.config import WHOLE_MODEL_OPTIONS, OptimizerConfig, ParamGroup
-from distaff.optim.given import OptimizerLike, check_optimizer
+from distaff.optim.rates import RATE
 from distaff.optim.schedules import make_schedule
 from distaff.optim.transforms.accumulate import accumulate
 from distaff.optim.transforms.extra_args import with_description, with_known_args
@@ -27,6 +27,14 @@ from distaff.optim.transforms.param_groups import (
     keeps_statistics,
 )
 
+OptimizerLike: TypeAlias = (
+    OptimizerConfig
+    | optax.GradientTransformation
+    | optax.MultiSteps
+    | Callable[[int], OptimizerConfig | optax.GradientTransformation | optax.MultiSteps]
+)
+"""An optimizer: a config, an Optax transformation, or a function of `total_steps`."""
+
 
 class Optimizer(NamedTuple):
     """An optimizer ready for a train state.
@@ -38,6 +46,51 @@ class Optimizer(NamedTuple):
 
     tx: optax.GradientTransformationExtraArgs
     schedule: Schedule | None
+
+
+def as_optimizer(given: OptimizerLike | None) -> OptimizerLike:
+    """Returns a valid optimizer unchanged; the default one for None.
+
+    Raises:
+        ConfigError: it has none of the types that a trainer accepts.
+    """
+    if given is None:
+        return OptimizerConfig()
+    check_optimizer(given)
+    return given
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Checks the type of an optimizer without building it.
+
+    Raises:
+        ConfigError: it has none of the types that a trainer accepts.
+    """
+    if isinstance(optimizer, OptimizerConfig | optax.GradientTransformation | optax.MultiSteps):
+        return
+    for name, function in catalog.optimizers().items():
+        if optimizer is function:
+            raise ConfigError(
+                f"optimizer is Optax's function {name!r} itself, which would use the number of "
+                f"steps as its learning rate. Call it, or pass OptimizerConfig({name!r})."
+            )
+    if isinstance(optimizer, type) or not callable(optimizer):
+        hint = f" Did you mean OptimizerConfig({optimizer!r})?" * isinstance(optimizer, str)
+        raise ConfigError(
+            "optimizer must be an OptimizerConfig, an optax.GradientTransformation, or a function "
+            'of total_steps that returns one, such as OptimizerConfig("adamw", learning_rate=1e-3) '
+            f"or an Optax transformation like optax.adamw(1e-3); got {optimizer!r}.{hint}"
+        )
+    try:
+        inspect.signature(optimizer).bind(None)
+    except TypeError as error:
+        raise ConfigError(
+            "An optimizer function must accept the total number of steps, f(total_steps); "
+            f'{optimizer!r} does not: {error}. Write such a function, OptimizerConfig("adamw", '
+            "learning_rate=1e-3), or an Optax transformation such as optax.adamw(1e-3)."
+        ) from None
+    except ValueError:  # a function in C without a signature
+        return
 
 
 def build_optimizer(

@@ -152,7 +152,7 @@ class OptimizerConfig:
 def _check_group(group: ParamGroup) -> None:
     label = f"ParamGroup({group.pattern!r})"
     if not isinstance(group.pattern, str) or not group.pattern:
-        raise ConfigError(f"pattern must be a str such as '*/bias', and is {group.pattern!r}.")
+        raise ConfigError(f"pattern must be a str such as '*/bias'; got {group.pattern!r}.")
     options = {name: getattr(group, name) for name in ("optimizer", "learning_rate", "freeze")}
     named = [name for name, value in options.items() if value is not None and value is not False]
     if len(named) != 1:
@@ -162,12 +162,12 @@ def _check_group(group: ParamGroup) -> None:
     rate, optimizer = group.learning_rate, group.optimizer
     if rate is not None and (not is_finite(rate) or rate < 0):
         raise ConfigError(
-            f"The learning_rate of {label} must be a finite int or float >= 0, and is {rate!r}."
+            f"The learning_rate of {label} must be a finite int or float >= 0; got {rate!r}."
         )
     if not isinstance(optimizer, OptimizerConfig | optax.GradientTransformation | None):
         raise ConfigError(
             f"The optimizer of {label} must be an OptimizerConfig or an "
-            f"optax.GradientTransformation, and is {optimizer!r}."
+            f"optax.GradientTransformation; got {optimizer!r}."
         )
     if not isinstance(optimizer, OptimizerConfig):
         return
@@ -203,18 +203,18 @@ def _check_decay_patterns(config: OptimizerConfig) -> None:
         if not is_sequence or not all(isinstance(each, str) and each for each in patterns):
             raise ConfigError(
                 f"{name} must be a tuple of patterns for the paths of parameters, such as "
-                f"('*/embedding',), and is {patterns!r}."
+                f"('*/embedding',); got {patterns!r}."
             )
         object.__setattr__(config, name, tuple(patterns))
 
 
 def _check_groups(config: OptimizerConfig) -> None:
     if not isinstance(config.groups, tuple | list):
-        raise ConfigError(f"groups must be a tuple of ParamGroup, and is {config.groups!r}.")
+        raise ConfigError(f"groups must be a tuple of ParamGroup; got {config.groups!r}.")
     for group in config.groups:
         if not isinstance(group, ParamGroup):
             raise ConfigError(
-                f"groups must hold ParamGroup objects only, and holds {group!r}. "
+                f"groups must hold ParamGroup objects only; got {group!r}. "
                 "For parsed JSON, call distaff.config.from_json(OptimizerConfig, data)."
             )
 
@@ -223,23 +223,23 @@ def _check_numbers(config: OptimizerConfig) -> None:
     for name in ("learning_rate", "weight_decay", "end_fraction"):
         value = getattr(config, name)
         if not is_finite(value) or value < 0:
-            raise ConfigError(f"{name} must be a finite int or float >= 0, and is {value!r}.")
+            raise ConfigError(f"{name} must be a finite int or float >= 0; got {value!r}.")
     if config.end_fraction > 1:
         raise ConfigError(
-            f"end_fraction must be at most 1, and is {config.end_fraction!r}: it is a fraction of "
+            f"end_fraction must be at most 1; got {config.end_fraction!r}: it is a fraction of "
             "learning_rate, the highest learning rate of the run."
         )
     for name in ("clip_norm", "clip_value"):
         value = getattr(config, name)
         if value is not None and (not is_finite(value) or value <= 0):
             raise ConfigError(
-                f"{name} must be a finite int or float > 0, and is {value!r}. "
+                f"{name} must be a finite int or float > 0; got {value!r}. "
                 "Use None to disable clipping."
             )
     whole("accumulate", config.accumulate)
     steps = config.warmup_steps
     if not isinstance(steps, int) or isinstance(steps, bool) or not 0 <= steps < 2**31:
-        raise ConfigError(f"warmup_steps must be an int >= 0 and < 2**31, and is {steps!r}.")
+        raise ConfigError(f"warmup_steps must be an int >= 0 and < 2**31; got {steps!r}.")
 
 
 def _check_names(config: OptimizerConfig) -> None:
@@ -260,7 +260,7 @@ def _check_names(config: OptimizerConfig) -> None:
 
 def _check_options(config: OptimizerConfig) -> None:
     if not isinstance(config.options, Mapping):
-        raise ConfigError(f"options must be a mapping by name, and is {config.options!r}.")
+        raise ConfigError(f"options must be a mapping by name; got {config.options!r}.")
     object.__setattr__(config, "options", {n: plain(v) for n, v in config.options.items()})
     check_options(config.name, config.options)
 

@@ -62,9 +62,14 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
         rule = "" if name in catalog.LEARNED else _broken_rule(option, value, known[option])
         if rule:
             raise ConfigError(
-                f"options[{option!r}] of the optimizer {name!r} must be {rule}, and is {value!r}."
+                f"options[{option!r}] of the optimizer {name!r} must be {rule}; got {value!r}."
             )
-    _check_missing(name, options, known)
+    missing = [n for n, each in known.items() if each.default is each.empty and n not in options]
+    if missing:
+        remedy = f" {WHERE_TO_GET}" if name in catalog.LEARNED else ""
+        raise ConfigError(
+            f"The optimizer {name!r} needs these options, which have no default: {missing}.{remedy}"
+        )
 
 
 def _check_owner(name: str, option: str) -> None:
@@ -92,21 +97,6 @@ def no_decay_remedy(name: str) -> str:
         "them all, pass the transformation itself, with its weight_decay; to exclude some, use "
         f"another optimizer. {others}"
     )
-
-
-def _check_missing(
-    name: str, options: Mapping[str, Any], known: Mapping[str, inspect.Parameter]
-) -> None:
-    missing = [
-        option
-        for option, parameter in known.items()
-        if parameter.default is inspect.Parameter.empty and option not in options
-    ]
-    if missing:
-        remedy = f" {WHERE_TO_GET}" if name in catalog.LEARNED else ""
-        raise ConfigError(
-            f"The optimizer {name!r} needs these options, which have no default: {missing}.{remedy}"
-        )
 
 
 def _broken_rule(option: str, value: Any, parameter: inspect.Parameter) -> str:

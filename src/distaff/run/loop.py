@@ -5,24 +5,18 @@
         for each batch:                                              train_epoch
             state, row = step(state, batch)                          on_step_end
             at each log boundary: read the rows of the window before this one
-            a verdict: go on, save, or stop
+            a verdict: continue, save, or stop
         on_training_epoch_end                                        on_epoch_end
-        every n-th epoch, and at the last one:
+        every n-th epoch, and after the last one:
             eval_model
             on_validation_epoch_end                                  on_validation_end
             save_metrics
             is_new_model_better
-        every n-th epoch, and at the last one:
             save_model                                               on_checkpoint
                                                                      on_training_end
 
-On the left what the user's class does, each line an override point; on the right the events that
-callbacks see. The last epoch is the one in which a callback stops the run. `on_training_end` comes
-after every end, an error included.
-
-A run that was interrupted resumes where its checkpoint was made: within an epoch's steps, after
-them, or after `save_model`. What the log holds at a checkpoint is what came before it. A run that
-rolls back from a bad step does the same, in the same process.
+Left: methods of the user's class, each of which may be overridden. Right: events of callbacks.
+A resumed run continues where it was saved: within an epoch, after its steps, or after `save_model`.
 """
 
 from __future__ import annotations
@@ -45,16 +39,7 @@ from distaff.step.state import TrainState
 
 
 def train(hooks: Hooks, run: Run) -> None:
-    """Trains the epochs of a run's plan.
-
-    Args:
-        hooks: the user's class.
-        run: the machinery around it.
-
-    Raises:
-        Interrupted: the run was asked to end before its time; it is saved, or can be.
-        DistaffError: whatever ends it.
-    """
+    """Trains the epochs of a run's plan. Raises `Interrupted` if the run is asked to end early."""
     run.take_up()
     run.call(hooks.on_training_start)
     run.emit("on_training_start")
@@ -67,15 +52,14 @@ def train(hooks: Hooks, run: Run) -> None:
 
 
 def _train_epoch(hooks: Hooks, run: Run, epoch: int) -> None:
-    """Trains an epoch, or what is left of it, and validates and saves where that is due."""
+    """Trains the rest of an epoch, and validates and saves if due."""
     plan = run.plan
     run.begin_epoch(epoch)
     metrics = run.trained(hooks.train_epoch(plan.train_loader, epoch))
     run.call(hooks.on_training_epoch_end, epoch, metrics)
     run.emit("on_epoch_end", metrics)
     validation: dict[str, Any] = {}
-    is_last = epoch == plan.last_epoch or run.is_stopped
-    is_due, is_best = is_last or epoch % plan.check_val_every_n_epoch == 0, False
+    is_due, is_best = run.is_validation_due(epoch), False
     if is_due and plan.val_loaders:
         for name, loader in plan.val_loaders.items():
             metrics_of = hooks.eval_model(loader, f"{name}/")
@@ -96,25 +80,18 @@ def _train_epoch(hooks: Hooks, run: Run, epoch: int) -> None:
 
 
 def epoch_steps(run: Run, loader: Loader) -> Iterator[ChunkEnd]:
-    """Trains on the rest of an epoch and records it; iterate over it in your own loop.
+    """Trains on the rest of an epoch and records it. Yields after each program of steps.
 
     >>> for done in epoch_steps(trainer.last_run, train_loader):
     ...     print(done.step)
-
-    Yields:
-        A `ChunkEnd` after each program of one or more steps.
     """
     run.choose_form(loader)
     recorder, dispatcher, supervisor = run.recorder, run.dispatcher, run.supervisor
+    state, rows = dispatcher.placement.state(run.workspace.ready_state()), run.state.in_epoch.rows
     with closing(run.training_chunks(loader)) as chunks, run.around_epoch() as around:
+        fetched, step, verdict = run.fetched(chunks), run.workspace.step, supervisor.verdict
         events = steps(
-            dispatcher,
-            dispatcher.placement.state(run.workspace.ready_state()),
-            run.fetched(chunks),
-            step=run.workspace.step,
-            verdict=supervisor.verdict,
-            rows=run.state.in_epoch.rows,
-            around=around,
+            dispatcher, state, fetched, step=step, verdict=verdict, rows=rows, around=around
         )
         for event in run.timers.timed(events, "device"):
             match event:
@@ -147,16 +124,13 @@ def steps(
     epoch. It is read when the next one ends, so the device never waits for the host.
 
     Args:
-        dispatcher: runs chunks; the state is donated to it.
-        state: the state to start from; do not use it afterwards.
+        dispatcher: runs the chunks.
+        state: the state to start from; it is donated.
         chunks: the rest of the epoch.
         step: completed updates so far.
         verdict: called after each chunk: STOP ends the epoch; SAVE reads what is done so far.
         rows: metrics of the last completed steps, from a `Pause`.
         around: returns the context to run a chunk in, given its steps.
-
-    Yields:
-        A `ChunkEnd` for each chunk, a `WindowEnd` for each window, a `Pause` to save the run.
     """
     table = dispatcher.blank
     windows = MetricWindows(dispatcher.layout, dispatcher.log_every, step, rows)

@@ -275,6 +275,12 @@ class Run:
         self.recovery.raise_if_nothing_is_left()
         return self.recorder.end_steps()
 
+    def is_validation_due(self, epoch: int) -> bool:
+        """Whether the run validates and saves after an epoch."""
+        plan = self.plan
+        is_last = epoch == plan.last_epoch or self.is_stopped
+        return is_last or epoch % plan.check_val_every_n_epoch == 0
+
     def trained(self, metrics: Any) -> dict[str, Any]:
         """Keeps the books of an epoch that was trained, by the loop or by the user's own.
 

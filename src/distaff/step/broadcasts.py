@@ -109,11 +109,12 @@ def check(
     except Exception:  # with debug=True, a loss need not be traceable
         return
     suspects = [each for each in found if each.crosses(size)]
+    if not suspects:
+        return
     trace = _Trace(suspects)
     params, batch = (len(jax.tree.leaves(each)) for each in arguments)
-    inputs = [_Value(params=True)] * params + [_Value(data=True)] * batch
-    values = trace(closed.jaxpr, inputs) if suspects else []
-    if not suspects or trace.is_meant:
+    values = trace(closed.jaxpr, [_Value(params=True)] * params + [_Value(data=True)] * batch)
+    if trace.is_meant:
         return
     is_pair = isinstance(shapes, tuple) and len(shapes) == 2 and isinstance(shapes[1], Mapping)
     named = {"loss": shapes[0], "metrics": shapes[1]} if is_pair else {"loss": shapes}
@@ -210,13 +211,13 @@ class _Trace:
         for equation in jaxpr.eqns:
             values = [value_of(atom) for atom in equation.invars]
             inner = called(equation)
-            found = [self._through(equation, values)] * len(equation.outvars)
+            found = [self._propagate(equation, values)] * len(equation.outvars)
             if inner is not None:
                 found = self(inner.jaxpr, values)
             known.update(zip(equation.outvars, found, strict=True))
         return [value_of(atom) for atom in jaxpr.outvars]
 
-    def _through(self, equation: Any, values: list[_Value]) -> _Value:
+    def _propagate(self, equation: Any, values: list[_Value]) -> _Value:
         params, data = any(v.params for v in values), any(v.data for v in values)
         name = equation.primitive.name
         is_uniform = name in _KEEPING and all(value.is_uniform for value in values)
@@ -225,7 +226,7 @@ class _Trace:
             self.is_meant |= called(equation) is None
             crossed = None
         if crossed is None and name in _PAIRWISE and len(values) == 2:
-            crossed = self._crossing(equation, values)
+            crossed = self._crossed(equation, values)
         return _Value(params, data, crossed, is_uniform)
 
     def _keeps(self, equation: Any, values: list[_Value]) -> bool:
@@ -240,7 +241,7 @@ class _Trace:
         ]
         return size == 1 or all(other < size for other in others) or len(values) == 1
 
-    def _crossing(self, equation: Any, values: list[_Value]) -> Promotion | None:
+    def _crossed(self, equation: Any, values: list[_Value]) -> Promotion | None:
         first, second = values
         one = second if first.params else first
         if first.params == second.params or not one.data or one.params:

@@ -48,7 +48,7 @@ class Context:
         self._applied = 0
         self.penalty: jax.Array | None = None
         self.limits: dict[str, PerExample] = {}
-        self._place = CallSite.here()
+        self._site = CallSite.here()
 
     @property
     def rng(self) -> Key:
@@ -87,9 +87,9 @@ class Context:
                 pass is inside a loop or another transformation, and draws from the call's own key
                 or changes variables there.
         """
-        params, given = self._collections_of(params)
+        params, given = self._split_collections(params)
         self._check_differentiated(params)
-        place = self._place.of_call()
+        place = self._site.of_call()
         model = model_of(self.state.apply_fn)
         key = self._key(place)
         # A custom forward function may have an argument `rngs` itself.
@@ -115,7 +115,7 @@ class Context:
     def _held(self, params: Params) -> dict[str, Any]:
         return Variables(params, self._batch_stats, self._collections).by_collection()
 
-    def _collections_of(self, params: Any) -> tuple[Params, dict[str, Any]]:
+    def _split_collections(self, params: Any) -> tuple[Params, dict[str, Any]]:
         """Splits `params` into the parameters and the other collections passed with them."""
         if not isinstance(params, Mapping) or "params" not in params:
             return params, {}
@@ -172,7 +172,7 @@ class Context:
         Raises:
             LossError: `value` is not a float scalar, or is added inside a JAX transformation.
         """
-        place = self._place.of_call()
+        place = self._site.of_call()
         if place.is_inner:
             raise place.change_error(["a penalty"])
         value = jnp.asarray(value)

@@ -57,7 +57,7 @@ class Counted:
         if not self._is_own:
             return 1
         try:
-            moved = _moved_by(self._step, state, batch)
+            moved = _increments(self._step, state, batch)
         except StateError:
             raise
         except Exception:  # the step is traced again later, with a better error message
@@ -82,7 +82,7 @@ def counted(step: StepFn, kind: type, base: type) -> Counted:
     return Counted(step, is_own=own is not default)
 
 
-def _moved_by(step: StepFn, state: TrainState, batch: Batch) -> set[int]:
+def _increments(step: StepFn, state: TrainState, batch: Batch) -> set[int]:
     """Returns the increments of `state.step` per call; several if they depend on the step."""
     found: list[Any] = []
 

@@ -81,11 +81,11 @@ def _fingerprints(leaves: list[jax.Array]) -> np.ndarray:
 
 @jax.jit
 def _sums_of_bits(leaves: list[jax.Array]) -> jax.Array:
-    """Returns one uint32 per array, which changes if any single element does."""
     return jnp.stack([_sum_of_bits(leaf) for leaf in leaves])
 
 
 def _sum_of_bits(leaf: jax.Array) -> jax.Array:
+    """Returns a uint32 that changes if any single element does."""
     if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
         leaf = jnp.stack([leaf.real, leaf.imag])
     whole = jnp.dtype(f"uint{min(jnp.finfo(leaf.dtype).bits, 32)}")

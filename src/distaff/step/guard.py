@@ -147,10 +147,10 @@ def guarded(step: StepFn, config: RecoveryOptions) -> StepFn:
         in_a_row = jnp.where(is_skipped, guard.in_a_row + 1, 0)
         if "skip" in (config.on_bad_numbers, config.on_loss_spike):
             is_skipped &= in_a_row <= config.max_skips
-            after = _chosen(is_skipped, state.replace(step=after.step), after)
+            after = _select(is_skipped, state.replace(step=after.step), after)
             # Range checks are kept, so that an invalid batch is reported even if it is skipped.
             empty = {n: x.empty_like() if x.is_result else x for n, x in metrics.items()}
-            metrics = _chosen(is_skipped, empty, metrics)
+            metrics = _select(is_skipped, empty, metrics)
         # After `max_skips` in a row, a spike is the new level of the loss.
         spiked = spikes & (config.on_loss_spike != "skip")
         flags = jnp.stack([is_bad & ~is_skipped, spiked & ~is_skipped, is_skipped, spikes])
@@ -181,5 +181,5 @@ def _is_known(metrics: Mapping[str, Metric]) -> jax.Array:
     return jnp.any(loss.weight != 0) if isinstance(loss, Mean) else jnp.bool_(True)
 
 
-def _chosen(condition: jax.Array, tree: PyTree, other: PyTree) -> Any:
+def _select(condition: jax.Array, tree: PyTree, other: PyTree) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), tree, other)

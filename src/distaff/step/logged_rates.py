@@ -11,7 +11,7 @@ from distaff.core.typing import Batch, Schedule
 from distaff.metrics import Last, Metric
 from distaff.metrics.accumulators import pytree
 from distaff.optim import applied_rates, make_rates
-from distaff.optim.applied import RATE
+from distaff.optim.rates import RATE
 from distaff.optim.transforms.extra_args import Described
 from distaff.step.normalise import StepFn
 from distaff.step.state import TrainState

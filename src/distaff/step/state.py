@@ -192,7 +192,7 @@ def strongly_typed(tree: PyTree) -> PyTree:
     return jax.tree.map(strong, tree)
 
 
-def is_intact(state: TrainState) -> bool:
+def is_intact(state: TrainState | None) -> bool:
     """Returns whether no array of a state was donated or deleted."""
-    leaves = jax.tree.leaves(state.arrays())
+    leaves = jax.tree.leaves(state)
     return not any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves)

@@ -11,10 +11,11 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from distaff import metrics as metrics_lib
 from distaff.core.equations import named_scope
-from distaff.core.typing import Batch, Key, Params
+from distaff.core.typing import Batch, Key, Params, PyTree
 from distaff.data import counts_itself, num_examples
 from distaff.errors import BatchError, LossError, MaskError, leaf_name
 from distaff.metrics import Mean, Metric, PerExample
@@ -22,7 +23,6 @@ from distaff.optim.transforms import extra_args
 from distaff.step import broadcasts
 from distaff.step.context import Context
 from distaff.step.normalise import StepFn, reduced
-from distaff.step.plateau import with_plateaus_kept
 from distaff.step.state import TrainState
 
 _AUGMENTATION = 0x6175676D
@@ -58,7 +58,7 @@ def train_step(loss_fn: LossFn, *, augment: AugmentFn | None = None) -> StepFn:
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Metric]]:
         size = num_examples(batch)
-        batch = batch if augment is None else _augmented(augment, state, batch, size)
+        batch = batch if augment is None else _augment(augment, state, batch, size)
 
         def context() -> Context:
             return Context(state, train=True)
@@ -68,9 +68,9 @@ def train_step(loss_fn: LossFn, *, augment: AugmentFn | None = None) -> StepFn:
             with named_scope("loss"):
                 returned = loss_fn(params, batch, ctx)
                 broadcasts.check_returned(returned, size, loss_fn, (params, batch), context)
-                loss, metrics = _declared(returned, size, ctx)
+                loss, metrics = _split(returned, size, ctx)
             if ctx.penalty is not None:
-                loss, metrics = _penalized(loss, metrics, ctx.penalty, size)
+                loss, metrics = _with_penalty(loss, metrics, ctx.penalty, size)
             return loss, (reduced(metrics, jnp.ones(size, bool)), ctx.changed)
 
         (loss, (metrics, changed)), grads = jax.value_and_grad(objective, has_aux=True)(
@@ -86,7 +86,7 @@ def train_step(loss_fn: LossFn, *, augment: AugmentFn | None = None) -> StepFn:
             optimizer_args=args,
             **changed,
         )
-        return with_plateaus_kept(state, after, metrics["loss"]), metrics
+        return _with_plateaus_kept(state, after, metrics["loss"]), metrics
 
     return step
 
@@ -152,7 +152,7 @@ class EvalStep:
         ctx, size = context(), num_examples(batch)
         returned = self._loss_fn(state.params, batch, ctx)
         broadcasts.check_returned(returned, size, self._loss_fn, (state.params, batch), context)
-        return _declared(returned, size, ctx)[1]
+        return _split(returned, size, ctx)[1]
 
 
 def per_example(metrics: Mapping[str, Metric | PerExample]) -> dict[str, PerExample]:
@@ -168,7 +168,7 @@ def per_example(metrics: Mapping[str, Metric | PerExample]) -> dict[str, PerExam
     return values
 
 
-def _augmented(augment: AugmentFn, state: TrainState, batch: Batch, size: int) -> Batch:
+def _augment(augment: AugmentFn, state: TrainState, batch: Batch, size: int) -> Batch:
     """Returns the augmented batch, checked to have all leaves and the same number of examples."""
     key = jax.random.fold_in(Context(state, train=True).rng, _AUGMENTATION)
     with named_scope("augmentation"):
@@ -199,10 +199,10 @@ def _augmented(augment: AugmentFn, state: TrainState, batch: Batch, size: int) -
     return returned
 
 
-def _declared(
+def _split(
     returned: Any, size: int, ctx: Context
 ) -> tuple[jax.Array, dict[str, Metric | PerExample]]:
-    """Splits what a loss function returned into the scalar to differentiate and its metrics."""
+    """Splits the return value of a loss function into the scalar to differentiate and metrics."""
     loss, extra = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, {})
     if not isinstance(extra, Mapping) or isinstance(loss, tuple | Mapping):
         raise LossError(
@@ -212,21 +212,21 @@ def _declared(
         )
     if "loss" in extra:
         raise LossError("The metric name 'loss' is reserved for the loss. Rename the metric.")
-    metrics = {"loss": _declared_loss(loss, size)}
+    metrics = {"loss": _declare_loss(loss, size)}
     extra = {**extra, **ctx.limits}
     metrics.update({name: metrics_lib.declare(name, value, size) for name, value in extra.items()})
     if isinstance(metrics["loss"], PerExample):
-        return _scalar(metrics["loss"].reduce(jnp.ones(size, bool))), metrics
+        return _mean(metrics["loss"].reduce(jnp.ones(size, bool))), metrics
     return metrics_lib.floating(loss), metrics
 
 
-def _scalar(mean: Any) -> jax.Array:
+def _mean(mean: Any) -> jax.Array:
     """Returns the mean, or 0 if the total weight is 0."""
     is_empty = mean.weight == 0
     return jnp.where(is_empty, 0, mean.total) / jnp.where(is_empty, 1, mean.weight)
 
 
-def _penalized(
+def _with_penalty(
     loss: jax.Array, metrics: dict[str, Metric | PerExample], penalty: jax.Array, size: int
 ) -> tuple[jax.Array, dict[str, Metric | PerExample]]:
     if "penalty" in metrics:
@@ -236,7 +236,7 @@ def _penalized(
     return loss + penalty, {**metrics, "penalty": metrics_lib.declare("penalty", penalty, size)}
 
 
-def _declared_loss(loss: Any, size: int) -> Metric | PerExample:
+def _declare_loss(loss: Any, size: int) -> Metric | PerExample:
     values = loss.values[0] if isinstance(loss, PerExample) and loss.metric is Mean else loss
     rule = f"A loss is a float: one number per example, shape [{size}], or a scalar"
     if not isinstance(values, jax.Array | np.ndarray | np.generic | float):
@@ -258,3 +258,26 @@ def _declared_loss(loss: Any, size: int) -> Metric | PerExample:
             )
         raise LossError(f"{rule}; the loss function returned shape {values.shape}. {advice}")
     return metrics_lib.declare("loss", loss if isinstance(loss, PerExample) else values, size)
+
+
+def _with_plateaus_kept(before: TrainState, after: TrainState, loss: Any) -> TrainState:
+    """Keeps the state of `optax.contrib.reduce_on_plateau` if the batch had no weight.
+
+    The loss of such a batch is 0, which no later loss would improve on.
+    """
+    has_plateau = any(map(_is_plateau, jax.tree.leaves(after.opt_state, is_leaf=_is_plateau)))
+    if not has_plateau or not isinstance(loss, Mean):
+        return after
+    is_empty = loss.weight == 0
+
+    def kept(old: PyTree, new: PyTree) -> PyTree:
+        if not _is_plateau(new):
+            return new
+        return jax.tree.map(lambda a, b: jnp.where(is_empty, a, b), old, new)
+
+    opt_state = jax.tree.map(kept, before.opt_state, after.opt_state, is_leaf=_is_plateau)
+    return after.replace(opt_state=opt_state)
+
+
+def _is_plateau(node: Any) -> bool:
+    return isinstance(node, optax.contrib.ReduceLROnPlateauState)

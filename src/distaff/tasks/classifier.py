@@ -112,14 +112,13 @@ class Classifier(WeighingTask):
         inputs = filled(self.checked_inputs(batch, ctx), weight)
         logits = ctx.apply(params, *inputs)
         _check_shapes(logits, labels)
-        logits = floating(logits)
+        logits, where = floating(logits), None if weight is None else weight != 0
         if labels.ndim == 2:
             labels = filled(labels.astype(logits.dtype), weight)
-            _check_probabilities(labels, weight, ctx)
+            _check_probabilities(labels, where, ctx)
             loss = optax.softmax_cross_entropy(logits, labels)
             labels = labels.argmax(axis=-1)
         else:
-            where = None if weight is None else weight != 0
             what, labels = with_entry_name("label", labels, batch), labels.astype(jnp.int32)
             ctx.check_indices(what, labels, logits.shape[1], where=where, advice=_ADVICE)
             labels = labels if where is None else jnp.where(where, labels, 0)
@@ -130,14 +129,14 @@ class Classifier(WeighingTask):
         return Mean.per_example(loss, weight), {"accuracy": Mean.per_example(hits, weight)}
 
 
-def _check_probabilities(labels: jax.Array, weight: jax.Array | None, ctx: Context) -> None:
+def _check_probabilities(labels: jax.Array, where: jax.Array | None, ctx: Context) -> None:
     lowest = labels.min(axis=1)
     ctx.check_range(
         "The probabilities of the classes are at least 0, and their sum is 1",
         jnp.where(lowest < 0, lowest, labels.sum(axis=1)),
         1 - ROUNDING,
         1 + ROUNDING,
-        where=None if weight is None else weight != 0,
+        where=where,
         advice="Divide counts by their sum, or take the softmax of logits.",
     )
 

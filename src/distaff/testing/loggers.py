@@ -34,6 +34,10 @@ class LoggerContract(ABC):
         """Returns the records of the logger, in order; None if they cannot be read."""
         return None
 
+    def _close_and_read(self, logger: Logger, directory: Path) -> list[Record] | None:
+        logger.close("finished")
+        return self.read_records(logger, directory)
+
     def test_logger_touches_nothing_before_its_first_call(self, tmp_path: Path) -> None:
         """A run that fails before it starts leaves no files."""
         logger = self.make_logger(tmp_path)
@@ -50,8 +54,7 @@ class LoggerContract(ABC):
         ]
         for record in expected:
             logger.log_metrics(record.metrics, step=record.step, epoch=record.epoch)
-        logger.close("finished")
-        records = self.read_records(logger, tmp_path)
+        records = self._close_and_read(logger, tmp_path)
         assert records is None or records == [
             replace(record, metrics=self._kept(record.metrics)) for record in expected
         ]
@@ -72,8 +75,7 @@ class LoggerContract(ABC):
         logger = self.make_logger(tmp_path)
         scalars = {"loss": np.float32(0.1), "count": np.int32(3), "zero_rank": np.array(0.5)}
         logger.log_metrics(scalars, step=1, epoch=1)
-        logger.close("finished")
-        records = self.read_records(logger, tmp_path)
+        records = self._close_and_read(logger, tmp_path)
         expected = self._kept(scalars)
         assert records is None or records[0].metrics == expected
 
@@ -83,8 +85,7 @@ class LoggerContract(ABC):
         metrics = {"loss": 1.0}
         logger.log_metrics(metrics, step=1, epoch=1)
         metrics["loss"] = 2.0
-        logger.close("finished")
-        records = self.read_records(logger, tmp_path)
+        records = self._close_and_read(logger, tmp_path)
         assert records is None or records[0].metrics == {"loss": 1.0}
 
     def test_log_config_takes_nested_json_and_adds_no_record(self, tmp_path: Path) -> None:
@@ -92,8 +93,7 @@ class LoggerContract(ABC):
         logger = self.make_logger(tmp_path)
         logger.log_config({"seed": 0, "optimizer": {"name": "adamw", "betas": [0.9, 0.999]}})
         logger.log_metrics({"loss": 1.0}, step=1, epoch=1)
-        logger.close("finished")
-        records = self.read_records(logger, tmp_path)
+        records = self._close_and_read(logger, tmp_path)
         assert records is None or len(records) == 1
 
     def test_log_metrics_takes_arrays(self, tmp_path: Path) -> None:
@@ -101,8 +101,7 @@ class LoggerContract(ABC):
         logger = self.make_logger(tmp_path)
         logger.log_metrics({"matrix": np.eye(2), "loss": 0.5}, step=1, epoch=1)
         logger.log_metrics({"all_bad": np.array([math.nan, math.inf])}, step=2, epoch=1)
-        logger.close("finished")
-        records = self.read_records(logger, tmp_path)
+        records = self._close_and_read(logger, tmp_path)
         assert records is None or records[0].metrics["loss"] == 0.5
 
     def test_log_metrics_may_go_back_to_an_earlier_step(self, tmp_path: Path) -> None:
@@ -110,8 +109,7 @@ class LoggerContract(ABC):
         logger = self.make_logger(tmp_path)
         for step in (40, 20):
             logger.log_metrics({"loss": 1.0}, step=step, epoch=step // 20)
-        logger.close("finished")
-        records = self.read_records(logger, tmp_path)
+        records = self._close_and_read(logger, tmp_path)
         assert records is None or [record.step for record in records] == [40, 20]
 
     def test_loggers_made_at_once_keep_apart(self, tmp_path: Path) -> None:
@@ -155,8 +153,7 @@ class LoggerContract(ABC):
         logger.resume(20, start)
         logger.log_metrics({"loss": 1.0}, step=20, epoch=1)
         assert logger.position() != start
-        logger.close("finished")
-        records = self.read_records(logger, tmp_path)
+        records = self._close_and_read(logger, tmp_path)
         assert records is None or [each.metrics for each in records] == [
             {"loss": 3.0},
             {"loss": 1.0},
@@ -174,8 +171,7 @@ class LoggerContract(ABC):
         logger.resume(40)
         logger.resume(40)
         logger.log_metrics({"loss": 2.0}, step=60, epoch=1)
-        logger.close("finished")
-        records = self.read_records(logger, tmp_path)
+        records = self._close_and_read(logger, tmp_path)
         assert records is None or [each.step for each in records] == [20, 40, 10, 60]
 
     def _kept(self, metrics: Values) -> dict[str, float]:

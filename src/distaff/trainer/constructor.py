@@ -128,10 +128,6 @@ def has_own_constructor(cls: type) -> bool:
 def recorded_options(cls: type[TrainerConfig], record: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the recorded arguments of Distaff's constructor.
 
-    Args:
-        cls: the class of the options.
-        record: the record of the run.
-
     Raises:
         ConfigError: an option is unknown, or has another type in this version.
     """
@@ -172,23 +168,23 @@ def rebuild_trainer(
     if not has_own_constructor(cls):
         make: Any = cls
         return make(the_model(), **{**options, **changes})
-    return _call(_Arguments(cls, record.get("constructor"), options), the_model, model, changes)
-
-
-def _call(
-    found: _Arguments, the_model: Callable[[], Any], model: Any, changes: Mapping[str, Any]
-) -> Any:
-    """Repeats the call of a custom constructor."""
-    signature, left = found.signature, dict(changes)
-    if model is not None and "model" in signature.parameters:
+    found = _Arguments(cls, record.get("constructor"), options, the_model)
+    left = dict(changes)
+    if model is not None and "model" in found.signature.parameters:
         left["model"] = the_model()
+    return _call(found, left)
+
+
+def _call(found: _Arguments, left: dict[str, Any]) -> Any:
+    """Repeats the call of a custom constructor, with the changes `left`."""
+    signature = found.signature
     bound = signature.bind_partial(None)
-    bound.arguments.update(found.named(the_model, left))
+    bound.arguments.update(found.named(left))
     for name, parameter in signature.parameters.items():
         if parameter.kind is parameter.VAR_POSITIONAL:
-            bound.arguments[name] = found.positional(the_model)
+            bound.arguments[name] = found.positional()
         elif parameter.kind is parameter.VAR_KEYWORD:
-            bound.arguments[name], left = {**found.loose(the_model), **left}, {}
+            bound.arguments[name], left = {**found.loose(), **left}, {}
     name = found.cls.__name__
     if left:
         known = ", ".join(map(repr, list(signature.parameters)[1:])) or "nothing"
@@ -210,16 +206,20 @@ class _Arguments:
     """Restores the arguments of a call, and collects those that are missing."""
 
     def __init__(
-        self, cls: type, call: Mapping[str, Any] | None, options: Mapping[str, Any]
+        self,
+        cls: type,
+        call: Mapping[str, Any] | None,
+        options: Mapping[str, Any],
+        model: Callable[[], Any],
     ) -> None:
-        self.cls, self.signature = cls, inspect.signature(cls.__init__)
+        self.cls, self.signature, self._model = cls, inspect.signature(cls.__init__), model
         self.missing: dict[str, str] = {}
         self._call: Mapping[str, Any] = call or {}
         given = self._call.get("given", list(options))
         self._optimizer = options.get("optimizer", OptimizerConfig())
         self._options = {name: options[name] for name in given if name in options}
 
-    def named(self, model: Callable[[], Any], changes: dict[str, Any]) -> dict[str, Any]:
+    def named(self, changes: dict[str, Any]) -> dict[str, Any]:
         """Returns the arguments by parameter name. Removes them from the changes."""
         found: dict[str, Any] = {}
         recorded_here = self._call.get("named", {})
@@ -228,8 +228,8 @@ class _Arguments:
                 continue
             if name in changes:
                 found[name] = changes.pop(name)
-            elif recorded_here.get(name) == _MODEL or (name == "model" and not recorded_here):
-                found[name] = model()
+            elif name == "model" and not recorded_here:
+                found[name] = self._model()
             elif name in recorded_here:
                 self._restore(found, name, recorded_here[name])
             elif name in self._options:
@@ -240,19 +240,19 @@ class _Arguments:
                 self.missing[name] = "it was not recorded"
         return found
 
-    def positional(self, model: Callable[[], Any]) -> tuple[Any, ...]:
+    def positional(self) -> tuple[Any, ...]:
         """Returns the values of `*args`."""
         found: dict[str, Any] = {}
         for number, each in enumerate(self._call.get("positional", ())):
-            self._restore_or_model(found, f"argument {number}", each, model)
+            self._restore(found, f"argument {number}", each)
         return tuple(found.values())
 
-    def loose(self, model: Callable[[], Any]) -> dict[str, Any]:
+    def loose(self) -> dict[str, Any]:
         """Returns the values of `**kwargs`, including Distaff's options."""
         named = self.signature.parameters
         found = {name: x for name, x in self._options.items() if name not in named}
         for name, each in self._call.get("loose", {}).items():
-            self._restore_or_model(found, name, each, model)
+            self._restore(found, name, each)
         return found
 
     def check(self) -> None:
@@ -270,15 +270,10 @@ class _Arguments:
                 f"Pass them: {name}.load_from_checkpoint(path, {shown})."
             )
 
-    def _restore_or_model(
-        self, found: dict[str, Any], name: str, data: Any, model: Callable[[], Any]
-    ) -> None:
-        if data == _MODEL:
-            found[name] = model()
-        else:
-            self._restore(found, name, data)
-
     def _restore(self, found: dict[str, Any], name: str, data: Any) -> None:
+        if data == _MODEL:
+            found[name] = self._model()
+            return
         try:
             found[name] = restored(data)
         except LostError as error:

@@ -13,7 +13,7 @@ from flax.core import FrozenDict, unfreeze
 
 from distaff.errors import ConfigError
 from distaff.models import LayerRow, Variables
-from distaff.models.layers import listed
+from distaff.models.layers import layer_rows
 
 
 def normalized(variables: Any) -> Variables:
@@ -55,4 +55,4 @@ def on_host(function: Callable[..., Any], traced: Callable[..., Any], *args: Any
 
 def rows_of(variables: Variables, kind: str) -> list[LayerRow]:
     """Returns the table rows of a model that cannot be called, with its arrays only."""
-    return listed(variables, {(): kind}, {(): ""}, {})
+    return layer_rows(variables, {(): kind}, {(): ""}, {})

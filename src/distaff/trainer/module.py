@@ -14,12 +14,12 @@ from distaff.core.typing import Batch, Key, Params
 from distaff.data import Loader
 from distaff.errors import LossError
 from distaff.loggers import Logger
-from distaff.loggers.given import as_loggers
+from distaff.loggers.protocol import as_loggers
 from distaff.metrics import as_json
 from distaff.metrics.monitor import Monitor, as_monitor
 from distaff.optim import OptimizerLike, build_optimizer
-from distaff.optim.given import as_optimizer
-from distaff.optim.kept import kept_state
+from distaff.optim.build import as_optimizer
+from distaff.optim.reuse import reusable_state
 from distaff.run import loop, sanity
 from distaff.run.directory.protocol import Recording
 from distaff.run.events import make_plan
@@ -33,8 +33,7 @@ from distaff.trainer.config import with_descriptions
 from distaff.trainer.moved import moved
 from distaff.trainer.overrides import augmentation_of, check_class
 from distaff.trainer.predictor import Predictor
-from distaff.trainer.preparation import Preparation, recording_of
-from distaff.trainer.step_program import StepProgram
+from distaff.trainer.preparation import Preparation, StepProgram, recording_of
 from distaff.trainer.training import Inputs, Training, not_trained
 from distaff.trainer.variants import check_assignment, variant_of
 
@@ -149,10 +148,9 @@ class TrainerModule(Predictor):
         return train_step, EvalStep(self.loss_fn)
 
     def create_jitted_functions(self, train_step: StepFn, eval_step: EvalFn) -> None:
-        """Compiles the pure functions, lazily, and sets `self.train_step` and `self.eval_step`.
+        """Compiles the pure functions lazily, and sets `self.train_step` and `self.eval_step`.
 
-        A run calls whatever is set here. It can fuse several steps into one call only if
-        `train_step` was not compiled by your own override.
+        A run calls what is set here. It does not fuse steps that your override compiles itself.
         """
         execution = self._workspace.execution
         self.train_step = StepProgram(train_step, execution.program(train_step, donate=0))
@@ -183,7 +181,7 @@ class TrainerModule(Predictor):
         )
         state, ready = here.evaluation_state(), here.ready_state()
         opt_state = here.execution.once(lambda params: tx.init(params))(state.params)
-        kept = kept_state(ready.opt_state, opt_state, self.optimizer)
+        kept = reusable_state(ready.opt_state, opt_state, self.optimizer)
         if self.config.keep_optimizer and kept is not None:
             state, opt_state = ready, kept
         self.state = state.replace(tx=tx, opt_state=opt_state)

@@ -23,10 +23,6 @@ OVERRIDE_POINTS = (
 def check_class(trainer: Any, base: type) -> None:
     """Checks the hooks and overrides of a trainer's class.
 
-    Args:
-        trainer: a trainer of the user's class.
-        base: the class that defines the methods.
-
     Raises:
         ConfigError: a hook is never called, or an override has other arguments.
     """

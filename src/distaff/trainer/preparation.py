@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from distaff.checkpoint.record import make_record
 from distaff.checkpoint.weights import loaded
 from distaff.checkpoint.weights.names import as_variables
 from distaff.core.typing import Batch
-from distaff.data import (
-    Loader,
-    first_to_train,
-    is_on_policy,
-    num_batches,
-    num_examples,
-    num_shapes,
-)
+from distaff.data import Loader, first_to_train, is_on_policy, num_batches, num_examples, num_shapes
 from distaff.errors import ConfigError, DistaffError
 from distaff.execution.dispatch.dispatcher import make_dispatcher
 from distaff.execution.dispatch.steps_per_call import Expected
 from distaff.execution.placement import owned
-from distaff.loggers.given import as_loggers, is_logger
+from distaff.loggers.protocol import as_loggers, is_logger
 from distaff.metrics.monitor import as_monitor
 from distaff.optim.gradients import check_trainable
 from distaff.run.directory.protocol import Recording
@@ -36,16 +30,37 @@ from distaff.step.logged_rates import reporting
 from distaff.step.normalise import measured
 from distaff.step.state import TrainState
 from distaff.trainer.constructor import constructed
-from distaff.trainer.step_program import StepProgram, function_of
+
+
+@dataclasses.dataclass(frozen=True)
+class StepProgram:
+    """A pure function and its compiled program. Calling it runs the program.
+
+    Attributes:
+        function: the function, which a run may fuse into programs of several steps.
+        program: the result of `jax.jit`, whose methods, such as `lower`, are available here.
+    """
+
+    function: Callable[..., Any]
+    program: Callable[..., Any]
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Runs the program."""
+        return self.program(*arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # requested by `copy` before `program` exists
+            raise AttributeError(name)
+        return getattr(self.program, name)
+
+
+def function_of(program: Any) -> Any:
+    """Returns the pure function of a `StepProgram`; other programs unchanged."""
+    return program.function if isinstance(program, StepProgram) else program
 
 
 class Preparation:
-    """Calls the setup methods of a trainer, and collects their results.
-
-    Args:
-        trainer: a trainer of the user's class.
-        base: the class whose methods it overrides.
-    """
+    """Calls the setup methods of a trainer, which overrides `base`, and collects their results."""
 
     def __init__(self, trainer: Any, base: type) -> None:
         self._trainer, self._base = trainer, base
@@ -233,11 +248,11 @@ class Preparation:
             state=here.ready_state().replace(guard=None),
             loaders={name: (each, first[name]) for name, each in named.items() if name in first},
             total_steps=total_steps,
-            stretched=self._stretched,
+            with_total_steps=self._with_total_steps,
             has_weights=here.not_loaded is None,
         )
 
-    def _stretched(self, total_steps: int | None) -> TrainState:
+    def _with_total_steps(self, total_steps: int | None) -> TrainState:
         """Returns the state with the optimizer for a run of another length."""
         here = self._here
         state, schedule = here.ready_state(), here.schedule

@@ -23,11 +23,6 @@ from distaff.trainer.preparation import Preparation
 class Inputs:
     """The arguments of `train_model`, converted to loaders.
 
-    Args:
-        plan: the plan of the run.
-        loaders: the arguments for training, validation and test.
-        options: limits on the number of batches.
-
     Attributes:
         test_loader: the loader of the test; None to skip it.
         made: pairs of an argument and its loader.
@@ -42,12 +37,7 @@ class Inputs:
 
 
 class Training:
-    """Trains a trainer, from the preparation of a run to its result.
-
-    Args:
-        trainer: a trainer of the user's class.
-        base: the class whose methods it overrides.
-    """
+    """Trains a trainer, which overrides `base`, from the preparation of a run to its result."""
 
     def __init__(self, trainer: Any, base: type) -> None:
         self._trainer, self._base = trainer, base
@@ -82,9 +72,9 @@ class Training:
         Raises:
             DistaffError: an input is invalid (the subclass says which).
         """
-        Preparation(self._trainer, self._base).prepare(self._made(plan), None)
+        Preparation(self._trainer, self._base).prepare(self._make_run(plan), None)
 
-    def _made(self, plan: Plan) -> Run:
+    def _make_run(self, plan: Plan) -> Run:
         trainer, name = self._trainer, type(self._trainer).__name__
         monitor = as_monitor(trainer.monitor)
         return Run(self._here, plan, self._options, trainer.callbacks, monitor, name)
@@ -94,7 +84,7 @@ class Training:
         if here.state is None:  # before the display starts a thread with its own arena
             trainer._tune_process(first_to_train(plan.train_loader))
         check_one_process()
-        run = self._made(plan)
+        run = self._make_run(plan)
         trainer._run = run
         run.recorder.begin()
         return run

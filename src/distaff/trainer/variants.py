@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 from distaff.callbacks.callbacks import Callbacks
 from distaff.checkpoint.weights import as_init_from
 from distaff.errors import FixedAttributeError
-from distaff.loggers.given import as_loggers
+from distaff.loggers.protocol import as_loggers
 from distaff.metrics.monitor import as_monitor
-from distaff.optim.given import as_optimizer
+from distaff.optim.build import as_optimizer
 from distaff.trainer.config import make_config
 from distaff.trainer.predictor import Predictor
 
@@ -23,44 +23,32 @@ _CHECKS: dict[str, Any] = {
     "init_from": as_init_from,
     "monitor": as_monitor,
 }
-
-
 _DESCRIPTION = ("model", "config", "optimizer", "callbacks", "loggers", "init_from", "monitor")
 _PLACE = ("step", "epoch", "best", "best_metrics", "stop_reason", "last_run")
 
 
 def check_assignment(trainer: Predictor, name: str, value: Any) -> None:
-    """Checks that an attribute of a trainer may be set: its description is fixed once it is used.
-
-    Args:
-        trainer: any trainer.
-        name: of the attribute.
-        value: to be set.
+    """Checks that an attribute of a trainer may be set.
 
     Raises:
-        FixedAttributeError: a run describes itself by this attribute, or only a run can set it.
+        FixedAttributeError: it is read-only, or part of a description that a run has recorded.
     """
     if name in _PLACE:
         raise FixedAttributeError(
-            f"{name} says where the run of a trainer is, and only a run changes it. To continue "
-            "from another state, set trainer.state, or start a new run with init_from."
+            f"{name} is read-only, because only a run changes it. To continue from another state, "
+            "set trainer.state, or start a new run with init_from."
         )
     run = vars(trainer).get("_run") if name in _DESCRIPTION else None
     if run is not None and run.recorder.has_begun and getattr(trainer, name, None) is not value:
         change = "an option=..." if name == "config" else f"{name}=..."
         raise FixedAttributeError(
-            f"{name} describes a trainer, and is fixed once it has trained. Make a trainer that "
-            f"differs: trainer.variant({change}), with init_from=trainer.state.params to keep its "
-            "weights."
+            f"{name} is fixed once a trainer has trained. Make a copy that differs: "
+            f"trainer.variant({change}), with init_from=trainer.state.params to keep the weights."
         )
 
 
 def variant_of(trainer: T, changes: dict[str, Any]) -> T:
     """Returns an uninitialized copy of a trainer; see `TrainerModule.variant`.
-
-    Args:
-        trainer: the trainer to copy.
-        changes: options and other arguments of the constructor.
 
     Raises:
         ConfigError: an argument is unknown or out of range.

@@ -37,18 +37,15 @@ class Suggestion(Protocol):
 
     def report(self, value: float, epoch: int) -> None:
         """Reports the monitored metric after a validation."""
-        ...
 
     def should_prune(self) -> bool:
         """Whether to prune the trial, given the reports so far."""
-        ...
 
     def note(self, **facts: Any) -> None:
         """Records facts about the trial as strict JSON: `seed`, `path`, `reason`.
 
         A path is stored relative to the root of all runs, which may be moved.
         """
-        ...
 
 
 class Search(Protocol):
@@ -63,34 +60,27 @@ class Search(Protocol):
             The values to try; None if `num_trials` trials have ended or are running, or if the
             sampler is exhausted.
         """
-        ...
 
     def tell(self, suggestion: Suggestion, status: str, value: float | None) -> Trial:
         """Ends a trial, and returns it as recorded."""
-        ...
 
     def abandon(self, suggestion: Suggestion) -> None:
         """Ends an interrupted trial, whose values the next `ask` returns again.
 
         Values interrupted three times count as a failed trial, since they may crash the process.
         """
-        ...
 
     def trials(self) -> list[Trial]:
         """Returns all trials that were not interrupted, by number."""
-        ...
 
     def underway(self) -> list[str]:
         """Returns the trials of other processes, such as `"trial 3 (process 71 on node2)"`."""
-        ...
 
     def remember(self, name: str, fact: Any) -> None:
         """Stores strict JSON with the study."""
-        ...
 
     def recall(self, name: str) -> Any:
         """Returns what was stored with the study, or None."""
-        ...
 
 
 def listed(changes: Mapping[str, tuple[Any, Any]]) -> str:

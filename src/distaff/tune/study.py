@@ -170,12 +170,8 @@ def _run(task: Task, config: Any, search: Search, suggestion: Suggestion) -> Tri
 
 def _described(trial: Trial, monitor: Monitor) -> str:
     value = "" if trial.value is None else f"{monitor.name} {trial.value:.6g}  "
-    values = "  ".join(f"{path}={_shown(value)}" for path, value in trial.values.items())
-    return f"{value}{trial.status}  {values}"
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    shown = {n: f"{x:.4g}" if isinstance(x, float) else x for n, x in trial.values.items()}
+    return f"{value}{trial.status}  " + "  ".join(f"{path}={x}" for path, x in shown.items())
 
 
 def _result(task: Task, config: Any, search: Search, monitor: Monitor) -> StudyResult:

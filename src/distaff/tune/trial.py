@@ -153,13 +153,7 @@ class Task:
 
 
 class Reporting(Callback):
-    """Reports each validation of a trial, and stops it if the search prunes it.
-
-    Args:
-        suggestion: the suggestion of the search.
-        monitor: the metric to report.
-        num_epochs: epochs of the trial; it is not pruned after the last one.
-    """
+    """Reports each validation of a trial, and stops it if the search prunes it."""
 
     def __init__(self, suggestion: Suggestion, monitor: Monitor, num_epochs: int) -> None:
         self._suggestion, self._monitor, self._num_epochs = suggestion, monitor, num_epochs
@@ -175,7 +169,8 @@ class Reporting(Callback):
     def _report(self, info: StepInfo) -> None:
         value = self._monitor.value(info.metrics)
         self._suggestion.report(value, info.epoch)
-        if info.epoch < self._num_epochs and self._suggestion.should_prune():
+        is_last = info.epoch >= self._num_epochs
+        if not is_last and self._suggestion.should_prune():
             raise StopTraining(
                 f"pruned after epoch {info.epoch} with {self._monitor.name} {value:.6g}", "pruned"
             )

@@ -51,7 +51,7 @@ class GaussianRing:
 
         Returns:
             Float scalars: `modes`, the number of covered modes; `good`, the share of good points;
-            `rarest_mode`, the lowest share of good points of any mode.
+            `rarest_mode`, the share of all points that are good and belong to the rarest mode.
         """
         distances = jnp.linalg.norm(points[:, None] - self.centres[None], axis=-1)
         shares = (distances < 3 * self.sigma).mean(axis=0)

@@ -21,8 +21,9 @@ class GPT(nn.Module):
     for kernels that write into the residual stream. Positions are rotary (Su et al. 2021,
     arXiv:2104.09864), norms are RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467), linear layers
     have no biases (PaLM, Chowdhery et al. 2022, arXiv:2204.02311), and the token embedding is not
-    tied to the last layer. The number of parameters is `2 * vocab_size * features + num_layers *
-    (12 * features ** 2 + 2 * features) + features`: 853,120 by default.
+    tied to the last layer. The number of parameters is
+    `2 * vocab_size * features + num_layers * (12 * features ** 2 + 2 * features) + features`:
+    853,120 by default.
 
     Attributes:
         vocab_size: number of different tokens; 256 for bytes.
@@ -152,8 +153,8 @@ def causal_attention(
         end = min(start + run, length)
         visible = jnp.tril(jnp.ones((1, 1, end - start, end), bool), k=start)
         if segment_ids is not None:
-            same_segment = segment_ids[:, start:end, None] == segment_ids[:, None, :end]
-            visible &= same_segment[:, None]
+            of_queries, of_keys = segment_ids[:, start:end], segment_ids[:, :end]
+            visible &= (of_queries[:, :, None] == of_keys[:, None, :])[:, None]
         scores = query[:, :, start:end] @ jnp.swapaxes(key[:, :, :end], 2, 3)
         weights = jax.nn.softmax(jnp.where(visible, floating(scores), -jnp.inf))
         outputs.append(weights.astype(value.dtype) @ value[:, :, :end])

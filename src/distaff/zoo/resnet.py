@@ -78,15 +78,7 @@ class ResidualBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
-        """Computes the output.
-
-        Args:
-            x: `[batch, height, width, channels]`, float.
-            train: normalize by batch statistics, rather than running statistics.
-
-        Returns:
-            `[batch, height / stride, width / stride, features]`, rounded up.
-        """
+        """Returns `[batch, height / stride, width / stride, features]`, rounded up."""
         residual = _convolution(self.features, strides=self.stride)(x)
         residual = nn.relu(_normalization(train)(residual))
         residual = _normalization(train)(_convolution(self.features)(residual))

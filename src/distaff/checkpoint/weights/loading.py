@@ -58,7 +58,7 @@ def _loaded(variables: Variables, source: WeightSource, init_from: InitFrom) -> 
     keys = {name for name, leaf in arrays.items() if is_random_key(leaf)}
     model = {name: leaf for name, leaf in arrays.items() if name not in keys}
     wanted = matching(list(model), init_from.only)
-    offered, problems = _renamed(source, init_from, keys)
+    offered, problems = _rename(source, init_from, keys)
     found = [name for name in wanted if name in offered]
     kept = [name for name in wanted if name not in offered]
     problems += _differences(model, found, offered, source)
@@ -82,10 +82,10 @@ def _loaded(variables: Variables, source: WeightSource, init_from: InitFrom) -> 
     placed = {name: _cast(name, values[name], model[name], source) for name in found}
     text = f"weights from {source.origin}: {len(found)} arrays, {len(model) - len(found)} kept"
     text += "".join(f"; {number} converted {cast}" for cast, number in casts.items())
-    return Loaded(_filled(variables, placed), text)
+    return Loaded(_fill(variables, placed), text)
 
 
-def _renamed(
+def _rename(
     source: WeightSource, init_from: InitFrom, keys: set[str]
 ) -> tuple[dict[str, str], list[str]]:
     """Returns the names in the source by their names in the model, and problems with them."""
@@ -131,7 +131,7 @@ def _cast(name: str, value: np.ndarray, like: Any, source: WeightSource) -> jax.
     return placement.like(cast, like)
 
 
-def _filled(variables: Variables, values: dict[str, jax.Array]) -> Variables:
+def _fill(variables: Variables, values: dict[str, jax.Array]) -> Variables:
     def filled(prefix: str, tree: PyTree) -> PyTree:
         return jax.tree.map_with_path(
             lambda path, leaf: values.get(prefix + leaf_name(path), leaf), tree

@@ -96,7 +96,7 @@ def _of_checkpoint(path: Path) -> WeightSource:
     try:
         stored = arrays.metadata(folder)
         held = {name: stored[key] for name, key in saved_as.items() if stored.get(key) is not None}
-        abstract = jax.tree.map(_described, held)
+        abstract = jax.tree.map(_on_host, held)
         forms = {
             name: (leaf.shape, leaf.dtype) for name, leaf in named(_variables(abstract)).items()
         }
@@ -120,7 +120,7 @@ def _variables(members: dict[str, PyTree]) -> Variables:
     )
 
 
-def _described(leaf: Any) -> np.ndarray:
+def _on_host(leaf: Any) -> np.ndarray:
     """Returns a NumPy array without memory, so that the stored array is loaded to the host."""
     return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
 

@@ -96,20 +96,16 @@ def _describe(value: Any) -> Any:
     if isinstance(value, _DTYPES) or (is_class and issubclass(value, np.generic)):
         return {"$dtype": np.dtype(value).name}
     if isinstance(value, np.generic | np.ndarray | jax.Array):
-        return _array_to_json(value)
+        if value.ndim or not isinstance(value.dtype, np.dtype):  # a JAX key's dtype is not NumPy's
+            return {"$array": {"shape": list(value.shape), "dtype": str(value.dtype)}}
+        number = value.item()
+        return to_json(number) if isinstance(number, _SCALARS) else {"$repr": repr(value)}
     if is_class:
         return {"$type": name_of(value)}
     if callable(value) and hasattr(value, "__qualname__"):
         return {"$function": name_of(value)}
     # A memory address would make the same config differ from run to run.
     return {"$repr": re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))}
-
-
-def _array_to_json(array: Any) -> Any:
-    if array.ndim == 0 and isinstance(array.dtype, np.dtype):  # a JAX key's dtype is not NumPy's
-        number = array.item()
-        return to_json(number) if isinstance(number, _SCALARS) else {"$repr": repr(array)}
-    return {"$array": {"shape": list(array.shape), "dtype": str(array.dtype)}}
 
 
 def from_json(cls: type[Value], data: Any) -> Value:

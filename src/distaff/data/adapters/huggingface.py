@@ -11,7 +11,7 @@ import numpy as np
 from distaff.core.config.checks import whole
 from distaff.core.typing import Batch
 from distaff.data.arrays import ArrayLoader
-from distaff.data.loader import Loader, drops
+from distaff.data.loader import Loader, drops_remainder
 from distaff.data.positioned import FirstEpoch, Positioned
 from distaff.data.stream import Stream
 from distaff.data.wrappers.mapped import MappedLoader
@@ -68,8 +68,8 @@ def from_datasets(
             remainder=remainder,
         )
         return MappedLoader(rows, lambda batch: _rows_of(table, batch["row"]))
-    seed, drop = whole("seed", seed, least=0), drops(remainder, shuffle)
-    kept = _DatasetRows(dataset, batch_size, drops=False)
+    seed, drop = whole("seed", seed, least=0), drops_remainder(remainder, shuffle)
+    kept = _DatasetRows(dataset, batch_size, drop=False)
 
     def in_order() -> Positioned:
         return Positioned(FirstEpoch(kept))
@@ -92,8 +92,8 @@ def _rows_of(table: Any, rows: np.ndarray) -> Batch:
 class _DatasetRows:
     """Batches of an `IterableDataset`, read sequentially."""
 
-    def __init__(self, dataset: Any, batch_size: int, drops: bool) -> None:
-        self._dataset, self._batch_size, self._drops = dataset, batch_size, drops
+    def __init__(self, dataset: Any, batch_size: int, drop: bool) -> None:
+        self._dataset, self._batch_size, self._drop = dataset, batch_size, drop
         self._running: Any = None
 
     def start(self, epoch: int, batch: int, saved: Any) -> Iterator[Batch]:
@@ -101,7 +101,7 @@ class _DatasetRows:
         self._running.set_epoch(epoch)
         if batch:
             self._running.load_state_dict(json.loads(saved))
-        return iter(self._running.iter(self._batch_size, drop_last_batch=self._drops))
+        return iter(self._running.iter(self._batch_size, drop_last_batch=self._drop))
 
     def position(self) -> str:
         return json.dumps(self._running.state_dict())

@@ -102,7 +102,7 @@ def _missing(
 
 def tenths(labels: np.ndarray) -> np.ndarray:
     """Returns the part in 0..9 of each example, int `[n]`, with an equal share of every class."""
-    # NumPy guarantees the numbers of RandomState in all versions, but not those of default_rng.
+    # NumPy guarantees the numbers of RandomState in all versions, but not of default_rng.
     shuffled = np.random.RandomState(0).permutation(len(labels))
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     parts = np.empty(len(labels), int)

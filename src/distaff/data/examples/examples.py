@@ -14,10 +14,10 @@ import numpy as np
 
 from distaff.core.config.checks import whole
 from distaff.core.typing import Batch, PyTree
-from distaff.data.entry import known_to_jax
+from distaff.data.entry import register_dataclasses
 from distaff.data.examples.block_cache import Kept
 from distaff.data.examples.order import Order
-from distaff.data.loader import as_held_by_jax, drops, epoch_length, num_examples
+from distaff.data.loader import canonicalize_leaf, drops_remainder, epoch_length, num_examples
 from distaff.data.positioned import Positioned
 from distaff.errors import BatchError, leaf_name
 
@@ -157,7 +157,7 @@ def from_examples(
     """
     batch_size = whole("batch_size", batch_size)
     order = make_order(examples, batch_size, shuffle=shuffle, seed=seed)
-    drop = drops(remainder, shuffle)
+    drop = drops_remainder(remainder, shuffle)
     length = epoch_length(len(examples), batch_size, drop=drop)
     identity = {**order.identity(), "batch_size": batch_size, "drop": drop}
     source = _ExampleBatches(examples, order, batch_size, length)
@@ -231,7 +231,7 @@ def joined(
     Raises:
         BatchError: the examples differ in structure.
     """
-    with_path, structure = jax.tree.flatten_with_path(known_to_jax(examples[0]))
+    with_path, structure = jax.tree.flatten_with_path(register_dataclasses(examples[0]))
     rows = []
     for example in examples:
         leaves, other = jax.tree.flatten(example)
@@ -262,7 +262,7 @@ def _stacked_leaf(path: tuple[Any, ...], leaves: Sequence[Any]) -> np.ndarray:
             f"All examples of a batch must have one shape; {leaf_name(path)!r} has {shapes}. Pad "
             "or crop them (data.MappedExamples), or use data.bucketed or data.packed for sequences."
         ) from error
-    return as_held_by_jax(stack, path)
+    return canonicalize_leaf(stack, path)
 
 
 class _ExampleBatches:

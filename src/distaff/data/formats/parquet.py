@@ -11,7 +11,7 @@ from distaff.core import optional
 from distaff.core.typing import Batch
 from distaff.data.examples.examples import stacked
 from distaff.data.formats.files import BlockPlace, FileBlock, FileExamples, Paths, find_files
-from distaff.data.loader import as_held_by_jax, num_examples
+from distaff.data.loader import canonicalize_leaf, num_examples
 from distaff.errors import ConfigError, DataFileError, nearest
 
 
@@ -93,7 +93,7 @@ class ParquetExamples(FileExamples):
             if not cast(_ParquetRows, self._block(block)).put(batch, here, inside):
                 return stacked([self[index] for index in indices])
         num_examples(batch)
-        return {name: as_held_by_jax(values, (name,)) for name, values in batch.items()}
+        return {name: canonicalize_leaf(values, (name,)) for name, values in batch.items()}
 
 
 class _ParquetRows:

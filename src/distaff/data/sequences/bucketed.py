@@ -12,7 +12,7 @@ from distaff.core.config.checks import whole
 from distaff.core.typing import Batch
 from distaff.core.warnings import warn
 from distaff.data.examples.examples import Examples, make_order, stacked
-from distaff.data.loader import drops
+from distaff.data.loader import drops_remainder
 from distaff.data.positioned import Positioned
 from distaff.data.sequences.grouped import Group, Grouped, Piece
 from distaff.data.sequences.sequences import SequencePart, check_overlong, padded, parts_of
@@ -49,7 +49,7 @@ def bucketed(
         remainder: what to do with short batches, at most one per bucket, at the end of an epoch:
             `"keep"` yields them at their own sizes (an evaluation pads and masks them, a training
             step compiles again for each size); `"drop"`, the default when shuffling, omits them.
-            If a bucket then yields no batch at all, a warning is logged.
+            If a bucket then yields no batch at all, a warning is issued.
         overlong: what to do with sequences longer than the last boundary: raise an error, cut them,
             or drop them.
         pad_value: padding value of numbers; bools are padded with False.
@@ -71,7 +71,7 @@ def bucketed(
     boundaries, sizes = _checked(boundaries, batch_size)
     check_overlong(overlong, ("error", "cut", "drop"))
     order = make_order(examples, min(sizes), shuffle=shuffle, seed=seed)
-    buckets = _Buckets(boundaries, sizes, overlong, drops(remainder, shuffle), pad_value)
+    buckets = _Buckets(boundaries, sizes, overlong, drops_remainder(remainder, shuffle), pad_value)
     identity = {
         **order.identity(),
         **buckets._asdict(),

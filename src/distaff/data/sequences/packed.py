@@ -10,7 +10,7 @@ import numpy as np
 from distaff.core.config.checks import whole
 from distaff.core.typing import Batch
 from distaff.data.examples.examples import Examples, joined, make_order, stacked
-from distaff.data.loader import drops
+from distaff.data.loader import drops_remainder
 from distaff.data.positioned import Positioned
 from distaff.data.sequences.grouped import Group, Grouped, Piece
 from distaff.data.sequences.sequences import SequencePart, check_overlong, padded, parts_of
@@ -76,7 +76,7 @@ def packed(
         whole("batch_size", batch_size),
         whole("open_rows", num_rows, least=batch_size),
         overlong,
-        drops(remainder, shuffle),
+        drops_remainder(remainder, shuffle),
     )
     identity = {**order.identity(), **rows._asdict()}
     options: Any = {"remainder": "keep", "overlong": overlong, "open_rows": open_rows}

@@ -98,14 +98,14 @@ def _as_dict(example: Any, index: int) -> dict[str, Any]:
         return leaves
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
         raise BatchError(
-            f"Tokens must be int [length]; those of example {index} have shape {tokens.shape} and "
+            f"Tokens must be int [length]; in example {index} they have shape {tokens.shape} and "
             f"dtype {tokens.dtype}. Put other arrays into a dict, under other names "
             "(data.MappedExamples)."
         )
     narrow = tokens.astype(np.int32, copy=False)
     if narrow.dtype != tokens.dtype and not np.array_equal(narrow, tokens):
         raise BatchError(
-            f"Tokens must fit into int32; those of example {index} range from {tokens.min()} to "
+            f"Tokens must fit into int32; in example {index} they range from {tokens.min()} to "
             f"{tokens.max()}. Check the tokenizer."
         )
     return {**leaves, "tokens": narrow}

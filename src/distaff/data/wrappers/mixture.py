@@ -14,8 +14,8 @@ import numpy as np
 from distaff.core.config.checks import whole
 from distaff.core.typing import Batch
 from distaff.data.loader import (
+    canonicalize,
     first_batch,
-    held_by_jax,
     in_order,
     num_batches,
     num_examples,
@@ -121,7 +121,7 @@ class Mixture:
         """Returns the next batch without consuming it.
 
         Raises:
-            BatchError: a loader is empty, or its leaves differ from those of the first loader.
+            BatchError: a loader is empty, or its leaves differ from the first loader's.
         """
         if self._ahead is None:
             place = self._place()
@@ -207,7 +207,7 @@ class Mixture:
     def _plan(self) -> _Plan:
         """Checks the first batches of all loaders, and plans the epochs."""
         batches = [first_batch(each.loader, name=each.name) for each in self._readers]
-        firsts = [held_by_jax(batch) for batch in batches]
+        firsts = [canonicalize(batch) for batch in batches]
         rows = [num_examples(first) for first in firsts]
         example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), firsts[0])
         plan = _Plan(self._batch_size or rows[0], self._num_batches, example)

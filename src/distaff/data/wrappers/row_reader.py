@@ -13,9 +13,9 @@ from distaff.data.examples.fingerprint import fingerprint
 from distaff.data.loader import (
     Loader,
     as_loader,
+    canonicalize,
     close_made,
     empty_loader,
-    held_by_jax,
     num_examples,
 )
 from distaff.errors import BatchError, ChangedBatchesError
@@ -172,7 +172,7 @@ class Reader:
             self._state = None
         mark = 0
         if not self._whole:
-            batch = held_by_jax(batch)
+            batch = canonicalize(batch)
             mark = fingerprint(batch)
         self._buffer.append(_Held(batch, size, mark, before))
 

@@ -32,7 +32,6 @@ class MetricLayout:
 
     Attributes:
         width: uint32 numbers in a row.
-        has_limits: whether a metric checks the range of a value.
     """
 
     def __init__(self, metrics: Mapping[str, Metric]) -> None:
@@ -42,7 +41,6 @@ class MetricLayout:
         sizes = [int(np.prod(shape)) * dtype.itemsize // 4 for shape, dtype in self._leaves]
         self._ends = np.cumsum([0, *sizes])
         self.width = int(self._ends[-1])
-        self.has_limits = any(isinstance(each, Limits) for each in metrics.values())
 
     def row(self, metrics: Mapping[str, Metric]) -> jax.Array:
         """Returns the metrics of a step as a row, uint32 `[width]`; for use inside a program."""
@@ -238,18 +236,24 @@ class MetricWindows:
         self._tables = [each for each in self._tables if each.first + each.num_rows > end]
         metrics = self._layout.metrics(np.concatenate(rows))
         flags = _flags(metrics, end - start)
+        is_clean, is_in_range = not flags.any(), _is_in_range(metrics)
         leaves, structure = jax.tree.flatten(metrics)
         step = start
         while step < end:
             first, step = step, min(step - step % self._every + self._every, end)
             part = slice(first - start, step - start)
-            merged = metrics_lib.merge_rows(structure.unflatten([leaf[part] for leaf in leaves]))
-            breach = self._breach(merged, first)
-            yield WindowEnd(step, merged, *_bad_and_skipped(first, flags[:, part]), breach)
+            if step - first == 1:
+                merged = structure.unflatten([leaf[part.start] for leaf in leaves])
+            else:
+                rows = structure.unflatten([leaf[part] for leaf in leaves])
+                merged = metrics_lib.merge_rows(rows)
+            bad, skipped = (None, ()) if is_clean else _bad_and_skipped(first, flags[:, part])
+            breach = None if is_in_range else self._breach(merged, first)
+            yield WindowEnd(step, merged, bad, skipped, breach)
 
     def _breach(self, metrics: Mapping[str, Metric], first: int) -> Breach | None:
         """Returns the first batch out of range, from the merged metrics of the steps after one."""
-        found = first_breach(metrics) if self._layout.has_limits else None
+        found = first_breach(metrics)
         return None if found is None else found._replace(batch=first + found.batch)
 
     def _rows(self, start: int, end: int) -> list[np.ndarray]:
@@ -259,6 +263,12 @@ class MetricWindows:
             for table in self._tables
             if table.first < end and table.first + table.num_rows > start
         ]
+
+
+def _is_in_range(metrics: Mapping[str, Metric]) -> bool:
+    """Whether no row of the metrics breaks a limit."""
+    limits = [each for each in metrics.values() if isinstance(each, Limits)]
+    return all(np.all(each.compute()) for each in limits)
 
 
 def _flags(metrics: Mapping[str, Metric], num_rows: int) -> np.ndarray:

@@ -137,7 +137,7 @@ def parameter_features(
     """
     momentum, square = moments.momentum, moments.square[None]
     inverse_rms = jax.lax.rsqrt(square + 1e-6)
-    factors, normalizers = _factor_features(moments)
+    rows, columns, grad_scale, momentum_scale = _factor_features(moments)
     return (
         grad[None],
         jnp.clip(grad, -0.1, 0.1)[None],
@@ -146,34 +146,29 @@ def parameter_features(
         square,
         momentum * inverse_rms,
         inverse_rms,
-        grad[None] * normalizers.of_grad,
+        grad[None] * grad_scale,
         grad[None] * inverse_rms,
-        *factors,
-        *(jax.lax.rsqrt(factor + 1e-8) for factor in factors),
-        momentum * normalizers.of_momentum,
+        rows,
+        columns,
+        jax.lax.rsqrt(rows + 1e-8),
+        jax.lax.rsqrt(columns + 1e-8),
+        momentum * momentum_scale,
     )
 
 
-class _Normalizers(NamedTuple):
-    of_grad: jax.Array
-    of_momentum: jax.Array
-
-
-def _factor_features(
-    moments: Moments,
-) -> tuple[tuple[jax.Array, jax.Array], _Normalizers]:
-    """Returns the averaged squares along both axes, and the normalizers of gradients."""
+def _factor_features(moments: Moments) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Returns averaged squares along both axes, and the scales of gradient and momentum."""
     axes = _factored_axes(moments.square.shape)
     if axes is None:
         (full,) = moments.factors
-        return (full, full), _Normalizers(_safe_rsqrt(full + 1e-9), jax.lax.rsqrt(full))
+        return full, full, _safe_rsqrt(full + 1e-9), jax.lax.rsqrt(full)
     longest, second = axes
     row, column = moments.factors
     rows = jnp.expand_dims(row, longest + 1)
     columns = jnp.expand_dims(column, second + 1)
     relative = rows / (rows.mean(second + 1, keepdims=True) + 1e-9)
-    normalizer = _safe_rsqrt(relative) * _safe_rsqrt(columns)
-    return (rows, columns), _Normalizers(normalizer, normalizer)
+    scale = _safe_rsqrt(relative) * _safe_rsqrt(columns)
+    return rows, columns, scale, scale
 
 
 def _safe_rsqrt(value: jax.Array) -> jax.Array:

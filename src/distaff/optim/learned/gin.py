@@ -74,7 +74,7 @@ def read_settings(text: str) -> VeloSettings:
         if binding is None:
             if _NETWORK not in statement:
                 continue
-            raise _error(line, f"must be `name.argument = value`, and is {_quoted(statement)}")
+            raise _error(line, f"must be `name.argument = value`; got {_quoted(statement)}")
         selector, argument, value = binding["selector"] or "", binding["argument"], binding["value"]
         configurable = selector.split(".")[-1]
         if (configurable, argument) == ("run_train", "lopt") and not _TRAINED.fullmatch(

@@ -72,7 +72,7 @@ def velo(
     sees. It stores four numbers for each parameter of a matrix, and seven for each of a vector.
 
     It was trained on runs of up to 200,000 steps. Like the original, for more than 150,000 steps it
-    averages gradients and losses over as few steps as bring the number of updates down to that.
+    averages gradients and losses over as few steps as needed to make at most 150,000 updates.
 
     `weight_decay` is decoupled (Loshchilov & Hutter 2019, arXiv:1711.05101): each update also
     subtracts `weight_decay * p` from the parameters, unseen by the network. The original instead
@@ -103,12 +103,12 @@ def velo(
     """
     for name, count in (("total_steps", total_steps), ("accumulate_above", accumulate_above)):
         if not isinstance(count, Integral) or isinstance(count, bool) or count < 1:
-            raise ConfigError(f"{name} of VeLO must be an int >= 1, and is {count!r}.")
+            raise ConfigError(f"{name} of VeLO must be an int >= 1; got {count!r}.")
     if not isinstance(weight_decay, int | float) or not 0 <= weight_decay < math.inf:
-        raise ConfigError(f"weight_decay must be a finite number >= 0, and is {weight_decay!r}.")
+        raise ConfigError(f"weight_decay must be a finite number >= 0; got {weight_decay!r}.")
     every = math.ceil(total_steps / accumulate_above)
     if not isinstance(weights, VeloWeights | str | os.PathLike):
-        raise ConfigError(f"weights must be a folder, or VeloWeights, and is {weights!r}.")
+        raise ConfigError(f"weights must be a folder, or VeloWeights; got {weights!r}.")
     if not isinstance(weights, VeloWeights):
         weights = read_weights(weights)
     tx = _velo(weights, total_steps // every)

@@ -59,9 +59,7 @@ class VeloSettings:
             in_range = kind is bool or (type(value) is int and 1 <= value <= _LARGEST_SIZE)
             if type(value) is not kind or not in_range:
                 rule = "True or False" if kind is bool else f"an int from 1 to {_LARGEST_SIZE}"
-                raise ConfigError(
-                    f"{each.name} of a VeLO network must be {rule}, and is {value!r}."
-                )
+                raise ConfigError(f"{each.name} of a VeLO network must be {rule}; got {value!r}.")
 
 
 RELEASED = VeloSettings(lstm_hidden_size=512, param_inits=256, use_bugged_loss_features=False)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from flax import traverse_util
 
 from distaff.core.paths import as_path
 from distaff.errors import CheckpointError
@@ -58,7 +59,7 @@ def _read(path: Path, most: int) -> bytes:
         raise CheckpointError(f"{path} cannot be read: {error}. {WHERE_TO_GET}") from error
     if not is_plain:
         raise CheckpointError(
-            f"{path} must be a regular file, not a link, of at most {most} bytes, and is "
+            f"{path} must be a regular file, not a link, of at most {most} bytes; got "
             f"{stat.filemode(status.st_mode)} of {status.st_size} bytes. {WHERE_TO_GET}"
         )
     return data
@@ -68,12 +69,5 @@ def _arrays(tree: Any) -> dict[tuple[str, ...], Any]:
     """Returns the arrays of a checkpoint of meta-training by path."""
     if not isinstance(tree, dict) or set(tree) != {"params", "gen_id", "step"}:
         raise CheckpointError("params must hold `params`, `gen_id` and `step` only.")
-    return dict(_leaves(tree["params"], ()))
-
-
-def _leaves(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    if not isinstance(tree, dict):
-        yield path, tree
-        return
-    for name, member in tree.items():
-        yield from _leaves(member, (*path, name))
+    leaves = traverse_util.flatten_dict({"params": tree["params"]})
+    return {path[1:]: leaf for path, leaf in leaves.items()}

@@ -12,7 +12,7 @@ import optax
 
 from distaff.core.typing import Params, PyTree
 from distaff.errors import ConfigError, LossError
-from distaff.optim.applied import with_rates
+from distaff.optim.rates import with_rates
 from distaff.optim.transforms.extra_args import (
     FLUSH,
     AccumulateState,
@@ -34,8 +34,8 @@ def accumulate(
     weights all micro-steps equally, and passes on the loss of the last one only. Micro-steps before
     the last leave the parameters unchanged, bit for bit.
 
-    A training step passes the weight. In your own step pass it to `state.apply_gradients(...,
-    optimizer_args={"weight": ...})`; by default all micro-steps weigh 1.
+    A training step passes the weight. In your own step, pass it to `state.apply_gradients` with
+    `optimizer_args={"weight": ...}`; by default all micro-steps weigh 1.
 
     Args:
         tx: any Optax optimizer. Its `grad` argument, if passed, is the averaged gradient; other
@@ -64,7 +64,7 @@ def accumulate(
     """
     if not isinstance(every, Integral) or isinstance(every, bool) or every < 1:
         raise ConfigError(
-            f"every, the number of micro-steps per update, must be an int >= 1, and is {every!r}."
+            f"every, the number of micro-steps per update, must be an int >= 1; got {every!r}."
         )
     inner = with_known_args(tx)
     if every == 1:

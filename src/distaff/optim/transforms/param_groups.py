@@ -22,13 +22,10 @@ def group_labels(groups: Sequence[ParamGroup]) -> Callable[[Params], PyTree]:
     `len(groups)` if none does. The function raises ConfigError if a group gets no parameter.
     """
 
-    def label_of(path: tuple) -> int:
-        name = leaf_name(path)
-        matching = (i for i, g in enumerate(groups) if fnmatch.fnmatchcase(name, g.pattern))
-        return next(matching, len(groups))
-
     def labels(params: Params) -> PyTree:
-        labelled = jax.tree_util.tree_map_with_path(lambda path, _: label_of(path), params)
+        labelled = jax.tree_util.tree_map_with_path(
+            lambda path, _: _first_match(leaf_name(path), groups), params
+        )
         used = set(jax.tree.leaves(labelled))
         for index, group in enumerate(groups):
             if index not in used:
@@ -50,12 +47,13 @@ def keeps_statistics(groups: Sequence[ParamGroup]) -> Callable[[str], bool] | No
     if not any(group.freeze and group.freeze_statistics for group in groups):
         return None
 
-    def keeps(name: str) -> bool:
-        matching = (group for group in groups if fnmatch.fnmatchcase(name, group.pattern))
-        group = next(matching, None)
-        return group is not None and group.freeze and group.freeze_statistics
+    keeps = [*(group.freeze and group.freeze_statistics for group in groups), False]
+    return lambda name: keeps[_first_match(name, groups)]
 
-    return keeps
+
+def _first_match(name: str, groups: Sequence[ParamGroup]) -> int:
+    matching = (i for i, g in enumerate(groups) if fnmatch.fnmatchcase(name, g.pattern))
+    return next(matching, len(groups))
 
 
 def group_names(groups: Sequence[ParamGroup]) -> list[str]:

@@ -45,7 +45,7 @@ def l2_loss(
         ConfigError: `coefficient` is negative, infinite or NaN.
     """
     if isinstance(coefficient, int | float) and not 0 <= coefficient < math.inf:
-        raise ConfigError(f"coefficient must be a finite number >= 0, and is {coefficient!r}.")
+        raise ConfigError(f"coefficient must be a finite number >= 0; got {coefficient!r}.")
     applies = mask(params) if callable(mask) else mask
     squares = jax.tree.map(lambda leaf, on: _square(leaf) if on else 0.0, params, applies)
     return jnp.asarray(0.5 * coefficient * sum(jax.tree.leaves(squares)))

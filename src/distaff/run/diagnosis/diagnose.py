@@ -105,12 +105,6 @@ def replay(
 ) -> Replayed | None:
     """Runs steps one by one up to the first bad one; see `diagnose`. Never raises.
 
-    Args:
-        step: as for `diagnose`.
-        state: the state before the first step. It is not donated.
-        batches: the batches of the steps.
-        max_seconds: time limit; no step starts later.
-
     Returns:
         The bad step; None if there is none, the time is up, or something fails.
     """

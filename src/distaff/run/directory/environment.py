@@ -29,12 +29,7 @@ def with_start(before: Any, time: str) -> dict[str, Any]:
 
 
 def changes(before: Any, now: dict[str, Any]) -> list[str]:
-    """Returns the differences to the environment of the previous start, by name.
-
-    Args:
-        before: the content of `env.json`; any value if it could not be read.
-        now: the present environment, as returned by `describe`.
-    """
+    """Returns the differences to the environment of the previous start, by name."""
     old = (_starts(before) or [{}])[-1]
     was, are = ({**each.get("packages", {}), **each.get("devices", {})} for each in (old, now))
     pairs = {name: (was.get(name), value) for name, value in are.items() if name in was}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from distaff.checkpoint import Store
@@ -53,18 +52,15 @@ class Outlets:
     def open(self, texts: Mapping[str, str], *, is_taken: bool) -> None:
         """Writes status, environment and texts, and opens the log.
 
-        Args:
-            texts: contents of text files by file name.
-            is_taken: whether the run resumes; loggers then continue their runs at services.
-
         Raises:
             RunDirectoryError: a file cannot be written.
         """
+        path = self._directory.path
         self.files.write("status.json", partial(self._directory.set_status, "running"))
         self.files.write("env.json", self._directory.write_environment)
         for name, content in texts.items():
             self.files.write_text(name, content)
-        self.files.write("log.txt", self._open_log)
+        self.files.write("log.txt", lambda: self._closing.enter_context(open_log(path)))
         if is_taken:
             with suppress(RunDirectoryError):  # no logger has a state
                 self.logger.set_state(self._directory.read_json(_STATES))
@@ -110,6 +106,3 @@ class Outlets:
                 known["best"] = None
         self.status = status
         self.files.write("status.json", partial(self._directory.set_status, status, **known))
-
-    def _open_log(self) -> None:
-        self._closing.enter_context(open_log(Path(self._directory.path)))

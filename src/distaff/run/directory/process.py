@@ -24,9 +24,6 @@ def is_alive(process: Mapping[str, Any]) -> bool | None:
     """Returns whether a process is alive; None if that cannot be determined.
 
     It can be for processes on this machine and in this container, except on Windows.
-
-    Args:
-        process: the description returned by `this_process` in that process.
     """
     pid, started = process["pid"], process["started"]
     here = (socket.gethostname(), _system())

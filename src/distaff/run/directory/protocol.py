@@ -76,13 +76,7 @@ class Recording:
     def open(
         self, record: Mapping[str, Any], texts: Mapping[str, str], subject: Subject | None = None
     ) -> None:
-        """Starts recording.
-
-        Args:
-            record: the run's resolved configuration.
-            texts: contents of text files by file name.
-            subject: the source of the run's identity.
-        """
+        """Starts recording."""
 
     def confirm(self, record: Mapping[str, Any]) -> None:
         """Replaces the configuration of a resumed run, once resuming has succeeded."""
@@ -95,11 +89,7 @@ class Recording:
 
 
 class NullRecording(Recording):
-    """Writes no files: keeps checkpoints in memory, and uses the user's loggers only.
-
-    Args:
-        loggers: the user's loggers.
-    """
+    """Writes no files: keeps checkpoints in memory, and uses the user's loggers only."""
 
     def __init__(self, loggers: Sequence[Logger] = ()) -> None:
         self.logger = ManyLoggers(*loggers)
@@ -125,15 +115,7 @@ def recorded(
     outcome: Callable[[], dict[str, Any]],
     subject: Subject | None = None,
 ) -> Generator[None]:
-    """Opens a recording, and always closes it.
-
-    Args:
-        recording: the recording.
-        record: the run's resolved configuration.
-        texts: contents of text files by file name.
-        outcome: returns `status`, and facts, of a run that ended without an error.
-        subject: the source of the run's identity.
-    """
+    """Opens a recording, and always closes it."""
     try:
         recording.open(record, texts, subject)
         yield

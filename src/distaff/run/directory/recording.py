@@ -46,10 +46,7 @@ class RecordingOptions(PlanOptions, ResumeOptions):
         resume="same run",
     )
     keep_best: int = option(
-        1,
-        "Number of best checkpoints to keep, at least 1.",
-        check=at_least(1),
-        resume="same run",
+        1, "Number of best checkpoints to keep, at least 1.", check=at_least(1), resume="same run"
     )
     keep_every: int | None = option(
         None,
@@ -152,7 +149,7 @@ class DirectoryRecording(Recording):
         taken = self._takeover.take(record, subject, self._lock)
         self.store = store = self._make_store(self.directory.path / "checkpoints")
         changes = [f"changed: {each}" for each in self.directory.environment_changes()]
-        self.found = self._look(store, [] if taken is None else [*taken.lines(), *changes])
+        self.found = self._resume_point(store, [] if taken is None else [*taken.lines(), *changes])
         if self.found is None:
             self.confirm(record)
         self.outlets.open(texts, is_taken=taken is not None)
@@ -162,7 +159,7 @@ class DirectoryRecording(Recording):
         self.outlets.keep_states()
         _log.info("run %s", self.directory.path)
 
-    def _look(self, store: CheckpointStore, notes: list[str]) -> ResumePoint | None:
+    def _resume_point(self, store: CheckpointStore, notes: list[str]) -> ResumePoint | None:
         if isinstance(self._takeover.resume, int):
             return ResumePoint(self.directory.path, self._takeover.resume, [], notes)
         step, skipped = store.newest_valid()
@@ -201,14 +198,7 @@ class DirectoryRecording(Recording):
 def make_recording(
     options: RecordingOptions, name: str, loggers: Sequence[Logger], *, resume: str | int
 ) -> Recording:
-    """Returns the recording of a run below `root`, or one that writes no files.
-
-    Args:
-        options: the options of the trainer.
-        name: name of the run.
-        loggers: the user's loggers.
-        resume: as in `TrainerConfig`.
-    """
+    """Returns the recording of a run below `root`, or one that writes no files."""
     if options.on_failed_log == "warn":
         loggers = [TolerantLogger(each, "on_failed_log") for each in loggers]
     if options.root is None or not options.writes:

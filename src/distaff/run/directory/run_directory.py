@@ -56,10 +56,7 @@ class RunDirectory:
 
     @classmethod
     def open(cls, path: Path | str) -> RunDirectory:
-        """Opens the directory of an existing run.
-
-        Args:
-            path: the directory of the run, such as `runs/digits/0001`.
+        """Opens the directory of an existing run, such as `runs/digits/0001`.
 
         Raises:
             RunDirectoryError: there is no such directory.
@@ -108,10 +105,7 @@ class RunDirectory:
             os.rmdir(tempfile.mkdtemp(prefix=".distaff-", dir=nearest_existing))
 
     def create(self) -> Path:
-        """Reserves the next version, unless this object has already done so.
-
-        Returns:
-            The new, empty directory.
+        """Reserves the next version, unless this object has already done so, and returns its path.
 
         Raises:
             RunDirectoryError: it cannot be created.
@@ -122,14 +116,7 @@ class RunDirectory:
         return self._path
 
     def write_json(self, name: str, value: Any) -> Path:
-        """Writes a JSON file atomically.
-
-        Args:
-            name: file name relative to the run, such as `metrics/test.json`.
-            value: any value supported by `encoding.to_json`.
-
-        Returns:
-            The path of the file.
+        """Writes a value to a JSON file such as `metrics/test.json`, and returns its path.
 
         Raises:
             RunDirectoryError: the file cannot be written.
@@ -138,14 +125,7 @@ class RunDirectory:
         return self.write_text(name, encoding.dumps(encoding.to_json(value)))
 
     def write_text(self, name: str, text: str) -> Path:
-        """Writes a text file in UTF-8 atomically.
-
-        Args:
-            name: file name relative to the run.
-            text: the new content.
-
-        Returns:
-            The path of the file.
+        """Writes a text file in UTF-8 atomically, and returns its path.
 
         Raises:
             RunDirectoryError: the file cannot be written.
@@ -159,9 +139,6 @@ class RunDirectory:
 
     def read_json(self, name: str) -> Any:
         """Reads a JSON file.
-
-        Args:
-            name: file name relative to the run.
 
         Raises:
             RunDirectoryError: the file is missing or not JSON.
@@ -177,7 +154,7 @@ class RunDirectory:
             ) from error
 
     def write_environment(self) -> Path:
-        """Adds the present environment to `env.json`, which keeps those of earlier starts."""
+        """Adds the present environment to `env.json`, after the ones of earlier starts."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         return self.write_json("env.json", environment.with_start(self._environment(), now))
 
@@ -292,19 +269,13 @@ def _is_version(entry: str) -> bool:
 def is_left_over(path: Path) -> bool:
     """Whether a version holds only what a run writes before its status."""
     with contextlib.suppress(OSError):
-        return all(name in _BEFORE_STATUS or _is_part(name) for name in os.listdir(path))
+        names = [name for name in os.listdir(path) if name not in _BEFORE_STATUS]
+        return all(name.startswith(".") and name.endswith(".tmp") for name in names)
     return False
-
-
-def _is_part(name: str) -> bool:
-    return name.startswith(".") and name.endswith(".tmp")
 
 
 def read_status(path: Path) -> dict[str, Any] | None:
     """Returns the content of `status.json`, including the status at least.
-
-    Args:
-        path: the directory of the run.
 
     Returns:
         If the file is damaged or missing, the status "running" for a run with checkpoints, and

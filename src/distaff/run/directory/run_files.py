@@ -38,10 +38,6 @@ class RunFiles:
     def write(self, name: str, write: Callable[[], object]) -> None:
         """Writes a file, and earlier ones that failed.
 
-        Args:
-            name: name of the file.
-            write: writes the file; called again later if it fails with a warning.
-
         Raises:
             RunDirectoryError: the file cannot be written.
         """

@@ -78,9 +78,6 @@ def locked(directory: Path) -> Generator[None]:
 
     Takes over the lock of a killed process, with a warning.
 
-    Args:
-        directory: an existing run directory.
-
     Raises:
         RunInUseError: another process or thread holds the lock; the message names it.
         RunDirectoryError: the lock file cannot be written.
@@ -103,12 +100,7 @@ def is_held_elsewhere(directory: Path) -> bool:
 
 
 def try_lock(path: Path, flags: int = 0) -> int | None:
-    """Locks a file without waiting. Returns its descriptor, or None on failure.
-
-    Args:
-        path: the file.
-        flags: further flags for `os.open`, such as `os.O_CREAT`.
-    """
+    """Locks a file without waiting. Returns its descriptor, or None on failure."""
     if fcntl is None:
         return None
     with _forking:

@@ -35,19 +35,11 @@ class _Relay(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Passes a record to the handlers of parent loggers, if there are any."""
         parent = _logger.parent
-        if parent is None or not _handlers_of(parent):
+        if parent is None or not parent.hasHandlers():
             return
         if record.levelno >= (self._level or parent.getEffectiveLevel()):
             with contextlib.suppress(Exception):  # such as a closed standard error
                 parent.callHandlers(record)
-
-
-def _handlers_of(logger: logging.Logger | None) -> list[logging.Handler]:
-    """Returns the handlers of a logger and of those it propagates to."""
-    if logger is None:
-        return []
-    above = _handlers_of(logger.parent) if logger.propagate else []
-    return [*logger.handlers, *above]
 
 
 @contextlib.contextmanager
@@ -55,9 +47,6 @@ def open_log(directory: Path) -> Generator[logging.Logger]:
     """Appends the lines of the logger `distaff`, from level INFO, to `log.txt` while in the block.
 
     The program's own handlers get the same lines as without a run.
-
-    Args:
-        directory: the directory of the run.
 
     Yields:
         The logger.

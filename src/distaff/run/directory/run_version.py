@@ -16,10 +16,6 @@ def reserve(directory: RunDirectory, lock: ExitStack) -> None:
     Versions left empty by killed runs are reused. Runs that start at the same time get different
     versions.
 
-    Args:
-        directory: the directory of the run; its `path` is set.
-        lock: the stack that releases the lock.
-
     Raises:
         RunDirectoryError: no version can be created, or another run uses the one already created.
     """

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from rich.console import RenderableType
 
 from distaff.core.typing import Scalars
-from distaff.run.display.protocol import Display, NullDisplay
+from distaff.run.display.protocol import Display
 
 T = TypeVar("T")
 
@@ -18,9 +18,6 @@ class CurrentDisplay(Display):
 
     Standard output may be redirected, closed or replaced after the trainer is created. Outside of
     a run, each call chooses a display.
-
-    Args:
-        choose: returns a display for the current standard output.
     """
 
     def __init__(self, choose: Callable[[], Display]) -> None:
@@ -28,11 +25,7 @@ class CurrentDisplay(Display):
         self._chosen: Display | None = None
 
     @property
-    def _of_run(self) -> Display:
-        return self._chosen or NullDisplay()
-
-    @property
-    def _of_now(self) -> Display:
+    def _display(self) -> Display:
         return self._chosen or self._choose()
 
     def start(self, num_epochs: int, steps_per_epoch: int | None) -> None:
@@ -41,28 +34,29 @@ class CurrentDisplay(Display):
         self._chosen.start(num_epochs, steps_per_epoch)
 
     def compiling(self, what: str) -> None:
-        self._of_run.compiling(what)
+        self._display.compiling(what)
 
     def running(self) -> None:
-        self._of_run.running()
+        self._display.running()
 
     def advance(self, step: int, epoch: int, examples: int) -> None:
-        self._of_run.advance(step, epoch, examples)
+        self._display.advance(step, epoch, examples)
 
     def update(self, metrics: Scalars) -> None:
-        self._of_run.update(metrics)
+        self._display.update(metrics)
 
     def epoch_line(self, *args: Any, **kwargs: Any) -> None:
-        self._of_now.epoch_line(*args, **kwargs)
+        self._display.epoch_line(*args, **kwargs)
 
     def track(
         self, iterable: Iterable[T], description: str, total: int | None = None
     ) -> Iterator[T]:
-        return self._of_now.track(iterable, description, total)
+        return self._display.track(iterable, description, total)
 
     def print(self, content: RenderableType) -> None:
-        self._of_now.print(content)
+        self._display.print(content)
 
     def close(self) -> None:
-        chosen, self._chosen = self._of_run, None
-        chosen.close()
+        chosen, self._chosen = self._chosen, None
+        if chosen is not None:
+            chosen.close()

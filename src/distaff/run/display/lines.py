@@ -94,12 +94,7 @@ def fit(fields: Sequence[tuple[int, str]], *, width: int | None) -> str:
 
 
 def rows_by_split(metrics: Mapping[str, Any], titles: Mapping[str, str]) -> dict[str, Scalars]:
-    """Returns the scalar metrics of a run by split, as `Display.table` takes them.
-
-    Args:
-        metrics: metrics by name, such as `val/loss`.
-        titles: titles for the splits `train`, `val` and `test`.
-    """
+    """Returns the scalar metrics of a run by split, as `Display.table` takes them."""
     rows = {}
     for split in ("train", "val", "test"):
         found = {

@@ -10,9 +10,6 @@ class Stopwatch:
     """Counts seconds since its creation, except while it is paused.
 
     Its state is one tuple, replaced atomically, so another thread can read it at any time.
-
-    Args:
-        clock: returns a monotonic time in seconds.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:

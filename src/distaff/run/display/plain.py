@@ -17,13 +17,7 @@ T = TypeVar("T")
 
 
 class PlainDisplay(Display):
-    """Prints lines of plain text, without control characters.
-
-    Args:
-        stream: the output.
-        clock: returns a monotonic time in seconds.
-        finish: called when the display is closed.
-    """
+    """Prints lines of plain text, without control characters."""
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 def _depth(name: str, value: Any) -> Any:
     if value is not None and (not isinstance(value, Integral) or value < 0):
-        raise ConfigError(f"{name} is a whole number, at least 0, or None; got {value!r}.")
+        raise ConfigError(f"{name} must be an integer, at least 0, or None; got {value!r}.")
     return value
 
 

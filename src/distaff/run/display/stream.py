@@ -95,7 +95,8 @@ class SteadyStream:
             try:
                 self._stream.write(text)
             except UnicodeEncodeError as error:
-                self._stream.write(_in(text, error.encoding))
+                escaped = text.encode(error.encoding, "backslashreplace")
+                self._stream.write(escaped.decode(error.encoding))
             if hasattr(self._stream, "flush"):
                 self._stream.flush()
         except OSError as error:
@@ -126,10 +127,6 @@ class SteadyStream:
     def _forget(self) -> None:
         self._held.clear()
         self._num_held = self._num_left_out = 0
-
-
-def _in(text: str, encoding: str) -> str:
-    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _can_be_written(file: int) -> bool:

@@ -41,11 +41,6 @@ class TerminalDisplay(Display):
 
     The methods only record values. A thread of rich draws them a few times per second, which costs
     a step nothing.
-
-    Args:
-        console: the terminal.
-        clock: returns a monotonic time in seconds.
-        finish: called when the display is closed.
     """
 
     def __init__(

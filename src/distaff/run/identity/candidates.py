@@ -18,13 +18,7 @@ _MAX_CANDIDATES = 256
 
 
 class Candidate:
-    """An earlier run of the same name.
-
-    Args:
-        path: its directory.
-        status: the content of its `status.json`.
-        compare: compares its record with that of the new run.
-    """
+    """An earlier run of the same name."""
 
     def __init__(
         self,
@@ -83,10 +77,6 @@ def find_candidates(
     directory: RunDirectory, compare: Callable[[Mapping[str, Any]], RecordComparison]
 ) -> list[Candidate]:
     """Returns the latest earlier runs of a name that have a readable status, newest first.
-
-    Args:
-        directory: the directory of the new run.
-        compare: compares the record of an earlier run with that of the new run.
 
     Raises:
         RunDirectoryError: the directory of the runs cannot be read.

@@ -118,9 +118,11 @@ def _program(
     one, other = old.get("evaluation"), new.get("evaluation")
     if not changes and one and other and one != other:
         changes = ["evaluation differs"]
-    versions = old.get("versions") or {}, new.get("versions") or {}
-    if changes and versions[0] != versions[1]:
-        return [], [f"the program could not be compared: {_versions(*versions)}"]
+    before, after = old.get("versions") or {}, new.get("versions") or {}
+    if changes and before != after:
+        names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+        found = ", ".join(f"{name} {before.get(name)} -> {after.get(name)}" for name in names)
+        return [], [f"the program could not be compared: {found}"]
     return changes, []
 
 
@@ -143,11 +145,6 @@ def _parts(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
             what = "learning rate or another constant" if is_rate else "constants"
             numbers = f", {what}: {', '.join(gone)} -> {', '.join(come)}" if gone or come else ""
         yield f"{label} differs{numbers}"
-
-
-def _versions(old: Mapping[str, str], new: Mapping[str, str]) -> str:
-    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    return ", ".join(f"{name} {old.get(name)} -> {new.get(name)}" for name in names)
 
 
 def _data(

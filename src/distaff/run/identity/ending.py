@@ -23,9 +23,6 @@ def ending(error: BaseException) -> dict[str, Any]:
 
     The next start resumes a run that was ended by the machine or by Distaff. One that was ended by
     the user's code is over: `resumable` is False.
-
-    Args:
-        error: the error that `train_model` raises.
     """
     facts: dict[str, Any] = {"reason": f"{type(error).__name__}: {error}"}
     if isinstance(error, KeyboardInterrupt):

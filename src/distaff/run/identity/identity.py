@@ -37,7 +37,7 @@ class Subject(NamedTuple):
         state: the initial state, with its optimizer.
         loaders: loaders with their first batches, by name: `train` and `val` or `val_clean`.
         total_steps: steps of the run; None if unknown.
-        stretched: returns the state with the optimizer for another number of steps.
+        with_total_steps: returns the state with the optimizer for another number of steps.
         has_weights: whether the initial weights are known.
     """
 
@@ -46,7 +46,7 @@ class Subject(NamedTuple):
     state: TrainState
     loaders: Mapping[str, tuple[Loader, Batch]]
     total_steps: int | None
-    stretched: Callable[[int | None], TrainState]
+    with_total_steps: Callable[[int | None], TrainState]
     has_weights: bool = True
 
     def identity(self) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class Subject(NamedTuple):
         The optimizer's initial state counts as a part of the optimizer.
         """
         is_own = total_steps == self.total_steps
-        state = self.state if is_own else self.stretched(total_steps)
+        state = self.state if is_own else self.with_total_steps(total_steps)
         found = None if self.step is None else _traced(self.step, state, self.loaders["train"][1])
         start = None if state.tx is None else _traced(state.tx.init, state.params)
         if found is None or start is None:

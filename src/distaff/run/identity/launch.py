@@ -73,16 +73,16 @@ class Seat(NamedTuple):
 class Launch:
     """The runs of this process below one root.
 
-    Args:
-        root: the absolute path of the folder of all runs.
+    Attributes:
+        unfinished: directories of runs that are active or left to resume.
     """
 
     def __init__(self, root: Path) -> None:
         self._folder = root / _FOLDER
         self._held: dict[str, int] = {}
-        self._begun = ""
+        self._own_id = ""
         self._counts: Counter[str] = Counter()
-        self._unfinished: set[Path] = set()
+        self.unfinished: set[Path] = set()
 
     @property
     def id(self) -> str | None:
@@ -105,7 +105,7 @@ class Launch:
         with contextlib.suppress(OSError):
             self._folder.mkdir(exist_ok=True)
             if self._take(name, os.O_CREAT | os.O_EXCL):
-                self._begun = name
+                self._own_id = name
                 os.write(self._held[name], json.dumps(about).encode() + b"\n")
 
     def standing(self, name: str) -> Standing:
@@ -121,7 +121,7 @@ class Launch:
         """Whether an earlier run belongs to an open launch of another process."""
         launch = status.get("launch")
         name = launch.get("id") if isinstance(launch, Mapping) else None
-        return isinstance(name, str) and name != self._begun and self.standing(name) == "open"
+        return isinstance(name, str) and name != self._own_id and self.standing(name) == "open"
 
     def adopt(self, name: str) -> bool:
         """Adopts an open launch. Returns False if another process was faster."""
@@ -133,26 +133,13 @@ class Launch:
             time.sleep(0.01)  # another process is calling `standing`
         return False
 
-    def opened(self, run: Path) -> None:
-        """Records that a run has started."""
-        self._unfinished.add(run)
-
-    def ended(self, run: Path) -> None:
-        """Records that a run has ended and need not be resumed."""
-        self._unfinished.discard(run)
-
     def close(self) -> None:
         """Ends the launch at a normal exit. It stays open if a run is left to resume."""
         for name in list(self._held):
-            if not self._unfinished:
+            if not self.unfinished:
                 with contextlib.suppress(OSError):
                     self._path(name).unlink(missing_ok=True)
             unlock(self._held.pop(name))
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether no run is active or left to resume."""
-        return not self._unfinished
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{Path(name).name}.json"
@@ -169,7 +156,7 @@ def launch_of(root: Path) -> Launch:
     """Returns the launch of this process below an absolute root."""
     with _lock:
         if root not in _launches and len(_launches) >= _MAX_LAUNCHES:
-            idle = next((each for each, launch in _launches.items() if launch.is_idle), None)
+            idle = next((each for each, launch in _launches.items() if not launch.unfinished), None)
             if idle is not None:
                 _launches.pop(idle).close()
         return _launches.setdefault(root, Launch(root))

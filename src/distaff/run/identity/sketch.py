@@ -50,14 +50,12 @@ def _plain(leaf: Any) -> Any:
 
 def _samples(leaves: list[Any]) -> list[np.ndarray]:
     """Returns values of each leaf on the host; large models are sampled on the device."""
-    is_far = any(isinstance(x, jax.Array) and _platform(x) != "cpu" for x in leaves)
+    is_far = any(
+        isinstance(x, jax.Array) and next(iter(x.devices())).platform != "cpu" for x in leaves
+    )
     if is_far and sum(x.nbytes for x in leaves) > _MAX_FAR_BYTES:
         leaves = jax.jit(lambda many: [_some(x) for x in many])(leaves)
     return [_some(np.asarray(leaf)) for leaf in leaves]
-
-
-def _platform(array: jax.Array) -> str:
-    return next(iter(array.devices())).platform
 
 
 def _some(leaf: Any) -> Any:

@@ -12,13 +12,7 @@ from typing import Any, Literal
 from distaff.checkpoint import recorded
 from distaff.core.config.options import Options, option
 from distaff.core.warnings import warn
-from distaff.errors import (
-    CheckpointError,
-    ConfigError,
-    RunDirectoryError,
-    RunInUseError,
-    nearest,
-)
+from distaff.errors import CheckpointError, ConfigError, RunDirectoryError, RunInUseError, nearest
 from distaff.run.directory.run_directory import RunDirectory, read_status
 from distaff.run.directory.run_lock import locked
 from distaff.run.directory.run_version import reserve
@@ -100,12 +94,6 @@ class Takeover:
     ) -> Candidate | None:
         """Chooses the run to resume, or returns a finished one that equals the new run.
 
-        Args:
-            record: the record of the new run.
-            subject: the source of its identity.
-            key: see `train_model`.
-            rerun: see `train_model`.
-
         Raises:
             ConfigError: the key is not a nonempty string.
         """
@@ -154,11 +142,6 @@ class Takeover:
     ) -> RecordComparison | None:
         """Locks the directory of the run, and compares the run with the one it resumes.
 
-        Args:
-            record: the record of the new run.
-            subject: the source of its identity.
-            lock: the stack that releases the lock.
-
         Returns:
             The comparison; None for a new run.
 
@@ -171,9 +154,9 @@ class Takeover:
         choice, self._choice = self._choice or EarlierRuns(), None
         for each in choice.candidates:
             check_changes(each, allowed=self._options.allow_changes)
-            if self._locks(each, lock):
+            if self._try_lock(each, lock):
                 _check_links(each.path)
-                self._resumed(each)
+                self._take_over(each)
                 return each.comparison
         if self._must and not self.directory.created:
             raise CheckpointError(
@@ -183,7 +166,7 @@ class Takeover:
         is_new = not self.directory.created
         reserve(self.directory, lock)
         if is_new and self._seat is not None:
-            self._begun(self._seat)
+            self._join_launch(self._seat)
             self.remark = choice.remark and f"{self.directory.path.name} is {choice.remark}"
         return None
 
@@ -192,18 +175,18 @@ class Takeover:
         place = self.directory.path
         end = Candidate(place, {**facts, "status": status}, _equal)
         if self._seat is not None and not end.is_unfinished:
-            self._seat.launch.ended(place)
+            self._seat.launch.unfinished.discard(place)
 
-    def _begun(self, seat: Seat) -> None:
+    def _join_launch(self, seat: Seat) -> None:
         """Adds a new run to the launch, unless it is never resumed."""
         if self.resume == "never":
             self.directory.marks = {"launch": None, "key": seat.key}
             return
         seat.launch.begin()
-        seat.launch.opened(self.directory.path)
+        seat.launch.unfinished.add(self.directory.path)
         self.directory.marks = seat.marks()
 
-    def _resumed(self, candidate: Candidate) -> None:
+    def _take_over(self, candidate: Candidate) -> None:
         """Takes the directory of a resumed run, and its position in the program."""
         if candidate.comparison.changes:
             changes = "; ".join(candidate.comparison.changes)
@@ -218,11 +201,11 @@ class Takeover:
         if seat is not None and seat.adopt(candidate.status):
             marks = {name: candidate.status.get(name) for name in ("launch", "key")}
             self.directory.marks = marks
-            seat.launch.opened(self.directory.path)
+            seat.launch.unfinished.add(self.directory.path)
         elif seat is not None:
-            self._begun(seat)
+            self._join_launch(seat)
 
-    def _locks(self, candidate: Candidate, lock: ExitStack) -> bool:
+    def _try_lock(self, candidate: Candidate, lock: ExitStack) -> bool:
         """Locks an existing run. Returns False if another process uses it, or has ended it."""
         try:
             lock.enter_context(locked(candidate.path))

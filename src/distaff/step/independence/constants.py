@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,10 +36,10 @@ _FOLDS: dict[str, Callable[..., np.ndarray]] = {
     "concatenate": lambda params, *values: np.concatenate(values, params["dimension"]),
     "squeeze": lambda params, value: value.squeeze(tuple(params["dimensions"])),
     "select_n": lambda params, which, *cases: np.where(which, cases[1], cases[0]),
-    "lt": lambda params, a, b: np.less(a, b),
-    "add": lambda params, a, b: operator.add(a, b),
-    "sub": lambda params, a, b: operator.sub(a, b),
-    "mul": lambda params, a, b: operator.mul(a, b),
+    "lt": lambda params, a, b: a < b,
+    "add": lambda params, a, b: a + b,
+    "sub": lambda params, a, b: a - b,
+    "mul": lambda params, a, b: a * b,
 }
 
 
@@ -54,13 +53,9 @@ def folded(equation: Any, places: Sequence[Place]) -> Place:
     size = getattr(equation.outvars[0].aval, "size", _MAX_SIZE + 1)
     if fold is None or any(value is None for value in values) or size > _MAX_SIZE:
         return FREE
-    if equation.primitive.name == "iota" and not _is_integer(equation.params["dtype"]):
+    if equation.primitive.name == "iota" and np.dtype(equation.params["dtype"]).kind not in "iu":
         return FREE
     return FREE._replace(value=np.asarray(fold(equation.params, *values)))
-
-
-def _is_integer(dtype: Any) -> bool:
-    return np.dtype(dtype).kind in "iu"
 
 
 def counted_axis(column: np.ndarray, size: int) -> int | None:

@@ -51,10 +51,6 @@ def _entry_by_entry(equation: Any, places: Sequence[Place]) -> Found:
     return found if found.axis < equation.outvars[0].aval.ndim else MIXED
 
 
-def _one_by_one(equation: Any, places: Sequence[Place]) -> Found:
-    return [place.plain() for place in places]
-
-
 def _broadcast(equation: Any, places: Sequence[Place]) -> Found:
     axis = equation.params["broadcast_dimensions"][places[0].axis]
     return rows(axis, places[0].block)._replace(own=frozenset())
@@ -84,10 +80,6 @@ def _without(axes: Sequence[int], place: Place) -> Place:
     if place.kind is not AxisKind.ROWS or place.axis in axes:
         return MIXED if place.kind is AxisKind.ROWS else place
     return rows(place.axis - sum(axis < place.axis for axis in axes), place.block)
-
-
-def _squeeze(equation: Any, places: Sequence[Place]) -> Found:
-    return _without(equation.params["dimensions"], places[0])
 
 
 def _expand(equation: Any, places: Sequence[Place]) -> Found:
@@ -227,14 +219,16 @@ RULES: dict[str, Callable[[Any, Sequence[Place]], Found]] = {
     **dict.fromkeys(_CUMULATIVE, _along("axis")),
     **dict.fromkeys(_WINDOWS, _window),
     **dict.fromkeys(_LINEAR_ALGEBRA, _linear_algebra),
-    **dict.fromkeys(("optimization_barrier", "device_put"), _one_by_one),
+    **dict.fromkeys(
+        ("optimization_barrier", "device_put"), lambda _, places: [each.plain() for each in places]
+    ),
     **dict.fromkeys(("random_wrap", "random_unwrap", "random_bits", "random_split"), _keys),
     **dict.fromkeys(("scatter", "scatter-add", "scatter-mul"), scattered),
     **dict.fromkeys(("scatter-min", "scatter-max", "scatter_add"), scattered),
     "broadcast_in_dim": _broadcast,
     "reshape": _reshape,
     "transpose": _transpose,
-    "squeeze": _squeeze,
+    "squeeze": lambda equation, places: _without(equation.params["dimensions"], places[0]),
     "expand_dims": _expand,
     "sort": _along("dimension"),
     "rev": _along("dimensions"),

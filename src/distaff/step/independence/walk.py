@@ -55,11 +55,11 @@ class Walk:
 
         for equation in closed.jaxpr.eqns:
             before = [place_of(atom) for atom in equation.invars]
-            after = self._through(equation, before)
+            after = self._propagate(equation, before)
             known.update(zip(equation.outvars, after, strict=True))
         return [place_of(atom) for atom in closed.jaxpr.outvars]
 
-    def _through(self, equation: Any, places: list[Place]) -> list[Place]:
+    def _propagate(self, equation: Any, places: list[Place]) -> list[Place]:
         name, count = equation.primitive.name, len(equation.outvars)
         inner = called(equation)
         if inner is not None:
@@ -95,7 +95,7 @@ class Walk:
         sliced = [_sliced(place) for place in columns]
         if is_over:
             consts = [MIXED if place.has_examples else place for place in consts]
-        carry, stacked = self._settled(
+        carry, stacked = self._fixed_point(
             lambda carry: self(body, [*consts, *carry, *sliced]), carry, is_over=is_over
         )
         return [*carry, *(_stacked(place, is_over=is_over) for place in stacked)]
@@ -105,21 +105,21 @@ class Walk:
         params = equation.params
         num_cond, num_body = params["cond_nconsts"], params["body_nconsts"]
         cond, body = places[:num_cond], places[num_cond : num_cond + num_body]
-        carry, _ = self._settled(
+        carry, _ = self._fixed_point(
             lambda carry: self(params["body_jaxpr"], [*body, *carry]),
             places[num_cond + num_body :],
             is_over=False,
         )
         [condition] = self(params["cond_jaxpr"], [*cond, *carry])
-        return [_chosen(condition, place) for place in carry]
+        return [_select(condition, place) for place in carry]
 
     def cond(self, equation: Any, places: list[Place]) -> list[Place]:
         """Returns the places of the outputs of a `cond` or `switch`."""
         found = [self(branch, places[1:]) for branch in equation.params["branches"]]
         joined = [combined(each) for each in zip(*found, strict=True)]
-        return [_chosen(places[0], place) for place in joined]
+        return [_select(places[0], place) for place in joined]
 
-    def _settled(
+    def _fixed_point(
         self, body: Callable[[list[Place]], list[Place]], carry: list[Place], *, is_over: bool
     ) -> tuple[list[Place], list[Place]]:
         """Repeats the body of a loop until the places of its carry no longer change."""
@@ -179,7 +179,7 @@ def _stacked(place: Place, *, is_over: bool) -> Place:
     return rows(0) if place.kind is AxisKind.SINGLE and is_over else place.plain()
 
 
-def _chosen(chooser: Place, place: Place) -> Place:
+def _select(chooser: Place, place: Place) -> Place:
     """Returns the place of a result that a condition selects."""
     if not chooser.has_examples:
         return place

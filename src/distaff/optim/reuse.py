@@ -9,14 +9,14 @@ import optax
 
 from distaff.core.typing import PyTree
 from distaff.optim import catalog
-from distaff.optim.applied import RatesState
+from distaff.optim.build import OptimizerLike
 from distaff.optim.config import OptimizerConfig
-from distaff.optim.given import OptimizerLike
+from distaff.optim.rates import RatesState
 
 _OF_HYPERPARAMS = ("count", "hyperparams", "hyperparams_states")
 
 
-def kept_state(old: PyTree, fresh: PyTree, optimizer: OptimizerLike) -> PyTree:
+def reusable_state(old: PyTree, fresh: PyTree, optimizer: OptimizerLike) -> PyTree:
     """Returns the state that a second call of `train_model` starts with.
 
     Args:
