@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Args:
-        arguments: the arguments after `distaff`; None for those of this process.
+        arguments: the arguments after `distaff`; defaults to `sys.argv[1:]`.
 
     Returns:
         The exit status: 0, or 2 for an unknown command or an invalid option.

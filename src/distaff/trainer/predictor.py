@@ -104,7 +104,6 @@ class Predictor:
         return self._workspace.epoch
 
     def _set_up(self, example_batch: Batch) -> None:
-        """Runs the setup methods in order."""
         self.init_model(example_batch)
 
     def _tune_process(self, example_batch: Batch) -> None:
@@ -356,7 +355,7 @@ def _two_keys(seed: Any) -> tuple[Key, Key]:
 
 
 def _trained(state: TrainState) -> list[str]:
-    """Returns the members that a loaded model needs: all but those of the optimizer and the guard.
+    """Returns the members that a loaded model needs: all but optimizer state and guard.
 
     A member of a subclass may be None until training starts.
     """

@@ -80,7 +80,6 @@ class Preparation:
         self._load_init_from()
 
     def _take_programs(self) -> None:
-        """Uses the programs set by `create_jitted_functions`."""
         trainer, here = self._trainer, self._here
         for name in ("train_step", "eval_step"):
             if not callable(vars(trainer).get(name)):
@@ -100,11 +99,6 @@ class Preparation:
         here.evaluator = Evaluator(evaluation, here.execution, here.evaluation_watch)
 
     def _load_init_from(self) -> None:
-        """Loads the initial weights from `init_from`.
-
-        Raises:
-            CheckpointError: they cannot be read, or do not fit the model.
-        """
         trainer, here, recording = self._trainer, self._here, self._here.recording
         here.not_loaded, here.origin = None, ""
         if trainer.init_from is None:
@@ -212,7 +206,6 @@ class Preparation:
         here.state = owned(state.replace(guard=make_guard(self._options)))
 
     def _identify(self, run: Run, total_steps: int | None) -> None:
-        """Creates the record of the run, including its identity."""
         plan, trainer = run.plan, self._trainer
         self.subject = self._subject(run, total_steps)
         identity = None if self.subject is None else self.subject.identity()

@@ -101,9 +101,9 @@ class Task:
             )
         if trainer.config.check_val_every_n_epoch > self.num_epochs:
             raise ConfigError(
-                "Trials are compared by their validations, but there is none in num_epochs="
-                f"{self.num_epochs} with check_val_every_n_epoch="
-                f"{trainer.config.check_val_every_n_epoch}. Train longer, or validate more often."
+                f"Trials are compared by their validations, but num_epochs={self.num_epochs} with "
+                f"check_val_every_n_epoch={trainer.config.check_val_every_n_epoch} has none. Train "
+                "longer, or validate more often."
             )
         return trainer
 

@@ -106,7 +106,7 @@ def replay(
     """Runs steps one by one up to the first bad one; see `diagnose`. Never raises.
 
     Returns:
-        The bad step; None if there is none, the time is up, or something fails.
+        The bad step; None if all are good, the time is up, or something fails.
     """
     deadline = time.monotonic() + max_seconds
     try:
@@ -141,7 +141,6 @@ def _replayed(
 
 @contextmanager
 def _values_allowed() -> Generator[None]:
-    """Allows transfers and NaN values."""
     with jax.transfer_guard("allow"), jax.debug_nans(False), jax.debug_infs(False):
         yield
 

@@ -64,7 +64,7 @@ class Origin(NamedTuple):
 
     @property
     def root(self) -> Origin:
-        """The cause, unless there is none or it is a constant; else this origin."""
+        """The cause, if known and not a constant; else this origin."""
         cause = self.cause
         return self if cause is None or not (cause.operation or cause.argument) else cause
 

@@ -143,7 +143,7 @@ class DirectoryRecording(Recording):
 
         Raises:
             RunDirectoryError: the directory cannot be written, or is in use.
-            CheckpointError: a run must be resumed, and there is none, or it differs.
+            CheckpointError: a run must be resumed, but none exists, or it differs.
         """
         self.directory.check_writable()
         taken = self._takeover.take(record, subject, self._lock)

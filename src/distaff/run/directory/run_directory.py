@@ -32,7 +32,7 @@ _DIRECTORY_MODE = 0o775
 
 
 class RunDirectory:
-    """The directory of a run's files. Nothing is written before `create`.
+    """The directory of a run's files. Before `create`, methods that need it raise StateError.
 
     A run named "digits" is written to `runs/digits/0001`, the next one to `runs/digits/0002`; none
     is overwritten. It holds `config.json`, `env.json`, `status.json`, `metrics.jsonl`,
@@ -120,7 +120,6 @@ class RunDirectory:
 
         Raises:
             RunDirectoryError: the file cannot be written.
-            StateError: the directory has not been created yet.
         """
         return self.write_text(name, encoding.dumps(encoding.to_json(value)))
 
@@ -129,7 +128,6 @@ class RunDirectory:
 
         Raises:
             RunDirectoryError: the file cannot be written.
-            StateError: the directory has not been created yet.
         """
         target = self.path / _checked(name)
         with explained(target):
@@ -142,7 +140,6 @@ class RunDirectory:
 
         Raises:
             RunDirectoryError: the file is missing or not JSON.
-            StateError: the directory has not been created yet.
         """
         target = self.path / _checked(name)
         try:

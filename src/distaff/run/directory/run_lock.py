@@ -243,7 +243,7 @@ def _write(descriptor: int) -> None:
 
 
 def _read(path: Path) -> Holder | None:
-    """Returns the process named in a lock file; None if there is none."""
+    """Returns the process named in a lock file, or None."""
     try:
         with path.open("rb") as file:
             holder = Holder(**encoding.loads(file.read(_MOST_BYTES)))

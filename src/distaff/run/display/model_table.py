@@ -29,7 +29,7 @@ class _Line(NamedTuple):
 def model_table(rows: Sequence[LayerRow], title: str, depth: int | None = None) -> Table:
     """Returns a model as a table, with one line per array or per module, and totals.
 
-    Every column adds up to its total: a module's FLOPs exclude those of its submodules. For arrays
+    Every column adds up to its total: a module's FLOPs exclude its submodules. For arrays
     that are not parameters, the collection, such as `(batch_stats)`, replaces the count.
 
     Args:

@@ -63,7 +63,7 @@ class EarlierRuns(NamedTuple):
     """The earlier runs that a start can use.
 
     Attributes:
-        finished: the finished run that equals the new one; None if there is none.
+        finished: the finished run that equals the new one, or None.
         candidates: runs to resume, best first. The first that is not in use is resumed.
         remark: why no earlier run is resumed; empty if that needs no explanation.
     """

@@ -111,7 +111,6 @@ def _traced(function: Callable[..., Any], *arguments: Any) -> dict[str, Any] | N
 
 
 def _data(loader: Loader, batch: Batch) -> dict[str, Any]:
-    """Returns what identifies a loader and its data."""
     leaves = jax.tree.leaves_with_path(batch)
     return {
         "kind": " of ".join(type(each).__qualname__ for each in _chain(loader)),

@@ -173,8 +173,7 @@ def close_all() -> None:
     _launches.clear()
 
 
-def _forget() -> None:
-    """Drops the launches of the parent in a forked child."""
+def _forget() -> None:  # in a forked child
     global _lock
     for launch in _launches.values():
         for descriptor in launch._held.values():

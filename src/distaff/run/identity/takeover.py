@@ -146,7 +146,7 @@ class Takeover:
             The comparison; None for a new run.
 
         Raises:
-            CheckpointError: a run must be resumed, and there is none, or it differs.
+            CheckpointError: a run must be resumed, but none exists, or it differs.
             RunDirectoryError: the directory cannot be created, or is in use.
         """
         if self._choice is None:
@@ -160,7 +160,7 @@ class Takeover:
                 return each.comparison
         if self._must and not self.directory.created:
             raise CheckpointError(
-                f"resume={self.resume!r} needs an unfinished run of this name, and there is none. "
+                f"resume={self.resume!r} needs an unfinished run of this name, but found none. "
                 "Check root and name, or pass resume='auto' to start one."
             )
         is_new = not self.directory.created
