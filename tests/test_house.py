@@ -145,8 +145,8 @@ TODAY: dict[Callable[[House], list[str]], set[str]] = {
     repeated: set(),
     placers: set(),
     named_options: {
-        *("allow_changes", "allow_inexact_resume", "enable_progress_bar", "max_time", "nan_ok"),
-        *("on_bad_numbers", "on_failed_save", "on_loss_spike", "stuck_after", "tune_process"),
+        *("enable_progress_bar", "max_time", "on_bad_numbers", "on_failed_save"),
+        *("on_loss_spike", "stuck_after", "tune_process"),
     },
     undescribed_options: set(),
 }

@@ -134,9 +134,7 @@ def recorded_options(cls: type[TrainerConfig], record: Mapping[str, Any]) -> dic
     options = dict(vars(from_json(cls, record["options"])))
     with suppress(ConfigError):  # A transformation or a function is only recorded by its name.
         options["optimizer"] = from_json(OptimizerConfig, record.get("optimizer"))
-    # These only concern that run.
-    own = ("resume", "allow_inexact_resume", "allow_changes", "max_time")
-    return {name: x for name, x in options.items() if name not in own}
+    return {name: x for name, x in options.items() if name not in cls.names("ignored")}
 
 
 def rebuild_trainer(
