@@ -190,7 +190,7 @@ def test_last_save_is_tried_again_at_the_end(full_disk, times):
     best = 12 if times == 1 else 8
     assert (result.best.step, find(result.path)[1], on_disk()) == (best, best, [best])
     assert_same(trainer.state.params, snapshots.params[best])
-    replaced = "of step 12, could not be written: the best one that was is of step 8"
+    replaced = "of step 12, could not be written. The best model that was written, of step 8"
     assert [replaced in text for text in texts] == ([False] if times == 1 else [False, False, True])
     assert read(result.path, "status.json")["best"]["step"] == best
 
@@ -206,8 +206,8 @@ def test_run_without_any_checkpoint_keeps_its_last_weights():
     assert "Not a directory" in texts[0]
     assert "0001/checkpoints" in texts[0]
     assert "There is no whole checkpoint yet" in texts[0]
-    assert "nor any other that was validated" in texts[-2]
-    assert "The weights stay those of step 8" in texts[-1]
+    assert "nor any other validated model" in texts[-2]
+    assert "The weights of step 8 could not be written. They are kept" in texts[-1]
     assert (result.status, result.best, trainer.step) == ("finished", None, 8)
     assert_same(trainer.state.params, snapshots.params[8])
     assert read(result.path, "status.json")["best"] is None
@@ -221,7 +221,7 @@ def test_run_without_validation_does_not_go_back_to_an_older_checkpoint(full_dis
     trainer = make(snapshots, scores=(), on_failed_save="warn")
     with pytest.warns(UserWarning, match=NOT_WRITTEN) as warned:
         trainer.train_model(loader(), num_epochs=2)
-    assert "The weights stay those of step 8" in str(warned[-1].message)
+    assert "The weights of step 8 could not be written. They are kept" in str(warned[-1].message)
     assert (trainer.step, on_disk()) == (8, [4])
     assert_same(trainer.state.params, snapshots.params[8])
 

@@ -83,8 +83,8 @@ def test_unseeded_order_is_refused_and_the_run_stays_as_it_was():
     for _ in range(2):
         with pytest.raises(
             CheckpointError,
-            match=r"cannot go on from its checkpoint of step 7: the train loader: .*must yield the "
-            r"same batches.*this Shuffling yields others.*= \(1, 2\)\. Seed .*resume='never'",
+            match=r"cannot resume from its checkpoint of step 7: the train loader: .*must yield "
+            r"the same batches.*this Shuffling yields others.*= \(1, 2\)\. Seed .*resume='never'",
         ):
             train(Shuffling(None))
     with pytest.warns(UserWarning, match="the resume is inexact: the train loader"):

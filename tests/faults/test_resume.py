@@ -280,7 +280,7 @@ def test_checkpoint_with_hostile_facts_is_refused(
     (run / "status.json").write_text('{"status": "interrupted"}')
     info = {**CheckpointStore(run / "checkpoints").info(2), **change}
     monkeypatch.setattr(CheckpointStore, "info", lambda self, step: info)
-    with pytest.raises(CheckpointError, match="cannot go on from its checkpoint of step 2"):
+    with pytest.raises(CheckpointError, match="cannot resume from its checkpoint of step 2"):
         trained(tmp_path, epochs=2)
 
 

@@ -315,7 +315,7 @@ def test_run_does_not_go_on_with_other_callbacks():
         resumable(13, "cut", shuffled_sets())
     without = trainer(root="cut", resume="must")
     without.monitor = Monitor("val_clean/loss")
-    with pytest.raises(CheckpointError, match="its callbacks were 1, and are 0"):
+    with pytest.raises(CheckpointError, match="callbacks: 1 in the checkpoint, 0 in this run"):
         without.train_model(arrays(shuffle=True), shuffled_sets(), num_epochs=3)
 
 

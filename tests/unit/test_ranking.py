@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from distaff import Callback, data
 from distaff.checkpoint import CheckpointStore, find
 from distaff.errors import ConfigError
-from distaff.run.ranking import kept, placed
+from distaff.run.ranking import insert, retain
 from distaff.run.result import Best
 from scripted import Scripted
 
@@ -73,26 +73,26 @@ def test_ranking_is_the_sorted_list_where_the_older_of_equals_comes_first(scores
     for step, score in enumerate(scores):
         new = Best(step, step, {"score": score})
         is_best = better(new.metrics, models[0].metrics if models else None)
-        models = kept(placed(models, new, better, is_best=is_best), number)
+        models = retain(insert(models, new, better, is_best=is_best), number)
     expected = sorted(range(len(scores)), key=lambda step: (scores[step], step))
     assert [model.step for model in models] == expected[:number]
 
 
 def test_model_that_is_judged_again_is_ranked_once():
     models = tuple(Best(step, step, {"score": step}) for step in (1, 2))
-    again = placed(models, Best(2, 2, {"score": 0}), better, is_best=True)
+    again = insert(models, Best(2, 2, {"score": 0}), better, is_best=True)
     assert [model.step for model in again] == [2, 1]
 
 
 def test_model_that_is_refused_as_the_first_is_not_ranked():
-    assert placed((), Best(1, 1, {"score": 0}), better, is_best=False) == ()
+    assert insert((), Best(1, 1, {"score": 0}), better, is_best=False) == ()
 
 
 def test_ranking_counts_only_models_that_have_a_checkpoint():
     models = tuple(Best(step, step, {}) for step in (50, 20, 40, 10, 30))
     # 50 is being written; 20 never was, as 40 is there.
-    assert [model.step for model in kept(models, 1, {10, 30, 40})] == [50, 40]
-    assert [model.step for model in kept(models, 2, {10, 30, 40})] == [50, 40, 10]
+    assert [model.step for model in retain(models, 1, {10, 30, 40})] == [50, 40]
+    assert [model.step for model in retain(models, 2, {10, 30, 40})] == [50, 40, 10]
 
 
 def test_keep_best_keeps_their_checkpoints_on_disk():

@@ -40,7 +40,9 @@ def test_lines_name_the_peak_that_the_share_is_of():
 @pytest.mark.parametrize(("waiting", "is_said"), [(0.99, False), (1.01, True)])
 def test_lines_say_what_to_do_where_a_tenth_of_the_training_waits_for_data(waiting, is_said):
     lines = Report(read(device=10 - waiting, data=waiting, compile=100)).lines()
-    assert ("10% of the training waits for data. Give arrays as" in lines[-1]) == is_said
+    assert (
+        "10% of training time was spent waiting for data. Pass arrays as" in lines[-1]
+    ) == is_said
     assert len(lines) == 2 + is_said
 
 

@@ -146,5 +146,5 @@ def test_run_that_waits_for_data_says_so_at_its_end_with_the_remedy(stop):
     result = run.train_model(slow, num_epochs=1, steps_per_epoch=30)
     assert result.status == ("finished" if stop is None else "interrupted")
     text = (result.path / "log.txt").read_text()
-    assert "of the training waits for data. Give arrays as a data.ArrayLoader" in text
+    assert "of training time was spent waiting for data. Pass arrays as a data.ArrayLoader" in text
     assert "more workers" in text

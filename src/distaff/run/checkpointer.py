@@ -1,8 +1,8 @@
-"""Checkpointer: what a checkpoint holds of a run beside its arrays, and how a run resumes from it.
+"""Saves the checkpoints of a run, and resumes a run from them.
 
-A checkpoint is made at one of three places: within an epoch's steps; after them, before they are
-validated; or at the epoch's end. What follows it is done again by the run that resumes, and the log
-is cut to where it stood.
+A checkpoint is saved at one of three points: between the steps of an epoch; after them, before the
+validation; or at the end of the epoch. A resumed run repeats everything after the checkpoint, and
+truncates the log to it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from distaff.execution.dispatch.packed_metrics import BadStep
 from distaff.execution.dispatch.steps_per_call import continued
 from distaff.metrics import as_json, as_numbers
 from distaff.run.directory.recording import RecordingOptions
-from distaff.run.events import BadNumbers, given
-from distaff.run.ranking import Better, kept, placed
+from distaff.run.events import BadNumbers, as_argument
+from distaff.run.ranking import Better, insert, retain
 from distaff.run.recorder import Recorder
 from distaff.run.result import Best
 from distaff.run.supervision.supervisor import Supervisor
@@ -35,128 +35,127 @@ _NOTHING = NullStore()
 
 
 class Checkpointer:
-    """Saves a run at any step, and puts it back where it was saved.
+    """Saves and restores a run at any step.
 
     Args:
-        recorder: of the run.
-        supervisor: is told of each save.
-        options: of the run.
+        recorder: the progress of the run.
+        supervisor: restarts its save timer at each save.
+        options: the options of the run.
 
     Attributes:
-        boundary: the facts of a checkpoint that may be made now, in the middle of an evaluation;
-            None where there is none.
-        origin: keeps the state before the first step, until something is saved.
+        boundary: the facts of a checkpoint that may be saved during an evaluation; None if the
+            run is elsewhere.
+        origin: holds the state before the first step until the first save.
     """
 
     boundary: dict[str, Any] | None = None
     origin: Store
     _last_save: int | None = None
-    _taken_up: tuple[TrainState, int, int] | None = None
+    _loaded: tuple[TrainState, int, int] | None = None
 
     def __init__(
         self, recorder: Recorder, supervisor: Supervisor, options: RecordingOptions
     ) -> None:
         self._recorder, self._supervisor, self._options = recorder, supervisor, options
-        self._here, self.origin = recorder.workspace, _NOTHING
-        self._val_loaders = given(recorder.plan.val_loaders)
+        self._workspace, self.origin = recorder.workspace, _NOTHING
+        self._val_loaders = as_argument(recorder.plan.val_loaders)
 
     @property
     def store(self) -> Store:
         """The checkpoints of the run."""
-        return self._here.recording.store
+        return self._workspace.recording.store
 
     def save(self, facts: Mapping[str, Any]) -> None:
-        """Hands the arrays of the state, and what else a resume needs, to the store.
+        """Saves the arrays of the state, with the facts that a resume needs.
 
-        With the members of the state go, where they differ from its `params`, the parameters to
-        evaluate with: a model is loaded without its optimizer.
+        The evaluation parameters are saved too if they differ from `params`, so that a model can be
+        loaded without its optimizer.
 
         Raises:
-            BadNumbers: a parameter is NaN or infinite; such a model is never kept.
+            BadNumbers: a parameter is NaN or infinite; such a model is never saved.
         """
-        here = self._here
-        state = here.ready_state()
+        workspace = self._workspace
+        state = workspace.ready_state()
         if not all_finite(state.params):
-            raise BadNumbers("A parameter", BadStep(here.step, is_spike=False))
+            raise BadNumbers("A parameter", BadStep(workspace.step, is_spike=False))
         self._supervisor.saved()
-        self._supervisor.beat("a checkpoint", here.step)
-        evaluated = here.evaluation_state()
+        self._supervisor.beat("a checkpoint", workspace.step)
+        evaluated = workspace.evaluation_state()
         differ = evaluated is not state
         arrays = {EVALUATION_PARAMS: evaluated.params} if differ else {}
         with self._recorder.timers.spent("checkpoint"):
             info = {**facts, EVALUATION_PARAMS: differ}
-            self.store.save(here.step, {**state.arrays(), **arrays}, info)
-        self.boundary, self._last_save, self.origin = None, here.step, _NOTHING
+            self.store.save(workspace.step, {**state.arrays(), **arrays}, info)
+        self.boundary, self._last_save, self.origin = None, workspace.step, _NOTHING
 
     def facts(self, metrics: Mapping[str, Any], is_best: bool | None) -> dict[str, Any]:
-        """Returns what a resume needs beside the arrays, as strict JSON.
+        """Returns what a resume needs in addition to the arrays, as strict JSON.
 
         Args:
-            metrics: of the validation before it, at the end of an epoch.
-            is_best: whether that found the best model; None elsewhere than at the end of an epoch.
+            metrics: validation metrics; empty except at the end of an epoch.
+            is_best: whether the model is the best so far; None except at the end of an epoch.
         """
-        recorder, here = self._recorder, self._here
+        recorder, workspace = self._recorder, self._workspace
         callbacks, plan = recorder.callbacks, recorder.plan
-        guard = here.ready_state().guard
+        guard = workspace.ready_state().guard
         return {
             "record": recorder.record,
-            "step": here.step,
-            "epoch": here.epoch,
+            "step": workspace.step,
+            "epoch": workspace.epoch,
             "metrics": as_json(metrics),
             "is_best": is_best,
             "provisional": is_best is None,
-            **recorder.state.to_json(ended=None if is_best is None else here.epoch),
+            **recorder.state.to_json(ended=None if is_best is None else workspace.epoch),
             "stop": [callbacks.stop_reason, callbacks.stop_status],
             "guard": None if guard is None else form_of(guard),
-            "loader": dict(here.feeds.position(plan.train_loader)),
+            "loader": dict(workspace.feeds.position(plan.train_loader)),
             "val_loader": self._validation_positions(),
             "callbacks": [callback.get_state() for callback in callbacks.callbacks],
             "callback_names": callbacks.names,
-            "logger": here.recording.logger.position(),
+            "logger": workspace.recording.logger.position(),
             "steps_per_call": recorder.fusion,
         }
 
     def _validation_positions(self) -> Any:
-        """Returns the positions of the loaders of the validation, in the form of `val_loader`."""
-        position, loaders = self._here.feeds.position, self._val_loaders
+        position, loaders = self._workspace.feeds.position, self._val_loaders
         if isinstance(loaders, dict):
             return {name: dict(position(loader)) for name, loader in loaders.items()}
         return None if loaders is None else dict(position(loaders))
 
     def rank(self, metrics: Mapping[str, Any], is_best: bool, better: Better) -> None:
-        """Takes the model just validated among the best ones, if it is one of them.
+        """Adds the model just validated to the best models if it ranks among them.
 
         Args:
-            metrics: of its validation; empty where there was none.
+            metrics: its validation metrics; empty without validation.
             is_best: whether it is the best model so far.
-            better: compares two validations.
+            better: compares the metrics of two models.
         """
         if not (metrics or is_best):
             return
-        recorder, here = self._recorder, self._here
-        new = Best(here.step, here.epoch, dict(metrics))
-        models = placed(recorder.state.best_models, new, better, is_best=is_best)
+        recorder, workspace = self._recorder, self._workspace
+        new = Best(workspace.step, workspace.epoch, dict(metrics))
+        models = insert(recorder.state.best_models, new, better, is_best=is_best)
         steps = self.store.steps() if self._may_lose_saves else None
-        recorder.update(best_models=kept(models, self._options.keep_best, steps))
+        recorder.update(best_models=retain(models, self._options.keep_best, steps))
 
     def load_best(self) -> None:
-        """Loads the best checkpoint of this run, whole; the newest where none is the best.
+        """Loads the best checkpoint of this run; the newest if no model was ranked.
 
-        Where none is, and the last save could not be written, the weights stay as they are.
+        If no model was ranked and the last save failed, keeps the current weights and warns.
         """
         self.settle()
-        best, here, store = self._recorder.state.best, self._here, self.store
+        best, workspace, store = self._recorder.state.best, self._workspace, self.store
         step = best.step if best else store.latest()
-        if self._may_lose_saves and best is None and here.step == self._last_save != step:
+        if self._may_lose_saves and best is None and workspace.step == self._last_save != step:
             warned(
-                f"The weights stay those of step {here.step}, which could not be written: they are "
-                "in the memory of this process only."
+                f"The weights of step {workspace.step} could not be written. They are kept, but "
+                "only in the memory of this process."
             )
         elif step is not None:
-            here.restore(store, step, self.saved_members(store.info(step)))
+            workspace.restore(store, step, self.saved_members(store.info(step)))
 
     def settle(self) -> None:
-        """Waits for what is being written, and drops the best models that could not be.
+        """Waits for pending saves, and drops best models whose save failed.
 
         Raises:
             CheckpointError: a save failed.
@@ -166,37 +165,39 @@ class Checkpointer:
         if not self._may_lose_saves or best is None:
             return
         steps = store.steps()
-        there = [model for model in recorder.state.best_models if model.step in steps]
-        recorder.update(best_models=kept(there, self._options.keep_best))
+        written = [model for model in recorder.state.best_models if model.step in steps]
+        recorder.update(best_models=retain(written, self._options.keep_best))
         now = recorder.state.best
         if now is None:
             warned(
-                f"The best model, of step {best.step}, could not be written, nor any other that "
-                "was validated: this run has no best model."
+                f"The best model, of step {best.step}, could not be written, nor any other "
+                "validated model. This run has no best model."
             )
         elif now is not best:
             warned(
-                f"The best model, of step {best.step}, could not be written: the best one that "
-                f"was is of step {now.step}, and takes its place."
+                f"The best model, of step {best.step}, could not be written. The best model that "
+                f"was written, of step {now.step}, replaces it."
             )
 
     @property
     def _may_lose_saves(self) -> bool:
-        """Whether the run continues after a save that failed."""
+        """Whether the run continues after a failed save."""
         return self._options.on_failed_save == "warn" and self._options.writes
 
-    def take_up(self) -> None:
-        """Loads the state of a resumed run, so that `on_training_start` has its step and arrays.
+    def load_state(self) -> None:
+        """Loads the state of a resumed run, so that `on_training_start` sees its step and arrays.
 
-        The rest follows in `resume`: what that hook changes is not what was saved.
+        `resume` restores the rest after that hook, and thus overrides what the hook changes.
         """
-        found, here = self._recorder.recording.found, self._here
+        found, workspace = self._recorder.recording.found, self._workspace
         if found is not None:
-            here.restore(self.store, found.step, self.saved_members(self.store.info(found.step)))
-            self._taken_up = (here.ready_state(), here.step, here.epoch)
+            workspace.restore(
+                self.store, found.step, self.saved_members(self.store.info(found.step))
+            )
+            self._loaded = (workspace.ready_state(), workspace.step, workspace.epoch)
 
     def resume(self) -> StepInfo | None:
-        """Goes to where a resumed run was saved; returns what `on_checkpoint` was told there."""
+        """Restores a resumed run; returns the argument of its last `on_checkpoint`, or None."""
         recorder, found, saved = self._recorder, self._recorder.recording.found, None
         if found is not None:
             asked = recorder.callbacks.stop_reason, recorder.callbacks.stop_status
@@ -204,45 +205,45 @@ class Checkpointer:
             if asked[0] is not None:  # at the start of this run
                 recorder.callbacks.stop_reason, recorder.callbacks.stop_status = asked
             recorder.recording.confirm(recorder.record)
-            recorder.show(found.text(self._here.epoch))
+            recorder.show(found.text(self._workspace.epoch))
         elif recorder.recording.remark:
             recorder.show(recorder.recording.remark)
-        here = self._here
-        recorder.update(first_step=here.step, step=here.step, epoch=here.epoch)
+        workspace = self._workspace
+        recorder.update(first_step=workspace.step, step=workspace.step, epoch=workspace.epoch)
         return saved
 
     def saved_members(self, info: Mapping[str, Any]) -> tuple[str, ...]:
-        """Returns which members of the state a checkpoint with this info holds.
+        """Returns the members of the state to load from a checkpoint with this info.
 
-        The guard of another policy remembers something else, and starts afresh.
+        The guard is left out if it belongs to another policy: it then starts afresh.
         """
-        members = self._here.ready_state().arrays()
+        members = self._workspace.ready_state().arrays()
         if members["guard"] is None or info.get("guard") != form_of(members["guard"]):
             members.pop("guard")
         return tuple(members)
 
     def restore(self, store: Store, step: int, *, val: bool = True) -> StepInfo | None:
-        """Puts the run where it was when a checkpoint was made.
+        """Restores the run from a checkpoint.
 
         Args:
-            store: where the checkpoint is.
-            step: which one.
-            val: whether the validation loaders go back, too.
+            store: the store of the checkpoint.
+            step: the step of the checkpoint.
+            val: whether to restore the positions of the validation loaders.
 
         Returns:
-            What `on_checkpoint` was told; None where the checkpoint is not of an epoch's end.
+            The argument of `on_checkpoint`; None unless the checkpoint is from the end of an epoch.
 
         Raises:
-            CheckpointError: it cannot be read, or is of another model or another data set.
+            CheckpointError: the checkpoint cannot be read, or the model or the data differ.
         """
-        info, here, recorder = store.info(step), self._here, self._recorder
-        taken_up, self._taken_up = self._taken_up, None
-        if taken_up is not None and is_intact(taken_up[0]):
-            here.state, here.step, here.epoch = taken_up
+        info, workspace, recorder = store.info(step), self._workspace, self._recorder
+        loaded, self._loaded = self._loaded, None
+        if loaded is not None and is_intact(loaded[0]):
+            workspace.state, workspace.step, workspace.epoch = loaded
         else:
-            here.restore(store, step, self.saved_members(info))
+            workspace.restore(store, step, self.saved_members(info))
         plan, dispatcher = recorder.plan, recorder.dispatcher
-        with explained(step):
+        with _naming_step(step):
             recorder.state = recorder.state.from_json(
                 info, dispatcher.layout, store.steps(), self._options.keep_best
             )
@@ -256,18 +257,18 @@ class Checkpointer:
         return None if is_best is None else recorder.info(metrics, is_best)
 
     def load_finished(self, own: list[Any]) -> None:
-        """Loads the results and the best model of a run that is finished.
+        """Loads the results of a finished run.
 
         Args:
-            own: the user's own loaders, which go to where the run has left them.
+            own: the loaders that the user passed, which are moved to the end of the run.
 
         Raises:
-            CheckpointError: its checkpoints cannot be read.
+            CheckpointError: a checkpoint cannot be read.
         """
         step, plan = self.store.latest(), self._recorder.plan
-        assert step is not None  # or it would not be one to load
+        assert step is not None  # a finished run has a checkpoint
         info, recorder = self.store.info(step), self._recorder
-        with explained(step):
+        with _naming_step(step):
             recorder.state = recorder.state.with_results(
                 info, self.store.steps(), self._options.keep_best
             )
@@ -278,19 +279,18 @@ class Checkpointer:
                 self.seek_validation(info["val_loader"], own)
 
     def _restore_callbacks(self, info: Mapping[str, Any]) -> None:
-        """Gives callbacks back what they remember."""
         callbacks = self._recorder.callbacks
         callbacks.stop_reason, callbacks.stop_status = info["stop"]
         names = callbacks.names
         saved_names = info.get("callback_names", names)
-        _check_same("callbacks", len(info["callbacks"]), len(names))
+        _check_same("number of callbacks", len(info["callbacks"]), len(names))
         states = dict(zip(saved_names, info["callbacks"], strict=True))
         for name, callback in zip(names, callbacks.callbacks, strict=True):
-            if name in states:  # else it is of another class, and remembers nothing yet
+            if name in states:  # else its class has changed, and it starts afresh
                 callback.set_state(states[name])
 
     def seek_validation(self, saved: Mapping[str, Any], own: Any = None) -> None:
-        """Puts the validation loaders where they were; of several, only those in `own` if given."""
+        """Restores the positions of the validation loaders; of those in `own` only, if passed."""
         val_loaders = self._recorder.plan.val_loaders
         loaders = {n.removeprefix("val_"): each for n, each in val_loaders.items()}
         positions = {"val": saved} if "val" in val_loaders else saved
@@ -301,32 +301,31 @@ class Checkpointer:
             self.seek(positions[name], loader, name if name == "val" else f"val_{name}")
 
     def seek(self, position: Mapping[str, Any], loader: Loader, name: str) -> None:
-        """Puts a loader where it was."""
+        """Restores the position of a loader; warns if it is inexact and that is allowed."""
         try:
             loader.set_state(position)
         except ChangedBatchesError as error:
             if not self._options.allow_inexact_resume:
                 raise ChangedBatchesError(f"the {name} loader: {error}") from error
-            loader.set_state(loader.get_state())  # it stands where it shall
+            loader.set_state(loader.get_state())  # it has moved to the right place
             line = f"the resume is inexact: the {name} loader does not yield the same batches again"
             self._recorder.show(line)
             warn(line, stacklevel=2)
 
 
 @contextmanager
-def explained(step: int) -> Generator[None]:
-    """Turns what is wrong with the facts of a checkpoint into an error that names it."""
+def _naming_step(step: int) -> Generator[None]:
+    """Turns any exception into a CheckpointError that names the step of the checkpoint."""
     try:
         yield
-    except Exception as error:  # a callback of the user's own may fail in its own way
+    except Exception as error:  # a custom callback may raise anything
         reason = str(error).rstrip(".")
         raise CheckpointError(
-            f"The run cannot go on from its checkpoint of step {step}: {reason}. Start it with "
-            "the code, the data and the callbacks that it was started with, or anew: "
-            "resume='never'."
+            f"The run cannot resume from its checkpoint of step {step}: {reason}. Use the same "
+            "code, data and callbacks as before, or start a new run with resume='never'."
         ) from error
 
 
-def _check_same(what: str, saved: Any, here: Any) -> None:
-    if saved != here:
-        raise ValueError(f"its {what} were {saved}, and are {here}")
+def _check_same(what: str, saved: Any, now: Any) -> None:
+    if saved != now:
+        raise ValueError(f"{what}: {saved} in the checkpoint, {now} in this run")

@@ -1,4 +1,4 @@
-"""Evaluation and prediction: the fold of a step over a loader, exact over batches of any sizes."""
+"""Evaluation and prediction over a loader, exact for batches of any sizes."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ from distaff.step.step import EvalFn, EvalStep, per_example
 _IN_FLIGHT = 32
 
 MayPad: TypeAlias = Callable[[ChunkData], bool]
-"""Tells whether batches like those of a source may be padded."""
+"""Returns whether batches with the shapes and dtypes of this one may be padded."""
 
 
 class Evaluator:
-    """Folds an evaluation step over a loader.
+    """Accumulates the metrics of an evaluation step over a loader.
 
-    Every example counts once, and batches may have any sizes. A batch that is smaller than one
-    before it, whose examples have its shapes, is padded to the size of that one and masked, so that
-    one program serves both. It keeps its own size, which compiles once more, where the step cannot
-    mask (its loss or a metric is not one value per example, or it is a function of your own), or
-    where an example's values depend on other examples; see `Padding`.
+    Every example counts once, and batches may have any sizes. A batch smaller than an earlier one
+    with the same example shapes is padded to its size and masked, so that one program serves both.
+    A batch is not padded, and compiles another program, if the step cannot mask it (its loss or a
+    metric is not one value per example, or the step is a custom function), or if the values of an
+    example depend on other examples; see `Padding`.
 
     Args:
         eval_step: an `EvalStep`, or any `(state, batch) -> metrics`.
-        execution: how the step is made to run.
-        watch: watches what compiles.
+        execution: compiles and runs the step.
+        watch: detects recompilations.
 
     Attributes:
-        outputs: `(state, batch) -> metrics`, before any of them is reduced.
+        outputs: `(state, batch) -> metrics`, before they are reduced over examples.
     """
 
     def __init__(
@@ -68,32 +68,32 @@ class Evaluator:
         """Returns the metrics over all examples, on the host.
 
         Args:
-            state: evaluated, not changed.
+            state: the state to evaluate; not changed.
             chunks: one pass over a data set.
 
         Raises:
-            BatchError: there is no batch.
+            BatchError: there are no batches.
         """
         sizes, waiting, total = Sizes(self.may_pad(state)), [], None
         for chunk in chunks:
             waiting.append(self._measure(state, chunk, sizes))
             if len(waiting) == _IN_FLIGHT:
-                total, waiting = _drained(total, waiting), []
-        total = _drained(total, waiting)
+                total, waiting = _merge_waiting(total, waiting), []
+        total = _merge_waiting(total, waiting)
         if total is None:
-            raise BatchError("An evaluation needs at least one batch; the loader gave none.")
+            raise BatchError("An evaluation needs at least one batch, but the loader is empty.")
         return total
 
     def may_pad(self, state: TrainState) -> MayPad:
-        """Returns whether batches may be padded in an evaluation of a state."""
+        """Returns a function that decides which batches to pad in an evaluation of a state."""
         return (lambda source: False) if self._padding is None else self._padding.of(state)
 
     def step(self, state: TrainState, batch: Batch) -> dict[str, Metric]:
-        """Returns the metrics of one full batch, as they are merged, from the trace of a run."""
+        """Returns the metrics of one full batch, before they are merged."""
         return self._run(state, One(batch), self._mask(state, batch))
 
     def shapes(self, state: TrainState, batch: Batch) -> dict[str, Metric]:
-        """Returns the metrics of one full batch, as shapes where the step can be traced."""
+        """Returns the metrics of one full batch; as shapes if the step can be traced."""
         return self._execution.shapes(self._run, state, One(batch), self._mask(state, batch))
 
     def _mask(self, state: TrainState, batch: Batch) -> np.ndarray | None:
@@ -103,7 +103,7 @@ class Evaluator:
         self, state: TrainState, chunk: Chunk, sizes: Sizes
     ) -> dict[str, Metric] | _RowMetrics:
         source, mask, axes = chunk.source, None, 1 if isinstance(chunk.source, One) else 2
-        full = sizes.full(form_of_examples(source, axes=axes), chunk.examples, lambda: source)
+        full = sizes.full(example_spec(source, axes=axes), chunk.examples, lambda: source)
         if full.may_pad:
             mask = np.arange(full.size) < chunk.examples
             if jax.tree.leaves(source)[0].shape[axes - 1] != full.size:
@@ -134,7 +134,7 @@ class Evaluator:
     def _accumulating_each(
         self, state: TrainState, source: ChunkData, mask: jax.Array | None, num_steps: jax.Array
     ) -> _Table:
-        """Returns a row for each batch; those after the last are 0."""
+        """Returns one row per batch; unused rows are 0."""
         layout = MetricLayout(jax.eval_shape(self._accumulating, state, source, mask))
 
         def body(index: jax.Array, table: jax.Array) -> jax.Array:
@@ -148,13 +148,11 @@ class Evaluator:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Table:
-    """What a program returns of several batches: their metrics, and how these are laid out.
-
-    The layout is a static part of the output, and thus belongs to the program that made it.
+    """The packed metrics of several batches, with their layout as static data.
 
     Args:
         rows: uint32 `[capacity, width]`.
-        layout: what is in a row.
+        layout: layout of a row.
     """
 
     rows: jax.Array
@@ -172,7 +170,7 @@ class _RowMetrics(NamedTuple):
         return metrics_lib.merge_rows(self.table.layout.metrics(rows))
 
 
-def _drained(
+def _merge_waiting(
     total: dict[str, Metric] | None, waiting: list[dict[str, Metric] | _RowMetrics]
 ) -> dict[str, Metric] | None:
     for each in waiting:
@@ -182,15 +180,15 @@ def _drained(
 
 
 class Padding:
-    """Decides which batches may be padded: those whose examples a function keeps apart.
+    """Decides which batches may be padded: those for which a function treats examples separately.
 
-    Padding repeats the last example. A function whose outputs for one example depend on others,
-    such as a contrastive loss, would see the copies, and so would one that uses the size of the
-    batch. This is read from the function's jaxpr, once per shapes and dtypes of its arguments.
+    Padding repeats the last example. It would change the outputs of a function that mixes examples,
+    such as a contrastive loss, or uses the batch size. This is determined from the jaxpr of the
+    function, once per combination of argument shapes and dtypes.
 
     Args:
         execution: traces the function; without a trace, batches are not padded.
-        function: `(state, batch) -> outputs`, each `[batch, ...]`. It raises MaskError if an output
+        function: `(state, batch) -> outputs`, each `[batch, ...]`. Raises MaskError if an output
             has another shape.
     """
 
@@ -199,18 +197,18 @@ class Padding:
         self._known: dict[Any, bool] = {}
 
     def of(self, state: PyTree) -> MayPad:
-        """Returns a function that tells whether batches like those of a source may be padded."""
-        form = _form(state)
+        """Returns a function that decides which batches may be padded for a state."""
+        spec = _spec(state)
 
         def may_pad(source: ChunkData) -> bool:
-            key = form, type(source), _form(source)
+            key = spec, type(source), _spec(source)
             if key not in self._known:
-                self._known[key] = self._found(state, source)
+                self._known[key] = self._trace_rows(state, source)
             return self._known[key]
 
         return may_pad
 
-    def _found(self, state: PyTree, source: ChunkData) -> bool:
+    def _trace_rows(self, state: PyTree, source: ChunkData) -> bool:
         batch = jax.eval_shape(lambda each: each.batch(0), source)
         if not has_rows(batch):
             return False
@@ -225,10 +223,10 @@ class Padding:
 
 
 class Full(NamedTuple):
-    """The largest batch so far whose examples have these shapes.
+    """The largest batch so far with examples of these shapes.
 
     Attributes:
-        size: examples in it.
+        size: its number of examples.
         may_pad: whether smaller batches may be padded to this size.
     """
 
@@ -237,23 +235,23 @@ class Full(NamedTuple):
 
 
 class Sizes:
-    """The largest batches of one pass over a data set, by the shapes of an example."""
+    """The largest batches of one pass over a data set, by the shapes of their examples."""
 
     def __init__(self, may_pad: MayPad) -> None:
         self._may_pad = may_pad
         self._full: dict[Any, Full] = {}
 
-    def full(self, form: Any, size: int, source: Callable[[], ChunkData]) -> Full:
+    def full(self, spec: Any, size: int, source: Callable[[], ChunkData]) -> Full:
         """Returns the largest batch so far, this one included.
 
         Args:
-            form: see `form_of_examples`.
-            size: examples in the batch.
-            source: returns its data.
+            spec: see `example_spec`.
+            size: number of examples in the batch.
+            source: returns the data of the batch.
         """
-        full = self._full.get(form)
+        full = self._full.get(spec)
         if full is None or full.size < size:
-            full = self._full[form] = Full(size, self._may_pad(source()))
+            full = self._full[spec] = Full(size, self._may_pad(source()))
         return full
 
 
@@ -263,28 +261,28 @@ def predict(
     batches: Iterable[Batch],
     execution: Execution | None = None,
 ) -> PyTree:
-    """Gathers a model's outputs over a loader, in its order, on the host.
+    """Gathers a model's outputs over a loader, in order, on the host.
 
     Args:
         predict_step: `(state, batch) -> outputs`, each output `[batch, ...]`.
-        state: used, not changed.
-        batches: one pass over a data set. A batch that is smaller than one before it is padded to
-            its size, and the padding cut off, if no output depends on other examples than its own.
-        execution: how the step is made to run; compiled by default.
+        state: the state to predict with; not changed.
+        batches: one pass over a data set. A batch smaller than an earlier one is padded to its
+            size, if each output depends on its own example only; the padding is removed again.
+        execution: traces the step; compiled by default.
 
     Returns:
-        The outputs as numpy arrays, `[examples, ...]`, in the structure of one batch's outputs.
+        The outputs as NumPy arrays `[examples, ...]`, in the structure of one batch's outputs.
 
     Raises:
-        BatchError: there is no batch, an output has no batch axis, or its other axes differ from
-            batch to batch.
+        BatchError: there are no batches, an output has no batch axis, or its other axes differ
+            between batches.
     """
     may_pad = Padding(execution or Compiled(), predict_step).of(state)
     full_sizes: dict[Any, int] = {}
     gathered: list[tuple[PyTree, int, int]] = []
     for batch in batches:
-        size, form = num_examples(batch), form_of_examples(batch)
-        full_size = full_sizes[form] = max(size, full_sizes.get(form, 0))
+        size, spec = num_examples(batch), example_spec(batch)
+        full_size = full_sizes[spec] = max(size, full_sizes.get(spec, 0))
         is_short = size < full_size and has_rows(batch)
         padded = pad(batch, full_size) if is_short else batch
         if not is_short or not may_pad(One(padded)):
@@ -292,51 +290,51 @@ def predict(
         gathered.append((predict_step(state, padded), size, full_size))
         if len(gathered) > _IN_FLIGHT:
             late = len(gathered) - _IN_FLIGHT - 1
-            gathered[late] = _fetched(*gathered[late])
+            gathered[late] = _fetch(*gathered[late])
     if not gathered:
-        raise BatchError("A prediction needs at least one batch; the loader gave none.")
-    parts = [_fetched(*entry)[0] for entry in gathered]
-    return jax.tree.map_with_path(_joined, *parts)
+        raise BatchError("A prediction needs at least one batch, but the loader is empty.")
+    parts = [_fetch(*entry)[0] for entry in gathered]
+    return jax.tree.map_with_path(_join, *parts)
 
 
-def _joined(path: tuple[Any, ...], *leaves: np.ndarray) -> np.ndarray:
+def _join(path: tuple[Any, ...], *leaves: np.ndarray) -> np.ndarray:
     shapes = {leaf.shape[1:] for leaf in leaves}
     if len(shapes) > 1:
         name = f" {leaf_name(path)!r}" if path else ""
         raise BatchError(
-            f"The outputs of a prediction are alike for all examples; the output{name} has shapes "
-            f"[batch, ...] with {sorted(shapes)} after the batch. Pad the examples to one length, "
-            "data.bucketed(examples, [length], ...), or predict each length by itself."
+            f"The outputs of a prediction must have one shape for all examples; the output{name} "
+            f"has the shapes {sorted(shapes)} after the batch axis. Pad the examples to one length "
+            "with data.bucketed(examples, [length], ...), or predict each length separately."
         )
     return np.concatenate(leaves)
 
 
-def _fetched(outputs: PyTree, size: int, padded_size: int) -> tuple[PyTree, int, int]:
+def _fetch(outputs: PyTree, size: int, padded_size: int) -> tuple[PyTree, int, int]:
     shapes = {leaf_name(path): np.shape(leaf) for path, leaf in jax.tree.leaves_with_path(outputs)}
     if not shapes or any(shape[:1] != (padded_size,) for shape in shapes.values()):
         raise BatchError(
-            f"A prediction has one entry per example in every array, here {padded_size}; "
-            f"it has the shapes {shapes}. Return arrays [batch, ...]."
+            f"Each array of a prediction must have one entry per example ({padded_size}); got the "
+            f"shapes {shapes}. Return arrays [batch, ...]."
         )
     kept = jax.tree.map(lambda leaf: leaf[:size], to_host(outputs))
     return kept, size, size
 
 
 def has_rows(batch: Batch) -> bool:
-    """Returns whether each array of a batch has one row for each example."""
+    """Returns whether each array of a batch has one row per example."""
     return {leaf.shape[:1] for leaf in jax.tree.leaves(batch)} == {(num_examples(batch),)}
 
 
-def form_of_examples(tree: PyTree, *, axes: int = 1) -> Any:
-    """Returns structure, shapes and dtypes of an example: equal for batches of any size.
+def example_spec(tree: PyTree, *, axes: int = 1) -> Any:
+    """Returns the structure, shapes and dtypes of an example, equal for batches of any size.
 
     Args:
-        tree: arrays.
-        axes: number of leading axes before those of an example.
+        tree: a pytree of arrays.
+        axes: number of leading axes to drop from the shapes.
     """
     leaves, structure = jax.tree.flatten(tree)
     return structure, tuple((leaf.shape[axes:], leaf.dtype) for leaf in leaves)
 
 
-def _form(tree: PyTree) -> Any:
-    return form_of_examples(tree, axes=0)
+def _spec(tree: PyTree) -> Any:
+    return example_spec(tree, axes=0)

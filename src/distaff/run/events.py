@@ -1,4 +1,4 @@
-"""What passes between the loop and a trainer: a plan in, events out."""
+"""The plan of a run, the events of its loop, and the hooks that the loop calls."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from distaff.step.state import TrainState
 
 
 class ChunkEnd(NamedTuple):
-    """One or more completed optimizer updates, made by one program.
+    """One or more steps, completed by one call of a program.
 
     Attributes:
-        step: completed updates so far.
-        num_steps: how many of them are new.
+        step: completed optimizer updates.
+        num_steps: steps in this chunk.
         state: the new train state.
-        metrics: the metrics of each new step, on the device; none where nobody watches steps.
-        examples: in the batch of each step.
+        metrics: the metrics of each step, on the device; empty if no callback needs them.
+        examples: batch size of each step.
     """
 
     step: int
@@ -46,13 +46,13 @@ class ChunkEnd(NamedTuple):
 
 
 class Pause(NamedTuple):
-    """A moment at which a run can be saved: the host has read what the device has done.
+    """A point at which a run can be saved: the host has read the metrics of all steps.
 
     Attributes:
-        step: completed updates so far.
-        rows: of steps whose window is not full yet, uint32 `[rows, width]`.
-        bad: the first bad step among them; None without.
-        breach: the first batch among them with a value out of range; see `WindowEnd`.
+        step: completed optimizer updates.
+        rows: the metrics of an incomplete window, uint32 `[rows, width]`.
+        bad: the first bad step among these rows; None if all are good.
+        breach: the first batch among these rows with a value out of range; see `WindowEnd`.
     """
 
     step: int
@@ -62,15 +62,15 @@ class Pause(NamedTuple):
 
 
 class Interrupted(Exception):  # noqa: N818 - a request, not an error
-    """Ends a run that is saved, because it was asked to end before its time."""
+    """Ends a run early: a signal, a time limit or Ctrl-C. The run is saved."""
 
 
-class BadNumbers(NonFiniteError):  # noqa: N818 - a request, unless nobody takes it
-    """Ends the work on an epoch, because of a step that is not to be trained on.
+class BadNumbers(NonFiniteError):  # noqa: N818 - a request, unless the run cannot roll back
+    """Ends an epoch at a bad step.
 
     Args:
-        what: is not as it should be, such as `"The loss"`.
-        bad: which step.
+        what: the bad value, such as `"The loss"`.
+        bad: the bad step.
     """
 
     def __init__(self, what: str, bad: BadStep) -> None:
@@ -80,17 +80,17 @@ class BadNumbers(NonFiniteError):  # noqa: N818 - a request, unless nobody takes
 
 
 class Plan(NamedTuple):
-    """The shape of a run.
+    """The loaders and epochs of a run.
 
     Attributes:
         train_loader: yields the batches of one epoch each time it is iterated.
-        val_loaders: validated on, by the name their metrics are logged under: `val`, or
-            `val_clean` and the like; none for a run without validation.
-        steps_per_epoch: where to cut epochs; None for the train loader's own.
+        val_loaders: validation loaders by the prefix of their metrics, `val` or, for example,
+            `val_clean`; empty to skip validation.
+        steps_per_epoch: length of an epoch; None for the length of the train loader.
         first_epoch: the first epoch to train, counted from 1.
         last_epoch: the last one, included.
         check_val_every_n_epoch: epochs between validations, and between checkpoints.
-        repeat: whether the train loader may start again within an epoch.
+        repeat: whether to restart the train loader within an epoch when it ends.
     """
 
     train_loader: Loader
@@ -103,37 +103,37 @@ class Plan(NamedTuple):
 
     @property
     def num_epochs(self) -> int:
-        """How many epochs there are."""
+        """The number of epochs."""
         return self.last_epoch - self.first_epoch + 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanOptions(Options):
-    """How much of its data a run takes, and when it validates."""
+    """Options for how much data a run uses, and how often it validates."""
 
     check_val_every_n_epoch: int = option(
         1, "Epochs between validations, and between checkpoints.", check=at_least(1)
     )
     limit_batches: int | None = option(
         None,
-        """Take at most this many batches of each loader in an epoch. The training continues in
-        the next epoch with those that follow; None for all.""",
+        """Use at most this many batches of each loader in an epoch. The next training epoch
+        continues with the batches that follow. None for all.""",
         check=or_none(at_least(1)),
     )
     overfit_batches: int | None = option(
         None,
-        """Train in each epoch on the same first batches of the train loader, this many, and
-        validate on them: their loss is to go to zero. None for a usual run.""",
+        """Train and validate on this many batches, the first of the train loader, in each epoch,
+        to check that their loss goes to zero. None to train on all.""",
         check=or_none(at_least(1)),
     )
     fast_dev_run: bool = option(
         False,
-        "Try the code out: one epoch of one batch of each loader; nothing is written.",
+        "Test the code: train one epoch on one batch of each loader, and write no files.",
     )
 
     @property
     def most_batches(self) -> int | None:
-        """The most batches of a loader to take in an epoch; None for all."""
+        """The most batches of a loader to use in an epoch; None for all."""
         return 1 if self.fast_dev_run else self.limit_batches
 
 
@@ -147,20 +147,20 @@ def make_plan(
     after_epoch: int = 0,
     repeat: bool = False,
 ) -> Plan:
-    """Makes the plan of a run of `num_epochs` more epochs; loaders may be any iterables of batches.
+    """Plans a run of `num_epochs` more epochs.
 
     Args:
-        train_loader: of the training.
-        val_loader: of the validation; a dict of them by name for several; None for none.
-        num_epochs: how many there are.
-        steps_per_epoch: where to cut them; None for the train loader's own.
-        options: how often to validate, and how many batches to take.
-        after_epoch: completed epochs.
-        repeat: whether the train loader may start again within an epoch.
+        train_loader: any iterable of batches.
+        val_loader: any iterable of batches, or a dict of them by name; None to skip validation.
+        num_epochs: the number of epochs to train.
+        steps_per_epoch: length of an epoch; None for the length of the train loader.
+        options: how often to validate, and how many batches to use.
+        after_epoch: epochs completed before.
+        repeat: whether to restart the train loader within an epoch when it ends.
 
     Raises:
-        BatchError: a loader is no iterable of batches, or one that cannot be iterated so often.
-        ConfigError: a count is not a whole number, at least 1.
+        BatchError: a loader is not an iterable of batches, or cannot be iterated often enough.
+        ConfigError: a count is not a positive integer, or `steps_per_epoch` is too large.
     """
     train = as_loader(train_loader, name="train")
     vals = _by_name(val_loader)
@@ -177,9 +177,9 @@ def make_plan(
     length = num_batches(train)
     if steps_per_epoch is not None and not repeat and (length or steps_per_epoch) < steps_per_epoch:
         raise ConfigError(
-            f"steps_per_epoch={steps_per_epoch} is more than the train loader has: {length} "
-            "batches. Lower it, or pass repeat=True to train_model: the loader then starts again "
-            "within an epoch."
+            f"steps_per_epoch={steps_per_epoch} is more than the {length} batches of the train "
+            "loader. Lower it, or pass repeat=True to train_model to restart the loader within an "
+            "epoch."
         )
     length = steps_per_epoch or length
     if most is not None and length is not None:
@@ -196,7 +196,6 @@ def make_plan(
 
 
 def _by_name(val_loader: Any) -> dict[str, Loader]:
-    """Returns the loaders to validate on, by the name their metrics are logged under."""
     if val_loader is None:
         return {}
     is_named = isinstance(val_loader, Mapping) and not any(
@@ -207,15 +206,15 @@ def _by_name(val_loader: Any) -> dict[str, Loader]:
     for name in val_loader:
         if not isinstance(name, str) or not name.isidentifier():
             raise ConfigError(
-                "A validation set's name becomes that of its metrics, as in val_clean/loss; got "
-                f"{name!r}. Use letters, digits and underscores."
+                "A validation set's name is part of the names of its metrics, as in "
+                f"val_clean/loss; got {name!r}. Use letters, digits and underscores."
             )
     return {f"val_{name}": as_loader(each, name=f"val_{name}") for name, each in val_loader.items()}
 
 
-def made_of(val_loader: Any, plan: Plan) -> list[tuple[Any, Loader]]:
-    """Returns what was given to validate on, each with the loader that it became."""
-    loaders = given(plan.val_loaders)
+def validation_pairs(val_loader: Any, plan: Plan) -> list[tuple[Any, Loader]]:
+    """Returns pairs of an argument for validation and the loader that was made of it."""
+    loaders = as_argument(plan.val_loaders)
     if not isinstance(loaders, dict):
         return [] if loaders is None else [(val_loader, unlimited(loaders))]
     return [(val_loader[name], unlimited(loader)) for name, loader in loaders.items()]
@@ -227,14 +226,14 @@ def _check_passes(loader: Loader, count: int, name: str, num_batches: int | None
             source.check_passes(count, name, num_batches)
 
 
-def given(val_loaders: Mapping[str, Any]) -> Any:
-    """Returns the loaders of a validation, or what belongs to them, in the form of the argument.
+def as_argument(val_loaders: Mapping[str, Any]) -> Any:
+    """Converts `Plan.val_loaders` back to the form of the argument `val_loader`.
 
     Args:
-        val_loaders: as a `Plan` has them.
+        val_loaders: loaders, or other values, by the names in a `Plan`.
 
     Returns:
-        None without any; the one named `val` itself; several by their names without `val_`.
+        None if it is empty; the value of `val` alone; else a dict by the names without `val_`.
     """
     if set(val_loaders) <= {"val"}:
         return val_loaders.get("val")
@@ -242,36 +241,36 @@ def given(val_loaders: Mapping[str, Any]) -> Any:
 
 
 class Hooks(Protocol):
-    """What the loop calls of a user's class; each may be overridden."""
+    """The methods of the user's class that the loop calls; each may be overridden."""
 
     def on_training_start(self) -> None:
         """Called before the first step."""
 
     def train_epoch(self, train_loader: Loader, epoch: int) -> dict[str, Any]:
-        """Trains on one epoch; returns its metrics."""
+        """Trains one epoch; returns its metrics."""
         ...
 
     def on_training_epoch_end(self, epoch: int, metrics: dict[str, Any]) -> None:
         """Called after each training epoch."""
 
     def eval_model(self, loader: Loader, prefix: str = "") -> dict[str, Any]:
-        """Evaluates; returns the metrics."""
+        """Evaluates on a loader; returns the metrics."""
         ...
 
     def on_validation_epoch_end(self, epoch: int, metrics: dict[str, Any], val_loader: Any) -> None:
         """Called after each validation."""
 
     def save_metrics(self, name: str, metrics: Mapping[str, Any]) -> None:
-        """Writes metrics under a name of their own."""
+        """Writes metrics to a file of this name."""
 
     def is_new_model_better(
         self, new_metrics: Mapping[str, Any], old_metrics: Mapping[str, Any] | None
     ) -> bool:
-        """Compares two validations."""
+        """Returns whether the new metrics are better."""
         ...
 
     def save_model(self, metrics: Mapping[str, Any], is_best: bool) -> None:
-        """Writes a checkpoint."""
+        """Saves a checkpoint."""
 
     def load_model(self) -> None:
         """Loads the best model."""

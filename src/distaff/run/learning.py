@@ -1,4 +1,4 @@
-"""Warns if the first steps of a run have changed nothing."""
+"""Warns if the first steps of a run change nothing."""
 
 from __future__ import annotations
 
@@ -9,41 +9,41 @@ from distaff.step.state import TrainState
 
 
 class LearningCheck:
-    """Compares the state after the first updates of a run with the one before them.
+    """Compares the state after the first updates of a run with the initial state.
 
     Args:
-        state: before the first step; only its fingerprints are kept.
+        state: the initial state; only its fingerprints are kept.
     """
 
     def __init__(self, state: TrainState) -> None:
         self._before = evidence_of_learning(state)
-        # The learning rate of the first update is zero under a warm-up.
+        # With a warm-up, the learning rate of the first update is zero.
         self._num_steps = 2
         self._enough = 2 + (_updates(state) or 0)
 
     def __call__(self, state: TrainState, num_steps: int) -> bool:
-        """Warns if the first steps have changed nothing; waits for the device to compare.
+        """Warns if the first steps have changed nothing. Blocks until the device is done.
 
         Args:
             state: the current state.
-            num_steps: steps trained so far, without skipped ones.
+            num_steps: completed steps, without skipped ones.
 
         Returns:
-            Whether the check is done.
+            Whether the check is complete.
         """
         if num_steps < self._num_steps:
             return False
         updates = _updates(state)
-        if updates is not None and updates < self._enough:  # It accumulates for longer than that.
+        if updates is not None and updates < self._enough:  # gradients are still accumulated
             self._num_steps = 2 * num_steps
             return False
         missing = what_is_missing(self._before, evidence_of_learning(state))
         if missing:
             warn(
                 f"{missing} in the first {num_steps} steps. Either the loss does not depend on its "
-                "argument `params`: a loss that reads state.params instead has zero gradients. Or "
-                "the learning rate is zero, every parameter frozen, or every example without "
-                "weight.",
+                "argument `params` (a loss that reads state.params instead has zero gradients), or "
+                "the learning rate is zero, all parameters are frozen, or all example weights are "
+                "zero.",
                 stacklevel=2,
             )
         return True

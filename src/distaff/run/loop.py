@@ -32,7 +32,7 @@ from distaff.data import Loader
 from distaff.execution.dispatch.dispatcher import Dispatcher
 from distaff.execution.dispatch.packed_metrics import MetricWindows, WindowEnd
 from distaff.execution.feed.chunk import Chunk
-from distaff.run.events import BadNumbers, ChunkEnd, Hooks, Pause, given
+from distaff.run.events import BadNumbers, ChunkEnd, Hooks, Pause, as_argument
 from distaff.run.run import Run, check_metrics
 from distaff.run.supervision.supervisor import Verdict
 from distaff.step.state import TrainState
@@ -40,7 +40,7 @@ from distaff.step.state import TrainState
 
 def train(hooks: Hooks, run: Run) -> None:
     """Trains the epochs of a run's plan. Raises `Interrupted` if the run is asked to end early."""
-    run.take_up()
+    run.load_state()
     run.call(hooks.on_training_start)
     run.emit("on_training_start")
     run.resume_or_begin()
@@ -55,7 +55,7 @@ def _train_epoch(hooks: Hooks, run: Run, epoch: int) -> None:
     """Trains the rest of an epoch, and validates and saves if due."""
     plan = run.plan
     run.begin_epoch(epoch)
-    metrics = run.trained(hooks.train_epoch(plan.train_loader, epoch))
+    metrics = run.record_epoch(hooks.train_epoch(plan.train_loader, epoch))
     run.call(hooks.on_training_epoch_end, epoch, metrics)
     run.emit("on_epoch_end", metrics)
     validation: dict[str, Any] = {}
@@ -65,15 +65,15 @@ def _train_epoch(hooks: Hooks, run: Run, epoch: int) -> None:
             metrics_of = hooks.eval_model(loader, f"{name}/")
             check_metrics(metrics_of, "eval_model")
             validation.update(metrics_of)
-        run.call(hooks.on_validation_epoch_end, epoch, validation, given(plan.val_loaders))
+        run.call(hooks.on_validation_epoch_end, epoch, validation, as_argument(plan.val_loaders))
         run.emit("on_validation_end", validation)
         hooks.save_metrics(f"val_epoch_{epoch:04d}", validation)
     judged = run.judged(metrics, validation)
     if is_due and judged:
         is_best = hooks.is_new_model_better(judged, run.best_metrics)
-    run.end_epoch(epoch, {**metrics, **validation}, is_best)
+    run.recorder.end_epoch(epoch, {**metrics, **validation}, is_best)
     if is_due:
-        run.rank(judged, is_best, hooks.is_new_model_better)
+        run.checkpointer.rank(judged, is_best, hooks.is_new_model_better)
         hooks.save_model(judged, is_best)
         run.emit("on_checkpoint", judged, is_best=is_best)
     run.finish_epoch(epoch)
@@ -85,7 +85,7 @@ def epoch_steps(run: Run, loader: Loader) -> Iterator[ChunkEnd]:
     >>> for done in epoch_steps(trainer.last_run, train_loader):
     ...     print(done.step)
     """
-    run.choose_form(loader)
+    run.choose_steps_per_call(loader)
     recorder, dispatcher, supervisor = run.recorder, run.dispatcher, run.supervisor
     state, rows = dispatcher.placement.state(run.workspace.ready_state()), run.state.in_epoch.rows
     with closing(run.training_chunks(loader)) as chunks, run.around_epoch() as around:

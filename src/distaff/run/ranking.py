@@ -1,4 +1,4 @@
-"""The ranking of a run's models: the best ones so far, best first, each with a checkpoint."""
+"""Ranks the models of a run, best first."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any, TypeAlias
 from distaff.run.result import Best
 
 Better: TypeAlias = Callable[[Mapping[str, Any], Mapping[str, Any] | None], bool]
-"""Tells whether the metrics of a new model are better than those of an old one."""
+"""Returns whether new metrics are better than old ones; the old are None for the first model."""
 
 
-def placed(models: Sequence[Best], new: Best, better: Better, *, is_best: bool) -> tuple[Best, ...]:
-    """Returns a ranking with a new model where it belongs: behind those that are as good.
+def insert(models: Sequence[Best], new: Best, better: Better, *, is_best: bool) -> tuple[Best, ...]:
+    """Returns the ranking with a new model inserted, after models of equal rank.
 
     Args:
-        models: best first.
+        models: the ranking, best first.
         new: the model just validated.
-        better: compares two validations.
-        is_best: whether it is better than the first of them; that is not asked again. The first
-            model of a run may be refused, and is then not taken.
+        better: compares the metrics of two models.
+        is_best: whether `new` is better than the first model. If it is not and there is no other
+            model, it is not inserted.
     """
     others = [model for model in models if model.step != new.step]
     if is_best:
@@ -32,26 +32,26 @@ def placed(models: Sequence[Best], new: Best, better: Better, *, is_best: bool) 
     return (*others[:place], new, *others[place:])
 
 
-def kept(
+def retain(
     models: Sequence[Best], number: int, steps: Collection[int] | None = None
 ) -> tuple[Best, ...]:
-    """Returns the best models, of which `number` have a checkpoint.
+    """Returns the best models, `number` of them with a checkpoint.
 
-    A checkpoint that is being written may fail. Until it is there, its model takes the place of
-    none; where it will never be, because there is a newer one, the model is dropped.
+    A pending checkpoint may still fail, so its model does not count. A model without a checkpoint
+    is dropped once there is a newer checkpoint.
 
     Args:
-        models: best first.
-        number: how many, at least 1.
-        steps: those that have a checkpoint; None where each model has one, or the run ends.
+        models: the ranking, best first.
+        number: how many to retain, at least 1.
+        steps: the steps with a checkpoint; None if each model has one, or the run ends.
     """
     if steps is None:
         return tuple(models[:number])
     newest = max(steps, default=-1)
-    best, num_there = [], 0
+    best, num_saved = [], 0
     for model in models:
-        is_there = model.step in steps
-        if num_there < number and (is_there or model.step > newest):
+        is_saved = model.step in steps
+        if num_saved < number and (is_saved or model.step > newest):
             best.append(model)
-            num_there += is_there
+            num_saved += is_saved
     return tuple(best)

@@ -1,4 +1,4 @@
-"""Recorder: what a run has done so far, and who is told of it: display, loggers and callbacks."""
+"""Recorder: tracks the progress of a run, and updates display, loggers and callbacks."""
 
 from __future__ import annotations
 
@@ -38,28 +38,28 @@ from distaff.step.logged_rates import host_rates, without_rates
 _log = logging.getLogger("distaff")
 
 _PROGRESS_SECONDS = 0.1
-"""Least time between two updates of the display's steps, or of its metrics."""
+"""Least time between two updates of the steps shown, or of the metrics shown."""
 
 _LAP_SECONDS = 10.0
-"""How much time there is at least between two lines of `throughput.jsonl`."""
+"""Least time between two lines of `throughput.jsonl`."""
 
 
 class Recorder:
-    """Keeps the books of a run; `state` is where it stands.
+    """Records the progress of a run, and reports it.
 
     Args:
-        workspace: the trainer's.
-        plan: of the run.
-        options: what is done about bad steps says which metrics are shown.
-        callbacks: told of the events of the run.
+        workspace: the trainer's workspace.
+        plan: the loaders and epochs.
+        options: the policies for bad steps, which determine the metrics shown.
+        callbacks: called at the events of the run.
 
     Attributes:
-        state: where the run stands.
-        record: what determines the run, as strict JSON.
-        report: how fast a run was that has finished; None before.
-        has_observed: whether a chunk of this epoch was observed.
-        updates_per_step: optimizer updates that a step makes.
-        has_begun: whether there are files of a run, which can be written and read.
+        state: the progress of the run, as one immutable value.
+        record: everything that determines the run, as strict JSON.
+        report: the speed of the run; None until it has finished.
+        has_observed: whether a chunk of this epoch was recorded.
+        updates_per_step: optimizer updates per step.
+        has_begun: whether the files of the run can be written and read.
     """
 
     record: dict[str, Any]
@@ -86,7 +86,7 @@ class Recorder:
 
     @property
     def dispatcher(self) -> Dispatcher:
-        """Runs the steps; there once the run is prepared."""
+        """The dispatcher, which runs the steps; set once the run is prepared."""
         assert self._dispatcher is not None
         return self._dispatcher
 
@@ -96,45 +96,41 @@ class Recorder:
         self.fuse(dispatcher.forms)
 
     def fuse(self, forms: FusionChoice) -> None:
-        """Sets how many steps of the run, and batches of an evaluation, are one program."""
+        """Sets the number of training steps, and of evaluation batches, per call."""
         self.dispatcher.forms, self.workspace.capacity = forms, forms.capacity
         self.fusion = forms.facts()
 
     @property
     def forms(self) -> FusionChoice:
-        """How many steps are one program."""
+        """The number of steps per call, and how it was chosen."""
         return self.dispatcher.forms
 
     def update(self, **changes: Any) -> None:
-        """Replaces the state of the run by one with other values."""
+        """Replaces fields of `state`."""
         self.state = self.state._replace(**changes)
 
-    def stand(self, step: int, epoch: int) -> None:
-        """Notes which step and epoch the arrays are of."""
-        self.workspace.step, self.workspace.epoch = step, epoch
-
     def info(self, metrics: Mapping[str, Any], is_best: bool = False) -> StepInfo:
-        """Returns what callbacks are told."""
-        here = self.workspace
-        return StepInfo(here.step, here.epoch, here.ready_state(), metrics, is_best)
+        """Returns the argument of a callback's event."""
+        workspace = self.workspace
+        return StepInfo(workspace.step, workspace.epoch, workspace.ready_state(), metrics, is_best)
 
     def emit(self, event: str, info: StepInfo) -> None:
-        """Tells callbacks of an event."""
+        """Calls the callbacks of an event, and times them."""
         with self.timers.spent("callbacks"):
             self.callbacks.emit(event, info)
 
     def show(self, line: str) -> None:
-        """Shows a line, and writes it into the run's log file."""
+        """Shows a line, and writes it to the run's log file."""
         self.workspace.show(line)
 
     def begin(self) -> None:
-        """Shows that a run begins."""
+        """Starts the display."""
         length = self.plan.steps_per_epoch or num_batches(self.plan.train_loader)
         self.display.start(self.plan.last_epoch, length)
         self.display.compiling("the model")
 
     def begin_epoch(self, epoch: int) -> None:
-        """Begins an epoch, or the rest of one."""
+        """Begins or resumes an epoch."""
         self.workspace.epoch, self.has_observed = epoch, False
         if self.state.in_epoch.epoch != epoch:
             self.update(in_epoch=EpochProgress(epoch))
@@ -148,7 +144,7 @@ class Recorder:
             self.display.compiling("the step")
 
     def observe(self, event: ChunkEnd) -> None:
-        """Records a chunk of steps, and calls display and callbacks."""
+        """Records a chunk of steps; updates the display and calls callbacks."""
         state, epoch, store = self.state, self.workspace.epoch, self.recording.store
         self.has_observed = True
         if self.workspace.step == state.first_step:
@@ -183,11 +179,11 @@ class Recorder:
                 self.update(num_skipped=self.state.num_skipped + len(event.skipped))
                 self.show(f"skipped bad steps: {', '.join(map(str, event.skipped))}")
             if self._check_learning is not None:
-                self._look_for_learning(self._check_learning)
+                self._check_that_it_learns(self._check_learning)
             self.update(in_epoch=self.state.in_epoch.with_window(event))
             self._log_window(event)
 
-    def _look_for_learning(self, check: LearningCheck) -> None:
+    def _check_that_it_learns(self, check: LearningCheck) -> None:
         state = self.state
         num_steps = self.workspace.step - state.first_step - state.num_skipped
         if check(self.workspace.ready_state(), num_steps):
@@ -228,7 +224,7 @@ class Recorder:
         self.display.epoch_line(epoch, last, step, scalars, seconds, is_best)
 
     def log_throughput(self, seconds: float = 0.0) -> None:
-        """Writes a line of throughput since the last one, if that was this long ago."""
+        """Logs the throughput since the last line, if that is at least `seconds` old."""
         lap = self.timers.lap(seconds)
         if lap is not None:
             state = self.state
@@ -236,18 +232,17 @@ class Recorder:
             self.recording.throughput.log_metrics(line, step=state.step, epoch=state.epoch)
 
     def batch_of(self, bad: BadStep) -> int:
-        """Returns which batch of the epoch a step was trained on, counted from 0."""
+        """Returns the index in the epoch, from 0, of the batch of a bad step."""
         step_of_epoch = bad.step - (self.workspace.step - self.state.in_epoch.steps)
-        return (
-            num_drawn(step_of_epoch, skipped_batches(self.state.skipped, self.workspace.epoch)) - 1
-        )
+        skipped = skipped_batches(self.state.skipped, self.workspace.epoch)
+        return num_drawn(step_of_epoch, skipped) - 1
 
     def show_result(self, metrics: Mapping[str, Any], *, measures: bool) -> None:
-        """Shows the metrics of a finished run as a table of splits, and how fast it was.
+        """Shows a table of the metrics of a finished run by split, and its speed.
 
         Args:
-            metrics: of the run.
-            measures: whether the peak of the machine may be measured.
+            metrics: the run's metrics.
+            measures: whether the machine's peak FLOPs may be measured.
         """
         state = self.state
         titles = {"train": f"train, epoch {state.epoch}", "test": "test"}
@@ -260,15 +255,17 @@ class Recorder:
         for line in self.report.lines():
             self.show(line)
         if state.step == state.first_step:
-            self.show(f"nothing was left to train after step {state.first_step}")
+            self.show(_nothing_left(state))
 
     def result(self) -> TrainResult:
-        """Returns how a run that came to its end stands."""
+        """Returns the result of a run that has ended."""
         state, stop = self.state, self.callbacks.stop_reason
         status = self.callbacks.stop_status if stop else "finished"
+        is_empty = self.recording.found is not None and state.step == state.first_step
+        nothing = _nothing_left(state) if is_empty else ""
         return TrainResult(
             status="interrupted" if state.interrupted_by else status,
-            reason=state.interrupted_by or stop or self._nothing_left(),
+            reason=state.interrupted_by or stop or nothing,
             step=state.step,
             epoch=state.epoch,
             metrics=Named(state.last_metrics),
@@ -277,17 +274,17 @@ class Recorder:
             first_step=state.first_step,
         )
 
-    def _nothing_left(self) -> str:
-        is_done = self.recording.found is not None and self.state.step == self.state.first_step
-        return f"nothing was left to train after step {self.state.first_step}" if is_done else ""
-
     def outcome(self) -> dict[str, Any]:
-        """Returns what `result` does, as it is written into the run's status."""
+        """Returns the result as strict JSON, for the run's status file."""
         facts = self.result()._asdict()
         del facts["path"], facts["first_step"]
-        with suppress(MetricError):  # which has ended the run
+        with suppress(MetricError):  # this error has ended the run
             facts["metrics"] = as_json(self.state.last_metrics)
         best = None if self.state.best is None else best_json(self.state.best)
         report = self.report or Report(self.timers.read())
-        form = self.fusion
-        return {**facts, "best": best, "steps_per_call": form, "throughput": report.facts()}
+        throughput, fusion = report.facts(), self.fusion
+        return {**facts, "best": best, "steps_per_call": fusion, "throughput": throughput}
+
+
+def _nothing_left(state: RunState) -> str:
+    return f"nothing was left to train after step {state.first_step}"

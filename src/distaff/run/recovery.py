@@ -1,4 +1,4 @@
-"""Recovery: what is done about a bad step, why it was bad, and how a run continues without it."""
+"""Recovery from bad steps: finds the cause, rolls back, and skips the batches around them."""
 
 from __future__ import annotations
 
@@ -29,31 +29,31 @@ _MAX_ORIGIN_BYTES = 2**26
 _MAX_REPLAY_SECONDS = 60.0
 
 _REACH, _MAX_TRIES = 8, 3
-"""How many batches on each side of a bad step are left out: what it fails of is often the batches
-before it. Twice as many each time that the next bad step comes soon after, which it may this often:
-then the batches are not to blame."""
+"""Batches skipped on each side of a bad one, as its cause often lies before it; and how often the
+next bad step may follow soon after. The number is doubled each time; after the last one, the
+batches are not to blame."""
 
 _MIN_REST = 4
-"""On each side, at most a quarter of an epoch is left out."""
+"""On each side, at most a quarter of an epoch is skipped."""
 
 _REMEDY = (
-    "Lower the learning rate, clip gradients (OptimizerConfig(clip_norm=1.0)), or look at the data."
+    "Lower the learning rate, clip gradients (OptimizerConfig(clip_norm=1.0)), or check the data."
 )
 
 _INDEX_REMEDY = (
-    "Look at the batch for indices, such as labels or tokens, that are negative or too large. "
-    "ctx.check_indices in the loss names the batch that holds one."
+    "Check the batch for indices, such as labels or tokens, that are negative or too large. "
+    "Call ctx.check_indices in the loss to find the batch."
 )
 
 
 class Recovery:
-    """What is done about a bad step: it is explained, and rolled back from where that is asked for.
+    """Diagnoses bad steps, and rolls the run back if configured.
 
     Args:
-        recorder: of the run.
+        recorder: the progress of the run.
         checkpointer: saves and restores the run.
-        supervisor: knows whether there is time to explain.
-        options: of the run.
+        supervisor: stops the diagnosis if the run is interrupted.
+        options: the policies for bad steps.
     """
 
     def __init__(
@@ -65,136 +65,130 @@ class Recovery:
     ) -> None:
         self._recorder, self._checkpointer = recorder, checkpointer
         self._supervisor, self._options = supervisor, options
-        self._here, self._plan = recorder.workspace, recorder.plan
+        self._workspace, self._plan = recorder.workspace, recorder.plan
 
     def check(self) -> None:
-        """Checks that the run can be rolled back, where that is asked for.
-
-        Raises:
-            ConfigError: it is, and the train loader cannot go back.
-        """
+        """Raises ConfigError if a policy is "rollback" and the train loader cannot rewind."""
         if self._rolls_back and _reads_streams(self._plan.train_loader):
             raise ConfigError(
-                "A policy of 'rollback' needs a train loader that can go back to an earlier batch, "
-                "and an iterable of your own cannot. Pass 'skip', or a loader with get_state and "
-                "set_state, such as data.ArrayLoader."
+                "The 'rollback' policy needs a train loader that can return to an earlier batch; a "
+                "plain iterable cannot. Use 'skip', or a loader with get_state and set_state, such "
+                "as data.ArrayLoader."
             )
 
     @property
     def _rolls_back(self) -> bool:
         return "rollback" in (self._options.on_bad_numbers, self._options.on_loss_spike)
 
-    def keep_origin(self) -> None:
-        """Keeps the state before the first step, until there is a checkpoint to go back to.
+    def save_origin(self) -> None:
+        """Saves the state before the first step: on disk to roll back to, else in memory.
 
-        To explain a bad step, memory will do, where it is little.
+        The copy in memory serves the diagnosis of a bad step; a large state is not copied.
         """
         facts = self._checkpointer.facts({}, None)
-        if self._rolls_back:  # it outlives saves by time
+        if self._rolls_back:  # timed saves must not replace it
             self._checkpointer.save({**facts, "provisional": False})
             return
         self._checkpointer.origin = MemoryStore()
-        arrays = self._here.ready_state().arrays()
+        arrays = self._workspace.ready_state().arrays()
         size = sum(x.nbytes for x in jax.tree.leaves(arrays))
-        if self._here.explains and size <= _MAX_ORIGIN_BYTES:
-            self._checkpointer.origin.save(self._here.step, arrays, facts)
+        if self._workspace.explains and size <= _MAX_ORIGIN_BYTES:
+            self._checkpointer.origin.save(self._workspace.step, arrays, facts)
 
-    def raise_if_nothing_is_left(self) -> None:
-        """Raises an error for an epoch of which no batch was trained on.
-
-        Raises:
-            NonFiniteError: all of its batches were left out.
-        """
+    def raise_if_all_skipped(self) -> None:
+        """Raises NonFiniteError if all batches of the epoch were skipped."""
         state = self._recorder.state
         if not state.in_epoch.steps and state.skipped:
             raise NonFiniteError(
-                f"Of epoch {self._here.epoch} all batches were left out, because of bad steps: "
-                f"nothing is left to train on. {self._kept()} {_REMEDY}"
+                f"All batches of epoch {self._workspace.epoch} were skipped because of bad steps. "
+                f"{self._last_good()} {_REMEDY}"
             )
 
     @contextmanager
     def explaining(self) -> Generator[None]:
-        """Turns a bad step that is not rolled back into an error that says all of it."""
+        """Turns an unrecovered `BadNumbers` into an error with its diagnosis."""
         try:
             yield
         except BadNumbers as found:
-            raise self._failure(found, self._account(found)) from None
+            raise self._error(found, self._describe(found)) from None
 
     def recover(self, found: BadNumbers) -> None:
-        """Rolls back to before a bad step and skips the batches around it, if asked to.
+        """Rolls back to before a bad step, and skips the batches around it.
 
         Raises:
-            NonFiniteError: it is not, or the run has been rolled back too often.
+            NonFiniteError: the policy is not "rollback", or the run was rolled back too often.
         """
-        store, here, recorder = self._checkpointer.store, self._here, self._recorder
-        epoch, batch = here.epoch, recorder.batch_of(found.bad)
-        tries = relapses(recorder.state.skipped, epoch, batch, self._length)
-        begun = here.step - recorder.state.in_epoch.steps
+        store, workspace, recorder = self._checkpointer.store, self._workspace, self._recorder
+        epoch, batch = workspace.epoch, recorder.batch_of(found.bad)
+        tries = relapses(recorder.state.skipped, epoch, batch, self._epoch_length)
+        begun = workspace.step - recorder.state.in_epoch.steps
         first = max(begun, found.bad.step - 1 - self._reach(tries))
         store.wait()
-        account, good = self._account(found), _newest(store, first)
-        refusal = self._too_often(good, tries)
-        if self._policy(found.bad) != "rollback" or good is None or refusal:
-            raise self._failure(found, account + refusal) from None
+        description, good = self._describe(found), _newest(store, first)
+        limit = self._limit_text(good, tries)
+        if self._policy(found.bad) != "rollback" or good is None or limit:
+            raise self._error(found, description + limit) from None
         try:
-            self._go_back(store, good, epoch, batch, self._reach(tries))
+            self._roll_back(store, good, epoch, batch, self._reach(tries))
         except CheckpointError as error:
-            raise self._failure(found, f"{account}It cannot go back: {error} ") from error
-        gone = recorder.state.skipped[-1]
+            raise self._error(found, f"{description}The rollback failed: {error} ") from error
+        skipped = recorder.state.skipped[-1]
         recorder.show(
-            f"{account}Back to step {here.step}; batches {gone.start + 1} to {gone.stop} of epoch "
-            f"{epoch} are left out."
+            f"{description}Rolled back to step {workspace.step}; skipping batches "
+            f"{skipped.start + 1} to {skipped.stop} of epoch {epoch}."
         )
 
     def _policy(self, bad: BadStep) -> str:
         return self._options.on_loss_spike if bad.is_spike else self._options.on_bad_numbers
 
-    def _account(self, found: BadNumbers) -> str:
-        """Returns what is known of a bad step; the state is then the last good one."""
-        batch, epoch = self._recorder.batch_of(found.bad), self._here.epoch
-        return f"{found} It was batch {batch + 1} of epoch {epoch}. {self._explained(found.bad)}"
+    def _describe(self, found: BadNumbers) -> str:
+        """Describes a bad step and its cause; may restore the last good state."""
+        batch, epoch = self._recorder.batch_of(found.bad), self._workspace.epoch
+        return f"{found} It was batch {batch + 1} of epoch {epoch}. {self._explain(found.bad)}"
 
-    def _failure(self, found: BadNumbers, account: str) -> NonFiniteError:
+    def _error(self, found: BadNumbers, description: str) -> NonFiniteError:
         policy, option = self._policy(found.bad), "on_bad_numbers"
         option = "on_loss_spike" if found.bad.is_spike else option
         further = {
-            "skip": f" max_skips={self._options.max_skips} bad steps before it have been skipped.",
-            "raise": f" Or go on: {option}='skip' or 'rollback'.",
+            "skip": f" max_skips={self._options.max_skips} bad steps before it were skipped.",
+            "raise": f" To continue in such a case, set {option}='skip' or 'rollback'.",
         }
-        remedy = _INDEX_REMEDY if OUT_OF_RANGE in account else _REMEDY
-        return NonFiniteError(f"{account}{self._kept()} {remedy}{further.get(policy, '')}")
+        remedy = _INDEX_REMEDY if OUT_OF_RANGE in description else _REMEDY
+        return NonFiniteError(f"{description}{self._last_good()} {remedy}{further.get(policy, '')}")
 
     @property
-    def _length(self) -> int | None:
+    def _epoch_length(self) -> int | None:
         return self._plan.steps_per_epoch or num_batches(self._plan.train_loader)
 
     def _reach(self, tries: int) -> int:
-        """Returns how many batches are left out on each side of a bad one."""
-        reach, length = _REACH * 2**tries, self._length
+        """Returns how many batches to skip on each side of a bad one."""
+        reach, length = _REACH * 2**tries, self._epoch_length
         return reach if length is None else min(reach, max(1, length // _MIN_REST))
 
-    def _too_often(self, step: int | None, tries: int) -> str:
-        """Returns a sentence on why the run does not go back once more, if so."""
-        if len(self._recorder.state.skipped) >= self._options.max_skips:
-            return f"The run has gone back {len(self._recorder.state.skipped)} times: max_skips. "
+    def _limit_text(self, step: int | None, tries: int) -> str:
+        """Returns the reason not to roll back again; empty if it may."""
+        number, most = len(self._recorder.state.skipped), self._options.max_skips
+        if number >= most:
+            return f"The run was already rolled back {number} times (max_skips={most}). "
         if tries >= _MAX_TRIES:
-            return f"The run has gone back to step {step} {tries} times: it is not the batches. "
+            times = f"{tries} times to step {step}"
+            return f"The run was rolled back {times}, so the batches are not the cause. "
         return ""
 
-    def _go_back(self, store: Store, step: int, epoch: int, batch: int, reach: int) -> None:
-        """Goes back to a checkpoint, which from then on names what is left out around a batch."""
-        recorder, here, checkpointer = self._recorder, self._here, self._checkpointer
+    def _roll_back(self, store: Store, step: int, epoch: int, batch: int, reach: int) -> None:
+        """Restores a checkpoint, and saves it again with the batches to skip."""
+        recorder, workspace, checkpointer = self._recorder, self._workspace, self._checkpointer
         before = recorder.state.skipped
-        here.feeds.settle(self._plan.train_loader)
+        workspace.feeds.settle(self._plan.train_loader)
         saved = checkpointer.restore(store, step, val=not self._validates_on_streams)
         if isinstance(store, CheckpointStore) and step != store.latest():
             forget_after(store, step)
         start = max(0, batch - reach)
         progress = recorder.state.in_epoch
-        if progress.epoch == epoch:  # what is in the state cannot be left out of it
+        if progress.epoch == epoch:  # the state was already trained on these
             start = max(start, num_drawn(progress.steps, skipped_batches(before, epoch)))
-        gone = SkippedBatches(epoch, start, batch + reach + 1, step)
-        recorder.update(skipped=(*before, gone), step=here.step, epoch=here.epoch)
+        skipped = SkippedBatches(epoch, start, batch + reach + 1, step)
+        recorder.update(skipped=(*before, skipped), step=workspace.step, epoch=workspace.epoch)
         metrics, is_best = ({}, None) if saved is None else (saved.metrics, saved.is_best)
         facts = checkpointer.facts(metrics, is_best)
         checkpointer.save({**facts, "provisional": store.info(step)["provisional"]})
@@ -203,61 +197,55 @@ class Recovery:
     def _validates_on_streams(self) -> bool:
         return any(map(_reads_streams, self._plan.val_loaders.values()))
 
-    def _kept(self) -> str:
+    def _last_good(self) -> str:
         good = self._checkpointer.store.latest()
         if good is None:
             return "There is no checkpoint yet."
         place = self._recorder.recording.path or "memory"
         return f"The last good checkpoint is of step {good}, in {place}."
 
-    def _explained(self, bad: BadStep) -> str:
-        """Runs steps again from the last good state, and returns what was found, if anything."""
-        store = (
-            self._checkpointer.store
-            if self._checkpointer.store.steps()
-            else self._checkpointer.origin
-        )
+    def _explain(self, bad: BadStep) -> str:
+        """Repeats the steps since the last good state to find the cause of a bad one."""
+        checkpointer, workspace = self._checkpointer, self._workspace
+        store = checkpointer.store if checkpointer.store.steps() else checkpointer.origin
         step = store.latest()
-        if bad.is_spike or not self._here.explains or step is None or jax.process_count() > 1:
+        if bad.is_spike or not workspace.explains or step is None or jax.process_count() > 1:
             return ""
         self._recorder.show(
-            f"step {bad.step} is bad; running again from step {step} to find out why"
+            f"step {bad.step} is bad; repeating the steps after step {step} to find the cause"
         )
         limit = _MAX_REPLAY_SECONDS
         try:
             info = store.info(step)
-            self._here.restore(store, step, self._checkpointer.saved_members(info))
-            self._here.feeds.settle(self._plan.train_loader)
+            workspace.restore(store, step, checkpointer.saved_members(info))
+            workspace.feeds.settle(self._plan.train_loader)
             self._plan.train_loader.set_state(info["loader"])
             with closing(self._batches(info)) as batches:
                 some = islice(batches, bad.step - step)
-                first = replay(
-                    self._here.plain_step, self._here.ready_state(), some, max_seconds=limit
-                )
+                state, plain_step = workspace.ready_state(), workspace.plain_step
+                first = replay(plain_step, state, some, max_seconds=limit)
             if first is None:
-                return "Run again one by one, no step was bad, or there was no time. "
-            found = diagnose(self._here.plain_step, first.state, first.batch, max_seconds=limit)
-        except Exception as error:  # such as a loader that cannot go back, in its own words
-            return f"Why is not known: {error} "
+                return "Repeated one at a time, no step was bad, or the time was too short. "
+            found = diagnose(plain_step, first.state, first.batch, max_seconds=limit)
+        except Exception as error:  # such as a loader that cannot rewind
+            return f"The cause is unknown: {error} "
         number = step + first.index + 1
         place = f"In step {number}: " if number != bad.step else ""
         return "" if found is None else f"{place}{found.text} "
 
     def _batches(self, info: dict[str, Any]) -> Generator[Batch]:
-        """Yields the batches after a checkpoint, one by one; the loader stands there."""
-        loader, tally = (
-            self._plan.train_loader,
-            EpochProgress.from_json(info["tally"], self._recorder.dispatcher.layout),
-        )
-        is_over = info["is_best"] is not None or tally.is_trained
-        done = 0 if is_over else tally.steps
-        for epoch in count(tally.epoch + is_over):
-            without = skipped_batches(self._recorder.state.skipped, epoch)
-            chunks = self._here.feeds.of(loader, name="train").epoch(
+        """Yields the batches after a checkpoint, which the loader is at."""
+        loader, layout = self._plan.train_loader, self._recorder.dispatcher.layout
+        progress = EpochProgress.from_json(info["tally"], layout)
+        is_over = info["is_best"] is not None or progress.is_trained
+        done = 0 if is_over else progress.steps
+        for epoch in count(progress.epoch + is_over):
+            skipped = skipped_batches(self._recorder.state.skipped, epoch)
+            chunks = self._workspace.feeds.of(loader, name="train").epoch(
                 lambda: SINGLE,
                 self._plan.steps_per_epoch,
-                done=num_drawn(done, without),
-                without=without,
+                done=num_drawn(done, skipped),
+                without=skipped,
             )
             with closing(chunks):
                 for chunk in takewhile(self._has_time, chunks):
@@ -265,16 +253,16 @@ class Recovery:
             done = 0
 
     def _has_time(self, chunk: Chunk) -> bool:
-        """Whether a step may be run again: not where the run shall end."""
-        self._supervisor.beat("a step that is run again", self._here.step, COMPILING)
+        """Whether to repeat a step: not if the run is interrupted."""
+        self._supervisor.beat("a repeated step", self._workspace.step, COMPILING)
         return not self._supervisor.is_ending
 
 
 def _newest(store: Store, step: int) -> int | None:
-    """Returns the newest checkpoint up to a step; the newest of all where there is none.
+    """Returns the newest checkpoint up to a step; the newest of all if each is later.
 
-    One that was saved by the clock may lie within the batches that are left out: where there is an
-    older one, the clock then has no part in which batches these are.
+    Preferring an older checkpoint makes the skipped batches independent of timed saves, which may
+    lie among them.
     """
     return max((each for each in store.steps() if each <= step), default=store.latest())
 

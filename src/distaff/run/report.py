@@ -1,4 +1,4 @@
-"""The report on a run's throughput: as lines for a reader, and as facts for a file."""
+"""Reports the throughput of a run, as lines of text and as JSON."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from distaff.execution.timers import PARTS, TRAINING, Throughput
 _UNITS = ("", "k", "M", "G", "T", "P", "E")
 
 _WORTH_SECONDS = 10.0
-"""Seconds of training that make it worth half a second to count FLOPs and measure a peak."""
+"""Least seconds of training to spend half a second on counting FLOPs and measuring the peak."""
 
 _AGAIN_SECONDS = 100.0
-"""And these make it worth it once more: the machine may have been busy the last time."""
+"""Least seconds of training to measure a cached peak again, as the machine may have been busy."""
 
 _LONG_WAIT = 0.1
-"""The share of the training from which waiting for data is worth a remark."""
+"""Least share of training time spent waiting for data that is reported."""
 
 _FASTER_DATA = (
-    "Give arrays as a data.ArrayLoader, whose batches are gathered as arrays; let a loader of "
-    "your own do less per batch, do it once before the training, or have more workers."
+    "Pass arrays as a data.ArrayLoader, which gathers each batch at once. In a custom loader, do "
+    "less work per batch, preprocess once before the training, or use more workers."
 )
 
 
 class Report(NamedTuple):
-    """How fast a run was, where its time went, and how much of the machine it used.
+    """The speed of a run, where its time went, and how much of the machine it used.
 
     Attributes:
-        throughput: of the run.
-        flops: of one step; None where they are not known.
-        peak: FLOPs per second that the machine reaches; None where that is not known.
+        throughput: counts and times of the run.
+        flops: FLOPs of one step; None if unknown.
+        peak: peak FLOPs per second of the machine; None if unknown.
     """
 
     throughput: Throughput
@@ -40,24 +40,24 @@ class Report(NamedTuple):
 
     @property
     def flops_per_second(self) -> float | None:
-        """FLOPs per second of the training; None where those of a step are not known."""
+        """FLOPs per second of training time; None if the FLOPs of a step are unknown."""
         if self.flops is None:
             return None
         return self.throughput.per_second(self.throughput.steps * self.flops.count)
 
     @property
     def share_of_peak(self) -> float | None:
-        """FLOPs per second as a share of the machine's peak, also called MFU."""
+        """FLOPs per second as a share of the machine's peak (MFU)."""
         reached = self.flops_per_second
         return None if reached is None or self.peak is None else reached / self.peak
 
     @property
     def share_of_waiting(self) -> float:
-        """The share of the training that the device had nothing to do for want of a batch."""
+        """Share of training time that the device spent waiting for data."""
         return self.throughput.per_second(self.throughput.seconds["data"])
 
     def line(self) -> dict[str, float]:
-        """Returns speed and times in seconds by name, as one line of a log."""
+        """Returns the speed, and the times in seconds, for `throughput.jsonl`."""
         read = self.throughput
         return {
             "steps_per_second": read.per_second(read.steps),
@@ -66,7 +66,7 @@ class Report(NamedTuple):
         }
 
     def facts(self) -> dict[str, Any]:
-        """Returns all of it as strict JSON, times in seconds."""
+        """Returns the report as strict JSON, with times in seconds."""
         read = self.throughput
         return {
             **read._asdict(),
@@ -84,7 +84,7 @@ class Report(NamedTuple):
         }
 
     def lines(self) -> list[str]:
-        """Returns all of it as lines of text: speed, FLOPs if known, time, and what to do."""
+        """Returns the report as lines of text: speed, FLOPs if known, time, and remarks."""
         return [
             f"speed  {self._speed()}",
             *([] if self.flops is None else [f"FLOPs  {self._work(self.flops)}"]),
@@ -93,8 +93,11 @@ class Report(NamedTuple):
         ]
 
     def remarks(self) -> list[str]:
-        """Returns what to do about the speed, as lines of text; none where there is nothing."""
-        return [self._waiting()] if self.share_of_waiting > _LONG_WAIT else []
+        """Returns advice on the speed, as lines of text."""
+        waiting = self.share_of_waiting
+        if waiting <= _LONG_WAIT:
+            return []
+        return [f"data   {waiting:.0%} of training time was spent waiting for data. {_FASTER_DATA}"]
 
     def _speed(self) -> str:
         read = self.throughput
@@ -132,22 +135,19 @@ class Report(NamedTuple):
             f"{read.programs} programs compiled, {read.cached} of them cached"
         )
 
-    def _waiting(self) -> str:
-        return f"data   {self.share_of_waiting:.0%} of the training waits for data. {_FASTER_DATA}"
-
 
 def make_report(
     read: Throughput,
     count_flops: Callable[[], Flops | None],
     measure_peak: Callable[[bool], float | None],
 ) -> Report:
-    """Makes the report on a run; FLOPs are in it if the training lasted for ten seconds.
+    """Returns the report on a run, with FLOPs if the training took ten seconds or more.
 
     Args:
-        read: the run's throughput.
-        count_flops: of a step; called if they are worth their time.
-        measure_peak: of the machine; called if the FLOPs of a step are known. It is told whether
-            the run was so long that a remembered peak may be measured again.
+        read: the throughput of the run.
+        count_flops: returns the FLOPs of a step.
+        measure_peak: returns the peak FLOPs per second, given whether to measure a cached value
+            again; called if the FLOPs of a step are known.
     """
     if read.training_seconds < _WORTH_SECONDS:
         return Report(read)
@@ -161,7 +161,7 @@ def _number(value: float) -> str:
 
 
 def _scaled(value: float) -> str:
-    """Returns a number and the prefix of its unit: `1.39 M`."""
+    """Formats a number with an SI prefix: `1.39 M`."""
     power = 0
     while value >= 1000 and power < len(_UNITS) - 1:
         value /= 1000

@@ -1,4 +1,4 @@
-"""Result: what a run returns, and the best models that it has kept."""
+"""The result of a run, and its best models."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from distaff.core.config.other_frameworks import RESULTS, unknown_name
 
 
 class Best(NamedTuple):
-    """The best model so far.
+    """One of the best models of a run.
 
     Attributes:
         step: completed optimizer updates.
@@ -26,17 +26,17 @@ class TrainResult(NamedTuple):
     """How a run ended.
 
     Attributes:
-        status: `"finished"`; `"stopped"` if a callback stopped it, `"pruned"` if a search did;
-            `"interrupted"` if it was asked to end before its time, and can be gone on with.
+        status: `"finished"`; `"stopped"` by a callback; `"pruned"` by a hyperparameter search; or
+            `"interrupted"`, and can be resumed.
         reason: why it was stopped or interrupted; empty otherwise.
         step: completed optimizer updates.
         epoch: completed epochs.
-        metrics: of the last training epoch (`train/`), the best validation (`val/`) and the test
-            (`test/`); those of the last epoch that ended, if it was interrupted.
-        best: the best model; None without validation, or if none could be written.
+        metrics: metrics of the last training epoch (`train/`), the best validation (`val/`) and the
+            test (`test/`); of the last completed epoch if the run was interrupted.
+        best: the best model; None without validation, or if no model could be written.
         path: the run directory; None if nothing is written.
-        first_step: completed updates when this call began; `step` where it has trained nothing,
-            because a run that it resumed, or found finished, had nothing left to train.
+        first_step: completed updates when this call began. Equals `step` if the run was already
+            finished, so that nothing was left to train.
     """
 
     status: str

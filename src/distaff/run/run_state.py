@@ -1,4 +1,4 @@
-"""RunState: where a run stands, one value; all of a run that is not an array."""
+"""RunState: the progress of a run without its arrays, as one immutable value."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from distaff import metrics as metrics_lib
 from distaff.execution.dispatch.packed_metrics import MetricLayout, WindowEnd
 from distaff.execution.feed.skipped import SkippedBatches
 from distaff.metrics import Metric, as_json, as_numbers
-from distaff.run.ranking import kept
+from distaff.run.ranking import retain
 from distaff.run.result import Best
 
 
 class EpochProgress(NamedTuple):
-    """What the steps of one epoch have given so far.
+    """The progress within one epoch.
 
     Attributes:
-        epoch: counted from 1; 0 before the first.
+        epoch: the epoch, counted from 1; 0 before the first.
         steps: completed steps of the epoch.
-        is_trained: whether these are all.
-        total: their metrics, but for those of `rows`; on the host; None before the first window.
-        rows: of steps whose window was not full at a pause, uint32 `[rows, width]`.
+        is_trained: whether all steps of the epoch are completed.
+        total: merged metrics of the complete windows, on the host; None before the first.
+        rows: metrics of an incomplete window at a pause, uint32 `[rows, width]`.
     """
 
     epoch: int = 0
@@ -35,32 +35,32 @@ class EpochProgress(NamedTuple):
     rows: np.ndarray | None = None
 
     def with_window(self, window: WindowEnd) -> EpochProgress:
-        """Returns it with the metrics of a window."""
+        """Returns the progress after a window, whose metrics are merged into `total`."""
         total = self.total
         total = metrics_lib.merge(total, window.metrics) if total else window.metrics
         return self._replace(total=total)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns it as strict JSON; numbers keep their bits."""
-        total = None if self.total is None else [_packed(x) for x in jax.tree.leaves(self.total)]
-        rows = None if self.rows is None else _packed(self.rows)
+        """Returns strict JSON, in which numbers are bit-exact."""
+        total = None if self.total is None else [_pack(x) for x in jax.tree.leaves(self.total)]
+        rows = None if self.rows is None else _pack(self.rows)
         place = {"epoch": self.epoch, "steps": self.steps, "is_trained": self.is_trained}
         return {**place, "total": total, "rows": rows}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], layout: MetricLayout) -> EpochProgress:
-        """Returns what `to_json` was made of.
+        """Restores the value from the result of `to_json`.
 
         Args:
-            value: what it returned.
-            layout: of the metrics of a step.
+            value: the JSON.
+            layout: layout of the metrics of a step.
 
         Raises:
-            ValueError, TypeError, KeyError: it is something else.
+            ValueError, TypeError, KeyError: the JSON is invalid, or the layout differs.
         """
         try:
             total, rows = _metrics(value, layout)
-        except ValueError:  # the run may have had another policy for bad steps
+        except ValueError:  # saved under another policy for bad steps
             before = layout.with_guard_toggled()
             total, rows = _metrics(value, before)
             rows = None if rows is None else layout.convert(rows, before)
@@ -69,19 +69,19 @@ class EpochProgress(NamedTuple):
 
 
 class RunState(NamedTuple):
-    """Where a run stands.
+    """The progress of a run.
 
     Attributes:
         step: completed optimizer updates.
-        epoch: the epoch of the last one.
+        epoch: the epoch of the last update.
         first_step: completed updates when this call of `train_model` began to train.
-        begun_at: step and epoch where the run began, in whatever process.
-        in_epoch: what the epoch that is trained has given so far.
-        best_models: the best first, each with a checkpoint.
-        last_metrics: of the last epoch that ended.
+        begun_at: step and epoch at the start of the run, before any resume.
+        in_epoch: progress within the current epoch.
+        best_models: best first, each with a checkpoint.
+        last_metrics: metrics of the last completed epoch.
         skipped: batches that are skipped after a rollback.
-        num_skipped: steps that were skipped.
-        interrupted_by: why the run ended before its time; empty otherwise.
+        num_skipped: number of skipped bad steps.
+        interrupted_by: why the run ended early; empty otherwise.
     """
 
     step: int
@@ -97,7 +97,7 @@ class RunState(NamedTuple):
 
     @classmethod
     def beginning(cls, step: int, epoch: int) -> RunState:
-        """Returns the state of a run that begins after some steps and epochs."""
+        """Returns the state at the start of a run."""
         return cls(step, epoch, step, (step, epoch), EpochProgress(epoch + 1))
 
     @property
@@ -106,10 +106,10 @@ class RunState(NamedTuple):
         return self.best_models[0] if self.best_models else None
 
     def to_json(self, *, ended: int | None) -> dict[str, Any]:
-        """Returns as strict JSON what a checkpoint keeps of it.
+        """Returns the part that a checkpoint stores, as strict JSON.
 
         Args:
-            ended: the epoch that has ended, whose metrics are in the log; None within an epoch.
+            ended: the epoch just completed, whose metrics are in the log; None within an epoch.
         """
         in_epoch = self.in_epoch if ended is None else EpochProgress(ended)
         return {
@@ -129,16 +129,16 @@ class RunState(NamedTuple):
         steps: Collection[int],
         keep_best: int,
     ) -> RunState:
-        """Returns what a checkpoint has kept, in a run that may have more options than that.
+        """Returns this state with the progress that a checkpoint has stored.
 
         Args:
             value: the facts of the checkpoint.
-            layout: of the metrics of a step.
-            steps: the checkpoints that are there: a best model without one cannot be loaded.
-            keep_best: how many of the best models are kept.
+            layout: layout of the metrics of a step.
+            steps: the steps of all checkpoints; best models without one are dropped.
+            keep_best: how many of the best models to retain.
 
         Raises:
-            ValueError, TypeError, KeyError: it is something else.
+            ValueError, TypeError, KeyError: the facts are invalid.
         """
         is_end = value["is_best"] is not None
         done = {"total": None, "rows": None} if is_end else {}
@@ -154,32 +154,32 @@ class RunState(NamedTuple):
     def with_results(
         self, value: Mapping[str, Any], steps: Collection[int], keep_best: int
     ) -> RunState:
-        """Returns it with the best models and the last metrics of a checkpoint; see `from_json`."""
-        there = [model for model in best_from_json(value) if model.step in steps]
+        """Returns this state with the best models and last metrics of a checkpoint."""
+        saved = [model for model in _best_from_json(value) if model.step in steps]
         last_metrics = dict(as_numbers(value["last_metrics"]))
-        return self._replace(best_models=kept(there, keep_best), last_metrics=last_metrics)
+        return self._replace(best_models=retain(saved, keep_best), last_metrics=last_metrics)
 
 
 def _metrics(
     value: Mapping[str, Any], layout: MetricLayout
 ) -> tuple[dict[str, Metric] | None, np.ndarray | None]:
     total, rows = value["total"], value["rows"]
-    rows = None if rows is None else _unpacked(rows)
+    rows = None if rows is None else _unpack(rows)
     if rows is not None and (rows.dtype, rows.shape[1:]) != (np.uint32, (layout.width,)):
-        raise ValueError(f"a step has {layout.width} numbers, not {rows.shape[1:]}")
-    return None if total is None else layout.like([_unpacked(leaf) for leaf in total]), rows
+        raise ValueError(f"a row has shape {rows.shape[1:]}, not ({layout.width},)")
+    return None if total is None else layout.like([_unpack(leaf) for leaf in total]), rows
 
 
-def _packed(array: Any) -> dict[str, Any]:
+def _pack(array: Any) -> dict[str, Any]:
     array = np.asarray(array)
     bits = base64.b64encode(array.tobytes()).decode()
     return {"dtype": array.dtype.str, "shape": list(array.shape), "bits": bits}
 
 
-def _unpacked(value: Mapping[str, Any]) -> np.ndarray:
+def _unpack(value: Mapping[str, Any]) -> np.ndarray:
     dtype = np.dtype(value["dtype"])
     if dtype.hasobject:
-        raise ValueError(f"an array of numbers is not of {dtype}")
+        raise ValueError(f"an array must be numeric; got the dtype {dtype}")
     bits = base64.b64decode(value["bits"], validate=True)
     return np.frombuffer(bits, dtype).reshape(value["shape"])
 
@@ -189,10 +189,9 @@ def best_json(model: Best) -> dict[str, Any]:
     return {**model._asdict(), "metrics": as_json(model.metrics)}
 
 
-def best_from_json(info: Mapping[str, Any]) -> list[Best]:
-    """Returns the best models that a checkpoint names, best first."""
+def _best_from_json(info: Mapping[str, Any]) -> list[Best]:
     models = info.get("best_models")
-    if models is None:  # a checkpoint of the time when only one was kept
+    if models is None:  # an old checkpoint, with one best model only
         models = [] if info["best"] is None else [info["best"]]
     return [
         Best(int(model["step"]), int(model["epoch"]), dict(as_numbers(model["metrics"])))

@@ -1,4 +1,4 @@
-"""Sanity: what a run looks at before it begins, so that bad input has a name."""
+"""Sanity checks before a run begins, with errors that name the bad input."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from distaff.step.context import Context
 
 
 class Sanity:
-    """Looks at the first batch of each loader, and at what the loss makes of it.
+    """Checks the first batch of each loader, and the shapes in the loss.
 
     Args:
-        workspace: of the trainer.
-        check_batch: the user's look at a batch of a loader, by its name.
-        loss_fn: the user's; None where the step is one of the user's own.
-        options: where to look, and what to do about bad input.
+        workspace: the trainer's workspace.
+        check_batch: the user's `(batch, loader_name) -> None`, which raises or warns.
+        loss_fn: the user's loss; None for a custom training step.
+        options: what to check, and how to report bad input.
 
     Attributes:
-        first_batches: by the name of the loader.
+        first_batches: first batches by the name of the loader.
     """
 
     def __init__(
@@ -41,55 +41,51 @@ class Sanity:
         loss_fn: Callable[..., Any] | None,
         options: InspectionOptions,
     ) -> None:
-        self._here, self._check_batch, self._loss_fn = workspace, check_batch, loss_fn
+        self._workspace, self._check_batch, self._loss_fn = workspace, check_batch, loss_fn
         self._options = options
         self.first_batches: dict[str, Batch] = {}
 
     def check_training(self, batch: Batch) -> None:
-        """Looks at the first batch that is trained on, and at the step that is.
+        """Checks the first training batch, and the training step.
 
         Raises:
-            DistaffError: any bad input, by its kind.
+            DistaffError: an input is bad; the subclass says how.
         """
         self.first_batches["train"] = batch
         self._check_batch(batch, "train")
-        self._check_broadcasts(self._here.measured_step, batch, train=True)
+        self._check_broadcasts(self._workspace.measured_step, batch, train=True)
 
     def check_evaluation(self, loader: Loader, name: str) -> dict[str, Any]:
-        """Traces the evaluation of a loader's first batch, looks at that batch, and evaluates it.
+        """Checks the first batch of an evaluation loader, and evaluates it.
 
-        What is evaluated before the training, unless `check_validation=False`, is one batch of a
-        validation loader. Neither the state, nor a random number, nor the loader's place changes.
+        A test batch is traced only, and with `check_validation=False` so is a validation batch. The
+        state, the random numbers and the position of the loader do not change.
 
         Returns:
-            The metrics it gives, as shapes.
+            The metrics, as shapes.
 
         Raises:
-            DistaffError: any bad input, by its kind.
+            DistaffError: an input is bad; the subclass says how.
         """
-        here = self._here
-        view = here.feeds.view(loader)
+        workspace = self._workspace
+        view = workspace.feeds.view(loader)
         batch = first_batch(loader if view is None else view, name=name)
         self.first_batches[name] = batch
-        shapes = here.evaluator.shapes(here.evaluation_state(), batch)
+        shapes = workspace.evaluator.shapes(workspace.evaluation_state(), batch)
         self._check_batch(batch, name)
-        self._check_broadcasts(here.evaluator.outputs, batch, train=False)
+        self._check_broadcasts(workspace.evaluator.outputs, batch, train=False)
         if name != "test" and self._options.check_validation:
-            here.evaluation_watch.expect(loader, num_shapes=num_shapes(loader))
+            workspace.evaluation_watch.expect(loader, num_shapes=num_shapes(loader))
             chunk = Chunk(1, num_examples(batch), One(batch))
-            metrics = here.evaluator(here.evaluation_state(), [chunk])
-            check_values(metrics, name, here.told, self._options)
+            metrics = workspace.evaluator(workspace.evaluation_state(), [chunk])
+            check_values(metrics, name, workspace.warned, self._options)
             compute(metrics)
         return results(shapes)
 
     def _check_broadcasts(self, step: Callable[..., Any], batch: Batch, *, train: bool) -> None:
-        """Checks that the loss does not meet each prediction with each label by mistake.
-
-        Raises:
-            LossError: it does; see `broadcasts`.
-        """
-        state, size = self._here.evaluation_state(), num_examples(batch)
-        closed = self._here.execution.jaxpr(step, state, batch)
+        """Raises LossError if the loss broadcasts predictions `[n, 1]` with labels `[n]`."""
+        state, size = self._workspace.evaluation_state(), num_examples(batch)
+        closed = self._workspace.execution.jaxpr(step, state, batch)
         if closed is not None and broadcasts.has_pairs(closed, size):
             arguments, loss_fn = (state.params, batch), self._loss_fn or _no_loss
             broadcasts.check(loss_fn, arguments, lambda: Context(state, train=train), size)
@@ -100,13 +96,13 @@ def _no_loss(*arguments: Any) -> Any:
 
 
 def inspect(batch: Batch, name: str, options: InspectionOptions, weight: Any = None) -> None:
-    """Looks at the first batch of a loader, on the host.
+    """Checks the first batch of a loader, on the host.
 
     Args:
         batch: a pytree of arrays `[batch, ...]`.
-        name: of the loader: `"train"`, `"val"` or `"test"`.
-        options: where to look, and what to do about bad input.
-        weight: of the examples; what has none may be NaN.
+        name: name of the loader: `"train"`, `"val"` or `"test"`.
+        options: what to check, and how to report bad input.
+        weight: example weights; examples without weight may be NaN.
 
     Raises:
         BatchError: an input is NaN or infinite, under `on_bad_input="raise"`.
@@ -116,7 +112,8 @@ def inspect(batch: Batch, name: str, options: InspectionOptions, weight: Any = N
     for leaf in options.nan_ok if name == "train" else ():
         if leaf not in known:
             raise ConfigError(
-                f"nan_ok names leaves of the batches; {leaf!r} is not one. {nearest(leaf, known)}"
+                f"nan_ok must name leaves of the batches; {leaf!r} is not one. "
+                f"{nearest(leaf, known)}"
             )
     cast = narrowed(batch, name)
     if cast and options.on_bad_input != "ignore":
@@ -127,53 +124,58 @@ def inspect(batch: Batch, name: str, options: InspectionOptions, weight: Any = N
 
 
 def check_values(
-    metrics: Mapping[str, Metric], name: str, told: set[tuple[str, str]], options: InspectionOptions
+    metrics: Mapping[str, Metric],
+    name: str,
+    warned: set[tuple[str, str]],
+    options: InspectionOptions,
 ) -> None:
     """Checks that no batch of an evaluation had a value out of range.
 
     Args:
-        metrics: of the evaluation, on the host.
-        name: of the loader.
-        told: what was said before.
-        options: what to do about bad input.
+        metrics: the metrics of the evaluation, on the host.
+        name: name of the loader.
+        warned: pairs of loader and rule with an earlier warning; updated.
+        options: how to report bad input.
 
     Raises:
-        BatchError: one had, under `on_bad_input="raise"`.
+        BatchError: a value is out of range, under `on_bad_input="raise"`.
     """
     breach = first_breach(metrics)
     if breach is not None:
-        report_breach(breach, f"batch {breach.batch + 1} of the {name} loader", name, told, options)
+        report_breach(
+            breach, f"batch {breach.batch + 1} of the {name} loader", name, warned, options
+        )
 
 
 def report_breach(
-    breach: Breach, place: str, name: str, told: set[tuple[str, str]], options: InspectionOptions
+    breach: Breach, place: str, name: str, warned: set[tuple[str, str]], options: InspectionOptions
 ) -> None:
-    """Reports a value out of range: of each rule and loader only once, where it is a warning.
+    """Reports a value out of range; warns only once per rule and loader.
 
     Raises:
         BatchError: under `on_bad_input="raise"`.
     """
-    if options.on_bad_input == "raise" or (name, breach.rule) not in told:
-        told.add((name, breach.rule))
-        report(breach.text(place), options, is_borne=False)
+    if options.on_bad_input == "raise" or (name, breach.rule) not in warned:
+        warned.add((name, breach.rule))
+        report(breach.text(place), options, is_tolerable=False)
 
 
-def report(complaint: str, options: InspectionOptions, *, is_borne: bool = True) -> None:
-    """Reports bad input in the way that `on_bad_input` asks for.
+def report(problem: str, options: InspectionOptions, *, is_tolerable: bool = True) -> None:
+    """Reports bad input as configured by `on_bad_input`.
 
     Args:
-        complaint: what is wrong; empty where nothing is.
-        options: what to do about it.
-        is_borne: whether a careful user might train on it all the same.
+        problem: what is wrong; empty if nothing is.
+        options: how to report it.
+        is_tolerable: whether the error suggests to train on it anyway.
 
     Raises:
-        BatchError: something is, under `on_bad_input="raise"`.
+        BatchError: there is a problem, under `on_bad_input="raise"`.
     """
-    if complaint and options.on_bad_input == "raise":
-        option = " Or pass on_bad_input='warn' to train on it all the same." * is_borne
-        raise BatchError(f"{complaint}{option}")
-    if complaint and options.on_bad_input == "warn":
-        warn(complaint, stacklevel=2)
+    if problem and options.on_bad_input == "raise":
+        option = " Or pass on_bad_input='warn' to train on it anyway." * is_tolerable
+        raise BatchError(f"{problem}{option}")
+    if problem and options.on_bad_input == "warn":
+        warn(problem, stacklevel=2)
 
 
 def check_monitors(
@@ -183,18 +185,18 @@ def check_monitors(
     of_validation: Iterable[str],
     is_own: Callable[..., bool],
 ) -> None:
-    """Checks the metrics that a trainer and its callbacks look at, before a run begins.
+    """Checks the metrics that a trainer and its callbacks monitor, before a run begins.
 
     Args:
-        monitor: which the callbacks take that have none of their own.
-        callbacks: of the run.
-        of_training: the metrics of a training epoch, as `train/...`.
-        of_validation: those of the validations, as `val/...`.
-        is_own: whether one of some methods is overridden, which may add metrics or ignore them.
+        monitor: the trainer's monitor, the default of callbacks.
+        callbacks: the callbacks of the run.
+        of_training: names of training metrics, as `train/...`.
+        of_validation: names of validation metrics, as `val/...`.
+        is_own: returns whether one of the named methods is overridden; it may add metrics.
 
     Raises:
-        MetricError: there is no such metric.
-        ConfigError: two monitors contradict each other, or there is no validation to stop by.
+        MetricError: a monitored metric does not exist.
+        ConfigError: two monitors contradict each other, or early stopping needs a validation.
     """
     of_training, of_validation = list(of_training), list(of_validation)
     callbacks.judge_by(monitor)
@@ -211,12 +213,12 @@ def check_monitors(
 
 
 def _check_stops(callbacks: list[EarlyStopping]) -> None:
-    """Checks that callbacks that stop a run look at something where there is no validation."""
+    """Raises ConfigError if a callback monitors a validation metric; the run has none."""
     for callback in callbacks:
         monitor = callback.monitor
         if monitor is not None and not monitor.is_of_training:
             raise ConfigError(
-                f"EarlyStopping looks at {monitor.name!r} after each validation, and this run has "
-                "none. Pass a val_loader to train_model, or monitor a metric of training: "
+                f"EarlyStopping monitors the validation metric {monitor.name!r}, but this run has "
+                "no validation. Pass a val_loader to train_model, or monitor a training metric: "
                 "EarlyStopping('train/loss')."
             )

@@ -1,9 +1,9 @@
-"""Workspace: what a trainer has made for its model in this process, and where its state stands."""
+"""Workspace: the state, programs and loaders of a trainer in this process."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -36,34 +36,33 @@ PredictFn = Callable[[TrainState, Batch], PyTree]
 
 
 class Workspace:
-    """What a trainer has made for its model: it is filled once, and only the state moves on.
+    """Everything that a trainer builds once; only the state changes afterwards.
 
     Args:
-        options: how functions are made to run.
-        display: what the trainer shows itself on.
+        options: how functions are compiled and run.
+        display: shows progress and messages.
         predict: `(state, batch) -> outputs`.
 
     Attributes:
         state: the state; None before the model is initialised.
         step: completed optimizer updates of the state.
-        epoch: its completed epochs, or the one that is trained.
-        example_batch: a batch like those of training, once the trainer is set up.
-        table: the model as a table; None where none was made.
-        recording: of the next run, or of the last one.
-        capacity: batches per program of an evaluation.
-        timers: of the current run, or the last one.
-        evaluator: evaluates; there once the trainer is set up.
-        plain_step: the training step without a guard, with its metrics in accumulating form.
-        measured_step: what a run repeats.
-        counted: the training step, which counts the updates that it makes.
-        own_step: the training step that the user's class has compiled itself; None where it is
-            Distaff's.
-        steps_per_epoch: updates in an epoch of the run that is prepared; None if not known.
-        schedule: of the optimizer's learning rate; None where it has none that is known.
-        explains: whether a bad step is looked into; a search has no time for it.
-        told: what was said about bad input, each once.
-        origin: a line on where the weights that a new run begins with come from.
-        not_loaded: why they could not be loaded; a run that is resumed needs none.
+        epoch: the epoch of the state: the current one, or the last completed one.
+        example_batch: a training batch, once the trainer is set up.
+        table: the table of the model; None if it was not made.
+        recording: the run directory and loggers of the current or last run.
+        capacity: batches per call of an evaluation.
+        timers: timers of the current or last run.
+        evaluator: evaluates the model; set once the trainer is set up.
+        plain_step: the training step without a guard, with accumulating metrics.
+        measured_step: the training step that a run repeats.
+        counted: the training step, with a count of its optimizer updates.
+        own_step: a training step that the user's class compiled itself; None by default.
+        steps_per_epoch: updates per epoch of the prepared run; None if unknown.
+        schedule: the learning rate schedule of the optimizer; None if unknown.
+        explains: whether to diagnose bad steps; False in a hyperparameter search.
+        warned: pairs of loader and rule with an earlier warning about bad input.
+        origin: a line on the source of the initial weights.
+        not_loaded: why the initial weights could not be loaded; a resumed run ignores it.
     """
 
     evaluator: Evaluator
@@ -85,7 +84,7 @@ class Workspace:
         self.schedule: Schedule | None = None
         self.explains = True
         self.origin, self.not_loaded = "", None
-        self.told: set[tuple[str, str]] = set()
+        self.warned: set[tuple[str, str]] = set()
         self._programs: dict[str, Any] = {}
         self._trains_others: dict[Any, bool] = {}
         self.predict_step = self.execution.program(predict)
@@ -100,13 +99,13 @@ class Workspace:
     not_loaded: DistaffError | None
 
     def program(self, name: str, function: Callable[..., Any]) -> Any:
-        """Returns the program of a name, made of a pure function where there is none yet."""
+        """Returns the program of this name, made from a pure function at the first call."""
         if name not in self._programs:
             self._programs[name] = self.execution.program(function)
         return self._programs[name]
 
     def show(self, line: str) -> None:
-        """Shows a line, and writes it into the log file of a run."""
+        """Shows a line, and writes it to the log file of the run."""
         _log.info("%s", line)
         self.display.print(line)
 
@@ -114,20 +113,20 @@ class Workspace:
         """Returns the state.
 
         Raises:
-            StateError: there is none yet.
+            StateError: the model is not initialised yet.
         """
         if self.state is None:
             raise StateError(
-                "The model has no parameters yet. Call train_model first, give the trainer an "
-                "example_batch, or use load_from_checkpoint."
+                "The model has no parameters yet. Call train_model first, pass an example_batch to "
+                "the trainer, or use load_from_checkpoint."
             )
         return self.state
 
     def evaluation_state(self) -> TrainState:
-        """Returns the state with the parameters to evaluate with; see `optim.evaluation_params`.
+        """Returns the state with its evaluation parameters; see `optim.evaluation_params`.
 
         Raises:
-            StateError: there is none yet.
+            StateError: the model is not initialised yet.
         """
         state = self.ready_state()
         kind = jax.tree.structure(state.opt_state)
@@ -138,16 +137,16 @@ class Workspace:
         return state.replace(params=self._evaluation_params(state.opt_state, state.params))
 
     def restore(self, store: Store, step: int, members: Iterable[str]) -> None:
-        """Replaces members of the state by those of a checkpoint.
+        """Loads members of the state from a checkpoint.
 
         Args:
-            store: where the checkpoint is.
-            step: which one.
-            members: names of the state's members. Without `opt_state` among them, `params` are
-                those that the optimizer evaluates with.
+            store: the store of the checkpoint.
+            step: the step of the checkpoint.
+            members: names of the members to load. With `params` but not `opt_state`, loads the
+                evaluation parameters.
 
         Raises:
-            CheckpointError: it cannot be read, or is of another model.
+            CheckpointError: the checkpoint cannot be read, or is of another model.
         """
         state, info = self.ready_state(), store.info(step)
         saved_as = {name: name for name in members}
@@ -156,7 +155,7 @@ class Workspace:
         wanted = {saved: getattr(state, name) for name, saved in saved_as.items()}
         loaded = like(store.load(step, wanted), wanted)
         self.state = state.replace(**{name: loaded[saved] for name, saved in saved_as.items()})
-        self.step, self.epoch = step, _epoch(info)
+        self.step, self.epoch = step, int(info.get("epoch", 0))
 
     @contextmanager
     def chunks(
@@ -167,30 +166,26 @@ class Workspace:
         tracker: Callable[..., Iterator[Any]],
         interruptible: Callable[[Iterator[Chunk]], Iterator[Chunk]] = iter,
     ) -> Generator[Iterator[Chunk]]:
-        """Yields one pass over a loader to evaluate on, in chunks, with its progress shown.
+        """Yields one evaluation pass over a loader, in chunks, and shows its progress.
 
         Args:
             loader: any iterable of batches.
-            name: of the loader, for errors and the display.
+            name: name of the loader, for errors and the display.
             may_pad: see `Evaluator.may_pad`.
             tracker: shows the progress.
-            interruptible: ends the pass when the run is asked to end.
+            interruptible: ends the pass if the run is interrupted.
         """
         made = loader if self.feeds.has_view(loader) else as_loader(loader, name=name)
         self.evaluation_watch.expect(loader, num_shapes=num_shapes(made))
         with self.feeds.one_pass(made, name) as view:
             capacity, length = self.capacity, num_batches(view)
-            # Gathered rows would be a program of its own for each data set.
+            # Gathering rows of resident data would compile one program per data set.
             feed = self.feeds.of(view, name=name, resident=False)
             total = None if length is None else -(-length // capacity)
             with closing(feed.repeated(ChunkSize(capacity, capacity), even=may_pad)) as chunks:
                 yield tracker(interruptible(chunks), description=name, total=total)
 
     def make_watch(self) -> Watch:
-        """Returns what watches the programs of a run, or those of evaluations."""
+        """Returns a watch for recompilations, as configured."""
         recompile = "ignore" if self._options.debug else self._options.recompile
         return Watch(recompile, step=lambda: self.step, say=lambda text: self.display.print(text))
-
-
-def _epoch(info: Mapping[str, Any]) -> int:
-    return int(info.get("epoch", 0))

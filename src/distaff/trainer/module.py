@@ -276,7 +276,7 @@ class TrainerModule(Predictor):
             with here.chunks(loader, name, may_pad, self.tracker, interruptible) as chunks:
                 metrics = here.evaluator(state, chunks)
             if not all(metric.is_result for metric in metrics.values()):
-                sanity.check_values(metrics, name, here.told, self.config)
+                sanity.check_values(metrics, name, here.warned, self.config)
             return metrics_lib.compute(metrics, prefix)
 
     def is_new_model_better(

@@ -13,7 +13,7 @@ from distaff.metrics.monitor import as_monitor
 from distaff.run import loop
 from distaff.run.directory.protocol import recorded
 from distaff.run.display import as_text
-from distaff.run.events import Interrupted, Plan, PlanOptions, made_of
+from distaff.run.events import Interrupted, Plan, PlanOptions, validation_pairs
 from distaff.run.identity.candidates import Candidate
 from distaff.run.result import TrainResult
 from distaff.run.run import Run
@@ -32,7 +32,11 @@ class Inputs:
         train, val, test = loaders
         made = None if test is None else as_loader(test, name="test")
         self.plan = plan
-        self.made = [(train, unlimited(plan.train_loader)), (test, made), *made_of(val, plan)]
+        self.made = [
+            (train, unlimited(plan.train_loader)),
+            (test, made),
+            *validation_pairs(val, plan),
+        ]
         self.test_loader = None if made is None else limited(made, options.most_batches)
 
 
@@ -97,11 +101,11 @@ class Training:
             except Interrupted as reason:
                 run.end_early(reason)
         except BaseException as error:
-            run.tell_end(error)
+            run.end_callbacks(error)
             raise
         finally:
             run.checkpointer.boundary = None
-        run.tell_end()
+        run.end_callbacks()
         if not run.state.interrupted_by:
             self._finish(run, test_loader)
 
