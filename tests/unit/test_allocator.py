@@ -61,7 +61,7 @@ def test_glibc_takes_the_settings():
 @linux
 def test_too_late_is_noted_once_and_not_warned_of():
     out, log = run("import jax; jax.devices()")
-    assert out[0].startswith("left as it is, because JAX had started")
+    assert out[0].startswith("not tuned, because JAX had started")
     assert out[0].endswith(" 0")
     assert log.count("INFO memory allocator") == 1
     assert "WARNING" not in log
@@ -112,7 +112,7 @@ print(started)
 @linux
 @pytest.mark.parametrize(
     ("features", "outcome"),
-    [("(8,)", "INFO memory allocator: left as it is (a forward pass makes"),
+    [("(8,)", "INFO memory allocator: not tuned (a forward pass makes"),
      ("(512,)", "INFO memory allocator: tuned")],
 )  # fmt: skip
 def test_trainer_tunes_for_large_steps_alone_before_jax_starts(features, outcome):

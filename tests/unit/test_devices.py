@@ -8,7 +8,8 @@ import pytest
 
 from distaff import data, tasks, zoo
 from distaff.errors import ConfigError
-from distaff.execution.devices import check_one_process, idle_devices
+from distaff.execution.placement import idle_devices
+from distaff.execution.processes import check_one_process
 
 BATCH = {"image": np.ones((8, 3), np.float32), "label": np.zeros(8, np.int32)}
 

@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 
 from distaff.errors import BarrierError, ConfigError
-from distaff.execution.agreement import Agreement
-from distaff.execution.barrier import barrier, missing_processes
+from distaff.execution.processes import Agreement, barrier, missing_processes
 
 PAIR = """
 import json, os, sys, time
@@ -30,8 +29,7 @@ jax.distributed.initialize(
     address, 2, rank, coordinator_bind_address=address if rank == 0 else None,
     initialization_timeout=60, shutdown_timeout_seconds=10,
 )
-from distaff.execution.agreement import Agreement
-from distaff.execution.barrier import barrier
+from distaff.execution.processes import Agreement, barrier
 from distaff.errors import BarrierError
 from distaff.run.supervision.interruption import Interruption
 from distaff.run.supervision.watchdog import Watchdog
@@ -144,7 +142,7 @@ def test_barrier_error_is_a_timeout():
 
 def test_fast_and_slow_processes_exchange_at_the_same_calls(monkeypatch):
     meeting, told, calls = threading.Barrier(2, timeout=10.0), {}, ({}, {})
-    monkeypatch.setattr("distaff.execution.agreement.SECONDS_BETWEEN", 0.05)
+    monkeypatch.setattr("distaff.execution.processes.SECONDS_BETWEEN", 0.05)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
 
     def process_allgather(row):
@@ -155,7 +153,7 @@ def test_fast_and_slow_processes_exchange_at_the_same_calls(monkeypatch):
         return rows
 
     monkeypatch.setattr(
-        "distaff.execution.agreement.multihost_utils.process_allgather", process_allgather
+        "distaff.execution.processes.multihost_utils.process_allgather", process_allgather
     )
 
     def run(rank):

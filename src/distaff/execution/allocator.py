@@ -55,7 +55,7 @@ def tune(num_bytes: Callable[[], int] | None = None) -> str:
     if num_bytes is not None and not reason:
         made = _call(num_bytes)
         if made is not None and made < _MIN_BYTES:
-            reason = f"left as it is (a forward pass makes {made / 1e6:.3g} MB, which is little)"
+            reason = f"not tuned (a forward pass makes {made / 1e6:.3g} MB, which is little)"
     return _tune(reason)
 
 
@@ -103,7 +103,7 @@ def _call(num_bytes: Callable[[], int]) -> int | None:
 
 
 _TOO_LATE = (
-    "left as it is, because JAX had started before the trainer was made. Steps of large models on "
+    "not tuned, because JAX had started before the trainer was made. Steps of large models on "
     "the CPU may be slower; the first steps are measured. To tune it, call "
     "distaff.execution.allocator.tune() before any JAX array is made."
 )
@@ -111,22 +111,22 @@ _TOO_LATE = (
 
 def _reason_against() -> str:
     if os.environ.get("DISTAFF_MALLOC", "").lower() in ("off", "0", "false", "no"):
-        return "left as it is (DISTAFF_MALLOC)"
+        return "not tuned (DISTAFF_MALLOC)"
     if sys.platform != "linux" or "glibc" not in _libc():
-        return "left as it is (not glibc)"
+        return "not tuned (not glibc)"
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
-        return "left as the environment sets it"
+        return "not tuned (the environment configures it)"
     if os.environ.get("LD_PRELOAD"):
-        return "left as it is (LD_PRELOAD may have replaced it)"
+        return "not tuned (LD_PRELOAD may have replaced it)"
     if not _on_cpu_alone():
-        return "left as it is (JAX may run on an accelerator)"
+        return "not tuned (JAX may run on an accelerator)"
     return ""
 
 
 def _set() -> str:
     mallopt = ctypes.CDLL(None).mallopt
     refused = [name for name, value in _SETTINGS.items() if mallopt(name, value) != 1]
-    return f"tuned in part ({refused} refused)" if refused else "tuned"
+    return f"partly tuned (mallopt refused {refused})" if refused else "tuned"
 
 
 def _libc() -> str:

@@ -119,6 +119,11 @@ class Alongside(OneDevice):
 
 ONE_DEVICE = OneDevice()
 
+_HIDING = {
+    "cpu": "leave jax_num_cpu_devices and --xla_force_host_platform_device_count unset",
+    "gpu": "set CUDA_VISIBLE_DEVICES=0, or ROCR_VISIBLE_DEVICES=0 for AMD,",
+}
+
 
 def owned(tree: PyTree) -> PyTree:
     """Returns copies of arrays on their devices, each in its own buffer: all can be donated.
@@ -169,3 +174,21 @@ def num_devices(batch: Batch) -> int:
     """Returns the number of devices of a batch's arrays; 1 for arrays on the host."""
     arrays = [leaf for leaf in jax.tree.leaves(batch) if isinstance(leaf, jax.Array)]
     return max((len(array.sharding.device_set) for array in arrays), default=1)
+
+
+def idle_devices(batch: Batch) -> str:
+    """Returns a line about local devices that training leaves idle; empty if all are used.
+
+    Args:
+        batch: a batch of the train loader. Steps run on the devices of its arrays: a loader may
+            place them on several devices.
+    """
+    local, used = jax.local_devices(), num_devices(batch)
+    if used >= len(local):
+        return ""
+    platform = local[0].platform
+    hiding = _HIDING.get("gpu" if platform in ("cuda", "rocm") else platform, "")
+    remedy = f" To hide the others, {hiding} before the program starts." if hiding else ""
+    number = "One" if used == 1 else str(used)
+    computes = "computes" if used == 1 else "compute"
+    return f"{number} of {len(local)} local {platform} devices {computes}.{remedy}"

@@ -15,12 +15,12 @@ from distaff.callbacks import StepInfo
 from distaff.callbacks.callbacks import Callbacks
 from distaff.data import num_batches
 from distaff.errors import MetricError
-from distaff.execution.devices import idle_devices
 from distaff.execution.dispatch.dispatcher import Dispatcher
 from distaff.execution.dispatch.packed_metrics import BadStep, WindowEnd
 from distaff.execution.dispatch.steps_per_call import FusionChoice
 from distaff.execution.feed.skipped import num_drawn, skipped_batches
 from distaff.execution.peak_flops import peak_flops
+from distaff.execution.placement import idle_devices
 from distaff.execution.timers import Timers
 from distaff.metrics import Metric, as_json, compute, results
 from distaff.metrics.accumulators import Named

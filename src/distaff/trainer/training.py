@@ -7,7 +7,7 @@ from typing import Any
 
 from distaff.data import as_loader, closing_made, first_to_train, limited, unlimited
 from distaff.errors import StateError
-from distaff.execution.devices import check_one_process
+from distaff.execution.processes import check_one_process
 from distaff.metrics import as_numbers
 from distaff.metrics.monitor import as_monitor
 from distaff.run import loop

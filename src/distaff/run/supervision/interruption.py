@@ -22,7 +22,7 @@ import jax
 from distaff.core.config.durations import Duration, seconds_of
 from distaff.core.config.options import Options, option, or_none
 from distaff.core.config.options import time as checked_time
-from distaff.execution.agreement import Agreement
+from distaff.execution.processes import Agreement
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

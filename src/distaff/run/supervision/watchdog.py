@@ -15,7 +15,7 @@ import jax
 from distaff.core.config.durations import Duration, seconds_of
 from distaff.core.files import FILE_MODE
 from distaff.errors import BarrierError
-from distaff.execution.barrier import barrier
+from distaff.execution.processes import barrier
 
 STUCK_AFTER = "10m"
 """Time without progress that counts as a stall, the timeout of collectives on GPUs. A false alarm
