@@ -198,10 +198,10 @@ class Padding:
 
     def of(self, state: PyTree) -> MayPad:
         """Returns a function that decides which batches may be padded for a state."""
-        spec = _spec(state)
+        spec = example_spec(state, axes=0)
 
         def may_pad(source: ChunkData) -> bool:
-            key = spec, type(source), _spec(source)
+            key = spec, type(source), example_spec(source, axes=0)
             if key not in self._known:
                 self._known[key] = self._trace_rows(state, source)
             return self._known[key]
@@ -334,7 +334,3 @@ def example_spec(tree: PyTree, *, axes: int = 1) -> Any:
     """
     leaves, structure = jax.tree.flatten(tree)
     return structure, tuple((leaf.shape[axes:], leaf.dtype) for leaf in leaves)
-
-
-def _spec(tree: PyTree) -> Any:
-    return example_spec(tree, axes=0)

@@ -65,7 +65,7 @@ class Interrupted(Exception):  # noqa: N818 - a request, not an error
     """Ends a run early: a signal, a time limit or Ctrl-C. The run is saved."""
 
 
-class BadNumbers(NonFiniteError):  # noqa: N818 - a request, unless the run cannot roll back
+class BadNumbers(NonFiniteError):  # noqa: N818 - a request, unless the run does not roll back
     """Ends an epoch at a bad step.
 
     Args:

@@ -40,7 +40,7 @@ from distaff.step.state import TrainState
 
 def train(hooks: Hooks, run: Run) -> None:
     """Trains the epochs of a run's plan. Raises `Interrupted` if the run is asked to end early."""
-    run.load_state()
+    run.checkpointer.load_state()
     run.call(hooks.on_training_start)
     run.emit("on_training_start")
     run.resume_or_begin()
@@ -68,7 +68,7 @@ def _train_epoch(hooks: Hooks, run: Run, epoch: int) -> None:
         run.call(hooks.on_validation_epoch_end, epoch, validation, as_argument(plan.val_loaders))
         run.emit("on_validation_end", validation)
         hooks.save_metrics(f"val_epoch_{epoch:04d}", validation)
-    judged = run.judged(metrics, validation)
+    judged = run.monitor.judged(metrics, validation)
     if is_due and judged:
         is_best = hooks.is_new_model_better(judged, run.best_metrics)
     run.recorder.end_epoch(epoch, {**metrics, **validation}, is_best)

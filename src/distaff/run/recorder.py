@@ -100,11 +100,6 @@ class Recorder:
         self.dispatcher.forms, self.workspace.capacity = forms, forms.capacity
         self.fusion = forms.facts()
 
-    @property
-    def forms(self) -> FusionChoice:
-        """The number of steps per call, and how it was chosen."""
-        return self.dispatcher.forms
-
     def update(self, **changes: Any) -> None:
         """Replaces fields of `state`."""
         self.state = self.state._replace(**changes)
@@ -149,7 +144,7 @@ class Recorder:
         self.has_observed = True
         if self.workspace.step == state.first_step:
             self.display.running()
-            self.show(f"{self.timers.read().compiled()}; {self.forms.describe()}")
+            self.show(f"{self.timers.read().compiled()}; {self.dispatcher.forms.describe()}")
         self.workspace.state, self.workspace.step = event.state, event.step
         in_epoch = state.in_epoch._replace(steps=state.in_epoch.steps + event.num_steps)
         self.state = state._replace(step=event.step, epoch=epoch, in_epoch=in_epoch)

@@ -180,7 +180,8 @@ class Recovery:
         recorder, workspace, checkpointer = self._recorder, self._workspace, self._checkpointer
         before = recorder.state.skipped
         workspace.feeds.settle(self._plan.train_loader)
-        saved = checkpointer.restore(store, step, val=not self._validates_on_streams)
+        val = not any(map(_reads_streams, self._plan.val_loaders.values()))
+        saved = checkpointer.restore(store, step, val=val)
         if isinstance(store, CheckpointStore) and step != store.latest():
             forget_after(store, step)
         start = max(0, batch - reach)
@@ -192,10 +193,6 @@ class Recovery:
         metrics, is_best = ({}, None) if saved is None else (saved.metrics, saved.is_best)
         facts = checkpointer.facts(metrics, is_best)
         checkpointer.save({**facts, "provisional": store.info(step)["provisional"]})
-
-    @property
-    def _validates_on_streams(self) -> bool:
-        return any(map(_reads_streams, self._plan.val_loaders.values()))
 
     def _last_good(self) -> str:
         good = self._checkpointer.store.latest()

@@ -57,7 +57,7 @@ class Run:
         options: the trainer's options.
         callbacks: called at the events of the run.
         monitor: the metric that ranks models.
-        owner: name of the user's class.
+        owner: name of the user's class, for the reason of a stop.
 
     Attributes:
         interruptible: ends an evaluation early if the run is interrupted; see `Supervisor`.
@@ -74,7 +74,7 @@ class Run:
         owner: str,
     ) -> None:
         self.workspace, self.plan, self.callbacks = workspace, plan, callbacks
-        self._options, self._monitor, self._owner = options, monitor, owner
+        self.monitor, self._options, self._owner = monitor, options, owner
         callbacks.stop_reason = None
         workspace.evaluation_watch.expect()
         workspace.feeds.validate_on(plan.val_loaders.values(), plan.train_loader)
@@ -105,7 +105,7 @@ class Run:
     @property
     def forms(self) -> Any:
         """The number of steps per call, and how it was chosen."""
-        return self.recorder.forms
+        return self.dispatcher.forms
 
     @property
     def logger(self) -> ManyLoggers:
@@ -131,10 +131,6 @@ class Run:
     def is_stopped(self) -> bool:
         """Whether a callback or hook has stopped the run."""
         return self.callbacks.stop_reason is not None
-
-    def load_state(self) -> None:
-        """Loads the state of a resumed run."""
-        self.checkpointer.load_state()
 
     def resume_or_begin(self) -> None:
         """Restores the position of a resumed run, or saves the initial state of a new one."""
@@ -186,17 +182,10 @@ class Run:
 
     def choose_steps_per_call(self, loader: Loader) -> None:
         """Chooses the number of steps per call, by measuring if configured."""
-        workspace, tunes = self.workspace, self._options.tune_process
-        self.recorder.fuse(
-            calibrate(
-                self.dispatcher,
-                workspace.ready_state(),
-                workspace.feeds,
-                loader,
-                self.path,
-                remember=tunes,
-            )
-        )
+        state, feeds = self.workspace.ready_state(), self.workspace.feeds
+        remember = self._options.tune_process
+        choice = calibrate(self.dispatcher, state, feeds, loader, self.path, remember=remember)
+        self.recorder.fuse(choice)
 
     def training_chunks(self, loader: Loader) -> Generator[Chunk]:
         """Returns the remaining chunks of the epoch; close it to put the loader at their end."""
@@ -218,7 +207,7 @@ class Run:
         return self.timers.fetched(page_faults.watched(chunks, self._options.tune_process))
 
     def around_epoch(self) -> AbstractContextManager[ChunkScope]:
-        """Returns a context for the steps of an epoch; it yields the context of each chunk."""
+        """Returns a context for the steps of an epoch; its value makes the context of a chunk."""
         watchers = self.callbacks.chunk_watchers
         if not watchers:
             return nullcontext(nullcontext)
@@ -284,26 +273,19 @@ class Run:
         workspace, progress = self.workspace, self.state.in_epoch
         if not self.recorder.has_observed and not progress.is_trained:
             step = int(workspace.ready_state().step)
-            progress = progress._replace(
-                steps=progress.steps + step - workspace.step, is_trained=True
-            )
+            steps = progress.steps + step - workspace.step
+            progress = progress._replace(steps=steps, is_trained=True)
             workspace.step = step
             self.recorder.update(step=step, epoch=workspace.epoch, in_epoch=progress)
         self.checkpointer.boundary = self.checkpointer.facts({}, None)
         return metrics
-
-    def judged(
-        self, metrics: Mapping[str, Any], validation: Mapping[str, Any]
-    ) -> Mapping[str, Any]:
-        """Returns the metrics that rank a model; see `Monitor.judged`."""
-        return self._monitor.judged(metrics, validation)
 
     def finish_epoch(self, epoch: int) -> None:
         """Moves the run to the next epoch."""
         self.recorder.update(in_epoch=EpochProgress(epoch + 1))
 
     def end_early(self, interrupted: Interrupted) -> None:
-        """Saves an interrupted run, and shows how to resume it."""
+        """Saves an interrupted run if it is not saved yet, and shows how to resume it."""
         if self.checkpointer.boundary is not None:
             self.checkpointer.save(self.checkpointer.boundary)
         self.checkpointer.settle()

@@ -65,6 +65,8 @@ class Workspace:
         not_loaded: why the initial weights could not be loaded; a resumed run ignores it.
     """
 
+    state: TrainState | None
+    not_loaded: DistaffError | None
     evaluator: Evaluator
     plain_step: StepFn
     measured_step: StepFn
@@ -86,17 +88,14 @@ class Workspace:
         self.origin, self.not_loaded = "", None
         self.warned: set[tuple[str, str]] = set()
         self._programs: dict[str, Any] = {}
-        self._trains_others: dict[Any, bool] = {}
+        self._has_evaluation_params: dict[Any, bool] = {}
         self.predict_step = self.execution.program(predict)
         self.with_rest = self.execution.program(lambda state: with_rest(state), donate=0)
-        # A function of this trainer alone: a program lives as long as the function it is made of.
+        # A lambda per trainer, because a program lives as long as its function.
         self._evaluation_params = self.execution.program(
             lambda opt_state, params: evaluation_params(opt_state, params)
         )
         self.evaluation_watch = self.make_watch()
-
-    state: TrainState | None
-    not_loaded: DistaffError | None
 
     def program(self, name: str, function: Callable[..., Any]) -> Any:
         """Returns the program of this name, made from a pure function at the first call."""
@@ -130,9 +129,9 @@ class Workspace:
         """
         state = self.ready_state()
         kind = jax.tree.structure(state.opt_state)
-        if kind not in self._trains_others:
-            self._trains_others[kind] = has_evaluation_params(state.opt_state)
-        if not self._trains_others[kind]:
+        if kind not in self._has_evaluation_params:
+            self._has_evaluation_params[kind] = has_evaluation_params(state.opt_state)
+        if not self._has_evaluation_params[kind]:
             return state
         return state.replace(params=self._evaluation_params(state.opt_state, state.params))
 
