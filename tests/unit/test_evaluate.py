@@ -226,6 +226,6 @@ def test_predict_keeps_the_order_of_long_loaders(count):
     ],
 )
 def test_predict_refuses_outputs_without_a_batch_axis(outputs, shapes):
-    message = f"one entry per example in every array, here 4; it has the shapes {shapes}"
+    message = f"must have one entry per example (4); got the shapes {shapes}"
     with pytest.raises(BatchError, match=re.escape(message)):
         predict(lambda state, batch: outputs(batch), state(), batches(4, 4))

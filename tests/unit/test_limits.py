@@ -220,5 +220,5 @@ def test_nan_of_an_index_out_of_range_says_so():
         run.train_model(data.ArrayLoader({"x": x, "y": Y[:16]}, 4), num_epochs=1)
     text = str(error.value)
     assert "an index is out of range: indices span 2 to 12, but the axis has 10 ent" in text
-    assert "Look at the batch for indices" in text
+    assert "Check the batch for indices" in text
     assert "learning rate" not in text

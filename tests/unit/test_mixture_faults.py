@@ -262,7 +262,7 @@ WRAPPED: list[Callable[[Any], data.Loader]] = [
 @pytest.mark.parametrize("wrap", WRAPPED)
 def test_what_cannot_go_back_within_a_loader_is_refused_before_anything_is_written(wrap, tmp_path):
     root = tmp_path / "runs"
-    with pytest.raises(ConfigError, match=r"rollback.*an iterable of your own cannot"):
+    with pytest.raises(ConfigError, match=r"rollback.*a plain iterable cannot"):
         train(wrap(pairs(0, 8)), root=root, on_bad_numbers="rollback")
     assert not root.exists()
 
