@@ -76,7 +76,7 @@ class Evaluator:
         """
         sizes, waiting, total = Sizes(self.may_pad(state)), [], None
         for chunk in chunks:
-            waiting.append(self._measure(state, chunk, sizes))
+            waiting.append(self._evaluate(state, chunk, sizes))
             if len(waiting) == _IN_FLIGHT:
                 total, waiting = _merge_waiting(total, waiting), []
         total = _merge_waiting(total, waiting)
@@ -99,9 +99,10 @@ class Evaluator:
     def _mask(self, state: TrainState, batch: Batch) -> np.ndarray | None:
         return np.ones(num_examples(batch), bool) if self.may_pad(state)(One(batch)) else None
 
-    def _measure(
+    def _evaluate(
         self, state: TrainState, chunk: Chunk, sizes: Sizes
-    ) -> dict[str, Metric] | _RowMetrics:
+    ) -> tuple[int, dict[str, Metric] | _Table]:
+        """Returns the number of batches in a chunk, and their metrics on the device."""
         source, mask, axes = chunk.source, None, 1 if isinstance(chunk.source, One) else 2
         full = sizes.full(example_spec(source, axes=axes), chunk.examples, lambda: source)
         if full.may_pad:
@@ -109,10 +110,9 @@ class Evaluator:
             if jax.tree.leaves(source)[0].shape[axes - 1] != full.size:
                 source = source.padded(full.size)
         if source.capacity == 1:
-            return self._call(state, source, mask)
-        return _RowMetrics(
-            chunk.num_steps, self._call_fused(state, source, mask, np.int32(chunk.num_steps))
-        )
+            return 1, self._call(state, source, mask)
+        num_steps = chunk.num_steps
+        return num_steps, self._call_fused(state, source, mask, np.int32(num_steps))
 
     def _per_example(self, state: TrainState, batch: Batch) -> dict[str, PerExample]:
         return per_example(self.outputs(state, batch))
@@ -159,22 +159,15 @@ class _Table:
     layout: MetricLayout = field(metadata={"static": True})
 
 
-class _RowMetrics(NamedTuple):
-    """The metrics of several batches, on the device."""
-
-    num_rows: int
-    table: _Table
-
-    def merged(self) -> dict[str, Metric]:
-        rows = np.asarray(self.table.rows)[: self.num_rows]
-        return metrics_lib.merge_rows(self.table.layout.metrics(rows))
-
-
 def _merge_waiting(
-    total: dict[str, Metric] | None, waiting: list[dict[str, Metric] | _RowMetrics]
+    total: dict[str, Metric] | None, waiting: list[tuple[int, dict[str, Metric] | _Table]]
 ) -> dict[str, Metric] | None:
-    for each in waiting:
-        fetched = each.merged() if isinstance(each, _RowMetrics) else metrics_lib.to_host(each)
+    for num_rows, each in waiting:
+        if isinstance(each, _Table):
+            rows = np.asarray(each.rows)[:num_rows]
+            fetched = metrics_lib.merge_rows(each.layout.metrics(rows))
+        else:
+            fetched = metrics_lib.to_host(each)
         total = fetched if total is None else metrics_lib.merge(total, fetched)
     return total
 

@@ -271,6 +271,3 @@ class Hooks(Protocol):
 
     def save_model(self, metrics: Mapping[str, Any], is_best: bool) -> None:
         """Saves a checkpoint."""
-
-    def load_model(self) -> None:
-        """Loads the best model."""

@@ -51,11 +51,6 @@ class Report(NamedTuple):
         reached = self.flops_per_second
         return None if reached is None or self.peak is None else reached / self.peak
 
-    @property
-    def share_of_waiting(self) -> float:
-        """Share of training time that the device spent waiting for data."""
-        return self.throughput.per_second(self.throughput.seconds["data"])
-
     def line(self) -> dict[str, float]:
         """Returns the speed, and the times in seconds, for `throughput.jsonl`."""
         read = self.throughput
@@ -94,7 +89,7 @@ class Report(NamedTuple):
 
     def remarks(self) -> list[str]:
         """Returns advice on the speed, as lines of text."""
-        waiting = self.share_of_waiting
+        waiting = self.throughput.per_second(self.throughput.seconds["data"])
         if waiting <= _LONG_WAIT:
             return []
         return [f"data   {waiting:.0%} of training time was spent waiting for data. {_FASTER_DATA}"]
