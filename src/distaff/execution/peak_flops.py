@@ -66,7 +66,6 @@ def _key() -> str:
 
 
 def _num_cores() -> int:
-    """Returns the number of cores that this process may use."""
     try:
         return len(os.sched_getaffinity(0))
     except (AttributeError, OSError):  # not available on every system

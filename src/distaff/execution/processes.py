@@ -59,10 +59,8 @@ def barrier(name: str, timeout: Duration = "10m") -> None:
     if not jax.distributed.is_initialized():
         multihost_utils.sync_global_devices(name)
         return
-    with quiet():
-        from orbax.checkpoint.multihost import (
-            get_barrier_sync_fn,
-        )  # slow, and unused with one process
+    with quiet():  # a slow import, for several processes only
+        from orbax.checkpoint.multihost import get_barrier_sync_fn
 
     try:
         get_barrier_sync_fn()(key=name, timeout_ms=max(1, round(1000 * seconds)))

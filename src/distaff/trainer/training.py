@@ -63,7 +63,7 @@ class Training:
                 texts = {} if here.table is None else {"model.txt": as_text(here.table)}
                 with (
                     recorded(recording, record, texts, run.recorder.outcome, subject),
-                    run.supervisor.watching(recording),
+                    run.supervisor.watching(recording.path),
                     run.recovery.explaining(),
                 ):
                     run.recorder.has_begun = True

@@ -140,7 +140,6 @@ class Watched:
         self.num_expected, self.num_reshapes = 1, 0
 
     def __call__(self, *args: Any) -> Any:
-        """Calls the program."""
         before = _COMPILES.count
         result = self._program(*args)
         if _COMPILES.count != before:

@@ -105,18 +105,14 @@ class Feeds:
         try:
             yield loader
         finally:
-            self._restore(loader, state, name)
-
-    def _restore(self, loader: Loader, state: Mapping[str, Any], name: str) -> None:
-        """Restores the position of a loader if possible, else logs a warning."""
-        try:
-            loader.set_state(state)
-        except BatchError as error:
-            loader.set_state(loader.get_state())
-            warn(
-                f"An evaluation changed the position of the {name} loader, which continues from "
-                f"there: {error}"
-            )
+            try:
+                loader.set_state(state)
+            except BatchError as error:
+                loader.set_state(loader.get_state())
+                warn(
+                    f"An evaluation changed the position of the {name} loader, which continues "
+                    f"from there: {error}"
+                )
 
     def batches(self, loader: Loader, name: str) -> Iterator[Batch]:
         """Yields the batches of the next epoch; holds `lock` while it reads each of them.

@@ -120,7 +120,7 @@ class Prefetch(Generic[T]):
 
 
 class _EndError(Exception):
-    """The generator has no more items."""
+    """The generator is exhausted."""
 
 
 class _Result(NamedTuple):

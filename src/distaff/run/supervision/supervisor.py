@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -14,15 +14,6 @@ from distaff.run.supervision.interruption import Interruption, SupervisionOption
 from distaff.run.supervision.watchdog import COMPILING, Watchdog
 
 T = TypeVar("T")
-
-
-class HasPath(Protocol):
-    """Has the path of a run directory."""
-
-    @property
-    def path(self) -> Path | None:
-        """The run directory, or None."""
-        ...
 
 
 class HasBoundary(Protocol):
@@ -57,20 +48,18 @@ class Supervisor:
         self._stuck_after = options.stuck_after if is_watched else None
         self._watchdog = Watchdog(None)
 
-    @contextmanager
-    def listening(self) -> Generator[None]:
+    def listening(self) -> AbstractContextManager[object]:
         """Handles signals inside the block."""
-        with self._interruption:
-            yield
+        return self._interruption
 
     @contextmanager
-    def watching(self, recording: HasPath) -> Generator[None]:
+    def watching(self, directory: Path | None) -> Generator[None]:
         """Watches the progress of the run.
 
         Args:
-            recording: has the path of the run directory; stalls are written to its `log.txt`.
+            directory: the run directory; stalls are written to its `log.txt`.
         """
-        path = recording.path and recording.path.absolute() / "log.txt"
+        path = directory and directory.absolute() / "log.txt"
         with Watchdog(self._stuck_after, path=path) as self._watchdog:
             yield
 
