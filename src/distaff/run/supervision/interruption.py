@@ -103,10 +103,10 @@ class Interruption:
         self._reasons = (None, None, limit, "Ctrl-C", "SIGTERM")  # by increasing urgency
         self.ending: str | None = None
         self._code = 0
+        self._is_alone = jax.process_count() == 1  # may start the backend: before the timers
         self.due_at, self.clock = -math.inf, clock
         self._deadline = clock() + _seconds(max_time, "max_time")
         self._save_seconds = _seconds(save_every, "save_every")
-        self._is_alone = jax.process_count() == 1
         self.saved()
         self._previous: dict[int, Any] = {}
         self._num_interrupts = 0
