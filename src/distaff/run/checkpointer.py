@@ -290,7 +290,7 @@ class Checkpointer:
                 callback.set_state(states[name])
 
     def seek_validation(self, saved: Mapping[str, Any], own: Any = None) -> None:
-        """Restores the positions of the validation loaders; of those in `own` only, if passed."""
+        """Restores the positions of the validation loaders; `own` limits which ones."""
         val_loaders = self._recorder.plan.val_loaders
         loaders = {n.removeprefix("val_"): each for n, each in val_loaders.items()}
         positions = {"val": saved} if "val" in val_loaders else saved

@@ -173,7 +173,7 @@ def _merge_waiting(
 
 
 class Padding:
-    """Decides which batches may be padded: those for which a function treats examples separately.
+    """Decides whether a batch may be padded: only if a function treats examples separately.
 
     Padding repeats the last example. It would change the outputs of a function that mixes examples,
     such as a contrastive loss, or uses the batch size. This is determined from the jaxpr of the

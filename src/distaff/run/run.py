@@ -264,7 +264,7 @@ class Run:
     def record_epoch(self, metrics: Any) -> dict[str, Any]:
         """Records a trained epoch, also if your own `train_epoch` made its steps.
 
-        While the epoch is validated, an interrupted run is saved as it is now.
+        If the run is interrupted during validation, this point is saved.
 
         Raises:
             LossError: `metrics` is not a dict of metrics by name.
