@@ -56,14 +56,14 @@ class Segmented(nn.Module):
 def compiled(monkeypatch):
     """What is compiled, of all that is watched."""
     found: list[str] = []
-    look = recompiles.Watched._look
+    look = recompiles.Watched._check
 
     def looked(self: Any, args: Any, num_compiles: int) -> None:
         before = len(self._signatures)
         look(self, args, num_compiles)
         found.extend([self._what] * (len(self._signatures) - before))
 
-    monkeypatch.setattr(recompiles.Watched, "_look", looked)
+    monkeypatch.setattr(recompiles.Watched, "_check", looked)
     return found
 
 
