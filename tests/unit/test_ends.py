@@ -258,8 +258,8 @@ def test_a_trainer_may_be_judged_by_its_training():
 @pytest.mark.parametrize(
     ("stopping", "val", "error", "text"),
     [
-        (EarlyStopping("val/loss"), False, ConfigError, "has none.*'train/loss'"),
-        (EarlyStopping(), False, ConfigError, "has none"),
+        (EarlyStopping("val/loss"), False, ConfigError, "has no validation.*'train/loss'"),
+        (EarlyStopping(), False, ConfigError, "has no validation"),
         (EarlyStopping("val/los"), True, MetricError, "Did you mean 'val/loss'"),
         (EarlyStopping("train/los"), False, MetricError, "Did you mean 'train/loss'"),
         (EarlyStopping(Monitor("val/loss", "max", insist=True)), True, ConfigError, "mode 'min'"),
