@@ -407,3 +407,19 @@ def test_digits_batches_have_the_stated_form():
     assert (train.arrays["image"].min(), train.arrays["image"].max()) == (0.0, 1.0)
     assert [len(loader) for loader in (train, val, test)] == [19, 3, 6]
     assert sum(len(batch["label"]) for batch in test) == 360
+
+
+@pytest.mark.parametrize("batch", [0, 1, 2, 3])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_skipped_epoch_ends_where_a_read_one_does(batch, shuffle):
+    read, skipped = (
+        data.ArrayLoader({"x": rows(5)}, 2, shuffle=shuffle, remainder="keep") for _ in range(2)
+    )
+    for loader in (read, skipped):
+        loader.set_state({**loader.get_state(), "epoch": 4, "batch": batch})
+    passed = list(read.rows()) or list(read.rows())
+    assert skipped.num_left() == len(passed)
+    skipped.skip_epoch()
+    assert skipped.get_state() == read.get_state()
+    for one, other in zip(read, skipped, strict=True):
+        np.testing.assert_array_equal(one["x"], other["x"])

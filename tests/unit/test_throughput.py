@@ -210,7 +210,7 @@ def test_run_counts_every_second_of_its_wall_time(monkeypatch):
     spent = read["seconds"]
     assert spent.keys() == set(PARTS)
     assert all(spent[part] > 0 for part in PARTS if part != "callbacks")
-    # A few readings are not the timers's: those of the spans, and what a thread reads meanwhile.
+    # The timers miss a few readings: of the spans, and of a thread.
     wall = spans[1] - spans[0]
     assert 0.8 * wall < sum(spent.values()) <= wall
     assert read["training_seconds"] == sum(spent[part] for part in TRAINING)

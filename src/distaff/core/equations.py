@@ -111,7 +111,7 @@ def live(flat: Flat) -> list[tuple[Equation, str]]:
 
 @functools.lru_cache(maxsize=4096)
 def _innermost(stack: Any) -> str:
-    """Returns the innermost Distaff scope in a stack of names; an empty string if there is none."""
+    """Returns the innermost Distaff scope in a stack of names, or an empty string."""
     known = [name for name in _SCOPE.findall(str(stack)) if name in SCOPES]
     return known[-1] if known else ""
 

@@ -32,7 +32,7 @@ class OnPolicy:
             that its batches depend on besides the trainer's state, such as the environment's state.
 
     Raises:
-        BatchError: the source is none of these.
+        BatchError: the source is not one of these.
     """
 
     def __init__(self, source: Iterable[Batch] | Callable[[], Iterable[Batch]] | Loader) -> None:

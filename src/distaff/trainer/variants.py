@@ -40,7 +40,7 @@ def check_assignment(trainer: Predictor, name: str, value: Any) -> None:
         )
     run = vars(trainer).get("_run") if name in _DESCRIPTION else None
     if run is not None and run.recorder.has_begun and getattr(trainer, name, None) is not value:
-        change = "an option=..." if name == "config" else f"{name}=..."
+        change = "<option>=..." if name == "config" else f"{name}=..."
         raise FixedAttributeError(
             f"{name} is fixed once a trainer has trained. Make a copy that differs: "
             f"trainer.variant({change}), with init_from=trainer.state.params to keep the weights."

@@ -33,7 +33,7 @@ def packed(
 ) -> Positioned:
     """Returns a loader whose rows contain several sequences each, one after the other.
 
-    A sequence is added to the first open row with enough room. If there is none, and no more rows
+    A sequence is added to the first open row with enough room. If no row has, and no more rows
     may be open, the fullest `batch_size` rows become a batch, and the sequence begins a new row.
     The number of batches in a shuffled epoch depends on its order: pass `steps_per_epoch` if a
     schedule needs their number.
