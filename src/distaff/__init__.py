@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 from distaff.core.gc import spared
 
 with spared():
@@ -60,3 +62,5 @@ __all__ = [
     "tasks",
     "train_step",
 ]
+
+__version__ = version("distaff")
