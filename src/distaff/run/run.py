@@ -223,7 +223,10 @@ class Run:
         """
         self.reject(event)
         self.recorder.update(in_epoch=self.state.in_epoch._replace(rows=event.rows))
+        is_requested = self.supervisor.is_save_requested
         self.checkpointer.save(self.checkpointer.facts({}, None))
+        if is_requested:
+            self.recorder.show(f"saved at step {event.step}, as requested")
         self.supervisor.raise_if_interrupted()
 
     def reject(self, event: WindowEnd | Pause) -> None:

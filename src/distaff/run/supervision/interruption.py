@@ -1,4 +1,4 @@
-"""Interruption: saves and stops a run on SIGTERM, Ctrl-C or a time limit, then ends the process.
+"""Interruption: saves a run on request, and stops it on SIGTERM, Ctrl-C or a time limit.
 
 See `docs/decisions/0013-interruption.md`.
 """
@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -26,6 +27,12 @@ from distaff.execution.processes import Agreement
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
+_SAVE_SIGNAL = getattr(signal, "SIGUSR1", None)
+"""Missing on Windows."""
+
+_SAVE_FILE_SECONDS = 1.0
+"""Time between two looks for the file that asks for a checkpoint."""
+
 _SAVE, _MAX_TIME, _CTRL_C, _SIGTERM = 1, 2, 3, 4
 _CODES: dict[int, int] = {signal.SIGTERM: _SIGTERM, signal.SIGINT: _CTRL_C}
 
@@ -34,6 +41,8 @@ _ENDING: dict[int, bytes] = {
     signal.SIGINT: b"\nCtrl-C: the run is saved at the end of this step. "
     b"A second Ctrl-C ends it at once, unsaved.\n",
 }
+
+_SAVING = b"\nSIGUSR1: the run is saved at the end of this step, and continues.\n"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,6 +83,9 @@ class Interruption:
     Only the main thread can set handlers; other threads check the time limit alone. A signal that
     the process ignores stays ignored. Nested contexts forward signals to the outer one.
 
+    SIGUSR1, or a file that appears at `save_file`, requests a checkpoint without a stop. A handler
+    of SIGUSR1 that other code has set stays in place.
+
     >>> with Interruption(max_time="3h30m") as interruption:
     ...     while interruption.reason is None:
     ...         step()
@@ -90,7 +102,11 @@ class Interruption:
         ending: the reason agreed on last, or None.
         is_save_due: whether all processes have agreed to save the run and continue.
         due_at: before this time of `clock`, `agreed` returns None and need not be called.
+        is_save_requested: whether a signal or a file has requested a checkpoint in this process.
+        save_file: path whose appearance requests a checkpoint; the file is then deleted.
     """
+
+    save_file: Path | None = None
 
     def __init__(
         self,
@@ -107,6 +123,7 @@ class Interruption:
         self.due_at, self.clock = -math.inf, clock
         self._deadline = clock() + _seconds(max_time, "max_time")
         self._save_seconds = _seconds(save_every, "save_every")
+        self._next_look = -math.inf
         self.saved()
         self._previous: dict[int, Any] = {}
         self._num_interrupts = 0
@@ -133,18 +150,33 @@ class Interruption:
         Returns:
             The reason; None to continue.
         """
-        own = self._code if self.reason else _SAVE * (self.clock() >= self._next_save)
+        now = self.clock()
+        if now >= self._next_look:
+            self._next_look = now + _SAVE_FILE_SECONDS
+            self.is_save_requested |= _taken(self.save_file)
+        own = (
+            self._code
+            if self.reason
+            else _SAVE * (self.is_save_requested or now >= self._next_save)
+        )
         agreed = own if self._is_alone else self._agreement(own)
         self.is_save_due, self.ending = agreed == _SAVE, self._reasons[agreed]
         if self.ending:
             self._code = max(self._code, agreed)
+        self._schedule()
         return self.ending
 
     def saved(self) -> None:
-        """Restarts the timer of `save_every`."""
-        self.is_save_due, self._next_save = False, self.clock() + self._save_seconds
-        self.due_at = min(self._deadline, self._next_save)
-        if self._code or not self._is_alone:  # checked last: a signal may arrive at any moment
+        """Restarts the timer of `save_every`. Earlier requests for a checkpoint are met."""
+        self.is_save_due = self.is_save_requested = False
+        self._next_save = self.clock() + self._save_seconds
+        self._schedule()
+
+    def _schedule(self) -> None:
+        """Sets the time at which to ask next."""
+        look = math.inf if self.save_file is None else self._next_look
+        self.due_at = min(self._deadline, self._next_save, look)
+        if self._code or self.is_save_requested or not self._is_alone:  # last: signals may arrive
             self.due_at = -math.inf
 
     def __enter__(self) -> Interruption:
@@ -153,15 +185,27 @@ class Interruption:
                 # None is a handler not set by Python, which could not be restored.
                 if signal.getsignal(number) not in (None, signal.SIG_IGN):
                     self._previous[number] = signal.signal(number, self._handle)
+            if _SAVE_SIGNAL and signal.getsignal(_SAVE_SIGNAL) == signal.SIG_DFL:
+                self._previous[_SAVE_SIGNAL] = signal.signal(_SAVE_SIGNAL, self._request)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         previous, self._previous = self._previous, {}
         for number, handler in previous.items():
-            if signal.getsignal(number) == self._handle:  # otherwise replaced by other code
+            if signal.getsignal(number) in (self._handle, self._request):  # not by other code
                 signal.signal(number, handler)
         if self._code == _SIGTERM and signal.SIGTERM in previous and kind is None:
             _send_again(signal.SIGTERM)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        """Requests a checkpoint."""
+        if os.getpid() != self._process:
+            _act_as(self._previous.get(number, signal.SIG_DFL), number, frame)
+            return
+        with suppress(OSError):
+            os.write(2, _SAVING)
+        self.is_save_requested = True
+        self.due_at = -math.inf
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         previous = self._previous.get(number, signal.SIG_DFL)
@@ -180,6 +224,16 @@ class Interruption:
                 os.write(2, _ENDING[number])
         self._code = max(self._code, _CODES[number])
         self.due_at = -math.inf
+
+
+def _taken(path: Path | None) -> bool:
+    """Deletes a file; returns whether it existed."""
+    try:
+        if path is not None:
+            path.unlink()
+        return path is not None
+    except OSError:
+        return False
 
 
 def _seconds(duration: Duration | None, name: str) -> float:

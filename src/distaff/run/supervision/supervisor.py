@@ -54,12 +54,15 @@ class Supervisor:
 
     @contextmanager
     def watching(self, directory: Path | None) -> Generator[None]:
-        """Watches the progress of the run.
+        """Watches the progress of the run, and requests for a checkpoint.
 
         Args:
-            directory: the run directory; stalls are written to its `log.txt`.
+            directory: the run directory; stalls are written to its `log.txt`, and a file
+                `save-now` in it requests a checkpoint.
         """
         path = directory and directory.absolute() / "log.txt"
+        self._interruption.save_file = directory and directory.absolute() / "save-now"
+        self._interruption.saved()
         with Watchdog(self._stuck_after, path=path) as self._watchdog:
             yield
 
@@ -108,6 +111,11 @@ class Supervisor:
             self.beat("an evaluation", self._watchdog.latest[1], patience)
             patience = 1.0
             yield item
+
+    @property
+    def is_save_requested(self) -> bool:
+        """Whether a signal or the file `save-now` requests a checkpoint in this process."""
+        return self._interruption.is_save_requested
 
     @property
     def is_ending(self) -> bool:
