@@ -7,11 +7,11 @@ import signal
 
 import numpy as np
 import pytest
-from line import Line, loader
 
 from distaff import checkpoint
 from distaff.callbacks import Callback
 from distaff.run.supervision.interruption import Interruption
+from line import Line, loader
 
 
 class Clock:
