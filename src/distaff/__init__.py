@@ -19,7 +19,7 @@ with spared():
         tasks,
     )
     from distaff.callbacks import Callback, EarlyStopping, Profiler, StepInfo, StopTraining
-    from distaff.checkpoint.weights import InitFrom, export_weights
+    from distaff.checkpoint.weights import InitFrom, TorchRules, export_weights
     from distaff.errors import DistaffError
     from distaff.metrics.monitor import Monitor
     from distaff.models import Lora
@@ -45,6 +45,7 @@ __all__ = [
     "Profiler",
     "StepInfo",
     "StopTraining",
+    "TorchRules",
     "TrainResult",
     "TrainState",
     "TrainStep",

@@ -139,6 +139,17 @@ class EquinoxModel(Adapter):
         library = Library(lambda module: (module, lambda tree: tree), _without_state, calls)
         return trace_layers(self, open_module, key, inputs, library)
 
+    def modules(self) -> dict[Path, Any]:
+        """Returns the module and the callable modules inside it, by path."""
+        return _modules(self.module)
+
+    def named_state(self) -> Any:
+        """Returns the state with the name of each array in place of the array, or None."""
+        structure = self._parts.state
+        if structure is None:
+            return None
+        return jax.tree.unflatten(structure, [f"state/{n}" for n in range(structure.num_leaves)])
+
     @property
     def _is_function(self) -> bool:
         return not isinstance(self._source, eqx.Module | tuple)

@@ -159,6 +159,10 @@ class NnxModel(Adapter):
 
         return trace_layers(self, open_module, key, inputs, Library(_split))
 
+    def modules(self) -> dict[Path, Any]:
+        """Returns the module and its submodules by path."""
+        return _modules(self.module)
+
     def _create(self, key: Key) -> nnx.Module:
         source: Any = self._source
         module = source(rngs=nnx.Rngs(key))

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict, unfreeze
 
-from distaff.errors import ConfigError
+from distaff.core.typing import Batch, Key
+from distaff.errors import ConfigError, StateError
 from distaff.models import LayerRow, Variables
 from distaff.models.layers import layer_rows
 
@@ -56,3 +57,28 @@ def on_host(function: Callable[..., Any], traced: Callable[..., Any], *args: Any
 def rows_of(variables: Variables, kind: str) -> list[LayerRow]:
     """Returns the table rows of a model that cannot be called, with its arrays only."""
     return layer_rows(variables, {(): kind}, {(): ""}, {})
+
+
+def traced_init(trainer: Any) -> Callable[[], Any]:
+    """Returns a function that creates a model's variables from shapes, to see its modules.
+
+    Raises:
+        StateError: (when called) the trainer has no example batch.
+    """
+
+    def either(key: Key, batch: Batch) -> Any:
+        try:
+            return trainer.model.init(key, *trainer.model_inputs(batch))
+        except Exception:  # It has other inputs: `run_model_init` decides.
+            return trainer.run_model_init(batch, key)
+
+    def init() -> Any:
+        batch = trainer._workspace.example_batch
+        if batch is None:
+            raise StateError(
+                "The names of a Flax Linen model in PyTorch need an example batch. Pass "
+                "example_batch=batch to the trainer."
+            )
+        return jax.eval_shape(either, jax.eval_shape(jax.random.key, 0), batch)
+
+    return init

@@ -6,14 +6,19 @@ import inspect
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import jax
 
 from distaff import checkpoint
 from distaff.checkpoint import Located
 from distaff.checkpoint.record import example_from
-from distaff.checkpoint.weights import export_weights
+from distaff.checkpoint.weights import (
+    TorchRules,
+    as_rules,
+    export_torch_weights,
+    export_weights,
+)
 from distaff.checkpoint.weights.names import as_variables
 from distaff.core.config.options import with_options
 from distaff.core.seeds import folded
@@ -31,7 +36,7 @@ from distaff.step.context import Context
 from distaff.step.state import TrainState
 from distaff.trainer.config import TrainerConfig, make_config
 from distaff.trainer.constructor import call_of, rebuild_trainer, recorded_options
-from distaff.trainer.initial import normalized, on_host, rows_of
+from distaff.trainer.initial import normalized, on_host, rows_of, traced_init
 
 T = TypeVar("T")
 
@@ -294,7 +299,12 @@ class Predictor:
         here.restore(found.store, found.step, _trained(here.ready_state()))
 
     def export_weights(
-        self, path: str | Path, *, only: str | Sequence[str] = "*", merge: bool = True
+        self,
+        path: str | Path,
+        *,
+        only: str | Sequence[str] = "*",
+        merge: bool = True,
+        rules: Literal["torch"] | TorchRules | None = None,
     ) -> Path:
         """Writes the model's arrays to a safetensors file; see `distaff.export_weights`.
 
@@ -304,6 +314,8 @@ class Predictor:
             merge: whether to merge the updates of a `Lora` into its kernels, which makes the file
                 an ordinary model. If False, base and updates are separate arrays; export the
                 updates alone with `only=("*/lora_a", "*/lora_b")`.
+            rules: "torch" or a `TorchRules` to write what PyTorch's `load_state_dict` takes. A
+                `Lora` is then always merged.
 
         Returns:
             The absolute path of the file.
@@ -313,9 +325,12 @@ class Predictor:
             CheckpointError: the file cannot be written.
         """
         variables = as_variables(self.evaluation_state())
-        if merge and isinstance(self.model, LoraModel):
+        if (merge or rules is not None) and isinstance(self.model, LoraModel):
             variables = self.model.merged(variables)
-        return export_weights(path, variables, only=only)
+        if (torch := as_rules(rules)) is None:
+            return export_weights(path, variables, only=only)
+        init = traced_init(self)
+        return export_torch_weights(path, self.model, variables, torch, init, only=only)
 
     def evaluation_state(self) -> TrainState:
         """Returns the state with the parameters for evaluation; see `optim.evaluation_params`.

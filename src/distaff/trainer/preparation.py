@@ -30,6 +30,7 @@ from distaff.step.logged_rates import reporting
 from distaff.step.normalise import measured
 from distaff.step.state import TrainState
 from distaff.trainer.constructor import constructed
+from distaff.trainer.initial import traced_init
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +106,9 @@ class Preparation:
             return
         state = here.ready_state()
         try:
-            variables, here.origin = loaded(trainer.model, as_variables(state), trainer.init_from)
+            variables, here.origin = loaded(
+                trainer.model, as_variables(state), trainer.init_from, traced_init(trainer)
+            )
         except DistaffError as error:
             # A run to resume has the weights in its own checkpoint.
             if not (isinstance(recording, DirectoryRecording) and recording.may_resume):

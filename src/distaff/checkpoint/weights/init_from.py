@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from distaff.checkpoint.compare import leaf_forms
 from distaff.checkpoint.weights.names import as_patterns, named
+from distaff.checkpoint.weights.pytorch import TorchRules, as_rules
 from distaff.core.config.options import check_choice
 from distaff.core.typing import PyTree
 from distaff.errors import ConfigError
@@ -34,6 +35,8 @@ class InitFrom:
         missing: what to do with arrays that the source lacks: "error", or "keep" the model's
             initial values.
         unused: what to do with arrays that the model lacks: "error" or "ignore".
+        rules: "torch" for a file of a PyTorch model: names and layouts are converted. A
+            `TorchRules` has names that differ, and replaces `rename`. None for no conversion.
 
     Raises:
         ConfigError: an option is invalid.
@@ -45,6 +48,7 @@ class InitFrom:
     only: str | Sequence[str] = "*"
     missing: Literal["error", "keep"] = "error"
     unused: Literal["error", "ignore"] = "error"
+    rules: Literal["torch"] | TorchRules | None = None
 
     def __post_init__(self) -> None:
         check_choice("missing", self.missing, Literal["error", "keep"])
@@ -54,6 +58,11 @@ class InitFrom:
             raise ConfigError(
                 "rename is a dict of regular expressions and their replacements, such as "
                 f"{{'^encoder/': 'backbone/'}}; got {self.rename!r}."
+            )
+        if as_rules(self.rules) is not None and self.rename:
+            raise ConfigError(
+                f"rules={self.rules!r} converts names itself; got rename={dict(self.rename)!r}, "
+                "too. Write rules=distaff.TorchRules({'layers.{}.attn': 'Block_{}/Attention_0'})."
             )
         for pattern in self.rename:
             try:
@@ -86,12 +95,15 @@ class InitFrom:
 
     def record(self) -> dict[str, Any]:
         """Returns the entry for the record of a run; arrays become shapes and dtypes."""
+        rules = as_rules(self.rules)
+        converted = {} if rules is None else {"rules": rules.record()}
         return {
             "source": leaf_forms(named(self.source)) if self.path is None else self.path,
             "rename": dict(self.rename),
             "only": list(self.only),
             "missing": self.missing,
             "unused": self.unused,
+            **converted,
         }
 
 

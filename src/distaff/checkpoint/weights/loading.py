@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,13 @@ import numpy as np
 
 from distaff.checkpoint.weights.init_from import InitFrom
 from distaff.checkpoint.weights.names import listed, matching, named, parts
+from distaff.checkpoint.weights.pytorch import (
+    TorchRules,
+    as_rules,
+    converted,
+    make_plan,
+    modules_of,
+)
 from distaff.checkpoint.weights.source import (
     ShapeAndDtype,
     WeightSource,
@@ -32,7 +39,12 @@ class Loaded(NamedTuple):
     text: str
 
 
-def loaded(model: Any, variables: Variables, init_from: InitFrom) -> Loaded:
+def loaded(
+    model: Any,
+    variables: Variables,
+    init_from: InitFrom,
+    init: Callable[[], Any] | None = None,
+) -> Loaded:
     """Returns a model's arrays with the weights of a source.
 
     A `Lora` loads the weights of its base, unless the source has weights of the adapters.
@@ -41,16 +53,27 @@ def loaded(model: Any, variables: Variables, init_from: InitFrom) -> Loaded:
         model: the adapter of the model.
         variables: its initial arrays, which define shapes, dtypes and placement.
         init_from: the source and options.
+        init: creates the variables, for `rules`, to see the modules of the model; only traced.
 
     Raises:
         CheckpointError: the source cannot be read, or does not match; names each leaf.
         ConfigError: a pattern matches nothing.
     """
-    source = open_source(init_from.source)
+    source, rules = open_source(init_from.source), as_rules(init_from.rules)
     if isinstance(model, LoraModel) and not any(is_own(name) for name in source.forms):
-        filled, text = _loaded(model.base(variables), source, init_from)
+        base = model.base(variables)
+        converted = source if rules is None else _converted(source, model, base, rules, init)
+        filled, text = _loaded(base, converted, init_from)
         return Loaded(model.with_base(variables, filled), text)
+    if rules is not None:
+        source = _converted(source, model, variables, rules, init)
     return _loaded(variables, source, init_from)
+
+
+def _converted(
+    source: WeightSource, model: Any, variables: Variables, rules: TorchRules, init: Any
+) -> WeightSource:
+    return converted(source, make_plan(variables, modules_of(model, init), rules), rules)
 
 
 def _loaded(variables: Variables, source: WeightSource, init_from: InitFrom) -> Loaded:
@@ -62,16 +85,19 @@ def _loaded(variables: Variables, source: WeightSource, init_from: InitFrom) -> 
     found = [name for name in wanted if name in offered]
     kept = [name for name in wanted if name not in offered]
     problems += _differences(model, found, offered, source)
+    problems += [source.wrong[name] for name in wanted if name in source.wrong]
+    kept = [name for name in kept if name not in source.wrong]
     if init_from.missing == "error" or not found:
-        problems += [f"missing: {name!r}, {_form(_form_of(model[name]))}" for name in kept]
+        problems += [_missing(name, model[name], source) for name in kept]
     if init_from.unused == "error":
         problems += [
             f"unused: {_both(old, new)}, {_form(source.forms[old])}"
             for new, old in offered.items()
             if new not in model
         ]
+        problems += [f"unused: {name!r}, {_form(x)}" for name, x in source.unused.items()]
     if problems:
-        raise _mismatch(source, problems)
+        raise _mismatch(source, problems, init_from)
     read = source.read([offered[name] for name in found])
     values = {name: read[offered[name]] for name in found}
     casts = Counter(
@@ -143,14 +169,22 @@ def _fill(variables: Variables, values: dict[str, jax.Array]) -> Variables:
     return Variables(params, batch_stats, others or None)
 
 
-def _mismatch(source: WeightSource, problems: list[str]) -> CheckpointError:
+def _mismatch(source: WeightSource, problems: list[str], init_from: InitFrom) -> CheckpointError:
+    names = "rename={'^encoder/': 'backbone/'}"
+    if init_from.rules is not None:
+        names = "rules=TorchRules({'layers.{}.attn': 'Block_{}/attention'})"
     return CheckpointError(
         f"The weights in init_from do not match the model; {source.origin} differs:"
         f"{listed(problems)}\n"
-        "Declare differences with InitFrom(source, ...): rename={'^encoder/': 'backbone/'} for "
-        "other names, only='backbone/*' for a part of the model, missing='keep' for the model's "
-        "own initial values, unused='ignore' for arrays that the model lacks."
+        f"Declare differences with InitFrom(source, ...): {names} for other names, "
+        "only='backbone/*' for a part of the model, missing='keep' for the model's own initial "
+        "values, unused='ignore' for arrays that the model lacks."
     )
+
+
+def _missing(name: str, leaf: Any, source: WeightSource) -> str:
+    where = f": {source.absent[name]}" if name in source.absent else ""
+    return f"missing: {name!r}, {_form(_form_of(leaf))}{where}"
 
 
 def _form_of(leaf: Any) -> ShapeAndDtype:

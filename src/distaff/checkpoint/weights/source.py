@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -35,11 +36,17 @@ class WeightSource(NamedTuple):
         origin: description of the source, for errors.
         forms: shape and dtype of each array by name, see `named`.
         read: returns arrays by name.
+        unused: shape and dtype of arrays in the file that are not one of the model.
+        wrong: why an array of the model cannot be read, by name.
+        absent: where an array of the model was looked for, by name.
     """
 
     origin: str
     forms: dict[str, ShapeAndDtype]
     read: Callable[[Sequence[str]], dict[str, np.ndarray]]
+    unused: Mapping[str, ShapeAndDtype] = MappingProxyType({})
+    wrong: Mapping[str, str] = MappingProxyType({})
+    absent: Mapping[str, str] = MappingProxyType({})
 
 
 def open_source(source: Any) -> WeightSource:
