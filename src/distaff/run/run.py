@@ -38,12 +38,18 @@ from distaff.run.supervision.supervisor import Supervisor
 from distaff.run.supervision.watchdog import COMPILING
 from distaff.run.workspace import Workspace
 from distaff.step.guard import RecoveryOptions
+from distaff.step.norms import NormOptions
 from distaff.step.remainder import may_have_rest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunOptions(
-    SupervisionOptions, InspectionOptions, RecoveryOptions, DispatchOptions, RecordingOptions
+    SupervisionOptions,
+    InspectionOptions,
+    RecoveryOptions,
+    NormOptions,
+    DispatchOptions,
+    RecordingOptions,
 ):
     """The options of a trainer that a run reads."""
 

@@ -27,6 +27,7 @@ from distaff.run.result import Best, TrainResult
 from distaff.run.run import Run
 from distaff.step.context import Context
 from distaff.step.normalise import StepFn
+from distaff.step.norms import norms_of
 from distaff.step.step import EvalFn, EvalStep
 from distaff.step.step import train_step as make_train_step
 from distaff.trainer.config import with_descriptions
@@ -144,8 +145,9 @@ class TrainerModule(Predictor):
             `train_step(state, batch) -> (state, metrics)` and `eval_step(state, batch) -> metrics`,
             with metrics as described in `distaff.metrics`.
         """
-        train_step = make_train_step(self.loss_fn, augment=augmentation_of(self, TrainerModule))
-        return train_step, EvalStep(self.loss_fn)
+        augment, norms = augmentation_of(self, TrainerModule), norms_of(self.config)
+        step = make_train_step(self.loss_fn, augment=augment, norms=norms)
+        return step, EvalStep(self.loss_fn)
 
     def create_jitted_functions(self, train_step: StepFn, eval_step: EvalFn) -> None:
         """Compiles the pure functions lazily, and sets `self.train_step` and `self.eval_step`.

@@ -28,6 +28,7 @@ from distaff.step.counted import counted
 from distaff.step.guard import guarded, is_needed, make_guard
 from distaff.step.logged_rates import reporting
 from distaff.step.normalise import measured
+from distaff.step.norms import check_norms
 from distaff.step.state import TrainState
 from distaff.trainer.constructor import constructed
 
@@ -166,6 +167,7 @@ class Preparation:
 
     def _check(self, run: Run, batch: Batch, test_loader: Loader | None) -> None:
         trainer, plan = self._trainer, run.plan
+        check_norms(self._options, run.dispatcher.names, type(trainer).__name__)
         loss_fn = getattr(trainer, "loss_fn", None)
         sanity = Sanity(self._here, trainer.check_batch, loss_fn, self._options)
         sanity.check_training(batch)
