@@ -14,6 +14,7 @@ from distaff.data.formats.array_record import ArrayRecordExamples
 from distaff.data.formats.parquet import ParquetExamples
 from distaff.data.formats.tar_examples import TarExamples
 from distaff.data.formats.text import TextLines
+from distaff.data.inputs import InputOptions, loader_of, training_loader_of
 from distaff.data.loader import (
     Loader,
     as_loader,
@@ -42,6 +43,7 @@ __all__ = [
     "ArrayRecordExamples",
     "BlockExamples",
     "Examples",
+    "InputOptions",
     "Limited",
     "Loader",
     "MappedExamples",
@@ -73,6 +75,7 @@ __all__ = [
     "held_out_windows",
     "is_on_policy",
     "limited",
+    "loader_of",
     "mnist",
     "num_batches",
     "num_examples",
@@ -84,5 +87,6 @@ __all__ = [
     "read_idx",
     "shuffled_windows",
     "sources",
+    "training_loader_of",
     "unlimited",
 ]

@@ -36,7 +36,7 @@ from distaff.run.sanity import report_breach
 from distaff.run.supervision.interruption import SupervisionOptions
 from distaff.run.supervision.supervisor import Supervisor
 from distaff.run.supervision.watchdog import COMPILING
-from distaff.run.workspace import Workspace
+from distaff.run.workspace import Workspace, WorkspaceOptions
 from distaff.step.guard import RecoveryOptions
 from distaff.step.norms import NormOptions
 from distaff.step.remainder import may_have_rest
@@ -50,6 +50,7 @@ class RunOptions(
     NormOptions,
     DispatchOptions,
     RecordingOptions,
+    WorkspaceOptions,
 ):
     """The options of a trainer that a run reads."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
@@ -13,7 +14,7 @@ from rich.console import RenderableType
 from distaff.checkpoint import Store
 from distaff.checkpoint.weights import EVALUATION_PARAMS
 from distaff.core.typing import Batch, PyTree, Schedule
-from distaff.data import as_loader, num_batches, num_shapes
+from distaff.data import InputOptions, Loader, loader_of, num_batches, num_shapes
 from distaff.errors import DistaffError, StateError
 from distaff.execution.compile.recompiles import Watch
 from distaff.execution.execution import Compiled, Eager, Execution, ExecutionOptions
@@ -33,6 +34,11 @@ from distaff.step.state import TrainState
 _log = logging.getLogger("distaff")
 
 PredictFn = Callable[[TrainState, Batch], PyTree]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WorkspaceOptions(ExecutionOptions, InputOptions):
+    """The options of a trainer that its workspace reads."""
 
 
 class Workspace:
@@ -72,7 +78,7 @@ class Workspace:
     measured_step: StepFn
     counted: Counted
 
-    def __init__(self, options: ExecutionOptions, display: Display, predict: PredictFn) -> None:
+    def __init__(self, options: WorkspaceOptions, display: Display, predict: PredictFn) -> None:
         self.execution: Execution = Eager() if options.debug else Compiled()
         self.display, self.feeds = display, Feeds(self.execution.placement)
         self._options, self.state = options, None
@@ -168,13 +174,13 @@ class Workspace:
         """Yields one evaluation pass over a loader, in chunks, and shows its progress.
 
         Args:
-            loader: any iterable of batches.
+            loader: any iterable of batches, or arrays.
             name: name of the loader, for errors and the display.
             may_pad: see `Evaluator.may_pad`.
             tracker: shows the progress.
             interruptible: ends the pass if the run is interrupted.
         """
-        made = loader if self.feeds.has_view(loader) else as_loader(loader, name=name)
+        made = self.loader(loader, name)
         self.evaluation_watch.expect(loader, num_shapes=num_shapes(made))
         with self.feeds.one_pass(made, name) as view:
             capacity, length = self.capacity, num_batches(view)
@@ -183,6 +189,10 @@ class Workspace:
             total = None if length is None else -(-length // capacity)
             with closing(feed.repeated(ChunkSize(capacity, capacity), even=may_pad)) as chunks:
                 yield tracker(interruptible(chunks), description=name, total=total)
+
+    def loader(self, data: Any, name: str) -> Loader:
+        """Returns the loader of data to evaluate on, which is the data itself for a loader."""
+        return data if self.feeds.has_view(data) else loader_of(data, self._options, name=name)
 
     def make_watch(self) -> Watch:
         """Returns a watch for recompilations, as configured."""

@@ -207,7 +207,7 @@ class TrainerModule(Predictor):
         current state, as a new run with its own directory.
 
         Args:
-            train_loader: a loader, or any iterable of batches.
+            train_loader: a loader, any iterable of batches, or arrays such as `(x, y)`.
             val_loader: data for validation every `check_val_every_n_epoch` epochs. Pass a dict for
                 several: `{"clean": a, "noisy": b}` logs `val_clean/loss` and `val_noisy/loss`;
                 `monitor` names one of them.
@@ -237,6 +237,7 @@ class TrainerModule(Predictor):
             options=self.config,
             after_epoch=self.epoch,
             repeat=repeat,
+            seed=self.config.seed,
         )
         inputs = Inputs(plan, (train_loader, val_loader, test_loader), self.config)
         return Training(self, TrainerModule).run(inputs, key=key, rerun=rerun)
@@ -260,7 +261,7 @@ class TrainerModule(Predictor):
         """Evaluates the model once on every example of a loader, in order. Changes no state.
 
         Args:
-            loader: any iterable of batches, of any sizes.
+            loader: any iterable of batches, of any sizes, or arrays such as `(x, y)`.
             prefix: a prefix for metric names: `"val/"` gives `val/loss`.
 
         Returns:

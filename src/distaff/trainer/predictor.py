@@ -18,7 +18,7 @@ from distaff.checkpoint.weights.names import as_variables
 from distaff.core.config.options import with_options
 from distaff.core.seeds import folded
 from distaff.core.typing import Batch, Key, Params, PyTree
-from distaff.data import as_loader, entry, num_batches
+from distaff.data import entry, num_batches
 from distaff.data.on_policy import check_reader
 from distaff.errors import CheckpointError
 from distaff.execution import allocator, compile_cache
@@ -200,7 +200,7 @@ class Predictor:
         """Returns the outputs of `predict_fn` for all examples of a loader.
 
         Args:
-            loader: any iterable of batches; its position does not change.
+            loader: any iterable of batches, or arrays; its position does not change.
 
         Returns:
             NumPy arrays `[examples, ...]` in the structure of the outputs of one batch.
@@ -330,7 +330,7 @@ class Predictor:
     def _pass(self, loader: Any, name: str) -> Iterator[Batch]:
         """Yields the batches of a loader once, in order, and shows the progress."""
         feeds = self._workspace.feeds
-        with feeds.one_pass(as_loader(loader, name=name), name) as view:
+        with feeds.one_pass(self._workspace.loader(loader, name), name) as view:
             total, batches = num_batches(view), feeds.batches(view, name)
             yield from self.tracker(batches, description=name, total=total)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import closing
 from typing import Any
 
-from distaff.data import as_loader, closing_made, first_to_train, limited, unlimited
+from distaff.data import closing_made, first_to_train, limited, loader_of, unlimited
 from distaff.errors import StateError
 from distaff.execution.processes import check_one_process
 from distaff.metrics import as_numbers
@@ -30,7 +30,7 @@ class Inputs:
 
     def __init__(self, plan: Plan, loaders: tuple[Any, Any, Any], options: PlanOptions) -> None:
         train, val, test = loaders
-        made = None if test is None else as_loader(test, name="test")
+        made = None if test is None else loader_of(test, options, name="test")
         self.plan = plan
         self.made = [
             (train, unlimited(plan.train_loader)),
