@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -20,6 +21,12 @@ _NUMBERS = (
     *("learning_rate", "warmup_steps", "end_fraction", "decay_steps", "weight_decay"),
     *("clip_norm", "clip_value", "accumulate"),
 )
+
+
+_LAYOUT = re.compile(r"(?=.*i)(?=.*o)[bio]{2,}")
+
+PATTERNS = ("no_decay", "also_decay", "no_muon", "also_muon")
+"""Fields that hold shell patterns for the paths of parameters."""
 
 
 def complete(config: Any) -> None:
@@ -173,7 +180,7 @@ def check_learned(config: Any) -> None:
 
 
 def _check_patterns(config: Any) -> None:
-    for name in ("no_decay", "also_decay"):
+    for name in PATTERNS:
         patterns = getattr(config, name)
         is_sequence = isinstance(patterns, tuple | list)
         if not is_sequence or not all(isinstance(each, str) and each for each in patterns):
@@ -182,6 +189,20 @@ def _check_patterns(config: Any) -> None:
                 f"('*/embedding',); got {patterns!r}."
             )
         object.__setattr__(config, name, tuple(patterns))
+    given = {name: getattr(config, name) for name in ("no_muon", "also_muon")}
+    if any(given.values()) and config.name != "muon":
+        raise ConfigError(
+            f"no_muon and also_muon belong to the optimizer 'muon', and name is {config.name!r} "
+            f"with {given!r}. To train some parameters differently, use groups."
+        )
+    for pattern in config.also_muon:
+        _, is_given, layout = pattern.partition("=")
+        if is_given and not _LAYOUT.fullmatch(layout):
+            raise ConfigError(
+                "A pattern of also_muon may end with '=' and a letter for each axis: i for an "
+                "input, o for an output, b for the index of a matrix, with one i and one o at "
+                f"least, such as 'Conv_*/kernel=iiio'; got {pattern!r}."
+            )
 
 
 def _decay_remedy(config: Any) -> str:

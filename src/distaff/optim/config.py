@@ -65,10 +65,12 @@ class OptimizerConfig:
     `learning_rate` alone changes, on the command line or in a search.
 
     Args:
-        name: sgd, momentum, rmsprop, adam, adamw, lamb, lion, muon, or any other function of
-            `optax` or `optax.contrib` that builds an optimizer from a `learning_rate`; or velo, a
-            trained network whose weights are in a folder, `options={"weights": "/folder"}`. Velo
-            has no learning rate: leave the next four fields at their defaults.
+        name: sgd, momentum, rmsprop, adam, adamw, lamb, lion, or any other function of `optax` or
+            `optax.contrib` that builds an optimizer from a `learning_rate`. With muon, hidden
+            matrices are trained by Muon and the rest by AdamW, whose peak rate may differ:
+            `options={"adam_learning_rate": 3e-4}`. Or velo, a trained network whose weights are in
+            a folder, `options={"weights": "/folder"}`; it has no learning rate: leave the next
+            four fields at their defaults.
         learning_rate: peak learning rate. By default that of the Optax function, such as 1.0 for
             prodigy, dowg or schedule_free_sgd, and 1e-3 if it has none.
         schedule: decay of the learning rate after the warm-up; one_cycle rises first. By default
@@ -90,6 +92,11 @@ class OptimizerConfig:
             such as `*/embedding`.
         also_decay: shell patterns for parameters to decay although they look like a bias or a
             scale. `no_decay` wins if both match.
+        no_muon: shell patterns for the paths of matrices that muon leaves to AdamW, in addition to
+            embeddings and heads, such as `Dense_1/*` for a head with another name.
+        also_muon: shell patterns for parameters that muon trains although they look like an
+            embedding or a head, or have more than two axes: see `distaff.optim.muon_routes`.
+            `no_muon` wins if both match.
         clip_norm: maximum global norm of the gradient; None to disable.
         clip_value: maximum absolute value of each gradient entry; None to disable.
         accumulate: batches per update. The gradients of that many batches are averaged, weighted
@@ -123,6 +130,8 @@ class OptimizerConfig:
     clip_value: float | None = None
     no_decay: tuple[str, ...] = ()
     also_decay: tuple[str, ...] = ()
+    no_muon: tuple[str, ...] = ()
+    also_muon: tuple[str, ...] = ()
     accumulate: int = 1
     options: Mapping[str, Option] = field(default_factory=dict, hash=False)
     groups: tuple[ParamGroup, ...] = ()
