@@ -116,17 +116,16 @@ def check_weights(what: str, weight: jax.Array, ctx: Context) -> None:
     ctx.check_range(f"A {what} is a finite number, at least 0", weight, 0, advice=_ADVICE)
 
 
-def check_ignore_index(value: Any) -> None:
-    """Checks the option `ignore_index`.
+def ignored_index(name: str, value: Any) -> int:
+    """Checks that an option is a 32-bit integer.
 
     Raises:
-        ConfigError: it is not a 32-bit integer.
+        ConfigError: it is not.
     """
     is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if value is not None and not (is_whole and abs(int(value)) < 2**31):
-        raise ConfigError(
-            f"ignore_index must be a 32-bit integer, such as -100, or None; got {value!r}."
-        )
+    if not (is_whole and abs(int(value)) < 2**31):
+        raise ConfigError(f"{name} must be a 32-bit integer, such as -100, or None; got {value!r}.")
+    return int(value)
 
 
 def _tuple_weight(item: Any) -> Any:
