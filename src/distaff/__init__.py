@@ -21,6 +21,7 @@ with spared():
     from distaff.callbacks import Callback, EarlyStopping, Profiler, StepInfo, StopTraining
     from distaff.checkpoint.weights import InitFrom, export_weights
     from distaff.errors import DistaffError
+    from distaff.loggers.history import History
     from distaff.metrics.monitor import Monitor
     from distaff.models import Lora
     from distaff.optim import OptimizerConfig
@@ -38,6 +39,7 @@ __all__ = [
     "DistaffError",
     "EarlyStopping",
     "EvalStep",
+    "History",
     "InitFrom",
     "Lora",
     "Monitor",

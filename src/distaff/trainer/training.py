@@ -63,6 +63,7 @@ class Training:
                 texts = {} if here.table is None else {"model.txt": as_text(here.table)}
                 with (
                     recorded(recording, record, texts, run.recorder.outcome, subject),
+                    run.recorder.drawing(self._options.save_curves),
                     run.supervisor.watching(recording.path),
                     run.recovery.explaining(),
                 ):

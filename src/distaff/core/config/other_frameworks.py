@@ -121,7 +121,8 @@ CALLS = _by_name(
 
 RESULTS = _by_name(
     {
-        "history logs": "result.path / 'metrics.jsonl', or a MemoryLogger",
+        "logs records": "result.history, or result.path / 'metrics.jsonl'",
+        "plot curves learning_curves": "result.figure()",
         "model params state best_params": "trainer.state, or bind_model()",
         "best_metrics best_epoch best_score": "result.best",
         "loss accuracy val_loss test_loss": "result.metrics['val/loss']",
