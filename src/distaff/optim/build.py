@@ -265,8 +265,8 @@ def _muon(
     """
     decay, decays = config.weight_decay, make_decay_mask(config.no_decay, config.also_decay)
     routes = muon_routes(config.no_muon, config.also_muon)
-    options = {n: value for n, value in config.options.items() if n != "adam_learning_rate"}
-    tx = _call(routed_muon, config, rate, adam_rate or rate, routes, options)
+    options = {**config.options, "adam_learning_rate": adam_rate}
+    tx = _call(routed_muon, config, rate, routes, options)
 
     def mask(is_muon: bool) -> Callable[[Params], PyTree]:
         return lambda params: jax.tree.map(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -60,39 +60,37 @@ def muon_routes(
 
 
 def routed_muon(
-    rate: Schedule,
-    adam_rate: Schedule,
-    routes: Callable[[Params], PyTree],
-    options: Mapping[str, Any],
+    rate: Schedule, routes: Callable[[Params], PyTree], options: Mapping[str, Any]
 ) -> optax.GradientTransformation:
     """Returns `optax.contrib.muon` with a route for each parameter.
 
     Args:
         rate: learning rate of Muon.
-        adam_rate: learning rate of AdamW.
         routes: the layout of each parameter for Muon; see `muon_routes`.
         options: further arguments of `optax.contrib.muon`.
+
+    Raises:
+        TypeError, ValueError: Optax does not accept the options.
     """
+    optax.contrib.muon(rate, **options)
 
-    def labels(params: Params) -> PyTree:
-        return jax.tree.map(lambda layout: "muon" if layout else "adam", routes(params))
+    # Optax would call a function for the axes again with the other parameters masked, and the
+    # rule, which looks at the parameters next to one, might then answer differently.
+    def with_axes(params: Params) -> optax.GradientTransformation:
+        axes = jax.tree.map(_axes, routes(params))
+        return optax.contrib.muon(rate, muon_weight_dimension_numbers=axes, **options)
 
-    # Optax calls a rule again for the parameters of Muon alone, where a rule that looks at the
-    # parameters next to one may answer differently. So `routes` decides only once, in `labels`.
-    def axes(params: Params) -> PyTree:
-        return jax.tree.map(lambda layout: _axes(layout or "io"), routes(params))
+    def update(
+        updates: Params, state: PyTree, params: Params | None = None
+    ) -> tuple[Params, PyTree]:
+        return with_axes(updates).update(updates, state, params)
 
-    def none(params: Params) -> PyTree:
-        return jax.tree.map(lambda _: None, params)
-
-    parts: dict[Hashable, optax.GradientTransformation] = {
-        "muon": optax.contrib.muon(rate, muon_weight_dimension_numbers=axes, **options),
-        "adam": optax.contrib.muon(adam_rate, muon_weight_dimension_numbers=none, **options),
-    }
-    return optax.partition(parts, labels)
+    return optax.GradientTransformation(lambda params: with_axes(params).init(params), update)
 
 
-def _axes(layout: str) -> optax.contrib.MuonDimensionNumbers:
+def _axes(layout: str) -> optax.contrib.MuonDimensionNumbers | None:
+    if not layout:
+        return None
     places = {kind: [i for i, letter in enumerate(layout) if letter == kind] for kind in "io"}
     return optax.contrib.MuonDimensionNumbers(tuple(places["i"]), tuple(places["o"]))
 
