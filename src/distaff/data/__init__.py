@@ -34,6 +34,7 @@ from distaff.data.sequences.bucketed import bucketed
 from distaff.data.sequences.packed import packed
 from distaff.data.sequences.windows import held_out_windows, shuffled_windows
 from distaff.data.stream import Stream
+from distaff.data.tables.split import k_fold, split
 from distaff.data.wrappers.limited import Limited, first_batches, limited, unlimited
 from distaff.data.wrappers.mapped import MappedLoader
 from distaff.data.wrappers.mixture import Mixture
@@ -74,6 +75,7 @@ __all__ = [
     "from_examples",
     "held_out_windows",
     "is_on_policy",
+    "k_fold",
     "limited",
     "loader_of",
     "mnist",
@@ -87,6 +89,7 @@ __all__ = [
     "read_idx",
     "shuffled_windows",
     "sources",
+    "split",
     "training_loader_of",
     "unlimited",
 ]

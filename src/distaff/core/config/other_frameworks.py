@@ -65,6 +65,7 @@ ARGUMENTS = _by_name(
         "train_dataloaders train_data datamodule x": "train_loader=...",
         "batch_size": f"{_CONSTRUCTOR} for arrays, or {_BATCHES}",
         "shuffle": _BATCHES,
+        "validation_split test_size": "train, val = data.split((x, y), (0.8, 0.2))",
         "y": "train_model((x, y), num_epochs=...)",
         "max_steps num_steps": "steps_per_epoch=..., with num_epochs=1",
         "callbacks loggers logger optimizer seed verbose ckpt_path resume": _CONSTRUCTOR,
