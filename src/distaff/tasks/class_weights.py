@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -93,12 +93,21 @@ def weighed(
     Raises:
         LossError: the number of weights is not the number of classes.
     """
+    check_number(name, weights, num_classes)
+    table = jnp.asarray(weights, jnp.float32)
+    if jnp.issubdtype(labels.dtype, jnp.floating):
+        return jnp.sum(labels * table.astype(labels.dtype)[None], axis=-1)
+    return table[labels]
+
+
+def check_number(name: str, weights: Sequence[float], num_classes: int) -> None:
+    """Checks that there is one weight per class of the model.
+
+    Raises:
+        LossError: there is not.
+    """
     if len(weights) != num_classes:
         raise LossError(
             f"{name} has {len(weights)} weights, but the model returns {num_classes} logits. Pass "
             "one weight per class."
         )
-    table = jnp.asarray(weights, jnp.float32)
-    if jnp.issubdtype(labels.dtype, jnp.floating):
-        return jnp.sum(labels * table.astype(labels.dtype)[None], axis=-1)
-    return table[labels]

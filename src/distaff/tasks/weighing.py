@@ -11,7 +11,7 @@ import numpy as np
 from distaff.core.typing import Batch
 from distaff.data.entry import named
 from distaff.errors import BatchError, ConfigError, LossError, leaf_name
-from distaff.metrics.accumulators import floating
+from distaff.metrics.accumulators import aligned, floating
 from distaff.step.context import Context
 from distaff.step.state import TrainState
 from distaff.trainer.module import TrainerModule
@@ -101,6 +101,14 @@ def weights_for(
         )
     check_weights(what, weight, ctx)
     return floating(weight)
+
+
+def without_missing(targets: jax.Array, weight: jax.Array | None) -> jax.Array:
+    """Returns a weight for each target, 0 for NaN."""
+    known = ~jnp.isnan(targets)
+    if weight is None:
+        return known.astype(jnp.float32)
+    return jnp.where(known, aligned(weight, targets), 0)
 
 
 def with_entry_name(what: str, leaf: Any, batch: Batch) -> str:
