@@ -26,6 +26,7 @@ with spared():
     from distaff.models import Lora
     from distaff.optim import OptimizerConfig
     from distaff.run.result import Best, TrainResult
+    from distaff.step.averages import EMA
     from distaff.step.context import Context
     from distaff.step.state import TrainState
     from distaff.step.step import EvalStep, TrainStep, train_step
@@ -33,6 +34,7 @@ with spared():
     from distaff.trainer.module import TrainerModule
 
 __all__ = [
+    "EMA",
     "Best",
     "Callback",
     "Context",

@@ -259,7 +259,7 @@ class Hooks(Protocol):
     def on_training_epoch_end(self, epoch: int, metrics: dict[str, Any]) -> None:
         """Called after each training epoch."""
 
-    def eval_model(self, loader: Loader, prefix: str = "") -> dict[str, Any]:
+    def eval_model(self, loader: Loader, prefix: str = "", **weights: str) -> dict[str, Any]:
         """Evaluates on a loader; returns the metrics."""
         ...
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -26,9 +26,9 @@ from distaff.optim import evaluation_params, has_evaluation_params
 from distaff.run.directory.protocol import NullRecording, Recording
 from distaff.run.display import Display
 from distaff.run.evaluation import Evaluator, MayPad
+from distaff.step.averages import RAW, averaged, empty, find, fits, with_epoch
 from distaff.step.counted import Counted
 from distaff.step.normalise import StepFn
-from distaff.step.remainder import with_rest
 from distaff.step.state import TrainState
 
 _log = logging.getLogger("distaff")
@@ -63,6 +63,9 @@ class Workspace:
         measured_step: the training step that a run repeats.
         counted: the training step, with a count of its optimizer updates.
         own_step: a training step that the user's class compiled itself; None by default.
+        with_rest: applies the gradients that are accumulated at the end of an epoch.
+        with_epoch: adds the weights at the end of an epoch to their average.
+        judged: the weights that the monitor judges: "raw", or the name of an average.
         steps_per_epoch: updates per epoch of the prepared run; None if unknown.
         schedule: the learning rate schedule of the optimizer; None if unknown.
         explains: whether to diagnose bad steps; False in a hyperparameter search.
@@ -77,6 +80,7 @@ class Workspace:
     plain_step: StepFn
     measured_step: StepFn
     counted: Counted
+    with_rest: Callable[[TrainState], TrainState]
 
     def __init__(self, options: WorkspaceOptions, display: Display, predict: PredictFn) -> None:
         self.execution: Execution = Eager() if options.debug else Compiled()
@@ -96,7 +100,8 @@ class Workspace:
         self._programs: dict[str, Any] = {}
         self._has_evaluation_params: dict[Any, bool] = {}
         self.predict_step = self.execution.program(predict)
-        self.with_rest = self.execution.program(lambda state: with_rest(state), donate=0)
+        self.judged = RAW
+        self.with_epoch = self.execution.program(lambda state: with_epoch(state), donate=0)
         # A lambda per trainer, because a program lives as long as its function.
         self._evaluation_params = self.execution.program(
             lambda opt_state, params: evaluation_params(opt_state, params)
@@ -127,13 +132,38 @@ class Workspace:
             )
         return self.state
 
-    def evaluation_state(self) -> TrainState:
-        """Returns the state with its evaluation parameters; see `optim.evaluation_params`.
+    def begin_averages(self, names: Collection[str], *, keep: bool) -> None:
+        """Gives the state empty averages of the weights.
 
-        Raises:
-            StateError: the model is not initialised yet.
+        Args:
+            names: names of the averages; without any, the state has none.
+            keep: whether to keep averages that the state has already.
         """
         state = self.ready_state()
+        kept = (state.averages or {}) if keep else {}
+        kept = {name: kept[name] for name in names if fits(kept.get(name), state)}
+        state = state.replace(averages=None)
+        if set(names) - set(kept):
+            fresh = self.execution.once(lambda state: empty(state))(state)
+            kept = {name: kept.get(name, fresh) for name in names}
+        self.state = state.replace(averages=kept or None)
+
+    def evaluation_state(self, weights: str | None = RAW) -> TrainState:
+        """Returns the state with its evaluation parameters; see `optim.evaluation_params`.
+
+        Args:
+            weights: "raw", or the name of an average of the weights; None for the `judged` ones, if
+                the state has them.
+
+        Raises:
+            StateError: the model is not initialised yet, or does not have this average.
+            ConfigError: `weights` is another name.
+        """
+        state = self.ready_state()
+        if weights is None:
+            weights = self.judged if self.judged in (state.averages or ()) else RAW
+        if weights != RAW:
+            return self.program("averaged", averaged)(find(state, weights), state)
         kind = jax.tree.structure(state.opt_state)
         if kind not in self._has_evaluation_params:
             self._has_evaluation_params[kind] = has_evaluation_params(state.opt_state)

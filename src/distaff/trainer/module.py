@@ -257,23 +257,26 @@ class TrainerModule(Predictor):
         return run.end_steps()
 
     @spelled(ARGUMENTS)
-    def eval_model(self, loader: Any, prefix: str = "") -> dict[str, Any]:
+    def eval_model(
+        self, loader: Any, prefix: str = "", *, weights: str | None = None
+    ) -> dict[str, Any]:
         """Evaluates the model once on every example of a loader, in order. Changes no state.
 
         Args:
             loader: any iterable of batches, of any sizes, or arrays such as `(x, y)`.
             prefix: a prefix for metric names: `"val/"` gives `val/loss`.
+            weights: see `evaluation_state`.
 
         Returns:
             Metrics by name: floats, or arrays for non-scalar metrics.
 
         Raises:
-            StateError: the model has no parameters yet.
+            StateError: the model has no parameters yet, or does not have this average.
             BatchError: the loader is empty.
         """
         here, run = self._workspace, self._run
         with here.timers.spent("evaluation"):
-            state, name = here.evaluation_state(), prefix.rstrip("/") or "evaluate"
+            state, name = here.evaluation_state(weights), prefix.rstrip("/") or "evaluate"
             may_pad = here.evaluator.may_pad(state)
             interruptible = iter if run is None else run.interruptible
             with here.chunks(loader, name, may_pad, self.tracker, interruptible) as chunks:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 import jax
 
 from distaff import checkpoint
-from distaff.checkpoint import Located
 from distaff.checkpoint.record import example_from
 from distaff.checkpoint.weights import export_weights
 from distaff.checkpoint.weights.names import as_variables
@@ -20,7 +18,6 @@ from distaff.core.seeds import folded
 from distaff.core.typing import Batch, Key, Params, PyTree
 from distaff.data import entry, num_batches
 from distaff.data.on_policy import check_reader
-from distaff.errors import CheckpointError
 from distaff.execution import allocator, compile_cache
 from distaff.models import LoraModel, Variables, as_model
 from distaff.run.display import make_display
@@ -32,6 +29,7 @@ from distaff.step.state import TrainState
 from distaff.trainer.config import TrainerConfig, make_config
 from distaff.trainer.constructor import call_of, rebuild_trainer, recorded_options
 from distaff.trainer.initial import normalized, on_host, rows_of
+from distaff.trainer.loading import explained, load, restore
 
 T = TypeVar("T")
 
@@ -196,25 +194,29 @@ class Predictor:
         """
         return ctx.apply(params, *self.model_inputs(batch))
 
-    def predict(self, loader: Any) -> PyTree:
+    def predict(self, loader: Any, *, weights: str | None = None) -> PyTree:
         """Returns the outputs of `predict_fn` for all examples of a loader.
 
         Args:
             loader: any iterable of batches, or arrays; its position does not change.
+            weights: see `evaluation_state`.
 
         Returns:
             NumPy arrays `[examples, ...]` in the structure of the outputs of one batch.
 
         Raises:
-            StateError: the model has no parameters yet.
+            StateError: the model has no parameters yet, or does not have this average.
             BatchError: the loader is empty, or an output has no batch axis.
         """
         batches = self._pass(loader, "predict")
         here = self._workspace
-        return predict(here.predict_step, self.evaluation_state(), batches, here.execution)
+        return predict(here.predict_step, self.evaluation_state(weights), batches, here.execution)
 
-    def bind_model(self) -> Any:
+    def bind_model(self, *, weights: str | None = None) -> Any:
         """Returns the model with its variables, ready to call.
+
+        Args:
+            weights: see `evaluation_state`.
 
         Returns:
             For Flax Linen `bound(x, train=False)`; for Flax NNX a live module `bound(x)`; for
@@ -222,9 +224,9 @@ class Predictor:
             `bound(x)`.
 
         Raises:
-            StateError: the model has no parameters yet.
+            StateError: the model has no parameters yet, or does not have this average.
         """
-        return self.model.bind(as_variables(self.evaluation_state()))
+        return self.model.bind(as_variables(self.evaluation_state(weights)))
 
     def tracker(
         self, iterable: Iterable[T], *, description: str, total: int | None = None
@@ -268,15 +270,15 @@ class Predictor:
         is_recorded = example_batch is None
         if example_batch is None:
             example_batch = example_from(record["example_batch"])
-        with _explained(file):
+        with explained(file):
             recorded = {**recorded_options(cls.Config, record), "enable_progress_bar": False}
         trainer = rebuild_trainer(cls, record, model, recorded, options)
         if not trainer.config.enable_progress_bar or "enable_progress_bar" not in options:
             # Overrides the display of a custom constructor.
             trainer._workspace.display = make_display(False)
-        with _explained(file):
+        with explained(file):
             trainer._set_up(example_batch)
-        _load(trainer, found, record if is_recorded else None, file)
+        load(trainer._workspace, found, record if is_recorded else None, trainer._set_up)
         return trainer
 
     def load_weights(self, path: str | Path) -> None:
@@ -290,11 +292,15 @@ class Predictor:
             CheckpointError: there is no complete checkpoint, or it belongs to another model.
         """
         found = checkpoint.located(path)
-        here = self._workspace
-        here.restore(found.store, found.step, _trained(here.ready_state()))
+        restore(self._workspace, found)
 
     def export_weights(
-        self, path: str | Path, *, only: str | Sequence[str] = "*", merge: bool = True
+        self,
+        path: str | Path,
+        *,
+        only: str | Sequence[str] = "*",
+        merge: bool = True,
+        weights: str | None = None,
     ) -> Path:
         """Writes the model's arrays to a safetensors file; see `distaff.export_weights`.
 
@@ -304,28 +310,34 @@ class Predictor:
             merge: whether to merge the updates of a `Lora` into its kernels, which makes the file
                 an ordinary model. If False, base and updates are separate arrays; export the
                 updates alone with `only=("*/lora_a", "*/lora_b")`.
+            weights: see `evaluation_state`.
 
         Returns:
             The absolute path of the file.
 
         Raises:
-            StateError: the model has no parameters yet.
+            StateError: the model has no parameters yet, or does not have this average.
             CheckpointError: the file cannot be written.
         """
-        variables = as_variables(self.evaluation_state())
+        variables = as_variables(self.evaluation_state(weights))
         if merge and isinstance(self.model, LoraModel):
             variables = self.model.merged(variables)
         return export_weights(path, variables, only=only)
 
-    def evaluation_state(self) -> TrainState:
+    def evaluation_state(self, weights: str | None = None) -> TrainState:
         """Returns the state with the parameters for evaluation; see `optim.evaluation_params`.
 
         For most optimizers this is the state itself.
 
+        Args:
+            weights: `"raw"`, or an average of the weights, `"ema"` or `"swa"`. By default those
+                that `monitor` judges: `"ema"` if it is `val_ema/loss`, otherwise `"raw"`.
+
         Raises:
-            StateError: the model has no parameters yet.
+            StateError: the model has no parameters yet, or does not have this average.
+            ConfigError: `weights` is another name.
         """
-        return self._workspace.evaluation_state()
+        return self._workspace.evaluation_state(weights)
 
     def _pass(self, loader: Any, name: str) -> Iterator[Batch]:
         """Yields the batches of a loader once, in order, and shows the progress."""
@@ -335,48 +347,6 @@ class Predictor:
             yield from self.tracker(batches, description=name, total=total)
 
 
-def _load(trainer: Predictor, found: Located, record: Mapping[str, Any] | None, file: Path) -> None:
-    """Restores the model from a checkpoint; `record` is None if the user passed a batch."""
-    here = trainer._workspace
-    try:
-        here.restore(found.store, found.step, _trained(here.ready_state()))
-    except CheckpointError:
-        if record is None or not here.ready_state().collections:
-            raise
-        # A variable may have the size of the batch, such as the carry of an RNN.
-        with _explained(file):
-            trainer._set_up(example_from(record["example_batch"], whole=True))
-        here.restore(found.store, found.step, _trained(here.ready_state()))
-
-
 def _two_keys(seed: Any) -> tuple[Key, Key]:
     first, second = jax.random.split(jax.random.key(seed))
     return first, second
-
-
-def _trained(state: TrainState) -> list[str]:
-    """Returns the members that a loaded model needs: all but optimizer state and guard.
-
-    A member of a subclass may be None until training starts.
-    """
-    members = state.arrays()
-    always = ("step", "params", "batch_stats", "collections", "rng")
-    return [
-        name
-        for name, value in members.items()
-        if name in always or (name not in ("opt_state", "guard") and value is not None)
-    ]
-
-
-@contextmanager
-def _explained(file: Path) -> Generator[None]:
-    """Re-raises errors of a wrong record as one that names the record."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise CheckpointError(
-            f"The trainer cannot be set up as {file} records it: {error} "
-            "Pass what differs to load_from_checkpoint: model, example_batch, or an option."
-        ) from error

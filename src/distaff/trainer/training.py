@@ -121,7 +121,9 @@ class Training:
         of_best = {n: x for n, x in best.items() if n[:6] != "train/"}
         metrics = {**run.state.last_metrics, **of_best}
         if test_loader is not None:
-            test_metrics = trainer.eval_model(test_loader, "test/")
+            test_metrics = {}
+            for name, weights in self._options.evaluations("test"):
+                test_metrics.update(trainer.eval_model(test_loader, f"{name}/", **weights))
             trainer.save_metrics("test", test_metrics)
             run.logger.log_metrics(test_metrics, step=here.step, epoch=here.epoch)
             metrics.update(test_metrics)

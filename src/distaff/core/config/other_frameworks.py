@@ -52,6 +52,8 @@ OPTIONS = _by_name(
         "accumulate_grad_batches": "OptimizerConfig(accumulate=...)",
         "val_check_interval": "check_val_every_n_epoch=...",
         "run_eagerly": "debug=True",
+        "use_ema ema_decay ema_momentum model_ema ema_rate": "ema=0.999",
+        "swa swa_epoch_start swa_start": "swa_from_epoch=...",
     }
 )
 """Options of the trainer, and what to write instead."""
