@@ -9,6 +9,7 @@ from contextlib import closing, contextmanager
 from typing import Any
 
 import jax
+import optax
 from rich.console import RenderableType
 
 from distaff.checkpoint import Store
@@ -22,7 +23,8 @@ from distaff.execution.feed.chunk import Chunk, ChunkSize
 from distaff.execution.feed.feeds import Feeds
 from distaff.execution.placement import like
 from distaff.execution.timers import Timers
-from distaff.optim import evaluation_params, has_evaluation_params
+from distaff.optim import OptimizerLike, evaluation_params, has_evaluation_params
+from distaff.optim.reuse import reusable_state
 from distaff.run.directory.protocol import NullRecording, Recording
 from distaff.run.display import Display
 from distaff.run.evaluation import Evaluator, MayPad
@@ -131,6 +133,23 @@ class Workspace:
                 "the trainer, or use load_from_checkpoint."
             )
         return self.state
+
+    def begin_optimizer(
+        self, tx: optax.GradientTransformation, optimizer: OptimizerLike, *, keep: bool
+    ) -> None:
+        """Gives the state an optimizer and its initial state.
+
+        Args:
+            tx: the optimizer.
+            optimizer: the trainer's optimizer, from which `tx` is built.
+            keep: whether to keep the optimizer state of an earlier run, if it can be reused.
+        """
+        state, ready = self.evaluation_state(), self.ready_state()
+        opt_state = self.execution.once(lambda params: tx.init(params))(state.params)
+        kept = reusable_state(ready.opt_state, opt_state, optimizer)
+        if keep and kept is not None:
+            state, opt_state = ready, kept
+        self.state = state.replace(tx=tx, opt_state=opt_state)
 
     def begin_averages(self, names: Collection[str], *, keep: bool) -> None:
         """Gives the state empty averages of the weights.

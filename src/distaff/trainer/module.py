@@ -19,7 +19,6 @@ from distaff.metrics import as_json
 from distaff.metrics.monitor import Monitor, as_monitor
 from distaff.optim import OptimizerLike, build_optimizer
 from distaff.optim.build import as_optimizer
-from distaff.optim.reuse import reusable_state
 from distaff.run import loop, sanity
 from distaff.run.directory.protocol import Recording
 from distaff.run.events import make_plan
@@ -181,12 +180,7 @@ class TrainerModule(Predictor):
         tx, here.schedule = build_optimizer(
             self.optimizer, total_steps, steps_per_epoch=here.steps_per_epoch
         )
-        state, ready = here.evaluation_state(), here.ready_state()
-        opt_state = here.execution.once(lambda params: tx.init(params))(state.params)
-        kept = reusable_state(ready.opt_state, opt_state, self.optimizer)
-        if self.config.keep_optimizer and kept is not None:
-            state, opt_state = ready, kept
-        self.state = state.replace(tx=tx, opt_state=opt_state)
+        here.begin_optimizer(tx, self.optimizer, keep=self.config.keep_optimizer)
 
     @spelled(ARGUMENTS)
     def train_model(
