@@ -23,7 +23,7 @@ with spared():
     from distaff.errors import DistaffError
     from distaff.loggers.history import History
     from distaff.metrics.monitor import Monitor
-    from distaff.models import Lora
+    from distaff.models import Lora, PrecisionConfig
     from distaff.optim import OptimizerConfig
     from distaff.run.result import Best, TrainResult
     from distaff.step.averages import EMA
@@ -46,6 +46,7 @@ __all__ = [
     "Lora",
     "Monitor",
     "OptimizerConfig",
+    "PrecisionConfig",
     "Profiler",
     "StepInfo",
     "StopTraining",

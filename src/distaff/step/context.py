@@ -12,7 +12,7 @@ from distaff.core.typing import Key, Params
 from distaff.errors import ConfigError, LossError, StateError
 from distaff.metrics import PerExample
 from distaff.metrics.limits import Limits
-from distaff.models import Variables, model_of
+from distaff.models import Variables, model_of, plain_model
 from distaff.models.flags import names_mode
 from distaff.models.functional import FunctionModel, Functions
 from distaff.models.observed import Observed, observing
@@ -98,7 +98,7 @@ class Context:
         model = model_of(self.state.apply_fn)
         key = self._key(place)
         # A custom forward function may have an argument `rngs` itself.
-        for name in ("key",) if isinstance(model, FunctionModel) else ("key", "rngs"):
+        for name in ("key",) if isinstance(plain_model(model), FunctionModel) else ("key", "rngs"):
             if is_key(kwargs.get(name)):
                 key = kwargs.pop(name)
         before = Variables.of({**held, **given})
@@ -131,7 +131,8 @@ class Context:
         if not isinstance(params, Mapping) or "params" not in params:
             return params, {}
         own, inner = self.state.params, params["params"]
-        is_function = isinstance(model_of(self.state.apply_fn), FunctionModel | Functions)
+        model = plain_model(model_of(self.state.apply_fn))
+        is_function = isinstance(model, FunctionModel | Functions)
         # In a model of functions, "params" may name a part of the parameters; for other models,
         # the state may hold the return value of `module.init` unchanged.
         if is_function and isinstance(own, Mapping) and "params" in own and set(inner) != set(own):

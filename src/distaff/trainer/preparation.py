@@ -17,7 +17,10 @@ from distaff.execution.dispatch.steps_per_call import Expected
 from distaff.execution.placement import owned
 from distaff.loggers.protocol import as_loggers, is_logger
 from distaff.metrics.monitor import as_monitor
+from distaff.models import precision_of
 from distaff.optim.gradients import check_trainable
+from distaff.optim.transforms.masks import check_patterns
+from distaff.run.diagnosis.products import checked_summary
 from distaff.run.directory.protocol import Recording
 from distaff.run.directory.recording import DirectoryRecording, make_recording
 from distaff.run.evaluation import Evaluator
@@ -64,7 +67,13 @@ def function_of(program: Any) -> Any:
 
 
 class Preparation:
-    """Calls the setup methods of a trainer, which overrides `base`, and collects their results."""
+    """Calls the setup methods of a trainer, which overrides `base`, and collects their results.
+
+    Attributes:
+        products: a line on the products of the training step; empty in float32.
+    """
+
+    products = ""
 
     def __init__(self, trainer: Any, base: type) -> None:
         self._trainer, self._base = trainer, base
@@ -168,6 +177,7 @@ class Preparation:
             own_step=here.own_step,
         )
         self._check(run, batch, test_loader)
+        self._check_precision(batch)
         self._identify(run, total)
 
     def _check_averages(self, plan: Plan) -> None:
@@ -214,6 +224,15 @@ class Preparation:
         if test_loader is not None:
             sanity.check_evaluation(test_loader, "test")
         self._first_batches = sanity.first_batches
+
+    def _check_precision(self, batch: Batch) -> None:
+        """Counts the products of the training step by dtype, for a precision that changes it."""
+        here, precision = self._here, precision_of(self._options.precision)
+        state = here.ready_state()
+        check_patterns({"PrecisionConfig.float32": precision.float32}, state.params)
+        if not self._options.debug:
+            # Not the measured step: operations of an inlined program have no line of their own.
+            self.products = checked_summary(here.plain_step, state, batch, precision)
 
     def _is_own(self, *names: str) -> bool:
         kind = type(self._trainer)

@@ -68,7 +68,7 @@ class Training:
                     run.recovery.explaining(),
                 ):
                     run.recorder.has_begun = True
-                    self._train(run, inputs.test_loader)
+                    self._train(run, inputs.test_loader, preparation.products)
         return run.recorder.result()
 
     def check(self, plan: Plan) -> None:
@@ -94,8 +94,10 @@ class Training:
         run.recorder.begin()
         return run
 
-    def _train(self, run: Run, test_loader: Any) -> None:
+    def _train(self, run: Run, test_loader: Any, remark: str) -> None:
         """Runs the loop, notifies callbacks of its end, and tests the best model."""
+        if remark:
+            self._here.show(remark)
         try:
             try:
                 loop.train(self._trainer, run)
