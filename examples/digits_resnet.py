@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import tyro
 
 import distaff
-from distaff import data, loggers, tasks, zoo
+from distaff import data, tasks, zoo
 from distaff.integrations import matplotlib as plots
 
 RECIPE = distaff.OptimizerConfig("adamw", learning_rate=1e-2, warmup_steps=50, weight_decay=0.3)
@@ -61,16 +61,15 @@ def main(options: Options) -> distaff.TrainResult:
     where = () if options.data == "digits" else (options.folder,)
     train, val, test = getattr(data, options.data)(*where, options.batch_size, options.seed)
     names = [str(label) for label in range(100 if options.data == "cifar100" else 10)]
-    model, history = zoo.ResNet(len(names), options.blocks), loggers.MemoryLogger()
-    run = {"name": "resnet", "root": options.root, "seed": options.seed, "loggers": [history]}
+    model = zoo.ResNet(len(names), options.blocks)
+    run = {"name": "resnet", "root": options.root, "seed": options.seed, "save_curves": False}
     trainer = ShiftingClassifier(model, optimizer=options.optimizer, **run)
     result = trainer.train_model(train, val, test, num_epochs=options.num_epochs)
     if result.status == "interrupted":
         raise SystemExit(130)  # as Ctrl-C ends a program; start it again to go on
     guesses = trainer.predict(test).argmax(axis=-1)
-    curves = plots.learning_curves(history.series("train/", "val/"), result.best.epoch)
     confusion = plots.confusion_matrix(test.arrays["label"], guesses, names)
-    plots.save(curves, result.path / "figures" / "learning_curves.png")
+    plots.save(result.figure(), result.path / "figures" / "learning_curves.png")
     plots.save(confusion, result.path / "figures" / "confusion_matrix.png")
     print(f"test accuracy {result.metrics['test/accuracy']:.4f}, figures in {result.path}/figures")
     return result

@@ -26,8 +26,8 @@ TRAINER_CLASSES = {cls.__name__ for cls in TrainerModule.__mro__} - {"object"}
 
 OPTIONS = {field.name: field for field in dataclasses.fields(TrainerConfig)}
 OPTION_MODULES = {cls.__module__ for cls in TrainerConfig.__mro__}
-KEYS_OF_FILES = {"steps_per_call"}
-"""Options whose name is a key of a checkpoint, too."""
+KEYS_OF_FILES = {"steps_per_call", "batch_size"}
+"""Options whose name is a key of a checkpoint, too: the position of a loader has its batch size."""
 
 PLACEMENT = {"device_put", "committed", "sharding", "NamedSharding", "SingleDeviceSharding"}
 PLACEMENT |= {"addressable_shards", "device_set", "is_fully_replicated"}

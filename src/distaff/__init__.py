@@ -21,10 +21,12 @@ with spared():
     from distaff.callbacks import Callback, EarlyStopping, Profiler, StepInfo, StopTraining
     from distaff.checkpoint.weights import InitFrom, TorchRules, export_weights
     from distaff.errors import DistaffError
+    from distaff.loggers.history import History
     from distaff.metrics.monitor import Monitor
-    from distaff.models import Lora
+    from distaff.models import Lora, PrecisionConfig
     from distaff.optim import OptimizerConfig
     from distaff.run.result import Best, TrainResult
+    from distaff.step.averages import EMA
     from distaff.step.context import Context
     from distaff.step.state import TrainState
     from distaff.step.step import EvalStep, TrainStep, train_step
@@ -32,16 +34,19 @@ with spared():
     from distaff.trainer.module import TrainerModule
 
 __all__ = [
+    "EMA",
     "Best",
     "Callback",
     "Context",
     "DistaffError",
     "EarlyStopping",
     "EvalStep",
+    "History",
     "InitFrom",
     "Lora",
     "Monitor",
     "OptimizerConfig",
+    "PrecisionConfig",
     "Profiler",
     "StepInfo",
     "StopTraining",

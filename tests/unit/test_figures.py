@@ -108,6 +108,39 @@ def test_confusion_matrix_counts_as_sklearn_does(pairs):
     assert axes.get_title().startswith(f"accuracy {accuracy:.4f} ")
 
 
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=30))
+@settings(deadline=None, max_examples=10)
+def test_confusion_matrix_has_the_rates_of_each_class_as_sklearn_has(pairs):
+    labels, predictions = np.array(pairs).T
+    (axes,) = figures.confusion_matrix(labels, predictions, ["a", "b", "c"]).axes
+    right, top = axes.child_axes
+    recall, precision = (
+        score(labels, predictions, labels=range(3), average=None, zero_division=np.nan)
+        for score in (sklearn.metrics.recall_score, sklearn.metrics.precision_score)
+    )
+    shown = [
+        [tick.get_text() for tick in ticks]
+        for ticks in (right.get_yticklabels(), top.get_xticklabels())
+    ]
+    expected = [
+        ["-" if np.isnan(x) else f"{100 * x:.0f}" for x in each] for each in (recall, precision)
+    ]
+    assert shown == expected
+    assert (right.get_ylabel(), top.get_xlabel()) == ("recall (%)", "precision (%)")
+
+
+def test_figures_begin_with_the_title_they_are_given():
+    title = "a/0001: seed 1, test 1 examples, $no formula"
+    images, probabilities = np.zeros((1, 2, 2)), [[1.0]]
+    made = [
+        figures.learning_curves(HISTORY, title=title, x_label="step"),
+        figures.confusion_matrix([0], [0], ["a"], title=title),
+        figures.worst_mistakes(images, [0], probabilities, ["a"], title=title),
+    ]
+    assert [figure.get_suptitle().splitlines()[0] for figure in made] == [title] * 3
+    assert {axes.get_xlabel() for axes in made[0].axes} == {"step"}
+
+
 def test_confusion_matrix_shows_one_mistake_beside_many_right_answers():
     labels, predictions = [0] * 99 + [1], [0] * 100
     (axes,) = figures.confusion_matrix(labels, predictions, ["cat", "dog"]).axes

@@ -245,7 +245,7 @@ def test_result_names_the_nearest_metric():
     assert isinstance(caught.value, MetricError)
     assert (result.metrics.get("val/los"), "val/los" in result.metrics) == (None, False)
     with pytest.raises(UnknownNameError, match=r"metrics\.jsonl"):
-        result.history  # ty: ignore[unresolved-attribute]  # noqa: B018
+        result.logs  # ty: ignore[unresolved-attribute]  # noqa: B018
     assert not hasattr(result, "mine")
     with pytest.raises(MetricError, match="Known: 'loss'"):
         make(example_batch=batch).eval_model([batch])["accuracy"]

@@ -261,9 +261,10 @@ def test_validation_set_with_a_bad_name_is_refused(name):
         trainer().train_model(arrays(), {name: arrays()}, num_epochs=1)
 
 
-def test_dict_of_arrays_is_still_no_loader():
-    with pytest.raises(BatchError, match="looks like the whole dataset"):
-        trainer().train_model(arrays(), ARRAYS, num_epochs=1)
+def test_dict_of_arrays_is_one_validation_set():
+    run = trainer()
+    result = run.train_model(arrays(), ARRAYS, num_epochs=1)
+    assert {name for name in result.metrics if name.startswith("val")} == {"val/loss"}
 
 
 def test_error_names_the_validation_set():

@@ -300,7 +300,7 @@ def test_one_cycle_of_few_steps_rises_to_its_peak(num_steps):
     assert rates[-1] == pytest.approx(0.005)
 
 
-@pytest.mark.parametrize("name", ["cosine", "linear", "exponential", "one_cycle"])
+@pytest.mark.parametrize("name", ["cosine", "linear", "exponential", "one_cycle", "wsd"])
 def test_schedules_of_more_steps_than_int32_has_are_those_of_their_share(name):
     config = OptimizerConfig(learning_rate=0.5, schedule=name, warmup_steps=5)
     long, short = make_schedule(config, 2**32 + 5), make_schedule(config, 2**12 + 5)
@@ -349,7 +349,54 @@ def test_make_schedule_inverse_sqrt_needs_no_length(warmup_steps):
         assert float(schedule(step)) == pytest.approx(0.5 * math.sqrt(knee / step), rel=1e-5)
 
 
-SCHEDULES = ["constant", "cosine", "linear", "exponential", "inverse_sqrt", "one_cycle"]
+def wsd_by_hand(step, num_steps, num_decay, shape, warmup_steps):
+    """The rate of arXiv:2405.18392, from 0.5 to 0.05, after `step` updates."""
+    if step < warmup_steps:
+        return 0.5 * step / warmup_steps
+    if step <= num_steps - num_decay:
+        return 0.5
+    progress = min((step - (num_steps - num_decay)) / num_decay, 1.0)
+    return 0.05 + 0.45 * (1 - (math.sqrt(progress) if shape == "1-sqrt" else progress))
+
+
+@pytest.mark.parametrize("shape", ["1-sqrt", "linear"])
+@pytest.mark.parametrize(
+    ("decay_steps", "num_steps", "num_decay"),
+    [(0.2, 100, 20), (0.25, 90, 22), (30, 100, 30), (1e-3, 100, 1), (0.95, 100, 90), (1, 60, 1)],
+)
+@pytest.mark.parametrize("warmup_steps", [0, 10])
+def test_wsd_is_stable_after_the_warmup_and_falls_in_the_last_steps(
+    shape, decay_steps, num_steps, num_decay, warmup_steps
+):
+    config = OptimizerConfig(
+        learning_rate=0.5,
+        schedule="wsd",
+        warmup_steps=warmup_steps,
+        decay_steps=decay_steps,
+        decay_shape=shape,
+        end_fraction=0.1,
+    )
+    if decay_steps == 0.95:  # longer than what the warm-up leaves
+        num_decay = min(95, num_steps - warmup_steps)
+    schedule = make_schedule(config, num_steps)
+    rates = [float(schedule(step)) for step in range(num_steps + 2)]
+    expected = [
+        wsd_by_hand(step, num_steps, num_decay, shape, warmup_steps)
+        for step in range(num_steps + 2)
+    ]
+    np.testing.assert_allclose(rates, expected, rtol=1e-5)
+
+
+def test_wsd_counts_the_updates_of_a_run_that_accumulates():
+    config = OptimizerConfig(
+        "sgd", learning_rate=0.5, schedule="wsd", decay_steps=2, end_fraction=0.1, accumulate=4
+    )
+    _, schedule = build_optimizer(config, 40)
+    assert schedule is not None
+    assert [round(float(schedule(step)), 3) for step in (0, 8, 9, 10)] == [0.5, 0.5, 0.182, 0.05]
+
+
+SCHEDULES = ["constant", "cosine", "linear", "exponential", "inverse_sqrt", "one_cycle", "wsd"]
 
 
 @settings(deadline=None, max_examples=40)
@@ -419,6 +466,11 @@ def test_build_optimizer_hands_total_steps_to_a_factory():
         (OptimizerConfig(), None, r"'cosine' needs .*steps_per_epoch"),
         (OptimizerConfig(warmup_steps=10), 10, r"warmup_steps is 10, .* 10 optimizer steps"),
         (OptimizerConfig(schedule="constant", warmup_steps=11), 10, r"warmup_steps is 11"),
+        (
+            OptimizerConfig(schedule="wsd", warmup_steps=4, decay_steps=7),
+            10,
+            r"warmup_steps is 4 and decay_steps 7, but the run has 10 .* a fraction such as 0\.2",
+        ),
     ],
 )
 def test_build_optimizer_refuses(optimizer, total_steps, message):
@@ -442,6 +494,11 @@ def test_build_optimizer_refuses(optimizer, total_steps, message):
         ({"name": "scale_by_rprop"}, r"No optimizer"),
         ({"schedule": "cosin"}, r"'cosin'. Did you mean 'cosine'"),
         ({"schedule": "exponential", "end_fraction": 0.0}, r"end_fraction is 0"),
+        ({"decay_shape": "sqrt"}, r"'sqrt'. Did you mean '1-sqrt'"),
+        ({"decay_steps": 0}, r"int >= 1, or a fraction.*got 0\."),
+        ({"decay_steps": 1.5}, r"float between 0 and 1; got 1\.5"),
+        ({"decay_steps": True}, r"got True"),
+        ({"cooldown_steps": 5}, r"decay_steps=\.\.\."),
         ({"options": {"betta1": 0.9}}, r"'betta1'.*'b1'"),
         ({"name": "sgd", "options": {"nestrov": True}}, r"Did you mean 'nesterov'"),
         ({"options": {"learning_rate": 0.1}}, r"Set learning_rate instead"),

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sklearn.metrics import mean_pinball_loss
 
 from distaff import OptimizerConfig, data, tasks
-from distaff.errors import BatchError, LossError
+from distaff.errors import BatchError, ConfigError, LossError
 from distaff.step.context import Context
 
 
@@ -158,3 +159,100 @@ def test_regressor_targets_can_be_overridden():
 
     loss, _ = loss_of((1.0, 5.0), np.array([3.0, 4.0], np.float32), cls=Doubled)
     np.testing.assert_array_equal(jax.device_get(loss), [25, 9])
+
+
+OUTPUTS = np.random.default_rng(1).normal(size=(12, 2)).astype(np.float32)
+TARGETS = np.random.default_rng(2).normal(size=(12, 2)).astype(np.float32) * 2
+WEIGHT = np.random.default_rng(3).uniform(0, 2, 12).astype(np.float32)
+QUANTILES = (0.1, 0.5, 0.75)
+
+
+def scored(outputs: np.ndarray, y: np.ndarray, weight: np.ndarray | None = None, **options):
+    """Evaluates a model that returns its input, in batches of 5, 5 and 2."""
+    arrays = {"x": outputs, "y": y}
+    if weight is not None:
+        arrays["weight"] = weight
+    model = (lambda key, *inputs: {"w": jnp.float32(1)}, lambda params, x: params["w"] * x)
+    example = jax.tree.map(lambda leaf: leaf[:5], arrays)
+    run = tasks.Regressor(
+        model, root=None, enable_progress_bar=False, example_batch=example, **options
+    )
+    return run.eval_model(data.ArrayLoader(arrays, 5))
+
+
+@pytest.mark.parametrize("delta", [0.5, 1.0, 3.0])
+def test_huber_loss_is_that_of_torch(delta: float):
+    error = abs(OUTPUTS - TARGETS)
+    losses = np.where(error <= delta, error**2 / 2, delta * (error - delta / 2))
+    found = scored(OUTPUTS, TARGETS, WEIGHT, loss="huber", huber_delta=delta)
+    expected = {
+        "loss": np.average(losses.mean(1), weights=WEIGHT),
+        "mae": np.average(error.mean(1), weights=WEIGHT),
+    }
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("is_weighted", [False, True])
+def test_quantile_loss_is_that_of_sklearn(is_weighted: bool):
+    y, weight = TARGETS[:, 0], WEIGHT if is_weighted else None
+    outputs = np.stack([OUTPUTS[:, 0] - 1, OUTPUTS[:, 0], OUTPUTS[:, 0] + 0.5], axis=1)
+    found = scored(outputs, y, weight, loss="quantile", quantiles=QUANTILES)
+    each = [
+        mean_pinball_loss(y, outputs[:, i], alpha=level, sample_weight=weight)
+        for i, level in enumerate(QUANTILES)
+    ]
+    is_inside = (outputs[:, 0] <= y) & (y <= outputs[:, 2])
+    expected = {
+        "loss": np.mean(each),
+        "mae": np.average(abs(y - outputs[:, 1]), weights=weight),
+        "coverage": np.average(is_inside, weights=weight),
+    }
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_one_quantile_has_the_shape_of_the_targets_and_missing_targets_are_left_out():
+    y = np.where(TARGETS > 1.5, np.nan, TARGETS).astype(np.float32)
+    known = np.isfinite(y)
+    found = scored(OUTPUTS, y, loss="quantile", quantiles=[0.9], nan_ok=("y",))
+    expected = mean_pinball_loss(y[known], OUTPUTS[known], alpha=0.9)
+    assert found == {"loss": pytest.approx(expected, rel=1e-5)}
+
+
+def test_model_learns_the_quantiles_of_its_targets():
+    y = np.random.default_rng(0).exponential(size=512).astype(np.float32)
+    model = (lambda key, *inputs: {"w": jnp.ones(3)}, lambda params, x: x @ params["w"][None])
+    run = tasks.Regressor(
+        model,
+        loss="quantile",
+        quantiles=QUANTILES,
+        optimizer=OptimizerConfig("adam", learning_rate=0.03),
+        root=None,
+        enable_progress_bar=False,
+    )
+    loader = data.ArrayLoader({"x": np.ones((512, 1), np.float32), "y": y}, 64, seed=0)
+    run.train_model(loader, num_epochs=40)
+    np.testing.assert_allclose(run.state.params["w"], np.quantile(y, QUANTILES), atol=0.08)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"loss": "hubber"}, "Did you mean 'huber'"),
+        ({"loss": "quantile"}, r"needs the quantiles to predict\. Pass quantiles="),
+        ({"quantiles": (0.5,)}, r"quantiles=\(0\.5,\) needs loss='quantile'; loss is 'squared'"),
+        ({"huber_delta": 2}, "huber_delta=2 needs loss='huber'"),
+        ({"loss": "huber", "huber_delta": 0}, "huber_delta must be a positive number"),
+        ({"loss": "quantile", "quantiles": (0.9, 0.1)}, "increasing numbers between 0 and 1"),
+        ({"loss": "quantile", "quantiles": (0.5, 1)}, "increasing numbers between 0 and 1"),
+        ({"loss": "quantile", "quantiles": []}, "increasing numbers between 0 and 1"),
+        ({"loss": "quantile", "quantiles": 0.5}, "increasing numbers between 0 and 1"),
+    ],
+)
+def test_option_of_another_loss_is_an_error(options: dict, words: str):
+    with pytest.raises(ConfigError, match=words):
+        tasks.Regressor(nn.Dense(1), **options)
+
+
+def test_outputs_that_are_no_quantiles_are_errors():
+    with pytest.raises(LossError, match=r"shape \(5, 2, 3\) for targets of shape \(5, 2\)"):
+        scored(OUTPUTS, TARGETS, loss="quantile", quantiles=QUANTILES)

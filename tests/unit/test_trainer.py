@@ -108,7 +108,7 @@ def test_run_directory_holds_the_whole_record(finished):
     names = {entry.name for entry in result.path.iterdir()}
     assert names == {
         *("config.json", "env.json", "status.json", "metrics.jsonl", "metrics", "checkpoints"),
-        *("log.txt", "model.txt", "throughput.jsonl"),
+        *("log.txt", "model.txt", "throughput.jsonl", "figures"),
     }
     config = read(result.path, "config.json")
     assert config["optimizer"]["name"] == "sgd"

@@ -11,7 +11,6 @@ import numpy as np
 from distaff import data, tasks
 from distaff.core import optional
 from distaff.core.paths import shown
-from distaff.loggers import MemoryLogger
 from distaff.metrics.monitor import Monitor
 from distaff.optim import OptimizerConfig
 from distaff.run.display import make_display
@@ -69,6 +68,7 @@ class Digits:
             root=self.root,
             seed=self.seed,
             enable_progress_bar=self.progress_bar,
+            save_curves=False,  # drawn by matplotlib below
         )
         # With 180 validation examples, the accuracy saturates, but the loss does not.
         trainer.monitor = Monitor("val/loss", mode="min")
@@ -78,11 +78,9 @@ class Digits:
             print(f"{result.status} by {result.reason} run={shown(path)}")
             return result
         if plots is not None:
-            history = MemoryLogger.read(path / "metrics.jsonl")  # including before a resume
-            best_epoch = None if result.best is None else result.best.epoch
-            curves = plots.learning_curves(history.series("train/", "val/"), best_epoch)
-            plots.save(curves, path / "figures" / "learning_curves.png")
-            _draw_test(plots, trainer, test, path / "figures")
+            plots.save(result.figure(), path / "figures" / "learning_curves.png")
+            name = f"digits/{path.name}: seed {self.seed}, test {test.num_examples:,} examples"
+            _draw_test(plots, trainer, test, path / "figures", name)
         make_display(trainer.config.enable_progress_bar).print(_written(path))
         metrics = result.metrics
         print(
@@ -92,13 +90,15 @@ class Digits:
         return result
 
 
-def _draw_test(plots, trainer: tasks.Classifier, test: data.ArrayLoader, folder: Path) -> None:
+def _draw_test(
+    plots, trainer: tasks.Classifier, test: data.ArrayLoader, folder: Path, title: str
+) -> None:
     probabilities = np.asarray(jax.jit(jax.nn.softmax)(trainer.predict(test)))
     images, labels = test.arrays["image"], test.arrays["label"]
     names = [str(digit) for digit in range(probabilities.shape[1])]
-    confusion = plots.confusion_matrix(labels, probabilities.argmax(axis=1), names)
+    confusion = plots.confusion_matrix(labels, probabilities.argmax(axis=1), names, title=title)
     plots.save(confusion, folder / "confusion_matrix.png")
-    mistakes = plots.worst_mistakes(images, labels, probabilities, names)
+    mistakes = plots.worst_mistakes(images, labels, probabilities, names, title=title)
     plots.save(mistakes, folder / "worst_mistakes.png")
 
 

@@ -12,6 +12,9 @@ import jax
 SCOPES = ("loss", "optimizer", "augmentation")
 """Parts of a training step, marked by `named_scope`."""
 
+PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
+"""Primitives that multiply two arrays and add up: matrix products and convolutions."""
+
 _CALLS = ("jit", "pjit")
 """Primitives that only call a program."""
 

@@ -14,6 +14,7 @@ from distaff.data.formats.array_record import ArrayRecordExamples
 from distaff.data.formats.parquet import ParquetExamples
 from distaff.data.formats.tar_examples import TarExamples
 from distaff.data.formats.text import TextLines
+from distaff.data.inputs import InputOptions, loader_of, training_loader_of
 from distaff.data.loader import (
     Loader,
     as_loader,
@@ -33,6 +34,7 @@ from distaff.data.sequences.bucketed import bucketed
 from distaff.data.sequences.packed import packed
 from distaff.data.sequences.windows import held_out_windows, shuffled_windows
 from distaff.data.stream import Stream
+from distaff.data.tables.split import k_fold, split
 from distaff.data.wrappers.limited import Limited, first_batches, limited, unlimited
 from distaff.data.wrappers.mapped import MappedLoader
 from distaff.data.wrappers.mixture import Mixture
@@ -42,6 +44,7 @@ __all__ = [
     "ArrayRecordExamples",
     "BlockExamples",
     "Examples",
+    "InputOptions",
     "Limited",
     "Loader",
     "MappedExamples",
@@ -72,7 +75,9 @@ __all__ = [
     "from_examples",
     "held_out_windows",
     "is_on_policy",
+    "k_fold",
     "limited",
+    "loader_of",
     "mnist",
     "num_batches",
     "num_examples",
@@ -84,5 +89,7 @@ __all__ = [
     "read_idx",
     "shuffled_windows",
     "sources",
+    "split",
+    "training_loader_of",
     "unlimited",
 ]

@@ -196,7 +196,7 @@ def num_examples(batch: Batch, *, name: str = "") -> int:
         )
     own = counts_itself(batch)
     shapes = {
-        (name := leaf_name(path)): _array_shape(name, leaf, whose, has_axis=not own)
+        (name := leaf_name(path)): array_shape(name, leaf, whose, has_axis=not own)
         for path, leaf in leaves
     }
     if own:
@@ -341,7 +341,12 @@ def _peek_and_restore(loader: Loader) -> Batch | None:
     return batch
 
 
-def _array_shape(name: str, leaf: Any, whose: str, *, has_axis: bool = True) -> tuple[int, ...]:
+def array_shape(name: str, leaf: Any, whose: str, *, has_axis: bool = True) -> tuple[int, ...]:
+    """Returns the shape of a leaf `name` of a batch, `whose`, after checking that it is numeric.
+
+    Raises:
+        BatchError: it is not a numeric array, or has no axis although `has_axis`.
+    """
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
         is_text = isinstance(leaf, str | bytes)
         remedy = _ENCODE if is_text else "Put the values of all examples into numpy.asarray([...])."

@@ -32,7 +32,11 @@ WRONG_COLORS = LinearSegmentedColormap.from_list("wrong", ["#fdebdc", "#f0975a"]
 
 
 def learning_curves(
-    history: Mapping[str, Sequence[tuple[int, float]]], best_epoch: int | None = None
+    history: Mapping[str, Sequence[tuple[int, float]]],
+    best_epoch: int | None = None,
+    *,
+    title: str = "",
+    x_label: str = "epoch",
 ) -> Figure:
     """Draws one panel per metric, with one line per split.
 
@@ -43,6 +47,8 @@ def learning_curves(
         history: `(epoch, value)` pairs by name, `{"train/loss": [(1, 2.3), (2, 0.9)]}`; the part
             before the first slash is the split, the rest is the metric.
         best_epoch: the epoch to mark; None to disable.
+        title: the title of the figure, such as the name of the run; not parsed as a formula.
+        x_label: the label of the horizontal axis.
 
     Raises:
         MetricError: the history is empty, a name has no slash, or `best_epoch` is not in it.
@@ -59,23 +65,29 @@ def learning_curves(
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes, (metric, splits) in zip(grid.flat, panels.items(), strict=False):
         _draw_metric(axes, metric, splits, best_epoch)
+        axes.set_xlabel(x_label)
         if epochs:
             axes.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
     for axes in grid.flat[len(panels) :]:
         axes.remove()
+    _add_title(figure, title)
     return figure
 
 
-def confusion_matrix(labels: Any, predictions: Any, class_names: Sequence[str]) -> Figure:
-    """Draws a confusion matrix, with the accuracy as its title.
+def confusion_matrix(
+    labels: Any, predictions: Any, class_names: Sequence[str], *, title: str = ""
+) -> Figure:
+    """Draws a confusion matrix, with the accuracy as its title, and the rates of each class.
 
     Correct predictions are blue, mistakes orange, each with its own colour scale, so that a few
-    mistakes are visible next to many correct predictions. Empty cells are 0.
+    mistakes are visible next to many correct predictions. Empty cells are 0. The recall of a class
+    is on the right of its row, the precision above its column, in percent.
 
     Args:
         labels: true classes, int `[n]`: the rows.
         predictions: predicted classes, int `[n]`: the columns.
         class_names: the names of the classes, in order.
+        title: the title of the figure, such as the name of the run; not parsed as a formula.
 
     Raises:
         BatchError: an array has a wrong shape or an invalid class.
@@ -107,13 +119,21 @@ def confusion_matrix(labels: Any, predictions: Any, class_names: Sequence[str]) 
     axes.spines[:].set_color("#bbbbbb")
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
+    _add_rates(axes, counts, font_size)
     right, total = int(counts.trace()), len(labels)
     axes.set_title(f"accuracy {right / total:.4f} ({right} of {total})", fontsize=11)
+    _add_title(figure, title)
     return figure
 
 
 def worst_mistakes(
-    images: Any, labels: Any, probabilities: Any, class_names: Sequence[str], count: int = 24
+    images: Any,
+    labels: Any,
+    probabilities: Any,
+    class_names: Sequence[str],
+    count: int = 24,
+    *,
+    title: str = "",
 ) -> Figure:
     """Shows misclassified images, the most confident mistakes first.
 
@@ -127,6 +147,7 @@ def worst_mistakes(
         probabilities: predicted probabilities, float `[n, classes]`.
         class_names: the names of the classes, in order.
         count: number of cells.
+        title: the first line of the title, such as the name of the run.
 
     Raises:
         BatchError: an array has a wrong shape, or an invalid class or probability.
@@ -156,7 +177,8 @@ def worst_mistakes(
     rows = -(-len(shown) // columns)
     size = (max(4.5, 1.5 * columns), (1.55 + 0.15 * lines) * rows + 0.3)
     figure = Figure(figsize=size, layout="constrained")
-    figure.suptitle(_mistakes_title(wrong, shown), fontsize=11)
+    heading = "\n".join(filter(None, (title, _mistakes_title(wrong, shown))))
+    figure.suptitle(heading, fontsize=11, parse_math=False)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes, row, caption in zip(grid.flat, shown, captions, strict=False):
         color = VERMILION if wrong[row] else BLUE
@@ -224,13 +246,38 @@ def _draw_metric(
         note.set(color=GREY, backgroundcolor="white")
         axes.set_yticks([])
     axes.set_title(metric, fontsize=11)
-    axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(color="#e6e6e6", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     title = None if best_epoch is None else f"best epoch: {best_epoch}"
     axes.legend(edgecolor="none", fontsize=9, title=title, title_fontsize=9, alignment="left")
+
+
+def _add_title(figure: Figure, title: str) -> None:
+    if title:
+        figure.suptitle(title, fontsize=10, color=GREY, parse_math=False)
+
+
+def _add_rates(axes: Axes, counts: np.ndarray, font_size: float) -> None:
+    """Adds the recall of each class on the right, and its precision at the top, in percent."""
+    right = counts.diagonal()
+    places = range(len(counts))
+    for side, label, totals in (
+        ("right", "recall", counts.sum(1)),
+        ("top", "precision", counts.sum(0)),
+    ):
+        rates = [
+            f"{100 * n / total:.0f}" if total else "-"
+            for n, total in zip(right, totals, strict=True)
+        ]
+        is_right = side == "right"
+        second = axes.secondary_yaxis(side) if is_right else axes.secondary_xaxis(side)
+        set_ticks = second.set_yticks if is_right else second.set_xticks
+        set_ticks(places, rates, fontsize=font_size, color=GREY)
+        (second.set_ylabel if is_right else second.set_xlabel)(f"{label} (%)", color=GREY)
+        second.tick_params(length=0)
+        second.spines[:].set_visible(False)
 
 
 def _cell_colors(counts: np.ndarray) -> np.ndarray:

@@ -17,20 +17,33 @@ from distaff.models.functional import FunctionModel, Functions
 from distaff.models.linen import LinenModel
 from distaff.models.lora import Lora, LoraModel, rebuild
 from distaff.models.nnx import NnxModel
+from distaff.models.precision.model import InPrecision, plain_model
+from distaff.models.precision.options import (
+    PrecisionConfig,
+    PrecisionName,
+    PrecisionOptions,
+    precision_of,
+)
 from distaff.models.record import is_linen_class
 
 __all__ = [
     "Functions",
+    "InPrecision",
     "LayerRow",
     "LinenModel",
     "Lora",
     "LoraModel",
     "Model",
     "NnxModel",
+    "PrecisionConfig",
+    "PrecisionOptions",
     "Variables",
     "as_model",
+    "in_precision",
     "is_linen_class",
     "model_of",
+    "plain_model",
+    "precision_of",
     "rebuild",
     "whole_batches",
 ]
@@ -109,6 +122,24 @@ def model_of(apply_fn: Callable[..., Any] | None) -> Model:
     if is_model(owner) and apply_fn == owner.apply_fn:
         return owner
     return FunctionModel(apply_fn)
+
+
+def in_precision(model: Model, precision: PrecisionName | PrecisionConfig) -> Model:
+    """Returns a model whose forward passes compute in a precision, for a loop of your own.
+
+    >>> model = in_precision(as_model(nn.Dense(2)), "bf16")
+    >>> state = TrainState.create(apply_fn=model.apply_fn, ...)
+
+    Args:
+        model: a model from `as_model`.
+        precision: `"float32"` returns the model itself; see `PrecisionConfig`.
+
+    Raises:
+        ConfigError: the precision is unknown.
+    """
+    found = precision_of(precision)
+    # Its forward function must not hold the arrays of a ready-made module.
+    return model if found.is_off else InPrecision(model_of(model.apply_fn), found)
 
 
 def _owner(init: Any, apply: Any) -> nn.Module | None:

@@ -8,6 +8,7 @@ from distaff.optim.schedules import make_schedule
 from distaff.optim.transforms.accumulate import AccumulateState, accumulate, num_updates
 from distaff.optim.transforms.extra_args import with_known_args
 from distaff.optim.transforms.masks import decay_mask
+from distaff.optim.transforms.muon import muon_routes
 from distaff.optim.transforms.observe import Geometry, ObservedState, geometry, observed
 from distaff.optim.transforms.penalty import decays, l2_loss
 
@@ -30,6 +31,7 @@ __all__ = [
     "l2_loss",
     "make_rates",
     "make_schedule",
+    "muon_routes",
     "num_updates",
     "observed",
     "with_known_args",

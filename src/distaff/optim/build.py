@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -13,16 +13,16 @@ import optax
 from distaff.core.typing import Params, PyTree, Schedule
 from distaff.errors import ConfigError
 from distaff.optim import catalog
-from distaff.optim.config import WHOLE_MODEL_OPTIONS, OptimizerConfig, ParamGroup
-from distaff.optim.rates import RATE
-from distaff.optim.schedules import make_schedule
+from distaff.optim.checks import PATTERNS
+from distaff.optim.config import WHOLE_MODEL_OPTIONS, OptimizerConfig
+from distaff.optim.group_rates import adam_schedule_of, own_config, rates_by_group, schedule_of
 from distaff.optim.transforms.accumulate import accumulate
 from distaff.optim.transforms.extra_args import with_description, with_known_args
 from distaff.optim.transforms.masks import check_patterns, make_decay_mask
+from distaff.optim.transforms.muon import muon_routes, routed_muon
 from distaff.optim.transforms.param_groups import (
     frozen,
     group_labels,
-    group_names,
     is_trained,
     keeps_statistics,
 )
@@ -149,44 +149,14 @@ def _num_updates(
 
 
 def _from_config(config: OptimizerConfig, total_steps: int | None) -> Optimizer:
-    schedule = _schedule(config, total_steps)
+    schedule = schedule_of(config, total_steps)
     tx = optax.with_extra_args_support(optax.chain(*_transforms(config, total_steps)))
     tx = with_description(
         _checking_patterns(tx, config),
-        rates=_rates(config, total_steps),
+        rates=rates_by_group(config, total_steps),
         keeps=keeps_statistics(config.groups),
     )
     return Optimizer(accumulate(tx, config.accumulate), schedule)
-
-
-def _rates(
-    config: OptimizerConfig, total_steps: int | None
-) -> Callable[[Params], Mapping[str, Schedule]]:
-    """Returns the learning rate of each group that has parameters, by its name in the log."""
-    outer = _schedule(config, total_steps)
-    if not config.groups:
-        return lambda params: {} if outer is None else {RATE: outer}
-    rates: list[tuple[str, Schedule | None]] = []
-    for name, group in zip(group_names(config.groups), config.groups, strict=True):
-        own = _own_config(group, config)
-        known = isinstance(own, OptimizerConfig) and not group.freeze
-        rates.append((f"{RATE}/{name}", _schedule(own, total_steps) if known else None))
-    rates.append((RATE, outer))
-    labels = group_labels(config.groups)
-
-    def by_name(params: Params) -> dict[str, Schedule]:
-        used = set(jax.tree.leaves(labels(params)))
-        return {
-            name: schedule
-            for index, (name, schedule) in enumerate(rates)
-            if index in used and schedule is not None
-        }
-
-    return by_name
-
-
-def _schedule(config: OptimizerConfig, total_steps: int | None) -> Schedule | None:
-    return None if config.name in catalog.LEARNED else make_schedule(config, total_steps)
 
 
 def _transforms(
@@ -198,11 +168,13 @@ def _transforms(
     if config.clip_norm is not None:
         clip = optax.clip_by_global_norm(config.clip_norm)
         transforms.append(optax.masked(clip, is_trained(config.groups)) if config.groups else clip)
-    schedule = _schedule(config, total_steps)
+    schedule = schedule_of(config, total_steps)
     if config.groups:
         transforms.append(_grouped(config, total_steps))
     elif schedule is None:
         transforms.append(_learned(config, total_steps))
+    elif config.name == "muon":
+        transforms.extend(_muon(config, schedule, adam_schedule_of(config, total_steps)))
     else:
         transforms.extend(_with_decay(config, schedule))
     return transforms
@@ -214,9 +186,9 @@ def _checking_patterns(
     """Returns an optimizer whose `init` checks the decay patterns against all parameters."""
     own = [g.optimizer for g in config.groups if isinstance(g.optimizer, OptimizerConfig)]
     patterns = {
-        "no_decay": [pattern for each in (config, *own) for pattern in each.no_decay],
-        "also_decay": [pattern for each in (config, *own) for pattern in each.also_decay],
+        name: [p for each in (config, *own) for p in getattr(each, name)] for name in PATTERNS
     }
+    patterns["also_muon"] = [pattern.partition("=")[0] for pattern in patterns["also_muon"]]
     if not any(patterns.values()):
         return tx
 
@@ -230,7 +202,7 @@ def _checking_patterns(
 def _grouped(config: OptimizerConfig, total_steps: int | None) -> optax.GradientTransformation:
     rest = dataclasses.replace(config, **WHOLE_MODEL_OPTIONS)
     transforms = [
-        frozen() if group.freeze else _group_transform(_own_config(group, config), total_steps)
+        frozen() if group.freeze else _group_transform(own_config(group, config), total_steps)
         for group in config.groups
     ]
     transforms.append(_group_transform(rest, total_steps))
@@ -238,18 +210,6 @@ def _grouped(config: OptimizerConfig, total_steps: int | None) -> optax.Gradient
     return optax.partition(
         dict(enumerate(transforms)), group_labels(config.groups), mask_compatible_extra_args=True
     )
-
-
-def _own_config(
-    group: ParamGroup, config: OptimizerConfig
-) -> OptimizerConfig | optax.GradientTransformation:
-    """Returns the optimizer of a group that is not frozen."""
-    if group.optimizer is not None:
-        return group.optimizer
-    rest = dataclasses.replace(config, **WHOLE_MODEL_OPTIONS)
-    if group.learning_rate is None:
-        return rest
-    return dataclasses.replace(rest, learning_rate=group.learning_rate)
 
 
 def _group_transform(
@@ -270,18 +230,57 @@ def _with_decay(config: OptimizerConfig, schedule: Schedule) -> list[optax.Gradi
     arguments: dict[str, Any] = dict(config.options)
     if mask_argument is not None and (decay or config.name != "adafactor"):
         arguments.update({catalog.decay_argument(config.name): decay, mask_argument: mask})
+    optimizer = _call(function, config, rate, **arguments)
+    if decay == 0 or mask_argument is not None:
+        return [optimizer]
+    return [optax.add_decayed_weights(decay, mask), optimizer]
+
+
+def _call(
+    function: Callable[..., optax.GradientTransformation],
+    config: OptimizerConfig,
+    *arguments: Any,
+    **options: Any,
+) -> optax.GradientTransformation:
+    """Calls a function of Optax with the options of a config.
+
+    Raises:
+        ConfigError: it does not accept them.
+    """
     try:
-        optimizer = function(rate, **arguments)
+        return function(*arguments, **options)
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"Optax cannot build the optimizer {config.name!r} with the options "
             f"{config.options!r}: {error}"
         ) from error
-    if decay == 0 or mask_argument is not None:
-        return [optimizer]
-    if config.name in catalog.DECAY_IN_GRADIENT:
-        return [optax.add_decayed_weights(decay, mask), optimizer]
-    return [optimizer, optax.add_decayed_weights(lambda step: -schedule(step) * decay, mask)]
+
+
+def _muon(
+    config: OptimizerConfig, rate: Schedule, adam_rate: Schedule | None
+) -> list[optax.GradientTransformation]:
+    """Returns Muon, followed by the weight decay of each of its two parts.
+
+    The mask of `optax.contrib.muon` does not reach what it passes to AdamW.
+    """
+    decay, decays = config.weight_decay, make_decay_mask(config.no_decay, config.also_decay)
+    routes = muon_routes(config.no_muon, config.also_muon)
+    options = {**config.options, "adam_learning_rate": adam_rate}
+    tx = _call(routed_muon, config, rate, routes, options)
+
+    def mask(is_muon: bool) -> Callable[[Params], PyTree]:
+        return lambda params: jax.tree.map(
+            lambda own, layout: own and bool(layout) == is_muon, decays(params), routes(params)
+        )
+
+    def decayed(rate: Schedule, mask: Callable[[Params], PyTree]) -> optax.GradientTransformation:
+        return optax.add_decayed_weights(lambda step: -rate(step) * decay, mask)
+
+    if decay == 0:
+        return [tx]
+    if adam_rate is None:
+        return [tx, decayed(rate, decays)]
+    return [tx, decayed(rate, mask(is_muon=True)), decayed(adam_rate, mask(is_muon=False))]
 
 
 def _learned(config: OptimizerConfig, total_steps: int | None) -> optax.GradientTransformation:

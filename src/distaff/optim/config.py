@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, TypeAlias
 
 import optax
 
-from distaff.core.config.checks import whole
 from distaff.core.config.other_frameworks import OPTIMIZER, spell
-from distaff.errors import ConfigError, nearest
-from distaff.optim import catalog
-from distaff.optim.options import check_options, is_finite, no_decay_remedy, plain
-
-ScheduleName: TypeAlias = Literal[
-    "constant", "cosine", "linear", "exponential", "inverse_sqrt", "one_cycle"
-]
+from distaff.errors import ConfigError
+from distaff.optim import catalog, checks
+from distaff.optim.checks import DecayShape, ScheduleName
+from distaff.optim.options import is_finite
 
 Option: TypeAlias = bool | int | float | str | None
 """The type of an option: a JSON scalar."""
@@ -28,11 +24,6 @@ WHOLE_MODEL_OPTIONS: Mapping[str, Any] = {
     "accumulate": 1,
 }
 """Options that apply to all parameters together, with their defaults; a group cannot set them."""
-
-_NUMBERS = (
-    *("learning_rate", "warmup_steps", "end_fraction", "weight_decay", "clip_norm", "clip_value"),
-    "accumulate",
-)
 
 
 @dataclass(frozen=True)
@@ -62,7 +53,7 @@ class ParamGroup:
     freeze_statistics: bool = True
 
     def __post_init__(self) -> None:
-        _to_python_scalars(self, ("learning_rate",))
+        checks.to_python_scalars(self, ("learning_rate",))
         _check_group(self)
 
 
@@ -74,17 +65,23 @@ class OptimizerConfig:
     `learning_rate` alone changes, on the command line or in a search.
 
     Args:
-        name: sgd, momentum, rmsprop, adam, adamw, lamb, lion, muon, or any other function of
-            `optax` or `optax.contrib` that builds an optimizer from a `learning_rate`; or velo, a
-            trained network whose weights are in a folder, `options={"weights": "/folder"}`. Velo
-            has no learning rate: leave the next four fields at their defaults.
+        name: sgd, momentum, rmsprop, adam, adamw, lamb, lion, or any other function of `optax` or
+            `optax.contrib` that builds an optimizer from a `learning_rate`. With muon, hidden
+            matrices are trained by Muon and the rest by AdamW, whose peak rate may differ:
+            `options={"adam_learning_rate": 3e-4}`. Or velo, a trained network whose weights are in
+            a folder, `options={"weights": "/folder"}`; it has no learning rate: leave the next
+            four fields at their defaults.
         learning_rate: peak learning rate. By default that of the Optax function, such as 1.0 for
             prodigy, dowg or schedule_free_sgd, and 1e-3 if it has none.
         schedule: decay of the learning rate after the warm-up; one_cycle rises first. By default
-            cosine; constant for schedule_free_sgd, schedule_free_adamw and lbfgs.
+            cosine; constant for schedule_free_sgd, schedule_free_adamw and lbfgs. See
+            `make_schedule` for the formulas.
         warmup_steps: optimizer updates over which the learning rate rises linearly from 0.
         end_fraction: learning rate after the last step, as a fraction of `learning_rate` from 0 to
             1. Constant and inverse_sqrt ignore it.
+        decay_steps: last updates of the run, over which the schedule wsd lowers the rate: their
+            number, an int, or their fraction of the run, a float. Other schedules ignore it.
+        decay_shape: how wsd lowers the rate: 1-sqrt, or along a line. Other schedules ignore it.
         weight_decay: strength of weight decay, which excludes biases and norm scales; see
             `decay_mask`. For sgd and momentum it is L2 added to the gradient, for all others the
             `weight_decay` of their Optax function (adamw, lamb, lion, muon: decoupled, and
@@ -95,6 +92,11 @@ class OptimizerConfig:
             such as `*/embedding`.
         also_decay: shell patterns for parameters to decay although they look like a bias or a
             scale. `no_decay` wins if both match.
+        no_muon: shell patterns for the paths of matrices that muon leaves to AdamW, in addition to
+            embeddings and heads, such as `Dense_1/*` for a head with another name.
+        also_muon: shell patterns for parameters that muon trains although they look like an
+            embedding or a head, or have more than two axes: see `distaff.optim.muon_routes`.
+            `no_muon` wins if both match.
         clip_norm: maximum global norm of the gradient; None to disable.
         clip_value: maximum absolute value of each gradient entry; None to disable.
         accumulate: batches per update. The gradients of that many batches are averaged, weighted
@@ -121,31 +123,23 @@ class OptimizerConfig:
     schedule: ScheduleName = catalog.SCHEDULE  # ty: ignore[invalid-assignment]
     warmup_steps: int = 0
     end_fraction: float = 0.01
+    decay_steps: int | float = 0.2
+    decay_shape: DecayShape = "1-sqrt"
     weight_decay: float = 0.0
     clip_norm: float | None = None
     clip_value: float | None = None
     no_decay: tuple[str, ...] = ()
     also_decay: tuple[str, ...] = ()
+    no_muon: tuple[str, ...] = ()
+    also_muon: tuple[str, ...] = ()
     accumulate: int = 1
     options: Mapping[str, Option] = field(default_factory=dict, hash=False)
     groups: tuple[ParamGroup, ...] = ()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str):
-            raise ConfigError(
-                f"OptimizerConfig takes the name of an optimizer; got {self.name!r}. Write "
-                'OptimizerConfig("adamw", ...), or pass an Optax transformation to the trainer '
-                "directly: optimizer=optax.adamw(1e-3)."
-            )
-        _to_python_scalars(self, _NUMBERS)
-        _check_names(self)
-        _fill_in_defaults(self)
-        _check_numbers(self)
-        _check_options(self)
-        _check_combinations(self)
+        checks.complete(self)
         _check_groups(self)
-        _check_learned(self)
-        _check_decay_patterns(self)
+        checks.check_learned(self)
         object.__setattr__(self, "groups", tuple(self.groups))
 
 
@@ -183,31 +177,6 @@ def _check_group(group: ParamGroup) -> None:
         )
 
 
-def _to_python_scalars(config: Any, names: Sequence[str]) -> None:
-    for name in names:
-        object.__setattr__(config, name, plain(getattr(config, name)))
-
-
-def _fill_in_defaults(config: OptimizerConfig) -> None:
-    """Sets a learning rate or schedule that was not given to the default of the optimizer."""
-    if isinstance(config.learning_rate, catalog.DefaultRate):
-        object.__setattr__(config, "learning_rate", catalog.default_rate(config.name))
-    if isinstance(config.schedule, catalog.DefaultSchedule):
-        object.__setattr__(config, "schedule", catalog.default_schedule(config.name))
-
-
-def _check_decay_patterns(config: OptimizerConfig) -> None:
-    for name in ("no_decay", "also_decay"):
-        patterns = getattr(config, name)
-        is_sequence = isinstance(patterns, tuple | list)
-        if not is_sequence or not all(isinstance(each, str) and each for each in patterns):
-            raise ConfigError(
-                f"{name} must be a tuple of patterns for the paths of parameters, such as "
-                f"('*/embedding',); got {patterns!r}."
-            )
-        object.__setattr__(config, name, tuple(patterns))
-
-
 def _check_groups(config: OptimizerConfig) -> None:
     if not isinstance(config.groups, tuple | list):
         raise ConfigError(f"groups must be a tuple of ParamGroup; got {config.groups!r}.")
@@ -217,109 +186,6 @@ def _check_groups(config: OptimizerConfig) -> None:
                 f"groups must hold ParamGroup objects only; got {group!r}. "
                 "For parsed JSON, call distaff.config.from_json(OptimizerConfig, data)."
             )
-
-
-def _check_numbers(config: OptimizerConfig) -> None:
-    for name in ("learning_rate", "weight_decay", "end_fraction"):
-        value = getattr(config, name)
-        if not is_finite(value) or value < 0:
-            raise ConfigError(f"{name} must be a finite int or float >= 0; got {value!r}.")
-    if config.end_fraction > 1:
-        raise ConfigError(
-            f"end_fraction must be at most 1; got {config.end_fraction!r}: it is a fraction of "
-            "learning_rate, the highest learning rate of the run."
-        )
-    for name in ("clip_norm", "clip_value"):
-        value = getattr(config, name)
-        if value is not None and (not is_finite(value) or value <= 0):
-            raise ConfigError(
-                f"{name} must be a finite int or float > 0; got {value!r}. "
-                "Use None to disable clipping."
-            )
-    whole("accumulate", config.accumulate)
-    steps = config.warmup_steps
-    if not isinstance(steps, int) or isinstance(steps, bool) or not 0 <= steps < 2**31:
-        raise ConfigError(f"warmup_steps must be an int >= 0 and < 2**31; got {steps!r}.")
-
-
-def _check_names(config: OptimizerConfig) -> None:
-    known = catalog.optimizers().keys() | catalog.LEARNED.keys()
-    if config.name in catalog.REFUSED:
-        raise ConfigError(f"The optimizer {catalog.REFUSED[config.name]}")
-    if config.name not in known:
-        raise ConfigError(
-            f"No optimizer is called {config.name!r}. {nearest(str(config.name).lower(), known)} "
-            "Any other can be passed as the optax.GradientTransformation itself."
-        )
-    schedules = get_args(ScheduleName)
-    if config.schedule not in schedules:
-        raise ConfigError(
-            f"No schedule is called {config.schedule!r}. {nearest(str(config.schedule), schedules)}"
-        )
-
-
-def _check_options(config: OptimizerConfig) -> None:
-    if not isinstance(config.options, Mapping):
-        raise ConfigError(f"options must be a mapping by name; got {config.options!r}.")
-    object.__setattr__(config, "options", {n: plain(v) for n, v in config.options.items()})
-    check_options(config.name, config.options)
-
-
-def _check_combinations(config: OptimizerConfig) -> None:
-    if config.schedule == "exponential" and config.end_fraction == 0:
-        raise ConfigError(
-            "The schedule 'exponential' never reaches 0, and end_fraction is 0. "
-            "Use a small fraction such as 0.01, or another schedule."
-        )
-    if config.accumulate > 1 and config.name in ("lbfgs", "sophia"):
-        raise ConfigError(
-            f"The optimizer {config.name!r} evaluates the loss of its batch at other parameters, "
-            f"but accumulate is {config.accumulate}, and only the last batch is still available "
-            "then. Use accumulate=1 with larger batches."
-        )
-    has_fixed_rate = config.schedule == "constant" and config.warmup_steps == 0
-    if config.name in catalog.FIXED_RATE and not has_fixed_rate:
-        raise ConfigError(
-            f"The optimizer {config.name!r} needs a fixed learning rate, and schedule is "
-            f"{config.schedule!r} with warmup_steps={config.warmup_steps}. "
-            "Use schedule='constant' and warmup_steps=0."
-        )
-    if config.weight_decay > 0 and not catalog.takes_weight_decay(config.name):
-        raise ConfigError(
-            f"The optimizer {config.name!r} has no weight decay that can exclude biases and norm "
-            f"scales, and weight_decay is {config.weight_decay!r}. {_decay_remedy(config)}"
-        )
-
-
-def _check_learned(config: OptimizerConfig) -> None:
-    if config.name not in catalog.LEARNED:
-        return
-    fields = type(config).__dataclass_fields__
-    for name in ("learning_rate", "schedule", "warmup_steps", "end_fraction"):
-        value, default = getattr(config, name), fields[name].default
-        if value != default:
-            raise ConfigError(
-                f"The optimizer {config.name!r} sizes its steps itself, without a learning rate or "
-                f"schedule, and {name} is {value!r}. Leave it at its default, {default!r}."
-            )
-    for group in config.groups:
-        if group.learning_rate is not None:
-            raise ConfigError(
-                f"The optimizer {config.name!r} has no learning rate, but "
-                f"ParamGroup({group.pattern!r}) sets learning_rate={group.learning_rate!r}. "
-                "Set the optimizer of the group instead."
-            )
-
-
-def _decay_remedy(config: OptimizerConfig) -> str:
-    decoupled = f"{config.name}w"
-    if decoupled in catalog.optimizers():
-        return (
-            "L2 in the gradient of an adaptive optimizer is not weight decay (Loshchilov & Hutter "
-            f'2019, arXiv:1711.05101). Use OptimizerConfig("{decoupled}", '
-            f"weight_decay={config.weight_decay!r})."
-        )
-    return no_decay_remedy(config.name)
 
 
 for _cls in (OptimizerConfig, ParamGroup):

@@ -114,7 +114,13 @@ class Checkpointer:
             "callback_names": callbacks.names,
             "logger": workspace.recording.logger.position(),
             "steps_per_call": recorder.fusion,
+            **self._averages(),
         }
+
+    def _averages(self) -> dict[str, Any]:
+        """Returns the names of the averages of the weights, and the judged weights, if any."""
+        averages = self._workspace.ready_state().averages
+        return {"averages": [*averages], "judged": self._workspace.judged} if averages else {}
 
     def _validation_positions(self) -> Any:
         position, loaders = self._workspace.feeds.position, self._val_loaders
@@ -215,9 +221,12 @@ class Checkpointer:
     def saved_members(self, info: Mapping[str, Any]) -> tuple[str, ...]:
         """Returns the members of the state to load from a checkpoint with this info.
 
-        The guard is left out if it belongs to another policy: it then starts afresh.
+        The guard is left out if it belongs to another policy: it then starts afresh; so do
+        averages of the weights that the checkpoint does not have.
         """
         members = self._workspace.ready_state().arrays()
+        if set(info.get("averages", ())) != set(members.get("averages", ())):
+            members.pop("averages", None)
         if members["guard"] is None or info.get("guard") != form_of(members["guard"]):
             members.pop("guard")
         return tuple(members)

@@ -9,15 +9,17 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from distaff.core.config.checks import whole
-from distaff.core.config.options import Options, at_least, option, or_none
+from distaff.core.config.options import at_least, option, or_none
 from distaff.data import (
+    InputOptions,
     Loader,
     Stream,
-    as_loader,
     first_batches,
     limited,
+    loader_of,
     num_batches,
     sources,
+    training_loader_of,
     unlimited,
 )
 from distaff.errors import ConfigError, NonFiniteError
@@ -108,7 +110,7 @@ class Plan(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PlanOptions(Options):
+class PlanOptions(InputOptions):
     """Options for how much data a run uses, and how often it validates."""
 
     check_val_every_n_epoch: int = option(
@@ -146,24 +148,27 @@ def make_plan(
     options: PlanOptions,
     after_epoch: int = 0,
     repeat: bool = False,
+    seed: int = 0,
 ) -> Plan:
     """Plans a run of `num_epochs` more epochs.
 
     Args:
-        train_loader: any iterable of batches.
-        val_loader: any iterable of batches, or a dict of them by name; None to skip validation.
+        train_loader: any iterable of batches, or arrays.
+        val_loader: any iterable of batches, or arrays, or a dict of these by name; None to skip
+            validation.
         num_epochs: the number of epochs to train.
         steps_per_epoch: length of an epoch; None for the length of the train loader.
         options: how often to validate, and how many batches to use.
         after_epoch: epochs completed before.
         repeat: whether to restart the train loader within an epoch when it ends.
+        seed: seed of the order of training arrays.
 
     Raises:
         BatchError: a loader is not an iterable of batches, or cannot be iterated often enough.
         ConfigError: a count is not a positive integer, or `steps_per_epoch` is too large.
     """
-    train = as_loader(train_loader, name="train")
-    vals = _by_name(val_loader)
+    train = training_loader_of(train_loader, options, seed=seed, epoch=after_epoch)
+    vals = _by_name(val_loader, options)
     whole("num_epochs", num_epochs)
     if steps_per_epoch is not None:
         whole("steps_per_epoch", steps_per_epoch)
@@ -195,21 +200,22 @@ def make_plan(
     return Plan(train, vals, steps_per_epoch, first, last, every, repeat)
 
 
-def _by_name(val_loader: Any) -> dict[str, Loader]:
+def _by_name(val_loader: Any, options: PlanOptions) -> dict[str, Loader]:
     if val_loader is None:
         return {}
     is_named = isinstance(val_loader, Mapping) and not any(
         hasattr(each, "shape") for each in val_loader.values()
     )
     if not is_named:
-        return {"val": as_loader(val_loader, name="val")}
+        return {"val": loader_of(val_loader, options, name="val")}
     for name in val_loader:
         if not isinstance(name, str) or not name.isidentifier():
             raise ConfigError(
                 "A validation set's name is part of the names of its metrics, as in "
                 f"val_clean/loss; got {name!r}. Use letters, digits and underscores."
             )
-    return {f"val_{name}": as_loader(each, name=f"val_{name}") for name, each in val_loader.items()}
+    named = {f"val_{name}": each for name, each in val_loader.items()}
+    return {name: loader_of(each, options, name=name) for name, each in named.items()}
 
 
 def validation_pairs(val_loader: Any, plan: Plan) -> list[tuple[Any, Loader]]:
@@ -253,7 +259,7 @@ class Hooks(Protocol):
     def on_training_epoch_end(self, epoch: int, metrics: dict[str, Any]) -> None:
         """Called after each training epoch."""
 
-    def eval_model(self, loader: Loader, prefix: str = "") -> dict[str, Any]:
+    def eval_model(self, loader: Loader, prefix: str = "", **weights: str) -> dict[str, Any]:
         """Evaluates on a loader; returns the metrics."""
         ...
 

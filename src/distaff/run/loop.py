@@ -61,8 +61,8 @@ def _train_epoch(hooks: Hooks, run: Run, epoch: int) -> None:
     validation: dict[str, Any] = {}
     is_due, is_best = run.is_validation_due(epoch), False
     if is_due and plan.val_loaders:
-        for name, loader in plan.val_loaders.items():
-            metrics_of = hooks.eval_model(loader, f"{name}/")
+        for name, loader, weights in run.evaluations():
+            metrics_of = hooks.eval_model(loader, f"{name}/", **weights)
             check_metrics(metrics_of, "eval_model")
             validation.update(metrics_of)
         run.call(hooks.on_validation_epoch_end, epoch, validation, as_argument(plan.val_loaders))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,10 @@ from distaff.execution.feed.skipped import num_drawn, skipped_batches
 from distaff.execution.peak_flops import peak_flops
 from distaff.execution.placement import idle_devices
 from distaff.execution.timers import Timers
+from distaff.loggers.history import History
 from distaff.metrics import Metric, as_json, compute, results
 from distaff.metrics.accumulators import Named
+from distaff.run.directory.curves import run_title, save_curves
 from distaff.run.directory.protocol import Recording
 from distaff.run.display import rows_by_split
 from distaff.run.events import ChunkEnd, Plan
@@ -267,12 +269,27 @@ class Recorder:
             best=state.best,
             path=self.recording.path,
             first_step=state.first_step,
+            history=self._history(),
         )
+
+    def _history(self) -> History:
+        best = self.state.best
+        title = run_title(self.record, self.recording.path, self.plan)
+        return self.recording.history(title, best and best.epoch)
+
+    @contextmanager
+    def drawing(self, enabled: bool) -> Generator[None]:
+        """Draws the learning curves into the run directory at exit; a failure is a warning."""
+        try:
+            yield
+        finally:
+            if enabled and self.recording.path is not None:
+                save_curves(self._history(), self.recording.path)
 
     def outcome(self) -> dict[str, Any]:
         """Returns the result as strict JSON, for the run's status file."""
         facts = self.result()._asdict()
-        del facts["path"], facts["first_step"]
+        del facts["path"], facts["first_step"], facts["history"]
         with suppress(MetricError):  # this error has ended the run
             facts["metrics"] = as_json(self.state.last_metrics)
         best = None if self.state.best is None else best_json(self.state.best)

@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, Never
 
 from distaff.core.config.other_frameworks import RESULTS, unknown_name
+from distaff.loggers.history import ColumnLogger, History
+
+_EMPTY = History(ColumnLogger())
 
 
 class Best(NamedTuple):
@@ -37,6 +40,8 @@ class TrainResult(NamedTuple):
         path: the run directory; None if nothing is written.
         first_step: completed updates when this call began. Equals `step` if the run was already
             finished, so that nothing was left to train.
+        history: all recorded metrics as arrays by name, such as `history["val/loss"]`, including
+            those from before the run was resumed.
     """
 
     status: str
@@ -47,6 +52,16 @@ class TrainResult(NamedTuple):
     best: Best | None
     path: Path | None
     first_step: int = 0
+    history: History = _EMPTY
+
+    def figure(self) -> Any:
+        """Returns the learning curves as a matplotlib Figure; see `History.figure`.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+            MetricError: the run has not completed an epoch.
+        """
+        return self.history.figure()
 
     def __getattr__(self, name: str) -> Never:
         raise unknown_name(self, name, RESULTS)

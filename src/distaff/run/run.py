@@ -36,14 +36,23 @@ from distaff.run.sanity import report_breach
 from distaff.run.supervision.interruption import SupervisionOptions
 from distaff.run.supervision.supervisor import Supervisor
 from distaff.run.supervision.watchdog import COMPILING
-from distaff.run.workspace import Workspace
+from distaff.run.workspace import Workspace, WorkspaceOptions
+from distaff.step.averages import AveragingOptions, is_averaged
 from distaff.step.guard import RecoveryOptions
+from distaff.step.norms import NormOptions
 from distaff.step.remainder import may_have_rest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunOptions(
-    SupervisionOptions, InspectionOptions, RecoveryOptions, DispatchOptions, RecordingOptions
+    SupervisionOptions,
+    InspectionOptions,
+    RecoveryOptions,
+    NormOptions,
+    AveragingOptions,
+    DispatchOptions,
+    RecordingOptions,
+    WorkspaceOptions,
 ):
     """The options of a trainer that a run reads."""
 
@@ -258,6 +267,12 @@ class Run:
         self.recovery.raise_if_all_skipped()
         return self.recorder.end_steps()
 
+    def evaluations(self) -> Iterator[tuple[str, Loader, dict[str, str]]]:
+        """Yields the name, loader and arguments of each evaluation of a validation."""
+        for name, loader in self.plan.val_loaders.items():
+            for prefix, weights in self._options.evaluations(name):
+                yield prefix, loader, weights
+
     def is_validation_due(self, epoch: int) -> bool:
         """Whether the run validates and saves after an epoch."""
         plan = self.plan
@@ -280,6 +295,8 @@ class Run:
             progress = progress._replace(steps=steps, is_trained=True)
             workspace.step = step
             self.recorder.update(step=step, epoch=workspace.epoch, in_epoch=progress)
+        if is_averaged(self._options, workspace.epoch):
+            workspace.state = workspace.with_epoch(workspace.ready_state())
         self.checkpointer.boundary = self.checkpointer.facts({}, None)
         return metrics
 

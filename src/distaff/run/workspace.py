@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any
 
 import jax
+import optax
 from rich.console import RenderableType
 
 from distaff.checkpoint import Store
 from distaff.checkpoint.weights import EVALUATION_PARAMS
 from distaff.core.typing import Batch, PyTree, Schedule
-from distaff.data import as_loader, num_batches, num_shapes
+from distaff.data import InputOptions, Loader, loader_of, num_batches, num_shapes
 from distaff.errors import DistaffError, StateError
 from distaff.execution.compile.recompiles import Watch
 from distaff.execution.execution import Compiled, Eager, Execution, ExecutionOptions
@@ -21,18 +23,24 @@ from distaff.execution.feed.chunk import Chunk, ChunkSize
 from distaff.execution.feed.feeds import Feeds
 from distaff.execution.placement import like
 from distaff.execution.timers import Timers
-from distaff.optim import evaluation_params, has_evaluation_params
+from distaff.optim import OptimizerLike, evaluation_params, has_evaluation_params
+from distaff.optim.reuse import reusable_state
 from distaff.run.directory.protocol import NullRecording, Recording
 from distaff.run.display import Display
 from distaff.run.evaluation import Evaluator, MayPad
+from distaff.step.averages import RAW, averaged, empty, find, fits, with_epoch
 from distaff.step.counted import Counted
 from distaff.step.normalise import StepFn
-from distaff.step.remainder import with_rest
 from distaff.step.state import TrainState
 
 _log = logging.getLogger("distaff")
 
 PredictFn = Callable[[TrainState, Batch], PyTree]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WorkspaceOptions(ExecutionOptions, InputOptions):
+    """The options of a trainer that its workspace reads."""
 
 
 class Workspace:
@@ -57,6 +65,9 @@ class Workspace:
         measured_step: the training step that a run repeats.
         counted: the training step, with a count of its optimizer updates.
         own_step: a training step that the user's class compiled itself; None by default.
+        with_rest: applies the gradients that are accumulated at the end of an epoch.
+        with_epoch: adds the weights at the end of an epoch to their average.
+        judged: the weights that the monitor judges: "raw", or the name of an average.
         steps_per_epoch: updates per epoch of the prepared run; None if unknown.
         schedule: the learning rate schedule of the optimizer; None if unknown.
         explains: whether to diagnose bad steps; False in a hyperparameter search.
@@ -71,8 +82,9 @@ class Workspace:
     plain_step: StepFn
     measured_step: StepFn
     counted: Counted
+    with_rest: Callable[[TrainState], TrainState]
 
-    def __init__(self, options: ExecutionOptions, display: Display, predict: PredictFn) -> None:
+    def __init__(self, options: WorkspaceOptions, display: Display, predict: PredictFn) -> None:
         self.execution: Execution = Eager() if options.debug else Compiled()
         self.display, self.feeds = display, Feeds(self.execution.placement)
         self._options, self.state = options, None
@@ -90,7 +102,8 @@ class Workspace:
         self._programs: dict[str, Any] = {}
         self._has_evaluation_params: dict[Any, bool] = {}
         self.predict_step = self.execution.program(predict)
-        self.with_rest = self.execution.program(lambda state: with_rest(state), donate=0)
+        self.judged = RAW
+        self.with_epoch = self.execution.program(lambda state: with_epoch(state), donate=0)
         # A lambda per trainer, because a program lives as long as its function.
         self._evaluation_params = self.execution.program(
             lambda opt_state, params: evaluation_params(opt_state, params)
@@ -121,13 +134,55 @@ class Workspace:
             )
         return self.state
 
-    def evaluation_state(self) -> TrainState:
-        """Returns the state with its evaluation parameters; see `optim.evaluation_params`.
+    def begin_optimizer(
+        self, tx: optax.GradientTransformation, optimizer: OptimizerLike, *, keep: bool
+    ) -> None:
+        """Gives the state an optimizer and its initial state.
 
-        Raises:
-            StateError: the model is not initialised yet.
+        Args:
+            tx: the optimizer.
+            optimizer: the trainer's optimizer, from which `tx` is built.
+            keep: whether to keep the optimizer state of an earlier run, if it can be reused.
+        """
+        state, ready = self.evaluation_state(), self.ready_state()
+        opt_state = self.execution.once(lambda params: tx.init(params))(state.params)
+        kept = reusable_state(ready.opt_state, opt_state, optimizer)
+        if keep and kept is not None:
+            state, opt_state = ready, kept
+        self.state = state.replace(tx=tx, opt_state=opt_state)
+
+    def begin_averages(self, names: Collection[str], *, keep: bool) -> None:
+        """Gives the state empty averages of the weights.
+
+        Args:
+            names: names of the averages; without any, the state has none.
+            keep: whether to keep averages that the state has already.
         """
         state = self.ready_state()
+        kept = (state.averages or {}) if keep else {}
+        kept = {name: kept[name] for name in names if fits(kept.get(name), state)}
+        state = state.replace(averages=None)
+        if set(names) - set(kept):
+            fresh = self.execution.once(lambda state: empty(state))(state)
+            kept = {name: kept.get(name, fresh) for name in names}
+        self.state = state.replace(averages=kept or None)
+
+    def evaluation_state(self, weights: str | None = RAW) -> TrainState:
+        """Returns the state with its evaluation parameters; see `optim.evaluation_params`.
+
+        Args:
+            weights: "raw", or the name of an average of the weights; None for the `judged` ones, if
+                the state has them.
+
+        Raises:
+            StateError: the model is not initialised yet, or does not have this average.
+            ConfigError: `weights` is another name.
+        """
+        state = self.ready_state()
+        if weights is None:
+            weights = self.judged if self.judged in (state.averages or ()) else RAW
+        if weights != RAW:
+            return self.program("averaged", averaged)(find(state, weights), state)
         kind = jax.tree.structure(state.opt_state)
         if kind not in self._has_evaluation_params:
             self._has_evaluation_params[kind] = has_evaluation_params(state.opt_state)
@@ -168,13 +223,13 @@ class Workspace:
         """Yields one evaluation pass over a loader, in chunks, and shows its progress.
 
         Args:
-            loader: any iterable of batches.
+            loader: any iterable of batches, or arrays.
             name: name of the loader, for errors and the display.
             may_pad: see `Evaluator.may_pad`.
             tracker: shows the progress.
             interruptible: ends the pass if the run is interrupted.
         """
-        made = loader if self.feeds.has_view(loader) else as_loader(loader, name=name)
+        made = self.loader(loader, name)
         self.evaluation_watch.expect(loader, num_shapes=num_shapes(made))
         with self.feeds.one_pass(made, name) as view:
             capacity, length = self.capacity, num_batches(view)
@@ -183,6 +238,10 @@ class Workspace:
             total = None if length is None else -(-length // capacity)
             with closing(feed.repeated(ChunkSize(capacity, capacity), even=may_pad)) as chunks:
                 yield tracker(interruptible(chunks), description=name, total=total)
+
+    def loader(self, data: Any, name: str) -> Loader:
+        """Returns the loader of data to evaluate on, which is the data itself for a loader."""
+        return data if self.feeds.has_view(data) else loader_of(data, self._options, name=name)
 
     def make_watch(self) -> Watch:
         """Returns a watch for recompilations, as configured."""

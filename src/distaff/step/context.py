@@ -12,12 +12,13 @@ from distaff.core.typing import Key, Params
 from distaff.errors import ConfigError, LossError, StateError
 from distaff.metrics import PerExample
 from distaff.metrics.limits import Limits
-from distaff.models import Variables, model_of
+from distaff.models import Variables, model_of, plain_model
 from distaff.models.flags import names_mode
 from distaff.models.functional import FunctionModel, Functions
 from distaff.models.observed import Observed, observing
 from distaff.models.randomness import NoKeyError, is_key
 from distaff.optim import decay_mask, decays, l2_loss
+from distaff.step.averages import RAW, averaged, find
 from distaff.step.call_site import CallSite, same_leaves
 from distaff.step.state import TrainState
 
@@ -77,7 +78,8 @@ class Context:
             **kwargs: passed to the model, overriding the default mode. `train=` sets the mode of
                 the pass, whatever the model calls it. `rngs=` or `key=` replaces the call's own
                 key, which a loop needs. For Flax, `mutable=` names collections to return too, such
-                as those that modules sow.
+                as those that modules sow. `weights="ema"` or `"swa"` runs the model with an average
+                of the weights instead of `params`: without gradient, and changing no statistics.
 
         Returns:
             The model's outputs; `(outputs, collections)` with `mutable=`.
@@ -88,15 +90,18 @@ class Context:
                 or changes variables there.
         """
         params, given = self._split_collections(params)
-        self._check_differentiated(params)
+        # A model may have an input `weights` itself, which is an array.
+        weights = kwargs.pop("weights") if isinstance(kwargs.get("weights"), str) else RAW
+        held = self._held(params) if weights == RAW else self._averaged(weights)
+        self._check_differentiated(held["params"])
         place = self._site.of_call()
         model = model_of(self.state.apply_fn)
         key = self._key(place)
         # A custom forward function may have an argument `rngs` itself.
-        for name in ("key",) if isinstance(model, FunctionModel) else ("key", "rngs"):
+        for name in ("key",) if isinstance(plain_model(model), FunctionModel) else ("key", "rngs"):
             if is_key(kwargs.get(name)):
                 key = kwargs.pop(name)
-        before = Variables.of({**self._held(params), **given})
+        before = Variables.of({**held, **given})
         observed, train = None, kwargs.pop("train", None)
         if train is None and not names_mode(kwargs):
             observed = Observed(self.train, type(model.module).__name__)
@@ -109,8 +114,14 @@ class Context:
             raise place.loop_error(error) if place.is_repeated else error from None
         if observed is not None:
             observed.check()
-        self._keep(before, after, place)
+        if weights == RAW:
+            self._keep(before, after, place)
         return outputs
+
+    def _averaged(self, weights: str) -> dict[str, Any]:
+        """Returns an average of the weights as collections by name."""
+        state = averaged(find(self.state, weights), self.state)
+        return Variables(state.params, state.batch_stats, state.collections).by_collection()
 
     def _held(self, params: Params) -> dict[str, Any]:
         return Variables(params, self._batch_stats, self._collections).by_collection()
@@ -120,7 +131,8 @@ class Context:
         if not isinstance(params, Mapping) or "params" not in params:
             return params, {}
         own, inner = self.state.params, params["params"]
-        is_function = isinstance(model_of(self.state.apply_fn), FunctionModel | Functions)
+        model = plain_model(model_of(self.state.apply_fn))
+        is_function = isinstance(model, FunctionModel | Functions)
         # In a model of functions, "params" may name a part of the parameters; for other models,
         # the state may hold the return value of `module.init` unchanged.
         if is_function and isinstance(own, Mapping) and "params" in own and set(inner) != set(own):

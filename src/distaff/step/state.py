@@ -38,6 +38,7 @@ class TrainState(FrozenPyTree):
         collections: other mutable variables of the model, by collection name; None without.
         rng: the root key, which never changes: a step uses `jax.random.fold_in(rng, step)`.
         guard: the state of the trainer's guard against bad numbers; None without one.
+        averages: averages of the weights by name, `"ema"` or `"swa"`; None without.
         apply_fn: the model's forward pass, `apply_fn(variables, *inputs)`.
         tx: the Optax optimizer.
     """
@@ -49,6 +50,7 @@ class TrainState(FrozenPyTree):
     collections: Mapping[str, PyTree] | None = None
     rng: Key | None = None
     guard: PyTree = None
+    averages: Mapping[str, Any] | None = None
     apply_fn: Callable[..., Any] | None = static(default=None)
     tx: optax.GradientTransformation | None = static(default=None)
 
@@ -163,10 +165,9 @@ class TrainState(FrozenPyTree):
 
     def arrays(self) -> dict[str, PyTree]:
         """Returns the members that hold arrays, which a checkpoint saves, by name."""
-        fields = dataclasses.fields(self)
-        return {
-            f.name: getattr(self, f.name) for f in fields if not f.metadata.get("static", False)
-        }
+        fields = [f for f in dataclasses.fields(self) if not f.metadata.get("static", False)]
+        left_out = ("averages",) if self.averages is None else ()
+        return {f.name: getattr(self, f.name) for f in fields if f.name not in left_out}
 
     @classmethod
     def _check_members(cls, members: Mapping[str, Any], reserved: tuple[str, ...] = ()) -> None:

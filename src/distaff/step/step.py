@@ -23,6 +23,7 @@ from distaff.optim.transforms import extra_args
 from distaff.step import broadcasts
 from distaff.step.context import Context
 from distaff.step.normalise import StepFn, reduced
+from distaff.step.norms import Norms, with_norms
 from distaff.step.state import TrainState
 
 _AUGMENTATION = 0x6175676D
@@ -37,7 +38,9 @@ AugmentFn: TypeAlias = Callable[[Batch, Key], Batch]
 """`(batch, key) -> batch`, with the same number of examples."""
 
 
-def train_step(loss_fn: LossFn, *, augment: AugmentFn | None = None) -> StepFn:
+def train_step(
+    loss_fn: LossFn, *, augment: AugmentFn | None = None, norms: Norms | None = None
+) -> StepFn:
     """Builds a training step: forward pass, loss, gradient, update. Jit it with the state donated.
 
     Optimizers that accept them receive the loss as `value`, its gradient as `grad`, and the loss
@@ -48,6 +51,7 @@ def train_step(loss_fn: LossFn, *, augment: AugmentFn | None = None) -> StepFn:
             example, `[batch]`, or a scalar; see `distaff.metrics` for the metrics.
         augment: `(batch, key) -> batch`, called once before the loss, with a separate key for each
             step that neither `ctx.rng` nor dropout uses. See `distaff.augment`.
+        norms: norms of gradients, updates and parameters to return as metrics; None for none.
 
     Returns:
         A pure function `(state, batch) -> (state, metrics)`. `metrics["loss"]` is the loss without
@@ -86,7 +90,10 @@ def train_step(loss_fn: LossFn, *, augment: AugmentFn | None = None) -> StepFn:
             optimizer_args=args,
             **changed,
         )
-        return _with_plateaus_kept(state, after, metrics["loss"]), metrics
+        after = _with_plateaus_kept(state, after, metrics["loss"])
+        if norms is not None:
+            metrics = with_norms(metrics, norms(grads, state.params, after.params))
+        return after, metrics
 
     return step
 

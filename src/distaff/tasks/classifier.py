@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
+from distaff.core.config.options import described, option, or_none
 from distaff.core.typing import Batch, Params
 from distaff.data import entry
 from distaff.data.inspection import ROUNDING, no_probabilities, out_of_range
@@ -19,12 +20,9 @@ from distaff.metrics.accumulators import floating
 from distaff.metrics.monitor import Monitor
 from distaff.run.sanity import report
 from distaff.step.context import Context
-from distaff.tasks.weighing import (
-    WeighingTask,
-    check_ignore_index,
-    weights_for,
-    with_entry_name,
-)
+from distaff.tasks.class_weights import class_weights, weighed
+from distaff.tasks.cross_entropy import check_together, cross_entropy, focusing, fraction
+from distaff.tasks.weighing import WeighingTask, ignored_index, weights_for, with_entry_name
 from distaff.trainer.config import TrainerConfig
 
 _LABEL_NAMES = ("label", "labels", "y", "target", "targets")
@@ -34,23 +32,45 @@ _ADVICE = (
 )
 
 
+@described
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassifierConfig(TrainerConfig):
     """The options of a `Classifier`, in addition to `TrainerConfig`.
-
-    Args:
-        ignore_index: a label whose examples are ignored in the loss and metrics, such as -100; None
-            to disable.
 
     Raises:
         ConfigError: an option is out of its range.
     """
 
-    ignore_index: int | None = None
+    ignore_index: int | None = option(
+        None,
+        """A label whose examples are ignored in the loss and metrics, such as -100; None to
+        disable.""",
+        check=or_none(ignored_index),
+    )
+    class_weights: Sequence[float] | None = option(
+        None,
+        """Weight of the examples of each class in the loss, one per class; None for equal weights.
+        It multiplies the sample weight, and the loss is divided by the sum of the products. Metrics
+        ignore it. `tasks.balanced_weights(labels)` returns weights that balance the classes.""",
+        check=or_none(class_weights),
+    )
+    label_smoothing: float = option(
+        0.0,
+        """Probability, in [0, 1), that is taken from each label and spread evenly over all classes,
+        in the loss of training and evaluation; 0 to disable.""",
+        check=fraction,
+    )
+    focal: float = option(
+        0.0,
+        """Focusing parameter gamma of the focal loss, `-(1 - p)**gamma * log(p)`, such as 2 (T.-Y.
+        Lin et al., Focal Loss for Dense Object Detection, ICCV 2017); 0 for cross-entropy. Its
+        alpha is `class_weights`. It needs class indices as labels.""",
+        check=focusing,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_ignore_index(self.ignore_index)
+        check_together(self.label_smoothing, self.focal)
 
 
 class Classifier(WeighingTask):
@@ -61,12 +81,12 @@ class Classifier(WeighingTask):
     probabilities of the classes, float `[batch, classes]`, as from `distaff.augment.mixup`;
     accuracy then compares with the most likely class. An index out of range raises an error, in any
     batch. Weights `[batch]`, `sample_weight` or `weight`, or the third item of a tuple, weight the
-    loss and the accuracy. The best model is the one with the highest `val/accuracy`. `predict`
-    returns the logits.
+    loss and the accuracy; `class_weights` weight the loss. The best model is the one with the
+    highest `val/accuracy`. `predict` returns the logits.
 
     Args:
         model: the model, as for `TrainerModule`, whose other arguments apply too.
-        **options: options of `ClassifierConfig`, such as `ignore_index=-100`.
+        **options: options of `ClassifierConfig`, such as `label_smoothing=0.1`.
     """
 
     Config = ClassifierConfig
@@ -116,17 +136,29 @@ class Classifier(WeighingTask):
         if labels.ndim == 2:
             labels = filled(labels.astype(logits.dtype), weight)
             _check_probabilities(labels, where, ctx)
-            loss = optax.softmax_cross_entropy(logits, labels)
-            labels = labels.argmax(axis=-1)
+            classes = labels.argmax(axis=-1)
         else:
             what, labels = with_entry_name("label", labels, batch), labels.astype(jnp.int32)
             ctx.check_indices(what, labels, logits.shape[1], where=where, advice=_ADVICE)
-            labels = labels if where is None else jnp.where(where, labels, 0)
-            loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        hits = logits.argmax(axis=-1) == labels
-        if weight is None:
-            return loss, {"accuracy": hits}
-        return Mean.per_example(loss, weight), {"accuracy": Mean.per_example(hits, weight)}
+            labels = classes = labels if where is None else jnp.where(where, labels, 0)
+        smoothing, focal = self.config.label_smoothing, self.config.focal
+        loss = cross_entropy(logits, labels, smoothing=smoothing, focal=focal)
+        hits = logits.argmax(axis=-1) == classes
+        loss_weight = self._loss_weight(labels, logits.shape[1], weight)
+        accuracy = hits if weight is None else Mean.per_example(hits, weight)
+        if loss_weight is not None:
+            loss = Mean.per_example(loss, loss_weight)
+        return loss, {"accuracy": accuracy}
+
+    def _loss_weight(
+        self, labels: jax.Array, num_classes: int, weight: jax.Array | None
+    ) -> jax.Array | None:
+        """Returns the products of class weights and sample weights `[batch]`."""
+        of_classes = self.config.class_weights
+        if of_classes is None:
+            return weight
+        own = weighed("class_weights", tuple(of_classes), labels, num_classes)
+        return own if weight is None else own * weight
 
 
 def _check_probabilities(labels: jax.Array, where: jax.Array | None, ctx: Context) -> None:

@@ -15,6 +15,7 @@ import optax
 
 from distaff.callbacks import Callback, StepInfo
 from distaff.core.config.checks import whole
+from distaff.core.config.options import at_least, described, option, or_none
 from distaff.core.typing import Batch, Key, Params
 from distaff.data.inspection import unknown_tokens
 from distaff.errors import BatchError, ConfigError, LossError
@@ -26,10 +27,11 @@ from distaff.models.flags import parameters
 from distaff.run.sanity import report
 from distaff.step.context import Context
 from distaff.step.state import TrainState
+from distaff.tasks.cross_entropy import fraction, smoothed
 from distaff.tasks.weighing import (
     WeighingTask,
-    check_ignore_index,
     check_weights,
+    ignored_index,
     weights_for,
     with_entry_name,
 )
@@ -44,39 +46,53 @@ _ADVICE = (
 )
 
 
+def _prompt(name: str, value: Any) -> str:
+    """Checks that an option is a text."""
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{name} must be a non-empty str; got {value!r}.")
+    return value
+
+
+def _temperature(name: str, value: Any) -> Any:
+    """Checks that an option is a finite number of at least 0."""
+    if not isinstance(value, Real) or not 0 <= value < math.inf:
+        raise ConfigError(f"{name} must be a finite number >= 0; got {value!r}.")
+    return value
+
+
+@described
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LanguageModelConfig(TrainerConfig):
     """The options of a `LanguageModel`, in addition to `TrainerConfig`.
-
-    Args:
-        ignore_index: a token that is not predicted, such as a padding token, or -100; None to
-            disable. If the model does not have the token, such as -100, its input is the token 0
-            instead: to hide a prompt from the loss but not from the model, use `mask`.
-        sample_every_n_steps: steps between samples, which are logged as the text `sample`; None to
-            disable. Tokens are decoded as UTF-8 bytes.
-        sample_prompt: beginning of a sample.
-        sample_length: number of tokens to sample.
-        temperature: temperature of the samples; see `LanguageModel.sample`.
 
     Raises:
         ConfigError: an option is out of its range.
     """
 
-    ignore_index: int | None = None
-    sample_every_n_steps: int | None = None
-    sample_prompt: str = "\n"
-    sample_length: int = 400
-    temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_ignore_index(self.ignore_index)
-        if self.sample_every_n_steps is not None:
-            whole("sample_every_n_steps", self.sample_every_n_steps)
-        whole("sample_length", self.sample_length)
-        if not isinstance(self.sample_prompt, str) or not self.sample_prompt:
-            raise ConfigError(f"sample_prompt must be a non-empty str; got {self.sample_prompt!r}.")
-        _check_temperature(self.temperature)
+    ignore_index: int | None = option(
+        None,
+        """A token that is not predicted, such as a padding token, or -100; None to disable. If the
+        model does not have the token, such as -100, its input is the token 0 instead: to hide a
+        prompt from the loss but not from the model, use `mask`.""",
+        check=or_none(ignored_index),
+    )
+    label_smoothing: float = option(
+        0.0,
+        """Probability, in [0, 1), that is taken from each token and spread evenly over all tokens,
+        in the loss of training and evaluation; 0 to disable. Perplexity and bits ignore it.""",
+        check=fraction,
+    )
+    sample_every_n_steps: int | None = option(
+        None,
+        """Steps between samples, which are logged as the text `sample`; None to disable. Tokens
+        are decoded as UTF-8 bytes.""",
+        check=or_none(at_least(1)),
+    )
+    sample_prompt: str = option("\n", "Beginning of a sample.", check=_prompt)
+    sample_length: int = option(400, "Number of tokens to sample.", check=at_least(1))
+    temperature: float = option(
+        1.0, "Temperature of the samples; see `LanguageModel.sample`.", check=_temperature
+    )
 
 
 class LanguageModel(WeighingTask):
@@ -204,10 +220,10 @@ class LanguageModel(WeighingTask):
         return tokens[:, :-1], segments[:, :-1]
 
     def loss_fn(self, params: Params, batch: Batch, ctx: Context) -> Any:
-        """Returns each row's mean negative log-likelihood per token, in nats, and metrics.
+        """Returns each row's mean cross-entropy per token, in nats, and metrics.
 
-        The metrics are `perplexity`, and the loss in bits: `bits_per_byte` for a vocabulary of 256
-        tokens, `bits_per_token` otherwise.
+        The metrics are `perplexity`, and the negative log-likelihood in bits: `bits_per_byte` for a
+        vocabulary of 256 tokens, `bits_per_token` otherwise.
 
         Raises:
             LossError: the model's outputs or the mask have another shape.
@@ -227,16 +243,18 @@ class LanguageModel(WeighingTask):
         is_known = jnp.ones(tokens.shape, bool) if ignored is None else tokens != ignored
         what = with_entry_name("token", self.tokens(batch), batch)
         ctx.check_indices(what, tokens, logits.shape[-1], where=is_known, advice=_ADVICE)
+        logits, smoothing = floating(logits), self.config.label_smoothing
         losses = optax.softmax_cross_entropy_with_integer_labels(
-            floating(logits), jnp.where(is_known[:, 1:], targets, 0)
+            logits, jnp.where(is_known[:, 1:], targets, 0)
         )
         counts = weight.sum(axis=1)
-        total = (jnp.where(weight != 0, losses, 0) * weight).sum(axis=1)
-        loss = total / jnp.where(counts == 0, 1, counts)
+        nats = objective = _per_token(losses, weight, counts)
+        if smoothing:
+            objective = _per_token(smoothed(losses, logits, smoothing), weight, counts)
         bits = "bits_per_byte" if logits.shape[-1] == _BYTES else "bits_per_token"
-        return Mean.per_example(loss, weight=counts), {
-            bits: Mean.per_example(loss / _NATS_PER_BIT, weight=counts),
-            "perplexity": Perplexity.per_example(loss, weight=counts),
+        return Mean.per_example(objective, weight=counts), {
+            bits: Mean.per_example(nats / _NATS_PER_BIT, weight=counts),
+            "perplexity": Perplexity.per_example(nats, weight=counts),
         }
 
     def _weight(self, batch: Batch, tokens: Any, mask: Any, ctx: Context) -> jax.Array:
@@ -279,7 +297,7 @@ class LanguageModel(WeighingTask):
                 range.
         """
         whole("length", length)
-        _check_temperature(temperature)
+        _temperature("temperature", temperature)
         prompt_tokens = _as_tokens(prompt, self._vocab_size)
         rows = np.atleast_2d(prompt_tokens)
         buffer = np.pad(rows, ((0, 0), (0, length)))
@@ -304,6 +322,12 @@ class LanguageModel(WeighingTask):
         )
         tokens = np.asarray(filled).reshape(*prompt_tokens.shape[:-1], -1)
         return tokens.astype(np.uint8).tobytes() if isinstance(prompt, bytes) else tokens
+
+
+def _per_token(losses: jax.Array, weight: jax.Array, counts: jax.Array) -> jax.Array:
+    """Returns each row's weighted mean, `[batch]`, given the sums of its weights."""
+    total = (jnp.where(weight != 0, losses, 0) * weight).sum(axis=1)
+    return total / jnp.where(counts == 0, 1, counts)
 
 
 class _Samples(Callback):
@@ -346,8 +370,3 @@ def _as_tokens(prompt: Any, vocab_size: int | None) -> np.ndarray:
             f"tokens from {tokens.min()} to {tokens.max()}."
         )
     return tokens.astype(np.int32)
-
-
-def _check_temperature(temperature: Any) -> None:
-    if not isinstance(temperature, Real) or not 0 <= temperature < math.inf:
-        raise ConfigError(f"temperature must be a finite number >= 0; got {temperature!r}.")

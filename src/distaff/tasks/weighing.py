@@ -11,7 +11,7 @@ import numpy as np
 from distaff.core.typing import Batch
 from distaff.data.entry import named
 from distaff.errors import BatchError, ConfigError, LossError, leaf_name
-from distaff.metrics.accumulators import floating
+from distaff.metrics.accumulators import aligned, floating
 from distaff.step.context import Context
 from distaff.step.state import TrainState
 from distaff.trainer.module import TrainerModule
@@ -103,6 +103,14 @@ def weights_for(
     return floating(weight)
 
 
+def without_missing(targets: jax.Array, weight: jax.Array | None) -> jax.Array:
+    """Returns a weight for each target, 0 for NaN."""
+    known = ~jnp.isnan(targets)
+    if weight is None:
+        return known.astype(jnp.float32)
+    return jnp.where(known, aligned(weight, targets), 0)
+
+
 def with_entry_name(what: str, leaf: Any, batch: Batch) -> str:
     """Appends the name of a leaf of a batch: `"label ('y')"`."""
     for path, other in jax.tree.leaves_with_path(batch):
@@ -116,17 +124,16 @@ def check_weights(what: str, weight: jax.Array, ctx: Context) -> None:
     ctx.check_range(f"A {what} is a finite number, at least 0", weight, 0, advice=_ADVICE)
 
 
-def check_ignore_index(value: Any) -> None:
-    """Checks the option `ignore_index`.
+def ignored_index(name: str, value: Any) -> int:
+    """Checks that an option is a 32-bit integer.
 
     Raises:
-        ConfigError: it is not a 32-bit integer.
+        ConfigError: it is not.
     """
     is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if value is not None and not (is_whole and abs(int(value)) < 2**31):
-        raise ConfigError(
-            f"ignore_index must be a 32-bit integer, such as -100, or None; got {value!r}."
-        )
+    if not (is_whole and abs(int(value)) < 2**31):
+        raise ConfigError(f"{name} must be a 32-bit integer, such as -100, or None; got {value!r}.")
+    return int(value)
 
 
 def _tuple_weight(item: Any) -> Any:

@@ -19,7 +19,6 @@ from distaff.metrics import as_json
 from distaff.metrics.monitor import Monitor, as_monitor
 from distaff.optim import OptimizerLike, build_optimizer
 from distaff.optim.build import as_optimizer
-from distaff.optim.reuse import reusable_state
 from distaff.run import loop, sanity
 from distaff.run.directory.protocol import Recording
 from distaff.run.events import make_plan
@@ -27,6 +26,7 @@ from distaff.run.result import Best, TrainResult
 from distaff.run.run import Run
 from distaff.step.context import Context
 from distaff.step.normalise import StepFn
+from distaff.step.norms import norms_of
 from distaff.step.step import EvalFn, EvalStep
 from distaff.step.step import train_step as make_train_step
 from distaff.trainer.config import with_descriptions
@@ -144,8 +144,9 @@ class TrainerModule(Predictor):
             `train_step(state, batch) -> (state, metrics)` and `eval_step(state, batch) -> metrics`,
             with metrics as described in `distaff.metrics`.
         """
-        train_step = make_train_step(self.loss_fn, augment=augmentation_of(self, TrainerModule))
-        return train_step, EvalStep(self.loss_fn)
+        augment, norms = augmentation_of(self, TrainerModule), norms_of(self.config)
+        step = make_train_step(self.loss_fn, augment=augment, norms=norms)
+        return step, EvalStep(self.loss_fn)
 
     def create_jitted_functions(self, train_step: StepFn, eval_step: EvalFn) -> None:
         """Compiles the pure functions lazily, and sets `self.train_step` and `self.eval_step`.
@@ -179,12 +180,7 @@ class TrainerModule(Predictor):
         tx, here.schedule = build_optimizer(
             self.optimizer, total_steps, steps_per_epoch=here.steps_per_epoch
         )
-        state, ready = here.evaluation_state(), here.ready_state()
-        opt_state = here.execution.once(lambda params: tx.init(params))(state.params)
-        kept = reusable_state(ready.opt_state, opt_state, self.optimizer)
-        if self.config.keep_optimizer and kept is not None:
-            state, opt_state = ready, kept
-        self.state = state.replace(tx=tx, opt_state=opt_state)
+        here.begin_optimizer(tx, self.optimizer, keep=self.config.keep_optimizer)
 
     @spelled(ARGUMENTS)
     def train_model(
@@ -205,7 +201,7 @@ class TrainerModule(Predictor):
         current state, as a new run with its own directory.
 
         Args:
-            train_loader: a loader, or any iterable of batches.
+            train_loader: a loader, any iterable of batches, or arrays such as `(x, y)`.
             val_loader: data for validation every `check_val_every_n_epoch` epochs. Pass a dict for
                 several: `{"clean": a, "noisy": b}` logs `val_clean/loss` and `val_noisy/loss`;
                 `monitor` names one of them.
@@ -235,6 +231,7 @@ class TrainerModule(Predictor):
             options=self.config,
             after_epoch=self.epoch,
             repeat=repeat,
+            seed=self.config.seed,
         )
         inputs = Inputs(plan, (train_loader, val_loader, test_loader), self.config)
         return Training(self, TrainerModule).run(inputs, key=key, rerun=rerun)
@@ -254,23 +251,26 @@ class TrainerModule(Predictor):
         return run.end_steps()
 
     @spelled(ARGUMENTS)
-    def eval_model(self, loader: Any, prefix: str = "") -> dict[str, Any]:
+    def eval_model(
+        self, loader: Any, prefix: str = "", *, weights: str | None = None
+    ) -> dict[str, Any]:
         """Evaluates the model once on every example of a loader, in order. Changes no state.
 
         Args:
-            loader: any iterable of batches, of any sizes.
+            loader: any iterable of batches, of any sizes, or arrays such as `(x, y)`.
             prefix: a prefix for metric names: `"val/"` gives `val/loss`.
+            weights: see `evaluation_state`.
 
         Returns:
             Metrics by name: floats, or arrays for non-scalar metrics.
 
         Raises:
-            StateError: the model has no parameters yet.
+            StateError: the model has no parameters yet, or does not have this average.
             BatchError: the loader is empty.
         """
         here, run = self._workspace, self._run
         with here.timers.spent("evaluation"):
-            state, name = here.evaluation_state(), prefix.rstrip("/") or "evaluate"
+            state, name = here.evaluation_state(weights), prefix.rstrip("/") or "evaluate"
             may_pad = here.evaluator.may_pad(state)
             interruptible = iter if run is None else run.interruptible
             with here.chunks(loader, name, may_pad, self.tracker, interruptible) as chunks:

@@ -27,7 +27,16 @@ def check_class(trainer: Any, base: type) -> None:
         ConfigError: a hook is never called, or an override has other arguments.
     """
     check_methods(type(trainer), base, HOOKS, METHODS)
-    check_overrides(trainer, base, OVERRIDE_POINTS)
+    check_overrides(trainer, base, OVERRIDE_POINTS, without=("weights",))
+
+
+def check_averaging(trainer: Any, base: type) -> None:
+    """Checks that an override of `eval_model` can evaluate averages of the weights.
+
+    Raises:
+        ConfigError: it does not accept the argument `weights`.
+    """
+    check_overrides(trainer, base, ("eval_model",))
 
 
 def augmentation_of(trainer: Any, base: type) -> AugmentFn | None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import jax
 
 from distaff import checkpoint
-from distaff.checkpoint import Located
 from distaff.checkpoint.record import example_from
 from distaff.checkpoint.weights import (
     TorchRules,
@@ -23,11 +21,10 @@ from distaff.checkpoint.weights.names import as_variables
 from distaff.core.config.options import with_options
 from distaff.core.seeds import folded
 from distaff.core.typing import Batch, Key, Params, PyTree
-from distaff.data import as_loader, entry, num_batches
+from distaff.data import entry, num_batches
 from distaff.data.on_policy import check_reader
-from distaff.errors import CheckpointError
 from distaff.execution import allocator, compile_cache
-from distaff.models import LoraModel, Variables, as_model
+from distaff.models import LoraModel, Variables, as_model, in_precision
 from distaff.run.display import make_display
 from distaff.run.display.model_table import model_table
 from distaff.run.evaluation import predict
@@ -37,6 +34,7 @@ from distaff.step.state import TrainState
 from distaff.trainer.config import TrainerConfig, make_config
 from distaff.trainer.constructor import call_of, rebuild_trainer, recorded_options
 from distaff.trainer.initial import normalized, on_host, rows_of, traced_init
+from distaff.trainer.loading import explained, load, restore
 
 T = TypeVar("T")
 
@@ -144,9 +142,8 @@ class Predictor:
         """Creates the initial state: the variables and the root key, without an optimizer."""
         init_key, root_key = self._workspace.execution.once(_two_keys)(folded(self.config.seed))
         variables = self._initial(example_batch, init_key)
-        self.state = self.state_class.create(
-            apply_fn=self.model.apply_fn, rng=root_key, **variables._asdict()
-        )
+        apply_fn = in_precision(self.model, self.config.precision).apply_fn
+        self.state = self.state_class.create(apply_fn=apply_fn, rng=root_key, **variables._asdict())
 
     def _initial(self, example_batch: Batch, key: Key) -> Variables:
         return normalized(self.run_model_init(example_batch, key))
@@ -201,25 +198,29 @@ class Predictor:
         """
         return ctx.apply(params, *self.model_inputs(batch))
 
-    def predict(self, loader: Any) -> PyTree:
+    def predict(self, loader: Any, *, weights: str | None = None) -> PyTree:
         """Returns the outputs of `predict_fn` for all examples of a loader.
 
         Args:
-            loader: any iterable of batches; its position does not change.
+            loader: any iterable of batches, or arrays; its position does not change.
+            weights: see `evaluation_state`.
 
         Returns:
             NumPy arrays `[examples, ...]` in the structure of the outputs of one batch.
 
         Raises:
-            StateError: the model has no parameters yet.
+            StateError: the model has no parameters yet, or does not have this average.
             BatchError: the loader is empty, or an output has no batch axis.
         """
         batches = self._pass(loader, "predict")
         here = self._workspace
-        return predict(here.predict_step, self.evaluation_state(), batches, here.execution)
+        return predict(here.predict_step, self.evaluation_state(weights), batches, here.execution)
 
-    def bind_model(self) -> Any:
+    def bind_model(self, *, weights: str | None = None) -> Any:
         """Returns the model with its variables, ready to call.
+
+        Args:
+            weights: see `evaluation_state`.
 
         Returns:
             For Flax Linen `bound(x, train=False)`; for Flax NNX a live module `bound(x)`; for
@@ -227,9 +228,9 @@ class Predictor:
             `bound(x)`.
 
         Raises:
-            StateError: the model has no parameters yet.
+            StateError: the model has no parameters yet, or does not have this average.
         """
-        return self.model.bind(as_variables(self.evaluation_state()))
+        return self.model.bind(as_variables(self.evaluation_state(weights)))
 
     def tracker(
         self, iterable: Iterable[T], *, description: str, total: int | None = None
@@ -273,15 +274,15 @@ class Predictor:
         is_recorded = example_batch is None
         if example_batch is None:
             example_batch = example_from(record["example_batch"])
-        with _explained(file):
+        with explained(file):
             recorded = {**recorded_options(cls.Config, record), "enable_progress_bar": False}
         trainer = rebuild_trainer(cls, record, model, recorded, options)
         if not trainer.config.enable_progress_bar or "enable_progress_bar" not in options:
             # Overrides the display of a custom constructor.
             trainer._workspace.display = make_display(False)
-        with _explained(file):
+        with explained(file):
             trainer._set_up(example_batch)
-        _load(trainer, found, record if is_recorded else None, file)
+        load(trainer._workspace, found, record if is_recorded else None, trainer._set_up)
         return trainer
 
     def load_weights(self, path: str | Path) -> None:
@@ -295,8 +296,7 @@ class Predictor:
             CheckpointError: there is no complete checkpoint, or it belongs to another model.
         """
         found = checkpoint.located(path)
-        here = self._workspace
-        here.restore(found.store, found.step, _trained(here.ready_state()))
+        restore(self._workspace, found)
 
     def export_weights(
         self,
@@ -304,6 +304,7 @@ class Predictor:
         *,
         only: str | Sequence[str] = "*",
         merge: bool = True,
+        weights: str | None = None,
         rules: Literal["torch"] | TorchRules | None = None,
     ) -> Path:
         """Writes the model's arrays to a safetensors file; see `distaff.export_weights`.
@@ -314,6 +315,7 @@ class Predictor:
             merge: whether to merge the updates of a `Lora` into its kernels, which makes the file
                 an ordinary model. If False, base and updates are separate arrays; export the
                 updates alone with `only=("*/lora_a", "*/lora_b")`.
+            weights: see `evaluation_state`.
             rules: "torch" or a `TorchRules` to write what PyTorch's `load_state_dict` takes. A
                 `Lora` is then always merged.
 
@@ -321,10 +323,10 @@ class Predictor:
             The absolute path of the file.
 
         Raises:
-            StateError: the model has no parameters yet.
+            StateError: the model has no parameters yet, or does not have this average.
             CheckpointError: the file cannot be written.
         """
-        variables = as_variables(self.evaluation_state())
+        variables = as_variables(self.evaluation_state(weights))
         if (merge or rules is not None) and isinstance(self.model, LoraModel):
             variables = self.model.merged(variables)
         if (torch := as_rules(rules)) is None:
@@ -332,66 +334,29 @@ class Predictor:
         init = traced_init(self)
         return export_torch_weights(path, self.model, variables, torch, init, only=only)
 
-    def evaluation_state(self) -> TrainState:
+    def evaluation_state(self, weights: str | None = None) -> TrainState:
         """Returns the state with the parameters for evaluation; see `optim.evaluation_params`.
 
         For most optimizers this is the state itself.
 
+        Args:
+            weights: `"raw"`, or an average of the weights, `"ema"` or `"swa"`. By default those
+                that `monitor` judges: `"ema"` if it is `val_ema/loss`, otherwise `"raw"`.
+
         Raises:
-            StateError: the model has no parameters yet.
+            StateError: the model has no parameters yet, or does not have this average.
+            ConfigError: `weights` is another name.
         """
-        return self._workspace.evaluation_state()
+        return self._workspace.evaluation_state(weights)
 
     def _pass(self, loader: Any, name: str) -> Iterator[Batch]:
         """Yields the batches of a loader once, in order, and shows the progress."""
         feeds = self._workspace.feeds
-        with feeds.one_pass(as_loader(loader, name=name), name) as view:
+        with feeds.one_pass(self._workspace.loader(loader, name), name) as view:
             total, batches = num_batches(view), feeds.batches(view, name)
             yield from self.tracker(batches, description=name, total=total)
-
-
-def _load(trainer: Predictor, found: Located, record: Mapping[str, Any] | None, file: Path) -> None:
-    """Restores the model from a checkpoint; `record` is None if the user passed a batch."""
-    here = trainer._workspace
-    try:
-        here.restore(found.store, found.step, _trained(here.ready_state()))
-    except CheckpointError:
-        if record is None or not here.ready_state().collections:
-            raise
-        # A variable may have the size of the batch, such as the carry of an RNN.
-        with _explained(file):
-            trainer._set_up(example_from(record["example_batch"], whole=True))
-        here.restore(found.store, found.step, _trained(here.ready_state()))
 
 
 def _two_keys(seed: Any) -> tuple[Key, Key]:
     first, second = jax.random.split(jax.random.key(seed))
     return first, second
-
-
-def _trained(state: TrainState) -> list[str]:
-    """Returns the members that a loaded model needs: all but optimizer state and guard.
-
-    A member of a subclass may be None until training starts.
-    """
-    members = state.arrays()
-    always = ("step", "params", "batch_stats", "collections", "rng")
-    return [
-        name
-        for name, value in members.items()
-        if name in always or (name not in ("opt_state", "guard") and value is not None)
-    ]
-
-
-@contextmanager
-def _explained(file: Path) -> Generator[None]:
-    """Re-raises errors of a wrong record as one that names the record."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise CheckpointError(
-            f"The trainer cannot be set up as {file} records it: {error} "
-            "Pass what differs to load_from_checkpoint: model, example_batch, or an option."
-        ) from error

@@ -17,20 +17,27 @@ from distaff.execution.dispatch.steps_per_call import Expected
 from distaff.execution.placement import owned
 from distaff.loggers.protocol import as_loggers, is_logger
 from distaff.metrics.monitor import as_monitor
+from distaff.models import precision_of
 from distaff.optim.gradients import check_trainable
+from distaff.optim.transforms.masks import check_patterns
+from distaff.run.diagnosis.products import checked_summary
 from distaff.run.directory.protocol import Recording
 from distaff.run.directory.recording import DirectoryRecording, make_recording
 from distaff.run.evaluation import Evaluator
+from distaff.run.events import Plan
 from distaff.run.identity.identity import Subject
 from distaff.run.run import Run
 from distaff.run.sanity import Sanity, check_monitors
+from distaff.step.averages import averaging, averaging_rest
 from distaff.step.counted import counted
 from distaff.step.guard import guarded, is_needed, make_guard
 from distaff.step.logged_rates import reporting
 from distaff.step.normalise import measured
+from distaff.step.norms import check_norms
 from distaff.step.state import TrainState
 from distaff.trainer.constructor import constructed
 from distaff.trainer.initial import traced_init
+from distaff.trainer.overrides import check_averaging
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +68,13 @@ def function_of(program: Any) -> Any:
 
 
 class Preparation:
-    """Calls the setup methods of a trainer, which overrides `base`, and collects their results."""
+    """Calls the setup methods of a trainer, which overrides `base`, and collects their results.
+
+    Attributes:
+        products: a line on the products of the training step; empty in float32.
+    """
+
+    products = ""
 
     def __init__(self, trainer: Any, base: type) -> None:
         self._trainer, self._base = trainer, base
@@ -75,7 +88,8 @@ class Preparation:
         here.table = None
         trainer.print_tabulate(example_batch)
         self.make_recording()
-        trainer.create_jitted_functions(*trainer.create_functions())
+        train_step, eval_step = trainer.create_functions()
+        trainer.create_jitted_functions(averaging(train_step, self._options), eval_step)
         self._take_programs()
         trainer.init_model(example_batch)
         self._load_init_from()
@@ -97,6 +111,7 @@ class Preparation:
         here.measured_step = here.execution.part(guarded_step)
         # A guard makes it a part of another program.
         here.own_step = step if is_own and not is_needed(self._options) else None
+        here.with_rest = here.execution.program(averaging_rest(self._options), donate=0)
         here.evaluator = Evaluator(evaluation, here.execution, here.evaluation_watch)
 
     def _load_init_from(self) -> None:
@@ -165,21 +180,62 @@ class Preparation:
             own_step=here.own_step,
         )
         self._check(run, batch, test_loader)
+        self._check_precision(batch)
         self._identify(run, total)
+
+    def _check_averages(self, plan: Plan) -> None:
+        """Checks that the averages of the weights can be made and validated.
+
+        Raises:
+            ConfigError: they cannot.
+        """
+        options, first = self._options, self._options.swa_from_epoch
+        if not options.averages:
+            return
+        check_averaging(self._trainer, self._base)
+        if first is not None and first > plan.last_epoch and not options.fast_dev_run:
+            raise ConfigError(
+                f"swa_from_epoch={first} is after the last epoch of the run, {plan.last_epoch}. "
+                "Lower it, or train for more epochs."
+            )
+        prefixes = [each for name in plan.val_loaders for each, _ in options.evaluations(name)]
+        for name in plan.val_loaders:
+            if prefixes.count(name) > 1:
+                raise ConfigError(
+                    f"The metrics of the validation set {name.removeprefix('val_')!r} and of an "
+                    f"average of the weights would both be named '{name}/...'. Rename the set."
+                )
 
     def _check(self, run: Run, batch: Batch, test_loader: Loader | None) -> None:
         trainer, plan = self._trainer, run.plan
+        check_norms(self._options, run.dispatcher.names, type(trainer).__name__)
+        self._check_averages(plan)
         loss_fn = getattr(trainer, "loss_fn", None)
         sanity = Sanity(self._here, trainer.check_batch, loss_fn, self._options)
         sanity.check_training(batch)
         found = {n: sanity.check_evaluation(v, n) for n, v in plan.val_loaders.items()}
-        of_validation = [f"{name}/{each}" for name, metrics in found.items() for each in metrics]
+        of_validation = [
+            f"{prefix}/{each}"
+            for name, metrics in found.items()
+            for prefix, _ in self._options.evaluations(name)
+            for each in metrics
+        ]
         of_training = [f"train/{name}" for name in run.dispatcher.names]
         trainer.monitor = as_monitor(trainer.monitor)
+        self._here.judged = self._options.judged(trainer.monitor.name)
         check_monitors(trainer.monitor, run.callbacks, of_training, of_validation, self._is_own)
         if test_loader is not None:
             sanity.check_evaluation(test_loader, "test")
         self._first_batches = sanity.first_batches
+
+    def _check_precision(self, batch: Batch) -> None:
+        """Counts the products of the training step by dtype, for a precision that changes it."""
+        here, precision = self._here, precision_of(self._options.precision)
+        state = here.ready_state()
+        check_patterns({"PrecisionConfig.float32": precision.float32}, state.params)
+        if not self._options.debug:
+            # Not the measured step: operations of an inlined program have no line of their own.
+            self.products = checked_summary(here.plain_step, state, batch, precision)
 
     def _is_own(self, *names: str) -> bool:
         kind = type(self._trainer)
@@ -206,7 +262,9 @@ class Preparation:
                 "init_optimizer must set the optimizer of the state, but it has none. Write "
                 "self.state = self.state.replace(tx=tx, opt_state=tx.init(self.state.params))."
             )
-        here.state = owned(state.replace(guard=make_guard(self._options)))
+        options = self._options
+        here.begin_averages(options.averages, keep=options.keep_optimizer)
+        here.state = owned(here.ready_state().replace(guard=make_guard(options)))
 
     def _identify(self, run: Run, total_steps: int | None) -> None:
         plan, trainer = run.plan, self._trainer
@@ -254,7 +312,7 @@ class Preparation:
         state, schedule = here.ready_state(), here.schedule
         try:
             self._trainer.init_optimizer(total_steps)
-            return here.ready_state().replace(guard=None)
+            return here.ready_state().replace(guard=None, averages=state.averages)
         except DistaffError:  # such as a warm-up that is too long for it
             return state.replace(guard=None)
         finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import closing
 from typing import Any
 
-from distaff.data import as_loader, closing_made, first_to_train, limited, unlimited
+from distaff.data import closing_made, first_to_train, limited, loader_of, unlimited
 from distaff.errors import StateError
 from distaff.execution.processes import check_one_process
 from distaff.metrics import as_numbers
@@ -30,7 +30,7 @@ class Inputs:
 
     def __init__(self, plan: Plan, loaders: tuple[Any, Any, Any], options: PlanOptions) -> None:
         train, val, test = loaders
-        made = None if test is None else as_loader(test, name="test")
+        made = None if test is None else loader_of(test, options, name="test")
         self.plan = plan
         self.made = [
             (train, unlimited(plan.train_loader)),
@@ -63,11 +63,12 @@ class Training:
                 texts = {} if here.table is None else {"model.txt": as_text(here.table)}
                 with (
                     recorded(recording, record, texts, run.recorder.outcome, subject),
+                    run.recorder.drawing(self._options.save_curves),
                     run.supervisor.watching(recording.path),
                     run.recovery.explaining(),
                 ):
                     run.recorder.has_begun = True
-                    self._train(run, inputs.test_loader)
+                    self._train(run, inputs.test_loader, preparation.products)
         return run.recorder.result()
 
     def check(self, plan: Plan) -> None:
@@ -93,8 +94,10 @@ class Training:
         run.recorder.begin()
         return run
 
-    def _train(self, run: Run, test_loader: Any) -> None:
+    def _train(self, run: Run, test_loader: Any, remark: str) -> None:
         """Runs the loop, notifies callbacks of its end, and tests the best model."""
+        if remark:
+            self._here.show(remark)
         try:
             try:
                 loop.train(self._trainer, run)
@@ -120,7 +123,9 @@ class Training:
         of_best = {n: x for n, x in best.items() if n[:6] != "train/"}
         metrics = {**run.state.last_metrics, **of_best}
         if test_loader is not None:
-            test_metrics = trainer.eval_model(test_loader, "test/")
+            test_metrics = {}
+            for name, weights in self._options.evaluations("test"):
+                test_metrics.update(trainer.eval_model(test_loader, f"{name}/", **weights))
             trainer.save_metrics("test", test_metrics)
             run.logger.log_metrics(test_metrics, step=here.step, epoch=here.epoch)
             metrics.update(test_metrics)

@@ -84,6 +84,7 @@ class Task:
         """
         trainer = self.trainer(config)
         train, val, _ = self.loaders(config)
+        as_loader(train, name="train")  # arrays would be shuffled by the seed of the trainer
         plan = make_plan(
             train,
             val,

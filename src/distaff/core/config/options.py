@@ -7,7 +7,7 @@ import inspect
 import math
 import operator
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from numbers import Integral
 from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
@@ -15,6 +15,9 @@ from distaff.core.config.checks import as_float, whole
 from distaff.core.config.durations import seconds_of
 from distaff.core.paths import as_path
 from distaff.errors import ConfigError, nearest
+
+_MARK = "_has_descriptions"
+"""Attribute of a class whose docstring lists its options."""
 
 T = TypeVar("T", bound="Options")
 
@@ -60,15 +63,25 @@ class Options:
 
 
 def described(cls: type[T]) -> type[T]:
-    """Adds an `Args` section, generated from the descriptions, to the docstring of a class."""
+    """Adds an `Args` section, generated from the descriptions, to the docstring of a class.
+
+    Options of a base class that has such a section are left out.
+    """
     sections = inspect.cleandoc(cls.__doc__ or "").partition("\n\nRaises:")
-    cls.__doc__ = f"{sections[0]}\n\nArgs:\n{descriptions(cls)}" + "".join(sections[1:])
+    bases: list[Any] = [base for base in cls.__mro__[1:] if _MARK in vars(base)]
+    listed = descriptions(cls, {field.name for base in bases for field in dataclasses.fields(base)})
+    cls.__doc__ = f"{sections[0]}\n\nArgs:\n{listed}" + "".join(sections[1:])
+    setattr(cls, _MARK, True)
     return cls
 
 
-def descriptions(cls: type[Options]) -> str:
+def descriptions(cls: type[Options], omitted: Collection[str] = ()) -> str:
     """Returns the descriptions of options as the entries of an `Args` section."""
-    fields = [field for field in dataclasses.fields(cls) if "doc" in field.metadata]
+    fields = [
+        field
+        for field in dataclasses.fields(cls)
+        if "doc" in field.metadata and field.name not in omitted
+    ]
     return "\n".join(_entry(field.name, field.metadata["doc"]) for field in fields)
 
 

@@ -36,7 +36,7 @@ OPTIONS = _by_name(
         "optimizers optim tx opt": _OPTIMIZER,
         "epochs max_epochs num_epochs n_epochs": _EPOCHS,
         "max_steps num_steps": "train_model(..., steps_per_epoch=...)",
-        "batch_size shuffle num_workers": _BATCHES,
+        "shuffle num_workers": _BATCHES,
         "exmp_input example_input input_shape": "example_batch=batch",
         "logger tensorboard wandb": "loggers=[...]",
         "callback hooks": "callbacks=[...]",
@@ -52,6 +52,8 @@ OPTIONS = _by_name(
         "accumulate_grad_batches": "OptimizerConfig(accumulate=...)",
         "val_check_interval": "check_val_every_n_epoch=...",
         "run_eagerly": "debug=True",
+        "use_ema ema_decay ema_momentum model_ema ema_rate": "ema=0.999",
+        "swa swa_epoch_start swa_start": "swa_from_epoch=...",
     }
 )
 """Options of the trainer, and what to write instead."""
@@ -63,7 +65,10 @@ ARGUMENTS = _by_name(
         "epochs max_epochs n_epochs": "num_epochs=...",
         "validation_data val_data val_dataloaders": "val_loader=...",
         "train_dataloaders train_data datamodule x": "train_loader=...",
-        "batch_size shuffle validation_split": _BATCHES,
+        "batch_size": f"{_CONSTRUCTOR} for arrays, or {_BATCHES}",
+        "shuffle": _BATCHES,
+        "validation_split test_size": "train, val = data.split((x, y), (0.8, 0.2))",
+        "y": "train_model((x, y), num_epochs=...)",
         "max_steps num_steps": "steps_per_epoch=..., with num_epochs=1",
         "callbacks loggers logger optimizer seed verbose ckpt_path resume": _CONSTRUCTOR,
         "lr learning_rate": _RATE,
@@ -78,6 +83,7 @@ OPTIMIZER = _by_name(
         "gradient_clip_val max_norm clipnorm clip": "clip_norm=...",
         "warmup num_warmup_steps": "warmup_steps=...",
         "scheduler lr_scheduler": "schedule=...",
+        "cooldown_steps num_decay_steps decay_fraction": "decay_steps=...",
         "accumulate_grad_batches every_k_schedule": "accumulate=...",
         "momentum b1 b2 eps nesterov": "options={...}, as in Optax",
     }
@@ -118,7 +124,8 @@ CALLS = _by_name(
 
 RESULTS = _by_name(
     {
-        "history logs": "result.path / 'metrics.jsonl', or a MemoryLogger",
+        "logs records": "result.history, or result.path / 'metrics.jsonl'",
+        "plot curves learning_curves": "result.figure()",
         "model params state best_params": "trainer.state, or bind_model()",
         "best_metrics best_epoch best_score": "result.best",
         "loss accuracy val_loss test_loss": "result.metrics['val/loss']",

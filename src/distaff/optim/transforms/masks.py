@@ -94,6 +94,11 @@ def check_patterns(patterns: Mapping[str, Sequence[str]], params: Params) -> Non
                 )
 
 
+def words_of(name: str) -> list[str]:
+    """Returns the words of a name in lower case: `layerScale_0` has `layer` and `scale`."""
+    return re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
+
+
 def _names(path: tuple[Any, ...]) -> tuple[str, str]:
     """Returns the path of a leaf's parent, and the leaf's name; skips a box around the leaf."""
     keys = [jax.tree_util.keystr((key,), simple=True) for key in path]
@@ -103,8 +108,7 @@ def _names(path: tuple[Any, ...]) -> tuple[str, str]:
 
 
 def _is_spared(parent: str, name: str, siblings: Mapping[str, tuple[int, ...]]) -> bool:
-    words = set(re.split(r"[^a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()))
-    if words & _WORDS or (_BIAS.fullmatch(name) and "a" not in siblings):
+    if _WORDS.intersection(words_of(name)) or (_BIAS.fullmatch(name) and "a" not in siblings):
         return True
     is_norm = _NORM.search(parent.rpartition("/")[2])
     is_like_bias = siblings.get("bias") == siblings[name]

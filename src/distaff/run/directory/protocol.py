@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from distaff.checkpoint import MemoryStore, NullStore, Store
 from distaff.loggers import Logger, ManyLoggers, NullLogger
+from distaff.loggers.history import ColumnLogger, History
 from distaff.run.identity.candidates import Candidate
 from distaff.run.identity.ending import ending
 from distaff.run.identity.identity import Subject
@@ -60,6 +61,15 @@ class Recording:
         """The run directory once it is open; None if nothing is written."""
         return None
 
+    def history(self, title: str, best_epoch: int | None) -> History:
+        """Returns the metrics logged so far, also before the run was resumed.
+
+        Args:
+            title: the title of its figures.
+            best_epoch: epoch of the best model; None if unknown.
+        """
+        return History(self.path or ColumnLogger(), title=title, best_epoch=best_epoch)
+
     def finished(
         self, record: Mapping[str, Any], subject: Subject | None, *, key: str | None, rerun: bool
     ) -> Candidate | None:
@@ -89,9 +99,10 @@ class Recording:
 
 
 class NullRecording(Recording):
-    """Writes no files: keeps checkpoints in memory, and uses the user's loggers only."""
+    """Writes no files: keeps checkpoints and metrics in memory, and uses the user's loggers."""
 
     def __init__(self, loggers: Sequence[Logger] = ()) -> None:
+        self._loggers, self._columns = loggers, ColumnLogger()
         self.logger = ManyLoggers(*loggers)
         self.throughput: Logger = NullLogger()
         self.store: Store = NullStore()
@@ -100,8 +111,12 @@ class NullRecording(Recording):
     def open(
         self, record: Mapping[str, Any], texts: Mapping[str, str], subject: Subject | None = None
     ) -> None:
-        self.store = MemoryStore()
+        self.store, self._columns = MemoryStore(), ColumnLogger()
+        self.logger = ManyLoggers(*self._loggers, self._columns)
         self.logger.log_config(record)
+
+    def history(self, title: str, best_epoch: int | None) -> History:
+        return History(self._columns, title=title, best_epoch=best_epoch)
 
     def close(self, status: str, **facts: Any) -> None:
         self.logger.close(status)

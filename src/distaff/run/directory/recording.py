@@ -55,6 +55,11 @@ class RecordingOptions(PlanOptions, ResumeOptions):
         check=or_none(at_least(1)),
         resume="same run",
     )
+    save_curves: bool = option(
+        True,
+        "Whether to draw the learning curves into `figures/` of the run directory at its end.",
+        resume="same run",
+    )
     on_failed_save: Literal["raise", "warn"] = option(
         "raise",
         """What to do when a checkpoint cannot be written, such as on a full disk. "raise" ends the

@@ -1,0 +1,1 @@
+"""Whole arrays and data frames: splits, folds, codings and statistics."""

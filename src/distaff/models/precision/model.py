@@ -1,0 +1,133 @@
+"""A model whose forward pass computes in another precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import jax
+import numpy as np
+
+from distaff.core.rewriter import Rewriter
+from distaff.core.typing import Key, PyTree
+from distaff.errors import ConfigError, leaf_name
+from distaff.models.adapter import LayerRow, Model, Variables, accepts_collections
+from distaff.models.observed import Observed, observing
+from distaff.models.precision.autocast import autocast
+from distaff.models.precision.options import PrecisionConfig
+
+_OUTPUTS = (jax.Array, bool, int, float, complex, str, bytes, np.ndarray, np.generic)
+
+
+class InPrecision:
+    """Runs the passes of a model in a precision. The model itself is not changed.
+
+    Args:
+        inner: the model.
+        precision: the precision of its passes.
+    """
+
+    def __init__(self, inner: Model, precision: PrecisionConfig) -> None:
+        self.inner, self._precision = inner, precision
+
+    def observing(self, observed: Observed) -> InPrecision:
+        """Returns this model with its passes recorded."""
+        return InPrecision(observing(self.inner, observed), self._precision)
+
+    @property
+    def apply_fn(self) -> Callable[..., Any]:
+        """The forward function of the model, in this precision."""
+        return self.forward
+
+    @property
+    def module(self) -> Any:
+        """The module itself."""
+        return self.inner.module
+
+    @property
+    def record(self) -> Any:
+        """The record of the model."""
+        return self.inner.record
+
+    def ready(self, key: Key) -> Variables | None:
+        """Returns the variables of a ready-made module, or None."""
+        return self.inner.ready(key)
+
+    def init(self, key: Key, *inputs: Any) -> Variables:
+        """Creates the variables, as the model alone does."""
+        return self.inner.init(key, *inputs)
+
+    @accepts_collections
+    def apply(
+        self, variables: Variables, *inputs: Any, train: bool, key: Key | None, **kwargs: Any
+    ) -> tuple[Any, Variables]:
+        """Runs the forward pass; see `Model.apply`.
+
+        Raises:
+            ConfigError: the model returns something else than a pytree of arrays.
+        """
+
+        def run(variables: Variables) -> tuple[Any, Variables]:
+            return self.inner.apply(variables, *inputs, train=train, key=key, **kwargs)
+
+        return self._run(run, variables)
+
+    def forward(self, variables: Mapping[str, PyTree], *inputs: Any, **kwargs: Any) -> Any:
+        """Runs the model's own forward function, given collections by name."""
+        return self._run(lambda held: self.inner.apply_fn(held, *inputs, **kwargs), variables)
+
+    def bind(self, variables: Variables) -> Any:
+        """Returns the module with its variables bound; it computes in its own precision."""
+        return self.inner.bind(variables)
+
+    def layers(self, key: Key, *inputs: Any) -> list[LayerRow]:
+        """Lists the modules of the model."""
+        return self.inner.layers(key, *inputs)
+
+    def _run(self, function: Callable[[Any], Any], variables: Any) -> Any:
+        if self._precision.compute is None:
+            with self._setting():
+                return function(variables)
+        rewriter = Rewriter(autocast(self._precision.compute, float32=self._precision.float32))
+        found: list[Any] = []
+
+        def traced(variables: Any) -> list[jax.Array]:
+            with self._setting():
+                found[:], structure = jax.tree.flatten(function(variables))
+            found.append(structure)
+            _check_outputs(found[:-1], type(self.module).__name__)
+            return [leaf for leaf in found[:-1] if isinstance(leaf, jax.Array)]
+
+        paths = [path for path, _ in jax.tree.leaves_with_path(variables)]
+        sources = [frozenset({_name_in_collection(path)}) for path in paths]
+        results = iter(rewriter(traced, variables, sources=sources))
+        *leaves, structure = found
+        outputs = [next(results) if isinstance(x, jax.Array) else x for x in leaves]
+        return jax.tree.unflatten(structure, outputs)
+
+    def _setting(self) -> Any:
+        setting = self._precision.matmul_precision
+        return nullcontext() if setting is None else jax.default_matmul_precision(setting)
+
+
+def plain_model(model: Model) -> Model:
+    """Returns a model without its precision."""
+    return model.inner if isinstance(model, InPrecision) else model
+
+
+def _name_in_collection(path: tuple[Any, ...]) -> str:
+    """Returns the path of a variable in its collection, as patterns for parameters have it."""
+    collections = ("collections",) if len(path) > 2 else ()
+    start = 1 + (leaf_name(path[:1]) in collections)
+    return leaf_name(path[start:])
+
+
+def _check_outputs(leaves: list[Any], model: str) -> None:
+    for leaf in leaves:
+        if not isinstance(leaf, _OUTPUTS):
+            raise ConfigError(
+                "precision needs a model whose outputs are a pytree of arrays, because its forward "
+                f"pass is evaluated again in another precision; {model} returned an object of the "
+                f"class {type(leaf).__name__}. Return arrays, and create the object in the loss."
+            )

@@ -1,0 +1,96 @@
+"""The option `precision`, and its exceptions."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import KW_ONLY
+from typing import Any, Literal, TypeAlias, get_args
+
+import jax.numpy as jnp
+
+from distaff.core.config.options import Options, check_choice, option
+from distaff.errors import ConfigError
+
+PrecisionName: TypeAlias = Literal["float32", "bf16"]
+
+MatmulPrecision: TypeAlias = Literal[
+    "default", "high", "highest", "bfloat16", "tensorfloat32", "float32"
+]
+
+_COMPUTE = {"float32": None, "bf16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class PrecisionConfig:
+    """The dtypes of a model's products, with exceptions.
+
+    Args:
+        name: `"float32"`, or `"bf16"` to compute matrix products and convolutions of the forward
+            and the backward pass in bfloat16. Parameters, optimizer, losses, softmax, statistics
+            of norm layers and metrics stay in float32.
+        float32: shell patterns for the paths of parameters, such as `"head/*"`, whose products
+            stay in float32.
+        matmul_precision: how an accelerator computes the products of the model that stay in
+            float32, such as `"highest"`; see `jax.default_matmul_precision`. None for JAX's
+            setting.
+
+    Raises:
+        ConfigError: a value is unknown, or `float32` is not a tuple of patterns.
+    """
+
+    name: PrecisionName = "bf16"
+    _: KW_ONLY
+    float32: tuple[str, ...] = ()
+    matmul_precision: MatmulPrecision | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("The name of a PrecisionConfig", self.name, PrecisionName)
+        if self.matmul_precision is not None:
+            check_choice("matmul_precision", self.matmul_precision, MatmulPrecision)
+        is_sequence = isinstance(self.float32, tuple | list)
+        if not is_sequence or not all(isinstance(each, str) and each for each in self.float32):
+            raise ConfigError(
+                "float32 of a PrecisionConfig must be a tuple of patterns for the paths of "
+                f"parameters, such as ('head/*',); got {self.float32!r}."
+            )
+        object.__setattr__(self, "float32", tuple(self.float32))
+
+    @property
+    def compute(self) -> Any:
+        """The dtype of products; None to leave each as the model has it."""
+        return _COMPUTE[self.name]
+
+    @property
+    def is_off(self) -> bool:
+        """Whether the model runs as it is."""
+        return self.compute is None and self.matmul_precision is None
+
+
+def as_precision(name: str, value: Any) -> Any:
+    """Checks that a value is the name of a precision, or a `PrecisionConfig`."""
+    if isinstance(value, PrecisionConfig):
+        return value
+    if not isinstance(value, str):
+        raise ConfigError(
+            f"{name} must be one of {', '.join(map(repr, get_args(PrecisionName)))}, or a "
+            f"distaff.PrecisionConfig; got {value!r}."
+        )
+    return check_choice(name, value, PrecisionName)
+
+
+def precision_of(value: PrecisionName | PrecisionConfig) -> PrecisionConfig:
+    """Returns the `PrecisionConfig` of an option."""
+    return value if isinstance(value, PrecisionConfig) else PrecisionConfig(value)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrecisionOptions(Options):
+    """The dtypes in which a model computes."""
+
+    precision: PrecisionName | PrecisionConfig = option(
+        "float32",
+        """Dtype of the model's matrix products and convolutions, forward and backward; "bf16"
+        computes them in bfloat16 and keeps all else in float32. A `PrecisionConfig` makes
+        exceptions.""",
+        check=as_precision,
+    )
