@@ -12,7 +12,7 @@ import optax
 
 from distaff.core.typing import Params, PyTree, Schedule
 from distaff.errors import ConfigError
-from distaff.optim import catalog
+from distaff.optim import catalog, factory
 from distaff.optim.checks import PATTERNS
 from distaff.optim.config import WHOLE_MODEL_OPTIONS, OptimizerConfig
 from distaff.optim.group_rates import adam_schedule_of, own_config, rates_by_group, schedule_of
@@ -171,6 +171,9 @@ def _transforms(
     schedule = schedule_of(config, total_steps)
     if config.groups:
         transforms.append(_grouped(config, total_steps))
+    elif factory.is_factory(config.name):
+        mask = make_decay_mask(config.no_decay, config.also_decay)
+        transforms.append(factory.build(config, schedule, mask, total_steps))
     elif schedule is None:
         transforms.append(_learned(config, total_steps))
     elif config.name == "muon":

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from distaff.core.config.checks import whole
 from distaff.errors import ConfigError, nearest
 from distaff.optim import catalog
+from distaff.optim.factory import check_name, is_factory
 from distaff.optim.options import check_options, is_finite, no_decay_remedy, plain
 
 ScheduleName: TypeAlias = Literal[
@@ -62,19 +63,24 @@ def to_python_scalars(config: Any, names: Sequence[str]) -> None:
 def _fill_in_defaults(config: Any) -> None:
     """Sets a learning rate or schedule that was not given to the default of the optimizer."""
     if isinstance(config.learning_rate, catalog.DefaultRate):
-        object.__setattr__(config, "learning_rate", catalog.default_rate(config.name))
+        is_known = not is_factory(config.name)
+        rate = catalog.default_rate(config.name) if is_known else catalog.RATE
+        object.__setattr__(config, "learning_rate", rate)
     if isinstance(config.schedule, catalog.DefaultSchedule):
         object.__setattr__(config, "schedule", catalog.default_schedule(config.name))
 
 
 def _check_names(config: Any) -> None:
     known = catalog.optimizers().keys() | catalog.LEARNED.keys()
-    if config.name in catalog.REFUSED:
+    if is_factory(config.name):
+        check_name(config.name)
+    elif config.name in catalog.REFUSED:
         raise ConfigError(f"The optimizer {catalog.REFUSED[config.name]}")
-    if config.name not in known:
+    elif config.name not in known:
         raise ConfigError(
             f"No optimizer is called {config.name!r}. {nearest(str(config.name).lower(), known)} "
-            "Any other can be passed as the optax.GradientTransformation itself."
+            "Any other can be named as 'package.module:factory', or passed as the "
+            "optax.GradientTransformation itself."
         )
     schedules, shapes = get_args(ScheduleName), get_args(DecayShape)
     if config.schedule not in schedules:
@@ -147,7 +153,8 @@ def _check_combinations(config: Any) -> None:
             f"{config.schedule!r} with warmup_steps={config.warmup_steps}. "
             "Use schedule='constant' and warmup_steps=0."
         )
-    if config.weight_decay > 0 and not catalog.takes_weight_decay(config.name):
+    is_known = not is_factory(config.name)
+    if is_known and config.weight_decay > 0 and not catalog.takes_weight_decay(config.name):
         raise ConfigError(
             f"The optimizer {config.name!r} has no weight decay that can exclude biases and norm "
             f"scales, and weight_decay is {config.weight_decay!r}. {_decay_remedy(config)}"

@@ -70,7 +70,8 @@ class OptimizerConfig:
             matrices are trained by Muon and the rest by AdamW, whose peak rate may differ:
             `options={"adam_learning_rate": 3e-4}`. Or velo, a trained network whose weights are in
             a folder, `options={"weights": "/folder"}`; it has no learning rate: leave the next
-            four fields at their defaults.
+            four fields at their defaults. Or `package.module:factory`, a function that returns an
+            `optax.GradientTransformation`; see `distaff.optim.factory`.
         learning_rate: peak learning rate. By default that of the Optax function, such as 1.0 for
             prodigy, dowg or schedule_free_sgd, and 1e-3 if it has none.
         schedule: decay of the learning rate after the warm-up; one_cycle rises first. By default

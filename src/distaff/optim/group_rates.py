@@ -12,6 +12,7 @@ import optax
 from distaff.core.typing import Params, Schedule
 from distaff.optim import catalog
 from distaff.optim.config import WHOLE_MODEL_OPTIONS, OptimizerConfig, ParamGroup
+from distaff.optim.factory import is_factory, takes_learning_rate
 from distaff.optim.rates import RATE
 from distaff.optim.schedules import make_schedule
 from distaff.optim.transforms.muon import muon_routes
@@ -76,7 +77,10 @@ def _parts(
 
 def schedule_of(config: OptimizerConfig, total_steps: int | None) -> Schedule | None:
     """Returns the learning rate of a config by update; None for an optimizer without one."""
-    return None if config.name in catalog.LEARNED else make_schedule(config, total_steps)
+    has_none = config.name in catalog.LEARNED or (
+        is_factory(config.name) and not takes_learning_rate(config.name)
+    )
+    return None if has_none else make_schedule(config, total_steps)
 
 
 def adam_schedule_of(config: OptimizerConfig, total_steps: int | None) -> Schedule | None:

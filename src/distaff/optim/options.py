@@ -15,6 +15,7 @@ import numpy as np
 
 from distaff.errors import ConfigError, nearest
 from distaff.optim import catalog
+from distaff.optim.factory import is_factory
 from distaff.optim.learned import WHERE_TO_GET
 
 _DECAYS = {"b1", "b2", "b3", "beta", "adam_b1", "adam_b2", "rho", "decay"}
@@ -44,13 +45,7 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: one is unknown, missing, of another type than Optax's default, or out of range.
     """
-    known = catalog.options_of(name)
     for option, value in options.items():
-        _check_owner(name, option)
-        if option not in known:
-            raise ConfigError(
-                f"The optimizer {name!r} has no option {option!r}. {nearest(option, known)}"
-            )
         if not isinstance(value, bool | int | float | str | None) or (
             isinstance(value, float) and not math.isfinite(value)
         ):
@@ -58,6 +53,15 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
                 "An option must be a bool, an int, a finite float, a str or None, and "
                 f"options[{option!r}] is {value!r}. For anything else, pass the "
                 "optax.GradientTransformation itself."
+            )
+    if is_factory(name):  # its own arguments are known once it is imported
+        return
+    known = catalog.options_of(name)
+    for option, value in options.items():
+        _check_owner(name, option)
+        if option not in known:
+            raise ConfigError(
+                f"The optimizer {name!r} has no option {option!r}. {nearest(option, known)}"
             )
         rule = "" if name in catalog.LEARNED else _broken_rule(option, value, known[option])
         if rule:

@@ -16,6 +16,7 @@ from distaff.core.names import name_of
 from distaff.errors import CheckpointError, ConfigError
 from distaff.models import is_linen_class, rebuild
 from distaff.optim import OptimizerConfig
+from distaff.optim.factory import is_loaded
 from distaff.trainer.config import TrainerConfig
 from distaff.trainer.plain import LostError, recorded, restored
 
@@ -133,7 +134,10 @@ def recorded_options(cls: type[TrainerConfig], record: Mapping[str, Any]) -> dic
     """
     options = dict(vars(from_json(cls, record["options"])))
     with suppress(ConfigError):  # A transformation or a function is only recorded by its name.
-        options["optimizer"] = from_json(OptimizerConfig, record.get("optimizer"))
+        optimizer = from_json(OptimizerConfig, record.get("optimizer"))
+        # A name in a file must not lead to the import of a module.
+        if is_loaded(optimizer):
+            options["optimizer"] = optimizer
     return {name: x for name, x in options.items() if name not in cls.names("ignored")}
 
 
