@@ -8,7 +8,7 @@ from distaff.data.datasets.cifar import read_cifar10, read_cifar100
 from distaff.data.datasets.digits import digits
 from distaff.data.datasets.idx import read_idx
 from distaff.data.datasets.pictures import cifar10, cifar10_names, cifar100, cifar100_names, mnist
-from distaff.data.entry import entry
+from distaff.data.entry import INPUT_NAMES, entry
 from distaff.data.examples.examples import BlockExamples, Examples, MappedExamples, from_examples
 from distaff.data.formats.array_record import ArrayRecordExamples
 from distaff.data.formats.parquet import ParquetExamples
@@ -35,11 +35,13 @@ from distaff.data.sequences.packed import packed
 from distaff.data.sequences.windows import held_out_windows, shuffled_windows
 from distaff.data.stream import Stream
 from distaff.data.tables.split import k_fold, split
+from distaff.data.tables.standardize import Standardize
 from distaff.data.wrappers.limited import Limited, first_batches, limited, unlimited
 from distaff.data.wrappers.mapped import MappedLoader
 from distaff.data.wrappers.mixture import Mixture
 
 __all__ = [
+    "INPUT_NAMES",
     "ArrayLoader",
     "ArrayRecordExamples",
     "BlockExamples",
@@ -54,6 +56,7 @@ __all__ = [
     "ParquetExamples",
     "Positioned",
     "Restartable",
+    "Standardize",
     "Stream",
     "TarExamples",
     "TextLines",

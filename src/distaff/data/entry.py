@@ -11,6 +11,9 @@ import jax
 from distaff.core.typing import Batch
 from distaff.errors import BatchError
 
+INPUT_NAMES = ("image", "images", "x", "input", "inputs", "tokens", "features")
+"""Names of the model's input in a batch, in order of preference."""
+
 
 def entry(batch: Batch, names: Sequence[str], position: int, *, what: str, override: str) -> Any:
     """Returns the entry of a batch with one of these names, or at this position.

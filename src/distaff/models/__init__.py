@@ -11,6 +11,7 @@ import flax.linen as nn
 import flax.nnx as flax_nnx
 
 from distaff.core import optional
+from distaff.data import Standardize
 from distaff.errors import ConfigError
 from distaff.models.adapter import LayerRow, Model, Variables, is_model
 from distaff.models.functional import FunctionModel, Functions
@@ -25,6 +26,7 @@ from distaff.models.precision.options import (
     precision_of,
 )
 from distaff.models.record import is_linen_class
+from distaff.models.standardized import StandardizedModel
 
 __all__ = [
     "Functions",
@@ -45,6 +47,7 @@ __all__ = [
     "plain_model",
     "precision_of",
     "rebuild",
+    "standardized",
     "whole_batches",
 ]
 
@@ -140,6 +143,14 @@ def in_precision(model: Model, precision: PrecisionName | PrecisionConfig) -> Mo
     found = precision_of(precision)
     # Its forward function must not hold the arrays of a ready-made module.
     return model if found.is_off else InPrecision(model_of(model.apply_fn), found)
+
+
+def standardized(model: Model, scale: Standardize | None) -> Model:
+    """Returns a model whose first input is standardized; the model itself without a `scale`.
+
+    Its forward function does not hold the arrays of a ready-made module.
+    """
+    return model if scale is None else StandardizedModel(model_of(model.apply_fn), scale)
 
 
 def _owner(init: Any, apply: Any) -> nn.Module | None:

@@ -21,10 +21,10 @@ from distaff.checkpoint.weights.names import as_variables
 from distaff.core.config.options import with_options
 from distaff.core.seeds import folded
 from distaff.core.typing import Batch, Key, Params, PyTree
-from distaff.data import entry, num_batches
+from distaff.data import INPUT_NAMES, entry, num_batches
 from distaff.data.on_policy import check_reader
 from distaff.execution import allocator, compile_cache
-from distaff.models import LoraModel, Variables, as_model, in_precision
+from distaff.models import LoraModel, Variables, as_model, in_precision, standardized
 from distaff.run.display import make_display
 from distaff.run.display.model_table import model_table
 from distaff.run.evaluation import predict
@@ -37,8 +37,6 @@ from distaff.trainer.initial import normalized, on_host, rows_of, traced_init
 from distaff.trainer.loading import explained, load, restore
 
 T = TypeVar("T")
-
-_INPUT_NAMES = ("image", "images", "x", "input", "inputs", "tokens", "features")
 
 
 class Predictor:
@@ -142,7 +140,10 @@ class Predictor:
         """Creates the initial state: the variables and the root key, without an optimizer."""
         init_key, root_key = self._workspace.execution.once(_two_keys)(folded(self.config.seed))
         variables = self._initial(example_batch, init_key)
-        apply_fn = in_precision(self.model, self.config.precision).apply_fn
+        model = standardized(
+            in_precision(self.model, self.config.precision), self.config.standardize
+        )
+        apply_fn = model.apply_fn
         self.state = self.state_class.create(apply_fn=apply_fn, rng=root_key, **variables._asdict())
 
     def _initial(self, example_batch: Batch, key: Key) -> Variables:
@@ -186,7 +187,7 @@ class Predictor:
         if hasattr(batch, "shape"):
             return (batch,)
         what, override = "The model's input", "model_inputs(self, batch)"
-        return (entry(batch, _INPUT_NAMES, 0, what=what, override=override),)
+        return (entry(batch, INPUT_NAMES, 0, what=what, override=override),)
 
     def predict_fn(self, params: Params, batch: Batch, ctx: Context) -> PyTree:
         """Returns the outputs for a batch, each `[batch, ...]`. Override it for other outputs.

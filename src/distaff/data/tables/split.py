@@ -12,7 +12,7 @@ import numpy as np
 from distaff.core import optional
 from distaff.core.config.checks import whole
 from distaff.core.typing import PyTree
-from distaff.data.inputs import whole_arrays
+from distaff.data.whole import whole_arrays
 from distaff.errors import BatchError, ConfigError
 
 

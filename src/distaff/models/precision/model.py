@@ -16,6 +16,7 @@ from distaff.models.adapter import LayerRow, Model, Variables, accepts_collectio
 from distaff.models.observed import Observed, observing
 from distaff.models.precision.autocast import autocast
 from distaff.models.precision.options import PrecisionConfig
+from distaff.models.standardized import StandardizedModel
 
 _OUTPUTS = (jax.Array, bool, int, float, complex, str, bytes, np.ndarray, np.generic)
 
@@ -112,8 +113,10 @@ class InPrecision:
 
 
 def plain_model(model: Model) -> Model:
-    """Returns a model without its precision."""
-    return model.inner if isinstance(model, InPrecision) else model
+    """Returns a model without its precision and its standardization."""
+    while isinstance(model, InPrecision | StandardizedModel):
+        model = model.inner
+    return model
 
 
 def _name_in_collection(path: tuple[Any, ...]) -> str:
