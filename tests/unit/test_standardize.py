@@ -216,3 +216,15 @@ def test_run_resumes_bit_for_bit_and_other_statistics_are_another_run():
     with pytest.raises(InterruptError):
         started(5, "others")
     assert started(None, "others", X[:50]).last_run.path.name == "0002"
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_standardized_model_may_compute_in_bfloat16(kind):
+    scale = Standardize.fit(ARRAYS)
+    model = KINDS[kind].mlp
+    run, plain = (make(model(), standardize=scale, precision=name) for name in ("bf16", "float32"))
+    for each in (run, plain):
+        each.train_model(ARRAYS, num_epochs=1)
+    halved = run.predict(X)
+    assert not np.array_equal(halved, plain.predict(X))
+    np.testing.assert_allclose(halved, plain.predict(X), rtol=0.1, atol=0.05)
