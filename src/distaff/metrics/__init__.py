@@ -8,7 +8,6 @@ from distaff.metrics.accumulators import (
     PerExample,
     Sum,
     compute,
-    declare,
     floating,
     merge,
     merge_rows,
@@ -17,6 +16,7 @@ from distaff.metrics.accumulators import (
 )
 from distaff.metrics.as_json import as_json, as_numbers
 from distaff.metrics.classification import AUROC, F1, ConfusionMatrix, IoU, Precision, Recall
+from distaff.metrics.declare import declare
 from distaff.metrics.extremes import Max, Min
 from distaff.metrics.filled import filled
 from distaff.metrics.language import Perplexity

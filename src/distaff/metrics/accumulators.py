@@ -6,7 +6,7 @@ and each metric that a loss function returns, may be
 * an array `[batch, ...]`: one value per example, averaged over the examples;
 * `Mean.per_example(...)`, `Sum.per_example(...)`, ...: one value per example, reduced that way;
 * a scalar: the mean over its batch;
-* a metric.
+* a metric, also of another library.
 
 Only the first two can be masked, so only they let evaluation pad a short last batch.
 Metrics are float32 on the device, within one window of steps, and float64 on the host.
@@ -279,38 +279,6 @@ class Last(Metric):
 
 Metrics = Mapping[str, Metric]
 """Metrics of a step, window, epoch or evaluation, by name."""
-
-
-def declare(name: str, value: Any, num_examples: int) -> Metric | PerExample:
-    """Converts a value that a step returned into a metric.
-
-    Args:
-        name: its name, for errors.
-        value: an array `[batch, ...]`, a scalar, a metric, or `PerExample`.
-        num_examples: the batch size.
-
-    Raises:
-        LossError: an array is neither a scalar nor has one value per example.
-    """
-    if isinstance(value, Metric):
-        return value
-    if isinstance(value, PerExample):
-        _check_leading(name, value.values[0], num_examples)
-        return value
-    array = floating(value)
-    if array.ndim == 0:
-        weight = jnp.asarray(num_examples, array.dtype)
-        return Mean(array * weight, weight)
-    _check_leading(name, array, num_examples)
-    return Mean.per_example(array)
-
-
-def _check_leading(name: str, array: jax.Array, num_examples: int) -> None:
-    if array.shape[:1] != (num_examples,):
-        raise LossError(
-            f"The metric {name!r} has shape {array.shape}; expected a scalar or one entry per "
-            f"example, [{num_examples}, ...]. Reduce it, or wrap it: metrics.Sum({name})."
-        )
 
 
 def merge(first: Metrics, second: Metrics) -> dict[str, Metric]:
