@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distaff.run.display import NullDisplay, PlainDisplay, TerminalDisplay, make_display
-from distaff.run.display.lines import epoch_text, number
+from distaff.run.display.lines import epoch_text, fit, live_fields, number
 from distaff.run.display.pace import Pace
 
 METRICS = {"train/loss": 0.25, "train/accuracy": 0.9, "val/loss": 0.5, "val/accuracy": 0.8}
@@ -117,6 +117,59 @@ def test_plain_display_rates_training_without_compilation_and_evaluation(clock):
         "epoch  1/20  step   1  train loss 0.2500  82.0 s      32 examples/s\n"
         "epoch  2/20  step   2  train loss 0.1250   1.0 s      64 examples/s *\n"
     )
+
+
+def test_plain_display_prints_a_line_every_thirty_seconds_of_a_long_epoch(clock):
+    stream = io.StringIO()
+    display = PlainDisplay(stream, clock=clock)
+    display.start(2, 100)
+    display.compiling("the train step")
+    clock.seconds += 90
+    display.running()
+    display.advance(1, 1, 0)
+    display.update({"step/loss": 0.25, "step/accuracy": 0.5, "step/learning_rate": 1e-3})
+    for step in range(2, 63):  # a second each
+        clock.seconds += 1
+        display.advance(step, 1, 64)
+    line = "loss 0.2500  accuracy 0.5000  lr 0.0010      64 examples/s"
+    assert stream.getvalue().splitlines() == [
+        f"epoch 1/2  step  31/200  {line}  2:49 left",
+        f"epoch 1/2  step  61/200  {line}  2:19 left",
+    ]
+    display.epoch_line(1, 2, 62, {}, 61.0, False)
+    clock.seconds += 29
+    display.advance(63, 2, 64)
+    assert len(stream.getvalue().splitlines()) == 3  # a line restarts the thirty seconds
+
+
+def test_plain_display_prints_a_line_every_thirty_seconds_of_a_long_evaluation(clock):
+    stream = io.StringIO()
+    display = PlainDisplay(stream, clock=clock)
+    for _ in display.track(range(8), "val", 8):
+        clock.seconds += 10
+    assert stream.getvalue().splitlines() == ["val 3/8", "val 6/8"]
+
+
+def test_live_fields_keep_the_first_metric_and_one_learning_rate():
+    metrics = {"step/loss": 0.25, "step/learning_rate/head": 1e-3, "step/learning_rate/body": 1e-5}
+    assert live_fields(metrics) == [(0, "loss 0.2500"), (1, "lr 0.0010")]
+    many = live_fields(
+        {"step/loss": 0.25, "step/psnr/y": 1.0, "step/b": 2.0, "step/learning_rate": 0.5}
+    )
+    fields = [(0, "epoch"), *many]
+    assert fit(fields, width=60) == "epoch  loss 0.2500  psnr/y 1.0000  b 2.0000  lr 0.5000"
+    assert fit(fields, width=50) == "epoch  loss 0.2500  psnr/y 1.0000  lr 0.5000"
+    assert fit(fields, width=30) == "epoch  loss 0.2500  lr 0.5000"
+    assert fit(fields, width=20) == "epoch  loss 0.2500"
+
+
+def test_terminal_display_drops_metrics_before_the_rates_on_a_narrow_terminal(terminal, clock):
+    display = terminal_display(terminal, clock, width=64)
+    display.start(20, 23)
+    display.advance(1, 1, 64)
+    display.update({"step/loss": 0.25, "step/accuracy": 0.5, "step/learning_rate": 1e-3})
+    numbers = last_frame(display, terminal).splitlines()[1]
+    assert numbers == "epoch  1/20  step   1/460  loss 0.2500  lr 0.0010"
 
 
 def test_plain_display_forgets_the_time_between_two_trainings(clock):

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from distaff import data, tasks, zoo
+from distaff.data import as_loader, limited
 from distaff.execution.flops import Flops
 from distaff.execution.timers import PARTS, Throughput
-from distaff.run.report import Report, make_report
+from distaff.run.report import Report, faster_data, make_report
 
 
 def read(**seconds: float) -> Throughput:
@@ -44,6 +45,42 @@ def test_lines_say_what_to_do_where_a_tenth_of_the_training_waits_for_data(waiti
         "10% of training time was spent waiting for data. Pass arrays as" in lines[-1]
     ) == is_said
     assert len(lines) == 2 + is_said
+
+
+def test_lines_ignore_a_short_wait_of_a_short_run():
+    assert Report(read(device=0.5, data=0.5)).remarks() == []
+    (remark,) = Report(read(device=0.5, data=1.0), advice="Do less.").remarks()
+    assert remark == "data   67% of training time was spent waiting for data. Do less."
+
+
+@pytest.mark.parametrize(
+    ("change", "says", "is_silent_on"),
+    [
+        (lambda loader: loader, "larger batch_size", "ArrayLoader"),
+        (lambda loader: data.MappedLoader(loader, lambda batch: batch), "functions", "ArrayLoader"),
+        (lambda loader: limited(loader, 2), "larger batch_size", "ArrayLoader"),
+        (list, "Pass arrays as a data.ArrayLoader", "larger"),
+    ],
+)
+def test_advice_on_data_never_names_what_is_there_already(change, says, is_silent_on):
+    train, _, _ = data.digits(batch_size=128)
+    advice = faster_data(as_loader(change(train), name="train"))
+    assert says in advice
+    assert is_silent_on not in advice
+
+
+@pytest.mark.parametrize("steps_per_call", [1, "auto"])
+def test_how_steps_are_fused_is_in_the_log_and_not_shown(capsys, steps_per_call):
+    train, val, _ = data.digits(batch_size=256)
+    trainer = tasks.Classifier(zoo.MLP((8, 10)), steps_per_call=steps_per_call)
+    result = trainer.train_model(train, val, num_epochs=3)
+    shown, logged = capsys.readouterr().out, (result.path / "log.txt").read_text()
+    assert "step fusion" in logged
+    assert not any(word in shown for word in ("fusion", "per call", "estimated"))
+    assert "compiled in" in shown
+    assert shown.count("* best model so far") == 1
+    first = next(n for n, line in enumerate(shown.splitlines()) if line.endswith(" *"))
+    assert shown.splitlines()[first + 1] == "* best model so far"
 
 
 def test_speed_below_ten_keeps_its_digits():

@@ -30,7 +30,7 @@ from distaff.run.directory.protocol import Recording
 from distaff.run.display import rows_by_split
 from distaff.run.events import ChunkEnd, Plan
 from distaff.run.learning import LearningCheck
-from distaff.run.report import Report, make_report
+from distaff.run.report import Report, faster_data, make_report
 from distaff.run.result import TrainResult
 from distaff.run.run_state import EpochProgress, RunState, best_json
 from distaff.run.workspace import Workspace
@@ -78,7 +78,7 @@ class Recorder:
         self._dispatcher: Dispatcher | None = None
         self._options, self._rates, self._epoch_start = options, None, time.perf_counter()
         self._check_learning: LearningCheck | None = None
-        self._num_shown = 0
+        self._num_shown, self._has_legend = 0, False
         self._progress_due_at = self._metrics_due_at = -math.inf
 
     @property
@@ -146,7 +146,8 @@ class Recorder:
         self.has_observed = True
         if self.workspace.step == state.first_step:
             self.display.running()
-            self.show(f"{self.timers.read().compiled()}; {self.dispatcher.forms.describe()}")
+            self.show(self.timers.read().compiled())
+            _log.info("%s", self.dispatcher.forms.describe())
         self.workspace.state, self.workspace.step = event.state, event.step
         in_epoch = state.in_epoch._replace(steps=state.in_epoch.steps + event.num_steps)
         self.state = state._replace(step=event.step, epoch=epoch, in_epoch=in_epoch)
@@ -189,13 +190,13 @@ class Recorder:
     def _log_window(self, event: WindowEnd) -> None:
         state = self.state
         metrics = compute(self._shown(event.metrics), "step/")
-        if self.timers.since >= self._metrics_due_at:
-            self.display.update({n: v for n, v in metrics.items() if np.ndim(v) == 0})
-            self._metrics_due_at = self.timers.since + _PROGRESS_SECONDS
         if self._rates is not None:
             updates = max(1, event.step - state.begun_at[0] - state.num_skipped)
             applied = self._rates(updates * self.updates_per_step - 1)
             metrics = {**metrics, **{f"step/{name}": rate for name, rate in applied.items()}}
+        if self.timers.since >= self._metrics_due_at:
+            self.display.update({n: v for n, v in metrics.items() if np.ndim(v) == 0})
+            self._metrics_due_at = self.timers.since + _PROGRESS_SECONDS
         self.recording.logger.log_metrics(metrics, step=event.step, epoch=self.workspace.epoch)
         self.log_throughput(_LAP_SECONDS)
 
@@ -219,6 +220,9 @@ class Recorder:
         values = " ".join(f"{name} {value:.6g}" for name, value in scalars.items())
         _log.info("epoch %d/%d step %d %s", epoch, last, step, values)
         self.display.epoch_line(epoch, last, step, scalars, seconds, is_best)
+        if is_best and not self._has_legend:
+            self._has_legend = True
+            self.display.print("* best model so far")
 
     def log_throughput(self, seconds: float = 0.0) -> None:
         """Logs the throughput since the last line, if that is at least `seconds` old."""
@@ -247,7 +251,8 @@ class Recorder:
             titles = {**titles, "val": f"val, epoch {state.best.epoch} (best)"}
         self.display.table(rows_by_split(metrics, titles))
         measure_peak = peak_flops if measures else lambda again: None
-        self.report = make_report(self.timers.read(), self.dispatcher.flops, measure_peak)
+        report = make_report(self.timers.read(), self.dispatcher.flops, measure_peak)
+        self.report = report._replace(advice=faster_data(self.plan.train_loader))
         self.log_throughput()
         for line in self.report.lines():
             self.show(line)

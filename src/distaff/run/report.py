@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from distaff.data import ArrayLoader, sources, unlimited
 from distaff.execution.flops import Flops
 from distaff.execution.timers import PARTS, TRAINING, Throughput
 
@@ -19,10 +20,24 @@ _AGAIN_SECONDS = 100.0
 _LONG_WAIT = 0.1
 """Least share of training time spent waiting for data that is reported."""
 
+_LONG_WAIT_SECONDS = 1.0
+"""Least seconds spent waiting for data that are reported."""
+
+_CUSTOM = "do less work per batch, preprocess once before the training, or use more workers."
 _FASTER_DATA = (
-    "Pass arrays as a data.ArrayLoader, which gathers each batch at once. In a custom loader, do "
-    "less work per batch, preprocess once before the training, or use more workers."
+    f"Pass arrays as a data.ArrayLoader, which gathers each batch at once. In a custom loader, "
+    f"{_CUSTOM}"
 )
+
+
+def faster_data(loader: Any) -> str:
+    """Returns how a loader can be made faster: what it does not do already."""
+    loader = unlimited(loader)
+    if not all(isinstance(each, ArrayLoader) for each in sources(loader)):
+        return _FASTER_DATA
+    if isinstance(loader, ArrayLoader):
+        return "A larger batch_size gathers more rows at once, and needs fewer steps."
+    return f"In the functions that change batches, {_CUSTOM}"
 
 
 class Report(NamedTuple):
@@ -32,11 +47,13 @@ class Report(NamedTuple):
         throughput: counts and times of the run.
         flops: FLOPs of one step; None if unknown.
         peak: peak FLOPs per second of the machine; None if unknown.
+        advice: how to make the data faster, if the training waits for it.
     """
 
     throughput: Throughput
     flops: Flops | None = None
     peak: float | None = None
+    advice: str = _FASTER_DATA
 
     @property
     def flops_per_second(self) -> float | None:
@@ -89,10 +106,11 @@ class Report(NamedTuple):
 
     def remarks(self) -> list[str]:
         """Returns advice on the speed, as lines of text."""
-        waiting = self.throughput.per_second(self.throughput.seconds["data"])
-        if waiting <= _LONG_WAIT:
+        seconds = self.throughput.seconds["data"]
+        waiting = self.throughput.per_second(seconds)
+        if waiting <= _LONG_WAIT or seconds < _LONG_WAIT_SECONDS:
             return []
-        return [f"data   {waiting:.0%} of training time was spent waiting for data. {_FASTER_DATA}"]
+        return [f"data   {waiting:.0%} of training time was spent waiting for data. {self.advice}"]
 
     def _speed(self) -> str:
         read = self.throughput

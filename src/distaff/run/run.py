@@ -29,7 +29,7 @@ from distaff.run.events import BadNumbers, Interrupted, Pause, Plan
 from distaff.run.identity.ending import ending
 from distaff.run.recorder import Recorder
 from distaff.run.recovery import Recovery
-from distaff.run.report import Report
+from distaff.run.report import Report, faster_data
 from distaff.run.result import Best
 from distaff.run.run_state import EpochProgress, RunState
 from distaff.run.sanity import report_breach
@@ -311,7 +311,8 @@ class Run:
         self.checkpointer.settle()
         self.recorder.update(interrupted_by=str(interrupted))
         remedy = "Run the same command again to resume." if self.path else "Nothing was saved."
-        for remark in Report(self.timers.read()).remarks():
+        advice = faster_data(self.plan.train_loader)
+        for remark in Report(self.timers.read(), advice=advice).remarks():
             self.recorder.show(remark)
         self.recorder.show(f"interrupted by {interrupted} at step {self.workspace.step}. {remedy}")
 

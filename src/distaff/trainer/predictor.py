@@ -133,8 +133,9 @@ class Predictor:
             rows = self.model.layers(key, *self.model_inputs(example_batch))
         except Exception:  # It has other inputs, or computes on the host: `run_model_init` decides.
             rows = rows_of(self._initial(example_batch, jax.random.key(0)), kind)
-        self._workspace.table = model_table(rows, kind, depth=self.config.table_depth)
-        self._workspace.display.print(self._workspace.table)
+        depth = self.config.table_depth
+        self._workspace.table = model_table(rows, kind, None if depth == "auto" else depth)
+        self._workspace.display.print(model_table(rows, kind, depth))
 
     def init_model(self, example_batch: Batch) -> None:
         """Creates the initial state: the variables and the root key, without an optimizer."""

@@ -46,6 +46,24 @@ def metric_fields(metrics: Scalars) -> list[str]:
     return [" ".join([split, *texts]).lstrip() for split, texts in splits.items()]
 
 
+def live_fields(metrics: Scalars) -> list[tuple[int, str]]:
+    """Returns the fields of the live line, as `fit` takes them: metrics, then the learning rate.
+
+    The first metric is never dropped. Of several learning rates, the first is shown.
+
+    >>> live_fields({"step/loss": 0.25, "step/accuracy": 0.5, "step/learning_rate": 1e-3})
+    [(0, 'loss 0.2500'), (4, 'accuracy 0.5000'), (1, 'lr 0.0010')]
+    """
+    names = [(name, name.partition("/")[2] or name) for name in metrics]
+    rates = [name for name, short in names if short.startswith("learning_rate")]
+    others = [(name, short) for name, short in names if name not in rates]
+    fields = [
+        (3 + place if place else 0, f"{short} {number(metrics[name])}")
+        for place, (name, short) in enumerate(others)
+    ]
+    return [*fields, *((1, f"lr {number(metrics[name])}") for name in rates[:1])]
+
+
 def epoch_text(
     epoch: int,
     num_epochs: int,

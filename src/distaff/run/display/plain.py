@@ -10,14 +10,21 @@ from rich.console import Console, RenderableType
 
 from distaff.core.typing import Scalars
 from distaff.run.display.lines import epoch_text
-from distaff.run.display.pace import Pace
+from distaff.run.display.progress import Progress
 from distaff.run.display.protocol import Display
 
 T = TypeVar("T")
 
 
+_SILENT_SECONDS = 30.0
+"""Most seconds without a line in a long epoch or evaluation."""
+
+
 class PlainDisplay(Display):
-    """Prints lines of plain text, without control characters."""
+    """Prints lines of plain text, without control characters.
+
+    Within a long epoch or evaluation, it prints a line of progress every 30 seconds.
+    """
 
     def __init__(
         self,
@@ -33,25 +40,38 @@ class PlainDisplay(Display):
             force_terminal=False,
             force_jupyter=False,  # would print tables into the notebook, not to the stream
             color_system=None,
-            width=100,
+            width=80,
             highlight=False,
         )
-        self._clock = clock
-        self._pace = Pace(clock)
-        self._step_width = 1
+        self._clock, self._spoke_at = clock, clock()
+        self._progress = Progress(clock)
 
     def start(self, num_epochs: int, steps_per_epoch: int | None) -> None:
-        self._step_width = len(str(num_epochs * steps_per_epoch)) if steps_per_epoch else 6
-        self._pace = Pace(self._clock)
+        self._progress.begin(num_epochs, steps_per_epoch)
+        self._spoke_at = self._clock()
 
     def compiling(self, what: str) -> None:
-        self._pace.hold("compiling")
+        self._progress.compiling(what)
 
     def running(self) -> None:
-        self._pace.release("compiling")
+        self._progress.running()
+        self._spoke_at = self._clock()
 
     def advance(self, step: int, epoch: int, examples: int) -> None:
-        self._pace.examples += examples
+        self._progress.advance(step, epoch, examples)
+        self._speak_if_silent()
+
+    def update(self, metrics: Scalars) -> None:
+        self._progress.update(metrics)
+
+    def _speak_if_silent(self) -> None:
+        """Prints a line of progress if the last line is 30 seconds old."""
+        if self._clock() - self._spoke_at < _SILENT_SECONDS:
+            return
+        progress = self._progress
+        self.print(
+            progress.numbers(None, with_status=True) if progress.epoch else progress.status()
+        )
 
     def epoch_line(
         self,
@@ -62,8 +82,8 @@ class PlainDisplay(Display):
         seconds: float,
         is_best: bool,
     ) -> None:
-        padded_step = f"{step:{self._step_width}}"
-        rate = self._pace.lap()
+        padded_step = f"{step:{self._progress.step_width()}}"
+        rate = self._progress.pace.lap()
         self.print(
             epoch_text(epoch, num_epochs, padded_step, metrics, seconds, rate, is_best, None)
         )
@@ -71,13 +91,13 @@ class PlainDisplay(Display):
     def track(
         self, iterable: Iterable[T], description: str, total: int | None = None
     ) -> Iterator[T]:
-        self._pace.hold("track")
-        try:
-            yield from iterable
-        finally:
-            self._pace.release("track")
+        self._spoke_at = self._clock()
+        for item in self._progress.track(iterable, description, total):
+            self._speak_if_silent()
+            yield item
 
     def print(self, content: RenderableType) -> None:
+        self._spoke_at = self._clock()
         if isinstance(content, str):
             print(content, file=self._stream, flush=True)
         else:

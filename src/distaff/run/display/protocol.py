@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from numbers import Integral
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from rich.console import RenderableType
 
@@ -18,8 +18,11 @@ T = TypeVar("T")
 
 
 def _depth(name: str, value: Any) -> Any:
-    if value is not None and (not isinstance(value, Integral) or value < 0):
-        raise ConfigError(f"{name} must be an integer, at least 0, or None; got {value!r}.")
+    is_level = isinstance(value, Integral) and value >= 0
+    if value is not None and value != "auto" and not is_level:
+        raise ConfigError(
+            f'{name} must be "auto", or an integer, at least 0, or None; got {value!r}.'
+        )
     return value
 
 
@@ -27,10 +30,11 @@ def _depth(name: str, value: Any) -> Any:
 class DisplayOptions(Options):
     """Options of the display."""
 
-    table_depth: int | None = option(
-        None,
+    table_depth: int | Literal["auto"] | None = option(
+        "auto",
         """Levels of modules in the model table; 0 for the whole model in one line, None for every
-        array of every module.""",
+        array of every module. "auto" shows every array of a small model, and folds a large one to
+        30 lines; `model.txt` then has every array.""",
         check=_depth,
         resume="same run",
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import TypeVar
 
 from rich.console import Console, RenderableType
@@ -12,8 +11,8 @@ from rich.live import Live
 from rich.text import Text
 
 from distaff.core.typing import Scalars
-from distaff.run.display.lines import clock_time, epoch_text, number
-from distaff.run.display.pace import Pace, Stopwatch
+from distaff.run.display.lines import epoch_text
+from distaff.run.display.progress import Progress
 from distaff.run.display.protocol import Display
 
 T = TypeVar("T")
@@ -21,19 +20,6 @@ T = TypeVar("T")
 _REFRESH_PER_SECOND = 4
 _STATUS_WIDTH = 34
 _MAX_WIDTH = 100
-
-
-@dataclass(frozen=True)
-class _Tracked:
-    """Progress of an evaluation or a prediction."""
-
-    description: str
-    done: int
-    total: int | None
-
-    def __str__(self) -> str:
-        total = "" if self.total is None else f"/{self.total}"
-        return f"{self.description} {self.done}{total}"
 
 
 class TerminalDisplay(Display):
@@ -52,47 +38,24 @@ class TerminalDisplay(Display):
     ) -> None:
         self._finish = finish
         self._console = console
-        self._clock = clock
         self._live: Live | None = None
-        self._begin(0, None)
-
-    def _begin(self, num_epochs: int, num_steps: int | None) -> None:
-        self._pace = Pace(self._clock)
-        self._elapsed = Stopwatch(self._clock)
-        self._num_epochs = num_epochs
-        self._num_steps = num_steps
-        self._epoch = 0
-        self._step = 0
-        self._first_advance: tuple[float, int] | None = None
-        self._compiling: tuple[str, float] | None = None
-        self._tracked: _Tracked | None = None
-        self._metrics: tuple[str, ...] = ()
+        self._progress = Progress(clock)
 
     def start(self, num_epochs: int, steps_per_epoch: int | None) -> None:
-        self._begin(num_epochs, num_epochs * steps_per_epoch if steps_per_epoch else None)
+        self._progress.begin(num_epochs, steps_per_epoch)
         self._open()
 
     def compiling(self, what: str) -> None:
-        self._pace.hold("compiling")
-        self._elapsed.run(False)
-        self._compiling = (what, self._clock())
+        self._progress.compiling(what)
 
     def running(self) -> None:
-        self._compiling = None
-        self._elapsed.run(True)
-        self._pace.release("compiling")
+        self._progress.running()
 
     def advance(self, step: int, epoch: int, examples: int) -> None:
-        if self._first_advance is None:
-            self._first_advance = (self._elapsed.seconds(), step)
-        self._step = step
-        self._epoch = epoch
-        self._pace.examples += examples
+        self._progress.advance(step, epoch, examples)
 
     def update(self, metrics: Scalars) -> None:
-        self._metrics = tuple(
-            f"{name.rpartition('/')[2]} {number(value)}" for name, value in metrics.items()
-        )
+        self._progress.update(metrics)
 
     def epoch_line(
         self,
@@ -103,8 +66,8 @@ class TerminalDisplay(Display):
         seconds: float,
         is_best: bool,
     ) -> None:
-        padded_step = f"{step:{self._step_width()}}"
-        rate = self._pace.lap()
+        padded_step = f"{step:{self._progress.step_width()}}"
+        rate = self._progress.pace.lap()
         width = self._console.width
         line = epoch_text(epoch, num_epochs, padded_step, metrics, seconds, rate, is_best, width)
         self._console.print(Text(line, style="bold" if is_best else ""))
@@ -113,14 +76,9 @@ class TerminalDisplay(Display):
         self, iterable: Iterable[T], description: str, total: int | None = None
     ) -> Iterator[T]:
         opened = self._open()  # outside of a training the bar closes with the iterable
-        self._pace.hold("track")
         try:
-            for done, item in enumerate(iterable):
-                self._tracked = _Tracked(description, done, total)
-                yield item
+            yield from self._progress.track(iterable, description, total)
         finally:
-            self._tracked = None
-            self._pace.release("track")
             if opened:
                 self.close()
 
@@ -132,7 +90,7 @@ class TerminalDisplay(Display):
         live, self._live = self._live, None
         if live is not None:
             live.stop()
-            self._begin(0, None)
+            self._progress.begin(0, None)
             self._finish()
 
     def _open(self) -> bool:
@@ -149,46 +107,14 @@ class TerminalDisplay(Display):
         return True
 
     def _render(self) -> Text:
+        progress = self._progress
         width = min(self._console.width, _MAX_WIDTH) - _STATUS_WIDTH - 2
         done, rest = "━─" if self._console.encoding.startswith("utf") else "=-"
-        num_done = round(self._fraction() * width)
+        num_done = round(progress.fraction() * width)
         text = Text(no_wrap=True, overflow="ellipsis")
         text.append(done * num_done, "bar.complete")
         text.append(rest * (width - num_done), "bar.back")
-        text.append(f"  {self._status()}")
-        if self._epoch:
-            text.append(f"\n{self._numbers()}")
+        text.append(f"  {progress.status()}")
+        if progress.epoch:
+            text.append(f"\n{progress.numbers(self._console.width)}")
         return text
-
-    def _fraction(self) -> float:
-        tracked = self._tracked
-        if not self._num_epochs:
-            return tracked.done / tracked.total if tracked and tracked.total else 0.0
-        if self._num_steps:
-            return min(1.0, self._step / self._num_steps)
-        return max(0, self._epoch - 1) / self._num_epochs
-
-    def _status(self) -> str:
-        compiling, first, tracked = self._compiling, self._first_advance, self._tracked
-        if compiling:
-            what, since = compiling
-            return f"compiling {what} {self._clock() - since:.0f} s"
-        if tracked:
-            return str(tracked)
-        if not (self._num_steps and first and self._step > first[1]):
-            return ""
-        seconds_per_step = (self._elapsed.seconds() - first[0]) / (self._step - first[1])
-        return f"{clock_time((self._num_steps - self._step) * seconds_per_step)} left"
-
-    def _numbers(self) -> str:
-        total = f"/{self._num_steps}" if self._num_steps else ""
-        fields = [
-            f"epoch {self._epoch:{len(str(self._num_epochs))}}/{self._num_epochs}",
-            f"step {self._step:{self._step_width()}}{total}",
-            *self._metrics,
-            f"{self._pace.recent():6.0f} examples/s",
-        ]
-        return "  ".join(fields)
-
-    def _step_width(self) -> int:
-        return len(str(self._num_steps)) if self._num_steps else 6
