@@ -18,7 +18,7 @@ from distaff.models.functional import FunctionModel, Functions
 from distaff.models.linen import LinenModel
 from distaff.models.lora import Lora, LoraModel, rebuild
 from distaff.models.nnx import NnxModel
-from distaff.models.precision.model import InPrecision, plain_model
+from distaff.models.precision.model import InPrecision, plain_model, with_scale
 from distaff.models.precision.options import (
     PrecisionConfig,
     PrecisionName,
@@ -49,6 +49,7 @@ __all__ = [
     "rebuild",
     "standardized",
     "whole_batches",
+    "with_scale",
 ]
 
 _POSSIBLE = (

@@ -7,6 +7,7 @@ from distaff.optim.rates import applied_rates, make_rates
 from distaff.optim.schedules import make_schedule
 from distaff.optim.transforms.accumulate import AccumulateState, accumulate, num_updates
 from distaff.optim.transforms.extra_args import with_known_args
+from distaff.optim.transforms.loss_scale import LossScaleState, loss_scale, with_loss_scale
 from distaff.optim.transforms.masks import decay_mask
 from distaff.optim.transforms.muon import muon_routes
 from distaff.optim.transforms.observe import Geometry, ObservedState, geometry, observed
@@ -15,6 +16,7 @@ from distaff.optim.transforms.penalty import decays, l2_loss
 __all__ = [
     "AccumulateState",
     "Geometry",
+    "LossScaleState",
     "ObservedState",
     "Optimizer",
     "OptimizerConfig",
@@ -29,10 +31,12 @@ __all__ = [
     "geometry",
     "has_evaluation_params",
     "l2_loss",
+    "loss_scale",
     "make_rates",
     "make_schedule",
     "muon_routes",
     "num_updates",
     "observed",
     "with_known_args",
+    "with_loss_scale",
 ]

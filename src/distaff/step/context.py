@@ -12,12 +12,12 @@ from distaff.core.typing import Key, Params
 from distaff.errors import ConfigError, LossError, StateError
 from distaff.metrics import PerExample
 from distaff.metrics.limits import Limits
-from distaff.models import Variables, model_of, plain_model
+from distaff.models import Variables, model_of, plain_model, with_scale
 from distaff.models.flags import names_mode
 from distaff.models.functional import FunctionModel, Functions
 from distaff.models.observed import Observed, observing
 from distaff.models.randomness import NoKeyError, is_key
-from distaff.optim import decay_mask, decays, l2_loss
+from distaff.optim import decay_mask, decays, l2_loss, loss_scale
 from distaff.step.averages import RAW, averaged, find
 from distaff.step.call_site import CallSite, same_leaves
 from distaff.step.state import TrainState
@@ -96,6 +96,8 @@ class Context:
         self._check_differentiated(held["params"])
         place = self._site.of_call()
         model = model_of(self.state.apply_fn)
+        if self.train:
+            model = with_scale(model, loss_scale(self.state.opt_state))
         key = self._key(place)
         # A custom forward function may have an argument `rngs` itself.
         for name in ("key",) if isinstance(plain_model(model), FunctionModel) else ("key", "rngs"):

@@ -1,4 +1,4 @@
-"""Logged learning rates: computed on the host from schedules, or returned by the step."""
+"""Logged learning rates and loss scales: computed on the host, or returned by the step."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 import jax.numpy as jnp
 
 from distaff.core.typing import Batch, Schedule
-from distaff.metrics import Last, Metric
+from distaff.metrics import Last, Metric, Sum
 from distaff.metrics.accumulators import pytree
 from distaff.optim import applied_rates, make_rates
 from distaff.optim.rates import RATE
 from distaff.optim.transforms.extra_args import Described
+from distaff.optim.transforms.loss_scale import scales
 from distaff.step.normalise import StepFn
 from distaff.step.state import TrainState
 
@@ -28,13 +29,19 @@ class Rate(Last):
 def reporting(step: StepFn) -> StepFn:
     """Wraps a step of `measured` so that it also returns the learning rates in its state.
 
-    A metric of the step wins over a rate of the same name.
+    With a loss scale it also returns `loss_scale`, and `skipped_updates`, which an epoch adds up. A
+    metric of the step wins over one of the same name.
     """
 
     def reporting_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Metric]]:
-        state, metrics = step(state, batch)
-        rates = applied_rates(state.opt_state)
-        return state, {**{n: Rate(rate, jnp.int32(1)) for n, rate in rates.items()}, **metrics}
+        after, metrics = step(state, batch)
+        rates = applied_rates(after.opt_state)
+        own: dict[str, Metric] = {n: Rate(rate, jnp.int32(1)) for n, rate in rates.items()}
+        for before, now in zip(scales(state.opt_state), scales(after.opt_state), strict=True):
+            skipped = now.num_skipped - before.num_skipped
+            own["loss_scale"] = Last(before.scale, jnp.int32(1))
+            own["skipped_updates"] = Sum(skipped.astype(jnp.float32))
+        return after, {**own, **metrics}
 
     return reporting_step
 

@@ -6,15 +6,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from distaff.optim import ObservedState
+from distaff.optim import LossScaleState, ObservedState
 from distaff.optim.transforms import extra_args
 from distaff.step.state import TrainState
+
+_AROUND = (ObservedState, LossScaleState)
+"""States of wrappers around an optimizer, which do not count as transformations."""
 
 
 def may_have_rest(state: TrainState) -> bool:
     """Returns whether the optimizer of a state accumulates, as its outermost transformation."""
-    opt_state = state.opt_state
-    inner = opt_state.inner if isinstance(opt_state, ObservedState) else opt_state
+    inner = state.opt_state
+    while isinstance(inner, _AROUND):
+        inner = inner.inner
     return isinstance(inner, extra_args.AccumulateState)
 
 

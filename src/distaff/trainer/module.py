@@ -19,6 +19,7 @@ from distaff.metrics import as_json
 from distaff.metrics.monitor import Monitor, as_monitor
 from distaff.optim import OptimizerLike, build_optimizer
 from distaff.optim.build import as_optimizer
+from distaff.optim.precision import for_precision
 from distaff.run import loop, sanity
 from distaff.run.directory.protocol import Recording
 from distaff.run.events import make_plan
@@ -180,6 +181,7 @@ class TrainerModule(Predictor):
         tx, here.schedule = build_optimizer(
             self.optimizer, total_steps, steps_per_epoch=here.steps_per_epoch
         )
+        tx = for_precision(tx, self.config.precision)
         here.begin_optimizer(tx, self.optimizer, keep=self.config.keep_optimizer)
 
     @spelled(ARGUMENTS)

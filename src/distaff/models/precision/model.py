@@ -7,8 +7,10 @@ from contextlib import nullcontext
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from distaff.core.equations import named_scope
 from distaff.core.rewriter import Rewriter
 from distaff.core.typing import Key, PyTree
 from distaff.errors import ConfigError, leaf_name
@@ -17,6 +19,9 @@ from distaff.models.observed import Observed, observing
 from distaff.models.precision.autocast import autocast
 from distaff.models.precision.options import PrecisionConfig
 from distaff.models.standardized import StandardizedModel
+
+SCALED = "scaled"
+"""The scope of the products with a loss scale; see `named_scope`."""
 
 _OUTPUTS = (jax.Array, bool, int, float, complex, str, bytes, np.ndarray, np.generic)
 
@@ -27,14 +32,22 @@ class InPrecision:
     Args:
         inner: the model.
         precision: the precision of its passes.
+        scale: factor of the cotangents inside a pass, float32 `[]`; None for 1. Gradients come out
+            without it.
     """
 
-    def __init__(self, inner: Model, precision: PrecisionConfig) -> None:
-        self.inner, self._precision = inner, precision
+    def __init__(
+        self, inner: Model, precision: PrecisionConfig, scale: jax.Array | None = None
+    ) -> None:
+        self.inner, self._precision, self._scale = inner, precision, scale
 
     def observing(self, observed: Observed) -> InPrecision:
         """Returns this model with its passes recorded."""
-        return InPrecision(observing(self.inner, observed), self._precision)
+        return InPrecision(observing(self.inner, observed), self._precision, self._scale)
+
+    def scaled(self, scale: jax.Array | None) -> InPrecision:
+        """Returns this model with cotangents multiplied by a scale inside its passes."""
+        return InPrecision(self.inner, self._precision, scale)
 
     @property
     def apply_fn(self) -> Callable[..., Any]:
@@ -68,11 +81,17 @@ class InPrecision:
         Raises:
             ConfigError: the model returns something else than a pytree of arrays.
         """
+        params = variables.params
+        if self._scale is not None:
+            params, inputs, kwargs = scaled((params, inputs, kwargs), 1 / self._scale)
 
         def run(variables: Variables) -> tuple[Any, Variables]:
             return self.inner.apply(variables, *inputs, train=train, key=key, **kwargs)
 
-        return self._run(run, variables)
+        outputs, after = self._run(run, variables._replace(params=params))
+        if self._scale is not None:
+            outputs = scaled(outputs, self._scale)
+        return outputs, after._replace(params=variables.params)
 
     def forward(self, variables: Mapping[str, PyTree], *inputs: Any, **kwargs: Any) -> Any:
         """Runs the model's own forward function, given collections by name."""
@@ -110,6 +129,35 @@ class InPrecision:
     def _setting(self) -> Any:
         setting = self._precision.matmul_precision
         return nullcontext() if setting is None else jax.default_matmul_precision(setting)
+
+
+def with_scale(model: Model, scale: jax.Array | None) -> Model:
+    """Returns a model whose passes use a loss scale, if it computes in another precision."""
+    return model.scaled(scale) if isinstance(model, InPrecision) and scale is not None else model
+
+
+def scaled(tree: PyTree, factor: jax.Array) -> PyTree:
+    """Returns the float arrays of a tree unchanged, with derivatives multiplied by a factor."""
+
+    def one(leaf: Any) -> Any:
+        is_float = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+        return _scaled(leaf, factor) if is_float else leaf
+
+    return jax.tree.map(one, tree)
+
+
+@jax.custom_jvp
+def _scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
+    return x
+
+
+@_scaled.defjvp
+def _(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+    (x, factor), tangent = primals, tangents[0]
+    with named_scope(SCALED):
+        # In float32, since a scale of 2**24 is infinite in float16.
+        wide = jnp.promote_types(tangent.dtype, jnp.float32)
+        return x, (tangent.astype(wide) * factor).astype(tangent.dtype)
 
 
 def plain_model(model: Model) -> Model:

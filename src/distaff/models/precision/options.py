@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from distaff.core.config.options import Options, check_choice, option
 from distaff.errors import ConfigError
 
-PrecisionName: TypeAlias = Literal["float32", "bf16"]
+PrecisionName: TypeAlias = Literal["float32", "bf16", "fp16"]
 
 MatmulPrecision: TypeAlias = Literal[
     "default", "high", "highest", "bfloat16", "tensorfloat32", "float32"
 ]
 
-_COMPUTE = {"float32": None, "bf16": jnp.bfloat16}
+_COMPUTE = {"float32": None, "bf16": jnp.bfloat16, "fp16": jnp.float16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,21 +27,24 @@ class PrecisionConfig:
     Args:
         name: `"float32"`, or `"bf16"` to compute matrix products and convolutions of the forward
             and the backward pass in bfloat16. Parameters, optimizer, losses, softmax, statistics
-            of norm layers and metrics stay in float32.
+            of norm layers and metrics stay in float32. `"fp16"` computes them in float16, with a
+            dynamic loss scale.
         float32: shell patterns for the paths of parameters, such as `"head/*"`, whose products
             stay in float32.
         matmul_precision: how an accelerator computes the products of the model that stay in
             float32, such as `"highest"`; see `jax.default_matmul_precision`. None for JAX's
             setting.
+        loss_scale: the loss scale of the first step for `"fp16"`, a power of two.
 
     Raises:
-        ConfigError: a value is unknown, or `float32` is not a tuple of patterns.
+        ConfigError: a value is unknown or out of range, or `float32` is not a tuple of patterns.
     """
 
     name: PrecisionName = "bf16"
     _: KW_ONLY
     float32: tuple[str, ...] = ()
     matmul_precision: MatmulPrecision | None = None
+    loss_scale: float = 2.0**24
 
     def __post_init__(self) -> None:
         check_choice("The name of a PrecisionConfig", self.name, PrecisionName)
@@ -54,11 +57,21 @@ class PrecisionConfig:
                 f"parameters, such as ('head/*',); got {self.float32!r}."
             )
         object.__setattr__(self, "float32", tuple(self.float32))
+        if self.loss_scale not in [2.0**power for power in range(41)]:
+            raise ConfigError(
+                f"loss_scale must be a power of two from 1 to 2**40; got {self.loss_scale!r}. A "
+                "product with a power of two is exact."
+            )
 
     @property
     def compute(self) -> Any:
         """The dtype of products; None to leave each as the model has it."""
         return _COMPUTE[self.name]
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether training needs a loss scale."""
+        return self.name == "fp16"
 
     @property
     def is_off(self) -> bool:
@@ -90,7 +103,7 @@ class PrecisionOptions(Options):
     precision: PrecisionName | PrecisionConfig = option(
         "float32",
         """Dtype of the model's matrix products and convolutions, forward and backward; "bf16"
-        computes them in bfloat16 and keeps all else in float32. A `PrecisionConfig` makes
-        exceptions.""",
+        computes them in bfloat16 and keeps all else in float32; "fp16" in float16, with a dynamic
+        loss scale. A `PrecisionConfig` makes exceptions.""",
         check=as_precision,
     )

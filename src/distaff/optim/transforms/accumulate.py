@@ -21,6 +21,7 @@ from distaff.optim.transforms.extra_args import (
     with_description,
     with_known_args,
 )
+from distaff.optim.transforms.loss_scale import scales
 
 
 def accumulate(
@@ -143,11 +144,14 @@ class _Accumulation:
 
 
 def num_updates(opt_state: PyTree) -> jax.Array | None:
-    """Returns the number of updates of an optimizer that accumulates; None for all others.
+    """Returns the number of updates of an optimizer that accumulates or skips; None for all others.
 
     Args:
         opt_state: the state of any optimizer. If several accumulate, the smallest number counts.
     """
+    for state in scales(opt_state):
+        inside = num_updates(state.inner)
+        return state.num_updates if inside is None else inside
     states = list(find_states(opt_state, AccumulateState, optax.MultiStepsState))
     counts = [
         state.num_updates if isinstance(state, AccumulateState) else state.gradient_step

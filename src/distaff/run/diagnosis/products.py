@@ -12,6 +12,7 @@ from jax.extend.core import jaxprs_in_params
 from distaff.core.equations import PRODUCTS
 from distaff.errors import ConfigError
 from distaff.models import PrecisionConfig
+from distaff.models.precision.model import SCALED
 from distaff.run.diagnosis import place
 
 _SHOWN = 5
@@ -47,7 +48,8 @@ def checked_summary(
     """
     if precision.compute is None:
         return ""
-    found = products(jax.make_jaxpr(step)(state, batch))
+    jaxpr = jax.make_jaxpr(step)(state, batch)
+    found = products(jaxpr)
     name = jnp.dtype(precision.compute).name
     if found and not precision.float32 and all(name not in each.dtype for each in found):
         raise ConfigError(
@@ -55,6 +57,12 @@ def checked_summary(
             f"and convolutions of the training step is in {name}. It applies to ctx.apply, and to "
             "state.apply_fn as init_model sets it. Run the model by one of these, or pass "
             "precision='float32'."
+        )
+    if found and precision.is_scaled and not _is_scaled(jaxpr):
+        raise ConfigError(
+            f"precision={precision.name!r} needs a loss scale, which the training step does not "
+            "use: without one, small gradients become zero. Run the model by ctx.apply, and in an "
+            "init_optimizer of your own wrap the optimizer: optim.with_loss_scale(tx)."
         )
     return summary(found, precision.compute)
 
@@ -87,6 +95,15 @@ def summary(found: list[Product], dtype: Any) -> str:
         return line
     rest = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
     return f"{line}; not {name}: {', '.join(shown[:_SHOWN])}{rest}"
+
+
+def _is_scaled(jaxpr: Any) -> bool:
+    """Returns whether a step has a loss scale, however deep in its programs."""
+    return any(
+        f"distaff.{SCALED}" in str(equation.source_info.name_stack)
+        or any(map(_is_scaled, jaxprs_in_params(equation.params)))
+        for equation in jaxpr.eqns
+    )
 
 
 def _paths(jaxpr: Any, path: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
