@@ -148,6 +148,16 @@ def test_killed_again_and_again_it_ends_as_a_run_that_never_was(
 
 
 @pytest.mark.slow
+def test_killed_run_with_averages_of_weights_ends_as_one_that_never_was(tmp_path: Path) -> None:
+    options = {"steps_per_call": 4, "ema": 0.95, "swa_from_epoch": 3}
+    clean, root = ended(tmp_path / "clean", **options), tmp_path / "killed"
+    assert any("'averages'" in name and "'swa'" in name for name in clean["arrays"])
+    codes = list(interrupted(root, 1, NUM_KILLS, lambda p: p.kill(), **options))
+    assert -signal.SIGKILL in codes
+    assert_equal(went_on_to_its_end(root, **options), clean)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_asked_to_end_it_saves_and_ends_as_a_run_that_never_was(
     clean: dict[str, Any], seed: int, tmp_path: Path

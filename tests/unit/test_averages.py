@@ -17,6 +17,7 @@ from distaff import EMA, Monitor, OptimizerConfig, TrainState, data
 from distaff.errors import ConfigError, StateError
 from distaff.loggers import MemoryLogger
 from distaff.optim import evaluation_params
+from distaff.run.display.lines import rows_by_split
 from distaff.step.averages import (
     AveragingOptions,
     averaged,
@@ -245,6 +246,14 @@ def test_averages_change_nothing_else():
     names = {"val_ema/loss", "val_ema/mae", "test_ema/loss", "val_swa/loss", "test_swa/mae"}
     assert names <= results[1].metrics.keys()
     assert not any("ema" in name or "swa" in name for name in results[0].metrics)
+
+
+def test_table_of_results_has_a_column_for_each_average():
+    names = ("train", "val", "val_ema", "val_swa", "test", "test_ema", "test_swa")
+    metrics = {f"{name}/loss": float(number) for number, name in enumerate(names)}
+    assert rows_by_split(metrics, {"val": "best"}) == {
+        "best" if name == "val" else name: {"loss": float(n)} for n, name in enumerate(names)
+    }
 
 
 @pytest.mark.parametrize("options", [{}, {"optimizer": OptimizerConfig("adam", accumulate=2)}])

@@ -11,6 +11,8 @@ from rich.table import Table
 from distaff.core.typing import Scalars
 
 NUMBER_WIDTH = 6
+_AVERAGES = ("", "_ema", "_swa")
+_SPLITS = ("train", *(f"{split}{average}" for split in ("val", "test") for average in _AVERAGES))
 
 
 def number(value: float) -> str:
@@ -114,7 +116,7 @@ def fit(fields: Sequence[tuple[int, str]], *, width: int | None) -> str:
 def rows_by_split(metrics: Mapping[str, Any], titles: Mapping[str, str]) -> dict[str, Scalars]:
     """Returns the scalar metrics of a run by split, as `Display.table` takes them."""
     rows = {}
-    for split in ("train", "val", "test"):
+    for split in _SPLITS:
         found = {
             name.removeprefix(f"{split}/"): value
             for name, value in metrics.items()
