@@ -16,7 +16,7 @@ import distaff
 from distaff import EMA, Monitor, OptimizerConfig, TrainState, data
 from distaff.errors import ConfigError, StateError
 from distaff.loggers import MemoryLogger
-from distaff.optim import evaluation_params
+from distaff.optim import evaluation_params, with_loss_scale
 from distaff.run.display.lines import rows_by_split
 from distaff.step.averages import (
     AveragingOptions,
@@ -115,6 +115,16 @@ def test_ema_counts_updates_where_gradients_are_accumulated():
     np.testing.assert_allclose(ema_of(state), expected, rtol=1e-6)
     again = jax.jit(averaging_rest(options))(state)
     assert same_bits(again.averages, state.averages)
+
+
+def test_ema_counts_no_step_that_a_loss_scale_skips():
+    options = AveragingOptions(ema=EMA(0.9, warmup=False))
+    state = TrainState.create(params={"w": jnp.ones(3)}, tx=with_loss_scale(optax.sgd(0.1)))
+    step = jax.jit(averaging(train_step(errors), options))
+    state, _ = step(state.replace(averages={"ema": empty(state)}), {"x": X[:3], "y": Y[:3]})
+    after, _ = step(state, {"x": X[:3] * np.float32(np.inf), "y": Y[:3]})
+    assert same_bits(after.averages, state.averages)
+    assert int(find(after, "ema").count) == 1
 
 
 @pytest.mark.parametrize(
