@@ -78,9 +78,7 @@ def tensors_of(
     for each in plan.modules.statistics:
         scale = each.scale(arrays)
         for name in (each.mean, each.variance):
-            arrays[name] = (
-                arrays[name] if scale == 1 else arrays[name] / arrays[name].dtype.type(scale)
-            )
+            arrays[name] = arrays[name] / arrays[name].dtype.type(scale)
     tensors: dict[str, np.ndarray] = {}
     for name, slot in plan.slots.items():
         for part in slot.parts:
@@ -141,10 +139,14 @@ class _SourceTensors:
             and len(self.used & {other, owner}) == 1
             and not {other, owner}.isdisjoint(names.values())
         }
-        wanted = {*names.values(), *twice, *twice.values()}
+        forms = self._source.forms
+        pairs = {
+            each for pair in twice.items() if forms[pair[0]] == forms[pair[1]] for each in pair
+        }
+        wanted = {*names.values(), *pairs}
         values = self._source.read([name for name in wanted if name is not None])
         for other, owner in twice.items():
-            if values[other].tobytes() != values[owner].tobytes():
+            if other not in pairs or values[other].tobytes() != values[owner].tobytes():
                 raise CheckpointError(
                     f"Tied tensors must be equal; {other!r} and {owner!r} in {self._source.origin} "
                     "differ. Remove them from TorchRules(tied=...), and give the model an array "

@@ -13,6 +13,10 @@ from distaff.errors import ConfigError
 Shape: TypeAlias = tuple[int, ...]
 
 
+UNKNOWN = object()
+"""The module of an array, where a model has modules but not that one."""
+
+
 class Layout(NamedTuple):
     """A bijection between an array in PyTorch and one in the model.
 
@@ -107,7 +111,8 @@ def layout_of(name: str, shape: Shape, siblings: Collection[str], module: Any) -
         name: path of the array, for errors.
         shape: shape in the model.
         siblings: names of the arrays of the same module.
-        module: the module; None if unknown, as in models given as functions.
+        module: the module; None in a model given as functions, whose kernels with more than two
+            axes are convolutions; `UNKNOWN` in another model.
 
     Raises:
         ConfigError: PyTorch has no such layer.
@@ -131,6 +136,8 @@ def _of_kernel(name: str, shape: Shape, kinds: set[str], module: Any) -> Layout:
         return linear(len(shape) - outputs)
     if kinds & {"Dense", "Linear"} and len(shape) != 2:
         raise _unsupported(name, shape, "is stacked, as by nn.scan or nnx.vmap")
+    if len(shape) > 2 and module is UNKNOWN:
+        raise _unsupported(name, shape, "belongs to a module that is not called by itself")
     if kinds & {"ConvLocal", "Einsum"}:
         raise _unsupported(name, shape, f"belongs to a {type(module).__name__}")
     if len(shape) < 2:

@@ -54,5 +54,5 @@ def _called(init: Callable[[], Any]) -> dict[tuple[str, ...], nn.Module]:
         return next_call(*args, **kwargs)
 
     with nn.intercept_methods(record):
-        jax.eval_shape(init)
+        jax.eval_shape(lambda: init())  # a new function, because JAX caches traces
     return modules

@@ -11,7 +11,7 @@ import numpy as np
 
 from distaff.checkpoint.weights.names import named, parts
 from distaff.checkpoint.weights.pytorch.layers import LayerArray, TensorName, members
-from distaff.checkpoint.weights.pytorch.layouts import Layout, Shape, layout_of, transposed
+from distaff.checkpoint.weights.pytorch.layouts import UNKNOWN, Layout, Shape, layout_of, transposed
 from distaff.checkpoint.weights.pytorch.modules import Modules
 from distaff.checkpoint.weights.pytorch.rules import TorchRules
 from distaff.checkpoint.weights.source import is_random_key
@@ -97,8 +97,12 @@ def make_plan(variables: Variables, modules: Modules, rules: TorchRules) -> Torc
     claims = []
     for name, path in paths.items():
         owner = path.rpartition("/")[0]
-        layout = layout_of(path, shapes[name], leaves_of[owner], modules.by_path.get(owner))
-        member = special.get(path) or _plain(path, layout, leaves_of[owner], rules)
+        if path in special:
+            member = special[path]
+        else:
+            module = modules.by_path.get(owner, UNKNOWN if modules.by_path else None)
+            layout = layout_of(path, shapes[name], leaves_of[owner], module)
+            member = _plain(path, layout, leaves_of[owner], rules)
         claims += [_claim(name, shapes[name], member, piece, rules) for piece in member.pieces]
     slots, tensors = _laid_out(claims, shapes)
     return TorchPlan(slots, tensors, _ready(leaves, modules), modules)
