@@ -248,6 +248,10 @@ def test_a_part_of_the_model_is_loaded_where_asked_for() -> None:
             ),
             "'v.weight' would be both",
         ),
+        (
+            lambda: export(Qkv(), X, rules=TorchRules({"kv": ("k", "v", "o")})),
+            "differ in the number of outputs only; 'kv.weight'",
+        ),
     ],
 )
 def test_bad_rules_raise(make: Any, complaint: str) -> None:
@@ -409,3 +413,38 @@ def test_a_trainer_loads_records_and_exports(tmp_path: Path) -> None:
     merged = load_file(lora.export_weights("lora.safetensors", rules=rules, merge=False))
     assert set(merged) == {"a.weight", "a.bias"}
     assert not np.array_equal(merged["a.weight"], SQUARE["weight"])
+
+
+class Stop(distaff.Callback):
+    """Ends a run as a crash does, at a step; never, at none."""
+
+    def __init__(self, step: int | None = None) -> None:
+        self.step = step
+
+    def on_checkpoint(self, info: Any) -> None:
+        if info.step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+def test_a_run_resumes_bit_for_bit_without_the_file() -> None:
+    save_file({f"a.{name}": tensor for name, tensor in SQUARE.items()}, "a.safetensors")
+    how = InitFrom("a.safetensors", rules=TorchRules({"a": "layer"}))
+
+    def trained(name: str, *callbacks: Any) -> dict[str, np.ndarray]:
+        trainer = Regression(
+            Named(), init_from=how, name=name, callbacks=callbacks, enable_progress_bar=False
+        )
+        trainer.train_model([{"x": X}, {"x": 2 * X}], num_epochs=2)
+        assert trainer.step == 4
+        return {n: np.asarray(x) for n, x in named(trainer.state).items()}
+
+    straight = trained("straight")
+    with pytest.raises(KeyboardInterrupt):
+        trained("resumed", Stop(2))
+    Path("a.safetensors").unlink()
+    resumed = trained("resumed", Stop())
+    assert Path("runs/resumed/0001").exists()
+    assert not Path("runs/resumed/0002").exists()
+    for name, array in straight.items():
+        assert array.tobytes() == resumed[name].tobytes()

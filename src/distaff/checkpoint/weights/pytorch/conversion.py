@@ -15,8 +15,8 @@ from distaff.errors import CheckpointError
 _IGNORED = "num_batches_tracked"
 """A counter of BatchNorm in PyTorch, which only matters under `momentum=None`."""
 
-_EXPLAINED = 20
-"""Maximum number of missing arrays with the nearest names, whose search is slow."""
+_EXPLAINED, _CANDIDATES = 20, 1000
+"""Maximum number of missing arrays with the nearest names, and of names searched: it is slow."""
 
 
 def converted(source: WeightSource, plan: TorchPlan, rules: TorchRules) -> WeightSource:
@@ -193,6 +193,7 @@ def _explained(
             same = [
                 each for each, (shape, _) in unused.items() if shape == plan.tensors[tensors[0]]
             ]
-            close = difflib.get_close_matches(tensors[0], same or unused, n=2, cutoff=0.3)
+            candidates = (same or list(unused))[:_CANDIDATES]
+            close = difflib.get_close_matches(tensors[0], candidates, n=2, cutoff=0.3)
             texts[name] += f" (nearest: {', '.join(map(repr, close))})" if close else ""
     return texts

@@ -166,7 +166,7 @@ def _laid_out(
     found: dict[tuple[str, str], TensorRange] = {}
     for tensor, sharing in by_tensor.items():
         sharing = sorted(sharing, key=lambda claim: claim.piece.member)
-        _check_members(tensor, sharing)
+        _check_members(tensor, sharing, shapes)
         end = 0
         for claim in sharing:
             shape = list(claim.layout.shape(shapes[claim.name]))
@@ -185,11 +185,19 @@ def _laid_out(
     return slots, tensors
 
 
-def _check_members(tensor: str, claims: list[_Claim]) -> None:
+def _check_members(tensor: str, claims: list[_Claim], shapes: Mapping[str, Shape]) -> None:
     for one, other in itertools.pairwise(claims):
+        forms = [list(claim.layout.shape(shapes[claim.name])) for claim in (one, other)]
+        both = f"{one.name!r}, {forms[0]}, and {other.name!r}, {forms[1]}"
         if one.piece.member == other.piece.member:
             raise ConfigError(
                 f"Each tensor in PyTorch is one array of the model; {tensor!r} would be both "
-                f"{one.name!r} and {other.name!r}. Give one of them another name in "
-                "TorchRules(names=...)."
+                f"{both}. Give one of them another name in TorchRules(names=...)."
+            )
+        if len(forms[0]) != len(forms[1]) or any(
+            one.axis != n and a != b for n, (a, b) in enumerate(zip(*forms, strict=True))
+        ):
+            raise ConfigError(
+                f"The parts of a fused tensor differ in the number of outputs only; {tensor!r} "
+                f"would hold {both}. Correct TorchRules(names=...)."
             )
