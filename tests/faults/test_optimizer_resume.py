@@ -13,6 +13,7 @@ import pytest
 import distaff
 from distaff import OptimizerConfig, data
 from distaff.loggers import MemoryLogger
+from distaff.optim import Plateau
 
 X = np.random.default_rng(0).normal(size=(24, 4)).astype(np.float32)
 Y = np.stack([X.sum(axis=1), X[:, 0] * X[:, 1]], axis=1)
@@ -29,6 +30,12 @@ CONFIGS = {
     "wsd": OptimizerConfig("adam", learning_rate=0.1, schedule="wsd", decay_steps=6),
     "muon": OptimizerConfig(
         "muon", learning_rate=0.1, weight_decay=0.1, options={"adam_learning_rate": 0.02}
+    ),
+    "plateau": OptimizerConfig(
+        "adam",
+        learning_rate=0.1,
+        accumulate=2,
+        plateau=Plateau(factor=0.5, patience=1, min_delta=100.0),
     ),
     "factory": OptimizerConfig("optax.contrib:ademamix", learning_rate=0.1, options={"b1": 0.8}),
 }
@@ -98,6 +105,7 @@ def test_fused_steps_are_those_of_single_ones(name):
 CHANGES = {
     "wsd": {"decay_steps": 7},
     "muon": {"no_muon": ("up/*",)},
+    "plateau": {"plateau": Plateau(factor=0.25, patience=1, min_delta=100.0)},
     "factory": {"options": {"b1": 0.7}},
 }
 

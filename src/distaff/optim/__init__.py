@@ -12,6 +12,7 @@ from distaff.optim.transforms.masks import decay_mask
 from distaff.optim.transforms.muon import muon_routes
 from distaff.optim.transforms.observe import Geometry, ObservedState, geometry, observed
 from distaff.optim.transforms.penalty import decays, l2_loss
+from distaff.optim.transforms.plateau import Plateau
 
 __all__ = [
     "AccumulateState",
@@ -22,6 +23,7 @@ __all__ = [
     "OptimizerConfig",
     "OptimizerLike",
     "ParamGroup",
+    "Plateau",
     "accumulate",
     "applied_rates",
     "build_optimizer",

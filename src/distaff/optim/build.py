@@ -16,6 +16,7 @@ from distaff.optim import catalog, factory
 from distaff.optim.checks import PATTERNS
 from distaff.optim.config import WHOLE_MODEL_OPTIONS, OptimizerConfig
 from distaff.optim.group_rates import adam_schedule_of, own_config, rates_by_group, schedule_of
+from distaff.optim.rates import with_rates
 from distaff.optim.transforms.accumulate import accumulate
 from distaff.optim.transforms.extra_args import with_description, with_known_args
 from distaff.optim.transforms.masks import check_patterns, make_decay_mask
@@ -26,6 +27,7 @@ from distaff.optim.transforms.param_groups import (
     is_trained,
     keeps_statistics,
 )
+from distaff.optim.transforms.plateau import with_plateau
 
 OptimizerLike: TypeAlias = (
     OptimizerConfig
@@ -156,6 +158,8 @@ def _from_config(config: OptimizerConfig, total_steps: int | None) -> Optimizer:
         rates=rates_by_group(config, total_steps),
         keeps=keeps_statistics(config.groups),
     )
+    if config.plateau is not None:
+        tx = with_plateau(with_rates(tx), config.plateau)
     return Optimizer(accumulate(tx, config.accumulate), schedule)
 
 

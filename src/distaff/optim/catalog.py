@@ -75,8 +75,12 @@ def default_rate(name: str) -> DefaultRate:
 
 def default_schedule(name: str) -> DefaultSchedule:
     """Returns the default schedule: constant for an optimizer that needs none, else cosine."""
-    needs_none = name == "lbfgs" or name.startswith("schedule_free")
-    return DefaultSchedule("constant") if needs_none else SCHEDULE
+    return DefaultSchedule("constant") if needs_no_schedule(name) else SCHEDULE
+
+
+def needs_no_schedule(name: str) -> bool:
+    """Returns whether an optimizer averages or searches instead of lowering its learning rate."""
+    return name == "lbfgs" or name.startswith("schedule_free")
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from distaff.errors import ConfigError, nearest
 from distaff.optim import catalog
 from distaff.optim.factory import check_name, is_factory
 from distaff.optim.options import check_options, is_finite, no_decay_remedy, plain
+from distaff.optim.transforms.plateau import Plateau
 
 ScheduleName: TypeAlias = Literal[
     "constant", "cosine", "linear", "exponential", "inverse_sqrt", "one_cycle", "wsd"
@@ -183,6 +184,28 @@ def check_learned(config: Any) -> None:
                 f"The optimizer {config.name!r} has no learning rate, but "
                 f"ParamGroup({group.pattern!r}) sets learning_rate={group.learning_rate!r}. "
                 "Set the optimizer of the group instead."
+            )
+
+
+def check_plateau(config: Any) -> None:
+    """Checks the plateau rule of a config, whose groups are valid.
+
+    Raises:
+        ConfigError: it is not a `Plateau`, or an optimizer has no learning rate that may fall.
+    """
+    if config.plateau is None:
+        return
+    if not isinstance(config.plateau, Plateau):
+        raise ConfigError(
+            f"plateau must be an optim.Plateau or None; got {config.plateau!r}. Write "
+            "plateau=optim.Plateau(factor=0.1, patience=5)."
+        )
+    names = [config.name, *(getattr(group.optimizer, "name", "") for group in config.groups)]
+    for name in names:
+        if name in catalog.LEARNED or catalog.needs_no_schedule(name):
+            raise ConfigError(
+                f"The optimizer {name!r} sizes its steps itself, so its learning rate may not fall "
+                "during the run, and plateau is set. Use plateau=None, or another optimizer."
             )
 
 

@@ -13,6 +13,7 @@ from distaff.errors import ConfigError
 from distaff.optim import catalog, checks
 from distaff.optim.checks import DecayShape, ScheduleName
 from distaff.optim.options import is_finite
+from distaff.optim.transforms.plateau import Plateau
 
 Option: TypeAlias = bool | int | float | str | None
 """The type of an option: a JSON scalar."""
@@ -22,6 +23,7 @@ WHOLE_MODEL_OPTIONS: Mapping[str, Any] = {
     "clip_norm": None,
     "clip_value": None,
     "accumulate": 1,
+    "plateau": None,
 }
 """Options that apply to all parameters together, with their defaults; a group cannot set them."""
 
@@ -105,6 +107,8 @@ class OptimizerConfig:
             `warmup_steps`, the schedule and the optimizer count updates; clipping applies to the
             averaged gradient; an epoch ends with an update from the remaining batches. The step
             count of the trainer still counts batches.
+        plateau: lowers the learning rate when the trainer's `monitor` stops improving, in addition
+            to the schedule; see `distaff.optim.Plateau`. None to disable.
         options: further arguments of the Optax function, such as `{"b1": 0.95}`.
         groups: parameters trained differently. The first group whose pattern matches applies;
             the other fields apply to parameters that match none.
@@ -134,6 +138,7 @@ class OptimizerConfig:
     no_muon: tuple[str, ...] = ()
     also_muon: tuple[str, ...] = ()
     accumulate: int = 1
+    plateau: Plateau | None = None
     options: Mapping[str, Option] = field(default_factory=dict, hash=False)
     groups: tuple[ParamGroup, ...] = ()
 
@@ -141,6 +146,7 @@ class OptimizerConfig:
         checks.complete(self)
         _check_groups(self)
         checks.check_learned(self)
+        checks.check_plateau(self)
         object.__setattr__(self, "groups", tuple(self.groups))
 
 
@@ -173,8 +179,8 @@ def _check_group(group: ParamGroup) -> None:
     }
     if misplaced:
         raise ConfigError(
-            "Clipping, groups and accumulation belong to the OptimizerConfig that holds all "
-            f"groups; the optimizer of {label} has {misplaced!r}. Move them there."
+            "Clipping, groups, accumulation and a plateau belong to the OptimizerConfig that holds "
+            f"all groups; the optimizer of {label} has {misplaced!r}. Move them there."
         )
 
 

@@ -15,6 +15,7 @@ import optax
 
 from distaff.core.typing import Params, PyTree, Schedule
 from distaff.optim.transforms.extra_args import Described, with_description
+from distaff.optim.transforms.plateau import PlateauState
 
 RATE = "learning_rate"
 """The name of a learning rate in the log; for a group `learning_rate/<group>`."""
@@ -69,14 +70,19 @@ def with_rates(
 def applied_rates(opt_state: PyTree) -> dict[str, jax.Array]:
     """Returns the learning rates in an optimizer's state, float32 `[]` by name.
 
-    They come from `with_rates`, which `accumulate` uses, and from `optax.inject_hyperparams`, at
-    any depth. If there are several of the latter, each name has the label of its part of
-    `optax.partition`, or a number.
+    They come from `with_rates`, times the scale of a plateau rule around it, and from
+    `optax.inject_hyperparams`, at any depth. If there are several of the latter, each name has the
+    label of its part of `optax.partition`, or a number.
 
     Args:
         opt_state: the state of any optimizer.
     """
-    kinds = (RatesState, optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
+    kinds = (
+        RatesState,
+        PlateauState,
+        optax.InjectHyperparamsState,
+        optax.InjectStatefulHyperparamsState,
+    )
 
     def has_rates(node: Any) -> bool:
         return isinstance(node, kinds)
@@ -87,6 +93,9 @@ def applied_rates(opt_state: PyTree) -> dict[str, jax.Array]:
         if isinstance(node, RatesState):
             rates.update(node.rates)
             rates.update(applied_rates(node.inner))
+        elif isinstance(node, PlateauState):
+            inner = applied_rates(node.inner)
+            rates.update({name: rate * node.scale for name, rate in inner.items()})
         elif has_rates(node) and RATE in node.hyperparams:
             labels = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
             injected.append((str(labels[-1]) if labels else "", node.hyperparams[RATE]))

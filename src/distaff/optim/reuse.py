@@ -12,6 +12,7 @@ from distaff.optim import catalog
 from distaff.optim.build import OptimizerLike
 from distaff.optim.config import OptimizerConfig
 from distaff.optim.rates import RatesState
+from distaff.optim.transforms.plateau import PlateauState
 
 _OF_HYPERPARAMS = ("count", "hyperparams", "hyperparams_states")
 
@@ -51,7 +52,7 @@ def restart_schedules(old: Any, fresh: Any) -> Any:
             return old
         if old._fields == ("count",):
             return fresh
-        if isinstance(old, RatesState):
+        if isinstance(old, RatesState | PlateauState):
             return fresh._replace(inner=restart_schedules(old.inner, fresh.inner))
         new = {name: getattr(fresh, name) for name in _OF_HYPERPARAMS if name in old._fields}
         inner = restart_schedules(old.inner_state, fresh.inner_state)
@@ -61,7 +62,7 @@ def restart_schedules(old: Any, fresh: Any) -> Any:
 
 
 def _has_schedule(node: Any) -> bool:
-    """Returns whether a node counts the steps of a schedule, and nothing else."""
+    """Returns whether a node is about the learning rate, and has the moments in a part of it."""
     fields = getattr(node, "_fields", ())
-    is_rates = isinstance(node, RatesState)
+    is_rates = isinstance(node, RatesState | PlateauState)
     return is_rates or fields == ("count",) or {"hyperparams", "inner_state"} <= set(fields)

@@ -73,7 +73,7 @@ def _train_epoch(hooks: Hooks, run: Run, epoch: int) -> None:
         is_best = hooks.is_new_model_better(judged, run.best_metrics)
     run.recorder.end_epoch(epoch, {**metrics, **validation}, is_best)
     if is_due:
-        run.checkpointer.rank(judged, is_best, hooks.is_new_model_better)
+        run.rank(judged, is_best, hooks.is_new_model_better)
         hooks.save_model(judged, is_best)
         run.emit("on_checkpoint", judged, is_best=is_best)
     run.finish_epoch(epoch)

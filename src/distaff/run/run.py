@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from distaff.callbacks import StopTraining
 from distaff.callbacks.callbacks import Callbacks
 from distaff.callbacks.chunk_scope import ChunkScope, around_epoch
@@ -21,12 +23,15 @@ from distaff.execution.dispatch.dispatcher import Dispatcher, DispatchOptions
 from distaff.execution.dispatch.packed_metrics import BadStep, WindowEnd
 from distaff.execution.feed.chunk import Chunk
 from distaff.execution.feed.skipped import num_drawn, skipped_batches
+from distaff.execution.placement import like
 from distaff.loggers import ManyLoggers
 from distaff.metrics.monitor import Monitor
+from distaff.optim.transforms.plateau import Plateau, after_validation, with_numbers
 from distaff.run.checkpointer import Checkpointer
 from distaff.run.directory.recording import RecordingOptions
 from distaff.run.events import BadNumbers, Interrupted, Pause, Plan
 from distaff.run.identity.ending import ending
+from distaff.run.ranking import Better
 from distaff.run.recorder import Recorder
 from distaff.run.recovery import Recovery
 from distaff.run.report import Report, faster_data
@@ -299,6 +304,37 @@ class Run:
             workspace.state = workspace.with_epoch(workspace.ready_state())
         self.checkpointer.boundary = self.checkpointer.facts({}, None)
         return metrics
+
+    def rank(self, judged: Mapping[str, Any], is_best: bool, better: Better) -> None:
+        """Ranks the model just validated; its optimizer may lower the learning rate.
+
+        Args:
+            judged: its metrics.
+            is_best: whether it is the best model so far.
+            better: compares the metrics of two models.
+
+        Raises:
+            MetricError: the optimizer needs the monitored metric, and it is missing.
+        """
+        self.checkpointer.rank(judged, is_best, better)
+        plateau = getattr(self.workspace.ready_state().tx, "plateau", None)
+        if plateau is not None:
+            self._watch_plateau(plateau, np.float32(self.monitor.value(judged)))
+
+    def _watch_plateau(self, plateau: Plateau, value: np.float32) -> None:
+        workspace, monitor = self.workspace, self.monitor
+        rule = partial(after_validation, plateau=plateau, mode=monitor.mode)
+        program = workspace.program(f"{plateau} {monitor.mode}", rule)
+        state = workspace.ready_state()
+        opt_state, (before, after) = with_numbers(
+            state.opt_state, lambda numbers: like(program(numbers, value), numbers)
+        )
+        workspace.state = state.replace(opt_state=opt_state)
+        if after != before:
+            self.recorder.show(
+                f"the learning rate is now {after:g} of its schedule: {monitor.name} has not "
+                f"improved for {plateau.patience} validations"
+            )
 
     def finish_epoch(self, epoch: int) -> None:
         """Moves the run to the next epoch."""

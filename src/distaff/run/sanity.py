@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from distaff.callbacks import EarlyStopping
@@ -210,6 +210,16 @@ def check_monitors(
             each.check(of_training)
         elif not each.is_of_training and not is_own("on_validation_epoch_end", "eval_model"):
             each.check(of_validation or [each.name])
+
+
+def check_plateau(tx: Any, monitor: Monitor, of_validation: Collection[str]) -> None:
+    """Raises ConfigError if an optimizer needs a validation metric; the run has none."""
+    if getattr(tx, "plateau", None) and not (of_validation or monitor.is_of_training):
+        raise ConfigError(
+            f"The optimizer has a plateau rule, which reads {monitor.name!r}, but this run has no "
+            "validation. Pass a validation loader to train_model, or set monitor = "
+            'Monitor("train/loss") in the class of the trainer.'
+        )
 
 
 def _check_stops(callbacks: list[EarlyStopping]) -> None:

@@ -83,6 +83,7 @@ OPTIMIZER = _by_name(
         "gradient_clip_val max_norm clipnorm clip": "clip_norm=...",
         "warmup num_warmup_steps": "warmup_steps=...",
         "scheduler lr_scheduler": "schedule=...",
+        "reduce_on_plateau reduce_lr_on_plateau": "plateau=optim.Plateau(...)",
         "cooldown_steps num_decay_steps decay_fraction": "decay_steps=...",
         "accumulate_grad_batches every_k_schedule": "accumulate=...",
         "momentum b1 b2 eps nesterov": "options={...}, as in Optax",

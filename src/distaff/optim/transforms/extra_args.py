@@ -20,6 +20,8 @@ from distaff.optim.gradients import check_gradients, descending, is_complex, num
 _UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
 _MISSING = re.compile(r"missing \d+ required keyword-only argument|must be provided")
 
+_FACTS = ("rates", "keeps", "plateau")
+
 FLUSH = "flush"
 """The argument that requests an update from an optimizer that accumulates, before a window is full.
 
@@ -53,10 +55,12 @@ class Described(optax.GradientTransformationExtraArgs):
     Attributes:
         rates: a function from parameters to learning rates by update, by their name in the log.
         keeps: whether the running statistics at a path stay unchanged.
+        plateau: the rule that a run applies to the optimizer's state after each validation.
     """
 
     rates: Callable[[Params], Mapping[str, Callable[[Any], Any]]] | None = None
     keeps: Callable[[str], bool] | None = None
+    plateau: Any = None
 
 
 def with_description(
@@ -64,7 +68,7 @@ def with_description(
 ) -> Any:
     """Returns an optimizer with facts, attributes of `Described`, by default those from `like`."""
     described = Described(tx.init, tx.update)
-    facts = {"rates": getattr(like, "rates", None), "keeps": getattr(like, "keeps", None), **facts}
+    facts = {**{name: getattr(like, name, None) for name in _FACTS}, **facts}
     for name, value in facts.items():
         setattr(described, name, value)
     return described
