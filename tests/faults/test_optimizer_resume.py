@@ -37,6 +37,9 @@ CONFIGS = {
         accumulate=2,
         plateau=Plateau(factor=0.5, patience=1, min_delta=100.0),
     ),
+    "soap": OptimizerConfig(
+        "soap", learning_rate=0.05, weight_decay=0.1, options={"precondition_frequency": 3}
+    ),
     "factory": OptimizerConfig("optax.contrib:ademamix", learning_rate=0.1, options={"b1": 0.8}),
 }
 
@@ -106,6 +109,7 @@ CHANGES = {
     "wsd": {"decay_steps": 7},
     "muon": {"no_muon": ("up/*",)},
     "plateau": {"plateau": Plateau(factor=0.25, patience=1, min_delta=100.0)},
+    "soap": {"options": {"precondition_frequency": 4}},
     "factory": {"options": {"b1": 0.7}},
 }
 

@@ -13,6 +13,7 @@ from distaff.optim.transforms.muon import muon_routes
 from distaff.optim.transforms.observe import Geometry, ObservedState, geometry, observed
 from distaff.optim.transforms.penalty import decays, l2_loss
 from distaff.optim.transforms.plateau import Plateau
+from distaff.optim.transforms.soap import SoapState, scale_by_soap, soap
 
 __all__ = [
     "AccumulateState",
@@ -24,6 +25,7 @@ __all__ = [
     "OptimizerLike",
     "ParamGroup",
     "Plateau",
+    "SoapState",
     "accumulate",
     "applied_rates",
     "build_optimizer",
@@ -39,6 +41,8 @@ __all__ = [
     "muon_routes",
     "num_updates",
     "observed",
+    "scale_by_soap",
+    "soap",
     "with_known_args",
     "with_loss_scale",
 ]

@@ -11,6 +11,7 @@ import optax
 import optax.contrib
 
 from distaff.optim.learned import velo
+from distaff.optim.transforms.soap import soap
 
 FIXED_RATE = frozenset({"optimistic_adam", "rprop", "sm3"})
 """Optimizers that accept no schedule as their learning rate."""
@@ -85,10 +86,11 @@ def needs_no_schedule(name: str) -> bool:
 
 @functools.cache
 def optimizers() -> Mapping[str, Callable[..., optax.GradientTransformation]]:
-    """Returns the functions of `optax` and `optax.contrib` that build an optimizer, by name.
+    """Returns the functions that build an optimizer, by name.
 
-    These are the functions whose first parameter is `learning_rate`, except building blocks
-    (`scale_by_...`). `momentum` is SGD with momentum 0.9 (Sutskever et al., 2013).
+    These are the functions of `optax` and `optax.contrib` whose first parameter is `learning_rate`,
+    except building blocks (`scale_by_...`). `momentum` is SGD with momentum 0.9 (Sutskever et al.,
+    2013), and `soap` is that of this package.
     """
     by_name = {
         name: function
@@ -96,7 +98,8 @@ def optimizers() -> Mapping[str, Callable[..., optax.GradientTransformation]]:
         for name, function in vars(module).items()
         if _is_optimizer(name, function) and name not in REFUSED
     }
-    return {**by_name, "momentum": functools.partial(optax.sgd, momentum=0.9)}
+    momentum = functools.partial(optax.sgd, momentum=0.9)
+    return {**by_name, "momentum": momentum, "soap": soap}
 
 
 def options_of(name: str) -> Mapping[str, inspect.Parameter]:

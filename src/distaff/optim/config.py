@@ -67,9 +67,9 @@ class OptimizerConfig:
     `learning_rate` alone changes, on the command line or in a search.
 
     Args:
-        name: sgd, momentum, rmsprop, adam, adamw, lamb, lion, or any other function of `optax` or
-            `optax.contrib` that builds an optimizer from a `learning_rate`. With muon, hidden
-            matrices are trained by Muon and the rest by AdamW, whose peak rate may differ:
+        name: sgd, momentum, rmsprop, adam, adamw, lamb, lion, soap, or any other function of
+            `optax` or `optax.contrib` that builds an optimizer from a `learning_rate`. With muon,
+            hidden matrices are trained by Muon and the rest by AdamW, whose peak rate may differ:
             `options={"adam_learning_rate": 3e-4}`. Or velo, a trained network whose weights are in
             a folder, `options={"weights": "/folder"}`; it has no learning rate: leave the next
             four fields at their defaults. Or `package.module:factory`, a function that returns an
@@ -87,7 +87,7 @@ class OptimizerConfig:
         decay_shape: how wsd lowers the rate: 1-sqrt, or along a line. Other schedules ignore it.
         weight_decay: strength of weight decay, which excludes biases and norm scales; see
             `decay_mask`. For sgd and momentum it is L2 added to the gradient, for all others the
-            `weight_decay` of their Optax function (adamw, lamb, lion, muon: decoupled, and
+            `weight_decay` of their Optax function (adamw, lamb, lion, muon, soap: decoupled, and
             multiplied by the learning rate; adafactor: `weight_decay_rate`, without the learning
             rate). Optax's own defaults, such as 1e-4 for adamw, are never used. For velo see
             `distaff.optim.learned.velo`.
