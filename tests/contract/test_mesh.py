@@ -91,6 +91,21 @@ def test_run_over_a_mesh_is_that_of_one_device(on_mesh: Callable[[], None]) -> N
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)  # sums are in another order
 
 
+def test_averages_of_weights_over_a_mesh_are_those_of_one_device(
+    on_mesh: Callable[[], None],
+) -> None:
+    options = {"steps_per_call": 3, "ema": 0.9, "swa_from_epoch": 1}
+    one, expected = trained(**options)
+    on_mesh()
+    many, result = trained(**options)
+    kernel = many.state.averages["ema"].values["params"]["Dense_0"]["kernel"]
+    assert kernel.sharding.spec == PartitionSpec(None, "data")
+    found, wanted = (x.state.averages for x in (many, one))
+    for a, b in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert result.metrics["val_ema/loss"] == pytest.approx(expected.metrics["val_ema/loss"], 1e-4)
+
+
 class Steps(distaff.Callback):
     """Notes steps, and interrupts the run after one of them."""
 

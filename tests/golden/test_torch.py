@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,24 @@ def test_outputs_equal_those_of_pytorch_and_the_file_comes_back(model: str, kind
     for name, tensor in file.items():
         assert back[name].dtype == tensor.dtype
         np.testing.assert_array_equal(back[name], exported(name, file), name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "kind"), EVERY)
+def test_pytorch_loads_the_export(model: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file as load_torch_file  # needs PyTorch
+
+    monkeypatch.syspath_prepend(str(HERE))
+    classes = importlib.import_module("make")
+    case = CASES[model][kind]
+    trainer, _, y = loaded(model, case)
+    path = trainer.export_weights("back.safetensors", rules=case.rules)
+    module = getattr(classes, model.title())()
+    module.load_state_dict(load_torch_file(path), strict=True)
+    with np.load(HERE / f"{model}.npz") as arrays, torch.no_grad():
+        outputs = module.eval()(torch.tensor(arrays["x"])).numpy()
+    np.testing.assert_allclose(outputs, y, rtol=1e-6, atol=1e-6)
 
 
 def exported(name: str, file: dict[str, np.ndarray]) -> np.ndarray:

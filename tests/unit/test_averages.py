@@ -14,7 +14,7 @@ import pytest
 
 import distaff
 from distaff import EMA, Monitor, OptimizerConfig, TrainState, data
-from distaff.errors import ConfigError, StateError
+from distaff.errors import CheckpointError, ConfigError, StateError
 from distaff.loggers import MemoryLogger
 from distaff.optim import evaluation_params, with_loss_scale
 from distaff.run.display.lines import rows_by_split
@@ -499,3 +499,33 @@ def test_validation_sets_with_names_are_evaluated_with_each_average():
     names = {name for name in result.metrics if name.endswith("/loss") and "val" in name}
     assert names == {f"val_{one}{two}/loss" for one in "ab" for two in ("", "_ema", "_swa")}
     np.testing.assert_array_equal(weights_of(trainer), weights_of(trainer, "swa"))
+
+
+@pytest.mark.slow_but("linen")
+@pytest.mark.parametrize("kind", ["linen", "nnx", "equinox", "functions"])
+def test_another_training_starts_from_the_weights_of_a_run_that_are_asked_for(kind, tmp_path):
+    class Judged(Regression):
+        monitor = Monitor("val_swa/loss")
+
+    source = make(Judged, kind, swa_from_epoch=1, root=str(tmp_path))
+    path = train(source, num_epochs=2).path
+    for name, used in (("raw", "raw"), ("ema", "ema"), (None, "swa")):
+        init_from = distaff.InitFrom(path, weights=name)
+        started = make(kind=kind, ema=None, init_from=init_from, example_batch=loader().peek())
+        expected = source.evaluation_state(used)
+        for member in ("params", "batch_stats"):
+            assert same_bits(getattr(started.state, member), getattr(expected, member))
+        assert same_bits(*(floats(s.collections) for s in (started.state, expected)))
+    assert "weights" not in distaff.InitFrom(path).record()
+    assert distaff.InitFrom(path, weights="ema").record()["weights"] == "ema"
+    with pytest.raises(ConfigError, match=r"weights has no value 'best'"):
+        distaff.InitFrom(path, weights="best")
+    init_from = distaff.InitFrom(source.state.params, weights="ema")
+    with pytest.raises(ConfigError, match=r"weights='ema' needs a run directory"):
+        make(kind=kind, init_from=init_from, example_batch=loader().peek())
+
+
+def test_a_source_without_averages_says_which_weights_it_has(tmp_path):
+    path = train(Line(root=str(tmp_path)), num_epochs=1).path
+    with pytest.raises(CheckpointError, match=r"does not have the weights 'ema'; it has 'raw'\."):
+        Line(init_from=distaff.InitFrom(path, weights="ema"), example_batch=loader().peek())

@@ -207,7 +207,7 @@ def test_batches_are_still_batches(batches):
         ((X, [0] * 100), "ambiguous.*tuple of ndarray, list"),
         (((X, X), Y), "ambiguous.*tuple of tuple, ndarray"),
         (({"a": X}, {"b": Y}), "ambiguous.*tuple of dict, dict"),
-        ((sparse.csr_array(X), Y), "'0' is a csr_array. Convert it to a dense"),
+        ((sparse.csr_array(X), Y), "'0' is a csr_array. Convert it to a numpy.ndarray"),
         ((np.ma.masked_less(X, 0), Y), "'0' is a MaskedArray. Fill"),
         ((X, np.full(100, 2**40)), "Integers must fit"),
     ],

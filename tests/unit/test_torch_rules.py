@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import distaff
@@ -101,6 +102,22 @@ def test_functions_are_known_by_the_names_of_their_arrays(name: str) -> None:
     arrays = load((init, apply), {f"layer.{n}": x for n, x in SQUARE.items()}, X)
     expected = SQUARE["weight"].T if name == "kernel" else SQUARE["weight"]
     np.testing.assert_array_equal(arrays[f"layer/{name}"], expected)
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (4, 3)])
+def test_a_square_array_of_an_unknown_layer_is_not_guessed(shape: tuple[int, ...]) -> None:
+    def init(key, x):
+        return {"layer": {"w": jnp.zeros(shape)}}
+
+    tensors, rules = {"layer.weight": drawn(*shape)}, TorchRules({"layer.weight": "layer/w"})
+    if shape == (4, 4):
+        with pytest.raises(ConfigError, match=r"whether it is transposed in 'layer\.weight'"):
+            load((init, lambda params, x: x), tensors, X, rules=rules)
+        return
+    arrays = load((init, lambda params, x: x), tensors, X, rules=rules)
+    np.testing.assert_array_equal(arrays["layer/w"], tensors["layer.weight"])
+    same = load((init, lambda params, x: x), {"layer.w": drawn(*shape)}, X)  # a parameter's name
+    np.testing.assert_array_equal(same["layer/w"], tensors["layer.weight"])
 
 
 @pytest.mark.parametrize("is_listed", [True, False])
@@ -407,6 +424,8 @@ def test_a_trainer_loads_records_and_exports(tmp_path: Path) -> None:
     kernel = np.asarray(whole.state.params["layer"]["kernel"])
     np.testing.assert_array_equal(back["a.weight"], kernel.T)
     assert not np.array_equal(back["a.weight"], SQUARE["weight"])
+    with safe_open("back.safetensors", "np") as file:
+        assert file.metadata() == {"format": "pt"}
     some = whole.export_weights("some.safetensors", rules=rules, only="*.bias")
     assert set(load_file(some)) == {"a.bias"}
     lora = trained(distaff.Lora(Named(), rank=2), "lora")

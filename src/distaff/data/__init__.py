@@ -34,8 +34,11 @@ from distaff.data.sequences.bucketed import bucketed
 from distaff.data.sequences.packed import packed
 from distaff.data.sequences.windows import held_out_windows, shuffled_windows
 from distaff.data.stream import Stream
+from distaff.data.tables.coding import FrameCoding
+from distaff.data.tables.frames import FrameTable, from_frame
 from distaff.data.tables.split import k_fold, split
 from distaff.data.tables.standardize import Standardize
+from distaff.data.whole import is_array
 from distaff.data.wrappers.limited import Limited, first_batches, limited, unlimited
 from distaff.data.wrappers.mapped import MappedLoader
 from distaff.data.wrappers.mixture import Mixture
@@ -46,6 +49,8 @@ __all__ = [
     "ArrayRecordExamples",
     "BlockExamples",
     "Examples",
+    "FrameCoding",
+    "FrameTable",
     "InputOptions",
     "Limited",
     "Loader",
@@ -76,7 +81,9 @@ __all__ = [
     "first_to_train",
     "from_datasets",
     "from_examples",
+    "from_frame",
     "held_out_windows",
+    "is_array",
     "is_on_policy",
     "k_fold",
     "limited",

@@ -12,6 +12,8 @@ from distaff.core.seeds import folded
 from distaff.core.typing import PyTree
 from distaff.data.arrays import ArrayLoader
 from distaff.data.loader import Loader, as_loader
+from distaff.data.tables.coding import FrameCoding
+from distaff.data.tables.frames import FrameTable, is_frame
 from distaff.data.tables.standardize import Standardize
 from distaff.data.whole import whole_arrays
 from distaff.errors import ConfigError
@@ -20,6 +22,15 @@ from distaff.errors import ConfigError
 def _fitted(name: str, value: Any) -> Standardize:
     if not isinstance(value, Standardize):
         raise ConfigError(f"{name} must be fitted, data.Standardize.fit(train); got {value!r}.")
+    return value
+
+
+def _coding(name: str, value: Any) -> FrameCoding:
+    if not isinstance(value, FrameCoding):
+        raise ConfigError(
+            f"{name} must be the coding of a table, data.from_frame(...).coding; got a "
+            f"{type(value).__name__}."
+        )
     return value
 
 
@@ -40,20 +51,26 @@ class InputOptions(Options):
         model's first input with it; the numbers are saved with the model.""",
         check=or_none(_fitted),
     )
+    coding: FrameCoding | None = option(
+        None,
+        """The coding of a `data.from_frame`. Data frames given to `train_model`, `eval_model` and
+        `predict` are read with it; it is saved with the model.""",
+        check=or_none(_coding),
+    )
 
 
 def loader_of(data: Any, options: InputOptions, *, name: str) -> Loader:
     """Returns a loader over arrays, in their order; other data as `as_loader` does.
 
     Args:
-        data: a loader, an iterable of batches, or arrays; see `whole_arrays`.
-        options: the batch size for arrays.
+        data: a loader, an iterable of batches, arrays (see `whole_arrays`), or a data frame.
+        options: the batch size for arrays, and the coding of data frames.
         name: name of the data for errors, such as `"val"`.
 
     Raises:
         BatchError: the data are none of these, or it is ambiguous what they are.
     """
-    arrays = whole_arrays(data, name)
+    arrays = _arrays(data, options, name)
     if arrays is None:
         return as_loader(data, name=name)
     return ArrayLoader(arrays, _batch_size(arrays, options))
@@ -63,21 +80,45 @@ def training_loader_of(data: Any, options: InputOptions, *, seed: int, epoch: in
     """Returns a loader over arrays, shuffled; other data as `as_loader` does.
 
     Args:
-        data: a loader, an iterable of batches, or arrays; see `whole_arrays`.
-        options: the batch size for arrays.
+        data: a loader, an iterable of batches, arrays (see `whole_arrays`), or a data frame.
+        options: the batch size for arrays, and the coding of data frames.
         seed: seed of the order.
         epoch: number of epochs trained before, whose orders are not repeated.
 
     Raises:
         BatchError: the data are none of these, or it is ambiguous what they are.
     """
-    arrays = whole_arrays(data, "train")
+    arrays = _arrays(data, options, "train")
     if arrays is None:
         return as_loader(data, name="train")
     seed = int(folded(seed)) % 2**64
     loader = ArrayLoader(arrays, _batch_size(arrays, options), shuffle=True, seed=seed)
     loader.set_state({**loader.get_state(), "epoch": epoch})
     return loader
+
+
+def _arrays(data: Any, options: InputOptions, name: str) -> PyTree | None:
+    """Returns the arrays of whole arrays, a table or a data frame; None for batches."""
+    coding = options.coding
+    if isinstance(data, FrameTable) and data.coding != coding:
+        remedy = (
+            "Pass it to the trainer, coding=table.coding, so that it is saved with the model; or "
+            "train on table.arrays, without it."
+            if coding is None
+            else "Pass the frame itself, or table parts of one from_frame, by data.split."
+        )
+        raise ConfigError(
+            f"The {name} data have a coding of columns that the trainer does not have. {remedy}"
+        )
+    if is_frame(data):
+        if coding is None:
+            raise ConfigError(
+                f"The {name} data are a data frame, and the trainer has no coding for it. Write "
+                "table = data.from_frame(frame, target=...), and pass coding=table.coding to the "
+                "trainer."
+            )
+        data = coding.encoded(data, name=name, with_target=name != "predict")
+    return whole_arrays(data, name)
 
 
 def _batch_size(arrays: PyTree, options: InputOptions) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 
 from distaff.core.typing import PyTree
 from distaff.data.loader import array_shape
+from distaff.data.tables.frames import FrameTable, is_frame
 from distaff.errors import BatchError, leaf_name
 
 _MOST = 3
@@ -20,9 +21,9 @@ _ENTRIES = "(inputs,), (inputs, labels) or (inputs, labels, weights)"
 def whole_arrays(data: Any, name: str) -> PyTree | None:
     """Returns the arrays if the data are whole arrays, as NumPy arrays; None if they are batches.
 
-    Whole arrays are one array, a dict of arrays, or a tuple of one to three arrays: inputs, labels
-    and weights, of which inputs or labels may be dicts of arrays. A list, and a tuple of batches
-    that are dicts or tuples themselves, holds batches.
+    Whole arrays are one array, a `FrameTable`, a dict of arrays, or a tuple of one to three arrays:
+    inputs, labels and weights, of which inputs or labels may be dicts of arrays. A list, and a
+    tuple of batches that are dicts or tuples themselves, holds batches.
 
     Args:
         data: anything that a trainer accepts.
@@ -32,6 +33,8 @@ def whole_arrays(data: Any, name: str) -> PyTree | None:
         BatchError: the arrays are not numeric, are empty or differ in length; or the data may be
             either.
     """
+    if isinstance(data, FrameTable):
+        data = data.arrays
     if not _is_whole(data, name):
         return None
     leaves = jax.tree.leaves_with_path(data)
@@ -45,19 +48,19 @@ def whole_arrays(data: Any, name: str) -> PyTree | None:
     for other in others:
         if lengths[other] != lengths[first]:
             raise BatchError(
-                f"All arrays of {whose} must have the same length; {leaf_label(data, first)} has "
-                f"{lengths[first]} examples, {leaf_label(data, other)} has {lengths[other]}. Pass "
+                f"All arrays of {whose} must have the same length; {_label(data, first)} has "
+                f"{lengths[first]} examples, {_label(data, other)} has {lengths[other]}. Pass "
                 "one row per example in every array. To pass batches, put them into a list."
             )
     if not lengths[first]:
         raise BatchError(
-            f"{whose.capitalize()} must hold at least one example; {leaf_label(data, first)} is "
+            f"{whose.capitalize()} must hold at least one example; {_label(data, first)} is "
             "empty. Check how it is read and filtered."
         )
     return jax.tree.map_with_path(lambda path, leaf: _as_numpy(leaf_name(path), leaf), data)
 
 
-def leaf_label(data: Any, name: str) -> str:
+def _label(data: Any, name: str) -> str:
     """Returns what to call a leaf of arrays in an error: its name, or its place in a tuple."""
     if isinstance(data, Mapping) or hasattr(data, "_fields"):
         return repr(name)
@@ -69,7 +72,7 @@ def leaf_label(data: Any, name: str) -> str:
 
 
 def _is_whole(data: Any, name: str) -> bool:
-    if _is_array(data) or isinstance(data, Mapping):
+    if is_array(data) or isinstance(data, Mapping):
         return True
     if isinstance(data, list | tuple) and _is_number(data):
         raise BatchError(
@@ -78,7 +81,12 @@ def _is_whole(data: Any, name: str) -> bool:
         )
     if not isinstance(data, tuple):
         return False
-    arrays = [each for each in data if _is_array(each)]
+    if any(map(is_frame, data)):
+        raise BatchError(
+            f"The {name} data are a tuple with a data frame. Write data.from_frame(frame, "
+            "target=...)."
+        )
+    arrays = [each for each in data if is_array(each)]
     mappings = [each for each in data if isinstance(each, Mapping)]
     if len(arrays) == len(data) > 0:
         if len(data) > _MOST and not hasattr(data, "_fields"):
@@ -100,7 +108,8 @@ def _is_whole(data: Any, name: str) -> bool:
     return False
 
 
-def _is_array(value: Any) -> bool:
+def is_array(value: Any) -> bool:
+    """Whether a value has the members of an array."""
     return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
@@ -108,7 +117,7 @@ def _is_number(values: Any) -> bool:
     """Whether nested lists or tuples hold numbers or texts, rather than arrays or batches."""
     while isinstance(values, list | tuple) and len(values):
         values = values[0]
-    return isinstance(values, Number | str | bytes) and not _is_array(values)
+    return isinstance(values, Number | str | bytes) and not is_array(values)
 
 
 def _kind(value: Any) -> str:
@@ -118,8 +127,10 @@ def _kind(value: Any) -> str:
 def _as_numpy(name: str, leaf: Any) -> np.ndarray:
     is_masked = isinstance(leaf, np.ma.MaskedArray) and np.ma.is_masked(leaf)
     array = np.asarray(leaf)
-    if is_masked or array.shape != tuple(leaf.shape) or array.dtype.hasobject:
-        remedy = "Fill its masked values" if is_masked else "Convert it to a dense numpy.ndarray"
+    if is_masked or array.shape != tuple(leaf.shape) or array.dtype.kind in "OSUTMm":
+        remedy = (
+            "Fill its masked values" if is_masked else "Convert it to a numpy.ndarray of numbers"
+        )
         raise BatchError(
             f"Arrays must be NumPy or JAX arrays of numbers; {name!r} is a {_kind(leaf)}. {remedy}."
         )

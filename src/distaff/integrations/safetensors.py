@@ -58,8 +58,10 @@ def read(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
         raise _unreadable(path, error) from error
 
 
-def write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes a file of named arrays.
+def write(
+    path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes a file of named arrays, with texts by name in its header.
 
     Raises:
         CheckpointError: the format does not support the dtype of an array.
@@ -73,7 +75,7 @@ def write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
                 f"{array.dtype}. Convert it, or exclude it with only=..."
             )
     try:
-        save_file(little, path)
+        save_file(little, path, dict(metadata) if metadata else None)
     except SafetensorError as error:
         raise OSError(str(error)) from error
 

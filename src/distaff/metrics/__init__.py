@@ -15,15 +15,30 @@ from distaff.metrics.accumulators import (
     to_host,
 )
 from distaff.metrics.as_json import as_json, as_numbers
-from distaff.metrics.classification import AUROC, F1, ConfusionMatrix, IoU, Precision, Recall
+from distaff.metrics.classification import (
+    F1,
+    BalancedAccuracy,
+    ConfusionMatrix,
+    IoU,
+    Precision,
+    Recall,
+)
 from distaff.metrics.declare import declare
 from distaff.metrics.extremes import Max, Min
 from distaff.metrics.filled import filled
 from distaff.metrics.language import Perplexity
+from distaff.metrics.regression import MAE, R2, RMSE
+from distaff.metrics.scores import AUROC, AveragePrecision, CalibrationError, TopK
 
 __all__ = [
     "AUROC",
     "F1",
+    "MAE",
+    "R2",
+    "RMSE",
+    "AveragePrecision",
+    "BalancedAccuracy",
+    "CalibrationError",
     "ConfusionMatrix",
     "IoU",
     "Last",
@@ -37,6 +52,7 @@ __all__ = [
     "Precision",
     "Recall",
     "Sum",
+    "TopK",
     "as_json",
     "as_numbers",
     "compute",

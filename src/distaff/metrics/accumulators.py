@@ -126,42 +126,11 @@ def is_whole(values: jax.Array) -> bool:
 
 
 @pytree
-class Mean(Metric):
-    """A weighted mean, kept as the sum of weighted values and the sum of weights."""
+class WeightedMean(Metric):
+    """The sum of weighted values and the sum of weights, the base of all means."""
 
     total: Any
     weight: Any
-
-    @classmethod
-    def per_example(cls, values: Any, weight: Any = None) -> PerExample:
-        """Returns the weighted mean of values per example.
-
-        Args:
-            values: numbers `[batch, ...]`.
-            weight: numbers `[batch]` or `[batch, ...]`, with the leading axes of `values`; 1 by
-                default. `[batch]` weights each example, for example by its number of tokens if a
-                value is a mean over them. `[batch, length]` weights each token, and averages over
-                all tokens of all examples. Values of weight 0 are ignored, even NaN.
-
-        Raises:
-            LossError: the shape of `weight` does not match the leading axes of `values`.
-        """
-        values = floating(values)
-        if weight is None:
-            return PerExample((values, jnp.ones(values.shape[:1], values.dtype)), cls)
-        weight = floating(weight)
-        if weight.ndim == 0 or weight.shape != values.shape[: weight.ndim]:
-            raise LossError(
-                f"The weight of a mean has shape {weight.shape}, which does not match the leading "
-                f"axes of the values, {values.shape}. Pass one weight per example, "
-                f"{values.shape[:1]}, or one per value, {values.shape}."
-            )
-        if weight.ndim > 1:
-            axes, own = tuple(range(1, weight.ndim)), aligned(weight, values)
-            total = (jnp.where(own != 0, values, 0) * own).sum(axes)
-            weight = weight.sum(axes)
-            values = total / aligned(jnp.where(weight == 0, 1, weight), total)
-        return PerExample((values, weight), cls)
 
     @classmethod
     def reduce(cls, mask: jax.Array, *values: jax.Array) -> Self:
@@ -186,6 +155,61 @@ class Mean(Metric):
 
     def empty_like(self) -> Self:
         return type(self)(jnp.zeros_like(self.total), jnp.zeros_like(self.weight))
+
+
+@pytree
+class Mean(WeightedMean):
+    """A weighted mean, kept as the sum of weighted values and the sum of weights."""
+
+    @classmethod
+    def per_example(cls, values: Any, weight: Any = None) -> PerExample:
+        """Returns the weighted mean of values per example.
+
+        Args:
+            values: numbers `[batch, ...]`.
+            weight: numbers `[batch]` or `[batch, ...]`, with the leading axes of `values`; 1 by
+                default. `[batch]` weights each example, for example by its number of tokens if a
+                value is a mean over them. `[batch, length]` weights each token, and averages over
+                all tokens of all examples. Values of weight 0 are ignored, even NaN.
+
+        Raises:
+            LossError: the shape of `weight` does not match the leading axes of `values`.
+        """
+        values = floating(values)
+        if weight is None:
+            return PerExample((values, jnp.ones(values.shape[:1], values.dtype)), cls)
+        weight = _leading(weight, values)
+        if weight.ndim > 1:
+            axes, own = tuple(range(1, weight.ndim)), aligned(weight, values)
+            total = (jnp.where(own != 0, values, 0) * own).sum(axes)
+            weight = weight.sum(axes)
+            values = total / aligned(jnp.where(weight == 0, 1, weight), total)
+        return PerExample((values, weight), cls)
+
+
+def mean_over_all(metric: type[WeightedMean], values: Any, weight: Any) -> PerExample:
+    """Returns the weighted mean over all values `[batch, ...]`, a scalar."""
+    values = floating(values)
+    weight = whole_weight(weight, values)
+    return dataclasses.replace(Mean.per_example(values, weight), metric=metric)
+
+
+def whole_weight(weight: Any, values: jax.Array) -> jax.Array:
+    """Returns one weight per value, 1 by default, given weights of its leading axes."""
+    weight = jnp.ones(values.shape[:1], values.dtype) if weight is None else weight
+    return jnp.broadcast_to(aligned(_leading(weight, values), values), values.shape)
+
+
+def _leading(weight: Any, values: jax.Array) -> jax.Array:
+    """Returns a weight as floats, checked to have the leading axes of the values."""
+    weight = floating(weight)
+    if weight.ndim == 0 or weight.shape != values.shape[: weight.ndim]:
+        raise LossError(
+            f"The weight of a mean has shape {weight.shape}, which does not match the leading "
+            f"axes of the values, {values.shape}. Pass one weight per example, "
+            f"{values.shape[:1]}, or one per value, {values.shape}."
+        )
+    return weight
 
 
 @pytree

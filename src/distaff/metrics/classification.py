@@ -1,21 +1,19 @@
 """Metrics of classification and segmentation, exact over uneven batches.
 
-Precision, recall, F1, IoU and the confusion matrix accumulate one table of counts; AUROC stores all
-scores.
+All of them accumulate one table of counts. See `distaff.metrics.scores` for metrics of scores.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from typing import Any, ClassVar, Literal, Self, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from distaff.core.pytrees import static
-from distaff.errors import ConfigError, LossError, MetricError, nearest
+from distaff.errors import ConfigError, LossError, nearest
 from distaff.metrics.accumulators import (
     Metric,
     PerExample,
@@ -63,15 +61,7 @@ class _Counts(Metric):
 
 
 @pytree
-class ConfusionMatrix(_Counts):
-    """Counts of labels (rows) and predictions (columns), `[classes, classes]`.
-
-    The layout is that of `sklearn.metrics.confusion_matrix`.
-
-    Args:
-        counts: float `[classes, classes]`; rounded to float32 once per batch.
-    """
-
+class _CountTable(_Counts):
     @classmethod
     def per_example(
         cls, labels: Any, predictions: Any, *, num_classes: int, weight: Any = None
@@ -93,8 +83,39 @@ class ConfusionMatrix(_Counts):
         values = _classes(labels, predictions, num_classes, weight)
         return PerExample(values, cls, (("num_classes", num_classes),))
 
+
+@pytree
+class ConfusionMatrix(_CountTable):
+    """Counts of labels (rows) and predictions (columns), `[classes, classes]`.
+
+    The layout is that of `sklearn.metrics.confusion_matrix`.
+
+    Args:
+        counts: float `[classes, classes]`; rounded to float32 once per batch.
+    """
+
     def compute(self) -> Any:
         return self.counts
+
+
+@pytree
+class BalancedAccuracy(_CountTable):
+    """The mean over the classes of the fraction of their examples that are predicted right.
+
+    Classes without examples are left out, as in `sklearn.metrics.balanced_accuracy_score`; it is
+    NaN without examples.
+    """
+
+    def compute(self) -> Any:
+        numpy = namespace(self.counts)
+        hits = numpy.diagonal(self.counts, axis1=-2, axis2=-1)
+        actual = self.counts.sum(axis=-1)
+        # A NaN of an unknown class stays: it is not 0.
+        is_missing = actual == 0
+        recalls = numpy.where(is_missing, 0, hits) / numpy.where(is_missing, 1, actual)
+        num_present = (~is_missing).sum(axis=-1)
+        mean = recalls.sum(axis=-1) / numpy.where(num_present == 0, 1, num_present)
+        return numpy.where(num_present == 0, float("nan"), mean)
 
 
 @pytree
@@ -203,102 +224,6 @@ class IoU(_Score):
         return hits, predicted + actual - hits
 
 
-@pytree
-class AUROC(Metric):
-    """The area under the receiver operating characteristic, for two classes.
-
-    It is the probability that a positive example has a higher score than a negative one, ties
-    counting one half (Hanley and McNeil, "The meaning and use of the area under a receiver
-    operating characteristic (ROC) curve", Radiology 143, 1982). It is NaN if one class is missing
-    or a score is NaN.
-
-    It stores every score, so use it only in evaluation; a training step that returns it raises an
-    error.
-
-    Args:
-        parts: arrays `[3, examples]` of scores, labels and weights.
-    """
-
-    refused_in_training: ClassVar[str] = (
-        "AUROC stores every score, so it grows with the run, and can only be merged on the host. "
-        "Use it in evaluation: return it from the loss function only if not ctx.train. In your own "
-        "loop, merge what metrics.to_host returns."
-    )
-
-    parts: tuple[Any, ...]
-
-    @classmethod
-    def per_example(cls, labels: Any, scores: Any, *, weight: Any = None) -> PerExample:
-        """Collects scores and labels.
-
-        Args:
-            labels: 1 or true for a positive example, 0 for a negative one, `[batch, ...]`.
-            scores: logits or probabilities of the positive class, with the shape of `labels`.
-            weight: numbers or bool, with the leading axes of `labels`; 1 by default. Scores of
-                weight 0 are ignored, even NaN.
-
-        Raises:
-            LossError: the shapes differ.
-        """
-        labels, scores = floating(labels), floating(scores)
-        if labels.shape != scores.shape:
-            raise LossError(
-                f"AUROC needs one score per label; labels have shape {labels.shape}, scores "
-                f"{scores.shape}. Pass the scores of the positive class, such as "
-                "logits[:, 1] - logits[:, 0]."
-            )
-        return PerExample((scores, labels, floating(_weight(weight, labels))), cls)
-
-    @classmethod
-    def reduce(cls, mask: jax.Array, *values: jax.Array) -> Self:
-        scores, labels, weight = values
-        rows = scores, labels, masked(mask, weight, 0)
-        return cls((jnp.stack([row.ravel() for row in rows]),))
-
-    def merge(self, other: Self) -> Self:
-        self._check_on_host()
-        other._check_on_host()
-        return type(self)(self.parts + other.parts)
-
-    def empty_like(self) -> Self:
-        self._check_on_host()
-        return type(self)(())
-
-    def _check_on_host(self) -> None:
-        if any(isinstance(part, jax.Array) for part in self.parts):
-            raise MetricError(self.refused_in_training)
-
-    def compute(self) -> Any:
-        """Returns the area.
-
-        Raises:
-            MetricError: a label with a weight is neither 0 nor 1.
-        """
-        if not self.parts:
-            return np.float64("nan")
-        examples = np.concatenate([np.asarray(part, np.float64) for part in self.parts], axis=-1)
-        stacked = examples.reshape(-1, *examples.shape[-2:])
-        return np.reshape([_area(*rows[:, rows[2] != 0]) for rows in stacked], examples.shape[:-2])
-
-
-def _area(scores: np.ndarray, labels: np.ndarray, weight: np.ndarray) -> float:
-    others = np.setdiff1d(labels, (0, 1))
-    if others.size:
-        raise MetricError(
-            f"AUROC needs labels 0 and 1; got {others[:5].tolist()}. Pass labels == positive_class,"
-            " or a weight of 0 to ignore them."
-        )
-    if np.isnan(scores).any():
-        return float("nan")
-    ranks = np.unique(scores, return_inverse=True)[1]
-    positive = np.bincount(ranks, weight * labels)
-    negative = np.bincount(ranks, weight * (1 - labels))
-    pairs = positive.sum() * negative.sum()
-    if pairs == 0:
-        return float("nan")
-    return float(positive @ (np.cumsum(negative) - negative / 2) / pairs)
-
-
 def _check_average(average: Any) -> None:
     if average is not None and average not in _AVERAGES:
         raise ConfigError(
@@ -328,11 +253,11 @@ def _classes(
             f"labels and predictions must have the same shape; got {labels.shape} and "
             f"{predictions.shape}. Pass logits.argmax(-1) as predictions."
         )
-    weights = _weight(weight, labels)
+    weights = weight_per_label(weight, labels)
     return labels.astype(jnp.int32), predictions.astype(jnp.int32), weights
 
 
-def _weight(weight: Any, labels: jax.Array) -> jax.Array:
+def weight_per_label(weight: Any, labels: jax.Array) -> jax.Array:
     """Returns one weight per label: bool, int32, or float of at least 32 bits."""
     weight = jnp.ones(labels.shape, bool) if weight is None else jnp.asarray(weight)
     if weight.shape != labels.shape[: weight.ndim]:

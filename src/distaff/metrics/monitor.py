@@ -16,7 +16,7 @@ _LARGER = """
     accuracy acc auc auroc auprc f1 f2 fscore precision recall sensitivity specificity top1 top3
     top5 iou miou dice map psnr ssim r2 bleu rouge likelihood elbo reward kappa mcc ndcg mrr
 """
-_SMALLER = "loss error err nll mse mae rmse msle mape perplexity ppl wer cer fid kl bce"
+_SMALLER = "loss error err nll mse mae rmse msle mape perplexity ppl wer cer fid kl bce ece"
 _OPPOSITE = frozenset(("neg", "negative", "minus"))
 
 

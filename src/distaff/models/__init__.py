@@ -18,7 +18,7 @@ from distaff.models.functional import FunctionModel, Functions
 from distaff.models.linen import LinenModel
 from distaff.models.lora import Lora, LoraModel, rebuild
 from distaff.models.nnx import NnxModel
-from distaff.models.precision.model import InPrecision, plain_model, with_scale
+from distaff.models.precision.model import InPrecision, stored, with_scale
 from distaff.models.precision.options import (
     PrecisionConfig,
     PrecisionName,
@@ -48,6 +48,7 @@ __all__ = [
     "precision_of",
     "rebuild",
     "standardized",
+    "stored",
     "whole_batches",
     "with_scale",
 ]
@@ -144,6 +145,13 @@ def in_precision(model: Model, precision: PrecisionName | PrecisionConfig) -> Mo
     found = precision_of(precision)
     # Its forward function must not hold the arrays of a ready-made module.
     return model if found.is_off else InPrecision(model_of(model.apply_fn), found)
+
+
+def plain_model(model: Model) -> Model:
+    """Returns a model without its precision, and without the standardization of its inputs."""
+    while isinstance(model, InPrecision | StandardizedModel):
+        model = model.inner
+    return model
 
 
 def standardized(model: Model, scale: Standardize | None) -> Model:

@@ -9,6 +9,8 @@ from distaff.optim.transforms.accumulate import AccumulateState, accumulate, num
 from distaff.optim.transforms.extra_args import with_known_args
 from distaff.optim.transforms.loss_scale import LossScaleState, loss_scale, with_loss_scale
 from distaff.optim.transforms.masks import decay_mask
+from distaff.optim.transforms.master_copy import MasterCopyState, with_master_copy
+from distaff.optim.transforms.moments import with_half_moments
 from distaff.optim.transforms.muon import muon_routes
 from distaff.optim.transforms.observe import Geometry, ObservedState, geometry, observed
 from distaff.optim.transforms.penalty import decays, l2_loss
@@ -19,6 +21,7 @@ __all__ = [
     "AccumulateState",
     "Geometry",
     "LossScaleState",
+    "MasterCopyState",
     "ObservedState",
     "Optimizer",
     "OptimizerConfig",
@@ -43,6 +46,8 @@ __all__ = [
     "observed",
     "scale_by_soap",
     "soap",
+    "with_half_moments",
     "with_known_args",
     "with_loss_scale",
+    "with_master_copy",
 ]

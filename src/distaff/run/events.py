@@ -15,6 +15,7 @@ from distaff.data import (
     Loader,
     Stream,
     first_batches,
+    is_array,
     limited,
     loader_of,
     num_batches,
@@ -204,7 +205,7 @@ def _by_name(val_loader: Any, options: PlanOptions) -> dict[str, Loader]:
     if val_loader is None:
         return {}
     is_named = isinstance(val_loader, Mapping) and not any(
-        hasattr(each, "shape") for each in val_loader.values()
+        is_array(each) for each in val_loader.values()
     )
     if not is_named:
         return {"val": loader_of(val_loader, options, name="val")}

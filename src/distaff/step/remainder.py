@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from distaff.optim import LossScaleState, ObservedState
+from distaff.optim import LossScaleState, MasterCopyState, ObservedState
 from distaff.optim.transforms import extra_args
 from distaff.step.state import TrainState
 
-_AROUND = (ObservedState, LossScaleState)
+_AROUND = (ObservedState, LossScaleState, MasterCopyState)
 """States of wrappers around an optimizer, which do not count as transformations."""
 
 

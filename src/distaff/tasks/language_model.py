@@ -278,7 +278,15 @@ class LanguageModel(WeighingTask):
         """
         return super().sample_weight(batch) if isinstance(batch, Mapping) else None
 
-    def sample(self, prompt: Any, length: int, *, temperature: float = 1.0, seed: int = 0) -> Any:
+    def sample(
+        self,
+        prompt: Any,
+        length: int,
+        *,
+        temperature: float = 1.0,
+        seed: int = 0,
+        weights: str | None = None,
+    ) -> Any:
         """Samples a continuation of a prompt, with the parameters for evaluation.
 
         Args:
@@ -287,6 +295,7 @@ class LanguageModel(WeighingTask):
             temperature: divisor of the logits: below 1, likely tokens become more likely; 0 always
                 picks the most likely one.
             seed: random seed.
+            weights: see `evaluation_state`.
 
         Returns:
             The prompt and its continuation, with the type of the prompt.
@@ -314,7 +323,7 @@ class LanguageModel(WeighingTask):
             )
 
         filled = self._workspace.program("fill", fill)(
-            self.evaluation_state(),
+            self.evaluation_state(weights),
             jnp.asarray(buffer),
             rows.shape[1],
             jnp.float32(temperature),

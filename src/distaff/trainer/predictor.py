@@ -24,7 +24,7 @@ from distaff.core.typing import Batch, Key, Params, PyTree
 from distaff.data import INPUT_NAMES, entry, num_batches
 from distaff.data.on_policy import check_reader
 from distaff.execution import allocator, compile_cache
-from distaff.models import LoraModel, Variables, as_model, in_precision, standardized
+from distaff.models import LoraModel, Variables, as_model, in_precision, standardized, stored
 from distaff.run.display import make_display
 from distaff.run.display.model_table import model_table
 from distaff.run.evaluation import predict
@@ -141,11 +141,12 @@ class Predictor:
         """Creates the initial state: the variables and the root key, without an optimizer."""
         init_key, root_key = self._workspace.execution.once(_two_keys)(folded(self.config.seed))
         variables = self._initial(example_batch, init_key)
-        model = standardized(
-            in_precision(self.model, self.config.precision), self.config.standardize
+        precision = self.config.precision
+        model = in_precision(standardized(self.model, self.config.standardize), precision)
+        variables = variables._replace(params=stored(variables.params, precision))
+        self.state = self.state_class.create(
+            apply_fn=model.apply_fn, rng=root_key, **variables._asdict()
         )
-        apply_fn = model.apply_fn
-        self.state = self.state_class.create(apply_fn=apply_fn, rng=root_key, **variables._asdict())
 
     def _initial(self, example_batch: Batch, key: Key) -> Variables:
         return normalized(self.run_model_init(example_batch, key))

@@ -60,6 +60,8 @@ def export_torch_weights(
 ) -> Path:
     """Writes the arrays of a model as tensors that PyTorch's `load_state_dict` takes.
 
+    The metadata of the file is as in PyTorch, `{"format": "pt"}`, which Hugging Face requires.
+
     Args:
         path: the file, which ends in `.safetensors`.
         model: the adapter of the model.
@@ -77,11 +79,16 @@ def export_torch_weights(
     """
     plan = make_plan(variables, modules_of(model, init), rules)
     arrays = {n: np.asarray(x) for n, x in named(variables).items() if not is_random_key(x)}
-    return write_weights(path, tensors_of(arrays, plan, rules), only)
+    return write_weights(path, tensors_of(arrays, plan, rules), only, {"format": "pt"})
 
 
-def write_weights(path: str | Path, leaves: Mapping[str, Any], only: str | Sequence[str]) -> Path:
-    """Writes arrays by name to a file; see `export_weights`."""
+def write_weights(
+    path: str | Path,
+    leaves: Mapping[str, Any],
+    only: str | Sequence[str],
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Writes arrays by name, and metadata, to a file; see `export_weights`."""
     target = as_path(path, "path")
     if target.suffix != SUFFIX:
         raise CheckpointError(f"export_weights writes a file that ends in {SUFFIX}; got {path}.")
@@ -92,7 +99,7 @@ def write_weights(path: str | Path, leaves: Mapping[str, Any], only: str | Seque
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        library.write(temporary, arrays)
+        library.write(temporary, arrays, metadata)
         _put_in_place(temporary, target)
     except OSError as error:
         raise CheckpointError(

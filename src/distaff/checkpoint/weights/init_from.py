@@ -37,6 +37,8 @@ class InitFrom:
         unused: what to do with arrays that the model lacks: "error" or "ignore".
         rules: "torch" for a file of a PyTorch model: names and layouts are converted. A
             `TorchRules` has names that differ, and replaces `rename`. None for no conversion.
+        weights: which weights of a checkpoint: "raw", "ema" or "swa". By default those that
+            `monitor` judged in its run.
 
     Raises:
         ConfigError: an option is invalid.
@@ -49,10 +51,13 @@ class InitFrom:
     missing: Literal["error", "keep"] = "error"
     unused: Literal["error", "ignore"] = "error"
     rules: Literal["torch"] | TorchRules | None = None
+    weights: Literal["raw", "ema", "swa"] | None = None
 
     def __post_init__(self) -> None:
         check_choice("missing", self.missing, Literal["error", "keep"])
         check_choice("unused", self.unused, Literal["error", "ignore"])
+        if self.weights is not None:
+            check_choice("weights", self.weights, Literal["raw", "ema", "swa"])
         object.__setattr__(self, "only", as_patterns(self.only))
         if not isinstance(self.rename, Mapping):
             raise ConfigError(
@@ -96,14 +101,16 @@ class InitFrom:
     def record(self) -> dict[str, Any]:
         """Returns the entry for the record of a run; arrays become shapes and dtypes."""
         rules = as_rules(self.rules)
-        converted = {} if rules is None else {"rules": rules.record()}
+        given: dict[str, Any] = {} if rules is None else {"rules": rules.record()}
+        if self.weights is not None:
+            given["weights"] = self.weights
         return {
             "source": leaf_forms(named(self.source)) if self.path is None else self.path,
             "rename": dict(self.rename),
             "only": list(self.only),
             "missing": self.missing,
             "unused": self.unused,
-            **converted,
+            **given,
         }
 
 

@@ -59,7 +59,7 @@ def loaded(
         CheckpointError: the source cannot be read, or does not match; names each leaf.
         ConfigError: a pattern matches nothing.
     """
-    source, rules = open_source(init_from.source), as_rules(init_from.rules)
+    source, rules = open_source(init_from.source, init_from.weights), as_rules(init_from.rules)
     if isinstance(model, LoraModel) and not any(is_own(name) for name in source.forms):
         base = model.base(variables)
         converted = source if rules is None else _converted(source, model, base, rules, init)

@@ -20,6 +20,9 @@ from distaff.core.paths import as_path
 from distaff.core.typing import PyTree
 from distaff.errors import CheckpointError, ConfigError
 from distaff.models import Variables
+from distaff.step.averages import RAW
+
+_AVERAGES = "averages"
 
 EVALUATION_PARAMS = "evaluation-params"
 """The key in a checkpoint of the parameters for evaluation, if they differ from `params`."""
@@ -49,18 +52,28 @@ class WeightSource(NamedTuple):
     absent: Mapping[str, str] = MappingProxyType({})
 
 
-def open_source(source: Any) -> WeightSource:
+def open_source(source: Any, weights: str | None = None) -> WeightSource:
     """Opens the source of an `InitFrom` without reading arrays.
 
+    Args:
+        source: a path or a tree of arrays.
+        weights: see `InitFrom`.
+
     Raises:
-        CheckpointError: it cannot be read.
-        ConfigError: it is neither a path nor a tree of arrays.
+        CheckpointError: it cannot be read, or does not have these weights.
+        ConfigError: it is neither a path nor a tree of arrays, or `weights` is given for something
+            else than a checkpoint.
         MissingExtraError: it is a safetensors file, and the package is not installed.
     """
-    if not isinstance(source, str | os.PathLike):
-        return _of_tree(source)
-    path = as_path(source, "init_from")
-    return _of_file(path) if path.suffix == SUFFIX else _of_checkpoint(path)
+    path = as_path(source, "init_from") if isinstance(source, str | os.PathLike) else None
+    if path is not None and path.suffix != SUFFIX:
+        return _of_checkpoint(path, weights)
+    if weights is not None:
+        raise ConfigError(
+            f"weights={weights!r} needs a run directory or a checkpoint folder as the source of "
+            "InitFrom; any other source has one kind of weights. Remove weights=..."
+        )
+    return _of_tree(source) if path is None else _of_file(path)
 
 
 def _of_tree(tree: PyTree) -> WeightSource:
@@ -87,16 +100,18 @@ def _of_file(path: Path) -> WeightSource:
     return WeightSource(str(path), library.forms(path), partial(library.read, path))
 
 
-def _of_checkpoint(path: Path) -> WeightSource:
+def _of_checkpoint(path: Path, weights: str | None) -> WeightSource:
     store, step, folder = checkpoint.located(path)
     problem = store.check(step)  # first, because threads of Orbax outlive a failed read
     if problem is not None:
         raise CheckpointError(
             f"The checkpoint {folder} cannot be read: {problem}. Pass another one."
         )
-    is_other = bool(store.info(step).get(EVALUATION_PARAMS))
+    info = store.info(step)
+    average = _average_of(info, weights, folder)
     saved_as = {
-        "params": EVALUATION_PARAMS if is_other else "params",
+        _AVERAGES: _AVERAGES if average else "",
+        "params": EVALUATION_PARAMS if info.get(EVALUATION_PARAMS) else "params",
         "batch_stats": "batch_stats",
         "collections": "collections",
     }
@@ -104,9 +119,8 @@ def _of_checkpoint(path: Path) -> WeightSource:
         stored = arrays.metadata(folder)
         held = {name: stored[key] for name, key in saved_as.items() if stored.get(key) is not None}
         abstract = jax.tree.map(_on_host, held)
-        forms = {
-            name: (leaf.shape, leaf.dtype) for name, leaf in named(_variables(abstract)).items()
-        }
+        leaves = named(_variables(abstract, average))
+        forms = {name: (leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
     except Exception as error:  # Orbax has no specific error for an invalid checkpoint
         raise CheckpointError(
             f"The checkpoint {folder} cannot be read: {error}. Pass another one."
@@ -115,16 +129,45 @@ def _of_checkpoint(path: Path) -> WeightSource:
     def read(names: Sequence[str]) -> dict[str, np.ndarray]:
         wanted = {saved_as[name]: tree for name, tree in abstract.items()}
         loaded = store.load(step, wanted)
-        leaves = named(_variables({name: loaded[saved_as[name]] for name in abstract}))
+        leaves = named(_variables({name: loaded[saved_as[name]] for name in abstract}, average))
         return {name: np.asarray(leaves[name]) for name in names}
 
     return WeightSource(str(folder), forms, read)
 
 
-def _variables(members: dict[str, PyTree]) -> Variables:
-    return Variables(
-        members.get("params", {}), members.get("batch_stats"), members.get("collections")
-    )
+def _average_of(info: Mapping[str, Any], weights: str | None, folder: Path) -> str:
+    """Returns the name of the average to read from a checkpoint; empty for the raw weights.
+
+    Raises:
+        CheckpointError: the checkpoint does not have these weights.
+    """
+    known = [RAW, *info.get(_AVERAGES, ())]
+    name = info.get("judged", RAW) if weights is None else weights
+    if name not in known:
+        raise CheckpointError(
+            f"The checkpoint {folder} does not have the weights {name!r}; it has "
+            f"{', '.join(map(repr, known))}. Pass InitFrom(source, weights=...) with one of these."
+        )
+    return "" if name == RAW else name
+
+
+def _variables(members: dict[str, PyTree], average: str) -> Variables:
+    """Returns the arrays of a model from the members of a checkpoint."""
+
+    def one(name: str, default: PyTree = None) -> PyTree:
+        own = members.get(name, default)
+        if not average:
+            return own
+        means = members[_AVERAGES][average]["values"][name]
+        # What is not a float is not averaged.
+        return jax.tree.map(
+            lambda mean, leaf: leaf if mean is None else mean,
+            means,
+            own,
+            is_leaf=lambda x: x is None,
+        )
+
+    return Variables(one("params", {}), one("batch_stats"), one("collections"))
 
 
 def _on_host(leaf: Any) -> np.ndarray:

@@ -12,6 +12,7 @@ import numpy as np
 from distaff.core import optional
 from distaff.core.config.checks import whole
 from distaff.core.typing import PyTree
+from distaff.data.tables.frames import FrameTable
 from distaff.data.whole import whole_arrays
 from distaff.errors import BatchError, ConfigError
 
@@ -30,7 +31,7 @@ def split(
     are nearest to the fractions. With `groups` they are only approximate.
 
     Args:
-        arrays: one array, a tuple or a dict of arrays `[examples, ...]`; see `whole_arrays`.
+        arrays: one array, a tuple or a dict of arrays `[examples, ...]`, or a `FrameTable`.
         parts: fractions that add up to 1, such as `(0.8, 0.2)`, or numbers of rows.
         seed: seed of the choice, not negative.
         stratify: the class of each example `[examples]`, such as the labels: each part then has the
@@ -49,8 +50,7 @@ def split(
     >>> len(train), len(test), sorted([*train.tolist(), *test.tolist()]) == list(range(10))
     (8, 2, True)
     """
-    arrays = _checked(arrays)
-    count = len(jax.tree.leaves(arrays)[0])
+    arrays, count = _checked(arrays)
     sizes = _sizes(parts, count)
     random = np.random.default_rng(whole("seed", seed, least=0))
     if stratify is not None and groups is not None:
@@ -75,7 +75,7 @@ def k_fold(
     `groups` `StratifiedKFold`, `GroupKFold` or `StratifiedGroupKFold`, all of which shuffle.
 
     Args:
-        arrays: one array, a tuple or a dict of arrays `[examples, ...]`; see `whole_arrays`.
+        arrays: one array, a tuple or a dict of arrays `[examples, ...]`, or a `FrameTable`.
         k: number of folds, at least 2.
         seed: seed of the folds, not negative.
         stratify: the class of each example `[examples]`; see `split`.
@@ -86,8 +86,7 @@ def k_fold(
         ConfigError: `k` or `seed` is out of range.
         MissingExtraError: scikit-learn is not installed.
     """
-    arrays = _checked(arrays)
-    count = len(jax.tree.leaves(arrays)[0])
+    arrays, count = _checked(arrays)
     folds = optional.load("sklearn", extra="folds").folds
     named = {"stratify": stratify, "groups": groups}
     coded = {n: None if x is None else _codes(n, x, count) for n, x in named.items()}
@@ -99,17 +98,21 @@ def k_fold(
     return ((_rows_of(arrays, train), _rows_of(arrays, val)) for train, val in rows)
 
 
-def _checked(arrays: PyTree) -> PyTree:
+def _checked(arrays: PyTree) -> tuple[PyTree, int]:
+    """Returns arrays to take rows of, and the number of their rows."""
     found = whole_arrays(arrays, "given")
     if found is None:
         raise BatchError(
             f"Only whole arrays can be split; got a {type(arrays).__name__}. Pass an array, a "
             "tuple (inputs, labels) or a dict of arrays."
         )
-    return found
+    is_table = isinstance(arrays, FrameTable)
+    return arrays if is_table else found, len(jax.tree.leaves(found)[0])
 
 
 def _rows_of(arrays: PyTree, rows: np.ndarray) -> PyTree:
+    if isinstance(arrays, FrameTable):
+        return arrays.rows(rows)
     return jax.tree.map(lambda array: array[rows], arrays)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -17,8 +18,7 @@ from distaff.errors import ConfigError, leaf_name
 from distaff.models.adapter import LayerRow, Model, Variables, accepts_collections
 from distaff.models.observed import Observed, observing
 from distaff.models.precision.autocast import autocast
-from distaff.models.precision.options import PrecisionConfig
-from distaff.models.standardized import StandardizedModel
+from distaff.models.precision.options import PrecisionConfig, PrecisionName, precision_of
 
 SCALED = "scaled"
 """The scope of the products with a loss scale; see `named_scope`."""
@@ -81,7 +81,7 @@ class InPrecision:
         Raises:
             ConfigError: the model returns something else than a pytree of arrays.
         """
-        params = variables.params
+        params = self._in_float32(variables.params)
         if self._scale is not None:
             params, inputs, kwargs = scaled((params, inputs, kwargs), 1 / self._scale)
 
@@ -95,6 +95,7 @@ class InPrecision:
 
     def forward(self, variables: Mapping[str, PyTree], *inputs: Any, **kwargs: Any) -> Any:
         """Runs the model's own forward function, given collections by name."""
+        variables = {**variables, "params": self._in_float32(variables["params"])}
         return self._run(lambda held: self.inner.apply_fn(held, *inputs, **kwargs), variables)
 
     def bind(self, variables: Variables) -> Any:
@@ -126,9 +127,27 @@ class InPrecision:
         outputs = [next(results) if isinstance(x, jax.Array) else x for x in leaves]
         return jax.tree.unflatten(structure, outputs)
 
+    def _in_float32(self, params: PyTree) -> PyTree:
+        """Returns parameters as a model without this precision has them."""
+        # Otherwise its softmax and norms would be in the dtype in which parameters are stored.
+        return params if self._precision.params is None else jax.tree.map(_widened, params)
+
     def _setting(self) -> Any:
         setting = self._precision.matmul_precision
         return nullcontext() if setting is None else jax.default_matmul_precision(setting)
+
+
+def stored(params: PyTree, precision: PrecisionName | PrecisionConfig) -> PyTree:
+    """Returns parameters in the dtype in which a precision stores them."""
+    dtype, kept = precision_of(precision).params, precision_of(precision).float32
+    if dtype is None:
+        return params
+
+    def one(path: tuple[Any, ...], leaf: Any) -> Any:
+        is_kept = any(fnmatch.fnmatchcase(leaf_name(path), pattern) for pattern in kept)
+        return leaf if is_kept or leaf.dtype != jnp.float32 else leaf.astype(dtype)
+
+    return jax.tree.map_with_path(one, params)
 
 
 def with_scale(model: Model, scale: jax.Array | None) -> Model:
@@ -160,11 +179,9 @@ def _(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, j
         return x, (tangent.astype(wide) * factor).astype(tangent.dtype)
 
 
-def plain_model(model: Model) -> Model:
-    """Returns a model without its precision and its standardization."""
-    while isinstance(model, InPrecision | StandardizedModel):
-        model = model.inner
-    return model
+def _widened(leaf: Any) -> Any:
+    is_half = isinstance(leaf, jax.Array) and leaf.dtype == jnp.bfloat16
+    return leaf.astype(jnp.float32) if is_half else leaf
 
 
 def _name_in_collection(path: tuple[Any, ...]) -> str:

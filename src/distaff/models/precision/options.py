@@ -11,13 +11,20 @@ import jax.numpy as jnp
 from distaff.core.config.options import Options, check_choice, option
 from distaff.errors import ConfigError
 
-PrecisionName: TypeAlias = Literal["float32", "bf16", "fp16"]
+PrecisionName: TypeAlias = Literal["float32", "bf16", "bf16-params", "fp16"]
+
+MomentsName: TypeAlias = Literal["float32", "bfloat16"]
 
 MatmulPrecision: TypeAlias = Literal[
     "default", "high", "highest", "bfloat16", "tensorfloat32", "float32"
 ]
 
-_COMPUTE = {"float32": None, "bf16": jnp.bfloat16, "fp16": jnp.float16}
+_COMPUTE = {
+    "float32": None,
+    "bf16": jnp.bfloat16,
+    "bf16-params": jnp.bfloat16,
+    "fp16": jnp.float16,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +35,12 @@ class PrecisionConfig:
         name: `"float32"`, or `"bf16"` to compute matrix products and convolutions of the forward
             and the backward pass in bfloat16. Parameters, optimizer, losses, softmax, statistics
             of norm layers and metrics stay in float32. `"fp16"` computes them in float16, with a
-            dynamic loss scale.
+            dynamic loss scale. `"bf16-params"` also stores the parameters in bfloat16, with a
+            float32 copy in the optimizer's state.
         float32: shell patterns for the paths of parameters, such as `"head/*"`, whose products
-            stay in float32.
+            stay in float32. Under `"bf16-params"` they are also stored in float32.
+        moments: dtype in which the optimizer stores both moments of Adam, `"float32"` or
+            `"bfloat16"`.
         matmul_precision: how an accelerator computes the products of the model that stay in
             float32, such as `"highest"`; see `jax.default_matmul_precision`. None for JAX's
             setting.
@@ -43,11 +53,13 @@ class PrecisionConfig:
     name: PrecisionName = "bf16"
     _: KW_ONLY
     float32: tuple[str, ...] = ()
+    moments: MomentsName = "float32"
     matmul_precision: MatmulPrecision | None = None
     loss_scale: float = 2.0**24
 
     def __post_init__(self) -> None:
         check_choice("The name of a PrecisionConfig", self.name, PrecisionName)
+        check_choice("moments", self.moments, MomentsName)
         if self.matmul_precision is not None:
             check_choice("matmul_precision", self.matmul_precision, MatmulPrecision)
         is_sequence = isinstance(self.float32, tuple | list)
@@ -67,6 +79,11 @@ class PrecisionConfig:
     def compute(self) -> Any:
         """The dtype of products; None to leave each as the model has it."""
         return _COMPUTE[self.name]
+
+    @property
+    def params(self) -> Any:
+        """The dtype of stored parameters; None to leave each as the model has it."""
+        return jnp.bfloat16 if self.name == "bf16-params" else None
 
     @property
     def is_scaled(self) -> bool:
@@ -104,6 +121,7 @@ class PrecisionOptions(Options):
         "float32",
         """Dtype of the model's matrix products and convolutions, forward and backward; "bf16"
         computes them in bfloat16 and keeps all else in float32; "fp16" in float16, with a dynamic
-        loss scale. A `PrecisionConfig` makes exceptions.""",
+        loss scale; "bf16-params" also stores the parameters in bfloat16, with a float32 copy in
+        the optimizer. A `PrecisionConfig` makes exceptions.""",
         check=as_precision,
     )

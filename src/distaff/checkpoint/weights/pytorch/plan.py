@@ -19,6 +19,7 @@ from distaff.errors import ConfigError
 from distaff.models import Variables
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
+_KNOWN = ("weight", "bias", "mean", "var")
 _STATISTICS = {"mean": "running_mean", "var": "running_var"}
 
 
@@ -102,7 +103,7 @@ def make_plan(variables: Variables, modules: Modules, rules: TorchRules) -> Torc
         else:
             module = modules.by_path.get(owner, UNKNOWN if modules.by_path else None)
             layout = layout_of(path, shapes[name], leaves_of[owner], module)
-            member = _plain(path, layout, leaves_of[owner], rules)
+            member = _plain(path, shapes[name], layout, leaves_of[owner], rules)
         claims += [_claim(name, shapes[name], member, piece, rules) for piece in member.pieces]
     slots, tensors = _laid_out(claims, shapes)
     return TorchPlan(slots, tensors, _ready(leaves, modules), modules)
@@ -142,17 +143,31 @@ def _paths(shapes: Mapping[str, Shape], variables: Variables, modules: Modules) 
     return paths
 
 
-def _plain(path: str, layout: Layout, siblings: Collection[str], rules: TorchRules) -> LayerArray:
+def _plain(
+    path: str, shape: Shape, layout: Layout, siblings: Collection[str], rules: TorchRules
+) -> LayerArray:
     """Returns an array that is one tensor, up to its layout."""
     place = rules.place(path)
-    if place.is_named:
-        return LayerArray(path, layout, (TensorName(place.name, place.member),))
     owner, _, leaf = path.rpartition("/")
+    if place.is_named:
+        if place.name.rpartition(".")[2] != leaf and leaf not in (*_KNOWN, *_LEAVES):
+            _check_one_way(path, shape, place.name)
+        return LayerArray(path, layout, (TensorName(place.name, place.member),))
     place = rules.place(owner)
     is_norm = {"mean", "var"} <= set(siblings)
     known = {**_LEAVES, **(_STATISTICS if is_norm else {})}
     tensor = ".".join(part for part in (place.name, known.get(leaf, leaf)) if part)
     return LayerArray(path, layout, (TensorName(tensor, place.member),))
+
+
+def _check_one_way(path: str, shape: Shape, tensor: str) -> None:
+    """Checks that an array without a known layout would not have the same shape in another."""
+    if len(shape) > 1 and len(set(shape)) == 1:
+        raise ConfigError(
+            f"The shape of {path!r}, {list(shape)}, does not say whether it is transposed in "
+            f"{tensor!r}. Call it 'kernel' in the model if it is [in, out], or 'weight' if it is "
+            "[out, in]."
+        )
 
 
 def _laid_out(
