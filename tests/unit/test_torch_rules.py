@@ -254,7 +254,8 @@ def test_a_part_of_the_model_is_loaded_where_asked_for() -> None:
         (lambda: TorchRules("a"), "names is a dict"),
         (lambda: TorchRules({"a": 1}), "paths in the model"),
         (lambda: TorchRules({"a": ()}), "paths in the model"),
-        (lambda: TorchRules({"a.{}": "b"}), "same number"),
+        (lambda: TorchRules({"a.{}.{}": "b"}), "same number"),
+        (lambda: TorchRules({"a": "b_{}"}), "same number"),
         (lambda: TorchRules({"a": "x", "b": "x"}), "two sources for 'x'"),
         (lambda: TorchRules(tied={"a": 1}), "names of tensors"),
         (lambda: TorchRules(inputs_first=1), "shell pattern"),
@@ -307,11 +308,66 @@ class Stacked(nnx.Module):
         self.layer = make(rngs)
 
 
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_stacked_layers_have_a_number_in_pytorch_only(kind: str) -> None:
+    module, path = (Scanned(), "layers/layer") if kind == "linen" else (Stacked, "layer")
+    module = module if kind == "linen" else lambda rngs: Stacked(rngs)
+    tensors = {f"h.{n}.fc.weight": drawn(4, 4, seed=n) for n in range(3)}
+    tensors |= {f"h.{n}.fc.bias": drawn(4, seed=n) for n in range(3)}
+    rules = TorchRules({"h.{}.fc": path})
+    arrays = load(module, tensors, X, rules=rules)
+    for n, (kernel, bias) in enumerate(
+        zip(arrays[f"{path}/kernel"], arrays[f"{path}/bias"], strict=True)
+    ):
+        np.testing.assert_array_equal(kernel, tensors[f"h.{n}.fc.weight"].T)
+        np.testing.assert_array_equal(bias, tensors[f"h.{n}.fc.bias"])
+    returns(module, tensors, X, rules=rules)
+    more = {**tensors, "h.3.fc.weight": drawn(4, 4)}
+    with pytest.raises(CheckpointError, match=r"unused: 'h\.3\.fc\.weight'"):
+        load(module, more, X, rules=rules)
+    del tensors["h.2.fc.bias"]
+    with pytest.raises(CheckpointError, match=r"no tensor 'h\.2\.fc\.bias', \[4\]"):
+        load(module, tensors, X, rules=rules)
+
+
+class ScannedAttention(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        layers = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": 2}
+        return nn.scan(AttentionStep, **layers)(name="layers")(x, None)[0]
+
+
+class AttentionStep(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.MultiHeadDotProductAttention(2, name="attn")(x, x), None
+
+
+def test_a_single_number_is_no_stack_of_layers() -> None:
+    def init(key, x):
+        return {"layer": {"scale": jnp.zeros(())}}
+
+    rules = TorchRules({"h.{}": "layer"})
+    with pytest.raises(ConfigError, match=r"'layer/scale' is a single number\. Write {} on both"):
+        load((init, lambda params, x: x), {"h.0.weight": drawn(1)}, X, rules=rules)
+
+
+def test_stacked_attention_is_fused_in_each_layer() -> None:
+    leaves = {"in_proj_weight": (12, 4), "in_proj_bias": (12,)}
+    leaves |= {"out_proj.weight": (4, 4), "out_proj.bias": (4,)}
+    tensors = {
+        f"layers.{n}.attn.{leaf}": drawn(*shape, seed=n)
+        for n in range(2)
+        for leaf, shape in leaves.items()
+    }
+    returns(ScannedAttention(), tensors, X[None], rules=TorchRules({"layers.{}": "layers"}))
+
+
 @pytest.mark.parametrize(
     ("make", "complaint"),
     [
-        (lambda: lambda rngs: Stacked(rngs), "'layer/kernel', .3, 4, 4.: it is stacked"),
-        (Scanned, "'layers/layer/kernel', .3, 4, 4.: it is stacked"),
+        (lambda: lambda rngs: Stacked(rngs), "'layer/kernel' is .3, 4, 4. for each tensor"),
+        (Scanned, "'layers/layer/kernel' is .3, 4, 4. for each"),
         (lambda: lambda rngs: Holder(rngs), "'held/kernel'.*not called by itself"),
         (lambda: lambda rngs: nnx.GRUCell(4, 4, rngs=rngs), "another cell, without the second"),
         (lambda: nn.DenseGeneral(4, batch_dims=(0,)), "has batch axes"),

@@ -41,7 +41,8 @@ def converted(source: WeightSource, plan: TorchPlan, rules: TorchRules) -> Weigh
         if any(others):
             wrong[name] = "; ".join(filter(None, others))
         else:
-            forms[name] = slot.shape, held.form(slot.parts[0].tensor)[1]
+            stack = () if slot.num_layers is None else (slot.num_layers,)
+            forms[name] = (*stack, *slot.shape), held.form(slot.parts[0].tensor)[1]
     for name, (mean, value) in plan.ready.items():
         if mean in forms:
             forms[name] = (), value.dtype
@@ -84,8 +85,9 @@ def tensors_of(
         for part in slot.parts:
             if part.tensor not in tensors:
                 tensors[part.tensor] = np.zeros(plan.tensors[part.tensor], arrays[name].dtype)
-        first = slot.parts[0]
-        tensors[first.tensor][_range(first, plan)] = slot.layout.save(arrays[name])
+        layers = [arrays[name]] if slot.num_layers is None else arrays[name]
+        for array, (first, *_) in zip(layers, slot.by_layer, strict=True):
+            tensors[first.tensor][_range(first, plan)] = slot.layout.save(array)
     for other, owner in rules.tied.items():
         for one, two in ((other, owner), (owner, other)):
             if one in tensors:
@@ -156,14 +158,16 @@ class _SourceTensors:
 
 
 def _array(slot: Slot, tensors: Mapping[str, np.ndarray], plan: TorchPlan) -> np.ndarray:
-    """Returns an array of the model: the sum of its parts in its layout."""
-    first, *others = slot.parts
-    total = tensors[first.tensor][_range(first, plan)]
-    for part in others:
-        addend = tensors[part.tensor][_range(part, plan)]
-        total = total.copy()
-        total[: len(addend)] += addend.astype(total.dtype)
-    return slot.layout.load(total, slot.shape)
+    """Returns an array of the model: the sum of its parts in its layout, for each layer."""
+    layers = []
+    for first, *others in slot.by_layer:
+        total = tensors[first.tensor][_range(first, plan)]
+        for part in others:
+            addend = tensors[part.tensor][_range(part, plan)]
+            total = total.copy()
+            total[: len(addend)] += addend.astype(total.dtype)
+        layers.append(slot.layout.load(total, slot.shape))
+    return layers[0] if slot.num_layers is None else np.stack(layers)
 
 
 def _range(part: TensorRange, plan: TorchPlan) -> tuple[slice, ...]:

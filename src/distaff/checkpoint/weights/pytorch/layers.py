@@ -30,6 +30,10 @@ class TensorName(NamedTuple):
     member: int = 0
     size: int | None = None
 
+    def of_layer(self, number: int) -> TensorName:
+        """Returns the name for one of several stacked layers."""
+        return self._replace(tensor=self.tensor.replace("{}", str(number)))
+
 
 class LayerArray(NamedTuple):
     """An array of a layer: its path, its layout, and the tensors that are summed."""

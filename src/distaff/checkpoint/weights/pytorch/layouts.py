@@ -135,7 +135,11 @@ def _of_kernel(name: str, shape: Shape, kinds: set[str], module: Any) -> Layout:
             raise _unsupported(name, shape, "has batch axes")
         return linear(len(shape) - outputs)
     if kinds & {"Dense", "Linear"} and len(shape) != 2:
-        raise _unsupported(name, shape, "is stacked, as by nn.scan or nnx.vmap")
+        raise ConfigError(
+            f"The kernel of a {type(module).__name__} has two axes; {name!r} is {list(shape)} for "
+            "each tensor in PyTorch. Layers that are stacked, as by nn.scan or nnx.vmap, have {} "
+            "in PyTorch only: TorchRules({'layers.{}': 'layers'})."
+        )
     if len(shape) > 2 and module is UNKNOWN:
         raise _unsupported(name, shape, "belongs to a module that is not called by itself")
     if kinds & {"ConvLocal", "Einsum"}:

@@ -36,15 +36,23 @@ class Slot(NamedTuple):
     """An array of the model.
 
     Attributes:
-        shape: its shape.
+        shape: its shape; of one layer, if layers are stacked.
         layout: its layout in PyTorch.
-        parts: the parts of tensors that are summed. In an export the first one gets the array,
-            and the others zeros.
+        parts: the parts of tensors that are summed, for each of the stacked layers. In an export
+            the first one gets the array, and the others zeros.
+        num_layers: number of stacked layers; None for an array of one layer.
     """
 
     shape: Shape
     layout: Layout
     parts: tuple[TensorRange, ...]
+    num_layers: int | None
+
+    @property
+    def by_layer(self) -> list[tuple[TensorRange, ...]]:
+        """The parts of each layer."""
+        size = len(self.parts) // (self.num_layers or 1)
+        return [self.parts[n : n + size] for n in range(0, len(self.parts), size)]
 
 
 class TorchPlan(NamedTuple):
@@ -89,6 +97,8 @@ def make_plan(variables: Variables, modules: Modules, rules: TorchRules) -> Torc
     shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
     paths = _paths(shapes, variables, modules)
     rules.check_used(paths.values())
+    stacked = _stacked(paths, shapes, rules)
+    shapes = {name: shape[1:] if name in stacked else shape for name, shape in shapes.items()}
     by_path = {path: shapes[name] for name, path in paths.items()}
     special = {each.path: each for each in members(by_path, modules.by_path, rules)}
     leaves_of: dict[str, set[str]] = {}
@@ -104,9 +114,24 @@ def make_plan(variables: Variables, modules: Modules, rules: TorchRules) -> Torc
             module = modules.by_path.get(owner, UNKNOWN if modules.by_path else None)
             layout = layout_of(path, shapes[name], leaves_of[owner], module)
             member = _plain(path, shapes[name], layout, leaves_of[owner], rules)
-        claims += [_claim(name, shapes[name], member, piece, rules) for piece in member.pieces]
-    slots, tensors = _laid_out(claims, shapes)
+        layers = range(stacked.get(name, 1))
+        pieces = [piece.of_layer(n) for n in layers for piece in member.pieces]
+        claims += [_claim(name, shapes[name], member, piece, rules) for piece in pieces]
+    slots, tensors = _laid_out(claims, shapes, stacked)
     return TorchPlan(slots, tensors, _ready(leaves, modules), modules)
+
+
+def _stacked(
+    paths: Mapping[str, str], shapes: Mapping[str, Shape], rules: TorchRules
+) -> dict[str, int]:
+    """Returns the number of layers of each array that stacks layers."""
+    found = {name: shapes[name] for name, path in paths.items() if rules.place(path).is_stacked}
+    if single := [name for name, shape in found.items() if not shape]:
+        raise ConfigError(
+            f"Stacked layers need an axis of layers; {single[0]!r} is a single number. Write {{}} "
+            "on both sides of names for layers that are not stacked."
+        )
+    return {name: shape[0] for name, shape in found.items()}
 
 
 def _claim(
@@ -171,7 +196,7 @@ def _check_one_way(path: str, shape: Shape, tensor: str) -> None:
 
 
 def _laid_out(
-    claims: Sequence[_Claim], shapes: Mapping[str, Shape]
+    claims: Sequence[_Claim], shapes: Mapping[str, Shape], stacked: Mapping[str, int]
 ) -> tuple[dict[str, Slot], dict[str, Shape]]:
     """Returns the arrays and tensors, with the members of fused tensors in their order."""
     by_tensor: dict[str, list[_Claim]] = {}
@@ -196,7 +221,9 @@ def _laid_out(
     for claim in claims:
         part = found[claim.name, claim.piece.tensor]
         earlier = slots[claim.name].parts if claim.name in slots else ()
-        slots[claim.name] = Slot(shapes[claim.name], claim.layout, (*earlier, part))
+        slots[claim.name] = Slot(
+            shapes[claim.name], claim.layout, (*earlier, part), stacked.get(claim.name)
+        )
     return slots, tensors
 
 

@@ -28,7 +28,9 @@ class TorchRules:
             If several match an array, the longest path in the model counts. A tuple of paths in
             the model splits a fused tensor along its outputs: `{"h.{}.attn.c_attn": ("h_{}/query",
             "h_{}/key", "h_{}/value")}`. The layers of an `nn.LSTM` called `lstm` are `lstm.l0`,
-            `lstm.l1`, ... All other paths are equal on both sides, up to dots and slashes.
+            `lstm.l1`, ... Layers stacked on a leading axis, as by `nn.scan`, have `{}` in PyTorch
+            only: `{"layers.{}": "layers"}`. All other paths are equal on both sides, up to dots
+            and slashes.
         inputs_first: shell patterns for tensors stored as `[in, out]`, where PyTorch has `[out,
             in]`: `"h.*.c_*.weight"` for the `Conv1D` of GPT-2.
         tied: tensors that are another one: `{"lm_head.weight": "wte.weight"}`. A file may hold one
@@ -125,7 +127,7 @@ class TorchName(NamedTuple):
     """A place in PyTorch of a module or array.
 
     Attributes:
-        name: dotted path.
+        name: dotted path, with `{}` for the number of a stacked layer.
         member: number in a fused tensor; 0 if it is not fused.
         is_named: whether `names` has exactly this path, and not only a start of it.
     """
@@ -133,6 +135,11 @@ class TorchName(NamedTuple):
     name: str
     member: int
     is_named: bool
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether the arrays of several layers are one array of the model."""
+        return _NUMBER in self.name
 
 
 def as_rules(rules: Any) -> TorchRules | None:
@@ -156,7 +163,8 @@ def _templates(torch: str, model: Any) -> list[Template]:
             f"{torch!r}."
         )
     for each in models:
-        if each.count(_NUMBER) != torch.count(_NUMBER):
+        counts = torch.count(_NUMBER), each.count(_NUMBER)
+        if counts[0] != counts[1] and counts != (1, 0):
             raise ConfigError(
                 f"Both sides of names need the same number of {{}}; got {torch!r}: {each!r}."
             )
