@@ -160,7 +160,9 @@ BATCHES = {
         ("input must be in the batch", "holds ['y', 'z']", "Override model_inputs"),
     ),
     "arrays": Case(
-        lambda: train(BATCH), BatchError, ("train loader must yield batches", "dict", "ArrayLoader")
+        lambda: train(SHORT),
+        BatchError,
+        ("arrays of the train data must have the same length", "'y' has 3", "one row per example"),
     ),
     "too few": Case(
         lambda: data.ArrayLoader(BATCH, batch_size=5, shuffle=True),
