@@ -259,6 +259,9 @@ REFUSED = {
     "never validated": refused(
         lambda config: trainer(config, check_val_every_n_epoch=3), complaint="validate more often"
     ),
+    "within epochs": refused(
+        lambda config: trainer(config, val_every="3 steps"), complaint="at the ends of epochs"
+    ),
     "loaders": refused(make_loaders=loaders(Config()), complaint="function of the config"),
     "two loaders": refused(make_loaders=lambda config: loaders(config)[:2], complaint="train, val"),
     "no validation": refused(

@@ -1,8 +1,8 @@
 """Saves the checkpoints of a run, and resumes a run from them.
 
-A checkpoint is saved at one of three points: between the steps of an epoch; after them, before the
-validation; or at the end of the epoch. A resumed run repeats everything after the checkpoint, and
-truncates the log to it.
+A checkpoint is saved at one of four points: between the steps of an epoch; after a validation
+between them; after all steps, before the validation; or at the end of the epoch. A resumed run
+repeats everything after the checkpoint, and truncates the log to it.
 """
 
 from __future__ import annotations
@@ -92,12 +92,14 @@ class Checkpointer:
         """Returns what a resume needs in addition to the arrays, as strict JSON.
 
         Args:
-            metrics: validation metrics; empty except at the end of an epoch.
-            is_best: whether the model is the best so far; None except at the end of an epoch.
+            metrics: validation metrics; empty except after a validation.
+            is_best: whether the model is the best so far; None except after a validation, or at the
+                end of an epoch.
         """
         recorder, workspace = self._recorder, self._workspace
         callbacks, plan = recorder.callbacks, recorder.plan
-        guard = workspace.ready_state().guard
+        guard, progress = workspace.ready_state().guard, recorder.state.in_epoch
+        is_within = is_best is None or progress.is_validated
         return {
             "record": recorder.record,
             "step": workspace.step,
@@ -105,7 +107,7 @@ class Checkpointer:
             "metrics": as_json(metrics),
             "is_best": is_best,
             "provisional": is_best is None,
-            **recorder.state.to_json(ended=None if is_best is None else workspace.epoch),
+            **recorder.state.to_json(ended=None if is_within else workspace.epoch),
             "stop": [callbacks.stop_reason, callbacks.stop_status],
             "guard": None if guard is None else form_of(guard),
             "loader": dict(workspace.feeds.position(plan.train_loader)),
@@ -240,7 +242,8 @@ class Checkpointer:
             val: whether to restore the positions of the validation loaders.
 
         Returns:
-            The argument of `on_checkpoint`; None unless the checkpoint is from the end of an epoch.
+            The argument of `on_checkpoint`; None unless the checkpoint is from the end of an epoch,
+            or of a validation.
 
         Raises:
             CheckpointError: the checkpoint cannot be read, or the model or the data differ.

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from distaff.core.config.cadence import Cadence, Every
 from distaff.core.config.checks import whole
 from distaff.core.config.options import at_least, option, or_none
 from distaff.data import (
@@ -92,7 +93,7 @@ class Plan(NamedTuple):
         steps_per_epoch: length of an epoch; None for the length of the train loader.
         first_epoch: the first epoch to train, counted from 1.
         last_epoch: the last one, included.
-        check_val_every_n_epoch: epochs between validations, and between checkpoints.
+        val_every: how often to validate, and to save.
         repeat: whether to restart the train loader within an epoch when it ends.
     """
 
@@ -101,7 +102,7 @@ class Plan(NamedTuple):
     steps_per_epoch: int | None
     first_epoch: int
     last_epoch: int
-    check_val_every_n_epoch: int
+    val_every: Every
     repeat: bool = False
 
     @property
@@ -109,13 +110,32 @@ class Plan(NamedTuple):
         """The number of epochs."""
         return self.last_epoch - self.first_epoch + 1
 
+    @property
+    def epoch_length(self) -> int | None:
+        """Batches per epoch; None if unknown."""
+        return self.steps_per_epoch or num_batches(self.train_loader)
+
+
+_VAL_EVERY = Cadence(
+    ("epochs", "steps"), why="A validation at a time of the clock would not be reproducible."
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanOptions(InputOptions):
     """Options for how much data a run uses, and how often it validates."""
 
+    val_every: str | None = option(
+        None,
+        """How often to validate, rank and save the model: "2 epochs", at the ends of epochs, or
+        "500 steps", also within epochs; and at the end of the run. None for
+        `check_val_every_n_epoch`.""",
+        check=or_none(_VAL_EVERY.check),
+    )
     check_val_every_n_epoch: int = option(
-        1, "Epochs between validations, and between checkpoints.", check=at_least(1)
+        1,
+        'Epochs between validations, and between checkpoints: n is `val_every="n epochs"`.',
+        check=at_least(1),
     )
     limit_batches: int | None = option(
         None,
@@ -133,6 +153,23 @@ class PlanOptions(InputOptions):
         False,
         "Test the code: train one epoch on one batch of each loader, and write no files.",
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.val_every is not None and self.check_val_every_n_epoch != 1:
+            raise ConfigError(
+                f"val_every={self.val_every!r} and check_val_every_n_epoch="
+                f"{self.check_val_every_n_epoch} both say when to validate. Remove one of them."
+            )
+
+    @property
+    def validating(self) -> Every:
+        """How often to validate."""
+        if self.fast_dev_run:
+            return Every(1, "epochs")
+        if self.val_every is None:
+            return Every(self.check_val_every_n_epoch, "epochs")
+        return _VAL_EVERY.parse("val_every", self.val_every)
 
     @property
     def most_batches(self) -> int | None:
@@ -174,7 +211,7 @@ def make_plan(
     if steps_per_epoch is not None:
         whole("steps_per_epoch", steps_per_epoch)
     num_epochs = 1 if options.fast_dev_run else num_epochs
-    every = 1 if options.fast_dev_run else options.check_val_every_n_epoch
+    every = options.validating
     most = options.most_batches
     if options.overfit_batches is not None:
         batches = first_batches(train, options.overfit_batches)
@@ -196,9 +233,16 @@ def make_plan(
     num_steps = None if steps_per_epoch is None else num_epochs * steps_per_epoch
     _check_passes(train, 1 if steps_per_epoch else num_epochs, "train", num_steps)
     for name, loader in vals.items():
-        _check_passes(loader, num_epochs // every, name)
+        _check_passes(loader, _num_validations(every, num_epochs, num_steps), name)
     first, last = after_epoch + 1, after_epoch + num_epochs
     return Plan(train, vals, steps_per_epoch, first, last, every, repeat)
+
+
+def _num_validations(every: Every, num_epochs: int, num_steps: int | None) -> int:
+    """Returns about how often a run validates; two if it is not known, and may be several."""
+    if every.unit == "epochs":
+        return num_epochs // int(every.count)
+    return 2 if num_steps is None else -(-num_steps // int(every.count))
 
 
 def _by_name(val_loader: Any, options: PlanOptions) -> dict[str, Loader]:

@@ -1,9 +1,19 @@
-"""Warns if the first steps of a run change nothing."""
+"""Warns if the first steps of a run change nothing, and lowers the learning rate on a plateau."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+
 from distaff.core.warnings import warn
+from distaff.execution.placement import like
+from distaff.metrics.monitor import Monitor
 from distaff.optim import num_updates
+from distaff.optim.transforms.plateau import Plateau, after_validation, with_numbers
+from distaff.run.workspace import Workspace
 from distaff.step.finite import evidence_of_learning, what_is_missing
 from distaff.step.state import TrainState
 
@@ -52,3 +62,26 @@ class LearningCheck:
 def _updates(state: TrainState) -> int | None:
     updates = num_updates(state.opt_state)
     return None if updates is None else int(updates)
+
+
+def watch_plateau(
+    workspace: Workspace, plateau: Plateau, monitor: Monitor, metrics: Mapping[str, Any]
+) -> None:
+    """Passes a validation to the plateau rule of the optimizer, and shows a new learning rate.
+
+    Raises:
+        MetricError: the monitored metric is missing.
+    """
+    value = np.float32(monitor.value(metrics))
+    rule = partial(after_validation, plateau=plateau, mode=monitor.mode)
+    program = workspace.program(f"{plateau} {monitor.mode}", rule)
+    state = workspace.ready_state()
+    opt_state, (before, after) = with_numbers(
+        state.opt_state, lambda numbers: like(program(numbers, value), numbers)
+    )
+    workspace.state = state.replace(opt_state=opt_state)
+    if after != before:
+        workspace.show(
+            f"the learning rate is now {after:g} of its schedule: {monitor.name} has not "
+            f"improved for {plateau.patience} validations"
+        )

@@ -5,9 +5,9 @@
         for each batch:                                              train_epoch
             state, row = step(state, batch)                          on_step_end
             at each log boundary: read the rows of the window before this one
-            a verdict: continue, save, or stop
+            a verdict: continue, validate and save, or stop
         on_training_epoch_end                                        on_epoch_end
-        every n-th epoch, and after the last one:
+        every n-th epoch, or n-th step also within an epoch, and at the end, validate:
             eval_model
             on_validation_epoch_end                                  on_validation_end
             save_metrics
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,13 +34,14 @@ from distaff.execution.dispatch.dispatcher import Dispatcher
 from distaff.execution.dispatch.packed_metrics import MetricWindows, WindowEnd
 from distaff.execution.feed.chunk import Chunk
 from distaff.run.events import BadNumbers, ChunkEnd, Hooks, Pause, as_argument
-from distaff.run.run import Run, check_metrics
+from distaff.run.run import Run
 from distaff.run.supervision.supervisor import Verdict
 from distaff.step.state import TrainState
 
 
 def train(hooks: Hooks, run: Run) -> None:
     """Trains the epochs of a run's plan. Raises `Interrupted` if the run is asked to end early."""
+    run.validate = partial(_validate, hooks, run)
     run.checkpointer.load_state()
     run.call(hooks.on_training_start)
     run.emit("on_training_start")
@@ -52,47 +54,42 @@ def train(hooks: Hooks, run: Run) -> None:
 
 
 def _train_epoch(hooks: Hooks, run: Run, epoch: int) -> None:
-    """Trains the rest of an epoch, and validates and saves if due."""
-    plan = run.plan
+    """Trains the rest of an epoch, and validates if due."""
     run.begin_epoch(epoch)
-    metrics = run.record_epoch(hooks.train_epoch(plan.train_loader, epoch))
+    metrics = run.record_epoch(hooks.train_epoch(run.plan.train_loader, epoch))
     run.call(hooks.on_training_epoch_end, epoch, metrics)
     run.emit("on_epoch_end", metrics)
-    validation: dict[str, Any] = {}
-    is_due, is_best = run.is_validation_due(epoch), False
-    if is_due and plan.val_loaders:
-        for name, loader, weights in run.evaluations():
-            metrics_of = hooks.eval_model(loader, f"{name}/", **weights)
-            check_metrics(metrics_of, "eval_model")
-            validation.update(metrics_of)
-        run.call(hooks.on_validation_epoch_end, epoch, validation, as_argument(plan.val_loaders))
-        run.emit("on_validation_end", validation)
-        hooks.save_metrics(f"val_epoch_{epoch:04d}", validation)
-    judged = run.monitor.judged(metrics, validation)
-    if is_due and judged:
-        is_best = hooks.is_new_model_better(judged, run.best_metrics)
-    run.recorder.end_epoch(epoch, {**metrics, **validation}, is_best)
-    if is_due:
-        run.rank(judged, is_best, hooks.is_new_model_better)
-        hooks.save_model(judged, is_best)
-        run.emit("on_checkpoint", judged, is_best=is_best)
+    if run.is_validation_due:
+        run.validate(epoch, metrics)
+    else:
+        run.recorder.end_epoch(epoch, metrics, is_best=False)
     run.finish_epoch(epoch)
 
 
-def epoch_steps(run: Run, loader: Loader) -> Iterator[ChunkEnd]:
-    """Trains on the rest of an epoch and records it. Yields after each program of steps.
+def _validate(hooks: Hooks, run: Run, epoch: int, metrics: dict[str, Any]) -> None:
+    """Validates, ranks and saves the model. Within an epoch, `metrics` is empty."""
+    validation = run.evaluate(hooks.eval_model)
+    if run.plan.val_loaders:
+        loaders = as_argument(run.plan.val_loaders)
+        run.call(hooks.on_validation_epoch_end, epoch, validation, loaders)
+        run.emit("on_validation_end", validation)
+        hooks.save_metrics(run.state.validation_name, validation)
+    judged = run.monitor.judged(metrics, validation)
+    is_best = bool(judged) and hooks.is_new_model_better(judged, run.best_metrics)
+    run.recorder.end_epoch(epoch, {**metrics, **validation}, is_best)
+    run.rank(judged, is_best, hooks.is_new_model_better)
+    hooks.save_model(judged, is_best)
+    run.emit("on_checkpoint", judged, is_best=is_best)
 
-    >>> for done in epoch_steps(trainer.last_run, train_loader):
-    ...     print(done.step)
-    """
+
+def epoch_steps(run: Run, loader: Loader) -> Iterator[ChunkEnd]:
+    """Trains on the rest of an epoch and records it. Yields after each program of steps."""
     run.choose_steps_per_call(loader)
-    recorder, dispatcher, supervisor = run.recorder, run.dispatcher, run.supervisor
-    state, rows = dispatcher.placement.state(run.workspace.ready_state()), run.state.in_epoch.rows
+    recorder, supervisor, taken_up = run.recorder, run.supervisor, run.placed_state
+    step, rows, verdict = run.workspace.step, run.state.in_epoch.rows, run.verdict
     with closing(run.training_chunks(loader)) as chunks, run.around_epoch() as around:
-        fetched, step, verdict = run.fetched(chunks), run.workspace.step, supervisor.verdict
-        events = steps(
-            dispatcher, state, fetched, step=step, verdict=verdict, rows=rows, around=around
-        )
+        given = {"rows": rows, "around": around, "verdict": verdict, "taken_up": taken_up}
+        events = steps(run.dispatcher, taken_up(), run.fetched(chunks), step=step, **given)
         for event in run.timers.timed(events, "device"):
             match event:
                 case ChunkEnd():
@@ -116,6 +113,7 @@ def steps(
     step: int,
     verdict: Callable[[], Verdict] = lambda: Verdict.CONTINUE,
     rows: np.ndarray | None = None,
+    taken_up: Callable[[], TrainState] | None = None,
     around: ChunkScope = nullcontext,
 ) -> Iterator[ChunkEnd | WindowEnd | Pause]:
     """Trains on the chunks of one epoch.
@@ -128,8 +126,9 @@ def steps(
         state: the state to start from; it is donated.
         chunks: the rest of the epoch.
         step: completed updates so far.
-        verdict: called after each chunk: STOP ends the epoch; SAVE reads what is done so far.
+        verdict: called after each chunk, and after a `Pause`: STOP ends the epoch; SAVE pauses.
         rows: metrics of the last completed steps, from a `Pause`.
+        taken_up: returns the state after a `Pause`, as hooks may replace it; None if nothing does.
         around: returns the context to run a chunk in, given its steps.
     """
     table = dispatcher.blank
@@ -140,11 +139,12 @@ def steps(
         step += chunk.num_steps
         yield ChunkEnd(step, chunk.num_steps, state, metrics, chunk.examples)
         yield from windows.add(table, step)
-        match verdict():
-            case Verdict.STOP:
-                break
-            case Verdict.SAVE:
-                yield from windows.due()
-                rows = windows.left()
-                yield Pause(step, rows, windows.bad(rows), windows.breach(rows))
+        decision = verdict()
+        if decision is Verdict.SAVE:
+            yield from windows.due()
+            rows = windows.left()
+            yield Pause(step, rows, windows.bad(rows), windows.breach(rows))
+            state, decision = taken_up() if taken_up else state, verdict()
+        if decision is Verdict.STOP:
+            break
     yield from windows.rest()

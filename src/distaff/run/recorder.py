@@ -13,7 +13,6 @@ import numpy as np
 
 from distaff.callbacks import StepInfo
 from distaff.callbacks.callbacks import Callbacks
-from distaff.data import num_batches
 from distaff.errors import MetricError
 from distaff.execution.dispatch.dispatcher import Dispatcher
 from distaff.execution.dispatch.packed_metrics import BadStep, WindowEnd
@@ -122,8 +121,7 @@ class Recorder:
 
     def begin(self) -> None:
         """Starts the display."""
-        length = self.plan.steps_per_epoch or num_batches(self.plan.train_loader)
-        self.display.start(self.plan.last_epoch, length)
+        self.display.start(self.plan.last_epoch, self.plan.epoch_length)
         self.display.compiling("the model")
 
     def begin_epoch(self, epoch: int) -> None:
@@ -211,9 +209,13 @@ class Recorder:
         return shown(metrics, self._options) if FLAGS in metrics else metrics
 
     def end_epoch(self, epoch: int, metrics: dict[str, Any], is_best: bool) -> None:
-        """Logs the metrics of an epoch and its validation, and shows them as one line."""
+        """Logs the metrics of an epoch and its validation, and shows them as one line.
+
+        Within an epoch, there are only metrics of the validation.
+        """
         step, last = self.workspace.step, self.plan.last_epoch
-        self.update(last_metrics=metrics)
+        before = {} if self.state.in_epoch.is_trained else self.state.last_metrics
+        self.update(last_metrics={**before, **metrics})
         self.recording.logger.log_metrics(metrics, step=step, epoch=epoch)
         seconds = time.perf_counter() - self._epoch_start
         scalars = {name: value for name, value in metrics.items() if np.ndim(value) == 0}

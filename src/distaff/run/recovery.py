@@ -11,7 +11,7 @@ import jax
 
 from distaff.checkpoint import CheckpointStore, MemoryStore, Store, forget_after
 from distaff.core.typing import Batch
-from distaff.data import Loader, Stream, num_batches, sources
+from distaff.data import Loader, Stream, sources
 from distaff.errors import CheckpointError, ConfigError, NonFiniteError
 from distaff.execution.dispatch.packed_metrics import BadStep
 from distaff.execution.feed.chunk import SINGLE, Chunk
@@ -20,7 +20,7 @@ from distaff.run.checkpointer import Checkpointer
 from distaff.run.diagnosis import OUT_OF_RANGE, diagnose, replay
 from distaff.run.events import BadNumbers
 from distaff.run.recorder import Recorder
-from distaff.run.run_state import EpochProgress
+from distaff.run.run_state import EpochProgress, ends_epoch
 from distaff.run.supervision.supervisor import Supervisor
 from distaff.run.supervision.watchdog import COMPILING
 from distaff.step.guard import RecoveryOptions
@@ -158,7 +158,7 @@ class Recovery:
 
     @property
     def _epoch_length(self) -> int | None:
-        return self._plan.steps_per_epoch or num_batches(self._plan.train_loader)
+        return self._plan.epoch_length
 
     def _reach(self, tries: int) -> int:
         """Returns how many batches to skip on each side of a bad one."""
@@ -234,7 +234,7 @@ class Recovery:
         """Yields the batches after a checkpoint, which the loader is at."""
         loader, layout = self._plan.train_loader, self._recorder.dispatcher.layout
         progress = EpochProgress.from_json(info["tally"], layout)
-        is_over = info["is_best"] is not None or progress.is_trained
+        is_over = ends_epoch(info) or progress.is_trained
         done = 0 if is_over else progress.steps
         for epoch in count(progress.epoch + is_over):
             skipped = skipped_batches(self._recorder.state.skipped, epoch)

@@ -9,43 +9,41 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from distaff.callbacks import StopTraining
 from distaff.callbacks.callbacks import Callbacks
 from distaff.callbacks.chunk_scope import ChunkScope, around_epoch
 from distaff.data import Loader
 from distaff.data.inspection import InspectionOptions
-from distaff.errors import LossError
 from distaff.execution import page_faults
 from distaff.execution.dispatch.calibration import calibrate
 from distaff.execution.dispatch.dispatcher import Dispatcher, DispatchOptions
 from distaff.execution.dispatch.packed_metrics import BadStep, WindowEnd
 from distaff.execution.feed.chunk import Chunk
 from distaff.execution.feed.skipped import num_drawn, skipped_batches
-from distaff.execution.placement import like
 from distaff.loggers import ManyLoggers
 from distaff.metrics.monitor import Monitor
-from distaff.optim.transforms.plateau import Plateau, after_validation, with_numbers
 from distaff.run.checkpointer import Checkpointer
 from distaff.run.directory.recording import RecordingOptions
 from distaff.run.events import BadNumbers, Interrupted, Pause, Plan
 from distaff.run.identity.ending import ending
+from distaff.run.learning import watch_plateau
 from distaff.run.ranking import Better
 from distaff.run.recorder import Recorder
 from distaff.run.recovery import Recovery
 from distaff.run.report import Report, faster_data
 from distaff.run.result import Best
 from distaff.run.run_state import EpochProgress, RunState
-from distaff.run.sanity import report_breach
+from distaff.run.sanity import check_metrics, report_breach
 from distaff.run.supervision.interruption import SupervisionOptions
-from distaff.run.supervision.supervisor import Supervisor
+from distaff.run.supervision.supervisor import Supervisor, Verdict
+from distaff.run.supervision.timetable import Timetable, check_not_within
 from distaff.run.supervision.watchdog import COMPILING
 from distaff.run.workspace import Workspace, WorkspaceOptions
 from distaff.step.averages import AveragingOptions, is_averaged
 from distaff.step.guard import RecoveryOptions
 from distaff.step.norms import NormOptions
 from distaff.step.remainder import may_have_rest
+from distaff.step.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,7 +74,13 @@ class Run:
     Attributes:
         interruptible: ends an evaluation early if the run is interrupted; see `Supervisor`.
         timers: count the seconds of the run.
+        timetable: when to validate and save.
+        validate: validates within an epoch; set by the loop.
+        verdict: returns what to do after a chunk of steps; see `Supervisor.verdict`.
     """
+
+    validate: Callable[[int, dict[str, Any]], None]
+    verdict: Callable[[], Verdict]
 
     def __init__(
         self,
@@ -90,6 +94,7 @@ class Run:
         self.workspace, self.plan, self.callbacks = workspace, plan, callbacks
         self.monitor, self._options, self._owner = monitor, options, owner
         callbacks.stop_reason = None
+        self.timetable = Timetable(plan, options.saving)
         workspace.evaluation_watch.expect()
         workspace.feeds.validate_on(plan.val_loaders.values(), plan.train_loader)
         self.recorder = Recorder(workspace, plan, options, callbacks)
@@ -100,6 +105,7 @@ class Run:
         workspace.feeds.make_room(2 + len(plan.val_loaders))
         self.timers = self.recorder.timers
         self.interruptible = partial(self.supervisor.interruptible, self.checkpointer)
+        self.verdict = self._verdict_within if self.timetable.within else self.supervisor.verdict
 
     @property
     def state(self) -> RunState:
@@ -173,7 +179,8 @@ class Run:
         """Returns the next epoch to train; None at the end of the run."""
         progress = self.state.in_epoch
         is_over = progress.epoch > self.plan.last_epoch
-        return None if is_over or (self.is_stopped and not progress.is_trained) else progress.epoch
+        is_left = self.is_stopped and not (progress.is_trained or progress.is_validated)
+        return None if is_over or is_left else progress.epoch
 
     def call(self, hook: Callable[..., None], *arguments: Any) -> None:
         """Calls a hook of the user's class; like a callback, it may raise `StopTraining`."""
@@ -193,6 +200,8 @@ class Run:
         self.checkpointer.boundary = None
         self.supervisor.beat("the first step of an epoch", self.workspace.step, COMPILING)
         self.recorder.begin_epoch(epoch)
+        if self.timetable.is_due_within(self.state):  # it was interrupted
+            self._validate_within()
 
     def choose_steps_per_call(self, loader: Loader) -> None:
         """Chooses the number of steps per call, by measuring if configured."""
@@ -204,7 +213,7 @@ class Run:
     def training_chunks(self, loader: Loader) -> Generator[Chunk]:
         """Returns the remaining chunks of the epoch; close it to put the loader at their end."""
         progress = self.state.in_epoch
-        if progress.is_trained:
+        if progress.is_trained or self.is_stopped:
             return (chunk for chunk in ())
         skipped = skipped_batches(self.state.skipped, progress.epoch)
         return self.workspace.feeds.of(loader, name="train").epoch(
@@ -214,7 +223,12 @@ class Run:
             done=num_drawn(progress.steps, skipped),
             without=skipped,
             repeat=self.plan.repeat,
+            room=self.timetable.room(self.workspace.step),
         )
+
+    def placed_state(self) -> TrainState:
+        """Returns the current state, on the devices of the steps."""
+        return self.dispatcher.placement.state(self.workspace.ready_state())
 
     def fetched(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
         """Yields chunks, and times how long they take to fetch."""
@@ -228,7 +242,7 @@ class Run:
         return around_epoch(watchers, self.path and self.path.absolute(), self.timers)
 
     def pause(self, event: Pause) -> None:
-        """Saves the run within an epoch, and raises if it was interrupted.
+        """Validates within an epoch if due, saves the run, and raises if it was interrupted.
 
         Raises:
             BadNumbers: a step is bad.
@@ -238,10 +252,30 @@ class Run:
         self.reject(event)
         self.recorder.update(in_epoch=self.state.in_epoch._replace(rows=event.rows))
         is_requested = self.supervisor.is_save_requested
-        self.checkpointer.save(self.checkpointer.facts({}, None))
+        self._validate_within()
         if is_requested:
             self.recorder.show(f"saved at step {event.step}, as requested")
         self.supervisor.raise_if_interrupted()
+
+    def _verdict_within(self) -> Verdict:
+        """Returns what to do after a chunk if the run validates or saves at certain steps."""
+        verdict = self.supervisor.verdict()
+        is_due = verdict is Verdict.CONTINUE and self.timetable.is_pause_due(self.state)
+        return Verdict.SAVE if is_due else verdict
+
+    def _validate_within(self) -> None:
+        """Validates within an epoch if due, and saves the run; if interrupted, it validates again.
+
+        Raises:
+            Interrupted: the run was interrupted during the validation.
+        """
+        checkpointer, progress = self.checkpointer, self.state.in_epoch
+        checkpointer.boundary = checkpointer.facts({}, None)
+        if self.timetable.is_due_within(self.state):
+            self.recorder.update(in_epoch=progress._replace(validated=progress.steps))
+            self.validate(progress.epoch, {})
+        if checkpointer.boundary is not None:  # not saved by `save_model`
+            checkpointer.save(checkpointer.boundary)
 
     def reject(self, event: WindowEnd | Pause) -> None:
         """Raises if a step is bad, or a batch has a value out of range.
@@ -269,20 +303,28 @@ class Run:
         workspace, state = self.workspace, self.workspace.ready_state()
         if may_have_rest(state):  # apply the gradients accumulated so far
             workspace.state = workspace.with_rest(state)
+            self._forget_validation()
         self.recovery.raise_if_all_skipped()
         return self.recorder.end_steps()
 
-    def evaluations(self) -> Iterator[tuple[str, Loader, dict[str, str]]]:
-        """Yields the name, loader and arguments of each evaluation of a validation."""
+    def _forget_validation(self) -> None:
+        """Notes that the state has changed since a validation within the epoch."""
+        self.recorder.update(in_epoch=self.state.in_epoch._replace(validated=None))
+
+    def evaluate(self, eval_model: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+        """Returns the metrics of all validation loaders, and of averages of the weights."""
+        validation: dict[str, Any] = {}
         for name, loader in self.plan.val_loaders.items():
             for prefix, weights in self._options.evaluations(name):
-                yield prefix, loader, weights
+                metrics = eval_model(loader, f"{prefix}/", **weights)
+                check_metrics(metrics, "eval_model")
+                validation.update(metrics)
+        return validation
 
-    def is_validation_due(self, epoch: int) -> bool:
-        """Whether the run validates and saves after an epoch."""
-        plan = self.plan
-        is_last = epoch == plan.last_epoch or self.is_stopped
-        return is_last or epoch % plan.check_val_every_n_epoch == 0
+    @property
+    def is_validation_due(self) -> bool:
+        """Whether the run validates and saves at the end of this epoch."""
+        return self.timetable.is_due_after(self.state, is_stopped=self.is_stopped)
 
     def record_epoch(self, metrics: Any) -> dict[str, Any]:
         """Records a trained epoch, also if your own `train_epoch` made its steps.
@@ -291,10 +333,12 @@ class Run:
 
         Raises:
             LossError: `metrics` is not a dict of metrics by name.
+            ConfigError: your own `train_epoch` makes its steps, and the run validates within it.
         """
         check_metrics(metrics, "train_epoch")
         workspace, progress = self.workspace, self.state.in_epoch
         if not self.recorder.has_observed and not progress.is_trained:
+            check_not_within(self.timetable.within, self._owner)
             step = int(workspace.ready_state().step)
             steps = progress.steps + step - workspace.step
             progress = progress._replace(steps=steps, is_trained=True)
@@ -302,7 +346,11 @@ class Run:
             self.recorder.update(step=step, epoch=workspace.epoch, in_epoch=progress)
         if is_averaged(self._options, workspace.epoch):
             workspace.state = workspace.with_epoch(workspace.ready_state())
-        self.checkpointer.boundary = self.checkpointer.facts({}, None)
+            self._forget_validation()
+        facts = self.checkpointer.boundary = self.checkpointer.facts({}, None)
+        is_due = self.timetable.is_save_due("epochs", workspace.epoch)
+        if is_due and not self.is_validation_due:
+            self.checkpointer.save(facts)
         return metrics
 
     def rank(self, judged: Mapping[str, Any], is_best: bool, better: Better) -> None:
@@ -319,22 +367,7 @@ class Run:
         self.checkpointer.rank(judged, is_best, better)
         plateau = getattr(self.workspace.ready_state().tx, "plateau", None)
         if plateau is not None:
-            self._watch_plateau(plateau, np.float32(self.monitor.value(judged)))
-
-    def _watch_plateau(self, plateau: Plateau, value: np.float32) -> None:
-        workspace, monitor = self.workspace, self.monitor
-        rule = partial(after_validation, plateau=plateau, mode=monitor.mode)
-        program = workspace.program(f"{plateau} {monitor.mode}", rule)
-        state = workspace.ready_state()
-        opt_state, (before, after) = with_numbers(
-            state.opt_state, lambda numbers: like(program(numbers, value), numbers)
-        )
-        workspace.state = state.replace(opt_state=opt_state)
-        if after != before:
-            self.recorder.show(
-                f"the learning rate is now {after:g} of its schedule: {monitor.name} has not "
-                f"improved for {plateau.patience} validations"
-            )
+            watch_plateau(self.workspace, plateau, self.monitor, judged)
 
     def finish_epoch(self, epoch: int) -> None:
         """Moves the run to the next epoch."""
@@ -361,12 +394,3 @@ class Run:
             status, reason = facts["status"], facts["reason"]
         info = self.recorder.info(self.state.last_metrics)
         self.callbacks.end(info, status, reason, error)
-
-
-def check_metrics(metrics: Any, method: str) -> None:
-    """Raises LossError if a method of the user's class did not return metrics by name."""
-    if not isinstance(metrics, dict) or not all(isinstance(name, str) for name in metrics):
-        raise LossError(
-            f"{method} must return a dict of metrics by name, such as {{'val/loss': 0.1}}; got "
-            f"{metrics!r}."
-        )

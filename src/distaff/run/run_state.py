@@ -26,6 +26,7 @@ class EpochProgress(NamedTuple):
         is_trained: whether all steps of the epoch are completed.
         total: merged metrics of the complete windows, on the host; None before the first.
         rows: metrics of an incomplete window at a pause, uint32 `[rows, width]`.
+        validated: completed steps of the epoch at the last validation within it; None before.
     """
 
     epoch: int = 0
@@ -33,6 +34,12 @@ class EpochProgress(NamedTuple):
     is_trained: bool = False
     total: dict[str, Metric] | None = None
     rows: np.ndarray | None = None
+    validated: int | None = None
+
+    @property
+    def is_validated(self) -> bool:
+        """Whether the last step was validated, within the epoch."""
+        return self.validated == self.steps and not self.is_trained
 
     def with_window(self, window: WindowEnd) -> EpochProgress:
         """Returns the progress after a window, whose metrics are merged into `total`."""
@@ -45,7 +52,8 @@ class EpochProgress(NamedTuple):
         total = None if self.total is None else [_pack(x) for x in jax.tree.leaves(self.total)]
         rows = None if self.rows is None else _pack(self.rows)
         place = {"epoch": self.epoch, "steps": self.steps, "is_trained": self.is_trained}
-        return {**place, "total": total, "rows": rows}
+        validated = {} if self.validated is None else {"validated": self.validated}
+        return {**place, "total": total, "rows": rows, **validated}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], layout: MetricLayout) -> EpochProgress:
@@ -65,7 +73,9 @@ class EpochProgress(NamedTuple):
             total, rows = _metrics(value, before)
             rows = None if rows is None else layout.convert(rows, before)
             total = total and layout.completed(total)
-        return cls(int(value["epoch"]), int(value["steps"]), bool(value["is_trained"]), total, rows)
+        place = int(value["epoch"]), int(value["steps"]), bool(value["is_trained"])
+        validated = value.get("validated")
+        return cls(*place, total, rows, None if validated is None else int(validated))
 
 
 class RunState(NamedTuple):
@@ -105,6 +115,12 @@ class RunState(NamedTuple):
         """The best model so far; None before the first."""
         return self.best_models[0] if self.best_models else None
 
+    @property
+    def validation_name(self) -> str:
+        """Name of the file of the metrics of a validation: by epoch, or by step within an epoch."""
+        is_end = self.in_epoch.is_trained
+        return f"val_epoch_{self.epoch:04d}" if is_end else f"val_step_{self.step:08d}"
+
     def to_json(self, *, ended: int | None) -> dict[str, Any]:
         """Returns the part that a checkpoint stores, as strict JSON.
 
@@ -140,7 +156,7 @@ class RunState(NamedTuple):
         Raises:
             ValueError, TypeError, KeyError: the facts are invalid.
         """
-        is_end = value["is_best"] is not None
+        is_end = ends_epoch(value)
         done = {"total": None, "rows": None} if is_end else {}
         in_epoch = EpochProgress.from_json({**value["tally"], **done}, layout)
         first_step, first_epoch = value["begun_at"]
@@ -158,6 +174,11 @@ class RunState(NamedTuple):
         saved = [model for model in _best_from_json(value) if model.step in steps]
         last_metrics = dict(as_numbers(value["last_metrics"]))
         return self._replace(best_models=retain(saved, keep_best), last_metrics=last_metrics)
+
+
+def ends_epoch(facts: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is from the end of an epoch, which has been validated if it was due."""
+    return facts["is_best"] is not None and "validated" not in facts["tally"]
 
 
 def _metrics(

@@ -11,11 +11,12 @@ from distaff.core.typing import Batch
 from distaff.core.warnings import warn
 from distaff.data import Loader, first_batch, num_examples, num_shapes
 from distaff.data.inspection import InspectionOptions, leaf_names, narrowed, not_finite
-from distaff.errors import BatchError, ConfigError, nearest
+from distaff.errors import BatchError, ConfigError, LossError, nearest
 from distaff.execution.feed.chunk import Chunk, One
 from distaff.metrics import Metric, compute, results
 from distaff.metrics.limits import Breach, first_breach
 from distaff.metrics.monitor import Monitor
+from distaff.run.events import Plan
 from distaff.run.workspace import Workspace
 from distaff.step import broadcasts
 from distaff.step.context import Context
@@ -212,6 +213,16 @@ def check_monitors(
             each.check(of_validation or [each.name])
 
 
+def check_ranking(plan: Plan, monitor: Monitor) -> None:
+    """Raises ConfigError if models are ranked within epochs by a metric of whole epochs."""
+    if plan.val_every.unit == "steps" and monitor.is_of_training:
+        raise ConfigError(
+            f"The monitored metric {monitor.name!r} has a value at the ends of epochs only, but "
+            f"val_every={str(plan.val_every)!r} ranks models within epochs. Monitor a validation "
+            "metric, or validate every n epochs."
+        )
+
+
 def check_plateau(tx: Any, monitor: Monitor, of_validation: Collection[str]) -> None:
     """Raises ConfigError if an optimizer needs a validation metric; the run has none."""
     if getattr(tx, "plateau", None) and not (of_validation or monitor.is_of_training):
@@ -232,3 +243,12 @@ def _check_stops(callbacks: list[EarlyStopping]) -> None:
                 "no validation. Pass a val_loader to train_model, or monitor a training metric: "
                 "EarlyStopping('train/loss')."
             )
+
+
+def check_metrics(metrics: Any, method: str) -> None:
+    """Raises LossError if a method of the user's class did not return metrics by name."""
+    if not isinstance(metrics, dict) or not all(isinstance(name, str) for name in metrics):
+        raise LossError(
+            f"{method} must return a dict of metrics by name, such as {{'val/loss': 0.1}}; got "
+            f"{metrics!r}."
+        )

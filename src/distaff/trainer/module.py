@@ -204,7 +204,7 @@ class TrainerModule(Predictor):
 
         Args:
             train_loader: a loader, any iterable of batches, or arrays such as `(x, y)`.
-            val_loader: data for validation every `check_val_every_n_epoch` epochs. Pass a dict for
+            val_loader: data for validation after each epoch, or as `val_every` says. A dict for
                 several: `{"clean": a, "noisy": b}` logs `val_clean/loss` and `val_noisy/loss`;
                 `monitor` names one of them.
             test_loader: data for one test at the end, with the best weights.

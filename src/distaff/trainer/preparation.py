@@ -27,7 +27,7 @@ from distaff.run.evaluation import Evaluator
 from distaff.run.events import Plan
 from distaff.run.identity.identity import Subject
 from distaff.run.run import Run
-from distaff.run.sanity import Sanity, check_monitors, check_plateau
+from distaff.run.sanity import Sanity, check_monitors, check_plateau, check_ranking
 from distaff.step.averages import averaging, averaging_rest
 from distaff.step.counted import counted
 from distaff.step.guard import guarded, is_needed, make_guard
@@ -224,6 +224,7 @@ class Preparation:
         trainer.monitor = as_monitor(trainer.monitor)
         self._here.judged = self._options.judged(trainer.monitor.name)
         check_plateau(self._here.ready_state().tx, trainer.monitor, of_validation)
+        check_ranking(plan, trainer.monitor)
         check_monitors(trainer.monitor, run.callbacks, of_training, of_validation, self._is_own)
         if test_loader is not None:
             sanity.check_evaluation(test_loader, "test")

@@ -100,11 +100,16 @@ class Task:
                 "trial would see the examples in another order. Create a new loader in each call: "
                 "data.ArrayLoader(arrays, ...) copies no array."
             )
-        if trainer.config.check_val_every_n_epoch > self.num_epochs:
+        every = plan.val_every
+        if every.unit == "steps":
+            raise ConfigError(
+                "Trials are compared at the ends of epochs, but this trainer validates every "
+                f"{every}. Validate every n epochs."
+            )
+        if every.count > self.num_epochs:
             raise ConfigError(
                 f"Trials are compared by their validations, but num_epochs={self.num_epochs} with "
-                f"check_val_every_n_epoch={trainer.config.check_val_every_n_epoch} has none. Train "
-                "longer, or validate more often."
+                f"one every {every} has none. Train longer, or validate more often."
             )
         return trainer
 

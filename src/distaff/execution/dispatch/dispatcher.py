@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distaff.core.config.cadence import Cadence
 from distaff.core.config.options import at_least, check_choice, option
 from distaff.core.typing import Batch, PyTree
 from distaff.data import num_examples
@@ -34,14 +35,21 @@ def _steps_per_call(name: str, value: Any) -> Any:
     return at_least(1)(name, value)
 
 
+_LOG_EVERY = Cadence(
+    ("steps",),
+    number="steps",
+    why="The metrics of an epoch are logged as train/... in any case.",
+)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DispatchOptions(ExecutionOptions):
     """How the steps of a run are grouped into programs and log lines."""
 
-    log_every_n_steps: int = option(
+    log_every_n_steps: int | str = option(
         50,
-        "Steps per line of training metrics in the log.",
-        check=at_least(1),
+        'Steps per line of training metrics in the log: 50, or "50 steps".',
+        check=_LOG_EVERY.check,
         resume="same run",
     )
     steps_per_call: int | Literal["auto", "measure"] = option(
@@ -54,6 +62,11 @@ class DispatchOptions(ExecutionOptions):
         check=_steps_per_call,
         resume="same run",
     )
+
+    @property
+    def log_every(self) -> int:
+        """Steps per line of training metrics in the log."""
+        return int(_LOG_EVERY.parse("log_every_n_steps", self.log_every_n_steps).count)
 
     def one_by_one(self) -> Self:
         """Returns these options with one step per call.
@@ -113,7 +126,7 @@ def make_dispatcher(
         step,
         metrics,
         forms=forms,
-        log_every=config.log_every_n_steps,
+        log_every=config.log_every,
         watched=watched,
         watch=watch,
         placement=execution.placement.alongside(example[1]),

@@ -128,6 +128,13 @@ class ChunkSize(NamedTuple):
     capacity: int
     partial_capacity: int = 0
 
+    def at_most(self, num_steps: int) -> ChunkSize:
+        """Returns the size of a chunk with at most so many batches."""
+        if num_steps >= self.num_steps:
+            return self
+        capacity = self.partial_capacity or self.capacity
+        return ChunkSize(num_steps, capacity, self.partial_capacity)
+
 
 _ALIGNMENT = 64
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, closing
 from itertools import chain, islice, repeat
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -33,6 +33,9 @@ _log = logging.getLogger("distaff")
 
 _MAX_RESIDENT_BYTES = 2**29
 _MAX_CHUNK_BYTES = 2**25
+
+Room: TypeAlias = Callable[[int], int]
+"""Returns the most steps of a chunk, at least 1, by the number of steps before it."""
 
 
 class Feed:
@@ -91,6 +94,7 @@ class Feed:
         done: int = 0,
         without: Set[int] = frozenset(),
         repeat: bool = True,
+        room: Room | None = None,
     ) -> Generator[Chunk]:
         """Yields the chunks of one epoch. Close it, because a thread may prefetch chunks.
 
@@ -105,6 +109,8 @@ class Feed:
                 The rest may be empty.
             without: batches of the epoch to draw and skip, counted from 0.
             repeat: see `epoch_of`.
+            room: limits the steps of a chunk by the number of steps that this yielded before it;
+                None for no limit.
 
         Raises:
             BatchError: the loader is empty.
@@ -112,7 +118,10 @@ class Feed:
         self.handed_out = self.loader.get_state()
         # Rows take microseconds, less than the hand-over from a thread.
         is_quick = isinstance(self._kind, _RowChunks) or is_on_policy(self.loader)
-        chunks = self._chunks(chunk_size, steps_per_epoch, done, without, repeat=repeat)
+        rest = self._rest
+        chunks = _chunks_of(
+            rest(steps_per_epoch, done, without, repeat=repeat), chunk_size, self._kind, room
+        )
         try:
             with closing(chunks if is_quick else self._prefetch.read(chunks, steady)) as chunks:
                 for chunk in chunks:
@@ -198,15 +207,10 @@ class Feed:
         else:
             self.handed_out = None
 
-    def _chunks(
-        self,
-        chunk_size: Callable[[], ChunkSize],
-        steps_per_epoch: int | None,
-        done: int,
-        without: Set[int],
-        *,
-        repeat: bool,
-    ) -> Generator[Chunk]:
+    def _rest(
+        self, steps_per_epoch: int | None, done: int, without: Set[int], *, repeat: bool
+    ) -> Iterator[tuple[Any, Mapping[str, Any]]]:
+        """Yields the rest of an epoch, without some of its batches; see `_items`."""
         if done and done == steps_per_epoch:
             return
         items = self._items(steps_per_epoch and steps_per_epoch - done, repeat=repeat)
@@ -215,7 +219,7 @@ class Feed:
             items = self._items(steps_per_epoch, repeat=repeat)
         numbered = enumerate(chain(waiting, items), done)
         kept = (item for number, item in numbered if number not in without)
-        yield from _chunks_of(kept if without else chain(waiting, items), chunk_size, self._kind)
+        yield from kept if without else chain(waiting, items)
 
     def _items(
         self, steps_per_epoch: int | None, *, repeat: bool
@@ -306,11 +310,14 @@ def _chunks_of(
     items: Iterator[tuple[Any, Any]],
     chunk_size: Callable[[], ChunkSize],
     kind: _BatchChunks | _RowChunks,
+    room: Room | None = None,
 ) -> Generator[Chunk]:
     """Yields chunks of items, each with the position after it."""
-    waiting = list(islice(items, 1))
+    waiting, num_done = list(islice(items, 1)), 0
     while waiting:
-        num_steps, capacity, partial_capacity = chunk_size()
+        chosen = chunk_size()
+        chosen = chosen if room is None else chosen.at_most(room(num_done))
+        num_steps, capacity, partial_capacity = chosen
         size, num_bytes = kind.size(waiting[0][0]), kind.num_bytes(waiting[0][0])
         most = kind.most(waiting[0][0])
         num_steps, capacity = min(num_steps, capacity, most), min(capacity, most)
@@ -319,6 +326,7 @@ def _chunks_of(
         if len(group) < num_steps and partial_capacity:
             capacity = min(partial_capacity, most)
         position = waiting[len(group) - 1][1]
+        num_done += len(group)
         del waiting[: len(group)]
         source = kind.source(group, capacity)
         yield Chunk(len(group), size, source, position, num_bytes * capacity)

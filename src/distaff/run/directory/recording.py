@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distaff.checkpoint import CheckpointStore, NullStore, Store, forget_after, tidy
+from distaff.core.config.cadence import Cadence
 from distaff.core.config.options import at_least, one_of, option, or_none
 from distaff.core.config.options import path as checked_path
 from distaff.loggers import Logger, TolerantLogger
@@ -23,6 +24,11 @@ from distaff.run.identity.identity import Subject
 from distaff.run.identity.takeover import ResumeOptions, Takeover
 
 _log = logging.getLogger("distaff")
+
+
+_KEEP_EVERY = Cadence(
+    ("steps",), number="steps", why="Checkpoints are named, and so kept, by their steps."
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,11 +54,12 @@ class RecordingOptions(PlanOptions, ResumeOptions):
     keep_best: int = option(
         1, "Number of best checkpoints to keep, at least 1.", check=at_least(1), resume="same run"
     )
-    keep_every: int | None = option(
+    keep_every: int | str | None = option(
         None,
-        """Also keep checkpoints whose step is a multiple of this number; None to disable.
-        Checkpoints are written at the end of an epoch, so a multiple within an epoch has none.""",
-        check=or_none(at_least(1)),
+        """Also keep checkpoints whose step is a multiple of this number: 1000, or "1000 steps".
+        Checkpoints to keep are written with each validation, see `val_every`; other multiples have
+        none. None to disable.""",
+        check=or_none(_KEEP_EVERY.check),
         resume="same run",
     )
     save_curves: bool = option(
@@ -200,6 +207,11 @@ class DirectoryRecording(Recording):
                     self._takeover.ended(status, facts)
 
 
+def _keep_every(options: RecordingOptions) -> int | None:
+    every = options.keep_every
+    return None if every is None else int(_KEEP_EVERY.parse("keep_every", every).count)
+
+
 def make_recording(
     options: RecordingOptions, name: str, loggers: Sequence[Logger], *, resume: str | int
 ) -> Recording:
@@ -212,7 +224,7 @@ def make_recording(
         CheckpointStore,
         keep_last=options.keep_last,
         keep_best=options.keep_best,
-        keep_every=options.keep_every,
+        keep_every=_keep_every(options),
         on_failed_save=options.on_failed_save,
     )
     warns = options.on_failed_save == "warn"

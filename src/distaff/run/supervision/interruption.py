@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 
+from distaff.core.config.cadence import Cadence, Every
 from distaff.core.config.durations import Duration, seconds_of
 from distaff.core.config.options import Options, option, or_none
 from distaff.core.config.options import time as checked_time
@@ -44,6 +45,8 @@ _ENDING: dict[int, bytes] = {
 
 _SAVING = b"\nSIGUSR1: the run is saved at the end of this step, and continues.\n"
 
+_SAVE_EVERY = Cadence(("seconds", "steps", "epochs"), number="seconds")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SupervisionOptions(Options):
@@ -51,9 +54,10 @@ class SupervisionOptions(Options):
 
     save_every: str | float | None = option(
         "10m",
-        """Approximate time between two checkpoints within an epoch, in addition to those at its
-        end: the most work lost if a machine fails. None to disable.""",
-        check=or_none(checked_time),
+        """Time between two checkpoints within an epoch, in addition to validations: the
+        most work lost if a machine fails. Approximate for a time ("10m", or seconds); exact for
+        "500 steps"; "2 epochs" saves at the ends of epochs. None to disable.""",
+        check=or_none(_SAVE_EVERY.check),
         resume="same run",
     )
     max_time: str | float | None = option(
@@ -70,6 +74,18 @@ class SupervisionOptions(Options):
         check=or_none(checked_time),
         resume="same run",
     )
+
+    @property
+    def saving(self) -> Every | None:
+        """How often to save, in addition to validations; None if never."""
+        every = self.save_every
+        return None if every is None else _SAVE_EVERY.parse("save_every", every)
+
+    @property
+    def seconds_between_saves(self) -> float | None:
+        """Seconds between two saves; None if saves are not timed."""
+        every = self.saving
+        return every.count if every is not None and every.unit == "seconds" else None
 
 
 class Interruption:

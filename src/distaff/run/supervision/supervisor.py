@@ -44,7 +44,9 @@ class Supervisor:
         self, options: SupervisionOptions, callbacks: Callbacks, *, is_watched: bool
     ) -> None:
         self._callbacks = callbacks
-        self._interruption = Interruption(max_time=options.max_time, save_every=options.save_every)
+        self._interruption = Interruption(
+            max_time=options.max_time, save_every=options.seconds_between_saves
+        )
         self._stuck_after = options.stuck_after if is_watched else None
         self._watchdog = Watchdog(None)
 
