@@ -416,6 +416,14 @@ def test_an_lstm_cell_at_the_root_has_the_names_of_a_cell() -> None:
     }
 
 
+def test_biases_that_are_summed_have_one_dtype() -> None:
+    tensors = export(lambda key: eqx.nn.LSTMCell(4, 4, key=key))
+    tensors["bias_hh"] = tensors["bias_hh"].astype(np.int32)
+    complaint = r"'bias_hh' is int32\[16\] in the source, and must be float32, like 'bias_ih'"
+    with pytest.raises(CheckpointError, match=complaint):
+        load(lambda key: eqx.nn.LSTMCell(4, 4, key=key), tensors)
+
+
 def test_corrected_statistics_of_equinox_are_exported() -> None:
     make = eqx.nn.make_with_state(eqx.nn.BatchNorm)
     model, variables, init = start(lambda key: make(3, "batch", mode="batch"))

@@ -148,6 +148,14 @@ class Adapter(ABC):
         """Returns the variables of a ready-made module, or None."""
         return None
 
+    def modules(self) -> dict[tuple[str, ...], Any]:
+        """Returns the module and its submodules by path; empty if there are none."""
+        return {}
+
+    def named_state(self) -> Any:
+        """Returns the state with the name of each array in place of the array, or None."""
+        return None
+
     @abstractmethod
     def apply(
         self, variables: Variables, *inputs: Any, train: bool, key: Key | None, **kwargs: Any

@@ -37,7 +37,7 @@ def converted(source: WeightSource, plan: TorchPlan, rules: TorchRules) -> Weigh
             lacking[name] = absent
             continue
         held.used.update(held.name(part.tensor) for part in slot.parts)
-        others = [_other_shape(name, part, plan, held) for part in slot.parts]
+        others = [_other_form(name, part, plan, held) for part in slot.parts]
         if any(others):
             wrong[name] = "; ".join(filter(None, others))
         else:
@@ -176,14 +176,16 @@ def _range(part: TensorRange, plan: TorchPlan) -> tuple[slice, ...]:
     return (slice(None),) * part.axis + (slice(part.start, part.stop),) if ndim else ()
 
 
-def _other_shape(name: str, part: TensorRange, plan: TorchPlan, held: _SourceTensors) -> str:
+def _other_form(name: str, part: TensorRange, plan: TorchPlan, held: _SourceTensors) -> str:
     expected, (shape, dtype) = plan.tensors[part.tensor], held.form(part.tensor)
-    if shape == expected:
-        return ""
-    return (
-        f"other shape: {held.name(part.tensor)!r} is {dtype}{list(shape)} in the source, and must "
-        f"be {list(expected)} for {name!r}, {list(plan.slots[name].shape)}"
-    )
+    first = plan.slots[name].parts[0].tensor
+    where = f"{held.name(part.tensor)!r} is {dtype}{list(shape)} in the source, and must be"
+    if shape != expected:
+        whose = f"for {name!r}, {list(plan.slots[name].shape)}"
+        return f"other shape: {where} {list(expected)} {whose}"
+    if dtype != held.form(first)[1]:
+        return f"other dtype: {where} {held.form(first)[1]}, like {first!r}, for {name!r}"
+    return ""
 
 
 def _explained(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 
 from distaff.checkpoint.weights.pytorch.statistics import RunningStatistics, running_statistics
-from distaff.models.adapter import Model
+from distaff.models.adapter import Adapter, Model
 from distaff.models.linen import LinenModel
 from distaff.models.lora import LoraModel
 
@@ -18,7 +18,7 @@ class Modules(NamedTuple):
     """Modules of a model.
 
     Attributes:
-        by_path: modules by path; empty for functions.
+        by_path: modules by path; empty for functions and a `Model` of your own.
         statistics: running statistics whose names do not say what they are.
     """
 
@@ -35,15 +35,16 @@ def modules_of(model: Model, init: Callable[[], Any]) -> Modules:
     """
     if isinstance(model, LoraModel):
         return modules_of(model.inner, init)
-    found = _called(init) if isinstance(model, LinenModel) else _call(model, "modules") or {}
-    by_path = {"/".join(path): module for path, module in found.items()}
-    named = _call(model, "named_state")
+    if isinstance(model, LinenModel):
+        return Modules(_joined(_called(init)))
+    if not isinstance(model, Adapter):
+        return Modules({})
+    by_path, named = _joined(model.modules()), model.named_state()
     return Modules(by_path, () if named is None else running_statistics(by_path, named))
 
 
-def _call(model: Any, method: str) -> Any:
-    """Returns the result of a method that some kinds of model have; None without it."""
-    return getattr(model, method, lambda: None)()
+def _joined(modules: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    return {"/".join(path): module for path, module in modules.items()}
 
 
 def _called(init: Callable[[], Any]) -> dict[tuple[str, ...], nn.Module]:
