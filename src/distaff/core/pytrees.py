@@ -24,7 +24,7 @@ class FrozenPyTree:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        dataclass: Any = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+        dataclass: Any = dataclasses.dataclass(frozen=True, kw_only=True, repr=False)(cls)
         fields = dataclasses.fields(dataclass)
         jax.tree_util.register_dataclass(
             cls,

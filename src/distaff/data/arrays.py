@@ -12,6 +12,8 @@ import numpy as np
 from distaff.core.config.checks import whole
 from distaff.core.digest import digest, sample_digest
 from distaff.core.typing import Batch, PyTree
+from distaff.core.views import html
+from distaff.core.views.brief import arrays_table, brief, spec
 from distaff.data.loader import canonicalize, drops_remainder, epoch_length, num_examples
 from distaff.errors import BatchError
 
@@ -63,6 +65,14 @@ class ArrayLoader:
         self._arrays = canonicalize(arrays)
         self._position = (0, 0)
         self._start = (0, 0)
+
+    def __repr__(self) -> str:
+        batches = f"{len(self)} batches of {self.batch_size}"
+        order = "shuffled" if self._shuffle else ""
+        return brief(self, f"{self.num_examples:,} examples", batches, order, spec(self._arrays))
+
+    def _repr_html_(self) -> str:
+        return html.details(repr(self), arrays_table(self._arrays))
 
     @property
     def arrays(self) -> PyTree:

@@ -12,6 +12,7 @@ import numpy as np
 
 from distaff.core.digest import digest, sample_digest
 from distaff.core.typing import Batch
+from distaff.core.views.brief import brief, length
 from distaff.data.entry import register_dataclasses
 from distaff.data.examples.fingerprint import fingerprint
 from distaff.errors import BatchError, ChangedBatchesError
@@ -74,6 +75,10 @@ class Stream:
         self._wanted = ""
         self._begin(0)
         self._resumed = False
+
+    def __repr__(self) -> str:
+        source = getattr(self._source, "__name__", type(self._source).__name__)
+        return brief(self, source, length(self))
 
     def __len__(self) -> int:
         if self._length is not None:

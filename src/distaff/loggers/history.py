@@ -15,6 +15,7 @@ from distaff.core import optional
 from distaff.core.config import encoding
 from distaff.core.paths import as_path
 from distaff.core.typing import Values
+from distaff.core.views import html
 from distaff.errors import MetricError, RunDirectoryError, UnknownMetricError, nearest
 from distaff.loggers import svg
 from distaff.loggers.protocol import JSON
@@ -208,6 +209,12 @@ class History(Mapping[str, np.ndarray]):
         return all(_are_equal(self._columns[name], other._columns[name]) for name in self)
 
     __hash__ = None
+
+    def _repr_html_(self) -> str:
+        try:
+            return self.svg()
+        except MetricError:
+            return html.preformatted(repr(self))
 
     def __repr__(self) -> str:
         lengths = ", ".join(f"{name} [{len(c.values)}]" for name, c in self._columns.items())

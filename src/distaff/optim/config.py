@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import optax
 
 from distaff.core.config.other_frameworks import OPTIMIZER, spell
+from distaff.core.views.brief import brief_fields, fields_table
 from distaff.errors import ConfigError
 from distaff.optim import catalog, checks
 from distaff.optim.checks import DecayShape, ScheduleName
@@ -141,6 +142,12 @@ class OptimizerConfig:
     plateau: Plateau | None = None
     options: Mapping[str, Option] = field(default_factory=dict, hash=False)
     groups: tuple[ParamGroup, ...] = ()
+
+    def __repr__(self) -> str:
+        return brief_fields(self, first="name")
+
+    def _repr_html_(self) -> str:
+        return fields_table(self)
 
     def __post_init__(self) -> None:
         checks.complete(self)

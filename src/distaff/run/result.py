@@ -5,8 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple, Never
 
+import numpy as np
+
 from distaff.core.config.other_frameworks import RESULTS, unknown_name
+from distaff.core.views import html
+from distaff.core.views.brief import brief
+from distaff.errors import DistaffError
 from distaff.loggers.history import ColumnLogger, History
+from distaff.run.display.lines import number, rows_by_split
 
 _EMPTY = History(ColumnLogger())
 
@@ -53,6 +59,30 @@ class TrainResult(NamedTuple):
     path: Path | None
     first_step: int = 0
     history: History = _EMPTY
+
+    def __repr__(self) -> str:
+        scalars = {name: x for name, x in self.metrics.items() if np.ndim(x) == 0}
+        tested = [name for name in scalars if name.startswith("test/")]
+        names = tested or [name for name in scalars if name.startswith("val")] or list(scalars)
+        numbers = [f"{name} {scalars[name]:.4g}" for name in names[:4]]
+        place = "" if self.path is None else f"path={str(self.path)!r}"
+        return brief(self, self.status, f"step {self.step}", f"epoch {self.epoch}", *numbers, place)
+
+    def _repr_html_(self) -> str:
+        rows = rows_by_split(self.metrics, {})
+        names = dict.fromkeys(name for metrics in rows.values() for name in metrics)
+        cells = [
+            [name, *(number(x[name]) if name in x else "-" for x in rows.values())]
+            for name in names
+        ]
+        head = f"{self.status}, step {self.step}, epoch {self.epoch}"
+        head += f": {self.reason}" if self.reason else ""
+        place = "" if self.path is None else html.preformatted(str(self.path))
+        page = f"<div>{html.escape(head)}</div>{html.table(['', *rows], cells)}{place}"
+        try:
+            return page + self.history.svg()
+        except DistaffError:  # nothing was recorded, or the files are gone
+            return page
 
     def figure(self) -> Any:
         """Returns the learning curves as a matplotlib Figure; see `History.figure`.

@@ -11,9 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from distaff.core import optional
 from distaff.core.equations import named_scope
 from distaff.core.pytrees import FrozenPyTree, static
 from distaff.core.typing import Key, Params, PyTree
+from distaff.core.views import html
+from distaff.core.views.brief import arrays_table, brief, num_values, scalar
 from distaff.errors import StateError, nearest
 from distaff.optim.gradients import check_gradients, check_params, check_trainable
 from distaff.optim.transforms import extra_args
@@ -53,6 +56,22 @@ class TrainState(FrozenPyTree):
     averages: Mapping[str, Any] | None = None
     apply_fn: Callable[..., Any] | None = static(default=None)
     tx: optax.GradientTransformation | None = static(default=None)
+
+    def __repr__(self) -> str:
+        optimizer = num_values(self.opt_state)
+        return brief(
+            self,
+            f"step {scalar(self.step)}",
+            f"{num_values(self.params):,} parameters",
+            f"{optimizer:,} values of the optimizer" if optimizer else "",
+        )
+
+    def _repr_html_(self) -> str:
+        try:
+            view = optional.load("notebook.treescope", extra="notebook").as_html(self.arrays())
+            return html.details(repr(self), view)
+        except Exception:  # not installed, or an array was donated to a step
+            return html.details(repr(self), arrays_table(self))
 
     @classmethod
     def create(

@@ -21,11 +21,13 @@ from distaff.checkpoint.weights.names import as_variables
 from distaff.core.config.options import with_options
 from distaff.core.seeds import folded
 from distaff.core.typing import Batch, Key, Params, PyTree
+from distaff.core.views import html
+from distaff.core.views.brief import brief, fields_table, num_values
 from distaff.data import INPUT_NAMES, entry, num_batches
 from distaff.data.on_policy import check_reader
 from distaff.execution import allocator, compile_cache
 from distaff.models import LoraModel, Variables, as_model, in_precision, standardized, stored
-from distaff.run.display import make_display
+from distaff.run.display import as_text, make_display
 from distaff.run.display.model_table import model_table
 from distaff.run.evaluation import predict
 from distaff.run.workspace import Workspace
@@ -120,6 +122,21 @@ class Predictor:
 
         if self.config.tune_process:
             allocator.tune(num_bytes)
+
+    def __repr__(self) -> str:
+        if "_workspace" not in vars(self):  # before its constructor has ended
+            return object.__repr__(self)
+        here, kind = self._workspace, type(self.model.module).__name__
+        if here.state is None:
+            return brief(self, kind, "no parameters yet")
+        size = f"{num_values(here.state.params):,} parameters"
+        return brief(self, kind, size, f"step {here.step}", f"epoch {here.epoch}")
+
+    def _repr_html_(self) -> str:
+        table = self._workspace.table
+        model = "" if table is None else html.details("model", html.preformatted(as_text(table)))
+        options = html.details("options", fields_table(self.config))
+        return f"{html.preformatted(repr(self))}{model}{options}"
 
     def print_tabulate(self, example_batch: Batch) -> None:
         """Prints a table of the model, which is also written to the run directory.

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias, TypeVar, get_args
 from distaff.core.config.checks import as_float, whole
 from distaff.core.config.durations import seconds_of
 from distaff.core.paths import as_path
+from distaff.core.views.brief import brief_fields, fields_table
 from distaff.errors import ConfigError, nearest
 
 _MARK = "_has_descriptions"
@@ -47,6 +48,18 @@ def option(
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """Base class of options; its constructor raises ConfigError for a value out of range."""
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        """Keeps `__repr__`, which each dataclass would replace."""
+        super().__init_subclass__(**arguments)
+        if "__repr__" not in vars(cls):
+            cls.__repr__ = Options.__repr__
+
+    def __repr__(self) -> str:
+        return brief_fields(self)
+
+    def _repr_html_(self) -> str:
+        return fields_table(self)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

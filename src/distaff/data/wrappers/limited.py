@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from distaff.core.typing import Batch
+from distaff.core.views.brief import brief, length
 from distaff.data.loader import Loader, abandon, close_made, first_batch, in_order, num_batches
 from distaff.errors import BatchError
 
@@ -29,6 +30,9 @@ class Limited:
         self.loader, self._most = loader, num_batches
         self._taken, self._is_over = 0, False
         self._resumed = self._is_behind = False
+
+    def __repr__(self) -> str:
+        return brief(self, repr(self.loader), length(self))
 
     def __len__(self) -> int:
         length = num_batches(self.loader)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 from distaff.core.typing import Batch
+from distaff.core.views.brief import brief, length
 from distaff.data.loader import Loader, abandon, close_made, first_batch, in_order, num_batches
 
 
@@ -35,6 +36,9 @@ class MappedLoader:
         """The function of all arrays of an `ArrayLoader`, computed at each access."""
         loader: Any = self.loader
         return self._function(loader.arrays)
+
+    def __repr__(self) -> str:
+        return brief(self, repr(self.loader), length(self))
 
     def __len__(self) -> int:
         length = num_batches(self.loader)

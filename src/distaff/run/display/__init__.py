@@ -1,23 +1,26 @@
-"""Displays of a run: live on a terminal, plain lines in a file, or nothing."""
+"""Displays of a run: live on a terminal or in a notebook, plain lines in a file, or nothing."""
 
 from __future__ import annotations
 
-import io
 import sys
 from typing import Any, TextIO, cast
 
-from rich.console import Console, RenderableType
+from rich.console import Console
 
+from distaff.core import optional
 from distaff.run.display.current import CurrentDisplay
 from distaff.run.display.lines import rows_by_split
 from distaff.run.display.model_table import model_table
+from distaff.run.display.notebook import NotebookDisplay
 from distaff.run.display.plain import PlainDisplay
 from distaff.run.display.protocol import Display, NullDisplay
 from distaff.run.display.stream import SteadyStream
 from distaff.run.display.terminal import TerminalDisplay
+from distaff.run.display.text import as_text
 
 __all__ = [
     "Display",
+    "NotebookDisplay",
     "NullDisplay",
     "PlainDisplay",
     "TerminalDisplay",
@@ -28,13 +31,6 @@ __all__ = [
 ]
 
 
-def as_text(content: RenderableType, width: int = 140) -> str:
-    """Returns plain text, at most `width` columns wide, of anything that rich can render."""
-    text = io.StringIO()
-    Console(file=text, width=width, color_system=None, force_terminal=False).print(content)
-    return "".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines())
-
-
 def make_display(enabled: bool, stream: Any = None) -> Display:
     """Returns the display for a stream. It never raises and never blocks a run.
 
@@ -43,8 +39,8 @@ def make_display(enabled: bool, stream: Any = None) -> Display:
         stream: the output; None for standard output, looked up when a run begins.
 
     Returns:
-        A live display for a terminal that can move its cursor, plain lines for other streams, and
-        `NullDisplay` if there is no standard output.
+        A live display for a terminal that can move its cursor and for the cell of a notebook, plain
+        lines for other streams, and `NullDisplay` if there is no standard output.
     """
     if not enabled:
         return NullDisplay()
@@ -54,6 +50,10 @@ def make_display(enabled: bool, stream: Any = None) -> Display:
 def _suited(stream: Any) -> Display:
     if stream is None:  # a program without a console
         return NullDisplay()
+    if "ipykernel" in sys.modules:
+        ipython = optional.load("notebook.ipython", extra="notebook")
+        if ipython.is_in_cell(stream):
+            return NotebookDisplay(ipython.CellOutput)
     steady = SteadyStream(stream)
     console = Console(file=cast("TextIO", steady))
     if steady.isatty() and not console.is_dumb_terminal:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from rich.console import RenderableType
@@ -52,6 +52,9 @@ class CurrentDisplay(Display):
         self, iterable: Iterable[T], description: str, total: int | None = None
     ) -> Iterator[T]:
         return self._display.track(iterable, description, total)
+
+    def table(self, rows: Mapping[str, Scalars]) -> None:
+        self._display.table(rows)
 
     def print(self, content: RenderableType) -> None:
         self._display.print(content)

@@ -81,6 +81,11 @@ class ModelTable:
         if self._note:
             yield Text(self._note, style="dim")
 
+    def heading(self) -> str:
+        """Returns the name of the model and its number of parameters."""
+        parameters, _ = _sums(self._rows).get("params", (0, 0))
+        return f"{self._title}: {parameters:,} parameters"
+
     def table(self, dropped: Collection[str] = ()) -> Table:
         """Returns the table without some of its columns.
 

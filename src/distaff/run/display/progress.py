@@ -96,12 +96,17 @@ class Progress:
             return min(1.0, self.step / self._num_steps)
         return max(0, self.epoch - 1) / self.num_epochs
 
-    def status(self) -> str:
-        """Returns what happens now, or the time left."""
+    def status(self, *, with_seconds: bool = True) -> str:
+        """Returns what happens now, or the time left.
+
+        Args:
+            with_seconds: whether to show how long a compilation has taken so far.
+        """
         compiling, tracked = self._compiling, self._tracked
         if compiling:
             what, since = compiling
-            return f"compiling {what} {self._clock() - since:.0f} s"
+            seconds = f" {self._clock() - since:.0f} s" if with_seconds else " …"
+            return f"compiling {what}{seconds}"
         return str(tracked) if tracked else self.left()
 
     def left(self) -> str:

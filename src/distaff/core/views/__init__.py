@@ -1,0 +1,1 @@
+"""Views of objects: short texts for `repr`, and HTML for notebooks."""
