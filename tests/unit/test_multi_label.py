@@ -93,6 +93,20 @@ def test_unknown_labels_are_left_out(kind: str):
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+def test_input_of_an_ignored_example_may_be_nan_and_of_an_ignored_label_not():
+    x, labels = X.copy(), Y.copy()
+    x[3], labels[3] = np.nan, -1
+    rest = np.arange(N) != 3
+    found = task(ignore_index=-1).eval_model([{"x": x, "y": labels}])
+    assert found["loss"] == pytest.approx(losses()[rest].mean(), rel=1e-5)
+    x[4, 1], labels[4, 1] = np.nan, -1
+    sums = (lambda key, *inputs: {"w": jnp.eye(CLASSES)}, lambda p, x: jnp.matmul(x, p["w"]))
+    run = tasks.MultiLabelClassifier(
+        sums, root=None, ignore_index=-1, enable_progress_bar=False, example_batch={"x": X, "y": Y}
+    )
+    assert np.isnan(run.eval_model([{"x": x, "y": labels}])["loss"])
+
+
 def test_smoothing_and_focal_loss_are_those_of_optax():
     found = evaluated(task(label_smoothing=0.2))["loss"]
     assert found == pytest.approx(losses(0.8 * Y + 0.1).mean(), rel=1e-5)

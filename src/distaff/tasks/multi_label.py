@@ -109,7 +109,9 @@ class MultiLabelClassifier(WeighingTask):
         """
         labels = self.labels(batch)
         weight = self._weight(labels, batch, ctx)
-        inputs = filled(self.checked_inputs(batch, ctx), weight)
+        # The axis of the labels is not an axis of the inputs, even if both have the same length.
+        of_rows = weight if weight is None or weight.ndim == 1 else (weight != 0).any(axis=1)
+        inputs = filled(self.checked_inputs(batch, ctx), of_rows)
         logits = ctx.apply(params, *inputs)
         _check_shapes(logits, labels)
         logits, labels, kept = floating(logits), floating(labels), None
