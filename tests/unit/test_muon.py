@@ -17,6 +17,7 @@ from distaff.errors import ConfigError
 from distaff.optim import OptimizerConfig, ParamGroup, build_optimizer, muon_routes
 from distaff.step.logged_rates import host_rates
 from distaff.zoo import GPT
+from model_kinds import KINDS
 
 STEPS = 20
 AXES = optax.contrib.MuonDimensionNumbers
@@ -73,8 +74,35 @@ def test_embeddings_heads_scales_and_biases_go_to_adamw(name):
     for part in reversed(name.split("/")):
         params = {part: params}
     assert routed(params) == {}
-    assert routed(params, also_muon=[name]) == {name: "io"}
+    layout = "oi" if name.endswith("weight") else "io"
+    assert routed(params, also_muon=[name]) == {name: layout}
     assert routed(params, also_muon=[name], no_muon=["*"]) == {}
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "soap"])
+@pytest.mark.parametrize("kind", ["equinox", "haiku"])
+def test_models_of_all_kinds_get_the_same_updates(kind, optimizer):
+    converted = KINDS[kind].converted
+    linen = filled(
+        {
+            "wide": {"kernel": (3, 8), "bias": (8,)},
+            "narrow": {"kernel": (8, 4), "bias": (4,)},
+        }
+    )
+    tx = build_optimizer(OptimizerConfig(optimizer, learning_rate=0.1), STEPS).tx
+
+    def updated(params, convert):
+        state = tx.init(params)
+        for step in range(3):
+            grads = jax.tree.map(lambda leaf, step=step: jnp.cos(3.0 * leaf + step), linen)
+            updates, state = tx.update(convert(grads), state, params)
+        return updates
+
+    expected = converted(updated(linen, lambda grads: grads))
+    found = updated(converted(linen), converted)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4), found, expected
+    )
 
 
 @pytest.mark.parametrize("name", ["MultiHeadAttention_0/w", "outhead_proj/w", "out/kernel"])

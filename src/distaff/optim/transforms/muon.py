@@ -26,7 +26,8 @@ def muon_routes(
     """Returns a function from parameters to the layout of each for Muon; empty for AdamW.
 
     Muon is for the matrices between the first layer and the last (Jordan et al. 2024). A parameter
-    of two axes, `[input, output]`, belongs to it, except
+    of two axes belongs to it: `[input, output]`, or `[output, input]` if its name begins with
+    weight, as in Equinox. Excepted are
 
     * what `decay_mask` excludes: biases and scales of norm layers, also if stacked over layers;
     * embeddings: a part of the path has a word that starts with embed, unembed or position, or one
@@ -37,9 +38,9 @@ def muon_routes(
     Args:
         no_muon: shell patterns for the paths of further parameters to exclude, such as a head with
             another name. It wins over `also_muon`.
-        also_muon: shell patterns for parameters to include. For other shapes than
-            `[input, output]` a pattern ends with `=` and a letter per axis, `i` for an input, `o`
-            for an output, and `b` where each index has a matrix of its own: `Conv_*/kernel=iiio`,
+        also_muon: shell patterns for parameters to include. For other axes than those of a matrix
+            a pattern ends with `=` and a letter per axis, `i` for an input, `o` for an output, and
+            `b` where each index has a matrix of its own: `Conv_*/kernel=iiio`,
             `*/query/kernel=ioo`, `blocks/*/kernel=bio`.
     """
     chosen = [pattern.partition("=")[::2] for pattern in also_muon]
@@ -51,8 +52,9 @@ def muon_routes(
                 return ""
             for pattern, layout in chosen:
                 if fnmatch.fnmatchcase(name, pattern):
-                    return _checked(layout, name, np.shape(leaf))
-            return "io" if decays and np.ndim(leaf) == 2 and not _is_at_an_end(name) else ""
+                    return _checked(layout or _matrix(name), name, np.shape(leaf))
+            is_hidden = decays and np.ndim(leaf) == 2 and not _is_at_an_end(name)
+            return _matrix(name) if is_hidden else ""
 
         return jax.tree_util.tree_map_with_path(route, params, decay_mask(params))
 
@@ -95,9 +97,13 @@ def _axes(layout: str) -> optax.contrib.MuonDimensionNumbers | None:
     return optax.contrib.MuonDimensionNumbers(tuple(places["i"]), tuple(places["o"]))
 
 
+def _matrix(name: str) -> str:
+    """Returns the layout of a matrix by its name: Equinox calls its own `weight`."""
+    return "oi" if name.rpartition("/")[2].startswith("weight") else "io"
+
+
 def _checked(layout: str, name: str, shape: tuple[int, ...]) -> str:
-    """Returns the layout of a parameter that `also_muon` includes."""
-    layout = layout or "io"
+    """Returns the layout of a parameter that `also_muon` includes, if it has these axes."""
     if len(layout) != len(shape):
         raise ConfigError(
             f"also_muon takes {name!r} as {layout!r}, a letter per axis, and it has the shape "
