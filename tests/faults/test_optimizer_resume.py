@@ -97,6 +97,37 @@ def test_a_run_that_is_interrupted_and_resumed_is_the_same_run(name, tmp_path):
     assert resumed.metrics == whole.metrics
 
 
+class EndOn(distaff.Callback):
+    """Asks the run to end at an event of its second epoch."""
+
+    def __init__(self, event):
+        self.event = event
+
+    def on_epoch_end(self, info):
+        self._end("epoch", info)
+
+    def on_validation_end(self, info):
+        self._end("validation", info)
+
+    def on_checkpoint(self, info):
+        self._end("checkpoint", info)
+
+    def _end(self, event, info):
+        if event == self.event and info.epoch == 2:
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("event", ["epoch", "validation", "checkpoint"])
+def test_a_validation_counts_once_if_a_run_is_interrupted_around_it(event, tmp_path):
+    config, root = CONFIGS["plateau"], str(tmp_path)
+    _, state, rates = trained(config, steps_per_call=1)
+    cut, _, before = trained(config, root=root, steps_per_call=1, callbacks=[EndOn(event)])
+    assert cut.status == "interrupted"
+    _, again, after = trained(config, root=root, steps_per_call=1, callbacks=[EndOn("")])
+    assert_same(again, state)
+    assert {**before, **after} == rates
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_fused_steps_are_those_of_single_ones(name):
     _, single, rates = trained(CONFIGS[name], steps_per_call=1)
