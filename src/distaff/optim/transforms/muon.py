@@ -38,7 +38,7 @@ def muon_routes(
     Args:
         no_muon: shell patterns for the paths of further parameters to exclude, such as a head with
             another name. It wins over `also_muon`.
-        also_muon: shell patterns for parameters to include. For other axes than those of a matrix
+        also_muon: shell patterns for parameters to include. For other axes than a matrix has,
             a pattern ends with `=` and a letter per axis, `i` for an input, `o` for an output, and
             `b` where each index has a matrix of its own: `Conv_*/kernel=iiio`,
             `*/query/kernel=ioo`, `blocks/*/kernel=bio`.
