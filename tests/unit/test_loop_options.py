@@ -17,6 +17,7 @@ import pytest
 import distaff
 from distaff import Callback, Monitor, OptimizerConfig, data
 from distaff.data import Limited
+from distaff.data.wrappers.limited import most_batches
 from distaff.errors import BatchError, CheckpointError, ConfigError, MetricError
 from distaff.run.evaluation import Evaluator
 from distaff.testing.loaders import LoaderContract, assert_batches_equal
@@ -150,11 +151,55 @@ def test_fast_dev_run_takes_one_batch_of_everything_and_writes_nothing(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["limit_batches", "overfit_batches"])
-@pytest.mark.parametrize("value", [0, -1, 0.5, "3"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("overfit_batches", value) for value in (0, -1, 0.5, "3")),
+        *(("limit_batches", value) for value in (0, -1, 0.0, 1.5, -0.5, True, "3", float("nan"))),
+    ],
+)
 def test_options_that_are_no_count_are_refused(name, value):
     with pytest.raises(ConfigError, match=f"{name} must be an integer, at least 1"):
         trainer(**{name: value})
+
+
+def test_limit_batches_is_a_fraction_of_each_loader():
+    train, val, test = Batches(), Batches(6), arrays()
+    run = trainer(limit_batches={"train": 0.29, "val": 1, "test": 0.5})
+    assert run.train_model(arrays(), val, test, num_epochs=2).step == 4
+    assert set(val.asked) <= {0, 1}
+    half = data.ArrayLoader(jax.tree.map(lambda leaf: leaf[:20], ARRAYS), 4)
+    expected = run.eval_model(half)["loss"]
+    tested = run.last_run.recorder.result().metrics["test/loss"]
+    assert tested == pytest.approx(expected, rel=1e-6)
+    assert trainer(limit_batches=0.01).train_model(arrays(), num_epochs=2).step == 2
+    assert trainer(limit_batches=1.0).train_model(arrays(), num_epochs=1).step == 10
+    with pytest.raises(
+        ConfigError, match=r"0.5 of the train loader needs its length.*'train': 100"
+    ):
+        trainer(limit_batches=0.5).train_model(train, num_epochs=1)
+
+
+def test_limit_batches_of_each_validation_set_and_no_other():
+    limit = {"val": 2, "val_noisy": 1}
+    limited_run = trainer(limit_batches=limit)
+    limited_run.monitor = Monitor("val_noisy/loss")
+    clean, noisy = Batches(), Batches()
+    result = limited_run.train_model(arrays(), {"clean": clean, "noisy": noisy}, num_epochs=1)
+    assert result.step == 10
+    assert (max(clean.asked), max(noisy.asked)) == (1, 0)
+    with pytest.raises(ConfigError, match=r"no loader 'val_nosy'. Did you mean 'val_noisy'"):
+        trainer(limit_batches={"val_nosy": 1}).train_model(arrays(), several(), num_epochs=1)
+    with pytest.raises(ConfigError, match=r"no loader 'training'. Did you mean 'train'"):
+        trainer(limit_batches={"training": 1})
+    with pytest.raises(ConfigError, match=r"limit_batches\['val'\] must be an integer, at least 1"):
+        trainer(limit_batches={"val": 0})
+
+
+@pytest.mark.parametrize("length", range(1, 40))
+def test_a_fraction_is_rounded_down_whatever_its_bits(length):
+    for count in range(1, length + 1):
+        assert most_batches(count / length, "train", length) == count
 
 
 def test_mistake_in_validation_shows_before_the_first_step():
@@ -288,7 +333,9 @@ def shuffled_sets() -> dict[str, Any]:
 
 
 @pytest.mark.slow_but("options0")
-@pytest.mark.parametrize("options", [{}, {"limit_batches": 4}, {"overfit_batches": 3}])
+@pytest.mark.parametrize(
+    "options", [{}, {"limit_batches": {"train": 0.4, "val": 4}}, {"overfit_batches": 3}]
+)
 def test_run_with_several_validation_sets_goes_on_bit_for_bit(options):
     whole = resumable(None, "whole", shuffled_sets(), **options)
     with pytest.raises(InterruptError):

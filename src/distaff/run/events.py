@@ -24,6 +24,7 @@ from distaff.data import (
     training_loader_of,
     unlimited,
 )
+from distaff.data.wrappers.limited import Limit, check_limit, check_names, most_batches
 from distaff.errors import ConfigError, NonFiniteError
 from distaff.execution.dispatch.packed_metrics import BadStep
 from distaff.metrics import Metric
@@ -137,11 +138,12 @@ class PlanOptions(InputOptions):
         'Epochs between validations, and between checkpoints: n is `val_every="n epochs"`.',
         check=at_least(1),
     )
-    limit_batches: int | None = option(
+    limit_batches: Limit | None = option(
         None,
-        """Use at most this many batches of each loader in an epoch. The next training epoch
+        """Use at most this many batches of each loader in an epoch, as a number or, as a float, a
+        fraction of them; or by loader: `{"train": 100, "val": 0.5}`. The next training epoch
         continues with the batches that follow. None for all.""",
-        check=or_none(at_least(1)),
+        check=or_none(check_limit),
     )
     overfit_batches: int | None = option(
         None,
@@ -171,10 +173,13 @@ class PlanOptions(InputOptions):
             return Every(self.check_val_every_n_epoch, "epochs")
         return _VAL_EVERY.parse("val_every", self.val_every)
 
-    @property
-    def most_batches(self) -> int | None:
-        """The most batches of a loader to use in an epoch; None for all."""
-        return 1 if self.fast_dev_run else self.limit_batches
+    def most_batches(self, name: str, length: int | None) -> int | None:
+        """Returns the most batches of a loader to use in an epoch; None for all.
+
+        Raises:
+            ConfigError: the limit is a fraction, and the length of the loader is unknown.
+        """
+        return 1 if self.fast_dev_run else most_batches(self.limit_batches, name, length)
 
 
 def make_plan(
@@ -212,7 +217,6 @@ def make_plan(
         whole("steps_per_epoch", steps_per_epoch)
     num_epochs = 1 if options.fast_dev_run else num_epochs
     every = options.validating
-    most = options.most_batches
     if options.overfit_batches is not None:
         batches = first_batches(train, options.overfit_batches)
         train, vals = Stream(batches), {name: Stream(batches) for name in vals}
@@ -225,24 +229,32 @@ def make_plan(
             "epoch."
         )
     length = steps_per_epoch or length
+    most = options.most_batches("train", length)
     if most is not None and length is not None:
         steps_per_epoch = min(length, most)
     elif most is not None:
         train = limited(train, most)
-    vals = {name: limited(loader, most) for name, loader in vals.items()}
+    check_names(options.limit_batches, vals)
+    vals = {name: shortened(loader, options, name) for name, loader in vals.items()}
     num_steps = None if steps_per_epoch is None else num_epochs * steps_per_epoch
+    length = steps_per_epoch or length
     _check_passes(train, 1 if steps_per_epoch else num_epochs, "train", num_steps)
     for name, loader in vals.items():
-        _check_passes(loader, _num_validations(every, num_epochs, num_steps), name)
+        _check_passes(loader, _num_validations(every, num_epochs, length), name)
     first, last = after_epoch + 1, after_epoch + num_epochs
     return Plan(train, vals, steps_per_epoch, first, last, every, repeat)
 
 
-def _num_validations(every: Every, num_epochs: int, num_steps: int | None) -> int:
+def shortened(loader: Loader, options: PlanOptions, name: str) -> Loader:
+    """Returns a loader with at most the batches that the options allow; see `limited`."""
+    return limited(loader, options.most_batches(name, num_batches(loader)))
+
+
+def _num_validations(every: Every, num_epochs: int, length: int | None) -> int:
     """Returns about how often a run validates; two if it is not known, and may be several."""
     if every.unit == "epochs":
         return num_epochs // int(every.count)
-    return 2 if num_steps is None else -(-num_steps // int(every.count))
+    return 2 if length is None else -(-num_epochs * length // int(every.count))
 
 
 def _by_name(val_loader: Any, options: PlanOptions) -> dict[str, Loader]:

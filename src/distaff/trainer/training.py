@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import closing
 from typing import Any
 
-from distaff.data import closing_made, first_to_train, limited, loader_of, unlimited
+from distaff.data import closing_made, first_to_train, loader_of, unlimited
 from distaff.errors import StateError
 from distaff.execution.processes import check_one_process
 from distaff.metrics import as_numbers
@@ -13,7 +13,7 @@ from distaff.metrics.monitor import as_monitor
 from distaff.run import loop
 from distaff.run.directory.protocol import recorded
 from distaff.run.display import as_text
-from distaff.run.events import Interrupted, Plan, PlanOptions, validation_pairs
+from distaff.run.events import Interrupted, Plan, PlanOptions, shortened, validation_pairs
 from distaff.run.identity.candidates import Candidate
 from distaff.run.result import TrainResult
 from distaff.run.run import Run
@@ -37,7 +37,7 @@ class Inputs:
             (test, made),
             *validation_pairs(val, plan),
         ]
-        self.test_loader = None if made is None else limited(made, options.most_batches)
+        self.test_loader = None if made is None else shortened(made, options, "test")
 
 
 class Training:

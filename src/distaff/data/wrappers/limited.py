@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Any, Self
+from numbers import Integral
+from typing import Any, Self, TypeAlias
 
 import jax
 import numpy as np
 
+from distaff.core.config.checks import as_float, whole
 from distaff.core.typing import Batch
 from distaff.core.views.brief import brief, length
 from distaff.data.loader import Loader, abandon, close_made, first_batch, in_order, num_batches
-from distaff.errors import BatchError
+from distaff.errors import BatchError, ConfigError, nearest
+
+Limit: TypeAlias = int | float | Mapping[str, int | float]
+"""Most batches of an epoch: a number; a fraction, as a float; or these by the name of a loader."""
+
+_SPLITS = ("train", "val", "test")
 
 
 class Limited:
@@ -98,6 +106,66 @@ class Limited:
 def limited(loader: Loader, num_batches: int | None) -> Loader:
     """Limits the number of batches in an epoch; None for no limit."""
     return loader if num_batches is None else Limited(loader, num_batches)
+
+
+def check_limit(name: str, value: Any) -> Limit:
+    """Checks an option that is a `Limit`.
+
+    Raises:
+        ConfigError: a number is out of range, or no loader has this name.
+    """
+    if not isinstance(value, Mapping):
+        return _check_number(name, value)
+    for split in value:
+        if split not in _SPLITS and not (isinstance(split, str) and split.startswith("val_")):
+            raise ConfigError(f"{name} has no loader {split!r}. {nearest(str(split), _SPLITS)}")
+    return {split: _check_number(f"{name}[{split!r}]", each) for split, each in value.items()}
+
+
+def _check_number(name: str, value: Any) -> int | float:
+    if isinstance(value, Integral) and not isinstance(value, bool) and value >= 1:
+        return whole(name, value)
+    if not isinstance(value, Integral) and 0 < as_float(value) <= 1:
+        return as_float(value)
+    raise ConfigError(
+        f"{name} must be an integer, at least 1, or a fraction of the batches, such as 0.1; got "
+        f"{value!r}."
+    )
+
+
+def check_names(limit: Limit | None, val_names: Iterable[str]) -> None:
+    """Raises ConfigError if a limit names a validation loader that does not exist."""
+    known = {*_SPLITS, *val_names}
+    for name in limit if isinstance(limit, Mapping) else ():
+        if name not in known:
+            raise ConfigError(f"limit_batches has no loader {name!r}. {nearest(name, known)}")
+
+
+def most_batches(limit: Limit | None, name: str, length: int | None) -> int | None:
+    """Returns the most batches of a loader in an epoch; None for all.
+
+    >>> most_batches({"train": 100, "val": 0.25}, "val_clean", 10)
+    2
+
+    Args:
+        limit: a fraction is rounded down, and is at least one batch. A loader `val_clean` without a
+            limit of its own has that of `val`.
+        name: name of the loader.
+        length: its batches in an epoch; None if unknown.
+
+    Raises:
+        ConfigError: the limit is a fraction, and the length is unknown.
+    """
+    of_val = name.partition("_")[0]
+    share = limit.get(name, limit.get(of_val)) if isinstance(limit, Mapping) else limit
+    if share is None or isinstance(share, int):
+        return share
+    if length is None:
+        raise ConfigError(
+            f"A limit of {share:g} of the {name} loader needs its length, but it has none. Give a "
+            f"number of batches, such as limit_batches={{{name!r}: 100}}."
+        )
+    return max(1, math.floor(round(share * length, 9)))
 
 
 def unlimited(loader: Loader) -> Loader:
