@@ -17,7 +17,7 @@ import lzma
 import tyro
 from matplotlib.figure import Figure
 
-from distaff import data, loggers, tasks, zoo
+from distaff import History, data, tasks, zoo
 from distaff.optim import OptimizerConfig, ParamGroup
 
 LINEAR = {"schedule": "linear", "end_fraction": 0.0, "warmup_steps": 50}
@@ -38,11 +38,10 @@ class Options:
     root: str = "runs"
 
 
-def draw(history: loggers.MemoryLogger, coded: dict[str, float]) -> Figure:
+def draw(history: History, coded: dict[str, float]) -> Figure:
     axes = Figure(figsize=(7, 4), layout="constrained").subplots()
     for name, style in (("step/bits_per_byte", "-"), ("val/bits_per_byte", "o-")):
-        points = [(r.step, r.metrics[name]) for r in history.records if name in r.metrics]
-        axes.plot(*zip(*points, strict=True), style, markersize=4, label=name)
+        axes.plot(history.steps[name], history[name], style, markersize=4, label=name)
     for (name, bits), style in zip(coded.items(), ("--", ":", "-"), strict=True):
         axes.axhline(bits, color="black", linestyle=style, label=f"{name}, test files")
     axes.set(xlabel="step", ylabel="bits per byte", ylim=(1, 4))
@@ -57,9 +56,8 @@ def main(options: Options) -> dict[str, float]:
     val = data.held_out_windows(texts[1], length, batch_size)
     test = data.held_out_windows(text, length, batch_size, stride=length // 2)
     model = zoo.GPT(256, options.num_layers, 2, options.features, length)
-    history = loggers.MemoryLogger()
     samples = {"sample_every_n_steps": options.sample_every, "sample_prompt": "def "}
-    run = {"name": "language-model", "root": options.root, "loggers": [history]}
+    run = {"name": "language-model", "root": options.root}
     trainer = tasks.LanguageModel(model, optimizer=OPTIMIZER, **samples, **run)
     epochs = {"num_epochs": options.num_epochs, "steps_per_epoch": options.steps_per_epoch}
     # An epoch may be longer than the text.
@@ -70,7 +68,7 @@ def main(options: Options) -> dict[str, float]:
     codes = {"gzip -9": gzip.compress(text, 9), "xz -9e": xz}
     bits = {name: 8 * len(code) / len(text) for name, code in codes.items()}
     bits["language model"] = result.metrics["test/bits_per_byte"]
-    draw(history, bits).savefig(result.path / "learning_curve.png", dpi=100)
+    draw(result.history, bits).savefig(result.path / "learning_curve.png", dpi=100)
     print(trainer.sample(b"def ", 600, temperature=0.8).decode(errors="replace"))
     print(f"bits per byte of {len(text):,} held-out bytes:", bits)
     return bits

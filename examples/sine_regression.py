@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
-from distaff import OptimizerConfig, data, loggers, tasks
+from distaff import History, OptimizerConfig, data, tasks
 
 
 class SmoothMLP(nn.Module):
@@ -46,24 +46,22 @@ def fit(seed: int, options: Options) -> float:
     train = data.ArrayLoader(points(1000, seed=42), batch_size=64, shuffle=True, seed=seed)
     val, test = (data.ArrayLoader(points(*which), 500) for which in ((200, 43), (500, 44)))
     optimizer = OptimizerConfig(learning_rate=2e-2, warmup_steps=50, clip_norm=1.0)
-    history = loggers.MemoryLogger()
-    where = {"name": "sine", "root": options.root, "loggers": [history]}
+    where = {"name": "sine", "root": options.root}
     trainer = tasks.Regressor(SmoothMLP(), optimizer=optimizer, seed=seed, **where)
     result = trainer.train_model(train, val, test, num_epochs=options.num_epochs)
     if result.status == "interrupted":
         raise SystemExit(130)  # as Ctrl-C ends a program; start it again to go on
-    draw(trainer, history).savefig(result.path / "sine.png", dpi=100)
+    draw(trainer, result.history).savefig(result.path / "sine.png", dpi=100)
     return result.metrics["test/loss"]
 
 
-def draw(trainer: tasks.Regressor, history: loggers.MemoryLogger) -> Figure:
+def draw(trainer: tasks.Regressor, history: History) -> Figure:
     curve, learning = Figure(figsize=(8, 3), layout="constrained").subplots(1, 2)
     x = np.linspace(-2, 2, 400)[:, None]
     curve.plot(x, np.sin(3 * x), color="#bbbbbb", linewidth=5, label="sin(3x)")
     curve.plot(x, trainer.bind_model()(x), color="#D55E00", label="network")
     for name in ("train/loss", "val/loss"):
-        losses = [r.metrics[name] for r in history.records if name in r.metrics]
-        learning.semilogy(range(1, len(losses) + 1), losses, label=name)
+        learning.semilogy(history.epochs[name], history[name], label=name)
     learning.set(xlabel="epoch", ylabel="mean squared error")
     curve.legend(loc="lower left")
     learning.legend()

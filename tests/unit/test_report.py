@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from distaff import data, tasks, zoo
+from distaff import OptimizerConfig, data, tasks, zoo
 from distaff.data import as_loader, limited
 from distaff.execution.flops import Flops
 from distaff.execution.timers import PARTS, Throughput
+from distaff.run.display import PlainDisplay
 from distaff.run.report import Report, faster_data, make_report
 
 
@@ -81,6 +82,18 @@ def test_how_steps_are_fused_is_in_the_log_and_not_shown(capsys, steps_per_call)
     assert shown.count("* best model so far") == 1
     first = next(n for n, line in enumerate(shown.splitlines()) if line.endswith(" *"))
     assert shown.splitlines()[first + 1] == "* best model so far"
+
+
+def test_the_live_line_gets_the_metrics_of_a_window_and_the_learning_rate(monkeypatch):
+    shown: list[dict[str, float]] = []
+    monkeypatch.setattr("distaff.run.recorder._PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr(PlainDisplay, "update", lambda self, metrics: shown.append(dict(metrics)))
+    train, _, _ = data.digits(batch_size=256)
+    optimizer = OptimizerConfig("sgd", learning_rate=0.5, schedule="constant")
+    trainer = tasks.Classifier(zoo.MLP((8, 10)), optimizer=optimizer, log_every_n_steps=2)
+    result = trainer.train_model(train, num_epochs=1)
+    assert [each["step/learning_rate"] for each in shown] == [0.5] * 2
+    assert [each["step/loss"] for each in shown] == result.history["step/loss"].tolist()
 
 
 def test_speed_below_ten_keeps_its_digits():

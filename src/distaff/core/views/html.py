@@ -36,7 +36,8 @@ def details(summary: str, content: str) -> str:
     return f"<details><summary>{escape(summary)}</summary>{content}</details>"
 
 
-def preformatted(text: str) -> str:
-    """Returns lines of text as they are, escaped."""
-    style = "margin:0;line-height:1.25;background:transparent"
+def preformatted(text: str, *, wraps: bool = False) -> str:
+    """Returns lines of text as they are, escaped; long ones wrap, or scroll."""
+    style = "margin:0;line-height:1.25;background:transparent;"
+    style += "white-space:pre-wrap" if wraps else "white-space:pre;overflow-x:auto"
     return f'<pre style="{style}">{escape(text)}</pre>'

@@ -202,7 +202,7 @@ class NotebookDisplay(Display):
             parts.append(html.table(header, rows))
         parts.append(self._curve())
         parts += [page for page, _ in self._tables]
-        parts.append(html.preformatted("\n".join(self._lines)) if self._lines else "")
+        parts.append(html.preformatted("\n".join(self._lines), wraps=True) if self._lines else "")
         return "".join(parts)
 
     def _curve(self) -> str:
