@@ -21,6 +21,7 @@ from sklearn.calibration import calibration_curve
 from distaff import Callback, EvalStep, Monitor, TrainerModule, data, metrics
 from distaff.errors import ConfigError, LossError, MetricError
 from distaff.metrics import (
+    AUROC,
     MAE,
     R2,
     RMSE,
@@ -352,6 +353,44 @@ def test_average_precision_is_for_evaluation():
         one.merge(one)
     assert Monitor("val/average_precision").mode == Monitor("val/r2").mode == "max"
     assert Monitor("val/ece").mode == Monitor("val/calibration_error").mode == "min"
+
+
+@pytest.mark.parametrize("is_weighted", [False, True])
+def test_scores_of_several_labels_are_averaged_as_sklearn_does(is_weighted: bool):
+    random = np.random.default_rng(0)
+    labels = (random.random((30, 4)) < 0.3).astype(np.int32)
+    scores = random.integers(0, 8, (30, 4)).astype(np.float32)
+    weight = random.uniform(0.1, 1, 30).astype(np.float32) if is_weighted else None
+    mask = jnp.arange(10) < 9
+    references: Any = {
+        AveragePrecision: sklearn_metrics.average_precision_score,
+        AUROC: sklearn_metrics.roc_auc_score,
+    }
+    kept = np.flatnonzero(np.arange(30) % 10 < 9)
+    options: Any = {"sample_weight": None if weight is None else weight[kept]}
+    for metric, reference in references.items():
+        for average in ("micro", "macro", None):
+            total: Any = None
+            for start in range(0, 30, 10):
+                part = slice(start, start + 10)
+                own = None if weight is None else weight[part]
+                declared = metric.per_example(
+                    labels[part], scores[part], weight=own, average=average
+                )
+                one = metrics.to_host({"x": declared.reduce(mask)})
+                total = one if total is None else metrics.merge(total, one)
+            wanted = reference(labels[kept], scores[kept], average=average, **options)
+            found = metrics.compute(total)["x"]
+            np.testing.assert_allclose(found, wanted, rtol=1e-6, err_msg=f"{metric} {average}")
+    labels[:, 2] = 0
+    found = reduced(AveragePrecision.per_example(labels, scores, average="macro"), 30)
+    present = [0, 1, 3]
+    wanted = sklearn_metrics.average_precision_score(labels[:, present], scores[:, present])
+    assert found == pytest.approx(wanted, rel=1e-6)
+    with pytest.raises(ConfigError, match="'weighted' is not 'micro' or 'macro'"):
+        AUROC.per_example(labels, scores, average="weighted")
+    with pytest.raises(LossError, match=r"needs labels \[batch, classes\]; got \(30,\)"):
+        AUROC.per_example(labels[:, 0], scores[:, 0], average=None)
 
 
 class Several(TrainerModule):

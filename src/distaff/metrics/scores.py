@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from distaff.core.config.checks import whole
+from distaff.core.pytrees import static
 from distaff.errors import ConfigError, LossError, MetricError
 from distaff.metrics.accumulators import (
     Metric,
@@ -25,6 +26,9 @@ from distaff.metrics.accumulators import (
 from distaff.metrics.classification import weight_per_label
 from distaff.metrics.exact_sums import sum_by_cell
 
+ScoreAverage: TypeAlias = Literal["micro", "macro"] | None
+"""How to average the values of several classes; None for one value per class."""
+
 
 def _refusal(name: str) -> str:
     return (
@@ -37,9 +41,12 @@ def _refusal(name: str) -> str:
 @pytree
 class _Scores(Metric):
     parts: tuple[Any, ...]
+    average: ScoreAverage = static(default="micro")
 
     @classmethod
-    def per_example(cls, labels: Any, scores: Any, *, weight: Any = None) -> PerExample:
+    def per_example(
+        cls, labels: Any, scores: Any, *, weight: Any = None, average: ScoreAverage = "micro"
+    ) -> PerExample:
         """Collects scores and labels.
 
         Args:
@@ -47,10 +54,18 @@ class _Scores(Metric):
             scores: logits or probabilities of the positive class, with the shape of `labels`.
             weight: numbers or bool, with the leading axes of `labels`; 1 by default. Scores of
                 weight 0 are ignored, even NaN.
+            average: `"micro"`, one value of all labels; for labels `[batch, ..., classes]` of
+                several classes also `"macro"`, the mean over the classes that have a value, or
+                None, the values `[classes]`.
 
         Raises:
-            LossError: the shapes differ.
+            ConfigError: `average` is unknown.
+            LossError: the shapes differ, or there is no axis of classes to average over.
         """
+        if average not in (None, *get_args(get_args(ScoreAverage)[0])):
+            raise ConfigError(
+                f"average={average!r} is not 'micro' or 'macro', or None for one value per class."
+            )
         labels, scores = floating(labels), floating(scores)
         if labels.shape != scores.shape:
             raise LossError(
@@ -58,22 +73,31 @@ class _Scores(Metric):
                 f"scores {scores.shape}. Pass the scores of the positive class, such as "
                 "logits[:, 1] - logits[:, 0]."
             )
-        return PerExample((scores, labels, floating(weight_per_label(weight, labels))), cls)
+        if average != "micro" and labels.ndim < 2:
+            raise LossError(
+                f"average={average!r} needs labels [batch, classes]; got {labels.shape}. Pass "
+                "average='micro'."
+            )
+        values = scores, labels, floating(weight_per_label(weight, labels))
+        return PerExample(values, cls, (("average", average),))
 
     @classmethod
-    def reduce(cls, mask: jax.Array, *values: jax.Array) -> Self:
+    def reduce(cls, mask: jax.Array, *values: jax.Array, average: ScoreAverage = "micro") -> Self:
         scores, labels, weight = values
         rows = scores, labels, masked(mask, weight, 0)
-        return cls((jnp.stack([row.ravel() for row in rows]),))
+        if average == "micro":
+            return cls((jnp.stack([row.ravel() for row in rows]),), average)
+        by_class = [row.reshape(-1, row.shape[-1]).T for row in rows]
+        return cls((jnp.stack(by_class, axis=1),), average)
 
     def merge(self, other: Self) -> Self:
         self._check_on_host()
         other._check_on_host()
-        return type(self)(self.parts + other.parts)
+        return dataclasses.replace(self, parts=self.parts + other.parts)
 
     def empty_like(self) -> Self:
         self._check_on_host()
-        return type(self)(())
+        return dataclasses.replace(self, parts=())
 
     def _check_on_host(self) -> None:
         if any(isinstance(part, jax.Array) for part in self.parts):
@@ -90,7 +114,12 @@ class _Scores(Metric):
         examples = np.concatenate([np.asarray(part, np.float64) for part in self.parts], axis=-1)
         stacked = examples.reshape(-1, *examples.shape[-2:])
         found = [self._of(*rows[:, rows[2] != 0]) for rows in stacked]
-        return np.reshape(found, examples.shape[:-2])
+        values = np.reshape(found, examples.shape[:-2])
+        if self.average != "macro":
+            return values
+        is_known = ~np.isnan(values)
+        total, number = np.where(is_known, values, 0).sum(-1), is_known.sum(-1)
+        return np.where(number == 0, np.nan, total / np.maximum(number, 1))
 
     def _of(self, scores: np.ndarray, labels: np.ndarray, weight: np.ndarray) -> float:
         others = np.setdiff1d(labels, (0, 1))
@@ -125,7 +154,8 @@ class AUROC(_Scores):
     error.
 
     Args:
-        parts: arrays `[3, examples]` of scores, labels and weights.
+        parts: arrays `[3, examples]`, or `[classes, 3, examples]`, of scores, labels and weights.
+        average: as in `per_example`.
     """
 
     refused_in_training: ClassVar[str] = _refusal("AUROC")
@@ -150,7 +180,8 @@ class AveragePrecision(_Scores):
     error.
 
     Args:
-        parts: arrays `[3, examples]` of scores, labels and weights.
+        parts: arrays `[3, examples]`, or `[classes, 3, examples]`, of scores, labels and weights.
+        average: as in `per_example`.
     """
 
     refused_in_training: ClassVar[str] = _refusal("AveragePrecision")
