@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow
 import pytest
 
 from distaff import Monitor, OptimizerConfig, data, tasks, zoo
@@ -44,6 +45,9 @@ class StandIn:
             is_text = array.dtype.kind == "U"
             self._held[name] = array.astype(object) if is_text else array
         self.shape = (len(next(iter(self._held.values()))), len(columns))
+
+    def to_numpy(self) -> np.ndarray:
+        raise NotImplementedError
 
     def __getitem__(self, name: str) -> StandInSeries:
         return StandInSeries(self._held[name])
@@ -196,6 +200,8 @@ def test_wrong_arguments_are_named(frame, arguments, error, complaint):
 def test_only_data_frames_are_taken():
     with pytest.raises(ConfigError, match=r"got a ndarray\. Pass arrays as they are"):
         from_frame(np.ones((3, 2)))
+    with pytest.raises(ConfigError, match="got a Table"):
+        from_frame(pyarrow.table({"a": [1, 2]}))
     polars = pytest.importorskip("polars")
     with pytest.raises(ConfigError, match=r"got a LazyFrame\. Call collect"):
         from_frame(polars.DataFrame(columns()).lazy())

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from distaff import Monitor, OptimizerConfig, data, tasks
+from distaff import Monitor, OptimizerConfig, data, tasks, zoo
 from distaff.data import InputOptions
 from distaff.data.inputs import loader_of
 from distaff.errors import BatchError, ConfigError
@@ -275,3 +275,11 @@ def test_finished_run_on_arrays_is_loaded():
 def test_loader_of_batches_is_returned_unchanged():
     mine = loader()
     assert loader_of(mine, InputOptions(), name="val") is mine
+
+
+def test_inputs_alone_are_one_array():
+    options = {"root": None, "enable_progress_bar": False, "tune_process": False}
+    run = tasks.Autoencoder(zoo.MLP((2, 8)), **options)
+    result = run.train_model(X, X, num_epochs=1)
+    by_hand = np.mean(np.square(run.predict(X) - X))
+    assert result.metrics["val/loss"] == pytest.approx(by_hand, rel=1e-4)

@@ -228,3 +228,21 @@ def test_standardized_model_may_compute_in_bfloat16(kind):
     halved = run.predict(X)
     assert not np.array_equal(halved, plain.predict(X))
     np.testing.assert_allclose(halved, plain.predict(X), rtol=0.1, atol=0.05)
+
+
+def test_forward_function_of_the_state_is_standardized():
+    class OwnStep(tasks.Regressor):
+        def create_functions(self):
+            train_step, _ = super().create_functions()
+
+            def eval_step(state, batch):
+                found = state.apply_fn({"params": state.params}, batch[0])
+                return {"loss": jnp.square(found - batch[1]).mean(axis=1)}
+
+            return train_step, eval_step
+
+    options = {"root": None, "enable_progress_bar": False, "tune_process": False}
+    run = OwnStep(nn.Dense(1), standardize=Standardize.fit(ARRAYS), **options)
+    run.train_model(ARRAYS, num_epochs=1)
+    by_hand = np.mean(np.square(run.predict(X) - Y))
+    assert run.eval_model(ARRAYS)["loss"] == pytest.approx(by_hand, rel=1e-4)

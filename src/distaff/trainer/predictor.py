@@ -222,7 +222,7 @@ class Predictor:
         """Returns the outputs of `predict_fn` for all examples of a loader.
 
         Args:
-            loader: any iterable of batches, or arrays; its position does not change.
+            loader: any iterable of batches, arrays, or a data frame; it does not move.
             weights: see `evaluation_state`.
 
         Returns:

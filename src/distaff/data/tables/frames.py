@@ -100,7 +100,8 @@ def from_frame(
 
 def is_frame(data: Any) -> bool:
     """Whether this is a data frame of pandas or polars, or has its members."""
-    return hasattr(data, "shape") and not hasattr(data, "dtype") and hasattr(data, "columns")
+    members = ("shape", "to_numpy", "columns")  # not those of an Arrow table or a lazy frame
+    return not hasattr(data, "dtype") and all(hasattr(data, each) for each in members)
 
 
 def _is_label(frame: Any, target: str, categories: Sequence[str]) -> bool:
