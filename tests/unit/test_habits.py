@@ -195,8 +195,8 @@ class OtherArguments(MemoryLogger):
 @pytest.mark.parametrize(
     ("given", "form"),
     [
-        ("wandb", "WandbLogger"),
-        (["csv"], "CsvLogger"),
+        ("wandb", r"loggers=\['wandb'\]"),
+        (["cvs"], "Did you mean 'csv'"),
         (MemoryLogger(), r"loggers=\[MemoryLogger\(\.\.\.\)\]"),
         ([MemoryLogger], r"loggers=\[MemoryLogger\(\.\.\.\)\]"),
         (MemoryLogger, r"loggers=\[MemoryLogger\(\.\.\.\)\]"),

@@ -5,22 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
+from distaff.core import optional
 from distaff.core.config.overrides import check_override
 from distaff.core.typing import Values
-from distaff.errors import ConfigError
+from distaff.errors import ConfigError, nearest
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 """A value that strict JSON can hold."""
 
 _METHODS = ("log_metrics", "log_config", "close")
-_NAMES = {
-    "csv": "CsvLogger()",
-    "console": "ConsoleLogger()",
-    "jsonl": "nothing: each run writes metrics.jsonl",
-    "tensorboard": "TensorBoardLogger()",
-    "wandb": "WandbLogger(project=...)",
-    "mlflow": "MlflowLogger()",
-}
+_NAMES = ("console", "csv", "mlflow", "tensorboard", "wandb")
+_EXTRAS = ("mlflow", "tensorboard", "wandb")
 
 
 class Logger(Protocol):
@@ -148,25 +143,32 @@ class NullLogger:
         """Does nothing."""
 
 
-def as_loggers(given: Any) -> tuple[Logger, ...]:
-    """Returns a list of loggers as a tuple; empty for None.
+def as_loggers(given: Any) -> tuple[Logger | str, ...]:
+    """Returns a list of loggers, and of names of loggers, as a tuple; empty for None.
 
     Raises:
-        ConfigError: `given` is not a list, or an item is not a logger.
+        ConfigError: `given` is not a list, an item is not a logger, or a name is unknown.
+        MissingExtraError: the package of a named logger is not installed.
     """
     if given is None:
         return ()
     if isinstance(given, str | bytes | type) or is_logger(given):
         _check(given)
-        name = type(given).__name__
-        raise ConfigError(f"loggers is a list; got one {name}. Write loggers=[{name}(...)].")
+        form = repr(given) if isinstance(given, str) else f"{type(given).__name__}(...)"
+        raise ConfigError(
+            f"loggers is a list; got one {type(given).__name__}. Write loggers=[{form}]."
+        )
     if isinstance(given, Mapping) or not isinstance(given, Iterable):
         raise ConfigError(
-            f"loggers is a list of loggers; got {given!r}. Write loggers=[loggers.CsvLogger()]."
+            f'loggers is a list of loggers; got {given!r}. Write loggers=["csv"], or '
+            "loggers=[loggers.CsvLogger()]."
         )
     loggers = tuple(given)
     for logger in loggers:
         _check(logger)
+    names = [each for each in loggers if isinstance(each, str)]
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise ConfigError(f"loggers has {twice[0]!r} more than once. Write it once.")
     return loggers
 
 
@@ -177,9 +179,8 @@ def is_logger(given: Any) -> bool:
 
 def _check(logger: Any) -> None:
     if isinstance(logger, str):
-        form = _NAMES.get(logger.lower(), "CsvLogger()")
-        form = form if form.startswith("nothing") else f"distaff.loggers.{form}"
-        raise ConfigError(f"A logger is an object; got {logger!r}. Write {form}.")
+        _check_name(logger)
+        return
     if isinstance(logger, type):
         name = logger.__name__
         raise ConfigError(
@@ -193,3 +194,12 @@ def _check(logger: Any) -> None:
         )
     for name in _METHODS:
         check_override(logger, name, getattr(NullLogger, name))
+
+
+def _check_name(name: str) -> None:
+    if name.lower() == "jsonl":
+        raise ConfigError("Each run writes metrics.jsonl itself. Omit 'jsonl' from loggers.")
+    if name not in _NAMES:
+        raise ConfigError(f"{name!r} is not the name of a logger. {nearest(name.lower(), _NAMES)}")
+    if name in _EXTRAS:
+        optional.load(name, extra=name)

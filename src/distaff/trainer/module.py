@@ -56,7 +56,8 @@ class TrainerModule(Predictor):
         example_batch: a batch with the structure, shapes and dtypes of the training batches.
         optimizer: an `OptimizerConfig`, an Optax transformation, or a function of the total number
             of steps that returns one.
-        loggers: your own loggers, used alongside the run directory.
+        loggers: further loggers, used alongside the run directory: objects, or the names "console",
+            "csv", "mlflow", "tensorboard", "wandb", which write into the run directory.
         callbacks: your own callbacks, called at the six events of a run.
         init_from: initial weights: a run directory, a checkpoint folder, a `.safetensors` file, a
             tree of arrays, or an `InitFrom`. The arrays must match the model's one to one; declare
@@ -79,7 +80,7 @@ class TrainerModule(Predictor):
         *,
         example_batch: Batch = None,
         optimizer: OptimizerLike | None = None,
-        loggers: Sequence[Logger] | None = (),
+        loggers: Sequence[Logger | str] | None = (),
         callbacks: Iterable[Callback] | None = (),
         init_from: Any = None,
         **options: Any,
@@ -158,7 +159,7 @@ class TrainerModule(Predictor):
         self.train_step = StepProgram(train_step, execution.program(train_step, donate=0))
         self.eval_step = StepProgram(eval_step, execution.program(eval_step))
 
-    def init_logger(self) -> Recording | Logger | list[Logger]:
+    def init_logger(self) -> Recording | Logger | list[Logger | str]:
         """Returns the destination of metrics, checkpoints and config. Nothing is written yet.
 
         Override it to return your own logger or a list of them, used alongside the run directory.

@@ -38,7 +38,7 @@ OPTIONS = _by_name(
         "max_steps num_steps": "train_model(..., steps_per_epoch=...)",
         "shuffle num_workers": _BATCHES,
         "exmp_input example_input input_shape": "example_batch=batch",
-        "logger tensorboard wandb": "loggers=[...]",
+        "logger tensorboard wandb": 'loggers=["tensorboard"], or "wandb"',
         "callback hooks": "callbacks=[...]",
         "loss loss_fn criterion metrics": f"the method {_LOSS}",
         "monitor early_stopping": f"{_MONITOR}, or a callback EarlyStopping()",

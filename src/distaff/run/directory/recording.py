@@ -15,6 +15,7 @@ from distaff.core.config.cadence import Cadence
 from distaff.core.config.options import at_least, one_of, option, or_none
 from distaff.core.config.options import path as checked_path
 from distaff.loggers import Logger, TolerantLogger
+from distaff.loggers.named import build_loggers
 from distaff.run.directory.outlets import Outlets
 from distaff.run.directory.protocol import NullRecording, Recording, ResumePoint
 from distaff.run.directory.run_directory import RunDirectory
@@ -213,13 +214,21 @@ def _keep_every(options: RecordingOptions) -> int | None:
 
 
 def make_recording(
-    options: RecordingOptions, name: str, loggers: Sequence[Logger], *, resume: str | int
+    options: RecordingOptions, name: str, loggers: Sequence[Logger | str], *, resume: str | int
 ) -> Recording:
-    """Returns the recording of a run below `root`, or one that writes no files."""
+    """Returns the recording of a run below `root`, or one that writes no files.
+
+    Raises:
+        ConfigError: a logger given by name needs a run directory, but `root` is None.
+    """
+    root = options.root if options.writes else None
+    directory = None if root is None else RunDirectory(root, name)
+    folder = None if directory is None else lambda: directory.path
+    outlets = build_loggers(loggers, folder, name, is_trial=options.fast_dev_run)
     if options.on_failed_log == "warn":
-        loggers = [TolerantLogger(each, "on_failed_log") for each in loggers]
-    if options.root is None or not options.writes:
-        return NullRecording(loggers)
+        outlets = [TolerantLogger(each, "on_failed_log") for each in outlets]
+    if directory is None:
+        return NullRecording(outlets)
     make_store = partial(
         CheckpointStore,
         keep_last=options.keep_last,
@@ -228,6 +237,5 @@ def make_recording(
         on_failed_save=options.on_failed_save,
     )
     warns = options.on_failed_save == "warn"
-    directory = RunDirectory(options.root, name)
     parts = {"make_store": make_store, "resume": resume, "options": options, "warns": warns}
-    return DirectoryRecording(directory, loggers, **parts)
+    return DirectoryRecording(directory, outlets, **parts)
