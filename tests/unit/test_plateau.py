@@ -216,6 +216,12 @@ def test_a_run_lowers_its_rate_after_validations_without_improvement(steps_per_c
     assert trainer.state.opt_state.scale.dtype == jnp.float32
 
 
+@pytest.mark.parametrize("precision", ["bf16-params", "fp16"])
+def test_a_run_of_another_precision_lowers_its_rate(precision):
+    _, rates = trained(precision=precision)
+    assert rates == [0.1] * 8 + [0.05] * 2
+
+
 class OfTraining(Scripted):
     monitor = Monitor("train/loss")
 
