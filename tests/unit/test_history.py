@@ -85,7 +85,7 @@ def test_history_drops_what_a_rollback_does_again():
     for step in (1, 2):
         logger.log_metrics({"train/loss": step}, step=step, epoch=step)
     place = logger.position()
-    logger.log_metrics({"train/loss": 3, "val/loss": 4}, step=3, epoch=3)
+    logger.log_metrics({"train/loss": 3, "val/loss": 4}, step=2, epoch=3)  # after the checkpoint
     logger.resume(2, place)
     assert dict(History(logger).steps)["train/loss"].tolist() == [1, 2]
     assert len(History(logger)["val/loss"]) == 0

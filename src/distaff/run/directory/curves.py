@@ -34,7 +34,7 @@ def save_curves(history: History, directory: Path) -> None:
 def run_title(record: Mapping[str, Any], directory: Path | None, plan: Plan) -> str:
     """Returns the title of a run's figures: its name, seed, and sizes of its loaders."""
     options = record["options"]
-    name = options["name"] or str(record["trainer"]["$type"]).rpartition(":")[2]
+    name = options["name"] or str(record["trainer"]["$type"]).rpartition(":")[2].rpartition(".")[2]
     if directory is not None:
         name = f"{directory.parent.name}/{directory.name}"
     sizes = [
