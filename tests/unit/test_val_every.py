@@ -11,7 +11,15 @@ import numpy as np
 import optax
 import pytest
 
-from distaff import Callback, EarlyStopping, Monitor, OptimizerConfig, TrainerModule, data
+from distaff import (
+    Callback,
+    EarlyStopping,
+    History,
+    Monitor,
+    OptimizerConfig,
+    TrainerModule,
+    data,
+)
 from distaff.checkpoint import CheckpointStore
 from distaff.errors import ConfigError
 from distaff.zoo import MLP
@@ -119,6 +127,10 @@ def test_training_is_bit_for_bit_that_without_validation_within(steps_per_call):
     assert without_validation(plain_log) == without_validation(within_log)
     steps = [line["step"] for line in within_log if "val/loss" in line]
     assert steps == [7, 14, 21, 28, 30]
+    curves, x_label, _ = History.read(Path("runs-1/dropped/0001")).curves()
+    assert x_label == "step"
+    assert [step for step, _ in curves["val/loss"]] == steps
+    assert [step for step, _ in curves["train/loss"]] == [10, 20, 30]
 
 
 @pytest.mark.parametrize("steps_per_call", [1, 4])
@@ -313,3 +325,52 @@ def test_saves_every_so_many_steps_or_epochs(steps_per_call, tmp_path, monkeypat
     saved.clear()
     train(save_every="2 epochs", name="other", **options)
     assert saved == [20, 30]
+
+
+def run_of(num_epochs: Any, root: str, killed: Callback | None = None, **options: Any) -> Any:
+    last, witness = Last(), Witness()
+    callbacks = [last, witness, *([killed] if killed else [])]
+    trainer = Dropped(root=root, name="run", callbacks=callbacks, **options)
+    result = trainer.train_model(train_loader(), val_loader(), num_epochs=num_epochs)
+    return last.arrays, witness.heard, result, trainer
+
+
+def test_a_run_of_so_many_steps_ends_within_an_epoch_validated_and_saved():
+    options = {"optimizer": OptimizerConfig("adam", schedule="linear", end_fraction=0.0)}
+    _, heard, result, trainer = run_of("23 steps", "few", **options)
+    assert (result.status, result.step, result.epoch) == ("finished", 23, 3)
+    assert heard[-3:] == [("epoch", 23), ("validation", 23), ("checkpoint", 23)]
+    assert trainer.last_run.plan.total_steps == 23
+    config = json.loads((result.path / "config.json").read_text())
+    assert (config["num_epochs"], config["identity"]["total_steps"]) == ("23 steps", 23)
+    rates = [line["step/learning_rate"] for line in log_of(result.path) if "step/loss" in line]
+    assert rates[-1] == pytest.approx(1e-3 / 23)
+    whole = {"optimizer": optax.adam(1e-3)}
+    few, three = run_of("30 steps", "thirty", **whole), run_of("3 epochs", "three", **whole)
+    jax.tree.map(np.testing.assert_array_equal, few[0], three[0])
+    assert few[1] == three[1]
+
+
+def test_a_run_of_so_many_steps_resumes_bit_for_bit_and_may_be_longer():
+    options = {"save_every": "4 steps", "optimizer": optax.adam(1e-3)}
+    whole = run_of("23 steps", "whole", **options)
+    with pytest.raises(InterruptError):
+        run_of("17 steps", "cut", Killed("step", 14), **options)
+    resumed = run_of("23 steps", "cut", Killed(None, 0), **options)
+    jax.tree.map(np.testing.assert_array_equal, whole[0], resumed[0])
+    assert len(list(Path("cut/run").iterdir())) == 1
+    assert log_of(whole[2].path) == log_of(resumed[2].path)
+
+
+def test_a_budget_needs_a_length_and_is_no_time():
+    def endless():
+        while True:
+            yield {"x": X[:4], "y": Y[:4]}
+
+    trainer = Dropped(optimizer=optax.sgd(0.1))
+    with pytest.raises(ConfigError, match="'25 steps' needs the length of an epoch"):
+        trainer.train_model(endless, num_epochs="25 steps")
+    result = trainer.train_model(endless, num_epochs="25 steps", steps_per_epoch=10)
+    assert (result.step, result.epoch) == (25, 3)
+    with pytest.raises(ConfigError, match="for a limit of time, give the trainer max_time"):
+        trainer.train_model(train_loader(), num_epochs="2h")

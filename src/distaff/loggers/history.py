@@ -133,7 +133,7 @@ class History(Mapping[str, np.ndarray]):
     def figure(self) -> Any:
         """Returns the learning curves as a matplotlib Figure, with one panel per metric.
 
-        Runs of fewer than three epochs are drawn over their steps.
+        Runs of fewer than three epochs, or validated within epochs, are drawn over their steps.
 
         Raises:
             MissingExtraError: matplotlib is not installed.
@@ -163,7 +163,10 @@ class History(Mapping[str, np.ndarray]):
         num_epochs = len({epoch for column in of_epochs.values() for epoch in column.epochs})
         of_steps = {n: column for n, column in columns.items() if n.startswith("step/")}
         if num_epochs >= _FEW_EPOCHS or not any(len(x.steps) > 2 for x in of_steps.values()):
+            is_within = any(len({*x.epochs}) < len(x.epochs) for x in of_epochs.values())
             drawn, x_label, best = of_epochs, "epoch", self.best_epoch
+            if is_within:  # several validations per epoch
+                x_label, best = "step", None
         else:
             metrics = {name.partition("/")[2] for name in of_epochs} or {"loss"}
             wanted = {n: x for n, x in of_steps.items() if n.partition("/")[2] in metrics}

@@ -96,6 +96,7 @@ class Plan(NamedTuple):
         last_epoch: the last one, included.
         val_every: how often to validate, and to save.
         repeat: whether to restart the train loader within an epoch when it ends.
+        num_steps: steps of the run, if it is to end after these, within an epoch or not.
     """
 
     train_loader: Loader
@@ -105,6 +106,7 @@ class Plan(NamedTuple):
     last_epoch: int
     val_every: Every
     repeat: bool = False
+    num_steps: int | None = None
 
     @property
     def num_epochs(self) -> int:
@@ -116,7 +118,24 @@ class Plan(NamedTuple):
         """Batches per epoch; None if unknown."""
         return self.steps_per_epoch or num_batches(self.train_loader)
 
+    @property
+    def total_steps(self) -> int | None:
+        """Steps of the run; None if unknown."""
+        length = self.epoch_length
+        return self.num_steps or (None if length is None else length * self.num_epochs)
 
+    def steps_of(self, epoch: int) -> int | None:
+        """Returns the steps of an epoch; None for the length of the train loader."""
+        if self.num_steps is None or epoch != self.last_epoch:
+            return self.steps_per_epoch
+        return self.num_steps - (self.num_epochs - 1) * (self.epoch_length or 0)
+
+
+_NUM_EPOCHS = Cadence(
+    ("epochs", "steps"),
+    number="epochs",
+    why="Schedules need the number of steps; for a limit of time, give the trainer max_time=...",
+)
 _VAL_EVERY = Cadence(
     ("epochs", "steps"), why="A validation at a time of the clock would not be reproducible."
 )
@@ -186,7 +205,7 @@ def make_plan(
     train_loader: Any,
     val_loader: Any,
     *,
-    num_epochs: int,
+    num_epochs: int | str,
     steps_per_epoch: int | None,
     options: PlanOptions,
     after_epoch: int = 0,
@@ -199,7 +218,7 @@ def make_plan(
         train_loader: any iterable of batches, or arrays.
         val_loader: any iterable of batches, or arrays, or a dict of these by name; None to skip
             validation.
-        num_epochs: the number of epochs to train.
+        num_epochs: the number of epochs to train, or of steps, such as `"10000 steps"`.
         steps_per_epoch: length of an epoch; None for the length of the train loader.
         options: how often to validate, and how many batches to use.
         after_epoch: epochs completed before.
@@ -212,10 +231,10 @@ def make_plan(
     """
     train = training_loader_of(train_loader, options, seed=seed, epoch=after_epoch)
     vals = _by_name(val_loader, options)
-    whole("num_epochs", num_epochs)
+    budget = _budget(num_epochs)
     if steps_per_epoch is not None:
         whole("steps_per_epoch", steps_per_epoch)
-    num_epochs = 1 if options.fast_dev_run else num_epochs
+    budget = Every(1, "epochs") if options.fast_dev_run else budget
     every = options.validating
     if options.overfit_batches is not None:
         batches = first_batches(train, options.overfit_batches)
@@ -234,6 +253,7 @@ def make_plan(
         steps_per_epoch = min(length, most)
     elif most is not None:
         train = limited(train, most)
+    num_epochs, most_steps = _epochs_of(budget, steps_per_epoch or num_batches(train))
     check_names(options.limit_batches, vals)
     vals = {name: shortened(loader, options, name) for name, loader in vals.items()}
     num_steps = None if steps_per_epoch is None else num_epochs * steps_per_epoch
@@ -242,7 +262,30 @@ def make_plan(
     for name, loader in vals.items():
         _check_passes(loader, _num_validations(every, num_epochs, length), name)
     first, last = after_epoch + 1, after_epoch + num_epochs
-    return Plan(train, vals, steps_per_epoch, first, last, every, repeat)
+    return Plan(train, vals, steps_per_epoch, first, last, every, repeat, most_steps)
+
+
+def _budget(num_epochs: Any) -> Every:
+    if isinstance(num_epochs, str | Every):
+        return _NUM_EPOCHS.parse("num_epochs", num_epochs)
+    return Every(whole("num_epochs", num_epochs), "epochs")
+
+
+def _epochs_of(budget: Every, length: int | None) -> tuple[int, int | None]:
+    """Returns the epochs of a run, the last of which may be shorter, and its steps if given.
+
+    Raises:
+        ConfigError: the steps are given, and the length of an epoch is unknown.
+    """
+    count = int(budget.count)
+    if budget.unit == "epochs":
+        return count, None
+    if length is None:
+        raise ConfigError(
+            f"num_epochs={str(budget)!r} needs the length of an epoch, and the train loader has "
+            "none. Pass steps_per_epoch, too, such as the steps between two validations."
+        )
+    return -(-count // length), count
 
 
 def shortened(loader: Loader, options: PlanOptions, name: str) -> Loader:

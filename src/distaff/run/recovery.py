@@ -240,7 +240,7 @@ class Recovery:
             skipped = skipped_batches(self._recorder.state.skipped, epoch)
             chunks = self._workspace.feeds.of(loader, name="train").epoch(
                 lambda: SINGLE,
-                self._plan.steps_per_epoch,
+                self._plan.steps_of(epoch),
                 done=num_drawn(done, skipped),
                 without=skipped,
             )

@@ -218,7 +218,7 @@ class Run:
         skipped = skipped_batches(self.state.skipped, progress.epoch)
         return self.workspace.feeds.of(loader, name="train").epoch(
             self.dispatcher.chunk_size,
-            self.plan.steps_per_epoch,
+            self.plan.steps_of(progress.epoch),
             keep_place=True,
             done=num_drawn(progress.steps, skipped),
             without=skipped,

@@ -192,7 +192,7 @@ class TrainerModule(Predictor):
         val_loader: Any = None,
         test_loader: Any = None,
         *,
-        num_epochs: int,
+        num_epochs: int | str,
         steps_per_epoch: int | None = None,
         key: str | None = None,
         rerun: bool = False,
@@ -209,7 +209,7 @@ class TrainerModule(Predictor):
                 several: `{"clean": a, "noisy": b}` logs `val_clean/loss` and `val_noisy/loss`;
                 `monitor` names one of them.
             test_loader: data for one test at the end, with the best weights.
-            num_epochs: number of epochs to train.
+            num_epochs: number of epochs to train, or of steps, such as `"10000 steps"`.
             steps_per_epoch: steps per epoch; None for the length of the loader. Required if the
                 loader has no length and the schedule depends on it. Each epoch continues reading
                 where the last one stopped.

@@ -10,7 +10,7 @@ from distaff.checkpoint.record import make_record
 from distaff.checkpoint.weights import loaded
 from distaff.checkpoint.weights.names import as_variables
 from distaff.core.typing import Batch
-from distaff.data import Loader, first_to_train, is_on_policy, num_batches, num_examples, num_shapes
+from distaff.data import Loader, first_to_train, is_on_policy, num_examples, num_shapes
 from distaff.errors import ConfigError, DistaffError
 from distaff.execution.dispatch.dispatcher import make_dispatcher
 from distaff.execution.dispatch.steps_per_call import Expected
@@ -160,9 +160,9 @@ class Preparation:
             self.set_up(batch)
         elif here.recording.path is not None:
             self.make_recording()
-        per_epoch = plan.steps_per_epoch or num_batches(plan.train_loader)
+        per_epoch = plan.epoch_length
         self._per_epoch = per_epoch
-        total = None if per_epoch is None else per_epoch * plan.num_epochs
+        total = plan.total_steps
         run.recorder.updates_per_step = self._init_optimizer(total, batch)
         options = self._options
         if here.own_step is not None:  # called once per step, unchanged
@@ -283,7 +283,7 @@ class Preparation:
             options=self._options,
             example_batch=trainer.example_batch,
             first_epoch=plan.first_epoch,
-            num_epochs=plan.num_epochs,
+            num_epochs=plan.num_epochs if plan.num_steps is None else f"{plan.num_steps} steps",
             steps_per_epoch=plan.steps_per_epoch,
             identity=identity,
             **arguments,

@@ -35,7 +35,7 @@ OPTIONS = _by_name(
         "lr learning_rate weight_decay momentum lr_scheduler": _RATE,
         "optimizers optim tx opt": _OPTIMIZER,
         "epochs max_epochs num_epochs n_epochs": _EPOCHS,
-        "max_steps num_steps": "train_model(..., steps_per_epoch=...)",
+        "max_steps num_steps": 'train_model(..., num_epochs="10000 steps")',
         "shuffle num_workers": _BATCHES,
         "exmp_input example_input input_shape": "example_batch=batch",
         "logger tensorboard wandb": 'loggers=["tensorboard"], or "wandb"',
@@ -69,7 +69,7 @@ ARGUMENTS = _by_name(
         "shuffle": _BATCHES,
         "validation_split test_size": "train, val = data.split((x, y), (0.8, 0.2))",
         "y": "train_model((x, y), num_epochs=...)",
-        "max_steps num_steps": "steps_per_epoch=..., with num_epochs=1",
+        "max_steps num_steps": 'num_epochs="10000 steps"',
         "callbacks loggers logger optimizer seed verbose ckpt_path resume": _CONSTRUCTOR,
         "lr learning_rate": _RATE,
     }

@@ -56,7 +56,8 @@ class Timetable:
         """Whether the steps of the epoch are known to be completed."""
         progress = state.in_epoch
         skipped = skipped_batches(state.skipped, progress.epoch)
-        return num_drawn(progress.steps, skipped) == self._plan.epoch_length
+        length = self._plan.steps_of(progress.epoch) or self._plan.epoch_length
+        return num_drawn(progress.steps, skipped) == length
 
     def is_due_after(self, state: RunState, *, is_stopped: bool) -> bool:
         """Whether to validate at the end of an epoch.
