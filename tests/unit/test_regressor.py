@@ -77,6 +77,7 @@ def test_regressor_refuses_targets_that_would_be_broadcast(shape):
     assert f"Got outputs (4, 1) and targets {(shape[0], *shape[1:])}" in message
     assert "have the shape of the model's outputs" in message
     assert "Reshape the targets to (4, 1)" in message
+    assert ("y[:, None]" in message) == (shape == (4,))
 
 
 @pytest.mark.parametrize(

@@ -464,3 +464,17 @@ def test_evaluation_masks_padded_rows():
     found = metrics.compute(metrics.to_host(step(run.state, padded, jnp.arange(23) < 22)))
     wanted = metrics.compute(metrics.to_host(step(run.state, example)))
     assert found == pytest.approx(wanted, rel=1e-6)
+
+
+def test_metric_of_whole_arrays_is_computed_on_the_host():
+    labels, guesses = np.array([0, 1, 2, 2, 1]), np.array([0, 2, 2, 2, 1])
+    recall = metrics.Recall.per_example(labels, guesses, num_classes=3, average=None).compute()
+    assert isinstance(recall, np.ndarray)
+    np.testing.assert_array_equal(
+        recall, sklearn_metrics.recall_score(labels, guesses, average=None)
+    )
+    targets, outputs = np.random.default_rng(0).normal(size=(2, 50)).astype(np.float32)
+    found = metrics.R2.per_example(targets, outputs).compute()
+    assert isinstance(found, float)
+    assert found == pytest.approx(sklearn_metrics.r2_score(targets, outputs), rel=1e-5)
+    assert metrics.Mean.per_example(np.array([1.0, 2.0, 6.0])).compute() == 3

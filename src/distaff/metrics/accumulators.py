@@ -99,6 +99,11 @@ class PerExample:
         reduce: Callable[..., Metric] = self.metric.reduce
         return reduce(mask, *self.values, **dict(self.settings))
 
+    def compute(self) -> Any:
+        """Returns the value over all examples, on the host: for arrays outside of a step."""
+        mask = jnp.ones(self.values[0].shape[:1], bool)
+        return compute(to_host({"": self.reduce(mask)}))[""]
+
 
 def aligned(leading: Any, values: Any) -> Any:
     """Appends axes of size 1 to `leading` so that it broadcasts against `values`."""

@@ -211,9 +211,15 @@ def _check_floats(outputs: Any) -> None:
 def _check(outputs: Any, targets: Any) -> None:
     """Rejects shapes that would broadcast: `[batch]` against `[batch, 1]` compares every pair."""
     if outputs.shape != targets.shape:
+        of_columns = " (of whole arrays, pass y[:, None])" if _is_column(outputs, targets) else ""
         raise LossError(
             "A Regressor's targets must have the shape of the model's outputs: others would be "
             f"broadcast, and compare examples with each other. Got outputs {outputs.shape} and "
             f"targets {targets.shape}. Reshape the targets to {outputs.shape}, in the loader or in "
-            "targets(self, batch), or give the model as many outputs as there are targets."
+            f"targets(self, batch){of_columns}, or give the model as many outputs as there are "
+            "targets."
         )
+
+
+def _is_column(outputs: Any, targets: Any) -> bool:
+    return outputs.shape == (*targets.shape, 1)
