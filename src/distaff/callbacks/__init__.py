@@ -7,6 +7,7 @@ from distaff.callbacks.callbacks import Callbacks
 from distaff.callbacks.chunk_scope import ChunkScope, WatchesChunks, around_epoch
 from distaff.callbacks.early_stopping import EarlyStopping
 from distaff.callbacks.profiler import Profiler
+from distaff.callbacks.webhook import Webhook
 
 __all__ = [
     "Callback",
@@ -17,5 +18,6 @@ __all__ = [
     "StepInfo",
     "StopTraining",
     "WatchesChunks",
+    "Webhook",
     "around_epoch",
 ]

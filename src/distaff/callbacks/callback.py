@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from distaff.loggers.many import ManyLoggers
 from distaff.step.state import TrainState
 
 
@@ -24,6 +26,9 @@ class StepInfo(NamedTuple):
             `"failed"`; empty at every other event.
         reason: why the run was stopped, interrupted, or failed; empty otherwise.
         error: the exception that ended the run; None without one.
+        logger: logs metrics, figures, images, histograms and texts to all loggers of the run, and
+            to files of its directory; None outside of a run.
+        path: the run directory; None if nothing is written.
     """
 
     step: int
@@ -34,6 +39,8 @@ class StepInfo(NamedTuple):
     status: str = ""
     reason: str = ""
     error: BaseException | None = None
+    logger: ManyLoggers | None = None
+    path: Path | None = None
 
 
 class StopTraining(Exception):  # noqa: N818 - a request, not an error

@@ -77,7 +77,7 @@ class Recorder:
         self._dispatcher: Dispatcher | None = None
         self._options, self._rates, self._epoch_start = options, None, time.perf_counter()
         self._check_learning: LearningCheck | None = None
-        self._num_shown, self._has_legend = 0, False
+        self._num_shown, self._has_legend, self._places = 0, False, dict[str, Any]()
         self._progress_due_at = self._metrics_due_at = -math.inf
 
     @property
@@ -108,7 +108,12 @@ class Recorder:
     def info(self, metrics: Mapping[str, Any], is_best: bool = False) -> StepInfo:
         """Returns the argument of a callback's event."""
         workspace = self.workspace
-        return StepInfo(workspace.step, workspace.epoch, workspace.ready_state(), metrics, is_best)
+        state, places = workspace.ready_state(), self._found_places()
+        return StepInfo(workspace.step, workspace.epoch, state, metrics, is_best, **places)
+
+    def _found_places(self) -> dict[str, Any]:
+        """Returns the logger and the directory of the run, for callbacks."""
+        return {"logger": self.recording.logger, "path": self.recording.path}
 
     def emit(self, event: str, info: StepInfo) -> None:
         """Calls the callbacks of an event, and times them."""
@@ -127,6 +132,7 @@ class Recorder:
     def begin_epoch(self, epoch: int) -> None:
         """Begins or resumes an epoch."""
         self.workspace.epoch, self.has_observed = epoch, False
+        self._places = self._found_places()
         if self.state.in_epoch.epoch != epoch:
             self.update(in_epoch=EpochProgress(epoch))
         self._epoch_start = time.perf_counter()
@@ -166,7 +172,7 @@ class Recorder:
         for step, metrics in enumerate(event.metrics, event.step - event.num_steps + 1):
             state = event.state if step == event.step else None
             seen = {n: x for n, x in results(metrics).items() if not isinstance(x, Flags)}
-            self.emit("on_step_end", StepInfo(step, epoch, state, seen))
+            self.emit("on_step_end", StepInfo(step, epoch, state, seen, **self._places))
 
     def window(self, event: WindowEnd) -> None:
         """Logs the metrics of a window as `step/...`."""
