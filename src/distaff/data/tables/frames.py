@@ -100,7 +100,7 @@ def from_frame(
 
 def is_frame(data: Any) -> bool:
     """Whether this is a data frame of pandas or polars, or has its members."""
-    members = ("shape", "to_numpy", "columns")  # not those of an Arrow table or a lazy frame
+    members = ("shape", "to_numpy", "columns")  # an Arrow table and a lazy frame lack some
     return not hasattr(data, "dtype") and all(hasattr(data, each) for each in members)
 
 
