@@ -7,6 +7,7 @@ from distaff.callbacks.callbacks import Callbacks
 from distaff.callbacks.chunk_scope import ChunkScope, WatchesChunks, around_epoch
 from distaff.callbacks.early_stopping import EarlyStopping
 from distaff.callbacks.profiler import Profiler
+from distaff.callbacks.validation_media import Samples, WeightHistograms
 from distaff.callbacks.webhook import Webhook
 
 __all__ = [
@@ -15,9 +16,11 @@ __all__ = [
     "ChunkScope",
     "EarlyStopping",
     "Profiler",
+    "Samples",
     "StepInfo",
     "StopTraining",
     "WatchesChunks",
     "Webhook",
+    "WeightHistograms",
     "around_epoch",
 ]
