@@ -7,8 +7,14 @@ import re
 from pathlib import Path
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
-EVERYDAY = ("imbalanced_digits", "pytorch_weights", "tabular_regression")
-BESIDE_KERAS = {"imbalanced_digits": 24, "tabular_regression": 18}
+EVERYDAY = (
+    "big_batches",
+    "fine_tuning",
+    "imbalanced_digits",
+    "pytorch_weights",
+    "tabular_regression",
+)
+BESIDE_KERAS = {"fine_tuning": 21, "imbalanced_digits": 24, "tabular_regression": 18}
 
 
 def test_examples_are_short() -> None:
