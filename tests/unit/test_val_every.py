@@ -252,8 +252,9 @@ def test_a_validation_within_an_epoch_may_stop_the_run_at_its_step():
 def test_a_state_that_a_hook_changes_within_an_epoch_is_trained_on():
     class Resets(Dropped):
         def on_validation_epoch_end(self, epoch, metrics, val_loader):
-            zeros = jax.tree.map(np.zeros_like, self.state.params)
-            self.state = self.state.replace(params=jax.tree.map(jax.numpy.asarray, zeros))
+            if self.step == 7:
+                zeros = jax.tree.map(jax.numpy.zeros_like, self.state.params)
+                self.state = self.state.replace(params=zeros)
 
     last = Last()
     reset = Resets(val_every="7 steps", callbacks=[last])
@@ -374,3 +375,18 @@ def test_a_budget_needs_a_length_and_is_no_time():
     assert (result.step, result.epoch) == (25, 3)
     with pytest.raises(ConfigError, match="for a limit of time, give the trainer max_time"):
         trainer.train_model(train_loader(), num_epochs="2h")
+
+
+def test_a_rollback_returns_to_a_validation_within_an_epoch():
+    x = X.copy()
+    x[33] = np.nan  # in the ninth batch of each epoch
+    witness = Witness()
+    options = {"on_bad_numbers": "rollback", "steps_per_call": 1, "on_bad_input": "ignore"}
+    back = Dropped(val_every="2 steps", callbacks=[witness], root="runs", keep_last=9, **options)
+    result = back.train_model(data.ArrayLoader({"x": x, "y": Y}, 4), val_loader(), num_epochs=1)
+    assert result.status == "finished"
+    [skipped] = back.last_run.state.skipped
+    assert (skipped.start, skipped.stop, skipped.back_to) == (6, 11, 6)
+    assert [step for event, step in witness.heard if event == "validation"] == [2, 4, 6, 8]
+    assert result.history.steps["val/loss"].tolist() == [2, 4, 6]
+    assert (result.step, result.best.step) == (6, back.best.step)
