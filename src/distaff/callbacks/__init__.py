@@ -7,6 +7,7 @@ from distaff.callbacks.callbacks import Callbacks
 from distaff.callbacks.chunk_scope import ChunkScope, WatchesChunks, around_epoch
 from distaff.callbacks.early_stopping import EarlyStopping
 from distaff.callbacks.profiler import Profiler
+from distaff.callbacks.timer import Timer
 from distaff.callbacks.validation_media import Samples, WeightHistograms
 from distaff.callbacks.webhook import Webhook
 
@@ -19,6 +20,7 @@ __all__ = [
     "Samples",
     "StepInfo",
     "StopTraining",
+    "Timer",
     "WatchesChunks",
     "Webhook",
     "WeightHistograms",
