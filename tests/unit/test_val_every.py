@@ -257,7 +257,7 @@ def test_a_state_that_a_hook_changes_within_an_epoch_is_trained_on():
                 self.state = self.state.replace(params=zeros)
 
     last = Last()
-    reset = Resets(val_every="7 steps", callbacks=[last])
+    reset = Resets(val_every="7 steps", callbacks=[last], optimizer=optax.sgd(0.1))
     reset.train_model(train_loader(), val_loader(), num_epochs=1)
     kernels = [x for x in jax.tree.leaves(last.arrays["params"]) if x.ndim == 2]
     assert not any(np.any(x) for x in kernels)  # their gradients are 0, too
