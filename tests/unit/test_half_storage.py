@@ -83,6 +83,14 @@ def test_updates_are_those_of_float32_rounded():
     assert params["kernel"].dtype == jnp.bfloat16
 
 
+def test_state_can_be_donated():
+    params = {"w": jnp.ones(3, jnp.bfloat16), "v": jnp.ones(3)}
+    tx = optim.with_master_copy(optim.with_half_moments(optax.adam(1e-3)))
+    update = jax.jit(tx.update, donate_argnums=(1, 2))
+    _, state = update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+    assert dtypes(state.params) == {"float32"}
+
+
 def test_parameter_that_is_loaded_replaces_its_copy():
     tx = optim.with_master_copy(optax.sgd(1e-3))
     state = tx.init({"w": jnp.ones(2, jnp.bfloat16)})

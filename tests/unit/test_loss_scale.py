@@ -118,6 +118,12 @@ def test_at_a_scale_of_one_a_step_is_not_skipped():
     assert np.isnan(changes["w"]).all()
 
 
+def test_state_can_be_donated():
+    state = state_of(optim.with_loss_scale(optax.adam(1e-3)))
+    after, _ = jax.jit(train_step(loss_fn), donate_argnums=0)(state, BATCH)
+    assert int(after.step) == 1
+
+
 @pytest.mark.parametrize("initial", [0.5, 3.0, 2.0**41, -1.0])
 def test_a_scale_that_is_no_power_of_two_is_an_error(initial):
     with pytest.raises(ConfigError, match="power of two"):

@@ -72,9 +72,9 @@ def with_loss_scale(
     inner = with_rates(with_known_args(tx))
 
     def init(params: Params) -> LossScaleState:
-        zero = jnp.zeros([], jnp.int32)
-        scale = jnp.asarray(initial, jnp.float32)
-        return LossScaleState(scale, zero, zero, zero, inner.init(params))
+        # Three arrays, since a loop that donates the state must not donate one twice.
+        counts = (jnp.zeros([], jnp.int32) for _ in range(3))
+        return LossScaleState(jnp.asarray(initial, jnp.float32), *counts, inner.init(params))
 
     def update(
         updates: Params, state: PyTree, params: Params | None = None, **extra_args: Any
