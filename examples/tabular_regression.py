@@ -2,7 +2,7 @@
 
     .venv/bin/python examples/tabular_regression.py
 
-Whole arrays go in, and whole arrays come out. The run `runs/diabetes` keeps the means and the
+Whole arrays go in, and whole arrays come out. The run `runs/diabetes-table` keeps the means and the
 deviations of the inputs with the model. The Keras form takes 18 lines.
 """
 
@@ -19,7 +19,7 @@ def main(num_epochs: int = 100, root: str = "runs") -> dict[str, float]:
     train, val, test = data.split((x, y[:, None]), (0.7, 0.15, 0.15), seed=0)
     scale, adamw = data.Standardize.fit(train), OptimizerConfig("adamw", learning_rate=2e-2)
     trainer = tasks.Regressor(
-        zoo.MLP((32, 1)), standardize=scale, optimizer=adamw, name="diabetes", root=root
+        zoo.MLP((32, 1)), standardize=scale, optimizer=adamw, name="diabetes-table", root=root
     )
     trainer.train_model(train, val, num_epochs=num_epochs)
     inputs, targets = test

@@ -9,7 +9,9 @@ from pathlib import Path
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 EVERYDAY = (
     "big_batches",
+    "diabetes_folds",
     "fine_tuning",
+    "frames",
     "imbalanced_digits",
     "pytorch_weights",
     "tabular_regression",

@@ -211,7 +211,8 @@ def _check_floats(outputs: Any) -> None:
 def _check(outputs: Any, targets: Any) -> None:
     """Rejects shapes that would broadcast: `[batch]` against `[batch, 1]` compares every pair."""
     if outputs.shape != targets.shape:
-        of_columns = " (of whole arrays, pass y[:, None])" if _is_column(outputs, targets) else ""
+        is_column = outputs.shape == (*targets.shape, 1)
+        of_columns = " (y[:, None], or from_frame(target=[...]))" if is_column else ""
         raise LossError(
             "A Regressor's targets must have the shape of the model's outputs: others would be "
             f"broadcast, and compare examples with each other. Got outputs {outputs.shape} and "
@@ -219,7 +220,3 @@ def _check(outputs: Any, targets: Any) -> None:
             f"targets(self, batch){of_columns}, or give the model as many outputs as there are "
             "targets."
         )
-
-
-def _is_column(outputs: Any, targets: Any) -> bool:
-    return outputs.shape == (*targets.shape, 1)
