@@ -6,10 +6,13 @@ import json
 import signal
 from typing import Any
 
+import equinox as eqx
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax.random import key
 
 from distaff import Callback, StepInfo, TrainerModule
 from distaff.callbacks import Samples, WeightHistograms
@@ -155,3 +158,14 @@ def test_wrong_arguments_are_errors(make):
 def test_outside_of_a_run_there_is_no_logger():
     with pytest.raises(StateError, match=r"callbacks=\[Samples\(...\)\]"):
         Samples(lambda info: {}).on_validation_end(StepInfo(1, 1, None, {}))
+
+
+@pytest.mark.parametrize(
+    "model", [lambda: nnx.Linear(2, 1, rngs=nnx.Rngs(0)), lambda: eqx.nn.Linear(2, 1, key=key(0))]
+)
+def test_histograms_cover_the_parameters_of_other_families(model, tmp_path):
+    quiet: dict[str, Any] = {"root": tmp_path, "enable_progress_bar": False}
+    trainer = Line(model(), callbacks=[WeightHistograms()], **quiet)
+    [path] = (train(trainer, num_epochs=1).path / "histograms").iterdir()
+    sizes = [sum(each["counts"]) for each in json.loads(path.read_text()).values()]
+    assert sorted(sizes) == [1, 2]
