@@ -390,3 +390,13 @@ def test_a_rollback_returns_to_a_validation_within_an_epoch():
     assert [step for event, step in witness.heard if event == "validation"] == [2, 4, 6, 8]
     assert result.history.steps["val/loss"].tolist() == [2, 4, 6]
     assert (result.step, result.best.step) == (6, back.best.step)
+
+
+def test_checkpoints_to_keep_and_log_lines_are_given_in_steps(tmp_path):
+    options = {"log_every_n_steps": "6 steps", "keep_every": "10 steps", "keep_last": 1}
+    trainer = train(val_every="5 steps", root=tmp_path, **options)
+    path = trainer.result.path
+    kept = {int(each.name[5:]) for each in (path / "checkpoints").iterdir()}
+    assert kept == {10, 20, 30, trainer.last_run.best_models[0].step}
+    lines = [line["step"] for line in log_of(path) if "step/loss" in line]
+    assert lines == [6, 10, 12, 18, 20, 24, 30]
