@@ -28,6 +28,10 @@ ARGS ?=
 # Each worker and each process that a test starts would compile every source file again.
 test test-slow: export PYTHONDONTWRITEBYTECODE :=
 
+# The quick tests compile thousands of small programs once each. The slow ones, and those against
+# reference data, run with XLA's optimizations, as users do.
+test: export JAX_DISABLE_MOST_OPTIMIZATIONS := 1
+
 bin := .venv/bin
 pinned := pyproject.toml $(wildcard constraints/*.txt)
 
@@ -41,7 +45,7 @@ test: lint
 	$(bin)/pytest -n logical --maxprocesses 8 --dist worksteal -m "not slow" $(ARGS)
 
 test-slow: .venv/.test
-	$(bin)/pytest -n logical --maxprocesses 8 --dist worksteal -m slow --timeout 1200 $(ARGS)
+	$(bin)/pytest -n logical --maxprocesses 8 --dist worksteal -m "slow or golden" --timeout 1200 $(ARGS)
 
 lint: .venv/.test
 	$(bin)/ruff format --check

@@ -43,6 +43,13 @@ def pytest_pycollect_makeitem(collector: pytest.Collector, name: str) -> Generat
     return made
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests of `golden/`, which `make test-slow` runs with XLA's optimizations."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent / "golden"):
+            item.add_marker("golden")
+
+
 def _quick(case: Any) -> set[str]:
     return set(case.get_closest_marker("slow_but").args)
 
