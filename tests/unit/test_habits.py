@@ -34,7 +34,6 @@ def subclass(**members: Any) -> type[Any]:
         ("lr", "OptimizerConfig("),
         ("learning_rate", "OptimizerConfig("),
         ("max_epochs", "num_epochs"),
-        ("batch_size", "data.ArrayLoader"),
         ("exmp_input", "example_batch"),
         ("logger", "loggers=["),
         ("log_every_n_step", "'log_every_n_steps'"),
