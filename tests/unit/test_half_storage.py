@@ -212,6 +212,18 @@ def test_optimizer_without_moments_is_an_error():
         PrecisionConfig(moments="bf16")
 
 
+class OwnOptimizer(Regression):
+    def init_optimizer(self, total_steps):
+        tx = optax.adam(1e-3)
+        self.state = self.state.replace(tx=tx, opt_state=tx.init(self.state.params))
+
+
+def test_optimizer_of_ones_own_without_a_copy_is_an_error():
+    trainer = OwnOptimizer(zoo.MLP((4, 1)), precision="bf16-params", root=None)
+    with pytest.raises(ConfigError, match="needs an optimizer with a float32 copy"):
+        trainer.train_model([{"x": X, "y": X.sum(1)}], num_epochs=1)
+
+
 def test_fused_steps_are_those_one_by_one():
     one, four = (trained(steps_per_call=k, precision=HALF)[0].state for k in (1, 4))
     jax.tree.map(

@@ -19,6 +19,7 @@ from distaff.loggers.protocol import as_loggers, is_logger
 from distaff.metrics.monitor import as_monitor
 from distaff.models import precision_of
 from distaff.optim.gradients import check_trainable
+from distaff.optim.precision import check_copy
 from distaff.optim.transforms.masks import check_patterns
 from distaff.run.diagnosis.products import checked_summary
 from distaff.run.directory.protocol import Recording
@@ -235,6 +236,7 @@ class Preparation:
         here, precision = self._here, precision_of(self._options.precision)
         state = here.ready_state()
         check_patterns({"PrecisionConfig.float32": precision.float32}, state.params)
+        check_copy(state.opt_state, precision)
         if not self._options.debug:
             # Not the measured step: operations of an inlined program have no line of their own.
             self.products = checked_summary(here.plain_step, state, batch, precision)
