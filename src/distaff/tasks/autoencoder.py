@@ -108,12 +108,13 @@ class Autoencoder(WeighingTask):
         dtype = np.promote_types(outputs.dtype, np.float32)
         error = jnp.square(outputs.astype(dtype) - inputs.astype(dtype))
         loss = error.mean(tuple(range(1 if weight is None else weight.ndim, error.ndim)))
+        extra = self.extra_metrics(outputs.astype(dtype), batch, ctx)
         if weight is None:
-            return loss, {"psnr": _psnr(loss, self.config.data_range)}
+            return loss, {"psnr": _psnr(loss, self.config.data_range), **extra}
         mean_loss = Mean.per_example(loss, weight)
         loss_per_example, weight = mean_loss.values
         psnr = _psnr(loss_per_example, self.config.data_range)
-        return mean_loss, {"psnr": Mean.per_example(psnr, weight)}
+        return mean_loss, {"psnr": Mean.per_example(psnr, weight), **extra}
 
 
 def _psnr(error: jax.Array, data_range: float) -> jax.Array:

@@ -125,7 +125,7 @@ class Classifier(WeighingTask):
         report(out_of_range(np.where(counts, labels, 0), num_classes, name), self.config)
 
     def loss_fn(self, params: Params, batch: Batch, ctx: Context) -> Any:
-        """Returns the cross-entropy `[batch]` and the accuracy, both weighted."""
+        """Returns the cross-entropy `[batch]`, the accuracy, both weighted, and `extra_metrics`."""
         labels = self.labels(batch)
         weight = weights_for(self.sample_weight(batch), labels.shape[:1], ctx)
         weight = _ignore(labels, self.config.ignore_index, weight)
@@ -148,7 +148,7 @@ class Classifier(WeighingTask):
         accuracy = hits if weight is None else Mean.per_example(hits, weight)
         if loss_weight is not None:
             loss = Mean.per_example(loss, loss_weight)
-        return loss, {"accuracy": accuracy}
+        return loss, {"accuracy": accuracy, **self.extra_metrics(logits, batch, ctx)}
 
     def _loss_weight(
         self, labels: jax.Array, num_classes: int, weight: jax.Array | None

@@ -255,6 +255,7 @@ class LanguageModel(WeighingTask):
         return Mean.per_example(objective, weight=counts), {
             bits: Mean.per_example(nats / _NATS_PER_BIT, weight=counts),
             "perplexity": Perplexity.per_example(nats, weight=counts),
+            **self.extra_metrics(logits, batch, ctx),
         }
 
     def _weight(self, batch: Batch, tokens: Any, mask: Any, ctx: Context) -> jax.Array:

@@ -128,7 +128,8 @@ class MultiLabelClassifier(WeighingTask):
         if loss_weight is not None:
             loss = Mean.per_example(losses, loss_weight)
         accuracy = hits.mean(axis=1) if weight is None else Mean.per_example(hits, weight)
-        return loss, {"accuracy": accuracy, "f1": f1}
+        extra = self.extra_metrics(logits, batch, ctx)
+        return loss, {"accuracy": accuracy, "f1": f1, **extra}
 
     def _weight(self, labels: jax.Array, batch: Batch, ctx: Context) -> jax.Array | None:
         """Returns the sample weights, 0 for ignored labels: `[batch]` or `[batch, classes]`."""

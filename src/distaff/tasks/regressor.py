@@ -140,17 +140,18 @@ class Regressor(WeighingTask):
         known = filled(targets, weight).astype(dtype)
         if self.config.quantiles is None:
             _check(outputs, targets)
-            losses, metrics = self._errors(outputs.astype(dtype) - known)
+            outputs = outputs.astype(dtype)
+            losses, metrics = self._errors(outputs - known)
         else:
             outputs = _by_quantile(outputs, targets, len(self.config.quantiles)).astype(dtype)
             losses, metrics = _quantile_errors(outputs, known, self.config.quantiles)
         axes = tuple(range(1 if weight is None else weight.ndim, targets.ndim))
         losses, metrics = losses.mean(axes), {name: x.mean(axes) for name, x in metrics.items()}
+        extra = self.extra_metrics(outputs, batch, ctx)
         if weight is None:
-            return losses, metrics
-        return Mean.per_example(losses, weight), {
-            name: Mean.per_example(values, weight) for name, values in metrics.items()
-        }
+            return losses, {**metrics, **extra}
+        weighted = {name: Mean.per_example(values, weight) for name, values in metrics.items()}
+        return Mean.per_example(losses, weight), {**weighted, **extra}
 
     def _errors(self, error: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Returns the loss of each error, and its magnitude."""

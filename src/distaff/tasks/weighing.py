@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -28,6 +29,17 @@ class WeighingTask(TrainerModule):
     Weights are the entry `sample_weight`, `sample_weights`, `weight` or `weights` of a dict or
     dataclass, or the third item of a tuple, `(input, label, weight)`.
     """
+
+    def extra_metrics(self, outputs: Any, batch: Batch, ctx: Context) -> Mapping[str, Any]:
+        """Returns further metrics of a batch by name; none by default. Override it.
+
+        Args:
+            outputs: what the model returned for the batch, in float32 or wider: logits `[batch,
+                classes]` of a classifier.
+            batch: the batch. Weights are not applied: pass `self.sample_weight(batch)` to a metric.
+            ctx: context of the step; `ctx.train` says whether it is one of training.
+        """
+        return {}
 
     def num_outputs(self, batch: Batch) -> int | None:
         """Returns the length of the last axis of the model's output: its classes, or tokens.
