@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 
 from distaff.data import entry
@@ -42,3 +43,8 @@ def test_entry_prefers_the_first_name():
 def test_entry_that_is_not_there_names_what_is(batch, held):
     with pytest.raises(BatchError, match=rf"holds {held}\. Override model_inputs"):
         find(batch)
+
+
+def test_entry_of_a_single_array_says_what_to_pass():
+    with pytest.raises(BatchError, match=r"one array of shape \(3,\)\. Pass \(inputs, labels\)"):
+        find(np.zeros(3))

@@ -36,6 +36,8 @@ def subclass(**members: Any) -> type[Any]:
         ("max_epochs", "num_epochs"),
         ("exmp_input", "example_batch"),
         ("logger", "loggers=["),
+        ("metrics", "extra_metrics("),
+        ("accumulate", "OptimizerConfig(accumulate"),
         ("log_every_n_step", "'log_every_n_steps'"),
     ],
 )

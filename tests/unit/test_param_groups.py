@@ -180,6 +180,7 @@ def test_param_group_refuses(options, message):
     ("groups", "message"),
     [
         ("*/bias", r"groups must be a tuple of ParamGroup; got '\*/bias'"),
+        (ParamGroup("*", freeze=True), r"write groups=\(ParamGroup\(\.\.\.\),\)"),
         ([{"pattern": "*"}], r"got \{'pattern': '\*'\}.*from_json"),
     ],
 )

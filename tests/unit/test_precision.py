@@ -233,6 +233,7 @@ def test_matmul_precision_is_that_of_the_products_in_float32():
     ("make", "complaint"),
     [
         (lambda: Regression(zoo.MLP((1,)), precision="bf61"), "Did you mean 'bf16'"),
+        (lambda: Regression(zoo.MLP((1,)), precision="bfloat16"), "Write precision='bf16'"),
         (lambda: Regression(zoo.MLP((1,)), precision=16), "must be one of 'float32', 'bf16'"),
         (lambda: PrecisionConfig("half"), "The name of a PrecisionConfig has no value 'half'"),
         (lambda: PrecisionConfig(float32="head/*"), "a tuple of patterns"),

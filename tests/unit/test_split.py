@@ -102,6 +102,7 @@ def test_groups_of_one_example_give_exact_sizes():
         ((ROWS, (0.8, -0.2, 0.4)), {}, ConfigError, "positive fractions"),
         ((ROWS, (90, 8)), {}, ConfigError, "add up to 97"),
         ((ROWS, ()), {}, ConfigError, "parts must be"),
+        ((ROWS, 0.8), {}, ConfigError, r"parts must be.*got \(0\.8,\)"),
         ((ROWS[:3], (0.9, 0.1)), {}, BatchError, r"examples have \[3, 0\]"),
         ((ROWS, (0.8, 0.2)), {"seed": -1}, ConfigError, "seed must be"),
         (

@@ -37,11 +37,18 @@ def entry(batch: Batch, names: Sequence[str], position: int, *, what: str, overr
         for name in names:
             if name in entries:
                 return entries[name]
-        held = str(sorted(entries)) if entries else type(batch).__name__
+        held = str(sorted(entries)) if entries else _unnamed(batch)
     raise BatchError(
         f"{what} must be in the batch under one of the names {list(names)}, or at position "
         f"{position} of a tuple; this batch holds {held}. Override {override} to return it."
     )
+
+
+def _unnamed(batch: Batch) -> str:
+    """Returns what to call a batch whose entries have no names."""
+    if not hasattr(batch, "shape"):
+        return type(batch).__name__
+    return f"one array of shape {batch.shape}. Pass (inputs, labels), if this is whole arrays"
 
 
 def named(batch: Batch) -> Mapping[str, Any]:

@@ -193,7 +193,10 @@ def _check_group(group: ParamGroup) -> None:
 
 def _check_groups(config: OptimizerConfig) -> None:
     if not isinstance(config.groups, tuple | list):
-        raise ConfigError(f"groups must be a tuple of ParamGroup; got {config.groups!r}.")
+        raise ConfigError(
+            f"groups must be a tuple of ParamGroup; got {config.groups!r}. For one group, write "
+            "groups=(ParamGroup(...),)."
+        )
     for group in config.groups:
         if not isinstance(group, ParamGroup):
             raise ConfigError(

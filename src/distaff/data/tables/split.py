@@ -133,7 +133,7 @@ def _sizes(parts: Sequence[float], count: int) -> np.ndarray:
         ConfigError: the parts do not add up.
         BatchError: a part is empty.
     """
-    parts = tuple(parts)
+    parts = tuple(parts) if hasattr(parts, "__iter__") else (parts,)
     are_counts = all(isinstance(each, int | np.integer) for each in parts)
     total = count if are_counts else 1
     if not parts or min(parts) <= 0 or not math.isclose(math.fsum(parts), total, abs_tol=1e-6):

@@ -96,6 +96,15 @@ class PrecisionConfig:
         return self.compute is None and self.matmul_precision is None
 
 
+_ELSEWHERE = {
+    **dict.fromkeys(("bfloat16", "mixed_bfloat16", "bf16-mixed"), "bf16"),
+    **dict.fromkeys(("float16", "mixed_float16", "16-mixed", "f16"), "fp16"),
+    **dict.fromkeys(("32-true", "fp32", "f32"), "float32"),
+    "bf16-true": "bf16-params",
+}
+"""Names of Keras and Lightning, and what to write instead."""
+
+
 def as_precision(name: str, value: Any) -> Any:
     """Checks that a value is the name of a precision, or a `PrecisionConfig`."""
     if isinstance(value, PrecisionConfig):
@@ -105,6 +114,8 @@ def as_precision(name: str, value: Any) -> Any:
             f"{name} must be one of {', '.join(map(repr, get_args(PrecisionName)))}, or a "
             f"distaff.PrecisionConfig; got {value!r}."
         )
+    if value in _ELSEWHERE:
+        raise ConfigError(f"{name} has no value {value!r}. Write {name}={_ELSEWHERE[value]!r}.")
     return check_choice(name, value, PrecisionName)
 
 
