@@ -283,3 +283,9 @@ def test_inputs_alone_are_one_array():
     result = run.train_model(X, X, num_epochs=1)
     by_hand = np.mean(np.square(run.predict(X) - X))
     assert result.metrics["val/loss"] == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_labels_as_a_second_argument_name_the_tuple():
+    run = classifier()
+    with pytest.raises(ConfigError, match=r"got ndarray. Pass arrays as one tuple: eval_model\(\(x"):
+        run.eval_model(X, Y)

@@ -106,6 +106,13 @@ def test_a_run_logs_norms_by_window_and_epoch_fused_or_not():
     np.testing.assert_allclose(epochs[0], np.mean(fused[:2]), rtol=1e-6)
 
 
+def test_lines_on_the_screen_leave_norms_out(capsys):
+    trained(Line, log_norms=True, enable_progress_bar=True)
+    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("epoch")]
+    assert len(lines) == 2
+    assert all("train loss" in line and "norm" not in line for line in lines)
+
+
 def test_groups_of_a_run_have_names_of_their_own():
     run = trained(Line, log_norms="w")
     line = next(line for line in run.logged if "step/param_norm/w" in line)

@@ -35,6 +35,7 @@ from distaff.run.run_state import EpochProgress, RunState, best_json
 from distaff.run.workspace import Workspace
 from distaff.step.guard import FLAGS, Flags, RecoveryOptions, shown
 from distaff.step.logged_rates import host_rates, without_rates
+from distaff.step.norms import is_norm
 
 _log = logging.getLogger("distaff")
 
@@ -227,7 +228,8 @@ class Recorder:
         scalars = {name: value for name, value in metrics.items() if np.ndim(value) == 0}
         values = " ".join(f"{name} {value:.6g}" for name, value in scalars.items())
         _log.info("epoch %d/%d step %d %s", epoch, last, step, values)
-        self.display.epoch_line(epoch, last, step, scalars, seconds, is_best)
+        short = {name: value for name, value in scalars.items() if not is_norm(name)}
+        self.display.epoch_line(epoch, last, step, short, seconds, is_best)
         if is_best and not self._has_legend:
             self._has_legend = True
             self.display.print("* best model so far")

@@ -115,6 +115,11 @@ def check_norms(options: NormOptions, names: Iterable[str], owner: str) -> None:
         )
 
 
+def is_norm(name: str) -> bool:
+    """Returns whether a logged name is that of a norm, such as `train/grad_norm/encoder`."""
+    return any(part in (GRAD_NORM, UPDATE_NORM, PARAM_NORM) for part in name.split("/"))
+
+
 def _norm(tree: PyTree, pattern: str) -> jax.Array:
     """Returns the Euclidean norm over the leaves whose path matches, float32 `[]`."""
     squares = [

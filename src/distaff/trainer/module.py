@@ -262,7 +262,7 @@ class TrainerModule(Predictor):
         Args:
             loader: any iterable of batches, of any sizes, or arrays such as `(x, y)`.
             prefix: a prefix for metric names: `"val/"` gives `val/loss`.
-            weights: see `evaluation_state`.
+            weights: "raw", "ema" or "swa"; by default those that `monitor` judges.
 
         Returns:
             Metrics by name: floats, or arrays for non-scalar metrics.
@@ -273,7 +273,7 @@ class TrainerModule(Predictor):
         """
         here, run = self._workspace, self._run
         with here.timers.spent("evaluation"):
-            state, name = here.evaluation_state(weights), prefix.rstrip("/") or "evaluate"
+            name, state = sanity.loader_name(prefix), here.evaluation_state(weights)
             may_pad = here.evaluator.may_pad(state)
             interruptible = iter if run is None else run.interruptible
             with here.chunks(loader, name, may_pad, self.tracker, interruptible) as chunks:
