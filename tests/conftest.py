@@ -75,3 +75,13 @@ def strict_dtypes():
     """
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture
+def optimized() -> Generator[None]:
+    """Compiles with XLA's optimizations in `make test`, too: for bits of two different programs."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.read(name)
+    jax.config.update(name, False)
+    yield
+    jax.config.update(name, before)

@@ -280,6 +280,7 @@ class ByHand(Regression):
         return (self.model.apply({"params": params}, batch["x"])[:, 0] - batch["y"]) ** 2
 
 
+@pytest.mark.usefixtures("optimized")
 def test_model_is_called_as_linen_has_it():
     batch = {"x": np.ones((2, 3), np.float32), "y": np.ones(2, np.float32)}
     by_hand, usual = make(ByHand), make()
