@@ -296,7 +296,7 @@ OPTIONS = {
     "option": option_case({"log_every_n_step": 3}, "no option 'log_every_n_step'. Did you mean "),
     "argument": option_case({"optimiser": 3}, "no option 'optimiser'. Did you mean 'optimizer'?"),
     "range": option_case({"keep_last": 0}, "keep_last must", "at least 1", "got 0"),
-    "text": option_case({"log_every_n_steps": "5"}, "log_every_n_steps must", "got '5'"),
+    "text": option_case({"log_every_n_steps": "five"}, "log_every_n_steps must", "got 'five'"),
     "fraction": option_case({"check_val_every_n_epoch": 1.5}, "an integer", "got 1.5"),
     "seed": option_case({"seed": "a"}, "seed must be an integer", "got 'a'"),
     "name": option_case({"name": "../up"}, "simple path components", "'../up'", "For example"),

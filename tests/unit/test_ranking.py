@@ -159,7 +159,7 @@ def test_resume_drops_a_model_whose_checkpoint_is_gone_and_takes_other_options()
     ("options", "words"),
     [
         ({"keep_best": 0}, "keep_best must be an integer, at least 1; got 0"),
-        ({"keep_every": 0}, "keep_every must be an integer, at least 1; got 0"),
+        ({"keep_every": 0}, "or a number of steps; got 0."),
         ({"on_failed_save": "warm"}, "on_failed_save has no value 'warm'. Did you mean 'warn'"),
     ],
 )
