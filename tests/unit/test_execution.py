@@ -24,6 +24,7 @@ MODELS = {
 
 @pytest.mark.slow_but("mlp")
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.usefixtures("optimized")
 def test_initialisation_with_little_effort_gives_the_bits_of_one_with_all(name: str) -> None:
     module, shape = MODELS[name]
     key, x = jax.random.key(3), jnp.ones(shape)
@@ -56,6 +57,7 @@ def test_debugged_program_called_once_is_the_function() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 42, -1, 2**31 + 5, 2**40 + 7])
+@pytest.mark.usefixtures("optimized")
 def test_root_key_is_the_second_half_of_the_seed(seed: int) -> None:
     trainer = Classifier(zoo.MLP((4, 2)), seed=seed, root=None, enable_progress_bar=False)
     trainer.init_model({"x": np.ones((2, 3), np.float32)})

@@ -139,7 +139,7 @@ def test_run_that_waits_for_data_says_so_at_its_end_with_the_remedy(stop):
 
     def slow() -> Iterator[Any]:
         for _ in range(30):
-            time.sleep(0.01)
+            time.sleep(0.06)
             yield BATCH
 
     run = trainer(root="runs", callbacks=[Stop()])
