@@ -91,6 +91,7 @@ def test_run_over_a_mesh_is_that_of_one_device(on_mesh: Callable[[], None]) -> N
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)  # sums are in another order
 
 
+@pytest.mark.slow
 def test_averages_of_weights_over_a_mesh_are_those_of_one_device(
     on_mesh: Callable[[], None],
 ) -> None:

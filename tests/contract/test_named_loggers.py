@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import wandb
 
 from distaff import Callback, TrainerModule
 from distaff.data import ArrayLoader
@@ -39,6 +40,7 @@ def offline(tmp_path_factory, monkeypatch):
     for name in ("CACHE", "CONFIG", "DATA"):
         monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path_factory.mktemp("wandb")))
     monkeypatch.setenv("WANDB_MODE", "offline")
+    wandb.teardown()  # an earlier run in this process has read the environment
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
 

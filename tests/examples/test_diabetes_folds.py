@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 from sklearn.linear_model import LinearRegression
 from sklearn.model_selection import KFold, cross_val_score
 
 
+@pytest.mark.slow
 def test_folds_are_nearly_as_good_as_a_linear_model(example, tmp_path: Path, capsys) -> None:
     module = example("diabetes_folds")
     options = module.Options(num_epochs=15, num_folds=2, root=str(tmp_path))

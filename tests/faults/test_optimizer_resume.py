@@ -83,6 +83,7 @@ def assert_same(left, right):
     jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
+@pytest.mark.slow_but("wsd")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_run_that_is_interrupted_and_resumed_is_the_same_run(name, tmp_path):
     config, root = CONFIGS[name], str(tmp_path / "cut")
@@ -117,6 +118,7 @@ class EndOn(distaff.Callback):
             signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.slow_but("checkpoint")
 @pytest.mark.parametrize("event", ["epoch", "validation", "checkpoint"])
 def test_a_validation_counts_once_if_a_run_is_interrupted_around_it(event, tmp_path):
     config, root = CONFIGS["plateau"], str(tmp_path)
@@ -128,6 +130,7 @@ def test_a_validation_counts_once_if_a_run_is_interrupted_around_it(event, tmp_p
     assert {**before, **after} == rates
 
 
+@pytest.mark.slow_but("wsd")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_fused_steps_are_those_of_single_ones(name):
     _, single, rates = trained(CONFIGS[name], steps_per_call=1)
@@ -145,6 +148,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow_but("wsd")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_another_value_of_an_option_is_another_run(name, tmp_path):
     config, root = CONFIGS[name], str(tmp_path)

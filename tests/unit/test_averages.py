@@ -266,6 +266,7 @@ def test_table_of_results_has_a_column_for_each_average():
     }
 
 
+@pytest.mark.slow_but("options0")
 @pytest.mark.parametrize("options", [{}, {"optimizer": OptimizerConfig("adam", accumulate=2)}])
 def test_fused_steps_make_the_same_averages(options):
     states = []
@@ -313,6 +314,7 @@ class EndAt(distaff.Callback):
             signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.slow_but("validation")
 @pytest.mark.parametrize("at", [{"step": 7}, {"epoch": 3}], ids=["within-epoch", "validation"])
 def test_an_interrupted_run_ends_with_the_averages_of_one_that_was_not(at, tmp_path):
     options = {"swa_from_epoch": 2, "optimizer": OptimizerConfig("adam", accumulate=2)}

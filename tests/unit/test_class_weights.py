@@ -197,6 +197,7 @@ def trained(name: str, options: Any, **more: Any) -> Any:
     return run, run.train_model(loader, loader, num_epochs=3)
 
 
+@pytest.mark.slow_but("options1")
 @pytest.mark.parametrize("options", CHOICES)
 def test_run_is_fused_and_resumed_bit_for_bit(options: Any):
     whole, result = trained("whole", options, steps_per_call=1)

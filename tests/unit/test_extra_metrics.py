@@ -56,6 +56,7 @@ def largest(self, outputs, batch, ctx):
     return {"largest": metrics.Max.per_example(jnp.abs(outputs).max(tuple(range(1, outputs.ndim))))}
 
 
+@pytest.mark.slow_but("Autoencoder-model1-batch1")
 @pytest.mark.parametrize(
     ("task", "model", "batch"),
     [

@@ -121,6 +121,7 @@ def test_exceptions_are_stored_in_float32():
     assert (dtypes(params["Dense_0"]), dtypes(params["Dense_1"])) == ({"bfloat16"}, {"float32"})
 
 
+@pytest.mark.slow
 def test_training_is_close_to_that_with_float32_parameters():
     """Of a learning rate whose updates bfloat16 alone would lose."""
     optimizer = OptimizerConfig("sgd", learning_rate=2e-4, schedule="constant")
@@ -136,6 +137,7 @@ def test_training_is_close_to_that_with_float32_parameters():
     assert apart < 0.2 * moved
 
 
+@pytest.mark.slow_but("1")
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_a_resumed_run_has_the_same_bits(accumulate):
     def run(root, fails=None):

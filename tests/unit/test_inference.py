@@ -126,6 +126,7 @@ def edit(folder: Path, **changes: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
+@pytest.mark.slow_but("checkpoints/step_00000006")
 @pytest.mark.parametrize("inside", ["", "checkpoints", "checkpoints/step_00000006"])
 def test_loaded_model_predicts_the_same_bits_and_touches_nothing(run, inside):
     before = snapshot(run.path)

@@ -182,6 +182,7 @@ def test_gradients_that_are_never_finite_end_the_run():
         trained(Sqrt, epochs=1, precision=PrecisionConfig("fp16", loss_scale=4.0))
 
 
+@pytest.mark.slow_but("1")
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_resumed_run_has_the_same_bits(accumulate):
     def run(root, fails=None):

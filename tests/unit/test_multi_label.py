@@ -131,6 +131,7 @@ def test_gradient_is_that_of_the_weighted_mean():
     assert np.isfinite(stepped(task(focal=0.5), huge)).all()
 
 
+@pytest.mark.slow
 def test_run_trains_fused_and_keeps_the_model_with_the_highest_f1():
     loader = data.ArrayLoader({"x": X, "y": Y}, 6, seed=1)
     found = []

@@ -79,6 +79,7 @@ def test_embeddings_heads_scales_and_biases_go_to_adamw(name):
     assert routed(params, also_muon=[name], no_muon=["*"]) == {}
 
 
+@pytest.mark.slow_but("haiku-soap")
 @pytest.mark.parametrize("optimizer", ["muon", "soap"])
 @pytest.mark.parametrize("kind", ["equinox", "haiku"])
 def test_models_of_all_kinds_get_the_same_updates(kind, optimizer):
@@ -148,6 +149,7 @@ def by_hand(adam_peak=None, conv=CONV, query=QUERY, **options):
 WIDE = ("conv/kernel=iiio", "*/query/kernel=ioo")
 
 
+@pytest.mark.slow_but("0.02")
 @pytest.mark.parametrize("adam_peak", [None, 0.02])
 def test_the_routed_optimizer_equals_optax_with_its_axes_given_by_hand(adam_peak):
     options = {"beta": 0.9, "adam_b2": 0.95}

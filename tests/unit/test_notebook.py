@@ -138,6 +138,7 @@ def test_notebook_display_says_what_compiles_at_once(clock):
     assert "compiling the step" in words(cell.outputs[0][-1][0])
 
 
+@pytest.mark.slow
 def test_notebook_display_keeps_the_last_epochs_of_a_long_run(clock):
     cell = Cell()
     display = NotebookDisplay(cell, clock=clock)

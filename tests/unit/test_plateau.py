@@ -58,6 +58,7 @@ def by_hand(plateau, values):
     return scales
 
 
+@pytest.mark.slow_but("plateau2-max", "plateau1-max")
 @pytest.mark.parametrize("mode", ["min", "max"])
 @pytest.mark.parametrize(
     "plateau",

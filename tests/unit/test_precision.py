@@ -83,6 +83,7 @@ def test_all_convolutions_of_small_models_are_in_half_precision(family):
     assert len(check_all_in_half(traced(KINDS[family].cnn(), IMAGES))) == 2
 
 
+@pytest.mark.slow_but("MLP")
 @pytest.mark.parametrize(
     ("model", "batch"),
     [

@@ -443,6 +443,7 @@ def trained(name: str, *, cuts: bool = False, **options: Any) -> Any:
     return result, [{key: x for key, x in line.items() if "time" not in key} for line in lines]
 
 
+@pytest.mark.slow
 def test_run_merges_windows_fused_and_resumed_bit_for_bit():
     whole, log = trained("whole", steps_per_call=1)
     fused, fused_log = trained("fused", steps_per_call=4)
@@ -457,6 +458,7 @@ def test_run_merges_windows_fused_and_resumed_bit_for_bit():
     assert math.isfinite(whole.metrics["train/r2"])
 
 
+@pytest.mark.slow
 def test_evaluation_masks_padded_rows():
     example = {"x": X, "y": Y}
     run = Several(MODEL, root=None, example_batch=example, enable_progress_bar=False)

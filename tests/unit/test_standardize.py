@@ -135,6 +135,7 @@ def test_other_inputs_than_fitted_are_an_error():
         Standardize({"a": (1.0,)}, {})
 
 
+@pytest.mark.slow_but("linen")
 @pytest.mark.parametrize("kind", NAMES)
 def test_every_pass_is_standardized(kind):
     scale = Standardize.fit(ARRAYS)
@@ -153,6 +154,7 @@ def test_every_pass_is_standardized(kind):
     assert run.eval_model(batches)["loss"] == pytest.approx(ours.metrics["val/loss"], rel=1e-5)
 
 
+@pytest.mark.slow_but("linen")
 @pytest.mark.parametrize("kind", NAMES)
 def test_numbers_are_saved_with_the_model(kind):
     model = KINDS[kind].mlp
@@ -218,6 +220,7 @@ def test_run_resumes_bit_for_bit_and_other_statistics_are_another_run():
     assert started(None, "others", X[:50]).last_run.path.name == "0002"
 
 
+@pytest.mark.slow_but("linen")
 @pytest.mark.parametrize("kind", NAMES)
 def test_standardized_model_may_compute_in_bfloat16(kind):
     scale = Standardize.fit(ARRAYS)

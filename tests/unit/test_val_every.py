@@ -114,6 +114,7 @@ class Last(Callback):
         self.arrays = jax.tree.map(np.asarray, {**info.state.arrays(), "rng": None})
 
 
+@pytest.mark.slow_but("1")
 @pytest.mark.parametrize("steps_per_call", [1, 4])
 def test_training_is_bit_for_bit_that_without_validation_within(steps_per_call):
     def run(**options: Any) -> tuple[Any, Any]:
@@ -203,6 +204,7 @@ def resumable(root: str, event: str | None = None, step: int = 0, **options: Any
     return last.arrays, log_of(result.path), result.best, result.metrics
 
 
+@pytest.mark.slow_but("options0-validation-14")
 @pytest.mark.parametrize(
     ("event", "step"),
     [("step", 14), ("validation", 14), ("checkpoint", 14), ("step", 15), ("step", 24)],
@@ -310,6 +312,7 @@ def test_val_every_of_epochs_is_check_val_every_n_epoch():
         Dropped(val_every=500)
 
 
+@pytest.mark.slow_but("1")
 @pytest.mark.parametrize("steps_per_call", [1, 4])
 def test_saves_every_so_many_steps_or_epochs(steps_per_call, tmp_path, monkeypatch):
     saved: list[int] = []
@@ -352,6 +355,7 @@ def test_a_run_of_so_many_steps_ends_within_an_epoch_validated_and_saved():
     assert few[1] == three[1]
 
 
+@pytest.mark.slow
 def test_a_run_of_so_many_steps_resumes_bit_for_bit_and_may_be_longer():
     options = {"save_every": "4 steps", "optimizer": optax.adam(1e-3)}
     whole = run_of("23 steps", "whole", **options)
@@ -377,6 +381,7 @@ def test_a_budget_needs_a_length_and_is_no_time():
         trainer.train_model(train_loader(), num_epochs="2h")
 
 
+@pytest.mark.slow
 def test_a_rollback_returns_to_a_validation_within_an_epoch():
     x = X.copy()
     x[33] = np.nan  # in the ninth batch of each epoch
