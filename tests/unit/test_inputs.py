@@ -288,5 +288,5 @@ def test_inputs_alone_are_one_array():
 
 def test_labels_as_a_second_argument_name_the_tuple():
     run = classifier()
-    with pytest.raises(ConfigError, match="got ndarray. Pass arrays as one tuple"):
+    with pytest.raises(ConfigError, match="Pass arrays as one tuple"):
         run.eval_model(X, Y)
