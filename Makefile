@@ -1,10 +1,10 @@
 # Two commands, each with its own set-up in .venv, made once and again when what it is made from changes:
 #
 #   make digits [ARGS="--num-epochs 5"]    trains on the handwritten digits
-#   make test                              lints, type-checks, runs the quick tests: each promise, once
+#   make test                              lints, type-checks, runs the quick tests
 #
-# The long proofs, marked `slow`, which CI runs after the tests: repeated kills, whole examples, pages
-# whose blocks train long, and all the other cases of what `make test` tries in one or two:
+# All other tests, marked `slow`, which CI runs after these: repeated kills, whole examples, pages
+# whose blocks train long, and whatever takes a second or more in a file with much to test:
 #
 #   make test-slow
 #

@@ -88,6 +88,7 @@ def test_map_dataset_goes_far_at_once():
     assert labels(loader) == labels(far)[2:]
 
 
+@pytest.mark.slow
 def test_endless_dataset_is_cut_into_epochs():
     loader = data.as_loader(mapped(12).repeat())
     assert data.num_batches(loader) is None
@@ -148,12 +149,12 @@ def train(loader: Any, val: Any = None, **options: Any) -> Any:
 OPTIONS = {"optimizer": OptimizerConfig(schedule="constant"), "save_every": 1e-9}
 
 
-@pytest.mark.slow_but("map")
 @pytest.mark.parametrize(
     "make",
     [lambda: mapped(22, 2), lambda: mapped(22, 2).to_iter_dataset(), lambda: loaded()],
     ids=["map", "iter", "loader"],
 )
+@pytest.mark.slow
 def test_run_goes_on_bit_for_bit(make):
     whole = train(make(), make(), root="whole", callbacks=[Break(None)], **OPTIONS)
     with pytest.raises(InterruptError):

@@ -378,6 +378,7 @@ def test_a_failed_run_closes_every_logger(tmp_path):
     ("name", "package"),
     [("TensorBoardLogger", "tensorboardX"), ("WandbLogger", "wandb"), ("MlflowLogger", "mlflow")],
 )
+@pytest.mark.slow
 def test_missing_package_names_its_extra(name, package):
     code = (
         f"import sys; sys.modules[{package!r}] = None\n"

@@ -75,8 +75,8 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return source, finished
 
 
-@pytest.mark.slow_but("linen-mlp", "nnx-mlp", "functions-mlp")
 @pytest.mark.parametrize("network", ["mlp", "cnn"])
+@pytest.mark.slow
 def test_equal_parameters_train_to_equal_losses(kind: Kind, network: str) -> None:
     shape = (16, 3) if network == "mlp" else (16, 6, 6, 1)
     x = jax.random.normal(KEY, shape)
@@ -138,6 +138,7 @@ def test_statistics_move_in_training_only(kind: Kind) -> None:
     assert differs(evaluated, model.apply(variables, x, train=False, key=KEY)[0])
 
 
+@pytest.mark.slow
 def test_variables_are_plain_dictionaries(kind: Kind) -> None:
     variables = as_model(kind.mlp(0.5, True)).init(KEY, jnp.ones((4, 3)))
 
@@ -151,7 +152,7 @@ def test_variables_are_plain_dictionaries(kind: Kind) -> None:
     [check(node) for node in variables]
 
 
-@pytest.mark.slow_but("linen")
+@pytest.mark.slow
 def test_loaded_model_predicts_the_same_bits(run: Any) -> None:
     source, finished = run
     loaded = Regression.load_from_checkpoint(finished.result_of_run.path, source)
@@ -160,6 +161,7 @@ def test_loaded_model_predicts_the_same_bits(run: Any) -> None:
     assert_same(loaded.state.collections, finished.state.collections)
 
 
+@pytest.mark.slow
 def test_model_is_recorded_and_only_linen_is_rebuilt_from_that(run: Any) -> None:
     source, finished = run
     path = finished.result_of_run.path

@@ -295,6 +295,7 @@ def assert_same(run: Trained, default: Trained) -> None:
 
 
 @pytest.mark.parametrize("cls", CALLS)
+@pytest.mark.slow
 def test_plain_override_takes_effect_and_the_run_is_complete(cls, default):
     run = trained(cls)
     assert len(run.trainer.called) == CALLS[cls]

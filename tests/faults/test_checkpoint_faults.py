@@ -108,6 +108,7 @@ def save(store: CheckpointStore, step: int) -> None:
     store.wait()
 
 
+@pytest.mark.slow
 def test_kill_during_a_save_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
     with start(SAVE_AND_START_ANOTHER, tmp_path) as process:
         assert process.stdout is not None
@@ -122,8 +123,8 @@ def test_kill_during_a_save_leaves_the_previous_checkpoint(tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
 
 
-@pytest.mark.slow_but("within the manifest", "before the rename")
 @pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.slow
 def test_kill_at_any_moment_leaves_only_whole_checkpoints(tmp_path: Path, moment: str) -> None:
     with start(SAVE_AND_DIE, tmp_path, moment) as process:
         errors = process.communicate()[1]

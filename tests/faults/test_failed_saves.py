@@ -156,6 +156,7 @@ def test_failed_save_ends_a_run_within_one_step(full_disk):
         ((2.0, 1.0, 3.0, 4.0), 4, [4, 16]),
     ],
 )
+@pytest.mark.slow
 def test_run_goes_on_after_a_failed_save_and_ends_with_the_best_that_was_written(
     full_disk, scores, best, left
 ):
@@ -180,6 +181,7 @@ def test_run_goes_on_after_a_failed_save_and_ends_with_the_best_that_was_written
 
 @pytest.mark.usefixtures("prompt")
 @pytest.mark.parametrize("times", [1, 1000])
+@pytest.mark.slow
 def test_last_save_is_tried_again_at_the_end(full_disk, times):
     full_disk(12, times=times)
     snapshots = Snapshots()
@@ -234,6 +236,7 @@ def test_file_in_place_of_a_checkpoint_ends_a_run_at_once():
 
 
 @pytest.mark.usefixtures("prompt")
+@pytest.mark.slow
 def test_run_saves_again_where_the_way_is_free():
     blocked = InTheWay(CHECKPOINTS, gone_after=5)
     with pytest.warns(UserWarning, match=r"step_00000004 was not written.*Not a dir.*move it away"):

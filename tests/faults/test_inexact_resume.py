@@ -78,6 +78,7 @@ def log() -> str:
     return Path("runs/line/0001/log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_unseeded_order_is_refused_and_the_run_stays_as_it_was():
     train(Shuffling(None), until=7)
     for _ in range(2):
@@ -95,8 +96,8 @@ def test_unseeded_order_is_refused_and_the_run_stays_as_it_was():
     assert str(goes_on.result.path).endswith("0001")
 
 
-@pytest.mark.slow_but("1-False", "7-True")
 @pytest.mark.parametrize(("until", "allow"), [(1, False), (5, False), (7, False), (7, True)])
+@pytest.mark.slow
 def test_seeded_order_goes_on_exactly(until, allow):
     whole = train(Shuffling(3), Shuffling(4), root=None)
     train(Shuffling(3), Shuffling(4), until=until)

@@ -77,8 +77,8 @@ def other_process() -> Iterator[None]:
     launch.close_all()
 
 
-@pytest.mark.slow_but("0")
 @pytest.mark.parametrize("number", [0, 2, 3])
+@pytest.mark.slow
 def test_program_that_died_takes_up_its_runs(
     clean: list[dict[str, Any]], number: int, tmp_path: Path
 ) -> None:

@@ -83,8 +83,8 @@ def assert_same(left, right):
     jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
-@pytest.mark.slow_but("wsd")
 @pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.slow
 def test_a_run_that_is_interrupted_and_resumed_is_the_same_run(name, tmp_path):
     config, root = CONFIGS[name], str(tmp_path / "cut")
     whole, state, rates = trained(config, root=str(tmp_path / "whole"), steps_per_call=1)

@@ -197,6 +197,7 @@ def trained(root: Path, *, epochs: int, features: int = 4, **options: Any) -> An
 
 
 @pytest.mark.parametrize("name", ["format_1"])
+@pytest.mark.slow
 def test_run_of_each_format_goes_on(name: str, tmp_path: Path) -> None:
     fixture = Path(__file__).parents[1] / "golden" / "checkpoints" / name
     run = tmp_path / "classifier" / "0001"
@@ -208,6 +209,7 @@ def test_run_of_each_format_goes_on(name: str, tmp_path: Path) -> None:
     assert steps == [4, 4]
 
 
+@pytest.mark.slow
 def test_run_goes_on_with_other_options_which_are_named(tmp_path: Path) -> None:
     first = trained(tmp_path, epochs=2)
     (first.path / "status.json").write_text('{"status": "interrupted"}')
@@ -254,8 +256,8 @@ def test_run_that_cannot_go_on_says_why_and_stays_as_it_was(tmp_path: Path) -> N
     assert trained(tmp_path, epochs=2, resume="must").step == 4
 
 
-@pytest.mark.slow_but("metrics.jsonl")
 @pytest.mark.parametrize("name", ["metrics.jsonl", "log.txt", "checkpoints", "metrics"])
+@pytest.mark.slow
 def test_run_does_not_write_where_a_link_leads(name: str, tmp_path: Path) -> None:
     run = trained(tmp_path / "runs", epochs=2).path
     (run / "status.json").write_text('{"status": "interrupted"}')
@@ -267,7 +269,6 @@ def test_run_does_not_write_where_a_link_leads(name: str, tmp_path: Path) -> Non
     assert {path: path.stat().st_mtime_ns for path in (outside, *outside.rglob("*"))} == before
 
 
-@pytest.mark.slow_but("change0")
 @pytest.mark.parametrize(
     "change",
     [
@@ -283,6 +284,7 @@ def test_run_does_not_write_where_a_link_leads(name: str, tmp_path: Path) -> Non
         {"stop": None},
     ],
 )
+@pytest.mark.slow
 def test_checkpoint_with_hostile_facts_is_refused(
     change: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

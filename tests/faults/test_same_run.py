@@ -122,8 +122,8 @@ OTHER = {
 }
 
 
-@pytest.mark.slow_but("loss", "step")
 @pytest.mark.parametrize("name", OTHER)
+@pytest.mark.slow
 def test_other_program_begins_a_new_run_and_names_what_changed(cut: None, name: str) -> None:
     options, text = OTHER[name]
     result = train(line(**options))
@@ -182,6 +182,7 @@ def test_longer_run_is_the_same_though_its_schedule_is_stretched() -> None:
     assert train(line(optimizer=other), epochs=6).first_step == 0
 
 
+@pytest.mark.slow
 def test_must_names_all_changes_and_takes_them_only_where_allowed(cut: None) -> None:
     changed = {"goal": 2.0, "optimizer": optax.sgd(0.06), "resume": "must"}
     with pytest.raises(
@@ -193,6 +194,7 @@ def test_must_names_all_changes_and_takes_them_only_where_allowed(cut: None) -> 
     assert (result.path.name, result.first_step) == ("0001", 12)
 
 
+@pytest.mark.slow
 def test_run_of_an_older_version_is_compared_by_its_record(cut: None) -> None:
     file = Path("runs/line/0001/config.json")
     record = json.loads(file.read_text())
@@ -203,6 +205,7 @@ def test_run_of_an_older_version_is_compared_by_its_record(cut: None) -> None:
     assert "were not recorded and could not be compared" in (result.path / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_newer_library_compares_what_does_not_depend_on_it(cut: None) -> None:
     file = Path("runs/line/0001/config.json")
     record = json.loads(file.read_text())
@@ -237,7 +240,6 @@ class TrialPruned(Exception):  # noqa: N818 - the name counts
     """As Optuna has it."""
 
 
-@pytest.mark.slow_but("error0-failed-False")
 @pytest.mark.parametrize(
     ("error", "status", "resumes"),
     [
@@ -248,6 +250,7 @@ class TrialPruned(Exception):  # noqa: N818 - the name counts
         (CheckpointError("The checkpoint cannot be written."), "failed", True),
     ],
 )
+@pytest.mark.slow
 def test_run_that_the_users_own_code_has_ended_has_ended(
     error: BaseException, status: str, resumes: bool
 ) -> None:
@@ -264,6 +267,7 @@ def test_run_that_the_users_own_code_has_ended_has_ended(
         assert train(line(resume="must")).path.name == "0001"
 
 
+@pytest.mark.slow
 def test_cell_that_is_corrected_and_run_again_trains_the_corrected_loss() -> None:
     result = train(line(end="Ctrl-C", goal=-1.0))
     assert result.status == "interrupted"

@@ -61,8 +61,8 @@ def stepped(loss, config, sizes, total_steps):
     return with_rest(state) if may_have_rest(state) else state
 
 
-@pytest.mark.slow_but("scalar")
 @pytest.mark.parametrize("loss", [scalar, per_example, weighted])
+@pytest.mark.slow
 def test_micro_batches_of_any_sizes_make_the_updates_of_whole_batches(loss):
     config = {"learning_rate": 0.1, "clip_norm": 0.5, "schedule": "linear", "warmup_steps": 1}
     whole = stepped(loss, OptimizerConfig("adam", **config), [12, 10], 2)

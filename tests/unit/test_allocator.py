@@ -115,6 +115,7 @@ print(started)
     [("(8,)", "INFO memory allocator: not tuned (a forward pass makes"),
      ("(512,)", "INFO memory allocator: tuned")],
 )  # fmt: skip
+@pytest.mark.slow
 def test_trainer_tunes_for_large_steps_alone_before_jax_starts(features, outcome):
     environment = {n: v for n, v in os.environ.items() if n != "DISTAFF_MALLOC"}
     done = subprocess.run(

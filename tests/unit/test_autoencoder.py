@@ -182,6 +182,7 @@ def test_linear_autoencoder_reaches_the_principal_components():
     assert result.metrics["train/loss"] >= least * (1 - 1e-5)
 
 
+@pytest.mark.slow
 def test_mlp_autoencoder_keeps_so_many_numbers_and_returns_the_shape():
     model, x = zoo.MLPAutoencoder((3, 2, 1), latent=2, hidden=(5, 4)), images()
     variables = model.init(jax.random.key(0), x)

@@ -213,8 +213,8 @@ def weighted(trees: list[Any], weights: Any) -> Any:
     return jax.tree.map(lambda *each: np.average(each, axis=0, weights=weights), *trees)
 
 
-@pytest.mark.slow_but("linen", "equinox")
 @pytest.mark.parametrize("kind", ["linen", "nnx", "equinox", "functions"])
+@pytest.mark.slow
 def test_averages_cover_weights_and_statistics_of_every_kind_of_model(kind):
     seen = Snapshots()
     trainer = make(kind=kind, ema=EMA(0.7, warmup=False), swa_from_epoch=3, callbacks=[seen])
@@ -242,6 +242,7 @@ def test_averages_cover_weights_and_statistics_of_every_kind_of_model(kind):
     np.testing.assert_allclose(rows, outputs["ema"], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_averages_change_nothing_else():
     logs = [MemoryLogger(), MemoryLogger()]
     plain = make(ema=None, loggers=[logs[0]])
@@ -266,8 +267,8 @@ def test_table_of_results_has_a_column_for_each_average():
     }
 
 
-@pytest.mark.slow_but("options0")
 @pytest.mark.parametrize("options", [{}, {"optimizer": OptimizerConfig("adam", accumulate=2)}])
+@pytest.mark.slow
 def test_fused_steps_make_the_same_averages(options):
     states = []
     for steps_per_call in (1, 3):
@@ -288,6 +289,7 @@ class Line(Regression):
         )
 
 
+@pytest.mark.slow
 def test_skipped_steps_do_not_update_the_average():
     bad, averages = X.copy(), []
     bad[8:16] = np.nan
@@ -314,8 +316,8 @@ class EndAt(distaff.Callback):
             signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.slow_but("validation")
 @pytest.mark.parametrize("at", [{"step": 7}, {"epoch": 3}], ids=["within-epoch", "validation"])
+@pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_averages_of_one_that_was_not(at, tmp_path):
     options = {"swa_from_epoch": 2, "optimizer": OptimizerConfig("adam", accumulate=2)}
     whole = make(root=str(tmp_path / "whole"), callbacks=[EndAt()], **options)
@@ -346,6 +348,7 @@ def weights_of(trainer: Any, name: str | None = None) -> np.ndarray:
     return np.asarray(trainer.evaluation_state(name).params["w"])
 
 
+@pytest.mark.slow
 def test_monitor_of_an_average_chooses_the_checkpoint_and_the_weights_to_use(tmp_path):
     trainer = BestAverage(root=str(tmp_path), **OPTIONS)
     result = train(trainer)
@@ -419,6 +422,7 @@ class Statistics(Regression):
         return jnp.square(outputs - batch["y"])[:, 0]
 
 
+@pytest.mark.slow
 def test_a_pass_with_the_average_changes_no_statistics():
     states = []
     for with_teacher in (True, False):
@@ -452,6 +456,7 @@ class OwnStep(Line):
 
 
 @pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.slow
 def test_steps_of_your_own_are_averaged(compiles):
     trainer, plain = OwnStep(**OPTIONS), Line(**OPTIONS)
     trainer.compiles = compiles
@@ -503,8 +508,8 @@ def test_validation_sets_with_names_are_evaluated_with_each_average():
     np.testing.assert_array_equal(weights_of(trainer), weights_of(trainer, "swa"))
 
 
-@pytest.mark.slow_but("linen")
 @pytest.mark.parametrize("kind", ["linen", "nnx", "equinox", "functions"])
+@pytest.mark.slow
 def test_another_training_starts_from_the_weights_of_a_run_that_are_asked_for(kind, tmp_path):
     class Judged(Regression):
         monitor = Monitor("val_swa/loss")

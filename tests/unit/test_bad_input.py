@@ -373,6 +373,7 @@ def everything(folder: Path) -> list[str]:
 
 
 @cases(LOSSES, BATCHES, VALUES, METRICS, OPTIONS, OPTIMIZERS, CHECKPOINTS)
+@pytest.mark.slow
 def test_bad_input_is_explained_before_anything_is_written(case, tmp_path, capfd):
     with pytest.raises(DistaffError) as caught:
         case.attempt()
@@ -483,6 +484,7 @@ def test_inspection_costs_nothing_after_the_first_batch(monkeypatch):
     assert looked_at == ["train", "val", "test"]
 
 
+@pytest.mark.slow
 def test_labels_that_a_loss_changes_before_it_hands_them_on_are_its_own() -> None:
     class Parity(tasks.Classifier):
         def loss_fn(self, params, batch, ctx):

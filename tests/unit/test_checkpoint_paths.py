@@ -152,8 +152,8 @@ DAMAGES = {
 }
 
 
-@pytest.mark.slow_but("missing", "half")
 @pytest.mark.parametrize("kind", DAMAGES)
+@pytest.mark.slow
 def test_checkpoint_is_loaded_without_the_record_of_its_run(kind, run, tmp_path, caplog):
     copied = Path(shutil.copytree(run, tmp_path / "0001"))
     DAMAGES[kind](copied / "config.json")

@@ -119,6 +119,7 @@ def test_class_weight_of_probabilities_is_their_mean():
 
 
 @pytest.mark.parametrize("gamma", [0.5, 2.0])
+@pytest.mark.slow
 def test_focal_loss_is_that_of_optax_for_two_classes(gamma: float):
     pair = np.stack([np.zeros(N), LOGITS[:, 0]], axis=1).astype(np.float32)
     labels = (Y > 0).astype(np.int32)
@@ -156,6 +157,7 @@ def stepped(run: tasks.Classifier, batch: Any) -> Any:
     return run.create_functions()[0](state, batch)[0].params["w"]
 
 
+@pytest.mark.slow
 def test_gradient_is_divided_by_the_sum_of_the_weights():
     weight = W * np.take(OF_CLASSES, Y)
     residual = np.exp(log_softmax(LOGITS)) - np.eye(CLASSES)[Y]
@@ -167,6 +169,7 @@ def test_gradient_is_divided_by_the_sum_of_the_weights():
     np.testing.assert_allclose(stepped(tenfold, batch), found, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_class_of_weight_0_teaches_nothing_and_counts_in_the_accuracy():
     kept = Y != 1
     run, options = task(class_weights=(1, 0, 1), label_smoothing=0.1), {"label_smoothing": 0.1}
@@ -197,8 +200,8 @@ def trained(name: str, options: Any, **more: Any) -> Any:
     return run, run.train_model(loader, loader, num_epochs=3)
 
 
-@pytest.mark.slow_but("options1")
 @pytest.mark.parametrize("options", CHOICES)
+@pytest.mark.slow
 def test_run_is_fused_and_resumed_bit_for_bit(options: Any):
     whole, result = trained("whole", options, steps_per_call=1)
     _, fused = trained("fused", options, steps_per_call=3)
@@ -211,6 +214,7 @@ def test_run_is_fused_and_resumed_bit_for_bit(options: Any):
     np.testing.assert_array_equal(resumed.state.params["w"], whole.state.params["w"])
 
 
+@pytest.mark.slow
 def test_other_class_weights_are_another_run():
     with pytest.raises(KeyboardInterrupt):
         trained("cut", CHOICES[0], callbacks=[Interrupt()])
@@ -220,6 +224,7 @@ def test_other_class_weights_are_another_run():
     assert loaded.config.class_weights == (0.5, 4.0, 1.5)
 
 
+@pytest.mark.slow
 def test_accumulated_batches_are_one_large_batch():
     arrays = {"x": X[:16], "y": Y[:16]}
     found = []

@@ -80,6 +80,7 @@ def drawn(draw: st.DrawFn, num_classes: int) -> Drawn:
 
 @settings(deadline=None, max_examples=15)
 @given(drawn(num_classes=4), st.booleans())
+@pytest.mark.slow
 def test_scores_of_many_classes_equal_sklearn(examples: Drawn, is_weighted: bool):
     labels, predictions, weight = examples.labels, examples.predictions, examples.weight
 
@@ -99,6 +100,7 @@ def test_scores_of_many_classes_equal_sklearn(examples: Drawn, is_weighted: bool
 
 
 @pytest.mark.parametrize("metric", SKLEARN)
+@pytest.mark.slow
 def test_score_of_binary_labels_equals_sklearn(metric: Any):
     @settings(deadline=None, max_examples=10)
     @given(drawn(num_classes=2))
@@ -137,6 +139,7 @@ def test_perplexity_beyond_float64_is_infinite():
     assert Perplexity(np.float64(1000), np.float64(1)).compute() == math.inf
 
 
+@pytest.mark.slow
 def test_iou_of_segmentation_leaves_void_pixels_out():
     random = np.random.default_rng(0)
     labels, masks = random.integers(0, 3, (2, 4, 6, 5)).astype(np.uint8)
@@ -270,6 +273,7 @@ class AurocInTraining(Binary):
         return jnp.square(logits), {"auroc": AUROC.per_example(batch["label"], logits)}
 
 
+@pytest.mark.slow
 def test_training_and_evaluation_have_metrics_of_their_own():
     train = ArrayLoader({"x": X, "label": Y}, 5, shuffle=True)
     val = ArrayLoader({"x": X, "label": Y}, 8)
@@ -289,6 +293,7 @@ def test_training_and_evaluation_have_metrics_of_their_own():
 
 
 @pytest.mark.parametrize("debug", [False, True])
+@pytest.mark.slow
 def test_auroc_in_training_is_refused_before_anything_is_written(debug: bool):
     trainer = AurocInTraining(zoo.MLP((4, 1)), enable_progress_bar=False, debug=debug)
     with pytest.raises(MetricError, match=re.escape("only if not ctx.train")):
@@ -360,6 +365,7 @@ def counting_step(state: CountingState, batch: Any) -> CountingState:
     )
 
 
+@pytest.mark.slow
 def test_metrics_live_in_a_state_and_survive_a_checkpoint(tmp_path: Path):
     state, guesses = counting_state(), []
     batches = [{"x": X[part], "label": Y[part]} for part in np.split(np.arange(22), [8, 16])]

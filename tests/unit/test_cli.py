@@ -97,6 +97,7 @@ def test_fit_digits_leaves_a_whole_run_and_ends_with_its_result(capsys):
         assert f"  {path}/figures/{figure}" in lines
 
 
+@pytest.mark.slow
 def test_console_script_makes_runs_side_by_side(capsys):
     words = [*QUICK, "--no-figures", "--no-progress-bar"]
     first = typed(capsys, *words)

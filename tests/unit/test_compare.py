@@ -99,6 +99,7 @@ def run_of(losses, **fields):
     return OptimizerRun(losses=losses, **{"cosines": ones, "seconds": ones, **values})
 
 
+@pytest.mark.slow
 def test_compare_chooses_the_best_rate_of_the_grid(full_batch):
     grid = {"sgd": (0.01, 0.24, TOO_LARGE), "adam": (1e-4, 0.5)}
     found = full_batch.compare({"sgd": optax.sgd, "adam": optax.adam}, grid, num_epochs=12)
@@ -142,6 +143,7 @@ def test_optimizers_of_one_seed_start_alike(minibatch):
     assert slow.losses[-1] != fast.losses[-1]
 
 
+@pytest.mark.slow
 def test_test_set_is_read_by_the_chosen_runs_alone_and_once(minibatch):
     found = minibatch.compare(grid=(0.01, 0.1), seeds=[0, 1])
     used = [loaders for loaders in minibatch.loaders if loaders[0].passes]
@@ -152,6 +154,7 @@ def test_test_set_is_read_by_the_chosen_runs_alone_and_once(minibatch):
         assert {"val/loss", "val/gap", "test/loss", "test/gap"} == set(run.metrics)
 
 
+@pytest.mark.slow
 def test_a_rate_is_chosen_by_a_seed_that_is_not_reported(minibatch):
     found = minibatch.compare(grid=(0.01, 0.1), seeds=[3, 5], num_epochs=1)
     assert [trainer.config.seed for trainer in minibatch.trainers] == [6, 6, 3, 5]
@@ -207,6 +210,7 @@ def test_curves_are_averaged_over_an_epoch_and_over_seeds(minibatch):
     assert row["mean_loss"].mean == pytest.approx(np.mean([run.losses for run in runs]))
 
 
+@pytest.mark.slow
 def test_diverged_rates_and_runs_are_recorded_and_nothing_crashes(full_batch):
     optimizers = {"sgd": optax.sgd, "never": optax.sgd, "once": optax.sgd}
     grid = {"sgd": [0.1], "never": [TOO_LARGE, 2 * TOO_LARGE], "once": [TOO_LARGE]}
@@ -293,6 +297,7 @@ def test_seconds_leave_out_compilation_and_validation():
     assert 0 < run.seconds.sum() < 0.6
 
 
+@pytest.mark.slow
 def test_runs_are_ordinary_run_directories_that_record_the_optimizer(tmp_path: Path):
     config = {"sgd": lambda rate: OptimizerConfig("sgd", learning_rate=rate)}
     found = Lab(root=str(tmp_path)).compare(config, [0.1, 0.2], seeds=[7])
@@ -307,6 +312,7 @@ def test_runs_are_ordinary_run_directories_that_record_the_optimizer(tmp_path: P
     assert status["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_monitor_and_direction_choose_the_rate(full_batch):
     grid = (0.01, 0.24)
     worst = full_batch.compare(grid=grid, monitor=Monitor("val/gap", mode="max"))
@@ -321,6 +327,7 @@ def test_unknown_monitor_is_refused_before_a_step(minibatch):
     assert not any(train.passes for train, _, _ in minibatch.loaders)
 
 
+@pytest.mark.slow
 def test_same_order_for_all_seeds_is_warned_of(minibatch):
     def same_order(seed):
         return Lab.make_loaders(minibatch, 0)

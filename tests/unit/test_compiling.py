@@ -109,6 +109,7 @@ def test_declared_shapes_are_no_surprise_and_everything_else_is():
         program(np.float32(1), np.ones((2, length), np.float32))
 
 
+@pytest.mark.slow
 def test_compile_without_a_change_is_told_as_that():
     _, program = watched()
     program(np.float32(1), np.ones(3, np.float32))
@@ -175,7 +176,6 @@ def digits(*sizes: int, dtype: Any = np.float32) -> list[dict[str, np.ndarray]]:
     ]
 
 
-@pytest.mark.slow_but("arrays-4")
 @pytest.mark.parametrize(
     ("kind", "steps_per_call"),
     [
@@ -189,6 +189,7 @@ def digits(*sizes: int, dtype: Any = np.float32) -> list[dict[str, np.ndarray]]:
         ("sharded", 4),
     ],
 )
+@pytest.mark.slow
 def test_runs_of_one_form_compile_nothing_twice(kind, steps_per_call):
     """Epochs, validation, the best model loaded again, its test, evaluation, a second run."""
     train, val, test = data.digits(batch_size=128)
@@ -211,11 +212,11 @@ def test_runs_of_one_form_compile_nothing_twice(kind, steps_per_call):
         trainer.eval_model(digits(12, 12, 3), "val/")
 
 
-@pytest.mark.slow_but("2-is float32[2,5,8,8,1]")
 @pytest.mark.parametrize(
     ("steps_per_call", "expected"),
     [(1, "batch/image was float32[8,8,8,1], is float32[5,8,8,1]"), (2, "is float32[2,5,8,8,1]")],
 )
+@pytest.mark.slow
 def test_run_says_a_short_last_batch_once(steps_per_call, expected, recwarn):
     trainer = classifier(steps_per_call=steps_per_call)
     result = trainer.train_model(digits(8, 8, 5), num_epochs=3)
@@ -230,6 +231,7 @@ def test_run_says_a_short_last_batch_once(steps_per_call, expected, recwarn):
         )
 
 
+@pytest.mark.slow
 def test_run_warns_of_a_changed_dtype_and_can_be_told_not_to():
     batches = [*digits(8, 8), *digits(8, dtype=np.float16)]
     with pytest.warns(RecompileWarning, match=r"after step 2, .*is float16\[8,8,8,1\]. Cast"):

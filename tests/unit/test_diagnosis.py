@@ -121,6 +121,7 @@ class Model(nn.Module):
         return Logarithm(name="inner")(x)
 
 
+@pytest.mark.slow
 def test_diagnose_does_not_blame_nan_that_the_loss_masks() -> None:
     def masked(params: Any, batch: Any, ctx: Any) -> jax.Array:
         is_there = ~jnp.isnan(batch["y"])
@@ -277,6 +278,7 @@ def test_diagnose_names_update_of_huge_learning_rate() -> None:
     assert finding.line == ""
 
 
+@pytest.mark.slow
 def test_diagnose_names_bad_state_before_step() -> None:
     state = make_state(nn.Dense(1), optax.adam(0.1))
     moments = state.opt_state[0]
@@ -288,6 +290,7 @@ def test_diagnose_names_bad_state_before_step() -> None:
     assert finding.text.startswith("Before the step, the state has 1 non-finite value in")
 
 
+@pytest.mark.slow
 def test_diagnose_does_not_blame_inf_that_an_optimizer_begins_with() -> None:
     tx = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau())
     state = make_state(Model(), tx)
@@ -376,6 +379,7 @@ def test_diagnose_does_not_tell_gradient_from_update_where_it_sees_neither() -> 
     assert finding.line == line_of(Logarithm.__call__, "jnp.log")
 
 
+@pytest.mark.slow
 def test_diagnose_names_leaves_of_step_that_reads_values() -> None:
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         after, metrics = user_step(state, batch)
@@ -394,6 +398,7 @@ class Normed(nn.Module):
         return Logarithm()(x)
 
 
+@pytest.mark.slow
 def test_diagnose_goes_through_batch_norm_and_dropout() -> None:
     variables = Normed().init(jax.random.key(0), X, train=False)
     state = TrainState.create(
@@ -424,8 +429,8 @@ class Deep(nn.Module):
         return layers()(x, None)[0]
 
 
-@pytest.mark.slow_but("False")
 @pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.slow
 def test_diagnose_goes_into_scanned_layers(remat: bool) -> None:
     finding = found(train_step(square_loss), make_state(Deep(remat)), batch_with("x"))
     assert finding.names[0].startswith("Deep/Scan")
@@ -500,6 +505,7 @@ def test_diagnose_names_no_line_of_whoever_called() -> None:
     assert (finding.operation, finding.line) == ("mul", "")
 
 
+@pytest.mark.slow
 def test_diagnose_sees_gradients_that_accumulate() -> None:
     def loss_fn(params: Any, batch: Any, ctx: Any) -> jax.Array:
         return square_loss(params, batch, ctx) + jnp.sqrt(jnp.sum(params["bias"] ** 2))
@@ -540,8 +546,8 @@ def test_diagnose_works_where_nan_and_transfers_are_refused() -> None:
     assert finding.operation == "log"
 
 
-@pytest.mark.slow_but("AxisType.Auto")
 @pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+@pytest.mark.slow
 def test_diagnose_and_replay_work_on_sharded_batches(kind: jax.sharding.AxisType) -> None:
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
     batch = jax.device_put(batch_with("x"), jax.sharding.NamedSharding(mesh, jax.P("data")))
@@ -561,6 +567,7 @@ def batches(*bad: int) -> Iterator[dict[str, Any]]:
         yield batch_with("x", *([(2, 0)] if index in bad else []))
 
 
+@pytest.mark.slow
 def test_replay_returns_first_bad_step_and_the_state_before_it() -> None:
     step, state = train_step(square_loss), make_state(nn.Dense(1), optax.adam(0.1))
     expected = state
@@ -670,6 +677,7 @@ def arrays(dtype: str) -> st.SearchStrategy[np.ndarray]:
     ),
     st.booleans(),
 )
+@pytest.mark.slow
 def test_new_bad_is_what_numpy_says(pairs: list[tuple[np.ndarray, np.ndarray]], jit: bool) -> None:
     expected = any(
         np.isfinite(complex(x)) and not np.isfinite(complex(y))

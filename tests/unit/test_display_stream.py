@@ -79,6 +79,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
+@pytest.mark.slow
 def test_run_ends_as_ever_whatever_standard_output_is(kind, trainer, monkeypatch):
     monkeypatch.setattr(sys, "stdout", BAD[kind]())
     assert trained(trainer).status == "finished"

@@ -69,6 +69,7 @@ def press_ctrl_c() -> None:
         (raises(KeyboardInterrupt()), "interrupted", "KeyboardInterrupt: ", KeyboardInterrupt),
     ],
 )
+@pytest.mark.slow
 def test_every_end_comes_once_to_every_callback_with_its_status(happens, status, reason, error):
     witnesses = [Witness(), Witness(happens), Witness()]
     trainer = make(callbacks=witnesses)
@@ -180,6 +181,7 @@ def trained(optimizer: Any, *epochs: int, **options: Any) -> tuple[Any, list[flo
     ],
     ids=["config", "transformation"],
 )
+@pytest.mark.slow
 def test_two_calls_are_as_one(optimizer):
     once, twice = trained(optimizer, 4)[0], trained(optimizer, 1, 3)[0]
     assert jax.tree.all(jax.tree.map(np.array_equal, once.state.params, twice.state.params))

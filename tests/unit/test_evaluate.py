@@ -78,6 +78,7 @@ EXACT = {"loss": SQUARED.mean(), "max": 10.0, "sum": 55.0, "weighted": 7.0, "y":
 )
 @pytest.mark.parametrize("metrics", [per_example, reduced])
 @pytest.mark.parametrize("sizes", [(4, 4, 3), (11,), (1, 4, 1, 5)])
+@pytest.mark.slow
 def test_evaluator_is_exact_over_all_examples(sizes, metrics, execution: Execution, capacity: int):
     evaluate = Evaluator(EvalStep(Counted(metrics)), execution)
     assert compute(evaluated(evaluate, state(), batches(*sizes), capacity)) == pytest.approx(

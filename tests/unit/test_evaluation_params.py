@@ -92,6 +92,7 @@ WRAPPED = {
 
 
 @pytest.mark.parametrize("tx", WRAPPED.values(), ids=WRAPPED)
+@pytest.mark.slow
 def test_average_of_schedule_free_is_found_in_whatever_is_around_it(tx):
     opt_state, params = stepped(tx)
     assert has_evaluation_params(opt_state)
@@ -212,8 +213,8 @@ def loss_at(params: Any, batches: data.ArrayLoader) -> float:
     return float(jnp.square(outputs[:, 0] - batches.arrays["y"]).mean())
 
 
-@pytest.mark.slow_but("sam")
 @pytest.mark.parametrize("tx", [AVERAGING, sam()], ids=["schedule-free", "sam"])
+@pytest.mark.slow
 def test_validation_prediction_binding_and_checkpoints_have_the_parameters_to_evaluate(
     tx, tmp_path
 ):
@@ -244,6 +245,7 @@ class Watching(Regression):
         metrics["val/bound"] = float(jnp.square(error).mean())
 
 
+@pytest.mark.slow
 def test_validation_hook_binds_the_model_that_was_validated():
     metrics = make(cls=Watching).train_model(loader(), loader(1), num_epochs=2).metrics
     assert metrics["val/bound"] == pytest.approx(metrics["val/loss"], rel=1e-5)
@@ -275,6 +277,7 @@ class BestInTheMiddle(Regression):
         metrics["val/score"] = abs(epoch - 2.0)
 
 
+@pytest.mark.slow
 def test_second_run_starts_from_the_average_as_a_loaded_model_does(tmp_path):
     trainer = make(root=str(tmp_path), keep_optimizer=False)
     result = trainer.train_model(loader(), num_epochs=2)
@@ -308,6 +311,7 @@ def saved(trainer: Any, path: Any) -> Any:
     return store.load(trainer.step, wanted)["evaluation-params"]
 
 
+@pytest.mark.slow
 def test_other_optimizers_pay_nothing(traces, tmp_path):
     trainer = make(optax.adam(0.1), root=str(tmp_path))
     result = trainer.train_model(loader(), loader(1), num_epochs=2)

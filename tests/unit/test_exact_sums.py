@@ -51,6 +51,7 @@ def test_weight_that_is_not_finite_makes_counts_nan():
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.uint32, np.uint8, np.int16, bool])
+@pytest.mark.slow
 def test_sums_of_integers_neither_round_nor_overflow(dtype: Any):
     rng = np.random.default_rng(0)
     high = 2 if dtype is bool else min(np.iinfo(dtype).max, 2**31)

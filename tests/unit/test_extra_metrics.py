@@ -35,6 +35,7 @@ def test_classifier_is_judged_by_a_metric_of_its_subclass():
 
 
 @pytest.mark.parametrize("weight", [None, np.linspace(0, 1, 22, dtype=np.float32)])
+@pytest.mark.slow
 def test_regressor_has_the_metrics_of_its_subclass(weight):
     class Explained(tasks.Regressor):
         def extra_metrics(self, outputs, batch, ctx):

@@ -161,6 +161,7 @@ def logged(result: Any) -> list[dict[str, Any]]:
     return [{name: x for name, x in line.items() if "time" not in name} for line in lines]
 
 
+@pytest.mark.slow
 def test_windows_are_merged_fused_and_resumed_bit_for_bit():
     whole, fused = trained("whole", steps_per_call=1), trained("fused", steps_per_call=4)
     assert fused.metrics == whole.metrics

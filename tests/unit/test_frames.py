@@ -272,6 +272,7 @@ def trained(frame: Any, root: Any = None, **more: Any) -> tasks.Regressor:
     return run
 
 
+@pytest.mark.slow
 def test_trainer_reads_tables_and_frames(frame):
     run = trained(frame)
     table = from_frame(frame(columns()), target=["price"], columns=["area", "rooms", "city"])
@@ -287,6 +288,7 @@ def test_trainer_reads_tables_and_frames(frame):
         run.eval_model(frame(inputs))
 
 
+@pytest.mark.slow
 def test_coding_is_saved_with_the_model(frame):
     run = trained(frame, root="runs")
     loaded = tasks.Regressor.load_from_checkpoint(run.last_run.path)
@@ -299,6 +301,7 @@ def test_coding_is_saved_with_the_model(frame):
     assert record["options"]["coding"]["categories"] == {"city": ["Bonn", "Oslo", "Rome"]}
 
 
+@pytest.mark.slow
 def test_labels_name_predictions(frame):
     table = from_frame(frame(columns()), target="kind", columns=["area", "rooms"])
     scale = data.Standardize.fit(table)
@@ -350,6 +353,7 @@ def test_parts_of_a_table_are_tables(frame):
     assert [len(val) + len(train) for train, val in folds] == [60] * 3
 
 
+@pytest.mark.slow
 def test_run_on_a_table_resumes_bit_for_bit(frame):
     def started(step: int | None, root: str) -> Any:
         return trained(frame, root=root, callbacks=[Break(step)], save_every=1e-9)

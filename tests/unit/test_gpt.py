@@ -202,6 +202,7 @@ def _follow_the_table(tokens):
 
 @pytest.mark.parametrize("max_length", [None, 3, 5, 50])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.slow
 def test_generate_draws_what_the_model_says(max_length, temperature):
     tokens = jnp.asarray([[1, 2, 3] + [7] * 9, [4, 4, 4] + [0] * 9])
 

@@ -38,6 +38,7 @@ def distance(params, batch, ctx):
     [(optax.sgd(0.2), 30), (optax.adam(0.1), 60), (optax.lbfgs(), 5)],
     ids=["sgd", "adam", "lbfgs"],
 )
+@pytest.mark.slow
 def test_a_complex_parameter_descends(tx, steps):
     state = TrainState.create(params={"w": jnp.zeros((), jnp.complex64)}, tx=tx)
     step = jax.jit(train_step(distance))
@@ -80,6 +81,7 @@ def test_a_parameter_that_is_no_float_is_named_before_the_training(leaf, dtype):
 
 
 @pytest.mark.parametrize("name", ["adamw", "galore"])
+@pytest.mark.slow
 def test_parameters_without_numbers_are_trained_saved_loaded_and_resumed(tmp_path, name):
     def init(key, x):
         return {"w": jnp.ones((3, 2)), "a": jnp.zeros((4, 0)), "b": jnp.zeros((0, 4))}

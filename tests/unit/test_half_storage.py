@@ -100,8 +100,8 @@ def test_parameter_that_is_loaded_replaces_its_copy():
     np.testing.assert_allclose(after.params["w"], [1.0, 2.999], rtol=1e-6)
 
 
-@pytest.mark.slow_but("linen")
 @pytest.mark.parametrize("family", ["linen", "nnx", "equinox", "functions"])
+@pytest.mark.slow
 def test_parameters_and_moments_are_stored_in_half_precision(family):
     trainer, _ = trained(model=KINDS[family].mlp(0.1, True), precision=HALF)
     state = trainer.state
@@ -137,8 +137,8 @@ def test_training_is_close_to_that_with_float32_parameters():
     assert apart < 0.2 * moved
 
 
-@pytest.mark.slow_but("1")
 @pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_bits(accumulate):
     def run(root, fails=None):
         optimizer = OptimizerConfig("adam", accumulate=accumulate)
@@ -154,6 +154,7 @@ def test_a_resumed_run_has_the_same_bits(accumulate):
     assert_equal(resumed.state.opt_state, whole.state.opt_state)
 
 
+@pytest.mark.slow
 def test_rest_of_an_accumulation_is_applied():
     """Of four batches in an epoch, the last makes an update by itself."""
     optimizer = OptimizerConfig("adam", accumulate=3)
@@ -161,6 +162,7 @@ def test_rest_of_an_accumulation_is_applied():
     assert int(optim.num_updates(state.opt_state)) == 2
 
 
+@pytest.mark.slow
 def test_loaded_model_has_the_dtypes_of_its_run():
     trainer, result = trained(root="runs", name="run", precision=HALF)
     loaded = Regression.load_from_checkpoint(result.path)
@@ -169,6 +171,7 @@ def test_loaded_model_has_the_dtypes_of_its_run():
     np.testing.assert_array_equal(loaded.predict([{"x": X}]), trainer.predict([{"x": X}]))
 
 
+@pytest.mark.slow
 def test_moments_decay_to_their_mean():
     """To the nearest number, neither would move: 0.999 is less than half a unit from 1."""
     tx = optim.with_half_moments(optax.adam(0.0, b1=0.999, b2=0.999))
@@ -226,6 +229,7 @@ def test_optimizer_of_ones_own_without_a_copy_is_an_error():
         trainer.train_model([{"x": X, "y": X.sum(1)}], num_epochs=1)
 
 
+@pytest.mark.slow
 def test_fused_steps_are_those_one_by_one():
     one, four = (trained(steps_per_call=k, precision=HALF)[0].state for k in (1, 4))
     jax.tree.map(

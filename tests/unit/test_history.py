@@ -64,6 +64,7 @@ def test_history_without_a_directory_is_the_same_and_starts_with_its_run():
 
 
 @pytest.mark.parametrize("root", ["runs", None])
+@pytest.mark.slow
 def test_history_differs_where_one_value_differs(root):
     one, other = trained(Line, root=root), trained(Line, x=loader().arrays["x"] + 1, root=root)
     assert one.result.history != other.result.history
@@ -71,6 +72,7 @@ def test_history_differs_where_one_value_differs(root):
 
 
 @pytest.mark.parametrize("step", [2, 5])
+@pytest.mark.slow
 def test_history_is_complete_after_a_resume(step):
     whole = trained(Line, name="whole").result
     with pytest.raises(InterruptError):

@@ -170,6 +170,7 @@ def test_new_process_predicts_the_same_bits(run):
 
 
 @pytest.mark.parametrize("as_class", [True, False])
+@pytest.mark.slow
 def test_model_or_its_class_may_be_passed_instead_of_found(run, copied, as_class):
     edit(copied, model={"$class": "gone:Net", "width": 4})
     loaded = run.load(copied, model=run.module.Net if as_class else run.module.Net())
@@ -232,6 +233,7 @@ def test_hostile_record_is_refused_and_runs_nothing(run, copied, changes, named,
     ["", "[]", "{}", '{"model": 1}', "[" * 100_000, "\x00", '{"model": '],
     ids=["empty", "list", "nothing", "incomplete", "deep", "binary", "cut"],
 )
+@pytest.mark.slow
 def test_record_that_is_none_is_replaced_by_that_of_the_checkpoint(run, copied, text, caplog):
     (copied / "config.json").write_text(text)
     np.testing.assert_array_equal(run.load(copied).predict(loader(2)), run.predictions)

@@ -48,6 +48,7 @@ def loader(**options: Any) -> data.ArrayLoader:
     return data.ArrayLoader((X, Y), **{"batch_size": 32, "shuffle": True, "seed": 42, **options})
 
 
+@pytest.mark.slow
 def test_arrays_train_as_a_shuffled_loader_with_the_seed_of_the_trainer():
     by_arrays, by_loader = classifier(seed=42), classifier(seed=42)
     ours = by_arrays.train_model((X, Y), (X[:40], Y[:40]), (X[40:], Y[40:]), num_epochs=3)
@@ -127,6 +128,7 @@ def test_forms_of_arrays_are_the_same_data(arrays):
     assert run.best_metrics == plain.best_metrics
 
 
+@pytest.mark.slow
 def test_third_array_of_a_tuple_weighs():
     run, by_name = classifier(), classifier()
     run.train_model((X, Y, WEIGHTS), num_epochs=1)
@@ -137,6 +139,7 @@ def test_third_array_of_a_tuple_weighs():
     assert not np.array_equal(params(run)["kernel"], params(unweighted)["kernel"])
 
 
+@pytest.mark.slow
 def test_inputs_may_be_a_dict_within_a_tuple():
     class Both(nn.Module):
         @nn.compact
@@ -148,6 +151,7 @@ def test_inputs_may_be_a_dict_within_a_tuple():
     assert run.predict({"x": {"left": X[:, :4], "right": X[:, 4:]}}).shape == (100, 3)
 
 
+@pytest.mark.slow
 def test_regressor_takes_arrays():
     run = tasks.Regressor(nn.Dense(1), root=None, enable_progress_bar=False, tune_process=False)
     result = run.train_model((X, X[:, :1]), (X, X[:, :1]), num_epochs=1)
@@ -164,6 +168,7 @@ def test_several_validation_sets_may_be_arrays():
     assert {"val_a/accuracy", "val_b/accuracy"} <= result.metrics.keys()
 
 
+@pytest.mark.slow
 def test_steps_per_epoch_and_limits_cut_epochs_of_arrays():
     run = classifier(batch_size=10)
     run.train_model((X, Y), num_epochs=4, steps_per_epoch=5)
@@ -184,6 +189,7 @@ BATCH = {"x": X[:32], "label": Y[:32]}
     [(BATCH, BATCH), [(X[:32], Y[:32])] * 2, ((X[:32], Y[:32]), (X[:32], Y[:32])), (BATCH,)],
     ids=["tuple of dicts", "list of tuples", "tuple of tuples", "one dict"],
 )
+@pytest.mark.slow
 def test_batches_are_still_batches(batches):
     run = classifier(batch_size=8)
     run.train_model(batches, num_epochs=1)
@@ -244,6 +250,7 @@ def started(step: int | None, train: Any, root: str = "runs", **options: Any) ->
 
 
 @pytest.mark.parametrize("again", [lambda: (X.copy(), Y), loader], ids=["arrays", "a loader"])
+@pytest.mark.slow
 def test_run_on_arrays_resumes_bit_for_bit(again: Callable[[], Any]):
     whole = started(None, (X, Y), "whole")
     with pytest.raises(InterruptError):
@@ -257,6 +264,7 @@ def test_run_on_arrays_resumes_bit_for_bit(again: Callable[[], Any]):
 @pytest.mark.parametrize(
     ("train", "options"), [((X + 1, Y), {}), ((X, Y), {"batch_size": 16})], ids=["data", "size"]
 )
+@pytest.mark.slow
 def test_other_arrays_and_batch_sizes_are_another_run(train, options):
     with pytest.raises(InterruptError):
         started(5, (X, Y))
@@ -264,6 +272,7 @@ def test_other_arrays_and_batch_sizes_are_another_run(train, options):
     assert run.last_run.path.name == "0002"
 
 
+@pytest.mark.slow
 def test_finished_run_on_arrays_is_loaded():
     first = started(None, (X, Y))
     again = started(None, (X, Y))
@@ -278,6 +287,7 @@ def test_loader_of_batches_is_returned_unchanged():
     assert loader_of(mine, InputOptions(), name="val") is mine
 
 
+@pytest.mark.slow
 def test_inputs_alone_are_one_array():
     options = {"root": None, "enable_progress_bar": False, "tune_process": False}
     run = tasks.Autoencoder(zoo.MLP((2, 8)), **options)

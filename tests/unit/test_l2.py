@@ -77,8 +77,8 @@ def made(name, decay):
         return function(rate, **arguments, **OPTIONS.get(name, {}))
 
 
-@pytest.mark.slow_but("adam", "adamw", "lamb", "lion", "muon")
 @pytest.mark.parametrize("name", sorted(catalog.optimizers()))
+@pytest.mark.slow
 def test_decays_tells_for_every_name_of_optax(name):
     assert decays(made(name, 0.0), PARAMS) == (name == "fromage")
     if decay_arguments(catalog.optimizers()[name]):
@@ -122,12 +122,13 @@ PLAIN = {
 
 
 @pytest.mark.parametrize("name", DECAYING)
+@pytest.mark.slow
 def test_decays_sees_through_whatever_hides_a_decay(name):
     assert decays(DECAYING[name], PARAMS)
 
 
-@pytest.mark.slow_but("config", "frozen", "line search", "projection")
 @pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.slow
 def test_decays_does_not_take_other_updates_for_decay(name):
     assert not decays(PLAIN[name], PARAMS)
 
@@ -207,6 +208,7 @@ def test_penalties_add_up_and_reach_the_optimizer_with_the_loss():
     [optax.adamw(1e-3), build_optimizer(OptimizerConfig(weight_decay=0.1), 100).tx],
     ids=["bare", "config"],
 )
+@pytest.mark.slow
 def test_l2_beside_an_optimizer_that_decays_is_refused(tx):
     with pytest.raises(ConfigError, match=r"Decay is in one place.*coefficient 0\.3"):
         trained(l2_of(0.3), tx)
@@ -254,6 +256,7 @@ class Shrinking(TrainerModule):
         return -0.1 * l2_loss(jax.lax.stop_gradient(params), 1.0)
 
 
+@pytest.mark.slow
 def test_the_best_model_is_chosen_by_the_loss_of_the_data():
     loader = data.ArrayLoader({"x": BATCH["x"]}, batch_size=4)
     trainer = Shrinking(zoo.MLP((4, 1)), optimizer=optax.sgd(0.1), root=None)

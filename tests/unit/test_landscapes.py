@@ -109,6 +109,7 @@ def test_value_at_the_minima_is_the_minimum(landscape, num_dims):
 
 
 @IN_DIMS
+@pytest.mark.slow
 def test_gradient_vanishes_at_the_minima(landscape, num_dims):
     minima = landscape.minima(num_dims)
     np.testing.assert_allclose(gradients(landscape, minima), 0, atol=1e-9)
@@ -130,6 +131,7 @@ def test_a_search_from_near_a_minimum_comes_back_to_it(landscape):
 @ALL
 @given(data=st.data())
 @settings(deadline=None, max_examples=20)
+@pytest.mark.slow
 def test_no_point_is_lower(landscape, data):
     most = landscape.num_dims[1] or 6
     num_dims = data.draw(st.integers(landscape.num_dims[0], min(most, 6)))
@@ -195,6 +197,7 @@ def test_gradient_is_that_of_finite_differences_and_finite_at_the_corners(landsc
 
 
 @ALL
+@pytest.mark.slow
 def test_leading_axes_are_kept_and_so_is_the_dtype(landscape):
     x = jnp.asarray(points(landscape, 2, count=6, seed=3), jnp.float32).reshape(3, 2, 2)
     found = jax.jit(landscape)(x)
@@ -242,6 +245,7 @@ def test_descend_stays_in_the_domain():
     assert len(np.unique(way, axis=0)) > 1
 
 
+@pytest.mark.slow
 def test_descend_offers_the_function_and_runs_for_many_rates_and_starts_at_once():
     def end(rate, start):
         return descend(BOOTH, optax.lbfgs(rate), start, num_steps=20)[-1]

@@ -85,6 +85,7 @@ def test_language_model_counts_what_the_mask_tells():
     assert trainer.eval_model([batch])["bits_per_byte"] == pytest.approx(bits[:2].mean(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_language_model_trains_on_the_mean_over_the_masked_tokens():
     trainer = _trainer(optimizer=optax.sgd(1.0))
     tokens = np.random.default_rng(1).integers(256, size=(2, 5), dtype=np.int32)
@@ -105,6 +106,7 @@ def test_language_model_trains_on_the_mean_over_the_masked_tokens():
     )
 
 
+@pytest.mark.slow
 def test_language_model_learns_and_keeps_the_lowest_loss(tmp_path):
     text = b"abcdefgh" * 40
     trainer = _trainer(
@@ -159,6 +161,7 @@ def test_sample_depends_on_seed_and_temperature(gpt):
     assert cold == bytes(expected)
 
 
+@pytest.mark.slow
 def test_sample_compiles_once_for_a_length(gpt):
     gpt.sample(b"abc", 13)
     size = gpt._workspace.program("fill", None)._cache_size()
@@ -178,6 +181,7 @@ def test_sample_uses_the_parameters_of_evaluation():
         assert sampled[1] == int(logits[letter].argmax())
 
 
+@pytest.mark.slow
 def test_samples_are_written_every_n_steps(tmp_path):
     memory = MemoryLogger()
     trainer = _trainer(

@@ -93,6 +93,7 @@ def test_limits_of_every_dtype(values: np.ndarray, most: float | None, found: st
 
 @pytest.mark.parametrize("options", [{}, {"steps_per_call": 4}, {"on_bad_numbers": "skip"}])
 @pytest.mark.parametrize("value", [-1, 3])
+@pytest.mark.slow
 def test_label_out_of_range_in_a_later_batch_ends_a_training(value: int, options: Any):
     run = tasks.Classifier(LOGITS, **QUIET, **options)
     words = "A label ('y') is an index from 0 to 2; in batch 3 of epoch 1 of the train loader (s"
@@ -207,6 +208,7 @@ def test_ignore_index_is_a_whole_number(value: Any):
         tasks.Classifier(LOGITS, ignore_index=value)
 
 
+@pytest.mark.slow
 def test_nan_of_an_index_out_of_range_says_so():
     class Embedder(nn.Module):
         @nn.compact

@@ -376,6 +376,7 @@ def other_than_default(x: jax.Array) -> jax.Array:
         nn.Sequential([nn.Dense(2), Block()]),
     ],
 )
+@pytest.mark.slow
 def test_rebuild_brings_back_what_was_recorded(module):
     record = json.loads(json.dumps(to_json(module), allow_nan=False))
     rebuilt = rebuild(record)

@@ -97,6 +97,7 @@ class Batches:
 
 
 @pytest.mark.parametrize("make", [arrays, Batches])
+@pytest.mark.slow
 def test_limit_batches_limits_every_loader(make):
     run = trainer(limit_batches=3)
     result = run.train_model(make(), make(), make(), num_epochs=2)
@@ -106,6 +107,7 @@ def test_limit_batches_limits_every_loader(make):
     assert result.metrics["test/loss"] == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_limit_batches_goes_on_in_the_next_epoch_and_no_further_than_the_loader():
     class Order(Callback):
         def __init__(self) -> None:
@@ -126,6 +128,7 @@ def test_limit_batches_goes_on_in_the_next_epoch_and_no_further_than_the_loader(
     assert order.steps == [2, 4]
 
 
+@pytest.mark.slow
 def test_overfit_batches_trains_and_validates_on_the_same_few():
     loader = arrays(shuffle=True, seed=1)
     few = jax.tree.map(
@@ -202,6 +205,7 @@ def test_a_fraction_is_rounded_down_whatever_its_bits(length):
         assert most_batches(count / length, "train", length) == count
 
 
+@pytest.mark.slow
 def test_mistake_in_validation_shows_before_the_first_step():
     steps: list[int] = []
 
@@ -332,10 +336,10 @@ def shuffled_sets() -> dict[str, Any]:
     return {"clean": arrays(shuffle=True, seed=5), "noisy": arrays(shuffle=True, seed=6)}
 
 
-@pytest.mark.slow_but("options0")
 @pytest.mark.parametrize(
     "options", [{}, {"limit_batches": {"train": 0.4, "val": 4}}, {"overfit_batches": 3}]
 )
+@pytest.mark.slow
 def test_run_with_several_validation_sets_goes_on_bit_for_bit(options):
     whole = resumable(None, "whole", shuffled_sets(), **options)
     with pytest.raises(InterruptError):
@@ -397,6 +401,7 @@ def test_fast_dev_run_validates_whatever_the_rhythm():
 
 
 @pytest.mark.parametrize("check_validation", [False, True])
+@pytest.mark.slow
 def test_validation_sets_of_other_batch_sizes_compile_once_each(check_validation: bool):
     sets = {"four": arrays(), "five": data.ArrayLoader(ARRAYS, 5)}
     strict = trainer(recompile="error", check_validation=check_validation)
@@ -414,6 +419,7 @@ def test_many_validation_sets_keep_their_feeds():
     assert [many._workspace.feeds.of(loader, name="") for loader in sets.values()] == first
 
 
+@pytest.mark.slow
 def test_run_goes_back_past_the_validation_of_a_limited_stream():
     x = ARRAYS["x"].copy()
     x[30] = np.nan

@@ -90,8 +90,8 @@ def test_table_counts_what_is_trained() -> None:
     assert re.search(r"Dense_0/kernel +\[6, 8\] +float32 +\(lora_base\)", text)
 
 
-@pytest.mark.slow_but("mlp")
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 def test_lora_begins_as_its_base(case: str) -> None:
     batches = CASES[case][1]()
     lora, base = make(case), make(case, CASES[case][2].module)
@@ -113,6 +113,7 @@ def test_only_the_small_matrices_change(trained: distaff.TrainerModule) -> None:
     assert num_state == 2 * NUM_TRAINED[trained.case] + 1
 
 
+@pytest.mark.slow
 def test_step_equals_one_on_merged_kernels() -> None:
     lora = CASES["mlp"][2]
     model, x = as_model(lora), jnp.asarray(vectors()[0]["x"])
@@ -132,6 +133,7 @@ def test_step_equals_one_on_merged_kernels() -> None:
     assert not np.allclose(outputs, base)
 
 
+@pytest.mark.slow
 def test_merged_weights_are_an_ordinary_model(
     trained: distaff.TrainerModule, tmp_path: Path
 ) -> None:
@@ -144,6 +146,7 @@ def test_merged_weights_are_an_ordinary_model(
     assert not np.allclose(fresh.predict(batches), outputs, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_lora_is_loaded_from_its_run(trained: distaff.TrainerModule) -> None:
     batches = CASES[trained.case][1]()
     loaded = type(trained).load_from_checkpoint(trained.last_run.path)
@@ -171,6 +174,7 @@ def test_lora_begins_with_the_weights_of_a_base(tmp_path: Path) -> None:
         make("mlp", init_from=small)
 
 
+@pytest.mark.slow
 def test_lora_resumes() -> None:
     class Stop(distaff.Callback):
         at = 4
@@ -191,6 +195,7 @@ def test_lora_resumes() -> None:
         assert leaf.tobytes() == leaves(again.state)[name].tobytes()
 
 
+@pytest.mark.slow
 def test_language_model_knows_the_limits_of_its_base() -> None:
     assert len(make("attention").sample(np.array([1, 2]), 9)) == 11  # max_length is 8
 
@@ -220,6 +225,7 @@ def test_alpha_of_numpy_is_kept_as_a_float() -> None:
     assert Lora(MLP, alpha=np.int64(2)) == Lora(MLP, alpha=2)
 
 
+@pytest.mark.slow
 def test_matrices_have_the_dtype_and_the_scale_of_their_kernel() -> None:
     model = as_model(Lora(nn.Dense(64, param_dtype=jnp.bfloat16), rank=32))
     variables = model.init(jax.random.key(0), jnp.ones((1, 256), jnp.bfloat16))

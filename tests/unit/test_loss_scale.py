@@ -43,6 +43,7 @@ def assert_equal(found, expected):
 
 
 @pytest.mark.parametrize("factor", [1.0, 1e-6])
+@pytest.mark.slow
 def test_gradients_are_those_of_flax(factor):
     batch = {**BATCH, "factor": jnp.full(32, factor)}
 
@@ -133,6 +134,7 @@ def test_a_scale_that_is_no_power_of_two_is_an_error(initial):
 
 
 @pytest.mark.parametrize("family", ["linen", "nnx", "equinox", "functions"])
+@pytest.mark.slow
 def test_all_products_are_in_half_precision(family):
     tx = optim.with_loss_scale(optax.adam(1e-3))
     state = state_of(tx, model=KINDS[family].mlp(0.1, True))
@@ -164,6 +166,7 @@ def test_skipped_steps_are_counted_and_do_not_advance_the_schedule():
     assert int(state.inner.count) == int(state.num_updates)
 
 
+@pytest.mark.slow
 def test_metrics_have_the_scale_and_the_number_of_skipped_steps(tmp_path):
     trainer, result = trained(root=tmp_path, log_every_n_steps=1)
     lines = [json.loads(x) for x in (result.path / "metrics.jsonl").read_text().splitlines()]
@@ -177,13 +180,14 @@ def test_metrics_have_the_scale_and_the_number_of_skipped_steps(tmp_path):
     assert len(rates) == int(trainer.state.opt_state.num_updates) < 16
 
 
+@pytest.mark.slow
 def test_gradients_that_are_never_finite_end_the_run():
     with pytest.raises(NonFiniteError):
         trained(Sqrt, epochs=1, precision=PrecisionConfig("fp16", loss_scale=4.0))
 
 
-@pytest.mark.slow_but("1")
 @pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_bits(accumulate):
     def run(root, fails=None):
         options = {"model": KINDS["linen"].mlp(0.1, True), "callbacks": [Break(fails)]}
@@ -201,6 +205,7 @@ def test_a_resumed_run_has_the_same_bits(accumulate):
     assert 0 < int(whole.state.opt_state.num_skipped) < 16
 
 
+@pytest.mark.slow
 def test_fused_steps_are_those_one_by_one():
     one, four = (trained(steps_per_call=k)[0].state for k in (1, 4))
     assert int(one.opt_state.num_skipped) == int(four.opt_state.num_skipped) > 0
@@ -232,6 +237,7 @@ def test_a_step_without_the_scale_is_an_error(cls):
         trained(cls)
 
 
+@pytest.mark.slow
 def test_a_second_training_keeps_the_scale():
     trainer, _ = trained()
     before = jax.tree.map(np.asarray, trainer.state.opt_state)

@@ -476,7 +476,6 @@ def assert_same(one: Any, two: Any) -> None:
         assert left.tobytes() == right.tobytes()
 
 
-@pytest.mark.slow_but("shuffled-step-17-options1", "endless-checkpoint-7-options4")
 @pytest.mark.parametrize(
     ("make", "event", "step", "options"),
     [
@@ -488,6 +487,7 @@ def assert_same(one: Any, two: Any) -> None:
         (shuffled, "checkpoint", 7, {"limit_batches": 7}),
     ],
 )
+@pytest.mark.slow
 def test_run_that_was_interrupted_goes_on_bit_for_bit(make, event, step, options):
     clean = trained(make, **options)
     kept = {**options, "root": "runs", "name": "mix"}

@@ -107,6 +107,7 @@ def test_input_of_an_ignored_example_may_be_nan_and_of_an_ignored_label_not():
     assert np.isnan(run.eval_model([{"x": x, "y": labels}])["loss"])
 
 
+@pytest.mark.slow
 def test_smoothing_and_focal_loss_are_those_of_optax():
     found = evaluated(task(label_smoothing=0.2))["loss"]
     assert found == pytest.approx(losses(0.8 * Y + 0.1).mean(), rel=1e-5)
@@ -121,6 +122,7 @@ def stepped(run: Any, batch: Any) -> Any:
     return run.create_functions()[0](state, batch)[0].params["w"]
 
 
+@pytest.mark.slow
 def test_gradient_is_that_of_the_weighted_mean():
     weight = np.where(Y, OF_POSITIVES, 1.0)
     residual = 1 / (1 + np.exp(-LOGITS)) - Y

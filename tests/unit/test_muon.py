@@ -149,8 +149,8 @@ def by_hand(adam_peak=None, conv=CONV, query=QUERY, **options):
 WIDE = ("conv/kernel=iiio", "*/query/kernel=ioo")
 
 
-@pytest.mark.slow_but("0.02")
 @pytest.mark.parametrize("adam_peak", [None, 0.02])
+@pytest.mark.slow
 def test_the_routed_optimizer_equals_optax_with_its_axes_given_by_hand(adam_peak):
     options = {"beta": 0.9, "adam_b2": 0.95}
     own = options if adam_peak is None else {**options, "adam_learning_rate": adam_peak}
@@ -175,6 +175,7 @@ def test_matrices_stacked_over_layers_are_orthogonalized_one_by_one():
     assert_close(found, jnp.stack(each))
 
 
+@pytest.mark.slow
 def test_each_part_decays_with_its_own_rate_and_spares_biases_and_scales():
     config = OptimizerConfig(
         "muon",

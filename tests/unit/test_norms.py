@@ -119,6 +119,7 @@ def test_groups_of_a_run_have_names_of_their_own():
     assert line["step/param_norm/w"] == line["step/param_norm"]
 
 
+@pytest.mark.slow
 def test_micro_batches_without_an_update_do_not_count_in_its_average():
     sgd = OptimizerConfig("sgd", learning_rate=0.05, accumulate=2)
     run = trained(Line, log_norms=True, optimizer=sgd)
@@ -153,6 +154,7 @@ class InterruptError(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_a_resumed_run_logs_the_same_norms():
     options = {"log_norms": True, "steps_per_call": 1, "save_every": 1e-9}
     with pytest.raises(InterruptError):

@@ -207,6 +207,7 @@ def test_make_display_needs_the_stream_of_a_cell(monkeypatch):
     assert type(make_display(True, io.StringIO())) is PlainDisplay
 
 
+@pytest.mark.slow
 def test_a_notebook_shows_one_output_per_run_and_none_that_is_empty(monkeypatch):
     nbformat = pytest.importorskip("nbformat")
     client = pytest.importorskip("nbclient")

@@ -126,6 +126,7 @@ COSINE = optax.cosine_decay_schedule(0.1, TOTAL_STEPS, alpha=0.01)
     ],
     ids=lambda value: value.name if isinstance(value, OptimizerConfig) else "",
 )
+@pytest.mark.slow
 def test_build_optimizer_equals_optax_by_hand(config, by_hand):
     assert_same_training(config, by_hand)
 
@@ -237,6 +238,7 @@ def test_decay_mask_spares_biases_and_scales_stacked_over_layers():
     }
 
 
+@pytest.mark.slow
 def test_patterns_add_to_what_is_decayed_and_take_away_from_it():
     config = OptimizerConfig(
         "adamw",
@@ -407,6 +409,7 @@ SCHEDULES = ["constant", "cosine", "linear", "exponential", "inverse_sqrt", "one
     warmup_steps=st.integers(0, 40),
     rest=st.integers(1, 60),
 )
+@pytest.mark.slow
 def test_make_schedule_peaks_at_the_learning_rate_after_a_monotone_warmup(
     name, learning_rate, end_fraction, warmup_steps, rest
 ):

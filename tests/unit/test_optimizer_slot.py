@@ -172,8 +172,8 @@ FORMS: dict[str, tuple[Any, Any, Callable[..., dict[str, Any]]]] = {
 }
 
 
-@pytest.mark.slow_but("schedule-free by name", "sam")
 @pytest.mark.parametrize(("optimizer", "tx", "extra_args"), FORMS.values(), ids=FORMS)
+@pytest.mark.slow
 def test_trainer_is_ten_lines_of_optax_bit_for_bit(optimizer, tx, extra_args):
     before, steps = trained(optimizer)
     params, opt_state, losses = by_hand(tx, before, extra_args)
@@ -183,6 +183,7 @@ def test_trainer_is_ten_lines_of_optax_bit_for_bit(optimizer, tx, extra_args):
     assert not same_bits(before, params)
 
 
+@pytest.mark.slow
 def test_plateau_lowers_the_scale_where_the_loss_stalls_and_nowhere_else():
     tx = plateau(0.05, patience=3, rtol=0.03)
     _, steps = trained(tx, num_epochs=60, batch_size=EXAMPLES, model=Line())
@@ -215,6 +216,7 @@ def test_line_search_never_lets_the_loss_rise_and_beats_every_fixed_rate(tx):
     assert losses[-1] < np.min(fixed)
 
 
+@pytest.mark.slow
 def test_lbfgs_reaches_the_least_squares_solution():
     options: Any = {"num_epochs": 25, "batch_size": EXAMPLES, "model": Line()}
     design = np.column_stack([arrays()["x"], np.ones(EXAMPLES)])

@@ -79,6 +79,7 @@ LOOPS = {
 @pytest.mark.parametrize(
     ("kind", "loop"), [("linen", loop) for loop in LOOPS] + [(kind, "scan") for kind in DROPPING]
 )
+@pytest.mark.slow
 def test_pass_in_a_loop_draws_from_the_key_that_it_is_given_alone(kind, loop):
     ctx, params = context(DROPPING[kind]())
     with pytest.raises(LossError, match=r"rngs=key"):

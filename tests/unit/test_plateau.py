@@ -88,6 +88,7 @@ def test_the_scale_is_that_of_optax_for_a_loss():
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.slow
 def test_updates_and_logged_rates_are_scaled(accumulate):
     group = ParamGroup("b", learning_rate=0.2)
     options = {"learning_rate": 0.1, "schedule": "linear", "weight_decay": 0.1, "groups": (group,)}
@@ -218,6 +219,7 @@ def test_a_run_lowers_its_rate_after_validations_without_improvement(steps_per_c
 
 
 @pytest.mark.parametrize("precision", ["bf16-params", "fp16"])
+@pytest.mark.slow
 def test_a_run_of_another_precision_lowers_its_rate(precision):
     _, rates = trained(precision=precision)
     assert rates == [0.1] * 8 + [0.05] * 2

@@ -79,6 +79,7 @@ def test_all_products_of_small_models_are_in_half_precision(family, options):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 def test_all_convolutions_of_small_models_are_in_half_precision(family):
     assert len(check_all_in_half(traced(KINDS[family].cnn(), IMAGES))) == 2
 
@@ -97,6 +98,7 @@ def test_all_products_of_the_zoo_are_in_half_precision(model, batch):
     check_all_in_half(traced(model, batch))
 
 
+@pytest.mark.slow
 def test_all_products_of_a_gpt_are_in_half_precision():
     batch = {"x": TOKENS}
     found = products(traced(zoo.GPT(**GPT), batch, "float32", next_token))
@@ -168,6 +170,7 @@ def test_float32_is_the_model_itself():
     assert trainer.state.apply_fn == trainer.model.apply_fn
 
 
+@pytest.mark.slow
 def test_running_statistics_are_those_of_float32_products():
     """As BatchNorm's, which are updated from the outputs of a product in half precision."""
     found = {}
@@ -307,6 +310,7 @@ class OwnStep(Regression):
 
 
 @pytest.mark.parametrize("through", ["ctx", "state"])
+@pytest.mark.slow
 def test_a_step_of_ones_own_computes_in_the_precision(through, caplog):
     with caplog.at_level("INFO", "distaff"):
         trained(type("Own", (OwnStep,), {"through": through}), precision="bf16")
@@ -324,6 +328,7 @@ class Contrastive(Regression):
         return jnp.square(outputs[:, 0] - batch["y"]) + jnp.diag(outputs @ outputs.T)
 
 
+@pytest.mark.slow
 def test_log_names_the_products_in_float32(caplog):
     with caplog.at_level("INFO", "distaff"):
         trained(Contrastive, precision="bf16")
@@ -332,6 +337,7 @@ def test_log_names_the_products_in_float32(caplog):
     assert f"test_precision.py:{line} (float32)" in caplog.text
 
 
+@pytest.mark.slow
 def test_log_is_silent_in_float32(caplog):
     with caplog.at_level("INFO", "distaff"):
         trained()
@@ -359,6 +365,7 @@ def test_products_of_the_optimizer_do_not_count():
     assert len(products(jax.make_jaxpr(train_step(loss_fn))(state, BATCH))) == 5
 
 
+@pytest.mark.slow
 def test_evaluation_and_prediction_compute_in_the_precision():
     trainer, _ = trained(precision="bf16")
     params = trainer.state.params
@@ -371,8 +378,8 @@ def test_evaluation_and_prediction_compute_in_the_precision():
     assert not np.array_equal(zoo.MLP((4, 1)).apply({"params": params}, X), expected)
 
 
-@pytest.mark.slow_but("linen")
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 def test_fused_steps_are_those_one_by_one(family):
     states = [
         trained(model=KINDS[family].mlp(0.1, True), precision="bf16", steps_per_call=k)[0].state
@@ -383,6 +390,7 @@ def test_fused_steps_are_those_one_by_one(family):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_bits():
     options = {"precision": "bf16", "model": KINDS["linen"].mlp(0.1, True), "steps_per_call": 1}
 
@@ -398,6 +406,7 @@ def test_a_resumed_run_has_the_same_bits():
     jax.tree.map(np.testing.assert_array_equal, resumed.state.opt_state, whole.state.opt_state)
 
 
+@pytest.mark.slow
 def test_another_precision_is_another_run():
     def run(precision, fails=None):
         options = {"root": "runs", "name": "run", "callbacks": [Break(fails)]}
@@ -409,6 +418,7 @@ def test_another_precision_is_another_run():
     assert run("bf16") == "0001"
 
 
+@pytest.mark.slow
 def test_loaded_model_has_the_precision_of_its_run():
     trainer, result = trained(root="runs", name="run", precision="bf16")
     loaded = Regression.load_from_checkpoint(result.path)
@@ -436,6 +446,7 @@ class Sown(nn.Module):
         return x
 
 
+@pytest.mark.slow
 def test_collections_that_a_model_sows_are_returned():
     def loss(params, batch, ctx):
         outputs, changed = ctx.apply(params, batch["x"], mutable=["intermediates"])

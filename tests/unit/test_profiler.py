@@ -65,11 +65,11 @@ def is_profiling() -> bool:
     return True
 
 
-@pytest.mark.slow_but("4-chunks1")
 @pytest.mark.parametrize(
     ("steps_per_call", "chunks"),
     [(1, [(12, 1), (13, 1), (14, 1), (15, 1), (16, 1)]), (4, [(11, 4), (15, 4)])],
 )
+@pytest.mark.slow
 def test_window_of_steps_is_recorded_and_the_run_is_as_without(steps_per_call, chunks):
     expected, without = train(steps_per_call=steps_per_call)
     trainer, result = train(Profiler(first_step=12, num_steps=5), steps_per_call=steps_per_call)
@@ -85,6 +85,7 @@ def test_window_of_steps_is_recorded_and_the_run_is_as_without(steps_per_call, c
     assert "profile of" in (result.path / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_default_window_begins_after_sixteen_chunks():
     _, result = train(Profiler(num_steps=3), steps_per_call=1)
     assert annotated(result.path / "profile") == [(17, 1), (18, 1), (19, 1)]
@@ -123,6 +124,7 @@ class Breaker(Callback):
             raise ZeroDivisionError
 
 
+@pytest.mark.slow
 def test_window_ends_with_a_stop():
     _, result = train(Stopper(), Profiler(first_step=2, num_steps=100))
     assert result.status == "stopped"
@@ -159,6 +161,7 @@ def test_second_run_records_a_window_of_its_own():
     assert annotated(second.path / "profile") == [(11, 1), (12, 1)]
 
 
+@pytest.mark.slow
 def test_place_of_the_users_own_is_where_it_was_when_the_profiler_was_made(tmp_path, monkeypatch):
     profiler = Profiler(first_step=1, num_steps=1, path="mine")
     (tmp_path / "elsewhere").mkdir()
@@ -186,6 +189,7 @@ def test_one_profile_at_a_time():
     assert annotated(Path("b")) == [(4, 1)]
 
 
+@pytest.mark.slow
 def test_window_that_no_step_is_in_is_said():
     with pytest.warns(UserWarning, match=r"starts at step 99, and the run ended at step 10"):
         _, result = train(Profiler(first_step=99), num_epochs=1)

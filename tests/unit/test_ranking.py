@@ -131,6 +131,7 @@ def test_is_new_model_better_orders_all_that_are_kept():
 SCORES = (2.0, 1.0, 5.0, 3.0, 4.0, 1.5, 6.0)
 
 
+@pytest.mark.slow
 def test_best_models_are_kept_across_an_interruption():
     whole, at_once = trained(*SCORES, root="whole", keep_best=3, keep_last=1)
     options = {"root": "parts", "keep_best": 3, "keep_last": 1, "steps_per_call": 1}

@@ -103,9 +103,9 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [{name: each for name, each in line.items() if name != "time"} for line in found]
 
 
-@pytest.mark.slow_but("8-2")
 @pytest.mark.parametrize("epoch", [1, 2])
 @pytest.mark.parametrize("steps_per_call", [1, 8])
+@pytest.mark.slow
 def test_error_says_which_batch_and_why(steps_per_call: int, epoch: int, tmp_path: Path) -> None:
     # An example without weight is not seen; NaN is met in one epoch, in the middle of its order.
     class Logs(Fit):
@@ -128,6 +128,7 @@ def test_error_says_which_batch_and_why(steps_per_call: int, epoch: int, tmp_pat
     assert json.loads((fit.last_run.path / "status.json").read_text())["reason"].endswith(text)
 
 
+@pytest.mark.slow
 def test_error_names_the_entry_of_the_batch() -> None:
     with pytest.raises(NonFiniteError, match=r"has 1 non-finite value in 'y', in exampl"):
         trained(arrays(y={33: np.nan}), steps_per_call=8)
@@ -155,9 +156,9 @@ def test_loader_that_cannot_go_back_leaves_the_reason_open() -> None:
         fit.train_model(batches, num_epochs=1)
 
 
-@pytest.mark.slow_but("x-8")
 @pytest.mark.parametrize("steps_per_call", [1, 8])
 @pytest.mark.parametrize("name", ["x", "y"])
+@pytest.mark.slow
 def test_skipped_step_changes_nothing_but_the_count(name: str, steps_per_call: int) -> None:
     found = arrays(**{name: {20: np.nan, 33: np.inf}})
     fit, result = trained(found, on_bad_numbers="skip", steps_per_call=steps_per_call)
@@ -199,9 +200,9 @@ def test_skipping_too_many_in_a_row_ends_the_run() -> None:
     assert result.metrics["train/skipped"] == 3
 
 
-@pytest.mark.slow_but("30-8")
 @pytest.mark.parametrize("steps_per_call", [1, 8])
 @pytest.mark.parametrize("bad", [3, 30, 58])
+@pytest.mark.slow
 def test_rollback_is_as_if_the_batches_had_never_been(
     bad: int, steps_per_call: int, tmp_path: Path
 ) -> None:
@@ -306,6 +307,7 @@ def test_loader_that_cannot_go_back_is_refused_before_anything_is_written(tmp_pa
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_spike_ends_the_run_where_that_is_asked_for() -> None:
     found = arrays(y={50: 1e4})
     with pytest.raises(NonFiniteError, match=r"loss is a spike at step 51.*batch 51 of epoch 1"):
@@ -314,8 +316,8 @@ def test_spike_ends_the_run_where_that_is_asked_for() -> None:
     assert result.step == BATCHES
 
 
-@pytest.mark.slow_but("8")
 @pytest.mark.parametrize("steps_per_call", [1, 8])
+@pytest.mark.slow
 def test_spike_is_skipped(steps_per_call: int) -> None:
     fit, result = trained(arrays(y={50: 1e4}), on_loss_spike="skip", steps_per_call=steps_per_call)
     assert (result.metrics["train/skipped"], result.metrics["train/spikes"]) == (1, 1)
@@ -332,6 +334,7 @@ def test_new_level_of_the_loss_is_trained_on_after_some_steps() -> None:
     assert result.metrics["train/spikes"] > 4
 
 
+@pytest.mark.slow
 def test_spike_is_gone_back_from(tmp_path: Path) -> None:
     found = arrays(y={45: 1e4})
     fit, result = trained(found, on_loss_spike="rollback", root=tmp_path / "back")
@@ -450,7 +453,6 @@ def loss_of_two_epochs() -> float:
     return trained(arrays(), 2)[1].metrics["train/loss"]
 
 
-@pytest.mark.slow_but("before0-after0-True")
 @pytest.mark.parametrize("within", [False, True])
 @pytest.mark.parametrize(
     ("before", "after"),
@@ -462,6 +464,7 @@ def loss_of_two_epochs() -> float:
         ({"on_loss_spike": "skip"}, {"on_bad_numbers": "rollback"}),
     ],
 )
+@pytest.mark.slow
 def test_every_policy_goes_on_from_a_run_of_every_other(
     before: dict[str, Any],
     after: dict[str, Any],

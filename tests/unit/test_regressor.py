@@ -219,6 +219,7 @@ def test_one_quantile_has_the_shape_of_the_targets_and_missing_targets_are_left_
     assert found == {"loss": pytest.approx(expected, rel=1e-5)}
 
 
+@pytest.mark.slow
 def test_model_learns_the_quantiles_of_its_targets():
     y = np.random.default_rng(0).exponential(size=512).astype(np.float32)
     model = (lambda key, *inputs: {"w": jnp.ones(3)}, lambda params, x: x @ params["w"][None])

@@ -113,6 +113,7 @@ def same_params(one: Any, other: Any) -> bool:
     return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
 
 
+@pytest.mark.slow
 def test_measured_form_is_kept_with_the_run_and_remembered_on_the_machine():
     first, measured, path = trained()
     assert measured["why"] == "measured"

@@ -71,6 +71,7 @@ def test_advice_on_data_never_names_what_is_there_already(change, says, is_silen
 
 
 @pytest.mark.parametrize("steps_per_call", [1, "auto"])
+@pytest.mark.slow
 def test_how_steps_are_fused_is_in_the_log_and_not_shown(capsys, steps_per_call):
     train, val, _ = data.digits(batch_size=256)
     trainer = tasks.Classifier(zoo.MLP((8, 10)), steps_per_call=steps_per_call)

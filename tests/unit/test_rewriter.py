@@ -171,6 +171,7 @@ def test_every_product_of_a_function_and_of_its_derivative_has_the_rule(function
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.slow
 def test_functions_in_half_precision_are_close(function):
     expected = jax.jit(with_gradient(function))(X, W)
     found = jax.jit(again(function, autocast(jnp.bfloat16)))(X, W)

@@ -135,6 +135,7 @@ def test_lock_of_a_killed_process_that_nobody_has_reaped_is_taken_over(tmp_path,
         assert run_lock._read(tmp_path / LOCK_FILE).started == this_process()["started"]
 
 
+@pytest.mark.slow
 def test_one_of_twenty_racing_processes_gets_the_lock(tmp_path, start):
     # A dead process's lock makes the race harder: all want to take it over.
     left_by(tmp_path, pid=2**22 + 1, started=1)

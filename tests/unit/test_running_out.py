@@ -94,6 +94,7 @@ class Example:
         ),
     ],
 )
+@pytest.mark.slow
 def test_plain_dataclasses_are_batches(make):
     kinds = set()
 

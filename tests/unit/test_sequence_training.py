@@ -105,8 +105,8 @@ def expected(gpt, params):
     return total_loss(gpt, alone)(params)
 
 
-@pytest.mark.slow_but("bucketed")
 @pytest.mark.parametrize("kind", ["packed", "bucketed"])
+@pytest.mark.slow
 def test_loss_and_gradient_are_those_of_each_sequence_alone(gpt, params, expected, kind):
     batches = {
         "packed": lambda: data.packed(SOME, 16, 3),
@@ -143,6 +143,7 @@ def test_one_segment_is_no_segment(gpt, params):
     np.testing.assert_array_equal(apply(tokens), apply(tokens, np.ones_like(tokens)))
 
 
+@pytest.mark.slow
 def test_evaluation_is_exact_and_compiles_once_for_each_shape(compiled):
     alone = [{"tokens": tokens[None]} for tokens in SOME]
     expected = trainer(Neighbours(), recompile="ignore").eval_model(alone)
@@ -164,8 +165,8 @@ def train(loader: Any, model: Any = NEIGHBOURS, num_epochs: int = 2, **options: 
     return run
 
 
-@pytest.mark.slow_but("3")
 @pytest.mark.parametrize("steps_per_call", ["auto", 3])
+@pytest.mark.slow
 def test_training_compiles_one_program_for_each_bucket(steps_per_call, compiled):
     loader = data.bucketed(DOCUMENTS * 4, (4, 8, 16), (4, 3, 2), shuffle=True)
     options = {"recompile": "error", "steps_per_call": steps_per_call}

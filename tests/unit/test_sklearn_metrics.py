@@ -164,6 +164,7 @@ def expected(columns: dict[str, np.ndarray], is_weighted: bool) -> dict[str, flo
 
 
 @pytest.mark.parametrize("is_weighted", [False, True])
+@pytest.mark.slow
 def test_metrics_equal_sklearn_over_ragged_masked_batches_in_any_order(is_weighted: bool):
     @settings(deadline=None, max_examples=60)
     @given(drawn())
@@ -249,6 +250,7 @@ def test_r2_of_constant_targets_is_that_of_sklearn(y: Any, z: Any, score: float)
         assert metrics.merge(host, host)["x"].compute() == score
 
 
+@pytest.mark.slow
 def test_r2_of_a_population_has_one_value_for_each_member():
     random = np.random.default_rng(0)
     y, z = random.normal(size=(2, 3, 8)).astype(np.float32)
@@ -259,6 +261,7 @@ def test_r2_of_a_population_has_one_value_for_each_member():
     np.testing.assert_allclose(rows.over_rows().compute(), wanted, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_top_1_is_the_accuracy_whatever_the_ties():
     random = np.random.default_rng(0)
     logits = random.integers(0, 2, (40, 4)).astype(np.float32)
@@ -269,6 +272,7 @@ def test_top_1_is_the_accuracy_whatever_the_ties():
     assert reduced(constant, 40) == pytest.approx((labels < 2).mean(), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_top_k_of_sequences_leaves_out_what_has_no_weight():
     random = np.random.default_rng(0)
     logits = random.normal(size=(6, 5, 4)).astype(np.float32)
@@ -284,6 +288,7 @@ def test_top_k_of_sequences_leaves_out_what_has_no_weight():
     assert reduced(TopK.per_example(labels, nan, k=3, weight=labels >= 0), 6) == 0
 
 
+@pytest.mark.slow
 def test_calibration_error_is_that_of_the_reliability_diagram_of_sklearn():
     random = np.random.default_rng(0)
     p = random.uniform(size=300).astype(np.float32)
@@ -295,6 +300,7 @@ def test_calibration_error_is_that_of_the_reliability_diagram_of_sklearn():
     assert found == pytest.approx(wanted, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_calibration_error_of_several_classes_is_that_of_the_largest_probability():
     random = np.random.default_rng(0)
     p = random.dirichlet(np.ones(3), size=200).astype(np.float32)
@@ -305,6 +311,7 @@ def test_calibration_error_of_several_classes_is_that_of_the_largest_probability
     assert found == pytest.approx(wanted, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_logits_and_unknown_labels_make_the_calibration_error_nan():
     labels, p = np.array([0, 1, 1]), np.array([0.25, 0.5, 1.0], np.float32)
     assert reduced(CalibrationError.per_example(labels, p), 3) == pytest.approx(0.75 / 3)
@@ -468,6 +475,7 @@ def test_evaluation_masks_padded_rows():
     assert found == pytest.approx(wanted, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_metric_of_whole_arrays_is_computed_on_the_host():
     labels, guesses = np.array([0, 1, 2, 2, 1]), np.array([0, 2, 2, 2, 1])
     recall = metrics.Recall.per_example(labels, guesses, num_classes=3, average=None).compute()

@@ -76,6 +76,7 @@ def asking() -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(lambda params: jnp.zeros([4]), update)
 
 
+@pytest.mark.slow
 def test_value_fn_is_the_loss_of_the_step_with_its_dropout_and_batch_statistics():
     state, step, answers = noisy_state(asking()), jax.jit(train_step(squares)), []
     for _ in range(3):

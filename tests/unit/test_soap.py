@@ -82,6 +82,7 @@ class Paper:
     [((4, 4), 10), ((5, 3), 10), ((3, 5), 10), ((8, 3), 4), ((3, 8), 4)],
     ids=["square", "tall", "wide", "long left side", "long right side"],
 )
+@pytest.mark.slow
 def test_updates_are_those_of_the_paper_step_by_step(shape, longest):
     grads = gradients(shape)
     updates, states = run(grads, max_preconditioned=longest)
@@ -126,6 +127,7 @@ def test_bases_come_close_to_eigenvectors():
 
 
 @pytest.mark.parametrize("shape", [(5,), (), (1, 5), (6, 7)], ids=str)
+@pytest.mark.slow
 def test_parameters_without_factors_are_trained_by_adam(shape):
     grads = gradients(shape)
     updates, states = run(grads, max_preconditioned=5)

@@ -135,8 +135,8 @@ def test_other_inputs_than_fitted_are_an_error():
         Standardize({"a": (1.0,)}, {})
 
 
-@pytest.mark.slow_but("linen")
 @pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.slow
 def test_every_pass_is_standardized(kind):
     scale = Standardize.fit(ARRAYS)
     run, by_hand = make(KINDS[kind].mlp(), standardize=scale), make(KINDS[kind].mlp())
@@ -154,8 +154,8 @@ def test_every_pass_is_standardized(kind):
     assert run.eval_model(batches)["loss"] == pytest.approx(ours.metrics["val/loss"], rel=1e-5)
 
 
-@pytest.mark.slow_but("linen")
 @pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.slow
 def test_numbers_are_saved_with_the_model(kind):
     model = KINDS[kind].mlp
     run = make(model(), standardize=Standardize.fit(ARRAYS), root="runs")
@@ -208,6 +208,7 @@ def started(step: int | None, root: str, fitted: Any = X) -> Any:
     return run
 
 
+@pytest.mark.slow
 def test_run_resumes_bit_for_bit_and_other_statistics_are_another_run():
     whole = started(None, "whole")
     with pytest.raises(InterruptError):
@@ -220,8 +221,8 @@ def test_run_resumes_bit_for_bit_and_other_statistics_are_another_run():
     assert started(None, "others", X[:50]).last_run.path.name == "0002"
 
 
-@pytest.mark.slow_but("linen")
 @pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.slow
 def test_standardized_model_may_compute_in_bfloat16(kind):
     scale = Standardize.fit(ARRAYS)
     model = KINDS[kind].mlp

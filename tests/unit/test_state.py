@@ -225,6 +225,7 @@ def by_hand(tx: Any, **extra_args: Any) -> Any:
     ],
     ids=["polyak_sgd", "momo", "reduce_on_plateau", "lbfgs", "linesearch", "sgd"],
 )
+@pytest.mark.slow
 def test_apply_gradients_hands_extra_arguments_to_the_optimizer(tx, names):
     state = TrainState.create(params=parameters(), tx=tx)
     value, grads = jax.value_and_grad(loss_of)(state.params)

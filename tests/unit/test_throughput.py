@@ -186,6 +186,7 @@ class Ticks:
         return self.now
 
 
+@pytest.mark.slow
 def test_run_counts_every_second_of_its_wall_time(monkeypatch):
     clock = Ticks()
     monkeypatch.setattr(Timers.__init__, "__defaults__", (clock,))

@@ -159,6 +159,7 @@ class Attention(nn.Module):
         return nn.MultiHeadDotProductAttention(2, qkv_features=4, name="attn")(x, y)
 
 
+@pytest.mark.slow
 def test_attention_over_other_features_is_not_fused() -> None:
     shapes = {
         name: each.shape for name, each in export(Attention(), X[None], X[None, :, :3]).items()
@@ -309,6 +310,7 @@ class Stacked(nnx.Module):
 
 
 @pytest.mark.parametrize("kind", ["linen", "nnx"])
+@pytest.mark.slow
 def test_stacked_layers_have_a_number_in_pytorch_only(kind: str) -> None:
     module, path = (Scanned(), "layers/layer") if kind == "linen" else (Stacked, "layer")
     module = module if kind == "linen" else lambda rngs: Stacked(rngs)
@@ -352,6 +354,7 @@ def test_a_single_number_is_no_stack_of_layers() -> None:
         load((init, lambda params, x: x), {"h.0.weight": drawn(1)}, X, rules=rules)
 
 
+@pytest.mark.slow
 def test_stacked_attention_is_fused_in_each_layer() -> None:
     leaves = {"in_proj_weight": (12, 4), "in_proj_bias": (12,)}
     leaves |= {"out_proj.weight": (4, 4), "out_proj.bias": (4,)}
@@ -465,6 +468,7 @@ class Regression(distaff.TrainerModule):
         return jnp.square(ctx.apply(params, batch["x"])).mean()
 
 
+@pytest.mark.slow
 def test_a_trainer_loads_records_and_exports(tmp_path: Path) -> None:
     tensors = {f"a.{name}": tensor for name, tensor in SQUARE.items()}
     save_file(tensors, tmp_path / "a.safetensors")

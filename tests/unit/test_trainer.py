@@ -91,6 +91,7 @@ def finished(tmp_path_factory) -> tuple[Any, distaff.TrainResult]:
     return trainer, trainer.train_model(loader(), loader(1), loader(2), num_epochs=30)
 
 
+@pytest.mark.slow
 def test_model_and_loss_of_ones_own_reach_the_least_squares_loss(finished):
     trainer, result = finished
     train, test = arrays(16), arrays(16, 2)
@@ -146,6 +147,7 @@ def test_metrics_log_has_every_window_and_every_epoch(finished):
 
 @pytest.mark.parametrize("has_val", [False, True])
 @pytest.mark.parametrize("has_test", [False, True])
+@pytest.mark.slow
 def test_training_needs_neither_validation_nor_test(has_val, has_test):
     result = make().train_model(
         loader(), loader(1) if has_val else None, loader(2) if has_test else None, num_epochs=2
@@ -166,6 +168,7 @@ def test_training_needs_neither_validation_nor_test(has_val, has_test):
         ("max", (float("nan"), 1.0, float("nan")), 2),
     ],
 )
+@pytest.mark.slow
 def test_test_set_sees_the_best_weights(mode, scores, best, root):
     snapshots = Snapshots()
     trainer = scripted(*scores, mode=mode, root=root, callbacks=[snapshots])
@@ -236,6 +239,7 @@ def test_second_training_without_files_forgets_the_first_ones_checkpoints():
 
 
 @pytest.mark.parametrize("endless", [False, True])
+@pytest.mark.slow
 def test_batches_may_come_from_a_generator(endless):
     def batches():
         yield from loader()
@@ -257,6 +261,7 @@ def test_schedule_over_a_run_of_unknown_length_asks_for_steps_per_epoch(tmp_path
     assert trainer.train_model(batches, num_epochs=2, steps_per_epoch=4).step == 8
 
 
+@pytest.mark.slow
 def test_debug_runs_plain_python_with_the_same_numbers():
     class Reader(Regression):
         def loss_fn(self, params, batch, ctx):
@@ -344,6 +349,7 @@ class Duel(distaff.TrainerModule):
         return train_step, eval_step
 
 
+@pytest.mark.slow
 def test_steps_of_ones_own_train_two_networks_with_two_optimizers():
     logger = MemoryLogger()
     trainer = make(Duel, loggers=[logger])
@@ -357,6 +363,7 @@ def test_steps_of_ones_own_train_two_networks_with_two_optimizers():
     np.testing.assert_allclose(again["loss"], result.metrics["val/loss"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_metrics_may_be_arrays_and_may_be_undefined():
     class Odd(Regression):
         def loss_fn(self, params, batch, ctx):

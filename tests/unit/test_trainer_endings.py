@@ -106,9 +106,9 @@ class NanGradient(Regression):
         return loss + 0 * jnp.sqrt(jnp.where(ctx.state.step == 7, zero, 1.0))
 
 
-@pytest.mark.slow_but("50-NanLoss-6")
 @pytest.mark.parametrize(("cls", "step"), [(NanLoss, 6), (NanGradient, 8)])
 @pytest.mark.parametrize("log_every_n_steps", [1, 50])
+@pytest.mark.slow
 def test_loss_that_is_no_number_ends_the_run_with_its_good_checkpoint(cls, step, log_every_n_steps):
     logger = MemoryLogger()
     trainer = make(cls, name="nan", loggers=[logger], log_every_n_steps=log_every_n_steps)

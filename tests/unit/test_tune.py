@@ -126,6 +126,7 @@ def lines(path: Path) -> list[Any]:
     return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_trials_are_ordinary_runs_and_only_the_best_is_tested():
     test = Counted(loader(2))
     space = {**SPACE, "optimizer.name": Choice("sgd", "adam")}
@@ -285,6 +286,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.slow
 def test_bad_input_fails_before_anything_is_written(case, tmp_path):
     make_trainer, error, options = REFUSED[case]
     options = dict(options)
@@ -293,6 +295,7 @@ def test_bad_input_fails_before_anything_is_written(case, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_error_of_the_storage_names_it_without_its_password():
     Path("file").write_text("in the way")
     with pytest.raises(RunDirectoryError, match=r"'file/study.journal' cannot: .*file"):
@@ -394,6 +397,7 @@ def failing_at(rate: float, error: BaseException) -> Any:
     return make_trainer
 
 
+@pytest.mark.slow
 def test_interrupted_trial_is_tried_again_with_its_values():
     interrupted = failing_at(rate=0.5, error=KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt) as caught:
@@ -429,6 +433,7 @@ class NanLoss(Line):
         return jnp.where(ctx.state.step == 2, jnp.nan, super().loss_fn(params, batch, ctx))
 
 
+@pytest.mark.slow
 def test_trial_whose_loss_is_nan_has_failed_and_the_study_goes_on():
     def make_trainer(config: Config) -> Any:
         return trainer(config, NanLoss if config.optimizer.learning_rate == 0.1 else Line)

@@ -114,8 +114,8 @@ class Last(Callback):
         self.arrays = jax.tree.map(np.asarray, {**info.state.arrays(), "rng": None})
 
 
-@pytest.mark.slow_but("1")
 @pytest.mark.parametrize("steps_per_call", [1, 4])
+@pytest.mark.slow
 def test_training_is_bit_for_bit_that_without_validation_within(steps_per_call):
     def run(**options: Any) -> tuple[Any, Any]:
         last = Last()
@@ -135,6 +135,7 @@ def test_training_is_bit_for_bit_that_without_validation_within(steps_per_call):
 
 
 @pytest.mark.parametrize("steps_per_call", [1, 4])
+@pytest.mark.slow
 def test_all_that_follows_a_validation_happens_within_an_epoch(steps_per_call, tmp_path):
     witness = Witness()
     options = {"steps_per_call": steps_per_call, "root": tmp_path, "keep_last": 9}
@@ -204,12 +205,12 @@ def resumable(root: str, event: str | None = None, step: int = 0, **options: Any
     return last.arrays, log_of(result.path), result.best, result.metrics
 
 
-@pytest.mark.slow_but("options0-validation-14")
 @pytest.mark.parametrize(
     ("event", "step"),
     [("step", 14), ("validation", 14), ("checkpoint", 14), ("step", 15), ("step", 24)],
 )
 @pytest.mark.parametrize("options", [{}, {"steps_per_call": 4, "save_every": "4 steps"}])
+@pytest.mark.slow
 def test_killed_around_a_validation_within_an_epoch_it_resumes_bit_for_bit(event, step, options):
     whole = resumable("whole", **options)
     with pytest.raises(InterruptError):
@@ -220,6 +221,7 @@ def test_killed_around_a_validation_within_an_epoch_it_resumes_bit_for_bit(event
     assert whole[1:] == resumed[1:]
 
 
+@pytest.mark.slow
 def test_interrupted_during_a_validation_within_an_epoch_it_validates_again(monkeypatch):
     whole = resumable("whole", save_every=None, steps_per_call=1)
 
@@ -265,6 +267,7 @@ def test_a_state_that_a_hook_changes_within_an_epoch_is_trained_on():
     assert not any(np.any(x) for x in kernels)  # their gradients are 0, too
 
 
+@pytest.mark.slow
 def test_a_loader_of_unknown_length_that_ends_at_a_validation_validates_once():
     def ten():
         yield from list(data.ArrayLoader({"x": X, "y": Y}, 4))
@@ -275,6 +278,7 @@ def test_a_loader_of_unknown_length_that_ends_at_a_validation_validates_once():
     assert steps == [5, 10, 15, 20]
 
 
+@pytest.mark.slow
 def test_a_train_epoch_that_makes_its_steps_itself_cannot_be_interrupted():
     class Own(Dropped):
         def train_epoch(self, train_loader, epoch):
@@ -296,6 +300,7 @@ def test_models_are_not_ranked_within_epochs_by_a_metric_of_epochs():
         ByTraining(val_every="5 steps").train_model(train_loader(), val_loader(), num_epochs=1)
 
 
+@pytest.mark.slow
 def test_val_every_of_epochs_is_check_val_every_n_epoch():
     def steps(**options: Any) -> list[tuple[str, int]]:
         witness = Witness()
@@ -312,8 +317,8 @@ def test_val_every_of_epochs_is_check_val_every_n_epoch():
         Dropped(val_every=500)
 
 
-@pytest.mark.slow_but("1")
 @pytest.mark.parametrize("steps_per_call", [1, 4])
+@pytest.mark.slow
 def test_saves_every_so_many_steps_or_epochs(steps_per_call, tmp_path, monkeypatch):
     saved: list[int] = []
     original = CheckpointStore.save
@@ -339,6 +344,7 @@ def run_of(num_epochs: Any, root: str, killed: Callback | None = None, **options
     return last.arrays, witness.heard, result, trainer
 
 
+@pytest.mark.slow
 def test_a_run_of_so_many_steps_ends_within_an_epoch_validated_and_saved():
     options = {"optimizer": OptimizerConfig("adam", schedule="linear", end_fraction=0.0)}
     _, heard, result, trainer = run_of("23 steps", "few", **options)
@@ -397,6 +403,7 @@ def test_a_rollback_returns_to_a_validation_within_an_epoch():
     assert (result.step, result.best.step) == (6, back.best.step)
 
 
+@pytest.mark.slow
 def test_checkpoints_to_keep_and_log_lines_are_given_in_steps(tmp_path):
     options = {"log_every_n_steps": "6 steps", "keep_every": "10 steps", "keep_last": 1}
     trainer = train(val_every="5 steps", root=tmp_path, **options)

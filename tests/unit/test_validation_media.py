@@ -40,6 +40,7 @@ def train(trainer: Line, num_epochs: int = 3):
     return trainer.train_model(loader(), loader(), num_epochs=num_epochs)
 
 
+@pytest.mark.slow
 def test_samples_are_files_and_records_and_change_no_number(tmp_path):
     memory, seen = MemoryLogger(), []
 
@@ -91,6 +92,7 @@ def test_resumed_run_makes_samples_of_the_same_validations(tmp_path):
         ({"a": "text"}, {"root": None}, ConfigError, r"'a' \(text\)"),
     ],
 )
+@pytest.mark.slow
 def test_wrong_sample_is_an_error(made, options, error, text, tmp_path):
     with pytest.raises(error, match=text):
         train(line(tmp_path, Samples(lambda info: made), **options), num_epochs=1)
@@ -163,6 +165,7 @@ def test_outside_of_a_run_there_is_no_logger():
 @pytest.mark.parametrize(
     "model", [lambda: nnx.Linear(2, 1, rngs=nnx.Rngs(0)), lambda: eqx.nn.Linear(2, 1, key=key(0))]
 )
+@pytest.mark.slow
 def test_histograms_cover_the_parameters_of_other_families(model, tmp_path):
     quiet: dict[str, Any] = {"root": tmp_path, "enable_progress_bar": False}
     trainer = Line(model(), callbacks=[WeightHistograms()], **quiet)

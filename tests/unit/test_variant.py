@@ -50,6 +50,7 @@ def test_variant_refuses_what_is_no_option():
         ("config", TrainerConfig()),
     ],
 )
+@pytest.mark.slow
 def test_description_is_fixed_once_it_has_trained(name, value):
     trainer = trained(Line, seed=1).trainer
     with pytest.raises(FixedAttributeError, match=rf"{name} is fixed.*trainer\.variant\("):

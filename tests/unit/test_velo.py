@@ -141,6 +141,7 @@ def test_outliers_are_limited():
     assert_differ(after(1e4, 1e6)[0], after(1e2, 1e6)[0])
 
 
+@pytest.mark.slow
 def test_chain_hands_the_loss_on():
     tx = velo(WEIGHTS, TOTAL_STEPS)
     chained = optax.chain(optax.scale(2.0), tx, optax.scale(0.5))

@@ -81,6 +81,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Regression:
 
 
 @pytest.mark.parametrize("kind", ["run", "folder", "file", "state", "collections", "flat"])
+@pytest.mark.slow
 def test_init_from_takes_every_source(run: Regression, kind: str, tmp_path: Path) -> None:
     path, state = run.last_run.path, run.state
     assert path is not None

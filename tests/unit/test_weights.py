@@ -82,8 +82,8 @@ def batches_of(kind: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return batch, {name: leaf[kept] for name, leaf in batch.items()}
 
 
-@pytest.mark.slow_but("Autoencoder")
 @pytest.mark.parametrize("kind", [tasks.Classifier, tasks.Regressor, tasks.Autoencoder])
+@pytest.mark.slow
 def test_row_without_weight_changes_neither_metrics_nor_gradient_even_if_it_is_nan(kind: Any):
     batch, without = batches_of(kind)
     (state, found), (expected, wanted) = (
@@ -118,6 +118,7 @@ def test_regressor_weighs_values_and_leaves_out_missing_ones():
     np.testing.assert_allclose(state.params["w"], 0.5 - 0.1 * gradient, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_nan_is_missing_in_the_leaves_that_are_named_and_bad_elsewhere():
     def train(batch: Any, **options: Any) -> None:
         tasks.Regressor(MODEL, **QUIET, **options).train_model([batch], num_epochs=1)
@@ -174,6 +175,7 @@ OF_TOKENS[2] = 0
         ({"tokens": np.where(TOKENS == 6, -100, TOKENS)}, None, {"ignore_index": -100}),
     ],
 )
+@pytest.mark.slow
 def test_language_model_weighs_each_token(leaves: Any, weight: Any, options: Any):
     arrays, losses = {"tokens": TOKENS, **leaves}, NLL
     if weight is None:  # the model sees token 0 where there is none
@@ -188,6 +190,7 @@ def test_language_model_weighs_each_token(leaves: Any, weight: Any, options: Any
     assert found == pytest.approx(wanted, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_batch_without_weight_teaches_nothing_and_counts_in_no_metric():
     plateau = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=1))
     run = task(tasks.Classifier, {"x": X, "y": Y}, optimizer=plateau)

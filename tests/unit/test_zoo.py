@@ -221,6 +221,7 @@ def test_mlp_is_linear_relu_linear(pictures):
     np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_mlp_normalizes_and_drops_between_its_layers_in_training_only(pictures):
     model = MLP([512, 2], dropout=0.5, batch_norm=True)
     variables = _drawn(model, pictures)
