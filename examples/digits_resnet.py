@@ -67,8 +67,8 @@ def main(options: Options) -> distaff.TrainResult:
     result = trainer.train_model(train, val, test, num_epochs=options.num_epochs)
     if result.status == "interrupted":
         raise SystemExit(130)  # as Ctrl-C ends a program; start it again to go on
-    title = f"resnet/{result.path.name}: seed {options.seed}, test {test.num_examples:,} examples"
     guesses = trainer.predict(test).argmax(axis=-1)
+    title = f"resnet/{result.path.name}: seed {options.seed}, test {len(guesses):,} examples"
     confusion = plots.confusion_matrix(test.arrays["label"], guesses, names, title=title)
     plots.save(result.figure(), result.path / "figures" / "learning_curves.png")
     plots.save(confusion, result.path / "figures" / "confusion_matrix.png")
