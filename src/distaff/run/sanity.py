@@ -252,17 +252,3 @@ def check_metrics(metrics: Any, method: str) -> None:
             f"{method} must return a dict of metrics by name, such as {{'val/loss': 0.1}}; got "
             f"{metrics!r}."
         )
-
-
-def loader_name(prefix: Any) -> str:
-    """Returns the name of a loader for errors and the display, from the prefix of its metrics.
-
-    Raises:
-        ConfigError: `prefix` is not a str, such as the labels of `eval_model(x, y)`.
-    """
-    if not isinstance(prefix, str):
-        raise ConfigError(
-            'The prefix of eval_model is a str, such as "val/"; got '
-            f"{type(prefix).__name__}. Pass arrays as one tuple: eval_model((x, y))."
-        )
-    return prefix.rstrip("/") or "evaluate"

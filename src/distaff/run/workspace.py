@@ -16,7 +16,7 @@ from distaff.checkpoint import Store
 from distaff.checkpoint.weights import EVALUATION_PARAMS
 from distaff.core.typing import Batch, PyTree, Schedule
 from distaff.data import InputOptions, Loader, loader_of, num_batches, num_shapes
-from distaff.errors import DistaffError, StateError
+from distaff.errors import ConfigError, DistaffError, StateError
 from distaff.execution.compile.recompiles import Watch
 from distaff.execution.execution import Compiled, Eager, Execution, ExecutionOptions
 from distaff.execution.feed.chunk import Chunk, ChunkSize
@@ -238,6 +238,19 @@ class Workspace:
             total = None if length is None else -(-length // capacity)
             with closing(feed.repeated(ChunkSize(capacity, capacity), even=may_pad)) as chunks:
                 yield tracker(interruptible(chunks), description=name, total=total)
+
+    def loader_name(self, prefix: Any) -> str:
+        """Returns the name of a loader for errors and the display, from the prefix of its metrics.
+
+        Raises:
+            ConfigError: `prefix` is not a str, such as the labels of `eval_model(x, y)`.
+        """
+        if not isinstance(prefix, str):
+            raise ConfigError(
+                'The prefix of eval_model is a str, such as "val/"; got '
+                f"{type(prefix).__name__}. Pass arrays as one tuple: eval_model((x, y))."
+            )
+        return prefix.rstrip("/") or "evaluate"
 
     def loader(self, data: Any, name: str) -> Loader:
         """Returns the loader of data to evaluate on, which is the data itself for a loader."""

@@ -273,7 +273,7 @@ class TrainerModule(Predictor):
         """
         here, run = self._workspace, self._run
         with here.timers.spent("evaluation"):
-            name, state = sanity.loader_name(prefix), here.evaluation_state(weights)
+            name, state = here.loader_name(prefix), here.evaluation_state(weights)
             may_pad = here.evaluator.may_pad(state)
             interruptible = iter if run is None else run.interruptible
             with here.chunks(loader, name, may_pad, self.tracker, interruptible) as chunks:
