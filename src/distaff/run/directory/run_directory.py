@@ -279,6 +279,7 @@ def read_status(path: Path) -> dict[str, Any] | None:
         None for one without.
     """
     problem = ""
+    is_there = (path / "status.json").exists()  # else it is just starting, or was killed at once
     try:
         status = RunDirectory.open(path).read_json("status.json")
         if isinstance(status, dict) and status.get("status") in STATUSES:
@@ -289,7 +290,7 @@ def read_status(path: Path) -> dict[str, Any] | None:
     if any((path / "checkpoints").glob("step_*")):
         _log.warning("%s has checkpoints, and counts as unfinished: %s", path, problem)
         return {"status": "running"}
-    if (path / "status.json").exists():  # else it is just starting, or was killed at once
+    if is_there:
         _log.warning("%s cannot be resumed: %s", path, problem)
     return None
 
