@@ -57,7 +57,9 @@ def export(
     return load_file(path)
 
 
-def returns(module: Any, tensors: dict[str, np.ndarray], *inputs: Any, rules: TorchRules) -> None:
+def assert_same_back(
+    module: Any, tensors: dict[str, np.ndarray], *inputs: Any, rules: TorchRules
+) -> None:
     """Asserts that an export of loaded weights equals the tensors, bit for bit."""
     model, variables, init = start(module, *inputs)
     filled = loaded(model, variables, InitFrom(tensors, rules=rules), init)[0]
@@ -127,7 +129,7 @@ def test_inputs_first_is_declared(is_listed: bool) -> None:
     arrays = load(Named(), tensors, X, rules=rules)
     weight = SQUARE["weight"]
     np.testing.assert_array_equal(arrays["layer/kernel"], weight if is_listed else weight.T)
-    returns(Named(), tensors, X, rules=rules)
+    assert_same_back(Named(), tensors, X, rules=rules)
 
 
 class Qkv(nn.Module):
@@ -150,7 +152,7 @@ def test_a_fused_tensor_is_split_by_the_sizes_of_its_arrays() -> None:
     np.testing.assert_array_equal(arrays["k/kernel"], weight[8:12].T.reshape(4, 2, 2))
     np.testing.assert_array_equal(arrays["v/bias"], tensors["qkv.bias"][12:].reshape(2, 2))
     np.testing.assert_array_equal(arrays["o/kernel"], tensors["o.weight"].T.reshape(4, 2, 4))
-    returns(Qkv(), tensors, X, rules=rules)
+    assert_same_back(Qkv(), tensors, X, rules=rules)
 
 
 class Attention(nn.Module):
@@ -206,7 +208,7 @@ def test_tied_tensors_are_one_array_and_must_be_equal() -> None:
     for tensors in (both, {"wte.weight": table}, {"head.weight": table}):
         arrays = load(Tied(), tensors, TOKENS, rules=rules)
         np.testing.assert_array_equal(arrays["wte/embedding"], table)
-    returns(Tied(), both, TOKENS, rules=rules)
+    assert_same_back(Tied(), both, TOKENS, rules=rules)
     for other in (table + 1, table[:2]):
         with pytest.raises(CheckpointError, match=r"must be equal; 'head\.weight' and 'wte"):
             load(Tied(), {**both, "head.weight": other}, TOKENS, rules=rules)
@@ -323,7 +325,7 @@ def test_stacked_layers_have_a_number_in_pytorch_only(kind: str) -> None:
     ):
         np.testing.assert_array_equal(kernel, tensors[f"h.{n}.fc.weight"].T)
         np.testing.assert_array_equal(bias, tensors[f"h.{n}.fc.bias"])
-    returns(module, tensors, X, rules=rules)
+    assert_same_back(module, tensors, X, rules=rules)
     more = {**tensors, "h.3.fc.weight": drawn(4, 4)}
     with pytest.raises(CheckpointError, match=r"unused: 'h\.3\.fc\.weight'"):
         load(module, more, X, rules=rules)
@@ -363,7 +365,9 @@ def test_stacked_attention_is_fused_in_each_layer() -> None:
         for n in range(2)
         for leaf, shape in leaves.items()
     }
-    returns(ScannedAttention(), tensors, X[None], rules=TorchRules({"layers.{}": "layers"}))
+    assert_same_back(
+        ScannedAttention(), tensors, X[None], rules=TorchRules({"layers.{}": "layers"})
+    )
 
 
 @pytest.mark.parametrize(

@@ -127,8 +127,9 @@ def test_histogram_equals_numpys_and_leaves_out_what_is_not_finite(tmp_path):
     params = {"a": jnp.asarray(values, jnp.bfloat16), "b": jnp.full(3, jnp.nan)}
     trainer = line(tmp_path)
     train(trainer, num_epochs=1)
-    info = StepInfo(7, 1, trainer.state.replace(params=params), {}, path=tmp_path)
-    WeightHistograms().log(info, trainer.last_run.logger)
+    where = {"path": tmp_path, "logger": trainer.last_run.logger}
+    info = StepInfo(7, 1, trainer.state.replace(params=params), {}, **where)
+    WeightHistograms().on_validation_end(info)
     content = json.loads((tmp_path / "histograms/params_7.json").read_text())
     finite = np.asarray(params["a"]).astype(np.float64)[:100]
     counts, edges = np.histogram(finite, 64)

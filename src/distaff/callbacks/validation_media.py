@@ -21,21 +21,16 @@ _NUM_BINS = 64
 
 
 class _EveryValidation(Callback):
-    """Calls `log` after every n-th validation; the count is saved with each checkpoint."""
+    """Counts validations; the count is saved with each checkpoint."""
 
     def __init__(self, every: int) -> None:
         self.every = whole("every", every)
         self.num_seen = 0
 
-    def on_validation_end(self, info: StepInfo) -> None:
-        """Counts the validation, and logs if it is due."""
+    def _is_due(self) -> bool:
+        """Counts a validation; returns whether it is an n-th one."""
         self.num_seen += 1
-        if self.num_seen % self.every == 0:
-            self.log(info, _logger(self, info))
-
-    def log(self, info: StepInfo, logger: ManyLoggers) -> None:
-        """Logs what the callback makes."""
-        raise NotImplementedError
+        return self.num_seen % self.every == 0
 
     def get_state(self) -> dict[str, Any]:
         """Returns the number of validations so far."""
@@ -70,14 +65,16 @@ class Samples(_EveryValidation):
             )
         self.make = make
 
-    def log(self, info: StepInfo, logger: ManyLoggers) -> None:
-        """Calls `make`, and logs each value according to its type.
+    def on_validation_end(self, info: StepInfo) -> None:
+        """Calls `make` if it is due, and logs each value according to its type.
 
         Raises:
             ConfigError: `make` does not return values by name, or no logger supports one of them.
             BatchError: an array is not an image.
         """
-        made = self.make(info)
+        if not self._is_due():
+            return
+        made, logger = self.make(info), _logger(self, info)
         if not isinstance(made, Mapping):
             raise ConfigError(
                 f"make of Samples returns what to log by name, such as {{'sample': image}}; got "
@@ -131,13 +128,15 @@ class WeightHistograms(_EveryValidation):
         if info.state is not None:
             check_patterns({"WeightHistograms": self.patterns}, info.state.params)
 
-    def log(self, info: StepInfo, logger: ManyLoggers) -> None:
-        """Logs the histograms, or writes them to a file.
+    def on_validation_end(self, info: StepInfo) -> None:
+        """Logs the histograms if they are due, or writes them to a file.
 
         Raises:
             RunDirectoryError: the file cannot be written.
         """
-        arrays = self._arrays(info)
+        if not self._is_due():
+            return
+        arrays, logger = self._arrays(info), _logger(self, info)
         if _supports(logger, "log_histogram"):
             for name, values in arrays.items():
                 logger.log_histogram(name, values, step=info.step)

@@ -184,6 +184,52 @@ class Adapter(ABC):
         return self.apply(Variables.of(variables), *inputs, train=train, key=key, **kwargs)[0]
 
 
+class ModelWrapper(ABC):
+    """Base class of models that change the passes of another one, which is not changed itself.
+
+    Args:
+        inner: the other model.
+    """
+
+    def __init__(self, inner: Model) -> None:
+        self.inner = inner
+
+    @abstractmethod
+    def forward(self, variables: Mapping[str, PyTree], *inputs: Any, **kwargs: Any) -> Any:
+        """Runs the model's own forward function, given collections by name."""
+
+    @property
+    def apply_fn(self) -> Callable[..., Any]:
+        """The method `forward`."""
+        return self.forward
+
+    @property
+    def module(self) -> Any:
+        """The module itself."""
+        return self.inner.module
+
+    @property
+    def record(self) -> Any:
+        """The record of the model."""
+        return self.inner.record
+
+    def ready(self, key: Key) -> Variables | None:
+        """Returns the variables of a ready-made module, or None."""
+        return self.inner.ready(key)
+
+    def init(self, key: Key, *inputs: Any) -> Variables:
+        """Creates the variables, as the model alone does."""
+        return self.inner.init(key, *inputs)
+
+    def bind(self, variables: Variables) -> Any:
+        """Returns the module with its variables bound; its passes are those of the module alone."""
+        return self.inner.bind(variables)
+
+    def layers(self, key: Key, *inputs: Any) -> list[LayerRow]:
+        """Lists the modules of the model."""
+        return self.inner.layers(key, *inputs)
+
+
 def has_numbers(tree: PyTree) -> bool:
     """Returns whether a pytree holds a JAX array, rather than only shapes and dtypes."""
     return any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(tree))

@@ -15,7 +15,7 @@ from distaff.core.equations import named_scope
 from distaff.core.rewriter import Rewriter
 from distaff.core.typing import Key, PyTree
 from distaff.errors import ConfigError, leaf_name
-from distaff.models.adapter import LayerRow, Model, Variables, accepts_collections
+from distaff.models.adapter import Model, ModelWrapper, Variables, accepts_collections
 from distaff.models.observed import Observed, observing
 from distaff.models.precision.autocast import autocast
 from distaff.models.precision.options import PrecisionConfig, PrecisionName, precision_of
@@ -26,7 +26,7 @@ SCALED = "scaled"
 _OUTPUTS = (jax.Array, bool, int, float, complex, str, bytes, np.ndarray, np.generic)
 
 
-class InPrecision:
+class InPrecision(ModelWrapper):
     """Runs the passes of a model in a precision. The model itself is not changed.
 
     Args:
@@ -39,7 +39,8 @@ class InPrecision:
     def __init__(
         self, inner: Model, precision: PrecisionConfig, scale: jax.Array | None = None
     ) -> None:
-        self.inner, self._precision, self._scale = inner, precision, scale
+        super().__init__(inner)
+        self._precision, self._scale = precision, scale
 
     def observing(self, observed: Observed) -> InPrecision:
         """Returns this model with its passes recorded."""
@@ -48,29 +49,6 @@ class InPrecision:
     def scaled(self, scale: jax.Array | None) -> InPrecision:
         """Returns this model with cotangents multiplied by a scale inside its passes."""
         return InPrecision(self.inner, self._precision, scale)
-
-    @property
-    def apply_fn(self) -> Callable[..., Any]:
-        """The forward function of the model, in this precision."""
-        return self.forward
-
-    @property
-    def module(self) -> Any:
-        """The module itself."""
-        return self.inner.module
-
-    @property
-    def record(self) -> Any:
-        """The record of the model."""
-        return self.inner.record
-
-    def ready(self, key: Key) -> Variables | None:
-        """Returns the variables of a ready-made module, or None."""
-        return self.inner.ready(key)
-
-    def init(self, key: Key, *inputs: Any) -> Variables:
-        """Creates the variables, as the model alone does."""
-        return self.inner.init(key, *inputs)
 
     @accepts_collections
     def apply(
@@ -97,14 +75,6 @@ class InPrecision:
         """Runs the model's own forward function, given collections by name."""
         variables = {**variables, "params": self._in_float32(variables["params"])}
         return self._run(lambda held: self.inner.apply_fn(held, *inputs, **kwargs), variables)
-
-    def bind(self, variables: Variables) -> Any:
-        """Returns the module with its variables bound; it computes in its own precision."""
-        return self.inner.bind(variables)
-
-    def layers(self, key: Key, *inputs: Any) -> list[LayerRow]:
-        """Lists the modules of the model."""
-        return self.inner.layers(key, *inputs)
 
     def _run(self, function: Callable[[Any], Any], variables: Any) -> Any:
         if self._precision.compute is None:
