@@ -103,6 +103,10 @@ class ModeWarning(UserWarning):
     """A model's dropout or running statistics ignore the switch between training and evaluation."""
 
 
+_MOST_NAMES = 100
+"""The most names to list in an error."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns a sentence that lists the known names, the closest one first.
 
@@ -112,12 +116,16 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
     Returns:
         `"Did you mean 'adamw'? Known: 'adam', 'adamw'."`; without the question if no name is close.
+        Of more than 100 names it lists ten.
     """
     names = sorted(set(known))
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    listed = ", ".join(repr(known_name) for known_name in names) or "none"
     question = f"Did you mean {close[0]!r}? " if close else ""
-    return f"{question}Known: {listed}."
+    is_long = len(names) > _MOST_NAMES
+    if is_long:
+        names = sorted(difflib.get_close_matches(name, names, n=10, cutoff=0))
+    listed = ", ".join(repr(known_name) for known_name in names) or "none"
+    return f"{question}{'Among others' if is_long else 'Known'}: {listed}."
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:

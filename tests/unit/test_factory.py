@@ -207,3 +207,10 @@ def test_the_name_is_in_the_run_directory_and_loading_it_imports_nothing(tmp_pat
     del sys.modules["others.made"]
     assert Line.load_from_checkpoint(path, model=MODEL).optimizer == OptimizerConfig()
     assert "others.made" not in sys.modules
+
+
+def test_a_module_of_many_names_lists_the_ones_alike():
+    with pytest.raises(ConfigError, match="Among others: ") as raised:
+        build_optimizer(OptimizerConfig("optax:adamz"), 10)
+    assert "Did you mean 'adam" in str(raised.value)
+    assert len(str(raised.value)) < 400

@@ -200,9 +200,9 @@ def test_batches_are_still_batches(batches):
 @pytest.mark.parametrize(
     ("arrays", "complaint"),
     [
-        ((X, Y[:99]), "same length; the inputs has 100 examples, the labels has 99"),
-        ({"x": X, "y": Y[:99]}, "same length; 'x' has 100 examples, 'y' has 99.*into a list"),
-        ((X[:0], Y[:0]), "at least one example; the inputs is empty"),
+        ((X, Y[:99]), "same length; got 100 examples in the inputs, 99 in the labels"),
+        ({"x": X, "y": Y[:99]}, "same length; got 100 examples in 'x', 99 in 'y'.*into a list"),
+        ((X[:0], Y[:0]), "at least one example; got 0 in the inputs"),
         ((X, np.array([None] * 100)), "must hold numbers.*dtype object"),
         ((X, np.array(["a"] * 100)), "must hold numbers.*Encode"),
         ((X, np.float32(3)), "'1' is a scalar"),

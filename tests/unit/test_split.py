@@ -174,3 +174,12 @@ def test_folds_without_scikit_learn_name_the_extra(monkeypatch):
 def test_parts_of_jax_arrays_are_numpy_arrays():
     (first, _) = data.split(jax.numpy.arange(10), (0.5, 0.5))
     assert type(first) is np.ndarray
+
+
+def test_wrong_calls_name_the_arguments():
+    with pytest.raises(ConfigError, match=r"split: too many positional arguments\. Its"):
+        data.split(ROWS, ROWS, (0.8, 0.2))
+    with pytest.raises(ConfigError, match=r"no argument 'test_size'\. Write parts=\(0"):
+        data.split(ROWS, test_size=0.2)
+    with pytest.raises(ConfigError, match=r"k_fold has no argument 'n_splits'\. Write k"):
+        data.k_fold(ROWS, n_splits=3)

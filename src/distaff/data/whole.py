@@ -48,14 +48,14 @@ def whole_arrays(data: Any, name: str) -> PyTree | None:
     for other in others:
         if lengths[other] != lengths[first]:
             raise BatchError(
-                f"All arrays of {whose} must have the same length; {_label(data, first)} has "
-                f"{lengths[first]} examples, {_label(data, other)} has {lengths[other]}. Pass "
+                f"All arrays of {whose} must have the same length; got {lengths[first]} examples "
+                f"in {_label(data, first)}, {lengths[other]} in {_label(data, other)}. Pass "
                 "one row per example in every array. To pass batches, put them into a list."
             )
     if not lengths[first]:
         raise BatchError(
-            f"{whose.capitalize()} must hold at least one example; {_label(data, first)} is "
-            "empty. Check how it is read and filtered."
+            f"{whose.capitalize()} must hold at least one example; got 0 in "
+            f"{_label(data, first)}. Check how it is read and filtered."
         )
     return jax.tree.map_with_path(lambda path, leaf: _as_numpy(leaf_name(path), leaf), data)
 

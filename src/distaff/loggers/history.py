@@ -239,7 +239,8 @@ def _rows(directory: Path) -> Iterator[Mapping[str, Any]]:
 
 def _no_directory(path: Path) -> RunDirectoryError:
     return RunDirectoryError(
-        f"There is no run directory {str(path)!r}. If it was moved, call History.read(path)."
+        f"There is no run directory {str(path)!r}. If it was moved, call History.read with its new "
+        "path."
     )
 
 

@@ -11,12 +11,14 @@ import numpy as np
 
 from distaff.core import optional
 from distaff.core.config.checks import whole
+from distaff.core.config.other_frameworks import spelled
 from distaff.core.typing import PyTree
 from distaff.data.tables.frames import FrameTable
 from distaff.data.whole import whole_arrays
 from distaff.errors import BatchError, ConfigError
 
 
+@spelled({"test_size": "parts=(0.8, 0.2)", "random_state": "seed"})
 def split(
     arrays: PyTree,
     parts: Sequence[float],
@@ -66,6 +68,7 @@ def split(
     return tuple(_rows_of(arrays, np.flatnonzero(part_of == part)) for part in range(len(sizes)))
 
 
+@spelled({"n_splits": "k", "random_state": "seed"})
 def k_fold(
     arrays: PyTree, k: int, *, seed: int = 0, stratify: Any = None, groups: Any = None
 ) -> Iterator[tuple[PyTree, PyTree]]:
