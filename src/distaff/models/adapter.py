@@ -222,7 +222,7 @@ class ModelWrapper(ABC):
         return self.inner.init(key, *inputs)
 
     def bind(self, variables: Variables) -> Any:
-        """Returns the module with its variables bound; its passes are those of the module alone."""
+        """Returns the module with its variables bound; each pass is the module's own."""
         return self.inner.bind(variables)
 
     def layers(self, key: Key, *inputs: Any) -> list[LayerRow]:
