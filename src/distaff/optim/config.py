@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import optax
 
+from distaff.core.config.argument import Argument
 from distaff.core.config.other_frameworks import OPTIMIZER, spell
 from distaff.core.views.brief import brief_fields, fields_table
 from distaff.errors import ConfigError
@@ -139,7 +140,7 @@ class OptimizerConfig:
     no_muon: tuple[str, ...] = ()
     also_muon: tuple[str, ...] = ()
     accumulate: int = 1
-    plateau: Plateau | None = None
+    plateau: Argument[Plateau | None] = None
     options: Mapping[str, Option] = field(default_factory=dict, hash=False)
     groups: tuple[ParamGroup, ...] = ()
 
