@@ -61,7 +61,7 @@ def tune(num_bytes: Callable[[], int] | None = None) -> str:
 
 @functools.cache
 def _tune(reason: str) -> str:
-    outcome = reason or (_TOO_LATE if _has_started() else "") or _set()
+    outcome = reason or (_TOO_LATE if has_started() else "") or _set()
     _log.info("memory allocator: %s", outcome)
     if outcome == _TOO_LATE:
         _late.add(outcome)
@@ -147,7 +147,7 @@ def _on_cpu_alone() -> bool:
     return not plugins and not any(importlib.util.find_spec(name) for name in packages)
 
 
-def _has_started() -> bool:
+def has_started() -> bool:
     """Whether JAX's backend has started: from then on the number of CPU devices is fixed."""
     config: Any = jax.config  # its options are defined at run time
     number = config.jax_num_cpu_devices

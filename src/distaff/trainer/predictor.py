@@ -26,6 +26,7 @@ from distaff.core.views.brief import brief, fields_table, num_values
 from distaff.data import INPUT_NAMES, entry, num_batches
 from distaff.data.on_policy import check_reader
 from distaff.execution import allocator, compile_cache
+from distaff.execution.determinism import ask_backend
 from distaff.models import LoraModel, Variables, as_model, in_precision, standardized, stored
 from distaff.run.display import as_text, make_display
 from distaff.run.display.model_table import model_table
@@ -70,6 +71,8 @@ class Predictor:
         self._made_by = self._made_by and self._made_by.with_model(model)
         self.config = make_config(self.Config, options, type(self))
         self.model = as_model(model)
+        if self.config.deterministic:
+            ask_backend()
         if self.config.tune_process:
             compile_cache.enable()
         self._workspace = self._new_workspace()

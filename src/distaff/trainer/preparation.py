@@ -12,7 +12,9 @@ from distaff.checkpoint.weights.names import as_variables
 from distaff.core.typing import Batch
 from distaff.data import Loader, first_to_train, is_on_policy, num_examples, num_shapes
 from distaff.errors import ConfigError, DistaffError
+from distaff.execution.determinism import FirstSteps
 from distaff.execution.dispatch.dispatcher import make_dispatcher
+from distaff.execution.dispatch.repetition import RepeatsSteps
 from distaff.execution.dispatch.steps_per_call import Expected
 from distaff.execution.placement import owned
 from distaff.loggers.protocol import as_loggers, is_logger
@@ -180,9 +182,16 @@ class Preparation:
             watch=here.make_watch(),
             own_step=here.own_step,
         )
+        run.dispatcher.checks = self._step_checks(run)
         self._check(run, batch, test_loader)
         self._check_precision(batch)
         self._identify(run, total)
+
+    def _step_checks(self, run: Run) -> list[RepeatsSteps]:
+        """Returns what decides which steps to repeat: the trainer's option, and callbacks."""
+        deterministic = self._options.deterministic
+        first = [FirstSteps(deterministic)] if deterministic else []
+        return [*first, *run.callbacks.step_checks]
 
     def _check_averages(self, plan: Plan) -> None:
         """Checks that the averages of the weights can be made and validated.
