@@ -26,6 +26,7 @@ import numpy as np
 
 from distaff.core.pytrees import static
 from distaff.errors import LossError, MetricError, UnknownMetricError, nearest
+from distaff.metrics.arguments import as_numbers, check_axis, floating, guarded, is_whole
 from distaff.metrics.exact_sums import sum_integers
 
 C = TypeVar("C", bound=type)
@@ -34,7 +35,10 @@ C = TypeVar("C", bound=type)
 @dataclass_transform(frozen_default=True, field_specifiers=(static, dataclasses.field))
 def pytree(cls: C) -> C:
     """Turns a class into a frozen dataclass registered as a JAX pytree."""
-    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+    made = dataclasses.dataclass(frozen=True)(cls)
+    if issubclass(made, Metric):
+        made.__init__ = guarded(made.__init__)
+    return jax.tree_util.register_dataclass(made)
 
 
 def namespace(array: Any) -> Any:
@@ -48,10 +52,12 @@ class Metric(ABC):
     Attributes:
         refused_in_training: why a training step must not return this kind; empty if it may.
         is_result: whether it is reported; `metrics.limits.Limits` is not.
+        compares: the arrays that `per_example` compares, for errors.
     """
 
     refused_in_training: ClassVar[str] = ""
     is_result: ClassVar[bool] = True
+    compares: ClassVar[str] = ""
 
     @abstractmethod
     def merge(self, other: Self) -> Self:
@@ -100,7 +106,12 @@ class PerExample:
         return reduce(mask, *self.values, **dict(self.settings))
 
     def compute(self) -> Any:
-        """Returns the value over all examples, on the host: for arrays outside of a step."""
+        """Returns the value over all examples, on the host: for arrays outside of a step.
+
+        Raises:
+            LossError: the values have no axis of examples.
+        """
+        check_axis(self.metric.__name__, self.values[0])
         mask = jnp.ones(self.values[0].shape[:1], bool)
         return compute(to_host({"": self.reduce(mask)}))[""]
 
@@ -116,20 +127,6 @@ def masked(mask: jax.Array, values: jax.Array, otherwise: Any) -> jax.Array:
     return jnp.where(aligned(mask, values), values, jnp.asarray(otherwise, values.dtype))
 
 
-def floating(values: Any) -> jax.Array:
-    """Converts values to float32, so that averages of half-precision values are exact.
-
-    Float64 stays.
-    """
-    values = jnp.asarray(values)
-    return values if values.dtype == jnp.float64 else values.astype(jnp.float32)
-
-
-def is_whole(values: jax.Array) -> bool:
-    """Returns whether an array holds integers or bools."""
-    return values.dtype == jnp.bool_ or bool(jnp.issubdtype(values.dtype, jnp.integer))
-
-
 @pytree
 class WeightedMean(Metric):
     """The sum of weighted values and the sum of weights, the base of all means."""
@@ -142,13 +139,13 @@ class WeightedMean(Metric):
         value, weight = values
         kept = masked(mask, weight, 0)
         weighted = masked(kept != 0, value, 0) * aligned(kept, value)
-        return cls(jnp.sum(weighted, axis=0), jnp.sum(kept))
+        return cls(total=jnp.sum(weighted, axis=0), weight=jnp.sum(kept))
 
     def merge(self, other: Self) -> Self:
-        return type(self)(self.total + other.total, self.weight + other.weight)
+        return type(self)(total=self.total + other.total, weight=self.weight + other.weight)
 
     def over_rows(self) -> Self:
-        return type(self)(self.total.sum(0), self.weight.sum(0))
+        return type(self)(total=self.total.sum(0), weight=self.weight.sum(0))
 
     def compute(self) -> Any:
         if isinstance(self.total, float) and isinstance(self.weight, float):
@@ -159,7 +156,7 @@ class WeightedMean(Metric):
         return numpy.where(weight == 0, float("nan"), mean)
 
     def empty_like(self) -> Self:
-        return type(self)(jnp.zeros_like(self.total), jnp.zeros_like(self.weight))
+        return jax.tree.map(jnp.zeros_like, self)
 
 
 @pytree
@@ -229,7 +226,7 @@ class Sum(Metric):
 
         Sums of integers are exact up to 2**47 per batch.
         """
-        values = jnp.asarray(values)
+        values = as_numbers(values)
         is_narrow = is_whole(values) and values.dtype.itemsize <= 4
         if cls is Sum and is_narrow:
             return PerExample((values,), WholeSum)
