@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Never, Self, TypeVar, dataclass_transform
@@ -25,11 +26,29 @@ import jax.numpy as jnp
 import numpy as np
 
 from distaff.core.pytrees import static
-from distaff.errors import LossError, MetricError, UnknownMetricError, nearest
-from distaff.metrics.arguments import as_numbers, check_axis, floating, guarded, is_whole
+from distaff.errors import MetricError, UnknownMetricError, nearest
+from distaff.metrics.arguments import as_numbers, check_axis, check_fields, floating, is_whole
+from distaff.metrics.arguments import leading_weight as _leading
 from distaff.metrics.exact_sums import sum_integers
 
 C = TypeVar("C", bound=type)
+
+
+def _guarded(init: Callable[..., None]) -> Callable[..., None]:
+    """Wraps the constructor of a metric, which takes sums rather than the arrays of a batch."""
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def constructor(self: Any, *args: Any, **kwargs: Any) -> None:
+        if len(args) == 2 and self.compares and np.ndim(args[1]) > 0:
+            check_fields(self, signature)
+        try:
+            init(self, *args, **kwargs)
+        except TypeError:
+            check_fields(self, signature, *args, **kwargs)
+            raise
+
+    return constructor
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(static, dataclasses.field))
@@ -37,7 +56,7 @@ def pytree(cls: C) -> C:
     """Turns a class into a frozen dataclass registered as a JAX pytree."""
     made = dataclasses.dataclass(frozen=True)(cls)
     if issubclass(made, Metric):
-        made.__init__ = guarded(made.__init__)
+        made.__init__ = _guarded(made.__init__)
     return jax.tree_util.register_dataclass(made)
 
 
@@ -200,18 +219,6 @@ def whole_weight(weight: Any, values: jax.Array) -> jax.Array:
     """Returns one weight per value, 1 by default, given weights of its leading axes."""
     weight = jnp.ones(values.shape[:1], values.dtype) if weight is None else weight
     return jnp.broadcast_to(aligned(_leading(weight, values), values), values.shape)
-
-
-def _leading(weight: Any, values: jax.Array) -> jax.Array:
-    """Returns a weight as floats, checked to have the leading axes of the values."""
-    weight = floating(weight)
-    if weight.ndim == 0 or weight.shape != values.shape[: weight.ndim]:
-        raise LossError(
-            f"The weight of a mean has shape {weight.shape}, which does not match the leading "
-            f"axes of the values, {values.shape}. Pass one weight per example, "
-            f"{values.shape[:1]}, or one per value, {values.shape}."
-        )
-    return weight
 
 
 @pytree

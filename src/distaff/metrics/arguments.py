@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import jax
@@ -14,45 +13,25 @@ import numpy as np
 from distaff.errors import ConfigError, LossError, MetricError
 
 
-def guarded(init: Callable[..., None]) -> Callable[..., None]:
-    """Wraps the constructor of a metric, which takes sums rather than the arrays of a batch.
+def check_fields(metric: Any, signature: inspect.Signature, *args: Any, **kwargs: Any) -> None:
+    """Checks that arguments are the fields of a metric, rather than arrays of a batch.
 
-    The wrapper raises MetricError for arguments of `per_example`, whose arrays `compares` names; a
-    metric that may be constructed from arrays compares none.
+    Raises:
+        MetricError: they are not, and the metric has a `per_example`.
     """
-    signature = inspect.signature(init)
-
-    @functools.wraps(init)
-    def constructor(self: Any, *args: Any, **kwargs: Any) -> None:
-        if len(args) == 2 and self.compares and np.ndim(args[1]) > 0:
-            raise MetricError(_remedy(self, signature))
-        try:
-            return init(self, *args, **kwargs)
-        except TypeError:
-            if not hasattr(self, "per_example") or _fits(signature, self, *args, **kwargs):
-                raise
-        raise MetricError(_remedy(self, signature))
-
-    return constructor
-
-
-def _fits(signature: inspect.Signature, *args: Any, **kwargs: Any) -> bool:
-    try:
-        signature.bind(*args, **kwargs)
-    except TypeError:
-        return False
-    return True
-
-
-def _remedy(metric: Any, signature: inspect.Signature) -> str:
     cls = type(metric)
+    with suppress(TypeError):
+        signature.bind(metric, *args, **kwargs)
+        return
+    if not hasattr(cls, "per_example"):
+        return
     name = f"metrics.{cls.__name__}" if cls.__module__.startswith("distaff.") else cls.__name__
     call = f"{name}.per_example({metric.compares or 'values'})"
     fields = ", ".join(list(signature.parameters)[1:])
-    return (
+    raise MetricError(
         f"{name}(...) takes what it accumulates: {fields}. For the metric of a batch, return "
         f"{call} from the loss function; {call}.compute() is its value outside of a step."
-    )
+    ) from None
 
 
 def as_numbers(values: Any, what: str = "A metric") -> jax.Array:
@@ -90,6 +69,18 @@ def floating(values: Any) -> jax.Array:
 def is_whole(values: jax.Array) -> bool:
     """Returns whether an array holds integers or bools."""
     return values.dtype == jnp.bool_ or bool(jnp.issubdtype(values.dtype, jnp.integer))
+
+
+def leading_weight(weight: Any, values: jax.Array) -> jax.Array:
+    """Returns a weight as floats, checked to have the leading axes of the values."""
+    weight = floating(weight)
+    if weight.ndim == 0 or weight.shape != values.shape[: weight.ndim]:
+        raise LossError(
+            f"The weight of a mean has shape {weight.shape}, which does not match the leading "
+            f"axes of the values, {values.shape}. Pass one weight per example, "
+            f"{values.shape[:1]}, or one per value, {values.shape}."
+        )
+    return weight
 
 
 def check_axis(name: str, values: jax.Array) -> None:
