@@ -112,6 +112,12 @@ class ArrayLoader:
         epoch, start = self._start
         self._position = self._start = (epoch + 1 + (start == len(self)), 0)
 
+    def abandon(self) -> None:
+        """Moves to the next epoch, if `set_state` restored a position within one."""
+        epoch, start = self._start
+        if start:
+            self._position = self._start = (epoch + 1, 0)
+
     def peek(self) -> Batch:
         """Returns the next batch of the next or resumed epoch, without consuming it."""
         epoch, batch = self._start

@@ -148,6 +148,12 @@ def abandon(loader: Loader) -> None:
         leave()
 
 
+def begin_new_epoch(loader: Loader) -> None:
+    """Abandons the current epoch of a loader at any position."""
+    loader.set_state(loader.get_state())
+    abandon(loader)
+
+
 def num_batches(loader: Loader) -> int | None:
     """Returns the number of batches in an epoch, or None if it is unknown."""
     try:

@@ -192,6 +192,10 @@ class Stream:
             )
         self._resumed = True
 
+    def abandon(self) -> None:
+        """Makes the next `iter()` begin a new epoch; a one-shot iterator continues."""
+        self._resumed = False
+
     def close(self) -> None:
         """Stops the running iteration, such as its workers, and abandons the epoch."""
         with suppress(ValueError):  # another thread is still reading

@@ -97,6 +97,8 @@ class Plan(NamedTuple):
         val_every: how often to validate, and to save.
         repeat: whether to restart the train loader within an epoch when it ends.
         num_steps: steps of the run, if it is to end after these, within an epoch or not.
+        abandons: whether the run before ended within an epoch of the train loader, so that this one
+            abandons the rest of it and begins a new one.
     """
 
     train_loader: Loader
@@ -107,6 +109,7 @@ class Plan(NamedTuple):
     val_every: Every
     repeat: bool = False
     num_steps: int | None = None
+    abandons: bool = False
 
     @property
     def num_epochs(self) -> int:

@@ -14,6 +14,7 @@ from distaff.callbacks.callbacks import Callbacks
 from distaff.callbacks.chunk_scope import ChunkScope, around_epoch
 from distaff.data import Loader
 from distaff.data.inspection import InspectionOptions
+from distaff.data.loader import begin_new_epoch
 from distaff.execution import page_faults
 from distaff.execution.dispatch.calibration import calibrate
 from distaff.execution.dispatch.dispatcher import Dispatcher, DispatchOptions
@@ -215,6 +216,8 @@ class Run:
         progress = self.state.in_epoch
         if progress.is_trained or self.is_stopped:
             return (chunk for chunk in ())
+        if self.plan.abandons and progress.epoch == self.plan.first_epoch and not progress.steps:
+            begin_new_epoch(loader)
         skipped = skipped_batches(self.state.skipped, progress.epoch)
         return self.workspace.feeds.of(loader, name="train").epoch(
             self.dispatcher.chunk_size,

@@ -6,6 +6,7 @@ from contextlib import closing
 from typing import Any
 
 from distaff.data import closing_made, first_to_train, loader_of, unlimited
+from distaff.data.loader import begin_new_epoch
 from distaff.errors import StateError
 from distaff.execution.determinism import check_backend
 from distaff.execution.processes import check_one_process
@@ -83,6 +84,9 @@ class Training:
     def _make_run(self, plan: Plan) -> Run:
         trainer, name = self._trainer, type(self._trainer).__name__
         monitor = as_monitor(trainer.monitor)
+        if plan.steps_per_epoch is None:  # else an epoch continues where the last one stopped
+            left = self._here.feeds.is_left_within_epoch(plan.train_loader)
+            plan = plan._replace(abandons=left)
         return Run(self._here, plan, self._options, trainer.callbacks, monitor, name)
 
     def _begin(self, plan: Plan) -> Run:
@@ -93,6 +97,8 @@ class Training:
             check_backend()
         check_one_process()
         run = self._make_run(plan)
+        if run.plan.abandons:  # before its next batch identifies the data
+            begin_new_epoch(run.plan.train_loader)
         trainer._run = run
         run.recorder.begin()
         return run
@@ -122,6 +128,7 @@ class Training:
         if store.latest() != here.step:
             trainer.save_model({}, is_best=False)
         trainer.load_model()
+        here.feeds.leave(run.plan.train_loader)
         best = run.best_metrics or {}
         of_best = {n: x for n, x in best.items() if n[:6] != "train/"}
         metrics = {**run.state.last_metrics, **of_best}
@@ -151,6 +158,7 @@ class Training:
         recorder.update(step=step, epoch=epoch, first_step=step, last_metrics=metrics)
         recorder.show(f"{done.path} has already finished; loading its result without training")
         reason = str(status.get("reason") or "") or "already finished: nothing was trained"
+        self._here.feeds.leave(run.plan.train_loader)
         return recorder.result()._replace(status=str(status["status"]), reason=reason)
 
 

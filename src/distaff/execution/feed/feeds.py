@@ -9,7 +9,7 @@ from typing import Any
 
 from distaff.core.typing import Batch
 from distaff.core.warnings import warn
-from distaff.data.loader import Loader, epoch_of, in_order, sources
+from distaff.data.loader import Loader, epoch_of, in_order, num_batches, sources
 from distaff.data.stream import Stream
 from distaff.errors import BatchError
 from distaff.execution.feed.feed import Feed
@@ -31,6 +31,7 @@ class Feeds:
         self._views: list[tuple[Loader, Loader]] = []
         self._in_place: list[Loader] = []
         self._room = _MIN_FEEDS
+        self._left: tuple[Loader | None, Mapping[str, Any]] = (None, {})
         self.lock = threading.RLock()  # reentrant, as a loader may itself call predict
 
     def make_room(self, count: int) -> None:
@@ -137,6 +138,18 @@ class Feeds:
         feed = self._known(loader)
         handed_out = None if feed is None else feed.handed_out
         return loader.get_state() if handed_out is None else handed_out
+
+    def leave(self, loader: Loader) -> None:
+        """Records where a run that ended leaves its train loader."""
+        self._left = loader, dict(loader.get_state())
+
+    def is_left_within_epoch(self, loader: Loader) -> bool:
+        """Whether the last run ended within an epoch of a loader that has not moved since."""
+        left, position = self._left
+        if left is not loader or loader.get_state() != position:
+            return False
+        batch, length = position.get("batch"), num_batches(loader)
+        return length is not None and isinstance(batch, int) and 0 < batch < length
 
     def settle(self, loader: Loader) -> None:
         """Waits until no thread reads a loader; its position may then be set."""
