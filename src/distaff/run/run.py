@@ -381,7 +381,8 @@ class Run:
         self.recorder.update(interrupted_by=str(interrupted))
         remedy = "Run the same command again to resume." if self.path else "Nothing was saved."
         advice = faster_data(self.plan.train_loader)
-        for remark in Report(self.timers.read(), advice=advice).remarks():
+        slow = self.recorder.step_times.slow
+        for remark in Report(self.timers.read(), advice=advice, slow=slow).remarks():
             self.recorder.show(remark)
         self.recorder.show(f"interrupted by {interrupted} at step {self.workspace.step}. {remedy}")
 
