@@ -108,6 +108,11 @@ class Stream:
         """Whether restoring a position reads the source again, which may yield other batches."""
         return self._in_order is None and type(self._source) not in (list, tuple)
 
+    @property
+    def has_own_order(self) -> bool:
+        """Whether `in_order` may yield the batches in another order."""
+        return self._in_order is not None
+
     @cached_property
     def num_shapes(self) -> int:
         """Number of distinct shapes of the batches; counted for a list or tuple."""

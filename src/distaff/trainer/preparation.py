@@ -85,17 +85,34 @@ class Preparation:
 
     def set_up(self, example_batch: Batch) -> None:
         """Calls the setup methods in order; see `TrainerModule`."""
-        trainer, here = self._trainer, self._here
         num_examples(example_batch)
-        trainer.example_batch = here.example_batch = example_batch
-        here.table = None
-        trainer.print_tabulate(example_batch)
+        self._trainer.example_batch = self._here.example_batch = example_batch
+        self._here.table = None
+        self._trainer.print_tabulate(example_batch)
         self.make_recording()
-        train_step, eval_step = trainer.create_functions()
-        trainer.create_jitted_functions(averaging(train_step, self._options), eval_step)
-        self._take_programs()
-        trainer.init_model(example_batch)
+        self._create_programs()
+        self._trainer.init_model(example_batch)
         self._load_init_from()
+
+    def set_up_alone(self, example_batch: Batch, state: TrainState | None) -> None:
+        """Creates the programs and the state, without a recording and a table of the model.
+
+        Args:
+            example_batch: a training batch.
+            state: the state; None to create the initial one.
+        """
+        self._trainer.example_batch = self._here.example_batch = example_batch
+        self._create_programs()
+        self._here.state = state
+        if state is None:
+            self._trainer.init_model(example_batch)
+            self._load_init_from()
+
+    def _create_programs(self) -> None:
+        """Creates the programs of a training and an evaluation step."""
+        train_step, eval_step = self._trainer.create_functions()
+        self._trainer.create_jitted_functions(averaging(train_step, self._options), eval_step)
+        self._take_programs()
 
     def _take_programs(self) -> None:
         trainer, here = self._trainer, self._here

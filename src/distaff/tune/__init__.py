@@ -1,7 +1,9 @@
-"""Searches over options, and comparisons of optimizers."""
+"""Finds learning rates, searches over options, and compares optimizers."""
 
 from distaff.tune.compare import compare
 from distaff.tune.comparison import Comparison, OptimizerResult, OptimizerRun
+from distaff.tune.learning_rate import find_learning_rate
+from distaff.tune.range_test import RangeTest
 from distaff.tune.search import Trial
 from distaff.tune.space import Choice, Float, Int
 from distaff.tune.study import StudyResult, study
@@ -13,8 +15,10 @@ __all__ = [
     "Int",
     "OptimizerResult",
     "OptimizerRun",
+    "RangeTest",
     "StudyResult",
     "Trial",
     "compare",
+    "find_learning_rate",
     "study",
 ]
