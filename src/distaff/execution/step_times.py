@@ -66,7 +66,7 @@ class StepTimes:
             step: completed steps, for the line.
 
         Returns:
-            A line about slow steps, at most one in ten minutes; empty if there is none to show.
+            A line about slow steps, at most one in ten minutes; empty if steps are not slow.
         """
         timers = self._timers
         if timers.calls - self._calls < _CALLS:
