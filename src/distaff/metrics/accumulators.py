@@ -25,8 +25,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from distaff.core.pytrees import static
-from distaff.errors import LossError, MetricError, UnknownMetricError, nearest
-from distaff.metrics.arguments import as_numbers, check_axis, floating, guarded, is_whole
+from distaff.errors import MetricError, UnknownMetricError, nearest
+from distaff.metrics.arguments import (
+    as_numbers,
+    check_axis,
+    check_construction,
+    floating,
+    is_whole,
+    leading,
+)
 from distaff.metrics.exact_sums import sum_integers
 
 C = TypeVar("C", bound=type)
@@ -37,8 +44,22 @@ def pytree(cls: C) -> C:
     """Turns a class into a frozen dataclass registered as a JAX pytree."""
     made = dataclasses.dataclass(frozen=True)(cls)
     if issubclass(made, Metric):
-        made.__init__ = guarded(made.__init__)
+        made.__init__ = _checked(made.__init__)
     return jax.tree_util.register_dataclass(made)
+
+
+def _checked(init: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def constructor(self: Any, *args: Any, **kwargs: Any) -> None:
+        if args:  # JAX passes arrays by name
+            check_construction(self, init, args, kwargs)
+        try:
+            init(self, *args, **kwargs)
+        except TypeError:
+            check_construction(self, init, args, kwargs)
+            raise
+
+    return constructor
 
 
 def namespace(array: Any) -> Any:
@@ -180,7 +201,7 @@ class Mean(WeightedMean):
         values = floating(values)
         if weight is None:
             return PerExample((values, jnp.ones(values.shape[:1], values.dtype)), cls)
-        weight = _leading(weight, values)
+        weight = leading(weight, values)
         if weight.ndim > 1:
             axes, own = tuple(range(1, weight.ndim)), aligned(weight, values)
             total = (jnp.where(own != 0, values, 0) * own).sum(axes)
@@ -199,19 +220,7 @@ def mean_over_all(metric: type[WeightedMean], values: Any, weight: Any) -> PerEx
 def whole_weight(weight: Any, values: jax.Array) -> jax.Array:
     """Returns one weight per value, 1 by default, given weights of its leading axes."""
     weight = jnp.ones(values.shape[:1], values.dtype) if weight is None else weight
-    return jnp.broadcast_to(aligned(_leading(weight, values), values), values.shape)
-
-
-def _leading(weight: Any, values: jax.Array) -> jax.Array:
-    """Returns a weight as floats, checked to have the leading axes of the values."""
-    weight = floating(weight)
-    if weight.ndim == 0 or weight.shape != values.shape[: weight.ndim]:
-        raise LossError(
-            f"The weight of a mean has shape {weight.shape}, which does not match the leading "
-            f"axes of the values, {values.shape}. Pass one weight per example, "
-            f"{values.shape[:1]}, or one per value, {values.shape}."
-        )
-    return weight
+    return jnp.broadcast_to(aligned(leading(weight, values), values), values.shape)
 
 
 @pytree

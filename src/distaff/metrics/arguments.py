@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,26 +13,20 @@ import numpy as np
 from distaff.errors import ConfigError, LossError, MetricError
 
 
-def guarded(init: Callable[..., None]) -> Callable[..., None]:
-    """Wraps the constructor of a metric, which takes sums rather than the arrays of a batch.
+def check_construction(
+    metric: Any, init: Callable[..., None], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> None:
+    """Checks the arguments of a metric, which takes sums rather than the arrays of a batch.
 
-    The wrapper raises MetricError for arguments of `per_example`, whose arrays `compares` names; a
-    metric that may be constructed from arrays compares none.
+    Raises:
+        MetricError: they are arguments of `per_example`, whose arrays `compares` names; a metric
+            that may be constructed from arrays compares none.
     """
     signature = inspect.signature(init)
-
-    @functools.wraps(init)
-    def constructor(self: Any, *args: Any, **kwargs: Any) -> None:
-        if len(args) == 2 and self.compares and np.ndim(args[1]) > 0:
-            raise MetricError(_remedy(self, signature))
-        try:
-            return init(self, *args, **kwargs)
-        except TypeError:
-            if not hasattr(self, "per_example") or _fits(signature, self, *args, **kwargs):
-                raise
-        raise MetricError(_remedy(self, signature))
-
-    return constructor
+    is_pair = len(args) == 2 and metric.compares and np.ndim(args[1]) > 0
+    is_other = hasattr(metric, "per_example") and not _fits(signature, metric, *args, **kwargs)
+    if is_pair or is_other:
+        raise MetricError(_remedy(metric, signature)) from None
 
 
 def _fits(signature: inspect.Signature, *args: Any, **kwargs: Any) -> bool:
@@ -85,6 +78,18 @@ def floating(values: Any) -> jax.Array:
     """
     values = as_numbers(values)
     return values if values.dtype == jnp.float64 else values.astype(jnp.float32)
+
+
+def leading(weight: Any, values: jax.Array) -> jax.Array:
+    """Returns a weight as floats, checked to have the leading axes of the values."""
+    weight = floating(weight)
+    if weight.ndim == 0 or weight.shape != values.shape[: weight.ndim]:
+        raise LossError(
+            f"The weight of a mean has shape {weight.shape}, which does not match the leading "
+            f"axes of the values, {values.shape}. Pass one weight per example, "
+            f"{values.shape[:1]}, or one per value, {values.shape}."
+        )
+    return weight
 
 
 def is_whole(values: jax.Array) -> bool:
