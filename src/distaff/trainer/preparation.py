@@ -19,11 +19,12 @@ from distaff.execution.dispatch.steps_per_call import Expected
 from distaff.execution.placement import owned
 from distaff.loggers.protocol import as_loggers, is_logger
 from distaff.metrics.monitor import as_monitor
-from distaff.models import precision_of
+from distaff.models import precision_of, remat_of, without_remat
 from distaff.optim.gradients import check_trainable
 from distaff.optim.precision import check_copy
 from distaff.optim.transforms.masks import check_patterns
 from distaff.run.diagnosis.products import checked_summary
+from distaff.run.diagnosis.recomputed import check_recomputed
 from distaff.run.directory.protocol import Recording
 from distaff.run.directory.recording import DirectoryRecording, make_recording
 from distaff.run.evaluation import Evaluator
@@ -201,7 +202,7 @@ class Preparation:
         )
         run.dispatcher.checks = self._step_checks(run)
         self._check(run, batch, test_loader)
-        self._check_precision(batch)
+        self._check_forward_passes(batch)
         self._identify(run, total)
 
     def _step_checks(self, run: Run) -> list[RepeatsSteps]:
@@ -257,8 +258,11 @@ class Preparation:
             sanity.check_evaluation(test_loader, "test")
         self._first_batches = sanity.first_batches
 
-    def _check_precision(self, batch: Batch) -> None:
-        """Counts the products of the training step by dtype, for a precision that changes it."""
+    def _check_forward_passes(self, batch: Batch) -> None:
+        """Checks that precision and rematerialization apply to the training step.
+
+        Counts the products of the step by dtype, for a precision that changes it.
+        """
         here, precision = self._here, precision_of(self._options.precision)
         state = here.ready_state()
         check_patterns({"PrecisionConfig.float32": precision.float32}, state.params)
@@ -266,6 +270,7 @@ class Preparation:
         if not self._options.debug:
             # Not the measured step: operations of an inlined program have no line of their own.
             self.products = checked_summary(here.plain_step, state, batch, precision)
+            check_recomputed(here.plain_step, state, batch, remat_of(self._options.remat))
 
     def _is_own(self, *names: str) -> bool:
         kind = type(self._trainer)
@@ -329,7 +334,7 @@ class Preparation:
         return Subject(
             step=step if is_traced else None,
             eval_step=here.evaluator.step if is_traced else None,
-            state=here.ready_state().replace(guard=None),
+            state=_in_identity(here.ready_state()),
             loaders={name: (each, first[name]) for name, each in named.items() if name in first},
             total_steps=total_steps,
             with_total_steps=self._with_total_steps,
@@ -342,11 +347,16 @@ class Preparation:
         state, schedule = here.ready_state(), here.schedule
         try:
             self._trainer.init_optimizer(total_steps)
-            return here.ready_state().replace(guard=None, averages=state.averages)
+            return _in_identity(here.ready_state()).replace(averages=state.averages)
         except DistaffError:  # such as a warm-up that is too long for it
-            return state.replace(guard=None)
+            return _in_identity(state)
         finally:
             here.state, here.schedule = state, schedule
+
+
+def _in_identity(state: TrainState) -> TrainState:
+    """Returns a state without what changes no number of a run."""
+    return state.replace(guard=None, apply_fn=without_remat(state.apply_fn))
 
 
 def recording_of(trainer: Any, loggers: Any) -> Recording:
