@@ -278,15 +278,24 @@ class Preparation:
 
     def _init_optimizer(self, total_steps: int | None, batch: Batch) -> int:
         """Initializes the optimizer, and returns the number of updates per step."""
-        self._call_init_optimizer(total_steps, self._per_epoch)
+        self.init_optimizer(total_steps, self._per_epoch)
         count = self._here.counted.count(self._here.ready_state(), batch)
         if count > 1:
             is_known = total_steps is not None and self._per_epoch is not None
             total_steps = total_steps * count if is_known else total_steps
-            self._call_init_optimizer(total_steps, self._per_epoch and self._per_epoch * count)
+            self.init_optimizer(total_steps, self._per_epoch and self._per_epoch * count)
         return count
 
-    def _call_init_optimizer(self, total_steps: int | None, per_epoch: int | None) -> None:
+    def init_optimizer(self, total_steps: int | None, per_epoch: int | None) -> None:
+        """Gives the state its optimizer, averages and guard, before the first step.
+
+        Args:
+            total_steps: optimizer steps of the run; None if unknown.
+            per_epoch: optimizer steps of an epoch; None if unknown.
+
+        Raises:
+            ConfigError: the optimizer does not fit the run.
+        """
         here = self._here
         here.schedule, here.steps_per_epoch = None, per_epoch
         check_trainable(here.evaluation_state().params)

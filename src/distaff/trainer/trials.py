@@ -22,6 +22,7 @@ from distaff.execution.execution import Execution
 from distaff.execution.placement import owned
 from distaff.run.display import NullDisplay
 from distaff.run.events import Plan
+from distaff.run.workspace import Workspace
 from distaff.step.normalise import StepFn
 from distaff.step.state import TrainState
 from distaff.trainer.module import TrainerModule
@@ -69,7 +70,7 @@ class StepAlone(NamedTuple):
     """The training step of a trainer, with a copy of its state. The trainer is not changed.
 
     Attributes:
-        step: `(state, batch) -> (state, metrics)`, without a guard and averages of the weights.
+        step: `(state, batch) -> (state, metrics)`.
         state: a copy of the trainer's state, or a new one, whose arrays may be donated. Its
             optimizer is set up, and has made no update.
         execution: makes programs of it.
@@ -81,12 +82,9 @@ class StepAlone(NamedTuple):
 
 
 def step_alone(
-    trainer: TrainerModule,
-    batch: Batch,
-    num_steps: int,
-    tx: optax.GradientTransformation | None = None,
+    trainer: TrainerModule, batch: Batch, num_steps: int, tx: optax.GradientTransformation | None
 ) -> StepAlone:
-    """Returns the training step of a trainer, to be tried out without a run.
+    """Returns the bare training step of a trainer: without a guard, averages and norms.
 
     Args:
         trainer: the trainer. The copy has its current weights.
@@ -97,27 +95,56 @@ def step_alone(
     Raises:
         DistaffError: an input is invalid (the subclass says which).
     """
-    here = trainer._workspace
-    if here.state is None:
-        trainer._tune_process(batch)
-    other = trainer.variant(
-        loggers=(), callbacks=(), root=None, ema=None, swa_from_epoch=None, log_norms=False
+    preparation, other = _set_up_alone(
+        trainer, batch, ema=None, swa_from_epoch=None, log_norms=False
     )
-    there = other._workspace
-    there.display, there.explains = NullDisplay(), False
-    other.check_batch(batch, "train")
-    copied = None
-    if here.state is not None:
-        copied = here.evaluation_state().replace(opt_state=None, tx=None, guard=None, averages=None)
-    Preparation(other, TrainerModule).set_up_alone(batch, copied)
+    here = other._workspace
     if tx is None:
-        other.init_optimizer(num_steps)
+        preparation.init_optimizer(num_steps, None)
     else:
-        there.begin_optimizer(tx, other.optimizer, keep=False)
-    there.counted.count(there.ready_state(), batch)
-    placement = there.execution.placement.alongside(batch)
-    state = placement.state(owned(there.ready_state()))
-    return StepAlone(there.plain_step, state, there.execution)
+        here.begin_optimizer(tx, other.optimizer, keep=False)
+    here.counted.count(here.ready_state(), batch)
+    return _alone(here.plain_step, here, batch)
+
+
+def step_of_run(trainer: TrainerModule, batch: Batch, num_steps: int) -> StepAlone:
+    """Returns the training step that a run repeats, with everything that its options add.
+
+    Args:
+        trainer: the trainer. The copy has its current weights.
+        batch: a training batch, which is checked.
+        num_steps: the number of steps, for optimizers that depend on it.
+
+    Raises:
+        DistaffError: an input is invalid (the subclass says which).
+    """
+    preparation, other = _set_up_alone(trainer, batch)
+    here = other._workspace
+    preparation.init_optimizer(num_steps, None)
+    here.counted.count(here.ready_state(), batch)
+    return _alone(here.measured_step, here, batch)
+
+
+def _set_up_alone(trainer: T, batch: Batch, **changes: Any) -> tuple[Preparation, T]:
+    """Sets up a copy of a trainer without a run directory, loggers and callbacks."""
+    state = trainer._workspace.state
+    if state is None:
+        trainer._tune_process(batch)
+    else:
+        state = trainer._workspace.evaluation_state()
+        state = state.replace(opt_state=None, tx=None, guard=None, averages=None)
+    other = trainer.variant(loggers=(), callbacks=(), root=None, **changes)
+    other._workspace.display, other._workspace.explains = NullDisplay(), False
+    other.check_batch(batch, "train")
+    preparation = Preparation(other, TrainerModule)
+    preparation.set_up_alone(batch, state)
+    return preparation, other
+
+
+def _alone(step: StepFn, here: Workspace, batch: Batch) -> StepAlone:
+    state = here.execution.placement.alongside(batch).state(owned(here.ready_state()))
+    here.state = None  # which the step keeps alive
+    return StepAlone(step, state, here.execution)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
-"""Finds learning rates, searches over options, and compares optimizers."""
+"""Finds learning rates and batch sizes, searches over options, and compares optimizers."""
 
+from distaff.tune.batch_size import BatchSizeSearch, TriedBatch, find_batch_size
 from distaff.tune.compare import compare
 from distaff.tune.comparison import Comparison, OptimizerResult, OptimizerRun
 from distaff.tune.learning_rate import find_learning_rate
@@ -9,6 +10,7 @@ from distaff.tune.space import Choice, Float, Int
 from distaff.tune.study import StudyResult, study
 
 __all__ = [
+    "BatchSizeSearch",
     "Choice",
     "Comparison",
     "Float",
@@ -18,7 +20,9 @@ __all__ = [
     "RangeTest",
     "StudyResult",
     "Trial",
+    "TriedBatch",
     "compare",
+    "find_batch_size",
     "find_learning_rate",
     "study",
 ]
