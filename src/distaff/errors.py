@@ -91,6 +91,10 @@ class NonFiniteError(DistaffError, FloatingPointError):
     """The loss became NaN or infinite during training."""
 
 
+class ReproducibilityError(DistaffError, RuntimeError):
+    """A step gave other bits when it was run again on the same state and batch."""
+
+
 class RecompileError(DistaffError, RuntimeError):
     """A program was compiled a second time, under `recompile="error"`."""
 

@@ -81,7 +81,7 @@ def test_it_is_left_alone_where_somebody_else_decides(monkeypatch, environment, 
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     if "JAX_PLATFORMS" in environment:
-        monkeypatch.setattr(allocator, "_on_cpu_alone", lambda: False)
+        monkeypatch.setattr(allocator, "on_cpu_alone", lambda: False)
     assert reason in allocator._reason_against()
 
 
@@ -102,7 +102,7 @@ loader = data.ArrayLoader(
 )
 started = []
 tune = allocator._tune
-allocator._tune = lambda reason: started.append(allocator._has_started()) or tune(reason)
+allocator._tune = lambda reason: started.append(allocator.has_started()) or tune(reason)
 trainer = tasks.Classifier(zoo.CNN(features={features}), root=None, enable_progress_bar=False)
 trainer.train_model(loader, num_epochs=1)
 print(started)
@@ -146,5 +146,5 @@ def test_what_cannot_be_told_counts_as_large(monkeypatch):
 def test_looking_whether_jax_has_started_changes_nothing():
     before = jax.config.jax_num_cpu_devices
     jax.devices()
-    assert allocator._has_started()
+    assert allocator.has_started()
     assert jax.config.jax_num_cpu_devices == before

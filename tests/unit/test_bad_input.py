@@ -162,7 +162,7 @@ BATCHES = {
     "arrays": Case(
         lambda: train(SHORT),
         BatchError,
-        ("arrays of the train data must have the same length", "'y' has 3", "one row per example"),
+        ("arrays of the train data must have the same length", "3 in 'y'", "one row per example"),
     ),
     "too few": Case(
         lambda: data.ArrayLoader(BATCH, batch_size=5, shuffle=True),

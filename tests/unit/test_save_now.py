@@ -62,6 +62,30 @@ def test_a_file_requests_a_checkpoint_within_a_second(tmp_path):
     assert not interruption.save_file.exists()
 
 
+def test_a_save_file_that_cannot_be_deleted_requests_one_checkpoint_and_is_named(tmp_path, capfd):
+    interruption = Interruption(clock=Clock())
+    interruption.save_file = tmp_path / "save-now"
+
+    def is_requested():
+        interruption.saved()
+        interruption.clock.now += 1
+        interruption.agreed()
+        return interruption.is_save_due
+
+    (tmp_path / "save-now").mkdir()
+    (tmp_path / "save-now" / "notes.txt").touch()
+    assert [is_requested() for _ in range(3)] == [True, False, False]
+    printed = capfd.readouterr().err
+    assert printed.count("\n") == 2
+    assert f"{tmp_path / 'save-now'} cannot be deleted (Directory not empty)" in printed
+    (tmp_path / "save-now" / "notes.txt").unlink()
+    assert is_requested()  # it may be a new one
+    assert not (tmp_path / "save-now").exists()
+    (tmp_path / "save-now").symlink_to(tmp_path)
+    assert is_requested()
+    assert tmp_path.exists()
+
+
 def test_without_a_run_directory_nothing_is_due():
     interruption = Interruption(clock=Clock())
     interruption.agreed()
@@ -86,6 +110,7 @@ class Request(Callback):
 REQUESTS = {
     "signal": lambda path: signal.raise_signal(signal.SIGUSR1),
     "file": lambda path: (path / "save-now").touch(),
+    "folder": lambda path: (path / "save-now").mkdir(),
     "nothing": lambda path: None,
 }
 

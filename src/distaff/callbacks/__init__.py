@@ -9,6 +9,7 @@ from distaff.callbacks.early_stopping import EarlyStopping
 from distaff.callbacks.profiler import Profiler
 from distaff.callbacks.timer import Timer
 from distaff.callbacks.validation_media import Samples, WeightHistograms
+from distaff.callbacks.verify import Verify
 from distaff.callbacks.webhook import Webhook
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "StepInfo",
     "StopTraining",
     "Timer",
+    "Verify",
     "WatchesChunks",
     "Webhook",
     "WeightHistograms",

@@ -12,6 +12,7 @@ from distaff.callbacks.early_stopping import EarlyStopping
 from distaff.core.config.other_frameworks import EVENTS, check_methods
 from distaff.core.config.overrides import check_overrides
 from distaff.errors import ConfigError
+from distaff.execution.dispatch.repetition import RepeatsSteps
 from distaff.metrics.monitor import Monitor
 from distaff.step.state import is_intact
 
@@ -45,6 +46,7 @@ class Callbacks:
         self.stop_status = "stopped"
         self._to_end: list[Callback] = []
         self.chunk_watchers = [each for each in self.callbacks if isinstance(each, WatchesChunks)]
+        self.step_checks = [each for each in self.callbacks if isinstance(each, RepeatsSteps)]
         self.watches_steps = any(
             getattr(callback.on_step_end, "__func__", None) is not Callback.on_step_end
             for callback in self.callbacks

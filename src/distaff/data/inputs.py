@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from distaff.core.config.argument import Argument
 from distaff.core.config.options import Options, at_least, option, or_none
 from distaff.core.seeds import folded
 from distaff.core.typing import PyTree
@@ -45,13 +46,13 @@ class InputOptions(Options):
         check=at_least(1),
         resume="same run",
     )
-    standardize: Standardize | None = option(
+    standardize: Argument[Standardize | None] = option(
         None,
         """A `data.Standardize` fitted on the training data. Each forward pass standardizes the
         model's first input with it; the numbers are saved with the model.""",
         check=or_none(_fitted),
     )
-    coding: FrameCoding | None = option(
+    coding: Argument[FrameCoding | None] = option(
         None,
         """The coding of a `data.from_frame`. Data frames given to `train_model`, `eval_model` and
         `predict` are read with it; it is saved with the model.""",

@@ -113,6 +113,11 @@ class Stream:
         """Whether another loader reads the same source, such as one `tf.data.Dataset`."""
         return isinstance(other, Stream) and self._source is other._source
 
+    @property
+    def has_own_order(self) -> bool:
+        """Whether `in_order` may yield the batches in another order."""
+        return self._in_order is not None
+
     @cached_property
     def num_shapes(self) -> int:
         """Number of distinct shapes of the batches; counted for a list or tuple."""

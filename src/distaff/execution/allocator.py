@@ -61,7 +61,7 @@ def tune(num_bytes: Callable[[], int] | None = None) -> str:
 
 @functools.cache
 def _tune(reason: str) -> str:
-    outcome = reason or (_TOO_LATE if _has_started() else "") or _set()
+    outcome = reason or (_TOO_LATE if has_started() else "") or _set()
     _log.info("memory allocator: %s", outcome)
     if outcome == _TOO_LATE:
         _late.add(outcome)
@@ -118,7 +118,7 @@ def _reason_against() -> str:
         return "not tuned (the environment configures it)"
     if os.environ.get("LD_PRELOAD"):
         return "not tuned (LD_PRELOAD may have replaced it)"
-    if not _on_cpu_alone():
+    if not on_cpu_alone():
         return "not tuned (JAX may run on an accelerator)"
     return ""
 
@@ -136,7 +136,7 @@ def _libc() -> str:
         return ""
 
 
-def _on_cpu_alone() -> bool:
+def on_cpu_alone() -> bool:
     """Whether JAX will run on the CPU only; does not start its backend."""
     config: Any = jax.config  # its options are defined at run time
     platforms = config.jax_platforms
@@ -147,7 +147,7 @@ def _on_cpu_alone() -> bool:
     return not plugins and not any(importlib.util.find_spec(name) for name in packages)
 
 
-def _has_started() -> bool:
+def has_started() -> bool:
     """Whether JAX's backend has started: from then on the number of CPU devices is fixed."""
     config: Any = jax.config  # its options are defined at run time
     number = config.jax_num_cpu_devices

@@ -14,6 +14,7 @@ from jax.core import Tracer
 from distaff.core.config.options import Options, one_of, option
 from distaff.core.typing import PyTree
 from distaff.execution.compile.recompiles import Recompile
+from distaff.execution.determinism import Deterministic, check_deterministic
 from distaff.execution.placement import ONE_DEVICE, Placement
 
 _LITTLE_EFFORT = {"xla_backend_optimization_level": 1}
@@ -27,6 +28,15 @@ class ExecutionOptions(Options):
     debug: bool = option(
         False,
         "Run every step as plain Python, so that breakpoints and prints work.",
+        resume="same run",
+    )
+    deterministic: Deterministic = option(
+        False,
+        """Make equal runs bit-identical on a GPU, too: ask XLA for deterministic programs, before
+        JAX starts. Each start of a run repeats its first program of steps, and compares the bits;
+        if they differ, True raises `ReproducibilityError`, which names the arrays, and "warn" logs
+        a warning.""",
+        check=check_deterministic,
         resume="same run",
     )
     recompile: Recompile = option(

@@ -125,11 +125,8 @@ _HIDING = {
 }
 
 
-def owned(tree: PyTree) -> PyTree:
-    """Returns copies of arrays on their devices, each in its own buffer: all can be donated.
-
-    The copies are strongly typed; see `strongly_typed`.
-    """
+def copies(tree: PyTree) -> PyTree:
+    """Returns copies of arrays on their devices, each in its own buffer: all can be donated."""
 
     def copy(leaf: Any) -> jax.Array:
         if not isinstance(leaf, jax.Array):
@@ -137,7 +134,12 @@ def owned(tree: PyTree) -> PyTree:
         # Unlike `leaf.copy()`, this does not compile a program per shape.
         return jax.device_put(leaf, leaf.sharding if leaf.committed else None, may_alias=False)
 
-    return strongly_typed(jax.tree.map(copy, tree))
+    return jax.tree.map(copy, tree)
+
+
+def owned(tree: PyTree) -> PyTree:
+    """Returns copies of arrays that can be donated, strongly typed; see `strongly_typed`."""
+    return strongly_typed(copies(tree))
 
 
 def like(tree: PyTree, example: PyTree) -> PyTree:

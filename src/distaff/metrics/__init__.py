@@ -8,12 +8,12 @@ from distaff.metrics.accumulators import (
     PerExample,
     Sum,
     compute,
-    floating,
     merge,
     merge_rows,
     results,
     to_host,
 )
+from distaff.metrics.arguments import floating
 from distaff.metrics.as_json import as_json, as_numbers
 from distaff.metrics.classification import (
     F1,

@@ -25,7 +25,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from distaff.core.pytrees import static
-from distaff.errors import LossError, MetricError, UnknownMetricError, nearest
+from distaff.errors import MetricError, UnknownMetricError, nearest
+from distaff.metrics.arguments import (
+    as_numbers,
+    check_axis,
+    check_construction,
+    floating,
+    is_whole,
+    leading,
+)
 from distaff.metrics.exact_sums import sum_integers
 
 C = TypeVar("C", bound=type)
@@ -34,7 +42,24 @@ C = TypeVar("C", bound=type)
 @dataclass_transform(frozen_default=True, field_specifiers=(static, dataclasses.field))
 def pytree(cls: C) -> C:
     """Turns a class into a frozen dataclass registered as a JAX pytree."""
-    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+    made = dataclasses.dataclass(frozen=True)(cls)
+    if issubclass(made, Metric):
+        made.__init__ = _checked(made.__init__)
+    return jax.tree_util.register_dataclass(made)
+
+
+def _checked(init: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def constructor(self: Any, *args: Any, **kwargs: Any) -> None:
+        if args:  # JAX passes arrays by name
+            check_construction(self, init, args, kwargs)
+        try:
+            init(self, *args, **kwargs)
+        except TypeError:
+            check_construction(self, init, args, kwargs)
+            raise
+
+    return constructor
 
 
 def namespace(array: Any) -> Any:
@@ -48,10 +73,12 @@ class Metric(ABC):
     Attributes:
         refused_in_training: why a training step must not return this kind; empty if it may.
         is_result: whether it is reported; `metrics.limits.Limits` is not.
+        compares: the arrays that `per_example` compares, for errors.
     """
 
     refused_in_training: ClassVar[str] = ""
     is_result: ClassVar[bool] = True
+    compares: ClassVar[str] = ""
 
     @abstractmethod
     def merge(self, other: Self) -> Self:
@@ -100,7 +127,12 @@ class PerExample:
         return reduce(mask, *self.values, **dict(self.settings))
 
     def compute(self) -> Any:
-        """Returns the value over all examples, on the host: for arrays outside of a step."""
+        """Returns the value over all examples, on the host: for arrays outside of a step.
+
+        Raises:
+            LossError: the values have no axis of examples.
+        """
+        check_axis(self.metric.__name__, self.values[0])
         mask = jnp.ones(self.values[0].shape[:1], bool)
         return compute(to_host({"": self.reduce(mask)}))[""]
 
@@ -116,20 +148,6 @@ def masked(mask: jax.Array, values: jax.Array, otherwise: Any) -> jax.Array:
     return jnp.where(aligned(mask, values), values, jnp.asarray(otherwise, values.dtype))
 
 
-def floating(values: Any) -> jax.Array:
-    """Converts values to float32, so that averages of half-precision values are exact.
-
-    Float64 stays.
-    """
-    values = jnp.asarray(values)
-    return values if values.dtype == jnp.float64 else values.astype(jnp.float32)
-
-
-def is_whole(values: jax.Array) -> bool:
-    """Returns whether an array holds integers or bools."""
-    return values.dtype == jnp.bool_ or bool(jnp.issubdtype(values.dtype, jnp.integer))
-
-
 @pytree
 class WeightedMean(Metric):
     """The sum of weighted values and the sum of weights, the base of all means."""
@@ -142,13 +160,13 @@ class WeightedMean(Metric):
         value, weight = values
         kept = masked(mask, weight, 0)
         weighted = masked(kept != 0, value, 0) * aligned(kept, value)
-        return cls(jnp.sum(weighted, axis=0), jnp.sum(kept))
+        return cls(total=jnp.sum(weighted, axis=0), weight=jnp.sum(kept))
 
     def merge(self, other: Self) -> Self:
-        return type(self)(self.total + other.total, self.weight + other.weight)
+        return type(self)(total=self.total + other.total, weight=self.weight + other.weight)
 
     def over_rows(self) -> Self:
-        return type(self)(self.total.sum(0), self.weight.sum(0))
+        return type(self)(total=self.total.sum(0), weight=self.weight.sum(0))
 
     def compute(self) -> Any:
         if isinstance(self.total, float) and isinstance(self.weight, float):
@@ -159,7 +177,7 @@ class WeightedMean(Metric):
         return numpy.where(weight == 0, float("nan"), mean)
 
     def empty_like(self) -> Self:
-        return type(self)(jnp.zeros_like(self.total), jnp.zeros_like(self.weight))
+        return jax.tree.map(jnp.zeros_like, self)
 
 
 @pytree
@@ -183,7 +201,7 @@ class Mean(WeightedMean):
         values = floating(values)
         if weight is None:
             return PerExample((values, jnp.ones(values.shape[:1], values.dtype)), cls)
-        weight = _leading(weight, values)
+        weight = leading(weight, values)
         if weight.ndim > 1:
             axes, own = tuple(range(1, weight.ndim)), aligned(weight, values)
             total = (jnp.where(own != 0, values, 0) * own).sum(axes)
@@ -202,19 +220,7 @@ def mean_over_all(metric: type[WeightedMean], values: Any, weight: Any) -> PerEx
 def whole_weight(weight: Any, values: jax.Array) -> jax.Array:
     """Returns one weight per value, 1 by default, given weights of its leading axes."""
     weight = jnp.ones(values.shape[:1], values.dtype) if weight is None else weight
-    return jnp.broadcast_to(aligned(_leading(weight, values), values), values.shape)
-
-
-def _leading(weight: Any, values: jax.Array) -> jax.Array:
-    """Returns a weight as floats, checked to have the leading axes of the values."""
-    weight = floating(weight)
-    if weight.ndim == 0 or weight.shape != values.shape[: weight.ndim]:
-        raise LossError(
-            f"The weight of a mean has shape {weight.shape}, which does not match the leading "
-            f"axes of the values, {values.shape}. Pass one weight per example, "
-            f"{values.shape[:1]}, or one per value, {values.shape}."
-        )
-    return weight
+    return jnp.broadcast_to(aligned(leading(weight, values), values), values.shape)
 
 
 @pytree
@@ -229,7 +235,7 @@ class Sum(Metric):
 
         Sums of integers are exact up to 2**47 per batch.
         """
-        values = jnp.asarray(values)
+        values = as_numbers(values)
         is_narrow = is_whole(values) and values.dtype.itemsize <= 4
         if cls is Sum and is_narrow:
             return PerExample((values,), WholeSum)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from typing import Any, Literal, Self, TypeAlias
+from typing import Any, ClassVar, Literal, Self, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +18,11 @@ from distaff.metrics.accumulators import (
     Metric,
     PerExample,
     aligned,
-    floating,
-    is_whole,
     masked,
     namespace,
     pytree,
 )
+from distaff.metrics.arguments import as_numbers, check_num_classes, floating, is_whole
 from distaff.metrics.exact_sums import sum_by_cell
 
 Average: TypeAlias = Literal["binary", "micro", "macro", "weighted"] | None
@@ -35,6 +34,8 @@ _AVERAGES = ("binary", "micro", "macro", "weighted")
 @pytree
 class _Counts(Metric):
     counts: Any
+
+    compares: ClassVar[str] = "labels, predictions, num_classes=..."
 
     @classmethod
     def reduce(
@@ -64,23 +65,24 @@ class _Counts(Metric):
 class _CountTable(_Counts):
     @classmethod
     def per_example(
-        cls, labels: Any, predictions: Any, *, num_classes: int, weight: Any = None
+        cls, labels: Any, predictions: Any, *, num_classes: int | None = None, weight: Any = None
     ) -> PerExample:
         """Counts labels and predictions.
 
         Args:
             labels: int or bool, `[batch]`, or `[batch, ...]` for one label per pixel or token.
             predictions: predicted classes, with the shape of `labels`.
-            num_classes: number of classes. A class outside of `0 ... num_classes - 1` makes the
-                metric NaN, unless its weight is 0.
+            num_classes: number of classes, required. A class outside of `0 ... num_classes - 1`
+                makes the metric NaN, unless its weight is 0.
             weight: numbers or bool, with the leading axes of `labels`; 1 by default. Labels of
                 weight 0 are ignored, whatever their value: `weight=labels != 255`.
 
         Raises:
-            ConfigError: `num_classes` is less than 2.
+            ConfigError: `num_classes` is missing or less than 2.
             LossError: labels or predictions are not integers, or shapes differ.
         """
-        values = _classes(labels, predictions, num_classes, weight)
+        num_classes = check_num_classes(f"metrics.{cls.__name__}", num_classes)
+        values = _classes(labels, predictions, weight)
         return PerExample(values, cls, (("num_classes", num_classes),))
 
 
@@ -131,7 +133,7 @@ class _Score(_Counts):
         labels: Any,
         predictions: Any,
         *,
-        num_classes: int,
+        num_classes: int | None = None,
         average: Average = "binary",
         weight: Any = None,
     ) -> PerExample:
@@ -143,8 +145,8 @@ class _Score(_Counts):
         Args:
             labels: int or bool, `[batch]`, or `[batch, ...]` for one label per pixel or token.
             predictions: predicted classes, with the shape of `labels`.
-            num_classes: number of classes. A class outside of `0 ... num_classes - 1` makes the
-                metric NaN, unless its weight is 0.
+            num_classes: number of classes, required. A class outside of `0 ... num_classes - 1`
+                makes the metric NaN, unless its weight is 0.
             average: `"binary"`, the score of class 1 of two; `"micro"`, one score from the counts
                 of all classes; `"macro"`, the mean over all classes, including those without
                 examples; `"weighted"`, the mean weighted by examples; None, the scores `[classes]`.
@@ -152,11 +154,12 @@ class _Score(_Counts):
                 weight 0 are ignored, whatever their value: `weight=labels != 255`.
 
         Raises:
-            ConfigError: `num_classes` is less than 2, `average` is unknown, or `"binary"` is used
-                with more than two classes.
+            ConfigError: `num_classes` is missing or less than 2, `average` is unknown, or
+                `"binary"` is used with more than two classes.
             LossError: labels or predictions are not integers, or shapes differ.
         """
-        values = _classes(labels, predictions, num_classes, weight)
+        num_classes = check_num_classes(f"metrics.{cls.__name__}", num_classes)
+        values = _classes(labels, predictions, weight)
         _check_average(average)
         if average == "binary" and num_classes != 2:
             raise ConfigError(
@@ -225,22 +228,16 @@ class IoU(_Score):
 
 
 def _check_average(average: Any) -> None:
-    if average is not None and average not in _AVERAGES:
+    is_known = isinstance(average, str) and average in _AVERAGES
+    if average is not None and not is_known:
         raise ConfigError(
             f"average={average!r} is not one of {_AVERAGES}, or None for one score per class. "
             f"{nearest(str(average), _AVERAGES)}"
         )
 
 
-def _classes(
-    labels: Any, predictions: Any, num_classes: int, weight: Any
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    if num_classes < 2:
-        raise ConfigError(
-            f"num_classes must be at least 2; got {num_classes}. Pass 2 for labels that are true "
-            "or false."
-        )
-    labels, predictions = jnp.asarray(labels), jnp.asarray(predictions)
+def _classes(labels: Any, predictions: Any, weight: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    labels, predictions = as_numbers(labels), as_numbers(predictions)
     for name, array in (("labels", labels), ("predictions", predictions)):
         if not jnp.issubdtype(array.dtype, jnp.integer) and array.dtype != bool:
             raise LossError(
@@ -259,7 +256,7 @@ def _classes(
 
 def weight_per_label(weight: Any, labels: jax.Array) -> jax.Array:
     """Returns one weight per label: bool, int32, or float of at least 32 bits."""
-    weight = jnp.ones(labels.shape, bool) if weight is None else jnp.asarray(weight)
+    weight = jnp.ones(labels.shape, bool) if weight is None else as_numbers(weight)
     if weight.shape != labels.shape[: weight.ndim]:
         raise LossError(
             f"weight has shape {weight.shape}, which does not match the leading axes of the labels,"

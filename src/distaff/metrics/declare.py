@@ -8,7 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from distaff.errors import LossError
-from distaff.metrics.accumulators import Mean, Metric, PerExample, floating
+from distaff.metrics.accumulators import (
+    Mean,
+    Metric,
+    PerExample,
+)
+from distaff.metrics.arguments import as_numbers, floating
 from distaff.metrics.foreign import foreign, is_foreign
 
 
@@ -22,8 +27,8 @@ def declare(name: str, value: Any, num_examples: int) -> Metric | PerExample:
         num_examples: the batch size.
 
     Raises:
-        LossError: an array is neither a scalar nor has one value per example, or a metric of
-            another library is not a pytree.
+        LossError: a value is not an array of numbers, an array is neither a scalar nor has one
+            value per example, or a metric of another library is not a pytree.
     """
     if isinstance(value, Metric):
         return value
@@ -32,7 +37,7 @@ def declare(name: str, value: Any, num_examples: int) -> Metric | PerExample:
     if isinstance(value, PerExample):
         _check_leading(name, value.values[0], num_examples)
         return value
-    array = floating(value)
+    array = floating(as_numbers(value, f"The metric {name!r}"))
     if array.ndim == 0:
         weight = jnp.asarray(num_examples, array.dtype)
         return Mean(array * weight, weight)

@@ -13,12 +13,11 @@ from distaff.metrics.accumulators import (
     Metric,
     PerExample,
     aligned,
-    floating,
-    is_whole,
     masked,
     namespace,
     pytree,
 )
+from distaff.metrics.arguments import as_numbers, floating, is_whole
 
 
 def extremes_of(dtype: Any) -> tuple[Any, Any]:
@@ -45,15 +44,16 @@ class _Extreme(Metric):
 
         Integers stay integers, so that values beyond 2**24 are exact.
         """
-        values = jnp.asarray(values)
+        values = as_numbers(values)
         if is_whole(values) and values.dtype.itemsize < 4:
             values = values.astype(jnp.int32)
         return PerExample((values if is_whole(values) else floating(values),), cls)
 
     @classmethod
     def reduce(cls, mask: jax.Array, *values: jax.Array) -> Self:
-        kept = masked(mask, values[0], cls._neutral(values[0].dtype))
-        return cls(getattr(jnp, cls._over_axis)(kept, axis=0), jnp.sum(mask))
+        neutral = cls._neutral(values[0].dtype)
+        kept = masked(mask, values[0], neutral)
+        return cls(getattr(jnp, cls._over_axis)(kept, axis=0, initial=neutral), jnp.sum(mask))
 
     def merge(self, other: Self) -> Self:
         value = getattr(namespace(self.value), self._of_two)(self.value, other.value)

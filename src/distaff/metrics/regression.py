@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Self
+import math
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -14,18 +15,20 @@ from distaff.metrics.accumulators import (
     Metric,
     PerExample,
     WeightedMean,
-    floating,
     masked,
     mean_over_all,
     namespace,
     pytree,
     whole_weight,
 )
+from distaff.metrics.arguments import floating
 
 
 @pytree
 class MAE(WeightedMean):
     """The mean absolute error over all values."""
+
+    compares: ClassVar[str] = "targets, outputs"
 
     @classmethod
     def per_example(cls, targets: Any, outputs: Any, *, weight: Any = None) -> PerExample:
@@ -47,6 +50,8 @@ class MAE(WeightedMean):
 @pytree
 class RMSE(WeightedMean):
     """The square root of the mean squared error over all values."""
+
+    compares: ClassVar[str] = "targets, outputs"
 
     @classmethod
     def per_example(cls, targets: Any, outputs: Any, *, weight: Any = None) -> PerExample:
@@ -84,6 +89,8 @@ class R2(Metric):
     error: Any
     average: bool = static(default=True)
 
+    compares: ClassVar[str] = "targets, outputs"
+
     @classmethod
     def per_example(
         cls, targets: Any, outputs: Any, *, weight: Any = None, average: bool = True
@@ -102,7 +109,8 @@ class R2(Metric):
         """
         targets, outputs = _pair(cls, targets, outputs)
         weights = whole_weight(weight, targets)
-        rows = (array.reshape(len(targets), -1) for array in (targets, outputs, weights))
+        columns = math.prod(targets.shape[1:])
+        rows = (array.reshape(-1, columns) for array in (targets, outputs, weights))
         return PerExample(tuple(rows), cls, (("average", average),))
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import abstractmethod
 from typing import Any, ClassVar, Literal, Self, TypeAlias, get_args
 
@@ -17,12 +18,12 @@ from distaff.metrics.accumulators import (
     Metric,
     PerExample,
     WeightedMean,
-    floating,
     masked,
     mean_over_all,
     namespace,
     pytree,
 )
+from distaff.metrics.arguments import as_numbers, floating
 from distaff.metrics.classification import weight_per_label
 from distaff.metrics.exact_sums import sum_by_cell
 
@@ -43,6 +44,8 @@ class _Scores(Metric):
     parts: tuple[Any, ...]
     average: ScoreAverage = static(default="micro")
 
+    compares: ClassVar[str] = "labels, scores"
+
     @classmethod
     def per_example(
         cls, labels: Any, scores: Any, *, weight: Any = None, average: ScoreAverage = "micro"
@@ -62,7 +65,8 @@ class _Scores(Metric):
             ConfigError: `average` is unknown.
             LossError: the shapes differ, or there is no axis of classes to average over.
         """
-        if average not in (None, *get_args(get_args(ScoreAverage)[0])):
+        is_known = isinstance(average, str) and average in get_args(get_args(ScoreAverage)[0])
+        if average is not None and not is_known:
             raise ConfigError(
                 f"average={average!r} is not 'micro' or 'macro', or None for one value per class."
             )
@@ -112,7 +116,7 @@ class _Scores(Metric):
         if not self.parts:
             return np.float64("nan")
         examples = np.concatenate([np.asarray(part, np.float64) for part in self.parts], axis=-1)
-        stacked = examples.reshape(-1, *examples.shape[-2:])
+        stacked = examples.reshape(math.prod(examples.shape[:-2]), *examples.shape[-2:])
         found = [self._of(*rows[:, rows[2] != 0]) for rows in stacked]
         values = np.reshape(found, examples.shape[:-2])
         if self.average != "macro":
@@ -202,6 +206,8 @@ class TopK(WeightedMean):
     the accuracy.
     """
 
+    compares: ClassVar[str] = "labels, logits"
+
     @classmethod
     def per_example(cls, labels: Any, logits: Any, *, k: int = 5, weight: Any = None) -> PerExample:
         """Compares labels with the classes of the highest scores.
@@ -248,6 +254,8 @@ class CalibrationError(Metric):
 
     sums: Any
 
+    compares: ClassVar[str] = "labels, probabilities"
+
     @classmethod
     def per_example(
         cls, labels: Any, probabilities: Any, *, bins: int = 15, weight: Any = None
@@ -270,7 +278,7 @@ class CalibrationError(Metric):
             LossError: the shapes differ, or labels are not integers.
         """
         whole("bins", bins)
-        labels, probabilities = jnp.asarray(labels), floating(probabilities)
+        labels, probabilities = as_numbers(labels), floating(probabilities)
         if labels.shape == probabilities.shape:
             labels, probabilities = _checked(cls, labels, probabilities[..., None])
             confidence, hits = probabilities[..., 0], labels == 1
@@ -316,8 +324,8 @@ class CalibrationError(Metric):
 
 def _checked(cls: type[Metric], labels: Any, scores: Any) -> tuple[jax.Array, jax.Array]:
     """Returns labels `[batch, ...]`, int32, and scores `[batch, ..., classes]`, float32."""
-    labels, scores = jnp.asarray(labels), floating(scores)
-    if labels.shape != scores.shape[:-1]:
+    labels, scores = as_numbers(labels), floating(scores)
+    if not scores.ndim or labels.shape != scores.shape[:-1]:
         raise LossError(
             f"{cls.__name__} needs the scores of all classes for each label: labels [batch] and "
             f"scores [batch, classes]; got {labels.shape} and {scores.shape}."

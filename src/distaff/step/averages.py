@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from distaff.core.config.argument import Argument
 from distaff.core.config.checks import as_float
 from distaff.core.config.options import Options, at_least, option, or_none
 from distaff.core.typing import Batch, PyTree
@@ -70,7 +71,7 @@ def _as_ema(name: str, value: Any) -> EMA | None:
 class AveragingOptions(Options):
     """Which averages of the weights to keep."""
 
-    ema: EMA | float | None = option(
+    ema: Argument[EMA | float | None] = option(
         None,
         """Decay of an exponential moving average of the weights, such as 0.999, or an `EMA`. It is
         validated alongside the raw weights, as `val_ema/loss`. None to disable.""",

@@ -26,7 +26,16 @@ from distaff.core.views.brief import brief, fields_table, num_values
 from distaff.data import INPUT_NAMES, entry, num_batches
 from distaff.data.on_policy import check_reader
 from distaff.execution import allocator, compile_cache
-from distaff.models import LoraModel, Variables, as_model, in_precision, standardized, stored
+from distaff.execution.determinism import ask_backend
+from distaff.models import (
+    LoraModel,
+    Variables,
+    as_model,
+    in_precision,
+    rematerialized,
+    standardized,
+    stored,
+)
 from distaff.run.display import as_text, make_display
 from distaff.run.display.model_table import model_table
 from distaff.run.evaluation import predict
@@ -70,6 +79,8 @@ class Predictor:
         self._made_by = self._made_by and self._made_by.with_model(model)
         self.config = make_config(self.Config, options, type(self))
         self.model = as_model(model)
+        if self.config.deterministic:
+            ask_backend()
         if self.config.tune_process:
             compile_cache.enable()
         self._workspace = self._new_workspace()
@@ -159,7 +170,8 @@ class Predictor:
         init_key, root_key = self._workspace.execution.once(_two_keys)(folded(self.config.seed))
         variables = self._initial(example_batch, init_key)
         precision = self.config.precision
-        model = in_precision(standardized(self.model, self.config.standardize), precision)
+        model = rematerialized(standardized(self.model, self.config.standardize), self.config.remat)
+        model = in_precision(model, precision)
         variables = variables._replace(params=stored(variables.params, precision))
         self.state = self.state_class.create(
             apply_fn=model.apply_fn, rng=root_key, **variables._asdict()

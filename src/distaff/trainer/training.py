@@ -7,6 +7,7 @@ from typing import Any
 
 from distaff.data import closing_made, first_to_train, loader_of, unlimited
 from distaff.errors import StateError
+from distaff.execution.determinism import check_backend
 from distaff.execution.processes import check_one_process
 from distaff.metrics import as_numbers
 from distaff.metrics.monitor import as_monitor
@@ -88,6 +89,8 @@ class Training:
         trainer, here = self._trainer, self._here
         if here.state is None:  # before the display starts a thread with its own arena
             trainer._tune_process(first_to_train(plan.train_loader))
+        if self._options.deterministic:
+            check_backend()
         check_one_process()
         run = self._make_run(plan)
         trainer._run = run

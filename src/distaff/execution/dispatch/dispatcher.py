@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Self
 
 import jax
@@ -17,6 +17,7 @@ from distaff.data import num_examples
 from distaff.errors import ConfigError, MetricError
 from distaff.execution.compile.recompiles import Watch
 from distaff.execution.dispatch.packed_metrics import MetricLayout, MetricTable, blank
+from distaff.execution.dispatch.repetition import RepeatsSteps, repeated
 from distaff.execution.dispatch.steps_per_call import Expected, FusionChoice, choose_fusion
 from distaff.execution.execution import Execution, ExecutionOptions
 from distaff.execution.feed.chunk import Chunk, ChunkData, ChunkSize, One
@@ -62,6 +63,15 @@ class DispatchOptions(ExecutionOptions):
         check=_steps_per_call,
         resume="same run",
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.deterministic and self.steps_per_call == "measure":
+            raise ConfigError(
+                f"deterministic={self.deterministic!r} and steps_per_call='measure' contradict "
+                "each other: a choice by the clock may round differently in the next run. Use "
+                "steps_per_call='auto' or a number."
+            )
 
     @property
     def log_every(self) -> int:
@@ -230,10 +240,12 @@ class Dispatcher:
     Attributes:
         example: shapes of a state and a batch; None if they are unknown.
         own_step: the user's own program of a step; None to use `step`.
+        checks: decide which steps to repeat, to compare their bits.
     """
 
     example: tuple[TrainState, Batch] | None = None
     own_step: StepFn | None = None
+    checks: Sequence[RepeatsSteps] = ()
 
     def __init__(
         self,
@@ -281,7 +293,10 @@ class Dispatcher:
         """
         outer = self.timers.turn_to("host")
         with self._guard():
-            state, table, metrics = self._dispatch(state, table, chunk, step)
+            if self.checks and self.forms.measurement is None:
+                state, table, metrics = self._checked(state, table, chunk, step)
+            else:
+                state, table, metrics = self._dispatch(state, table, chunk, step)
         self.timers.handed(table.rows)
         self.timers.turn_to(outer)
         self._limit.add(table.rows, chunk.num_bytes)
@@ -297,6 +312,21 @@ class Dispatcher:
             return None
         state, batch = self.example
         return flops_of(self._one, state, self.blank.rows, One(batch))
+
+    def _checked(
+        self, state: TrainState, table: MetricTable, chunk: Chunk, step: int
+    ) -> tuple[TrainState, MetricTable, list[Any]]:
+        """Runs a chunk, and repeats it if a check asks for that."""
+        steps = range(step + 1, step + 1 + chunk.num_steps)
+        due = [check for check in self.checks if check.must_repeat(steps)]
+        if not due:
+            return self._dispatch(state, table, chunk, step)
+
+        def dispatch(copy: TrainState) -> tuple[TrainState, MetricTable, list[Any]]:
+            return self._dispatch(copy, table, chunk, step)
+
+        with self.timers.spent("callbacks"):
+            return repeated(dispatch, state, self.layout, steps, [each.report for each in due])
 
     def _dispatch(
         self, state: TrainState, table: MetricTable, chunk: Chunk, step: int

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import jax.numpy as jnp
 
+from distaff.core.config.argument import Argument
 from distaff.core.config.options import Options, check_choice, option
 from distaff.errors import ConfigError
 
@@ -128,7 +129,7 @@ def precision_of(value: PrecisionName | PrecisionConfig) -> PrecisionConfig:
 class PrecisionOptions(Options):
     """The dtypes in which a model computes."""
 
-    precision: PrecisionName | PrecisionConfig = option(
+    precision: Argument[PrecisionName | PrecisionConfig] = option(
         "float32",
         """Dtype of the model's matrix products and convolutions, forward and backward; "bf16"
         computes them in bfloat16 and keeps all else in float32; "fp16" in float16, with a dynamic

@@ -11,11 +11,15 @@ from distaff.errors import (
     CheckpointError,
     DataFileError,
     NonFiniteError,
+    ReproducibilityError,
     RunDirectoryError,
 )
 
 _OF_THE_MACHINE = (OSError, MemoryError, jax.errors.JaxRuntimeError)
-_OF_DISTAFF = (CheckpointError, RunDirectoryError, NonFiniteError, BarrierError, DataFileError)
+_OF_DISTAFF = (
+    *(CheckpointError, RunDirectoryError, NonFiniteError),
+    *(BarrierError, DataFileError, ReproducibilityError),
+)
 
 
 def ending(error: BaseException) -> dict[str, Any]:

@@ -45,6 +45,11 @@ _ENDING: dict[int, bytes] = {
 
 _SAVING = b"\nSIGUSR1: the run is saved at the end of this step, and continues.\n"
 
+_UNDELETED = (
+    "\n{path} cannot be deleted ({reason}). The run is saved once; delete it yourself before you "
+    "request another save.\n"
+)
+
 _SAVE_EVERY = Cadence(("seconds", "steps", "epochs"), number="seconds")
 
 
@@ -119,7 +124,8 @@ class Interruption:
         is_save_due: whether all processes have agreed to save the run and continue.
         due_at: before this time of `clock`, `agreed` returns None and need not be called.
         is_save_requested: whether a signal or a file has requested a checkpoint in this process.
-        save_file: path whose appearance requests a checkpoint; the file is then deleted.
+        save_file: path whose appearance requests a checkpoint; the file, or an empty folder, is
+            then deleted.
     """
 
     save_file: Path | None = None
@@ -140,6 +146,7 @@ class Interruption:
         self._deadline = clock() + _seconds(max_time, "max_time")
         self._save_seconds = _seconds(save_every, "save_every")
         self._next_look = -math.inf
+        self._save_file_stays = False
         self.saved()
         self._previous: dict[int, Any] = {}
         self._num_interrupts = 0
@@ -169,7 +176,7 @@ class Interruption:
         now = self.clock()
         if now >= self._next_look:
             self._next_look = now + _SAVE_FILE_SECONDS
-            self.is_save_requested |= _taken(self.save_file)
+            self.is_save_requested |= self._takes_save_file()
         own = (
             self._code
             if self.reason
@@ -187,6 +194,26 @@ class Interruption:
         self.is_save_due = self.is_save_requested = False
         self._next_save = self.clock() + self._save_seconds
         self._schedule()
+
+    def _takes_save_file(self) -> bool:
+        """Deletes the save file, or an empty folder of its name; returns whether it is a request.
+
+        One that cannot be deleted is a request once, and a line on standard error says so.
+        """
+        path, stays = self.save_file, self._save_file_stays
+        self._save_file_stays = False
+        if path is None or not os.path.lexists(path):
+            return False
+        try:
+            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+        except OSError as error:
+            self._save_file_stays = os.path.lexists(path)  # else another process was faster
+            if self._save_file_stays and not stays:
+                reason = error.strerror or type(error).__name__
+                with suppress(OSError):
+                    os.write(2, _UNDELETED.format(path=path, reason=reason).encode())
+            return self._save_file_stays and not stays
+        return True
 
     def _schedule(self) -> None:
         """Sets the time at which to ask next."""
@@ -240,16 +267,6 @@ class Interruption:
                 os.write(2, _ENDING[number])
         self._code = max(self._code, _CODES[number])
         self.due_at = -math.inf
-
-
-def _taken(path: Path | None) -> bool:
-    """Deletes a file; returns whether it existed."""
-    try:
-        if path is not None:
-            path.unlink()
-        return path is not None
-    except OSError:
-        return False
 
 
 def _seconds(duration: Duration | None, name: str) -> float:
