@@ -8,6 +8,11 @@
 #
 #   make test-slow
 #
+# The contract tests against the real PyTorch, torchdata, datasets, TensorFlow, Haiku, metrax and
+# trackio, and against a local MLflow server:
+#
+#   make test-peers                        makes .venv-test-peers, 5 GB; a skipped test is a failure
+#
 # What Distaff costs beside hand-written loops and other frameworks (docs/speed.md):
 #
 #   make bench-peers                       makes .venv-peers: Keras, PyTorch, Lightning, Grain
@@ -26,7 +31,7 @@ PYTHON ?= python3
 ARGS ?=
 
 # Each worker and each process that a test starts would compile every source file again.
-test test-slow: export PYTHONDONTWRITEBYTECODE :=
+test test-slow test-peers: export PYTHONDONTWRITEBYTECODE :=
 
 # The quick tests compile thousands of small programs once each. The slow ones, and those against
 # reference data, run with XLA's optimizations, as users do.
@@ -36,7 +41,8 @@ bin := .venv/bin
 pinned := pyproject.toml $(wildcard constraints/*.txt)
 
 .NOTPARALLEL:
-.PHONY: digits test test-slow lint format clean chaos fuzz soak bench bench-quick bench-peers
+.PHONY: digits test test-slow test-peers lint format clean chaos fuzz soak bench bench-quick
+.PHONY: bench-peers
 
 digits: .venv/.digits
 	@$(bin)/distaff fit digits $(ARGS)
@@ -46,6 +52,10 @@ test: lint
 
 test-slow: .venv/.test
 	$(bin)/pytest -n logical --maxprocesses 8 --dist worksteal -m "slow or golden" --timeout 1200 $(ARGS)
+
+test-peers: export DISTAFF_REQUIRE_PEERS := 1
+test-peers: .venv-test-peers/.made
+	.venv-test-peers/bin/pytest -n logical --maxprocesses 8 --dist worksteal -m peer --timeout 1200 $(ARGS)
 
 lint: .venv/.test
 	$(bin)/ruff format --check
@@ -74,7 +84,7 @@ bench-quick: .venv/.digits
 bench-peers: .venv-peers/.made
 
 clean:
-	rm -rf .venv .venv-peers .cache .pytest_cache .ruff_cache .hypothesis dist
+	rm -rf .venv .venv-peers .venv-test-peers .cache .pytest_cache .ruff_cache .hypothesis dist
 	find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # The extra `test` holds the other two, so that neither command installs what the other has installed.
@@ -90,11 +100,23 @@ clean:
 
 # Apart from .venv: nothing of Distaff needs them. torch alone and first, so that nothing chooses its build.
 .venv-peers/.made: benchmarks/requirements-peers.txt
-	@echo "Making .venv-peers"
-	@$(PYTHON) -m venv --clear .venv-peers
-	@.venv-peers/bin/python -m pip install -q --disable-pip-version-check $$(grep ^torch== $<)
-	@.venv-peers/bin/python -m pip install -q --disable-pip-version-check -r $<
+	@$(make_peers)
 	@touch $@
+
+# One environment for all: no two of them contradict each other at these versions.
+.venv-test-peers/.made: tests/requirements-peers.txt
+	@$(make_peers)
+	@.venv-test-peers/bin/python -m pip install -q --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+define make_peers
+set -e; \
+echo "Making $(@D)"; \
+$(PYTHON) -m venv --clear $(@D); \
+install="$(@D)/bin/python -m pip install -q --disable-pip-version-check --no-cache-dir"; \
+$$install $$(grep ^torch== $<); \
+$$install -r $<
+endef
 
 # A .venv whose interpreter is gone, or that was left half made, is made again.
 define install

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 from collections.abc import Generator
@@ -48,6 +49,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent / "golden"):
             item.add_marker("golden")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips a test against a real package that is not installed."""
+    packages = [name for mark in item.iter_markers("peer") for name in mark.args]
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        pytest.skip(f"needs {', '.join(missing)}: make test-peers")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, Any, Any]:
+    """Fails each test that is skipped where all packages must be installed."""
+    report = yield
+    if (
+        os.environ.get("DISTAFF_REQUIRE_PEERS")
+        and report.skipped
+        and not hasattr(report, "wasxfail")
+    ):
+        *_, reason = report.longrepr
+        report.outcome, report.longrepr = "failed", f"DISTAFF_REQUIRE_PEERS is set, but: {reason}"
+    return report
 
 
 def _quick(case: Any) -> set[str]:

@@ -236,6 +236,27 @@ def shuffled_dataset(rows: Rows) -> Any:
     return iterable_dataset(rows, shuffle=True)
 
 
+def tf_dataset(rows: Rows, **options: Any) -> Any:
+    import tensorflow as tf
+
+    def noted(row: Any) -> Any:
+        rows.asked.append(int(row))
+        return row
+
+    def note(row: Any) -> Any:
+        row = tf.ensure_shape(tf.numpy_function(noted, [row], row.dtype), ())
+        return {name: tf.gather(array, row) for name, array in rows.arrays.items()}
+
+    shuffled = tf.data.Dataset.range(22)
+    if options:
+        shuffled = shuffled.shuffle(22, **options)
+    return shuffled.map(note).batch(BATCH)
+
+
+def shuffled_tf_dataset(rows: Rows) -> Any:
+    return tf_dataset(rows, seed=1)
+
+
 class Source(NamedTuple):
     make: Callable[[Rows], Any]
     package: str = "distaff"
@@ -262,4 +283,6 @@ LOADERS = {
     "`datasets.Dataset`": Source(dataset, "datasets"),
     "`datasets.IterableDataset`": Source(iterable_dataset, "datasets"),
     "`datasets.IterableDataset`, shuffled": Source(shuffled_dataset, "datasets"),
+    "`tf.data.Dataset`": Source(tf_dataset, "tensorflow"),
+    "`tf.data.Dataset`, shuffled with a seed": Source(shuffled_tf_dataset, "tensorflow"),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -228,6 +227,7 @@ KINDS = {
     "haiku": Kind(haiku_mlp, haiku_cnn, as_haiku, "*/w"),
 }
 
-needs_haiku = pytest.mark.skipif(not importlib.util.find_spec("haiku"), reason="needs Haiku")
-NAMES = [pytest.param(name, marks=needs_haiku if name == "haiku" else ()) for name in KINDS]
+NAMES = [
+    pytest.param(name, marks=pytest.mark.peer("haiku") if name == "haiku" else ()) for name in KINDS
+]
 """The kinds as parameters of a test."""

@@ -164,7 +164,7 @@ SECTIONS = {
         "ms per save",
     ),
     "logging": Section(
-        "Logging in Distaff: every step beside every 100",
+        "Logging in Distaff: every step against every 100",
         "W1",
         {
             f"distaff, log every {n}": System("distaff_system", options={"log_every_n_steps": n})

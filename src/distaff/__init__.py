@@ -23,7 +23,7 @@ with spared():
     from distaff.errors import DistaffError
     from distaff.loggers.history import History
     from distaff.metrics.monitor import Monitor
-    from distaff.models import Lora, PrecisionConfig
+    from distaff.models import Lora, PrecisionConfig, RematConfig
     from distaff.optim import OptimizerConfig
     from distaff.run.result import Best, TrainResult
     from distaff.step.averages import EMA
@@ -48,6 +48,7 @@ __all__ = [
     "OptimizerConfig",
     "PrecisionConfig",
     "Profiler",
+    "RematConfig",
     "StepInfo",
     "StopTraining",
     "TorchRules",

@@ -1,17 +1,16 @@
 """Data of PyTorch, Hugging Face and TensorFlow: stand-ins that have their names and behaviour.
 
-None of the three is installed where the tests run. Where one is, the tests at the end use it; they
-have passed with torch 2.13.0, torchdata 0.11.0 and datasets 5.
+`test_real_loaders.py` has the real ones.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +21,7 @@ import pytest
 from distaff import data, tasks, zoo
 from distaff.data.adapters import torch as torch_adapter
 from distaff.data.adapters.adapters import KINDS
+from distaff.data.loader import in_order
 from distaff.errors import BatchError, ChangedBatchesError, ConfigError
 from distaff.testing.loaders import LoaderContract, assert_batches_equal
 
@@ -170,17 +170,15 @@ class StatefulDataLoader(DataLoader):
 
 
 @pytest.fixture(autouse=True)
-def fake_torch(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+def fake_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has what makes a tensor of a position."""
-    if not request.node.name.startswith("test_real"):
-        utils = SimpleNamespace(
-            DataLoader=DataLoader,
-            IterableDataset=tuple,
-        )
-        torch = SimpleNamespace(
-            from_numpy=Tensor, Generator=lambda: None, utils=SimpleNamespace(data=utils)
-        )
-        monkeypatch.setitem(sys.modules, "torch", torch)
+    utils = SimpleNamespace(DataLoader=DataLoader, IterableDataset=tuple)
+    torch = SimpleNamespace(
+        from_numpy=Tensor, Generator=lambda: None, utils=SimpleNamespace(data=utils)
+    )
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    train, errors = SimpleNamespace(Checkpoint=Checkpoint), SimpleNamespace(OpError=OpError)
+    monkeypatch.setitem(sys.modules, "tensorflow", SimpleNamespace(train=train, errors=errors))
 
 
 class TestTorchLoader(LoaderContract):
@@ -417,15 +415,49 @@ class DatasetV2:
 
 @named("tensorflow.python.data.ops.batch_op", "_BatchDataset")
 class BatchDataset(DatasetV2):
-    def __init__(self, cardinality: int = 4) -> None:
-        self.known = cardinality
+    """Draws the seed of each pass from one generator, if it shuffles."""
+
+    def __init__(self, cardinality: int = 4, *, shuffled: bool = False) -> None:
+        self.known, self.shuffled, self.num_passes = cardinality, shuffled, 0
 
     def cardinality(self) -> Any:
         return np.int64(self.known)
 
-    def as_numpy_iterator(self) -> Iterator[Any]:
-        for start in range(0, 11, 3):
-            yield {"x": X[:11][start : start + 3], "label": Y[:11][start : start + 3]}
+    def as_numpy_iterator(self) -> Pass:
+        self.num_passes += 1
+        return Pass(self)
+
+
+class Pass:
+    def __init__(self, dataset: BatchDataset) -> None:
+        self.dataset, order = dataset, np.arange(11)
+        if dataset.shuffled:
+            order = np.random.default_rng(dataset.num_passes).permutation(11)
+        self.batches = ({"x": X[part], "label": Y[part]} for part in np.split(order, (3, 6, 9)))
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        return next(self.batches)
+
+
+class Checkpoint:
+    def __init__(self, iterator: Pass) -> None:
+        self.dataset = iterator.dataset
+
+    def write(self, path: str) -> str:
+        if self.dataset.known == -2:
+            raise OpError
+        Path(path).write_text(str(self.dataset.num_passes))
+        return path
+
+    def read(self, path: str) -> None:
+        self.dataset.num_passes = int(Path(path).read_text())
+
+
+class OpError(Exception):
+    message = "RandomUniform is stateful"
 
 
 class TestTensorFlow(LoaderContract):
@@ -436,6 +468,36 @@ class TestTensorFlow(LoaderContract):
 def test_tensorflow_dataset_has_a_length_where_it_knows_one():
     lengths = [data.num_batches(data.as_loader(BatchDataset(n))) for n in (4, -1, -2)]
     assert lengths == [4, None, None]
+
+
+@pytest.mark.parametrize("position", [0, 2, 4])
+@pytest.mark.parametrize("cardinality", [4, -1])
+def test_evaluation_of_a_shuffled_tensorflow_dataset_changes_no_order(position, cardinality):
+    def epochs(*, evaluated: bool) -> tuple[list[Any], list[Any]]:
+        dataset = BatchDataset(cardinality, shuffled=True)
+        loader, found, views = data.as_loader(dataset), [], []
+        data.first_batch(loader)  # as a run does
+        for _ in range(3):
+            running = iter(loader)
+            found += islice(running, position)
+            for view in [in_order(loader), in_order(data.as_loader(dataset))] * evaluated:
+                views.append(list(view))
+                next(iter(view))
+            found += running
+        return found, views
+
+    (found, views), (expected, _) = epochs(evaluated=True), epochs(evaluated=False)
+    assert_batches_equal(found, expected)
+    assert_batches_equal(views, [views[0]] * 6)
+
+
+def test_evaluation_of_a_tensorflow_dataset_without_a_position_is_a_warning():
+    loader = data.as_loader(BatchDataset(-2))
+    next(iter(loader))
+    with pytest.warns(
+        UserWarning, match="may change the order .* RandomUniform is stateful. Evaluate with"
+    ):
+        assert len(list(in_order(loader))) == 4
 
 
 @pytest.mark.slow_but("<lambda>0")
@@ -474,52 +536,3 @@ def test_nothing_foreign_is_imported():
     code = "import sys; from distaff import data; data.as_loader([1]); print(*sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "tensorflow", "datasets", "grain"} & set(found.stdout.split())
-
-
-CONTRACT = [name for name in dir(LoaderContract) if name.startswith("test_")]
-
-
-def kept(contract: LoaderContract) -> list[str]:
-    """Returns the names of a contract's tests; each has passed."""
-    for name in CONTRACT:
-        getattr(contract, name)()
-    return CONTRACT
-
-
-@pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize(
-    ("package", "module", "name"),
-    [
-        ("torch", "torch.utils.data", "DataLoader"),
-        ("torchdata", "torchdata.stateful_dataloader", "StatefulDataLoader"),
-    ],
-)
-def test_real_torch_loader(package: str, module: str, name: str) -> None:
-    pytest.importorskip(package)
-    torch = pytest.importorskip("torch")
-    make = getattr(importlib.import_module(module), name)
-    rows = torch.utils.data.TensorDataset(torch.from_numpy(X), torch.from_numpy(Y))
-
-    class Real(LoaderContract):
-        def make_loader(self) -> data.Loader:
-            generator = torch.Generator().manual_seed(0)
-            return data.as_loader(make(rows, 4, shuffle=True, generator=generator))
-
-    assert "test_state_resumes_exactly_at_every_position" in kept(Real())
-
-
-@pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("shuffle", [False, True])
-@pytest.mark.parametrize("streaming", [False, True])
-def test_real_dataset(shuffle: bool, streaming: bool) -> None:
-    datasets = pytest.importorskip("datasets")
-    pyarrow = pytest.importorskip("pyarrow")
-    held = pyarrow.table({"x": X.tolist(), "label": Y.tolist()})
-    table = datasets.Dataset(datasets.table.InMemoryTable(held), fingerprint="given")
-
-    class Real(LoaderContract):
-        def make_loader(self) -> data.Loader:
-            rows = table.to_iterable_dataset() if streaming else table
-            return data.from_datasets(rows, 4, shuffle=shuffle)
-
-    assert "test_state_resumes_exactly_at_every_position" in kept(Real())

@@ -10,13 +10,19 @@ EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 EVERYDAY = (
     "big_batches",
     "diabetes_folds",
+    "finder",
     "fine_tuning",
     "frames",
     "imbalanced_digits",
     "pytorch_weights",
     "tabular_regression",
 )
-BESIDE_KERAS = {"fine_tuning": 21, "imbalanced_digits": 24, "tabular_regression": 18}
+BESIDE_KERAS = {
+    "finder": 29,
+    "fine_tuning": 21,
+    "imbalanced_digits": 24,
+    "tabular_regression": 18,
+}
 
 
 def test_examples_are_short() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -19,6 +20,15 @@ def test_loaders_go_on_bit_for_bit(example, capsys) -> None:
     assert [row.split()[-1] for row in rows] == ["yes"] * 2
 
 
+@pytest.mark.slow
+@pytest.mark.peer("torch", "datasets", "tensorflow")
+@pytest.mark.parametrize("kind", ["torch DataLoader", "datasets.Dataset", "tf.data.Dataset"])
+def test_loaders_of_other_libraries_go_on_bit_for_bit(example, kind) -> None:
+    module = example("loaders")
+    module.LOADERS = {kind: module.LOADERS[kind]}
+    assert module.main(num_epochs=3) == {kind: True}
+
+
 def test_loaders_are_of_packages_that_are_named(example) -> None:
     module = example("loaders")
     assert {package for package, _ in module.LOADERS.values()} == {
@@ -26,6 +36,7 @@ def test_loaders_are_of_packages_that_are_named(example) -> None:
     }
 
 
+@pytest.mark.peer
 @pytest.mark.parametrize("name", ["loaders", "file_loaders"])
 def test_loaders_yield_each_digit_once(example, name) -> None:
     module = example("loaders")
@@ -35,8 +46,8 @@ def test_loaders_yield_each_digit_once(example, name) -> None:
     flat = {name: np.asarray(array) for name, array in module.FLAT.items()}
     order = np.lexsort(flat["x"].T)
     for kind, (package, make) in module.LOADERS.items():
-        if importlib.util.find_spec(package):
-            loader = module.data.as_loader(make(pytest.importorskip(package)))
+        if find_spec(package):
+            loader = module.data.as_loader(make(importlib.import_module(package)))
             batches = list(loader)
             assert len(batches) == 19, kind
             x = np.concatenate([batch.get("x", batch.get("image")) for batch in batches])

@@ -8,6 +8,7 @@ import pytest
 
 
 @pytest.mark.slow
+@pytest.mark.peer
 def test_model_families_end_with_equal_losses(example, capsys) -> None:
     module = example("model_families")
     losses = module.main(num_epochs=2)

@@ -53,9 +53,10 @@ def test_outputs_equal_those_of_pytorch_and_the_file_comes_back(model: str, kind
 
 
 @pytest.mark.slow
+@pytest.mark.peer("torch")
 @pytest.mark.parametrize(("model", "kind"), EVERY)
 def test_pytorch_loads_the_export(model: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch = pytest.importorskip("torch")
+    import torch
     from safetensors.torch import load_file as load_torch_file  # needs PyTorch
 
     monkeypatch.syspath_prepend(str(HERE))

@@ -81,7 +81,7 @@ def test_it_is_left_alone_where_somebody_else_decides(monkeypatch, environment, 
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     if "JAX_PLATFORMS" in environment:
-        monkeypatch.setattr(allocator, "_on_cpu_alone", lambda: False)
+        monkeypatch.setattr(allocator, "on_cpu_alone", lambda: False)
     assert reason in allocator._reason_against()
 
 

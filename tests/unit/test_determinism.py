@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -105,10 +108,43 @@ def test_bad_options_raise(options, text):
 def test_flag_is_set_before_the_backend_starts(flags, has_started, expected, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", flags or "")
     monkeypatch.setattr(determinism, "has_started", lambda: has_started)
+    Line(deterministic=True)
+    assert os.environ["XLA_FLAGS"] == (flags or "")  # a CPU needs none
+    monkeypatch.setattr(determinism, "on_cpu_alone", lambda: False)
     Line()
     assert os.environ["XLA_FLAGS"] == (flags or "")  # not asked for
     Line(deterministic=True)
     assert os.environ["XLA_FLAGS"] == expected
+
+
+PROGRAM = """
+import os, sys
+from distaff.execution import allocator, determinism
+determinism.on_cpu_alone = lambda: False
+from line import Line, loader, trained
+trainer = Line(root=None, example_batch=loader().peek(), deterministic=sys.argv[1] == "True")
+trainer.train_model(loader(), num_epochs=2)
+print(os.environ.get("XLA_FLAGS"), trainer.state.params["w"].tolist())
+"""
+
+
+@pytest.mark.slow
+def test_process_has_the_flag_before_its_first_array_and_the_same_numbers():
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+    env = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
+    env.pop("XLA_FLAGS", None)
+    plain, exact = (
+        subprocess.run(
+            [sys.executable, "-c", PROGRAM, str(value)],
+            env=env,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split(maxsplit=1)
+        for value in (False, True)
+    )
+    assert [plain[0], exact[0]] == ["None", FLAG]
+    assert plain[1] == exact[1]
 
 
 @pytest.mark.parametrize(

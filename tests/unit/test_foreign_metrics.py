@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from typing import Any
 
@@ -258,9 +259,10 @@ def lenient_jax() -> Any:
         yield
 
 
+@pytest.mark.peer("metrax")
 @pytest.mark.usefixtures("lenient_jax")
 def test_metrics_of_metrax_are_those_of_sklearn():
-    metrax = pytest.importorskip("metrax")
+    metrax: Any = importlib.import_module("metrax")
 
     class WithMetrax(TrainerModule):
         def loss_fn(self, params: Any, batch: Any, ctx: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -50,7 +51,7 @@ class Foreign:
 
 
 def torch_loader() -> Any:
-    torch = pytest.importorskip("torch")
+    torch: Any = importlib.import_module("torch")
     generator = torch.Generator().manual_seed(0)
     return data.as_loader(
         torch.utils.data.DataLoader(ROWS, 4, shuffle=True, drop_last=True, generator=generator)
@@ -58,13 +59,13 @@ def torch_loader() -> Any:
 
 
 def torch_part() -> Any:
-    torch = pytest.importorskip("torch")
+    torch: Any = importlib.import_module("torch")
     sampler = torch.utils.data.SubsetRandomSampler(range(22))
     return data.as_loader(torch.utils.data.DataLoader([*ROWS, *ROWS], 4, sampler=sampler))
 
 
 def dataset(iterable: bool) -> Any:
-    datasets = pytest.importorskip("datasets")
+    datasets: Any = importlib.import_module("datasets")
     table = datasets.Dataset.from_dict(ARRAYS)
     return data.from_datasets(table.to_iterable_dataset() if iterable else table, 4, shuffle=True)
 
@@ -82,11 +83,21 @@ LOADERS: dict[str, Callable[[], Any]] = {
 }
 
 
+PEERS = {
+    **dict.fromkeys(("torch", "part of a dataset, torch"), "torch"),
+    **dict.fromkeys(("datasets", "iterable datasets"), "datasets"),
+}
+KINDS = [
+    pytest.param(kind, marks=pytest.mark.peer(PEERS[kind]) if kind in PEERS else ())
+    for kind in LOADERS
+]
+
+
 def rows_of(loader: Any) -> list[float]:
     return np.concatenate([np.ravel(batch["x"]) for batch in loader]).tolist()
 
 
-@pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_in_order_has_every_example_once_and_moves_nothing(kind):
     loader, other = LOADERS[kind](), LOADERS[kind]()
     running, plain = iter(loader), iter(other)

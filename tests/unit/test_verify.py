@@ -124,6 +124,17 @@ def test_state_on_a_mesh_and_steps_as_plain_python_are_repeated():
         np.testing.assert_allclose(trainer.state.params["w"], plain.state.params["w"], rtol=1e-6)
 
 
+def test_steps_that_are_only_timed_are_not_repeated():
+    class Noting(Verify):
+        def must_repeat(self, steps):
+            noted.append(steps)
+            return super().must_repeat(steps)
+
+    noted: list[range] = []
+    trained(Line, root=None, steps_per_call="measure", callbacks=[Noting(1)])
+    assert [step for steps in noted for step in steps] == list(range(1, STEPS + 1))
+
+
 def test_three_results_are_not_blamed_on_the_hardware():
     cls = faulty((2, 1), (2, 2), (2, 3))
     with pytest.raises(ReproducibilityError, match=r"with neither.*deterministic=True"):

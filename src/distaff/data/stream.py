@@ -106,7 +106,17 @@ class Stream:
     @property
     def is_read_again(self) -> bool:
         """Whether restoring a position reads the source again, which may yield other batches."""
-        return self._in_order is None and type(self._source) not in (list, tuple)
+        is_own = self._in_order is None and type(self._source) not in (list, tuple)
+        return getattr(self._source, "is_read_again", is_own)
+
+    def shares_source(self, other: Any) -> bool:
+        """Whether another loader reads the same source, such as one `tf.data.Dataset`."""
+        return isinstance(other, Stream) and self._source is other._source
+
+    @property
+    def has_own_order(self) -> bool:
+        """Whether `in_order` may yield the batches in another order."""
+        return self._in_order is not None
 
     @cached_property
     def num_shapes(self) -> int:

@@ -118,7 +118,7 @@ def _reason_against() -> str:
         return "not tuned (the environment configures it)"
     if os.environ.get("LD_PRELOAD"):
         return "not tuned (LD_PRELOAD may have replaced it)"
-    if not _on_cpu_alone():
+    if not on_cpu_alone():
         return "not tuned (JAX may run on an accelerator)"
     return ""
 
@@ -136,7 +136,7 @@ def _libc() -> str:
         return ""
 
 
-def _on_cpu_alone() -> bool:
+def on_cpu_alone() -> bool:
     """Whether JAX will run on the CPU only; does not start its backend."""
     config: Any = jax.config  # its options are defined at run time
     platforms = config.jax_platforms

@@ -12,7 +12,7 @@ import jax
 from distaff.core.config.options import check_choice
 from distaff.core.warnings import warn
 from distaff.errors import ConfigError, ReproducibilityError
-from distaff.execution.allocator import has_started
+from distaff.execution.allocator import has_started, on_cpu_alone
 from distaff.execution.dispatch.repetition import BitDifference
 
 _log = logging.getLogger("distaff")
@@ -29,9 +29,9 @@ def check_deterministic(name: str, value: Any) -> Any:
 
 
 def ask_backend() -> None:
-    """Sets XLA's flag for deterministic programs on GPUs, unless JAX's backend has started."""
+    """Sets XLA's flag for deterministic programs, if JAX may start on a GPU and has not started."""
     flags = os.environ.get("XLA_FLAGS", "")
-    if _FLAG not in flags and not has_started():
+    if _FLAG not in flags and not on_cpu_alone() and not has_started():
         os.environ["XLA_FLAGS"] = f"{flags} {_FLAG}=true".strip()
 
 

@@ -32,8 +32,8 @@ class ExecutionOptions(Options):
     )
     deterministic: Deterministic = option(
         False,
-        """Make equal runs bit-identical on a GPU, too: ask XLA for deterministic programs, before
-        JAX starts. Each start of a run repeats its first program of steps, and compares the bits;
+        """Ask XLA for deterministic programs on a GPU, before JAX starts, so that equal runs have
+        equal bits. Each start of a run repeats its first program of steps, and compares the bits;
         if they differ, True raises `ReproducibilityError`, which names the arrays, and "warn" logs
         a warning.""",
         check=check_deterministic,

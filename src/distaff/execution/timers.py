@@ -86,10 +86,11 @@ class Timers:
 
     Attributes:
         since: start of the current part, on `clock`; at most one step ago.
+        calls: programs of steps that were counted.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.steps = self.examples = 0
+        self.steps = self.examples = self.calls = 0
         self._clock = clock
         self._seconds = dict.fromkeys(PARTS, 0.0)
         self._part, self.since = "other", clock()
@@ -98,7 +99,8 @@ class Timers:
         self._lap, self._lap_since = self.read(), self.since
 
     def count(self, steps: int, batch_size: int) -> int:
-        """Counts steps, and returns their number of examples."""
+        """Counts the steps of a program, and returns their number of examples."""
+        self.calls += 1
         self.steps += steps
         self.examples += steps * batch_size
         return steps * batch_size

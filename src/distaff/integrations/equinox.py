@@ -29,6 +29,8 @@ from distaff.models.adapter import (
 from distaff.models.flags import method_of, mode_flag, parameters, switched
 from distaff.models.layers import Library, OpenModule, Path, trace_layers
 from distaff.models.randomness import KEY_NAMES, asking_for_key
+from distaff.models.remat.options import RematConfig
+from distaff.models.remat.trees import rematerialized_tree
 
 AXIS = "batch"
 """The axis name of the examples: `eqx.nn.BatchNorm(..., axis_name="batch")`."""
@@ -55,17 +57,23 @@ class EquinoxModel(Adapter):
             the initial values whatever the seed. Or a function `f(key)` that returns either, which
             is called with the trainer's seed.
         vmap: whether to map over examples; False for a module that takes whole batches.
+        remat: modules that are computed again in the backward pass; None to disable.
     """
 
-    def __init__(self, source: Any, *, vmap: bool = True) -> None:
-        self._source, self._vmap = source, vmap
+    def __init__(self, source: Any, *, vmap: bool = True, remat: RematConfig | None = None) -> None:
+        self._source, self._vmap, self._remat = source, vmap, remat
+
+    def rematerialized(self, remat: RematConfig) -> EquinoxModel:
+        """Returns this model with modules that are computed again."""
+        return EquinoxModel(self._source, vmap=self._vmap, remat=remat)
 
     @functools.cached_property
     def light(self) -> EquinoxModel:
         """The model without the array values of a module instance."""
         if not has_numbers(self._module_and_state):
             return self
-        light = EquinoxModel(without_numbers(self._module_and_state), vmap=self._vmap)
+        module = without_numbers(self._module_and_state)
+        light = EquinoxModel(module, vmap=self._vmap, remat=self._remat)
         light.__dict__["light"] = light
         return light
 
@@ -101,6 +109,8 @@ class EquinoxModel(Adapter):
     ) -> tuple[Any, Variables]:
         """Runs the forward pass on a batch; `method="encode"` calls another method."""
         module, state = self._merge(variables, train)
+        if self._remat is not None:
+            module = rematerialized_tree(module, self._remat, eqx.Module)
         outputs, state = self._call(module, state, inputs, kwargs, train=train, key=key)
         if not train or state is None:
             return outputs, variables

@@ -1,4 +1,4 @@
-"""matplotlib: comparisons of optimizers, as curves and as paths on landscapes.
+"""matplotlib: comparisons of optimizers, paths on landscapes, and range tests.
 
 Figures are created without pyplot, so they need no display and no closing.
 """
@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from distaff.errors import ConfigError, MetricError
 from distaff.tune.comparison import Comparison, Curve
 from distaff.tune.landscapes import Landscape
+from distaff.tune.range_test import RangeTest, noise_of
 
 # M. Okabe and K. Ito, Color Universal Design, 2008, https://jfly.uni-koeln.de/color/: distinct
 # with every kind of colour vision. Without its yellow, which is invisible on white.
@@ -67,6 +68,44 @@ def comparison(found: Comparison) -> Figure:
         fontsize=9,
         title_fontsize=9,
     )
+    return figure
+
+
+def range_test(found: RangeTest) -> Figure:
+    """Draws the loss of each step over its learning rate, and marks the suggestion.
+
+    Args:
+        found: the return value of `distaff.tune.find_learning_rate`.
+    """
+    figure = Figure(figsize=(7, 4.3), layout="constrained")
+    axes = figure.subplots()
+    rates, blue, red, green = found.learning_rates, *COLORS[:3]
+    axes.plot(rates, found.losses, ".", color="#999999", ms=4, label="loss of a step")
+    axes.plot(rates, found.smoothed, color=blue, linewidth=1.8, label="smoothed")
+    marks = (
+        ("steepest descent: the suggestion", found.suggestion, red, "-"),
+        ("minimum / 10", found.tenth_of_minimum, green, "--"),
+    )
+    for label, rate, color, line in marks:
+        if rate is not None:
+            text = f"{label}, {rate:.3g}"
+            axes.axvline(rate, color=color, linewidth=1.2, linestyle=line, label=text)
+    if found.suggestion is not None:
+        height = np.interp(found.suggestion, rates, found.smoothed)
+        axes.plot(found.suggestion, height, "o", color=red, mec="white", ms=8, zorder=4)
+    low, high = found.smoothed.min(), found.smoothed.max()
+    above = max(high - low, 4 * noise_of(found.smoothed), 4 * noise_of(found.losses))
+    near = found.losses[found.losses <= high + above]
+    low, high = min(low, near.min(initial=low)), max(high, near.max(initial=high))
+    margin = 0.05 * (high - low) or 1.0
+    axes.set(xscale="log", ylim=(low - margin, high + margin))
+    axes.set_xlabel("learning rate of the update, logarithmic")
+    axes.set_ylabel("training loss before the update")
+    axes.set_title("\n".join(filter(None, (found.title, found.remark))), fontsize=10)
+    axes.grid(color="#e6e6e6", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(edgecolor="none", fontsize=9)
     return figure
 
 

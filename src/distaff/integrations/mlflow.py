@@ -38,9 +38,9 @@ class MlflowLogger:
 
     The configuration is recorded as parameters with dotted names, whose values MLflow truncates to
     6000 characters, and in full as the artifact `config.json`. Metrics must be scalars; others are
-    ignored. Figures, images and texts become artifacts. The first call starts the run; the first
-    call after `close` starts another. A resumed run continues its MLflow run, whose parameters
-    cannot change.
+    ignored. A database stores the largest float instead of infinity. Figures, images and texts
+    become artifacts. The first call starts the run; the first call after `close` starts another. A
+    resumed run continues its MLflow run, whose parameters cannot change.
 
     To view a directory, use `mlflow ui --backend-store-uri <directory>` with the environment
     variable `MLFLOW_ALLOW_FILE_STORE=true`. This needs the package `mlflow`; the extra

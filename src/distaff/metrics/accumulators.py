@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Never, Self, TypeVar, dataclass_transform
@@ -27,28 +26,17 @@ import numpy as np
 
 from distaff.core.pytrees import static
 from distaff.errors import MetricError, UnknownMetricError, nearest
-from distaff.metrics.arguments import as_numbers, check_axis, check_fields, floating, is_whole
-from distaff.metrics.arguments import leading_weight as _leading
+from distaff.metrics.arguments import (
+    as_numbers,
+    check_axis,
+    check_construction,
+    floating,
+    is_whole,
+    leading,
+)
 from distaff.metrics.exact_sums import sum_integers
 
 C = TypeVar("C", bound=type)
-
-
-def _guarded(init: Callable[..., None]) -> Callable[..., None]:
-    """Wraps the constructor of a metric, which takes sums rather than the arrays of a batch."""
-    signature = inspect.signature(init)
-
-    @functools.wraps(init)
-    def constructor(self: Any, *args: Any, **kwargs: Any) -> None:
-        if len(args) == 2 and self.compares and np.ndim(args[1]) > 0:
-            check_fields(self, signature)
-        try:
-            init(self, *args, **kwargs)
-        except TypeError:
-            check_fields(self, signature, *args, **kwargs)
-            raise
-
-    return constructor
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(static, dataclasses.field))
@@ -56,8 +44,22 @@ def pytree(cls: C) -> C:
     """Turns a class into a frozen dataclass registered as a JAX pytree."""
     made = dataclasses.dataclass(frozen=True)(cls)
     if issubclass(made, Metric):
-        made.__init__ = _guarded(made.__init__)
+        made.__init__ = _checked(made.__init__)
     return jax.tree_util.register_dataclass(made)
+
+
+def _checked(init: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def constructor(self: Any, *args: Any, **kwargs: Any) -> None:
+        if args:  # JAX passes arrays by name
+            check_construction(self, init, args, kwargs)
+        try:
+            init(self, *args, **kwargs)
+        except TypeError:
+            check_construction(self, init, args, kwargs)
+            raise
+
+    return constructor
 
 
 def namespace(array: Any) -> Any:
@@ -199,7 +201,7 @@ class Mean(WeightedMean):
         values = floating(values)
         if weight is None:
             return PerExample((values, jnp.ones(values.shape[:1], values.dtype)), cls)
-        weight = _leading(weight, values)
+        weight = leading(weight, values)
         if weight.ndim > 1:
             axes, own = tuple(range(1, weight.ndim)), aligned(weight, values)
             total = (jnp.where(own != 0, values, 0) * own).sum(axes)
@@ -218,7 +220,7 @@ def mean_over_all(metric: type[WeightedMean], values: Any, weight: Any) -> PerEx
 def whole_weight(weight: Any, values: jax.Array) -> jax.Array:
     """Returns one weight per value, 1 by default, given weights of its leading axes."""
     weight = jnp.ones(values.shape[:1], values.dtype) if weight is None else weight
-    return jnp.broadcast_to(aligned(_leading(weight, values), values), values.shape)
+    return jnp.broadcast_to(aligned(leading(weight, values), values), values.shape)
 
 
 @pytree

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,25 +13,39 @@ import numpy as np
 from distaff.errors import ConfigError, LossError, MetricError
 
 
-def check_fields(metric: Any, signature: inspect.Signature, *args: Any, **kwargs: Any) -> None:
-    """Checks that arguments are the fields of a metric, rather than arrays of a batch.
+def check_construction(
+    metric: Any, init: Callable[..., None], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> None:
+    """Checks the arguments of a metric, which takes sums rather than the arrays of a batch.
 
     Raises:
-        MetricError: they are not, and the metric has a `per_example`.
+        MetricError: they are arguments of `per_example`, whose arrays `compares` names; a metric
+            that may be constructed from arrays compares none.
     """
+    signature = inspect.signature(init)
+    is_pair = len(args) == 2 and metric.compares and np.ndim(args[1]) > 0
+    is_other = hasattr(metric, "per_example") and not _fits(signature, metric, *args, **kwargs)
+    if is_pair or is_other:
+        raise MetricError(_remedy(metric, signature)) from None
+
+
+def _fits(signature: inspect.Signature, *args: Any, **kwargs: Any) -> bool:
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+def _remedy(metric: Any, signature: inspect.Signature) -> str:
     cls = type(metric)
-    with suppress(TypeError):
-        signature.bind(metric, *args, **kwargs)
-        return
-    if not hasattr(cls, "per_example"):
-        return
     name = f"metrics.{cls.__name__}" if cls.__module__.startswith("distaff.") else cls.__name__
     call = f"{name}.per_example({metric.compares or 'values'})"
     fields = ", ".join(list(signature.parameters)[1:])
-    raise MetricError(
+    return (
         f"{name}(...) takes what it accumulates: {fields}. For the metric of a batch, return "
         f"{call} from the loss function; {call}.compute() is its value outside of a step."
-    ) from None
+    )
 
 
 def as_numbers(values: Any, what: str = "A metric") -> jax.Array:
@@ -66,12 +80,7 @@ def floating(values: Any) -> jax.Array:
     return values if values.dtype == jnp.float64 else values.astype(jnp.float32)
 
 
-def is_whole(values: jax.Array) -> bool:
-    """Returns whether an array holds integers or bools."""
-    return values.dtype == jnp.bool_ or bool(jnp.issubdtype(values.dtype, jnp.integer))
-
-
-def leading_weight(weight: Any, values: jax.Array) -> jax.Array:
+def leading(weight: Any, values: jax.Array) -> jax.Array:
     """Returns a weight as floats, checked to have the leading axes of the values."""
     weight = floating(weight)
     if weight.ndim == 0 or weight.shape != values.shape[: weight.ndim]:
@@ -81,6 +90,11 @@ def leading_weight(weight: Any, values: jax.Array) -> jax.Array:
             f"{values.shape[:1]}, or one per value, {values.shape}."
         )
     return weight
+
+
+def is_whole(values: jax.Array) -> bool:
+    """Returns whether an array holds integers or bools."""
+    return values.dtype == jnp.bool_ or bool(jnp.issubdtype(values.dtype, jnp.integer))
 
 
 def check_axis(name: str, values: jax.Array) -> None:

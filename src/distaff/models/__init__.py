@@ -26,6 +26,8 @@ from distaff.models.precision.options import (
     precision_of,
 )
 from distaff.models.record import is_linen_class
+from distaff.models.remat.model import RematModel
+from distaff.models.remat.options import RematConfig, RematOptions, remat_of
 from distaff.models.standardized import StandardizedModel
 
 __all__ = [
@@ -39,6 +41,9 @@ __all__ = [
     "NnxModel",
     "PrecisionConfig",
     "PrecisionOptions",
+    "RematConfig",
+    "RematModel",
+    "RematOptions",
     "Variables",
     "as_model",
     "in_precision",
@@ -47,10 +52,12 @@ __all__ = [
     "plain_model",
     "precision_of",
     "rebuild",
+    "rematerialized",
     "standardized",
     "stored",
     "whole_batches",
     "with_scale",
+    "without_remat",
 ]
 
 _POSSIBLE = (
@@ -147,9 +154,39 @@ def in_precision(model: Model, precision: PrecisionName | PrecisionConfig) -> Mo
     return model if found.is_off else InPrecision(model_of(model.apply_fn), found)
 
 
+def rematerialized(model: Model, remat: str | tuple[str, ...] | RematConfig | None) -> Model:
+    """Returns a model whose forward passes are rematerialized, for a loop of your own.
+
+    Apply a precision to the result, not before.
+
+    >>> model = rematerialized(as_model(zoo.GPT()), "Block_*")
+    >>> state = TrainState.create(apply_fn=model.apply_fn, ...)
+
+    Args:
+        model: a model from `as_model`.
+        remat: as the option of a trainer; None returns the model itself.
+
+    Raises:
+        ConfigError: it is not a value of the option.
+    """
+    found = remat_of(remat)
+    # Its forward function must not hold the arrays of a ready-made module.
+    return model if found is None else RematModel(model_of(model.apply_fn), found)
+
+
+def without_remat(apply_fn: Callable[..., Any] | None) -> Callable[..., Any] | None:
+    """Returns a forward function without rematerialization, which changes no value."""
+    model = None if apply_fn is None else model_of(apply_fn)
+    if isinstance(model, RematModel):
+        return model.plain.apply_fn
+    if isinstance(model, InPrecision) and isinstance(model.inner, RematModel):
+        return model.around(model.inner.plain).apply_fn
+    return apply_fn
+
+
 def plain_model(model: Model) -> Model:
-    """Returns a model without its precision, and without the standardization of its inputs."""
-    while isinstance(model, InPrecision | StandardizedModel):
+    """Returns a model without precision, rematerialization and standardized inputs."""
+    while isinstance(model, InPrecision | RematModel | StandardizedModel):
         model = model.inner
     return model
 

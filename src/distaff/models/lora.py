@@ -23,6 +23,8 @@ from distaff.errors import ConfigError, leaf_name
 from distaff.models import record
 from distaff.models.adapter import LayerRow, Model, Variables, is_model
 from distaff.models.observed import Observed, observing
+from distaff.models.remat.model import reached
+from distaff.models.remat.options import RematConfig
 
 BASE = "lora_base"
 """The collection of the base's parameters, which are saved in checkpoints but not trained."""
@@ -89,6 +91,10 @@ class LoraModel:
     def observing(self, observed: Observed) -> LoraModel:
         """Returns this model with its passes recorded."""
         return LoraModel(observing(self.inner, observed), self.module)
+
+    def rematerialized(self, remat: RematConfig) -> LoraModel:
+        """Returns this model with modules of its base that are computed again."""
+        return LoraModel(reached(self.inner, remat), self.module)
 
     @property
     def record(self) -> dict[str, Any]:

@@ -30,6 +30,8 @@ from distaff.models.layers import Library, OpenModule, Path, trace_layers
 from distaff.models.linen_collections import is_requested
 from distaff.models.nnx_modules import Snapshot, set_mode, sown_values, without_sown
 from distaff.models.observed import Observed
+from distaff.models.remat.nnx import rematerialize
+from distaff.models.remat.options import RematConfig
 
 
 class NnxModel(Adapter):
@@ -52,20 +54,25 @@ class NnxModel(Adapter):
         source: a module, whose variables are the initial ones whatever the seed; or a function
             `f(rngs)` that returns one, which is called with the trainer's seed.
         observed: records what the layers do in this mode; None to disable.
+        remat: modules that are computed again in the backward pass; None to disable.
     """
 
     def __init__(
-        self, source: nnx.Module | Callable[..., Any], observed: Observed | None = None
+        self,
+        source: nnx.Module | Callable[..., Any],
+        observed: Observed | None = None,
+        remat: RematConfig | None = None,
     ) -> None:
         self._source: Any = without_sown(source) if isinstance(source, nnx.Module) else source
-        self._observed = observed
+        self._observed, self._remat = observed, remat
 
     def observing(self, observed: Observed) -> NnxModel:
         """Returns this model with its passes recorded."""
-        copy = NnxModel.__new__(NnxModel)
-        copy.__dict__.update(self.__dict__, _observed=observed)
-        copy.__dict__.pop("light", None)
-        return copy
+        return self._with(_observed=observed)
+
+    def rematerialized(self, remat: RematConfig) -> NnxModel:
+        """Returns this model with modules that are computed again."""
+        return self._with(_remat=remat)
 
     @functools.cached_property
     def light(self) -> NnxModel:
@@ -73,7 +80,7 @@ class NnxModel(Adapter):
         graph, state = nnx.split(self.module)
         if not has_numbers(state):
             return self
-        copy = NnxModel(nnx.merge(graph, without_numbers(state)), self._observed)
+        copy = NnxModel(nnx.merge(graph, without_numbers(state)), self._observed, self._remat)
         copy.__dict__["light"] = copy
         return copy
 
@@ -125,6 +132,8 @@ class NnxModel(Adapter):
         """
         requested = kwargs.pop("mutable", None)
         module = self._merge(variables, train, key)
+        if self._remat is not None:
+            rematerialize(_modules(module), self._remat)
         before = Snapshot.of(module)
         outputs = _call(module, inputs, kwargs, train, key)
         before.check(module, must_not_draw=train and key is None, observed=self._observed)
@@ -162,6 +171,12 @@ class NnxModel(Adapter):
     def modules(self) -> dict[Path, Any]:
         """Returns the module and its submodules by path."""
         return _modules(self.module)
+
+    def _with(self, **changes: Any) -> NnxModel:
+        copy = NnxModel.__new__(NnxModel)
+        copy.__dict__.update(self.__dict__, **changes)
+        copy.__dict__.pop("light", None)
+        return copy
 
     def _create(self, key: Key) -> nnx.Module:
         source: Any = self._source

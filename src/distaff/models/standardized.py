@@ -9,6 +9,8 @@ from distaff.core.typing import Key, PyTree
 from distaff.data import Standardize
 from distaff.models.adapter import Model, ModelWrapper, Variables, accepts_collections
 from distaff.models.observed import Observed, observing
+from distaff.models.remat.model import reached
+from distaff.models.remat.options import RematConfig
 
 
 class StandardizedModel(ModelWrapper):
@@ -26,6 +28,10 @@ class StandardizedModel(ModelWrapper):
     def observing(self, observed: Observed) -> StandardizedModel:
         """Returns this model with its passes recorded."""
         return StandardizedModel(observing(self.inner, observed), self._scale)
+
+    def rematerialized(self, remat: RematConfig) -> StandardizedModel:
+        """Returns this model with modules that are computed again."""
+        return StandardizedModel(reached(self.inner, remat), self._scale)
 
     def init(self, key: Key, *inputs: Any) -> Variables:
         """Creates the variables for inputs of these shapes."""

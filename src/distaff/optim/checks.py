@@ -10,7 +10,13 @@ from distaff.core.config.checks import whole
 from distaff.errors import ConfigError, nearest
 from distaff.optim import catalog
 from distaff.optim.factory import check_name, is_factory
-from distaff.optim.options import check_options, is_finite, no_decay_remedy, plain
+from distaff.optim.options import (
+    check_options,
+    is_finite,
+    is_traced,
+    no_decay_remedy,
+    plain,
+)
 from distaff.optim.transforms.plateau import Plateau
 
 ScheduleName: TypeAlias = Literal[
@@ -98,6 +104,8 @@ def _check_names(config: Any) -> None:
 def _check_numbers(config: Any) -> None:
     for name in ("learning_rate", "weight_decay", "end_fraction"):
         value = getattr(config, name)
+        if name == "learning_rate" and is_traced(value):  # as in a search for it
+            continue
         if not is_finite(value) or value < 0:
             raise ConfigError(f"{name} must be a finite int or float >= 0; got {value!r}.")
     if config.end_fraction > 1:

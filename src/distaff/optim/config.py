@@ -14,7 +14,7 @@ from distaff.core.views.brief import brief_fields, fields_table
 from distaff.errors import ConfigError
 from distaff.optim import catalog, checks
 from distaff.optim.checks import DecayShape, ScheduleName
-from distaff.optim.options import is_finite
+from distaff.optim.options import is_finite, is_traced
 from distaff.optim.transforms.plateau import Plateau
 
 Option: TypeAlias = bool | int | float | str | None
@@ -169,7 +169,8 @@ def _check_group(group: ParamGroup) -> None:
             f"{label} must have exactly one of {', '.join(options)}, and has {named or 'none'}."
         )
     rate, optimizer = group.learning_rate, group.optimizer
-    if rate is not None and (not is_finite(rate) or rate < 0):
+    is_known = rate is not None and not is_traced(rate)
+    if is_known and (not is_finite(rate) or rate < 0):
         raise ConfigError(
             f"The learning_rate of {label} must be a finite int or float >= 0; got {rate!r}."
         )

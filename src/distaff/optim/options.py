@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from distaff.errors import ConfigError, nearest
 from distaff.optim import catalog
@@ -27,11 +28,18 @@ _SEEDS = {"key", "seed"}
 
 def plain(value: Any) -> Any:
     """Converts a scalar of NumPy or JAX to a Python scalar; returns any other value unchanged."""
+    if is_traced(value):
+        return value
     if isinstance(value, np.generic) or (
         isinstance(value, np.ndarray | jax.Array) and value.ndim == 0
     ):
         return value.item()
     return value
+
+
+def is_traced(value: object) -> bool:
+    """Returns whether a value is a number inside a program: its size is not known."""
+    return isinstance(value, Tracer) and value.ndim == 0
 
 
 def is_finite(value: object) -> bool:

@@ -20,6 +20,7 @@ from distaff.execution.dispatch.steps_per_call import FusionChoice
 from distaff.execution.feed.skipped import num_drawn, skipped_batches
 from distaff.execution.peak_flops import peak_flops
 from distaff.execution.placement import idle_devices
+from distaff.execution.step_times import StepTimes
 from distaff.execution.timers import Timers
 from distaff.loggers.history import History
 from distaff.metrics import Metric, as_json, compute, results
@@ -59,6 +60,7 @@ class Recorder:
         state: the progress of the run, as one immutable value.
         record: everything that determines the run, as strict JSON.
         report: the speed of the run; None until it has finished.
+        step_times: notices slow steps.
         has_observed: whether a chunk of this epoch was recorded.
         updates_per_step: optimizer updates per step.
         has_begun: whether the files of the run can be written and read.
@@ -72,6 +74,7 @@ class Recorder:
         self.workspace, self.plan, self.callbacks = workspace, plan, callbacks
         self.display, self.timers = workspace.display, Timers()
         workspace.capacity, workspace.timers = 1, self.timers
+        self.step_times = StepTimes(self.timers)
         self.state = RunState.beginning(workspace.step, workspace.epoch)
         self.report: Report | None = None
         self.updates_per_step, self.has_begun, self.has_observed = 1, False, False
@@ -161,6 +164,8 @@ class Recorder:
         self.timers.count(event.num_steps, event.examples)
         if self.timers.since >= self._progress_due_at:
             self._show_progress()
+        if self.timers.since >= self.step_times.due_at:
+            self._measure_steps()
         if event.metrics:
             self._show_steps(event, epoch)
 
@@ -168,6 +173,10 @@ class Recorder:
         examples = self.timers.examples
         self.display.advance(self.state.step, self.state.epoch, examples - self._num_shown)
         self._num_shown, self._progress_due_at = examples, self.timers.since + _PROGRESS_SECONDS
+
+    def _measure_steps(self) -> None:
+        if line := self.step_times.measure(self.state.step):
+            _log.info("%s", line)
 
     def _show_steps(self, event: ChunkEnd, epoch: int) -> None:
         for step, metrics in enumerate(event.metrics, event.step - event.num_steps + 1):
@@ -262,7 +271,8 @@ class Recorder:
         self.display.table(rows_by_split(metrics, titles))
         measure_peak = peak_flops if measures else lambda again: None
         report = make_report(self.timers.read(), self.dispatcher.flops, measure_peak)
-        self.report = report._replace(advice=faster_data(self.plan.train_loader))
+        advice = faster_data(self.plan.train_loader)
+        self.report = report._replace(advice=advice, slow=self.step_times.slow)
         self.log_throughput()
         for line in self.report.lines():
             self.show(line)
@@ -308,7 +318,7 @@ class Recorder:
         with suppress(MetricError):  # this error has ended the run
             facts["metrics"] = as_json(self.state.last_metrics)
         best = None if self.state.best is None else best_json(self.state.best)
-        report = self.report or Report(self.timers.read())
+        report = self.report or Report(self.timers.read(), slow=self.step_times.slow)
         throughput, fusion = report.facts(), self.fusion
         return {**facts, "best": best, "steps_per_call": fusion, "throughput": throughput}
 

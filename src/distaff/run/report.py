@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from distaff.data import ArrayLoader, sources, unlimited
 from distaff.execution.flops import Flops
+from distaff.execution.step_times import SlowSteps
 from distaff.execution.timers import PARTS, TRAINING, Throughput
 
 _UNITS = ("", "k", "M", "G", "T", "P", "E")
@@ -22,6 +23,9 @@ _LONG_WAIT = 0.1
 
 _LONG_WAIT_SECONDS = 1.0
 """Least seconds spent waiting for data that are reported."""
+
+_SLOW_SECONDS = 1.0
+"""Least seconds lost to slow steps that are reported."""
 
 _CUSTOM = "do less work per batch, preprocess once before the training, or use more workers."
 _FASTER_DATA = (
@@ -48,12 +52,14 @@ class Report(NamedTuple):
         flops: FLOPs of one step; None if unknown.
         peak: peak FLOPs per second of the machine; None if unknown.
         advice: how to make the data faster, if the training waits for it.
+        slow: measurements of slow steps; None if the steps were not measured.
     """
 
     throughput: Throughput
     flops: Flops | None = None
     peak: float | None = None
     advice: str = _FASTER_DATA
+    slow: SlowSteps | None = None
 
     @property
     def flops_per_second(self) -> float | None:
@@ -93,6 +99,7 @@ class Report(NamedTuple):
             "flops_per_second": self.flops_per_second,
             "peak_flops_per_second": self.peak,
             "share_of_peak": self.share_of_peak,
+            "slow": None if self.slow is None else self.slow._asdict(),
         }
 
     def lines(self) -> list[str]:
@@ -106,11 +113,18 @@ class Report(NamedTuple):
 
     def remarks(self) -> list[str]:
         """Returns advice on the speed, as lines of text."""
-        seconds = self.throughput.seconds["data"]
+        lines, seconds = [], self.throughput.seconds["data"]
         waiting = self.throughput.per_second(seconds)
-        if waiting <= _LONG_WAIT or seconds < _LONG_WAIT_SECONDS:
-            return []
-        return [f"data   {waiting:.0%} of training time was spent waiting for data. {self.advice}"]
+        if waiting > _LONG_WAIT and seconds >= _LONG_WAIT_SECONDS:
+            share = f"{waiting:.0%} of training time was spent waiting for data"
+            lines.append(f"data   {share}. {self.advice}")
+        if self.slow is not None and self.slow.seconds >= _SLOW_SECONDS:
+            number, measured, extra = self.slow
+            lines.append(
+                f"slow   in {number} of {measured} measurements a step took more than twice the "
+                f"median, {extra:.1f} s longer in total. Another program may use the machine."
+            )
+        return lines
 
     def _speed(self) -> str:
         read = self.throughput

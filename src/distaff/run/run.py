@@ -27,7 +27,7 @@ from distaff.run.checkpointer import Checkpointer
 from distaff.run.directory.recording import RecordingOptions
 from distaff.run.events import BadNumbers, Interrupted, Pause, Plan
 from distaff.run.identity.ending import ending
-from distaff.run.learning import watch_plateau
+from distaff.run.learning import LearningWatch
 from distaff.run.ranking import Better
 from distaff.run.recorder import Recorder
 from distaff.run.recovery import Recovery
@@ -103,6 +103,7 @@ class Run:
         self.checkpointer = Checkpointer(self.recorder, self.supervisor, options)
         self.recovery = Recovery(self.recorder, self.checkpointer, self.supervisor, options)
         self.recovery.check()
+        self._learning = LearningWatch(workspace, monitor, callbacks, plan.num_epochs)
         workspace.feeds.make_room(2 + len(plan.val_loaders))
         self.timers = self.recorder.timers
         self.interruptible = partial(self.supervisor.interruptible, self.checkpointer)
@@ -368,9 +369,7 @@ class Run:
             MetricError: the optimizer needs the monitored metric, and it is missing.
         """
         self.checkpointer.rank(judged, is_best, better)
-        plateau = getattr(self.workspace.ready_state().tx, "plateau", None)
-        if plateau is not None:
-            watch_plateau(self.workspace, plateau, self.monitor, judged)
+        self._learning.validated(judged, self.state.last_metrics)
 
     def finish_epoch(self, epoch: int) -> None:
         """Moves the run to the next epoch."""
@@ -384,7 +383,8 @@ class Run:
         self.recorder.update(interrupted_by=str(interrupted))
         remedy = "Run the same command again to resume." if self.path else "Nothing was saved."
         advice = faster_data(self.plan.train_loader)
-        for remark in Report(self.timers.read(), advice=advice).remarks():
+        slow = self.recorder.step_times.slow
+        for remark in Report(self.timers.read(), advice=advice, slow=slow).remarks():
             self.recorder.show(remark)
         self.recorder.show(f"interrupted by {interrupted} at step {self.workspace.step}. {remedy}")
 

@@ -60,8 +60,8 @@ class CallSite(NamedTuple):
         return LossError(
             "ctx keeps the variables that a pass changes, but only return values leave a JAX "
             "transformation. Inside jax.checkpoint, vmap, scan or grad, "
-            f"this call changes {', '.join(changed)}. Call ctx outside of it: to save memory, use "
-            "nn.remat (Flax Linen), nnx.remat or eqx.filter_checkpoint on layers inside the model; "
+            f"this call changes {', '.join(changed)}. Call ctx outside of it: to save memory, pass "
+            "remat=... to the trainer, or use distaff.models.rematerialized in a loop of your own; "
             "for several inputs, join them in one batch. Or leave the variables unchanged: "
             "ctx.apply(params, x, train=False), under the model's own name for the mode."
         )

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from distaff.core.config.options import described, descriptions, integer, option
 from distaff.core.config.other_frameworks import OPTIONS, remedy
 from distaff.errors import ConfigError
-from distaff.models import PrecisionOptions
+from distaff.models import PrecisionOptions, RematOptions
 from distaff.run.display.protocol import DisplayOptions
 from distaff.run.run import RunOptions
 
@@ -18,7 +18,7 @@ C = TypeVar("C", bound="TrainerConfig")
 
 @described
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainerConfig(DisplayOptions, PrecisionOptions, RunOptions):
+class TrainerConfig(DisplayOptions, PrecisionOptions, RematOptions, RunOptions):
     """The options of every trainer. Subclass it to add your own.
 
     Raises:

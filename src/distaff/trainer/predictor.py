@@ -27,7 +27,15 @@ from distaff.data import INPUT_NAMES, entry, num_batches
 from distaff.data.on_policy import check_reader
 from distaff.execution import allocator, compile_cache
 from distaff.execution.determinism import ask_backend
-from distaff.models import LoraModel, Variables, as_model, in_precision, standardized, stored
+from distaff.models import (
+    LoraModel,
+    Variables,
+    as_model,
+    in_precision,
+    rematerialized,
+    standardized,
+    stored,
+)
 from distaff.run.display import as_text, make_display
 from distaff.run.display.model_table import model_table
 from distaff.run.evaluation import predict
@@ -162,7 +170,8 @@ class Predictor:
         init_key, root_key = self._workspace.execution.once(_two_keys)(folded(self.config.seed))
         variables = self._initial(example_batch, init_key)
         precision = self.config.precision
-        model = in_precision(standardized(self.model, self.config.standardize), precision)
+        model = rematerialized(standardized(self.model, self.config.standardize), self.config.remat)
+        model = in_precision(model, precision)
         variables = variables._replace(params=stored(variables.params, precision))
         self.state = self.state_class.create(
             apply_fn=model.apply_fn, rng=root_key, **variables._asdict()

@@ -19,11 +19,12 @@ from distaff.execution.dispatch.steps_per_call import Expected
 from distaff.execution.placement import owned
 from distaff.loggers.protocol import as_loggers, is_logger
 from distaff.metrics.monitor import as_monitor
-from distaff.models import precision_of
+from distaff.models import precision_of, remat_of, without_remat
 from distaff.optim.gradients import check_trainable
 from distaff.optim.precision import check_copy
 from distaff.optim.transforms.masks import check_patterns
 from distaff.run.diagnosis.products import checked_summary
+from distaff.run.diagnosis.recomputed import check_recomputed
 from distaff.run.directory.protocol import Recording
 from distaff.run.directory.recording import DirectoryRecording, make_recording
 from distaff.run.evaluation import Evaluator
@@ -85,17 +86,34 @@ class Preparation:
 
     def set_up(self, example_batch: Batch) -> None:
         """Calls the setup methods in order; see `TrainerModule`."""
-        trainer, here = self._trainer, self._here
         num_examples(example_batch)
-        trainer.example_batch = here.example_batch = example_batch
-        here.table = None
-        trainer.print_tabulate(example_batch)
+        self._trainer.example_batch = self._here.example_batch = example_batch
+        self._here.table = None
+        self._trainer.print_tabulate(example_batch)
         self.make_recording()
-        train_step, eval_step = trainer.create_functions()
-        trainer.create_jitted_functions(averaging(train_step, self._options), eval_step)
-        self._take_programs()
-        trainer.init_model(example_batch)
+        self._create_programs()
+        self._trainer.init_model(example_batch)
         self._load_init_from()
+
+    def set_up_alone(self, example_batch: Batch, state: TrainState | None) -> None:
+        """Creates the programs and the state, without a recording and a table of the model.
+
+        Args:
+            example_batch: a training batch.
+            state: the state; None to create the initial one.
+        """
+        self._trainer.example_batch = self._here.example_batch = example_batch
+        self._create_programs()
+        self._here.state = state
+        if state is None:
+            self._trainer.init_model(example_batch)
+            self._load_init_from()
+
+    def _create_programs(self) -> None:
+        """Creates the programs of a training and an evaluation step."""
+        train_step, eval_step = self._trainer.create_functions()
+        self._trainer.create_jitted_functions(averaging(train_step, self._options), eval_step)
+        self._take_programs()
 
     def _take_programs(self) -> None:
         trainer, here = self._trainer, self._here
@@ -184,7 +202,7 @@ class Preparation:
         )
         run.dispatcher.checks = self._step_checks(run)
         self._check(run, batch, test_loader)
-        self._check_precision(batch)
+        self._check_forward_passes(batch)
         self._identify(run, total)
 
     def _step_checks(self, run: Run) -> list[RepeatsSteps]:
@@ -240,8 +258,11 @@ class Preparation:
             sanity.check_evaluation(test_loader, "test")
         self._first_batches = sanity.first_batches
 
-    def _check_precision(self, batch: Batch) -> None:
-        """Counts the products of the training step by dtype, for a precision that changes it."""
+    def _check_forward_passes(self, batch: Batch) -> None:
+        """Checks that precision and rematerialization apply to the training step.
+
+        Counts the products of the step by dtype, for a precision that changes it.
+        """
         here, precision = self._here, precision_of(self._options.precision)
         state = here.ready_state()
         check_patterns({"PrecisionConfig.float32": precision.float32}, state.params)
@@ -249,6 +270,7 @@ class Preparation:
         if not self._options.debug:
             # Not the measured step: operations of an inlined program have no line of their own.
             self.products = checked_summary(here.plain_step, state, batch, precision)
+            check_recomputed(here.plain_step, state, batch, remat_of(self._options.remat))
 
     def _is_own(self, *names: str) -> bool:
         kind = type(self._trainer)
@@ -256,15 +278,24 @@ class Preparation:
 
     def _init_optimizer(self, total_steps: int | None, batch: Batch) -> int:
         """Initializes the optimizer, and returns the number of updates per step."""
-        self._call_init_optimizer(total_steps, self._per_epoch)
+        self.init_optimizer(total_steps, self._per_epoch)
         count = self._here.counted.count(self._here.ready_state(), batch)
         if count > 1:
             is_known = total_steps is not None and self._per_epoch is not None
             total_steps = total_steps * count if is_known else total_steps
-            self._call_init_optimizer(total_steps, self._per_epoch and self._per_epoch * count)
+            self.init_optimizer(total_steps, self._per_epoch and self._per_epoch * count)
         return count
 
-    def _call_init_optimizer(self, total_steps: int | None, per_epoch: int | None) -> None:
+    def init_optimizer(self, total_steps: int | None, per_epoch: int | None) -> None:
+        """Gives the state its optimizer, averages and guard, before the first step.
+
+        Args:
+            total_steps: optimizer steps of the run; None if unknown.
+            per_epoch: optimizer steps of an epoch; None if unknown.
+
+        Raises:
+            ConfigError: the optimizer does not fit the run.
+        """
         here = self._here
         here.schedule, here.steps_per_epoch = None, per_epoch
         check_trainable(here.evaluation_state().params)
@@ -312,7 +343,7 @@ class Preparation:
         return Subject(
             step=step if is_traced else None,
             eval_step=here.evaluator.step if is_traced else None,
-            state=here.ready_state().replace(guard=None),
+            state=_in_identity(here.ready_state()),
             loaders={name: (each, first[name]) for name, each in named.items() if name in first},
             total_steps=total_steps,
             with_total_steps=self._with_total_steps,
@@ -325,11 +356,16 @@ class Preparation:
         state, schedule = here.ready_state(), here.schedule
         try:
             self._trainer.init_optimizer(total_steps)
-            return here.ready_state().replace(guard=None, averages=state.averages)
+            return _in_identity(here.ready_state()).replace(averages=state.averages)
         except DistaffError:  # such as a warm-up that is too long for it
-            return state.replace(guard=None)
+            return _in_identity(state)
         finally:
             here.state, here.schedule = state, schedule
+
+
+def _in_identity(state: TrainState) -> TrainState:
+    """Returns a state without what changes no number of a run."""
+    return state.replace(guard=None, apply_fn=without_remat(state.apply_fn))
 
 
 def recording_of(trainer: Any, loggers: Any) -> Recording:

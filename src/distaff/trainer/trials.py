@@ -1,17 +1,30 @@
-"""Turns trainers into trials: runs without a display and without a diagnosis of bad steps."""
+"""Trainers without their surroundings: trials, and training steps apart from a run."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
+
+import optax
 
 from distaff.callbacks import Callback
 from distaff.callbacks.callbacks import Callbacks
 from distaff.core.typing import Batch
+from distaff.core.warnings import warn
+from distaff.data import Loader, closing_made, is_on_policy, sources, training_loader_of
+from distaff.data.loader import in_order
+from distaff.data.stream import Stream
+from distaff.errors import BatchError
+from distaff.execution.execution import Execution
+from distaff.execution.placement import owned
 from distaff.run.display import NullDisplay
 from distaff.run.events import Plan
+from distaff.run.workspace import Workspace
+from distaff.step.normalise import StepFn
+from distaff.step.state import TrainState
 from distaff.trainer.module import TrainerModule
 from distaff.trainer.preparation import Preparation
 from distaff.trainer.training import Training
@@ -51,3 +64,129 @@ def check(trainer: TrainerModule, plan: Plan) -> None:
 def path_of(trainer: TrainerModule) -> Path | None:
     """Returns the directory of a trainer's last run; None if it wrote none."""
     return trainer._workspace.recording.path
+
+
+class StepAlone(NamedTuple):
+    """The training step of a trainer, with a copy of its state. The trainer is not changed.
+
+    Attributes:
+        step: `(state, batch) -> (state, metrics)`.
+        state: a copy of the trainer's state, or a new one, whose arrays may be donated. Its
+            optimizer is set up, and has made no update.
+        execution: makes programs of it.
+    """
+
+    step: StepFn
+    state: TrainState
+    execution: Execution
+
+
+def step_alone(
+    trainer: TrainerModule, batch: Batch, num_steps: int, tx: optax.GradientTransformation | None
+) -> StepAlone:
+    """Returns the bare training step of a trainer: without a guard, averages and norms.
+
+    Args:
+        trainer: the trainer. The copy has its current weights.
+        batch: a training batch, which is checked.
+        num_steps: the number of steps, for optimizers that depend on it.
+        tx: an optimizer to use; None for that of the trainer.
+
+    Raises:
+        DistaffError: an input is invalid (the subclass says which).
+    """
+    preparation, other = _set_up_alone(
+        trainer, batch, ema=None, swa_from_epoch=None, log_norms=False
+    )
+    here = other._workspace
+    if tx is None:
+        preparation.init_optimizer(num_steps, None)
+    else:
+        here.begin_optimizer(tx, other.optimizer, keep=False)
+    here.counted.count(here.ready_state(), batch)
+    return _alone(here.plain_step, here, batch)
+
+
+def step_of_run(trainer: TrainerModule, batch: Batch, num_steps: int) -> StepAlone:
+    """Returns the training step that a run repeats, with everything that its options add.
+
+    Args:
+        trainer: the trainer. The copy has its current weights.
+        batch: a training batch, which is checked.
+        num_steps: the number of steps, for optimizers that depend on it.
+
+    Raises:
+        DistaffError: an input is invalid (the subclass says which).
+    """
+    preparation, other = _set_up_alone(trainer, batch)
+    here = other._workspace
+    preparation.init_optimizer(num_steps, None)
+    here.counted.count(here.ready_state(), batch)
+    return _alone(here.measured_step, here, batch)
+
+
+def _set_up_alone(trainer: T, batch: Batch, **changes: Any) -> tuple[Preparation, T]:
+    """Sets up a copy of a trainer without a run directory, loggers and callbacks."""
+    state = trainer._workspace.state
+    if state is None:
+        trainer._tune_process(batch)
+    else:
+        state = trainer._workspace.evaluation_state()
+        state = state.replace(opt_state=None, tx=None, guard=None, averages=None)
+    other = trainer.variant(loggers=(), callbacks=(), root=None, **changes)
+    other._workspace.display, other._workspace.explains = NullDisplay(), False
+    other.check_batch(batch, "train")
+    preparation = Preparation(other, TrainerModule)
+    preparation.set_up_alone(batch, state)
+    return preparation, other
+
+
+def _alone(step: StepFn, here: Workspace, batch: Batch) -> StepAlone:
+    state = here.execution.placement.alongside(batch).state(owned(here.ready_state()))
+    here.state = None  # which the step keeps alive
+    return StepAlone(step, state, here.execution)
+
+
+@contextmanager
+def training_batches(trainer: TrainerModule, data: Any) -> Generator[Loader]:
+    """Yields a loader of the training batches, and leaves the position of `data` as it was.
+
+    Args:
+        trainer: the trainer, whose options say how arrays become batches.
+        data: a loader, any iterable of batches, or arrays. Of an iterable, which cannot be set
+            back, another one is read.
+
+    Raises:
+        BatchError: the data can be read only once, or depend on the trainer's state.
+    """
+    loader = training_loader_of(data, trainer.config, seed=trainer.config.seed)
+    if is_on_policy(loader):
+        raise BatchError(
+            "The batches of an OnPolicy loader depend on the trainer's state in its run, and "
+            "cannot be read apart from it. Pass a list of recorded batches."
+        )
+    streams = [each for each in sources(loader) if isinstance(each, Stream)]
+    with closing_made((data, loader)):
+        if not streams:
+            position = loader.get_state()
+            try:
+                yield loader
+            finally:
+                loader.set_state(position)
+            return
+        view = in_order(loader)
+        if view is None or any(each in streams for each in sources(view)):
+            raise BatchError(
+                f"The train loader must be one that can be read again afterwards; the "
+                f"{type(data).__name__} can be iterated only once. Pass a list, a function that "
+                "returns a new generator (the function, not its call), or arrays."
+            )
+        if any(each.has_own_order for each in streams):
+            warn(
+                f"A {type(data).__name__} cannot be set back, so its batches are read in the order "
+                "of the data. If that order is not random, such as sorted by class, pass arrays "
+                "or a data.ArrayLoader.",
+                stacklevel=4,
+            )
+        with closing_made((None, view)):
+            yield view

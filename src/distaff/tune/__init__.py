@@ -1,20 +1,28 @@
-"""Searches over options, and comparisons of optimizers."""
+"""Finds learning rates and batch sizes, searches over options, and compares optimizers."""
 
+from distaff.tune.batch_size import BatchSizeSearch, TriedBatch, find_batch_size
 from distaff.tune.compare import compare
 from distaff.tune.comparison import Comparison, OptimizerResult, OptimizerRun
+from distaff.tune.learning_rate import find_learning_rate
+from distaff.tune.range_test import RangeTest
 from distaff.tune.search import Trial
 from distaff.tune.space import Choice, Float, Int
 from distaff.tune.study import StudyResult, study
 
 __all__ = [
+    "BatchSizeSearch",
     "Choice",
     "Comparison",
     "Float",
     "Int",
     "OptimizerResult",
     "OptimizerRun",
+    "RangeTest",
     "StudyResult",
     "Trial",
+    "TriedBatch",
     "compare",
+    "find_batch_size",
+    "find_learning_rate",
     "study",
 ]

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 from distaff.core import optional
+from distaff.data.adapters.tensorflow import tensorflow_loader
 from distaff.data.adapters.torch import torch_loader
-from distaff.data.stream import Stream
 from distaff.errors import BatchError
 
 
@@ -21,15 +21,6 @@ class LoaderKind(NamedTuple):
 
 def _grain_loader(data: Any) -> Any:
     return optional.load("grain", extra="grain").make_loader(data)
-
-
-def _tensorflow_loader(dataset: Any) -> Stream:
-    """Returns a loader over a `tf.data.Dataset` of batches.
-
-    Restoring a position reads the dataset again, and verifies the batches: give `shuffle` a seed.
-    """
-    cardinality = int(dataset.cardinality())  # -1 is endless, -2 is unknown
-    return Stream(dataset.as_numpy_iterator, length=cardinality if cardinality >= 0 else None)
 
 
 def _raise_for_rows(data: Any) -> NoReturn:
@@ -48,7 +39,7 @@ KINDS = (
     LoaderKind("torch.utils.data", "DataLoader", torch_loader),
     LoaderKind("datasets", "Dataset", _raise_for_rows),
     LoaderKind("datasets", "IterableDataset", _raise_for_rows),
-    LoaderKind("tensorflow", "DatasetV2", _tensorflow_loader),
+    LoaderKind("tensorflow", "DatasetV2", tensorflow_loader),
 )
 """All supported classes, including their subclasses."""
 

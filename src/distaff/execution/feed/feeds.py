@@ -61,7 +61,7 @@ class Feeds:
             loader
             for loader in loaders
             if any(isinstance(each, Stream) and each.is_read_again for each in sources(loader))
-            and not any(each is other for each in sources(loader) for other in trained)
+            and not any(_is_same(each, other) for each in sources(loader) for other in trained)
         ]
 
     def view(self, loader: Loader) -> Loader | None:
@@ -159,3 +159,8 @@ class Feeds:
 
     def _known(self, loader: Loader) -> Feed | None:
         return next((feed for feed in self._feeds if feed.loader is loader), None)
+
+
+def _is_same(loader: Loader, other: Loader) -> bool:
+    shared = isinstance(loader, Stream) and loader.shares_source(other)
+    return loader is other or shared

@@ -44,7 +44,11 @@ class InPrecision(ModelWrapper):
 
     def observing(self, observed: Observed) -> InPrecision:
         """Returns this model with its passes recorded."""
-        return InPrecision(observing(self.inner, observed), self._precision, self._scale)
+        return self.around(observing(self.inner, observed))
+
+    def around(self, inner: Model) -> InPrecision:
+        """Returns another model in this precision."""
+        return InPrecision(inner, self._precision, self._scale)
 
     def scaled(self, scale: jax.Array | None) -> InPrecision:
         """Returns this model with cotangents multiplied by a scale inside its passes."""

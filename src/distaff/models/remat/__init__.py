@@ -1,0 +1,1 @@
+"""Rematerialization: activations are computed again in the backward pass instead of stored."""

@@ -1,0 +1,62 @@
+"""The pages as a reader meets them: links that lead somewhere, in plain English."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from test_words import TURNS
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(path.relative_to(ROOT) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+EDITED = [page for page in PAGES if page.parts[:2] != ("docs", "decisions")]
+"""Pages that change with the code. Records of decisions keep the words of their day."""
+
+IDIOMATIC = re.compile(r"tells a model whether|tells the loader to|no, is refused")
+"""Plain turns that the rule for the package's sources would find."""
+
+
+def prose(page: Path) -> str:
+    """Returns the text of a page outside of fenced blocks."""
+    return re.sub(r"^```.*?^```$", "", (ROOT / page).read_text("utf-8"), flags=re.M | re.S)
+
+
+def anchors(page: Path) -> set[str]:
+    """Returns the anchors of a page's headings, by GitHub's rule."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.M)
+    kept = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+    return {heading.replace(" ", "-") for heading in kept}
+
+
+def broken(page: Path) -> Iterator[str]:
+    """Yields the links of a page that lead to no file, or to no heading of it."""
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        target, _, anchor = link.partition("#")
+        if re.match(r"[a-z]+:", target):
+            continue
+        path = (ROOT / page).parent / target if target else ROOT / page
+        if not path.exists():
+            yield f"{link}: no such file"
+        elif anchor and anchor not in anchors(path.resolve().relative_to(ROOT)):
+            yield f"{link}: no such heading"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_links_of_page_lead_somewhere(page: Path) -> None:
+    assert list(broken(page)) == []
+
+
+def test_broken_links_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    text = "# One, two\n[a](#one-two) [b](#three) [c](gone.md) [d](https://example.org)\n"
+    (tmp_path / "page.md").write_text(text)
+    assert list(broken(Path("page.md"))) == ["#three: no such heading", "gone.md: no such file"]
+
+
+@pytest.mark.parametrize("page", EDITED, ids=str)
+def test_page_is_in_plain_words(page: Path) -> None:
+    text = IDIOMATIC.sub("", prose(page))
+    assert [line for line in text.splitlines() if TURNS.search(line)] == []
