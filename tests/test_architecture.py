@@ -40,7 +40,7 @@ NOWHERE = {"tensorflow", "pickle", "cloudpickle", "dill", "marshal", "shelve"}
 OPTIONAL = (
     *("matplotlib", "sklearn", "pandas", "torch", "tensorflow", "wandb", "mlflow", "optuna", "ray"),
     *("grain", "tensorboard", "tensorboardX", "equinox", "jaxtyping", "beartype", "hypothesis"),
-    *("pytest", "_pytest", "safetensors", "pyarrow", "array_record", "dm_pix"),
+    *("pytest", "_pytest", "safetensors", "pyarrow", "array_record", "dm_pix", "trackio"),
 )
 WITHOUT_OPTIONAL = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL!r}))\n"
 

@@ -376,7 +376,12 @@ def test_a_failed_run_closes_every_logger(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "package"),
-    [("TensorBoardLogger", "tensorboardX"), ("WandbLogger", "wandb"), ("MlflowLogger", "mlflow")],
+    [
+        ("TensorBoardLogger", "tensorboardX"),
+        ("WandbLogger", "wandb"),
+        ("MlflowLogger", "mlflow"),
+        ("TrackioLogger", "trackio"),
+    ],
 )
 @pytest.mark.slow
 def test_missing_package_names_its_extra(name, package):

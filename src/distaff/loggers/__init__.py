@@ -1,7 +1,7 @@
 """Loggers: JSONL, CSV, console, memory, files, and third-party services.
 
-`TensorBoardLogger`, `WandbLogger` and `MlflowLogger` are available here too; each needs the
-extra of its name, `pip install "distaff[wandb]"`, and is imported on first use.
+`TensorBoardLogger`, `WandbLogger`, `MlflowLogger` and `TrackioLogger` are available here too; each
+needs the extra of its name, `pip install "distaff[wandb]"`, and is imported on first use.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ __all__ = [
 _INTEGRATIONS = {
     "MlflowLogger": "mlflow",
     "TensorBoardLogger": "tensorboard",
+    "TrackioLogger": "trackio",
     "WandbLogger": "wandb",
 }
 

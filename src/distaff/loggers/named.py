@@ -25,7 +25,7 @@ def build_loggers(
     Args:
         given: loggers, and names that `as_loggers` has checked.
         directory: returns the run directory, called when a file is created; None without one.
-        name: the name of the run, which becomes the project in Weights & Biases.
+        name: the name of the run, which becomes the project in Weights & Biases and trackio.
         is_trial: whether to leave out names that need a directory if the run has no directory.
 
     Raises:
@@ -40,6 +40,8 @@ def build_loggers(
 def _build(kind: str, directory: Callable[[], Path] | None, name: str) -> Any:
     if kind == "console":
         return ConsoleLogger()
+    if kind == "trackio":
+        return _load(kind).TrackioLogger(name)
     if directory is None:
         raise ConfigError(
             f"The logger {kind!r} writes into the run directory, and this run has none "

@@ -14,8 +14,8 @@ JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON
 """A value that strict JSON can hold."""
 
 _METHODS = ("log_metrics", "log_config", "close")
-_NAMES = ("console", "csv", "mlflow", "tensorboard", "wandb")
-_EXTRAS = ("mlflow", "tensorboard", "wandb")
+_NAMES = ("console", "csv", "mlflow", "tensorboard", "trackio", "wandb")
+_EXTRAS = ("mlflow", "tensorboard", "trackio", "wandb")
 
 
 class Logger(Protocol):

@@ -57,7 +57,7 @@ class TrainerModule(Predictor):
         optimizer: an `OptimizerConfig`, an Optax transformation, or a function of the total number
             of steps that returns one.
         loggers: further loggers, used alongside the run directory: objects, or the names "console",
-            "csv", "mlflow", "tensorboard", "wandb", which write into the run directory.
+            "csv", "mlflow", "tensorboard", "wandb", which write into the run directory; "trackio".
         callbacks: your own callbacks, called at the six events of a run.
         init_from: initial weights: a run directory, a checkpoint folder, a `.safetensors` file, a
             tree of arrays, or an `InitFrom`. The arrays must match the model's one to one; declare
