@@ -52,6 +52,25 @@ def test_outputs_equal_those_of_pytorch_and_the_file_comes_back(model: str, kind
         np.testing.assert_array_equal(back[name], exported(name, file), name)
 
 
+@pytest.mark.parametrize("kind", ["linen", "equinox"])
+def test_an_lstm_that_comes_back_has_other_biases_with_the_same_sums_and_outputs(kind: str) -> None:
+    case = CASES["lstm"][kind]
+    trainer, x, y = loaded("lstm", case)
+    path = trainer.export_weights("back.safetensors", rules=case.rules)
+    back, file = load_file(path), load_file(HERE / "lstm.safetensors")
+    first_biases = sorted(name for name in file if "bias_ih" in name)
+    assert first_biases
+    for name in first_biases:
+        second = name.replace("_ih", "_hh")
+        assert (back[name] != file[name]).any()
+        assert not back[second].any()
+        np.testing.assert_array_equal(back[name] + back[second], file[name] + file[second])
+    again, _, _ = loaded("lstm", case, source=path)
+    outputs = np.asarray(trainer.predict([{"x": x}]))
+    np.testing.assert_array_equal(np.asarray(again.predict([{"x": x}])), outputs)
+    np.testing.assert_allclose(outputs, y, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.peer("torch")
 @pytest.mark.parametrize(("model", "kind"), EVERY)
