@@ -190,11 +190,18 @@ def test_wrong_column_of_a_new_frame_is_named(frame, change, complaint):
         ({"columns": ["area"], "categories": ["city"]}, ConfigError, "categories must be among"),
         ({"columns": ["area"], "categories": ["area"]}, BatchError, r"types \['float'\]"),
         ({"columns": ["none"]}, BatchError, "'none' has 60 missing values"),
+        ({"columns": ["area", "city", "area"]}, ConfigError, r"got \['area'\] more than once"),
+        ({"target": ["price", "price"]}, ConfigError, r"got \['price'\] more than once"),
     ],
 )
 def test_wrong_arguments_are_named(frame, arguments, error, complaint):
     with pytest.raises(error, match=complaint):
         from_frame(frame({**columns(), "none": [None] * 60}), **arguments)
+
+
+def test_a_frame_without_rows_has_no_coding(frame):
+    with pytest.raises(BatchError, match="The data frame has no rows"):
+        from_frame(frame({"area": np.zeros(0), "city": np.zeros(0, object)}), target="area")
 
 
 def test_only_data_frames_are_taken():

@@ -201,7 +201,7 @@ def find(state: TrainState, name: str) -> Average:
         kept = ", ".join(map(repr, [RAW, *found]))
         raise StateError(
             f"weights={name!r} needs an average that this model does not have; it has {kept}. "
-            f"Train it with {option}, or use one of these."
+            f"An average begins in training: pass {option}, and train; or use one of these."
         )
     return found[name]
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from distaff.data.tables.coding import FrameCoding, check_columns, is_category, values_of
-from distaff.errors import ConfigError
+from distaff.errors import BatchError, ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +57,8 @@ def from_frame(
 
     Raises:
         BatchError: a column is unknown, has missing values, or holds neither numbers nor
-            categories.
-        ConfigError: it is not a data frame, there are no inputs, or the target is one of them.
+            categories; or there are no rows.
+        ConfigError: it is not a data frame, there are no inputs, or a column is given twice.
 
     >>> import pandas
     >>> frame = pandas.DataFrame({"size": [1.0, 2.0], "city": ["Rome", "Bonn"], "price": [3, 4]})
@@ -83,6 +83,9 @@ def from_frame(
             f"of {list(frame.columns)}. Write columns=['name', ...]."
         )
     check_columns(frame, (*inputs, *targets), "given")
+    _check_distinct((*inputs, *targets))
+    if not frame.shape[0]:
+        raise BatchError("The data frame has no rows. Check how it is read and filtered.")
     if unknown := [each for each in categories if each not in (*inputs, *targets)]:
         raise ConfigError(f"categories must be among the columns; got {unknown} beyond {inputs}.")
     coded = [each for each in inputs if each in categories or is_category(frame, each)]
@@ -96,6 +99,12 @@ def from_frame(
         labels,
     )
     return FrameTable(coding.encoded(frame), coding)
+
+
+def _check_distinct(columns: Sequence[str]) -> None:
+    twice = sorted({each for each in columns if columns.count(each) > 1})
+    if twice:
+        raise ConfigError(f"Each column may be given once; got {twice} more than once.")
 
 
 def is_frame(data: Any) -> bool:
