@@ -25,6 +25,10 @@
 #   make fuzz                              10,000 hostile files and checkpoints of each kind
 #   make soak [ARGS="--minutes 2"]         one run for half an hour, stopped and resumed, that must not grow
 #
+# The site of the documentation, in .site, from pages that are also read as they are:
+#
+#   make docs
+#
 # Another interpreter: make test PYTHON=python3.12
 
 PYTHON ?= python3
@@ -83,8 +87,12 @@ bench-quick: .venv/.digits
 
 bench-peers: .venv-peers/.made
 
+docs: .venv-docs/.made
+	@.venv-docs/bin/python site/build.py
+	@echo "Open .site/index.html"
+
 clean:
-	rm -rf .venv .venv-peers .venv-test-peers .cache .pytest_cache .ruff_cache .hypothesis dist
+	rm -rf .venv .venv-peers .venv-docs .site .venv-test-peers .cache .pytest_cache .ruff_cache .hypothesis dist
 	find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # The extra `test` holds the other two, so that neither command installs what the other has installed.
@@ -117,6 +125,12 @@ install="$(@D)/bin/python -m pip install -q --disable-pip-version-check --no-cac
 $$install $$(grep ^torch== $<); \
 $$install -r $<
 endef
+
+.venv-docs/.made: site/requirements.txt
+	@echo "Making .venv-docs"
+	@$(PYTHON) -m venv --clear .venv-docs
+	@.venv-docs/bin/python -m pip install -q --disable-pip-version-check -r $<
+	@touch $@
 
 # A .venv whose interpreter is gone, or that was left half made, is made again.
 define install

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from distaff import errors
 from test_words import TURNS
 
 ROOT = Path(__file__).parents[1]
@@ -60,3 +63,37 @@ def test_broken_links_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_page_is_in_plain_words(page: Path) -> None:
     text = IDIOMATIC.sub("", prose(page))
     assert [line for line in text.splitlines() if TURNS.search(line)] == []
+
+
+PUBLIC = (
+    *("distaff", "distaff.augment", "distaff.callbacks", "distaff.checkpoint", "distaff.data"),
+    *("distaff.loggers", "distaff.metrics", "distaff.models", "distaff.optim"),
+    *("distaff.optim.learned", "distaff.tasks", "distaff.tune", "distaff.zoo"),
+)
+
+
+@pytest.mark.parametrize("package", PUBLIC)
+def test_reference_has_every_public_name(package: str) -> None:
+    module = importlib.import_module(package)
+    pages = "\n".join(page.read_text("utf-8") for page in ROOT.glob("docs/reference/*.md"))
+    listed = re.findall(r"^::: (\S+)\.(\w+)$", pages, re.M)
+    found = {id(getattr(importlib.import_module(place), name)) for place, name in listed}
+    named = {name: getattr(module, name) for name in module.__all__}
+    assert [n for n, it in named.items() if not (inspect.ismodule(it) or id(it) in found)] == []
+
+
+def test_errors_page_has_every_error() -> None:
+    text = (ROOT / "docs" / "errors.md").read_text("utf-8")
+    kinds = (
+        name
+        for name, kind in vars(errors).items()
+        if inspect.isclass(kind) and issubclass(kind, (errors.DistaffError, Warning))
+    )
+    assert [name for name in kinds if name not in text] == []
+
+
+def test_site_has_every_page() -> None:
+    listed = re.findall(r"([\w/.-]+\.md)$", (ROOT / "site" / "mkdocs.yml").read_text(), re.M)
+    assert sorted(listed) == sorted(
+        page.relative_to("docs").as_posix() for page in PAGES if page.parts[0] == "docs"
+    )
