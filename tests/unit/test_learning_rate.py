@@ -18,6 +18,7 @@ from distaff import Callback, OptimizerConfig, TrainerModule, data, loggers, opt
 from distaff.errors import BatchError, ConfigError, MetricError, NonFiniteError
 from distaff.execution import execution
 from distaff.tasks import Classifier
+from distaff.tune import learning_rate
 from distaff.tune.range_test import evaluate, smooth
 
 # The loss is CURVATURE / 2 * (w - TARGET) ** 2: gradient descent diverges above 2 / CURVATURE.
@@ -175,12 +176,17 @@ def test_it_is_one_program(accumulate: int, monkeypatch: pytest.MonkeyPatch) -> 
     assert sum(program._cache_size() for program in made) == 1
 
 
-def test_steps_after_the_end_change_nothing() -> None:
-    # The host asks every 8 steps whether the test is over.
-    whole = find(parabola(), ONES, low=1e-3, high=1e3, num_steps=30)
-    assert whole.diverged
-    assert len(whole.losses) < 30
-    assert whole.losses[-1] > whole.losses[-2] > whole.losses[-3]
+def test_steps_after_the_end_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def losses(in_flight: int) -> np.ndarray:
+        monkeypatch.setattr(learning_rate, "_IN_FLIGHT", in_flight)
+        found = find(parabola(), ONES, low=1e-3, high=1e3, num_steps=30)
+        assert found.diverged
+        return found.losses
+
+    # The host asks every few steps whether the test is over.
+    asked, unasked = losses(1), losses(30)
+    assert len(asked) < 30
+    np.testing.assert_array_equal(asked, unasked)
 
 
 @pytest.mark.slow
@@ -379,3 +385,16 @@ def test_a_generator_function_is_called_again() -> None:
     trainer = parabola()
     assert len(find(trainer, batches, num_steps=10).losses) == 10
     assert len(calls) >= 2
+
+
+def test_data_in_another_order_causes_a_warning() -> None:
+    loader = data.Stream([ONES] * 3, in_order=lambda: data.Stream([ONES] * 3))
+    with pytest.warns(UserWarning, match="read in the order of the data"):
+        find(parabola(), loader, num_steps=10)
+
+
+def test_names_of_other_frameworks_lead_here() -> None:
+    with pytest.raises(AttributeError, match=re.escape("tune.find_learning_rate(trainer, train)")):
+        _ = parabola().lr_find
+    with pytest.raises(ConfigError, match=re.escape("tune.find_batch_size(trainer, train)")):
+        parabola(auto_scale_batch_size=True)

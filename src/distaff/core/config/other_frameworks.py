@@ -28,6 +28,8 @@ _LOSS = "loss_fn(self, params, batch, ctx)"
 _STEPS = f"{_LOSS}, or create_functions for a custom step"
 _TRAIN = "train_model(train, val, test, num_epochs=...)"
 _EVAL = "eval_model(loader)"
+_FIND_RATE = "tune.find_learning_rate(trainer, train)"
+_FIND_SIZE = "tune.find_batch_size(trainer, train)"
 _MONITOR = "the class attribute monitor = Monitor(name)"
 
 OPTIONS = _by_name(
@@ -53,6 +55,8 @@ OPTIONS = _by_name(
         "accumulate accumulate_grad_batches": "OptimizerConfig(accumulate=...)",
         "val_check_interval eval_steps validation_freq": 'val_every="500 steps", or "2 epochs"',
         "run_eagerly": "debug=True",
+        "auto_lr_find": _FIND_RATE,
+        "auto_scale_batch_size": _FIND_SIZE,
         "use_ema ema_decay ema_momentum model_ema ema_rate": "ema=0.999",
         "swa swa_epoch_start swa_start": "swa_from_epoch=...",
     }
@@ -112,6 +116,8 @@ CALLS = _by_name(
         "load_checkpoint load": "load_from_checkpoint(path), or load_weights",
         "params batch_stats opt_state": "trainer.state",
         "summary tabulate": "print_tabulate(example_batch)",
+        "lr_find lr_finder find_learning_rate": _FIND_RATE,
+        "scale_batch_size find_batch_size": _FIND_SIZE,
         "log log_dict log_metrics": "trainer.last_run.logger.log_metrics",
         "current_epoch": "trainer.epoch",
         "global_step": "trainer.step",
