@@ -9,5 +9,16 @@ from distaff.zoo.gpt import GPT
 from distaff.zoo.mlp import MLP
 from distaff.zoo.resnet import ResNet
 from distaff.zoo.sampling import generate
+from distaff.zoo.stacking import separate_blocks, stacked_blocks
 
-__all__ = ["CNN", "GPT", "MLP", "GaussianRing", "MLPAutoencoder", "ResNet", "generate"]
+__all__ = [
+    "CNN",
+    "GPT",
+    "MLP",
+    "GaussianRing",
+    "MLPAutoencoder",
+    "ResNet",
+    "generate",
+    "separate_blocks",
+    "stacked_blocks",
+]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from distaff.errors import BatchError, ConfigError
-from distaff.metrics import floating
+from distaff.zoo.attention import Attention, attend, check_attention
+from distaff.zoo.attention import causal_attention as causal_attention  # its name here stays
 
 _INIT_SCALE = 0.02
-_RUNS = 4
 
 
 class GPT(nn.Module):
@@ -33,6 +35,13 @@ class GPT(nn.Module):
         max_length: maximum length of an input.
         dropout: dropout rate in `[0, 1]` of the embedding, and of the output of each half of a
             block.
+        scan_layers: whether the blocks run as a loop, so that the program contains one block
+            whatever `num_layers`, and compiles as fast. Their parameters are then stacked,
+            `[num_layers, ...]`, below `blocks` instead of `Block_0`, `Block_1`, ...;
+            `distaff.zoo.stacked_blocks` converts them.
+        attention: None for `causal_attention`; `"xla"` or `"cudnn"` for this implementation of
+            `jax.nn.dot_product_attention`, where cuDNN computes in bfloat16 on a GPU; or a function
+            with the arguments and the result of `causal_attention`.
     """
 
     vocab_size: int = 256
@@ -41,6 +50,8 @@ class GPT(nn.Module):
     features: int = 128
     max_length: int = 128
     dropout: float = 0.0
+    scan_layers: bool = False
+    attention: Attention = None
 
     @nn.compact
     def __call__(
@@ -61,17 +72,24 @@ class GPT(nn.Module):
         Raises:
             BatchError: `tokens` are not integers `[batch, length]`, or too long, or `segment_ids`
                 have another shape.
-            ConfigError: `features` cannot be divided among the heads.
+            ConfigError: `features` cannot be divided among the heads, or the backend does not have
+                this `attention`.
         """
         self._check(tokens, segment_ids)
         x = nn.Embed(
             self.vocab_size, self.features, embedding_init=nn.initializers.normal(_INIT_SCALE)
         )(tokens)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        out_scale = _INIT_SCALE / (2 * self.num_layers) ** 0.5
-        for _ in range(self.num_layers):
-            x = Block(self.num_heads, out_scale, self.dropout)(x, segment_ids, train)
+        if self.scan_layers:
+            x = _looped(self._block(name="blocks"), self.num_layers, x, segment_ids, train)
+        else:
+            for _ in range(self.num_layers):
+                x = self._block()(x, segment_ids, train)
         return Linear(self.vocab_size, name="head")(nn.RMSNorm()(x))
+
+    def _block(self, **options: Any) -> Block:
+        out_scale = _INIT_SCALE / (2 * self.num_layers) ** 0.5
+        return Block(self.num_heads, out_scale, self.dropout, self.attention, **options)
 
     def _check(self, tokens: jax.Array, segment_ids: jax.Array | None) -> None:
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
@@ -95,6 +113,7 @@ class GPT(nn.Module):
                 "Each head of GPT needs an even number of features, features / num_heads; "
                 f"got features={self.features}, num_heads={self.num_heads}."
             )
+        check_attention(self.attention)
 
 
 class Block(nn.Module):
@@ -104,11 +123,13 @@ class Block(nn.Module):
         num_heads: attention heads.
         out_scale: initial standard deviation of the kernels that write into the residual stream.
         dropout: dropout rate of the output of each half.
+        attention: as in `GPT`.
     """
 
     num_heads: int
     out_scale: float
     dropout: float = 0.0
+    attention: Attention = None
 
     @nn.compact
     def __call__(
@@ -122,43 +143,28 @@ class Block(nn.Module):
         query, key, value = (
             Linear(features, name=name)(h).reshape(heads) for name in ("query", "key", "value")
         )
-        h = causal_attention(rotary(query), rotary(key), value, segment_ids)
+        h = attend(self.attention, rotary(query), rotary(key), value, segment_ids)
         x = x + drop(Linear(features, self.out_scale, name="out")(h.reshape(x.shape)))
         h = nn.gelu(Linear(4 * features, name="up")(nn.RMSNorm()(x)))
         return x + drop(Linear(features, self.out_scale, name="down")(h))
 
 
-def causal_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array | None = None
+def _looped(
+    block: Block, length: int, x: jax.Array, segment_ids: jax.Array | None, train: bool
 ) -> jax.Array:
-    """Attends from each position to itself and the positions before it.
+    """Runs blocks as one loop; a block's parameters have a leading axis for its number."""
 
-    Queries are split into four runs, each attending to the keys up to its end: three eighths of the
-    scores, which the mask would set to zero, are never computed.
+    def body(block: Block, x: jax.Array, segment_ids: jax.Array | None) -> tuple[jax.Array, None]:
+        return block(x, segment_ids, train), None
 
-    Args:
-        query: `[batch, length, heads, features]`.
-        key: as `query`.
-        value: as `query`.
-        segment_ids: int `[batch, length]`; a position attends only to positions of its own segment.
-            By default there is one segment.
-
-    Returns:
-        As `query`: means of the values, weighted by the softmax of scaled dot products.
-    """
-    query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
-    query, length = query * query.shape[-1] ** -0.5, query.shape[2]
-    run, outputs = -(-length // _RUNS), []
-    for start in range(0, length, run):
-        end = min(start + run, length)
-        visible = jnp.tril(jnp.ones((1, 1, end - start, end), bool), k=start)
-        if segment_ids is not None:
-            of_queries, of_keys = segment_ids[:, start:end], segment_ids[:, :end]
-            visible &= (of_queries[:, :, None] == of_keys[:, None, :])[:, None]
-        scores = query[:, :, start:end] @ jnp.swapaxes(key[:, :, :end], 2, 3)
-        weights = jax.nn.softmax(jnp.where(visible, floating(scores), -jnp.inf))
-        outputs.append(weights.astype(value.dtype) @ value[:, :, :end])
-    return jnp.swapaxes(jnp.concatenate(outputs, axis=2), 1, 2)
+    loop: Any = nn.scan(
+        body,
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=nn.broadcast,
+        length=length,
+    )
+    return loop(block, x, segment_ids)[0]
 
 
 def rotary(x: jax.Array, base: float = 10_000.0) -> jax.Array:
