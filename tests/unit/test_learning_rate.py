@@ -219,6 +219,12 @@ def test_make_optimizer_replaces_that_of_the_trainer() -> None:
     found = find(trainer, ONES, low=1e-3, high=0.4, num_steps=20, make_optimizer=optax.sgd)
     np.testing.assert_array_equal(found.losses, expected.losses)
 
+    def make(rate: Any) -> Any:
+        return lambda total_steps: OptimizerConfig("sgd", learning_rate=rate, schedule="linear")
+
+    found = find(trainer, ONES, low=1e-3, high=0.4, num_steps=20, make_optimizer=make)
+    np.testing.assert_array_equal(found.losses, expected.losses)
+
 
 def test_groups_with_a_rate_of_their_own_keep_it() -> None:
     own = optim.ParamGroup("Dense_0/*", learning_rate=0.0)
@@ -227,6 +233,13 @@ def test_groups_with_a_rate_of_their_own_keep_it() -> None:
     assert found.suggestion is None
     assert found.remark.startswith("no suggestion: the loss never fell between 1e-07 and 1e+03")
     assert not found.diverged
+
+
+def test_groups_with_an_optimizer_of_their_own_keep_its_rate_without_its_schedule() -> None:
+    own = optim.ParamGroup("Dense_0/*", optimizer=OptimizerConfig("sgd", warmup_steps=500))
+    without = optim.ParamGroup("Dense_1/bias", optimizer=OptimizerConfig("optax:set_to_zero"))
+    config = OptimizerConfig("adamw", groups=(own, without))
+    assert len(find(classifier(optimizer=config), (X, Y), **NARROW).losses) == 10
 
 
 def test_class_weights_are_in_the_loss() -> None:

@@ -151,9 +151,7 @@ def _optimizer_at_rate(
     if make is None:
         if type(trainer).init_optimizer is not TrainerModule.init_optimizer:
             return None
-        given = trainer.optimizer
-        if not isinstance(given, OptimizerConfig | optax.GradientTransformation | optax.MultiSteps):
-            given = given(num_steps)
+        given = _resolved(trainer.optimizer, num_steps)
         if not isinstance(given, OptimizerConfig):
             return None
         make = partial(_with_learning_rate, given)
@@ -161,6 +159,7 @@ def _optimizer_at_rate(
     def at_rate(rate: Any) -> optax.GradientTransformation:
         optimizer = make(rate)
         check_optimizer(optimizer)
+        optimizer = _resolved(optimizer, num_steps)
         if isinstance(optimizer, OptimizerConfig):
             _check_has_rate(optimizer)
             optimizer = _constant(optimizer)
@@ -170,9 +169,20 @@ def _optimizer_at_rate(
     return at_rate
 
 
+def _resolved(optimizer: OptimizerLike, num_steps: int) -> Any:
+    """Returns the optimizer itself for a function of the number of steps."""
+    kinds = OptimizerConfig | optax.GradientTransformation | optax.MultiSteps
+    return optimizer if isinstance(optimizer, kinds) else optimizer(num_steps)
+
+
 def _with_learning_rate(config: OptimizerConfig, rate: Any) -> OptimizerConfig:
     _check_has_rate(config)
     return dataclasses.replace(config, learning_rate=rate, schedule="constant", warmup_steps=0)
+
+
+def _has_rate(config: OptimizerConfig) -> bool:
+    is_without = is_factory(config.name) and not takes_learning_rate(config.name)
+    return config.name not in LEARNED and not is_without
 
 
 def _check_has_rate(config: OptimizerConfig) -> None:
@@ -181,8 +191,7 @@ def _check_has_rate(config: OptimizerConfig) -> None:
     Raises:
         ConfigError: it has none.
     """
-    is_without = is_factory(config.name) and not takes_learning_rate(config.name)
-    if config.name in LEARNED or is_without:
+    if not _has_rate(config):
         raise ConfigError(f"The optimizer {config.name!r} has no learning rate to search for.")
 
 
@@ -190,7 +199,7 @@ def _constant(config: OptimizerConfig) -> OptimizerConfig:
     """Returns a config without schedules."""
     groups = [
         dataclasses.replace(group, optimizer=_constant(group.optimizer))
-        if isinstance(group.optimizer, OptimizerConfig) and group.optimizer.name not in LEARNED
+        if isinstance(group.optimizer, OptimizerConfig) and _has_rate(group.optimizer)
         else group
         for group in config.groups
     ]
