@@ -40,7 +40,7 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Runs MLflow's own server on the loopback address; yields its address."""
     directory, port = tmp_path_factory.mktemp("mlflow"), free_port()

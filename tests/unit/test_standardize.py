@@ -11,7 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sklearn.preprocessing import StandardScaler
+from sklearn.base import clone
+from sklearn.decomposition import PCA
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import MaxAbsScaler, MinMaxScaler, RobustScaler, StandardScaler
 
 import distaff
 from distaff import data, tasks
@@ -252,3 +255,64 @@ def test_forward_function_of_the_state_is_standardized():
     run.train_model(ARRAYS, num_epochs=1)
     by_hand = np.mean(np.square(run.predict(X) - Y))
     assert run.eval_model(ARRAYS)["loss"] == pytest.approx(by_hand, rel=1e-4)
+
+
+SCALERS = {
+    "standard": StandardScaler(),
+    "centred": StandardScaler(with_std=False),
+    "divided": StandardScaler(with_mean=False),
+    "neither": StandardScaler(with_mean=False, with_std=False),
+    "range": MinMaxScaler(),
+    "other range": MinMaxScaler((-1, 3)),
+    "largest": MaxAbsScaler(),
+    "robust": RobustScaler(),
+    "robust centred": RobustScaler(with_scaling=False),
+    "robust divided": RobustScaler(with_centering=False, quantile_range=(10, 80)),
+    "pipeline": make_pipeline(RobustScaler(), "passthrough", MinMaxScaler((2, 3))),
+}
+
+
+@pytest.mark.parametrize("kind", SCALERS)
+def test_scaler_of_scikit_learn_gives_its_numbers(kind):
+    x = np.column_stack([X, np.full(len(X), 3.0)]).astype(np.float64)
+    fitted = clone(SCALERS[kind]).fit(x)
+    ours = Standardize.from_sklearn(fitted)
+    np.testing.assert_allclose(ours(x), fitted.transform(x), rtol=1e-9, atol=1e-9)
+    x = x.astype(np.float32)
+    np.testing.assert_allclose(ours(x), fitted.transform(x), rtol=1e-3, atol=1e-4)
+    named = Standardize.from_sklearn(fitted, name="x")({"x": x, "code": np.arange(len(x))})
+    np.testing.assert_array_equal(named["x"], ours(x))
+
+
+def test_scaler_of_scikit_learn_is_saved_with_the_model(tmp_path):
+    scaler = MinMaxScaler().fit(X)
+    options = {"standardize": Standardize.from_sklearn(scaler), "root": tmp_path}
+    trained = make(**options)
+    result = trained.train_model(ARRAYS, num_epochs=2)
+    loaded = tasks.Regressor.load_from_checkpoint(result.path)
+    assert loaded.config.standardize == options["standardize"]
+    np.testing.assert_array_equal(loaded.predict(X), trained.predict(X))
+    by_hand = scaler.transform(X) @ params(trained)["kernel"] + params(trained)["bias"]
+    np.testing.assert_allclose(loaded.predict(X), by_hand, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("transformer", "complaint"),
+    [
+        (PCA(2).fit(X), r"takes a fitted StandardScaler, .* got a PCA.*save the transformer"),
+        (make_pipeline(RobustScaler(), PCA(2)).fit(X), "got a PCA"),
+        (MinMaxScaler(), r"The MinMaxScaler must be fitted. Call fit\(x_train\)"),
+        (MinMaxScaler(clip=True).fit(X), "clip=True.*Fit it with clip=False"),
+        (make_pipeline("passthrough").fit(X), "has no steps"),
+    ],
+    ids=["other", "pipeline", "not fitted", "clips", "empty"],
+)
+def test_transformer_that_does_not_fit_is_named(transformer, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        Standardize.from_sklearn(transformer)
+
+
+def test_scaler_of_values_that_float32_cannot_resolve_is_an_error():
+    seconds = 1.7e9 + np.arange(100.0)[:, None]
+    with pytest.raises(BatchError, match="float32 has steps of 128"):
+        Standardize.from_sklearn(StandardScaler().fit(seconds))

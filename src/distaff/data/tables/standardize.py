@@ -14,6 +14,7 @@ import numpy as np
 from distaff.core.typing import PyTree
 from distaff.data.entry import INPUT_NAMES, entry, named
 from distaff.data.loader import Loader, as_loader, in_order
+from distaff.data.tables.scalers import affine
 from distaff.data.whole import whole_arrays
 from distaff.errors import BatchError, ConfigError, leaf_name
 
@@ -26,15 +27,17 @@ _RESOLUTION = 0.01
 class Standardize:
     """Subtracts the mean of each input feature and divides by its standard deviation.
 
-    Make it by `fit`, from the training data alone, and pass it to a trainer as the option
-    `standardize`: every forward pass then standardizes the model's first input, in training,
-    evaluation and prediction. The numbers are saved in `config.json`, and a loaded trainer has
-    them. Leaves of integers, such as coded categories, stay as they are.
+    Make it by `fit`, from the training data alone, or from a fitted scaler of scikit-learn by
+    `from_sklearn`, and pass it to a trainer as the option `standardize`: every forward pass then
+    standardizes the model's first input, in training, evaluation and prediction. The numbers are
+    saved in `config.json`, and a loaded trainer has them. Leaves of integers, such as coded
+    categories, stay as they are.
 
     Attributes:
         mean: the mean of each float leaf of the input by its name, as nested tuples
-            `[features...]`; an input that is one array is `inputs`.
-        std: the standard deviation, likewise; 1 for a feature that is constant.
+            `[features...]`, or what a scaler subtracts; an input that is one array is `inputs`.
+        std: the standard deviation, likewise, or what a scaler divides by; 1 for a feature that is
+            constant.
 
     >>> scale = Standardize.fit(np.array([[0.0, 5.0], [2.0, 5.0]]))
     >>> scale(np.array([[4.0, 5.0]])).tolist()
@@ -86,6 +89,24 @@ class Standardize:
         found = {name: each.result(name) for name, each in sums.items()}
         mean, std = ({name: pair[i] for name, pair in found.items()} for i in (0, 1))
         return cls(mean, std)
+
+    @classmethod
+    def from_sklearn(cls, scaler: Any, *, name: str = "inputs") -> Standardize:
+        """Takes the numbers of a fitted scaler of scikit-learn.
+
+        Args:
+            scaler: a `StandardScaler`, `MinMaxScaler`, `MaxAbsScaler` or `RobustScaler`, or a
+                `Pipeline` of them, fitted on inputs `[examples, features]` with the columns of the
+                model's input, in its order.
+            name: the name of the leaf `[examples, features]` if the model's input is a dict.
+
+        Raises:
+            BatchError: float32 cannot resolve the differences between the values of a feature.
+            ConfigError: it is another transformer, is not fitted, or clips values.
+        """
+        mean, std = affine(scaler)
+        _check_resolution(name, mean, std)
+        return cls({name: mean}, {name: std})
 
     def __repr__(self) -> str:
         shapes = {name: np.shape(x) for name, x in self.mean.items()}
