@@ -13,6 +13,7 @@ import pytest
 from distaff import OptimizerConfig, data, tune, zoo
 from distaff.errors import BatchError, ConfigError
 from distaff.execution import device_memory
+from distaff.execution.placement import OneDevice
 from distaff.tasks import Classifier
 from distaff.tune import batch_size
 from distaff.tune.batch_size import _largest, _rounded
@@ -212,6 +213,16 @@ def test_free_bytes_of_devices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert free("cpu", None) == 1500
     (tmp_path / "memory.max").write_text("max\n")
     assert free("cpu", None) == 3 * 1024
+
+
+def test_arrays_that_stay_on_the_device_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = data.ArrayLoader((X, Y), 32)
+    monkeypatch.setattr(batch_size, "free_bytes", lambda: 10_000_000)
+    programs = batch_size._Programs(classifier(), data.first_batch(loader))
+    assert programs.free_bytes(loader) == 9_000_000
+    monkeypatch.setattr(OneDevice, "gathers", True)
+    assert programs.free_bytes(loader) == 9_000_000 - sum(x.nbytes for x in loader.arrays)
+    assert programs.free_bytes([(X, Y)]) == 9_000_000
 
 
 def test_out_of_memory_is_recognized() -> None:

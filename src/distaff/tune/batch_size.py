@@ -17,6 +17,7 @@ from distaff.data import counts_itself, first_to_train, num_batches, num_example
 from distaff.data.loader import canonicalize_leaf
 from distaff.errors import BatchError, ConfigError
 from distaff.execution.device_memory import free_bytes, is_out_of_memory, program_bytes
+from distaff.execution.feed.feed import resident_bytes
 from distaff.execution.placement import num_devices
 from distaff.trainer.module import TrainerModule
 from distaff.trainer.trials import step_of_run, training_batches
@@ -105,8 +106,10 @@ def find_batch_size(
     Then one step is run with it, on copies of the first examples. If that runs out of memory, the
     size is halved.
 
-    A tenth of the free memory is left for batches that are read ahead. Steps that a run fuses into
-    one program need a little more: their batches are in memory together.
+    A tenth of the free memory is left for batches that are read ahead, and on an accelerator also
+    the bytes of arrays that a run keeps there. The state of a trainer that has one counts as taken.
+    Steps that a run fuses into one program need a little more: their batches are in memory
+    together.
 
     The trainer does not change: not its state, its files, its loggers, or the position of the
     loader.
@@ -115,8 +118,8 @@ def find_batch_size(
         trainer: a trainer that has not trained yet, or has.
         train_loader: a loader, any iterable of batches, or arrays such as `(x, y)`. Only its first
             batch is read.
-        limit_bytes: the memory that a step may need; by default 90 % of what is free on the device,
-            or on the CPU in the host.
+        limit_bytes: the memory that a step may need; by default what is free on the device, or on
+            the CPU in the host, less what is left for the data.
         most: the largest batch size to consider; by default the number of examples in an epoch, or
             65,536 if that is unknown.
         attempt: whether to run a step with the largest batch.
@@ -149,8 +152,9 @@ def find_batch_size(
         raise ConfigError("find_batch_size supports batches on one device only.")
     if most is None:
         most = _MOST_UNKNOWN if length is None else length * num_examples(batch)
-    limit = int(_SHARE * free_bytes()) if limit_bytes is None else limit_bytes
-    programs = _Programs(trainer, batch, limit)
+    programs = _Programs(trainer, batch)
+    limit = limit_bytes or programs.free_bytes(loader)
+    programs.limit = limit
     found = _largest(programs.fits, programs.room, num_examples(batch), most)
     if not found:
         raise programs.too_large()
@@ -168,16 +172,25 @@ class _Programs:
     """Compiles the training step of a trainer for several batch sizes, and runs it.
 
     Attributes:
+        limit: the memory that a step may need.
         tried: the batch sizes that were compiled.
     """
 
-    def __init__(self, trainer: TrainerModule, batch: Batch, limit: int) -> None:
-        self._trainer, self._batch, self._limit = trainer, batch, limit
+    limit = 0
+
+    def __init__(self, trainer: TrainerModule, batch: Batch) -> None:
+        self._trainer, self._batch = trainer, batch
         alone = step_of_run(trainer, batch, _NUM_STEPS)
         self._program = alone.execution.program(alone.step, donate=0)
+        self._placement = alone.execution.placement
         self._state = jax.eval_shape(lambda state: state, alone.state)
         self._compiled: dict[int, Any] = {}
         self.tried: dict[int, TriedBatch] = {}
+
+    def free_bytes(self, loader: Any) -> int:
+        """Returns the memory that is free on the device, less what is left for the data."""
+        kept = resident_bytes(loader, self._placement)
+        return max(int(_SHARE * free_bytes()) - kept, 1)
 
     def fits(self, size: int) -> bool:
         """Compiles the step for a batch size; returns whether its memory is within the limit."""
@@ -194,22 +207,22 @@ class _Programs:
         except Exception as error:  # a compiler may run out of memory, too
             if not is_out_of_memory(error):
                 raise
-        fits = needed is not None and needed <= self._limit
+        fits = needed is not None and needed <= self.limit
         self.tried[size] = TriedBatch(size, needed, fits)
         return fits
 
     def room(self) -> list[tuple[int, int]]:
         """Returns the sizes compiled so far, in ascending order, with the bytes that they leave."""
         rows = sorted(self.tried.values())
-        return [(x.batch_size, self._limit - x.needed_bytes) for x in rows if x.needed_bytes]
+        return [(x.batch_size, self.limit - x.needed_bytes) for x in rows if x.needed_bytes]
 
     def too_large(self) -> ConfigError:
         """Returns the error for a step that does not fit with one example."""
         (size, room), *_ = self.room() or [(1, 0)]
-        needed = byte_text(self._limit - room) if room else "more memory than there is"
+        needed = byte_text(self.limit - room) if room else "more memory than there is"
         return ConfigError(
             f"A training step with {size} example needs {needed}, and the limit is "
-            f"{byte_text(self._limit)}. Raise limit_bytes. {_REMEDY}"
+            f"{byte_text(self.limit)}. Raise limit_bytes. {_REMEDY}"
         )
 
     def ran(self, size: int) -> int:

@@ -359,6 +359,12 @@ def _spec(item: PyTree) -> Any:
     return structure, [(np.shape(leaf), getattr(leaf, "dtype", None)) for leaf in leaves]
 
 
+def resident_bytes(loader: Any, placement: Placement) -> int:
+    """Returns the bytes of a loader's arrays that its feed keeps on the device."""
+    is_resident = placement.gathers and _is_in_memory(loader)
+    return _num_bytes(loader.arrays) if is_resident else 0
+
+
 def _is_in_memory(loader: Any) -> bool:
     return type(loader) is ArrayLoader and _num_bytes(loader.arrays) <= _MAX_RESIDENT_BYTES
 
