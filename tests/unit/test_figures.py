@@ -246,6 +246,11 @@ def test_worst_mistakes_refuses_bad_input(change, error, message):
         figures.worst_mistakes(**good | change)
 
 
+def test_a_notebook_shows_a_figure_without_pyplot():
+    history = {"train/loss": [(1, 2.0), (2, 1.0)]}
+    assert figures.learning_curves(history)._repr_png_().startswith(b"\x89PNG")
+
+
 def test_save_writes_a_png_and_makes_its_directory(tmp_path):
     path = tmp_path / "figures" / "curves.png"
     figures.save(figures.learning_curves(HISTORY), path)

@@ -19,7 +19,7 @@ from distaff.core.files import explained
 from distaff.core.paths import as_path
 from distaff.errors import BatchError, ConfigError, MetricError
 from distaff.loggers.disk import replace
-from distaff.loggers.png import encode_figure
+from distaff.loggers.png import encode_figure, viewable
 
 # M. Okabe and K. Ito, Color Universal Design, 2008, https://jfly.uni-koeln.de/color/: distinct
 # with every kind of colour vision.
@@ -61,7 +61,7 @@ def learning_curves(
         )
     columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(max(5.0, 4.4 * columns), 3.4 * rows), layout="constrained")
+    figure = viewable(Figure(figsize=(max(5.0, 4.4 * columns), 3.4 * rows), layout="constrained"))
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes, (metric, splits) in zip(grid.flat, panels.items(), strict=False):
         _draw_metric(axes, metric, splits, best_epoch)
@@ -101,7 +101,7 @@ def confusion_matrix(
 
     cell = min(0.46, 14 / classes)
     side = max(3.6, cell * classes + 1.4)
-    figure = Figure(figsize=(side, side), layout="constrained")
+    figure = viewable(Figure(figsize=(side, side), layout="constrained"))
     axes = figure.subplots()
     axes.imshow(_cell_colors(counts))
     font_size = min(10.0, 72 * cell * 0.36)
@@ -176,7 +176,7 @@ def worst_mistakes(
     columns = min(6, len(shown))
     rows = -(-len(shown) // columns)
     size = (max(4.5, 1.5 * columns), (1.55 + 0.15 * lines) * rows + 0.3)
-    figure = Figure(figsize=size, layout="constrained")
+    figure = viewable(Figure(figsize=size, layout="constrained"))
     heading = "\n".join(filter(None, (title, _mistakes_title(wrong, shown))))
     figure.suptitle(heading, fontsize=11, parse_math=False)
     grid = figure.subplots(rows, columns, squeeze=False)

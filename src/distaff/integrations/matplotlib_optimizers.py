@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from distaff.errors import ConfigError, MetricError
+from distaff.loggers.png import viewable
 from distaff.tune.comparison import Comparison, Curve
 from distaff.tune.landscapes import Landscape
 from distaff.tune.range_test import RangeTest, noise_of
@@ -48,7 +49,7 @@ def comparison(found: Comparison) -> Figure:
         raise MetricError(
             "There is no curve to draw: every optimizer diverged with every learning rate."
         )
-    figure = Figure(figsize=(11, 4.3), layout="constrained")
+    figure = viewable(Figure(figsize=(11, 4.3), layout="constrained"))
     left, right = figure.subplots(1, 2)
     looks = _looks(found.results)
     _draw_curves(left, losses, looks)
@@ -77,7 +78,7 @@ def range_test(found: RangeTest) -> Figure:
     Args:
         found: the return value of `distaff.tune.find_learning_rate`.
     """
-    figure = Figure(figsize=(7, 4.3), layout="constrained")
+    figure = viewable(Figure(figsize=(7, 4.3), layout="constrained"))
     axes = figure.subplots()
     rates, blue, red, green = found.learning_rates, *COLORS[:3]
     axes.plot(rates, found.losses, ".", color="#999999", ms=4, label="loss of a step")
@@ -128,7 +129,7 @@ def optimizer_paths(
     names = dict.fromkeys(name for by_name in paths.values() for name in by_name)
     columns = min(4, len(landscapes) + 1)
     rows = -(-(len(landscapes) + 1) // columns)  # one more cell for the legend
-    figure = Figure(figsize=(2.5 * columns, 2.4 * rows), layout="constrained")
+    figure = viewable(Figure(figsize=(2.5 * columns, 2.4 * rows), layout="constrained"))
     cells = list(figure.subplots(rows, columns, squeeze=False).flat)
     looks = _looks(names)
     for axes, landscape in zip(cells, landscapes, strict=False):
