@@ -266,6 +266,19 @@ def test_compiled_steps_of_a_gpt_have_the_same_bits(optimized):
     check_same_bits(found[0], found[2])
 
 
+@pytest.mark.slow_but("linen")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_products_keep_their_names_in_half_precision(family):
+    model, pattern = STACKS[family]
+    found = []
+    for remat in (None, pattern or "nothing_saveable"):
+        state = state_of(model, remat, WIDE["x"], "bf16")
+        found.append(products(jax.make_jaxpr(train_step(squares))(state, WIDE)))
+    assert len(found[1]) > len(found[0])
+    assert {each.dtype for each in found[1]} == {"bfloat16"}
+    assert {each.scope for each in found[1]} == {each.scope for each in found[0]}
+
+
 def test_a_module_inside_a_matching_one_belongs_to_it():
     state = state_of(LinenStack(), "*", WIDE["x"])
     assert parts(state, WIDE) == DEPTH
@@ -353,6 +366,12 @@ def test_nnx_modules_may_share_streams_and_sow():
 
     with jax.disable_jit():
         jax.tree.map(np.testing.assert_array_equal, sown(plain), sown(again))
+
+
+def test_nnx_modules_that_draw_nothing_need_no_key():
+    state = state_of(KINDS["nnx"].mlp(0.0), "*", BATCH["x"])
+    outputs = jax.jit(lambda x: state.apply_fn({"params": state.params}, x, train=True))(X)
+    assert outputs.shape == (32, 1)
 
 
 def scanned(make):

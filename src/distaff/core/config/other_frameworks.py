@@ -55,6 +55,7 @@ OPTIONS = _by_name(
         "accumulate accumulate_grad_batches": "OptimizerConfig(accumulate=...)",
         "val_check_interval eval_steps validation_freq": 'val_every="500 steps", or "2 epochs"',
         "run_eagerly": "debug=True",
+        "gradient_checkpointing activation_checkpointing": 'remat="Block_*", or "dots_saveable"',
         "auto_lr_find": _FIND_RATE,
         "auto_scale_batch_size": _FIND_SIZE,
         "use_ema ema_decay ema_momentum model_ema ema_rate": "ema=0.999",

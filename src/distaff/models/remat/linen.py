@@ -52,10 +52,13 @@ class RematInterceptor:
         @functools.wraps(method)
         def run(module: nn.Module, dynamic: Mapping[int, Any]) -> dict[int, jax.Array]:
             args, kwargs = rebuild(dynamic)
-            return results.take(method(module, *args, **kwargs), dynamic)
+            with nn.override_named_call(True):
+                return results.take(method(module, *args, **kwargs), dynamic)
 
         again: Any = nn.remat(run, policy=self._remat.saveable)
-        return results.rebuilt(again(module, dynamic), dynamic)
+        # Otherwise the module's name would be in the scope of its operations twice.
+        with nn.override_named_call(False):
+            return results.rebuilt(again(module, dynamic), dynamic)
 
 
 def _is_dynamic(leaf: Any) -> bool:
