@@ -1,27 +1,49 @@
-"""The command line: `distaff fit <recipe> [options]`."""
+"""The command line, `distaff`: trains recipes, and lists, compares and removes runs."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-import tyro
+import distaff
+from distaff.cli import fit, runs
+from distaff.errors import ConfigError, DistaffError, nearest
+from distaff.run.directory import environment
 
-from distaff.cli.digits import Digits
-from distaff.errors import DistaffError, nearest
+_USAGE = """usage: distaff COMMAND [OPTIONS]
 
-RECIPES = {"digits": Digits}
-"""Recipes by name: dataclasses of options with a `run` method."""
+commands:
+  fit RECIPE       train a recipe, such as `digits` or `train.py:main`
+  runs COMMAND     list, show, compare and remove runs
+  env              print versions and devices
 
-_USAGE = """usage: distaff fit RECIPE [OPTIONS]
+options:
+  -h, --help       print this help; `distaff COMMAND --help` has the help of a command
+  --version        print the version
 
-Trains a recipe from start to finish, and writes the run below runs/.
-
-recipes:
-{recipes}
-
-distaff fit RECIPE --help lists a recipe's options.
+exit status: 0 if the command succeeded, 1 if a training failed, 2 for a wrong command or option,
+130 after Ctrl-C, 143 after SIGTERM
 """
+
+
+def _env(words: Sequence[str]) -> int:
+    if words:
+        raise ConfigError(f"`distaff env` takes no arguments; got {' '.join(words)!r}.")
+    facts = environment.describe()
+    for name, version in {"python": facts["python"], **facts["packages"]}.items():
+        print(f"{name:<18} {version}")
+    devices = facts["devices"]
+    print(f"{'platform':<18} {facts['platform']}")
+    print(f"{'devices':<18} {devices['count']} x {devices['kind']}")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "fit": fit.main,
+    "runs": runs.main,
+    "env": _env,
+}
+"""Commands by name: functions of the further arguments that return the exit status."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,30 +53,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the arguments after `distaff`; defaults to `sys.argv[1:]`.
 
     Returns:
-        The exit status: 0, or 2 for an unknown command or an invalid option.
+        The exit status: 0, 1 for a training that failed, 2 for a wrong command or option, 130 for
+        a training that Ctrl-C ended.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("-h", "--help") or words == ["fit", "--help"]:
-        print(_usage())
+    if not words or words[0] in ("-h", "--help"):
+        print(_USAGE, end="")
         return 0
-    if words[0] != "fit":
-        return _failed(f"There is no command {words[0]!r}. {nearest(words[0], ['fit'])}")
-    if len(words) < 2 or words[1] not in RECIPES:
-        given = words[1] if len(words) > 1 else ""
-        return _failed(f"There is no recipe {given!r}. {nearest(given, RECIPES)}")
+    if words[0] in ("-V", "--version"):
+        print(f"distaff {distaff.__version__}")
+        return 0
+    if words[0] not in COMMANDS:
+        return _failed(f"There is no command {words[0]!r}. {nearest(words[0], COMMANDS)}", 2)
     try:
-        recipe = tyro.cli(RECIPES[words[1]], prog=f"distaff fit {words[1]}", args=words[2:])
-        recipe.run()
+        return COMMANDS[words[0]](words[1:])
     except DistaffError as error:
-        return _failed(str(error))
-    return 0
+        return _failed(str(error), 2 if isinstance(error, (ValueError, ImportError)) else 1)
+    except BrokenPipeError:  # such as `distaff runs list | head`
+        sys.stderr.close()
+        return 0
 
 
-def _usage() -> str:
-    lines = [f"  {name:<10} {str(cls.__doc__).splitlines()[0]}" for name, cls in RECIPES.items()]
-    return _USAGE.format(recipes="\n".join(lines))
-
-
-def _failed(message: str) -> int:
+def _failed(message: str, status: int) -> int:
     print(f"distaff: {message}", file=sys.stderr)
-    return 2
+    return status

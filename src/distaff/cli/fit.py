@@ -1,0 +1,81 @@
+"""The command `distaff fit`: trains a recipe."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+
+from distaff.cli.recipes import RECIPES, find
+from distaff.errors import ConfigError, RunDirectoryError
+from distaff.run.directory.run_directory import RunDirectory
+from distaff.run.result import TrainResult
+
+_USAGE = """usage: distaff fit RECIPE [OPTIONS]
+       distaff fit --config RUN [OPTIONS]
+
+Trains a recipe from start to finish, and writes the run below runs/. Start the same command again
+to resume it. RECIPE is a name, or a function of your own, whose parameters become options:
+`file.py:function` or `package.module:function`. --config repeats the command of a run, such as
+runs/digits/0001; further options replace those of the run.
+
+recipes:
+{recipes}
+
+distaff fit RECIPE --help lists a recipe's options.
+"""
+
+
+def main(words: Sequence[str]) -> int:
+    """Runs `distaff fit` with these arguments; returns the exit status.
+
+    Raises:
+        DistaffError: the recipe is unknown, an option is wrong, or the training failed.
+    """
+    if not words or words[0] in ("-h", "--help"):
+        print(_USAGE.format(recipes="\n".join(map(_described, RECIPES))), end="")
+        return 0
+    if words[0] == "--config" or words[0].startswith("--config="):
+        words = _repeated(words)
+    recipe, options = find(words[0]), list(words[1:])
+    made = tyro.cli(recipe, prog=f"distaff fit {words[0]}", args=options)
+    done = made.run() if inspect.isclass(recipe) else made
+    was_stopped = isinstance(done, TrainResult) and done.status == "interrupted"
+    return 130 if was_stopped and done.reason == "Ctrl-C" else 0
+
+
+def _described(name: str) -> str:
+    return f"  {name:<10} {str(RECIPES[name].__doc__).splitlines()[0]}"
+
+
+def _repeated(words: Sequence[str]) -> list[str]:
+    """Returns the arguments of the command that made a run, then those that follow its path."""
+    _, equals, path = words[0].partition("=")
+    rest = list(words[1:]) if equals else list(words[2:])
+    if not equals:
+        path = words[1] if len(words) > 1 else ""
+    if not path:
+        raise ConfigError("--config needs the path of a run, such as runs/digits/0001.")
+    command = _command(Path(path))
+    if command[:1] != ["fit"]:
+        raise ConfigError(
+            f"--config repeats runs of `distaff fit`; {path} was made by "
+            f"{json.dumps(command)}. Run that program again."
+        )
+    return command[1:] + rest
+
+
+def _command(path: Path) -> list[str]:
+    """Returns the command line that first started a run, without the program if that is Distaff."""
+    facts = RunDirectory.open(path).read_json("env.json")
+    try:
+        starts = facts.get("starts") or [facts]
+        program, *arguments = map(str, starts[0]["argv"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RunDirectoryError(
+            f"The file env.json of {str(path)!r} names no command. Run the recipe by its name."
+        ) from error
+    return arguments if Path(program).name in ("distaff", "distaff.exe") else [program, *arguments]

@@ -1,0 +1,167 @@
+"""Reads the summary of a run from its files."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from distaff.core.paths import shown
+from distaff.errors import RunDirectoryError
+from distaff.run.directory.run_directory import RunDirectory
+from distaff.run.display.lines import clock_time
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Summary:
+    """One run, as its files describe it.
+
+    Attributes:
+        path: the run's directory.
+        name: name of the run, without the version.
+        status: "running", "finished", "stopped", "pruned", "interrupted", "failed", or "unknown".
+        reason: why it ended; empty if it finished.
+        epoch: completed epochs.
+        step: completed steps.
+        started: local time of the first start, to the minute.
+        time: time from the first start to the end; empty if it has not ended.
+        metrics: the last metrics by name.
+        best: metrics of the best model by name.
+        command: the command line of the first start.
+    """
+
+    path: Path
+    name: str
+    status: str
+    reason: str
+    epoch: int
+    step: int
+    started: str
+    time: str
+    metrics: dict[str, float]
+    best: dict[str, float]
+    command: str
+
+    @classmethod
+    def read(cls, path: Path) -> Summary:
+        """Reads the summary of the run at this path. A damaged status is "unknown".
+
+        Raises:
+            RunDirectoryError: there is no run.
+        """
+        run = RunDirectory.open(path)
+        if not (run.path / "config.json").is_file():
+            raise RunDirectoryError(
+                f"There is no run at {str(path)!r}: it has no config.json. Check the path, such as "
+                "runs/digits/0001."
+            )
+        status = _mapping(run, "status.json")
+        starts = _mapping(run, "env.json").get("starts")
+        argv = starts[0].get("argv", []) if isinstance(starts, list) and starts else []
+        best = status.get("best")
+        return cls(
+            path=run.path,
+            name=_mapping(run, "config.json").get("options", {}).get("name", run.path.parent.name),
+            status=str(status.get("status", "unknown")),
+            reason=str(status.get("reason") or ""),
+            epoch=int(status.get("epoch") or 0),
+            step=int(status.get("step") or 0),
+            started=_local(status.get("started")),
+            time=_between(status.get("started"), status.get("ended")),
+            metrics=_numbers(status.get("metrics")),
+            best=_numbers(best.get("metrics") if isinstance(best, Mapping) else None),
+            command=shlex.join(map(str, argv)),
+        )
+
+    def cells(self) -> tuple[str, ...]:
+        """Returns the first columns of its row in a list of runs."""
+        counts = f"{self.epoch:,}", f"{self.step:,}"
+        return (shown(self.path), self.status, *counts, self.started, self.time)
+
+
+def find_runs(root: Path) -> Iterator[Summary]:
+    """Yields the runs below a folder, in the order of their start.
+
+    Raises:
+        RunDirectoryError: there is no such folder.
+    """
+    if not root.is_dir():
+        raise RunDirectoryError(
+            f"There is no folder {str(root)!r}. Run the command where your runs are, or pass "
+            "--root."
+        )
+    found = []
+    for folder, folders, files in os.walk(root):
+        if "config.json" in files:
+            folders.clear()
+            found.append(Summary.read(Path(folder)))
+        folders[:] = sorted(each for each in folders if not each.startswith("."))
+    yield from sorted(found, key=lambda run: (run.started, str(run.path)))
+
+
+def flat_config(path: Path) -> dict[str, Any]:
+    """Returns the options of a run by dotted name, without its identity and example batch."""
+    config = dict(_mapping(RunDirectory.open(path), "config.json"))
+    for key in ("identity", "example_batch", "callback_names"):
+        config.pop(key, None)
+    flat: dict[str, Any] = {}
+
+    def add(prefix: str, value: Any) -> None:
+        if isinstance(value, Mapping) and value:
+            for key, inner in value.items():
+                add(f"{prefix}.{key}" if prefix else str(key), inner)
+        else:
+            flat[prefix.removeprefix("options.")] = value
+
+    add("", config)
+    return flat
+
+
+def num_bytes(folder: Path) -> int:
+    """Returns the size of all files below a folder, in bytes; links are not followed."""
+    return sum(
+        os.lstat(os.path.join(place, file)).st_size
+        for place, _, files in os.walk(folder)
+        for file in files
+    )
+
+
+def shown_bytes(count: int) -> str:
+    """Returns a size such as "1.2 MB"."""
+    size, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size /= 1000
+        units.pop(0)
+    return f"{size:.3g} {units[0]}"
+
+
+def _mapping(run: RunDirectory, name: str) -> Mapping[str, Any]:
+    try:
+        value = run.read_json(name)
+    except RunDirectoryError:
+        return {}
+    return value if isinstance(value, Mapping) else {}
+
+
+def _numbers(value: Any) -> dict[str, float]:
+    items = value.items() if isinstance(value, Mapping) else ()
+    return {str(name): float(number) for name, number in items if isinstance(number, (int, float))}
+
+
+def _local(text: Any) -> str:
+    try:
+        return datetime.fromisoformat(text).astimezone().strftime("%Y-%m-%d %H:%M")
+    except (TypeError, ValueError):
+        return ""
+
+
+def _between(start: Any, end: Any) -> str:
+    try:
+        seconds = (datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds()
+    except (TypeError, ValueError):
+        return ""
+    return clock_time(seconds)
