@@ -27,8 +27,11 @@ def render(folder: Path) -> str:
     Raises:
         SystemExit: a page or a name of the reference was not found.
     """
-    for name in ("mkdocs.yml", "doctests.py"):
-        shutil.copyfile(ROOT / "site" / name, folder / name)
+    records = sorted((ROOT / "docs" / "decisions").glob("*.md"))
+    nav = "".join(f"          - decisions/{record.name}\n" for record in records)
+    config = (ROOT / "site" / "mkdocs.yml").read_text("utf-8")
+    (folder / "mkdocs.yml").write_text(config + nav, "utf-8")
+    shutil.copyfile(ROOT / "site" / "doctests.py", folder / "doctests.py")
     shutil.copytree(ROOT / "docs", folder / "docs")
     (folder / "src").symlink_to(ROOT / "src")
     zensical = Path(sys.executable).with_name("zensical")

@@ -20,7 +20,7 @@ _USAGE = """usage: distaff fit RECIPE [OPTIONS]
 Trains a recipe from start to finish, and writes the run below runs/. Start the same command again
 to resume it. RECIPE is a name, or a function of your own, whose parameters become options:
 `file.py:function` or `package.module:function`. --config repeats the command of a run, such as
-runs/digits/0001; further options replace those of the run.
+runs/digits/0001; further options replace the same options of the run.
 
 recipes:
 {recipes}

@@ -42,7 +42,7 @@ def list_runs(
         status: only runs with this status, such as "finished".
         sort: metric to sort by, such as val/loss; by default runs are in the order of their start.
         reverse: sort from the largest to the smallest value.
-        metrics: metrics to show; by default those of the best model.
+        metrics: metrics to show; by default the metrics of the best model.
         as_json: print one JSON object per run instead.
     """
     found = [run for run in find_runs(root) if fnmatch.fnmatchcase(run.name, name)]
