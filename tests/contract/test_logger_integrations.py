@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import pytest
 import wandb
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from tensorboardX.proto.event_pb2 import Event  # ty: ignore[import-not-found] made at import
 from wandb.proto.wandb_internal_pb2 import (
     Record as WandbRecord,  # ty: ignore[import-not-found] made at import
@@ -429,3 +433,21 @@ def test_mlflow_logger_begins_another_run_where_the_one_to_continue_is_gone(tmp_
     logger.log_metrics({"loss": 1.0}, step=1, epoch=1)
     assert logger.get_state() != {"run_id": "0" * 32}
     logger.close("finished")
+
+
+@pytest.mark.slow
+def test_mlflow_call_to_a_server_that_is_down_is_tried_three_times():
+    connections = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def hang_up() -> None:
+            with suppress(OSError):  # closed at the end of the test
+                while True:
+                    connection, _ = server.accept()
+                    connections.append(connection.close())
+
+        threading.Thread(target=hang_up, daemon=True).start()
+        logger = MlflowLogger(tracking_uri=f"http://127.0.0.1:{server.getsockname()[1]}")
+        with pytest.raises(MlflowException, match="failed with exception"):
+            logger.log_metrics({"loss": 1.0}, step=1, epoch=1)
+    assert len(connections) == 3

@@ -13,6 +13,8 @@ from typing import Any
 
 # Before the import, which would start MLflow's telemetry.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+# MLflow retries 7 times, so each call to a server that is down would stop the training for minutes.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
@@ -41,6 +43,9 @@ class MlflowLogger:
     ignored. A database stores the largest float instead of infinity. Figures, images and texts
     become artifacts. The first call starts the run; the first call after `close` starts another. A
     resumed run continues its MLflow run, whose parameters cannot change.
+
+    If a server is down, each call waits about 4 seconds, for two retries, before it fails; the
+    environment variable `MLFLOW_HTTP_REQUEST_MAX_RETRIES` sets another number.
 
     To view a directory, use `mlflow ui --backend-store-uri <directory>` with the environment
     variable `MLFLOW_ALLOW_FILE_STORE=true`. This needs the package `mlflow`; the extra
