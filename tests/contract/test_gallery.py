@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from distaff import Context, TrainState, train_step
-from distaff.models import as_model
+from distaff.models import as_model, rematerialized
 from distaff.trainer.initial import normalized, on_host
 from gallery import KINDS, WIDTH, Kind, without_keys
 
@@ -25,6 +25,10 @@ QUICK = (
     "functions with a state",
     "lora",
 )
+
+
+# Of these, no module but the model itself is called where a pattern can match it.
+WITHOUT_MODULES = ("linen jit", "linen dense", "linen shared scope", "linen bound", "linen pair")
 
 
 def batch() -> dict[str, Any]:
@@ -113,3 +117,21 @@ def test_model_trains_and_evaluates_as_it_does_by_hand(name: str) -> None:
         *map(without_keys, found),
     )
     assert np.isfinite(ours[2]).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["*", "dots_saveable"])
+@pytest.mark.parametrize("name", KINDS)
+def test_what_is_computed_again_has_the_same_results(name: str, remat: str) -> None:
+    if remat == "*" and (name in WITHOUT_MODULES or name.startswith("functions")):
+        pytest.skip("it calls no modules")
+    kind, data = KINDS[name], batch()
+    model, variables = initial(kind.source(), data)
+
+    def program(variables: Any, data: Any) -> Any:
+        models = (model, rematerialized(model, remat))
+        return [without_keys(trained(kind, each, variables, data)) for each in models]
+
+    plain, again = jax.jit(program)(variables, data)
+    assert jax.tree.structure(plain) == jax.tree.structure(again)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), plain, again)

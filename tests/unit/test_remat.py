@@ -447,7 +447,7 @@ def test_the_base_of_a_lora_and_standardized_inputs():
         (
             (lambda key, x: {"w": x[0]}, lambda p, x: x * p["w"][None]),
             "*",
-            "which has no modules. Pass a policy",
+            "which calls none that can be matched.* Pass a policy",
         ),
     ],
     ids=["linen", "second", "policy", "nnx", "equinox", "functions"],
@@ -484,6 +484,23 @@ def test_wrong_values_are_named(value, complaint):
 def test_wrong_values_of_a_config_are_named(make, complaint):
     with pytest.raises(ConfigError, match=complaint):
         make()
+
+
+def test_a_constant_result_stays_an_array():
+    def apply(params, state, x):
+        return x @ params["w"], {"is_first": jnp.array(False)}
+
+    model = (lambda key, x: ({"w": jnp.ones((3, 1))}, {"is_first": jnp.array(True)}), apply)
+    state = state_of(model, "dots_saveable", BATCH["x"])
+    found = []
+
+    def step(state, batch):
+        state, _ = train_step(squares)(state, batch)
+        found.append(state.collections["state"]["is_first"])
+        return state
+
+    jax.eval_shape(step, state, BATCH)
+    assert found[0].dtype == bool
 
 
 def test_a_model_that_returns_other_objects_is_an_error():

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from distaff.errors import ConfigError
@@ -64,6 +65,7 @@ class _Output(NamedTuple):
     """A result that a function computes."""
 
     number: int
+    dtype: Any
 
 
 class Results:
@@ -95,7 +97,7 @@ class Results:
             if id(leaf) in of_input:
                 self._leaves.append(_Input(of_input[id(leaf)]))
             elif isinstance(leaf, jax.Array):
-                self._leaves.append(_Output(number))
+                self._leaves.append(_Output(number, leaf.dtype))
                 found[number] = leaf
             else:
                 self._leaves.append(self._plain(leaf))
@@ -107,7 +109,11 @@ class Results:
         def value(leaf: Any) -> Any:
             if isinstance(leaf, _Input):
                 return inputs[leaf.number]
-            return arrays[leaf.number] if isinstance(leaf, _Output) else leaf
+            if not isinstance(leaf, _Output):
+                return leaf
+            found = arrays[leaf.number]
+            # A constant may come out of a gradient of `jax.checkpoint` as a Python number.
+            return found if isinstance(found, jax.Array) else jnp.asarray(found, leaf.dtype)
 
         return jax.tree.unflatten(self._structure, [value(leaf) for leaf in self._leaves])
 

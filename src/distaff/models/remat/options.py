@@ -92,8 +92,9 @@ class RematConfig:
         policies = f"Policies: {', '.join(map(repr, _POLICIES))}."
         if not known:
             raise ConfigError(
-                f"A pattern of remat must match the path of a module, but {found}, which has no "
-                f"modules. Pass a policy for the whole forward pass instead. {policies}"
+                f"A pattern of remat must match the path of a module, but {found}, which calls "
+                "none that can be matched: functions have none, and nn.jit hides them. Pass a "
+                f"policy for the whole forward pass instead. {policies}"
             )
         policy = difflib.get_close_matches(pattern, _POLICIES, n=1, cutoff=0.8)
         question = f"Did you mean the policy {policy[0]!r}? " if policy else ""
