@@ -1,170 +1,179 @@
-"""The report on a run's throughput: what it says, when it counts FLOPs, and what it leaves out."""
+"""`distaff report`: one file with all facts of the runs, in which their texts are only data."""
 
 from __future__ import annotations
 
+import html
 import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from distaff import OptimizerConfig, data, tasks, zoo
-from distaff.data import as_loader, limited
-from distaff.execution.flops import Flops
-from distaff.execution.timers import PARTS, Throughput
-from distaff.run.display import PlainDisplay
-from distaff.run.report import Report, faster_data, make_report
+from distaff import cli
+from distaff.cli.report import facts
+
+FACTS = re.compile(r'<script type="application/json" id="facts">(.*?)</script>', re.DOTALL)
+HOSTILE = "</script><script>document.title='broken'</script><img src=x onerror=alert(1)>&amp;"
 
 
-def read(**seconds: float) -> Throughput:
-    spent = {**dict.fromkeys(PARTS, 0.0), **seconds}
-    return Throughput(steps=4000, examples=64000, seconds=spent, programs=7, cached=3)
-
-
-def test_lines_say_how_fast_and_where_the_time_went():
-    report = Report(read(device=6, host=1.5, logging=0.01, compile=2, evaluation=0.49))
-    assert report.lines() == [
-        "speed  533 steps/s, 8,522 examples/s, 1.88 ms per step (device 1.5, host 0.375)",
-        "time   10.0 s: training 75%, evaluation 5%, compile 20%; "
-        "7 programs compiled, 3 of them cached",
+def make(
+    version: str, *, seed: int = 0, text: str = "", num_steps: int = 4, **options: Any
+) -> Path:
+    """Writes the files of a run that a report reads."""
+    path = Path("runs/digits") / version
+    (path / "figures").mkdir(parents=True)
+    (path / "figures" / "curves.svg").write_text(f"<svg>{text}</svg>")
+    rows = [
+        {"step": s, "epoch": s, "time": 0.0, "val/loss": 1 / s, "train/loss": float(s)}
+        for s in range(1, num_steps + 1)
     ]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status = {"status": "finished", "reason": text, "epoch": num_steps, "step": num_steps}
+    status["metrics"] = {"val/loss": 1 / num_steps}
+    status["best"] = {"metrics": {"val/loss": 1 / num_steps}}
+    status["throughput"] = {"steps_per_second": 12.5, "seconds": {"device": 1.5}}
+    config = {"options": {"name": "digits", "seed": seed, **options}, "identity": {"x": version}}
+    start = {"argv": ["/bin/distaff", "fit", "digits", text or "--seed=1"]}
+    env = {"python": "3.11", "packages": {"jax": "0.10"}, "starts": [start]}
+    files = {"status.json": status, "config.json": config, "env.json": env}
+    for name, value in files.items():
+        (path / name).write_text(json.dumps(value))
+    (path / "model.txt").write_text(f"params {text}")
+    (path / "log.txt").write_text(f"log {text}")
+    return path
 
 
-def test_lines_name_the_peak_that_the_share_is_of():
-    lines = Report(read(device=10), Flops(2.5e6, at_least=False), 4e9).lines()
-    assert lines[1] == (
-        "FLOPs  2.5 MFLOP per step, 1 GFLOP/s: 25.0% of the 4 GFLOP/s measured for float32 matrix "
-        "products"
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def written(*words: str) -> tuple[str, dict[str, Any]]:
+    """Returns the page that the command writes, and its data."""
+    assert cli.main(("report", *words)) == 0
+    text = Path("report.html").read_text("utf-8")
+    (data,) = FACTS.findall(text)
+    return text, json.loads(data)
+
+
+def test_report_has_the_facts_of_each_run():
+    make("0001")
+    _, data = written("runs/digits/0001")
+    (run,) = data["runs"]
+    assert run["path"] == "runs/digits/0001"
+    assert run["curves"]["val/loss"] == {
+        "step": [1, 2, 3, 4],
+        "epoch": [1, 2, 3, 4],
+        "value": [1.0, 0.5, 0.333333, 0.25],
+    }
+    assert run["metrics"] == run["best"] == {"val/loss": 0.25}
+    assert run["throughput"] == {"steps per second": 12.5, "device (s)": 1.5}
+    assert run["environment"] == {"python": "3.11", "jax": "0.10"}
+    assert run["command"] == "/bin/distaff fit digits --seed=1"
+    assert [image["name"] for image in run["images"]] == ["figures/curves.svg"]
+    assert data["differs"] == []
+
+
+def test_folder_stands_for_its_runs_and_what_differs_is_named(capsys):
+    make("0001", seed=0)
+    make("0002", seed=1)
+    make("0003", seed=1, width=8)
+    _, data = written("runs")
+    assert [run["path"][-4:] for run in data["runs"]] == ["0001", "0002", "0003"]
+    assert data["differs"] == ["seed", "width"]
+    assert [run["group"] for run in data["runs"]] == [0, 0, 1]  # equal but for the seed
+    assert re.fullmatch(r"report\.html: 3 runs, \S+ kB\n", capsys.readouterr().out)
+
+
+def test_page_needs_no_other_file_and_no_network():
+    make("0001")
+    text, _ = written("runs/digits/0001")
+    assert "default-src 'none'" in text
+    outside = FACTS.sub("", text)
+    assert not re.search(r"<(link|iframe|object)\b|<script[^>]* src=|@import|url\(", outside)
+
+
+def test_texts_of_a_run_are_never_markup():
+    make("0001", text=HOSTILE)
+    text, data = written("runs/digits/0001")
+    assert data["runs"][0]["reason"] == HOSTILE
+    assert data["runs"][0]["model"] == f"params {HOSTILE}"
+    assert "onerror" not in FACTS.sub("", text)
+    assert "<" not in FACTS.search(text)[1]
+    assert "innerHTML" not in (Path(facts.__file__).parent / "report.js").read_text("utf-8")
+
+
+def test_not_a_number_is_a_gap():
+    path = make("0001")
+    line = '{"step": 5, "epoch": 5, "time": 0.0, "val/loss": "nan", "train/loss": 2.0}\n'
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write(line)
+    _, data = written("runs/digits/0001")
+    assert data["runs"][0]["curves"]["val/loss"]["value"][-1] is None
+
+
+def test_images_beyond_the_budget_are_named():
+    path = make("0001")
+    (path / "figures" / "large.png").write_bytes(bytes(4000))
+    _, data = written("runs/digits/0001", "--image-bytes", "2000")
+    (run,) = data["runs"]
+    assert [image["name"] for image in run["images"]] == ["figures/curves.svg"]
+    assert run["left_out"] == ["figures/large.png"]
+
+
+def test_ten_long_runs_take_less_than_a_megabyte():
+    for number in range(1, 11):
+        path = make(f"{number:04}", seed=number, num_steps=3000)
+        (path / "log.txt").write_text("a line of the log\n" * 5000)
+        (path / "figures" / "large.png").write_bytes(bytes(30_000))
+    text, data = written("runs")
+    assert len(text.encode()) < 1_000_000
+    curve = data["runs"][0]["curves"]["train/loss"]
+    assert (curve["step"][0], curve["step"][-1]) == (1, 3000)
+    assert 500 < len(curve["step"]) <= facts.MOST_POINTS // 10
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (("runs/digits/0009",), "no run directory"),
+        (("empty",), "at least one run"),
+        ((), "at least one run"),
+        (("runs", "--out", "gone/report.html"), "gone/report.html"),
+    ],
+)
+def test_wrong_words_are_errors(words, part, capsys):
+    make("0001")
+    Path("empty").mkdir()
+    assert cli.main(("report", *words)) in (1, 2)
+    assert part in capsys.readouterr().err
+    assert not Path("report.html").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
+def test_browser_shows_tables_and_curves(tmp_path):
+    make("0001", text=HOSTILE)
+    make("0002", seed=1)
+    written("runs")
+    switches = (
+        "--headless --no-sandbox --disable-gpu --disable-background-networking --no-first-run"
     )
-    no_peak = Report(read(device=10), Flops(2.5e6, at_least=True)).lines()
-    assert no_peak[1] == "FLOPs  at least 2.5 MFLOP per step, at least 1 GFLOP/s"
-
-
-@pytest.mark.parametrize(("waiting", "is_said"), [(0.99, False), (1.01, True)])
-def test_lines_say_what_to_do_where_a_tenth_of_the_training_waits_for_data(waiting, is_said):
-    lines = Report(read(device=10 - waiting, data=waiting, compile=100)).lines()
-    assert (
-        "10% of training time was spent waiting for data. Pass arrays as" in lines[-1]
-    ) == is_said
-    assert len(lines) == 2 + is_said
-
-
-def test_lines_ignore_a_short_wait_of_a_short_run():
-    assert Report(read(device=0.5, data=0.5)).remarks() == []
-    (remark,) = Report(read(device=0.5, data=1.0), advice="Do less.").remarks()
-    assert remark == "data   67% of training time was spent waiting for data. Do less."
-
-
-@pytest.mark.parametrize(
-    ("change", "says", "is_silent_on"),
-    [
-        (lambda loader: loader, "larger batch_size", "ArrayLoader"),
-        (lambda loader: data.MappedLoader(loader, lambda batch: batch), "functions", "ArrayLoader"),
-        (lambda loader: limited(loader, 2), "larger batch_size", "ArrayLoader"),
-        (list, "Pass arrays as a data.ArrayLoader", "larger"),
-    ],
-)
-def test_advice_on_data_never_names_what_is_there_already(change, says, is_silent_on):
-    train, _, _ = data.digits(batch_size=128)
-    advice = faster_data(as_loader(change(train), name="train"))
-    assert says in advice
-    assert is_silent_on not in advice
-
-
-@pytest.mark.parametrize("steps_per_call", [1, "auto"])
-@pytest.mark.slow
-def test_how_steps_are_fused_is_in_the_log_and_not_shown(capsys, steps_per_call):
-    train, val, _ = data.digits(batch_size=256)
-    trainer = tasks.Classifier(zoo.MLP((8, 10)), steps_per_call=steps_per_call)
-    result = trainer.train_model(train, val, num_epochs=3)
-    shown, logged = capsys.readouterr().out, (result.path / "log.txt").read_text()
-    assert "step fusion" in logged
-    assert not any(word in shown for word in ("fusion", "per call", "estimated"))
-    assert "compiled in" in shown
-    assert shown.count("* best model so far") == 1
-    first = next(n for n, line in enumerate(shown.splitlines()) if line.endswith(" *"))
-    assert shown.splitlines()[first + 1] == "* best model so far"
-
-
-def test_the_live_line_gets_the_metrics_of_a_window_and_the_learning_rate(monkeypatch):
-    shown: list[dict[str, float]] = []
-    monkeypatch.setattr("distaff.run.recorder._PROGRESS_SECONDS", 0.0)
-    monkeypatch.setattr(PlainDisplay, "update", lambda self, metrics: shown.append(dict(metrics)))
-    train, _, _ = data.digits(batch_size=256)
-    optimizer = OptimizerConfig("sgd", learning_rate=0.5, schedule="constant")
-    trainer = tasks.Classifier(zoo.MLP((8, 10)), optimizer=optimizer, log_every_n_steps=2)
-    result = trainer.train_model(train, num_epochs=1)
-    assert [each["step/learning_rate"] for each in shown] == [0.5] * 2
-    assert [each["step/loss"] for each in shown] == result.history["step/loss"].tolist()
-
-
-def test_speed_below_ten_keeps_its_digits():
-    slow = Throughput(3, 6, {**dict.fromkeys(PARTS, 0.0), "device": 9.0}, 0, 0)
-    assert Report(slow).lines()[0].startswith("speed  0.33 steps/s, 0.67 examples/s, 3e+03 ms")
-
-
-def test_report_of_a_run_without_steps_divides_by_nothing():
-    report = Report(Throughput(0, 0, dict.fromkeys(PARTS, 0.0), 0, 0), Flops(1.0, False), 1.0)
-    assert report.lines()[0] == "speed  0 steps/s, 0 examples/s, 0 ms per step"
-    assert report.facts()["share_of_peak"] == 0
-
-
-def test_facts_are_strict_json():
-    facts = Report(read(device=8), Flops(2e6, at_least=False), 4e9).facts()
-    assert json.loads(json.dumps(facts, allow_nan=False)) == facts
-    assert (facts["steps_per_second"], facts["examples_per_second"]) == (500, 8000)
-    assert facts["seconds_per_step"]["device"] == 0.002
-    assert (facts["flops_per_step"], facts["share_of_peak"]) == (2e6, 0.25)
-    empty = Report(read(device=8)).facts()
-    assert (empty["flops_per_step"], empty["share_of_peak"]) == (None, None)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "known", "asked"),
-    [
-        *((9.9, True, []), (10, True, ["flops", False]), (101, True, ["flops", True])),
-        (10, False, ["flops"]),
-    ],
-)
-def test_flops_and_peak_are_asked_for_where_the_run_was_worth_it(seconds, known, asked):
-    calls: list[Any] = []
-
-    def flops() -> Flops | None:
-        calls.append("flops")
-        return Flops(1.0, at_least=False) if known else None
-
-    def peak(again: bool) -> float:
-        calls.append(again)
-        return 2.0
-
-    report = make_report(read(device=seconds, compile=1000), flops, peak)
-    assert calls == asked
-    assert (report.peak == 2.0) == (len(asked) == 2)
-
-
-@pytest.mark.parametrize("tune_process", [True, False])
-def test_run_that_was_worth_it_reports_its_share_of_the_peak(monkeypatch, capsys, tune_process):
-    monkeypatch.setattr("distaff.run.report._WORTH_SECONDS", 0.0)
-    monkeypatch.setattr("distaff.run.recorder.peak_flops", lambda again: 1e12)
-    train, _, _ = data.digits(batch_size=128)
-    trainer = tasks.Classifier(zoo.MLP((8, 10)), tune_process=tune_process)
-    result = trainer.train_model(train, num_epochs=1)
-    facts = json.loads((result.path / "status.json").read_text())["throughput"]
-    products = 2 * 128 * (64 * 8 + 8 * 10)  # of the forward pass; the backward pass has 1 to 2 more
-    assert 2 * products < facts["flops_per_step"] < 5 * products
-    assert facts["flops_are_at_least"] is False
-    assert facts["peak_flops_per_second"] == (1e12 if tune_process else None)
-    said = "measured for float32 matrix products"
-    shown, logged = capsys.readouterr().out, (result.path / "log.txt").read_text()
-    assert (said in shown, said in logged) == (tune_process, tune_process)
-    assert "FLOP per step" in shown
-
-
-@pytest.mark.slow
-def test_debugged_run_has_no_flops(monkeypatch):
-    monkeypatch.setattr("distaff.run.report._WORTH_SECONDS", 0.0)
-    train, _, _ = data.digits(batch_size=512)
-    options = {"debug": True, "root": None, "enable_progress_bar": False, "tune_process": False}
-    trainer = tasks.Classifier(zoo.MLP((8, 10)), **options)
-    trainer.train_model(train, num_epochs=1)
-    assert trainer.last_run.report is not None
-    assert trainer.last_run.report.flops is None
+    shown = subprocess.run(
+        [
+            *("chromium", *switches.split(), f"--user-data-dir={tmp_path / 'profile'}"),
+            *("--virtual-time-budget=5000", "--dump-dom", Path("report.html").absolute().as_uri()),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    ).stdout
+    body = shown[shown.index("<main") : shown.index("</main>")]
+    assert "<title>Distaff report</title>" in shown
+    assert body.count("<canvas") == 1  # one metric, "loss"
+    assert body.count('type="checkbox"') == 2 + 2  # two runs, log scale, bands
+    assert "0.25" in body
+    assert html.escape(HOSTILE, quote=False) in body

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import distaff
-from distaff.cli import fit, runs
+from distaff.cli import fit, report, runs
 from distaff.errors import ConfigError, DistaffError, nearest
 from distaff.run.directory import environment
 
@@ -14,6 +14,7 @@ _USAGE = """usage: distaff COMMAND [OPTIONS]
 
 commands:
   fit RECIPE       train a recipe, such as `digits` or `train.py:main`
+  report RUN ...   write an HTML report of one or several runs
   runs COMMAND     list, show, compare and remove runs
   env              print versions and devices
 
@@ -41,6 +42,7 @@ def _env(words: Sequence[str]) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "fit": fit.main,
     "runs": runs.main,
+    "report": report.main,
     "env": _env,
 }
 """Commands by name: functions of the further arguments that return the exit status."""
