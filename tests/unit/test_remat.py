@@ -214,7 +214,7 @@ def check_same_bits(one, other):
         jax.tree.map(np.testing.assert_array_equal, getattr(one, name), getattr(other, name))
 
 
-@pytest.mark.slow_but("functions-policy")
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["*", "dots_saveable"], ids=["pattern", "policy"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_bit_changes_with_dropout_and_batch_norm(family, remat):
