@@ -247,10 +247,10 @@ def tf_dataset(rows: Rows, **options: Any) -> Any:
         row = tf.ensure_shape(tf.numpy_function(noted, [row], row.dtype), ())
         return {name: tf.gather(array, row) for name, array in rows.arrays.items()}
 
-    shuffled = tf.data.Dataset.range(22)
+    noted_rows = tf.data.Dataset.range(22).map(note)
     if options:
-        shuffled = shuffled.shuffle(22, **options)
-    return shuffled.map(note).batch(BATCH)
+        noted_rows = noted_rows.shuffle(22, **options)
+    return noted_rows.batch(BATCH)
 
 
 def shuffled_tf_dataset(rows: Rows) -> Any:
