@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import statistics
+import subprocess
 import sys
 from itertools import chain
 from pathlib import Path
@@ -138,3 +140,15 @@ def test_loaders_all_read_the_same_rows(benchmarks: Any, tmp_path: Path) -> None
         batches = list(as_loader(getattr(loaders, kind)(held, workload, tmp_path)))
         assert [len(batch["label"]) for batch in batches] == [64] * 10, kind
         assert sorted(chain.from_iterable(map(rows, batches))) == sorted(rows(held)), kind
+
+
+@pytest.mark.slow
+def test_options_take_turns_and_train_the_same() -> None:
+    command = [sys.executable, "-m", "benchmarks.options", "--blocks", "2", "--steps", "64"]
+    printed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    rows = [line for line in printed.splitlines() if line.startswith("|")]
+    assert len(rows) == 2 + 6
+    assert len({row.count("|") for row in rows}) == 1
+    losses = [float(each) for each in re.findall(r" (\d+\.\d{6})", printed.rpartition("losses")[2])]
+    assert len(losses) == 6
+    assert max(losses) == pytest.approx(min(losses), rel=1e-3)

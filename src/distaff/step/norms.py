@@ -18,6 +18,9 @@ from distaff.optim.transforms.masks import check_patterns
 
 GRAD_NORM, UPDATE_NORM, PARAM_NORM = "grad_norm", "update_norm", "param_norm"
 
+_SMALL = 2**14
+"""Most elements of an array that is joined with others for its norm."""
+
 
 def _log_norms(name: str, value: Any) -> bool | tuple[str, ...]:
     if isinstance(value, bool):
@@ -122,12 +125,22 @@ def is_norm(name: str) -> bool:
 
 def _norm(tree: PyTree, pattern: str) -> jax.Array:
     """Returns the Euclidean norm over the leaves whose path matches, float32 `[]`."""
-    squares = [
-        jnp.sum(jnp.square(jnp.abs(_wide(leaf))))
+    found = [
+        jnp.abs(_wide(leaf))
         for path, leaf in jax.tree.leaves_with_path(tree)
         if fnmatch.fnmatchcase(leaf_name(path), pattern)
     ]
+    squares = [jnp.sum(jnp.square(each)) for each in _joined(found)]
     return jnp.sqrt(sum(squares, jnp.zeros([], jnp.float32)))
+
+
+def _joined(arrays: list[jax.Array]) -> list[jax.Array]:
+    """Returns arrays with the small ones joined, on the CPU, where each sum is a kernel."""
+    if jax.default_backend() != "cpu":
+        return arrays
+    small = [each.ravel() for each in arrays if each.size <= _SMALL and each.dtype == jnp.float32]
+    others = [each for each in arrays if each.size > _SMALL or each.dtype != jnp.float32]
+    return [*others, jnp.concatenate(small)] if small else others
 
 
 def _wide(leaf: jax.Array) -> jax.Array:
