@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distaff.run.display import NullDisplay, PlainDisplay, TerminalDisplay, make_display
-from distaff.run.display.lines import epoch_text, fit, live_fields, number
+from distaff.run.display.lines import EpochLine, fit, live_fields, number
 from distaff.run.display.pace import Pace
 
 METRICS = {"train/loss": 0.25, "train/accuracy": 0.9, "val/loss": 0.5, "val/accuracy": 0.8}
@@ -75,22 +75,24 @@ def test_number_has_six_characters_and_the_value(value):
 
 
 def test_epoch_text_leaves_out_rate_seconds_and_step_as_the_width_shrinks():
-    lines = [epoch_text(3, 20, " 60", METRICS, 0.82, 1234.0, True, width) for width in (118, 100)]
+    lines = [
+        EpochLine(3, 20, 60, METRICS, 0.82, True).text(3, 1234.0, width) for width in (118, 100)
+    ]
     assert lines == [
         "epoch  3/20  step  60  train loss 0.2500 accuracy 0.9000  "
         "val loss 0.5000 accuracy 0.8000   0.8 s    1234 examples/s *",
         "epoch  3/20  step  60  train loss 0.2500 accuracy 0.9000  "
         "val loss 0.5000 accuracy 0.8000   0.8 s *",
     ]
-    assert epoch_text(3, 20, " 60", METRICS, 0.82, 1234.0, True, 80) == (
+    assert EpochLine(3, 20, 60, METRICS, 0.82, True).text(3, 1234.0, 80) == (
         "epoch  3/20 train loss 0.2500 accuracy 0.9000 val loss 0.5000 accuracy 0.8000 *"
     )
 
 
 def test_epoch_text_keeps_its_columns_through_a_run():
     diverged = {"train/loss": math.nan, "train/accuracy": 0.0, "val/loss": 1e9, "val/accuracy": 0.1}
-    first = epoch_text(1, 20, "  3", METRICS, 99.94, 7.0, True, None)
-    last = epoch_text(20, 20, "460", diverged, 1234.0, 123456.0, True, None)
+    first = EpochLine(1, 20, 3, METRICS, 99.94, True).text(3, 7.0, None)
+    last = EpochLine(20, 20, 460, diverged, 1234.0, True).text(3, 123456.0, None)
     assert len(first) == len(last)
 
 
@@ -109,10 +111,10 @@ def test_plain_display_rates_training_without_compilation_and_evaluation(clock):
         display.compiling("the eval step")
         display.running()
     assert stream.getvalue() == ""
-    display.epoch_line(1, 20, 1, {"train/loss": 0.25}, 82.0, False)
+    display.epoch_line(EpochLine(1, 20, 1, {"train/loss": 0.25}, 82.0, False))
     clock.seconds += 1
     display.advance(2, 2, 64)
-    display.epoch_line(2, 20, 2, {"train/loss": 0.125}, 1.0, True)
+    display.epoch_line(EpochLine(2, 20, 2, {"train/loss": 0.125}, 1.0, True))
     assert stream.getvalue() == (
         "epoch  1/20  step   1  train loss 0.2500  82.0 s      32 examples/s\n"
         "epoch  2/20  step   2  train loss 0.1250   1.0 s      64 examples/s *\n"
@@ -136,7 +138,7 @@ def test_plain_display_prints_a_line_every_thirty_seconds_of_a_long_epoch(clock)
         f"epoch 1/2  step  31/200  {line}  2:49 left",
         f"epoch 1/2  step  61/200  {line}  2:19 left",
     ]
-    display.epoch_line(1, 2, 62, {}, 61.0, False)
+    display.epoch_line(EpochLine(1, 2, 62, {}, 61.0, False))
     clock.seconds += 29
     display.advance(63, 2, 64)
     assert len(stream.getvalue().splitlines()) == 3  # a line restarts the thirty seconds
@@ -179,7 +181,7 @@ def test_plain_display_forgets_the_time_between_two_trainings(clock):
         display.start(1, 1)
         clock.seconds += 2
         display.advance(1, 1, 64)
-        display.epoch_line(1, 1, 1, {}, 2.0, False)
+        display.epoch_line(EpochLine(1, 1, 1, {}, 2.0, False))
         display.close()
         clock.seconds += 1000
     assert stream.getvalue() == "epoch 1/1  step 1   2.0 s      32 examples/s\n" * 2
@@ -190,7 +192,7 @@ def test_plain_display_writes_no_control_characters(monkeypatch):
     stream = io.StringIO()
     display = PlainDisplay(stream)
     display.start(2, None)
-    display.epoch_line(1, 2, 5, METRICS, 1.0, True)
+    display.epoch_line(EpochLine(1, 2, 5, METRICS, 1.0, True))
     styled = Table("path", style="bold red")
     styled.add_row("[link=file:///tmp]params[/link]")
     display.print(styled)
@@ -298,7 +300,7 @@ def test_terminal_display_gives_the_terminal_back_after_an_error(terminal, clock
 
 def test_terminal_display_prints_lines_as_wide_as_the_terminal(terminal, clock):
     display = terminal_display(terminal, clock, width=80)
-    display.epoch_line(1, 20, 23, METRICS, 0.5, False)
+    display.epoch_line(EpochLine(1, 20, 23, METRICS, 0.5, False))
     display.print("[b]not markup[/b] " + "x" * 100)
     line, text = terminal.getvalue().splitlines()
     assert line == "epoch  1/20 train loss 0.2500 accuracy 0.9000 val loss 0.5000 accuracy 0.8000"
@@ -319,7 +321,7 @@ def test_null_display_draws_nothing_and_yields_everything(capsys):
     display = make_display(False)
     display.start(1, 1)
     display.print("text")
-    display.epoch_line(1, 1, 1, METRICS, 1.0, True)
+    display.epoch_line(EpochLine(1, 1, 1, METRICS, 1.0, True))
     display.table({"test": {"loss": 0.5}})
     assert list(display.track([1, 2], "testing")) == [1, 2]
     display.close()

@@ -23,6 +23,7 @@ import distaff
 from distaff import OptimizerConfig, TrainerConfig, TrainState, data, tasks, zoo
 from distaff.core import optional
 from distaff.run.display import NotebookDisplay, PlainDisplay, make_display, model_table
+from distaff.run.display.lines import EpochLine
 from line import Line, loader, trained
 
 CELLS = """
@@ -108,7 +109,7 @@ def test_notebook_display_updates_one_output_of_a_run(clock):
         display.update({"step/loss": 1 / step, "step/learning_rate": 1e-3})
         if step % 10 == 0:
             epoch, metrics = step // 10, {"train/loss": 1 / step, "val/loss": 2 / step}
-            display.epoch_line(epoch, 5, step, metrics, 1.0, epoch == 3)
+            display.epoch_line(EpochLine(epoch, 5, step, metrics, 1.0, epoch == 3))
         if step == 35:
             during, _ = cell.outputs[0][-1]
     display.table({"test": {"test/loss": 0.25}})
@@ -145,7 +146,9 @@ def test_notebook_display_keeps_the_last_epochs_of_a_long_run(clock):
     display.start(5000, 1)
     for epoch in range(1, 5001):
         clock.seconds += 1
-        display.epoch_line(epoch, 5000, epoch, {"train/loss": 1.0, "val/loss": 2.0}, 1.0, False)
+        display.epoch_line(
+            EpochLine(epoch, 5000, epoch, {"train/loss": 1.0, "val/loss": 2.0}, 1.0, False)
+        )
     page, text = cell.outputs[0][-1]
     assert len(page) < 40_000
     assert len(text) < 4_000

@@ -28,6 +28,7 @@ from distaff.metrics.accumulators import Named
 from distaff.run.directory.curves import run_title, save_curves
 from distaff.run.directory.protocol import Recording
 from distaff.run.display import rows_by_split
+from distaff.run.display.lines import EpochLine
 from distaff.run.events import ChunkEnd, Plan
 from distaff.run.learning import LearningCheck
 from distaff.run.report import Report, faster_data, make_report
@@ -238,7 +239,7 @@ class Recorder:
         values = " ".join(f"{name} {value:.6g}" for name, value in scalars.items())
         _log.info("epoch %d/%d step %d %s", epoch, last, step, values)
         short = {name: value for name, value in scalars.items() if not is_norm(name)}
-        self.display.epoch_line(epoch, last, step, short, seconds, is_best)
+        self.display.epoch_line(EpochLine(epoch, last, step, short, seconds, is_best))
         if is_best and not self._has_legend:
             self._has_legend = True
             self.display.print("* best model so far")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from rich.console import RenderableType
 
 from distaff.core.typing import Scalars
+from distaff.run.display.lines import EpochLine
 from distaff.run.display.protocol import Display
 
 T = TypeVar("T")
@@ -45,8 +46,8 @@ class CurrentDisplay(Display):
     def update(self, metrics: Scalars) -> None:
         self._display.update(metrics)
 
-    def epoch_line(self, *args: Any, **kwargs: Any) -> None:
-        self._display.epoch_line(*args, **kwargs)
+    def epoch_line(self, line: EpochLine) -> None:
+        self._display.epoch_line(line)
 
     def track(
         self, iterable: Iterable[T], description: str, total: int | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.table import Table
@@ -66,34 +66,43 @@ def live_fields(metrics: Scalars) -> list[tuple[int, str]]:
     return [*fields, *((1, f"lr {number(metrics[name])}") for name in rates[:1])]
 
 
-def epoch_text(
-    epoch: int,
-    num_epochs: int,
-    step: str,
-    metrics: Scalars,
-    seconds: float,
-    examples_per_second: float,
-    is_best: bool,
-    width: int | None,
-) -> str:
-    """Returns the line of one epoch.
+class EpochLine(NamedTuple):
+    """What the line of one completed epoch says.
 
-    If it is wider than `width`, it drops the rate, the seconds and the step, in this order.
-
-    >>> metrics = {"train/loss": 0.25, "val/loss": 0.5}
-    >>> epoch_text(3, 20, " 60", metrics, 0.82, 1234, True, 80)
-    'epoch  3/20  step  60  train loss 0.2500  val loss 0.5000   0.8 s *'
+    Attributes:
+        epoch: the epoch, counted from 1.
+        num_epochs: epochs of the whole run.
+        step: optimizer updates completed.
+        metrics: metrics by name: `{"train/loss": 0.31, "val/loss": 0.35}`.
+        seconds: duration of the epoch.
+        is_best: whether its model is the best so far; the line ends with a star.
     """
-    fields = [
-        (0, f"epoch {epoch:{len(str(num_epochs))}}/{num_epochs}"),
-        (1, f"step {step}"),
-        *((0, field) for field in metric_fields(metrics)),
-        (2, f"{seconds:4.{1 if seconds < 100 else 0}f} s"),
-    ]
-    if examples_per_second:
-        fields.append((3, f"{examples_per_second:6.0f} examples/s"))
-    room = None if width is None else width - 2
-    return fit(fields, width=room) + (" *" if is_best else "")
+
+    epoch: int
+    num_epochs: int
+    step: int
+    metrics: Scalars
+    seconds: float
+    is_best: bool
+
+    def text(self, step_width: int, examples_per_second: float, width: int | None = None) -> str:
+        """Returns the line.
+
+        If it is wider than `width`, it drops the rate, the seconds and the step, in this order.
+
+        >>> EpochLine(3, 20, 60, {"train/loss": 0.25, "val/loss": 0.5}, 0.82, True).text(3, 0)
+        'epoch  3/20  step  60  train loss 0.2500  val loss 0.5000   0.8 s *'
+        """
+        fields = [
+            (0, f"epoch {self.epoch:{len(str(self.num_epochs))}}/{self.num_epochs}"),
+            (1, f"step {self.step:{step_width}}"),
+            *((0, field) for field in metric_fields(self.metrics)),
+            (2, f"{self.seconds:4.{1 if self.seconds < 100 else 0}f} s"),
+        ]
+        if examples_per_second:
+            fields.append((3, f"{examples_per_second:6.0f} examples/s"))
+        room = None if width is None else width - 2
+        return fit(fields, width=room) + (" *" if self.is_best else "")
 
 
 def fit(fields: Sequence[tuple[int, str]], *, width: int | None) -> str:

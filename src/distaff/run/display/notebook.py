@@ -12,7 +12,7 @@ from rich.console import RenderableType
 from distaff.core.typing import Scalars
 from distaff.core.views import html
 from distaff.loggers import svg
-from distaff.run.display.lines import epoch_text, metrics_table, number
+from distaff.run.display.lines import EpochLine, metrics_table, number
 from distaff.run.display.model_table import ModelTable
 from distaff.run.display.progress import Progress
 from distaff.run.display.protocol import Display
@@ -88,24 +88,14 @@ class NotebookDisplay(Display):
                 _add(self._step_curves, name, (self._progress.step, value))
         self._draw_if_due()
 
-    def epoch_line(
-        self,
-        epoch: int,
-        num_epochs: int,
-        step: int,
-        metrics: Scalars,
-        seconds: float,
-        is_best: bool,
-    ) -> None:
-        padded = f"{step:{self._progress.step_width()}}"
-        rate = self._progress.pace.lap()
-        line = epoch_text(epoch, num_epochs, padded, metrics, seconds, rate, is_best, None)
-        values = [number(value).strip() for value in metrics.values()]
-        cells = [f"{epoch}", *values, f"{seconds:.1f} s", "*" if is_best else ""]
-        self._epochs.append((line, ["epoch", *metrics, "time", ""], cells))
+    def epoch_line(self, line: EpochLine) -> None:
+        text = line.text(self._progress.step_width(), self._progress.pace.lap())
+        values = [number(value).strip() for value in line.metrics.values()]
+        cells = [f"{line.epoch}", *values, f"{line.seconds:.1f} s", "*" if line.is_best else ""]
+        self._epochs.append((text, ["epoch", *line.metrics, "time", ""], cells))
         del self._epochs[:-_MOST_EPOCHS]
-        for name, value in metrics.items():
-            _add(self._curves, name, (epoch, value))
+        for name, value in line.metrics.items():
+            _add(self._curves, name, (line.epoch, value))
         self._draw_if_due()
 
     def track(

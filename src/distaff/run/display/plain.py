@@ -9,7 +9,7 @@ from typing import TextIO, TypeVar
 from rich.console import Console, RenderableType
 
 from distaff.core.typing import Scalars
-from distaff.run.display.lines import epoch_text
+from distaff.run.display.lines import EpochLine
 from distaff.run.display.progress import Progress
 from distaff.run.display.protocol import Display
 
@@ -73,20 +73,8 @@ class PlainDisplay(Display):
             progress.numbers(None, with_status=True) if progress.epoch else progress.status()
         )
 
-    def epoch_line(
-        self,
-        epoch: int,
-        num_epochs: int,
-        step: int,
-        metrics: Scalars,
-        seconds: float,
-        is_best: bool,
-    ) -> None:
-        padded_step = f"{step:{self._progress.step_width()}}"
-        rate = self._progress.pace.lap()
-        self.print(
-            epoch_text(epoch, num_epochs, padded_step, metrics, seconds, rate, is_best, None)
-        )
+    def epoch_line(self, line: EpochLine) -> None:
+        self.print(line.text(self._progress.step_width(), self._progress.pace.lap()))
 
     def track(
         self, iterable: Iterable[T], description: str, total: int | None = None

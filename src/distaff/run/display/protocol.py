@@ -12,7 +12,7 @@ from rich.console import RenderableType
 from distaff.core.config.options import Options, option
 from distaff.core.typing import Scalars
 from distaff.errors import ConfigError
-from distaff.run.display.lines import metrics_table
+from distaff.run.display.lines import EpochLine, metrics_table
 
 T = TypeVar("T")
 
@@ -75,25 +75,8 @@ class Display:
     def update(self, metrics: Scalars) -> None:
         """Replaces the metrics of the live display."""
 
-    def epoch_line(
-        self,
-        epoch: int,
-        num_epochs: int,
-        step: int,
-        metrics: Scalars,
-        seconds: float,
-        is_best: bool,
-    ) -> None:
-        """Prints the line of one completed epoch.
-
-        Args:
-            epoch: the epoch, counted from 1.
-            num_epochs: epochs of the whole run.
-            step: optimizer updates completed.
-            metrics: metrics by name: `{"train/loss": 0.31, "val/loss": 0.35}`.
-            seconds: duration of the epoch.
-            is_best: whether its model is the best so far (the line ends with a star).
-        """
+    def epoch_line(self, line: EpochLine) -> None:
+        """Prints the line of one completed epoch."""
 
     def track(
         self, iterable: Iterable[T], description: str, total: int | None = None

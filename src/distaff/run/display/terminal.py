@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.text import Text
 
 from distaff.core.typing import Scalars
-from distaff.run.display.lines import epoch_text
+from distaff.run.display.lines import EpochLine
 from distaff.run.display.progress import Progress
 from distaff.run.display.protocol import Display
 
@@ -57,20 +57,10 @@ class TerminalDisplay(Display):
     def update(self, metrics: Scalars) -> None:
         self._progress.update(metrics)
 
-    def epoch_line(
-        self,
-        epoch: int,
-        num_epochs: int,
-        step: int,
-        metrics: Scalars,
-        seconds: float,
-        is_best: bool,
-    ) -> None:
-        padded_step = f"{step:{self._progress.step_width()}}"
-        rate = self._progress.pace.lap()
-        width = self._console.width
-        line = epoch_text(epoch, num_epochs, padded_step, metrics, seconds, rate, is_best, width)
-        self._console.print(Text(line, style="bold" if is_best else ""))
+    def epoch_line(self, line: EpochLine) -> None:
+        rate, width = self._progress.pace.lap(), self._console.width
+        text = line.text(self._progress.step_width(), rate, width)
+        self._console.print(Text(text, style="bold" if line.is_best else ""))
 
     def track(
         self, iterable: Iterable[T], description: str, total: int | None = None
