@@ -24,6 +24,7 @@ SOURCES = Path(__file__).parents[1] / "src"
 PACKAGES = (
     *("errors", "core", "data", "augment", "metrics", "models", "zoo", "optim"),
     *("step", "execution", "checkpoint", "loggers", "callbacks", "run", "trainer", "tasks"),
+    "export",
     *("distaff", "tune", "cli", "integrations", "testing"),
 )
 

@@ -21,6 +21,7 @@ with spared():
     from distaff.callbacks import Callback, EarlyStopping, Profiler, StepInfo, StopTraining
     from distaff.checkpoint.weights import InitFrom, TorchRules, export_weights
     from distaff.errors import DistaffError
+    from distaff.export import export_model
     from distaff.loggers.history import History
     from distaff.metrics.monitor import Monitor
     from distaff.models import Lora, PrecisionConfig, RematConfig
@@ -61,6 +62,7 @@ __all__ = [
     "callbacks",
     "checkpoint",
     "data",
+    "export_model",
     "export_weights",
     "loggers",
     "metrics",

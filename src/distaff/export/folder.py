@@ -1,0 +1,115 @@
+"""Writes an exported model: a folder with its program, weights, description and loader."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import shutil
+import tempfile
+import zipfile
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distaff.core.files import explained
+from distaff.core.paths import as_path
+from distaff.core.typing import Batch
+from distaff.errors import ConfigError, MissingExtraError
+from distaff.export.program import Program, program_of
+from distaff.trainer.predictor import Predictor
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+_VERSIONS = ("distaff", "jax", "flax", "numpy")
+
+
+def export_model(
+    trainer: Predictor,
+    path: str | Path,
+    example_batch: Batch,
+    *,
+    batch_size: int | None = None,
+    platforms: tuple[str, ...] = PLATFORMS,
+    weights: str | None = None,
+) -> Path:
+    """Exports the outputs of `trainer.predict_fn` as StableHLO, to run without Distaff.
+
+    The folder contains `model.jax` (the program, by `jax.export`), `weights.npz`, `model.json`
+    (inputs, outputs and versions) and `load.py`, which needs only JAX, NumPy and flatbuffers:
+
+        from load import load
+        outputs = load()(image=images)  # [batch, 8, 8, 1]
+
+    Inputs are the leaves of a batch that the outputs depend on, by name; labels are not. JAX can
+    read an exported program for at least six months after its version; afterwards, export again.
+
+    Args:
+        trainer: a trained or loaded trainer.
+        path: the folder to write; it must not exist.
+        example_batch: a batch as in training, with at least one example; only shapes and dtypes
+            count. An array stands for inputs alone.
+        batch_size: the number of examples of each call; by default any number.
+        platforms: for which platforms, of `"cpu"`, `"cuda"`, `"rocm"` and `"tpu"`.
+        weights: see `TrainerModule.evaluation_state`.
+
+    Returns:
+        The absolute path of the folder.
+
+    Raises:
+        ConfigError: the folder exists, or the model does not accept batches of any size.
+        BatchError: the outputs do not depend on the batch.
+        StateError: the model has no parameters yet, or does not have this average.
+        RunDirectoryError: the folder cannot be written.
+        MissingExtraError: flatbuffers is not installed.
+    """
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise MissingExtraError(
+            "Exporting needs the package 'flatbuffers', which is not installed. Install it with: "
+            'pip install "distaff[export]"'
+        )
+    target = as_path(path, "The path of an exported model")
+    if target.exists():
+        raise ConfigError(f"The folder {str(path)!r} exists. Export to another one, or remove it.")
+    program = program_of(
+        trainer, example_batch, batch_size=batch_size, platforms=tuple(platforms), weights=weights
+    )
+    with explained(target, rule="An exported model must be a folder that can be {}", other="path"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        try:
+            _write(folder, trainer, program, platforms)
+            folder.chmod(0o775)
+            folder.rename(target)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    return target
+
+
+def _write(folder: Path, trainer: Predictor, program: Program, platforms: tuple[str, ...]) -> None:
+    (folder / "model.jax").write_bytes(program.serialized)
+    with zipfile.ZipFile(folder / "weights.npz", "w") as archive:  # np.savez has reserved names
+        for name, array in program.weights.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, array, allow_pickle=False)
+    facts = {**_facts(trainer, program), "platforms": list(platforms)}
+    (folder / "model.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+    name, form = next(iter(program.inputs.items()))
+    text = resources.files("distaff.export").joinpath("load.py.txt").read_text("utf-8")
+    shown = f"{form['dtype']} [{', '.join(map(str, form['shape']))}]"
+    (folder / "load.py").write_text(text.replace("@INPUT@", name).replace("@FORM@", shown), "utf-8")
+
+
+def _facts(trainer: Predictor, program: Program) -> dict[str, Any]:
+    return {
+        "trainer": type(trainer).__name__,
+        "step": trainer.step,
+        "inputs": program.inputs,
+        "outputs": program.outputs,
+        "num_parameters": int(
+            sum(x.size for n, x in program.weights.items() if n.startswith("params/"))
+        ),
+        "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
+    }

@@ -1,0 +1,158 @@
+"""The program of an exported model: outputs from weights and inputs by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+
+from distaff.core.typing import Batch
+from distaff.errors import BatchError, ConfigError, leaf_name
+from distaff.step.context import Context
+from distaff.step.state import TrainState
+from distaff.trainer.predictor import Predictor
+
+_MODEL = ("params", "batch_stats", "collections", "averages")
+
+
+class Program(NamedTuple):
+    """What is exported.
+
+    Attributes:
+        serialized: the program, as `jax.export.deserialize` reads it.
+        weights: arrays by path; bfloat16 is stored as float32, which is exact.
+        inputs: shape and dtype of each input by name, without the batch axis.
+        outputs: shape and dtype of each output by path, with the batch axis as "batch".
+    """
+
+    serialized: bytes
+    weights: dict[str, np.ndarray]
+    inputs: dict[str, dict[str, Any]]
+    outputs: dict[str, dict[str, Any]]
+
+
+def program_of(
+    trainer: Predictor,
+    example: Batch,
+    *,
+    batch_size: int | None,
+    platforms: tuple[str, ...],
+    weights: str | None,
+) -> Program:
+    """Exports `trainer.predict_fn` for batches like `example`.
+
+    Raises:
+        BatchError: the outputs depend on no leaf of the batch.
+        ConfigError: the model does not accept a batch axis of any size.
+    """
+    state = trainer.evaluation_state(weights)
+    arrays, rebuilt = _weights_of(state)
+    leaves, structure = jax.tree.flatten_with_path(example)
+    batch = [jnp.asarray(leaf) for _, leaf in leaves]
+
+    def outputs_of(arrays: dict[str, jax.Array], leaves: list[jax.Array]) -> Any:
+        state = rebuilt(arrays)
+        given = jax.tree.unflatten(structure, leaves)
+        return trainer.predict_fn(state.params, given, Context(state, train=False))
+
+    used = _used(outputs_of, arrays, batch)
+    if not any(used):
+        raise BatchError("The outputs must depend on the batch; predict_fn uses no leaf of it.")
+    names = [_argument(path) for path, _ in leaves]
+    inputs = {n: x for n, x, is_used in zip(names, batch, used, strict=True) if is_used}
+
+    def program(arrays: dict[str, jax.Array], inputs: dict[str, jax.Array]) -> Any:
+        size = next(iter(inputs.values())).shape[0]
+        fill = [jnp.zeros((size, *x.shape[1:]), x.dtype) for x in batch]  # unused leaves
+        return outputs_of(arrays, [inputs.get(n, x) for n, x in zip(names, fill, strict=True)])
+
+    size = batch_size if batch_size is not None else export.symbolic_shape("batch")[0]
+    of_batch = {n: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for n, x in inputs.items()}
+    stored = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in _stored(arrays).items()}
+    try:
+        exported = export.export(jax.jit(program), platforms=platforms)(stored, of_batch)
+    except Exception as error:
+        if batch_size is not None:
+            raise
+        raise ConfigError(
+            "The model cannot be exported for batches of any size: "
+            f"{str(error).splitlines()[0]} Pass batch_size= to export it for one size."
+        ) from error
+    if batch_size is None or batch_size == batch[0].shape[0]:
+        _check(exported, arrays, inputs, outputs_of(arrays, batch), platforms)
+    described = jax.tree.unflatten(exported.out_tree, exported.out_avals)
+    outputs = jax.tree.leaves_with_path(described)
+    return Program(
+        bytes(exported.serialize()),
+        _stored(arrays),
+        {n: {"shape": ["batch", *x.shape[1:]], "dtype": str(x.dtype)} for n, x in inputs.items()},
+        {_name(path): _form(aval) for path, aval in outputs},
+    )
+
+
+def _weights_of(
+    state: TrainState,
+) -> tuple[dict[str, jax.Array], Callable[[dict[str, jax.Array]], TrainState]]:
+    """Returns the arrays of the model by path, and a function that puts such arrays into it."""
+    tree = {name: getattr(state, name) for name in _MODEL if getattr(state, name) is not None}
+    leaves, structure = jax.tree.flatten_with_path(tree)
+    arrays = {leaf_name(path): leaf for path, leaf in leaves}
+
+    def rebuilt(arrays: dict[str, jax.Array]) -> TrainState:
+        cast = [arrays[leaf_name(path)].astype(leaf.dtype) for path, leaf in leaves]
+        return state.replace(opt_state=None, **jax.tree.unflatten(structure, cast))
+
+    return arrays, rebuilt
+
+
+def _stored(arrays: dict[str, jax.Array]) -> dict[str, np.ndarray]:
+    """Returns arrays that NumPy's format knows: other floats than its own become float32."""
+    return {
+        name: np.asarray(x.astype(jnp.float32) if x.dtype.kind == "V" else x)
+        for name, x in arrays.items()
+    }
+
+
+def _used(function: Any, arrays: dict[str, jax.Array], batch: list[jax.Array]) -> list[bool]:
+    """Returns for each leaf of the batch whether the outputs are computed from it."""
+    closed = jax.make_jaxpr(function)(arrays, batch)
+    read = {id(v) for equation in closed.jaxpr.eqns for v in equation.invars}
+    read |= {id(v) for v in closed.jaxpr.outvars}
+    return [id(v) in read for v in closed.jaxpr.invars[len(arrays) :]]
+
+
+def _check(
+    exported: export.Exported, arrays: Any, inputs: Any, expected: Any, platforms: tuple[str, ...]
+) -> None:
+    """Compares the outputs of the program with those of the model, on this platform."""
+    if export.default_export_platform() not in platforms:
+        return
+    found = exported.call(_stored(arrays), inputs)
+    for got, model in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        if not np.allclose(got, model, rtol=1e-2, atol=1e-2, equal_nan=True):
+            raise ConfigError(
+                "The exported program must compute what the model computes; for the example batch "
+                "it does not. The model may depend on the number of examples: pass batch_size=."
+            )
+
+
+def _argument(path: tuple[Any, ...]) -> str:
+    """Returns the name of an input: a keyword of the loader's function."""
+    name = re.sub(r"\W", "_", leaf_name(path)) if path else "inputs"
+    return name if name.isidentifier() else f"input_{name}"
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return leaf_name(path) if path else "outputs"
+
+
+def _form(aval: Any) -> dict[str, Any]:
+    return {
+        "shape": [d if isinstance(d, int) else str(d) for d in aval.shape],
+        "dtype": str(aval.dtype),
+    }
