@@ -18,7 +18,7 @@ from distaff.core.files import explained
 from distaff.core.paths import as_path
 from distaff.core.typing import Batch
 from distaff.errors import ConfigError, MissingExtraError
-from distaff.export.program import Program, program_of
+from distaff.export.program import ExportedProgram, program_of
 from distaff.trainer.predictor import Predictor
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -88,7 +88,9 @@ def export_model(
     return target
 
 
-def _write(folder: Path, trainer: Predictor, program: Program, platforms: tuple[str, ...]) -> None:
+def _write(
+    folder: Path, trainer: Predictor, program: ExportedProgram, platforms: tuple[str, ...]
+) -> None:
     (folder / "model.jax").write_bytes(program.serialized)
     with zipfile.ZipFile(folder / "weights.npz", "w") as archive:  # np.savez has reserved names
         for name, array in program.weights.items():
@@ -102,7 +104,7 @@ def _write(folder: Path, trainer: Predictor, program: Program, platforms: tuple[
     (folder / "load.py").write_text(text.replace("@INPUT@", name).replace("@FORM@", shown), "utf-8")
 
 
-def _facts(trainer: Predictor, program: Program) -> dict[str, Any]:
+def _facts(trainer: Predictor, program: ExportedProgram) -> dict[str, Any]:
     return {
         "trainer": type(trainer).__name__,
         "step": trainer.step,

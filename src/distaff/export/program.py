@@ -20,7 +20,7 @@ from distaff.trainer.predictor import Predictor
 _MODEL = ("params", "batch_stats", "collections", "averages")
 
 
-class Program(NamedTuple):
+class ExportedProgram(NamedTuple):
     """What is exported.
 
     Attributes:
@@ -43,7 +43,7 @@ def program_of(
     batch_size: int | None,
     platforms: tuple[str, ...],
     weights: str | None,
-) -> Program:
+) -> ExportedProgram:
     """Exports `trainer.predict_fn` for batches like `example`.
 
     Raises:
@@ -87,7 +87,7 @@ def program_of(
         _check(exported, arrays, inputs, outputs_of(arrays, batch), platforms)
     described = jax.tree.unflatten(exported.out_tree, exported.out_avals)
     outputs = jax.tree.leaves_with_path(described)
-    return Program(
+    return ExportedProgram(
         bytes(exported.serialize()),
         _stored(arrays),
         {n: {"shape": ["batch", *x.shape[1:]], "dtype": str(x.dtype)} for n, x in inputs.items()},
@@ -129,7 +129,7 @@ def _used(function: Any, arrays: dict[str, jax.Array], batch: list[jax.Array]) -
 def _check(
     exported: export.Exported, arrays: Any, inputs: Any, expected: Any, platforms: tuple[str, ...]
 ) -> None:
-    """Compares the outputs of the program with those of the model, on this platform."""
+    """Compares the outputs of the program with the outputs of the model, on this platform."""
     if export.default_export_platform() not in platforms:
         return
     found = exported.call(_stored(arrays), inputs)
