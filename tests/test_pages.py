@@ -76,7 +76,8 @@ PUBLIC = (
 def test_reference_has_every_public_name(package: str) -> None:
     module = importlib.import_module(package)
     pages = "\n".join(page.read_text("utf-8") for page in ROOT.glob("docs/reference/*.md"))
-    listed = re.findall(r"^::: (\S+)\.(\w+)$", pages, re.M)
+    # A module of integrations imports a package that may be missing.
+    listed = re.findall(r"^::: (?!distaff\.integrations\.)(\S+)\.(\w+)$", pages, re.M)
     found = {id(getattr(importlib.import_module(place), name)) for place, name in listed}
     named = {name: getattr(module, name) for name in module.__all__}
     assert [n for n, it in named.items() if not (inspect.ismodule(it) or id(it) in found)] == []

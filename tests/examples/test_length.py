@@ -16,12 +16,14 @@ EVERYDAY = (
     "imbalanced_digits",
     "pytorch_weights",
     "tabular_regression",
+    "text_classification",
 )
 BESIDE_KERAS = {
     "finder": 29,
     "fine_tuning": 21,
     "imbalanced_digits": 24,
     "tabular_regression": 18,
+    "text_classification": 32,
 }
 
 

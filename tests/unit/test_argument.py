@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tyro
 
-from distaff import EMA, OptimizerConfig, PrecisionConfig, TrainerConfig, data
+from distaff import EMA, OptimizerConfig, PrecisionConfig, RematConfig, TrainerConfig, data
 from distaff.core.config.encoding import from_json
 from distaff.optim import Plateau
 
@@ -32,6 +32,15 @@ def of(*words: str) -> TrainerConfig:
         ("--ema 0.999", "ema", EMA(0.999)),
         ('--ema {"decay":0.9,"warmup":false}', "ema", EMA(0.9, warmup=False)),
         ("--ema None", "ema", None),
+        ("--remat blocks/*", "remat", "blocks/*"),
+        ("--remat None", "remat", None),
+        (
+            '--remat {"patterns":["blocks/*"],"policy":null}',
+            "remat",
+            RematConfig("blocks/*"),
+        ),
+        ("--deterministic True", "deterministic", True),
+        ("--deterministic warn", "deterministic", "warn"),
         ("--swa-from-epoch 3", "swa_from_epoch", 3),
         ("--standardize None", "standardize", None),
         ("--coding None", "coding", None),

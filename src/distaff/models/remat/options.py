@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 
+from distaff.core.config.argument import Argument
 from distaff.core.config.options import Options, check_choice, option
 from distaff.errors import ConfigError, nearest
 
@@ -154,7 +155,7 @@ def remat_of(value: str | tuple[str, ...] | RematConfig | None) -> RematConfig |
 class RematOptions(Options):
     """What a model stores for the backward pass."""
 
-    remat: str | tuple[str, ...] | RematConfig | None = option(
+    remat: Argument[str | tuple[str, ...] | RematConfig | None] = option(
         None,
         """Parts of the model that are computed again in the backward pass, to save memory: a shell
         pattern for the paths of modules such as "Block_*", or several; or the name of a policy in
