@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import distaff
-from distaff.cli import fit, report, runs
+from distaff.cli import fit, inference, report, runs
 from distaff.errors import ConfigError, DistaffError, nearest
 from distaff.run.directory import environment
 
@@ -14,6 +14,9 @@ _USAGE = """usage: distaff COMMAND [OPTIONS]
 
 commands:
   fit RECIPE       train a recipe, such as `digits` or `train.py:main`
+  eval RUN DATA    evaluate a trained model
+  predict RUN DATA write its outputs
+  export RUN DIR   export it to run without Distaff
   report RUN ...   write an HTML report of one or several runs
   runs COMMAND     list, show, compare and remove runs
   env              print versions and devices
@@ -43,6 +46,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "fit": fit.main,
     "runs": runs.main,
     "report": report.main,
+    **inference.COMMANDS,
     "env": _env,
 }
 """Commands by name: functions of the further arguments that return the exit status."""

@@ -36,8 +36,16 @@ def find(name: str) -> Callable[..., Any]:
             f"There is no recipe {name!r}. {nearest(name, RECIPES)} For a function of your own, "
             f"write its file and name, such as {hint!r}."
         )
-    module = _load_file(Path(place)) if place.endswith(".py") else _import(place)
-    return _checked(module, attribute, name)
+    return _checked(load_code(place), attribute, name)
+
+
+def load_code(place: str) -> ModuleType:
+    """Imports a file, such as train.py, or a module, such as package.module.
+
+    Raises:
+        ConfigError: there is no such file or module.
+    """
+    return _load_file(Path(place)) if place.endswith(".py") else _import(place)
 
 
 def _checked(module: ModuleType, attribute: str, name: str) -> Callable[..., Any]:
