@@ -134,10 +134,10 @@ def read_data(path: Path) -> Any:
     if path.suffix not in (".npz", ".npy"):
         raise ConfigError(f"Data must be an .npz or .npy file; got {str(path)!r}.")
     try:
-        found = np.load(path, allow_pickle=False)
-        if isinstance(found, np.ndarray):
-            return found
-        with found:
+        with path.open("rb") as file:
+            found = np.load(file, allow_pickle=False)
+            if isinstance(found, np.ndarray):
+                return found
             return {name: found[name] for name in found.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataFileError(
