@@ -40,6 +40,9 @@ class Recipe:
 class Plain:
     pass
 
+def of_options(options: Optimizer) -> None:
+    print("rate", options.rate)
+
 number = 3
 raise_at_import = None
 if __name__ == "__main__":
@@ -77,6 +80,11 @@ def test_help_of_a_recipe_comes_from_its_docstring(capsys):
     out = capsys.readouterr().out
     assert end.value.code == 0
     assert all(part in out for part in ("Trains a net.", "units of the layer", "--optimizer.rate"))
+
+
+def test_fields_of_an_only_dataclass_are_the_options(capsys):
+    assert cli.main(("fit", "my project/train.py:of_options", "--rate", "0.5")) == 0
+    assert capsys.readouterr().out == "rate 0.5\n"
 
 
 def test_dataclass_with_run_is_a_recipe(capsys):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
-from collections.abc import Sequence
+import typing
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -41,10 +44,25 @@ def main(words: Sequence[str]) -> int:
     if words[0] == "--config" or words[0].startswith("--config="):
         words = _repeated(words)
     recipe, options = find(words[0]), list(words[1:])
-    made = tyro.cli(recipe, prog=f"distaff fit {words[0]}", args=options)
-    done = made.run() if inspect.isclass(recipe) else made
+    prog = f"distaff fit {words[0]}"
+    if inspect.isclass(recipe):
+        made: Any = tyro.cli(recipe, prog=prog, args=options)
+        done = made.run()
+    elif (kind := _only_options(recipe)) is not None:
+        done = recipe(tyro.cli(kind, prog=prog, args=options))
+    else:
+        done = tyro.cli(recipe, prog=prog, args=options)
     was_stopped = isinstance(done, TrainResult) and done.status == "interrupted"
     return 130 if was_stopped and done.reason == "Ctrl-C" else 0
+
+
+def _only_options(recipe: Callable[..., Any]) -> type | None:
+    """Returns the dataclass that is a function's only parameter, or None."""
+    parameters = list(inspect.signature(recipe).parameters)
+    if len(parameters) != 1:
+        return None
+    kind = typing.get_type_hints(recipe).get(parameters[0])
+    return kind if isinstance(kind, type) and dataclasses.is_dataclass(kind) else None
 
 
 def _described(name: str) -> str:
