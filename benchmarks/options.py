@@ -16,7 +16,7 @@ import dataclasses
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import numpy as np
 
 from benchmarks.machine import describe
 from benchmarks.systems import by_hand, distaff_system
+from benchmarks.worker import Turnwise
 from benchmarks.workloads import WORKLOADS
 
 BASE = "distaff"
@@ -37,7 +38,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 WARM_UP = 2
 
 
-class Turns:
+class Turns(Turnwise):
     """The side of a system: `benchmarks.worker.Rounds`, by events instead of pipes."""
 
     def __init__(self) -> None:
@@ -55,12 +56,6 @@ class Turns:
         self._mine.clear()
         self.start()
         return not self._is_last
-
-    def __iter__(self) -> Iterator[int]:
-        epoch = 0
-        while self.asked():
-            yield epoch
-            epoch += 1
 
     def start(self) -> None:
         """Starts the clock again: what came before was preparation."""

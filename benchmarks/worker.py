@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -33,7 +34,21 @@ def memory(field: str) -> float:
     return int(sizes[0]) / 1024 if sizes else 0.0
 
 
-class Rounds:
+class Turnwise(ABC):
+    """The rounds of a system, as epochs: it trains one whenever it is asked for it."""
+
+    @abstractmethod
+    def asked(self) -> bool:
+        """Waits for the next round; False if no more are wanted."""
+
+    def __iter__(self) -> Iterator[int]:
+        epoch = 0
+        while self.asked():
+            yield epoch
+            epoch += 1
+
+
+class Rounds(Turnwise):
     """A worker's side of the conversation.
 
     Args:
@@ -60,14 +75,8 @@ class Rounds:
         self.start()
         return True
 
-    def __iter__(self) -> Iterator[int]:
-        epoch = 0
-        while self.asked():
-            yield epoch
-            epoch += 1
-
     def start(self) -> None:
-        """Starts the clock anew: what came before it was preparation."""
+        """Starts the clock again: what came before it was preparation."""
         self._start = time.perf_counter()
 
     def done(self, loss: float, **facts: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import jax.numpy as jnp
 
 from distaff import Callback, Monitor, StepInfo, TrainerModule
@@ -26,6 +28,17 @@ class ScriptedScores:
 
 class Scripted(ScriptedScores, Regression):
     """A regression with scores written beforehand."""
+
+
+class CtrlC(Callback):
+    """Interrupts a run after a step, as Ctrl-C does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, info: StepInfo) -> None:
+        if info.step == self.step:
+            signal.raise_signal(signal.SIGINT)
 
 
 class InterruptError(OSError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 from typing import Any
@@ -13,11 +12,12 @@ import numpy as np
 import pytest
 import wandb
 
-from distaff import Callback, TrainerModule
+from distaff import TrainerModule
 from distaff.data import ArrayLoader
 from distaff.errors import ConfigError
 from distaff.loggers import MemoryLogger
 from distaff.loggers.protocol import as_loggers
+from scripted import CtrlC
 
 
 class Line(TrainerModule):
@@ -63,16 +63,11 @@ def test_names_and_objects_log_alongside_each_other_in_the_run_directory(tmp_pat
 
 
 def test_resumed_run_has_each_row_of_a_named_logger_once(tmp_path):
-    class Interrupting(Callback):
-        def on_step_end(self, info):
-            if info.step == 6:
-                signal.raise_signal(signal.SIGINT)
-
     options: dict[str, Any] = {"loggers": ["csv"], "log_every_n_steps": 2}
     whole = line(tmp_path / "whole", **options).train_model(loader(), num_epochs=3)
-    broken = line(tmp_path / "broken", callbacks=[Interrupting()], **options)
+    broken = line(tmp_path / "broken", callbacks=[CtrlC(6)], **options)
     assert broken.train_model(loader(), num_epochs=3).status == "interrupted"
-    resumed = line(tmp_path / "broken", callbacks=[Interrupting()], **options).train_model(
+    resumed = line(tmp_path / "broken", callbacks=[CtrlC(6)], **options).train_model(
         loader(), num_epochs=3
     )
     assert resumed.path == broken.last_run.path

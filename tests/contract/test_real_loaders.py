@@ -26,7 +26,9 @@ CONTRACT = [name for name in dir(LoaderContract) if name.startswith("test_")]
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
-def keeps_contract(make: Callable[[], data.Loader]) -> None:
+def assert_keeps_contract(make: Callable[[], data.Loader]) -> None:
+    """Runs every assertion of the contract."""
+
     class Made(LoaderContract):
         def make_loader(self) -> data.Loader:
             return make()
@@ -57,7 +59,7 @@ def test_torch_loader_keeps_the_contract(module: str, name: str) -> None:
         generator = torch.Generator().manual_seed(0)
         return data.as_loader(make(rows, 4, shuffle=True, generator=generator))
 
-    keeps_contract(loader)
+    assert_keeps_contract(loader)
 
 
 @pytest.mark.peer("datasets")
@@ -73,7 +75,7 @@ def test_dataset_keeps_the_contract(shuffle: bool, streaming: bool) -> None:
         rows = table.to_iterable_dataset() if streaming else table
         return data.from_datasets(rows, 4, shuffle=shuffle)
 
-    keeps_contract(loader)
+    assert_keeps_contract(loader)
 
 
 def tensorflow() -> Any:
@@ -122,7 +124,7 @@ PIPELINES: dict[str, Callable[[], Any]] = {
 @pytest.mark.peer("tensorflow")
 @pytest.mark.parametrize("name", PIPELINES)
 def test_tensorflow_dataset_keeps_the_contract(name: str) -> None:
-    keeps_contract(lambda: data.as_loader(PIPELINES[name]()))
+    assert_keeps_contract(lambda: data.as_loader(PIPELINES[name]()))
 
 
 def seen(batches: Any) -> list[int]:

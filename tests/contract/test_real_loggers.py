@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from distaff import Callback, OptimizerConfig, TrainerModule
+from distaff import OptimizerConfig
 from distaff.data import ArrayLoader
 from distaff.loggers import Logger, MemoryLogger, MlflowLogger, Record
 from distaff.testing.loggers import LoggerContract
+from scripted import CtrlC, Regression
 
 pytestmark = pytest.mark.peer("flask", "mlflow")  # without flask, mlflow is the client alone
 
@@ -182,19 +182,8 @@ def test_another_logger_continues_the_run_at_the_server(server: str) -> None:
     assert len(runs_of(server, "continued")) == 2
 
 
-class Line(TrainerModule):
-    def loss_fn(self, params, batch, ctx):
-        return jnp.square(ctx.apply(params, batch["x"])[:, 0] - batch["y"])
-
-
-class Interrupting(Callback):
-    def on_step_end(self, info: Any) -> None:
-        if info.step == 6:
-            signal.raise_signal(signal.SIGINT)
-
-
-def line(root: Path, memory: MemoryLogger, logger: Any, **options: Any) -> Line:
-    return Line(
+def line(root: Path, memory: MemoryLogger, logger: Any, **options: Any) -> Regression:
+    return Regression(
         nn.Dense(1),
         optimizer=OptimizerConfig("sgd", learning_rate=0.1),
         root=root,
@@ -218,10 +207,10 @@ def test_interrupted_run_is_one_run_at_the_server(server: str, tmp_path: Path) -
         logger = MlflowLogger(tracking_uri=server, experiment="training")
         return line(tmp_path, memory, logger, **options).train_model(loader(), num_epochs=3)
 
-    assert train(callbacks=[Interrupting()]).status == "interrupted"
+    assert train(callbacks=[CtrlC(6)]).status == "interrupted"
     [run] = runs_of(server, "training")
     assert run.info.status == "KILLED"
-    assert train(callbacks=[Interrupting()]).status == "finished"
+    assert train(callbacks=[CtrlC(6)]).status == "finished"
     [run] = runs_of(server, "training")
     assert run.info.status == "FINISHED"
     history = client_of(server).get_metric_history(run.info.run_id, "train/loss")

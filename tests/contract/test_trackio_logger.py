@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from distaff import Callback, TrainerModule, loggers
+from distaff import loggers
 from distaff.data import ArrayLoader
 from distaff.errors import ConfigError, MetricError
 from distaff.loggers import Logger, MemoryLogger, Record
 from distaff.testing.loggers import LoggerContract
+from scripted import CtrlC, Regression
 
 pytestmark = pytest.mark.peer("trackio")
 
@@ -133,17 +132,6 @@ def test_wrong_options_and_metrics_are_errors(tmp_path: Path, capfd: Any) -> Non
     assert runs(project(tmp_path)) == []
 
 
-class Line(TrainerModule):
-    def loss_fn(self, params, batch, ctx):
-        return jnp.square(ctx.apply(params, batch["x"])[:, 0] - batch["y"])
-
-
-class Interrupting(Callback):
-    def on_step_end(self, info: Any) -> None:
-        if info.step == 6:
-            signal.raise_signal(signal.SIGINT)
-
-
 def test_name_of_the_logger_records_a_run_that_is_interrupted_and_resumed(
     tmp_path: Path, capfd: Any
 ) -> None:
@@ -152,7 +140,7 @@ def test_name_of_the_logger_records_a_run_that_is_interrupted_and_resumed(
     memory, name = MemoryLogger(), project(tmp_path)
 
     def train(**options: Any) -> Any:
-        trainer = Line(
+        trainer = Regression(
             nn.Dense(1),
             loggers=["trackio", memory],
             name=name,
@@ -163,8 +151,8 @@ def test_name_of_the_logger_records_a_run_that_is_interrupted_and_resumed(
         )
         return trainer.train_model(loader, num_epochs=3).status
 
-    assert train(root="runs", callbacks=[Interrupting()]) == "interrupted"
-    assert train(root="runs", callbacks=[Interrupting()]) == "finished"
+    assert train(root="runs", callbacks=[CtrlC(6)]) == "interrupted"
+    assert train(root="runs", callbacks=[CtrlC(6)]) == "finished"
     logged = [(each.step, each.epoch, each.metrics) for each in memory.records]
     assert [(each.step, each.epoch, each.metrics) for each in read(tmp_path)] == logged
     assert len(runs(name)) == 1

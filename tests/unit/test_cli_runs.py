@@ -138,8 +138,8 @@ def test_du_adds_up_the_sizes(capsys):
     make("0001", 0.5)
     whole = sum(file.stat().st_size for file in Path("runs").rglob("*") if file.is_file())
     _, row, every = printed(capsys, "du")
-    assert row == ["runs/digits/0001", f"{whole / 1000:.3g}", "kB", "5", "kB"]
-    assert every == ["all", f"{whole / 1000:.3g}", "kB", "5", "kB"]
+    assert row == ["runs/digits/0001", f"{whole / 1024:.3g}", "KiB", "4.88", "KiB"]
+    assert every == ["all", f"{whole / 1024:.3g}", "KiB", "4.88", "KiB"]
 
 
 def test_rm_removes_after_yes_only(capsys, monkeypatch):

@@ -403,7 +403,9 @@ def test_a_generator_function_is_called_again() -> None:
 def test_data_in_another_order_causes_a_warning() -> None:
     loader = data.Stream([ONES] * 3, in_order=lambda: data.Stream([ONES] * 3))
     with pytest.warns(UserWarning, match="read in the order of the data"):
-        find(parabola(), loader, num_steps=10)
+        found = find(parabola(), loader, num_steps=10)
+    expected = find(parabola(), [ONES] * 3, num_steps=10)
+    np.testing.assert_array_equal(found.losses, expected.losses)
 
 
 def test_names_of_other_frameworks_lead_here() -> None:

@@ -85,7 +85,7 @@ def test_folder_stands_for_its_runs_and_what_differs_is_named(capsys):
     assert [run["path"][-4:] for run in data["runs"]] == ["0001", "0002", "0003"]
     assert data["differs"] == ["seed", "width"]
     assert [run["group"] for run in data["runs"]] == [0, 0, 1]  # equal but for the seed
-    assert re.fullmatch(r"report\.html: 3 runs, \S+ kB\n", capsys.readouterr().out)
+    assert re.fullmatch(r"report\.html: 3 runs, \S+ KiB\n", capsys.readouterr().out)
 
 
 def test_page_needs_no_other_file_and_no_network():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from typing import Any
 
 import equinox as eqx
@@ -19,6 +18,7 @@ from distaff.callbacks import Samples, WeightHistograms
 from distaff.data import ArrayLoader
 from distaff.errors import BatchError, ConfigError, StateError
 from distaff.loggers import MemoryLogger
+from scripted import CtrlC
 
 
 class Line(TrainerModule):
@@ -67,20 +67,15 @@ def test_samples_are_files_and_records_and_change_no_number(tmp_path):
 
 
 def test_resumed_run_makes_samples_of_the_same_validations(tmp_path):
-    class Interrupting(Callback):
-        def on_step_end(self, info):
-            if info.step == 6:
-                signal.raise_signal(signal.SIGINT)
-
     made: list[int] = []
 
     def make(info: StepInfo) -> dict[str, str]:
         made.append(info.step)
         return {"text": "a"}
 
-    assert train(line(tmp_path, Samples(make, every=2), Interrupting())).status == "interrupted"
+    assert train(line(tmp_path, Samples(make, every=2), CtrlC(6))).status == "interrupted"
     assert made == []
-    assert train(line(tmp_path, Samples(make, every=2), Interrupting())).status == "finished"
+    assert train(line(tmp_path, Samples(make, every=2), CtrlC(6))).status == "finished"
     assert made == [8]
 
 

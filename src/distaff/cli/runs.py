@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from distaff.cli.summary import Summary, find_runs, flat_config, num_bytes, shown_bytes
+from distaff.cli.summary import Summary, find_runs, flat_config, num_bytes
 from distaff.core.paths import shown
+from distaff.core.views.brief import byte_text
 from distaff.errors import ConfigError, nearest
 from distaff.run.directory.run_lock import locked
 
@@ -83,7 +84,7 @@ def show(run: tyro.conf.Positional[Path]) -> int:
         "started": summary.started,
         "time": summary.time,
         "progress": f"epoch {summary.epoch}, step {summary.step}",
-        "size": shown_bytes(num_bytes(summary.path)),
+        "size": byte_text(num_bytes(summary.path)),
         "command": summary.command,
     }
     _print_table(("", shown(summary.path)), list(facts.items()))
@@ -123,8 +124,8 @@ def du(root: Root = Path("runs")) -> int:
         (run, num_bytes(run.path), num_bytes(run.path / "checkpoints")) for run in find_runs(root)
     ]
     sizes.sort(key=lambda each: -each[1])
-    rows = [(shown(run.path), shown_bytes(whole), shown_bytes(part)) for run, whole, part in sizes]
-    whole, part = (shown_bytes(sum(each[i] for each in sizes)) for i in (1, 2))
+    rows = [(shown(run.path), byte_text(whole), byte_text(part)) for run, whole, part in sizes]
+    whole, part = (byte_text(sum(each[i] for each in sizes)) for i in (1, 2))
     rows.append(("all", whole, part))
     _print_table(("run", "size", "checkpoints"), rows)
     return 0
@@ -141,7 +142,7 @@ def remove(runs: Runs, yes: bool = False) -> int:
         raise ConfigError("Name at least one run to remove, such as runs/digits/0001.")
     chosen = [Summary.read(run) for run in runs]
     for summary in chosen:
-        print(f"{shown(summary.path)}  {summary.status}  {shown_bytes(num_bytes(summary.path))}")
+        print(f"{shown(summary.path)}  {summary.status}  {byte_text(num_bytes(summary.path))}")
     if not yes:
         if not sys.stdin.isatty():
             raise ConfigError("There is no terminal to confirm at. Pass --yes to remove the runs.")

@@ -130,15 +130,6 @@ def num_bytes(folder: Path) -> int:
     )
 
 
-def shown_bytes(count: int) -> str:
-    """Returns a size such as "1.2 MB"."""
-    size, units = float(count), ["B", "kB", "MB", "GB", "TB"]
-    while size >= 1000 and len(units) > 1:
-        size /= 1000
-        units.pop(0)
-    return f"{size:.3g} {units[0]}"
-
-
 def _mapping(run: RunDirectory, name: str) -> Mapping[str, Any]:
     try:
         value = run.read_json(name)

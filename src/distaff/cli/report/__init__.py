@@ -9,9 +9,10 @@ import tyro
 
 from distaff.cli.report.facts import gather
 from distaff.cli.report.page import page
-from distaff.cli.summary import find_runs, shown_bytes
+from distaff.cli.summary import find_runs
 from distaff.core.files import explained, write_whole
 from distaff.core.paths import shown
+from distaff.core.views.brief import byte_text
 from distaff.errors import ConfigError
 
 
@@ -38,7 +39,7 @@ def report(
     with explained(out, rule="A report must be a file that can be {}", other="--out"):
         write_whole(out.absolute(), text)
     count = f"{len(paths)} {'run' if len(paths) == 1 else 'runs'}"
-    print(f"{shown(out.absolute())}: {count}, {shown_bytes(len(text.encode()))}")
+    print(f"{shown(out.absolute())}: {count}, {byte_text(len(text.encode()))}")
     return 0
 
 

@@ -14,8 +14,8 @@ const make = (tag, props = {}, ...children) => {
 const number = (value) =>
   value === null || value === undefined ? "-" : Number.isInteger(value) ? value.toLocaleString("en") : String(Number(value.toPrecision(4)));
 const bytes = (count) => {
-  const units = ["B", "kB", "MB", "GB", "TB"];
-  while (count >= 1000 && units.length > 1) { count /= 1000; units.shift(); }
+  const units = ["B", "KiB", "MiB", "GiB", "TiB"];
+  while (count >= 1024 && units.length > 1) { count /= 1024; units.shift(); }
   return `${Number(count.toPrecision(3))} ${units[0]}`;
 };
 
