@@ -111,6 +111,26 @@ def test_list_shows_runs_with_damaged_files(capsys):
     assert row[:2] == ["runs/digits/0001", "unknown"]
 
 
+@pytest.mark.parametrize("text", ["3", "[1]", "{", '{"starts": [3], "options": 3, "best": 4}'])
+def test_no_damaged_file_stops_a_command(text, capsys):
+    whole, damaged = make("0001", 0.5), make("0002", 0.5)
+    for name in ("status.json", "config.json", "env.json"):
+        (damaged / name).write_text(text)
+    assert [row[0] for row in printed(capsys, "list")[1:3]] == [str(damaged), str(whole)]
+    for words in (("show", str(damaged)), ("diff", str(whole), str(damaged)), ("du",)):
+        assert printed(capsys, *words)
+    assert cli.main(("report", "runs")) == 0
+
+
+def test_values_of_other_types_are_left_out(capsys):
+    path = make("0001", 0.5, epoch="x", step=[1], started=5)
+    status = (path / "status.json").read_text().replace("0.5", "1e999")
+    (path / "status.json").write_text(status)
+    _, row, _ = printed(capsys, "list")
+    assert row[:4] == ["runs/digits/0001", "finished", "0", "0"]
+    assert cli.main(("report", "runs")) == 0
+
+
 def test_show_has_status_command_metrics_and_options(capsys):
     make("0001", 0.5, status="failed", reason="the disk is full")
     lines = [" ".join(line) for line in printed(capsys, "show", "runs/digits/0001")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ _EMPTY = "$empty"
 def import_early() -> None:
     """Imports Orbax in the background: it takes a third of the time of JAX."""
     if "orbax.checkpoint" not in sys.modules:
-        threading.Thread(target=_orbax, name="import orbax").start()
+        threading.Thread(target=_try_orbax, name="import orbax").start()
 
 
 def as_array(path: tuple[Any, ...], leaf: Any) -> jax.Array | np.ndarray:
@@ -185,6 +186,12 @@ def _with_sharding(leaf: Any) -> Any:
         leaf = jnp.asarray(leaf)
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _try_orbax() -> None:
+    """Imports Orbax unless that fails, as at the end of the process: its first use then raises."""
+    with contextlib.suppress(Exception):
+        _orbax()
 
 
 def _orbax() -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import shlex
 from collections.abc import Iterator, Mapping
@@ -59,22 +60,22 @@ class Summary:
                 f"There is no run at {str(path)!r}: it has no config.json. Check the path, such as "
                 "runs/digits/0001."
             )
-        status = _mapping(run, "status.json")
-        starts = _mapping(run, "env.json").get("starts")
-        argv = starts[0].get("argv", []) if isinstance(starts, list) and starts else []
-        best = status.get("best")
+        status = read_mapping(run, "status.json")
+        starts = read_mapping(run, "env.json").get("starts")
+        argv = _dict(starts[0] if isinstance(starts, list) and starts else None).get("argv")
+        options = _dict(read_mapping(run, "config.json").get("options"))
         return cls(
             path=run.path,
-            name=_mapping(run, "config.json").get("options", {}).get("name", run.path.parent.name),
+            name=str(options.get("name") or run.path.parent.name),
             status=str(status.get("status", "unknown")),
             reason=str(status.get("reason") or ""),
-            epoch=int(status.get("epoch") or 0),
-            step=int(status.get("step") or 0),
+            epoch=_whole(status.get("epoch")),
+            step=_whole(status.get("step")),
             started=_local(status.get("started")),
             time=_between(status.get("started"), status.get("ended")),
             metrics=_numbers(status.get("metrics")),
-            best=_numbers(best.get("metrics") if isinstance(best, Mapping) else None),
-            command=shlex.join(map(str, argv)),
+            best=_numbers(_dict(status.get("best")).get("metrics")),
+            command=shlex.join(map(str, argv)) if isinstance(argv, list) else "",
         )
 
     def cells(self) -> tuple[str, ...]:
@@ -105,7 +106,7 @@ def find_runs(root: Path) -> Iterator[Summary]:
 
 def flat_config(path: Path) -> dict[str, Any]:
     """Returns the options of a run by dotted name, without its identity and example batch."""
-    config = dict(_mapping(RunDirectory.open(path), "config.json"))
+    config = dict(read_mapping(RunDirectory.open(path), "config.json"))
     for key in ("identity", "example_batch", "callback_names"):
         config.pop(key, None)
     flat: dict[str, Any] = {}
@@ -130,17 +131,30 @@ def num_bytes(folder: Path) -> int:
     )
 
 
-def _mapping(run: RunDirectory, name: str) -> Mapping[str, Any]:
+def read_mapping(run: RunDirectory, name: str) -> Mapping[str, Any]:
+    """Returns the JSON object in a file of a run; an empty one if it is missing or damaged."""
     try:
         value = run.read_json(name)
     except RunDirectoryError:
         return {}
+    return _dict(value)
+
+
+def _dict(value: Any) -> Mapping[str, Any]:
+    """Returns the value if it is a mapping, or an empty one: a file may be damaged."""
     return value if isinstance(value, Mapping) else {}
 
 
+def _whole(value: Any) -> int:
+    return value if isinstance(value, int) else 0
+
+
 def _numbers(value: Any) -> dict[str, float]:
-    items = value.items() if isinstance(value, Mapping) else ()
-    return {str(name): float(number) for name, number in items if isinstance(number, (int, float))}
+    return {
+        str(name): float(number)
+        for name, number in _dict(value).items()
+        if isinstance(number, (int, float)) and math.isfinite(number)
+    }
 
 
 def _local(text: Any) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from distaff.cli.summary import Summary, flat_config, num_bytes
+from distaff.cli.summary import Summary, flat_config, num_bytes, read_mapping
 from distaff.core.paths import shown
 from distaff.loggers.history import History
 from distaff.run.directory.run_directory import RunDirectory
@@ -93,7 +93,7 @@ def _finite(value: float) -> float | None:
 
 
 def _environment(path: Path) -> dict[str, str]:
-    facts = _json(path, "env.json")
+    facts = read_mapping(RunDirectory.open(path), "env.json")
     packages = facts.get("packages")
     devices = facts.get("devices")
     named = {"python": facts.get("python"), **(packages if isinstance(packages, dict) else {})}
@@ -105,7 +105,7 @@ def _environment(path: Path) -> dict[str, str]:
 
 
 def _throughput(path: Path) -> dict[str, float]:
-    facts = _json(path, "status.json").get("throughput")
+    facts = read_mapping(RunDirectory.open(path), "status.json").get("throughput")
     if not isinstance(facts, dict):
         return {}
     seconds = facts.get("seconds")
@@ -117,13 +117,6 @@ def _throughput(path: Path) -> dict[str, float]:
     }
     numbers = {**rates, **parts}
     return {name: float(v) for name, v in numbers.items() if isinstance(v, (int, float))}
-
-
-def _json(path: Path, name: str) -> dict[str, Any]:
-    if not (path / name).is_file():
-        return {}
-    value = RunDirectory.open(path).read_json(name)
-    return value if isinstance(value, dict) else {}
 
 
 def _images(path: Path, budget: int) -> tuple[list[dict[str, str]], list[str]]:
