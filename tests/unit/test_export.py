@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -155,3 +156,16 @@ def test_wrong_calls_leave_nothing(tmp_path):
     (tmp_path / "model").mkdir()
     with pytest.raises(ConfigError, match="exists"):
         export_model(trained(), tmp_path / "model", BATCH)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
+        ({"platforms": ("cpu", "cudaa")}, "Did you mean 'cuda'?"),
+    ],
+)
+def test_wrong_arguments_name_the_value(options, message, tmp_path):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        export_model(trained(), tmp_path / "model", BATCH, **options)
+    assert list(tmp_path.iterdir()) == []

@@ -115,6 +115,18 @@ def test_not_a_number_is_a_gap():
     assert data["runs"][0]["curves"]["val/loss"]["value"][-1] is None
 
 
+@pytest.mark.parametrize("row", ["garbage", "[1]", '{"step": 1}'])
+def test_damaged_row_of_the_log_is_named(row, capsys):
+    path = make("0001")
+    log = (path / "metrics.jsonl").read_text().splitlines()
+    log[2] = row
+    (path / "metrics.jsonl").write_text("\n".join(log) + "\n")
+    assert cli.main(("report", "runs")) == 1
+    message = capsys.readouterr().err
+    assert "line 3 of" in message
+    assert "metrics.jsonl" in message
+
+
 def test_images_beyond_the_budget_are_named():
     path = make("0001")
     (path / "figures" / "large.png").write_bytes(bytes(4000))

@@ -17,12 +17,13 @@ import numpy as np
 from distaff.core.files import explained
 from distaff.core.paths import as_path
 from distaff.core.typing import Batch
-from distaff.errors import ConfigError, MissingExtraError
+from distaff.errors import ConfigError, MissingExtraError, nearest
 from distaff.export.program import ExportedProgram, program_of
 from distaff.trainer.predictor import Predictor
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
+_KNOWN = (*PLATFORMS, "rocm")
 _VERSIONS = ("distaff", "jax", "flax", "numpy")
 
 
@@ -59,7 +60,7 @@ def export_model(
         The absolute path of the folder.
 
     Raises:
-        ConfigError: the folder exists, or the model does not accept batches of any size.
+        ConfigError: the folder exists, an argument is wrong, or the model needs a batch size.
         BatchError: the outputs do not depend on the batch.
         StateError: the model has no parameters yet, or does not have this average.
         RunDirectoryError: the folder cannot be written.
@@ -70,6 +71,11 @@ def export_model(
             "Exporting needs the package 'flatbuffers', which is not installed. Install it with: "
             'pip install "distaff[export]"'
         )
+    if batch_size is not None and batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1; got {batch_size}.")
+    for each in platforms:
+        if each not in _KNOWN:
+            raise ConfigError(f"There is no platform {each!r}. {nearest(each, _KNOWN)}")
     target = as_path(path, "The path of an exported model")
     if target.exists():
         raise ConfigError(f"The folder {str(path)!r} exists. Export to another one, or remove it.")

@@ -112,6 +112,8 @@ class History(Mapping[str, np.ndarray]):
     def read(cls, path: str | os.PathLike[str]) -> History:
         """Returns the history of a run directory, of a finished run or one that is running.
 
+        A damaged row of the log raises RunDirectoryError when it is read.
+
         Raises:
             RunDirectoryError: there is no such directory.
         """
@@ -232,9 +234,23 @@ def _rows(directory: Path) -> Iterator[Mapping[str, Any]]:
             raise _no_directory(directory)
         return
     with file.open("rb") as lines:
-        for line in lines:
+        for number, line in enumerate(lines, 1):
             if line.endswith(b"\n"):
-                yield encoding.loads(line)
+                yield _row(line, f"line {number} of {str(file)!r}")
+
+
+def _row(line: bytes, place: str) -> Mapping[str, Any]:
+    try:
+        row = encoding.loads(line)
+    except ValueError as error:
+        raise RunDirectoryError(
+            f"A log must be JSON; {place} is not: {error}. Remove it."
+        ) from error
+    if not (isinstance(row, Mapping) and {"step", "epoch"} <= row.keys()):
+        raise RunDirectoryError(
+            f"A row of a log needs step and epoch; {place} lacks them. Remove it."
+        )
+    return row
 
 
 def _no_directory(path: Path) -> RunDirectoryError:
