@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import flax.linen as nn
@@ -132,18 +133,21 @@ def test_server_that_hangs_costs_no_more_than_the_timeout(tmp_path, silent, capl
 def test_server_that_answers_byte_by_byte_costs_no_more_than_the_timeout(caplog):
     def answer() -> None:
         connection, _ = listener.accept()
-        with connection:
+        with connection, suppress(OSError):  # the client hangs up when its time is over
             for _ in range(60):
                 connection.sendall(b"H")
                 time.sleep(0.1)
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        threading.Thread(target=answer, daemon=True).start()
+        server = threading.Thread(target=answer, daemon=True)
+        server.start()
         start = time.perf_counter()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
         with caplog.at_level(logging.WARNING, "distaff"):
             Webhook(url, timeout=0.5).on_training_end(ended())
         assert time.perf_counter() - start < 4
+        server.join(30)
+    assert not server.is_alive()
     assert ["no answer in 0.5 s" in record.message for record in caplog.records] == [True]
 
 
