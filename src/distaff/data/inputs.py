@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from distaff.data.loader import Loader, as_loader
 from distaff.data.tables.coding import FrameCoding
 from distaff.data.tables.frames import FrameTable, is_frame
 from distaff.data.tables.standardize import Standardize
-from distaff.data.whole import whole_arrays
+from distaff.data.whole import is_array, whole_arrays
 from distaff.errors import ConfigError
 
 
@@ -96,6 +97,34 @@ def training_loader_of(data: Any, options: InputOptions, *, seed: int, epoch: in
     loader = ArrayLoader(arrays, _batch_size(arrays, options), shuffle=True, seed=seed)
     loader.set_state({**loader.get_state(), "epoch": epoch})
     return loader
+
+
+def validation_loaders_of(val_loader: Any, options: InputOptions) -> dict[str, Loader]:
+    """Returns the loaders of one or several validation sets, by the prefix of their metrics.
+
+    Args:
+        val_loader: any iterable of batches, or arrays; or a dict of these by name; None for none.
+        options: the options for arrays.
+
+    Raises:
+        ConfigError: a name is not an identifier.
+        BatchError: a value is not an iterable of batches.
+    """
+    if val_loader is None:
+        return {}
+    is_named = isinstance(val_loader, Mapping) and not any(
+        is_array(each) for each in val_loader.values()
+    )
+    if not is_named:
+        return {"val": loader_of(val_loader, options, name="val")}
+    for name in val_loader:
+        if not isinstance(name, str) or not name.isidentifier():
+            raise ConfigError(
+                "A validation set's name is part of the names of its metrics, as in "
+                f"val_clean/loss; got {name!r}. Use letters, digits and underscores."
+            )
+    named = {f"val_{name}": each for name, each in val_loader.items()}
+    return {name: loader_of(each, options, name=name) for name, each in named.items()}
 
 
 def _arrays(data: Any, options: InputOptions, name: str) -> PyTree | None:

@@ -127,8 +127,9 @@ def build_optimizer(
     check_optimizer(optimizer)
     if total_steps is None:
         raise ConfigError(
-            "The optimizer is a function of the number of steps, which is not known because the "
-            "loader has no length. Pass steps_per_epoch to train_model."
+            "The optimizer is a function of the number of steps, which is not known: the loader "
+            "has no length, or the run ends after a time. Pass steps_per_epoch to train_model, or "
+            "a number of steps as num_epochs."
         )
     built = optimizer(total_steps)
     if not isinstance(built, OptimizerConfig | optax.GradientTransformation | optax.MultiSteps):
@@ -294,7 +295,8 @@ def _learned(config: OptimizerConfig, total_steps: int | None) -> optax.Gradient
     if total_steps is None:
         raise ConfigError(
             f"The optimizer {config.name!r} needs the number of steps of the run, which is not "
-            "known because the loader has no length. Pass steps_per_epoch to train_model."
+            "known: the loader has no length, or the run ends after a time. Pass steps_per_epoch "
+            "to train_model, or a number of steps as num_epochs."
         )
     build = catalog.LEARNED[config.name]
     mask = make_decay_mask(config.no_decay, config.also_decay)

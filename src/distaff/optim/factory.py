@@ -167,8 +167,9 @@ def _check_without_rate(config: Any) -> None:
 def _known(total_steps: int | None, name: str) -> int:
     if total_steps is None:
         raise ConfigError(
-            f"{name!r} takes total_steps, the number of steps of the run, which is not known "
-            "because the loader has no length. Pass steps_per_epoch to train_model."
+            f"{name!r} takes total_steps, the number of steps of the run, which is not known: the "
+            "loader has no length, or the run ends after a time. Pass steps_per_epoch to "
+            "train_model, or a number of steps as num_epochs."
         )
     return total_steps
 

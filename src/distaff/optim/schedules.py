@@ -53,8 +53,9 @@ def make_schedule(config: OptimizerConfig, total_steps: int | None) -> Schedule:
     if total_steps is None and config.schedule not in _ENDLESS:
         raise ConfigError(
             f"The schedule {config.schedule!r} needs the number of steps of the run, which is not "
-            "known because the loader has no length. Pass steps_per_epoch to train_model, or use "
-            "schedule='constant' or 'inverse_sqrt'."
+            "known: the loader has no length, or the run ends after a time. Pass steps_per_epoch "
+            "to train_model, or a number of steps as num_epochs, or use schedule='constant' or "
+            "'inverse_sqrt'."
         )
     if total_steps is not None and total_steps <= config.warmup_steps:
         raise ConfigError(

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from distaff.core.config.cadence import Cadence, Every
+from distaff.core.config.cadence import Cadence, Count, Every, Unit
 from distaff.core.config.checks import whole
 from distaff.core.config.options import at_least, option, or_none
+from distaff.core.typing import Batch
 from distaff.data import (
     InputOptions,
     Loader,
     Stream,
     first_batches,
-    is_array,
     limited,
-    loader_of,
     num_batches,
+    num_examples,
     sources,
     training_loader_of,
-    unlimited,
 )
+from distaff.data.inputs import validation_loaders_of
 from distaff.data.wrappers.limited import Limit, check_limit, check_names, most_batches
 from distaff.errors import ConfigError, NonFiniteError
 from distaff.execution.dispatch.packed_metrics import BadStep
+from distaff.execution.feed.room import tokens_of
 from distaff.metrics import Metric
 from distaff.metrics.limits import Breach
 from distaff.step.state import TrainState
@@ -41,6 +43,7 @@ class ChunkEnd(NamedTuple):
         state: the new train state.
         metrics: the metrics of each step, on the device; empty if no callback needs them.
         examples: batch size of each step.
+        counts: what the run has counted after the last step, by unit; see `Room`.
     """
 
     step: int
@@ -48,6 +51,7 @@ class ChunkEnd(NamedTuple):
     state: TrainState
     metrics: Sequence[Mapping[str, Metric]]
     examples: int
+    counts: Mapping[Unit, Count] = {}
 
 
 class Pause(NamedTuple):
@@ -93,28 +97,39 @@ class Plan(NamedTuple):
             `val_clean`; empty to skip validation.
         steps_per_epoch: length of an epoch; None for the length of the train loader.
         first_epoch: the first epoch to train, counted from 1.
-        last_epoch: the last one, included.
+        last_epoch: the last one, included; None if the run ends by its `limit`.
         val_every: how often to validate, and to save.
         repeat: whether to restart the train loader within an epoch when it ends.
         num_steps: steps of the run, if it is to end after these, within an epoch or not.
         abandons: whether the run before ended within an epoch of the train loader, so that this one
             abandons the rest of it and begins a new one.
+        limit: the examples, tokens or seconds after which the run ends, if not by epochs.
+        count_tokens: returns the tokens of a batch; None if the trainer does not count them.
     """
 
     train_loader: Loader
     val_loaders: Mapping[str, Loader]
     steps_per_epoch: int | None
     first_epoch: int
-    last_epoch: int
+    last_epoch: int | None
     val_every: Every
     repeat: bool = False
     num_steps: int | None = None
     abandons: bool = False
+    limit: Every | None = None
+    count_tokens: Callable[[Batch], Any] | None = None
 
     @property
-    def num_epochs(self) -> int:
-        """The number of epochs."""
-        return self.last_epoch - self.first_epoch + 1
+    def num_epochs(self) -> int | None:
+        """The number of epochs; None if the run ends by its `limit`."""
+        return None if self.last_epoch is None else self.last_epoch - self.first_epoch + 1
+
+    @property
+    def length(self) -> int | str | None:
+        """The number of epochs; or of steps, examples, tokens or seconds, as text."""
+        if self.limit is not None:
+            return str(self.limit)
+        return self.num_epochs if self.num_steps is None else f"{self.num_steps} steps"
 
     @property
     def epoch_length(self) -> int | None:
@@ -124,23 +139,34 @@ class Plan(NamedTuple):
     @property
     def total_steps(self) -> int | None:
         """Steps of the run; None if unknown."""
-        length = self.epoch_length
-        return self.num_steps or (None if length is None else length * self.num_epochs)
+        length, count = self.epoch_length, self.num_epochs
+        return self.num_steps or (None if length is None or count is None else length * count)
+
+    def steps_like(self, batch: Batch) -> int | None:
+        """Returns the steps of the run, if it has batches like this one; None if unknown.
+
+        Raises:
+            ConfigError: the trainer does not count tokens, and the run ends after a number of them.
+            BatchError: the tokens of the batch cannot be counted.
+        """
+        limit = self.limit
+        if limit is None or limit.unit == "seconds":
+            return self.total_steps
+        is_tokens = limit.unit == "tokens"
+        count = tokens_of(batch, self.count_tokens) if is_tokens else num_examples(batch)
+        return -(-int(limit.count) // count) if count else None
 
     def steps_of(self, epoch: int) -> int | None:
         """Returns the steps of an epoch; None for the length of the train loader."""
         if self.num_steps is None or epoch != self.last_epoch:
             return self.steps_per_epoch
-        return self.num_steps - (self.num_epochs - 1) * (self.epoch_length or 0)
+        return self.num_steps - (epoch - self.first_epoch) * (self.epoch_length or 0)
 
 
-_NUM_EPOCHS = Cadence(
-    ("epochs", "steps"),
-    number="epochs",
-    why="Schedules need the number of steps; for a limit of time, give the trainer max_time=...",
-)
+_NUM_EPOCHS = Cadence(("epochs", "steps", "examples", "tokens", "seconds"), number="epochs")
 _VAL_EVERY = Cadence(
-    ("epochs", "steps"), why="A validation at a time of the clock would not be reproducible."
+    ("epochs", "steps", "examples", "tokens"),
+    why="A validation at a time of the clock would not be reproducible.",
 )
 
 
@@ -151,8 +177,8 @@ class PlanOptions(InputOptions):
     val_every: str | None = option(
         None,
         """How often to validate, rank and save the model: "2 epochs", at the ends of epochs, or
-        "500 steps", also within epochs; and at the end of the run. None for
-        `check_val_every_n_epoch`.""",
+        "500 steps", "50000 examples" or "1e8 tokens", also within epochs; and at the end of the
+        run. None for `check_val_every_n_epoch`.""",
         check=or_none(_VAL_EVERY.check),
     )
     check_val_every_n_epoch: int = option(
@@ -221,7 +247,7 @@ def make_plan(
         train_loader: any iterable of batches, or arrays.
         val_loader: any iterable of batches, or arrays, or a dict of these by name; None to skip
             validation.
-        num_epochs: the number of epochs to train, or of steps, such as `"10000 steps"`.
+        num_epochs: the number of epochs to train, or another length, such as `"1e9 tokens"`.
         steps_per_epoch: length of an epoch; None for the length of the train loader.
         options: how often to validate, and how many batches to use.
         after_epoch: epochs completed before.
@@ -233,7 +259,7 @@ def make_plan(
         ConfigError: a count is not a positive integer, or `steps_per_epoch` is too large.
     """
     train = training_loader_of(train_loader, options, seed=seed, epoch=after_epoch)
-    vals = _by_name(val_loader, options)
+    vals = validation_loaders_of(val_loader, options)
     budget = _budget(num_epochs)
     if steps_per_epoch is not None:
         whole("steps_per_epoch", steps_per_epoch)
@@ -256,31 +282,37 @@ def make_plan(
         steps_per_epoch = min(length, most)
     elif most is not None:
         train = limited(train, most)
-    num_epochs, most_steps = _epochs_of(budget, steps_per_epoch or num_batches(train))
+    epochs, most_steps = _epochs_of(budget, steps_per_epoch or num_batches(train))
     check_names(options.limit_batches, vals)
     vals = {name: shortened(loader, options, name) for name, loader in vals.items()}
-    num_steps = None if steps_per_epoch is None else num_epochs * steps_per_epoch
+    count = epochs or 1
+    num_steps = None if steps_per_epoch is None else count * steps_per_epoch
     length = steps_per_epoch or length
-    _check_passes(train, 1 if steps_per_epoch else num_epochs, "train", num_steps)
+    _check_passes(train, 1 if steps_per_epoch else count, "train", num_steps)
     for name, loader in vals.items():
-        _check_passes(loader, _num_validations(every, num_epochs, length), name)
-    first, last = after_epoch + 1, after_epoch + num_epochs
-    return Plan(train, vals, steps_per_epoch, first, last, every, repeat, most_steps)
+        _check_passes(loader, _num_validations(every, epochs, length), name)
+    first, last = after_epoch + 1, None if epochs is None else after_epoch + epochs
+    limit = budget if epochs is None else None
+    return Plan(train, vals, steps_per_epoch, first, last, every, repeat, most_steps, limit=limit)
 
 
 def _budget(num_epochs: Any) -> Every:
-    if isinstance(num_epochs, str | Every):
+    if isinstance(num_epochs, str | Every | timedelta):
         return _NUM_EPOCHS.parse("num_epochs", num_epochs)
     return Every(whole("num_epochs", num_epochs), "epochs")
 
 
-def _epochs_of(budget: Every, length: int | None) -> tuple[int, int | None]:
+def _epochs_of(budget: Every, length: int | None) -> tuple[int | None, int | None]:
     """Returns the epochs of a run, the last of which may be shorter, and its steps if given.
+
+    The epochs are None if the run is to end by a number of examples or tokens, or by time.
 
     Raises:
         ConfigError: the steps are given, and the length of an epoch is unknown.
     """
     count = int(budget.count)
+    if budget.unit not in ("epochs", "steps"):
+        return None, None
     if budget.unit == "epochs":
         return count, None
     if length is None:
@@ -296,37 +328,13 @@ def shortened(loader: Loader, options: PlanOptions, name: str) -> Loader:
     return limited(loader, options.most_batches(name, num_batches(loader)))
 
 
-def _num_validations(every: Every, num_epochs: int, length: int | None) -> int:
+def _num_validations(every: Every, num_epochs: int | None, length: int | None) -> int:
     """Returns about how often a run validates; two if it is not known, and may be several."""
+    if num_epochs is None or every.unit not in ("epochs", "steps"):
+        return 2
     if every.unit == "epochs":
         return num_epochs // int(every.count)
     return 2 if length is None else -(-num_epochs * length // int(every.count))
-
-
-def _by_name(val_loader: Any, options: PlanOptions) -> dict[str, Loader]:
-    if val_loader is None:
-        return {}
-    is_named = isinstance(val_loader, Mapping) and not any(
-        is_array(each) for each in val_loader.values()
-    )
-    if not is_named:
-        return {"val": loader_of(val_loader, options, name="val")}
-    for name in val_loader:
-        if not isinstance(name, str) or not name.isidentifier():
-            raise ConfigError(
-                "A validation set's name is part of the names of its metrics, as in "
-                f"val_clean/loss; got {name!r}. Use letters, digits and underscores."
-            )
-    named = {f"val_{name}": each for name, each in val_loader.items()}
-    return {name: loader_of(each, options, name=name) for name, each in named.items()}
-
-
-def validation_pairs(val_loader: Any, plan: Plan) -> list[tuple[Any, Loader]]:
-    """Returns pairs of an argument for validation and the loader that was made of it."""
-    loaders = as_argument(plan.val_loaders)
-    if not isinstance(loaders, dict):
-        return [] if loaders is None else [(val_loader, unlimited(loaders))]
-    return [(val_loader[name], unlimited(loader)) for name, loader in loaders.items()]
 
 
 def _check_passes(loader: Loader, count: int, name: str, num_batches: int | None = None) -> None:

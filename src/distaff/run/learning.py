@@ -77,15 +77,15 @@ class LearningWatch:
         workspace: has the state and its optimizer.
         monitor: the metric that ranks models.
         callbacks: of the run; with an `EarlyStopping` among them there is no suggestion.
-        num_epochs: epochs of the run.
+        num_epochs: epochs of the run; None if unknown.
     """
 
     def __init__(
-        self, workspace: Workspace, monitor: Monitor, callbacks: Callbacks, num_epochs: int
+        self, workspace: Workspace, monitor: Monitor, callbacks: Callbacks, num_epochs: int | None
     ) -> None:
         self._workspace, self._monitor = workspace, monitor
         is_stopped = any(isinstance(each, EarlyStopping) for each in callbacks.callbacks)
-        self._stagnation = None if is_stopped else Stagnation(monitor, num_epochs)
+        self._stagnation = None if is_stopped else Stagnation(monitor, num_epochs or 0)
 
     def validated(self, judged: Mapping[str, Any], latest: Mapping[str, Any]) -> None:
         """Reacts to a validation.

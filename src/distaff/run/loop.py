@@ -137,7 +137,7 @@ def steps(
         with around(range(step + 1, step + 1 + chunk.num_steps)):
             state, table, metrics = dispatcher(state, table, chunk, step)
         step += chunk.num_steps
-        yield ChunkEnd(step, chunk.num_steps, state, metrics, chunk.examples)
+        yield ChunkEnd(step, chunk.num_steps, state, metrics, chunk.examples, chunk.counts)
         yield from windows.add(table, step)
         decision = verdict()
         if decision is Verdict.SAVE:

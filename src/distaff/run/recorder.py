@@ -13,6 +13,7 @@ import numpy as np
 
 from distaff.callbacks import StepInfo
 from distaff.callbacks.callbacks import Callbacks
+from distaff.core.config.cadence import Count, Unit
 from distaff.errors import MetricError
 from distaff.execution.dispatch.dispatcher import Dispatcher
 from distaff.execution.dispatch.packed_metrics import BadStep, WindowEnd
@@ -83,6 +84,8 @@ class Recorder:
         self._options, self._rates, self._epoch_start = options, None, time.perf_counter()
         self._check_learning: LearningCheck | None = None
         self._num_shown, self._has_legend, self._places = 0, False, dict[str, Any]()
+        self._is_timed = plan.limit is not None and plan.limit.unit == "seconds"
+        self._counted_at = self.timers.since
         self._progress_due_at = self._metrics_due_at = -math.inf
 
     @property
@@ -159,7 +162,8 @@ class Recorder:
             _log.info("%s", self.dispatcher.forms.describe())
         self.workspace.state, self.workspace.step = event.state, event.step
         in_epoch = state.in_epoch._replace(steps=state.in_epoch.steps + event.num_steps)
-        self.state = state._replace(step=event.step, epoch=epoch, in_epoch=in_epoch)
+        counts = {**event.counts, **self._seconds()} if self._is_timed else event.counts
+        self.state = state._replace(step=event.step, epoch=epoch, in_epoch=in_epoch, counts=counts)
         if store.failures:
             store.check_failure()
         self.timers.count(event.num_steps, event.examples)
@@ -169,6 +173,12 @@ class Recorder:
             self._measure_steps()
         if event.metrics:
             self._show_steps(event, epoch)
+
+    def _seconds(self) -> dict[Unit, Count]:
+        """Returns the seconds of the run, over all processes that trained it."""
+        before, since = self.state.counts.get("seconds", Count(0, 0)).now, self._counted_at
+        self._counted_at = self.timers.since
+        return {"seconds": Count(before, before + self._counted_at - since)}
 
     def _show_progress(self) -> None:
         examples = self.timers.examples
@@ -233,11 +243,13 @@ class Recorder:
         step, last = self.workspace.step, self.plan.last_epoch
         before = {} if self.state.in_epoch.is_trained else self.state.last_metrics
         self.update(last_metrics={**before, **metrics})
-        self.recording.logger.log_metrics(metrics, step=step, epoch=epoch)
+        counts = {unit: count.now for unit, count in self.state.counts.items()}
+        self.recording.logger.log_metrics({**metrics, **counts}, step=step, epoch=epoch)
         seconds = time.perf_counter() - self._epoch_start
         scalars = {name: value for name, value in metrics.items() if np.ndim(value) == 0}
         values = " ".join(f"{name} {value:.6g}" for name, value in scalars.items())
-        _log.info("epoch %d/%d step %d %s", epoch, last, step, values)
+        total = "" if last is None else f"/{last}"
+        _log.info("epoch %d%s step %d %s", epoch, total, step, values)
         short = {name: value for name, value in scalars.items() if not is_norm(name)}
         self.display.epoch_line(EpochLine(epoch, last, step, short, seconds, is_best))
         if is_best and not self._has_legend:

@@ -158,6 +158,7 @@ class Run:
         """Restores the position of a resumed run, or saves the initial state of a new one."""
         self._show_origin()
         saved = self.checkpointer.resume()
+        self.timetable.check_counts(self.state)
         if self.recorder.recording.found is None:
             self.recovery.save_origin()
         if saved is not None:
@@ -180,9 +181,8 @@ class Run:
     def next_epoch(self) -> int | None:
         """Returns the next epoch to train; None at the end of the run."""
         progress = self.state.in_epoch
-        is_over = progress.epoch > self.plan.last_epoch
         is_left = self.is_stopped and not (progress.is_trained or progress.is_validated)
-        return None if is_over or is_left else progress.epoch
+        return None if is_left or self.timetable.is_over(self.state) else progress.epoch
 
     def call(self, hook: Callable[..., None], *arguments: Any) -> None:
         """Calls a hook of the user's class; like a callback, it may raise `StopTraining`."""
@@ -215,7 +215,7 @@ class Run:
     def training_chunks(self, loader: Loader) -> Generator[Chunk]:
         """Returns the remaining chunks of the epoch; close it to put the loader at their end."""
         progress = self.state.in_epoch
-        if progress.is_trained or self.is_stopped:
+        if progress.is_trained or self.is_stopped or self.timetable.is_spent(self.state):
             return (chunk for chunk in ())
         if self.plan.abandons and progress.epoch == self.plan.first_epoch and not progress.steps:
             begin_new_epoch(loader)
@@ -227,7 +227,7 @@ class Run:
             done=num_drawn(progress.steps, skipped),
             without=skipped,
             repeat=self.plan.repeat,
-            room=self.timetable.room(self.workspace.step),
+            room=self.timetable.room(self.state),
         )
 
     def placed_state(self) -> TrainState:
@@ -262,8 +262,8 @@ class Run:
         self.supervisor.raise_if_interrupted()
 
     def _verdict_within(self) -> Verdict:
-        """Returns what to do after a chunk if the run validates or saves at certain steps."""
-        verdict = self.supervisor.verdict()
+        """Returns what to do after a chunk if the run validates, saves or ends within epochs."""
+        verdict = Verdict.STOP if self.timetable.is_spent(self.state) else self.supervisor.verdict()
         is_due = verdict is Verdict.CONTINUE and self.timetable.is_pause_due(self.state)
         return Verdict.SAVE if is_due else verdict
 

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from distaff import metrics as metrics_lib
+from distaff.core.config.cadence import Count, Unit
 from distaff.execution.dispatch.packed_metrics import MetricLayout, WindowEnd
 from distaff.execution.feed.skipped import SkippedBatches
 from distaff.metrics import Metric, as_json, as_numbers
@@ -92,6 +93,7 @@ class RunState(NamedTuple):
         skipped: batches that are skipped after a rollback.
         num_skipped: number of skipped bad steps.
         interrupted_by: why the run ended early; empty otherwise.
+        counts: the examples, tokens and seconds so far, by unit; of the units that the run uses.
     """
 
     step: int
@@ -104,6 +106,7 @@ class RunState(NamedTuple):
     skipped: tuple[SkippedBatches, ...] = ()
     num_skipped: int = 0
     interrupted_by: str = ""
+    counts: Mapping[Unit, Count] = {}
 
     @classmethod
     def beginning(cls, step: int, epoch: int) -> RunState:
@@ -136,7 +139,12 @@ class RunState(NamedTuple):
             "begun_at": list(self.begun_at),
             "left_out": [list(stretch) for stretch in self.skipped],
             "num_skipped": self.num_skipped,
+            **self._counts_json(),
         }
+
+    def _counts_json(self) -> dict[str, Any]:
+        counts = {unit: [*count] for unit, count in self.counts.items()}
+        return {"counts": counts} if counts else {}
 
     def from_json(
         self,
@@ -165,6 +173,7 @@ class RunState(NamedTuple):
             num_skipped=int(value.get("num_skipped", 0)),
             skipped=tuple(SkippedBatches(*map(int, each)) for each in value.get("left_out", ())),
             begun_at=(int(first_step), int(first_epoch)),
+            counts={unit: Count(*count) for unit, count in value.get("counts", {}).items()},
         ).with_results(value, steps, keep_best)
 
     def with_results(

@@ -191,6 +191,24 @@ class LanguageModel(WeighingTask):
         is_inside = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
         return is_inside if mask is None else jnp.where(is_inside, mask, jnp.zeros_like(mask))
 
+    def count_tokens(self, batch: Batch) -> int:
+        """Returns the number of tokens that count in the loss: predicted, and with a weight.
+
+        A run that ends, validates or saves after a number of tokens calls it on the host. Override
+        it for another definition.
+
+        Args:
+            batch: a batch of NumPy arrays.
+        """
+        tokens = np.asarray(self.tokens(batch))
+        is_counted = tokens[:, 1:] != self.config.ignore_index
+        for weight in (self.mask(batch), self.sample_weight(batch)):
+            if weight is not None:
+                weight = np.asarray(weight)
+                weight = weight[:, 1:] if weight.shape == tokens.shape else weight
+                is_counted &= (weight != 0).reshape(*weight.shape, *(1,) * (2 - weight.ndim))
+        return int(np.count_nonzero(is_counted))
+
     def model_inputs(self, batch: Batch) -> tuple[Any, ...]:
         """Returns all tokens but the last, which is only predicted, and their segments if any.
 

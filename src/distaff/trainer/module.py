@@ -209,7 +209,7 @@ class TrainerModule(Predictor):
                 several: `{"clean": a, "noisy": b}` logs `val_clean/loss` and `val_noisy/loss`;
                 `monitor` names one of them.
             test_loader: data for one test at the end, with the best weights.
-            num_epochs: number of epochs to train, or of steps, such as `"10000 steps"`.
+            num_epochs: epochs to train, or `"9 steps"`, `"1e9 tokens"`, `"5e4 examples"`, `"30m"`.
             steps_per_epoch: steps per epoch; None for the length of the loader. Required if the
                 loader has no length and the schedule depends on it. Each epoch continues reading
                 where the last one stopped.

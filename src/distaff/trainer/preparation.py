@@ -183,7 +183,7 @@ class Preparation:
             self.make_recording()
         per_epoch = plan.epoch_length
         self._per_epoch = per_epoch
-        total = plan.total_steps
+        total = self.total_steps = plan.steps_like(batch)
         run.recorder.updates_per_step = self._init_optimizer(total, batch)
         options = self._options
         if here.own_step is not None:  # called once per step, unchanged
@@ -221,10 +221,11 @@ class Preparation:
         if not options.averages:
             return
         check_averaging(self._trainer, self._base)
-        if first is not None and first > plan.last_epoch and not options.fast_dev_run:
+        last = plan.last_epoch
+        if first and last and first > last and not options.fast_dev_run:
             raise ConfigError(
-                f"swa_from_epoch={first} is after the last epoch of the run, {plan.last_epoch}. "
-                "Lower it, or train for more epochs."
+                f"swa_from_epoch={first} is after the last epoch of the run, {last}. Lower it, or "
+                "train for more epochs."
             )
         prefixes = [each for name in plan.val_loaders for each, _ in options.evaluations(name)]
         for name in plan.val_loaders:
@@ -325,7 +326,7 @@ class Preparation:
             options=self._options,
             example_batch=trainer.example_batch,
             first_epoch=plan.first_epoch,
-            num_epochs=plan.num_epochs if plan.num_steps is None else f"{plan.num_steps} steps",
+            num_epochs=plan.length,
             steps_per_epoch=plan.steps_per_epoch,
             identity=identity,
             **arguments,

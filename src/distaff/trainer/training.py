@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import closing
 from typing import Any
 
-from distaff.data import closing_made, first_to_train, loader_of, unlimited
+from distaff.data import Loader, closing_made, first_to_train, loader_of, unlimited
 from distaff.data.loader import begin_new_epoch
 from distaff.errors import StateError
 from distaff.execution.determinism import check_backend
@@ -15,7 +15,7 @@ from distaff.metrics.monitor import as_monitor
 from distaff.run import loop
 from distaff.run.directory.protocol import recorded
 from distaff.run.display import as_text
-from distaff.run.events import Interrupted, Plan, PlanOptions, shortened, validation_pairs
+from distaff.run.events import Interrupted, Plan, PlanOptions, as_argument, shortened
 from distaff.run.identity.candidates import Candidate
 from distaff.run.result import TrainResult
 from distaff.run.run import Run
@@ -37,7 +37,7 @@ class Inputs:
         self.made = [
             (train, unlimited(plan.train_loader)),
             (test, made),
-            *validation_pairs(val, plan),
+            *_validation_pairs(val, plan),
         ]
         self.test_loader = None if made is None else shortened(made, options, "test")
 
@@ -70,7 +70,7 @@ class Training:
                     run.recovery.explaining(),
                 ):
                     run.recorder.has_begun = True
-                    self._train(run, inputs.test_loader, preparation.products)
+                    self._train(run, inputs.test_loader, preparation)
         return run.recorder.result()
 
     def check(self, plan: Plan) -> None:
@@ -84,6 +84,7 @@ class Training:
     def _make_run(self, plan: Plan) -> Run:
         trainer, name = self._trainer, type(self._trainer).__name__
         monitor = as_monitor(trainer.monitor)
+        plan = plan._replace(count_tokens=getattr(trainer, "count_tokens", None))
         if plan.steps_per_epoch is None:  # else an epoch continues where the last one stopped
             left = self._here.feeds.is_left_within_epoch(plan.train_loader)
             plan = plan._replace(abandons=left)
@@ -103,10 +104,10 @@ class Training:
         run.recorder.begin()
         return run
 
-    def _train(self, run: Run, test_loader: Any, remark: str) -> None:
+    def _train(self, run: Run, test_loader: Any, preparation: Preparation) -> None:
         """Runs the loop, notifies callbacks of its end, and tests the best model."""
-        if remark:
-            self._here.show(remark)
+        if preparation.products:
+            self._here.show(preparation.products)
         try:
             try:
                 loop.train(self._trainer, run)
@@ -119,6 +120,8 @@ class Training:
             run.checkpointer.boundary = None
         run.end_callbacks()
         if not run.state.interrupted_by:
+            if line := _off_schedule(run, preparation.total_steps):
+                run.recorder.show(line)
             self._finish(run, test_loader)
 
     def _finish(self, run: Run, test_loader: Any) -> None:
@@ -160,6 +163,28 @@ class Training:
         reason = str(status.get("reason") or "") or "already finished: nothing was trained"
         self._here.feeds.leave(run.plan.train_loader)
         return recorder.result()._replace(status=str(status["status"]), reason=reason)
+
+
+def _validation_pairs(val_loader: Any, plan: Plan) -> list[tuple[Any, Loader]]:
+    """Returns pairs of an argument for validation and the loader that was made of it."""
+    loaders = as_argument(plan.val_loaders)
+    if not isinstance(loaders, dict):
+        return [] if loaders is None else [(val_loader, unlimited(loaders))]
+    return [(val_loader[name], unlimited(loader)) for name, loader in loaders.items()]
+
+
+def _off_schedule(run: Run, planned: int | None) -> str:
+    """Returns a line if a run by examples or tokens took another number of steps than planned."""
+    steps, limit = run.state.step - run.state.begun_at[0], run.plan.limit
+    is_whole = limit is not None and planned and run.timetable.is_spent(run.state)
+    if not is_whole or not planned or abs(steps - planned) <= planned / 10:
+        return ""
+    if run.workspace.schedule is None:
+        return ""
+    return (
+        f"{limit} took {steps} steps, but the first batch suggested {planned}, and the learning "
+        f'rate was scheduled for these. Batches differ in size: num_epochs="{steps} steps" fits.'
+    )
 
 
 def not_trained() -> StateError:

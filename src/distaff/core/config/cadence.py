@@ -1,4 +1,4 @@
-"""Cadences: `"500 steps"`, `"2 epochs"`, `"10m"`, or a number of the obvious unit of an option."""
+"""Cadences: `"500 steps"`, `"1e8 tokens"`, `"10m"`, or a number of an option's obvious unit."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 from datetime import timedelta
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -14,16 +14,31 @@ from distaff.core.config.checks import as_float
 from distaff.core.config.durations import seconds_of
 from distaff.errors import ConfigError, nearest
 
-Unit: TypeAlias = Literal["steps", "epochs", "seconds"]
+Unit: TypeAlias = Literal["steps", "epochs", "examples", "tokens", "seconds"]
 
-_EXAMPLES = {"steps": "'500 steps'", "epochs": "'2 epochs'", "seconds": "'10m'"}
+_EXAMPLES: dict[Unit, str] = {
+    "steps": "'500 steps'",
+    "epochs": "'2 epochs'",
+    "examples": "'50000 examples'",
+    "tokens": "'1e9 tokens'",
+    "seconds": "'10m'",
+}
 _WORDS: dict[str, Unit] = {
-    "step": "steps",
-    "steps": "steps",
-    "epoch": "epochs",
-    "epochs": "epochs",
+    word: unit for unit in _EXAMPLES if unit != "seconds" for word in (unit, unit.removesuffix("s"))
 }
 _COUNT = re.compile(r"\s*([0-9][0-9_.]*(?:e\+?[0-9]+)?)\s*([a-z]*)\s*", re.ASCII | re.IGNORECASE)
+
+
+class Count(NamedTuple):
+    """The examples, tokens or seconds of a run so far.
+
+    Attributes:
+        before: their number before the last step.
+        now: their number after it.
+    """
+
+    before: float
+    now: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +49,10 @@ class Every:
     ('500 steps', '1 epoch', '600s')
 
     Args:
-        count: number of units, positive; an integer for steps and epochs.
-        unit: `"steps"`, `"epochs"` or `"seconds"`. Steps are completed optimizer steps of the
-            model, over all epochs and runs.
+        count: number of units, positive; an integer except for seconds.
+        unit: `"steps"`, `"epochs"`, `"examples"`, `"tokens"` or `"seconds"`. Steps are completed
+            optimizer steps of the model, over all epochs and runs; examples and tokens count in the
+            training batches of one run.
 
     Raises:
         ConfigError: `count` or `unit` is out of range.
@@ -50,8 +66,8 @@ class Every:
         is_whole = self.unit == "seconds" or count % 1 == 0
         if self.unit not in _EXAMPLES or not 0 < count < math.inf or not is_whole:
             raise ConfigError(
-                "Every needs a positive number of seconds, or a positive integer of steps or "
-                f"epochs; got Every({self.count!r}, {self.unit!r})."
+                "Every needs a positive number of seconds, or a positive integer of steps, epochs, "
+                f"examples or tokens; got Every({self.count!r}, {self.unit!r})."
             )
         object.__setattr__(self, "count", count if self.unit == "seconds" else int(count))
 
@@ -67,6 +83,10 @@ class Every:
     def is_due(self, unit: Unit, number: int) -> bool:
         """Whether it is due after so many completed steps or epochs; False for another unit."""
         return self.unit == unit and number % int(self.count) == 0
+
+    def is_passed(self, count: Count) -> bool:
+        """Whether the last step reached or passed a multiple of it."""
+        return count.now // self.count > count.before // self.count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +159,7 @@ class Cadence:
 
     def _remedy(self, value: Any, every: Every | None) -> str:
         if every is not None:
-            return self.why
+            return self.why or f"It has no unit {every.unit!r}."
         found = re.search(r"[a-zA-Z]+$", value.strip()) if isinstance(value, str) else None
         word = found[0] if found else ""
         if word and word.lower() not in _WORDS:

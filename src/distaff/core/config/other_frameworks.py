@@ -38,6 +38,7 @@ OPTIONS = _by_name(
         "optimizers optim tx opt": _OPTIMIZER,
         "epochs max_epochs num_epochs n_epochs": _EPOCHS,
         "max_steps num_steps": 'train_model(..., num_epochs="10000 steps")',
+        "budget max_tokens": 'train_model(..., num_epochs="1e9 tokens")',
         "shuffle num_workers": _BATCHES,
         "exmp_input example_input input_shape": "example_batch=batch",
         "logger tensorboard wandb": 'loggers=["tensorboard"], or "wandb"',
@@ -76,6 +77,7 @@ ARGUMENTS = _by_name(
         "validation_split test_size": "train, val = data.split((x, y), (0.8, 0.2))",
         "y": "train_model((x, y), num_epochs=...)",
         "max_steps num_steps": 'num_epochs="10000 steps"',
+        "budget max_tokens": 'num_epochs="1e9 tokens", "10000 steps" or "30m"',
         "callbacks loggers logger optimizer seed verbose ckpt_path resume": _CONSTRUCTOR,
         "lr learning_rate": _RATE,
     }

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distaff.core.config.cadence import Count, Unit
 from distaff.core.typing import Batch, PyTree
 
 
@@ -105,6 +106,7 @@ class Chunk(NamedTuple):
         source: the batches, as an argument of programs.
         position: the loader's `get_state()` after the last batch.
         num_bytes: approximate memory in use for these batches until they have been used.
+        counts: what the run has counted after the last batch, by unit; see `Room`.
     """
 
     num_steps: int
@@ -112,6 +114,7 @@ class Chunk(NamedTuple):
     source: ChunkData
     position: Mapping[str, Any] | None = None
     num_bytes: int = 0
+    counts: Mapping[Unit, Count] = {}
 
 
 class ChunkSize(NamedTuple):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, closing
+from functools import partial
 from itertools import chain, islice, repeat
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -27,15 +28,13 @@ from distaff.execution.feed.chunk import (
     stack,
 )
 from distaff.execution.feed.prefetch import Prefetch
+from distaff.execution.feed.room import Room
 from distaff.execution.placement import ONE_DEVICE, Place, Placement
 
 _log = logging.getLogger("distaff")
 
 _MAX_RESIDENT_BYTES = 2**29
 _MAX_CHUNK_BYTES = 2**25
-
-Room: TypeAlias = Callable[[int], int]
-"""Returns the most steps of a chunk, at least 1, by the number of steps before it."""
 
 
 class Feed:
@@ -109,8 +108,7 @@ class Feed:
                 The rest may be empty.
             without: batches of the epoch to draw and skip, counted from 0.
             repeat: see `epoch_of`.
-            room: limits the steps of a chunk by the number of steps that this yielded before it;
-                None for no limit.
+            room: ends chunks where something is due; None for no limit.
 
         Raises:
             BatchError: the loader is empty.
@@ -249,6 +247,9 @@ class _BatchChunks:
     def size(self, item: PyTree) -> int:
         return num_examples(item, name=self._name)
 
+    def batch(self, item: PyTree) -> PyTree:
+        return item
+
     def num_bytes(self, item: PyTree) -> int:
         return _num_bytes(item)
 
@@ -270,6 +271,9 @@ class _RowChunks:
 
     def size(self, item: np.ndarray) -> int:
         return len(item)
+
+    def batch(self, item: np.ndarray) -> PyTree:
+        return self._loader.gathered(item)
 
     def num_bytes(self, item: np.ndarray) -> int:
         return item.nbytes if self._on_device is not None else len(item) * self._row_bytes
@@ -313,23 +317,26 @@ def _chunks_of(
     room: Room | None = None,
 ) -> Generator[Chunk]:
     """Yields chunks of items, each with the position after it."""
-    waiting, num_done = list(islice(items, 1)), 0
+    waiting, num_done, counts = list(islice(items, 1)), 0, {}
     while waiting:
         chosen = chunk_size()
-        chosen = chosen if room is None else chosen.at_most(room(num_done))
+        chosen = chosen if room is None else chosen.at_most(room.num_steps(num_done))
         num_steps, capacity, partial_capacity = chosen
         size, num_bytes = kind.size(waiting[0][0]), kind.num_bytes(waiting[0][0])
         most = kind.most(waiting[0][0])
         num_steps, capacity = min(num_steps, capacity, most), min(capacity, most)
         waiting.extend(islice(items, max(num_steps - len(waiting), 0)))
         group = _equal_prefix([item for item, _ in waiting[:num_steps]])
+        if room is not None:
+            batches = ((kind.size(each), partial(kind.batch, each)) for each in group)
+            group, counts = group[: room.take(batches)], {**room.counts}
         if len(group) < num_steps and partial_capacity:
             capacity = min(partial_capacity, most)
         position = waiting[len(group) - 1][1]
         num_done += len(group)
         del waiting[: len(group)]
         source = kind.source(group, capacity)
-        yield Chunk(len(group), size, source, position, num_bytes * capacity)
+        yield Chunk(len(group), size, source, position, num_bytes * capacity, counts)
         del group, source
         if not waiting:
             waiting.extend(islice(items, 1))

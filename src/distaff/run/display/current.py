@@ -29,7 +29,7 @@ class CurrentDisplay(Display):
     def _display(self) -> Display:
         return self._chosen or self._choose()
 
-    def start(self, num_epochs: int, steps_per_epoch: int | None) -> None:
+    def start(self, num_epochs: int | None, steps_per_epoch: int | None) -> None:
         self.close()
         self._chosen = self._choose()
         self._chosen.start(num_epochs, steps_per_epoch)

@@ -66,12 +66,21 @@ def live_fields(metrics: Scalars) -> list[tuple[int, str]]:
     return [*fields, *((1, f"lr {number(metrics[name])}") for name in rates[:1])]
 
 
+def epoch_text(epoch: int, num_epochs: int | None) -> str:
+    """Returns the epoch, and the number of epochs if it is known.
+
+    >>> epoch_text(3, 20), epoch_text(3, None)
+    ('epoch  3/20', 'epoch 3')
+    """
+    return f"epoch {epoch:{len(str(num_epochs))}}/{num_epochs}" if num_epochs else f"epoch {epoch}"
+
+
 class EpochLine(NamedTuple):
     """What the line of one completed epoch says.
 
     Attributes:
         epoch: the epoch, counted from 1.
-        num_epochs: epochs of the whole run.
+        num_epochs: epochs of the whole run; None if unknown.
         step: optimizer updates completed.
         metrics: metrics by name: `{"train/loss": 0.31, "val/loss": 0.35}`.
         seconds: duration of the epoch.
@@ -79,7 +88,7 @@ class EpochLine(NamedTuple):
     """
 
     epoch: int
-    num_epochs: int
+    num_epochs: int | None
     step: int
     metrics: Scalars
     seconds: float
@@ -94,7 +103,7 @@ class EpochLine(NamedTuple):
         'epoch  3/20  step  60  train loss 0.2500  val loss 0.5000   0.8 s *'
         """
         fields = [
-            (0, f"epoch {self.epoch:{len(str(self.num_epochs))}}/{self.num_epochs}"),
+            (0, epoch_text(self.epoch, self.num_epochs)),
             (1, f"step {self.step:{step_width}}"),
             *((0, field) for field in metric_fields(self.metrics)),
             (2, f"{self.seconds:4.{1 if self.seconds < 100 else 0}f} s"),

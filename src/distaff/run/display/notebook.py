@@ -65,7 +65,7 @@ class NotebookDisplay(Display):
         self._curves: dict[str, list[tuple[float, float]]] = {}
         self._step_curves: dict[str, list[tuple[float, float]]] = {}
 
-    def start(self, num_epochs: int, steps_per_epoch: int | None) -> None:
+    def start(self, num_epochs: int | None, steps_per_epoch: int | None) -> None:
         self._begin()
         self._progress.begin(num_epochs, steps_per_epoch)
         self._is_open = True

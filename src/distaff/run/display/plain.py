@@ -46,7 +46,7 @@ class PlainDisplay(Display):
         self._clock, self._spoke_at = clock, clock()
         self._progress = Progress(clock)
 
-    def start(self, num_epochs: int, steps_per_epoch: int | None) -> None:
+    def start(self, num_epochs: int | None, steps_per_epoch: int | None) -> None:
         self._progress.begin(num_epochs, steps_per_epoch)
         self._spoke_at = self._clock()
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, TypeVar
 
 from distaff.core.typing import Scalars
-from distaff.run.display.lines import clock_time, fit, live_fields
+from distaff.run.display.lines import clock_time, epoch_text, fit, live_fields
 from distaff.run.display.pace import Pace, Stopwatch
 
 T = TypeVar("T")
@@ -34,7 +34,7 @@ class Progress:
     Attributes:
         epoch: the current epoch, from 1; 0 before the first step.
         step: completed optimizer updates.
-        num_epochs: epochs of the run; 0 outside of a training.
+        num_epochs: epochs of the run; 0 outside of a training, None if unknown.
         pace: examples per second.
     """
 
@@ -42,11 +42,11 @@ class Progress:
         self._clock = clock
         self.begin(0, None)
 
-    def begin(self, num_epochs: int, steps_per_epoch: int | None) -> None:
+    def begin(self, num_epochs: int | None, steps_per_epoch: int | None) -> None:
         """Begins a training; 0 epochs for none."""
         self.pace, self._elapsed = Pace(self._clock), Stopwatch(self._clock)
         self.num_epochs = num_epochs
-        self._num_steps = num_epochs * steps_per_epoch if steps_per_epoch else None
+        self._num_steps = num_epochs * steps_per_epoch if num_epochs and steps_per_epoch else None
         self.epoch = self.step = 0
         self._first_advance: tuple[float, int] | None = None
         self._compiling: tuple[str, float] | None = None
@@ -90,11 +90,11 @@ class Progress:
     def fraction(self) -> float:
         """Returns the completed part of the training, or else of the evaluation, from 0 to 1."""
         tracked = self._tracked
-        if not self.num_epochs:
+        if self.num_epochs == 0:
             return tracked.done / tracked.total if tracked and tracked.total else 0.0
         if self._num_steps:
             return min(1.0, self.step / self._num_steps)
-        return max(0, self.epoch - 1) / self.num_epochs
+        return max(0, self.epoch - 1) / self.num_epochs if self.num_epochs else 0.0
 
     def status(self, *, with_seconds: bool = True) -> str:
         """Returns what happens now, or the time left.
@@ -127,7 +127,7 @@ class Progress:
         """
         total = f"/{self._num_steps}" if self._num_steps else ""
         fields = [
-            (0, f"epoch {self.epoch:{len(str(self.num_epochs))}}/{self.num_epochs}"),
+            (0, epoch_text(self.epoch, self.num_epochs)),
             (0, f"step {self.step:{self.step_width()}}{total}"),
             *self._metrics,
             (2, f"{self.pace.recent():6.0f} examples/s"),

@@ -49,11 +49,11 @@ class Display:
     By default each method does nothing, except that `track` yields the items and `table` prints.
     """
 
-    def start(self, num_epochs: int, steps_per_epoch: int | None) -> None:
+    def start(self, num_epochs: int | None, steps_per_epoch: int | None) -> None:
         """Starts showing a training.
 
         Args:
-            num_epochs: epochs of the whole run.
+            num_epochs: epochs of the whole run; None if unknown.
             steps_per_epoch: optimizer updates per epoch; None if unknown (shows no time left).
         """
 

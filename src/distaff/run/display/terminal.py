@@ -41,7 +41,7 @@ class TerminalDisplay(Display):
         self._live: Live | None = None
         self._progress = Progress(clock)
 
-    def start(self, num_epochs: int, steps_per_epoch: int | None) -> None:
+    def start(self, num_epochs: int | None, steps_per_epoch: int | None) -> None:
         self._progress.begin(num_epochs, steps_per_epoch)
         self._open()
 

@@ -50,7 +50,7 @@ _UNDELETED = (
     "request another save.\n"
 )
 
-_SAVE_EVERY = Cadence(("seconds", "steps", "epochs"), number="seconds")
+_SAVE_EVERY = Cadence(("seconds", "steps", "epochs", "examples", "tokens"), number="seconds")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,8 @@ class SupervisionOptions(Options):
         "10m",
         """Time between two checkpoints within an epoch, in addition to validations: the
         most work lost if a machine fails. Approximate for a time ("10m", or seconds); exact for
-        "500 steps"; "2 epochs" saves at the ends of epochs. None to disable.""",
+        "500 steps", "50000 examples" or "1e8 tokens"; "2 epochs" saves at the ends of epochs. None
+        to disable.""",
         check=or_none(_SAVE_EVERY.check),
         resume="same run",
     )
