@@ -539,7 +539,7 @@ def test_import_of_distaff_adds_no_package_to_those_that_it_is_built_on() -> Non
     code = """
 import sys, jax, flax.nnx, optax, rich
 before = set(sys.modules)
-import distaff
+from distaff import *
 packages = {name.partition(".")[0] for name in set(sys.modules) - before}
 known = {name.partition(".")[0] for name in before} | sys.stdlib_module_names
 print(*sorted(packages - known))

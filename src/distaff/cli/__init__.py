@@ -1,14 +1,16 @@
-"""The command line, `distaff`: trains recipes, and lists, compares and removes runs."""
+"""The command line, `distaff`: trains recipes, and lists, compares and removes runs.
+
+A module of a command is imported when that command runs, so that help takes no second.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 
 import distaff
-from distaff.cli import fit, inference, report, runs
 from distaff.errors import ConfigError, DistaffError, nearest
-from distaff.run.directory import environment
 
 _USAGE = """usage: distaff COMMAND [OPTIONS]
 
@@ -33,6 +35,8 @@ exit status: 0 if the command succeeded, 1 if a training failed, 2 for a wrong c
 def _env(words: Sequence[str]) -> int:
     if words:
         raise ConfigError(f"`distaff env` takes no arguments; got {' '.join(words)!r}.")
+    from distaff.run.directory import environment
+
     facts = environment.describe()
     for name, version in {"python": facts["python"], **facts["packages"]}.items():
         print(f"{name:<18} {version}")
@@ -42,11 +46,18 @@ def _env(words: Sequence[str]) -> int:
     return 0
 
 
+def _in(module: str, name: str = "main") -> Callable[[Sequence[str]], int]:
+    """Returns a command that imports its module when it runs."""
+    return lambda words: getattr(import_module(f"distaff.cli.{module}"), name)(words)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "fit": fit.main,
-    "runs": runs.main,
-    "report": report.main,
-    **inference.COMMANDS,
+    "fit": _in("fit"),
+    "eval": _in("inference", "eval_main"),
+    "predict": _in("inference", "predict_main"),
+    "export": _in("inference", "export_main"),
+    "report": _in("report"),
+    "runs": _in("runs"),
     "env": _env,
 }
 """Commands by name: functions of the further arguments that return the exit status."""

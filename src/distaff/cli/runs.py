@@ -18,7 +18,7 @@ from rich.text import Text
 
 from distaff.cli.summary import Summary, find_runs, flat_config, num_bytes
 from distaff.core.paths import shown
-from distaff.core.views.brief import byte_text
+from distaff.core.views.amounts import byte_text
 from distaff.errors import ConfigError, nearest
 from distaff.run.directory.run_lock import locked
 

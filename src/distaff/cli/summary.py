@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from distaff.core.paths import shown
+from distaff.core.views.amounts import clock_time
 from distaff.errors import RunDirectoryError
 from distaff.run.directory.run_directory import RunDirectory
-from distaff.run.display.lines import clock_time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,12 +7,10 @@ from pathlib import Path
 
 import tyro
 
-from distaff.cli.report.facts import gather
-from distaff.cli.report.page import page
 from distaff.cli.summary import find_runs
 from distaff.core.files import explained, write_whole
 from distaff.core.paths import shown
-from distaff.core.views.brief import byte_text
+from distaff.core.views.amounts import byte_text
 from distaff.errors import ConfigError
 
 
@@ -28,6 +26,9 @@ def report(
         out: the HTML file to write. It needs no network and no other file.
         image_bytes: the most bytes of figures and images to include.
     """
+    from distaff.cli.report.facts import gather  # needs JAX, which the help does not load
+    from distaff.cli.report.page import page
+
     paths: list[Path] = []
     for path in runs:
         is_run = (path / "config.json").is_file() or not path.is_dir()

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from distaff.core.config import encoding
+from distaff.core.config import strict_json
 from distaff.core.files import FILE_MODE
 from distaff.errors import RunInUseError
 from distaff.run.directory.process import is_alive, this_process
@@ -246,7 +246,7 @@ def _read(path: Path) -> Holder | None:
     """Returns the process named in a lock file, or None."""
     try:
         with path.open("rb") as file:
-            holder = Holder(**encoding.loads(file.read(_MOST_BYTES)))
+            holder = Holder(**strict_json.loads(file.read(_MOST_BYTES)))
     except (FileNotFoundError, ValueError, TypeError):
         return None
     texts = (holder.host, holder.system, holder.since)
