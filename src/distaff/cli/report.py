@@ -7,19 +7,19 @@ from pathlib import Path
 
 import tyro
 
-from distaff.cli.report.facts import gather
-from distaff.cli.report.page import page
-from distaff.cli.summary import find_runs
 from distaff.core.files import explained, write_whole
 from distaff.core.paths import shown
 from distaff.core.views.brief import byte_text
 from distaff.errors import ConfigError
+from distaff.report.facts import IMAGE_BYTES, gather
+from distaff.report.page import page
+from distaff.report.summary import find_runs
 
 
 def report(
     runs: tyro.conf.Positional[tuple[Path, ...]],
     out: Path = Path("report.html"),
-    image_bytes: int = 350_000,
+    image_bytes: int = IMAGE_BYTES,
 ) -> int:
     """Writes a report of runs: what differs, learning curves, tables, figures, environments.
 
