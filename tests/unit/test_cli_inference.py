@@ -84,7 +84,7 @@ def test_predict_writes_a_column_per_output(trained):
 def test_export_writes_a_folder(trained, capsys):
     _, path = trained
     assert cli.main(("export", str(path), "exported")) == 0
-    assert capsys.readouterr().out.startswith("exported: model.jax")
+    assert capsys.readouterr().out.startswith("exported: README.md, model.jax")
     assert (Path("exported") / "load.py").is_file()
     assert cli.main(("export", str(path), "exported")) == 2
 

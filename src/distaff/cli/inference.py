@@ -85,6 +85,7 @@ def export(
     batch_size: int | None = None,
     code: str | None = None,
     weights: str | None = None,
+    license: str | None = None,
 ) -> int:
     """Exports the best model of a run as StableHLO, to run without Distaff.
 
@@ -94,16 +95,26 @@ def export(
         batch_size: examples of each call; by default any number.
         code: file or module with your classes, such as train.py or package.module.
         weights: "raw", "ema" or "swa"; by default those that the monitor judges.
+        license: identifier of the licence for the model card, such as apache-2.0.
     """
     from distaff.checkpoint import located
     from distaff.checkpoint.record import example_from
     from distaff.cli import trained
     from distaff.export import export_model
 
-    trainer = trained.loaded(run, code)
-    example = example_from(located(run).record()["example_batch"])
-    target = export_model(trainer, folder, example, batch_size=batch_size, weights=weights)
-    print(f"{shown(target)}: model.jax, weights.npz, model.json, load.py")
+    trainer, found = trained.loaded(run, code), located(run)
+    example = example_from(found.record()["example_batch"])
+    is_in_run = found.folder.parent.name == "checkpoints"
+    target = export_model(
+        trainer,
+        folder,
+        example,
+        batch_size=batch_size,
+        weights=weights,
+        license=license,
+        run=found.folder.parent.parent if is_in_run else None,
+    )
+    print(f"{shown(target)}: README.md, model.jax, weights.npz, model.json, load.py")
     return 0
 
 

@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from distaff.cli.summary import Summary, find_runs, flat_config, num_bytes
 from distaff.core.paths import shown
 from distaff.core.views.amounts import byte_text
 from distaff.errors import ConfigError, nearest
+from distaff.report.summary import Summary, find_runs, flat_config, num_bytes
 from distaff.run.directory.run_lock import locked
 
 Runs = tyro.conf.Positional[tuple[Path, ...]]

@@ -7,17 +7,18 @@ from pathlib import Path
 
 import tyro
 
-from distaff.cli.summary import find_runs
 from distaff.core.files import explained, write_whole
 from distaff.core.paths import shown
 from distaff.core.views.amounts import byte_text
 from distaff.errors import ConfigError
+from distaff.report import IMAGE_BYTES
+from distaff.report.summary import find_runs
 
 
 def report(
     runs: tyro.conf.Positional[tuple[Path, ...]],
     out: Path = Path("report.html"),
-    image_bytes: int = 350_000,
+    image_bytes: int = IMAGE_BYTES,
 ) -> int:
     """Writes a report of runs: what differs, learning curves, tables, figures, environments.
 
@@ -26,8 +27,8 @@ def report(
         out: the HTML file to write. It needs no network and no other file.
         image_bytes: the most bytes of figures and images to include.
     """
-    from distaff.cli.report.facts import gather  # needs JAX, which the help does not load
-    from distaff.cli.report.page import page
+    from distaff.report.facts import gather  # needs JAX, which the help does not load
+    from distaff.report.page import page
 
     paths: list[Path] = []
     for path in runs:
