@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from distaff import cli, export_model, tasks, zoo
-from distaff.core.config.encoding import load
+from distaff.core.config.strict_json import load
 from distaff.errors import ConfigError, RunDirectoryError
 
 RNG = np.random.default_rng(0)
