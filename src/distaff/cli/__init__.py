@@ -20,6 +20,7 @@ commands:
   predict RUN DATA write its outputs
   export RUN DIR   export it to run without Distaff
   report RUN ...   write an HTML report of one or several runs
+  watch RUN        show a run that trains elsewhere
   runs COMMAND     list, show, compare and remove runs
   env              print versions and devices
 
@@ -57,6 +58,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "predict": _in("inference", "predict_main"),
     "export": _in("inference", "export_main"),
     "report": _in("report"),
+    "watch": _in("watch"),
     "runs": _in("runs"),
     "env": _env,
 }

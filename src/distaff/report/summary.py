@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -95,13 +96,30 @@ def find_runs(root: Path) -> Iterator[Summary]:
             f"There is no folder {str(root)!r}. Run the command where your runs are, or pass "
             "--root."
         )
-    found = []
+    found = map(Summary.read, _paths(root))
+    yield from sorted(found, key=lambda run: (run.started, str(run.path)))
+
+
+def newest_run(root: Path) -> Path | None:
+    """Returns the run below a folder that was last written to; None without one."""
+    return max(_paths(root), key=_last_change, default=None)
+
+
+def _paths(root: Path) -> Iterator[Path]:
     for folder, folders, files in os.walk(root):
         if "config.json" in files:
             folders.clear()
-            found.append(Summary.read(Path(folder)))
+            yield Path(folder)
         folders[:] = sorted(each for each in folders if not each.startswith("."))
-    yield from sorted(found, key=lambda run: (run.started, str(run.path)))
+
+
+def _last_change(path: Path) -> float:
+    """Returns when a run last wrote its status or its metrics, in Unix time."""
+    times = [0.0]
+    for name in ("status.json", "metrics.jsonl"):
+        with contextlib.suppress(OSError):  # it is not there yet, or was removed
+            times.append((path / name).stat().st_mtime)
+    return max(times)
 
 
 def flat_config(path: Path) -> dict[str, Any]:

@@ -99,6 +99,18 @@ def is_held_elsewhere(directory: Path) -> bool:
     return holder is not None and holder.system != this_process()["system"]
 
 
+def is_running(directory: Path) -> bool | None:
+    """Whether a process runs in a run directory; None if that cannot be determined.
+
+    A process on this machine is looked up by its id. Only for others the lock is tried.
+    """
+    path = Path(directory) / LOCK_FILE
+    holder = _read(path)
+    if holder is None or holder.is_alive is not None:
+        return holder is not None and holder.is_alive
+    return is_locked(path) or None
+
+
 def try_lock(path: Path, flags: int = 0) -> int | None:
     """Locks a file without waiting. Returns its descriptor, or None on failure."""
     if fcntl is None:
