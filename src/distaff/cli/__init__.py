@@ -15,6 +15,7 @@ from distaff.errors import ConfigError, DistaffError, nearest
 _USAGE = """usage: distaff COMMAND [OPTIONS]
 
 commands:
+  new NAME         make a project: recipe, model, test, Makefile
   fit RECIPE       train a recipe, such as `digits` or `train.py:main`
   eval RUN DATA    evaluate a trained model
   predict RUN DATA write its outputs
@@ -53,6 +54,7 @@ def _in(module: str, name: str = "main") -> Callable[[Sequence[str]], int]:
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "new": _in("new"),
     "fit": _in("fit"),
     "eval": _in("inference", "eval_main"),
     "predict": _in("inference", "predict_main"),
@@ -88,6 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return COMMANDS[words[0]](words[1:])
     except DistaffError as error:
         return _failed(str(error), 2 if isinstance(error, (ValueError, ImportError)) else 1)
+    except KeyboardInterrupt:  # a training ends by itself, and returns its result
+        return _failed("Interrupted by Ctrl-C.", 130)
     except BrokenPipeError:  # such as `distaff runs list | head`
         sys.stderr.close()
         return 0
