@@ -22,7 +22,7 @@ commands:
   export RUN DIR   export it to run without Distaff
   report RUN ...   write an HTML report of one or several runs
   watch RUN        show a run that trains elsewhere
-  runs COMMAND     list, show, compare and remove runs
+  runs COMMAND     list, show, compare, tag, archive and remove runs
   env              print versions and devices
 
 options:

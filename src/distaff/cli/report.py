@@ -33,7 +33,7 @@ def report(
     paths: list[Path] = []
     for path in runs:
         is_run = (path / "config.json").is_file() or not path.is_dir()
-        paths += [path] if is_run else [run.path for run in find_runs(path)]
+        paths += [path] if is_run else [run.path for run in find_runs(path) if not run.archived]
     paths = list(dict.fromkeys(path.absolute() for path in paths))
     if not paths:
         raise ConfigError("Name at least one run, such as runs/digits/0001, or a folder with runs.")

@@ -15,7 +15,9 @@ from typing import Any
 from distaff.core.paths import shown
 from distaff.core.views.amounts import clock_time
 from distaff.errors import RunDirectoryError
+from distaff.report.tags import TAGS_FILE, Tags
 from distaff.run.directory.run_directory import RunDirectory
+from distaff.run.directory.run_lock import is_running
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,8 @@ class Summary:
         metrics: the last metrics by name.
         best: metrics of the best model by name.
         command: the command line of the first start.
+        tags: its tags.
+        archived: whether it is archived, and does not train again.
     """
 
     path: Path
@@ -47,6 +51,8 @@ class Summary:
     metrics: dict[str, float]
     best: dict[str, float]
     command: str
+    tags: tuple[str, ...]
+    archived: bool
 
     @classmethod
     def read(cls, path: Path) -> Summary:
@@ -65,6 +71,8 @@ class Summary:
         starts = read_mapping(run, "env.json").get("starts")
         argv = _dict(starts[0] if isinstance(starts, list) and starts else None).get("argv")
         options = _dict(read_mapping(run, "config.json").get("options"))
+        tags = Tags.of(read_mapping(run, TAGS_FILE))
+        trains_again = status.get("status") == "running" and is_running(run.path)
         return cls(
             path=run.path,
             name=str(options.get("name") or run.path.parent.name),
@@ -77,6 +85,8 @@ class Summary:
             metrics=_numbers(status.get("metrics")),
             best=_numbers(_dict(status.get("best")).get("metrics")),
             command=shlex.join(map(str, argv)) if isinstance(argv, list) else "",
+            tags=tags.tags,
+            archived=tags.archived and not trains_again,
         )
 
     def cells(self) -> tuple[str, ...]:
