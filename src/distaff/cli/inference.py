@@ -20,6 +20,7 @@ Run = tyro.conf.Positional[Path]
 def evaluate(
     run: Run,
     data: tyro.conf.Positional[Path],
+    columns: tuple[str, ...] = (),
     code: str | None = None,
     weights: str | None = None,
 ) -> int:
@@ -27,15 +28,20 @@ def evaluate(
 
     Args:
         run: path of a run, such as runs/digits/0001, or of one of its checkpoints.
-        data: an .npz file with the arrays of a batch by name, such as image and label.
+        data: an .npz file with the arrays of a batch by name, such as image and label; or a .csv
+            or .parquet file with these columns, such as x_0, x_1 and label.
+        columns: columns of the model's input, in their order, if they have other names; patterns
+            such as "pixel*" are possible.
         code: file or module with your classes, such as train.py or package.module.
         weights: "raw", "ema" or "swa"; by default those that the monitor judges.
     """
     import numpy as np
 
-    from distaff.cli import arrays, trained
+    from distaff.cli import trained
 
-    metrics = trained.loaded(run, code).eval_model(arrays.read(data), weights=weights)
+    trainer = trained.loaded(run, code)
+    batch = trained.data_of(run, trainer, data, columns, with_targets=True)
+    metrics = trainer.eval_model(batch, weights=weights)
     width = max(map(len, metrics), default=0)
     for name, value in metrics.items():
         print(f"{name:<{width}}  {np.array2string(np.asarray(value), precision=6)}")
@@ -46,6 +52,7 @@ def predict(
     run: Run,
     data: tyro.conf.Positional[Path],
     out: Path = Path("predictions.npz"),
+    columns: tuple[str, ...] = (),
     argmax: bool = False,
     code: str | None = None,
     weights: str | None = None,
@@ -54,8 +61,11 @@ def predict(
 
     Args:
         run: path of a run, such as runs/digits/0001, or of one of its checkpoints.
-        data: an .npz file with inputs by name, or an .npy file with one array of inputs.
-        out: the file to write: .npz, .npy, or .csv with a row per example.
+        data: an .npz file with inputs by name, an .npy file with one array of inputs, or a .csv or
+            .parquet file with the columns of the input, such as x_0 and x_1.
+        out: the file to write: .npz, .npy, or .csv or .parquet with a row per example.
+        columns: columns of the model's input, in their order, if they have other names; patterns
+            such as "pixel*" are possible.
         argmax: write the index of the largest output, such as the class, instead of the outputs.
         code: file or module with your classes, such as train.py or package.module.
         weights: "raw", "ema" or "swa"; by default those that the monitor judges.
@@ -63,11 +73,14 @@ def predict(
     import jax
     import numpy as np
 
-    from distaff.cli import arrays, trained
+    from distaff.cli import trained
+    from distaff.cli.files import arrays
 
     if out.suffix not in arrays.OUTPUTS:
-        raise ConfigError(f"out must end in .npz, .npy or .csv; got {str(out)!r}.")
-    outputs = trained.loaded(run, code).predict(arrays.read(data), weights=weights)
+        raise ConfigError(f"out must end in .npz, .npy, .csv or .parquet; got {str(out)!r}.")
+    trainer = trained.loaded(run, code)
+    batch = trained.data_of(run, trainer, data, columns, with_targets=False)
+    outputs = trainer.predict(batch, weights=weights)
     if argmax:
         outputs = jax.tree.map(lambda each: np.asarray(each).argmax(axis=-1), outputs)
     leaves = jax.tree.leaves_with_path(outputs)
