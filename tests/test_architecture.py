@@ -25,7 +25,7 @@ PACKAGES = (
     *("errors", "core", "data", "augment", "metrics", "models", "zoo", "optim"),
     *("step", "execution", "checkpoint", "loggers", "callbacks", "run", "report"),
     *("trainer", "tasks", "export"),
-    *("distaff", "tune", "cli", "integrations", "testing"),
+    *("distaff", "tune", "serve", "cli", "integrations", "testing"),
 )
 
 CORE = {"jax", "flax", "optax", "orbax", "numpy", "rich", "tyro", "msgpack"}
@@ -41,7 +41,16 @@ NOWHERE = {"tensorflow", "pickle", "cloudpickle", "dill", "marshal", "shelve"}
 OPTIONAL = (
     *("matplotlib", "sklearn", "pandas", "torch", "tensorflow", "wandb", "mlflow", "optuna", "ray"),
     *("grain", "tensorboard", "tensorboardX", "equinox", "jaxtyping", "beartype", "hypothesis"),
-    *("pytest", "_pytest", "safetensors", "pyarrow", "array_record", "dm_pix", "trackio"),
+    *(
+        "pytest",
+        "_pytest",
+        "safetensors",
+        "pyarrow",
+        "array_record",
+        "dm_pix",
+        "trackio",
+        "uvicorn",
+    ),
 )
 WITHOUT_OPTIONAL = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL!r}))\n"
 

@@ -20,6 +20,7 @@ commands:
   eval RUN DATA    evaluate a trained model
   predict RUN DATA write its outputs
   export RUN DIR   export it to run without Distaff
+  serve RUN        serve it over HTTP
   report RUN ...   write an HTML report of one or several runs
   watch RUN        show a run that trains elsewhere
   runs COMMAND     list, show, compare, tag, archive and remove runs
@@ -59,6 +60,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "eval": _in("inference", "eval_main"),
     "predict": _in("inference", "predict_main"),
     "export": _in("inference", "export_main"),
+    "serve": _in("serve"),
     "report": _in("report"),
     "watch": _in("watch"),
     "runs": _in("runs"),

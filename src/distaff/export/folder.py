@@ -92,7 +92,7 @@ def export_model(
         trainer, example_batch, batch_size=batch_size, platforms=tuple(platforms), weights=weights
     )
     facts: dict[str, Any] = _facts(trainer, program, weights)
-    facts["platforms"] = list(platforms)
+    facts |= {"platforms": list(platforms), "batch_size": batch_size}
     card = model_card(facts, program, _run_facts(trainer, run, facts["weights"]), license)
     with explained(target, rule="An exported model must be a folder that can be {}", other="path"):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -129,6 +129,7 @@ def _facts(trainer: Predictor, program: ExportedProgram, weights: str | None) ->
         "weights": weights or trainer._workspace.default_weights(),
         "inputs": program.inputs,
         "outputs": program.outputs,
+        "keeps_apart": program.keeps_apart,
         "num_parameters": int(
             sum(x.size for n, x in program.weights.items() if n.startswith("params/"))
         ),
