@@ -1,20 +1,24 @@
-"""The command `distaff serve`: answers requests for the outputs of a model over HTTP."""
+"""The command `distaff serve`: answers requests for the outputs of a model over HTTP.
+
+Functions import what needs JAX, so that the help starts without it.
+"""
 
 from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from distaff.checkpoint import located
-from distaff.checkpoint.record import example_from
-from distaff.cli.inference import Run, loaded
+from distaff.cli.inference import Run
 from distaff.core import optional
 from distaff.errors import ConfigError
-from distaff.serve import Application, ServedModel, ServeOptions
+from distaff.serve.options import ServeOptions
+
+if TYPE_CHECKING:
+    from distaff.serve import ServedModel
 
 
 def serve(
@@ -32,6 +36,8 @@ def serve(
         weights: "raw", "ema" or "swa"; by default those that the monitor judges.
         options: address, batches and limits.
     """
+    from distaff.serve import Application
+
     server = optional.load("deployment.uvicorn", extra="serve")
     with _bound(options.host, options.port) as bound:
         model = _model(run, code, weights, options.max_batch_size)
@@ -58,11 +64,16 @@ def main(words: Sequence[str]) -> int:
 
 
 def _model(path: Path, code: str | None, weights: str | None, max_batch_size: int) -> ServedModel:
+    from distaff.checkpoint import located
+    from distaff.checkpoint.record import example_from
+    from distaff.cli import trained
+    from distaff.serve import ServedModel
+
     if (path / "model.jax").is_file():
         if code is not None or weights is not None:
             raise ConfigError("An exported model has its own code and weights: omit both options.")
         return ServedModel.read(path, max_batch_size=max_batch_size)
-    trainer = loaded(path, code)
+    trainer = trained.loaded(path, code)
     example = example_from(located(path).record()["example_batch"])
     return ServedModel.of(trainer, example, max_batch_size=max_batch_size, weights=weights)
 
