@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from distaff import cli
-from distaff.cli.report import facts
+from distaff.report import facts
 
 FACTS = re.compile(r'<script type="application/json" id="facts">(.*?)</script>', re.DOTALL)
 HOSTILE = "</script><script>document.title='broken'</script><img src=x onerror=alert(1)>&amp;"

@@ -1,24 +1,29 @@
-"""The command line, `distaff`: trains recipes, and lists, compares and removes runs."""
+"""The command line, `distaff`: trains recipes, and lists, compares and removes runs.
+
+A module of a command is imported when that command runs, so that help takes no second.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 
 import distaff
-from distaff.cli import fit, inference, report, runs
 from distaff.errors import ConfigError, DistaffError, nearest
-from distaff.run.directory import environment
 
 _USAGE = """usage: distaff COMMAND [OPTIONS]
 
 commands:
+  new NAME         make a project: recipe, model, test, Makefile
   fit RECIPE       train a recipe, such as `digits` or `train.py:main`
   eval RUN DATA    evaluate a trained model
   predict RUN DATA write its outputs
   export RUN DIR   export it to run without Distaff
+  serve RUN        serve it over HTTP
   report RUN ...   write an HTML report of one or several runs
-  runs COMMAND     list, show, compare and remove runs
+  watch RUN        show a run that trains elsewhere
+  runs COMMAND     list, show, compare, tag, archive and remove runs
   env              print versions and devices
 
 options:
@@ -33,6 +38,8 @@ exit status: 0 if the command succeeded, 1 if a training failed, 2 for a wrong c
 def _env(words: Sequence[str]) -> int:
     if words:
         raise ConfigError(f"`distaff env` takes no arguments; got {' '.join(words)!r}.")
+    from distaff.run.directory import environment
+
     facts = environment.describe()
     for name, version in {"python": facts["python"], **facts["packages"]}.items():
         print(f"{name:<18} {version}")
@@ -42,11 +49,21 @@ def _env(words: Sequence[str]) -> int:
     return 0
 
 
+def _in(module: str, name: str = "main") -> Callable[[Sequence[str]], int]:
+    """Returns a command that imports its module when it runs."""
+    return lambda words: getattr(import_module(f"distaff.cli.{module}"), name)(words)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "fit": fit.main,
-    "runs": runs.main,
-    "report": report.main,
-    **inference.COMMANDS,
+    "new": _in("new"),
+    "fit": _in("fit"),
+    "eval": _in("inference", "eval_main"),
+    "predict": _in("inference", "predict_main"),
+    "export": _in("inference", "export_main"),
+    "serve": _in("serve"),
+    "report": _in("report"),
+    "watch": _in("watch"),
+    "runs": _in("runs"),
     "env": _env,
 }
 """Commands by name: functions of the further arguments that return the exit status."""
@@ -75,6 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return COMMANDS[words[0]](words[1:])
     except DistaffError as error:
         return _failed(str(error), 2 if isinstance(error, (ValueError, ImportError)) else 1)
+    except KeyboardInterrupt:  # a training ends by itself, and returns its result
+        return _failed("Interrupted by Ctrl-C.", 130)
     except BrokenPipeError:  # such as `distaff runs list | head`
         sys.stderr.close()
         return 0

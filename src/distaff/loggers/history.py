@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from distaff.core import optional
-from distaff.core.config import encoding
+from distaff.core.config import strict_json
 from distaff.core.paths import as_path
 from distaff.core.typing import Values
 from distaff.core.views import html
@@ -241,7 +241,7 @@ def _rows(directory: Path) -> Iterator[Mapping[str, Any]]:
 
 def _row(line: bytes, place: str) -> Mapping[str, Any]:
     try:
-        row = encoding.loads(line)
+        row = strict_json.loads(line)
     except ValueError as error:
         raise RunDirectoryError(
             f"A log must be JSON; {place} is not: {error}. Remove it."

@@ -57,19 +57,6 @@ def length(loader: Any) -> str:
         return ""
 
 
-def byte_text(count: float) -> str:
-    """Returns a number of bytes in the largest unit that fits.
-
-    >>> byte_text(3 * 2**29)
-    '1.5 GiB'
-    """
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if count >= 100 else f"{count:.3g} {unit}"
-        count /= 1024
-    return f"{count:.3g} TiB"
-
-
 def scalar(value: Any) -> str:
     """Returns a number of the host or the device; its shape if it cannot be read."""
     try:

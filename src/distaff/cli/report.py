@@ -7,19 +7,18 @@ from pathlib import Path
 
 import tyro
 
-from distaff.cli.report.facts import gather
-from distaff.cli.report.page import page
-from distaff.cli.summary import find_runs
 from distaff.core.files import explained, write_whole
 from distaff.core.paths import shown
-from distaff.core.views.brief import byte_text
+from distaff.core.views.amounts import byte_text
 from distaff.errors import ConfigError
+from distaff.report import IMAGE_BYTES
+from distaff.report.summary import find_runs
 
 
 def report(
     runs: tyro.conf.Positional[tuple[Path, ...]],
     out: Path = Path("report.html"),
-    image_bytes: int = 350_000,
+    image_bytes: int = IMAGE_BYTES,
 ) -> int:
     """Writes a report of runs: what differs, learning curves, tables, figures, environments.
 
@@ -28,10 +27,13 @@ def report(
         out: the HTML file to write. It needs no network and no other file.
         image_bytes: the most bytes of figures and images to include.
     """
+    from distaff.report.facts import gather  # needs JAX, which the help does not load
+    from distaff.report.page import page
+
     paths: list[Path] = []
     for path in runs:
         is_run = (path / "config.json").is_file() or not path.is_dir()
-        paths += [path] if is_run else [run.path for run in find_runs(path)]
+        paths += [path] if is_run else [run.path for run in find_runs(path) if not run.archived]
     paths = list(dict.fromkeys(path.absolute() for path in paths))
     if not paths:
         raise ConfigError("Name at least one run, such as runs/digits/0001, or a folder with runs.")

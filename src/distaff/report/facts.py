@@ -6,14 +6,15 @@ import base64
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 
-from distaff.cli.summary import Summary, flat_config, num_bytes, read_mapping
 from distaff.core.paths import shown
 from distaff.loggers.history import History
+from distaff.report.summary import Summary, flat_config, num_bytes, read_mapping
+from distaff.run.directory.curves import CURVES
 from distaff.run.directory.run_directory import RunDirectory
 
 MOST_POINTS = 15_000
@@ -22,6 +23,7 @@ MOST_POINTS = 15_000
 _FEWEST_POINTS = 50
 
 _MEDIA = {".svg": "image/svg+xml", ".png": "image/png"}
+_CURVES = PurePath(CURVES).stem  # the report draws them itself
 _MOST_TEXT = 8_000
 _SEED = "seed"
 
@@ -126,7 +128,7 @@ def _images(path: Path, budget: int) -> tuple[list[dict[str, str]], list[str]]:
     ]
     kept, left_out = [], []
     for file in files:
-        if file.suffix not in _MEDIA or not file.is_file():
+        if file.suffix not in _MEDIA or file.stem == _CURVES or not file.is_file():
             continue
         name, size = file.relative_to(path).as_posix(), file.stat().st_size
         if size * 4 / 3 > budget:

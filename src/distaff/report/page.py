@@ -37,4 +37,4 @@ def page(facts: dict[str, Any]) -> str:
 
 
 def _asset(name: str) -> str:
-    return resources.files("distaff.cli.report").joinpath(name).read_text("utf-8")
+    return resources.files("distaff.report").joinpath(name).read_text("utf-8")
