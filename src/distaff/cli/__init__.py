@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from types import ModuleType
 
 import distaff
 from distaff.errors import ConfigError, DistaffError, nearest
@@ -27,8 +28,9 @@ commands:
   env              print versions and devices
 
 options:
-  -h, --help       print this help; `distaff COMMAND --help` has the help of a command
-  --version        print the version
+  -h, --help         print this help; `distaff COMMAND --help` has the help of a command
+  --version          print the version
+  --completion SHELL print the completion script of bash, zsh or fish
 
 exit status: 0 if the command succeeded, 1 if a training failed, 2 for a wrong command or option,
 130 after Ctrl-C, 143 after SIGTERM
@@ -36,6 +38,9 @@ exit status: 0 if the command succeeded, 1 if a training failed, 2 for a wrong c
 
 
 def _env(words: Sequence[str]) -> int:
+    if list(words) in (["-h"], ["--help"]):
+        print("usage: distaff env\n\nPrints versions and devices.\n\n  -h, --help  print this help")
+        return 0
     if words:
         raise ConfigError(f"`distaff env` takes no arguments; got {' '.join(words)!r}.")
     from distaff.run.directory import environment
@@ -86,10 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[0] in ("-V", "--version"):
         print(f"distaff {distaff.__version__}")
         return 0
-    if words[0] not in COMMANDS:
-        return _failed(f"There is no command {words[0]!r}. {nearest(words[0], COMMANDS)}", 2)
     try:
-        return COMMANDS[words[0]](words[1:])
+        return _run(words)
     except DistaffError as error:
         return _failed(str(error), 2 if isinstance(error, (ValueError, ImportError)) else 1)
     except KeyboardInterrupt:  # a training ends by itself, and returns its result
@@ -97,6 +100,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # such as `distaff runs list | head`
         sys.stderr.close()
         return 0
+
+
+def _run(words: Sequence[str]) -> int:
+    first, *rest = words
+    if first == "--completion":
+        if len(rest) != 1:
+            raise ConfigError("--completion needs the name of a shell: bash, zsh or fish.")
+        print(_completion().script(rest[0]), end="")
+        return 0
+    if first == "--complete":  # what that script calls
+        for word in _completion().candidates(" ".join(rest), COMMANDS, main):
+            print(word)
+        return 0
+    if first not in COMMANDS:
+        raise ConfigError(f"There is no command {first!r}. {nearest(first, COMMANDS)}")
+    return COMMANDS[first](rest)
+
+
+def _completion() -> ModuleType:
+    return import_module("distaff.cli.completion")
 
 
 def _failed(message: str, status: int) -> int:
