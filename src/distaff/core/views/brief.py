@@ -7,9 +7,6 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-import numpy as np
-
 from distaff.core.views import html
 from distaff.errors import leaf_name
 
@@ -28,6 +25,8 @@ def num_values(tree: Any) -> int:
 
 def leaves(tree: Any) -> Iterator[tuple[str, tuple[int, ...], Any]]:
     """Yields name, shape and dtype of each array of a pytree; reads no values."""
+    import jax  # here, so that the help of a command starts without it
+
     for path, leaf in jax.tree.leaves_with_path(tree):
         if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
             yield leaf_name(path), tuple(leaf.shape), leaf.dtype
@@ -59,6 +58,8 @@ def length(loader: Any) -> str:
 
 def scalar(value: Any) -> str:
     """Returns a number of the host or the device; its shape if it cannot be read."""
+    import numpy as np
+
     try:
         return str(np.asarray(value))
     except Exception:  # traced, or donated to a step
