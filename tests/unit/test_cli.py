@@ -48,7 +48,7 @@ def test_help_and_lists_of_runs_start_without_jax():
     typed = [
         *("--help", "--version", "fit", "runs", "runs list --help", "runs list --root ."),
         *("report --help", "eval --help", "predict --help", "export --help"),
-        "serve --help",
+        *("serve --help", "watch --help"),
     ]
     code = f"""
 import contextlib, sys

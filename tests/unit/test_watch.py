@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from distaff import cli
-from distaff.cli import watch
 from distaff.errors import RunDirectoryError
+from distaff.report import live
 from distaff.report.follow import Follower
 from distaff.run.directory.run_lock import is_running, locked
 from distaff.run.display import PlainDisplay
@@ -62,9 +62,9 @@ def log(*lines: str) -> None:
 def shown(*news: Callable[[], None], wait: bool = False) -> tuple[int, list[str]]:
     """Watches; each pause makes the next of the news. Returns the status, and the lines."""
     waiting = list(news)
-    stream, clock = io.StringIO(), watch._Clock()
-    view = watch.View(Follower(PLACE), PlainDisplay(stream, clock=clock), clock)
-    status = watch.follow(view, wait=wait, pause=lambda seconds: waiting.pop(0)())
+    stream, clock = io.StringIO(), live.Clock()
+    view = live.View(Follower(PLACE), PlainDisplay(stream, clock=clock), clock)
+    status = live.follow(view, wait=wait, pause=lambda seconds: waiting.pop(0)())
     assert not waiting
     return status, stream.getvalue().splitlines()
 
@@ -196,7 +196,7 @@ def test_ctrl_c_ends_it(monkeypatch):
         raise KeyboardInterrupt
 
     begin()
-    monkeypatch.setattr(watch, "follow", interrupted)
+    monkeypatch.setattr(live, "follow", interrupted)
     assert cli.main(("watch", "runs")) == 130
 
 

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import math
-from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePath
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from distaff.core.paths import shown
-from distaff.loggers.history import History
+from distaff.errors import DistaffError
+from distaff.report.curves import curves
+from distaff.report.media import logged_texts, pictures
 from distaff.report.summary import Summary, flat_config, num_bytes, read_mapping
-from distaff.run.directory.curves import CURVES
 from distaff.run.directory.run_directory import RunDirectory
 
-MOST_POINTS = 15_000
-"""The most points of all curves together, about 330 kB; longer curves are thinned."""
+MOST_NUMBERS = 60_000
+"""The most numbers of all curves together, about 400 kB; longer curves are thinned."""
 
-_FEWEST_POINTS = 50
-
-_MEDIA = {".svg": "image/svg+xml", ".png": "image/png"}
-_CURVES = PurePath(CURVES).stem  # the report draws them itself
 _MOST_TEXT = 8_000
 _SEED = "seed"
 
@@ -36,9 +30,31 @@ def gather(paths: Sequence[Path], image_bytes: int) -> dict[str, Any]:
         image_bytes: the most bytes of figures and images, shared by the runs.
 
     Raises:
-        RunDirectoryError: a path has no run.
+        RunDirectoryError: a path has no run, or a file of it is damaged.
     """
-    runs = [_run(path, image_bytes // len(paths), MOST_POINTS // len(paths)) for path in paths]
+    return _compared([_run(path, image_bytes // len(paths), _share(paths)) for path in paths])
+
+
+def gather_present(paths: Sequence[Path], image_bytes: int) -> dict[str, Any]:
+    """Returns the facts of a report on those runs that can be read at present.
+
+    The others, such as one that is being removed, are listed as `unreadable`.
+    """
+    runs, unreadable = [], []
+    for path in paths:
+        try:
+            runs.append(_run(path, image_bytes // len(paths), _share(paths)))
+        except (DistaffError, OSError) as error:
+            unreadable.append({"path": shown(path), "why": str(error)})
+    return {**_compared(runs), "unreadable": unreadable}
+
+
+def _share(paths: Sequence[Path]) -> int:
+    return MOST_NUMBERS // len(paths)
+
+
+def _compared(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the facts of runs with what differs; runs of one group differ in the seed only."""
     keys = dict.fromkeys(key for run in runs for key in run["options"])
     differs = [key for key in keys if len({repr(run["options"].get(key)) for run in runs}) > 1]
     for run in runs:
@@ -50,60 +66,66 @@ def gather(paths: Sequence[Path], image_bytes: int) -> dict[str, Any]:
     return {"runs": runs, "differs": differs}
 
 
-def _run(path: Path, image_bytes: int, most_points: int) -> dict[str, Any]:
+def _run(path: Path, image_bytes: int, most_numbers: int) -> dict[str, Any]:
     summary = Summary.read(path)
-    images, left_out = _images(summary.path, image_bytes)
+    images, left_out = pictures(summary.path, image_bytes)
+    texts, others = logged_texts(summary.path, _MOST_TEXT)
     return {
         **dataclasses.asdict(summary),
         "path": shown(summary.path),
         "options": {key: _text(value) for key, value in flat_config(summary.path).items()},
-        "curves": dict(_curves(summary.path, most_points)),
+        **curves(summary.path, most_numbers),
         "num_bytes": num_bytes(summary.path),
         "model": _read(summary.path / "model.txt"),
         "log": _read(summary.path / "log.txt", from_end=True),
         "environment": _environment(summary.path),
         "throughput": _throughput(summary.path),
+        "repeat": _repeat(summary),
         "images": images,
-        "left_out": left_out,
+        "texts": texts,
+        "left_out": left_out + others,
     }
-
-
-def _curves(path: Path, most_points: int) -> Iterator[tuple[str, dict[str, list[Any]]]]:
-    """Yields the scalar metrics of a run by name, with steps and epochs."""
-    history = History.read(path)
-    steps, epochs = history.steps, history.epochs
-    curves = {n: x for n, x in history.items() if x.ndim == 1 and x.dtype != object}
-    for name, values in curves.items():
-        kept = _thinned(len(values), max(_FEWEST_POINTS, most_points // len(curves)))
-        yield (
-            name,
-            {
-                "step": steps[name][kept].tolist(),
-                "epoch": epochs[name][kept].tolist(),
-                "value": [_finite(value) for value in values[kept].tolist()],
-            },
-        )
-
-
-def _thinned(count: int, most: int) -> np.ndarray:
-    """Returns the indices of the points to keep, the first and the last among them."""
-    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
-
-
-def _finite(value: float) -> float | None:
-    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def _environment(path: Path) -> dict[str, str]:
     facts = read_mapping(RunDirectory.open(path), "env.json")
-    packages = facts.get("packages")
-    devices = facts.get("devices")
-    named = {"python": facts.get("python"), **(packages if isinstance(packages, dict) else {})}
-    named["platform"] = facts.get("platform")
+    devices, commit = facts.get("devices"), _commit(facts)
+    named = {"python": facts.get("python"), **_packages(facts), "platform": facts.get("platform")}
     if isinstance(devices, dict):
         named["devices"] = f"{devices.get('count')} x {devices.get('kind')}"
-    named["git"] = facts.get("git")
+    if commit:
+        named["commit"] = f"{commit[0]}{', with uncommitted changes' if commit[1] else ''}"
     return {name: _text(value) for name, value in named.items() if value is not None}
+
+
+def _packages(facts: Mapping[str, Any]) -> dict[str, str]:
+    packages = facts.get("packages")
+    known = packages.items() if isinstance(packages, dict) else ()
+    return {name: version for name, version in known if isinstance(version, str)}
+
+
+def _commit(facts: Mapping[str, Any]) -> tuple[str, bool] | None:
+    """Returns the commit of a run, and whether its files differed; None if it is unknown."""
+    git = facts.get("git")
+    if not isinstance(git, dict) or not isinstance(git.get("commit"), str):
+        return None
+    return git["commit"], bool(git.get("dirty"))
+
+
+def _repeat(summary: Summary) -> str:
+    """Returns the commands that repeat a run: its code, its packages, its program."""
+    facts = read_mapping(RunDirectory.open(summary.path), "env.json")
+    lines, commit, packages = [], _commit(facts), _packages(facts)
+    if commit:
+        lines.append(f"git checkout {commit[0]}")
+        lines += ["# some files had uncommitted changes"] if commit[1] else []
+    if packages:
+        pinned = [shlex.quote(f"{name}=={version}") for name, version in packages.items()]
+        lines.append(f"pip install {' '.join(pinned)}  # Python {facts.get('python')}")
+    program = summary.command.partition(" ")[0]
+    if summary.command:
+        lines.append(f"python {summary.command}" if program.endswith(".py") else summary.command)
+    return "\n".join(lines)
 
 
 def _throughput(path: Path) -> dict[str, float]:
@@ -119,25 +141,6 @@ def _throughput(path: Path) -> dict[str, float]:
     }
     numbers = {**rates, **parts}
     return {name: float(v) for name, v in numbers.items() if isinstance(v, (int, float))}
-
-
-def _images(path: Path, budget: int) -> tuple[list[dict[str, str]], list[str]]:
-    """Returns figures and images as data URLs, and the names of those beyond the budget."""
-    files = [
-        file for folder in ("figures", "images") for file in sorted((path / folder).rglob("*"))
-    ]
-    kept, left_out = [], []
-    for file in files:
-        if file.suffix not in _MEDIA or file.stem == _CURVES or not file.is_file():
-            continue
-        name, size = file.relative_to(path).as_posix(), file.stat().st_size
-        if size * 4 / 3 > budget:
-            left_out.append(name)
-            continue
-        budget -= size * 4 // 3
-        data = base64.b64encode(file.read_bytes()).decode("ascii")
-        kept.append({"name": name, "url": f"data:{_MEDIA[file.suffix]};base64,{data}"})
-    return kept, left_out
 
 
 def _read(file: Path, *, from_end: bool = False) -> str:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from distaff.core.config import strict_json
-from distaff.report.summary import read_mapping
+from distaff.report.summary import read_mapping, start_times
 from distaff.run.directory.run_directory import STATUSES, RunDirectory
 from distaff.run.directory.run_lock import is_running
 
@@ -92,10 +91,7 @@ class Follower:
 
     def starts(self) -> list[float]:
         """Returns when the run was started and resumed, in Unix time."""
-        starts = read_mapping(self._run, "env.json").get("starts")
-        known = starts if isinstance(starts, list) else []
-        times = [each.get("time") for each in known if isinstance(each, Mapping)]
-        return sorted(filter(None, map(_unix, times)))
+        return start_times(self.path)
 
     def is_gone(self) -> bool:
         """Whether the process of a run that has not ended is known to be dead."""
@@ -160,13 +156,6 @@ def _row(line: bytes) -> dict[str, Any] | None:
         return None
     metrics = {printable(name): value for name, value in row.items()}
     return {**metrics, "step": step, "epoch": epoch, "time": time}
-
-
-def _unix(text: Any) -> float:
-    try:
-        return datetime.fromisoformat(text).timestamp()
-    except (TypeError, ValueError):
-        return 0.0
 
 
 def _without_time(line: str) -> str:

@@ -150,13 +150,21 @@ def flat_config(path: Path) -> dict[str, Any]:
     return flat
 
 
+def start_times(path: Path) -> list[float]:
+    """Returns when a run was started and resumed, in Unix time; empty if that is unknown."""
+    starts = read_mapping(RunDirectory.open(path), "env.json").get("starts")
+    known = starts if isinstance(starts, list) else []
+    return sorted(filter(None, (_unix(_dict(each).get("time")) for each in known)))
+
+
 def num_bytes(folder: Path) -> int:
     """Returns the size of all files below a folder, in bytes; links are not followed."""
-    return sum(
-        os.lstat(os.path.join(place, file)).st_size
-        for place, _, files in os.walk(folder)
-        for file in files
-    )
+    total = 0
+    for place, _, files in os.walk(folder):
+        for file in files:
+            with contextlib.suppress(FileNotFoundError):  # a checkpoint that just expired
+                total += os.lstat(os.path.join(place, file)).st_size
+    return total
 
 
 def read_mapping(run: RunDirectory, name: str) -> Mapping[str, Any]:
@@ -183,6 +191,13 @@ def _numbers(value: Any) -> dict[str, float]:
         for name, number in _dict(value).items()
         if isinstance(number, (int, float)) and math.isfinite(number)
     }
+
+
+def _unix(text: Any) -> float:
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except (TypeError, ValueError):
+        return 0.0
 
 
 def _local(text: Any) -> str:
