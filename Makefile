@@ -46,7 +46,7 @@ pinned := pyproject.toml $(wildcard constraints/*.txt)
 
 .NOTPARALLEL:
 .PHONY: digits test test-slow test-peers lint format clean chaos fuzz soak bench bench-quick
-.PHONY: bench-peers
+.PHONY: bench-peers docs
 
 digits: .venv/.digits
 	@$(bin)/distaff fit digits $(ARGS)

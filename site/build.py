@@ -33,6 +33,7 @@ def render(folder: Path) -> str:
     (folder / "mkdocs.yml").write_text(config + nav, "utf-8")
     shutil.copyfile(ROOT / "site" / "doctests.py", folder / "doctests.py")
     shutil.copytree(ROOT / "docs", folder / "docs")
+    shutil.copyfile(ROOT / "site" / "site.css", folder / "docs" / "site.css")
     (folder / "src").symlink_to(ROOT / "src")
     zensical = Path(sys.executable).with_name("zensical")
     done = subprocess.run([zensical, "build"], cwd=folder, capture_output=True, text=True)

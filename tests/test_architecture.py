@@ -23,9 +23,9 @@ SOURCES = Path(__file__).parents[1] / "src"
 # A package imports only from those before it. "distaff" is its own __init__.py.
 PACKAGES = (
     *("errors", "core", "data", "augment", "metrics", "models", "zoo", "optim"),
-    *("step", "execution", "checkpoint", "loggers", "callbacks", "run", "trainer", "tasks"),
-    "export",
-    *("distaff", "tune", "cli", "integrations", "testing"),
+    *("step", "execution", "checkpoint", "loggers", "callbacks", "run", "report"),
+    *("trainer", "tasks", "export"),
+    *("distaff", "tune", "serve", "cli", "integrations", "testing"),
 )
 
 CORE = {"jax", "flax", "optax", "orbax", "numpy", "rich", "tyro", "msgpack"}
@@ -41,7 +41,16 @@ NOWHERE = {"tensorflow", "pickle", "cloudpickle", "dill", "marshal", "shelve"}
 OPTIONAL = (
     *("matplotlib", "sklearn", "pandas", "torch", "tensorflow", "wandb", "mlflow", "optuna", "ray"),
     *("grain", "tensorboard", "tensorboardX", "equinox", "jaxtyping", "beartype", "hypothesis"),
-    *("pytest", "_pytest", "safetensors", "pyarrow", "array_record", "dm_pix", "trackio"),
+    *(
+        "pytest",
+        "_pytest",
+        "safetensors",
+        "pyarrow",
+        "array_record",
+        "dm_pix",
+        "trackio",
+        "uvicorn",
+    ),
 )
 WITHOUT_OPTIONAL = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL!r}))\n"
 
@@ -539,7 +548,7 @@ def test_import_of_distaff_adds_no_package_to_those_that_it_is_built_on() -> Non
     code = """
 import sys, jax, flax.nnx, optax, rich
 before = set(sys.modules)
-import distaff
+from distaff import *
 packages = {name.partition(".")[0] for name in set(sys.modules) - before}
 known = {name.partition(".")[0] for name in before} | sys.stdlib_module_names
 print(*sorted(packages - known))

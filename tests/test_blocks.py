@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -13,10 +14,15 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[1]
+SHORT = [
+    page for folder in ("concepts", "howto") for page in sorted(ROOT.glob(f"docs/{folder}/*.md"))
+]
+"""Pages of one short program each, which share processes: most of their time is the imports."""
+
 PAGES = [
     page
     for page in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
-    if "```python" in page.read_text()
+    if page not in SHORT and "```python" in page.read_text()
 ]
 
 FENCE = re.compile(
@@ -26,6 +32,14 @@ SKIPPED = re.compile(r"<!-- no-run: (?P<reason>.+?) -->\s*\Z")
 
 # The page's own name and line numbers stand in the traceback of a block that fails.
 RUN = "import sys; exec(compile(sys.stdin.read(), sys.argv[1], 'exec'))"
+RUN_EACH = """
+import json, os, sys
+for page, code in json.load(sys.stdin):
+    os.makedirs(folder := os.path.abspath(os.path.basename(page) + ".run"))
+    os.chdir(folder)
+    exec(compile(code, page, "exec"), {"__name__": "__main__"})
+    os.chdir("..")
+"""
 # A test run that was killed may have left half an entry in the compile cache.
 STRICT = ("-W", "error", "-W", "ignore:Error reading persistent compilation cache entry")
 
@@ -61,17 +75,28 @@ def script(blocks: list[Block]) -> str:
     return "\n".join(lines)
 
 
-def run_page(page: Path, directory: Path) -> subprocess.CompletedProcess[str]:
-    """Runs the blocks of one page in a new process, in `directory`."""
+def run(program: str, given: str, directory: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    """Runs a program in a new process, in `directory`."""
     return subprocess.run(
-        [sys.executable, *STRICT, "-c", RUN, str(page)],
-        input=script(python_blocks(page.read_text())),
+        [sys.executable, *STRICT, "-c", program, *args],
+        input=given,
         capture_output=True,
         text=True,
         cwd=directory,
         env=os.environ | {"MPLBACKEND": "agg"},
         timeout=280,
     )
+
+
+def run_page(page: Path, directory: Path) -> subprocess.CompletedProcess[str]:
+    """Runs the blocks of one page."""
+    return run(RUN, script(python_blocks(page.read_text())), directory, str(page))
+
+
+def run_pages(pages: list[Path], directory: Path) -> subprocess.CompletedProcess[str]:
+    """Runs the blocks of pages in turn, each with names and a folder of its own."""
+    scripts = [(str(page), script(python_blocks(page.read_text()))) for page in pages]
+    return run(RUN_EACH, json.dumps(scripts), directory)
 
 
 # A page trains for a minute or two.
@@ -84,6 +109,23 @@ def test_blocks_of_page_run(page: Path, tmp_path: Path) -> None:
         pytest.skip(reasons)
     finished = run_page(page, tmp_path)
     assert finished.returncode == 0, finished.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", range(3))
+def test_blocks_of_short_pages_run(share: int, tmp_path: Path) -> None:
+    finished = run_pages(SHORT[share::3], tmp_path)
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_short_pages_share_no_names(tmp_path: Path) -> None:
+    pages = [tmp_path / "a.md", tmp_path / "b.md"]
+    pages[0].write_text("```python\nx = 1\nopen('x', 'w').close()\n```\n")
+    pages[1].write_text("```python\nimport os\nprint(os.listdir())\n```\n\n```python\nx\n```\n")
+    finished = run_pages(pages, tmp_path / ".")
+    assert finished.stdout == "[]\n"
+    assert f'{pages[1]}", line 7' in finished.stderr
+    assert "NameError" in finished.stderr
 
 
 def test_readme_has_blocks_that_run() -> None:

@@ -1,12 +1,15 @@
-"""Distaff: a training framework for JAX. Write a model and a loss; Distaff holds the loop."""
+"""Distaff: a training framework for JAX. Write a model and a loss; Distaff holds the loop.
+
+JAX takes a second to import, so `import distaff` does not import it: the first name that you use
+does, and loads all names at once. Type checkers and editors see the names as usual.
+"""
 
 from __future__ import annotations
 
-from importlib.metadata import version
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from distaff.core.gc import spared
-
-with spared():
+if TYPE_CHECKING:
     from distaff import (
         augment,
         callbacks,
@@ -33,6 +36,27 @@ with spared():
     from distaff.step.step import EvalStep, TrainStep, train_step
     from distaff.trainer.config import TrainerConfig
     from distaff.trainer.module import TrainerModule
+
+    __version__: str
+
+_PLACES = {
+    "callbacks": ("Callback", "EarlyStopping", "Profiler", "StepInfo", "StopTraining"),
+    "checkpoint.weights": ("InitFrom", "TorchRules", "export_weights"),
+    "errors": ("DistaffError",),
+    "export": ("export_model",),
+    "loggers.history": ("History",),
+    "metrics.monitor": ("Monitor",),
+    "models": ("Lora", "PrecisionConfig", "RematConfig"),
+    "optim": ("OptimizerConfig",),
+    "run.result": ("Best", "TrainResult"),
+    "step.averages": ("EMA",),
+    "step.context": ("Context",),
+    "step.state": ("TrainState",),
+    "step.step": ("EvalStep", "TrainStep", "train_step"),
+    "trainer.config": ("TrainerConfig",),
+    "trainer.module": ("TrainerModule",),
+}
+"""Public names by module. All other names in `__all__` are packages."""
 
 __all__ = [
     "EMA",
@@ -72,4 +96,32 @@ __all__ = [
     "train_step",
 ]
 
-__version__ = version("distaff")
+
+def __getattr__(name: str) -> Any:
+    """Loads the library when a name is first used; raises AttributeError for unknown names."""
+    if name == "__version__":
+        return import_module("importlib.metadata").version("distaff")
+    if not name.startswith("__"):
+        _load()
+        if name in globals():
+            return globals()[name]
+    from distaff.errors import nearest
+
+    raise AttributeError(f"Distaff has no attribute {name!r}. {nearest(name, __all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})
+
+
+def _load() -> None:
+    """Imports every public name; a second call does nothing."""
+    from distaff.core.gc import spared
+
+    with spared():
+        packages = [name for name in __all__ if name not in sum(_PLACES.values(), ())]
+        for package in packages:
+            import_module(f"distaff.{package}")
+        for place, names in _PLACES.items():
+            module = import_module(f"distaff.{place}")
+            globals().update({name: getattr(module, name) for name in names})

@@ -9,8 +9,6 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
-import jax
-
 
 class DistaffError(Exception):
     """Base class of every error that Distaff raises on purpose."""
@@ -134,4 +132,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def leaf_name(path: tuple[Any, ...]) -> str:
     """Returns the path of a pytree leaf as users write it: `params/Dense_0/kernel`."""
+    import jax  # here: the command line starts without JAX
+
     return jax.tree_util.keystr(path, simple=True, separator="/") or "(the whole tree)"

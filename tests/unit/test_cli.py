@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pytest
 
 import distaff.cli
+from distaff.cli.recipes import RECIPES, find
 
 QUICK = (
     *("fit", "digits", "--num-epochs", "2", "--optimizer.learning-rate", "1e-3"),
@@ -41,6 +42,30 @@ def test_usage_lists_the_commands(words, capsys):
     assert printed.out.startswith("usage: distaff COMMAND [OPTIONS]\n")
     for command in distaff.cli.COMMANDS:
         assert re.search(rf"^  {command}\b", printed.out, re.MULTILINE)
+
+
+def test_help_and_lists_of_runs_start_without_jax():
+    typed = [
+        *("--help", "--version", "fit", "runs", "runs list --help", "runs list --root ."),
+        *("report --help", "eval --help", "predict --help", "export --help"),
+        *("serve --help", "watch --help"),
+    ]
+    code = f"""
+import contextlib, sys
+from distaff.cli import main
+for words in {typed}:
+    with contextlib.suppress(SystemExit):
+        assert main(words.split()) == 0, words
+print({{"jax", "numpy", "flax", "optax", "distaff.cli.runs"}} & set(sys.modules))
+"""
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (finished.returncode, finished.stderr) == (0, "")
+    assert finished.stdout.splitlines()[-1] == "{'distaff.cli.runs'}"
+
+
+def test_summaries_of_recipes_are_those_of_their_docstrings():
+    for name, recipe in RECIPES.items():
+        assert find(name).__doc__.splitlines()[0] == recipe.summary
 
 
 @pytest.mark.parametrize("words", [("fit",), ("fit", "-h"), ("fit", "--help")])

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distaff import cli, tasks, zoo
+from distaff import cli, data, tasks, zoo
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.normal(size=(12, 8, 8, 1)).astype(np.float32)
@@ -81,10 +81,43 @@ def test_predict_writes_a_column_per_output(trained):
     np.testing.assert_array_equal(written, trainer.predict(IMAGES))
 
 
+def test_tables_give_what_arrays_give(trained, capsys):
+    trainer, path = trained
+    names = [f"image_{place}" for place in range(64)]
+    rows = [
+        [*image.ravel().tolist(), label, "n"] for image, label in zip(IMAGES, LABELS, strict=True)
+    ]
+    head = ",".join([*names, "label", "note"])
+    Path("data.csv").write_text("\n".join([head, *(",".join(map(str, row)) for row in rows)]))
+    logits = trainer.predict(IMAGES)
+    assert cli.main(("predict", str(path), "data.csv", "--out", "logits.parquet")) == 0
+    assert capsys.readouterr().err == "data.csv: columns not used: label, note\n"
+    read = data.ParquetExamples("logits.parquet").read_batch(range(12))
+    np.testing.assert_array_equal(np.stack([*read.values()], axis=1), logits)
+    assert [*read] == [f"outputs_{place}" for place in range(10)]
+    words = ("predict", str(path), "logits.parquet", "--columns", "outputs_*", *["outputs_9"] * 2)
+    assert cli.main(words) == 2
+    assert "64 values per row" in capsys.readouterr().err
+    for file in ("data.csv", "data.npz"):
+        assert cli.main(("eval", str(path), file)) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[: len(printed) // 2] == printed[len(printed) // 2 :]
+
+
+def test_failed_write_leaves_the_file_before(trained, monkeypatch, capsys):
+    _, path = trained
+    Path("out.csv").write_text("before")
+    monkeypatch.setattr("csv.writer", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "full")))
+    assert cli.main(("predict", str(path), "images.npy", "--out", "out.csv")) == 1
+    assert "Free some space" in capsys.readouterr().err
+    assert Path("out.csv").read_text() == "before"
+    assert sorted(each.name for each in Path().iterdir() if each.suffix == ".csv") == ["out.csv"]
+
+
 def test_export_writes_a_folder(trained, capsys):
     _, path = trained
     assert cli.main(("export", str(path), "exported")) == 0
-    assert capsys.readouterr().out.startswith("exported: model.jax")
+    assert capsys.readouterr().out.startswith("exported: README.md, model.jax")
     assert (Path("exported") / "load.py").is_file()
     assert cli.main(("export", str(path), "exported")) == 2
 
@@ -110,7 +143,9 @@ def test_class_of_your_own_is_in_the_code_that_you_name(capsys, monkeypatch):
     ("words", "part"),
     [
         (("predict", "RUN", "images.npy", "--out", "out.txt"), ".csv"),
-        (("predict", "RUN", "data.csv"), ".npz or .npy"),
+        (("predict", "RUN", "data.txt"), ".npz, .npy, .csv or .parquet"),
+        (("predict", "RUN", "images.npy", "--columns", "a"), "--columns"),
+        (("predict", "RUN", "gone.csv"), "'gone.csv' cannot be read"),
         (("predict", "RUN", "gone.npz"), "numpy.savez"),
         (("predict", "RUN", "broken.npz"), "numpy.savez"),
         (("predict", "gone", "images.npy"), "gone"),

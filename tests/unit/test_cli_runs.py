@@ -232,3 +232,74 @@ def test_config_of_a_run_of_another_program_names_that_program(capsys):
     shutil.rmtree(path)
     assert cli.main(("fit", "--config", str(path))) == 1
     assert cli.main(("fit", "--config")) == 2
+
+
+def test_tags_are_listed_found_and_removed(capsys):
+    path, other = make("0001", 0.5), make("0002", 0.25)
+    assert printed(capsys, "tag", str(path), "best", "paper") == [[f"{path}:", "best", "paper"]]
+    printed(capsys, "tag", str(path), "paper", "best")
+    printed(capsys, "tag", str(other), "paper")
+    head, *rows, _ = printed(capsys, "list", "--tag", "best", "paper")
+    assert head[6] == "tags"
+    assert [row[0] for row in rows] == [str(path)]
+    assert ["tags", "best", "paper"] in printed(capsys, "show", str(path))
+    assert "no tag 'bets'. Did you mean 'best'?" in failed(
+        capsys, "tag", str(path), "paper", "bets", "--remove"
+    )
+    assert printed(capsys, "tag", str(path), "best", "--remove") == [[f"{path}:", "paper"]]
+    assert "'best'" in failed(capsys, "list", "--tag", "best")
+    assert cli.main(("runs", "list", "--as-json")) == 0
+    assert [json.loads(line)["tags"] for line in capsys.readouterr().out.splitlines()] == [
+        ["paper"],
+        ["paper"],
+    ]
+
+
+def test_archived_runs_are_left_out_and_stay_where_they_are(capsys):
+    path, other = make("0001", 0.5), make("0002", 0.25)
+    killed = make("0003", 0.5, status="running")
+    printed(capsys, "tag", str(path), "old")
+    for each in (path, killed):
+        assert printed(capsys, "archive", str(each)) == [[f"{each}:", "archived"]]
+    _, row, count = printed(capsys, "list")
+    assert (row[0], " ".join(count)) == (str(other), "1 run in runs; 2 archived (--archived)")
+    _, *rows, _ = printed(capsys, "list", "--archived", "--tag", "old")
+    assert [row[0] for row in rows] == [str(path)]
+    assert ["archived", "yes"] in printed(capsys, "show", str(path))
+    assert cli.main(("report", "runs")) == 0
+    assert "1 run," in capsys.readouterr().out
+    assert len(printed(capsys, "du")) == 5
+    assert printed(capsys, "archive", str(path), "--restore") == [[f"{path}:", "restored"]]
+    assert len(printed(capsys, "list")) == 4
+
+
+def test_archived_run_that_trains_again_is_listed(capsys):
+    path = make("0001", 0.5, status="running")
+    printed(capsys, "archive", str(path))
+    with locked(path):
+        assert len(printed(capsys, "list")) == 3
+    assert len(printed(capsys, "list")) == 2
+
+
+def test_run_in_use_is_neither_tagged_nor_archived(capsys):
+    path = make("0001", 0.5)
+    with locked(path):
+        for words in (("tag", str(path), "best"), ("archive", str(path))):
+            assert "in use" in failed(capsys, *words)
+    assert not (path / "tags.json").exists()
+
+
+@pytest.mark.parametrize("tag", ["two words", "a,b", "", "x" * 51, "a\tb", "a\nb", "a\x00b"])
+def test_tag_is_one_word(tag, capsys):
+    path = make("0001", 0.5)
+    assert repr(tag) in failed(capsys, "tag", str(path), "good", tag)
+    assert not (path / "tags.json").exists()
+
+
+def test_damaged_tags_are_not_overwritten(capsys):
+    path = make("0001", 0.5)
+    for text in ("{", "[1]"):
+        (path / "tags.json").write_text(text)
+        assert len(printed(capsys, "list")) == 3
+        assert "tags.json" in failed(capsys, "tag", str(path), "best")
+        assert (path / "tags.json").read_text() == text

@@ -73,6 +73,7 @@ def test_description_names_inputs_outputs_and_versions(tmp_path):
     assert facts["platforms"] == ["cpu", "cuda", "tpu"]
     assert facts["versions"]["jax"] == jax.__version__
     assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md",
         "load.py",
         "model.jax",
         "model.json",

@@ -375,7 +375,7 @@ def test_run_on_a_table_resumes_bit_for_bit(frame):
 
 def test_block_of_the_page_runs():
     pytest.importorskip("pandas")
-    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "howto" / "data-frames.md").read_text()
     block = page.partition("<!-- no-run: needs pandas")[2].partition("```python\n")[2]
     names = {"data": data, "tasks": tasks, "jnp": jnp}
     exec(block.partition("```")[0], names)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from distaff import cli
-from distaff.cli.report import facts
+from distaff.report import facts
 
 FACTS = re.compile(r'<script type="application/json" id="facts">(.*?)</script>', re.DOTALL)
 HOSTILE = "</script><script>document.title='broken'</script><img src=x onerror=alert(1)>&amp;"
@@ -64,11 +64,10 @@ def test_report_has_the_facts_of_each_run():
     _, data = written("runs/digits/0001")
     (run,) = data["runs"]
     assert run["path"] == "runs/digits/0001"
-    assert run["curves"]["val/loss"] == {
-        "step": [1, 2, 3, 4],
-        "epoch": [1, 2, 3, 4],
-        "value": [1.0, 0.5, 0.333333, 0.25],
-    }
+    assert run["curves"]["val/loss"]["value"] == [1.0, 0.5, 0.333333, 0.25]
+    axis = {"step": [1, 2, 3, 4], "epoch": [1, 2, 3, 4], "minutes": [0.0, 0.0, 0.0, 0.0]}
+    assert run["axes"] == [axis]
+    assert {curve["axis"] for curve in run["curves"].values()} == {0}
     assert run["metrics"] == run["best"] == {"val/loss": 0.25}
     assert run["throughput"] == {"steps per second": 12.5, "device (s)": 1.5}
     assert run["environment"] == {"python": "3.11", "jax": "0.10"}
@@ -143,9 +142,10 @@ def test_ten_long_runs_take_less_than_a_megabyte():
         (path / "figures" / "large.png").write_bytes(bytes(30_000))
     text, data = written("runs")
     assert len(text.encode()) < 1_000_000
-    curve = data["runs"][0]["curves"]["train/loss"]
-    assert (curve["step"][0], curve["step"][-1]) == (1, 3000)
-    assert 500 < len(curve["step"]) <= facts.MOST_POINTS // 10
+    run = data["runs"][0]
+    steps = run["axes"][run["curves"]["train/loss"]["axis"]]["step"]
+    assert (steps[0], steps[-1]) == (1, 3000)
+    assert 500 < len(steps) <= facts.MOST_NUMBERS // 10
 
 
 @pytest.mark.parametrize(
@@ -186,6 +186,6 @@ def test_browser_shows_tables_and_curves(tmp_path):
     body = shown[shown.index("<main") : shown.index("</main>")]
     assert "<title>Distaff report</title>" in shown
     assert body.count("<canvas") == 1  # one metric, "loss"
-    assert body.count('type="checkbox"') == 2 + 2  # two runs, log scale, bands
+    assert body.count('type="checkbox"') == 2 + 2 + 2  # runs, log scale, bands, splits
     assert "0.25" in body
     assert html.escape(HOSTILE, quote=False) in body

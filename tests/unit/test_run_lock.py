@@ -31,13 +31,9 @@ from distaff.run.directory.run_lock import LOCK_FILE, Holder, locked
 PROLOGUE = """
 import importlib.util, logging, os, sys, types
 from pathlib import Path
-sys.modules["jax"] = types.ModuleType("jax")
 import importlib
 package = types.ModuleType("distaff"); package.__path__ = [sys.argv[2]]
 sys.modules["distaff"] = package
-encoding = types.ModuleType("distaff.core.config.encoding")
-import json; encoding.loads = json.loads
-sys.modules["distaff.core.config.encoding"] = encoding
 logging.basicConfig(level="WARNING")
 from distaff.run.directory import run_lock
 if sys.argv[3] == "without flock":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -40,7 +41,7 @@ def test_stall_is_written_once_with_the_stacks_of_all_threads(tmp_path, capfd):
         wait_for(lambda: "continues, after" in log.read_text())
         assert text.startswith("before\n")
         assert text.count("seems stuck") == 1
-        assert "at step 41, waiting for data has taken 0 s so far" in text
+        assert re.search(r"at step 41, waiting for data has taken \d+ s so far", text)
         assert f"Process 0 ({os.getpid()} on " in text
         assert "hang_in_here" in text
         assert "test_stall_is_written_once" in text

@@ -124,7 +124,7 @@ def test_server_that_hangs_costs_no_more_than_the_timeout(tmp_path, silent, capl
     start = time.perf_counter()
     with caplog.at_level(logging.WARNING, "distaff"):
         Webhook(silent, timeout=0.3).on_training_end(ended())
-    assert 0.25 < time.perf_counter() - start < 3
+    assert 0.25 < time.perf_counter() - start < 20
     [record] = caplog.records
     assert "http://127.0.0.1 failed" in record.message
     assert "secret" not in record.message
@@ -134,10 +134,10 @@ def test_server_that_answers_byte_by_byte_costs_no_more_than_the_timeout(caplog)
     def answer() -> None:
         connection, _ = listener.accept()
         with connection, suppress(OSError):  # the client hangs up when its time is over
-            for _ in range(60):
+            while not ended_test.wait(0.1):
                 connection.sendall(b"H")
-                time.sleep(0.1)
 
+    ended_test = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = threading.Thread(target=answer, daemon=True)
         server.start()
@@ -145,7 +145,8 @@ def test_server_that_answers_byte_by_byte_costs_no_more_than_the_timeout(caplog)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
         with caplog.at_level(logging.WARNING, "distaff"):
             Webhook(url, timeout=0.5).on_training_end(ended())
-        assert time.perf_counter() - start < 4
+        assert time.perf_counter() - start < 20
+        ended_test.set()
         server.join(30)
     assert not server.is_alive()
     assert ["no answer in 0.5 s" in record.message for record in caplog.records] == [True]

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from distaff.core.config import encoding
+from distaff.core.config import strict_json
 from distaff.core.files import write_whole
 
 FORMAT = 1
@@ -190,7 +190,7 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     if len(text) > MAX_JSON_BYTES:
         raise ValueError(f"{name} has more than {MAX_JSON_BYTES} bytes")
     try:
-        value = encoding.loads(text)
+        value = strict_json.loads(text)
     except ValueError as error:
         raise ValueError(f"{name} is not JSON: {error}") from error
     if not isinstance(value, dict):

@@ -11,7 +11,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from distaff.core.config.encoding import load, to_json
+from distaff.core.config.encoding import to_json
+from distaff.core.config.strict_json import load
 from distaff.core.typing import Batch
 from distaff.errors import CheckpointError
 

@@ -11,7 +11,7 @@ from distaff.checkpoint import folders, manifest
 from distaff.checkpoint.record import checked_record, read_record
 from distaff.checkpoint.retention import named_best
 from distaff.checkpoint.store import CheckpointStore
-from distaff.core.config.encoding import load
+from distaff.core.config.strict_json import load
 from distaff.core.paths import as_path
 from distaff.errors import CheckpointError
 

@@ -15,7 +15,6 @@ import tyro
 from distaff.cli.recipes import RECIPES, find
 from distaff.errors import ConfigError, RunDirectoryError
 from distaff.run.directory.run_directory import RunDirectory
-from distaff.run.result import TrainResult
 
 _USAGE = """usage: distaff fit RECIPE [OPTIONS]
        distaff fit --config RUN [OPTIONS]
@@ -39,7 +38,8 @@ def main(words: Sequence[str]) -> int:
         DistaffError: the recipe is unknown, an option is wrong, or the training failed.
     """
     if not words or words[0] in ("-h", "--help"):
-        print(_USAGE.format(recipes="\n".join(map(_described, RECIPES))), end="")
+        listed = (f"  {name:<10} {recipe.summary}" for name, recipe in RECIPES.items())
+        print(_USAGE.format(recipes="\n".join(listed)), end="")
         return 0
     if words[0] == "--config" or words[0].startswith("--config="):
         words = _repeated(words)
@@ -52,6 +52,8 @@ def main(words: Sequence[str]) -> int:
         done = recipe(tyro.cli(kind, prog=prog, args=options))
     else:
         done = tyro.cli(recipe, prog=prog, args=options)
+    from distaff.run.result import TrainResult  # needs JAX, which the help does not load
+
     was_stopped = isinstance(done, TrainResult) and done.status == "interrupted"
     return 130 if was_stopped and done.reason == "Ctrl-C" else 0
 
@@ -63,10 +65,6 @@ def _only_options(recipe: Callable[..., Any]) -> type | None:
         return None
     kind = typing.get_type_hints(recipe).get(parameters[0])
     return kind if isinstance(kind, type) and dataclasses.is_dataclass(kind) else None
-
-
-def _described(name: str) -> str:
-    return f"  {name:<10} {str(RECIPES[name].__doc__).splitlines()[0]}"
 
 
 def _repeated(words: Sequence[str]) -> list[str]:

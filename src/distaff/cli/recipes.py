@@ -9,13 +9,33 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
-from distaff.cli.digits import Digits
 from distaff.errors import ConfigError, nearest
 
-RECIPES: dict[str, type] = {"digits": Digits}
-"""Built-in recipes by name: dataclasses of options with a `run` method."""
+
+class Recipe(NamedTuple):
+    """A built-in recipe, whose module is imported when it is used.
+
+    Attributes:
+        module: its module.
+        name: a dataclass of options with a `run` method.
+        summary: the first line of its docstring.
+    """
+
+    module: str
+    name: str
+    summary: str
+
+
+RECIPES = {
+    "digits": Recipe(
+        "distaff.cli.digits",
+        "Digits",
+        "Trains a small CNN on the 1,797 handwritten digits of scikit-learn.",
+    )
+}
+"""Built-in recipes by name."""
 
 
 def find(name: str) -> Callable[..., Any]:
@@ -28,7 +48,7 @@ def find(name: str) -> Callable[..., Any]:
         ConfigError: there is no such recipe.
     """
     if name in RECIPES:
-        return RECIPES[name]
+        return getattr(importlib.import_module(RECIPES[name].module), RECIPES[name].name)
     place, colon, attribute = name.rpartition(":")
     if not colon:
         hint = f"{name}:main" if name.endswith(".py") else "train.py:main"

@@ -1,4 +1,4 @@
-"""The command `distaff runs`: lists, shows, compares, measures and removes runs."""
+"""The command `distaff runs`: lists, shows, compares, measures, tags, archives, removes runs."""
 
 from __future__ import annotations
 
@@ -16,60 +16,97 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from distaff.cli.summary import Summary, find_runs, flat_config, num_bytes
 from distaff.core.paths import shown
-from distaff.core.views.brief import byte_text
+from distaff.core.views.amounts import byte_text
 from distaff.errors import ConfigError, nearest
+from distaff.report.summary import Summary, find_runs, flat_config, num_bytes
+from distaff.report.tags import change_tags, set_archived
 from distaff.run.directory.run_lock import locked
 
 Runs = tyro.conf.Positional[tuple[Path, ...]]
 Root = Annotated[Path, tyro.conf.arg(help="Folder of all runs.")]
 
 
-def list_runs(
-    root: Root = Path("runs"),
-    name: str = "*",
-    status: str | None = None,
-    sort: str | None = None,
-    reverse: bool = False,
-    metrics: tuple[str, ...] = (),
-    as_json: bool = False,
-) -> int:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Listing:
     """Lists runs as a table.
 
     Args:
         root: folder of all runs.
         name: shell pattern for the names of runs, such as "digits*".
         status: only runs with this status, such as "finished".
+        tag: only runs with all of these tags.
+        archived: list archived runs instead of the others.
         sort: metric to sort by, such as val/loss; by default runs are in the order of their start.
         reverse: sort from the largest to the smallest value.
         metrics: metrics to show; by default the metrics of the best model.
         as_json: print one JSON object per run instead.
     """
-    found = [run for run in find_runs(root) if fnmatch.fnmatchcase(run.name, name)]
-    found = [run for run in found if status is None or run.status == status]
-    known = {metric for run in found for metric in run.metrics}
-    for metric in (*metrics, *([sort] if sort else [])):
-        if metric not in known:
-            raise ConfigError(f"No run has the metric {metric!r}. {nearest(metric, known)}")
-    if sort:
-        missing = [run for run in found if sort not in run.metrics]
-        have = [run for run in found if sort in run.metrics]
-        found = sorted(have, key=lambda run: run.metrics[sort], reverse=reverse) + missing
-    elif reverse:
-        found.reverse()
-    if as_json:
-        for run in found:
-            print(json.dumps({**dataclasses.asdict(run), "path": str(run.path)}))
+
+    root: Path = Path("runs")
+    name: str = "*"
+    status: str | None = None
+    tag: tuple[str, ...] = ()
+    archived: bool = False
+    sort: str | None = None
+    reverse: bool = False
+    metrics: tuple[str, ...] = ()
+    as_json: bool = False
+
+    def run(self) -> int:
+        """Prints the list.
+
+        Raises:
+            DistaffError: there is no such folder, metric or tag.
+        """
+        every = list(find_runs(self.root))
+        _check("tag", self.tag, {tag for run in every for tag in run.tags})
+        found = self._sorted(list(filter(self._is_chosen, every)))
+        if self.as_json:
+            for run in found:
+                print(json.dumps({**dataclasses.asdict(run), "path": str(run.path)}))
+            return 0
+        columns = self.metrics or tuple(dict.fromkeys(m for run in found for m in run.best))
+        columns = tuple(dict.fromkeys((*([self.sort] if self.sort else []), *columns)))
+        tags = ("tags",) if any(run.tags for run in found) else ()
+        rows = [
+            (
+                *run.cells(),
+                *(" ".join(run.tags) for _ in tags),
+                *(_number(run.metrics.get(metric)) for metric in columns),
+            )
+            for run in found
+        ]
+        _print_table(("run", "status", "epoch", "step", "started", "time", *tags, *columns), rows)
+        hidden = 0 if self.archived else sum(run.archived for run in every)
+        rest = f"; {hidden} archived (--archived)" if hidden else ""
+        print(f"{len(found)} {'run' if len(found) == 1 else 'runs'} in {shown(self.root)}{rest}")
         return 0
-    columns = metrics or tuple(dict.fromkeys(m for run in found for m in run.best))
-    columns = tuple(dict.fromkeys((*([sort] if sort else []), *columns)))
-    rows = [
-        (*run.cells(), *(_number(run.metrics.get(metric)) for metric in columns)) for run in found
-    ]
-    _print_table(("run", "status", "epoch", "step", "started", "time", *columns), rows)
-    print(f"{len(found)} {'run' if len(found) == 1 else 'runs'} in {shown(root)}")
-    return 0
+
+    def _is_chosen(self, run: Summary) -> bool:
+        return (
+            fnmatch.fnmatchcase(run.name, self.name)
+            and self.status in (None, run.status)
+            and set(self.tag) <= set(run.tags)
+            and run.archived == self.archived
+        )
+
+    def _sorted(self, found: list[Summary]) -> list[Summary]:
+        """Returns the runs in the order to print them."""
+        wanted = (*self.metrics, *([self.sort] if self.sort else []))
+        _check("metric", wanted, {metric for run in found for metric in run.metrics})
+        if self.sort is None:
+            return found[::-1] if self.reverse else found
+        key = self.sort
+        missing = [run for run in found if key not in run.metrics]
+        have = [run for run in found if key in run.metrics]
+        return sorted(have, key=lambda run: run.metrics[key], reverse=self.reverse) + missing
+
+
+def _check(kind: str, wanted: Sequence[str], known: set[str]) -> None:
+    for name in wanted:
+        if name not in known:
+            raise ConfigError(f"No run has the {kind} {name!r}. {nearest(name, known)}")
 
 
 def show(run: tyro.conf.Positional[Path]) -> int:
@@ -86,6 +123,8 @@ def show(run: tyro.conf.Positional[Path]) -> int:
         "progress": f"epoch {summary.epoch}, step {summary.step}",
         "size": byte_text(num_bytes(summary.path)),
         "command": summary.command,
+        **({"tags": " ".join(summary.tags)} if summary.tags else {}),
+        **({"archived": "yes"} if summary.archived else {}),
     }
     _print_table(("", shown(summary.path)), list(facts.items()))
     print()
@@ -159,7 +198,50 @@ def remove(runs: Runs, yes: bool = False) -> int:
     return 0
 
 
-COMMANDS = {"list": list_runs, "show": show, "diff": diff, "du": du, "rm": remove}
+def tag(
+    run: tyro.conf.Positional[Path],
+    tags: tyro.conf.Positional[tuple[str, ...]],
+    remove: bool = False,
+) -> int:
+    """Tags a run, such as with "best", to find it with `distaff runs list --tag best`.
+
+    Args:
+        run: path of the run, such as runs/digits/0001.
+        tags: the tags to add.
+        remove: remove these tags instead.
+    """
+    if not tags:
+        raise ConfigError("Name at least one tag, such as best.")
+    path = Summary.read(run).path
+    print(f"{shown(path)}: {' '.join(change_tags(path, tags, remove=remove)) or 'no tags'}")
+    return 0
+
+
+def archive(runs: Runs, restore: bool = False) -> int:
+    """Leaves runs out of lists and reports of folders; all their files stay where they are.
+
+    Args:
+        runs: paths of the runs.
+        restore: list the runs again instead.
+    """
+    if not runs:
+        raise ConfigError("Name at least one run, such as runs/digits/0001.")
+    for path in [Summary.read(run).path for run in runs]:
+        is_new = set_archived(path, not restore)
+        word = "restored" if restore else "archived"
+        print(f"{shown(path)}: {word if is_new else 'no change'}")
+    return 0
+
+
+COMMANDS = {
+    "list": Listing,
+    "show": show,
+    "diff": diff,
+    "du": du,
+    "tag": tag,
+    "archive": archive,
+    "rm": remove,
+}
 
 
 def main(words: Sequence[str]) -> int:
@@ -171,12 +253,13 @@ def main(words: Sequence[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print("usage: distaff runs COMMAND [OPTIONS]\n\ncommands:")
         for name, command in COMMANDS.items():
-            print(f"  {name:<6} {str(command.__doc__).splitlines()[0]}")
+            print(f"  {name:<8} {str(command.__doc__).splitlines()[0]}")
         print("\ndistaff runs COMMAND --help lists the options of a command.")
         return 0
     if words[0] not in COMMANDS:
         raise ConfigError(f"There is no command 'runs {words[0]}'. {nearest(words[0], COMMANDS)}")
-    return tyro.cli(COMMANDS[words[0]], prog=f"distaff runs {words[0]}", args=list(words[1:]))
+    made: Any = tyro.cli(COMMANDS[words[0]], prog=f"distaff runs {words[0]}", args=list(words[1:]))
+    return made.run() if isinstance(made, Listing) else made
 
 
 def _differences(first: dict[str, Any], second: dict[str, Any]) -> list[tuple[str, ...]]:

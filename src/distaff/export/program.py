@@ -12,12 +12,16 @@ import numpy as np
 from jax import export
 
 from distaff.core.typing import Batch
+from distaff.data import num_examples
 from distaff.errors import BatchError, ConfigError, leaf_name
 from distaff.step.context import Context
+from distaff.step.independence import keeps_apart
 from distaff.step.state import TrainState
 from distaff.trainer.predictor import Predictor
 
 _MODEL = ("params", "batch_stats", "collections", "averages")
+TRACED_SIZE = 7
+"""Number of examples of a batch that is traced, for a model that takes batches of any size."""
 
 
 class ExportedProgram(NamedTuple):
@@ -28,27 +32,53 @@ class ExportedProgram(NamedTuple):
         weights: arrays by path; bfloat16 is stored as float32, which is exact.
         inputs: shape and dtype of each input by name, without the batch axis.
         outputs: shape and dtype of each output by path, with the batch axis as "batch".
+        keeps_apart: whether the outputs for an example depend on that example alone.
     """
 
     serialized: bytes
     weights: dict[str, np.ndarray]
     inputs: dict[str, dict[str, Any]]
     outputs: dict[str, dict[str, Any]]
+    keeps_apart: bool
 
 
-def program_of(
-    trainer: Predictor,
-    example: Batch,
-    *,
-    batch_size: int | None,
-    platforms: tuple[str, ...],
-    weights: str | None,
-) -> ExportedProgram:
-    """Exports `trainer.predict_fn` for batches like `example`.
+class NamedProgram(NamedTuple):
+    """The outputs of a trainer as a function of arrays by name.
+
+    Attributes:
+        call: `(weights, inputs) -> outputs`.
+        weights: arrays of the model by path.
+        inputs: an example of each input by name.
+    """
+
+    call: Callable[[dict[str, jax.Array], dict[str, jax.Array]], Any]
+    weights: dict[str, jax.Array]
+    inputs: dict[str, jax.Array]
+
+    def keeps_apart(self, size: int) -> bool:
+        """Returns whether the outputs for an example depend on that example alone.
+
+        Args:
+            size: number of examples of the batch that is traced.
+        """
+        batch = {
+            name: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype)
+            for name, x in self.inputs.items()
+        }
+        return keeps_apart(lambda *given: jax.make_jaxpr(self.call)(*given), self.weights, batch)
+
+
+def named_program(trainer: Predictor, example: Batch, weights: str | None) -> NamedProgram:
+    """Returns the outputs of `trainer.predict_fn` as a function of weights and inputs by name.
+
+    Args:
+        trainer: a trained or loaded trainer.
+        example: a batch with at least one example.
+        weights: see `TrainerModule.evaluation_state`.
 
     Raises:
         BatchError: the outputs depend on no leaf of the batch.
-        ConfigError: the model does not accept a batch axis of any size.
+        StateError: the model has no parameters yet, or does not have this average.
     """
     state = trainer.evaluation_state(weights)
     arrays, rebuilt = _weights_of(state)
@@ -71,6 +101,25 @@ def program_of(
         fill = [jnp.zeros((size, *x.shape[1:]), x.dtype) for x in batch]  # unused leaves
         return outputs_of(arrays, [inputs.get(n, x) for n, x in zip(names, fill, strict=True)])
 
+    return NamedProgram(program, arrays, inputs)
+
+
+def program_of(
+    trainer: Predictor,
+    example: Batch,
+    *,
+    batch_size: int | None,
+    platforms: tuple[str, ...],
+    weights: str | None,
+) -> ExportedProgram:
+    """Exports `trainer.predict_fn` for batches like `example`.
+
+    Raises:
+        BatchError: the outputs depend on no leaf of the batch.
+        ConfigError: the model does not accept a batch axis of any size.
+    """
+    named = named_program(trainer, example, weights)
+    program, arrays, inputs = named
     size = batch_size if batch_size is not None else export.symbolic_shape("batch")[0]
     of_batch = {n: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for n, x in inputs.items()}
     stored = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in _stored(arrays).items()}
@@ -83,15 +132,16 @@ def program_of(
             "The model cannot be exported for batches of any size: "
             f"{str(error).splitlines()[0]} Pass batch_size= to export it for one size."
         ) from error
-    if batch_size is None or batch_size == batch[0].shape[0]:
-        _check(exported, arrays, inputs, outputs_of(arrays, batch), platforms)
+    if batch_size is None or batch_size == num_examples(inputs):
+        _check(exported, arrays, inputs, program(arrays, inputs), platforms)
     described = jax.tree.unflatten(exported.out_tree, exported.out_avals)
     outputs = jax.tree.leaves_with_path(described)
     return ExportedProgram(
         bytes(exported.serialize()),
         _stored(arrays),
         {n: {"shape": ["batch", *x.shape[1:]], "dtype": str(x.dtype)} for n, x in inputs.items()},
-        {_name(path): _form(aval) for path, aval in outputs},
+        {output_name(path): _form(aval) for path, aval in outputs},
+        named.keeps_apart(TRACED_SIZE if batch_size is None else batch_size),
     )
 
 
@@ -147,7 +197,8 @@ def _argument(path: tuple[Any, ...]) -> str:
     return name if name.isidentifier() else f"input_{name}"
 
 
-def _name(path: tuple[Any, ...]) -> str:
+def output_name(path: tuple[Any, ...]) -> str:
+    """Returns the name of an output; a single array is `outputs`."""
     return leaf_name(path) if path else "outputs"
 
 

@@ -1,10 +1,11 @@
-"""Arrow: reads columns of Parquet and Arrow IPC files (including Feather 2) as NumPy arrays."""
+"""Arrow: columns of Parquet and Arrow IPC files (including Feather 2) as NumPy arrays."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from itertools import chain, pairwise
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -125,6 +126,15 @@ class Table:
             f"{self._file.path} is not a whole Parquet or Arrow IPC file: {error}. Get or write it "
             "again."
         )
+
+
+def write_parquet(path: Path, columns: Mapping[str, np.ndarray]) -> None:
+    """Writes columns `[rows]` to a Parquet file.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    pq.write_table(pa.table({name: pa.array(values) for name, values in columns.items()}), path)
 
 
 def is_readable(kind: pa.DataType) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from distaff.core import optional
-from distaff.core.config import encoding
+from distaff.core.config import strict_json
 from distaff.core.paths import as_path
 from distaff.core.typing import Values
 from distaff.core.views import html
@@ -188,7 +188,7 @@ class History(Mapping[str, np.ndarray]):
         if isinstance(self._source, ColumnLogger):
             return {n: _Column(*map(list, column)) for n, column in self._source.columns.items()}
         logger = ColumnLogger()
-        for row in _rows(self._source):
+        for row in read_rows(self._source):
             logger.add(row)
         return logger.columns
 
@@ -226,7 +226,7 @@ class History(Mapping[str, np.ndarray]):
         return f"History({lengths})"
 
 
-def _rows(directory: Path) -> Iterator[Mapping[str, Any]]:
+def read_rows(directory: Path) -> Iterator[Mapping[str, Any]]:
     """Yields the rows of `metrics.jsonl`, without a last one that is incomplete."""
     file = directory / "metrics.jsonl"
     if not file.exists():
@@ -241,7 +241,7 @@ def _rows(directory: Path) -> Iterator[Mapping[str, Any]]:
 
 def _row(line: bytes, place: str) -> Mapping[str, Any]:
     try:
-        row = encoding.loads(line)
+        row = strict_json.loads(line)
     except ValueError as error:
         raise RunDirectoryError(
             f"A log must be JSON; {place} is not: {error}. Remove it."

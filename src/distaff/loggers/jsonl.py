@@ -12,7 +12,7 @@ from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
-from distaff.core.config import encoding
+from distaff.core.config import strict_json
 from distaff.core.typing import Values
 from distaff.errors import RunDirectoryError
 from distaff.loggers.disk import Location, explained, is_file, locator, open_private, replace
@@ -169,7 +169,7 @@ def _lines_up_to(path: Path, step: int) -> Iterator[bytes]:
             if not line.endswith(b"\n"):
                 break
             try:
-                row = encoding.loads(line)
+                row = strict_json.loads(line)
                 known = type(row["step"]) is int
             except (ValueError, TypeError, LookupError):
                 known = False

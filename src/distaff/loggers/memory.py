@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from distaff.core.config import encoding
+from distaff.core.config import strict_json
 from distaff.core.typing import Values
 from distaff.loggers.protocol import JSON
 
@@ -71,7 +71,7 @@ class MemoryLogger:
         """
         logger = cls()
         for line in path.read_bytes().splitlines():
-            row = {name: _number(value) for name, value in encoding.loads(line).items()}
+            row = {name: _number(value) for name, value in strict_json.loads(line).items()}
             step, epoch = (int(row.pop(name)) for name in ("step", "epoch"))
             del row["time"]
             logger.log_metrics(row, step=step, epoch=epoch)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distaff import metrics as metrics_lib
+import distaff.metrics as metrics_lib
 from distaff.core.typing import Batch, PyTree
 from distaff.data import num_examples
 from distaff.errors import BatchError, MaskError, leaf_name

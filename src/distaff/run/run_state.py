@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from distaff import metrics as metrics_lib
+import distaff.metrics as metrics_lib
 from distaff.core.config.cadence import Count, Unit
 from distaff.execution.dispatch.packed_metrics import MetricLayout, WindowEnd
 from distaff.execution.feed.skipped import SkippedBatches

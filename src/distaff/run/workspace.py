@@ -167,6 +167,10 @@ class Workspace:
             kept = {name: kept.get(name, fresh) for name in names}
         self.state = state.replace(averages=kept or None)
 
+    def default_weights(self) -> str:
+        """Returns the name of the judged weights, or "raw" if the state does not have them."""
+        return self.judged if self.judged in (self.ready_state().averages or ()) else RAW
+
     def evaluation_state(self, weights: str | None = RAW) -> TrainState:
         """Returns the state with its evaluation parameters; see `optim.evaluation_params`.
 
@@ -180,7 +184,7 @@ class Workspace:
         """
         state = self.ready_state()
         if weights is None:
-            weights = self.judged if self.judged in (state.averages or ()) else RAW
+            weights = self.default_weights()
         if weights != RAW:
             return self.program("averaged", averaged)(find(state, weights), state)
         kind = jax.tree.structure(state.opt_state)

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from distaff import metrics as metrics_lib
+import distaff.metrics as metrics_lib
 from distaff.core.typing import Batch
 from distaff.data import num_examples
 from distaff.errors import LossError

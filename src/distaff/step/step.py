@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from distaff import metrics as metrics_lib
+import distaff.metrics as metrics_lib
 from distaff.core.equations import named_scope
 from distaff.core.typing import Batch, Key, Params, PyTree
 from distaff.data import counts_itself, num_examples

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
-from distaff import metrics as metrics_lib
+import distaff.metrics as metrics_lib
 from distaff.callbacks import Callback
 from distaff.callbacks.callbacks import Callbacks
 from distaff.checkpoint.weights import as_init_from

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import jax
 
-from distaff import checkpoint
+import distaff.checkpoint as checkpoint
 from distaff.checkpoint.record import example_from
 from distaff.checkpoint.weights import (
     TorchRules,

@@ -12,6 +12,7 @@ from distaff.execution.determinism import check_backend
 from distaff.execution.processes import check_one_process
 from distaff.metrics import as_numbers
 from distaff.metrics.monitor import as_monitor
+from distaff.report.saved import saved_report
 from distaff.run import loop
 from distaff.run.directory.protocol import recorded
 from distaff.run.display import as_text
@@ -64,6 +65,7 @@ class Training:
                     return self._load_finished(run, done, inputs)
                 texts = {} if here.table is None else {"model.txt": as_text(here.table)}
                 with (
+                    saved_report(recording, self._options.save_report),
                     recorded(recording, record, texts, run.recorder.outcome, subject),
                     run.recorder.drawing(self._options.save_curves),
                     run.supervisor.watching(recording.path),

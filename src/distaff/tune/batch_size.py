@@ -12,7 +12,8 @@ import numpy as np
 
 from distaff.core.config.checks import whole
 from distaff.core.typing import Batch
-from distaff.core.views.brief import brief, byte_text
+from distaff.core.views.amounts import byte_text
+from distaff.core.views.brief import brief
 from distaff.data import counts_itself, first_to_train, num_batches, num_examples
 from distaff.data.loader import canonicalize_leaf
 from distaff.errors import BatchError, ConfigError

@@ -13,7 +13,7 @@ import jax.monitoring
 import numpy as np
 import optax
 
-from distaff import metrics as metrics_lib
+import distaff.metrics as metrics_lib
 from distaff.callbacks import Callback, StepInfo
 from distaff.core.config.checks import whole
 from distaff.core.warnings import warn

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import numpy as np
 
-from distaff import checkpoint
+import distaff.checkpoint as checkpoint
 from distaff.checkpoint import arrays
 from distaff.checkpoint.weights.names import named
 from distaff.core import optional

@@ -15,7 +15,7 @@ import sys
 import typing
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar
 
-from distaff.core.config import encoding
+from distaff.core.config import encoding, strict_json
 
 _WORDS = {"None": None, "True": True, "False": False}
 _METAVARS = {bool: "{True,False}", int: "INT", float: "FLOAT", str: "STR", type(None): "{None}"}
@@ -60,7 +60,7 @@ def parsed(word: str, kind: Any) -> Any:
         ConfigError: JSON does not describe a dataclass of this type.
     """
     try:
-        data = _WORDS[word] if word in _WORDS else encoding.loads(word.encode())
+        data = _WORDS[word] if word in _WORDS else strict_json.loads(word.encode())
     except ValueError:
         data = word
     return encoding.from_json(kind, data) if isinstance(data, dict) else data

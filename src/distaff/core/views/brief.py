@@ -7,9 +7,6 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-import numpy as np
-
 from distaff.core.views import html
 from distaff.errors import leaf_name
 
@@ -28,6 +25,8 @@ def num_values(tree: Any) -> int:
 
 def leaves(tree: Any) -> Iterator[tuple[str, tuple[int, ...], Any]]:
     """Yields name, shape and dtype of each array of a pytree; reads no values."""
+    import jax  # here, so that the help of a command starts without it
+
     for path, leaf in jax.tree.leaves_with_path(tree):
         if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
             yield leaf_name(path), tuple(leaf.shape), leaf.dtype
@@ -57,21 +56,10 @@ def length(loader: Any) -> str:
         return ""
 
 
-def byte_text(count: float) -> str:
-    """Returns a number of bytes in the largest unit that fits.
-
-    >>> byte_text(3 * 2**29)
-    '1.5 GiB'
-    """
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if count >= 100 else f"{count:.3g} {unit}"
-        count /= 1024
-    return f"{count:.3g} TiB"
-
-
 def scalar(value: Any) -> str:
     """Returns a number of the host or the device; its shape if it cannot be read."""
+    import numpy as np
+
     try:
         return str(np.asarray(value))
     except Exception:  # traced, or donated to a step

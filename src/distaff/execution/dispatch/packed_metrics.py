@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distaff import metrics as metrics_lib
+import distaff.metrics as metrics_lib
 from distaff.metrics import Metric
 from distaff.metrics.accumulators import known_or_zero
 from distaff.metrics.limits import Breach, Limits, first_breach

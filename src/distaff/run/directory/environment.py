@@ -8,8 +8,6 @@ import sys
 from importlib import metadata
 from typing import Any
 
-import jax
-
 _MOST_STARTS = 999
 _PACKAGES = ("distaff", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -52,6 +50,8 @@ def _is_description(value: Any) -> bool:
 
 def describe() -> dict[str, Any]:
     """Returns versions, platform, devices, processes, command line and commit, as strict JSON."""
+    import jax  # here: reading the files of a run needs no JAX
+
     devices = jax.devices()
     return {
         "python": platform.python_version(),

@@ -14,6 +14,7 @@ from distaff.checkpoint import CheckpointStore, NullStore, Store, forget_after, 
 from distaff.core.config.cadence import Cadence
 from distaff.core.config.options import at_least, one_of, option, or_none
 from distaff.core.config.options import path as checked_path
+from distaff.errors import ConfigError
 from distaff.loggers import Logger, TolerantLogger
 from distaff.loggers.named import build_loggers
 from distaff.run.directory.outlets import Outlets
@@ -66,6 +67,12 @@ class RecordingOptions(PlanOptions, ResumeOptions):
     save_curves: bool = option(
         True,
         "Whether to draw the learning curves into `figures/` of the run directory at its end.",
+        resume="same run",
+    )
+    save_report: bool = option(
+        False,
+        """Whether to write `report.html` into the run directory when the run ends, even if it
+        fails: its curves, tables and figures in one file, as `distaff report` writes it.""",
         resume="same run",
     )
     on_failed_save: Literal["raise", "warn"] = option(
@@ -219,8 +226,14 @@ def make_recording(
     """Returns the recording of a run below `root`, or one that writes no files.
 
     Raises:
-        ConfigError: a logger given by name needs a run directory, but `root` is None.
+        ConfigError: the report, or a logger given by name, needs a run directory, but `root` is
+            None.
     """
+    if options.save_report and options.root is None:
+        raise ConfigError(
+            "save_report=True writes into the run directory; got root=None. Pass a root, or "
+            "save_report=False."
+        )
     root = options.root if options.writes else None
     directory = None if root is None else RunDirectory(root, name)
     folder = None if directory is None else lambda: directory.path

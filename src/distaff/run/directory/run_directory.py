@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from distaff.core import files
-from distaff.core.config import encoding
+from distaff.core.config import strict_json
 from distaff.core.files import write_whole
 from distaff.core.paths import as_path
 from distaff.errors import ConfigError, RunDirectoryError, StateError, nearest
@@ -121,7 +121,9 @@ class RunDirectory:
         Raises:
             RunDirectoryError: the file cannot be written.
         """
-        return self.write_text(name, encoding.dumps(encoding.to_json(value)))
+        from distaff.core.config.encoding import to_json  # needs JAX
+
+        return self.write_text(name, strict_json.dumps(to_json(value)))
 
     def write_text(self, name: str, text: str) -> Path:
         """Writes a text file in UTF-8 atomically, and returns its path.
@@ -144,7 +146,7 @@ class RunDirectory:
         target = self.path / _checked(name)
         try:
             with explained(target, "read"):
-                return encoding.load(target)
+                return strict_json.load(target)
         except ValueError as error:
             raise RunDirectoryError(
                 f"A run's file must be JSON; {str(target)!r} is not: {error}. Remove it."

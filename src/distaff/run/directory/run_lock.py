@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from distaff.core.config import encoding
+from distaff.core.config import strict_json
 from distaff.core.files import FILE_MODE
 from distaff.errors import RunInUseError
 from distaff.run.directory.process import is_alive, this_process
@@ -97,6 +97,18 @@ def is_held_elsewhere(directory: Path) -> bool:
     """Whether the lock file names a run on another machine."""
     holder = _read(Path(directory) / LOCK_FILE)
     return holder is not None and holder.system != this_process()["system"]
+
+
+def is_running(directory: Path) -> bool | None:
+    """Whether a process runs in a run directory; None if that cannot be determined.
+
+    A process on this machine is looked up by its id. Only for others the lock is tried.
+    """
+    path = Path(directory) / LOCK_FILE
+    holder = _read(path)
+    if holder is None or holder.is_alive is not None:
+        return holder is not None and holder.is_alive
+    return is_locked(path) or None
 
 
 def try_lock(path: Path, flags: int = 0) -> int | None:
@@ -246,7 +258,7 @@ def _read(path: Path) -> Holder | None:
     """Returns the process named in a lock file, or None."""
     try:
         with path.open("rb") as file:
-            holder = Holder(**encoding.loads(file.read(_MOST_BYTES)))
+            holder = Holder(**strict_json.loads(file.read(_MOST_BYTES)))
     except (FileNotFoundError, ValueError, TypeError):
         return None
     texts = (holder.host, holder.system, holder.since)

@@ -32,13 +32,6 @@ def number(value: float) -> str:
     return text.rjust(NUMBER_WIDTH)
 
 
-def clock_time(seconds: float) -> str:
-    """Returns a duration as `1:23` or `1:02:03`."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
 def metric_fields(metrics: Scalars) -> list[str]:
     """Returns one field per split: `["train loss 0.1234", "val loss 0.1402"]`."""
     splits: dict[str, list[str]] = {}

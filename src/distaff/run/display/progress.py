@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, TypeVar
 
 from distaff.core.typing import Scalars
-from distaff.run.display.lines import clock_time, epoch_text, fit, live_fields
+from distaff.core.views.amounts import clock_time
+from distaff.run.display.lines import epoch_text, fit, live_fields
 from distaff.run.display.pace import Pace, Stopwatch
 
 T = TypeVar("T")

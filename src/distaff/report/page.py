@@ -12,7 +12,7 @@ _PAGE = """<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+ content="{policy}">
 <title>Distaff report</title>
 <style>{style}</style>
 </head>
@@ -24,17 +24,23 @@ _PAGE = """<!doctype html>
 </html>
 """
 
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+
 
 def page(facts: dict[str, Any]) -> str:
-    """Returns the HTML of a report. All texts of runs are data, never markup."""
+    """Returns the HTML of a report. All texts of runs are data, never markup.
+
+    A page whose facts have a `version` asks its server for a newer one.
+    """
     # In a script element, only "<" can begin markup.
     data = json.dumps(facts, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     style, program = (
         _asset("uplot.css") + _asset("report.css"),
         _asset("uplot.js") + _asset("report.js"),
     )
-    return _PAGE.format(style=style, facts=data, program=program)
+    policy = f"{_POLICY}; connect-src 'self'" if "version" in facts else _POLICY
+    return _PAGE.format(style=style, facts=data, program=program, policy=policy)
 
 
 def _asset(name: str) -> str:
-    return resources.files("distaff.cli.report").joinpath(name).read_text("utf-8")
+    return resources.files("distaff.report").joinpath(name).read_text("utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -12,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from distaff.core.paths import shown
+from distaff.core.views.amounts import clock_time
 from distaff.errors import RunDirectoryError
+from distaff.report.tags import TAGS_FILE, Tags
 from distaff.run.directory.run_directory import RunDirectory
-from distaff.run.display.lines import clock_time
+from distaff.run.directory.run_lock import is_running
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,8 @@ class Summary:
         metrics: the last metrics by name.
         best: metrics of the best model by name.
         command: the command line of the first start.
+        tags: its tags.
+        archived: whether it is archived, and does not train again.
     """
 
     path: Path
@@ -46,6 +51,8 @@ class Summary:
     metrics: dict[str, float]
     best: dict[str, float]
     command: str
+    tags: tuple[str, ...]
+    archived: bool
 
     @classmethod
     def read(cls, path: Path) -> Summary:
@@ -64,6 +71,8 @@ class Summary:
         starts = read_mapping(run, "env.json").get("starts")
         argv = _dict(starts[0] if isinstance(starts, list) and starts else None).get("argv")
         options = _dict(read_mapping(run, "config.json").get("options"))
+        tags = Tags.of(read_mapping(run, TAGS_FILE))
+        trains_again = status.get("status") == "running" and is_running(run.path)
         return cls(
             path=run.path,
             name=str(options.get("name") or run.path.parent.name),
@@ -76,6 +85,8 @@ class Summary:
             metrics=_numbers(status.get("metrics")),
             best=_numbers(_dict(status.get("best")).get("metrics")),
             command=shlex.join(map(str, argv)) if isinstance(argv, list) else "",
+            tags=tags.tags,
+            archived=tags.archived and not trains_again,
         )
 
     def cells(self) -> tuple[str, ...]:
@@ -95,13 +106,30 @@ def find_runs(root: Path) -> Iterator[Summary]:
             f"There is no folder {str(root)!r}. Run the command where your runs are, or pass "
             "--root."
         )
-    found = []
+    found = map(Summary.read, _paths(root))
+    yield from sorted(found, key=lambda run: (run.started, str(run.path)))
+
+
+def newest_run(root: Path) -> Path | None:
+    """Returns the run below a folder that was last written to; None without one."""
+    return max(_paths(root), key=_last_change, default=None)
+
+
+def _paths(root: Path) -> Iterator[Path]:
     for folder, folders, files in os.walk(root):
         if "config.json" in files:
             folders.clear()
-            found.append(Summary.read(Path(folder)))
+            yield Path(folder)
         folders[:] = sorted(each for each in folders if not each.startswith("."))
-    yield from sorted(found, key=lambda run: (run.started, str(run.path)))
+
+
+def _last_change(path: Path) -> float:
+    """Returns when a run last wrote its status or its metrics, in Unix time."""
+    times = [0.0]
+    for name in ("status.json", "metrics.jsonl"):
+        with contextlib.suppress(OSError):  # it is not there yet, or was removed
+            times.append((path / name).stat().st_mtime)
+    return max(times)
 
 
 def flat_config(path: Path) -> dict[str, Any]:
@@ -122,13 +150,21 @@ def flat_config(path: Path) -> dict[str, Any]:
     return flat
 
 
+def start_times(path: Path) -> list[float]:
+    """Returns when a run was started and resumed, in Unix time; empty if that is unknown."""
+    starts = read_mapping(RunDirectory.open(path), "env.json").get("starts")
+    known = starts if isinstance(starts, list) else []
+    return sorted(filter(None, (_unix(_dict(each).get("time")) for each in known)))
+
+
 def num_bytes(folder: Path) -> int:
     """Returns the size of all files below a folder, in bytes; links are not followed."""
-    return sum(
-        os.lstat(os.path.join(place, file)).st_size
-        for place, _, files in os.walk(folder)
-        for file in files
-    )
+    total = 0
+    for place, _, files in os.walk(folder):
+        for file in files:
+            with contextlib.suppress(FileNotFoundError):  # a checkpoint that just expired
+                total += os.lstat(os.path.join(place, file)).st_size
+    return total
 
 
 def read_mapping(run: RunDirectory, name: str) -> Mapping[str, Any]:
@@ -155,6 +191,13 @@ def _numbers(value: Any) -> dict[str, float]:
         for name, number in _dict(value).items()
         if isinstance(number, (int, float)) and math.isfinite(number)
     }
+
+
+def _unix(text: Any) -> float:
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except (TypeError, ValueError):
+        return 0.0
 
 
 def _local(text: Any) -> str:

@@ -1,0 +1,1 @@
+"""Files of arrays and tables that commands read and write."""

@@ -1,0 +1,1 @@
+"""Integrations that take a model elsewhere."""
