@@ -303,3 +303,30 @@ def test_damaged_tags_are_not_overwritten(capsys):
         assert len(printed(capsys, "list")) == 3
         assert "tags.json" in failed(capsys, "tag", str(path), "best")
         assert (path / "tags.json").read_text() == text
+
+
+def test_list_that_is_too_wide_has_a_paragraph_per_run(capsys, monkeypatch):
+    path = make("0001", 0.5)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    for columns, lines in (("40", 5), ("200", 3)):
+        monkeypatch.setenv("COLUMNS", columns)
+        shown = printed(capsys, "list")
+        assert len(shown) == lines
+    monkeypatch.setenv("COLUMNS", "40")
+    assert cli.main(("runs", "list")) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"{path}\n  status finished  epoch 3")
+    assert max(map(len, out.splitlines())) <= 40
+
+
+def test_output_that_cannot_be_written_is_an_error_and_closed_output_none(capsys, monkeypatch):
+    make("0001", 0.5)
+    monkeypatch.setattr("sys.stdout", None)
+    assert cli.main(("runs", "list")) == 0
+
+    def full(_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("distaff.cli.runs.Listing.run", full)
+    assert cli.main(("runs", "list")) == 1
+    assert "No space left on device" in capsys.readouterr().err

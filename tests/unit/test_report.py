@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -139,9 +140,13 @@ def test_ten_long_runs_take_less_than_a_megabyte():
     for number in range(1, 11):
         path = make(f"{number:04}", seed=number, num_steps=3000)
         (path / "log.txt").write_text("a line of the log\n" * 5000)
-        (path / "figures" / "large.png").write_bytes(bytes(30_000))
+        (path / "model.txt").write_text("a line of the model\n" * 5000)
+        (path / "texts").mkdir()
+        for step in range(5):
+            (path / "texts" / f"story_{step}.txt").write_text("a sample\n" * 400)
+        (path / "figures" / "large.png").write_bytes(bytes(26_000))
     text, data = written("runs")
-    assert len(text.encode()) < 1_000_000
+    assert 500_000 < len(text.encode()) < 1_000_000
     run = data["runs"][0]
     steps = run["axes"][run["curves"]["train/loss"]["axis"]]["step"]
     assert (steps[0], steps[-1]) == (1, 3000)
@@ -163,6 +168,76 @@ def test_wrong_words_are_errors(words, part, capsys):
     assert cli.main(("report", *words)) in (1, 2)
     assert part in capsys.readouterr().err
     assert not Path("report.html").exists()
+
+
+def test_newest_samples_are_kept_and_shown_in_order():
+    path = make("0001")
+    (path / "images").mkdir()
+    for step in (5, 10, 100):
+        (path / "images" / f"sample_{step}.png").write_bytes(bytes(900))
+        (path / "images" / f"other_{step}.png").write_bytes(bytes(900))
+    _, data = written("runs/digits/0001", "--image-bytes", "4900")
+    (run,) = data["runs"]
+    names = [image["name"].removeprefix("images/") for image in run["images"]]
+    assert names == [
+        "figures/curves.svg",
+        "other_10.png",
+        "other_100.png",
+        "sample_10.png",
+        "sample_100.png",
+    ]
+    assert run["left_out"] == ["images/other_5.png", "images/sample_5.png"]
+
+
+def test_texts_of_samples_are_included():
+    path = make("0001")
+    (path / "texts").mkdir()
+    for step in (9, 10):
+        (path / "texts" / f"story_{step}.txt").write_text(f"{HOSTILE} {step}")
+    _, data = written("runs/digits/0001")
+    texts = [each["text"] for each in data["runs"][0]["texts"]]
+    assert texts == [f"{HOSTILE} 9", f"{HOSTILE} 10"]
+
+
+def test_minutes_leave_out_the_time_between_an_end_and_a_resume():
+    path = make("0001")
+    starts = ["2027-01-15T08:00:00+00:00", "2027-01-15T18:00:00+00:00"]
+    (path / "env.json").write_text(json.dumps({"starts": [{"time": time} for time in starts]}))
+    first = datetime.fromisoformat(starts[0]).timestamp()
+    times = [first + 60, first + 120, first + 36_000 + 30]
+    rows = [{"step": n, "epoch": 1, "time": time, "val/loss": 1.0} for n, time in enumerate(times)]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, data = written("runs/digits/0001")
+    assert data["runs"][0]["axes"][0]["minutes"] == [1.0, 2.0, 2.5]
+
+
+def test_run_that_trains_stands_where_its_curves_end():
+    path = make("0001")
+    (path / "status.json").write_text('{"status": "running"}')
+    _, data = written("runs/digits/0001")
+    (run,) = data["runs"]
+    assert (run["step"], run["epoch"]) == (4, 4)
+    assert run["metrics"] == {"val/loss": 0.25, "train/loss": 4.0}
+
+
+def test_commands_that_repeat_a_run():
+    path = make("0001")
+    env = {
+        "python": "3.11.7",
+        "packages": {"jax": "0.10.2", "gone": None},
+        "git": {"commit": "abc", "dirty": True},
+        "starts": [{"argv": ["train.py", "--name", "a b"]}],
+    }
+    (path / "env.json").write_text(json.dumps(env))
+    _, data = written("runs/digits/0001")
+    (run,) = data["runs"]
+    assert run["environment"]["commit"] == "abc, with uncommitted changes"
+    assert run["repeat"].splitlines() == [
+        "git checkout abc",
+        "# some files had uncommitted changes",
+        "pip install jax==0.10.2  # Python 3.11.7",
+        "python train.py --name 'a b'",
+    ]
 
 
 @pytest.mark.slow

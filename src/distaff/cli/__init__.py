@@ -81,18 +81,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the arguments after `distaff`; defaults to `sys.argv[1:]`.
 
     Returns:
-        The exit status: 0, 1 for a training that failed, 2 for a wrong command or option, 130 for
-        a training that Ctrl-C ended.
+        The exit status: 0, 1 for a training that failed, 2 for a wrong command or option, 130
+        after Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("-h", "--help"):
-        print(_USAGE, end="")
-        return 0
-    if words[0] in ("-V", "--version"):
-        print(f"distaff {distaff.__version__}")
-        return 0
     try:
-        return _run(words)
+        status = _run(words or ["--help"])
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
     except DistaffError as error:
         return _failed(str(error), 2 if isinstance(error, (ValueError, ImportError)) else 1)
     except KeyboardInterrupt:  # a training ends by itself, and returns its result
@@ -100,10 +97,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # such as `distaff runs list | head`
         sys.stderr.close()
         return 0
+    except OSError as error:
+        if words[0] == "fit":  # of a recipe, whose traceback is needed
+            raise
+        return _failed(f"{error}. Free some space, or check the permissions.", 1)
 
 
 def _run(words: Sequence[str]) -> int:
     first, *rest = words
+    if first in ("-h", "--help"):
+        print(_USAGE, end="")
+        return 0
+    if first in ("-V", "--version"):
+        print(f"distaff {distaff.__version__}")
+        return 0
     if first == "--completion":
         if len(rest) != 1:
             raise ConfigError("--completion needs the name of a shell: bash, zsh or fish.")

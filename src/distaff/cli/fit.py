@@ -12,6 +12,7 @@ from typing import Any
 
 import tyro
 
+import distaff
 from distaff.cli.recipes import RECIPES, find
 from distaff.errors import ConfigError, RunDirectoryError
 from distaff.run.directory.run_directory import RunDirectory
@@ -43,6 +44,7 @@ def main(words: Sequence[str]) -> int:
         return 0
     if words[0] == "--config" or words[0].startswith("--config="):
         words = _repeated(words)
+    _ = distaff.TrainerModule  # loads the library before the recipe imports JAX, which is faster
     recipe, options = find(words[0]), list(words[1:])
     prog = f"distaff fit {words[0]}"
     if inspect.isclass(recipe):

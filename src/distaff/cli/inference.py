@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -14,12 +15,13 @@ from distaff.core.files import explained
 from distaff.core.paths import shown
 from distaff.errors import ConfigError, leaf_name
 
-Run = tyro.conf.Positional[Path]
+Run = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+Data = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DATA")]
 
 
 def evaluate(
     run: Run,
-    data: tyro.conf.Positional[Path],
+    data: Data,
     columns: tuple[str, ...] = (),
     code: str | None = None,
     weights: str | None = None,
@@ -50,7 +52,7 @@ def evaluate(
 
 def predict(
     run: Run,
-    data: tyro.conf.Positional[Path],
+    data: Data,
     out: Path = Path("predictions.npz"),
     columns: tuple[str, ...] = (),
     argmax: bool = False,
@@ -94,7 +96,7 @@ def predict(
 
 def export(
     run: Run,
-    folder: tyro.conf.Positional[Path],
+    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")],
     batch_size: int | None = None,
     code: str | None = None,
     weights: str | None = None,

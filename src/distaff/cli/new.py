@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -30,13 +31,13 @@ FILES = {
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_-]{0,98}[A-Za-z0-9])?")
 
 
-def new(project: tyro.conf.Positional[str]) -> int:
+def new(name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")]) -> int:
     """Makes a project that trains at once: recipe, model, test, Makefile.
 
     Args:
-        project: the folder to make, such as spirals; its last part is the name of the project.
+        name: the folder to make, such as spirals; its last part is the name of the project.
     """
-    target = as_path(os.path.normpath(project), "NAME") if project else Path()
+    target = as_path(os.path.normpath(name), "NAME") if name else Path()
     name = target.name
     if not _NAME.fullmatch(name):
         better = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[:100].strip("-") or "my-project"

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import io
 import json
 import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -23,7 +26,9 @@ from distaff.report.summary import Summary, find_runs, flat_config, num_bytes
 from distaff.report.tags import change_tags, set_archived
 from distaff.run.directory.run_lock import locked
 
-Runs = tyro.conf.Positional[tuple[Path, ...]]
+Run = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+Runs = Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN ...")]
+TagNames = Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="TAG ...")]
 Root = Annotated[Path, tyro.conf.arg(help="Folder of all runs.")]
 
 
@@ -77,7 +82,7 @@ class Listing:
             )
             for run in found
         ]
-        _print_table(("run", "status", "epoch", "step", "started", "time", *tags, *columns), rows)
+        _print_list(("run", "status", "epoch", "step", "started", "time", *tags, *columns), rows)
         hidden = 0 if self.archived else sum(run.archived for run in every)
         rest = f"; {hidden} archived (--archived)" if hidden else ""
         print(f"{len(found)} {'run' if len(found) == 1 else 'runs'} in {shown(self.root)}{rest}")
@@ -109,7 +114,7 @@ def _check(kind: str, wanted: Sequence[str], known: set[str]) -> None:
             raise ConfigError(f"No run has the {kind} {name!r}. {nearest(name, known)}")
 
 
-def show(run: tyro.conf.Positional[Path]) -> int:
+def show(run: Run) -> int:
     """Shows one run: its status, metrics, options and files.
 
     Args:
@@ -137,7 +142,7 @@ def show(run: tyro.conf.Positional[Path]) -> int:
     return 0
 
 
-def diff(first: tyro.conf.Positional[Path], second: tyro.conf.Positional[Path]) -> int:
+def diff(first: Run, second: Run) -> int:
     """Shows the options and metrics in which two runs differ.
 
     Args:
@@ -199,8 +204,8 @@ def remove(runs: Runs, yes: bool = False) -> int:
 
 
 def tag(
-    run: tyro.conf.Positional[Path],
-    tags: tyro.conf.Positional[tuple[str, ...]],
+    run: Run,
+    tags: TagNames,
     remove: bool = False,
 ) -> int:
     """Tags a run, such as with "best", to find it with `distaff runs list --tag best`.
@@ -277,6 +282,24 @@ def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def _print_list(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints a table, or, if it is wider than the terminal, a paragraph per row."""
+    columns = [[cell_len(text) for text in column] for column in zip(heads, *rows, strict=True)]
+    width = shutil.get_terminal_size().columns
+    if not _is_terminal() or sum(max(each) + 2 for each in columns) - 2 <= width:
+        _print_table(heads, rows)
+        return
+    for first, *rest in rows:
+        print(first)
+        facts = [f"{head} {text}" for head, text in zip(heads[1:], rest, strict=True) if text]
+        wrap = textwrap.TextWrapper(width, initial_indent="  ", subsequent_indent="  ")
+        print(wrap.fill("  ".join(facts)))
+
+
+def _is_terminal() -> bool:
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
 def _print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Prints a table: as wide as the terminal, or as wide as it needs in a pipe."""
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -284,7 +307,9 @@ def _print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table.add_column(Text(head), overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
-    console = Console(width=None if sys.stdout.isatty() else 10_000, highlight=False)
-    with console.capture() as captured:
-        console.print(table)
-    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
+    wide, text = _is_terminal(), io.StringIO()
+    console = Console(
+        file=text, width=None if wide else 10_000, force_terminal=wide, highlight=False
+    )
+    console.print(table)
+    print("\n".join(line.rstrip() for line in text.getvalue().splitlines()))

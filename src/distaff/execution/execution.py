@@ -129,6 +129,32 @@ class Compiled:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class KeepsPrograms(Compiled):
+    """Keeps the programs of `once`, for several models that are initialized one after the other.
+
+    Functions with the same code and the same closure share a program, and so have the same bits.
+    """
+
+    programs: dict[Any, tuple[Callable[..., Any], Any]] = dataclasses.field(default_factory=dict)
+
+    def once(self, function: Callable[..., Any]) -> Any:
+        """Returns the program of an earlier function of the same code, or a new one."""
+        cells = getattr(function, "__closure__", None) or ()
+        key = getattr(function, "__code__", function), *(id(cell.cell_contents) for cell in cells)
+        if key not in self.programs:
+            is_cpu = jax.default_backend() == "cpu"
+            program = jax.jit(function, compiler_options=_LITTLE_EFFORT if is_cpu else None)
+            self.programs[key] = function, program  # the function keeps the ids alive
+        plain, program = self.programs[key]
+
+        def run(*args: Any) -> Any:
+            is_traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(args))
+            return jax.jit(plain)(*args) if is_traced else program(*args)
+
+        return run
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Eager:
     """Runs each function as plain Python: breakpoints, prints and concrete values work."""
 

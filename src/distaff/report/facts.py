@@ -6,7 +6,7 @@ import dataclasses
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from distaff.core.paths import shown
 from distaff.errors import DistaffError
@@ -15,11 +15,33 @@ from distaff.report.media import logged_texts, pictures
 from distaff.report.summary import Summary, flat_config, num_bytes, read_mapping
 from distaff.run.directory.run_directory import RunDirectory
 
-MOST_NUMBERS = 60_000
-"""The most numbers of all curves together, about 400 kB; longer curves are thinned."""
+MOST_NUMBERS = 50_000
+"""The most numbers of all curves together, about 350 kB; longer curves are thinned."""
 
-_MOST_TEXT = 8_000
+_ALL_TEXT, _MOST_TEXT = 50_000, 8_000
+"""The most characters of a kind of text, such as logs, of all runs together, and of one run."""
 _SEED = "seed"
+
+
+class _Budget(NamedTuple):
+    """The most that a report has of one run.
+
+    Attributes:
+        image_bytes: bytes of figures and images.
+        numbers: numbers of curves.
+        characters: characters of the model, of the log, and of logged texts, each.
+    """
+
+    image_bytes: int
+    numbers: int
+    characters: int
+
+    @classmethod
+    def of_each(cls, num_runs: int, image_bytes: int) -> _Budget:
+        """Returns the budget of each of several runs."""
+        count = max(1, num_runs)
+        characters = min(_MOST_TEXT, _ALL_TEXT // count)
+        return cls(image_bytes // count, MOST_NUMBERS // count, characters)
 
 
 def gather(paths: Sequence[Path], image_bytes: int) -> dict[str, Any]:
@@ -32,7 +54,8 @@ def gather(paths: Sequence[Path], image_bytes: int) -> dict[str, Any]:
     Raises:
         RunDirectoryError: a path has no run, or a file of it is damaged.
     """
-    return _compared([_run(path, image_bytes // len(paths), _share(paths)) for path in paths])
+    budget = _Budget.of_each(len(paths), image_bytes)
+    return _compared([_run(path, budget) for path in paths])
 
 
 def gather_present(paths: Sequence[Path], image_bytes: int) -> dict[str, Any]:
@@ -41,16 +64,13 @@ def gather_present(paths: Sequence[Path], image_bytes: int) -> dict[str, Any]:
     The others, such as one that is being removed, are listed as `unreadable`.
     """
     runs, unreadable = [], []
+    budget = _Budget.of_each(len(paths), image_bytes)
     for path in paths:
         try:
-            runs.append(_run(path, image_bytes // len(paths), _share(paths)))
+            runs.append(_run(path, budget))
         except (DistaffError, OSError) as error:
             unreadable.append({"path": shown(path), "why": str(error)})
     return {**_compared(runs), "unreadable": unreadable}
-
-
-def _share(paths: Sequence[Path]) -> int:
-    return MOST_NUMBERS // len(paths)
 
 
 def _compared(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -66,18 +86,20 @@ def _compared(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return {"runs": runs, "differs": differs}
 
 
-def _run(path: Path, image_bytes: int, most_numbers: int) -> dict[str, Any]:
+def _run(path: Path, budget: _Budget) -> dict[str, Any]:
     summary = Summary.read(path)
-    images, left_out = pictures(summary.path, image_bytes)
-    texts, others = logged_texts(summary.path, _MOST_TEXT)
+    images, left_out = pictures(summary.path, budget.image_bytes)
+    texts, others = logged_texts(summary.path, budget.characters)
+    drawn = curves(summary.path, budget.numbers)
     return {
         **dataclasses.asdict(summary),
+        **_progress(summary, drawn),
         "path": shown(summary.path),
         "options": {key: _text(value) for key, value in flat_config(summary.path).items()},
-        **curves(summary.path, most_numbers),
+        **drawn,
         "num_bytes": num_bytes(summary.path),
-        "model": _read(summary.path / "model.txt"),
-        "log": _read(summary.path / "log.txt", from_end=True),
+        "model": _read(summary.path / "model.txt")[: budget.characters],
+        "log": _read(summary.path / "log.txt")[-budget.characters :],
         "environment": _environment(summary.path),
         "throughput": _throughput(summary.path),
         "repeat": _repeat(summary),
@@ -85,6 +107,16 @@ def _run(path: Path, image_bytes: int, most_numbers: int) -> dict[str, Any]:
         "texts": texts,
         "left_out": left_out + others,
     }
+
+
+def _progress(summary: Summary, drawn: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns where a run stands that has not ended, from the last values of its curves."""
+    if summary.metrics or not drawn["axes"]:
+        return {}
+    last = {key: max(axis[key][-1] for axis in drawn["axes"]) for key in ("step", "epoch")}
+    values = {name: curve["value"][-1] for name, curve in drawn["curves"].items()}
+    ends = {n: x for n, x in values.items() if x is not None and not n.startswith("step/")}
+    return {**last, "metrics": ends}
 
 
 def _environment(path: Path) -> dict[str, str]:
@@ -143,11 +175,8 @@ def _throughput(path: Path) -> dict[str, float]:
     return {name: float(v) for name, v in numbers.items() if isinstance(v, (int, float))}
 
 
-def _read(file: Path, *, from_end: bool = False) -> str:
-    if not file.is_file():
-        return ""
-    text = file.read_text("utf-8", errors="replace")
-    return text[-_MOST_TEXT:] if from_end else text[:_MOST_TEXT]
+def _read(file: Path) -> str:
+    return file.read_text("utf-8", errors="replace") if file.is_file() else ""
 
 
 def _text(value: Any) -> str:

@@ -83,6 +83,8 @@ const isShown = (run) => !state.hidden.includes(run.path);
 const union = (pick) => [...new Set(runs.flatMap((run) => Object.keys(pick(run))))];
 const bests = union((run) => run.best);
 const tests = union((run) => run.metrics).filter((name) => name.startsWith("test"));
+const hasTags = runs.some((run) => run.tags.length > 0);
+const lasts = bests.length ? [] : union((run) => run.metrics).filter((name) => name.startsWith("val") || name === "train/loss");
 const named = (run, index) => {
   const swatch = make("span", { className: "swatch" });
   swatch.style.background = `var(${variable(index)})`;
@@ -96,7 +98,7 @@ root.replaceChildren(
 if (runs.length === 0) root.append(make("p", { textContent: "There is no run yet." }));
 else root.append(make("h2", { textContent: "Runs" }), sortable(
   "runs",
-  ["run", "status", "epoch", "step", "started", "time", ...bests.map((name) => `best ${name}`), ...tests, "size"],
+  ["run", ...(hasTags ? ["tags"] : []), "status", "epoch", "step", "started", "time", ...bests.map((name) => `best ${name}`), ...lasts, ...tests, "size"],
   runs.map((run, index) => {
     const box = make("input", { type: "checkbox", checked: isShown(run), ariaLabel: `Show ${run.path}`, onchange: () => {
       state.hidden = box.checked ? state.hidden.filter((path) => path !== run.path) : [...state.hidden, run.path];
@@ -104,9 +106,10 @@ else root.append(make("h2", { textContent: "Runs" }), sortable(
     } });
     return [
       { node: make("label", {}, box, " ", ...named(run, index)), key: run.path },
+      ...(hasTags ? [textCell(run.tags.join(", "))] : []),
       textCell(run.reason ? `${run.status}: ${run.reason}` : run.status, run.reason.length > 20),
       numberCell(run.epoch), numberCell(run.step), textCell(run.started), textCell(run.time),
-      ...bests.map((name) => numberCell(run.best[name])), ...tests.map((name) => numberCell(run.metrics[name])),
+      ...bests.map((name) => numberCell(run.best[name])), ...lasts.map((name) => numberCell(run.metrics[name])), ...tests.map((name) => numberCell(run.metrics[name])),
       numberCell(run.num_bytes, bytes(run.num_bytes)),
     ];
   }),

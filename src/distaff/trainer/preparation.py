@@ -93,7 +93,7 @@ class Preparation:
         self.make_recording()
         self._create_programs()
         self._trainer.init_model(example_batch)
-        self._load_init_from()
+        self.load_init_from()
 
     def set_up_alone(self, example_batch: Batch, state: TrainState | None) -> None:
         """Creates the programs and the state, without a recording and a table of the model.
@@ -107,7 +107,7 @@ class Preparation:
         self._here.state = state
         if state is None:
             self._trainer.init_model(example_batch)
-            self._load_init_from()
+            self.load_init_from()
 
     def _create_programs(self) -> None:
         """Creates the programs of a training and an evaluation step."""
@@ -135,7 +135,8 @@ class Preparation:
         here.with_rest = here.execution.program(averaging_rest(self._options), donate=0)
         here.evaluator = Evaluator(evaluation, here.execution, here.evaluation_watch)
 
-    def _load_init_from(self) -> None:
+    def load_init_from(self) -> None:
+        """Loads the weights of `init_from` into the state, if there are any."""
         trainer, here, recording = self._trainer, self._here, self._here.recording
         here.not_loaded, here.origin = None, ""
         if trainer.init_from is None:

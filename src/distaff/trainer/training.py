@@ -81,7 +81,17 @@ class Training:
         Raises:
             DistaffError: an input is invalid (the subclass says which).
         """
-        Preparation(self._trainer, self._base).prepare(self._make_run(plan), None)
+        self.prepared(plan, None)
+
+    def prepared(self, plan: Plan, test_loader: Any) -> tuple[Preparation, Run]:
+        """Returns a run that is prepared and not started, and its preparation.
+
+        Raises:
+            DistaffError: an input is invalid (the subclass says which).
+        """
+        preparation, run = Preparation(self._trainer, self._base), self._make_run(plan)
+        preparation.prepare(run, test_loader)
+        return preparation, run
 
     def _make_run(self, plan: Plan) -> Run:
         trainer, name = self._trainer, type(self._trainer).__name__

@@ -14,15 +14,24 @@ from distaff.callbacks import Callback
 from distaff.callbacks.callbacks import Callbacks
 from distaff.core.typing import Batch
 from distaff.core.warnings import warn
-from distaff.data import Loader, closing_made, is_on_policy, sources, training_loader_of
+from distaff.data import (
+    Loader,
+    closing_made,
+    first_to_train,
+    is_on_policy,
+    sources,
+    training_loader_of,
+)
 from distaff.data.loader import in_order
 from distaff.data.stream import Stream
 from distaff.errors import BatchError
-from distaff.execution.execution import Execution
+from distaff.execution.execution import Execution, KeepsPrograms
 from distaff.execution.placement import owned
 from distaff.run.display import NullDisplay
 from distaff.run.events import Plan
+from distaff.run.run import Run
 from distaff.run.workspace import Workspace
+from distaff.step.guard import make_guard
 from distaff.step.normalise import StepFn
 from distaff.step.state import TrainState
 from distaff.trainer.module import TrainerModule
@@ -64,6 +73,86 @@ def check(trainer: TrainerModule, plan: Plan) -> None:
 def path_of(trainer: TrainerModule) -> Path | None:
     """Returns the directory of a trainer's last run; None if it wrote none."""
     return trainer._workspace.recording.path
+
+
+class PreparedRun(NamedTuple):
+    """A run of a copy of a trainer that is prepared and not started.
+
+    Attributes:
+        trainer: the copy, without a run directory, loggers and callbacks.
+        preparation: makes the states of further seeds.
+        run: the run.
+    """
+
+    trainer: Any
+    preparation: Preparation
+    run: Run
+
+    @property
+    def workspace(self) -> Workspace:
+        """The workspace of the copy."""
+        return self.trainer._workspace
+
+    def state_of(self, seed: int) -> TrainState:
+        """Returns the state before the first step of a run with another seed.
+
+        What is static in it, such as the optimizer, is that of the prepared state, so that one
+        program trains both.
+        """
+        trainer, here, preparation = self.trainer, self.workspace, self.preparation
+        first, config = here.ready_state(), trainer.config
+        assert first.tx is not None
+        vars(trainer)["config"] = dataclasses.replace(trainer.config, seed=seed)
+        trainer.init_model(here.example_batch)
+        preparation.load_init_from()
+        if type(trainer).init_optimizer is TrainerModule.init_optimizer:
+            here.begin_optimizer(first.tx, trainer.optimizer, keep=False)
+        else:
+            trainer.init_optimizer(self._total_steps)
+        here.begin_averages(config.averages, keep=False)
+        here.state = owned(here.ready_state().replace(guard=make_guard(config)))
+        return here.ready_state().replace(apply_fn=first.apply_fn, tx=first.tx)
+
+    @property
+    def _total_steps(self) -> int | None:
+        """The optimizer steps of the run; None if unknown."""
+        plan, count = self.run.plan, self.run.recorder.updates_per_step
+        total = plan.total_steps
+        return total if total is None or plan.epoch_length is None else total * count
+
+    def take_on(self, state: TrainState, *, step: int, epoch: int, seed: int) -> None:
+        """Gives the copy the state of a member, to evaluate it."""
+        here, trainer = self.workspace, self.trainer
+        here.state, here.step, here.epoch = state, step, epoch
+        vars(trainer)["config"] = dataclasses.replace(trainer.config, seed=seed)
+
+
+def prepared_run(trainer: TrainerModule, plan: Plan, test_loader: Any) -> PreparedRun:
+    """Prepares a run of a copy of a trainer, which keeps the programs that set up its model.
+
+    Raises:
+        DistaffError: an input is invalid (the subclass says which).
+    """
+    batch = first_to_train(plan.train_loader)
+    if trainer._workspace.state is None:
+        trainer._tune_process(batch)
+    other = trainer.variant(loggers=(), callbacks=(), root=None)
+    here = other._workspace
+    here.display, here.explains, here.execution = NullDisplay(), False, KeepsPrograms()
+    Preparation(other, TrainerModule).set_up_alone(batch, None)
+    preparation, run = Training(other, TrainerModule).prepared(plan, test_loader)
+    return PreparedRun(other, preparation, run)
+
+
+def with_state(trainer: T, state: TrainState, *, epoch: int, seed: int, batch: Batch) -> T:
+    """Returns a copy of a trainer that has this state, without a run directory and loggers."""
+    other = trainer.variant(loggers=(), callbacks=(), root=None, seed=seed)
+    here = other._workspace
+    here.explains = False
+    Preparation(other, TrainerModule).set_up_alone(batch, state)
+    here.step, here.epoch = int(state.step), epoch
+    here.judged = other.config.judged(other.monitor.name)
+    return other
 
 
 class StepAlone(NamedTuple):

@@ -1,9 +1,12 @@
-"""Finds learning rates and batch sizes, searches over options, and compares optimizers."""
+"""Finds learning rates and batch sizes, searches, compares, and trains several seeds at once."""
 
 from distaff.tune.batch_size import BatchSizeSearch, TriedBatch, find_batch_size
 from distaff.tune.compare import compare
 from distaff.tune.comparison import Comparison, OptimizerResult, OptimizerRun
 from distaff.tune.learning_rate import find_learning_rate
+from distaff.tune.population.member import TrainedMember
+from distaff.tune.population.multi_seed import multi_seed
+from distaff.tune.population.result import Population, Spread
 from distaff.tune.range_test import RangeTest
 from distaff.tune.search import Trial
 from distaff.tune.space import Choice, Float, Int
@@ -17,12 +20,16 @@ __all__ = [
     "Int",
     "OptimizerResult",
     "OptimizerRun",
+    "Population",
     "RangeTest",
+    "Spread",
     "StudyResult",
+    "TrainedMember",
     "Trial",
     "TriedBatch",
     "compare",
     "find_batch_size",
     "find_learning_rate",
+    "multi_seed",
     "study",
 ]

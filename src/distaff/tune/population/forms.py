@@ -1,0 +1,190 @@
+"""The two forms in which the members of a population train: stacked, or in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distaff.core.typing import Batch, PyTree
+from distaff.execution.dispatch.dispatcher import Dispatcher
+from distaff.execution.dispatch.packed_metrics import MetricLayout, MetricTable
+from distaff.execution.execution import Execution
+from distaff.execution.feed.chunk import Chunk
+from distaff.execution.placement import copies
+from distaff.metrics import Metric, Sum
+from distaff.step.normalise import StepFn
+
+_ROWS = "members"
+
+
+class Members(Protocol):
+    """The states of all members, and the programs that train them."""
+
+    form: str
+    dispatcher: Dispatcher
+
+    def begin_epoch(self) -> None:
+        """Begins new tables of metrics."""
+        ...
+
+    def train(self, chunk: Chunk, step: int, running: Sequence[int]) -> Iterator[MetricTable]:
+        """Trains on a chunk, and yields the metrics of each of the running members.
+
+        Args:
+            chunk: the batches.
+            step: completed steps before this chunk.
+            running: indices of the members that still train.
+        """
+        ...
+
+    def apply(self, function: Callable[[PyTree], PyTree], running: Sequence[int]) -> None:
+        """Replaces the states by `function(state)`; a function is compiled once."""
+        ...
+
+    def state(self, index: int) -> PyTree:
+        """Returns the state of a member. Training on may free its arrays."""
+        ...
+
+    def kept(self, index: int) -> PyTree:
+        """Returns the state of a member, whose arrays stay."""
+        ...
+
+
+class MembersInTurn:
+    """Trains one member after the other on each chunk, with the same program.
+
+    A member has the bits of a run of its own, because its program is that of a run of its own.
+
+    Args:
+        execution: compiles functions of a state.
+        dispatcher: runs the steps of one member.
+        states: the states of the members; donated.
+    """
+
+    form = "in turn"
+
+    def __init__(
+        self, execution: Execution, dispatcher: Dispatcher, states: Sequence[PyTree]
+    ) -> None:
+        self.dispatcher, self._execution, self._states = dispatcher, execution, list(states)
+        self._programs: dict[Any, Any] = {}
+
+    def begin_epoch(self) -> None:
+        """Begins new tables of metrics."""
+        self._tables = [self.dispatcher.blank] * len(self._states)
+
+    def train(self, chunk: Chunk, step: int, running: Sequence[int]) -> Iterator[MetricTable]:
+        """Trains each of the running members, and yields its metrics."""
+        for index in running:
+            state, table = self._states[index], self._tables[index]
+            state, table, _ = self.dispatcher(state, table, chunk, step)
+            self._states[index], self._tables[index] = state, table
+        yield from (self._tables[index] for index in running)
+
+    def apply(self, function: Callable[[PyTree], PyTree], running: Sequence[int]) -> None:
+        """Replaces the states of the running members."""
+        if function not in self._programs:
+            self._programs[function] = self._execution.program(function, donate=0)
+        for index in running:
+            self._states[index] = self._programs[function](self._states[index])
+
+    def state(self, index: int) -> PyTree:
+        """Returns the state of a member; its next step donates it."""
+        return self._states[index]
+
+    def kept(self, index: int) -> PyTree:
+        """Returns a copy of the state of a member."""
+        return copies(self._states[index])
+
+
+class StackedMembers:
+    """Trains all members in one program: each array of the state is `[members, ...]`.
+
+    Within the step, a function sees one member, never the stack: `vmap` is around all of it.
+
+    Args:
+        execution: compiles functions of a state.
+        dispatcher: runs the steps of `stacked`.
+        states: the states of the members.
+    """
+
+    form = "stacked"
+
+    def __init__(
+        self, execution: Execution, dispatcher: Dispatcher, states: Sequence[PyTree]
+    ) -> None:
+        self.dispatcher, self._execution, self._num = dispatcher, execution, len(states)
+        self._state = execution.once(_stack)(*states)
+        self._width = dispatcher.layout.width // len(states)
+        self._take = execution.program(_take)
+        self._programs: dict[Any, Any] = {}
+
+    def begin_epoch(self) -> None:
+        """Begins a new table of metrics."""
+        self._table = self.dispatcher.blank
+
+    def train(self, chunk: Chunk, step: int, running: Sequence[int]) -> Iterator[MetricTable]:
+        """Trains all members, and yields the metrics of those that are running."""
+        self._state, table, _ = self.dispatcher(self._state, self._table, chunk, step)
+        self._table = table
+        for index in running:
+            columns: Any = _Columns(table.rows, index * self._width, (index + 1) * self._width)
+            yield table._replace(rows=columns)
+
+    def apply(self, function: Callable[[PyTree], PyTree], running: Sequence[int]) -> None:
+        """Replaces the states of all members; that of one that has ended is no longer read."""
+        if function not in self._programs:
+            self._programs[function] = self._execution.program(jax.vmap(function), donate=0)
+        self._state = self._programs[function](self._state)
+
+    def state(self, index: int) -> PyTree:
+        """Returns a copy of the state of a member."""
+        return self._take(self._state, np.int32(index))
+
+    kept = state
+
+
+def stacked(step: StepFn, layout: MetricLayout) -> StepFn:
+    """Returns the step of all members as one; the batch is shared.
+
+    Args:
+        step: the step of one member, as `normalise` returns it.
+        layout: the layout of its metrics.
+
+    Returns:
+        A step whose metrics are the packed rows of all members, one after the other.
+    """
+
+    def step_of_all(states: PyTree, batch: Batch) -> tuple[PyTree, dict[str, Metric]]:
+        states, metrics = jax.vmap(step, in_axes=(0, None))(states, batch)
+        return states, {_ROWS: Sum(jax.vmap(layout.row)(metrics))}
+
+    return step_of_all
+
+
+def _stack(*states: PyTree) -> PyTree:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+
+
+def _take(states: PyTree, index: jax.Array) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf[index], states)
+
+
+class _Columns:
+    """Some columns of a table on the device, which is copied to the host once for all members."""
+
+    def __init__(self, rows: jax.Array, start: int, end: int) -> None:
+        self._rows, self._start, self._end = rows, start, end
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self._rows)[:, self._start : self._end]
+
+    def copy_to_host_async(self) -> None:
+        self._rows.copy_to_host_async()

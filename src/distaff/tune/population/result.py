@@ -1,0 +1,209 @@
+"""The result of a population: its members, their statistics, and a table."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from distaff.core.typing import Batch
+from distaff.core.views import html
+from distaff.core.views.brief import brief
+from distaff.errors import ConfigError, MetricError, StateError, nearest
+from distaff.metrics.monitor import Monitor, direction
+from distaff.trainer.module import TrainerModule
+from distaff.trainer.trials import with_state
+from distaff.tune.population.member import TrainedMember
+
+_RESAMPLES = 10_000
+_FEWEST = 2
+
+
+class Spread(NamedTuple):
+    """The values of a metric over the members of a population.
+
+    Attributes:
+        mean: their mean.
+        deviation: their standard deviation, with `n - 1`; NaN for fewer than two values.
+        low: lower end of the 95 % interval of the mean, by bootstrap; NaN for fewer than two.
+        high: its upper end.
+        count: number of values.
+    """
+
+    mean: float
+    deviation: float
+    low: float
+    high: float
+    count: int
+
+    def __str__(self) -> str:
+        """Returns text such as `0.912 ± 0.004 [0.909, 0.915] (5)`."""
+        if self.count < _FEWEST:
+            return f"{self.mean:.4g} ({self.count})"
+        interval = f"[{self.low:.4g}, {self.high:.4g}]"
+        return f"{self.mean:.4g} ± {self.deviation:.2g} {interval} ({self.count})"
+
+
+def spread(values: Any) -> Spread:
+    """Returns the mean of values, their deviation, and a bootstrap interval of the mean.
+
+    The same values always give the same interval: 10,000 samples with a fixed seed, percentiles
+    2.5 and 97.5 (Efron 1979). With fewer than about ten values the interval is too narrow.
+
+    Args:
+        values: numbers `[n]`.
+    """
+    x = np.asarray(values, np.float64)
+    if len(x) < _FEWEST:
+        return Spread(float(x[0]) if len(x) else np.nan, np.nan, np.nan, np.nan, len(x))
+    rows = np.random.default_rng(0).integers(len(x), size=(_RESAMPLES, len(x)))
+    low, high = np.percentile(x[rows].mean(axis=1), [2.5, 97.5])
+    return Spread(float(x.mean()), float(x.std(ddof=1)), float(low), float(high), len(x))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Population:
+    """The trained members of a population.
+
+    Attributes:
+        members: the members, in the order of their seeds.
+        monitor: the metric that ranks them.
+        form: `"stacked"`, one program for all members; or `"in turn"`, the program of one member
+            for each of them.
+    """
+
+    members: tuple[TrainedMember, ...]
+    monitor: Monitor
+    form: str
+    _trainer: TrainerModule
+    _batch: Batch
+
+    @property
+    def best(self) -> TrainedMember:
+        """The best member by `monitor`, among those that did not diverge.
+
+        Raises:
+            StateError: all diverged.
+            MetricError: no member has the metric, as without a validation.
+        """
+        alive = self._alive()
+        if not alive:
+            raise StateError("All members diverged. Lower the learning rate, or clip gradients.")
+        return self._ranked(self.monitor.name, alive)[0]
+
+    def member(self, index: int) -> TrainerModule:
+        """Returns a trainer that has the best state of a member: ready to predict and evaluate.
+
+        It writes nothing. To train it further in a run of its own, pass its weights to your
+        trainer: `trainer.variant(init_from=member.state.params)`.
+
+        Args:
+            index: its index in `members`.
+
+        Raises:
+            ConfigError: there is no such member.
+        """
+        if not isinstance(index, int) or not -len(self.members) <= index < len(self.members):
+            raise ConfigError(
+                f"member takes an index below {len(self.members)}; got {index!r}. The seeds are "
+                f"{[each.seed for each in self.members]}."
+            )
+        each = self.members[index]
+        epoch = each.epoch if each.best is None else each.best.epoch
+        return with_state(self._trainer, each.state, epoch=epoch, seed=each.seed, batch=self._batch)
+
+    def summary(self) -> dict[str, Spread]:
+        """Returns mean, deviation and interval of each scalar metric, without diverged members."""
+        alive = self._alive()
+        return {name: spread(self._values(name, alive)) for name in self._names(alive)}
+
+    def table(self, by: str | None = None) -> str:
+        """Returns the members and their metrics as text, the best first.
+
+        Args:
+            by: the metric to sort by; by default the monitored one.
+
+        Raises:
+            MetricError: no member has this metric.
+        """
+        head, rows = self._cells(by)
+        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+        lines = (
+            "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+            for line in (head, *rows)
+        )
+        facts = [f"{name}  {each}" for name, each in self.summary().items()]
+        ended = [f"{self._name(each)}: {each.reason}" for each in self.members if each.reason]
+        return "\n".join([*lines, "", *facts, *ended]).rstrip()
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def __repr__(self) -> str:
+        found = self.summary().get(self.monitor.name)
+        value = "" if found is None else f"{self.monitor.name} {found}"
+        return brief(self, f"{len(self.members)} members", self.form, value)
+
+    def _repr_html_(self) -> str:
+        head, rows = self._cells(None)
+        facts = [[name, str(each)] for name, each in self.summary().items()]
+        ended = [f"{self._name(each)}: {each.reason}" for each in self.members if each.reason]
+        note = html.preformatted("\n".join(ended)) if ended else ""
+        return f"{html.table(head, rows)}{html.table(['', ''], facts)}{note}"
+
+    def _alive(self) -> list[TrainedMember]:
+        return [each for each in self.members if each.status != "diverged"]
+
+    def _cells(self, by: str | None) -> tuple[list[str], list[list[str]]]:
+        names = self._names(self.members)
+        settings = list(dict.fromkeys(name for each in self.members for name in each.settings))
+        sort = self.monitor.name if by is None else by
+        is_known = by is not None or any(sort in each.metrics for each in self.members)
+        members = self._ranked(sort, self.members) if is_known else list(self.members)
+        has_status = any(each.status != "finished" for each in self.members)
+        head = ["seed", *settings, *["status"] * has_status, *names]
+        rows = [
+            [
+                str(each.seed),
+                *(_text(each.settings.get(name)) for name in settings),
+                *[each.status] * has_status,
+                *(_text(each.metrics.get(name)) for name in names),
+            ]
+            for each in members
+        ]
+        return head, rows
+
+    def _names(self, members: Any) -> list[str]:
+        """Returns the names of the scalar metrics of members, except `train/`."""
+        found: Mapping[str, Any] = {n: x for each in members for n, x in each.metrics.items()}
+        scalars = [name for name, value in found.items() if np.ndim(value) == 0]
+        return [name for name in scalars if not name.startswith("train/")] or scalars
+
+    def _values(self, name: str, members: Any) -> list[float]:
+        return [float(each.metrics[name]) for each in members if name in each.metrics]
+
+    def _ranked(self, name: str, members: Any) -> list[TrainedMember]:
+        """Returns members sorted by a metric; those that diverged or do not have it are last."""
+        known = {n for each in members for n in each.metrics}
+        if name not in known:
+            raise MetricError(f"No member has the metric {name!r}. {nearest(name, known)}")
+        mode = self.monitor.mode if name == self.monitor.name else direction(name) or "min"
+        sign = 1 if mode == "min" else -1
+
+        def key(each: TrainedMember) -> tuple[bool, bool, float]:
+            value = float(each.metrics.get(name, np.nan))
+            return each.status == "diverged", bool(np.isnan(value)), sign * np.nan_to_num(value)
+
+        return sorted(members, key=key)
+
+    def _name(self, each: TrainedMember) -> str:
+        settings = "".join(f", {name}={value!r}" for name, value in each.settings.items())
+        return f"seed {each.seed}{settings}"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "-" if value is None else str(value)
