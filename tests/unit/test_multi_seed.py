@@ -222,6 +222,8 @@ def test_what_a_population_cannot_do_raises(options: Any, message: str) -> None:
 def test_wrong_arguments_raise() -> None:
     with pytest.raises(ConfigError, match=r"Hooked.on_training_epoch_end"):
         tune.multi_seed(Hooked(Net(), root=None), *loaders(), num_epochs=1)
+    with pytest.raises(ConfigError, match=r"a number of epochs or steps; got .*'9 examples'"):
+        tune.multi_seed(regression(), *loaders(), num_epochs="9 examples")
     with pytest.raises(ConfigError, match="takes a trainer"):
         tune.multi_seed(Net(), *loaders(), num_epochs=1)
     for seeds in ([], [1, 1], "12", 0, [1.5]):

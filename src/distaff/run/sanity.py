@@ -215,7 +215,7 @@ def check_monitors(
 
 def check_ranking(plan: Plan, monitor: Monitor) -> None:
     """Raises ConfigError if models are ranked within epochs by a metric of whole epochs."""
-    if plan.val_every.unit == "steps" and monitor.is_of_training:
+    if plan.val_every.unit != "epochs" and monitor.is_of_training:
         raise ConfigError(
             f"The monitored metric {monitor.name!r} has a value at the ends of epochs only, but "
             f"val_every={str(plan.val_every)!r} ranks models within epochs. Monitor a validation "

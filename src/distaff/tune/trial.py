@@ -101,7 +101,7 @@ class Task:
                 "data.ArrayLoader(arrays, ...) copies no array."
             )
         every = plan.val_every
-        if every.unit == "steps":
+        if every.unit != "epochs":
             raise ConfigError(
                 "Trials are compared at the ends of epochs, but this trainer validates every "
                 f"{every}. Validate every n epochs."

@@ -83,9 +83,15 @@ def check_plan(plan: Plan, owner: str) -> None:
     """Checks that a population can train by this plan.
 
     Raises:
-        ConfigError: it validates within epochs, or its batches depend on a state.
+        ConfigError: it validates within epochs, ends by a count of examples, tokens or seconds, or
+            its batches depend on a state.
     """
-    if plan.val_every.unit == "steps":
+    if plan.limit is not None:
+        raise ConfigError(
+            f"{owner} trains a number of epochs or steps; got num_epochs={str(plan.limit)!r}. "
+            'Write num_epochs=5, or "1000 steps".'
+        )
+    if plan.val_every.unit != "epochs":
         raise ConfigError(
             f"{owner} validates at the ends of epochs, but this trainer validates every "
             f"{plan.val_every}. Validate every n epochs."
@@ -194,7 +200,7 @@ class PopulationRun:
         plan = self._run.plan
         for member in self._all:
             member.notify("on_training_start", {})
-        for epoch in range(plan.first_epoch, plan.last_epoch + 1):
+        for epoch in range(plan.first_epoch, plan.first_epoch + (plan.num_epochs or 0)):
             if not self._running:
                 break
             self._train_epoch(epoch)
