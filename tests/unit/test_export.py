@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,6 +104,40 @@ def test_averages_are_exported_by_name(tmp_path):
         expected = trainer.predict({"image": IMAGES}, weights=name)
         np.testing.assert_allclose(outputs[name], expected, rtol=1e-5)
     assert (outputs["raw"] != outputs["ema"]).any()
+
+
+class WithKey(nn.Module):
+    """A model whose state has a random key and a number that is not a float."""
+
+    @nn.compact
+    def __call__(self, x):
+        key = self.variable("noise", "key", jax.random.key, 1)
+        scale = self.variable("noise", "scale", lambda: jnp.uint8(2))
+        return nn.Dense(1)(x) + scale.value * jax.random.normal(key.value, (1, 1))
+
+
+class Sampled(tasks.Regressor):
+    def predict_fn(self, params, batch, ctx):
+        return ctx.apply(params, batch["x"]) + jax.random.normal(ctx.rng, (1, 1))
+
+
+@pytest.mark.parametrize("kind", [tasks.Regressor, Sampled])
+def test_random_keys_of_the_state_are_exported(kind, tmp_path):
+    rows = RNG.normal(size=(12, 3)).astype(np.float32)
+    trainer = kind(WithKey(), root=None, enable_progress_bar=False, batch_size=4)
+    trainer.init_model({"x": rows})
+    folder = export_model(trainer, tmp_path / "model", {"x": rows})
+    weights = np.load(folder / "weights.npz")
+    assert weights["collections/noise/key"].dtype == np.uint32
+    assert weights["collections/noise/scale"].dtype == np.uint8
+    np.testing.assert_allclose(loaded(folder, x=rows), trainer.predict({"x": rows}), rtol=1e-5)
+
+
+def test_newer_jax_names_the_command(tmp_path):
+    folder = export_model(trained(), tmp_path / "model", BATCH)
+    (folder / "model.jax").write_bytes(b"of another version")
+    with pytest.raises(RuntimeError, match=r"which JAX .* wrote.*distaff export RUN FOLDER"):
+        loaded(folder, image=IMAGES)
 
 
 def test_parameters_in_bfloat16_are_exact(tmp_path):

@@ -68,19 +68,24 @@ class NamedProgram(NamedTuple):
         return keeps_apart(lambda *given: jax.make_jaxpr(self.call)(*given), self.weights, batch)
 
 
-def named_program(trainer: Predictor, example: Batch, weights: str | None) -> NamedProgram:
+def named_program(
+    trainer: Predictor, example: Batch, weights: str | None, *, has_keys: bool = True
+) -> NamedProgram:
     """Returns the outputs of `trainer.predict_fn` as a function of weights and inputs by name.
 
     Args:
         trainer: a trained or loaded trainer.
         example: a batch with at least one example.
         weights: see `TrainerModule.evaluation_state`.
+        has_keys: whether the random key of a step is a key, or its data, with equal results.
 
     Raises:
         BatchError: the outputs depend on no leaf of the batch.
         StateError: the model has no parameters yet, or does not have this average.
     """
     state = trainer.evaluation_state(weights)
+    if not has_keys and state.rng is not None and _is_key(state.rng):
+        state = state.replace(rng=jax.random.key_data(state.rng))
     arrays, rebuilt = _weights_of(state)
     leaves, structure = jax.tree.flatten_with_path(example)
     batch = [jnp.asarray(leaf) for _, leaf in leaves]
@@ -148,16 +153,32 @@ def program_of(
 def _weights_of(
     state: TrainState,
 ) -> tuple[dict[str, jax.Array], Callable[[dict[str, jax.Array]], TrainState]]:
-    """Returns the arrays of the model by path, and a function that puts such arrays into it."""
+    """Returns the arrays of the model by path, and a function that puts such arrays into it.
+
+    A random key is stored as its data, unsigned integers.
+    """
     tree = {name: getattr(state, name) for name in _MODEL if getattr(state, name) is not None}
     leaves, structure = jax.tree.flatten_with_path(tree)
-    arrays = {leaf_name(path): leaf for path, leaf in leaves}
+    arrays = {
+        leaf_name(path): jax.random.key_data(leaf) if _is_key(leaf) else leaf
+        for path, leaf in leaves
+    }
 
     def rebuilt(arrays: dict[str, jax.Array]) -> TrainState:
-        cast = [arrays[leaf_name(path)].astype(leaf.dtype) for path, leaf in leaves]
-        return state.replace(opt_state=None, **jax.tree.unflatten(structure, cast))
+        given = [_like(arrays[leaf_name(path)], leaf) for path, leaf in leaves]
+        return state.replace(opt_state=None, **jax.tree.unflatten(structure, given))
 
     return arrays, rebuilt
+
+
+def _is_key(leaf: jax.Array) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _like(array: jax.Array, leaf: jax.Array) -> jax.Array:
+    if _is_key(leaf):
+        return jax.random.wrap_key_data(array, impl=str(jax.random.key_impl(leaf)))
+    return array.astype(leaf.dtype)
 
 
 def _stored(arrays: dict[str, jax.Array]) -> dict[str, np.ndarray]:
