@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,7 +103,7 @@ class Follower:
         Raises:
             OSError: a file cannot be read.
         """
-        return list(_merged(self._texts(), deque(self._rows())))
+        return list(_merged(self._texts(), list(self._rows())))
 
     def _rows(self) -> Iterator[Event]:
         lines, was_cut = self._metrics.read()
@@ -128,18 +127,19 @@ class Follower:
         return [text for text in texts if not (_BEGINNING.match(text) or _UNSHOWN.match(text))]
 
 
-def _merged(texts: Iterable[str], rows: deque[Event]) -> Iterator[Event]:
+def _merged(texts: Iterable[str], rows: Sequence[Event]) -> Iterator[Event]:
     """Yields the rows of an epoch where the log has a line about it."""
+    ends = {_place(each): i + 1 for i, each in enumerate(rows) if each.is_epoch}
+    done = 0
     for text in texts:
         found = _EPOCH.match(text)
         if found is None:
             yield Event(text=text)
             continue
-        place = int(found[1]), int(found[2])
-        ends = [i for i, each in enumerate(rows) if each.is_epoch and _place(each) == place]
-        for _ in range(ends[0] + 1 if ends else 0):
-            yield rows.popleft()
-    yield from rows
+        end = ends.get((int(found[1]), int(found[2])), 0)
+        yield from rows[done:end]
+        done = max(done, end)
+    yield from rows[done:]
 
 
 def _place(event: Event) -> tuple[int, int] | None:

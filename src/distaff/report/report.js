@@ -34,14 +34,14 @@ const keep = () => {
 
 const sortable = (name, heads, rows) => {
   const body = make("tbody");
-  const fill = (list) => body.replaceChildren(...list.map((row) => make("tr", {}, ...row.map((cell) => {
-    const td = make("td", { className: typeof cell.key === "number" ? "number" : cell.isLong ? "long" : "" });
+  const isNumber = heads.map((_, column) => rows.some((row) => typeof row[column].key === "number"));
+  const fill = (list) => body.replaceChildren(...list.map((row) => make("tr", {}, ...row.map((cell, column) => {
+    const td = make("td", { className: isNumber[column] ? "number" : cell.isLong ? "long" : "" });
     td.append(cell.node ?? cell.text);
     return td;
   }))));
   const head = make("tr", {}, ...heads.map((title, column) => {
-    const isNumber = rows.some((row) => typeof row[column].key === "number");
-    const th = make("th", { scope: "col", className: isNumber ? "number" : "" });
+    const th = make("th", { scope: "col", className: isNumber[column] ? "number" : "" });
     th.append(make("button", { type: "button", textContent: title, title: `Sort by ${title}`, onclick: () => {
       const [last, sign] = state.sort[name] ?? [];
       state.sort[name] = [title, last === title ? -sign : 1];
