@@ -47,7 +47,14 @@ def test_usage_lists_the_commands(words, capsys):
 def test_help_and_lists_of_runs_start_without_jax():
     typed = [
         *("--help", "--version", "fit", "runs", "runs list --help", "runs list --root ."),
-        *("report --help", "eval --help", "predict --help", "export --help"),
+        *(
+            "new --help",
+            "watch --help",
+            "report --help",
+            "eval --help",
+            "predict --help",
+            "export --help",
+        ),
         *("serve --help", "watch --help"),
     ]
     code = f"""

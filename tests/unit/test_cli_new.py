@@ -56,6 +56,7 @@ def test_project_trains_and_its_tests_pass():
         ("a" * 101, ("at most 100",)),
         ("gone/spirals", ("no folder 'gone'",)),
         ("taken", ("'taken' exists",)),
+        ("JAX", ("package that it needs", "Try 'my-jax'")),
         ("link", ("'link' exists",)),
     ],
 )

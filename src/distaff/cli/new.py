@@ -28,6 +28,7 @@ FILES = {
 }
 """Files of a project, and the templates in which NAME stands for its name."""
 
+_PACKAGES = {"distaff", "flax", "jax", "numpy", "optax", "pytest", "ruff"}
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_-]{0,98}[A-Za-z0-9])?")
 
 
@@ -44,6 +45,11 @@ def new(name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")
         raise ConfigError(
             "The name of a project must have only letters, digits, '-' and '_', begin and end with "
             f"a letter or digit, and have at most 100 characters; got {name!r}. Try {better!r}."
+        )
+    if name.lower() in _PACKAGES:
+        raise ConfigError(
+            f"A project must not have the name of a package that it needs; got {name!r}. Try "
+            f"'my-{name.lower()}'."
         )
     if os.path.lexists(target):
         raise ConfigError(
