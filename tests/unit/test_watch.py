@@ -18,17 +18,19 @@ from distaff import cli
 from distaff.errors import RunDirectoryError
 from distaff.report import live
 from distaff.report.follow import Follower
+from distaff.report.outline import Outline
 from distaff.run.directory.run_lock import is_running, locked
 from distaff.run.display import PlainDisplay
 from line import Line, trained
 
 PLACE = Path("runs/digits/0001")
 START = 1_800_000_000.0
+DATA = {"data": {"train": {"batch": {"x": "float32[32, 3]"}, "length": 10}}}
 CONFIG = {
     "monitor": {"name": "val/loss", "mode": "min"},
     "first_epoch": 1,
     "num_epochs": 30,
-    "identity": {"total_steps": 300, "data": {"train": {"batch": {"x": "float32[32, 3]"}}}},
+    "identity": {"total_steps": 300, **DATA},
 }
 
 
@@ -198,6 +200,32 @@ def test_ctrl_c_ends_it(monkeypatch):
     begin()
     monkeypatch.setattr(live, "follow", interrupted)
     assert cli.main(("watch", "runs")) == 130
+
+
+@pytest.mark.parametrize(
+    ("given", "epochs", "steps"),
+    [
+        ({"num_epochs": 30}, 30, 10),
+        ({"num_epochs": 3, "first_epoch": 4, "steps_per_epoch": 7}, 6, 7),
+        ({"num_epochs": "25 steps", "identity": {"total_steps": 25, **DATA}}, 3, 10),
+        ({"num_epochs": "1e9 tokens", "identity": {"total_steps": None, **DATA}}, None, 10),
+        ({"num_epochs": None, "identity": None}, None, None),
+    ],
+)
+def test_length_of_a_run_is_that_of_its_configuration(given, epochs, steps):
+    outline = Outline.of({**CONFIG, **given})
+    assert (outline.num_epochs, outline.steps_per_epoch) == (epochs, steps)
+
+
+def test_epochs_of_a_run_without_a_last_one_are_shown():
+    begin("finished")
+    write("config.json", {**CONFIG, "num_epochs": "1e9 tokens", "identity": {**DATA}})
+    add(epoch(1, 0.5), epoch(2, 0.4))
+    log("run /tmp/runs/digits/0001", "epoch 1 step 10 train/loss 1", "saved", "epoch 2 step 20 x 1")
+    _, lines = shown()
+    assert lines[0].startswith("epoch 1  step     10  train loss 1.0000")
+    assert lines[2] == "saved"
+    assert lines[3].startswith("epoch 2  ")
 
 
 @pytest.mark.parametrize(

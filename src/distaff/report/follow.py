@@ -17,7 +17,7 @@ ENDED = tuple(status for status in STATUSES if status != "running")
 
 _LINE = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ) ([A-Z]+) [\w.]+: (.*)")
 _BEGINNING = re.compile(r"run (/|[A-Za-z]:)")
-_EPOCH = re.compile(r"epoch (\d+)/\d+ step (\d+) ")
+_EPOCH = re.compile(r"epoch (\d+)(?:/\d+)? step (\d+) ")
 _UNSHOWN = re.compile(rf"step fusion: |({'|'.join(STATUSES)}) at step \d")
 """Lines of `log.txt` that the display of a run does not show."""
 

@@ -139,7 +139,7 @@ class View:
         is_best, last = self._is_best(metrics), self._outline.num_epochs
         short = {name: value for name, value in metrics.items() if not is_norm(name)}
         seconds, self._epoch_since = self._clock.now - self._epoch_since, self._clock.now
-        line = EpochLine(epoch, last or epoch, self.step, short, seconds, is_best)
+        line = EpochLine(epoch, last, self.step, short, seconds, is_best)
         self._display.epoch_line(line)
         if is_best and not self._has_legend:
             self._has_legend = True

@@ -14,13 +14,13 @@ class Outline(NamedTuple):
     """What the configuration of a run says about its length and its best model.
 
     Attributes:
-        num_epochs: number of the last epoch; 0 if unknown.
+        num_epochs: number of the last epoch; None if unknown.
         steps_per_epoch: steps of an epoch; None if unknown.
         batch_size: examples of a batch; 0 if unknown.
         monitor: ranks models; None if unknown.
     """
 
-    num_epochs: int
+    num_epochs: int | None
     steps_per_epoch: int | None
     batch_size: int
     monitor: Monitor | None
@@ -28,15 +28,19 @@ class Outline(NamedTuple):
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Outline:
         """Returns the outline of a run, given its `config.json`."""
-        num_epochs, first = _whole(config.get("num_epochs")), _whole(config.get("first_epoch"))
+        given, first = config.get("num_epochs"), _whole(config.get("first_epoch"))
         identity = _mapping(config.get("identity"))
-        steps = _whole(config.get("steps_per_epoch"))
-        if not steps and num_epochs:
-            steps = math.ceil(_whole(identity.get("total_steps")) / num_epochs)
+        train = _mapping(_mapping(identity.get("data")).get("train"))
+        total, count = _whole(identity.get("total_steps")), _whole(given)
+        length = _whole(config.get("steps_per_epoch"))
+        if not length:
+            length = math.ceil(total / count) if count else _whole(train.get("length"))
+        if not count and length:  # such as "780 steps"
+            count = math.ceil(total / length)
         return cls(
-            num_epochs=num_epochs + max(0, first - 1),
-            steps_per_epoch=steps or None,
-            batch_size=_batch_size(_mapping(_mapping(identity.get("data")).get("train"))),
+            num_epochs=count + max(0, first - 1) if count else None,
+            steps_per_epoch=length or None,
+            batch_size=_batch_size(train),
             monitor=_monitor(_mapping(config.get("monitor"))),
         )
 
