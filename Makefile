@@ -29,6 +29,10 @@
 #
 #   make docs
 #
+# The tutorials, whose outputs their pages keep, are executed again by:
+#
+#   make tutorials [ARGS="gan text"]
+#
 # Another interpreter: make test PYTHON=python3.12
 
 PYTHON ?= python3
@@ -46,7 +50,7 @@ pinned := pyproject.toml $(wildcard constraints/*.txt)
 
 .NOTPARALLEL:
 .PHONY: digits test test-slow test-peers lint format clean chaos fuzz soak bench bench-quick
-.PHONY: bench-peers docs
+.PHONY: bench-peers docs tutorials
 
 digits: .venv/.digits
 	@$(bin)/distaff fit digits $(ARGS)
@@ -90,6 +94,9 @@ bench-peers: .venv-peers/.made
 docs: .venv-docs/.made
 	@.venv-docs/bin/python site/build.py
 	@echo "Open .site/index.html"
+
+tutorials: .venv/.test
+	@$(bin)/python site/tutorials.py $(ARGS)
 
 clean:
 	rm -rf .venv .venv-peers .venv-docs .site .venv-test-peers .cache .pytest_cache .ruff_cache .hypothesis dist

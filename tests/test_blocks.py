@@ -14,15 +14,19 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[1]
+FOLDERS = [ROOT / "docs" / name for name in ("concepts", "howto", "tutorials")]
 SHORT = [
-    page for folder in ("concepts", "howto") for page in sorted(ROOT.glob(f"docs/{folder}/*.md"))
+    page
+    for folder in FOLDERS
+    for page in sorted(folder.glob("*.md"))
+    if "<!-- from examples/" not in page.read_text()  # see test_tutorials.py
 ]
 """Pages of one short program each, which share processes: most of their time is the imports."""
 
 PAGES = [
     page
     for page in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
-    if page not in SHORT and "```python" in page.read_text()
+    if page.parent not in FOLDERS and "```python" in page.read_text()
 ]
 
 FENCE = re.compile(

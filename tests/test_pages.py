@@ -96,3 +96,28 @@ def test_site_has_every_page() -> None:
     # `site/build.py` lists the records of decisions.
     names = [page.relative_to("docs").as_posix() for page in PAGES if page.parts[0] == "docs"]
     assert sorted(listed) == sorted(name for name in names if not name.startswith("decisions/"))
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/howto/*.md")), ids=lambda page: page.stem)
+def test_everyday_page_has_one_short_program(page: Path) -> None:
+    text = page.read_text("utf-8")
+    program, *_ = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
+    assert sum(bool(line.strip()) for line in program.splitlines()) <= 30
+    assert "\n## See also\n" in text
+    assert len(text.splitlines()) <= 120
+
+
+SEARCHED = {
+    "log-to-tensorboard": "tensorboard",
+    "ema": "ema",
+    "resume": "resume",
+    "class-weights": "class weights",
+    "gradient-accumulation": "gradient accumulation",
+}
+"""The search of the site ranks words of a page's title first."""
+
+
+@pytest.mark.parametrize("page", SEARCHED)
+def test_title_has_the_words_that_people_search(page: str) -> None:
+    title, *_ = (ROOT / "docs" / "howto" / f"{page}.md").read_text("utf-8").splitlines()
+    assert SEARCHED[page] in title.lower()
