@@ -38,6 +38,7 @@ from distaff.data.tables.coding import FrameCoding
 from distaff.data.tables.frames import FrameTable, from_frame
 from distaff.data.tables.split import k_fold, split
 from distaff.data.tables.standardize import Standardize
+from distaff.data.tables.transform import Transform
 from distaff.data.whole import is_array
 from distaff.data.wrappers.limited import Limited, first_batches, limited, unlimited
 from distaff.data.wrappers.mapped import MappedLoader
@@ -65,6 +66,7 @@ __all__ = [
     "Stream",
     "TarExamples",
     "TextLines",
+    "Transform",
     "as_loader",
     "bucketed",
     "cifar10",

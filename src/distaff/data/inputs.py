@@ -17,13 +17,17 @@ from distaff.data.loader import Loader, as_loader
 from distaff.data.tables.coding import FrameCoding
 from distaff.data.tables.frames import FrameTable, is_frame
 from distaff.data.tables.standardize import Standardize
+from distaff.data.tables.transform import Transform
 from distaff.data.whole import is_array, whole_arrays
 from distaff.errors import ConfigError
 
 
-def _fitted(name: str, value: Any) -> Standardize:
-    if not isinstance(value, Standardize):
-        raise ConfigError(f"{name} must be fitted, data.Standardize.fit(train); got {value!r}.")
+def _fitted(name: str, value: Any) -> Standardize | Transform:
+    if not isinstance(value, Standardize | Transform):
+        raise ConfigError(
+            f"{name} must be fitted, data.Standardize.fit(train) or data.Transform."
+            f"from_sklearn(transformer); got {value!r}."
+        )
     return value
 
 
@@ -47,10 +51,10 @@ class InputOptions(Options):
         check=at_least(1),
         resume="same run",
     )
-    standardize: Argument[Standardize | None] = option(
+    standardize: Argument[Standardize | Transform | None] = option(
         None,
-        """A `data.Standardize` fitted on the training data. Each forward pass standardizes the
-        model's first input with it; the numbers are saved with the model.""",
+        """A `data.Standardize`, or a `data.Transform`, fitted on the training data. Each forward
+        pass transforms the model's first input with it; the numbers are saved with the model.""",
         check=or_none(_fitted),
     )
     coding: Argument[FrameCoding | None] = option(

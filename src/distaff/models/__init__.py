@@ -11,7 +11,7 @@ import flax.linen as nn
 import flax.nnx as flax_nnx
 
 from distaff.core import optional
-from distaff.data import Standardize
+from distaff.data import Standardize, Transform
 from distaff.errors import ConfigError
 from distaff.models.adapter import LayerRow, Model, Variables, is_model
 from distaff.models.functional import FunctionModel, Functions
@@ -191,7 +191,7 @@ def plain_model(model: Model) -> Model:
     return model
 
 
-def standardized(model: Model, scale: Standardize | None) -> Model:
+def standardized(model: Model, scale: Standardize | Transform | None) -> Model:
     """Returns a model whose first input is standardized; the model itself without a `scale`.
 
     Its forward function does not hold the arrays of a ready-made module.

@@ -6,11 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from distaff.core.typing import Key, PyTree
-from distaff.data import Standardize
+from distaff.data import Standardize, Transform
 from distaff.models.adapter import Model, ModelWrapper, Variables, accepts_collections
 from distaff.models.observed import Observed, observing
 from distaff.models.remat.model import reached
 from distaff.models.remat.options import RematConfig
+
+
+def initial_inputs(inputs: tuple[Any, ...], scale: Standardize | Transform | None) -> Any:
+    """Returns the inputs to create variables for: a `Transform` may change the features."""
+    is_changed = isinstance(scale, Transform) and inputs
+    return (scale(inputs[0]), *inputs[1:]) if is_changed else inputs
 
 
 class StandardizedModel(ModelWrapper):
@@ -18,10 +24,10 @@ class StandardizedModel(ModelWrapper):
 
     Args:
         inner: the model.
-        scale: standardizes the first input of each pass.
+        scale: standardizes, or otherwise transforms, the first input of each pass.
     """
 
-    def __init__(self, inner: Model, scale: Standardize) -> None:
+    def __init__(self, inner: Model, scale: Standardize | Transform) -> None:
         super().__init__(inner)
         self._scale = scale
 

@@ -68,7 +68,7 @@ def traced_init(trainer: Any) -> Callable[[], Any]:
 
     def either(key: Key, batch: Batch) -> Any:
         try:
-            return trainer.model.init(key, *trainer.model_inputs(batch))
+            return trainer.model.init(key, *trainer._initial_inputs(batch))
         except Exception:  # It has other inputs: `run_model_init` decides.
             return trainer.run_model_init(batch, key)
 

@@ -36,6 +36,7 @@ from distaff.models import (
     standardized,
     stored,
 )
+from distaff.models.standardized import initial_inputs
 from distaff.run.display import as_text, make_display
 from distaff.run.display.model_table import model_table
 from distaff.run.evaluation import predict
@@ -158,7 +159,7 @@ class Predictor:
         kind = type(self.model.module).__name__
         key = jax.eval_shape(jax.random.key, 0)
         try:
-            rows = self.model.layers(key, *self.model_inputs(example_batch))
+            rows = self.model.layers(key, *self._initial_inputs(example_batch))
         except Exception:  # It has other inputs, or computes on the host: `run_model_init` decides.
             rows = rows_of(self._initial(example_batch, jax.random.key(0)), kind)
         depth = self.config.table_depth
@@ -196,9 +197,12 @@ class Predictor:
             return ready
 
         def init(key: Key, batch: Batch) -> Variables:
-            return self.model.init(key, *self.model_inputs(batch))
+            return self.model.init(key, *self._initial_inputs(batch))
 
         return on_host(init, self._workspace.execution.once(init), key, example_batch)
+
+    def _initial_inputs(self, batch: Batch) -> tuple[Any, ...]:
+        return initial_inputs(self.model_inputs(batch), self.config.standardize)
 
     def model_inputs(self, batch: Batch) -> tuple[Any, ...]:
         """Returns the inputs of the model for a batch. Override it for other batches.

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import numpy as np
 
-from distaff.errors import ConfigError
+from distaff.errors import BatchError, ConfigError
 
 SCALERS = ("StandardScaler", "MinMaxScaler", "MaxAbsScaler", "RobustScaler")
+
+_RESOLUTION = 0.01
 
 
 def affine(transformer: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -29,8 +32,8 @@ def affine(transformer: Any) -> tuple[np.ndarray, np.ndarray]:
     if name not in SCALERS or not type(transformer).__module__.startswith("sklearn."):
         raise ConfigError(
             f"from_sklearn takes a fitted {', '.join(SCALERS)}, or a Pipeline of them; got a "
-            f"{name}. Other transformers do not compute (x - mean) / std. Transform the arrays "
-            "before, and save the transformer with your data."
+            f"{name}. Other transformers do not compute (x - mean) / std. Try data.Transform."
+            "from_sklearn, or transform the arrays before, and save the transformer with your data."
         )
     if not hasattr(transformer, "n_features_in_"):
         raise ConfigError(f"The {name} must be fitted. Call fit(x_train) before.")
@@ -67,3 +70,26 @@ def _chained(steps: list[Any]) -> tuple[np.ndarray, np.ndarray]:
         inner_mean, inner_std = affine(step)
         mean, std = mean + std * inner_mean, std * inner_std
     return mean, std
+
+
+def check_resolution(name: str, mean: np.ndarray, std: np.ndarray) -> None:
+    """Checks that batches, which have float32 by default, keep the differences between values.
+
+    Args:
+        name: name of the input.
+        mean: what is subtracted from each feature.
+        std: the divisor of each feature.
+
+    Raises:
+        BatchError: float32 has too few digits for a feature.
+    """
+    dtype = jax.dtypes.canonicalize_dtype(np.float64)
+    steps = np.spacing(np.abs(mean).astype(dtype))
+    bad = np.argwhere(steps > _RESOLUTION * std)
+    if len(bad):
+        at = tuple(bad[0])
+        raise BatchError(
+            f"Feature {[int(i) for i in at]} of the input {name!r} has mean {mean[at]:.6g} and "
+            f"standard deviation {std[at]:.3g}, but {dtype} has steps of {steps[at]:.3g} there. "
+            "Subtract a constant from it before, in float64, or set jax_enable_x64."
+        )

@@ -14,13 +14,12 @@ import numpy as np
 from distaff.core.typing import PyTree
 from distaff.data.entry import INPUT_NAMES, entry, named
 from distaff.data.loader import Loader, as_loader, in_order
-from distaff.data.tables.scalers import affine
+from distaff.data.tables.scalers import affine, check_resolution
 from distaff.data.whole import whole_arrays
 from distaff.errors import BatchError, ConfigError, leaf_name
 
 _ROWS = 4096
 _MOST_NUMBERS = 100_000
-_RESOLUTION = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +104,7 @@ class Standardize:
             ConfigError: it is another transformer, is not fitted, or clips values.
         """
         mean, std = affine(scaler)
-        _check_resolution(name, mean, std)
+        check_resolution(name, mean, std)
         return cls({name: mean}, {name: std})
 
     def __repr__(self) -> str:
@@ -174,7 +173,7 @@ class _Moments:
         epsilon = np.finfo(np.float64).eps
         bound = self.count * epsilon * variance + (self.count * self.mean * epsilon) ** 2
         std = np.where(variance <= bound, 1.0, np.sqrt(variance))
-        _check_resolution(name, self.mean, std)
+        check_resolution(name, self.mean, std)
         return self.mean, std
 
 
@@ -191,20 +190,6 @@ def _moments(name: str, leaf: Any, axes: tuple[int, ...]) -> _Moments:
     mean = x.mean(axis=axes, keepdims=True)
     squares = np.square(x - mean).sum(axis=axes, keepdims=True)
     return _Moments(math.prod(x.shape[axis] for axis in axes), mean[0], squares[0])
-
-
-def _check_resolution(name: str, mean: np.ndarray, std: np.ndarray) -> None:
-    """Checks that batches, which have float32 by default, keep the differences between values."""
-    dtype = jax.dtypes.canonicalize_dtype(np.float64)
-    steps = np.spacing(np.abs(mean).astype(dtype))
-    bad = np.argwhere(steps > _RESOLUTION * std)
-    if len(bad):
-        at = tuple(bad[0])
-        raise BatchError(
-            f"Feature {[int(i) for i in at]} of the input {name!r} has mean {mean[at]:.6g} and "
-            f"standard deviation {std[at]:.3g}, but {dtype} has steps of {steps[at]:.3g} there. "
-            "Subtract a constant from it before, in float64, or set jax_enable_x64."
-        )
 
 
 def _name(path: tuple[Any, ...]) -> str:
