@@ -183,7 +183,7 @@ def test_ctrl_c_ends_it(monkeypatch, capsys):
 
     make("0001", row(1))
     make("0002", row(1))
-    monkeypatch.setattr(server._Server, "serve_forever", interrupted)
+    monkeypatch.setattr(server._PageServer, "serve_forever", interrupted)
     assert cli.main(("report", "runs", "--serve")) == 0
     out = capsys.readouterr().out
     assert out.startswith("http://127.0.0.1:")

@@ -20,7 +20,7 @@ _FEWEST_POINTS = 50
 """The fewest points of a long curve."""
 
 
-class _Column(NamedTuple):
+class _Curve(NamedTuple):
     """The values of one metric, and where they were logged."""
 
     step: list[int]
@@ -57,8 +57,8 @@ def curves(path: Path, most_numbers: int) -> dict[str, Any]:
     return {"axes": list(axes.values()), "curves": found}
 
 
-def _columns(path: Path) -> dict[str, _Column]:
-    columns: dict[str, _Column] = {}
+def _columns(path: Path) -> dict[str, _Curve]:
+    columns: dict[str, _Curve] = {}
     arrays: set[str] = set()
     elapsed = _Elapsed(start_times(path))
     for row in read_rows(path):
@@ -67,7 +67,7 @@ def _columns(path: Path) -> dict[str, _Column]:
             if isinstance(value, list):
                 arrays.add(name)
             elif name not in COLUMNS:
-                column = columns.setdefault(name, _Column([], [], [], []))
+                column = columns.setdefault(name, _Curve([], [], [], []))
                 column.add(place, minutes, _finite(value))
     return {name: column for name, column in columns.items() if name not in arrays}
 

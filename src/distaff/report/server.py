@@ -98,7 +98,7 @@ def make_server(live: LivePage, port: int) -> ThreadingHTTPServer:
     """
     handler = type("_Handler", (_PageHandler,), {"live": live})
     try:
-        return _Server((HOST, port), handler)
+        return _PageServer((HOST, port), handler)
     except (OSError, OverflowError) as error:
         raise ConfigError(
             f"port must be a free port of this machine, or 0 to choose one; got {port}: "
@@ -106,7 +106,7 @@ def make_server(live: LivePage, port: int) -> ThreadingHTTPServer:
         ) from error
 
 
-class _Server(ThreadingHTTPServer):
+class _PageServer(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False  # a browser may keep a connection open
 
