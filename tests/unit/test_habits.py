@@ -12,11 +12,12 @@ import optax
 import pytest
 
 import distaff
-from distaff import Callback, EarlyStopping, Monitor, OptimizerConfig, TrainerModule, loggers
+from distaff import Callback, EarlyStopping, Monitor, OptimizerConfig, TrainerModule, loggers, tasks
 from distaff.callbacks import Callbacks
 from distaff.errors import ConfigError, MetricError, UnknownNameError
 from distaff.loggers import MemoryLogger
 from distaff.optim.build import as_optimizer
+from distaff.zoo import MLP
 from scripted import Regression
 
 
@@ -39,6 +40,8 @@ def subclass(**members: Any) -> type[Any]:
         ("metrics", "extra_metrics("),
         ("accumulate", "OptimizerConfig(accumulate"),
         ("log_every_n_step", "'log_every_n_steps'"),
+        ("num_classes", "the model's last layer"),
+        ("budget", 'num_epochs="1e9 tokens"'),
     ],
 )
 def test_option_of_another_library_names_the_right_form(option, form):
@@ -59,6 +62,15 @@ def test_option_of_another_library_names_the_right_form(option, form):
 def test_wrong_call_of_train_model_names_the_right_form(arguments, form):
     with pytest.raises(ConfigError, match=form):
         make().train_model([], **arguments)
+
+
+@pytest.mark.parametrize("task", [tasks.Classifier, tasks.Regressor, tasks.LanguageModel])
+def test_constructor_without_a_model_or_with_more_by_position_is_an_error(task):
+    name = task.__name__
+    with pytest.raises(ConfigError, match=rf"{name} takes only the model.*the model's last layer"):
+        task(MLP((8, 10)), 10)
+    with pytest.raises(ConfigError, match=rf"{name} needs a model. Write {name}\(model"):
+        task(seed=1)
 
 
 def test_a_number_of_epochs_by_position_is_an_error():

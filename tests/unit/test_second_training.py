@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import grain
 import jax
 import numpy as np
 import pytest
@@ -16,9 +17,11 @@ from scripted import InterruptError
 
 ARRAYS = {"x": X, "y": X.sum(1).astype(np.float32), "row": np.arange(len(X), dtype=np.int32)}
 BATCHES = [{name: array[i : i + 4] for name, array in ARRAYS.items()} for i in range(0, 16, 4)]
+ROWS = [{name: array[i] for name, array in ARRAYS.items()} for i in range(16)]
 LOADERS = {
     "arrays": lambda: data.ArrayLoader(ARRAYS, 4, shuffle=True),
     "stream": lambda: data.Stream(lambda: iter(BATCHES), length=4),
+    "grain": lambda: data.as_loader(grain.MapDataset.source(ROWS).seed(0).shuffle().batch(4)),
     "mapped": lambda: data.MappedLoader(data.ArrayLoader(ARRAYS, 4, shuffle=True), dict),
 }
 

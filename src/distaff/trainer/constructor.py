@@ -86,13 +86,21 @@ def call_of(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call
         The call; None for Distaff's constructors, and for invalid arguments.
 
     Raises:
-        ConfigError: one of Distaff's constructors gets more positional arguments than the model.
+        ConfigError: one of Distaff's constructors gets no model, or further positional arguments.
     """
     if not has_own_constructor(cls):
         if len(args) > 1:
+            is_count = any(isinstance(each, int) for each in args[1:])
+            outputs = " The number of outputs is that of the model's last layer." * is_count
             raise ConfigError(
                 f"{cls.__name__} takes only the model by position, and all else by keyword; got "
                 f"{len(args)} arguments. Write {cls.__name__}(model, example_batch=batch, ...)."
+                f"{outputs}"
+            )
+        if not args and "model" not in kwargs:
+            raise ConfigError(
+                f"{cls.__name__} needs a model. Write {cls.__name__}(model, ...), with a Flax or "
+                "Equinox module, or a pair (init, apply)."
             )
         return None
     signature = inspect.signature(cls.__init__)

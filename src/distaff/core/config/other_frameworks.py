@@ -55,6 +55,7 @@ OPTIONS = _by_name(
         "limit_train_batches limit_val_batches": "limit_batches=...",
         "accumulate accumulate_grad_batches": "OptimizerConfig(accumulate=...)",
         "val_check_interval eval_steps validation_freq": 'val_every="500 steps", or "2 epochs"',
+        "num_classes num_outputs num_labels": "nothing: the model's last layer has the number",
         "run_eagerly": "debug=True",
         "gradient_checkpointing activation_checkpointing": 'remat="Block_*", or "dots_saveable"',
         "auto_lr_find": _FIND_RATE,
