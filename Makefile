@@ -13,6 +13,10 @@
 #
 #   make test-peers                        makes .venv-test-peers, 5 GB; a skipped test is a failure
 #
+# Export to ONNX with the real jax2onnx and onnxruntime, which need an environment of their own:
+#
+#   make test-onnx                         makes .venv-test-onnx
+#
 # What Distaff costs beside hand-written loops and other frameworks (docs/speed.md):
 #
 #   make bench-peers                       makes .venv-peers: Keras, PyTorch, Lightning, Grain
@@ -49,8 +53,8 @@ bin := .venv/bin
 pinned := pyproject.toml $(wildcard constraints/*.txt)
 
 .NOTPARALLEL:
-.PHONY: digits test test-slow test-peers lint format clean chaos fuzz soak bench bench-quick
-.PHONY: bench-peers docs tutorials
+.PHONY: digits test test-slow test-peers test-onnx lint format clean chaos fuzz soak bench
+.PHONY: bench-quick bench-peers docs tutorials
 
 digits: .venv/.digits
 	@$(bin)/distaff fit digits $(ARGS)
@@ -64,6 +68,10 @@ test-slow: .venv/.test
 test-peers: export DISTAFF_REQUIRE_PEERS := 1
 test-peers: .venv-test-peers/.made
 	.venv-test-peers/bin/pytest -n logical --maxprocesses 8 --dist worksteal -m peer --timeout 1200 $(ARGS)
+
+test-onnx: export DISTAFF_REQUIRE_PEERS := 1
+test-onnx: .venv-test-onnx/.made
+	.venv-test-onnx/bin/pytest tests/contract/test_onnx.py --timeout 1200 $(ARGS)
 
 lint: .venv/.test
 	$(bin)/ruff format --check
@@ -99,7 +107,7 @@ tutorials: .venv/.test
 	@$(bin)/python site/tutorials.py $(ARGS)
 
 clean:
-	rm -rf .venv .venv-peers .venv-docs .site .venv-test-peers .cache .pytest_cache .ruff_cache .hypothesis dist
+	rm -rf .venv .venv-peers .venv-docs .site .venv-test-peers .venv-test-onnx .cache .pytest_cache .ruff_cache .hypothesis dist
 	find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # The extra `test` holds the other two, so that neither command installs what the other has installed.
@@ -122,6 +130,13 @@ clean:
 .venv-test-peers/.made: tests/requirements-peers.txt
 	@$(make_peers)
 	@.venv-test-peers/bin/python -m pip install -q --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+.venv-test-onnx/.made: tests/requirements-onnx.txt $(pinned)
+	@echo "Making $(@D)"
+	@$(PYTHON) -m venv --clear $(@D)
+	@$(@D)/bin/python -m pip install -q --disable-pip-version-check -r $< -e '.[export]'
+	@$(@D)/bin/python -m pip install -q --disable-pip-version-check --no-deps jax2onnx==0.17.1
 	@touch $@
 
 define make_peers

@@ -102,11 +102,11 @@ def export(
     weights: str | None = None,
     license: str | None = None,
 ) -> int:
-    """Exports the best model of a run as StableHLO, to run without Distaff.
+    """Exports the best model of a run as StableHLO or ONNX, to run without Distaff.
 
     Args:
         run: path of a run, such as runs/digits/0001, or of one of its checkpoints.
-        folder: the folder to write; it must not exist.
+        folder: the folder to write, or a file ending in .onnx; it must not exist.
         batch_size: examples of each call; by default any number.
         code: file or module with your classes, such as train.py or package.module.
         weights: "raw", "ema" or "swa"; by default those that the monitor judges.
@@ -119,7 +119,7 @@ def export(
 
     trainer, found = trained.loaded(run, code), located(run)
     example = example_from(found.record()["example_batch"])
-    is_in_run = found.folder.parent.name == "checkpoints"
+    is_described = folder.suffix != ".onnx" and found.folder.parent.name == "checkpoints"
     target = export_model(
         trainer,
         folder,
@@ -127,9 +127,10 @@ def export(
         batch_size=batch_size,
         weights=weights,
         license=license,
-        run=found.folder.parent.parent if is_in_run else None,
+        run=found.folder.parent.parent if is_described else None,
     )
-    print(f"{shown(target)}: README.md, model.jax, weights.npz, model.json, load.py")
+    files = ": README.md, model.jax, weights.npz, model.json, load.py" if target.is_dir() else ""
+    print(f"{shown(target)}{files}")
     return 0
 
 

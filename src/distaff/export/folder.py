@@ -20,6 +20,7 @@ from distaff.core.paths import as_path
 from distaff.core.typing import Batch
 from distaff.errors import ConfigError, MissingExtraError, StateError, nearest
 from distaff.export.card import RunFacts, check_license, model_card
+from distaff.export.onnx import export_onnx
 from distaff.export.program import ExportedProgram, program_of
 from distaff.trainer.module import TrainerModule
 from distaff.trainer.predictor import Predictor
@@ -50,12 +51,15 @@ def export_model(
         from load import load
         outputs = load()(image=images)  # [batch, 8, 8, 1]
 
+    A path that ends in `.onnx` is written as one ONNX file instead, by jax2onnx, and compared with
+    the model by onnxruntime, to 1e-5; both packages must be installed.
+
     Inputs are the leaves of a batch that the outputs depend on, by name; labels are not. JAX can
     read an exported program for at least six months after its version; afterwards, export again.
 
     Args:
         trainer: a trained or loaded trainer.
-        path: the folder to write; it must not exist.
+        path: the folder to write, or an ONNX file; it must not exist.
         example_batch: a batch as in training, with at least one example; only shapes and dtypes
             count. An array stands for inputs alone.
         batch_size: the number of examples of each call; by default any number.
@@ -65,29 +69,27 @@ def export_model(
         run: the run directory that the card describes; by default that of the trainer's last run.
 
     Returns:
-        The absolute path of the folder.
+        The absolute path of the folder or file.
 
     Raises:
         ConfigError: the folder exists, an argument is wrong, or the model needs a batch size.
         BatchError: the outputs do not depend on the batch.
         StateError: the model has no parameters yet, or does not have this average.
         RunDirectoryError: the folder cannot be written, or there is no run directory.
-        MissingExtraError: flatbuffers is not installed.
+        MissingExtraError: flatbuffers is not installed, or jax2onnx or onnxruntime for ONNX.
     """
-    if importlib.util.find_spec("flatbuffers") is None:
-        raise MissingExtraError(
-            "Exporting needs the package 'flatbuffers', which is not installed. Install it with: "
-            'pip install "distaff[export]"'
-        )
-    if batch_size is not None and batch_size < 1:
-        raise ConfigError(f"batch_size must be at least 1; got {batch_size}.")
-    for each in platforms:
-        if each not in _KNOWN:
-            raise ConfigError(f"There is no platform {each!r}. {nearest(each, _KNOWN)}")
-    check_license(license)
     target = as_path(path, "The path of an exported model")
-    if target.exists():
-        raise ConfigError(f"The folder {str(path)!r} exists. Export to another one, or remove it.")
+    is_onnx = target.suffix == ".onnx"
+    _check_arguments(path, target, batch_size, platforms, is_onnx)
+    if is_onnx:
+        if license is not None or run is not None or platforms != PLATFORMS:
+            raise ConfigError(
+                "An ONNX file has no model card and no platforms: omit license, run and platforms, "
+                "or export to a path without .onnx."
+            )
+        export_onnx(trainer, target, example_batch, batch_size=batch_size, weights=weights)
+        return target
+    check_license(license)
     program = program_of(
         trainer, example_batch, batch_size=batch_size, platforms=tuple(platforms), weights=weights
     )
@@ -104,6 +106,27 @@ def export_model(
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     return target
+
+
+def _check_arguments(
+    path: str | Path,
+    target: Path,
+    batch_size: int | None,
+    platforms: tuple[str, ...],
+    is_onnx: bool,
+) -> None:
+    if not is_onnx and importlib.util.find_spec("flatbuffers") is None:
+        raise MissingExtraError(
+            "Exporting needs the package 'flatbuffers', which is not installed. Install it with: "
+            'pip install "distaff[export]"'
+        )
+    if batch_size is not None and batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1; got {batch_size}.")
+    for each in platforms:
+        if each not in _KNOWN:
+            raise ConfigError(f"There is no platform {each!r}. {nearest(each, _KNOWN)}")
+    if target.exists():
+        raise ConfigError(f"The path {str(path)!r} exists. Export to another one, or remove it.")
 
 
 def _write(folder: Path, program: ExportedProgram, facts: dict[str, Any], card: str) -> None:
