@@ -92,5 +92,5 @@ def _package(name: str) -> ModuleType:
         raise MissingExtraError(
             f"Exporting to ONNX needs the package {name!r}, which is not installed. jax2onnx pins "
             "an older Orbax, so install it without its pins, in an environment of its own: "
-            "pip install distaff onnx onnx-ir onnxruntime; pip install --no-deps jax2onnx"
+            "pip install distaff dm-pix onnx onnx-ir onnxruntime; pip install --no-deps jax2onnx"
         ) from error
