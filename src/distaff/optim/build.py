@@ -16,6 +16,7 @@ from distaff.optim import catalog, factory
 from distaff.optim.checks import PATTERNS
 from distaff.optim.config import WHOLE_MODEL_OPTIONS, OptimizerConfig
 from distaff.optim.group_rates import adam_schedule_of, own_config, rates_by_group, schedule_of
+from distaff.optim.options import may_decay
 from distaff.optim.rates import with_rates
 from distaff.optim.transforms.accumulate import accumulate
 from distaff.optim.transforms.extra_args import with_description, with_known_args
@@ -236,10 +237,10 @@ def _with_decay(config: OptimizerConfig, schedule: Schedule) -> list[optax.Gradi
     mask = make_decay_mask(config.no_decay, config.also_decay)
     mask_argument = catalog.mask_argument(config.name)
     arguments: dict[str, Any] = dict(config.options)
-    if mask_argument is not None and (decay or config.name != "adafactor"):
+    if mask_argument is not None and (may_decay(decay) or config.name != "adafactor"):
         arguments.update({catalog.decay_argument(config.name): decay, mask_argument: mask})
     optimizer = _call(function, config, rate, **arguments)
-    if decay == 0 or mask_argument is not None:
+    if not may_decay(decay) or mask_argument is not None:
         return [optimizer]
     return [optax.add_decayed_weights(decay, mask), optimizer]
 
@@ -284,7 +285,7 @@ def _muon(
     def decayed(rate: Schedule, mask: Callable[[Params], PyTree]) -> optax.GradientTransformation:
         return optax.add_decayed_weights(lambda step: -rate(step) * decay, mask)
 
-    if decay == 0:
+    if not may_decay(decay):
         return [tx]
     if adam_rate is None:
         return [tx, decayed(rate, decays)]

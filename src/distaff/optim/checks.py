@@ -14,6 +14,7 @@ from distaff.optim.options import (
     check_options,
     is_finite,
     is_traced,
+    may_decay,
     no_decay_remedy,
     plain,
 )
@@ -104,7 +105,7 @@ def _check_names(config: Any) -> None:
 def _check_numbers(config: Any) -> None:
     for name in ("learning_rate", "weight_decay", "end_fraction"):
         value = getattr(config, name)
-        if name == "learning_rate" and is_traced(value):  # as in a search for it
+        if name != "end_fraction" and is_traced(value):  # as in a search for it
             continue
         if not is_finite(value) or value < 0:
             raise ConfigError(f"{name} must be a finite int or float >= 0; got {value!r}.")
@@ -163,7 +164,7 @@ def _check_combinations(config: Any) -> None:
             "Use schedule='constant' and warmup_steps=0."
         )
     is_known = not is_factory(config.name)
-    if is_known and config.weight_decay > 0 and not catalog.takes_weight_decay(config.name):
+    if is_known and may_decay(config.weight_decay) and not catalog.takes_weight_decay(config.name):
         raise ConfigError(
             f"The optimizer {config.name!r} has no weight decay that can exclude biases and norm "
             f"scales, and weight_decay is {config.weight_decay!r}. {_decay_remedy(config)}"

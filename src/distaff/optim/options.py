@@ -42,6 +42,11 @@ def is_traced(value: object) -> bool:
     return isinstance(value, Tracer) and value.ndim == 0
 
 
+def may_decay(weight_decay: Any) -> bool:
+    """Returns whether weights decay, or may decay: the strength is traced."""
+    return is_traced(weight_decay) or weight_decay > 0
+
+
 def is_finite(value: object) -> bool:
     """Returns whether a value is a finite Python int or float."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

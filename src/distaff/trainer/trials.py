@@ -108,13 +108,13 @@ class PreparedRun(NamedTuple):
         if type(trainer).init_optimizer is TrainerModule.init_optimizer:
             here.begin_optimizer(first.tx, trainer.optimizer, keep=False)
         else:
-            trainer.init_optimizer(self._total_steps)
+            trainer.init_optimizer(self.total_steps)
         here.begin_averages(config.averages, keep=False)
         here.state = owned(here.ready_state().replace(guard=make_guard(config)))
         return here.ready_state().replace(apply_fn=first.apply_fn, tx=first.tx)
 
     @property
-    def _total_steps(self) -> int | None:
+    def total_steps(self) -> int | None:
         """The optimizer steps of the run; None if unknown."""
         plan, count = self.run.plan, self.run.recorder.updates_per_step
         total = plan.total_steps

@@ -5,7 +5,7 @@ from distaff.tune.compare import compare
 from distaff.tune.comparison import Comparison, OptimizerResult, OptimizerRun
 from distaff.tune.learning_rate import find_learning_rate
 from distaff.tune.population.member import TrainedMember
-from distaff.tune.population.multi_seed import multi_seed
+from distaff.tune.population.multi_seed import multi_seed, train_population
 from distaff.tune.population.result import Population, Spread
 from distaff.tune.range_test import RangeTest
 from distaff.tune.search import Trial
@@ -32,4 +32,5 @@ __all__ = [
     "find_learning_rate",
     "multi_seed",
     "study",
+    "train_population",
 ]

@@ -27,6 +27,10 @@ class Members(Protocol):
     form: str
     dispatcher: Dispatcher
 
+    def example(self) -> PyTree:
+        """Returns a state as the dispatcher trains it."""
+        ...
+
     def begin_epoch(self) -> None:
         """Begins new tables of metrics."""
         ...
@@ -73,6 +77,10 @@ class MembersInTurn:
         self.dispatcher, self._execution, self._states = dispatcher, execution, list(states)
         self._programs: dict[Any, Any] = {}
 
+    def example(self) -> PyTree:
+        """Returns the state of the first member."""
+        return self._states[0]
+
     def begin_epoch(self) -> None:
         """Begins new tables of metrics."""
         self._tables = [self.dispatcher.blank] * len(self._states)
@@ -118,10 +126,14 @@ class StackedMembers:
         self, execution: Execution, dispatcher: Dispatcher, states: Sequence[PyTree]
     ) -> None:
         self.dispatcher, self._execution, self._num = dispatcher, execution, len(states)
-        self._state = execution.once(_stack)(*states)
+        self._state = execution.once(stack)(*states)
         self._width = dispatcher.layout.width // len(states)
         self._take = execution.program(_take)
         self._programs: dict[Any, Any] = {}
+
+    def example(self) -> PyTree:
+        """Returns the stacked states."""
+        return self._state
 
     def begin_epoch(self) -> None:
         """Begins a new table of metrics."""
@@ -166,7 +178,8 @@ def stacked(step: StepFn, layout: MetricLayout) -> StepFn:
     return step_of_all
 
 
-def _stack(*states: PyTree) -> PyTree:
+def stack(*states: PyTree) -> PyTree:
+    """Returns the states of all members as one, each array `[members, ...]`."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
 

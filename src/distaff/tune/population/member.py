@@ -131,19 +131,22 @@ class RunningMember:
             info = StepInfo(self.step, self.epoch, None, metrics, is_best)
             self.callbacks.emit(event, info)
 
-    def finished(self, last: TrainState, tested: Mapping[str, Any]) -> TrainedMember:
+    def finished(
+        self, last: TrainState, tested: Mapping[str, Any], settings: Mapping[str, Any]
+    ) -> TrainedMember:
         """Returns the member after its training.
 
         Args:
             last: its last state.
             tested: the metrics of its test.
+            settings: the values by which it differs from the trainer.
         """
         self._log(tested, self.step)
         best = {} if self.best is None else self.best.metrics
         of_best = {name: x for name, x in best.items() if not name.startswith("train/")}
         return TrainedMember(
             seed=self.seed,
-            settings={},
+            settings=dict(settings),
             status="finished" if self.is_running else self.status,
             reason=self.reason,
             step=self.step,

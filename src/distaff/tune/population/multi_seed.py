@@ -1,8 +1,8 @@
-"""Trains one trainer with several seeds."""
+"""Trains one trainer with several seeds, and with several settings."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from distaff.core.config.checks import whole
@@ -13,8 +13,10 @@ from distaff.run.display import make_display
 from distaff.run.events import make_plan
 from distaff.trainer.module import TrainerModule
 from distaff.trainer.training import Inputs
-from distaff.trainer.trials import prepared_run
+from distaff.trainer.trials import PreparedRun, prepared_run
+from distaff.tune.population.member import TrainedMember
 from distaff.tune.population.result import Population
+from distaff.tune.population.settings import Setting, grouped, make_settings
 from distaff.tune.population.training import PopulationRun, check_plan, check_trainer
 
 _FORMS = ("auto", "stacked", "in turn")
@@ -60,33 +62,118 @@ def multi_seed(
         DistaffError: another input is invalid (the subclass says which).
     """
     check_trainer(trainer, "multi_seed")
+    found = as_seeds(seeds, trainer.config.seed)
+    settings = [Setting(seed, {}, trainer) for seed in found]
+    loaders = train_loader, val_loader, test_loader
+    return _trained("multi_seed", trainer, settings, loaders, num_epochs, form)
+
+
+def train_population(
+    trainer: TrainerModule,
+    train_loader: Any,
+    val_loader: Any = None,
+    test_loader: Any = None,
+    *,
+    vary: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]],
+    seeds: int | Sequence[int] = 1,
+    num_epochs: int | str,
+    form: str = "auto",
+) -> Population:
+    """Trains one trainer with several settings, and several seeds of each; see `multi_seed`.
+
+    Members that differ only in `optimizer.learning_rate`, `optimizer.weight_decay` and their seeds
+    share their programs: these numbers are arguments of the step. Other values are static: members
+    are grouped by them, and the groups are trained one after the other.
+
+    Args:
+        trainer: as for `multi_seed`.
+        train_loader: as for `train_model`. Each group reads the same batches.
+        val_loader: as for `train_model`.
+        test_loader: as for `train_model`.
+        vary: lists of values by path, all of whose combinations are trained; or a list of settings,
+            each a dict of values by path. A path is an option such as `"label_smoothing"`, or
+            `"optimizer.<field>"` for a field of the trainer's `OptimizerConfig`.
+        seeds: as for `multi_seed`; one by default.
+        num_epochs: as for `train_model`.
+        form: as for `multi_seed`. With traced numbers, also `"in turn"` may differ from a run
+            alone by float32 rounding.
+
+    Returns:
+        The members, in the order of the combinations and, within each, of the seeds.
+
+    Raises:
+        ConfigError: a path is unknown, or a value or another argument is invalid.
+        DistaffError: another input is invalid (the subclass says which).
+    """
+    check_trainer(trainer, "train_population")
+    found = as_seeds(seeds, trainer.config.seed)
+    settings = make_settings(trainer, vary, found)
+    loaders = train_loader, val_loader, test_loader
+    return _trained("train_population", trainer, settings, loaders, num_epochs, form)
+
+
+def _trained(
+    owner: str,
+    trainer: TrainerModule,
+    settings: Sequence[Setting],
+    loaders: tuple[Any, Any, Any],
+    num_epochs: int | str,
+    form: str,
+) -> Population:
+    """Trains the members, group by group."""
     if form not in _FORMS:
         raise ConfigError(f"form must be one of {', '.join(map(repr, _FORMS))}; got {form!r}.")
-    found = as_seeds(seeds, trainer.config.seed)
     check_one_process()
+    groups = grouped(settings)
+    for group in groups:
+        check_trainer(settings[group[0]].trainer, owner)
+    display = make_display(trainer.config.enable_progress_bar)
+    position = loaders[0].get_state() if hasattr(loaders[0], "get_state") else None
+    members, forms, prepared = {}, [], None
+    for number, group in enumerate(groups, 1):
+        own = [settings[index] for index in group]
+        if len(groups) > 1:
+            display.print(
+                f"group {number} of {len(groups)}: {own[0].values} ({len(group)} members)"
+            )
+        if number > 1 and position is not None:
+            loaders[0].set_state(position)
+        prepared, run, found = _group(owner, own, loaders, num_epochs, form, display.print)
+        members.update(zip(group, found, strict=True))
+        forms.append(run.form)
+    assert prepared is not None
+    return Population(
+        members=tuple(members[index] for index in range(len(settings))),
+        monitor=prepared.trainer.monitor,
+        form=", ".join(dict.fromkeys(forms)),
+        _trainers=tuple(each.trainer for each in settings),
+        _batch=prepared.workspace.example_batch,
+    )
+
+
+def _group(
+    owner: str,
+    settings: Sequence[Setting],
+    loaders: tuple[Any, Any, Any],
+    num_epochs: int | str,
+    form: str,
+    show: Callable[[str], None],
+) -> tuple[PreparedRun, PopulationRun, tuple[TrainedMember, ...]]:
+    """Trains the members of one group."""
+    trainer = settings[0].trainer
     plan = make_plan(
-        train_loader,
-        val_loader,
+        *loaders[:2],
         num_epochs=num_epochs,
         steps_per_epoch=None,
         options=trainer.config,
         seed=trainer.config.seed,
     )
-    check_plan(plan, "multi_seed")
-    inputs = Inputs(plan, (train_loader, val_loader, test_loader), trainer.config)
-    display = make_display(trainer.config.enable_progress_bar)
+    check_plan(plan, owner)
+    inputs = Inputs(plan, loaders, trainer.config)
     with closing_made(*inputs.made):
         prepared = prepared_run(trainer, plan, inputs.test_loader)
-        chosen = None if form == "auto" else form
-        run = PopulationRun(prepared, found, trainer.callbacks, chosen)
-        members = run.train(inputs.test_loader, display.print)
-    return Population(
-        members=members,
-        monitor=prepared.trainer.monitor,
-        form=run.form,
-        _trainer=trainer,
-        _batch=prepared.workspace.example_batch,
-    )
+        run = PopulationRun(prepared, settings, None if form == "auto" else form)
+        return prepared, run, run.train(inputs.test_loader, show)
 
 
 def as_seeds(seeds: int | Sequence[int], first: int) -> list[int]:

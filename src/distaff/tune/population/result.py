@@ -77,7 +77,7 @@ class Population:
     members: tuple[TrainedMember, ...]
     monitor: Monitor
     form: str
-    _trainer: TrainerModule
+    _trainers: tuple[TrainerModule, ...]
     _batch: Batch
 
     @property
@@ -112,11 +112,23 @@ class Population:
             )
         each = self.members[index]
         epoch = each.epoch if each.best is None else each.best.epoch
-        return with_state(self._trainer, each.state, epoch=epoch, seed=each.seed, batch=self._batch)
+        trainer = self._trainers[index]
+        return with_state(trainer, each.state, epoch=epoch, seed=each.seed, batch=self._batch)
 
-    def summary(self) -> dict[str, Spread]:
-        """Returns mean, deviation and interval of each scalar metric, without diverged members."""
-        alive = self._alive()
+    def summary(self, settings: Mapping[str, Any] | None = None) -> dict[str, Spread]:
+        """Returns mean, deviation and interval of each scalar metric, without diverged members.
+
+        Args:
+            settings: values by path, such as `{"optimizer.learning_rate": 1e-3}`: only the members
+                with these values. None for all members.
+
+        Raises:
+            ConfigError: no member has these values.
+        """
+        wanted = {} if settings is None else dict(settings)
+        alive = [each for each in self._alive() if wanted.items() <= each.settings.items()]
+        if wanted and not any(wanted.items() <= each.settings.items() for each in self.members):
+            raise ConfigError(f"No member has the settings {wanted!r}.")
         return {name: spread(self._values(name, alive)) for name in self._names(alive)}
 
     def table(self, by: str | None = None) -> str:
@@ -134,24 +146,32 @@ class Population:
             "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
             for line in (head, *rows)
         )
-        facts = [f"{name}  {each}" for name, each in self.summary().items()]
-        ended = [f"{self._name(each)}: {each.reason}" for each in self.members if each.reason]
+        facts = [f"{name}  {each}" for name, each in self._facts()]
+        ended = [f"{_name(each)}: {each.reason}" for each in self.members if each.reason]
         return "\n".join([*lines, "", *facts, *ended]).rstrip()
 
     def __str__(self) -> str:
         return self.table()
 
     def __repr__(self) -> str:
-        found = self.summary().get(self.monitor.name)
+        found = None if self.members[0].settings else self.summary().get(self.monitor.name)
         value = "" if found is None else f"{self.monitor.name} {found}"
         return brief(self, f"{len(self.members)} members", self.form, value)
 
     def _repr_html_(self) -> str:
         head, rows = self._cells(None)
-        facts = [[name, str(each)] for name, each in self.summary().items()]
-        ended = [f"{self._name(each)}: {each.reason}" for each in self.members if each.reason]
+        facts = [[name, str(each)] for name, each in self._facts()]
+        ended = [f"{_name(each)}: {each.reason}" for each in self.members if each.reason]
         note = html.preformatted("\n".join(ended)) if ended else ""
         return f"{html.table(head, rows)}{html.table(['', ''], facts)}{note}"
+
+    def _facts(self) -> list[tuple[str, Spread]]:
+        """Returns what to show below the table: the spread over the seeds of each setting."""
+        if not self.members[0].settings:
+            return list(self.summary().items())
+        found = {_label(each): each.settings for each in self.members}
+        spreads = {label: self.summary(x).get(self.monitor.name) for label, x in found.items()}
+        return [(n, x) for n, x in spreads.items() if x is not None and x.count >= _FEWEST]
 
     def _alive(self) -> list[TrainedMember]:
         return [each for each in self.members if each.status != "diverged"]
@@ -198,9 +218,14 @@ class Population:
 
         return sorted(members, key=key)
 
-    def _name(self, each: TrainedMember) -> str:
-        settings = "".join(f", {name}={value!r}" for name, value in each.settings.items())
-        return f"seed {each.seed}{settings}"
+
+def _name(each: TrainedMember) -> str:
+    return ", ".join(filter(None, [f"seed {each.seed}", _label(each)]))
+
+
+def _label(each: TrainedMember) -> str:
+    """Returns the settings of a member as text."""
+    return ", ".join(f"{name}={value!r}" for name, value in each.settings.items())
 
 
 def _text(value: Any) -> str:

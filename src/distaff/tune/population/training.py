@@ -13,7 +13,7 @@ from distaff.callbacks.callbacks import Callbacks
 from distaff.data import is_on_policy, num_shapes
 from distaff.errors import ConfigError
 from distaff.execution.dispatch.calibration import calibrate
-from distaff.execution.dispatch.dispatcher import make_dispatcher
+from distaff.execution.dispatch.dispatcher import Dispatcher, make_dispatcher
 from distaff.execution.dispatch.packed_metrics import MetricLayout, MetricWindows
 from distaff.execution.dispatch.steps_per_call import Expected
 from distaff.execution.dispatch.work import work_of
@@ -23,12 +23,20 @@ from distaff.run.result import Best
 from distaff.run.sanity import report_breach
 from distaff.step.averages import is_averaged
 from distaff.step.finite import all_finite
+from distaff.step.normalise import StepFn
 from distaff.step.remainder import may_have_rest
 from distaff.step.state import TrainState
 from distaff.trainer.module import TrainerModule
 from distaff.trainer.trials import PreparedRun
-from distaff.tune.population.forms import Members, MembersInTurn, StackedMembers, stacked
+from distaff.tune.population.forms import (
+    Members,
+    MembersInTurn,
+    StackedMembers,
+    stack,
+    stacked,
+)
 from distaff.tune.population.member import RunningMember, TrainedMember
+from distaff.tune.population.settings import Setting, TracedOptimizer, state_in
 
 _NOT_CALLED = (
     *("train_epoch", "save_model", "load_model", "save_metrics"),
@@ -96,6 +104,8 @@ def check_plan(plan: Plan, owner: str) -> None:
             f"{owner} validates at the ends of epochs, but this trainer validates every "
             f"{plan.val_every}. Validate every n epochs."
         )
+    if plan.num_epochs is None:
+        raise ConfigError(f"{owner} needs the length of the training. Pass num_epochs=20.")
     if is_on_policy(plan.train_loader):
         raise ConfigError(
             f"{owner} gives all members the same batches, but the batches of an OnPolicy "
@@ -120,29 +130,34 @@ def choose_form(prepared: PreparedRun) -> str:
 
 
 def make_members(
-    prepared: PreparedRun, states: Sequence[TrainState], form: str
+    prepared: PreparedRun, states: Sequence[Any], form: str, step: StepFn | None
 ) -> tuple[Members, MetricLayout]:
-    """Returns the members of a population in a form, and the layout of a member's metrics."""
+    """Returns the members of a population in a form, and the layout of a member's metrics.
+
+    Args:
+        prepared: the prepared run of one member.
+        states: the states of the members.
+        form: `"stacked"` or `"in turn"`.
+        step: a step of such a state; None for that of the prepared run.
+    """
     here, run, config = prepared.workspace, prepared.run, prepared.trainer.config
-    layout, plan, batch = run.dispatcher.layout, run.plan, here.example_batch
-    execution = here.execution
+    layout, plan, execution = run.dispatcher.layout, run.plan, here.execution
+
+    def dispatcher_of(step: StepFn, state: Any) -> Dispatcher:
+        loader, length = plan.train_loader, plan.epoch_length
+        expected = Expected(length, plan.total_steps, num_shapes(loader))
+        parts = execution, step, (state, here.example_batch), config, expected
+        return make_dispatcher(*parts, watched=False, watch=here.make_watch())
+
     if form == "in turn":
-        members: Members = MembersInTurn(execution, run.dispatcher, states)
+        dispatcher = run.dispatcher if step is None else dispatcher_of(step, states[0])
+        members: Members = MembersInTurn(execution, dispatcher, states)
     else:
-        step = stacked(here.measured_step, layout)
-        shapes = jax.eval_shape(
-            lambda *each: jax.tree.map(lambda *x: jax.numpy.stack(x), *each), *states
-        )
-        length = plan.epoch_length
-        expected = Expected(length, plan.total_steps, num_shapes(plan.train_loader))
-        dispatcher = make_dispatcher(
-            *(execution, step, (shapes, batch), config, expected),
-            watched=False,
-            watch=here.make_watch(),
-        )
+        of_all = stacked(here.measured_step if step is None else step, layout)
+        dispatcher = dispatcher_of(of_all, jax.eval_shape(stack, *states))
         members = StackedMembers(execution, dispatcher, states)
-    loader, dispatcher = plan.train_loader, members.dispatcher
-    calibrate(dispatcher, states[0], here.feeds, loader, None, remember=False)
+    # A choice by the clock needs a state like those that are trained.
+    calibrate(dispatcher, members.example(), here.feeds, plan.train_loader, None, remember=False)
     here.capacity = dispatcher.forms.capacity
     return members, layout
 
@@ -152,8 +167,7 @@ class PopulationRun:
 
     Args:
         prepared: the prepared run of one member.
-        seeds: the seeds of the members.
-        callbacks: the callbacks of the trainer, whose early stopping is followed.
+        settings: the settings of the members, which differ in nothing that is static.
         form: the form of the members; None to choose it.
 
     Attributes:
@@ -161,20 +175,29 @@ class PopulationRun:
     """
 
     def __init__(
-        self, prepared: PreparedRun, seeds: Sequence[int], callbacks: Callbacks, form: str | None
+        self, prepared: PreparedRun, settings: Sequence[Setting], form: str | None
     ) -> None:
         self._prepared, self._trainer, self._run = prepared, prepared.trainer, prepared.run
         self._here, self._options = prepared.workspace, prepared.trainer.config
         self._check()
         self.form = form or choose_form(prepared)
-        followed = Callbacks([x for x in callbacks.callbacks if isinstance(x, EarlyStopping)])
+        self._settings, self._step = settings, 0
+        callbacks = settings[0].trainer.callbacks.callbacks
+        followed = Callbacks([x for x in callbacks if isinstance(x, EarlyStopping)])
         self._all = [
-            RunningMember(seed, self._trainer.monitor, followed, self._options) for seed in seeds
+            RunningMember(each.seed, self._trainer.monitor, followed, self._options)
+            for each in settings
         ]
-        states = [prepared.state_of(seed) for seed in seeds]
+        states: list[Any] = [prepared.state_of(each.seed) for each in settings]
         self._has_rest = may_have_rest(states[0])
-        self._members, self._layout = make_members(prepared, states, self.form)
-        self._step = 0
+        self._rest, self._averaged, step = self._here.with_rest, self._here.with_epoch, None
+        self._traced = TracedOptimizer(prepared, settings)
+        if self._traced.names:
+            pairs = zip(states, settings, strict=True)
+            states = [self._traced.carried(*pair) for pair in pairs]
+            self._rest, self._averaged = self._traced.rest, self._traced.averaged
+            step = self._traced.step()
+        self._members, self._layout = make_members(prepared, states, self.form, step)
 
     def _check(self) -> None:
         tx = self._here.ready_state().tx
@@ -245,11 +268,11 @@ class PopulationRun:
 
     def _end_epoch(self, epoch: int, plan: Plan) -> None:
         """Ends the steps of an epoch, and validates if due."""
-        here, running = self._here, self._running
+        running = self._running
         if self._has_rest:  # apply the gradients accumulated so far
-            self._members.apply(here.with_rest, running)
+            self._members.apply(self._rest, running)
         if is_averaged(self._options, epoch):
-            self._members.apply(here.with_epoch, running)
+            self._members.apply(self._averaged, running)
         is_due = epoch == plan.last_epoch or plan.val_every.is_due("epochs", epoch)
         for index in running:
             member = self._all[index]
@@ -263,12 +286,12 @@ class PopulationRun:
                 stop = member.callbacks
                 member.end(stop.stop_status, stop.stop_reason or "", self._step)
             if not member.is_running and member.state is None:
-                member.state = self._members.kept(index)
+                member.state = self._kept(index)
 
     def _validated(self, index: int, metrics: dict[str, Any]) -> dict[str, Any]:
         """Validates a member, and keeps its state if it is the best so far."""
-        member, trainer, members = self._all[index], self._trainer, self._members
-        self._take_on(index, members.state(index))
+        member, trainer = self._all[index], self._trainer
+        self._take_on(index, state_in(self._members.state(index)))
         if not all_finite(self._here.ready_state().params):
             where = f"by step {self._step} (epoch {member.epoch})"
             reason = f"a parameter became NaN or infinite {where}"
@@ -281,7 +304,7 @@ class PopulationRun:
         old = None if member.best is None else member.best.metrics
         if judged and trainer.is_new_model_better(judged, old):
             member.best = Best(self._step, member.epoch, dict(judged))
-            member.state = members.kept(index)
+            member.state = self._kept(index)
         return {**metrics, **validation}
 
     def _take_on(self, index: int, state: TrainState) -> None:
@@ -292,12 +315,19 @@ class PopulationRun:
     def _finished(self, index: int, test_loader: Any) -> TrainedMember:
         """Returns a trained member; tests its best model, unless it diverged before it had one."""
         member, tested = self._all[index], {}
-        last = self._members.kept(index) if member.state is None else member.state
+        last = self._kept(index) if member.state is None else member.state
         if test_loader is not None and (member.best is not None or member.status != "diverged"):
             self._take_on(index, last)
             for name, weights in self._options.evaluations("test"):
                 tested.update(self._trainer.eval_model(test_loader, f"{name}/", **weights))
-        return member.finished(last, tested)
+        return member.finished(last, tested, self._settings[index].values)
+
+    def _kept(self, index: int) -> TrainState:
+        """Returns a copy of the state of a member, with its own optimizer."""
+        state = state_in(self._members.kept(index))
+        if not self._traced.names:
+            return state
+        return state.replace(tx=self._traced.own(self._settings[index]))
 
     def _line(self, epoch: int, plan: Plan) -> str:
         """Returns a line about an epoch."""
