@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
@@ -71,6 +72,8 @@ def test_constructor_without_a_model_or_with_more_by_position_is_an_error(task):
         task(MLP((8, 10)), 10)
     with pytest.raises(ConfigError, match=rf"{name} needs a model. Write {name}\(model"):
         task(seed=1)
+    trainer = task(MLP((8, 10)), root=None)
+    assert copy.copy(trainer).model is trainer.model
 
 
 def test_a_number_of_epochs_by_position_is_an_error():

@@ -97,7 +97,7 @@ def call_of(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call
                 f"{len(args)} arguments. Write {cls.__name__}(model, example_batch=batch, ...)."
                 f"{outputs}"
             )
-        if not args and "model" not in kwargs:
+        if not args and kwargs and "model" not in kwargs:  # a copy is made without arguments
             raise ConfigError(
                 f"{cls.__name__} needs a model. Write {cls.__name__}(model, ...), with a Flax or "
                 "Equinox module, or a pair (init, apply)."
