@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from distaff.errors import DistaffError
     from distaff.export import export_model
     from distaff.loggers.history import History
+    from distaff.mesh import MeshConfig
     from distaff.metrics.monitor import Monitor
     from distaff.models import Lora, PrecisionConfig, RematConfig
     from distaff.optim import OptimizerConfig
@@ -45,6 +46,7 @@ _PLACES = {
     "errors": ("DistaffError",),
     "export": ("export_model",),
     "loggers.history": ("History",),
+    "mesh": ("MeshConfig",),
     "metrics.monitor": ("Monitor",),
     "models": ("Lora", "PrecisionConfig", "RematConfig"),
     "optim": ("OptimizerConfig",),
@@ -69,6 +71,7 @@ __all__ = [
     "History",
     "InitFrom",
     "Lora",
+    "MeshConfig",
     "Monitor",
     "OptimizerConfig",
     "PrecisionConfig",

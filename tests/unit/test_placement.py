@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from distaff import TrainState, data, tasks, zoo
-from distaff.execution.execution import Compiled
 from distaff.execution.feed.chunk import ChunkSize
 from distaff.execution.feed.feed import Feed
 from distaff.execution.placement import (
@@ -123,14 +122,15 @@ class Noting(OneDevice):
 def test_run_asks_the_placement_of_its_execution_for_everything(monkeypatch: pytest.MonkeyPatch):
     """A placement of another kind replaces `OneDevice` in one place, and nothing else changes."""
     placement = Noting()
-    monkeypatch.setattr("distaff.run.workspace.Compiled", lambda: Compiled(placement))
+    monkeypatch.setattr("distaff.run.workspace.placement_of", lambda options: placement)
     rows = {"image": np.ones((8, 3), np.float32), "label": np.zeros(8, np.int32)}
     loader = data.ArrayLoader(rows, 4)
     trainer = tasks.Classifier(zoo.MLP((2,)), enable_progress_bar=False, steps_per_call=1)
     trainer.train_model(loader, loader, num_epochs=2)
     epoch = ["state TrainState", "batch One", "batch One"]
     kept = ["resident One", "resident One"]
-    assert placement.asked == ["alongside", "replicated", *epoch, *kept, *epoch]
+    created = "state TrainState"
+    assert placement.asked == [created, "alongside", "replicated", *epoch, *kept, *epoch]
 
 
 @pytest.mark.parametrize("kind", ["arrays", "list"])

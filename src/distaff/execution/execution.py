@@ -108,7 +108,10 @@ class Compiled:
             is_traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(args))
             # JAX accepts compiler options for whole programs only; the gain is measured on CPUs.
             is_plain = is_traced or jax.default_backend() != "cpu"
-            return jax.jit(function, compiler_options=None if is_plain else _LITTLE_EFFORT)(*args)
+            options: Any = None if is_plain else _LITTLE_EFFORT
+            places = None if is_traced else self.placement.out_shardings(function, *args)
+            placed = {} if places is None else {"out_shardings": places}
+            return jax.jit(function, compiler_options=options, **placed)(*args)
 
         return run
 

@@ -45,6 +45,22 @@ class Placement(Protocol):
         """Returns copies of arrays on the device, to be used by many programs."""
         ...
 
+    def out_shardings(self, function: Callable[..., PyTree], *args: Any) -> PyTree | None:
+        """Returns where a function that creates a state puts each array; None for the default."""
+        ...
+
+    def keeping(self, function: Callable[..., PyTree]) -> Callable[..., PyTree]:
+        """Returns a function for programs, whose results stay where its arguments are."""
+        ...
+
+    def check(self, params: PyTree) -> None:
+        """Checks that the parameters can be placed."""
+        ...
+
+    def describe(self, batch: Batch) -> str:
+        """Returns a line on the devices of a run; empty if there is nothing to say."""
+        ...
+
 
 class OneDevice:
     """Leaves every array on JAX's default device, the first one."""
@@ -88,6 +104,21 @@ class OneDevice:
         """Returns copies on the device that share no memory with the host's arrays."""
         # `device_put` may alias the memory of a NumPy array, even with `may_alias=False`.
         return jax.tree.map(jnp.array, tree)
+
+    def out_shardings(self, function: Callable[..., PyTree], *args: Any) -> PyTree | None:
+        """Returns None: arrays are created on the default device."""
+        return None
+
+    def keeping(self, function: Callable[..., PyTree]) -> Callable[..., PyTree]:
+        """Returns the function itself."""
+        return function
+
+    def check(self, params: PyTree) -> None:
+        """Does nothing: any array fits one device."""
+
+    def describe(self, batch: Batch) -> str:
+        """Returns a line about local devices that training leaves idle; see `idle_devices`."""
+        return idle_devices(batch)
 
 
 class Alongside(OneDevice):
@@ -158,18 +189,36 @@ def like(tree: PyTree, example: PyTree) -> PyTree:
 def _leaf_like(leaf: Any, example: Any) -> Any:
     if not isinstance(example, jax.Array):
         return leaf
-    if isinstance(leaf, jax.Array) and (example.committed or not leaf.committed):
+    if isinstance(leaf, jax.Array) and _is_alongside(leaf, example):
         return leaf
+    if example.committed:
+        return jax.device_put(leaf, example.sharding, may_alias=False)
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         data = jax.device_put(np.asarray(jax.random.key_data(leaf)), may_alias=False)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-    sharding = example.sharding if example.committed else None
-    return jax.device_put(np.asarray(leaf), sharding, may_alias=False)
+    return jax.device_put(np.asarray(leaf), may_alias=False)
+
+
+def _is_alongside(leaf: jax.Array, example: jax.Array) -> bool:
+    """Returns whether an array is on the devices of another one."""
+    if not example.committed:
+        return not leaf.committed
+    return leaf.committed and leaf.sharding.is_equivalent_to(example.sharding, leaf.ndim)
 
 
 def to_host(tree: PyTree) -> PyTree:
     """Converts arrays to NumPy arrays; waits for them."""
     return jax.tree.map(np.asarray, tree)
+
+
+def unplaced(tree: PyTree) -> PyTree:
+    """Returns shapes for arrays on several devices, which would be part of a jaxpr."""
+
+    def shape_of(leaf: Any) -> Any:
+        is_split = isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_split else leaf
+
+    return jax.tree.map(shape_of, tree)
 
 
 def num_devices(batch: Batch) -> int:

@@ -13,7 +13,7 @@ import flax.nnx as flax_nnx
 from distaff.core import optional
 from distaff.data import Standardize, Transform
 from distaff.errors import ConfigError
-from distaff.models.adapter import LayerRow, Model, Variables, is_model
+from distaff.models.adapter import LayerRow, Model, ModelWrapper, Variables, is_model
 from distaff.models.functional import FunctionModel, Functions
 from distaff.models.linen import LinenModel
 from distaff.models.lora import Lora, LoraModel, rebuild
@@ -175,18 +175,25 @@ def rematerialized(model: Model, remat: str | tuple[str, ...] | RematConfig | No
 
 
 def without_remat(apply_fn: Callable[..., Any] | None) -> Callable[..., Any] | None:
-    """Returns a forward function without rematerialization, which changes no value."""
-    model = None if apply_fn is None else model_of(apply_fn)
-    if isinstance(model, RematModel):
-        return model.plain.apply_fn
-    if isinstance(model, InPrecision) and isinstance(model.inner, RematModel):
-        return model.around(model.inner.plain).apply_fn
-    return apply_fn
+    """Returns a forward function without rematerialization and pins, which change no value."""
+    if apply_fn is None:
+        return None
+    model = model_of(apply_fn)
+    found = _without_remat(model)
+    return apply_fn if found is model else found.apply_fn
+
+
+def _without_remat(model: Model) -> Model:
+    if isinstance(model, InPrecision):
+        inner = _without_remat(model.inner)
+        return model if inner is model.inner else model.around(inner)
+    plain: Any = getattr(model, "plain", None) if isinstance(model, ModelWrapper) else None
+    return model if plain is None else _without_remat(plain)
 
 
 def plain_model(model: Model) -> Model:
     """Returns a model without precision, rematerialization and standardized inputs."""
-    while isinstance(model, InPrecision | RematModel | StandardizedModel):
+    while isinstance(model, ModelWrapper):
         model = model.inner
     return model
 

@@ -270,7 +270,8 @@ def predict(
         BatchError: there are no batches, an output has no batch axis, or its other axes differ
             between batches.
     """
-    may_pad = Padding(execution or Compiled(), predict_step).of(state)
+    execution = execution or Compiled()
+    may_pad, place = Padding(execution, predict_step).of(state), execution.placement.batch
     full_sizes: dict[Any, int] = {}
     gathered: list[tuple[PyTree, int, int]] = []
     for batch in batches:
@@ -280,7 +281,8 @@ def predict(
         padded = pad(batch, full_size) if is_short else batch
         if not is_short or not may_pad(One(padded)):
             padded, full_size = batch, size
-        gathered.append((predict_step(state, padded), size, full_size))
+        placed = padded if place is None else place(padded)
+        gathered.append((predict_step(state, placed), size, full_size))
         if len(gathered) > _IN_FLIGHT:
             late = len(gathered) - _IN_FLIGHT - 1
             gathered[late] = _fetch(*gathered[late])

@@ -20,7 +20,6 @@ from distaff.execution.dispatch.packed_metrics import BadStep, WindowEnd
 from distaff.execution.dispatch.steps_per_call import FusionChoice
 from distaff.execution.feed.skipped import num_drawn, skipped_batches
 from distaff.execution.peak_flops import peak_flops
-from distaff.execution.placement import idle_devices
 from distaff.execution.step_times import StepTimes
 from distaff.execution.timers import Timers
 from distaff.loggers.history import History
@@ -148,7 +147,8 @@ class Recorder:
             state = self.workspace.ready_state()
             self._check_learning = LearningCheck(state)
             self._rates = host_rates(state.tx, state.params, self.workspace.schedule)
-            if line := idle_devices(self.workspace.example_batch):
+            placement = self.dispatcher.placement
+            if line := placement.describe(self.workspace.example_batch):
                 self.show(line)
             self.display.compiling("the step")
 

@@ -23,6 +23,7 @@ from distaff.execution.feed.chunk import Chunk, ChunkSize
 from distaff.execution.feed.feeds import Feeds
 from distaff.execution.placement import like
 from distaff.execution.timers import Timers
+from distaff.mesh import MeshOptions, placement_of
 from distaff.optim import OptimizerLike, evaluation_params, has_evaluation_params
 from distaff.optim.reuse import reusable_state
 from distaff.run.directory.protocol import NullRecording, Recording
@@ -39,7 +40,7 @@ PredictFn = Callable[[TrainState, Batch], PyTree]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class WorkspaceOptions(ExecutionOptions, InputOptions):
+class WorkspaceOptions(ExecutionOptions, MeshOptions, InputOptions):
     """The options of a trainer that its workspace reads."""
 
 
@@ -60,7 +61,6 @@ class Workspace:
         recording: the run directory and loggers of the current or last run.
         capacity: batches per call of an evaluation.
         timers: timers of the current or last run.
-        evaluator: evaluates the model; set once the trainer is set up.
         plain_step: the training step without a guard, with accumulating metrics.
         measured_step: the training step that a run repeats.
         counted: the training step, with a count of its optimizer updates.
@@ -78,14 +78,14 @@ class Workspace:
 
     state: TrainState | None
     not_loaded: DistaffError | None
-    evaluator: Evaluator
     plain_step: StepFn
     measured_step: StepFn
     counted: Counted
     with_rest: Callable[[TrainState], TrainState]
 
     def __init__(self, options: WorkspaceOptions, display: Display, predict: PredictFn) -> None:
-        self.execution: Execution = Eager() if options.debug else Compiled()
+        placement = placement_of(options)
+        self.execution: Execution = Eager(placement) if options.debug else Compiled(placement)
         self.display, self.feeds = display, Feeds(self.execution.placement)
         self._options, self.state = options, None
         self.step = self.epoch = 0
@@ -100,10 +100,12 @@ class Workspace:
         self.origin, self.not_loaded = "", None
         self.warned: set[tuple[str, str]] = set()
         self._programs: dict[str, Any] = {}
+        self._evaluator: Evaluator | None = None
         self._has_evaluation_params: dict[Any, bool] = {}
         self.predict_step = self.execution.program(predict)
         self.judged = RAW
-        self.with_epoch = self.execution.program(lambda state: with_epoch(state), donate=0)
+        ended = placement.keeping(lambda state: with_epoch(state))
+        self.with_epoch = self.execution.program(ended, donate=0)
         # A lambda per trainer, because a program lives as long as its function.
         self._evaluation_params = self.execution.program(
             lambda opt_state, params: evaluation_params(opt_state, params)
@@ -133,6 +135,29 @@ class Workspace:
                 "the trainer, or use load_from_checkpoint."
             )
         return self.state
+
+    @property
+    def is_set_up(self) -> bool:
+        """Whether the programs of a training and an evaluation step exist."""
+        return self._evaluator is not None
+
+    @property
+    def evaluator(self) -> Evaluator:
+        """Evaluates the model; set once the trainer is set up.
+
+        Raises:
+            StateError: it is not.
+        """
+        if self._evaluator is None:
+            raise StateError(
+                "The trainer has a state, but no evaluation step yet. Pass an example_batch to the "
+                "trainer, call train_model first, or use load_from_checkpoint."
+            )
+        return self._evaluator
+
+    @evaluator.setter
+    def evaluator(self, evaluator: Evaluator) -> None:
+        self._evaluator = evaluator
 
     def begin_optimizer(
         self, tx: optax.GradientTransformation, optimizer: OptimizerLike, *, keep: bool

@@ -13,7 +13,15 @@ from flax.core import FrozenDict, unfreeze
 
 from distaff.core.typing import Batch, Key
 from distaff.errors import ConfigError, StateError
-from distaff.models import LayerRow, Variables
+from distaff.mesh import pinned
+from distaff.models import (
+    LayerRow,
+    Model,
+    Variables,
+    in_precision,
+    rematerialized,
+    standardized,
+)
 from distaff.models.layers import layer_rows
 
 
@@ -44,6 +52,12 @@ def _canonical(leaf: Any) -> Any:
     if not isinstance(leaf, np.ndarray | np.generic):
         return leaf
     return jnp.asarray(np.asarray(leaf, jax.dtypes.canonicalize_dtype(leaf.dtype)))
+
+
+def trained_model(model: Model, config: Any) -> Model:
+    """Returns a model whose passes follow the options of a trainer."""
+    model = rematerialized(standardized(model, config.standardize), config.remat)
+    return in_precision(pinned(model, config), config.precision)
 
 
 def on_host(function: Callable[..., Any], traced: Callable[..., Any], *args: Any) -> Any:

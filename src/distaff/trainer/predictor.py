@@ -27,13 +27,11 @@ from distaff.data import INPUT_NAMES, entry, num_batches
 from distaff.data.on_policy import check_reader
 from distaff.execution import allocator, compile_cache
 from distaff.execution.determinism import ask_backend
+from distaff.mesh import simulate
 from distaff.models import (
     LoraModel,
     Variables,
     as_model,
-    in_precision,
-    rematerialized,
-    standardized,
     stored,
 )
 from distaff.models.standardized import initial_inputs
@@ -45,7 +43,7 @@ from distaff.step.context import Context
 from distaff.step.state import TrainState
 from distaff.trainer.config import TrainerConfig, make_config
 from distaff.trainer.constructor import call_of, rebuild_trainer, recorded_options
-from distaff.trainer.initial import normalized, on_host, rows_of, traced_init
+from distaff.trainer.initial import normalized, on_host, rows_of, traced_init, trained_model
 from distaff.trainer.loading import explained, load, restore
 
 T = TypeVar("T")
@@ -82,6 +80,7 @@ class Predictor:
         self.model = as_model(model)
         if self.config.deterministic:
             ask_backend()
+        simulate(self.config)
         if self.config.tune_process:
             compile_cache.enable()
         self._workspace = self._new_workspace()
@@ -170,13 +169,12 @@ class Predictor:
         """Creates the initial state: the variables and the root key, without an optimizer."""
         init_key, root_key = self._workspace.execution.once(_two_keys)(folded(self.config.seed))
         variables = self._initial(example_batch, init_key)
-        precision = self.config.precision
-        model = rematerialized(standardized(self.model, self.config.standardize), self.config.remat)
-        model = in_precision(model, precision)
-        variables = variables._replace(params=stored(variables.params, precision))
-        self.state = self.state_class.create(
-            apply_fn=model.apply_fn, rng=root_key, **variables._asdict()
-        )
+        variables = variables._replace(params=stored(variables.params, self.config.precision))
+        apply_fn = trained_model(self.model, self.config).apply_fn
+        state = self.state_class.create(apply_fn=apply_fn, rng=root_key, **variables._asdict())
+        placement = self._workspace.execution.placement
+        placement.check(state.params)
+        self.state = placement.state(state)
 
     def _initial(self, example_batch: Batch, key: Key) -> Variables:
         return normalized(self.run_model_init(example_batch, key))

@@ -84,16 +84,14 @@ class Preparation:
         self._trainer, self._base = trainer, base
         self._here, self._options = trainer._workspace, trainer.config
 
-    def set_up(self, example_batch: Batch) -> None:
-        """Calls the setup methods in order; see `TrainerModule`."""
+    def set_up(self, example_batch: Batch, state: TrainState | None = None) -> None:
+        """Calls the setup methods in order, but keeps a state that the user has set."""
         num_examples(example_batch)
         self._trainer.example_batch = self._here.example_batch = example_batch
         self._here.table = None
         self._trainer.print_tabulate(example_batch)
         self.make_recording()
-        self._create_programs()
-        self._trainer.init_model(example_batch)
-        self.load_init_from()
+        self._begin(example_batch, state)
 
     def set_up_alone(self, example_batch: Batch, state: TrainState | None) -> None:
         """Creates the programs and the state, without a recording and a table of the model.
@@ -103,17 +101,17 @@ class Preparation:
             state: the state; None to create the initial one.
         """
         self._trainer.example_batch = self._here.example_batch = example_batch
-        self._create_programs()
+        self._begin(example_batch, state)
+
+    def _begin(self, example_batch: Batch, state: TrainState | None) -> None:
+        """Creates the programs of a training and an evaluation step, and the state."""
+        train_step, eval_step = self._trainer.create_functions()
+        self._trainer.create_jitted_functions(averaging(train_step, self._options), eval_step)
+        self._take_programs()
         self._here.state = state
         if state is None:
             self._trainer.init_model(example_batch)
             self.load_init_from()
-
-    def _create_programs(self) -> None:
-        """Creates the programs of a training and an evaluation step."""
-        train_step, eval_step = self._trainer.create_functions()
-        self._trainer.create_jitted_functions(averaging(train_step, self._options), eval_step)
-        self._take_programs()
 
     def _take_programs(self) -> None:
         trainer, here = self._trainer, self._here
@@ -132,7 +130,8 @@ class Preparation:
         here.measured_step = here.execution.part(guarded_step)
         # A guard makes it a part of another program.
         here.own_step = step if is_own and not is_needed(self._options) else None
-        here.with_rest = here.execution.program(averaging_rest(self._options), donate=0)
+        rest = here.execution.placement.keeping(averaging_rest(self._options))
+        here.with_rest = here.execution.program(rest, donate=0)
         here.evaluator = Evaluator(evaluation, here.execution, here.evaluation_watch)
 
     def load_init_from(self) -> None:
@@ -178,8 +177,8 @@ class Preparation:
         here, plan = self._here, run.plan
         batch = first_to_train(plan.train_loader)
         here.feeds.of(plan.train_loader, name="train").expect(batch)
-        if here.state is None:
-            self.set_up(batch)
+        if here.state is None or not here.is_set_up:
+            self.set_up(batch, here.state)
         elif here.recording.path is not None:
             self.make_recording()
         per_epoch = plan.epoch_length

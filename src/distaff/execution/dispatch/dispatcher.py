@@ -119,6 +119,8 @@ def make_dispatcher(
     Raises:
         MetricError: a metric cannot be used in training.
     """
+    placement = execution.placement.alongside(example[1])
+    step = placement.keeping(step)
     _, metrics = execution.shapes(step, *example)
     for metric in metrics.values():
         if metric.refused_in_training:
@@ -139,7 +141,7 @@ def make_dispatcher(
         log_every=config.log_every,
         watched=watched,
         watch=watch,
-        placement=execution.placement.alongside(example[1]),
+        placement=placement,
     )
     watch.expect(num_shapes=expected.num_shapes)
     dispatcher.example = jax.eval_shape(lambda *each: each, *example)
@@ -267,8 +269,10 @@ class Dispatcher:
         self.timers, self._watched, self._limit = Timers(), watched, InFlightLimit()
         kept, watch = metrics if watched else {}, watch or Watch()
         self._guard = execution.guard
-        self._one = execution.program(single(step, self.layout, watched=watched), donate=0)
-        loop = fused(step, self.layout, kept)
+        keeping = self.placement.keeping
+        one = keeping(single(step, self.layout, watched=watched))
+        self._one = execution.program(one, donate=0)
+        loop = keeping(fused(step, self.layout, kept))
         many = execution.program(loop, donate=0)
         full = execution.program(lambda *each: loop(*each, each[1].capacity), donate=0)
         self._append = execution.program(appending(self.layout))

@@ -9,21 +9,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from distaff.core.equations import named_scope
-from distaff.core.rewriter import Rewriter
 from distaff.core.typing import Key, PyTree
-from distaff.errors import ConfigError, leaf_name
+from distaff.errors import leaf_name
 from distaff.models.adapter import Model, ModelWrapper, Variables, accepts_collections
 from distaff.models.observed import Observed, observing
 from distaff.models.precision.autocast import autocast
 from distaff.models.precision.options import PrecisionConfig, PrecisionName, precision_of
+from distaff.models.precision.rewritten import rewritten
 
 SCALED = "scaled"
 """The scope of the products with a loss scale; see `named_scope`."""
-
-_OUTPUTS = (jax.Array, bool, int, float, complex, str, bytes, np.ndarray, np.generic)
 
 
 class InPrecision(ModelWrapper):
@@ -84,22 +81,13 @@ class InPrecision(ModelWrapper):
         if self._precision.compute is None:
             with self._setting():
                 return function(variables)
-        rewriter = Rewriter(autocast(self._precision.compute, float32=self._precision.float32))
-        found: list[Any] = []
+        rules = autocast(self._precision.compute, float32=self._precision.float32)
 
-        def traced(variables: Any) -> list[jax.Array]:
+        def traced(variables: Any) -> Any:
             with self._setting():
-                found[:], structure = jax.tree.flatten(function(variables))
-            found.append(structure)
-            _check_outputs(found[:-1], type(self.module).__name__)
-            return [leaf for leaf in found[:-1] if isinstance(leaf, jax.Array)]
+                return function(variables)
 
-        paths = [path for path, _ in jax.tree.leaves_with_path(variables)]
-        sources = [frozenset({_name_in_collection(path)}) for path in paths]
-        results = iter(rewriter(traced, variables, sources=sources))
-        *leaves, structure = found
-        outputs = [next(results) if isinstance(x, jax.Array) else x for x in leaves]
-        return jax.tree.unflatten(structure, outputs)
+        return rewritten(traced, variables, rules, "precision", type(self.module).__name__)
 
     def _in_float32(self, params: PyTree) -> PyTree:
         """Returns parameters as a model without this precision has them."""
@@ -156,20 +144,3 @@ def _(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, j
 def _widened(leaf: Any) -> Any:
     is_half = isinstance(leaf, jax.Array) and leaf.dtype == jnp.bfloat16
     return leaf.astype(jnp.float32) if is_half else leaf
-
-
-def _name_in_collection(path: tuple[Any, ...]) -> str:
-    """Returns the path of a variable in its collection, as patterns for parameters have it."""
-    collections = ("collections",) if len(path) > 2 else ()
-    start = 1 + (leaf_name(path[:1]) in collections)
-    return leaf_name(path[start:])
-
-
-def _check_outputs(leaves: list[Any], model: str) -> None:
-    for leaf in leaves:
-        if not isinstance(leaf, _OUTPUTS):
-            raise ConfigError(
-                "precision needs a model whose outputs are a pytree of arrays, because its forward "
-                f"pass is evaluated again in another precision; {model} returned an object of the "
-                f"class {type(leaf).__name__}. Return arrays, and create the object in the loss."
-            )

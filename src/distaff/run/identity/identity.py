@@ -19,6 +19,7 @@ from distaff.core.digest import REST, digest, program_digest, sample_digest
 from distaff.core.typing import Batch
 from distaff.data import Loader, num_batches
 from distaff.errors import leaf_name
+from distaff.execution.placement import unplaced
 from distaff.run.identity.sketch import sketch
 from distaff.step.normalise import StepFn
 from distaff.step.state import TrainState
@@ -100,7 +101,7 @@ def _versions() -> dict[str, str]:
 def _traced(function: Callable[..., Any], *arguments: Any) -> dict[str, Any] | None:
     """Returns the digest of a function as JSON; None if it cannot be traced."""
     try:
-        found = program_digest(function, *arguments)
+        found = program_digest(function, *unplaced(arguments))
     except Exception:  # the user's; it is raised again when the function runs
         return None
     parts = {

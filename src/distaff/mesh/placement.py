@@ -1,0 +1,134 @@
+"""`OnMesh`: the arrays of a run on the devices of a mesh."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from distaff.core.typing import Batch, PyTree
+from distaff.data.loader import num_examples
+from distaff.errors import ConfigError
+from distaff.execution.feed.chunk import Stacked
+from distaff.execution.placement import OneDevice, Place, Placement
+from distaff.mesh.config import BATCH_AXES, MeshConfig
+from distaff.mesh.rules import ShardingRules
+from distaff.step.state import TrainState
+
+
+class OnMesh(OneDevice):
+    """Splits batches, and large arrays of the state, over the devices of a mesh.
+
+    Args:
+        config: the mesh and its rules.
+    """
+
+    gathers = False
+
+    def __init__(self, config: MeshConfig) -> None:
+        mesh = config.mesh()
+        self._rules, self._mesh = ShardingRules(config, mesh), mesh
+        self._whole = NamedSharding(mesh, PartitionSpec())
+        self._num_parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh:
+        """The mesh, with the axes `data`, `fsdp` and `tensor`."""
+        return self._mesh
+
+    def alongside(self, batch: Batch) -> Placement:
+        """Returns this placement, if the batch divides.
+
+        Raises:
+            ConfigError: the number of examples in a batch does not divide over the devices.
+        """
+        size = num_examples(batch)
+        if size % self._num_parts:
+            more = size + -size % self._num_parts
+            raise ConfigError(
+                f"A batch of {size} examples does not divide over the {self._num_parts} devices "
+                f"that split it ({self._shape(BATCH_AXES)}). Use a batch size such as {more}."
+            )
+        return self
+
+    def state(self, tree: PyTree) -> PyTree:
+        """Returns a state split by the rules. Does not copy arrays already in their place."""
+        return jax.tree.map(_moved, tree, self._rules.shardings(tree))
+
+    def replicated(self, tree: PyTree) -> PyTree:
+        """Returns arrays replicated on every device."""
+        return jax.device_put(tree, self._whole)
+
+    @property
+    def batch(self) -> Place:
+        """Splits batches by their examples; arrays that do not divide are replicated."""
+        return self._split
+
+    def resident(self, tree: PyTree) -> PyTree:
+        """Returns batches on the devices that share no memory with the host's arrays."""
+        return self._split(jax.tree.map(np.array, tree))
+
+    def out_shardings(self, function: Callable[..., PyTree], *args: Any) -> PyTree:
+        """Returns the shardings of a new state, which is then never whole on one device."""
+        return self._rules.shardings(jax.eval_shape(function, *args))
+
+    def keeping(self, function: Callable[..., PyTree]) -> Callable[..., PyTree]:
+        """Returns a function whose states are split by the rules, and other results replicated.
+
+        A program whose results are where its arguments were does not compile again.
+        """
+
+        def constrain(node: Any) -> Any:
+            place = self._rules.shardings(node) if _is_state(node) else self._whole
+            return jax.lax.with_sharding_constraint(node, place)
+
+        @functools.wraps(function)
+        def run(*args: Any) -> PyTree:
+            return jax.tree.map(constrain, function(*args), is_leaf=_is_state)
+
+        return run
+
+    def check(self, params: PyTree) -> None:
+        """Checks the rules against the parameters.
+
+        Raises:
+            ConfigError: a rule does not fit, or too many bytes stay whole; see `MeshConfig`.
+        """
+        self._rules.check(params)
+
+    def describe(self, batch: Batch) -> str:
+        """Returns a line on the mesh."""
+        devices = self._mesh.devices.flat
+        return f"{len(devices)} {devices[0].platform} devices: {self._shape(self._mesh.axis_names)}"
+
+    def _shape(self, axes: tuple[str, ...]) -> str:
+        sizes = {axis: self._mesh.shape[axis] for axis in axes}
+        shown = [f"{axis}={size}" for axis, size in sizes.items() if size > 1]
+        return ", ".join(shown) or "a mesh of one device"
+
+    def _split(self, source: PyTree) -> PyTree:
+        axis = int(isinstance(source, Stacked))
+        before = (None,) * axis
+
+        def place(leaf: Any) -> jax.Array:
+            shape = np.shape(leaf)
+            divides = len(shape) > axis and not shape[axis] % self._num_parts
+            spec = PartitionSpec(*before, BATCH_AXES) if divides else PartitionSpec()
+            return jax.device_put(leaf, NamedSharding(self._mesh, spec))
+
+        return jax.tree.map(place, source)
+
+
+def _is_state(node: Any) -> bool:
+    return isinstance(node, TrainState)
+
+
+def _moved(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+        return leaf
+    return jax.device_put(leaf, sharding)
