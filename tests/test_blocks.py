@@ -38,8 +38,8 @@ SKIPPED = re.compile(r"<!-- no-run: (?P<reason>.+?) -->\s*\Z")
 RUN = "import sys; exec(compile(sys.stdin.read(), sys.argv[1], 'exec'))"
 RUN_EACH = """
 import json, os, sys
-for page, code in json.load(sys.stdin):
-    os.makedirs(folder := os.path.abspath(os.path.basename(page) + ".run"))
+for number, (page, code) in enumerate(json.load(sys.stdin)):
+    os.makedirs(folder := os.path.abspath(str(number)))
     os.chdir(folder)
     exec(compile(code, page, "exec"), {"__name__": "__main__"})
     os.chdir("..")
