@@ -11,6 +11,7 @@ import numpy as np
 from distaff import data, tasks
 from distaff.core import optional
 from distaff.core.paths import shown
+from distaff.mesh.config import MeshName
 from distaff.metrics.monitor import Monitor
 from distaff.optim import OptimizerConfig
 from distaff.run.display import make_display
@@ -37,6 +38,8 @@ class Digits:
         features: channels of the CNN's blocks.
         dropout: dropout rate of the last block.
         optimizer: the optimizer and its schedule.
+        mesh: devices to train on; the first one by default.
+        simulate_devices: number of CPU devices to simulate.
         root: folder of all runs.
         figures: whether to draw learning curves, confusion matrix and worst mistakes.
         progress_bar: whether to show progress.
@@ -48,6 +51,8 @@ class Digits:
     features: tuple[int, ...] = (32, 32, 64)
     dropout: float = 0.5
     optimizer: OptimizerConfig = dataclasses.field(default_factory=_default_optimizer)
+    mesh: MeshName | None = None
+    simulate_devices: int | None = None
     root: str = "runs"
     figures: bool = True
     progress_bar: bool = True
@@ -67,6 +72,8 @@ class Digits:
             name="digits",
             root=self.root,
             seed=self.seed,
+            mesh=self.mesh,
+            simulate_devices=self.simulate_devices,
             enable_progress_bar=self.progress_bar,
             save_curves=False,  # drawn by matplotlib below
         )
