@@ -69,6 +69,17 @@ def test_numbers_of_the_optimizer_share_a_program(form: str) -> None:
     spread = found.summary({RATE: 0.1, DECAY: 0.3})["val/loss"]
     assert spread.count == 2
     assert f"{RATE}=0.1, {DECAY}=0.3  {spread}" in str(found)
+    slow, fast = ({RATE: rate, DECAY: 0.0} for rate in (0.01, 0.1))
+    values = [each.metrics["val/loss"] for each in found.members]
+    difference = found.difference(slow, fast)
+    assert difference.spread.mean == pytest.approx(np.mean(values[4:6]) - np.mean(values[:2]))
+    apart = np.std([values[4] - values[0], values[5] - values[1]], ddof=1)
+    needed = np.ceil(2.8016**2 * (apart / difference.spread.mean) ** 2)
+    assert difference.seeds_needed == max(needed, 2)
+    with pytest.raises(ConfigError, match="several members of one seed"):
+        found.difference({RATE: 0.1}, fast)
+    with pytest.raises(ConfigError, match="name no member"):
+        found.difference({RATE: 0.3}, fast)
     with pytest.raises(ConfigError, match="No member has the settings"):
         found.summary({RATE: 5.0})
 

@@ -6,7 +6,7 @@ from distaff.tune.comparison import Comparison, OptimizerResult, OptimizerRun
 from distaff.tune.learning_rate import find_learning_rate
 from distaff.tune.population.member import TrainedMember
 from distaff.tune.population.multi_seed import multi_seed, train_population
-from distaff.tune.population.result import Population, Spread
+from distaff.tune.population.result import PairedDifference, Population, Spread
 from distaff.tune.range_test import RangeTest
 from distaff.tune.search import Trial
 from distaff.tune.space import Choice, Float, Int
@@ -20,6 +20,7 @@ __all__ = [
     "Int",
     "OptimizerResult",
     "OptimizerRun",
+    "PairedDifference",
     "Population",
     "RangeTest",
     "Spread",

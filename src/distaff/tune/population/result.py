@@ -19,6 +19,8 @@ from distaff.tune.population.member import TrainedMember
 
 _RESAMPLES = 10_000
 _FEWEST = 2
+_POWER = 7.85
+"""`(1.960 + 0.842) ** 2`: the quantiles of 97.5 % and 80 % of a normal distribution."""
 
 
 class Spread(NamedTuple):
@@ -44,6 +46,23 @@ class Spread(NamedTuple):
             return f"{self.mean:.4g} ({self.count})"
         interval = f"[{self.low:.4g}, {self.high:.4g}]"
         return f"{self.mean:.4g} ± {self.deviation:.2g} {interval} ({self.count})"
+
+
+class PairedDifference(NamedTuple):
+    """How much a metric differs between two settings that were trained with the same seeds.
+
+    Attributes:
+        spread: the differences, seed by seed: the first setting minus the second.
+        seeds_needed: about the number of seeds with which a test would find a difference of this
+            size in four of five experiments (two-sided, 5 %); None if the mean is 0 or unknown.
+    """
+
+    spread: Spread
+    seeds_needed: int | None
+
+    def __str__(self) -> str:
+        needed = "" if self.seeds_needed is None else f"; {self.seeds_needed} seeds needed"
+        return f"{self.spread}{needed}"
 
 
 def spread(values: Any) -> Spread:
@@ -130,6 +149,45 @@ class Population:
         if wanted and not any(wanted.items() <= each.settings.items() for each in self.members):
             raise ConfigError(f"No member has the settings {wanted!r}.")
         return {name: spread(self._values(name, alive)) for name in self._names(alive)}
+
+    def difference(
+        self, settings: Mapping[str, Any], other: Mapping[str, Any], name: str | None = None
+    ) -> PairedDifference:
+        """Compares two settings over the same seeds.
+
+        Seeds of which a member diverged are left out. The number of seeds is that of a paired
+        z-test, and too small if it is below about ten (Colas et al. 2018, arXiv:1806.08295).
+
+        Args:
+            settings: values by path, such as `{"optimizer.learning_rate": 1e-3}`; together with
+                the seed they must name one member.
+            other: the values to compare with.
+            name: the metric; by default the monitored one.
+
+        Raises:
+            ConfigError: a setting names no member, or several of one seed.
+            MetricError: no member has the metric.
+        """
+        name = self.monitor.name if name is None else name
+        first, second = (self._by_seed(each, name) for each in (settings, other))
+        if not first.keys() & second.keys():
+            raise ConfigError(f"No seed has {name!r} with both {settings!r} and {other!r}.")
+        found = spread([first[seed] - second[seed] for seed in first if seed in second])
+        if not found.mean or not found.deviation >= 0:
+            return PairedDifference(found, None)
+        needed = int(np.ceil(_POWER * (found.deviation / found.mean) ** 2))
+        return PairedDifference(found, max(needed, _FEWEST))
+
+    def _by_seed(self, settings: Mapping[str, Any], name: str) -> dict[int, float]:
+        """Returns the values of a metric by seed."""
+        wanted = dict(settings).items()
+        members = [each for each in self.members if wanted <= each.settings.items()]
+        seeds = [each.seed for each in members]
+        if not members or len(set(seeds)) < len(seeds):
+            has = "no member" if not members else "several members of one seed"
+            raise ConfigError(f"The settings {dict(settings)!r} name {has}. Name one per seed.")
+        alive = self._ranked(name, [each for each in members if each.status != "diverged"])
+        return {each.seed: float(each.metrics[name]) for each in alive if name in each.metrics}
 
     def table(self, by: str | None = None) -> str:
         """Returns the members and their metrics as text, the best first.
