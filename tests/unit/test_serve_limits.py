@@ -194,7 +194,7 @@ def test_late_request_is_504_and_is_not_computed():
         model.may_compute.set()
         return late
 
-    found = talk(Application(model, ServeOptions(timeout=0.2)), conversation)
+    found = talk(Application(model, ServeOptions(timeout=2.0)), conversation)
     assert [each.status for each in found] == [504] * 3
     assert model.seen == [3]  # the batch that had begun
 
