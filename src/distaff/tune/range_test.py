@@ -95,7 +95,7 @@ def evaluate(
     rates, losses = np.asarray(learning_rates, float), np.asarray(losses, float)
     used = np.where(np.isfinite(losses), np.minimum(losses, highest_loss), highest_loss)
     smoothed = smooth(used, smoothing)
-    at = int(smoothed.argmin())
+    at = int(np.argmin(smoothed))
     suggestion = minimum = None
     if len(used) < _FEWEST:
         remark = f"no suggestion: the loss diverged after {len(used)} steps. Lower low."

@@ -164,10 +164,11 @@ def _by_class(classes: np.ndarray, sizes: np.ndarray, random: np.random.Generato
         BatchError: a class has fewer examples than there are parts.
     """
     counts = np.bincount(classes)
-    if counts.min() < len(sizes):
+    smallest = min(counts.tolist())
+    if smallest < len(sizes):
         raise BatchError(
             f"Each class must have an example for each of the {len(sizes)} parts; the smallest has "
-            f"{counts.min()}. Drop its examples, or merge it with another class."
+            f"{smallest}. Drop its examples, or merge it with another class."
         )
     rows = [random.permutation(np.flatnonzero(classes == each)) for each in range(len(counts))]
     part_of, used = np.full(len(classes), len(sizes) - 1), np.zeros_like(counts)
