@@ -126,7 +126,7 @@ class Worker:
         return self.answer()
 
     def dismiss(self) -> None:
-        """Tells the process to end; `close` waits for that."""
+        """Asks the process to end; `close` waits for that."""
         assert self._process.stdin is not None
         with suppress(OSError):
             self._process.stdin.close()

@@ -123,7 +123,7 @@ def _measure_part(
 
 
 def _runs(name: str, workload: str, on_cpu: bool) -> bool:
-    """Tells whether a system is run on a workload here."""
+    """Returns whether a system runs on a workload here."""
     system = SYSTEMS[name]
     if system.workloads and workload not in system.workloads:
         return False

@@ -1,4 +1,4 @@
-"""Augmentation: digits that are shifted anew in each step, where there are few of them.
+"""Augmentation: few digits, each shifted in another way in every step.
 
     .venv/bin/python examples/augmentation.py
 
@@ -49,7 +49,7 @@ def main(options: Options) -> dict[str, list[float]]:
             loader = data.ArrayLoader(few, batch_size=50, shuffle=True, seed=seed)
             result = trainer.train_model(loader, val, test, num_epochs=options.num_epochs)
             if result.status == "interrupted":
-                raise SystemExit(130)  # as Ctrl-C ends a program; start it again to go on
+                raise SystemExit(130)  # as Ctrl-C ends a program; run it again to resume
             scores.setdefault(name, []).append(result.metrics["test/accuracy"])
     print("seed   ", *(f"{seed:6}" for seed in options.seeds), "  mean")
     for name, values in scores.items():

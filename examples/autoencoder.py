@@ -61,7 +61,7 @@ def main(options: Options) -> dict[int, tuple[float, float, float]]:
         trainer = Drawing(model, optimizer=adam, **run)
         result = trainer.train_model(train, val, test, num_epochs=options.num_epochs)
         if result.status == "interrupted":
-            raise SystemExit(130)  # as Ctrl-C ends a program; start it again to go on
+            raise SystemExit(130)  # as Ctrl-C ends a program; run it again to resume
         pca = pca_error(train.arrays["image"], test.arrays["image"], latent, options.noise)
         errors[latent] = (result.metrics["val/loss"], result.metrics["test/loss"], pca)
     print("latent  val MSE  test MSE  PCA's test MSE")

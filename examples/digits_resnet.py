@@ -66,7 +66,7 @@ def main(options: Options) -> distaff.TrainResult:
     trainer = ShiftingClassifier(model, optimizer=options.optimizer, **run)
     result = trainer.train_model(train, val, test, num_epochs=options.num_epochs)
     if result.status == "interrupted":
-        raise SystemExit(130)  # as Ctrl-C ends a program; start it again to go on
+        raise SystemExit(130)  # as Ctrl-C ends a program; run it again to resume
     guesses = trainer.predict(test).argmax(axis=-1)
     title = f"resnet/{result.path.name}: seed {options.seed}, test {len(guesses):,} examples"
     confusion = plots.confusion_matrix(test.arrays["label"], guesses, names, title=title)

@@ -1,4 +1,4 @@
-"""A GAN on a ring of eight Gaussians: two networks and two optimizers, in a step of one's own.
+"""A GAN on a ring of eight Gaussians: two networks and two optimizers, in a step of your own.
 
 .venv/bin/python examples/gan.py    # leaves runs/gan/<version>/images: the samples over training
 """

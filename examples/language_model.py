@@ -63,7 +63,7 @@ def main(options: Options) -> dict[str, float]:
     # An epoch may be longer than the text.
     result = trainer.train_model(train, val, test, repeat=True, **epochs)
     if result.status == "interrupted":
-        raise SystemExit(130)  # as Ctrl-C ends a program; start it again to go on
+        raise SystemExit(130)  # as Ctrl-C ends a program; run it again to resume
     xz = lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)
     codes = {"gzip -9": gzip.compress(text, 9), "xz -9e": xz}
     bits = {name: 8 * len(code) / len(text) for name, code in codes.items()}

@@ -65,7 +65,7 @@ def main(options: Options) -> dict[str, float]:
         trainer.encoder_params = params
         result = trainer.train_model(*loaders, num_epochs=options.num_epochs)
         if result.status == "interrupted":
-            raise SystemExit(130)  # as Ctrl-C ends a program; start it again to go on
+            raise SystemExit(130)  # as Ctrl-C ends a program; run it again to resume
         scores[f"{name} encoder"] = result.metrics["test/accuracy"]
     scores |= {"PCA": regression(loaders, PCA(encoder.features[-1])), "pixels": regression(loaders)}
     axes = Figure(figsize=(5, 2), layout="constrained").subplots()

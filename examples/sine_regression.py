@@ -3,7 +3,7 @@
     .venv/bin/python examples/sine_regression.py
 
 Each seed is a run, `runs/sine/<version>`, with the curve and the errors by epoch in `sine.png`.
-Points, network and epochs are those of "Guide 4: Research Projects with JAX" by P. Lippe
+Points, network and epochs follow "Guide 4: Research Projects with JAX" by P. Lippe
 (https://uvadlc-notebooks.readthedocs.io); the learning rate was chosen on the validation points.
 """
 
@@ -50,7 +50,7 @@ def fit(seed: int, options: Options) -> float:
     trainer = tasks.Regressor(SmoothMLP(), optimizer=optimizer, seed=seed, **where)
     result = trainer.train_model(train, val, test, num_epochs=options.num_epochs)
     if result.status == "interrupted":
-        raise SystemExit(130)  # as Ctrl-C ends a program; start it again to go on
+        raise SystemExit(130)  # as Ctrl-C ends a program; run it again to resume
     draw(trainer, result.history).savefig(result.path / "sine.png", dpi=100)
     return result.metrics["test/loss"]
 

@@ -3,7 +3,7 @@
     .venv/bin/python examples/tuning.py --storage sqlite:///runs/tuning.db
 
 Trials are runs below `runs/tuning/`, the pictures `runs/tuning/*.png`. Started again, the study
-goes on: of 25 trials it tries the `25 - len(study.trials)` that are left. The best one is tested.
+continues: of 25 trials it runs the `25 - len(study.trials)` that are left. The best one is tested.
 """
 
 from __future__ import annotations

@@ -39,6 +39,19 @@ def hits(text: str) -> Iterator[str]:
             yield line.strip()
 
 
+@pytest.mark.parametrize("folder", ["examples", "benchmarks", "site"])
+def test_programs_around_the_package_are_in_plain_words(folder: str) -> None:
+    sources = sorted((Path(__file__).parents[1] / folder).rglob("*.py"))
+    found = [
+        f"{source.name}: {line.strip()}"
+        for source in sources
+        for line in source.read_text("utf-8").splitlines()
+        if TURNS.search(line)
+    ]
+    assert sources
+    assert found == []
+
+
 @pytest.mark.parametrize("path", sorted(PACKAGE.iterdir()), ids=lambda path: path.name)
 def test_package_is_in_plain_words(path: Path) -> None:
     sources = [path] if path.suffix == ".py" else sorted(path.rglob("*.py"))

@@ -1,6 +1,6 @@
 """How long training waits for a checkpoint of 10 M parameters and Adam's two moments: 126 MB.
 
-A round is one save, from the call to the moment when training can go on: what is written in the
+A round is one save, from the call to the moment when training can continue: what is written in the
 background after that is `write_seconds`, and is waited for before the next round.
 """
 

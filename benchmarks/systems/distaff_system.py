@@ -41,7 +41,7 @@ def run(workload: Workload, rounds: Rounds, folder: Path, **options: Any) -> Non
         workload: what to train.
         rounds: says when.
         folder: the root of its run directory.
-        **options: those of the trainer that differ from the defaults.
+        **options: options of the trainer that differ from the defaults.
     """
     assert distaff.TrainerConfig().log_every_n_steps == LOG_EVERY
     trainer = Benched(

@@ -112,7 +112,7 @@ def distaff_default(workload: Workload, rounds: Rounds, folder: Path) -> None:
 
 
 def distaff_host(workload: Workload, rounds: Rounds, folder: Path) -> None:
-    """Distaff with batches that the host gathers, as with any loader of one's own."""
+    """Distaff with batches that the host gathers, as with any loader of your own."""
     _train(workload, rounds, folder, host=True)
 
 

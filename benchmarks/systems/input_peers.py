@@ -64,7 +64,7 @@ def torch_loader(workload: Workload, rounds: Rounds, folder: Path) -> None:
 def grain_loader(workload: Workload, rounds: Rounds, folder: Path) -> None:
     """A `MapDataset` with the 16 read threads of its default.
 
-    They would go on reading between the rounds: each round has an iterator of its own, and a
+    They would keep reading between the rounds: each round has an iterator of its own, and a
     buffer of 16 batches rather than of 500.
     """
     import grain

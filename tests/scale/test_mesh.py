@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 from typing import Any
 
 import equinox as eqx
@@ -14,7 +16,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import distaff
-from distaff import MeshConfig, data, tasks, zoo
+from distaff import MeshConfig, data, tasks, tune, zoo
 from distaff.errors import ConfigError, NonFiniteError
 
 BATCH = 16
@@ -252,6 +254,30 @@ def test_activations_are_not_gathered() -> None:
     pinned, free = collectives(pin=True), collectives(pin=False)
     assert 2 * pinned["all-gather"] <= free["all-gather"]
     assert 4 * pinned["all-to-all"] < free["all-to-all"]
+
+
+@pytest.mark.slow
+def test_run_on_a_mesh_loads_in_a_process_with_one_device(tmp_path: Any) -> None:
+    result = trained(root=tmp_path, mesh="fsdp+tp", simulate_devices=8, epochs=1)[1]
+    program = (
+        "import sys, jax, numpy as np\n"
+        "from distaff import tasks\n"
+        "jax.devices()\n"
+        "trainer = tasks.Classifier.load_from_checkpoint(sys.argv[1])\n"
+        "rows = trainer.predict(np.zeros((3, 16), np.float32))\n"
+        "print(rows.shape, trainer.config.mesh, jax.device_count())\n"
+    )
+    command = [sys.executable, "-c", program, str(result.path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == "(3, 4) None 1\n", done.stderr
+
+
+def test_what_measures_one_device_names_the_remedy() -> None:
+    trainer, train = classifier(mesh="dp", root=None), data.ArrayLoader(ROWS, BATCH)
+    with pytest.raises(ConfigError, match=r"Pass trainer.variant\(mesh=None\)"):
+        tune.find_batch_size(trainer, train)
+    with pytest.raises(ConfigError, match="multi_seed does not support mesh='dp'"):
+        tune.multi_seed(trainer, train, seeds=2, num_epochs=1)
 
 
 def test_batches_that_do_not_divide_are_an_error() -> None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 from distaff.core.config.encoding import from_json, to_json
 from distaff.core.names import name_of
 from distaff.errors import CheckpointError, ConfigError
+from distaff.mesh import MeshOptions
 from distaff.models import is_linen_class, rebuild
 from distaff.optim import OptimizerConfig
 from distaff.optim.factory import is_loaded
@@ -135,7 +136,7 @@ def has_own_constructor(cls: type) -> bool:
 
 
 def recorded_options(cls: type[TrainerConfig], record: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the recorded arguments of Distaff's constructor.
+    """Returns the recorded arguments of Distaff's constructor, without the devices of the run.
 
     Raises:
         ConfigError: an option is unknown, or has another type in this version.
@@ -146,7 +147,9 @@ def recorded_options(cls: type[TrainerConfig], record: Mapping[str, Any]) -> dic
         # A name in a file must not lead to the import of a module.
         if is_loaded(optimizer):
             options["optimizer"] = optimizer
-    return {name: x for name, x in options.items() if name not in cls.names("ignored")}
+    # Another process may have fewer devices than the run had.
+    left_out = cls.names("ignored") | {field.name for field in dataclasses.fields(MeshOptions)}
+    return {name: x for name, x in options.items() if name not in left_out}
 
 
 def rebuild_trainer(

@@ -295,7 +295,8 @@ class Predictor:
             **options: options to change from their recorded values; nothing is displayed unless
                 `enable_progress_bar=True`. Pass arguments of your own constructor here if they
                 were not recorded: the error names them. Recorded are plain values, dataclasses
-                and functions of modules.
+                and functions of modules. `mesh` is not restored: without it, the model is on one
+                device.
 
         Raises:
             CheckpointError: there is no complete checkpoint, or it belongs to another model.

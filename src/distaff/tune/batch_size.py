@@ -149,8 +149,12 @@ def find_batch_size(
             f"A batch of type {type(batch).__name__} counts its examples itself, so that it is not "
             "known how to make a larger one. Try sizes with trainer.train_model and max_time."
         )
-    if num_devices(batch) > 1:
-        raise ConfigError("find_batch_size supports batches on one device only.")
+    if num_devices(batch) > 1 or trainer.config.mesh is not None:
+        raise ConfigError(
+            "find_batch_size supports one device only. Pass trainer.variant(mesh=None), with "
+            "batches on one device; for data parallelism, multiply what it finds by the number of "
+            "devices."
+        )
     if most is None:
         most = _MOST_UNKNOWN if length is None else length * num_examples(batch)
     programs = _Programs(trainer, batch)

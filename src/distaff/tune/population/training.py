@@ -71,6 +71,7 @@ def check_trainer(trainer: Any, owner: str) -> None:
     limits = {
         "debug": (config.debug, False),
         "max_time": (config.max_time, None),
+        "mesh": (config.mesh, None),
         "on_bad_numbers": (config.on_bad_numbers == "rollback" and "rollback", False),
         "on_loss_spike": (config.on_loss_spike == "rollback" and "rollback", False),
     }
