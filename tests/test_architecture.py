@@ -24,7 +24,7 @@ SOURCES = Path(__file__).parents[1] / "src"
 PACKAGES = (
     *("errors", "core", "data", "augment", "metrics", "models", "zoo", "optim"),
     *("step", "execution", "mesh", "checkpoint", "loggers", "callbacks", "run", "report"),
-    *("trainer", "tasks", "export"),
+    *("trainer", "tasks", "export", "plan"),
     *("distaff", "tune", "serve", "cli", "integrations", "testing"),
 )
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from distaff.metrics.monitor import Monitor
     from distaff.models import Lora, PrecisionConfig, RematConfig
     from distaff.optim import OptimizerConfig
+    from distaff.plan import plan_recipe, plan_training
     from distaff.run.result import Best, TrainResult
     from distaff.step.averages import EMA
     from distaff.step.context import Context
@@ -49,6 +50,7 @@ _PLACES = {
     "mesh": ("MeshConfig",),
     "metrics.monitor": ("Monitor",),
     "models": ("Lora", "PrecisionConfig", "RematConfig"),
+    "plan": ("plan_recipe", "plan_training"),
     "optim": ("OptimizerConfig",),
     "run.result": ("Best", "TrainResult"),
     "step.averages": ("EMA",),
@@ -95,6 +97,8 @@ __all__ = [
     "metrics",
     "models",
     "optim",
+    "plan_recipe",
+    "plan_training",
     "tasks",
     "train_step",
 ]

@@ -18,6 +18,7 @@ _USAGE = """usage: distaff COMMAND [OPTIONS]
 commands:
   new NAME         make a project: recipe, model, test, Makefile
   fit RECIPE       train a recipe, such as `digits` or `train.py:main`
+  plan RECIPE      show the memory, traffic and time that a training needs
   eval RUN DATA    evaluate a trained model
   predict RUN DATA write its outputs
   export RUN DIR   export it to run without Distaff
@@ -62,6 +63,7 @@ def _in(module: str, name: str = "main") -> Callable[[Sequence[str]], int]:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "new": _in("new"),
     "fit": _in("fit"),
+    "plan": _in("plan"),
     "eval": _in("inference", "eval_main"),
     "predict": _in("inference", "predict_main"),
     "export": _in("inference", "export_main"),

@@ -45,19 +45,30 @@ def main(words: Sequence[str]) -> int:
     if words[0] == "--config" or words[0].startswith("--config="):
         words = _repeated(words)
     _ = distaff.TrainerModule  # loads the library before the recipe imports JAX, which is faster
-    recipe, options = find(words[0]), list(words[1:])
-    prog = f"distaff fit {words[0]}"
-    if inspect.isclass(recipe):
-        made: Any = tyro.cli(recipe, prog=prog, args=options)
-        done = made.run()
-    elif (kind := _only_options(recipe)) is not None:
-        done = recipe(tyro.cli(kind, prog=prog, args=options))
-    else:
-        done = tyro.cli(recipe, prog=prog, args=options)
+    done = run_recipe(words, prog=f"distaff fit {words[0]}")
     from distaff.run.result import TrainResult  # needs JAX, which the help does not load
 
     was_stopped = isinstance(done, TrainResult) and done.status == "interrupted"
     return 130 if was_stopped and done.reason == "Ctrl-C" else 0
+
+
+def run_recipe(words: Sequence[str], *, prog: str) -> Any:
+    """Runs a recipe, and returns its result.
+
+    Args:
+        words: the recipe, then its options.
+        prog: the name of the command, for the help and errors of options.
+
+    Raises:
+        ConfigError: there is no such recipe.
+    """
+    recipe, options = find(words[0]), list(words[1:])
+    if inspect.isclass(recipe):
+        made: Any = tyro.cli(recipe, prog=prog, args=options)
+        return made.run()
+    if (kind := _only_options(recipe)) is not None:
+        return recipe(tyro.cli(kind, prog=prog, args=options))
+    return tyro.cli(recipe, prog=prog, args=options)
 
 
 def _only_options(recipe: Callable[..., Any]) -> type | None:

@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from distaff.core.typing import Batch, PyTree
 from distaff.step.state import strongly_typed
@@ -160,6 +161,8 @@ def copies(tree: PyTree) -> PyTree:
     """Returns copies of arrays on their devices, each in its own buffer: all can be donated."""
 
     def copy(leaf: Any) -> jax.Array:
+        if isinstance(leaf, Tracer):  # of a plan: it has no buffer
+            return leaf
         if not isinstance(leaf, jax.Array):
             leaf = jnp.asarray(np.array(leaf, jax.dtypes.canonicalize_dtype(np.result_type(leaf))))
         # Unlike `leaf.copy()`, this does not compile a program per shape.

@@ -13,6 +13,7 @@ from distaff.core.config.options import Options, at_least, option, or_none
 from distaff.errors import ConfigError
 from distaff.execution.allocator import has_started
 from distaff.execution.placement import ONE_DEVICE, Placement
+from distaff.execution.planned import is_met
 from distaff.mesh.config import MeshConfig, MeshName, as_mesh, mesh_of
 from distaff.mesh.pins import PinnedModel
 from distaff.mesh.placement import OnMesh
@@ -66,7 +67,7 @@ def simulate(options: MeshOptions) -> None:
         ConfigError: JAX has started with fewer devices, or on an accelerator.
     """
     number: Any = options.simulate_devices
-    if number is None:
+    if number is None or is_met():
         return
     if not has_started():
         jax.config.update("jax_platforms", "cpu")

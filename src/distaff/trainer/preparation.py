@@ -17,6 +17,7 @@ from distaff.execution.dispatch.dispatcher import make_dispatcher
 from distaff.execution.dispatch.repetition import RepeatsSteps
 from distaff.execution.dispatch.steps_per_call import Expected
 from distaff.execution.placement import owned
+from distaff.execution.planned import unless_met
 from distaff.loggers.protocol import as_loggers, is_logger
 from distaff.metrics.monitor import as_monitor
 from distaff.models import precision_of, remat_of, without_remat
@@ -84,6 +85,7 @@ class Preparation:
         self._trainer, self._base = trainer, base
         self._here, self._options = trainer._workspace, trainer.config
 
+    @unless_met
     def set_up(self, example_batch: Batch, state: TrainState | None = None) -> None:
         """Calls the setup methods in order, but keeps a state that the user has set."""
         num_examples(example_batch)

@@ -9,6 +9,7 @@ from distaff.data import Loader, closing_made, first_to_train, loader_of, unlimi
 from distaff.data.loader import begin_new_epoch
 from distaff.errors import StateError
 from distaff.execution.determinism import check_backend
+from distaff.execution.planned import meet
 from distaff.execution.processes import check_one_process
 from distaff.metrics import as_numbers
 from distaff.metrics.monitor import as_monitor
@@ -95,6 +96,7 @@ class Training:
 
     def _make_run(self, plan: Plan) -> Run:
         trainer, name = self._trainer, type(self._trainer).__name__
+        meet(trainer, plan)
         monitor = as_monitor(trainer.monitor)
         plan = plan._replace(count_tokens=getattr(trainer, "count_tokens", None))
         if plan.steps_per_epoch is None:  # else an epoch continues where the last one stopped

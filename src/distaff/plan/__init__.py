@@ -1,0 +1,7 @@
+"""Plans a training on devices that this machine may not have: memory, traffic and time."""
+
+from distaff.plan.process import plan_recipe
+from distaff.plan.result import Parameter, StepBounds, TrainingPlan
+from distaff.plan.training import plan_training
+
+__all__ = ["Parameter", "StepBounds", "TrainingPlan", "plan_recipe", "plan_training"]

@@ -1,0 +1,182 @@
+"""`TrainingPlan`: memory, traffic and time of a training step that was compiled, but not run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from distaff.core.files import write_whole
+from distaff.plan.collectives import Collective
+from distaff.plan.text import as_tables
+
+VERSION = 1
+"""The version of the form of `plan.json`."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """A parameter of the model.
+
+    Attributes:
+        path: such as `"Dense_0/kernel"`.
+        shape: its whole shape.
+        dtype: its dtype.
+        spec: the mesh axes of each array axis.
+        device_bytes: bytes on each device.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    spec: str
+    device_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepBounds:
+    """Lower bounds of the seconds of a step, from the published rates of the devices.
+
+    Attributes:
+        compute: if only the matrix products and convolutions took time.
+        memory: if only reading and writing the memory of a device took time.
+        network: if only the exchanges between devices took time.
+    """
+
+    compute: float
+    memory: float
+    network: float
+
+    @property
+    def step(self) -> float:
+        """The longest of them."""
+        return max(self.compute, self.memory, self.network)
+
+    @property
+    def bound(self) -> str:
+        """The name of the longest: `"compute"`, `"memory"` or `"network"`."""
+        times = dataclasses.asdict(self)
+        return max(times, key=lambda name: times[name])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingPlan:
+    """What a training step needs on each device. All bytes and FLOPs are per device.
+
+    Attributes:
+        name: the recipe, or the class of the trainer.
+        target: the devices, such as `"h100:32x8"`.
+        device: the kind of each device.
+        num_devices: the devices of the mesh.
+        mesh: sizes of the mesh axes.
+        batch: shapes of a batch of all devices.
+        num_parameters: values of all parameters.
+        parameters: all parameters, the largest first.
+        parameter_bytes: bytes of the parameters.
+        state_bytes: bytes of the state: parameters, optimizer state, averages and statistics.
+        peak_bytes: bytes during a step: arguments, results that are not in their memory, and
+            temporary arrays. None if the compiler gives up because they do not fit.
+        temporary_bytes: bytes of temporary arrays.
+        memory_bytes: memory of a device; None if it is not known.
+        verdict: the compiler's own words, if the step does not fit.
+        is_upper_bound: whether the figures come from simulated CPU devices, which need more
+            memory and traffic than accelerators.
+        collectives: exchanges between devices, the largest first.
+        traffic_from: the target whose program they are read from.
+        memory_traffic: bytes that a step reads and writes in the memory of the device.
+        flops: floating point operations of a step by dtype of the products, and `"other"`.
+        times: lower bounds of the time of a step; None if the rates of the target are unknown.
+        warnings: what to change.
+        seconds: seconds to trace, lower, compile and read the program.
+        host_bytes: peak memory of the process that planned.
+        jax: the version of JAX.
+    """
+
+    name: str
+    target: str
+    device: str
+    num_devices: int
+    mesh: Mapping[str, int]
+    batch: str
+    num_parameters: int
+    parameters: tuple[Parameter, ...]
+    parameter_bytes: int
+    state_bytes: int
+    peak_bytes: int | None
+    temporary_bytes: int | None
+    memory_bytes: int | None
+    verdict: str
+    is_upper_bound: bool
+    collectives: tuple[Collective, ...]
+    traffic_from: str
+    memory_traffic: int
+    flops: Mapping[str, float]
+    times: StepBounds | None
+    warnings: tuple[str, ...]
+    seconds: Mapping[str, float]
+    host_bytes: int
+    jax: str
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether a step fits the memory of a device; None if that is not known."""
+        if self.verdict:
+            return False
+        if self.memory_bytes is None or self.peak_bytes is None:
+            return None
+        return self.peak_bytes <= self.memory_bytes
+
+    @property
+    def traffic(self) -> dict[str, int]:
+        """Bytes of each kind of exchange and its mesh axes: `{"all-gather over fsdp": 123}`."""
+        found: dict[str, int] = {}
+        for each in self.collectives:
+            name = f"{each.kind} over {'+'.join(each.axes) or 'other groups'}"
+            found[name] = found.get(name, 0) + each.num_bytes
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the plan as JSON."""
+        fields = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        times = self.times
+        return {
+            "version": VERSION,
+            **fields,
+            "mesh": dict(self.mesh),
+            "parameters": [dataclasses.asdict(each) for each in self.parameters],
+            "collectives": [each._asdict() for each in self.collectives],
+            "times": times
+            and {**dataclasses.asdict(times), "step": times.step, "bound": times.bound},
+            "fits": self.fits,
+            "traffic": self.traffic,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TrainingPlan:
+        """Returns the plan that `to_json` wrote."""
+        fields = {each.name: data[each.name] for each in dataclasses.fields(cls)}
+        times = fields["times"]
+        parameters: list[dict[str, Any]] = [
+            {**each, "shape": tuple(each["shape"])} for each in data["parameters"]
+        ]
+        collectives: list[dict[str, Any]] = [
+            {**each, "axes": tuple(each["axes"])} for each in data["collectives"]
+        ]
+        fields.update(
+            parameters=tuple(Parameter(**each) for each in parameters),
+            collectives=tuple(Collective(**each) for each in collectives),
+            warnings=tuple(data["warnings"]),
+            times=times
+            and StepBounds(**{name: times[name] for name in ("compute", "memory", "network")}),
+        )
+        return cls(**fields)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the plan to a JSON file."""
+        write_whole(Path(path), json.dumps(self.to_json(), indent=2) + "\n")
+
+    def __str__(self) -> str:
+        """Returns the tables of the plan."""
+        return as_tables(self)

@@ -1,0 +1,229 @@
+"""Plans the training of a trainer: traces and compiles its step, and reads what it needs."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from distaff.core.typing import Batch
+from distaff.core.views.brief import spec
+from distaff.data import first_batch, num_examples, training_loader_of
+from distaff.errors import ConfigError
+from distaff.execution.device_memory import is_out_of_memory, program_bytes
+from distaff.mesh import MeshConfig
+from distaff.mesh.config import MeshName
+from distaff.plan import advice
+from distaff.plan.collectives import collectives
+from distaff.plan.devices import devices_of
+from distaff.plan.hlo import CompiledProgram
+from distaff.plan.memory_traffic import memory_traffic
+from distaff.plan.operations import operations
+from distaff.plan.result import StepBounds, TrainingPlan
+from distaff.plan.targets import Target, target_of
+from distaff.plan.traced import TracedStep, device_bytes, parameters_of, shapes_of, traced_step
+from distaff.trainer.module import TrainerModule
+
+_MANY_STEPS = 1_000_000
+"""Steps of a run whose length is not known, so that every warm-up fits."""
+
+
+class _Compiled(NamedTuple):
+    """A compiled step, or why it does not compile."""
+
+    program: CompiledProgram | None
+    peak: int | None
+    temporary: int | None
+    verdict: str
+
+
+def plan_training(
+    trainer: TrainerModule,
+    data: Any,
+    *,
+    target: str,
+    mesh: MeshName | MeshConfig | None = None,
+    memory: float | None = None,
+    batch_size: int | None = None,
+    steps: tuple[int | None, int | None] = (None, None),
+    name: str = "",
+) -> TrainingPlan:
+    """Plans the training of a trainer on devices that this machine may not have.
+
+    Traces the training step from shapes and compiles it for the target; no parameter is created,
+    and nothing runs. Simulated CPU devices must exist in this process; `plan_recipe` starts one of
+    its own instead.
+
+    Args:
+        trainer: the trainer; it is not changed.
+        data: a loader, arrays, or one batch of shapes (`jax.ShapeDtypeStruct`).
+        target: the devices, such as `"cpu:8"`, `"h100:32x8"` (hosts x GPUs) or `"v5e:16x16"`.
+        mesh: the mesh; None for that of the trainer.
+        memory: bytes of memory of each device; the target's by default.
+        batch_size: examples in a batch of all devices; as in `data` by default.
+        steps: the steps of the run and of an epoch, for schedules; None if they are unknown.
+        name: shown as the name of the plan.
+
+    Raises:
+        DistaffError: the target is unknown, its compiler is missing, or the mesh does not fit.
+    """
+    there = target_of(target)
+    devices, start = devices_of(there), time.perf_counter()
+    if mesh is not None:
+        trainer = trainer.variant(mesh=mesh)
+    found = _batch_of(trainer, data)
+    batch = shapes_of(found, batch_size, num_examples(found))
+    known = steps[0] or _MANY_STEPS, steps[1] or 1000
+    traced = traced_step(trainer, batch, devices, known)
+    seconds = {"trace": time.perf_counter() - start}
+    compiled = _compiled(traced, seconds)
+    source, program = _traffic(trainer, batch, there, compiled, known)
+    start = time.perf_counter()
+    fields = _read(traced, compiled, program, there, source)
+    fields["warnings"] = (*_of_the_mesh(trainer, devices), *fields["warnings"])
+    seconds["read"] = time.perf_counter() - start
+    return TrainingPlan(
+        name=name or type(trainer).__name__,
+        batch=spec(batch),
+        memory_bytes=there.chip.memory if memory is None else int(memory),
+        seconds=seconds,
+        host_bytes=_host_bytes(),
+        jax=jax.__version__,
+        **fields,
+    )
+
+
+def _batch_of(trainer: TrainerModule, data: Any) -> Batch:
+    leaves = jax.tree.leaves(data)
+    if leaves and all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+        return data
+    loader = training_loader_of(data, trainer.config, seed=trainer.config.seed)
+    return first_batch(loader, name="train")
+
+
+def _of_the_mesh(trainer: TrainerModule, devices: list[Any]) -> tuple[str, ...]:
+    if trainer.config.mesh is not None or len(devices) == 1:
+        return ()
+    return (
+        f'Without a mesh, one of the {len(devices)} devices is used. Choose one, such as "fsdp".',
+    )
+
+
+def _compiled(traced: TracedStep, seconds: dict[str, float]) -> _Compiled:
+    start = time.perf_counter()
+    lowered = traced.traced.lower()
+    seconds["lower"] = time.perf_counter() - start
+    start = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return _Compiled(None, None, None, _verdict(str(error)))
+    finally:
+        seconds["compile"] = time.perf_counter() - start
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    return _Compiled(CompiledProgram(compiled.as_text()), program_bytes(compiled), temporary, "")
+
+
+def _verdict(text: str) -> str:
+    """Returns the sentence of a compiler about the memory that a program needs."""
+    found = re.search(r"[^.]*(?:exceeds|xceeded|out of memory|Out of memory)[^\n]*", text)
+    return f"The compiler says: {(found[0] if found else text.splitlines()[0]).strip()}"
+
+
+def _traffic(
+    trainer: TrainerModule,
+    batch: Batch,
+    target: Target,
+    compiled: _Compiled,
+    steps: tuple[int, int],
+) -> tuple[str, CompiledProgram | None]:
+    """Returns the program from which exchanges are read, and its target.
+
+    The text of a program for a TPU has no lengths of loops, and splits exchanges into many.
+    """
+    if target.chip.platform != "tpu":
+        return target.text, compiled.program
+    there = target_of(f"cpu:{target.num_devices}")
+    try:
+        devices = devices_of(there)
+    except ConfigError:
+        return there.text, None
+    again = _compiled(traced_step(trainer, batch, devices, steps), {})
+    return there.text, again.program
+
+
+def _read(
+    traced: TracedStep,
+    compiled: _Compiled,
+    program: CompiledProgram | None,
+    target: Target,
+    source: str,
+) -> dict[str, Any]:
+    """Returns the fields of a plan that come from the compiled step."""
+    mesh = dict(traced.mesh.shape)
+    params = parameters_of(traced.state.params)
+    exchanges = [] if program is None else collectives(program, mesh, target.per_host)
+    count = operations(traced.traced.jaxpr)
+    number = traced.mesh.devices.size
+    flops = {dtype: size / number for dtype, size in count.items()}
+    moved = 0 if program is None else memory_traffic(program)
+    fields: dict[str, Any] = {
+        "target": target.text,
+        "device": target.chip.title,
+        "num_devices": number,
+        "mesh": mesh,
+        "num_parameters": sum(leaf.size for leaf in jax.tree.leaves(traced.state.params)),
+        "parameters": params,
+        "parameter_bytes": sum(each.device_bytes for each in params),
+        "state_bytes": device_bytes(traced.state),
+        "peak_bytes": compiled.peak,
+        "temporary_bytes": compiled.temporary,
+        "verdict": compiled.verdict,
+        "is_upper_bound": target.chip.platform == "cpu" and number > 1,
+        "collectives": tuple(exchanges),
+        "traffic_from": source,
+        "memory_traffic": moved,
+        "flops": flops,
+        "times": _times(target, flops, moved, exchanges),
+    }
+    warnings = [*advice.whole_parameters(params, mesh)]
+    warnings += advice.vocabulary_lookups(params, exchanges)
+    warnings += advice.resharded(exchanges)
+    if program is not None:
+        size = num_examples(traced.batch)
+        warnings += advice.gathered_activations(
+            program, traced.traced.jaxpr, size, mesh, traced.config
+        )
+        if program.unknown_loops or count.unknown_loops:
+            warnings.append(
+                "The program has loops of unknown length (jax.lax.while_loop), which count once: "
+                "FLOPs, traffic and times are too low."
+            )
+    return {**fields, "warnings": warnings}
+
+
+def _times(
+    target: Target, flops: Mapping[str, float], moved: int, exchanges: list[Any]
+) -> StepBounds | None:
+    chip = target.chip
+    if chip.half is None:
+        return None
+    products = flops.get("bfloat16", 0) / chip.half + flops.get("float32", 0) / chip.single
+    rates = {True: chip.link_rate, False: chip.network_rate}
+    network = sum(each.sent_bytes / rates[each.is_local] for each in exchanges)
+    return StepBounds(compute=products, memory=moved / chip.memory_rate, network=network)
+
+
+def _host_bytes() -> int:
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
