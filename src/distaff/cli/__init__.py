@@ -18,6 +18,7 @@ _USAGE = """usage: distaff COMMAND [OPTIONS]
 commands:
   new NAME         make a project: recipe, model, test, Makefile
   fit RECIPE       train a recipe, such as `digits` or `train.py:main`
+  launch RECIPE    train it in several processes of this machine
   eval RUN DATA    evaluate a trained model
   predict RUN DATA write its outputs
   export RUN DIR   export it to run without Distaff
@@ -62,6 +63,7 @@ def _in(module: str, name: str = "main") -> Callable[[Sequence[str]], int]:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "new": _in("new"),
     "fit": _in("fit"),
+    "launch": _in("launch"),
     "eval": _in("inference", "eval_main"),
     "predict": _in("inference", "predict_main"),
     "export": _in("inference", "export_main"),
