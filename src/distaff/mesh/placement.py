@@ -38,7 +38,7 @@ class OnMesh(OneDevice):
 
     @property
     def mesh(self) -> jax.sharding.Mesh:
-        """The mesh, with the axes `data`, `fsdp` and `tensor`."""
+        """The mesh, with the axes of `AXES`."""
         return self._mesh
 
     def alongside(self, batch: Batch) -> Placement:
