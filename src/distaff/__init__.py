@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from distaff.core.gc import spare_imports, spared
+
 if TYPE_CHECKING:
     from distaff import (
         augment,
@@ -102,6 +104,9 @@ __all__ = [
 ]
 
 
+spare_imports()
+
+
 def __getattr__(name: str) -> Any:
     """Loads the library when a name is first used; raises AttributeError for unknown names."""
     if name == "__version__":
@@ -121,8 +126,6 @@ def __dir__() -> list[str]:
 
 def _load() -> None:
     """Imports every public name; a second call does nothing."""
-    from distaff.core.gc import spared
-
     with spared():
         packages = [name for name in __all__ if name not in sum(_PLACES.values(), ())]
         for package in packages:
