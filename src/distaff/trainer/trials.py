@@ -27,6 +27,7 @@ from distaff.data.stream import Stream
 from distaff.errors import BatchError
 from distaff.execution.execution import Execution, KeepsPrograms
 from distaff.execution.placement import owned
+from distaff.run.directory.protocol import Recording
 from distaff.run.display import NullDisplay
 from distaff.run.events import Plan
 from distaff.run.run import Run
@@ -127,8 +128,16 @@ class PreparedRun(NamedTuple):
         vars(trainer)["config"] = dataclasses.replace(trainer.config, seed=seed)
 
 
-def prepared_run(trainer: TrainerModule, plan: Plan, test_loader: Any) -> PreparedRun:
+def prepared_run(
+    trainer: TrainerModule, plan: Plan, test_loader: Any, recording: Recording | None = None
+) -> PreparedRun:
     """Prepares a run of a copy of a trainer, which keeps the programs that set up its model.
+
+    Args:
+        trainer: the trainer.
+        plan: the loaders and epochs.
+        test_loader: the loader of a test; None without one.
+        recording: where to write; None to write nothing.
 
     Raises:
         DistaffError: an input is invalid (the subclass says which).
@@ -140,6 +149,8 @@ def prepared_run(trainer: TrainerModule, plan: Plan, test_loader: Any) -> Prepar
     here = other._workspace
     here.display, here.explains, here.execution = NullDisplay(), False, KeepsPrograms()
     Preparation(other, TrainerModule).set_up_alone(batch, None)
+    if recording is not None:
+        here.recording = recording
     preparation, run = Training(other, TrainerModule).prepared(plan, test_loader)
     return PreparedRun(other, preparation, run)
 
