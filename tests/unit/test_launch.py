@@ -103,6 +103,9 @@ def test_failed_job_starts_again_at_another_address(capsys):
 with open(f"starts-{index}", "a") as file:
     print(os.environ["DISTAFF_COORDINATOR_ADDRESS"], file=file)
 starts = len(pathlib.Path(f"starts-{index}").read_text().split())
+other = pathlib.Path(f"starts-{1 - index}")
+while not other.exists() or len(other.read_text().split()) < starts:
+    time.sleep(0.01)
 if starts == 1 and index == 1:
     sys.exit("no memory")
 if starts == 2 and index == 0:
@@ -153,6 +156,14 @@ def started(script: str, *words: str) -> subprocess.Popen[str]:
     return launcher
 
 
+def wait_for_both(name: str) -> None:
+    """Waits for a file of each process."""
+    deadline = time.monotonic() + TIMEOUT
+    while not all(Path(name.format(index)).exists() for index in (0, 1)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 READY = """
 def save(number, frame):
     print(f"{index} saves", flush=True)
@@ -184,8 +195,7 @@ signal.signal(stop, end)
     launcher = started(script + READY + "while True: signal.pause()\n", "--restarts", "3")
     try:
         launcher.send_signal(signal.SIGUSR1)
-        while not all(Path(f"saved-{index}").exists() for index in (0, 1)):
-            assert launcher.poll() is None
+        wait_for_both("saved-{}")
         launcher.send_signal(number)
         out, err = launcher.communicate(timeout=TIMEOUT)
     finally:
@@ -194,6 +204,27 @@ signal.signal(stop, end)
     assert out == "0 saves\n0 stops\n"
     assert err == "distaff launch: 2 processes, logs in logs\n"
     assert Path("logs", "process-1.log").read_text() == "1 saves\n1 stops\n"
+
+
+def test_third_request_ends_processes_that_do_not_stop():
+    script = """
+def ignore(number, frame):
+    asked = len(list(pathlib.Path().glob(f"asked-{index}-*")))
+    pathlib.Path(f"asked-{index}-{asked}").touch()
+
+signal.signal(signal.SIGTERM, ignore)
+"""
+    launcher = started(script + READY + "while True: signal.pause()\n", "--grace", "0.1s")
+    try:
+        for count in range(2):
+            launcher.send_signal(signal.SIGTERM)
+            wait_for_both(f"asked-{{}}-{count}")
+        assert launcher.poll() is None
+        launcher.send_signal(signal.SIGTERM)
+        assert launcher.wait(TIMEOUT) == 143
+    finally:
+        launcher.kill()
+        launcher.communicate()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
@@ -208,9 +239,7 @@ signal.signal(signal.SIGTERM, end)
     launcher = started(script + READY + "while True: signal.pause()\n")
     launcher.kill()
     launcher.communicate()
-    deadline = time.monotonic() + TIMEOUT
-    while not all(Path(f"ended-{index}").exists() for index in (0, 1)):
-        assert time.monotonic() < deadline
+    wait_for_both("ended-{}")
 
 
 @pytest.mark.parametrize(

@@ -133,4 +133,6 @@ def _completion() -> ModuleType:
 
 def _failed(message: str, status: int) -> int:
     print(f"distaff: {message}", file=sys.stderr)
+    if "jax" in sys.modules:
+        import_module("distaff.distributed.failure").leave(status)
     return status

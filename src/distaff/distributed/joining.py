@@ -17,7 +17,7 @@ from distaff.core.config.durations import Duration, seconds_of
 from distaff.core.launched import COUNT, HEARTBEAT, INDEX, START_TIMEOUT
 from distaff.distributed.failure import leave_on_errors
 from distaff.distributed.gpus import gpus_of, idle_gpus, visible_gpus
-from distaff.distributed.launchers import ProcessPlace, checked, place_of
+from distaff.distributed.launchers import LAUNCHER, ProcessPlace, checked, place_of
 from distaff.errors import ConfigError
 from distaff.execution.allocator import has_started, on_cpu_alone
 
@@ -62,7 +62,7 @@ def initialize(
     given = coordinator_address, num_processes, process_id
     place = _given(*given) if any(each is not None for each in given) else place_of(os.environ)
     if jax.distributed.is_initialized():
-        if place is not None and place.launcher == "distaff launch":
+        if place is not None and place.launcher == LAUNCHER:
             return  # the command has done it before it called the recipe
         raise ConfigError(
             "This process has joined the others already. Call distaff.distributed.initialize() or "
@@ -130,6 +130,8 @@ def _join(
         }
         if place.address.rpartition(":")[0] in _LOOPBACK:  # else all interfaces
             options["coordinator_bind_address"] = place.address
+    if place.launcher == LAUNCHER:  # which passes SIGTERM to every process
+        jax.config.update("jax_enable_preemption_service", False)
     try:
         with _deadline(place, seconds):
             jax.distributed.initialize(**options)

@@ -9,6 +9,9 @@ from typing import NamedTuple
 from distaff.core.launched import COORDINATOR, COUNT, INDEX, LOCAL_COUNT
 from distaff.errors import ConfigError
 
+LAUNCHER = "distaff launch"
+"""The launcher of this package, for messages."""
+
 
 class ProcessPlace(NamedTuple):
     """The place of a process in its job; a field is None if JAX finds it.
@@ -65,7 +68,7 @@ def _own(environ: Mapping[str, str]) -> ProcessPlace | None:
         )
     count, index = _number(environ, COUNT), _number(environ, INDEX)
     local = _number(environ, LOCAL_COUNT) if LOCAL_COUNT in environ else None
-    launcher = "distaff launch" if local else "the environment"
+    launcher = LAUNCHER if local else "the environment"
     return checked(
         ProcessPlace(launcher, "deactivate", address, count, index, local, index if local else None)
     )

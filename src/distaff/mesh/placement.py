@@ -129,6 +129,7 @@ def _is_state(node: Any) -> bool:
 
 
 def _moved(leaf: Any, sharding: NamedSharding) -> jax.Array:
-    if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+    is_array = isinstance(leaf, jax.Array) and leaf.committed  # else one device is equivalent
+    if is_array and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
         return leaf
     return jax.device_put(leaf, sharding)

@@ -27,13 +27,10 @@ def main(words: Sequence[str]) -> int:
         return _run_script(Path(target), rest)
     import distaff.cli
     from distaff.distributed import initialize
-    from distaff.distributed.failure import leave
 
     sys.argv[:] = ["distaff", "fit", target, *rest]  # what the run records as its command
     initialize()
-    status = distaff.cli.main(sys.argv[1:])
-    leave(status)
-    return status
+    return distaff.cli.main(sys.argv[1:])
 
 
 def _run_script(path: Path, arguments: Sequence[str]) -> int:

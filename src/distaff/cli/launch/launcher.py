@@ -24,6 +24,9 @@ _POLL_SECONDS = 0.1
 _REQUESTS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 """Signals that ask the job to stop, and the exit status after each."""
 
+_MOST_REQUESTS = 2
+"""Requests to pass on; another one ends the processes, saved or not."""
+
 _WRONG_COMMAND = 2
 """Exit status of a wrong command or option, which another start does not mend."""
 
@@ -42,7 +45,7 @@ class Launcher:
         self._command = [*child, *words]
         self._folder = options.logs or Path("runs", "launch", time.strftime("%Y-%m-%dT%H-%M-%S"))
         self._job = Job((), (), ())
-        self._requested = 0
+        self._requested = self._num_requests = 0
 
     def run(self) -> int:
         """Starts the job, again after a failure if `--restarts` allows it; returns the exit status.
@@ -79,7 +82,9 @@ class Launcher:
             end = job.next_end(_POLL_SECONDS)
             logs[0].copy()
             failure = end if end is not None and self._has_failed(end) else None
-        if failure is not None:
+            if self._num_requests > _MOST_REQUESTS:
+                break
+        if failure is not None or job.is_running:
             job.end(seconds_of(self._options.grace))
         logs[0].copy()
         if failure is not None:
@@ -152,6 +157,7 @@ class Launcher:
         """Asks the processes to stop; they save first, and may take their time."""
         sent = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
         self._requested = self._requested or _REQUESTS[sent]
+        self._num_requests += 1
         self._job.send(sent)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
