@@ -111,8 +111,10 @@ class PreparedRun(NamedTuple):
         else:
             trainer.init_optimizer(self.total_steps)
         here.begin_averages(config.averages, keep=False)
-        here.state = owned(here.ready_state().replace(guard=make_guard(config)))
-        return here.ready_state().replace(apply_fn=first.apply_fn, tx=first.tx)
+        state = owned(here.ready_state().replace(guard=make_guard(config)))
+        # A model in half precision has another `apply_fn` each time it is initialized.
+        here.state = state.replace(apply_fn=first.apply_fn, tx=first.tx)
+        return here.ready_state()
 
     @property
     def total_steps(self) -> int | None:
