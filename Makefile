@@ -54,7 +54,7 @@ pinned := pyproject.toml $(wildcard constraints/*.txt)
 
 .NOTPARALLEL:
 .PHONY: digits test test-slow test-peers test-onnx lint format clean chaos fuzz soak bench
-.PHONY: bench-quick bench-peers docs tutorials
+.PHONY: bench-quick bench-peers bench-many docs tutorials
 
 digits: .venv/.digits
 	@$(bin)/distaff fit digits $(ARGS)
@@ -96,6 +96,9 @@ bench: .venv/.digits
 
 bench-quick: .venv/.digits
 	@$(bin)/python -m benchmarks.run --quick $(ARGS)
+
+bench-many: .venv/.digits
+	@$(bin)/python -m benchmarks.many $(ARGS)
 
 bench-peers: .venv-peers/.made
 

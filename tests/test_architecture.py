@@ -23,7 +23,17 @@ SOURCES = Path(__file__).parents[1] / "src"
 # A package imports only from those before it. "distaff" is its own __init__.py.
 PACKAGES = (
     *("errors", "core", "data", "augment", "metrics", "models", "zoo", "optim"),
-    *("step", "execution", "mesh", "checkpoint", "loggers", "callbacks", "run", "report"),
+    *(
+        "step",
+        "execution",
+        "distributed",
+        "mesh",
+        "checkpoint",
+        "loggers",
+        "callbacks",
+        "run",
+        "report",
+    ),
     *("trainer", "tasks", "export", "plan"),
     *("distaff", "tune", "serve", "cli", "integrations", "testing"),
 )

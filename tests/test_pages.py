@@ -65,7 +65,13 @@ def test_page_is_in_plain_words(page: Path) -> None:
 
 PUBLIC = (
     *("distaff", "distaff.augment", "distaff.callbacks", "distaff.checkpoint", "distaff.data"),
-    *("distaff.loggers", "distaff.metrics", "distaff.models", "distaff.optim"),
+    *(
+        "distaff.distributed",
+        "distaff.loggers",
+        "distaff.metrics",
+        "distaff.models",
+        "distaff.optim",
+    ),
     *("distaff.optim.learned", "distaff.serve", "distaff.tasks", "distaff.tune", "distaff.zoo"),
 )
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from distaff.core.gc import spare_imports, spared
+
 if TYPE_CHECKING:
     from distaff import (
         augment,
         callbacks,
         checkpoint,
         data,
+        distributed,
         loggers,
         metrics,
         models,
@@ -91,6 +94,7 @@ __all__ = [
     "callbacks",
     "checkpoint",
     "data",
+    "distributed",
     "export_model",
     "export_weights",
     "loggers",
@@ -102,6 +106,9 @@ __all__ = [
     "tasks",
     "train_step",
 ]
+
+
+spare_imports()
 
 
 def __getattr__(name: str) -> Any:
@@ -123,8 +130,6 @@ def __dir__() -> list[str]:
 
 def _load() -> None:
     """Imports every public name; a second call does nothing."""
-    from distaff.core.gc import spared
-
     with spared():
         packages = [name for name in __all__ if name not in sum(_PLACES.values(), ())]
         for package in packages:

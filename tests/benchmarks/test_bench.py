@@ -152,3 +152,14 @@ def test_options_take_turns_and_train_the_same() -> None:
     losses = [float(each) for each in re.findall(r" (\d+\.\d{6})", printed.rpartition("losses")[2])]
     assert len(losses) == 6
     assert max(losses) == pytest.approx(min(losses), rel=1e-3)
+
+
+@pytest.mark.slow
+def test_systems_of_many_seeds_train_the_same(benchmarks: Any) -> None:
+    import benchmarks.many
+
+    found = benchmarks.many.measure(["population", "distaff", "by_hand"], 2, 3, 1)
+    together, alone, by_hand = (found[name]["accuracies"] for name in found)
+    assert together == pytest.approx(alone)
+    assert statistics.mean(by_hand) == pytest.approx(statistics.mean(alone), abs=0.08)
+    assert benchmarks.many.table(found).splitlines()[2].startswith("| population |")

@@ -89,7 +89,7 @@ def one() -> tuple[Any, Any]:
     return trained(steps_per_call=3, root=None)
 
 
-@pytest.mark.parametrize("mesh", [*MESHES, MeshConfig(2, fsdp=2, tensor=2)], ids=str)
+@pytest.mark.parametrize("mesh", [*MESHES, MeshConfig(2, fsdp=2, tensor=2), MeshConfig(1)], ids=str)
 @pytest.mark.slow_but("fsdp+tp")
 def test_run_on_a_mesh_is_that_of_one_device(one: tuple[Any, Any], mesh: Any) -> None:
     trainer, expected = one

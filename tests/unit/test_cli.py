@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +16,7 @@ import pytest
 import distaff.cli
 from distaff.cli.recipes import RECIPES, find
 
+ROOT = Path(__file__).parents[2]
 QUICK = (
     *("fit", "digits", "--num-epochs", "2", "--optimizer.learning-rate", "1e-3"),
     *("--features", "4", "4"),
@@ -55,7 +58,7 @@ def test_help_and_lists_of_runs_start_without_jax():
             "predict --help",
             "export --help",
         ),
-        *("serve --help", "watch --help"),
+        *("serve --help", "watch --help", "launch --help"),
     ]
     code = f"""
 import contextlib, sys
@@ -70,9 +73,32 @@ print({{"jax", "numpy", "flax", "optax", "distaff.cli.runs"}} & set(sys.modules)
     assert finished.stdout.splitlines()[-1] == "{'distaff.cli.runs'}"
 
 
-def test_summaries_of_recipes_are_those_of_their_docstrings():
-    for name, recipe in RECIPES.items():
-        assert find(name).__doc__.splitlines()[0] == recipe.summary
+def test_recipes_are_listed_with_what_they_need(capsys):
+    assert find("digits").__doc__.splitlines()[0] == RECIPES["digits"].summary
+    printed = typed(capsys, "fit", "--list")
+    assert printed.status == 0
+    assert len(printed.out.splitlines()) == len(RECIPES)
+    assert re.search(r'^  gan +pip install "distaff"$', printed.out, re.MULTILINE)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for name, recipe in list(RECIPES.items())[1:]:
+        assert set(recipe.extras) <= set(extras["optional-dependencies"]), name
+        assert recipe.place == f"{name.replace('-', '_')}.py"
+        assert "\ndef main(" in (ROOT / "examples" / recipe.place).read_text(), name
+
+
+def test_examples_are_in_the_wheel_where_recipes_are_looked_for():
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
+    assert wheel["targets"]["wheel"]["sources"]["examples"] == "distaff/cli/examples"
+    assert "examples" in wheel["targets"]["wheel"]["only-include"]
+
+
+def test_recipe_by_name_is_the_example_and_names_a_missing_extra(capsys, monkeypatch):
+    recipe = find("text-classification")
+    assert Path(inspect.getfile(recipe)) == ROOT / "examples" / "text_classification.py"
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    printed = typed(capsys, "fit", "sine-regression")
+    assert printed.status == 2
+    assert 'pip install "distaff[plots]"' in printed.err
 
 
 @pytest.mark.parametrize("words", [("fit",), ("fit", "-h"), ("fit", "--help")])

@@ -78,6 +78,10 @@ def test_columns_of_a_data_frame_are_coded_as_in_training():
         assert read == {"floor": [1, 0], "city": [1, 0], "numbers": [[1.5], [2]]}
     with pytest.raises(BatchError, match=r"'city' has the unknown category 'Oslo', first in row 1"):
         select(csv("area,floor,city\n1,2,Rome\n1,2,Oslo\n"), None, coding, (), with_targets=False)
+    found = select(
+        csv("area,floor,city\nTrue,1,Rome\nfalse,2,Bonn\n"), None, coding, (), with_targets=False
+    )
+    assert found.batch["x"]["numbers"].tolist() == [[1.0], [0.0]]  # as pandas writes bools
     with pytest.raises(ConfigError, match="Leave out --columns"):
         select(csv("area\n1\n"), None, coding, ("area",), with_targets=False)
 

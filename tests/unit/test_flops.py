@@ -112,3 +112,10 @@ def test_peak_that_cannot_be_measured_is_none(monkeypatch):
 
     monkeypatch.setattr(peak_flops, "_measure", broken)
     assert peak_flops.peak_flops() is None
+
+
+def test_peak_of_several_accelerators_is_their_sum(monkeypatch):
+    monkeypatch.setattr(peak_flops, "_measure", lambda: 5.0)
+    assert peak_flops.peak_flops_of_all(8) == 5  # simulated devices share the cores
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert peak_flops.peak_flops_of_all(8) == 40

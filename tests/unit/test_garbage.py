@@ -30,12 +30,27 @@ def test_imports_are_spared_and_the_collector_is_on_again() -> None:
     assert "'collections': 0" in stats
 
 
+def test_imports_are_spared_whichever_module_is_the_first() -> None:
+    code = f"""
+import gc, sys
+import distaff.errors, distaff.core.paths
+assert gc.get_freeze_count() == 0 and "jax" not in sys.modules
+from distaff.tasks import Classifier
+{REPORT}
+print(gc.get_stats()[2]["collections"], Classifier.__module__)
+import distaff
+assert distaff.tasks.Classifier is Classifier
+"""
+    assert said(code).splitlines() == ["True True", "0 distaff.tasks.classifier"]
+
+
 @pytest.mark.parametrize(
     ("code", "environment", "expected"),
     [
         ("import gc, jax; from distaff import data", {}, "True False"),
         ("import gc; gc.disable(); from distaff import data", {}, "False False"),
         ("import gc; from distaff import data", {"DISTAFF_GC": "off"}, "True False"),
+        ("import gc, jax; from distaff.tasks import Classifier", {}, "True False"),
     ],
 )
 def test_collector_is_left_alone_where_the_user_has_objects_or_says_so(

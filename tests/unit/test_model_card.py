@@ -8,10 +8,12 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+import flax.linen as nn
 import numpy as np
 import pytest
 
-from distaff import cli, export_model, tasks, zoo
+from distaff import cli, data, export_model, tasks, zoo
+from distaff.core.config.encoding import to_json
 from distaff.core.config.strict_json import load
 from distaff.errors import ConfigError, RunDirectoryError
 
@@ -21,6 +23,12 @@ BATCH = {
     "label": np.arange(12, dtype=np.int32) % 10,
 }
 HOSTILE = "</code><script>alert(1)</script> | [x](javascript:y) ``` <b>\n# head"
+
+
+class OfColumns(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=True):
+        return nn.Dense(2)(x["numbers"]) + nn.Embed(2, 2)(x["city"])
 
 
 class Case(NamedTuple):
@@ -126,3 +134,21 @@ def test_license_is_an_identifier(case, tmp_path, name):
     with pytest.raises(ConfigError, match="license must be an identifier"):
         export_model(case.trainer, tmp_path / "model", BATCH, license=name)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_card_and_description_name_the_columns_of_a_data_frame(tmp_path):
+    coding = data.FrameCoding(("age", HOSTILE), {"city": ("Bonn", "Rome")}, "left", ("no", "yes"))
+    batch = {
+        "x": {"numbers": np.zeros((4, 2), np.float32), "city": np.zeros(4, np.int32)},
+        "y": np.zeros(4, np.int32),
+    }
+    trainer = tasks.Classifier(OfColumns(), coding=coding, root=None)
+    trainer.init_model(batch)
+    folder = export_model(trainer, tmp_path / "model", batch)
+    assert json.loads((folder / "model.json").read_text())["coding"] == to_json(coding)
+    assert "outputs = predict(x_city=..., x_numbers=...)\n" in (folder / "load.py").read_text()
+    text = card(folder)
+    assert "| numbers | age |" in text
+    assert "| category | city | Bonn, Rome |" in text
+    assert "| label | left | no, yes |" in text
+    assert "<script>" not in text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,7 @@ from distaff import (
 )
 from distaff.core.config.encoding import from_json, to_json
 from distaff.errors import ConfigError
-from distaff.models import as_model, in_precision
+from distaff.models import Variables, as_model, in_precision
 from distaff.run.diagnosis.products import products, summary
 from distaff.trainer.config import TrainerConfig
 from model_kinds import KINDS
@@ -48,8 +50,8 @@ def next_token(params, batch, ctx):
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch["x"]).mean(-1)
 
 
-def state_of(model, x, precision):
-    model = in_precision(as_model(model), precision)
+def state_of(model, x, precision, on_mesh=False):
+    model = in_precision(as_model(model), precision, on_mesh=on_mesh)
     variables = model.init(jax.random.key(0), x)
     return TrainState.create(
         apply_fn=model.apply_fn,
@@ -59,8 +61,9 @@ def state_of(model, x, precision):
     )
 
 
-def traced(model, batch, precision="bf16", loss=loss_fn):
-    return jax.make_jaxpr(train_step(loss))(state_of(model, batch["x"], precision), batch)
+def traced(model, batch, precision="bf16", loss=loss_fn, on_mesh=False):
+    state = state_of(model, batch["x"], precision, on_mesh)
+    return jax.make_jaxpr(train_step(loss))(state, batch)
 
 
 def check_all_in_half(jaxpr):
@@ -242,11 +245,64 @@ def test_matmul_precision_is_that_of_the_products_in_float32():
         (lambda: PrecisionConfig("half"), "The name of a PrecisionConfig has no value 'half'"),
         (lambda: PrecisionConfig(float32="head/*"), "a tuple of patterns"),
         (lambda: PrecisionConfig(matmul_precision="low"), "matmul_precision has no value 'low'"),
+        (lambda: PrecisionConfig(gradient_sums="bf16"), "gradient_sums has no value 'bf16'"),
     ],
 )
 def test_wrong_values_are_named(make, complaint):
     with pytest.raises(ConfigError, match=complaint):
         make()
+
+
+def dtypes_of_results(jaxpr):
+    """Returns the dtype of the result of each matrix product."""
+    for equation in jaxpr.eqns:
+        if equation.primitive is jax.lax.dot_general_p:
+            yield equation.outvars[0].aval.dtype.name
+        for inner in jaxprs_in_params(equation.params):
+            yield from dtypes_of_results(inner)
+
+
+GPT_BATCH = {"x": TOKENS, "y": jnp.ones(2)}
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "loss"),
+    [(MLP, BATCH, loss_fn), (zoo.GPT(**GPT), GPT_BATCH, next_token)],
+    ids=["MLP", "GPT"],
+)
+@pytest.mark.slow_but("MLP")
+def test_gradients_on_a_mesh_are_added_up_in_float32(model, batch, loss):
+    params = state_of(model, batch["x"], "bf16").params
+    kernels = sum("kernel" in str(path) for path, _ in jax.tree.leaves_with_path(params))
+    jaxpr = traced(model, batch, loss=loss, on_mesh=True)
+    check_all_in_half(jaxpr)
+    found = list(dtypes_of_results(jaxpr.jaxpr))
+    assert found.count("float32") == kernels < found.count("bfloat16")
+    for alone in (
+        traced(model, batch, loss=loss),
+        traced(model, batch, PrecisionConfig(gradient_sums="half"), loss, on_mesh=True),
+    ):
+        assert set(dtypes_of_results(alone.jaxpr)) == {"bfloat16"}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint], ids=["plain", "remat"])
+def test_gradients_added_up_in_float32_are_those_of_one_device(precision, wrap):
+    params = state_of(MLP, X, precision).params
+
+    def loss(params, model):
+        outputs, _ = model.apply(Variables(params, {}), jnp.asarray(X), train=False, key=None)
+        return jnp.square(outputs).sum()
+
+    wide, half = (
+        jax.grad(wrap(functools.partial(loss, model=in_precision(as_model(MLP), name, on_mesh=on))))
+        for name, on in ((precision, True), (precision, False))
+    )
+    for found, alone in zip(*map(jax.tree.leaves, (wide(params), half(params))), strict=True):
+        np.testing.assert_array_equal(found, alone)
+    # A gradient of a gradient, as a penalty on its norm has it.
+    second = jax.grad(lambda p: sum(jnp.square(x).sum() for x in jax.tree.leaves(wide(p))))(params)
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(second))
 
 
 @pytest.mark.parametrize("value", ["bf16", PrecisionConfig("bf16", float32=("a/*", "b"))])

@@ -112,6 +112,11 @@ def located(path: Path | str) -> Located:
     if folders.is_whole(path):
         step = manifest.step_in(path) or 0
         return Located(_OneFolder(path, step), step, path)
+    if (path / "population.json").is_file():
+        raise CheckpointError(
+            f"{path} is a population, which has several members. Pass one of them, such as "
+            f"{path / 'members' / '0000'}."
+        )
     directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     store = CheckpointStore(directory)
     if not store.steps():

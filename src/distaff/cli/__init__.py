@@ -19,6 +19,7 @@ commands:
   new NAME         make a project: recipe, model, test, Makefile
   fit RECIPE       train a recipe, such as `digits` or `train.py:main`
   plan RECIPE      show the memory, traffic and time that a training needs
+  launch RECIPE    train it in several processes of this machine
   eval RUN DATA    evaluate a trained model
   predict RUN DATA write its outputs
   export RUN DIR   export it to run without Distaff
@@ -64,6 +65,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "new": _in("new"),
     "fit": _in("fit"),
     "plan": _in("plan"),
+    "launch": _in("launch"),
     "eval": _in("inference", "eval_main"),
     "predict": _in("inference", "predict_main"),
     "export": _in("inference", "export_main"),
@@ -133,4 +135,6 @@ def _completion() -> ModuleType:
 
 def _failed(message: str, status: int) -> int:
     print(f"distaff: {message}", file=sys.stderr)
+    if "jax" in sys.modules:
+        import_module("distaff.distributed.failure").leave(status)
     return status

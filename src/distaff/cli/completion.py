@@ -89,7 +89,7 @@ def candidates(
     elif words == ["fit"] and not last.startswith("-"):
         found = _recipes(last)
     elif words == ["fit"]:
-        found = ("--config", "--help")
+        found = ("--config", "--resume", "--list", "--help")
     elif last.startswith("-"):
         found = _options(run, words)
     else:

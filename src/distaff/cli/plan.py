@@ -110,6 +110,7 @@ def child(request: dict[str, Any]) -> dict[str, Any]:
     jax.devices()  # starts JAX with the devices of the environment, before the recipe does
     import distaff
     from distaff.cli.fit import run_recipe
+    from distaff.cli.recipes import find
     from distaff.data import first_to_train
     from distaff.execution.planned import Planned, planning
     from distaff.plan import plan_training
@@ -120,10 +121,10 @@ def child(request: dict[str, Any]) -> dict[str, Any]:
     def meet(trainer: Any, plan: Any) -> NoReturn:
         raise _Met(trainer, plan)
 
-    words = [request["recipe"], *request["arguments"]]
     try:
         with planning(Planned(meet=meet)):
-            run_recipe(words, prog=f"distaff plan {words[0]}")
+            recipe = find(request["recipe"])
+            run_recipe(recipe, request["arguments"], prog=f"distaff plan {request['recipe']}")
     except _Met as met:
         trainer, events = met.args
     else:

@@ -11,31 +11,112 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from distaff.errors import ConfigError, nearest
+from distaff.errors import ConfigError, MissingExtraError, nearest
 
 
 class Recipe(NamedTuple):
-    """A built-in recipe, whose module is imported when it is used.
+    """A built-in recipe, which is imported when it is used.
 
     Attributes:
-        module: its module.
-        name: a dataclass of options with a `run` method.
-        summary: the first line of its docstring.
+        place: its module, or its file in the folder `examples`.
+        summary: what it does, in one line.
+        extras: the extras of Distaff that it needs.
+        name: a function, or a dataclass of options with a `run` method.
     """
 
-    module: str
-    name: str
+    place: str
     summary: str
+    extras: tuple[str, ...] = ()
+    name: str = "main"
+
+    @property
+    def install(self) -> str:
+        """What to install for it, such as "distaff[digits,plots]"."""
+        return f"distaff[{','.join(self.extras)}]" if self.extras else "distaff"
 
 
 RECIPES = {
     "digits": Recipe(
         "distaff.cli.digits",
-        "Digits",
         "Trains a small CNN on the 1,797 handwritten digits of scikit-learn.",
-    )
+        ("digits", "plots"),
+        "Digits",
+    ),
+    "augmentation": Recipe(
+        "augmentation.py",
+        "Learns 200 digits, as they are and shifted in every step.",
+        ("digits",),
+    ),
+    "autoencoder": Recipe(
+        "autoencoder.py",
+        "Encodes digits in 2 to 32 numbers, alongside PCA.",
+        ("digits", "plots"),
+    ),
+    "big-batches": Recipe(
+        "big_batches.py",
+        "Accumulates gradients in bfloat16, clips them, and averages the weights.",
+        ("digits",),
+    ),
+    "diabetes-folds": Recipe(
+        "diabetes_folds.py",
+        "Cross-validates a small network on 442 patients.",
+        ("folds",),
+    ),
+    "digits-resnet": Recipe(
+        "digits_resnet.py",
+        "Trains a ResNet on digits, or on the images of MNIST or CIFAR.",
+        ("digits", "plots"),
+    ),
+    "finder": Recipe(
+        "finder.py",
+        "Finds a learning rate and a batch size before a training.",
+        ("digits", "plots"),
+    ),
+    "fine-tuning": Recipe(
+        "fine_tuning.py",
+        "Fine-tunes a network of ten digits to tell odd from even.",
+        ("digits",),
+    ),
+    "gan": Recipe(
+        "gan.py",
+        "Trains a GAN on a ring of eight Gaussians.",
+    ),
+    "imbalanced-digits": Recipe(
+        "imbalanced_digits.py",
+        "Weights the classes of digits, one of which is rare.",
+        ("digits",),
+    ),
+    "language-model": Recipe(
+        "language_model.py",
+        "Trains a small GPT on Python source, byte by byte.",
+        ("plots",),
+    ),
+    "linear-probe": Recipe(
+        "linear_probe.py",
+        "Trains a linear layer on the codes of an autoencoder.",
+        ("digits", "plots"),
+    ),
+    "sine-regression": Recipe(
+        "sine_regression.py",
+        "Fits a sine with a small network, once per seed.",
+        ("plots",),
+    ),
+    "tabular-regression": Recipe(
+        "tabular_regression.py",
+        "Predicts the progress of a disease from a table of patients.",
+        ("digits",),
+    ),
+    "text-classification": Recipe(
+        "text_classification.py",
+        "Classifies passages of text by their characters.",
+    ),
+    "tuning": Recipe(
+        "tuning.py",
+        "Tunes an MLP on digits with Optuna.",
+        ("digits", "plots", "tune"),
+    ),
 }
-"""Built-in recipes by name."""
+"""Built-in recipes by name. All but the first are the programs in `examples/`."""
 
 
 def find(name: str) -> Callable[..., Any]:
@@ -48,7 +129,7 @@ def find(name: str) -> Callable[..., Any]:
         ConfigError: there is no such recipe.
     """
     if name in RECIPES:
-        return getattr(importlib.import_module(RECIPES[name].module), RECIPES[name].name)
+        return getattr(_load_recipe(RECIPES[name]), RECIPES[name].name)
     place, colon, attribute = name.rpartition(":")
     if not colon:
         hint = f"{name}:main" if name.endswith(".py") else "train.py:main"
@@ -60,12 +141,35 @@ def find(name: str) -> Callable[..., Any]:
 
 
 def load_code(place: str) -> ModuleType:
-    """Imports a file, such as train.py, or a module, such as package.module.
+    """Imports a file, such as train.py, a module, such as package.module, or a built-in recipe.
 
     Raises:
         ConfigError: there is no such file or module.
+        MissingExtraError: a built-in recipe needs a package that is not installed.
     """
+    if place in RECIPES:
+        return _load_recipe(RECIPES[place])
     return _load_file(Path(place)) if place.endswith(".py") else _import(place)
+
+
+def _load_recipe(recipe: Recipe) -> ModuleType:
+    """Imports a built-in recipe, from the installed package or from a checkout.
+
+    Raises:
+        MissingExtraError: it needs a package that is not installed.
+    """
+    here = Path(__file__)
+    folders = (here.with_name("examples"), here.parents[3] / "examples")
+    files = [file for folder in folders if (file := folder / recipe.place).is_file()]
+    try:
+        return _load_file(files[0]) if files else importlib.import_module(recipe.place)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("distaff"):
+            raise
+        raise MissingExtraError(
+            f"This recipe needs the package {error.name!r}, which is not installed. Install it "
+            f'with: pip install "{recipe.install}"'
+        ) from error
 
 
 def _checked(module: ModuleType, attribute: str, name: str) -> Callable[..., Any]:

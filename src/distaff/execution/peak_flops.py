@@ -26,6 +26,15 @@ _LONG_SECONDS = 0.01
 """A product that takes this long is large enough: its dispatch time is negligible."""
 
 
+def peak_flops_of_all(num_devices: int, again: bool = False) -> float | None:
+    """Returns the peak FLOPs per second of several equal devices; see `peak_flops`.
+
+    Simulated devices of a CPU share its cores, so together they have the peak of one.
+    """
+    peak = peak_flops(again)
+    return peak if peak is None or jax.default_backend() == "cpu" else num_devices * peak
+
+
 def peak_flops(again: bool = False) -> float | None:
     """Returns the peak FLOPs per second of one device, measured with float32 matrix products.
 

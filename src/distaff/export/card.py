@@ -91,7 +91,6 @@ def model_card(
         run: what is known about the run.
         license: identifier of the licence, such as "apache-2.0".
     """
-    name, form = next(iter(program.inputs.items()))
     head = _HEAD.format(f"license: {json.dumps(license)}\n" if license else "")
     size = byte_text(sum(array.nbytes for array in program.weights.values()))
     kind = str(_of(run.config, "model").get("$class", "")).rpartition(":")[2]
@@ -103,12 +102,13 @@ def model_card(
         "## How to use it",
         "It needs the packages jax, numpy and flatbuffers.",
         _fenced(
-            f"from load import load  # in this folder\n\npredict = load()\n"
-            f"outputs = predict({name}=...)  # {form['dtype']} {_shape(form)}",
+            "from load import load  # in this folder\n\npredict = load()\n"
+            f"outputs = {call(program)}",
             "python",
         ),
         _forms("input", program.inputs),
         _forms("output", program.outputs),
+        *_columns(facts["coding"]),
         "JAX reads an exported program for at least six months after the version that wrote it, "
         f"{facts['versions']['jax']}. After that, export the run again: "
         "`distaff export RUN FOLDER`.",
@@ -126,6 +126,28 @@ def model_card(
         _text(license) if license else "Not stated.",
     ]
     return head + "\n" + "\n\n".join(parts) + "\n"
+
+
+def call(program: ExportedProgram) -> str:
+    """Returns a call of the exported model as code, with the form of a single input."""
+    forms = list(program.inputs.values())
+    shown = f"predict({', '.join(f'{name}=...' for name in program.inputs)})"
+    return f"{shown}  # {forms[0]['dtype']} {_shape(forms[0])}" if len(forms) == 1 else shown
+
+
+def _columns(coding: Mapping[str, Any] | None) -> Iterator[str]:
+    """Yields how columns of the data frame become inputs, and what the outputs stand for."""
+    if coding is None:
+        return
+    yield (
+        "The inputs are columns of a data frame. Each category is an integer, its place in the "
+        "list; `model.json` has the lists as `coding`."
+    )
+    rows = [("numbers", name, "") for name in coding["numbers"]]
+    rows += [("category", n, ", ".join(map(str, x))) for n, x in coding["categories"].items()]
+    if coding["labels"] is not None:
+        rows.append(("label", coding["target"], ", ".join(map(str, coding["labels"]))))
+    yield _table(("kind", "column", "values, from 0"), rows)
 
 
 def _metrics(run: RunFacts, step: int) -> Iterator[str]:

@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from distaff.core.config.encoding import to_json
 from distaff.core.files import explained
 from distaff.core.paths import as_path
 from distaff.core.typing import Batch
 from distaff.errors import ConfigError, MissingExtraError, StateError, nearest
-from distaff.export.card import RunFacts, check_license, model_card
+from distaff.export.card import RunFacts, call, check_license, model_card
 from distaff.export.onnx import export_onnx
 from distaff.export.program import ExportedProgram, program_of
 from distaff.trainer.module import TrainerModule
@@ -45,8 +46,8 @@ def export_model(
     """Exports the outputs of `trainer.predict_fn` as StableHLO, to run without Distaff.
 
     The folder contains `model.jax` (the program, by `jax.export`), `weights.npz`, `model.json`
-    (inputs, outputs and versions), the model card `README.md`, and `load.py`, which needs only JAX,
-    NumPy and flatbuffers:
+    (inputs, outputs, versions, and the coding of a data frame), the model card `README.md`, and
+    `load.py`, which needs only JAX, NumPy and flatbuffers:
 
         from load import load
         outputs = load()(image=images)  # [batch, 8, 8, 1]
@@ -137,10 +138,8 @@ def _write(folder: Path, program: ExportedProgram, facts: dict[str, Any], card: 
                 np.lib.format.write_array(file, array, allow_pickle=False)
     (folder / "README.md").write_text(card, "utf-8", errors="replace")
     (folder / "model.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
-    name, form = next(iter(program.inputs.items()))
     text = resources.files("distaff.export").joinpath("load.py.txt").read_text("utf-8")
-    shown = f"{form['dtype']} [{', '.join(map(str, form['shape']))}]"
-    for mark, value in (("INPUT", name), ("FORM", shown), ("JAX", facts["versions"]["jax"])):
+    for mark, value in (("CALL", call(program)), ("JAX", facts["versions"]["jax"])):
         text = text.replace(f"@{mark}@", value)
     (folder / "load.py").write_text(text, "utf-8")
 
@@ -152,6 +151,7 @@ def _facts(trainer: Predictor, program: ExportedProgram, weights: str | None) ->
         "weights": weights or trainer._workspace.default_weights(),
         "inputs": program.inputs,
         "outputs": program.outputs,
+        "coding": to_json(trainer.config.coding),
         "keeps_apart": program.keeps_apart,
         "num_parameters": int(
             sum(x.size for n, x in program.weights.items() if n.startswith("params/"))

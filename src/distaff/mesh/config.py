@@ -15,7 +15,7 @@ from distaff.core.config.checks import whole
 from distaff.errors import ConfigError
 from distaff.execution.planned import planned_devices
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "pipe", "fsdp", "tensor")
 """The axes of every mesh. An axis that is not used has the size 1."""
 
 BATCH_AXES = ("data", "fsdp")
@@ -42,6 +42,9 @@ class MeshConfig:
             for `data`.
         tensor: devices that split the last axis of large parameters, and the computation with
             them; -1 as for `data`.
+        pipe: devices that each compute a part of the layers, in a model that passes its activations
+            on from one to the next by `jax.shard_map`; -1 as for `data`. Only `rules` split
+            parameters over this axis.
         rules: pairs of a shell pattern for the paths of parameters, such as `"*/kernel"`, and the
             mesh axis of each array axis, such as `(None, "tensor")`. The first pattern that
             matches decides; `()` replicates. Parameters without a rule are split automatically:
@@ -60,6 +63,7 @@ class MeshConfig:
     _: KW_ONLY
     fsdp: int = 1
     tensor: int = 1
+    pipe: int = 1
     rules: tuple[tuple[str, Spec], ...] = ()
     min_size: int = 1024
     max_replicated: float = 0.05

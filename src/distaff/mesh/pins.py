@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -69,7 +69,7 @@ class PinnedModel(ModelWrapper):
         size = next((np.shape(x)[0] for x in jax.tree.leaves(inputs) if np.ndim(x)), 0)
         if not size or size % (self._mesh.shape["data"] * self._mesh.shape["fsdp"]):
             return function(variables)
-        rules = dict.fromkeys(_PINNED, _pin(self._mesh, size))
+        rules = {**dict.fromkeys(_PINNED, _pin(self._mesh, size)), "shard_map": _unchanged}
         return rewritten(function, variables, rules, "mesh", type(self.module).__name__)
 
 
@@ -83,6 +83,11 @@ def _pin(mesh: jax.sharding.Mesh, size: int) -> Rule:
         return [_split(x, mesh) if is_activation and x.shape[:1] == (size,) else x for x in results]
 
     return pin
+
+
+def _unchanged(equation: Any, operands: list[Any], sources: list[Sources]) -> Sequence[Any]:
+    """A rule for `jax.shard_map`, which says itself how its arrays are split."""
+    return bound(equation, operands)
 
 
 def _split(x: jax.Array, mesh: jax.sharding.Mesh) -> jax.Array:

@@ -38,7 +38,7 @@ class OnMesh(OneDevice):
 
     @property
     def mesh(self) -> jax.sharding.Mesh:
-        """The mesh, with the axes `data`, `fsdp` and `tensor`."""
+        """The mesh, with the axes of `AXES`."""
         return self._mesh
 
     def alongside(self, batch: Batch) -> Placement:
@@ -129,6 +129,7 @@ def _is_state(node: Any) -> bool:
 
 
 def _moved(leaf: Any, sharding: NamedSharding) -> jax.Array:
-    if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+    is_array = isinstance(leaf, jax.Array) and leaf.committed  # else one device is equivalent
+    if is_array and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
         return leaf
     return jax.device_put(leaf, sharding)

@@ -91,7 +91,7 @@ class ShardingRules:
 
     def _is_split(self, path: str, shape: tuple[int, ...]) -> bool:
         used = [axis for entry in self.spec(path, tuple(shape)) for axis in axes_of(entry)]
-        return any(self._sizes[axis] > 1 for axis in used if axis in ("fsdp", "tensor"))
+        return any(self._sizes[axis] > 1 for axis in used if axis != "data")
 
     def _rule(self, path: str) -> Spec | None:
         for pattern, rule in self._config.rules:

@@ -136,7 +136,9 @@ def model_of(apply_fn: Callable[..., Any] | None) -> Model:
     return FunctionModel(apply_fn)
 
 
-def in_precision(model: Model, precision: PrecisionName | PrecisionConfig) -> Model:
+def in_precision(
+    model: Model, precision: PrecisionName | PrecisionConfig, *, on_mesh: bool = False
+) -> Model:
     """Returns a model whose forward passes compute in a precision, for a loop of your own.
 
     >>> model = in_precision(as_model(nn.Dense(2)), "bf16")
@@ -145,13 +147,15 @@ def in_precision(model: Model, precision: PrecisionName | PrecisionConfig) -> Mo
     Args:
         model: a model from `as_model`.
         precision: `"float32"` returns the model itself; see `PrecisionConfig`.
+        on_mesh: whether devices add up the gradients of parameters.
 
     Raises:
         ConfigError: the precision is unknown.
     """
     found = precision_of(precision)
     # Its forward function must not hold the arrays of a ready-made module.
-    return model if found.is_off else InPrecision(model_of(model.apply_fn), found)
+    alone = model_of(model.apply_fn)
+    return model if found.is_off else InPrecision(alone, found, on_mesh=on_mesh)
 
 
 def rematerialized(model: Model, remat: str | tuple[str, ...] | RematConfig | None) -> Model:

@@ -66,7 +66,7 @@ def _imported(name: str) -> Any:
     if cls is None:
         raise CheckpointError(
             f"The model was recorded as {name!r}, but no module class of that name is imported. "
-            f"Import it first. {_REMEDY}"
+            f"Import it first; for a command, name its file, such as --code train.py. {_REMEDY}"
         )
     return cls
 

@@ -117,7 +117,7 @@ def newest_run(root: Path) -> Path | None:
 
 def _paths(root: Path) -> Iterator[Path]:
     for folder, folders, files in os.walk(root):
-        if "config.json" in files:
+        if "config.json" in files and "population.json" not in files:
             folders.clear()
             yield Path(folder)
         folders[:] = sorted(each for each in folders if not each.startswith("."))

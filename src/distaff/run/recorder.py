@@ -19,7 +19,8 @@ from distaff.execution.dispatch.dispatcher import Dispatcher
 from distaff.execution.dispatch.packed_metrics import BadStep, WindowEnd
 from distaff.execution.dispatch.steps_per_call import FusionChoice
 from distaff.execution.feed.skipped import num_drawn, skipped_batches
-from distaff.execution.peak_flops import peak_flops
+from distaff.execution.peak_flops import peak_flops_of_all
+from distaff.execution.placement import num_devices
 from distaff.execution.step_times import StepTimes
 from distaff.execution.timers import Timers
 from distaff.loggers.history import History
@@ -282,7 +283,11 @@ class Recorder:
         if state.best is not None:
             titles = {**titles, "val": f"val, epoch {state.best.epoch} (best)"}
         self.display.table(rows_by_split(metrics, titles))
-        measure_peak = peak_flops if measures else lambda again: None
+        number = num_devices(self.dispatcher.blank.rows)
+
+        def measure_peak(again: bool) -> float | None:
+            return peak_flops_of_all(number, again) if measures else None
+
         report = make_report(self.timers.read(), self.dispatcher.flops, measure_peak)
         advice = faster_data(self.plan.train_loader)
         self.report = report._replace(advice=advice, slow=self.step_times.slow)

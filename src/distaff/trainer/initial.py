@@ -57,7 +57,7 @@ def _canonical(leaf: Any) -> Any:
 def trained_model(model: Model, config: Any) -> Model:
     """Returns a model whose passes follow the options of a trainer."""
     model = rematerialized(standardized(model, config.standardize), config.remat)
-    return in_precision(pinned(model, config), config.precision)
+    return in_precision(pinned(model, config), config.precision, on_mesh=config.mesh is not None)
 
 
 def on_host(function: Callable[..., Any], traced: Callable[..., Any], *args: Any) -> Any:

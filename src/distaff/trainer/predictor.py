@@ -25,6 +25,7 @@ from distaff.core.views import html
 from distaff.core.views.brief import brief, fields_table, num_values
 from distaff.data import INPUT_NAMES, entry, num_batches
 from distaff.data.on_policy import check_reader
+from distaff.distributed.joining import check_joined
 from distaff.execution import allocator, compile_cache
 from distaff.execution.determinism import ask_backend
 from distaff.mesh import simulate
@@ -80,6 +81,7 @@ class Predictor:
         self.model = as_model(model)
         if self.config.deterministic:
             ask_backend()
+        check_joined()
         simulate(self.config)
         if self.config.tune_process:
             compile_cache.enable()

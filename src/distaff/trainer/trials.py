@@ -27,6 +27,7 @@ from distaff.data.stream import Stream
 from distaff.errors import BatchError
 from distaff.execution.execution import Execution, KeepsPrograms
 from distaff.execution.placement import owned
+from distaff.run.directory.protocol import Recording
 from distaff.run.display import NullDisplay
 from distaff.run.events import Plan
 from distaff.run.run import Run
@@ -110,8 +111,10 @@ class PreparedRun(NamedTuple):
         else:
             trainer.init_optimizer(self.total_steps)
         here.begin_averages(config.averages, keep=False)
-        here.state = owned(here.ready_state().replace(guard=make_guard(config)))
-        return here.ready_state().replace(apply_fn=first.apply_fn, tx=first.tx)
+        state = owned(here.ready_state().replace(guard=make_guard(config)))
+        # A model in half precision has another `apply_fn` each time it is initialized.
+        here.state = state.replace(apply_fn=first.apply_fn, tx=first.tx)
+        return here.ready_state()
 
     @property
     def total_steps(self) -> int | None:
@@ -127,8 +130,16 @@ class PreparedRun(NamedTuple):
         vars(trainer)["config"] = dataclasses.replace(trainer.config, seed=seed)
 
 
-def prepared_run(trainer: TrainerModule, plan: Plan, test_loader: Any) -> PreparedRun:
+def prepared_run(
+    trainer: TrainerModule, plan: Plan, test_loader: Any, recording: Recording | None = None
+) -> PreparedRun:
     """Prepares a run of a copy of a trainer, which keeps the programs that set up its model.
+
+    Args:
+        trainer: the trainer.
+        plan: the loaders and epochs.
+        test_loader: the loader of a test; None without one.
+        recording: where to write; None to write nothing.
 
     Raises:
         DistaffError: an input is invalid (the subclass says which).
@@ -140,6 +151,8 @@ def prepared_run(trainer: TrainerModule, plan: Plan, test_loader: Any) -> Prepar
     here = other._workspace
     here.display, here.explains, here.execution = NullDisplay(), False, KeepsPrograms()
     Preparation(other, TrainerModule).set_up_alone(batch, None)
+    if recording is not None:
+        here.recording = recording
     preparation, run = Training(other, TrainerModule).prepared(plan, test_loader)
     return PreparedRun(other, preparation, run)
 

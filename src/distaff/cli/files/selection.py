@@ -168,7 +168,7 @@ def _coded(
         name: _Series(
             _categories(table, name, categories[name])
             if name in categories
-            else numbers(table, name, np.float64)
+            else numbers(table, name, np.float64, bools=True)
         )
         for name in used
         if name in table.names

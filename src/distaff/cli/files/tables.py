@@ -131,20 +131,27 @@ def read_table(path: Path) -> ColumnFile:
     return Csv(path) if path.suffix == ".csv" else Parquet(path)
 
 
-def numbers(table: ColumnFile, name: str, dtype: Any) -> np.ndarray:
+def numbers(table: ColumnFile, name: str, dtype: Any, *, bools: bool = False) -> np.ndarray:
     """Returns a column as an array of this dtype, `[rows, ...]`.
+
+    Args:
+        table: the table.
+        name: the column.
+        dtype: the dtype of the array.
+        bools: whether the texts true and false are the numbers 1 and 0.
 
     Raises:
         DataFileError: a value is not a finite number of this dtype.
     """
     dtype = np.dtype(dtype)
     values = table.column(name)
-    found = _converted(values, dtype)
+    bools = bools or dtype.kind == "b"
+    found = _converted(values, dtype, bools)
     if found is not None:
         return found
     kind = {"i": "whole numbers", "u": "whole numbers", "b": "true or false"}.get(dtype.kind)
     for row, value in enumerate(values):
-        if _converted([value], dtype) is None:
+        if _converted([value], dtype, bools) is None:
             raise wrong_value(table, name, row, value, f"{kind or 'finite numbers'} ({dtype})")
     raise DataFileError(
         f"Column {name!r} of {str(table.path)!r} must hold values of one shape. Write lists of "
@@ -171,12 +178,12 @@ def _check_names(path: Path, names: Sequence[str], num_rows: int) -> None:
         )
 
 
-def _converted(values: Any, dtype: np.dtype) -> np.ndarray | None:
+def _converted(values: Any, dtype: np.dtype, bools: bool) -> np.ndarray | None:
     """Returns values as an array of a dtype; None if one of them is not such a number."""
     with np.errstate(all="ignore"):
         try:
             read = np.asarray(values)
-            if read.dtype.kind == "U" and dtype.kind == "b":
+            if read.dtype.kind == "U" and bools:
                 read = np.asarray([_WORDS.get(text.lower(), text) for text in read.tolist()])
             if read.dtype.kind in "UO":
                 read = _parsed(read, whole=dtype.kind in "iub")

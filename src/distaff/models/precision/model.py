@@ -31,13 +31,20 @@ class InPrecision(ModelWrapper):
         precision: the precision of its passes.
         scale: factor of the cotangents inside a pass, float32 `[]`; None for 1. Gradients come out
             without it.
+        on_mesh: whether devices add up the gradients of parameters, in `gradient_sums` of the
+            precision.
     """
 
     def __init__(
-        self, inner: Model, precision: PrecisionConfig, scale: jax.Array | None = None
+        self,
+        inner: Model,
+        precision: PrecisionConfig,
+        scale: jax.Array | None = None,
+        *,
+        on_mesh: bool = False,
     ) -> None:
         super().__init__(inner)
-        self._precision, self._scale = precision, scale
+        self._precision, self._scale, self._on_mesh = precision, scale, on_mesh
 
     def observing(self, observed: Observed) -> InPrecision:
         """Returns this model with its passes recorded."""
@@ -45,11 +52,11 @@ class InPrecision(ModelWrapper):
 
     def around(self, inner: Model) -> InPrecision:
         """Returns another model in this precision."""
-        return InPrecision(inner, self._precision, self._scale)
+        return InPrecision(inner, self._precision, self._scale, on_mesh=self._on_mesh)
 
     def scaled(self, scale: jax.Array | None) -> InPrecision:
         """Returns this model with cotangents multiplied by a scale inside its passes."""
-        return InPrecision(self.inner, self._precision, scale)
+        return InPrecision(self.inner, self._precision, scale, on_mesh=self._on_mesh)
 
     @accepts_collections
     def apply(
@@ -81,7 +88,11 @@ class InPrecision(ModelWrapper):
         if self._precision.compute is None:
             with self._setting():
                 return function(variables)
-        rules = autocast(self._precision.compute, float32=self._precision.float32)
+        rules = autocast(
+            self._precision.compute,
+            float32=self._precision.float32,
+            wide_gradients=self._on_mesh and self._precision.gradient_sums == "float32",
+        )
 
         def traced(variables: Any) -> Any:
             with self._setting():

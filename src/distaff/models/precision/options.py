@@ -15,6 +15,7 @@ from distaff.errors import ConfigError
 PrecisionName: TypeAlias = Literal["float32", "bf16", "bf16-params", "fp16"]
 
 MomentsName: TypeAlias = Literal["float32", "bfloat16"]
+SumsName: TypeAlias = Literal["float32", "half"]
 
 MatmulPrecision: TypeAlias = Literal[
     "default", "high", "highest", "bfloat16", "tensorfloat32", "float32"
@@ -46,6 +47,9 @@ class PrecisionConfig:
             float32, such as `"highest"`; see `jax.default_matmul_precision`. None for JAX's
             setting.
         loss_scale: the loss scale of the first step for `"fp16"`, a power of two.
+        gradient_sums: dtype in which the devices of a mesh add up the gradients of matrix products,
+            `"float32"` or `"half"` for that of the products. In float32, the products have no
+            forward-mode derivative (`jax.jvp`). Convolutions always use that of the products.
 
     Raises:
         ConfigError: a value is unknown or out of range, or `float32` is not a tuple of patterns.
@@ -57,10 +61,12 @@ class PrecisionConfig:
     moments: MomentsName = "float32"
     matmul_precision: MatmulPrecision | None = None
     loss_scale: float = 2.0**24
+    gradient_sums: SumsName = "float32"
 
     def __post_init__(self) -> None:
         check_choice("The name of a PrecisionConfig", self.name, PrecisionName)
         check_choice("moments", self.moments, MomentsName)
+        check_choice("gradient_sums", self.gradient_sums, SumsName)
         if self.matmul_precision is not None:
             check_choice("matmul_precision", self.matmul_precision, MatmulPrecision)
         is_sequence = isinstance(self.float32, tuple | list)

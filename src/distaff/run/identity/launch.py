@@ -64,6 +64,11 @@ class Seat(NamedTuple):
         launch = status.get("launch")
         return isinstance(launch, Mapping) and launch.get("position") == self.position
 
+    def place_in(self, status: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Returns the marks of this position in the launch of an earlier run; None without one."""
+        launch = status.get("launch")
+        return {**launch, "position": self.position} if isinstance(launch, Mapping) else None
+
     def adopt(self, status: Mapping[str, Any]) -> bool:
         """Adopts the launch of an earlier run. Returns False if it is not open."""
         launch = status.get("launch")

@@ -27,6 +27,7 @@ from distaff.run.identity.candidates import (
 from distaff.run.identity.comparison import RecordComparison, compare_records
 from distaff.run.identity.identity import Subject
 from distaff.run.identity.launch import Seat, launch_of
+from distaff.run.identity.request import Request, request_for
 
 
 def _resume(name: str, value: Any) -> Any:
@@ -84,6 +85,8 @@ class Takeover:
         self.remark = ""
         self._choice: EarlierRuns | None = None
         self._seat: Seat | None = None
+        self._request: Request | None = None
+        self._candidates: list[Candidate] = []
 
     @property
     def _must(self) -> bool:
@@ -106,7 +109,8 @@ class Takeover:
             return None
         seat = launch_of(self.directory.root).seat(self.directory.name, key)
         self._seat = seat
-        if self.resume == "never":
+        self._request = request_for(self.directory)
+        if self.resume == "never" and self._request is None:
             return None
         compare = partial(
             compare_records,
@@ -115,8 +119,10 @@ class Takeover:
             inexact=self._options.allow_inexact_resume,
             options=type(self._options),
         )
-        candidates = find_candidates(self.directory, compare)
+        self._candidates = candidates = find_candidates(self.directory, compare)
         self._choice = choose(candidates, seat, must=self._must, rerun=rerun)
+        if self._request is not None:
+            self._choice = self._request.choose(self._choice, candidates, seat)
         done = self._choice.finished
         if done is not None:
             seat.adopt(done.status)
@@ -129,7 +135,11 @@ class Takeover:
     @property
     def may_resume(self) -> bool:
         """Whether there may be a run to resume."""
-        if self.directory.created or self.resume == "never":
+        if self.directory.created:
+            return False
+        if request_for(self.directory) is not None:
+            return True
+        if self.resume == "never":
             return False
         launch = launch_of(self.directory.root)
         return any(
@@ -157,6 +167,8 @@ class Takeover:
             if self._try_lock(each, lock):
                 _check_links(each.path)
                 self._take_over(each)
+                if self._request is not None and self._request.names(each.path):
+                    self._request.is_met = True
                 return each.comparison
         if self._must and not self.directory.created:
             raise CheckpointError(
@@ -164,6 +176,8 @@ class Takeover:
                 "Check root and name, or pass resume='auto' to start one."
             )
         is_new = not self.directory.created
+        if is_new and self._request is not None:
+            self._request.check_met(self._candidates)
         reserve(self.directory, lock)
         if is_new and self._seat is not None:
             self._join_launch(self._seat)
@@ -207,14 +221,16 @@ class Takeover:
 
     def _try_lock(self, candidate: Candidate, lock: ExitStack) -> bool:
         """Locks an existing run. Returns False if another process uses it, or has ended it."""
+        is_requested = self._request is not None and self._request.names(candidate.path)
+        must = self._must or is_requested
         try:
             lock.enter_context(locked(candidate.path))
         except RunInUseError:
-            if self._must:
+            if must:
                 raise
             return False
         candidate.status = read_status(candidate.path) or {"status": "running"}
-        is_wanted = candidate.may_resume if self._must else candidate.is_unfinished
+        is_wanted = candidate.may_resume if must else candidate.is_unfinished
         if is_wanted and not has_only_failed(candidate.path):
             return True
         lock.close()  # another process finished it before the lock was taken

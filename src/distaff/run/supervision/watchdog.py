@@ -14,6 +14,7 @@ import jax
 
 from distaff.core.config.durations import Duration, seconds_of
 from distaff.core.files import FILE_MODE
+from distaff.core.launched import END_STALLED, STALLED
 from distaff.errors import BarrierError
 from distaff.execution.processes import barrier
 
@@ -31,9 +32,9 @@ class Watchdog:
     """Context that watches the progress of a run, and writes the stacks of all threads on a stall.
 
     It writes once per stall: host, process, step, the current activity, and the stacks. With
-    several processes it then names those at another place, for which the others wait. It never
-    stops the run, and its thread does not keep the process alive. It cannot detect a stall in
-    native code that holds the GIL.
+    several processes it then names those at another place, for which the others wait. It does not
+    stop the run, except under `distaff launch`: there the process ends with status 124. Its thread
+    does not keep the process alive. It cannot detect a stall in native code that holds the GIL.
 
     >>> with Watchdog(path=log) as watchdog:
     ...     for step, batch in enumerate(batches):
@@ -104,9 +105,11 @@ class Watchdog:
 
     def _report(self, beat: tuple[str, int, float], waited: float, seconds: float) -> None:
         what, step, _ = beat
+        is_ending = os.environ.get(END_STALLED) == "1"
+        then = f"the process ends with status {STALLED}" if is_ending else "the run is not stopped"
         self._write(
             f"{self._who} seems stuck: at step {step}, {what} has taken {waited:.0f} s so far. The "
-            "stacks of its threads follow; the run is not stopped.\n",
+            f"stacks of its threads follow; {then}.\n",
             stacks=True,
         )
         if self._num_processes > 1:
@@ -115,6 +118,8 @@ class Watchdog:
                 self._write(f"All {self._num_processes} processes are stuck at this place.\n")
             except BarrierError as error:
                 self._write(f"Not all processes are stuck at this place. {error}\n")
+        if is_ending:
+            os._exit(STALLED)
 
     def _write(self, text: str, stacks: bool = False) -> None:
         """Writes without Python's logging, because the stall may be at its lock."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -17,6 +17,7 @@ from distaff.execution.feed.chunk import Chunk
 from distaff.execution.placement import copies
 from distaff.metrics import Metric, Sum
 from distaff.step.normalise import StepFn
+from distaff.tune.population.settings import state_in, with_arrays
 
 _ROWS = "members"
 
@@ -57,6 +58,14 @@ class Members(Protocol):
         """Returns the state of a member, whose arrays stay."""
         ...
 
+    def arrays(self) -> dict[str, PyTree]:
+        """Returns the arrays of all states, each `[members, ...]`. Training on may free them."""
+        ...
+
+    def restore(self, arrays: Mapping[str, PyTree]) -> None:
+        """Replaces the arrays of all states by some that `arrays` has returned."""
+        ...
+
 
 class MembersInTurn:
     """Trains one member after the other on each chunk, with the same program.
@@ -76,6 +85,8 @@ class MembersInTurn:
     ) -> None:
         self.dispatcher, self._execution, self._states = dispatcher, execution, list(states)
         self._programs: dict[Any, Any] = {}
+        self._stack = execution.program(lambda *trees: stack(*trees))
+        self._take = execution.program(lambda trees, index: take(trees, index))
 
     def example(self) -> PyTree:
         """Returns the state of the first member."""
@@ -108,6 +119,15 @@ class MembersInTurn:
         """Returns a copy of the state of a member."""
         return copies(self._states[index])
 
+    def arrays(self) -> dict[str, PyTree]:
+        """Returns copies of the arrays of all states."""
+        return self._stack(*(state_in(each).arrays() for each in self._states))
+
+    def restore(self, arrays: Mapping[str, PyTree]) -> None:
+        """Gives each member its own arrays."""
+        for index, state in enumerate(self._states):
+            self._states[index] = with_arrays(state, self._take(arrays, np.int32(index)))
+
 
 class StackedMembers:
     """Trains all members in one program: each array of the state is `[members, ...]`.
@@ -128,7 +148,7 @@ class StackedMembers:
         self.dispatcher, self._execution, self._num = dispatcher, execution, len(states)
         self._state = execution.once(stack)(*states)
         self._width = dispatcher.layout.width // len(states)
-        self._take = execution.program(_take)
+        self._take = execution.program(lambda trees, index: take(trees, index))
         self._programs: dict[Any, Any] = {}
 
     def example(self) -> PyTree:
@@ -159,6 +179,14 @@ class StackedMembers:
 
     kept = state
 
+    def arrays(self) -> dict[str, PyTree]:
+        """Returns the arrays of the stacked states."""
+        return state_in(self._state).arrays()
+
+    def restore(self, arrays: Mapping[str, PyTree]) -> None:
+        """Replaces the arrays of the stacked states."""
+        self._state = with_arrays(self._state, arrays)
+
 
 def stacked(step: StepFn, layout: MetricLayout) -> StepFn:
     """Returns the step of all members as one; the batch is shared.
@@ -183,8 +211,9 @@ def stack(*states: PyTree) -> PyTree:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
 
-def _take(states: PyTree, index: jax.Array) -> PyTree:
-    return jax.tree.map(lambda leaf: leaf[index], states)
+def take(trees: PyTree, index: jax.Array | np.int32) -> PyTree:
+    """Returns the tree of one member from arrays `[members, ...]`."""
+    return jax.tree.map(lambda leaf: leaf[index], trees)
 
 
 class _Columns:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,12 +13,13 @@ from distaff.callbacks import StepInfo
 from distaff.callbacks.callbacks import Callbacks
 from distaff.core.views.brief import brief
 from distaff.execution.dispatch.packed_metrics import BadStep, MetricWindows, WindowEnd
-from distaff.loggers.history import ColumnLogger, History
-from distaff.metrics import Metric, compute
+from distaff.loggers import JsonlLogger
+from distaff.loggers.history import ColumnLogger, History, read_rows
+from distaff.metrics import Metric, as_json, as_numbers, compute
 from distaff.metrics.accumulators import Named
 from distaff.metrics.monitor import Monitor
 from distaff.run.result import Best
-from distaff.run.run_state import EpochProgress
+from distaff.run.run_state import EpochProgress, best_json
 from distaff.step.guard import FLAGS, RecoveryOptions, shown
 from distaff.step.logged_rates import without_rates
 from distaff.step.state import TrainState
@@ -39,6 +41,7 @@ class TrainedMember(NamedTuple):
         best: the best model; None without validation.
         state: its best state; the last one without a validation.
         history: the metrics of all epochs as arrays by name, such as `history["val/loss"]`.
+        path: its run directory; None if nothing is written.
     """
 
     seed: int
@@ -51,6 +54,7 @@ class TrainedMember(NamedTuple):
     best: Best | None
     state: TrainState
     history: History
+    path: Path | None = None
 
     def __repr__(self) -> str:
         settings = [f"{name}={value!r}" for name, value in self.settings.items()]
@@ -70,9 +74,11 @@ class RunningMember:
         status: `"running"`, until it ends.
         best_state: the state of its best model.
         windows: reads the metrics of the current epoch; set by the loop.
+        log: writes its metrics to a file; None if nothing is written.
     """
 
     windows: MetricWindows
+    log: JsonlLogger | None = None
 
     def __init__(
         self, seed: int, monitor: Monitor, callbacks: Callbacks, options: RecoveryOptions
@@ -131,6 +137,40 @@ class RunningMember:
             info = StepInfo(self.step, self.epoch, None, metrics, is_best)
             self.callbacks.emit(event, info)
 
+    def to_json(self) -> dict[str, Any]:
+        """Returns what a resume needs at the end of an epoch, as strict JSON."""
+        callbacks = self.callbacks
+        return {
+            "status": self.status,
+            "reason": self.reason,
+            "step": self.step,
+            "epoch": self.epoch,
+            "last_metrics": as_json(self.last_metrics),
+            "best": None if self.best is None else best_json(self.best),
+            "has_state": self.state is not None,
+            "stop": [callbacks.stop_reason, callbacks.stop_status],
+            "callbacks": [each.get_state() for each in callbacks.callbacks],
+            "log": None if self.log is None else self.log.position(),
+        }
+
+    def restore(self, value: Mapping[str, Any], state: TrainState | None) -> None:
+        """Restores a member from the result of `to_json`, and the state that it keeps."""
+        self.status, self.reason = str(value["status"]), str(value["reason"])
+        self.step, self.epoch, self.state = int(value["step"]), int(value["epoch"]), state
+        self.last_metrics = dict(as_numbers(value["last_metrics"]))
+        best, callbacks = value["best"], self.callbacks
+        if best is not None:
+            metrics = dict(as_numbers(best["metrics"]))
+            self.best = Best(int(best["step"]), int(best["epoch"]), metrics)
+        callbacks.stop_reason, callbacks.stop_status = value["stop"]
+        for callback, saved in zip(callbacks.callbacks, value["callbacks"], strict=True):
+            callback.set_state(saved)
+
+    def read_log(self, directory: Path) -> None:
+        """Reads the metrics that an earlier process has written, except test metrics."""
+        for row in read_rows(directory):
+            self._columns.add({n: x for n, x in row.items() if not n.startswith("test")})
+
     def finished(
         self, last: TrainState, tested: Mapping[str, Any], settings: Mapping[str, Any]
     ) -> TrainedMember:
@@ -163,3 +203,6 @@ class RunningMember:
     def _log(self, metrics: Mapping[str, Any], step: int) -> None:
         scalars = {name: x for name, x in metrics.items() if np.ndim(x) == 0}
         self._columns.log_metrics(scalars, step=step, epoch=self.epoch)
+        if self.log is not None:
+            self.log.log_metrics(scalars, step=step, epoch=self.epoch)
+            self.log.close(self.status)  # a process may not open a file for each of many members

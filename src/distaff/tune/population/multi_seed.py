@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from distaff.core.config.checks import whole
 from distaff.data import closing_made
@@ -13,11 +14,14 @@ from distaff.run.display import make_display
 from distaff.run.events import make_plan
 from distaff.trainer.module import TrainerModule
 from distaff.trainer.training import Inputs
-from distaff.trainer.trials import PreparedRun, prepared_run
-from distaff.tune.population.member import TrainedMember
+from distaff.trainer.trials import prepared_run
+from distaff.tune.population.checks import check_plan, check_trainer
+from distaff.tune.population.directory import PopulationDirectory, recording_of
 from distaff.tune.population.result import Population
 from distaff.tune.population.settings import Setting, grouped, make_settings
-from distaff.tune.population.training import PopulationRun, check_plan, check_trainer
+from distaff.tune.population.training import PopulationRun
+
+_log = logging.getLogger("distaff")
 
 _FORMS = ("auto", "stacked", "in turn")
 
@@ -39,8 +43,11 @@ def multi_seed(
     arrays are shuffled by the seed of the trainer itself. Programs are compiled once for all.
 
     A member whose loss becomes NaN or infinite ends there, and is reported; the others are not
-    affected. `EarlyStopping` ends each member by itself. The trainer does not change, and nothing
-    is written: the members have no run directory, loggers or other callbacks.
+    affected. `EarlyStopping` ends each member by itself. The trainer does not change.
+
+    The population has a directory, `<root>/<name>/population/0001`, in which each member is a run
+    directory. The same call resumes it if it was interrupted, and loads its result if it has
+    finished. With `root=None`, nothing is written. Loggers and other callbacks are not called.
 
     Args:
         trainer: a trainer; its weights are not used.
@@ -128,52 +135,73 @@ def _trained(
     for group in groups:
         check_trainer(settings[group[0]].trainer, owner)
     display = make_display(trainer.config.enable_progress_bar)
+
+    def show(line: str) -> None:
+        _log.info("%s", line)
+        display.print(line)
+
     position = loaders[0].get_state() if hasattr(loaders[0], "get_state") else None
-    members, forms, prepared = {}, [], None
+    members, records, forms, prepared = {}, {}, [], None
     for number, group in enumerate(groups, 1):
         own = [settings[index] for index in group]
         if len(groups) > 1:
-            display.print(
-                f"group {number} of {len(groups)}: {own[0].values} ({len(group)} members)"
-            )
+            show(f"group {number} of {len(groups)}: {own[0].values} ({len(group)} members)")
         if number > 1 and position is not None:
             loaders[0].set_state(position)
-        prepared, run, found = _group(owner, own, loaders, num_epochs, form, display.print)
+        job = _Job(owner, loaders, num_epochs, form, show)
+        prepared, run, record, found = job.train(own, group)
         members.update(zip(group, found, strict=True))
+        records.update(dict.fromkeys(group, record))
         forms.append(run.form)
     assert prepared is not None
     return Population(
         members=tuple(members[index] for index in range(len(settings))),
         monitor=prepared.trainer.monitor,
         form=", ".join(dict.fromkeys(forms)),
-        _trainers=tuple(each.trainer for each in settings),
+        _settings=tuple(settings),
+        _records=tuple(records[index] for index in range(len(settings))),
         _batch=prepared.workspace.example_batch,
     )
 
 
-def _group(
-    owner: str,
-    settings: Sequence[Setting],
-    loaders: tuple[Any, Any, Any],
-    num_epochs: int | str,
-    form: str,
-    show: Callable[[str], None],
-) -> tuple[PreparedRun, PopulationRun, tuple[TrainedMember, ...]]:
-    """Trains the members of one group."""
-    trainer = settings[0].trainer
-    plan = make_plan(
-        *loaders[:2],
-        num_epochs=num_epochs,
-        steps_per_epoch=None,
-        options=trainer.config,
-        seed=trainer.config.seed,
-    )
-    check_plan(plan, owner)
-    inputs = Inputs(plan, loaders, trainer.config)
-    with closing_made(*inputs.made):
-        prepared = prepared_run(trainer, plan, inputs.test_loader)
-        run = PopulationRun(prepared, settings, None if form == "auto" else form)
-        return prepared, run, run.train(inputs.test_loader, show)
+class _Job(NamedTuple):
+    """How the members of a group are trained.
+
+    Attributes:
+        owner: the function that was called, for errors.
+        loaders: the data of training, validation and test.
+        num_epochs: the length of the training.
+        form: the form of the members, or "auto".
+        show: shows a line.
+    """
+
+    owner: str
+    loaders: tuple[Any, Any, Any]
+    num_epochs: int | str
+    form: str
+    show: Callable[[str], None]
+
+    def train(self, settings: Sequence[Setting], indices: Sequence[int]) -> Any:
+        """Trains the members, and returns the prepared run, the training, its record, and them."""
+        trainer, loaders = settings[0].trainer, self.loaders
+        plan = make_plan(
+            *loaders[:2],
+            num_epochs=self.num_epochs,
+            steps_per_epoch=None,
+            options=trainer.config,
+            seed=trainer.config.seed,
+        )
+        check_plan(plan, self.owner)
+        inputs = Inputs(plan, loaders, trainer.config)
+        with closing_made(*inputs.made):
+            prepared = prepared_run(trainer, plan, inputs.test_loader, recording_of(trainer))
+            run = PopulationRun(prepared, settings, None if self.form == "auto" else self.form)
+            length = {"num_epochs": plan.length}
+            directory = PopulationDirectory(prepared, run, settings, indices, length)
+            with directory.opened(self.show):
+                run.train(self.show, directory.save)
+                found = directory.write(run.tested(inputs.test_loader))
+            return prepared, run, directory.record, found
 
 
 def as_seeds(seeds: int | Sequence[int], first: int) -> list[int]:

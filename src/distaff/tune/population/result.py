@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,8 @@ from distaff.metrics.monitor import Monitor, direction
 from distaff.trainer.module import TrainerModule
 from distaff.trainer.trials import with_state
 from distaff.tune.population.member import TrainedMember
+from distaff.tune.population.member_files import extracted
+from distaff.tune.population.settings import Setting
 
 _RESAMPLES = 10_000
 _FEWEST = 2
@@ -96,7 +99,8 @@ class Population:
     members: tuple[TrainedMember, ...]
     monitor: Monitor
     form: str
-    _trainers: tuple[TrainerModule, ...]
+    _settings: tuple[Setting, ...]
+    _records: tuple[Mapping[str, Any], ...]
     _batch: Batch
 
     @property
@@ -124,15 +128,43 @@ class Population:
         Raises:
             ConfigError: there is no such member.
         """
+        each = self._at(index, "member")
+        epoch = each.epoch if each.best is None else each.best.epoch
+        trainer = self._settings[index].trainer
+        return with_state(trainer, each.state, epoch=epoch, seed=each.seed, batch=self._batch)
+
+    def extract(self, index: int, root: str | Path | None = None) -> Path:
+        """Writes a member as a run of its own, `<root>/<name>/0001`, and returns its directory.
+
+        Members of a population with a directory have been written there already: see `path` of a
+        member. The copy is complete without it.
+
+        Args:
+            index: its index in `members`.
+            root: the folder of all runs; None for the trainer's own.
+
+        Raises:
+            ConfigError: there is no such member, or neither a root.
+            RunDirectoryError: the directory cannot be written.
+        """
+        each, setting = self._at(index, "extract"), self._settings[index]
+        root = setting.trainer.config.root if root is None else root
+        if root is None:
+            raise ConfigError("extract writes a run, and the trainer has root=None. Pass root=.")
+        return extracted(each, setting, self._records[index], root)
+
+    def _at(self, index: int, owner: str) -> TrainedMember:
+        """Returns a member.
+
+        Raises:
+            ConfigError: there is no such member.
+        """
         if not isinstance(index, int) or not -len(self.members) <= index < len(self.members):
             raise ConfigError(
-                f"member takes an index below {len(self.members)}; got {index!r}. The seeds are "
+                f"{owner} takes an index below {len(self.members)}; got {index!r}. The seeds are "
                 f"{[each.seed for each in self.members]}."
             )
-        each = self.members[index]
-        epoch = each.epoch if each.best is None else each.best.epoch
-        trainer = self._trainers[index]
-        return with_state(trainer, each.state, epoch=epoch, seed=each.seed, batch=self._batch)
+        return self.members[index]
 
     def summary(self, settings: Mapping[str, Any] | None = None) -> dict[str, Spread]:
         """Returns mean, deviation and interval of each scalar metric, without diverged members.

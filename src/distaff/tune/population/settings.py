@@ -148,6 +148,12 @@ def state_in(member: Any) -> TrainState:
     return member.state if isinstance(member, Varied) else member
 
 
+def with_arrays(member: Any, arrays: Mapping[str, PyTree]) -> Any:
+    """Returns a member, which may be a `Varied`, whose state has other arrays."""
+    state = state_in(member).replace(**arrays)
+    return member._replace(state=state) if isinstance(member, Varied) else state
+
+
 def _number(setting: Setting, name: str) -> float:
     """Returns a field of the optimizer of a member, which its values need not name."""
     return getattr(setting.trainer.optimizer, name)

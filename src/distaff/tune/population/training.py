@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
 import jax
 
-from distaff.callbacks import Callback, EarlyStopping
+from distaff.callbacks import EarlyStopping
 from distaff.callbacks.callbacks import Callbacks
-from distaff.data import is_on_policy, num_shapes
+from distaff.core.typing import PyTree
+from distaff.data import num_shapes
 from distaff.errors import ConfigError
 from distaff.execution.dispatch.calibration import calibrate
 from distaff.execution.dispatch.dispatcher import Dispatcher, make_dispatcher
 from distaff.execution.dispatch.packed_metrics import MetricLayout, MetricWindows
-from distaff.execution.dispatch.steps_per_call import Expected
-from distaff.execution.dispatch.work import work_of
+from distaff.execution.dispatch.steps_per_call import Expected, continued
 from distaff.execution.placement import num_devices
 from distaff.run.events import Plan
 from distaff.run.result import Best
@@ -26,108 +26,18 @@ from distaff.step.finite import all_finite
 from distaff.step.normalise import StepFn
 from distaff.step.remainder import may_have_rest
 from distaff.step.state import TrainState
-from distaff.trainer.module import TrainerModule
 from distaff.trainer.trials import PreparedRun
+from distaff.tune.population.checks import choose_form
 from distaff.tune.population.forms import (
     Members,
     MembersInTurn,
     StackedMembers,
     stack,
     stacked,
+    take,
 )
 from distaff.tune.population.member import RunningMember, TrainedMember
 from distaff.tune.population.settings import Setting, TracedOptimizer, state_in
-
-_NOT_CALLED = (
-    *("train_epoch", "save_model", "load_model", "save_metrics"),
-    *("on_training_start", "on_training_epoch_end", "on_validation_epoch_end"),
-)
-
-
-def check_trainer(trainer: Any, owner: str) -> None:
-    """Checks that the members of a population do what a run of this trainer does.
-
-    Raises:
-        ConfigError: they do not.
-    """
-    if not isinstance(trainer, TrainerModule):
-        raise ConfigError(
-            f"{owner} takes a trainer, such as tasks.Classifier(model); got {trainer!r}."
-        )
-    kind, config = type(trainer), trainer.config
-    own = [n for n in _NOT_CALLED if getattr(kind, n) is not getattr(TrainerModule, n)]
-    if own:
-        raise ConfigError(
-            f"{owner} does not call {kind.__name__}.{', '.join(own)}, because it trains several "
-            "members at once. Train one run per seed: trainer.variant(seed=s).train_model(...)."
-        )
-    called = [each for each in trainer.callbacks.callbacks if not _is_followed(each)]
-    if called:
-        names = ", ".join(type(each).__name__ for each in called)
-        raise ConfigError(
-            f"{owner} calls no callbacks but EarlyStopping, and this trainer has {names}. Pass "
-            "trainer.variant(callbacks=[...]) with EarlyStopping only, or without callbacks."
-        )
-    limits = {
-        "debug": (config.debug, False),
-        "max_time": (config.max_time, None),
-        "mesh": (config.mesh, None),
-        "on_bad_numbers": (config.on_bad_numbers == "rollback" and "rollback", False),
-        "on_loss_spike": (config.on_loss_spike == "rollback" and "rollback", False),
-    }
-    for name, (value, neutral) in limits.items():
-        if value != neutral:
-            raise ConfigError(
-                f"{owner} does not support {name}={value!r}. Pass trainer.variant({name}=...) "
-                "with another value, or train one run per seed."
-            )
-
-
-def _is_followed(callback: Callback) -> bool:
-    """Whether a population follows this callback, or it is one of a task and only shows things."""
-    return isinstance(callback, EarlyStopping) or "distaff.tasks." in type(callback).__module__
-
-
-def check_plan(plan: Plan, owner: str) -> None:
-    """Checks that a population can train by this plan.
-
-    Raises:
-        ConfigError: it validates within epochs, ends by a count of examples, tokens or seconds, or
-            its batches depend on a state.
-    """
-    if plan.limit is not None:
-        raise ConfigError(
-            f"{owner} trains a number of epochs or steps; got num_epochs={str(plan.limit)!r}. "
-            'Write num_epochs=5, or "1000 steps".'
-        )
-    if plan.val_every.unit != "epochs":
-        raise ConfigError(
-            f"{owner} validates at the ends of epochs, but this trainer validates every "
-            f"{plan.val_every}. Validate every n epochs."
-        )
-    if plan.num_epochs is None:
-        raise ConfigError(f"{owner} needs the length of the training. Pass num_epochs=20.")
-    if is_on_policy(plan.train_loader):
-        raise ConfigError(
-            f"{owner} gives all members the same batches, but the batches of an OnPolicy "
-            "loader depend on the state of one trainer. Train one run per seed."
-        )
-
-
-def choose_form(prepared: PreparedRun) -> str:
-    """Returns the form that suits a step: "stacked" or "in turn".
-
-    A stacked convolution is several times slower on a CPU.
-    """
-    here = prepared.workspace
-    if here.own_step is not None or prepared.run.dispatcher.checks:
-        return "in turn"
-    if jax.default_backend() != "cpu":
-        return "stacked"
-    example = here.ready_state(), here.example_batch
-    return (
-        "in turn" if work_of(jax.make_jaxpr(here.measured_step)(*example)).convolves else "stacked"
-    )
 
 
 def make_members(
@@ -173,6 +83,9 @@ class PopulationRun:
 
     Attributes:
         form: the form of the members.
+        members: what the members have recorded.
+        step: completed steps.
+        epoch: completed epochs.
     """
 
     def __init__(
@@ -182,13 +95,14 @@ class PopulationRun:
         self._here, self._options = prepared.workspace, prepared.trainer.config
         self._check()
         self.form = form or choose_form(prepared)
-        self._settings, self._step = settings, 0
+        self._settings, self.step, self.epoch = settings, 0, 0
         callbacks = settings[0].trainer.callbacks.callbacks
         followed = Callbacks([x for x in callbacks if isinstance(x, EarlyStopping)])
-        self._all = [
+        self.members = [
             RunningMember(each.seed, self._trainer.monitor, followed, self._options)
             for each in settings
         ]
+        self._tx = self._here.ready_state().tx
         states: list[Any] = [prepared.state_of(each.seed) for each in settings]
         self._has_rest = may_have_rest(states[0])
         self._rest, self._averaged, step = self._here.with_rest, self._here.with_epoch, None
@@ -198,7 +112,11 @@ class PopulationRun:
             states = [self._traced.carried(*pair) for pair in pairs]
             self._rest, self._averaged = self._traced.rest, self._traced.averaged
             step = self._traced.step()
-        self._members, self._layout = make_members(prepared, states, self.form, step)
+        self._states, self._layout = make_members(prepared, states, self.form, step)
+        self._stack = self._here.execution.program(lambda *trees: stack(*trees))
+        self._take = self._here.execution.program(lambda trees, index: take(trees, index))
+        for member in self.members:
+            member.notify("on_training_start", {})
 
     def _check(self) -> None:
         tx = self._here.ready_state().tx
@@ -212,33 +130,81 @@ class PopulationRun:
 
     @property
     def _running(self) -> list[int]:
-        return [index for index, member in enumerate(self._all) if member.is_running]
+        return [index for index, member in enumerate(self.members) if member.is_running]
 
-    def train(self, test_loader: Any, show: Callable[[str], None]) -> tuple[TrainedMember, ...]:
-        """Trains and tests the members.
+    def train(self, show: Callable[[str], None], save: Callable[..., None]) -> None:
+        """Trains the members for the epochs that are left.
 
         Args:
-            test_loader: data for a test of each member's best model; None for no test.
             show: shows a line after each epoch.
+            save: called after each epoch; `save(is_last=True)` after the last one.
         """
         plan = self._run.plan
-        for member in self._all:
-            member.notify("on_training_start", {})
-        for epoch in range(plan.first_epoch, plan.first_epoch + (plan.num_epochs or 0)):
+        last = plan.first_epoch + (plan.num_epochs or 0) - 1
+        for epoch in range(max(plan.first_epoch, self.epoch + 1), last + 1):
             if not self._running:
                 break
             self._train_epoch(epoch)
             self._end_epoch(epoch, plan)
+            self.epoch = epoch
             show(self._line(epoch, plan))
-        return tuple(self._finished(index, test_loader) for index in range(len(self._all)))
+            save(is_last=epoch == last or not self._running)
+
+    def tested(self, test_loader: Any) -> tuple[TrainedMember, ...]:
+        """Tests the best model of each member, and returns the members after their training.
+
+        Args:
+            test_loader: data for the test; None for no test.
+        """
+        return tuple(self._finished(index, test_loader) for index in range(len(self.members)))
+
+    def arrays(self) -> dict[str, PyTree]:
+        """Returns the arrays that a resume needs, each `[members, ...]`.
+
+        They are the states of all members as `members`, and as `best` the states to keep. A member
+        that has none yet is there with its current state.
+        """
+        kept = (
+            state_in(self._states.state(n)) if each.state is None else each.state
+            for n, each in enumerate(self.members)
+        )
+        best = self._stack(*(state.arrays() for state in kept))
+        return {"members": self._states.arrays(), "best": best}
+
+    def facts(self) -> dict[str, Any]:
+        """Returns what a resume needs in addition to the arrays, as strict JSON."""
+        plan, position = self._run.plan, self._here.feeds.position
+        return {
+            "step": self.step,
+            "epoch": self.epoch,
+            "members": [member.to_json() for member in self.members],
+            "loader": dict(position(plan.train_loader)),
+            "val_loaders": {name: dict(position(x)) for name, x in plan.val_loaders.items()},
+            "steps_per_call": self._states.dispatcher.forms.facts(),
+        }
+
+    def restore(self, facts: Mapping[str, Any], arrays: Mapping[str, PyTree]) -> None:
+        """Restores what `facts` and `arrays` have returned."""
+        plan, seek = self._run.plan, self._run.checkpointer.seek
+        self.step, self.epoch = int(facts["step"]), int(facts["epoch"])
+        self._states.restore(arrays["members"])
+        for index, (member, saved) in enumerate(zip(self.members, facts["members"], strict=True)):
+            own = self._take(arrays["best"], index)
+            member.restore(saved, self._kept(index).replace(**own) if saved["has_state"] else None)
+        seek(facts["loader"], plan.train_loader, "train")
+        for name, loader in plan.val_loaders.items():
+            seek(facts["val_loaders"][name], loader, name)
+        dispatcher = self._states.dispatcher
+        dispatcher.forms = continued(dispatcher.forms, facts["steps_per_call"])
+        self._here.capacity = dispatcher.forms.capacity
 
     def _train_epoch(self, epoch: int) -> None:
         """Trains all members on the batches of an epoch."""
-        plan, members, step = self._run.plan, self._members, self._step
+        plan, members, step = self._run.plan, self._states, self.step
         members.begin_epoch()
         for index in self._running:
-            self._all[index].begin_epoch(epoch)
-            self._all[index].windows = MetricWindows(self._layout, self._options.log_every, step)
+            self.members[index].begin_epoch(epoch)
+            self.members[index].windows = MetricWindows(self._layout, self._options.log_every, step)
         running = self._running
         chunks = self._here.feeds.of(plan.train_loader, name="train").epoch(
             members.dispatcher.chunk_size,
@@ -251,13 +217,13 @@ class PopulationRun:
                 tables = members.train(chunk, step, running)
                 step += chunk.num_steps
                 for index, table in zip(running, tables, strict=True):
-                    self._read(index, self._all[index].windows.add(table, step))
+                    self._read(index, self.members[index].windows.add(table, step))
                 running = self._running
                 if not running:
                     break
         for index in running:
-            self._read(index, self._all[index].windows.rest())
-        self._step = step
+            self._read(index, self.members[index].windows.rest())
+        self.step = step
 
     def _read(self, index: int, windows: Any) -> None:
         """Records the windows of a member that are due."""
@@ -265,19 +231,19 @@ class PopulationRun:
             if event.breach is not None:
                 place = f"batch {event.breach.batch + 1} of the train loader"
                 report_breach(event.breach, place, "train", self._here.warned, self._options)
-            self._all[index].window(event)
+            self.members[index].window(event)
 
     def _end_epoch(self, epoch: int, plan: Plan) -> None:
         """Ends the steps of an epoch, and validates if due."""
         running = self._running
         if self._has_rest:  # apply the gradients accumulated so far
-            self._members.apply(self._rest, running)
+            self._states.apply(self._rest, running)
         if is_averaged(self._options, epoch):
-            self._members.apply(self._averaged, running)
+            self._states.apply(self._averaged, running)
         is_due = epoch == plan.last_epoch or plan.val_every.is_due("epochs", epoch)
         for index in running:
-            member = self._all[index]
-            metrics = member.end_steps(self._step)
+            member = self.members[index]
+            metrics = member.end_steps(self.step)
             member.notify("on_epoch_end", metrics)
             if is_due or member.callbacks.stop_reason:
                 metrics = self._validated(index, metrics)
@@ -285,18 +251,18 @@ class PopulationRun:
                 member.record(metrics)
             if member.is_running and member.callbacks.stop_reason:
                 stop = member.callbacks
-                member.end(stop.stop_status, stop.stop_reason or "", self._step)
+                member.end(stop.stop_status, stop.stop_reason or "", self.step)
             if not member.is_running and member.state is None:
                 member.state = self._kept(index)
 
     def _validated(self, index: int, metrics: dict[str, Any]) -> dict[str, Any]:
         """Validates a member, and keeps its state if it is the best so far."""
-        member, trainer = self._all[index], self._trainer
-        self._take_on(index, state_in(self._members.state(index)))
+        member, trainer = self.members[index], self._trainer
+        self._take_on(index, state_in(self._states.state(index)))
         if not all_finite(self._here.ready_state().params):
-            where = f"by step {self._step} (epoch {member.epoch})"
+            where = f"by step {self.step} (epoch {member.epoch})"
             reason = f"a parameter became NaN or infinite {where}"
-            member.end("diverged", reason, self._step)
+            member.end("diverged", reason, self.step)
             return metrics
         validation = self._run.evaluate(trainer.eval_model)
         if validation:
@@ -304,28 +270,28 @@ class PopulationRun:
         judged = member.monitor.judged(metrics, validation)
         old = None if member.best is None else member.best.metrics
         if judged and trainer.is_new_model_better(judged, old):
-            member.best = Best(self._step, member.epoch, dict(judged))
+            member.best = Best(self.step, member.epoch, dict(judged))
             member.state = self._kept(index)
         return {**metrics, **validation}
 
     def _take_on(self, index: int, state: TrainState) -> None:
         """Gives the trainer the state of a member."""
-        member = self._all[index]
-        self._prepared.take_on(state, step=self._step, epoch=member.epoch, seed=member.seed)
+        member = self.members[index]
+        self._prepared.take_on(state, step=self.step, epoch=member.epoch, seed=member.seed)
 
     def _finished(self, index: int, test_loader: Any) -> TrainedMember:
         """Returns a trained member; tests its best model, unless it diverged before it had one."""
-        member, tested = self._all[index], {}
+        member, tested = self.members[index], {}
         last = self._kept(index) if member.state is None else member.state
         if test_loader is not None and (member.best is not None or member.status != "diverged"):
-            self._take_on(index, last)
+            self._take_on(index, last.replace(tx=self._tx))  # an own one would compile again
             for name, weights in self._options.evaluations("test"):
                 tested.update(self._trainer.eval_model(test_loader, f"{name}/", **weights))
         return member.finished(last, tested, self._settings[index].values)
 
     def _kept(self, index: int) -> TrainState:
         """Returns a copy of the state of a member, with its own optimizer."""
-        state = state_in(self._members.kept(index))
+        state = state_in(self._states.kept(index))
         if not self._traced.names:
             return state
         return state.replace(tx=self._traced.own(self._settings[index]))
@@ -333,8 +299,8 @@ class PopulationRun:
     def _line(self, epoch: int, plan: Plan) -> str:
         """Returns a line about an epoch."""
         name = self._trainer.monitor.name
-        found = [member.last_metrics.get(name) for member in self._all if member.is_running]
+        found = [member.last_metrics.get(name) for member in self.members if member.is_running]
         values = [f"{value:.4g}" for value in found if value is not None]
-        ended = len(self._all) - len(self._running)
+        ended = len(self.members) - len(self._running)
         rest = f"; {ended} ended" if ended else ""
         return f"epoch {epoch}/{plan.last_epoch}  {name} {' '.join(values)}{rest}"

@@ -1,0 +1,5 @@
+"""Joins the processes of a training: `initialize`."""
+
+from distaff.distributed.joining import initialize
+
+__all__ = ["initialize"]

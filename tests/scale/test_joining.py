@@ -1,0 +1,119 @@
+"""Two real processes join under `distaff launch`, Slurm and Open MPI, and end together."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import distaff.cli
+
+TIMEOUT = 300
+SCRIPT = """
+import sys
+from distaff.distributed import initialize
+
+initialize(heartbeat="60s")
+
+import jax
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
+
+index = jax.process_index()
+print(jax.device_count(), process_allgather(np.array([index + 7])).ravel().tolist(), flush=True)
+if index == 1 and sys.argv[1:]:
+    raise ValueError("boom")
+process_allgather(np.array([index]))
+"""
+
+
+@pytest.fixture
+def script() -> Path:
+    path = Path("script.py")
+    path.write_text(SCRIPT)
+    return path
+
+
+def own_lines(text: str) -> list[str]:
+    """Returns the lines of the script, without those of JAX's collectives."""
+    return [line for line in text.splitlines() if not line.startswith("[Gloo]")]
+
+
+@pytest.mark.slow
+def test_launched_processes_exchange_numbers_and_a_failure_ends_both(script, capsys):
+    words = ("launch", "--processes", "2", "--devices-per-process", "2", "--logs", "logs")
+    assert distaff.cli.main((*words, str(script))) == 0
+    out, err = capsys.readouterr()
+    host = socket.gethostname()
+    first = f"distaff: process 0 of 2 on {host} (distaff launch)"
+    assert own_lines(out) == [first, "4 [7, 8]"]
+    assert own_lines(Path("logs", "process-1.log").read_text()) == ["4 [7, 8]"]
+    assert err == "distaff launch: 2 processes, logs in logs\n"
+    assert distaff.cli.main((*words, "--grace", "60s", str(script), "fail")) == 1
+    out, err = capsys.readouterr()
+    assert "process 1 of 2 failed first (exit status 1)" in err
+    assert err.endswith("  ValueError: boom\n")
+
+
+def environments(launcher: str, port: int) -> list[dict[str, str]]:
+    """Returns the variables that a launcher gives to two processes of this machine."""
+    if launcher == "slurm":
+        shared = {
+            "SLURM_JOB_ID": "71",
+            "SLURM_STEP_NODELIST": "127.0.0.1",
+            "SLURM_NTASKS": "2",
+            "SLURM_STEP_NUM_TASKS": "2",
+            "SLURM_STEP_TASKS_PER_NODE": "2",
+            "JAX_COORDINATOR_PORT": str(port),
+        }
+        names = "SLURM_PROCID", "SLURM_LOCALID"
+    else:
+        shared = {
+            "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911",
+            "OMPI_COMM_WORLD_SIZE": "2",
+            "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+            "JAX_COORDINATOR_PORT": str(port),
+        }
+        names = "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"
+    return [os.environ | shared | dict.fromkeys(names, str(index)) for index in (0, 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["slurm", "ompi"])
+def test_processes_of_a_scheduler_find_each_other_by_its_variables(launcher, script):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    pair = [
+        subprocess.Popen(
+            [sys.executable, str(script)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+        )
+        for environment in environments(launcher, port)
+    ]
+    try:
+        outputs = [process.communicate(timeout=TIMEOUT)[0] for process in pair]
+    finally:
+        for process in pair:
+            process.kill()
+    assert [process.returncode for process in pair] == [0, 0], outputs
+    assert [own_lines(out)[-1] for out in outputs] == ["2 [7, 8]"] * 2
+
+
+@pytest.mark.slow
+def test_process_that_waits_in_vain_says_for_what(script, capsys):
+    script.write_text(
+        "import os, signal\nif os.environ['DISTAFF_PROCESS_ID'] == '0': signal.pause()\n" + SCRIPT
+    )
+    words = ("launch", "--processes", "2", "--start-timeout", "1s", "--logs", "logs")
+    assert distaff.cli.main((*words, str(script))) == 1
+    err = capsys.readouterr().err
+    assert re.search(r"process 1 of 2 failed first", err)
+    assert re.search(r"Process 1 waited 1 s for the others at 127\.0\.0\.1:\d+\. Check", err)
