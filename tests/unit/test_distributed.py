@@ -251,10 +251,10 @@ def test_failed_process_leaves_after_its_traceback(monkeypatch, capsys):
     failure.leave(1)
     assert left == []  # alone, it ends as usual
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-    for error in (ValueError("boom"), KeyboardInterrupt()):
+    for error in (ValueError("boom"), KeyboardInterrupt(), ConfigError("wrong")):
         sys.excepthook(type(error), error, None)
     failure.leave(0)
-    assert left == [1, 130]
+    assert left == [1, 130, 2]
     assert capsys.readouterr().err.startswith("ValueError: boom\n")
 
 

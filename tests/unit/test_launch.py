@@ -251,6 +251,7 @@ signal.signal(signal.SIGTERM, end)
         (("--processes", "2"), "needs what to start"),
         (("--processes", "2", "missing.py"), "no file 'missing.py'"),
         (("--processes", "2", "missing.py:main"), "no file 'missing.py'"),
+        (("--processes", "2", "digit"), "no recipe 'digit'. Did you mean 'digits'?"),
         (("s.py",), "--processes"),
     ],
 )

@@ -9,6 +9,8 @@ from types import TracebackType
 
 import jax
 
+from distaff.errors import ConfigError
+
 
 def leave_on_errors() -> None:
     """Makes an exception that nobody catches end the process at once, after its traceback.
@@ -22,9 +24,16 @@ def leave_on_errors() -> None:
         kind: type[BaseException], error: BaseException, traceback: TracebackType | None
     ) -> None:
         previous(kind, error, traceback)
-        leave(130 if issubclass(kind, KeyboardInterrupt) else 1)
+        leave(status_of(error))
 
     sys.excepthook = leave_after
+
+
+def status_of(error: BaseException) -> int:
+    """Returns the exit status for an exception that nobody has caught: 1, 2 or 130."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return 2 if isinstance(error, ConfigError) else 1
 
 
 def leave(status: int) -> None:

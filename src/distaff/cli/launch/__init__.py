@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from distaff.cli.recipes import RECIPES, find
 from distaff.errors import ConfigError
 
 _USAGE = "usage: distaff launch --processes N [OPTIONS] TARGET [ARGUMENTS]"
@@ -56,3 +57,5 @@ def _check(target: str) -> None:
     path = Path(place if colon else target)
     if path.suffix == ".py" and not path.is_file():
         raise ConfigError(f"There is no file {str(path)!r}. Check the path.")
+    if path.suffix != ".py" and not colon and target not in RECIPES:
+        find(target)  # raises
