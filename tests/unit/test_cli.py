@@ -58,7 +58,7 @@ def test_help_and_lists_of_runs_start_without_jax():
             "predict --help",
             "export --help",
         ),
-        *("serve --help", "watch --help", "launch --help"),
+        *("serve --help", "watch --help", "launch --help", "tune", "tune digits --help"),
     ]
     code = f"""
 import contextlib, sys

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import optuna
 import pytest
 from optuna import pruners, samplers, storages
 
+from distaff.core import optional
 from distaff.integrations import optuna as integration
 from distaff.run.directory.process import this_process
 from distaff.tune import Choice, Float, Int
+from distaff.tune.heart import Heart
 
 
 def play(num_trials: int = 8, space: Any = None, first: Any = None, **options: Any) -> Any:
@@ -252,3 +255,147 @@ def test_trial_that_was_killed_while_it_began_is_ended_after_a_minute(monkeypatc
     assert played.underway() == ["trial 0 (process unknown on unknown)"]
     monkeypatch.setattr(integration, "_PATIENCE", timedelta(0))
     assert played.ask(1).number == 1
+
+
+def test_values_of_conditions_and_tuples_come_back_from_a_storage():
+    space = {
+        "n": Int(1, "m"),
+        "m": Int(2, 4),
+        "c": Choice((1,), (2, 3), None),
+        "x": Float(0, 1, when={"c": [(1,), None]}),
+    }
+
+    def ran(num_trials: int) -> Any:
+        made = integration.OptunaSearch(
+            space,
+            {"mode": "min"},
+            first={"n": 1, "m": 2, "c": (2, 3)},
+            seed=0,
+            root="runs",
+            options={},
+        )
+        while (suggestion := made.ask(num_trials)) is not None:
+            made.tell(suggestion, "finished", float(suggestion.values["n"]))
+        return made.trials()
+
+    found = [trial.values for trial in ran(12)]
+    assert found == [trial.values for trial in ran(12)]
+    assert found[0] == {"m": 2, "n": 1, "c": (2, 3)}
+    assert {values["c"] for values in found} == {(1,), (2, 3), None}
+    assert all(values["n"] <= values["m"] for values in found)
+    assert all(("x" in values) == (values["c"] != (2, 3)) for values in found)
+
+
+def test_space_may_be_a_function_of_the_trial():
+    def space(trial: Any) -> dict[str, Any]:
+        depth = trial.suggest_int("depth", 1, 2)
+        return {"widths": tuple(trial.suggest_int(f"w{n}", 4, 8) for n in range(depth))}
+
+    played = integration.OptunaSearch(
+        space, {"mode": "min"}, first=None, seed=0, root="runs", options={}
+    )
+    asked = []
+    while (suggestion := played.ask(6)) is not None:
+        asked.append(suggestion.values)
+        played.tell(suggestion, "finished", 0.0)
+    assert [trial.values for trial in played.trials()] == asked
+    assert {len(values["widths"]) for values in asked} == {1, 2}
+    draws = optional.load("studies.methods", extra="tune").probe(space)
+    assert {len(draw.values["widths"]) for draw in draws} == {1, 2}
+    accepts = draws[0].parameters["depth"]
+    assert [accepts(value) for value in (1, 3, "a")] == [True, False, False]
+
+
+def lost(suggestion: Any) -> None:
+    """Makes a trial look as if its process was killed."""
+    suggestion.note(owner={**this_process(), "started": 1})
+
+
+def test_killed_trial_is_told_where_to_resume_and_what_was_reported():
+    search = play(0)
+    left = search.ask(3)
+    left.report(1.0, 1)
+    left.note(path="runs/line/0001", seed=42)
+    lost(left)
+    again = search.ask(3)
+    assert (again.origin, again.key, again.left) == (0, left.key, Path("runs/line/0001").absolute())
+    again.report(9.0, 1)  # that epoch was reported before
+    again.report(2.0, 2)
+    stored = search.study.trials[again.number]
+    assert stored.intermediate_values == {1: 1.0, 2: 2.0}
+    # Attempts that advance do not count as ones that crash.
+    for number in range(2, 6):
+        again.report(float(number), number + 1)
+        lost(again)
+        again = search.ask(3)
+        assert (again.origin, str(again.left)) == (
+            0,
+            str(left.left or Path("runs/line/0001").absolute()),
+        )
+    for _ in range(3):
+        lost(again)
+        again = search.ask(3)
+    assert [trial.status for trial in search.trials()] == ["failed"]
+    assert again.origin != 0
+
+
+def test_trial_ended_by_the_user_s_code_starts_again():
+    search = play(0)
+    failed = search.ask(3)
+    failed.report(1.0, 1)
+    failed.note(path="runs/line/0001")
+    search.abandon(failed, resumes=False)
+    again = search.ask(3)
+    assert (again.values, again.origin, again.left) == (failed.values, 0, None)
+    assert search.study.trials[again.number].intermediate_values == {}
+
+
+def test_process_killed_between_the_end_of_a_lost_trial_and_its_retry_loses_nothing(monkeypatch):
+    search = play(0)
+    search.ask(3)
+    lost(search.ask(3))
+    lost_one = search.study.trials[1]
+    with monkeypatch.context() as patched:
+        patched.setattr(search.study, "add_trial", lambda trial: None)
+        search._recover()
+    assert search.study.trials[1].state.name == "FAIL"
+    again = search.ask(3)
+    assert (again.values, again.origin) == (lost_one.params, 1)
+
+
+def test_values_queued_by_two_processes_are_tried_once():
+    search = play(0)
+    lost(search.ask(3))
+    search._recover()
+    search.study.add_trial(search._retry(search.study.trials[0]))
+    first, second = search.ask(3), search.ask(3)
+    assert (first.origin, second.origin) == (0, 3)
+    for suggestion in (first, second):
+        search.tell(suggestion, "finished", 1.0)
+    assert [trial.number for trial in search.trials()] == [1, 3]
+
+
+def test_trial_of_another_machine_is_taken_over_after_five_silent_minutes(monkeypatch):
+    search = play(0)
+    far = search.ask(1)
+    far.note(owner={**this_process(), "host": "another"})
+    assert search.ask(1) is None
+    far.beat()
+    monkeypatch.setattr(integration, "_SILENCE", timedelta(seconds=-1))
+    assert search.ask(1).origin == 0
+
+
+def test_heart_beats_until_it_is_stopped():
+    beats, twice = [], threading.Event()
+
+    def beat() -> None:
+        beats.append(1)
+        if len(beats) > 1:
+            twice.set()
+        raise OSError("the storage cannot be reached")
+
+    with Heart(beat, every=0.001):
+        assert twice.wait(30)
+    count = len(beats)
+    assert not [each for each in threading.enumerate() if each.name == "distaff-heart"]
+    assert len(beats) == count

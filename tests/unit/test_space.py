@@ -13,7 +13,17 @@ from distaff.core.config.encoding import override
 from distaff.errors import ConfigError
 from distaff.optim import OptimizerConfig
 from distaff.tune import Choice, Float, Int
-from distaff.tune.space import check_space, contains, space_to_json, values_of
+from distaff.tune.space import (
+    check_space,
+    contains,
+    drawn,
+    in_order,
+    own_values,
+    restored,
+    space_to_json,
+    stored,
+    values_of,
+)
 
 ADAMW = OptimizerConfig("adamw", options={"b1": 0.9})
 
@@ -24,6 +34,7 @@ class Config:
     width: int = 8
     activation: str = "relu"
     dropout: float | None = None
+    units: int = 4
 
 
 @pytest.mark.parametrize(
@@ -43,6 +54,8 @@ class Config:
         (lambda: Choice(True, 1), "different"),
         (lambda: Choice([1], [2]), "strings, finite numbers"),
         (lambda: Choice(1.0, math.nan), "finite"),
+        (lambda: Choice((1, [2])), "tuples of these"),
+        (lambda: Float("a b", 1), "paths of other options"),
     ],
 )
 def test_dimension_refuses_what_cannot_be_searched(make, complaint):
@@ -140,3 +153,84 @@ def test_space_as_json_tells_spaces_apart():
     assert all(one != other for i, one in enumerate(written) for other in written[:i])
     both = {"a": Int(1, 2), "b": Choice("x")}
     assert space_to_json(both) == space_to_json(dict(reversed(both.items())))
+
+
+def test_conditions_bounds_and_tuples_decide_what_a_trial_has():
+    space = {
+        "units": Int(1, "width"),
+        "optimizer.options.b1": Float(
+            0.8, 0.99, when={"optimizer.name": "adamw", "width": [8, 16]}
+        ),
+        "width": Choice(8, 16, 32),
+        "optimizer.name": Choice("adamw", "sgd"),
+        "widths": Choice((4,), (8, 8)),
+    }
+
+    def draw(**taken):
+        seen = {}
+
+        def suggest(path, dimension):
+            seen[path] = dimension
+            return taken.get(path.rpartition(".")[2], dimension.ends()[-1])
+
+        return drawn(space, suggest), seen
+
+    values, seen = draw(name="adamw", width=16)
+    assert seen["units"] == Int(1, 16)
+    assert values["optimizer.options.b1"] == 0.99
+    assert restored(space, stored(values)) == values
+    assert stored(values)["widths"] == "(8, 8)"
+    for other in ({"name": "sgd", "width": 16}, {"name": "adamw", "width": 32}):
+        assert "optimizer.options.b1" not in draw(**other)[0]
+    assert in_order(space).index("width") < in_order(space).index("units")
+
+
+def test_own_values_are_those_that_the_config_s_conditions_allow():
+    space = {
+        "optimizer.name": Choice("adamw", "sgd"),
+        "width": Int(4, 16, when={"optimizer.name": "adamw"}),
+        "dropout": Choice(0.5, when={"optimizer.name": "sgd"}),
+    }
+    assert own_values(Config(), space) == {"optimizer.name": "adamw", "width": 8}
+    assert own_values(Config(width=32), space) is None
+
+
+LAMB = {"optimizer.name": "lamb"}
+
+
+@pytest.mark.parametrize(
+    ("space", "complaint"),
+    [
+        ({"width": Int(1, 2, when=LAMB)}, "'width' depends on 'optimizer.name', which is not in"),
+        ({"width": Int(1, "widht")}, "depends on 'widht'"),
+        (
+            {"width": Int(1, 2, when={"activation": "a"}), "activation": Choice("b", "c")},
+            "only if 'activation' is 'a', which it never is",
+        ),
+        (
+            {"width": Int(4, 8, when={"dropout": 0.5}), "dropout": Choice(0.5, when={"width": 4})},
+            "in a circle",
+        ),
+        (
+            {
+                "optimizer.name": Choice("adamw", "lamb"),
+                "width": Int(4, 8, when=LAMB),
+                "activation": Choice("a", when={"width": 4, "optimizer.name": "adamw"}),
+            },
+            "'activation' is never searched",
+        ),
+        ({"width": Int(16, "units"), "units": Int(8, 32)}, "must not cross.* 16 .* 8"),
+        ({"width": Int(1, "activation"), "activation": Choice("a")}, "values must be numbers"),
+        (
+            {
+                "optimizer.name": Choice("adamw", "lamb"),
+                "units": Int(4, 8, when=LAMB),
+                "width": Int(1, "units"),
+            },
+            "not searched in all of its trials",
+        ),
+    ],
+)
+def test_conditions_and_bounds_are_checked(space, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        check_space(Config(), space)

@@ -407,9 +407,56 @@ def test_interrupted_trial_is_tried_again_with_its_values():
     assert read(Path("runs/line/0002"), "status.json")["status"] == "interrupted"
     result = search(num_trials=2)
     assert [trial.number for trial in result.trials] == [0, 2]
-    assert [trial.seed for trial in result.trials] == [42, 44]
+    assert [trial.seed for trial in result.trials] == [42, 43]
     assert f"with {result.trials[1].values}." in note
     assert runs() == ["0001", "0002", "0003"]
+
+
+class Once(AtStep):
+    """Raises once, whichever trainer it belongs to."""
+
+    def on_step_end(self, info):
+        if (exception := self.exception) is not None and info.step == self.step:
+            self.exception = None
+            raise exception
+
+
+def test_interrupted_trial_resumes_from_its_checkpoint():
+    once = Once(3, KeyboardInterrupt())
+    once.get_state, once.set_state = dict, lambda state: None
+    with pytest.raises(KeyboardInterrupt):
+        search(lambda config: trainer(config, callbacks=[once]), num_trials=1)
+    result = search(lambda config: trainer(config, callbacks=[once]), num_trials=1)
+    (resumed,) = result.trials
+    assert (resumed.number, resumed.seed, resumed.status) == (1, 42, "finished")
+    assert runs() == ["0001"]
+    status = read(resumed.path, "status.json")
+    assert (status["status"], status["starts"], status["key"]) == ("finished", 2, "study/trial-0")
+    assert "from its checkpoint of step 2, epoch 1" in (resumed.path / "log.txt").read_text()
+    by_hand = trainer(Config(), callbacks=[once], root="by_hand")
+    by_hand.train_model(*loaders(Config())[:2], num_epochs=2)
+    assert by_hand.best.metrics["val/loss"] == resumed.value
+    assert result.study.trials[1].intermediate_values.keys() == {1, 2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("error", "is_counted"),
+    [
+        (MemoryError("out of memory"), True),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory allocating"), True),
+        (jax.errors.JaxRuntimeError("INTERNAL: another"), False),
+    ],
+    ids=["host", "device", "another"],
+)
+def test_trial_that_runs_out_of_memory_has_failed_and_the_study_goes_on(error, is_counted):
+    make_trainer = failing_at(rate=0.1, error=error)
+    if not is_counted:
+        with pytest.raises(jax.errors.JaxRuntimeError, match="another"):
+            search(make_trainer, num_trials=2, num_epochs=2)
+        return
+    first, second = search(make_trainer, num_trials=2, num_epochs=2).trials
+    assert (first.status, first.value, second.status) == ("failed", None, "finished")
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ _USAGE = """usage: distaff COMMAND [OPTIONS]
 commands:
   new NAME         make a project: recipe, model, test, Makefile
   fit RECIPE       train a recipe, such as `digits` or `train.py:main`
+  tune RECIPE      search for the best options of a recipe
   plan RECIPE      show the memory, traffic and time that a training needs
   launch RECIPE    train it in several processes of this machine
   eval RUN DATA    evaluate a trained model
@@ -64,6 +65,7 @@ def _in(module: str, name: str = "main") -> Callable[[Sequence[str]], int]:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "new": _in("new"),
     "fit": _in("fit"),
+    "tune": _in("tune"),
     "plan": _in("plan"),
     "launch": _in("launch"),
     "eval": _in("inference", "eval_main"),
@@ -102,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 0
     except OSError as error:
-        if words[0] == "fit":  # of a recipe, whose traceback is needed
+        if words[0] in ("fit", "tune"):  # of a recipe, whose traceback is needed
             raise
         return _failed(f"{error}. Free some space, or check the permissions.", 1)
 

@@ -86,7 +86,7 @@ def candidates(
         found = SCRIPTS
     elif words == ["runs"] and not last.startswith("-"):
         found = _COMMANDS.findall(_help(run, words))
-    elif words == ["fit"] and not last.startswith("-"):
+    elif words in (["fit"], ["tune"]) and not last.startswith("-"):
         found = _recipes(last)
     elif words == ["fit"]:
         found = ("--config", "--resume", "--list", "--help")
@@ -113,7 +113,7 @@ def _options(run: Callable[[Sequence[str]], int], words: Sequence[str]) -> list[
     """Returns the options of a command."""
     if words[0] == "fit" and ":" in words[1]:
         return _parameters(words[1])
-    depth = 2 if words[0] in ("fit", "runs") else 1
+    depth = 2 if words[0] in ("fit", "tune", "runs") else 1
     lists = _OPTIONS.findall(_help(run, words[:depth]))
     return [option for each in lists for option in each.split(", ")]
 

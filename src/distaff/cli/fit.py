@@ -97,20 +97,20 @@ def run_recipe(recipe: Callable[..., Any], words: Sequence[str], *, prog: str) -
     if inspect.isclass(recipe):
         made: Any = tyro.cli(recipe, prog=prog, args=options)
         return made.run()
-    if (kind := _only_options(recipe)) is not None:
+    if (kind := only_options(recipe)) is not None:
         return recipe(tyro.cli(kind, prog=prog, args=options))
     return tyro.cli(recipe, prog=prog, args=options)
 
 
 def _has_resume(recipe: Callable[..., Any]) -> bool:
     """Whether a recipe has an option `resume` of its own."""
-    kind = recipe if inspect.isclass(recipe) else _only_options(recipe)
+    kind = recipe if inspect.isclass(recipe) else only_options(recipe)
     if dataclasses.is_dataclass(kind):
         return "resume" in (field.name for field in dataclasses.fields(kind))
     return "resume" in inspect.signature(recipe).parameters
 
 
-def _only_options(recipe: Callable[..., Any]) -> type | None:
+def only_options(recipe: Callable[..., Any]) -> type | None:
     """Returns the dataclass that is a function's only parameter, or None."""
     parameters = list(inspect.signature(recipe).parameters)
     if len(parameters) != 1:

@@ -69,3 +69,11 @@ _REMEDIES = {
     errno.ENOENT: "Check the path.",
     errno.ENAMETOOLONG: "Choose a shorter name, or a {} with a shorter path.",
 }
+
+
+def drop_partial_line(path: Path) -> None:
+    """Removes an incomplete last line, left by a full disk or a crash."""
+    with path.open("rb+") as file:
+        content = file.read()
+        if not content.endswith(b"\n"):
+            file.truncate(content.rfind(b"\n") + 1)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,22 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 
-from distaff.core.config.encoding import diff
+from distaff.core.config.encoding import diff, to_json
+from distaff.core.files import drop_partial_line
 from distaff.core.paths import as_path
-from distaff.errors import ConfigError, RunDirectoryError, nearest
+from distaff.errors import ConfigError, RunDirectoryError
 from distaff.run.directory.process import is_alive, this_process
-from distaff.tune.search import Trial, listed
-from distaff.tune.space import Choice, Dimension, Int, Space
+from distaff.tune.dimension import Choice, Dimension, Int
+from distaff.tune.search import Trial, checked_options, described, listed
+from distaff.tune.space import Space, SpaceFn, drawn, restored, stored, with_tuples
 
 MAX_ATTEMPTS = 3
 """Number of attempts with the same values before they count as failed."""
 
 # A trial without an owner after this time belongs to a process that was killed.
 _PATIENCE = timedelta(minutes=1)
+# So does one whose process, on another machine, has not reported for as long.
+_SILENCE = timedelta(minutes=5)
 _STATES = {
     "finished": TrialState.COMPLETE,
     "stopped": TrialState.COMPLETE,
@@ -54,11 +59,18 @@ class OptunaSuggestion:
     """
 
     def __init__(self, trial: optuna.Trial, root: str) -> None:
-        self.trial, self._root = trial, root
-        self.number, self.values = trial.number, {}
+        self.trial, self._root, self.number = trial, root, trial.number
+        self.values: dict[str, Any] = {}
+        left = trial.user_attrs.get("left")
+        self.origin: int = trial.user_attrs.get("origin", trial.number)
+        self.left = None if left is None else Path(root) / left
+        self.key = f"{trial.study.study_name}/trial-{self.origin}"
+        self._reported = set(trial.storage.get_trial(trial._trial_id).intermediate_values)
 
     def report(self, value: float, epoch: int) -> None:
-        """Reports a value to the pruner."""
+        """Reports a value to the pruner, unless an earlier attempt has reported it."""
+        if epoch in self._reported:
+            return
         with suppress(UpdateFinishedTrialError):
             self.trial.report(value, epoch)
 
@@ -75,12 +87,16 @@ class OptunaSuggestion:
             with suppress(UpdateFinishedTrialError):
                 self.trial.set_user_attr(name, fact)
 
+    def beat(self) -> None:
+        """Stores that its process is alive."""
+        self.note(seen=datetime.now(UTC).timestamp())
+
 
 class OptunaSearch:
     """An Optuna study, which is reopened if it exists.
 
     Args:
-        space: the search space, by dotted path.
+        space: the search space, by dotted path, or as a function of the trial.
         form: the settings that must be equal for trials to be comparable, as strict JSON; `"mode"`
             is `"min"` or `"max"`.
         first: values of the first trial; None to leave them to the sampler.
@@ -95,7 +111,7 @@ class OptunaSearch:
 
     def __init__(
         self,
-        space: Space,
+        space: Space | SpaceFn,
         form: Mapping[str, Any],
         *,
         first: Mapping[str, Any] | None,
@@ -103,7 +119,7 @@ class OptunaSearch:
         root: str,
         options: Mapping[str, Any],
     ) -> None:
-        options = _check_options(options)
+        options = checked_options(options, _OPTIONS)
         name = options.get("study_name", "study")
         root = str(as_path(root, "root"))
         self._space, self._root = space, root
@@ -124,7 +140,7 @@ class OptunaSearch:
         else:
             # A grid cannot have values that are not on it.
             if first is not None and not isinstance(sampler, GridSampler):
-                self.study.enqueue_trial(dict(first))
+                self.study.enqueue_trial(stored(first))
         self._check_form(form, direction)
 
     def _check_form(self, form: Mapping[str, Any], direction: str) -> None:
@@ -140,7 +156,7 @@ class OptunaSearch:
         elif changes := diff(begun, form):
             raise ConfigError(
                 "Changing a study would make its trials incomparable; "
-                f"{name!r} was begun with {listed(changes)}. Choose another study_name."
+                f"{name!r} was begun with {listed(changes)}. Choose another study_name (--name)."
             )
 
     def ask(self, num_trials: int) -> OptunaSuggestion | None:
@@ -151,20 +167,30 @@ class OptunaSearch:
         suggestion = OptunaSuggestion(self.study.ask(), self._root)
         try:
             suggestion.note(owner=this_process())
+            suggestion.beat()
             # If several processes start the last trial at once, all but the first withdraw.
             numbers = [trial.number for trial in self._counted()]
-            if sum(number < suggestion.number for number in numbers) >= num_trials:
-                self._end(suggestion.number, TrialState.FAIL)
-                return None
-            for path, dimension in self._space.items():
-                suggestion.values[path] = _suggest(suggestion.trial, path, dimension)
+            is_late = sum(number < suggestion.number for number in numbers) >= num_trials
+            if is_late or self._is_double(suggestion.number):
+                self._withdraw(suggestion)
+                return None if is_late else self.ask(num_trials)
+            self._fill(suggestion)
         except Exception:  # the sampler does not support the space: a retry would fail too
-            self._end(suggestion.number, TrialState.FAIL)
+            self._withdraw(suggestion)
             raise
         except BaseException:
             self.abandon(suggestion)
             raise
         return suggestion
+
+    def _fill(self, suggestion: OptunaSuggestion) -> None:
+        """Gives a trial its values."""
+        if callable(self._space):
+            found: Any = self._space(suggestion.trial)
+            suggestion.values = dict(found)
+            suggestion.note(values=to_json(suggestion.values))
+        else:
+            suggestion.values = drawn(self._space, partial(_suggest, suggestion.trial))
 
     def tell(self, suggestion: OptunaSuggestion, status: str, value: float | None) -> Trial:
         """Ends a trial."""
@@ -173,9 +199,12 @@ class OptunaSearch:
         self._end(suggestion.number, state, value if state == TrialState.COMPLETE else None)
         return self._as_trial(self._find(suggestion.number))
 
-    def abandon(self, suggestion: OptunaSuggestion) -> None:
+    def abandon(self, suggestion: OptunaSuggestion, *, resumes: bool = True) -> None:
         """Ends an interrupted trial; its values are tried again."""
-        self._abandon(suggestion.number)
+        if not resumes:
+            suggestion.note(restart=True)
+        self._end(suggestion.number, TrialState.FAIL)
+        self._retry_lost()
 
     def trials(self) -> list[Trial]:
         """Returns all completed trials, by number."""
@@ -184,7 +213,7 @@ class OptunaSearch:
     def underway(self) -> list[str]:
         """Returns descriptions of the running trials."""
         running = self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
-        return [_describe(trial) for trial in running]
+        return [described(trial.number, trial.user_attrs.get("owner")) for trial in running]
 
     def remember(self, name: str, fact: Any) -> None:
         """Stores strict JSON as a user attribute of the study."""
@@ -213,32 +242,74 @@ class OptunaSearch:
             return sampler.is_exhausted(self.study)
         return self.recall("exhausted") == type(sampler).__name__
 
-    def _end(self, number: int, state: TrialState, value: float | None = None) -> bool:
-        """Ends a trial; returns False if another process has ended it already."""
+    def _end(self, number: int, state: TrialState, value: float | None = None) -> None:
+        """Ends a trial, unless another process has ended it already."""
         try:
             self.study.tell(number, value, state=state)
         except (ValueError, RuntimeError) as error:
             trial = self._find(number)
             if not trial.state.is_finished():
                 raise
-            if isinstance(error, ValueError | UpdateFinishedTrialError):
-                return False
             # An exhausted sampler calls Study.stop, which raises outside of Study.optimize, after
             # the end of the trial is stored.
-            if _status(trial) is not None:
+            is_exhausted = not isinstance(error, ValueError | UpdateFinishedTrialError)
+            if is_exhausted and _status(trial) is not None:
                 self.remember("exhausted", type(self.study.sampler).__name__)
-        return True
 
-    def _abandon(self, number: int) -> None:
-        trial = self._find(number)
-        if self._end(number, TrialState.FAIL) and _num_attempts(trial) < MAX_ATTEMPTS:
-            self.study.add_trial(_retry(trial))
+    def _withdraw(self, suggestion: OptunaSuggestion) -> None:
+        """Ends a trial that counts nowhere and is not tried again."""
+        suggestion.note(withdrawn=True)
+        self._end(suggestion.number, TrialState.FAIL)
 
     def _recover(self) -> None:
         """Abandons the trials of dead processes."""
-        for trial in self.study.get_trials(states=[TrialState.RUNNING]):
+        for trial in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
             if _is_orphaned(trial):
-                self._abandon(trial.number)
+                self._end(trial.number, TrialState.FAIL)
+        self._retry_lost()
+
+    def _retry_lost(self) -> None:
+        """Queues the values of abandoned trials, also where a process was killed before it did."""
+        trials = self.study.get_trials(deepcopy=False)
+        retried = {trial.user_attrs.get("retry_of") for trial in trials}
+        for trial in trials:
+            is_lost = trial.state == TrialState.FAIL and _status(trial) is None
+            if is_lost and trial.number not in retried and "withdrawn" not in trial.user_attrs:
+                self.study.add_trial(self._retry(trial))
+
+    def _is_double(self, number: int) -> bool:
+        """Whether two processes have queued the values of the same abandoned trial."""
+        trials = self.study.get_trials(deepcopy=False)
+        source = trials[number].user_attrs.get("retry_of")
+        same = (each.number for each in trials if each.user_attrs.get("retry_of") == source)
+        return source is not None and min(same) < number
+
+    def _retry(self, trial: FrozenTrial) -> FrozenTrial:
+        """Returns a waiting trial with the same values, which Optuna tries first.
+
+        It resumes the run of the abandoned one, unless the user's code ended that.
+        """
+        path = trial.user_attrs.get("path", trial.user_attrs.get("left"))
+        resumes = path is not None and "restart" not in trial.user_attrs
+        # Rungs are the state of a halving pruner for a run that starts again.
+        is_kept = {n: resumes or not n.startswith("completed_rung") for n in trial.system_attrs}
+        values = trial.intermediate_values if resumes else {}
+        has_advanced = len(values) > trial.user_attrs.get("inherited", 0)
+        facts = {
+            "attempt": 1 if has_advanced else _num_attempts(trial) + 1,
+            "inherited": len(values),
+            "origin": trial.user_attrs.get("origin", trial.number),
+            "retry_of": trial.number,
+            "left": path if resumes else None,
+        }
+        return optuna.trial.create_trial(
+            state=TrialState.WAITING,
+            params=trial.params,
+            distributions=trial.distributions,
+            system_attrs={n: x for n, x in trial.system_attrs.items() if is_kept[n]},
+            user_attrs=facts,
+            intermediate_values=values,
+        )
 
     def _as_trial(self, trial: FrozenTrial) -> Trial:
         facts = trial.user_attrs
@@ -247,23 +318,15 @@ class OptunaSearch:
             number=trial.number,
             status=_status(trial) or "abandoned",
             value=trial.value,
-            values=dict(trial.params),
+            values=self._values_of(trial),
             seed=facts.get("seed"),
             path=None if path is None else Path(self._root) / path,
         )
 
-
-def _check_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the options that are not None, checked for names and types."""
-    for name in options:
-        if name not in _OPTIONS:
-            raise ConfigError(f"A study has no option {name!r}. {nearest(name, _OPTIONS)}")
-    given = {name: value for name, value in options.items() if value is not None}
-    for name, value in given.items():
-        if not isinstance(value, _OPTIONS[name]) or value == "":
-            kinds = " or ".join(kind.__name__ for kind in _OPTIONS[name])
-            raise ConfigError(f"The option {name!r} of a study is a {kinds}; got {value!r}.")
-    return given
+    def _values_of(self, trial: FrozenTrial) -> dict[str, Any]:
+        if callable(self._space):
+            return {n: with_tuples(x) for n, x in trial.user_attrs.get("values", {}).items()}
+        return restored(self._space, trial.params)
 
 
 def _storage(storage: str | Path | BaseStorage) -> BaseStorage:
@@ -298,26 +361,20 @@ def _journal(path: Path) -> BaseStorage:
     backend = JournalFileBackend(file, lock_obj=lock)
     lock.acquire()
     try:
-        _drop_partial_line(path)
+        drop_partial_line(path)
     finally:
         lock.release()
     return JournalStorage(backend)
 
 
-def _drop_partial_line(path: Path) -> None:
-    """Removes an incomplete last line, which Optuna cannot read, after a full disk or a crash."""
-    with path.open("rb+") as file:
-        content = file.read()
-        if not content.endswith(b"\n"):
-            file.truncate(content.rfind(b"\n") + 1)
-
-
 def _suggest(trial: optuna.Trial, path: str, dimension: Dimension) -> Any:
     if isinstance(dimension, Choice):
-        return trial.suggest_categorical(path, dimension.values)
+        labels = dimension.labels()
+        return labels[trial.suggest_categorical(path, list(labels))]
+    low, high = dimension.ends()
     if isinstance(dimension, Int):
-        return trial.suggest_int(path, dimension.low, dimension.high, log=dimension.log)
-    return trial.suggest_float(path, dimension.low, dimension.high, log=dimension.log)
+        return trial.suggest_int(path, int(low), int(high), log=dimension.log)
+    return trial.suggest_float(path, low, high, log=dimension.log)
 
 
 def _status(trial: FrozenTrial) -> str | None:
@@ -325,39 +382,19 @@ def _status(trial: FrozenTrial) -> str | None:
     status = trial.user_attrs.get("status")
     if _STATES.get(status) == trial.state:
         return status
-    has_failed = trial.state == TrialState.FAIL and _num_attempts(trial) >= MAX_ATTEMPTS
-    return "failed" if has_failed else None
+    is_over = _num_attempts(trial) >= MAX_ATTEMPTS and "withdrawn" not in trial.user_attrs
+    return "failed" if is_over and trial.state == TrialState.FAIL else None
 
 
 def _num_attempts(trial: FrozenTrial) -> int:
     return trial.user_attrs.get("attempt", 1)
 
 
-def _retry(trial: FrozenTrial) -> FrozenTrial:
-    """Returns a waiting trial with the same values, which Optuna tries first."""
-    # Rungs are the state of a halving pruner for the abandoned attempt.
-    attributes = {
-        name: value
-        for name, value in trial.system_attrs.items()
-        if not name.startswith("completed_rung")
-    }
-    return optuna.trial.create_trial(
-        state=TrialState.WAITING,
-        params=trial.params,
-        distributions=trial.distributions,
-        system_attrs=attributes,
-        user_attrs={"attempt": _num_attempts(trial) + 1},
-    )
-
-
 def _is_orphaned(trial: FrozenTrial) -> bool:
     owner = trial.user_attrs.get("owner")
-    if owner is not None:
-        return is_alive(owner) is False
+    if owner is not None and (alive := is_alive(owner)) is not None:
+        return not alive
+    if (seen := trial.user_attrs.get("seen")) is not None:
+        return datetime.now(UTC).timestamp() - seen > _SILENCE.total_seconds()
     begun = trial.datetime_start
     return begun is not None and datetime.now() - begun > _PATIENCE
-
-
-def _describe(trial: FrozenTrial) -> str:
-    owner = trial.user_attrs.get("owner", {"pid": "unknown", "host": "unknown"})
-    return f"trial {trial.number} (process {owner['pid']} on {owner['host']})"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -50,6 +52,40 @@ def as_trial(trainer: T, *, seed: int) -> T:
     if trainer.state is not None:  # its recording was created with the old config
         Preparation(trainer, TrainerModule).make_recording()
     return trainer
+
+
+def resume(trainer: TrainerModule) -> None:
+    """Lets a trial resume the unfinished run of its key, in place."""
+    vars(trainer)["config"] = dataclasses.replace(trainer.config, resume="auto")
+
+
+@contextmanager
+def instead_of_training(
+    act: Callable[[TrainerModule, dict[str, Any]], Any],
+) -> Generator[None]:
+    """Within the block, calls a function in place of the first `train_model` of any trainer.
+
+    Args:
+        act: a function of the trainer and the arguments by name. It may call `train_model`.
+    """
+    original = TrainerModule.train_model
+
+    @functools.wraps(original)
+    def train_model(self: TrainerModule, *args: Any, **options: Any) -> Any:
+        setattr(TrainerModule, "train_model", original)  # noqa: B010 - an assigned method
+        try:
+            bound = inspect.signature(original).bind(self, *args, **options)
+        except TypeError:
+            return original(self, *args, **options)  # which raises an error that helps
+        arguments = dict(bound.arguments)
+        del arguments["self"]
+        return act(self, arguments)
+
+    setattr(TrainerModule, "train_model", train_model)  # noqa: B010 - an assigned method
+    try:
+        yield
+    finally:
+        setattr(TrainerModule, "train_model", original)  # noqa: B010 - an assigned method
 
 
 def watch(trainer: TrainerModule, callbacks: Sequence[Callback]) -> None:

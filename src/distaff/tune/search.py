@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
+
+from distaff.errors import ConfigError, nearest
 
 
 class Trial(NamedTuple):
@@ -29,14 +31,32 @@ class Trial(NamedTuple):
     path: Path | None = None
 
 
+class Draw(NamedTuple):
+    """What a space that is a function returned for one trial.
+
+    Attributes:
+        values: values by dotted path.
+        parameters: whether a value can be suggested, by name of the parameter.
+    """
+
+    values: dict[str, Any]
+    parameters: dict[str, Callable[[Any], bool]]
+
+
 class Suggestion(Protocol):
     """The values to try next, with methods to report their results."""
 
     number: int
     values: dict[str, Any]
+    origin: int
+    """Number of the first attempt with these values, which decides the seed."""
+    key: str
+    """Name of its run within the study."""
+    left: Path | None
+    """Run directory of an interrupted attempt, to resume."""
 
     def report(self, value: float, epoch: int) -> None:
-        """Reports the monitored metric after a validation."""
+        """Reports the monitored metric after a validation, unless it is reported already."""
 
     def should_prune(self) -> bool:
         """Whether to prune the trial, given the reports so far."""
@@ -46,6 +66,9 @@ class Suggestion(Protocol):
 
         A path is stored relative to the root of all runs, which may be moved.
         """
+
+    def beat(self) -> None:
+        """Records that the process of the trial is alive, for processes on other machines."""
 
 
 class Search(Protocol):
@@ -64,10 +87,11 @@ class Search(Protocol):
     def tell(self, suggestion: Suggestion, status: str, value: float | None) -> Trial:
         """Ends a trial, and returns it as recorded."""
 
-    def abandon(self, suggestion: Suggestion) -> None:
+    def abandon(self, suggestion: Suggestion, *, resumes: bool = True) -> None:
         """Ends an interrupted trial, whose values the next `ask` returns again.
 
-        Values interrupted three times count as a failed trial, since they may crash the process.
+        Values interrupted three times without progress count as a failed trial, since they may
+        crash the process. With `resumes`, the next attempt resumes the run of this one.
         """
 
     def trials(self) -> list[Trial]:
@@ -90,3 +114,28 @@ def listed(changes: Mapping[str, tuple[Any, Any]]) -> str:
         for path, change in changes.items()
     }
     return "; ".join(f"{path}: {old}, now {new}" for path, (old, new) in shown.items())
+
+
+def described(number: int, owner: Mapping[str, Any] | None) -> str:
+    """Returns a running trial as text, with the process that runs it."""
+    owner = owner or {"pid": "unknown", "host": "unknown"}
+    return f"trial {number} (process {owner['pid']} on {owner['host']})"
+
+
+def checked_options(
+    options: Mapping[str, Any], kinds: Mapping[str, tuple[type, ...]]
+) -> dict[str, Any]:
+    """Returns the options that are not None, checked for names and types.
+
+    Raises:
+        ConfigError: an option is unknown or of another type.
+    """
+    for name in options:
+        if name not in kinds:
+            raise ConfigError(f"A study has no option {name!r}. {nearest(name, kinds)}")
+    given = {name: value for name, value in options.items() if value is not None}
+    for name, value in given.items():
+        if not isinstance(value, kinds[name]) or value == "":
+            listed_kinds = " or ".join(kind.__name__ for kind in kinds[name])
+            raise ConfigError(f"The option {name!r} of a study is a {listed_kinds}; got {value!r}.")
+    return given

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import closing, suppress
 from typing import Any, NamedTuple
 
 from distaff.core import optional
 from distaff.core.config.checks import whole
 from distaff.core.config.encoding import diff, override, to_json
 from distaff.core.warnings import warn
-from distaff.errors import NonFiniteError, StateError
+from distaff.errors import ConfigError, NonFiniteError, StateError
 from distaff.execution import compile_cache
-from distaff.metrics.monitor import Monitor
+from distaff.metrics.monitor import Monitor, as_monitor
 from distaff.run.display import make_display
+from distaff.run.identity.ending import ending
 from distaff.trainer.module import TrainerModule
-from distaff.tune.search import Search, Suggestion, Trial, listed
-from distaff.tune.space import Space, check_space, contains, space_to_json, values_of
-from distaff.tune.trial import Task
+from distaff.tune import trial as trial_lib
+from distaff.tune.search import Draw, Search, Suggestion, Trial, listed
+from distaff.tune.space import Space, SpaceFn, check_space, own_values, space_to_json, value_at
+from distaff.tune.trial import FactoryTask, Task
 
 
 class StudyResult(NamedTuple):
@@ -42,7 +44,7 @@ class StudyResult(NamedTuple):
 
 def study(
     make_trainer: Callable[[Any], TrainerModule],
-    space: Space,
+    space: Space | SpaceFn,
     config: Any,
     make_loaders: Callable[[Any], tuple[Any, Any, Any]],
     *,
@@ -56,20 +58,23 @@ def study(
     The first trial uses the config's own values if they lie within the space; the sampler chooses
     all others. A trial is an ordinary run with its own directory; trial `n` has the trainer's seed
     plus `n`. The monitored metric is reported after each validation. A pruned trial ends normally,
-    with the status `pruned`; one whose loss becomes NaN counts as failed. At the end, the best
+    with the status `pruned`; one whose loss becomes NaN, or that runs out of memory, counts as
+    failed. At the end, the best
     trial is tested once; no other trial uses the test set.
 
     To resume a study, call this again with the same storage and name: `num_trials` includes the
-    existing trials. The values of trials that were interrupted, killed or ended by an error in the
-    program are tried again; after three attempts they count as failed. Several processes can work
-    on one study. On one machine, each takes over the trials of killed ones.
+    existing trials. A trial that was interrupted or killed resumes from its last checkpoint. The
+    values of one that was ended by an error in your code are tried again. After three attempts
+    without progress, a trial counts as failed. Several processes can work on one study. Each takes
+    over the trials of killed ones: at once on the same machine, else after five minutes.
 
     Compiled programs are cached on disk for all trials: see
     `distaff.execution.compile_cache.enable`.
 
     Args:
         make_trainer: `(config) -> trainer`, a new trainer for each call.
-        space: ranges by dotted path in the config: `{"optimizer.learning_rate": Float(...)}`.
+        space: ranges by dotted path in the config: `{"optimizer.learning_rate": Float(...)}`; or
+            a function from an Optuna trial to values by dotted path, for any other dependence.
         config: a frozen dataclass. Fields may be dataclasses, such as `OptimizerConfig`, and
             mappings, whose existing keys can be searched.
         make_loaders: `(config) -> (train, val, test)`, new loaders for each call; `test` may be
@@ -96,51 +101,106 @@ def study(
         RunDirectoryError: the storage cannot be opened.
         StateError: no trial has finished.
     """
-    optuna = optional.load("optuna", extra="tune")
-    whole("num_trials", num_trials)
-    check_space(config, space)
-    compile_cache.enable()
-    task = Task(
+    task = FactoryTask(
         make_trainer=make_trainer,
         make_loaders=make_loaders,
         num_epochs=num_epochs,
         steps_per_epoch=steps_per_epoch,
     )
-    trainer = task.check(config)
-    own = values_of(config, space)
+    return run_study(task, space, config, num_trials=num_trials, options=options)
+
+
+def run_study(
+    task: Task,
+    space: Space | SpaceFn,
+    config: Any,
+    *,
+    num_trials: int,
+    options: Mapping[str, Any],
+    begun: Callable[[TrainerModule], None] = lambda trainer: None,
+) -> StudyResult:
+    """Runs a study of any task; see `study`.
+
+    Args:
+        task: what turns a config into a training.
+        space: ranges by path, or a function of the trial.
+        config: the config.
+        num_trials: number of trials of the whole study.
+        options: options of the search.
+        begun: called when the storage has the study, before its first trial.
+
+    Raises:
+        DistaffError: an input is invalid, or no trial has finished (the subclass says which).
+    """
+    optuna = optional.load("optuna", extra="tune")
+    whole("num_trials", num_trials)
+    if callable(space):
+        own = _own_of_function(optional.load("studies.methods", extra="tune").probe(space), config)
+    else:
+        check_space(config, space)
+        own = own_values(config, space)
+    compile_cache.enable()
+    call = trial_lib.check(task, config)
+    trainer, monitor = call.trainer, as_monitor(call.trainer.monitor)
     search: Search = optuna.OptunaSearch(
         space,
-        _signature(space, trainer.monitor, num_epochs, steps_per_epoch),
-        first=own if all(contains(space[path], value) for path, value in own.items()) else None,
+        _signature(space, monitor, call.lengths),
+        first=own,
         seed=trainer.config.seed,
         root=trainer.config.root,
         options=options,
     )
-    _check_config(search, config, space)
+    _check_config(search, config, () if callable(space) else space)
+    begun(trainer)
     with closing(make_display(trainer.config.enable_progress_bar)) as display:
         while (suggestion := search.ask(num_trials)) is not None:
             start = time.perf_counter()
             trial = _run(task, config, search, suggestion)
             place = f"trial {trial.number} ({len(search.trials())} of {num_trials})"
             seconds = time.perf_counter() - start
-            display.print(f"{place}  {_described(trial, trainer.monitor)}  {seconds:.1f}s")
+            display.print(f"{place}  {_described(trial, monitor)}  {seconds:.1f}s")
         if others := search.underway():
             display.print(f"running in other processes: {', '.join(others)}")
-        return _result(task, config, search, trainer.monitor)
+        return _result(task, config, search, monitor)
 
 
-def _signature(space: Space, monitor: Monitor, num_epochs: int, steps_per_epoch: int | None) -> Any:
+def _own_of_function(draws: Sequence[Draw], config: Any) -> dict[str, Any] | None:
+    """Returns the config's own values of the parameters of a space that is a function.
+
+    Raises:
+        ConfigError: the config does not accept what the function returns.
+    """
+    parameters: dict[str, Callable[[Any], bool]] = {}
+    for draw in draws:
+        try:
+            override(config, draw.values)
+        except ConfigError as error:
+            raise ConfigError(
+                f"The space returned {draw.values!r}, which cannot be searched: {error}"
+            ) from error
+        parameters.update(draw.parameters)
+    own: dict[str, Any] = {}
+    for name, accepts in parameters.items():
+        with suppress(AttributeError, KeyError, TypeError):
+            value = value_at(config, name)
+            if not accepts(value):
+                return None
+            own[name] = value
+    return own or None
+
+
+def _signature(space: Space | SpaceFn, monitor: Monitor, lengths: Mapping[str, Any]) -> Any:
     """Returns what must be equal for all trials of a study."""
     return {
-        "space": space_to_json(space),
+        "space": to_json(space) if callable(space) else space_to_json(space),
         "monitor": monitor.name,
         "mode": monitor.mode,
-        "num_epochs": num_epochs,
-        "steps_per_epoch": steps_per_epoch,
+        "num_epochs": lengths["num_epochs"],
+        "steps_per_epoch": lengths["steps_per_epoch"],
     }
 
 
-def _check_config(search: Search, config: Any, space: Space) -> None:
+def _check_config(search: Search, config: Any, space: Collection[str]) -> None:
     """Logs a warning if a study is resumed with another config."""
     begun, now = search.recall("config"), to_json(config)
     if begun is None:
@@ -157,9 +217,9 @@ def _check_config(search: Search, config: Any, space: Space) -> None:
 
 def _run(task: Task, config: Any, search: Search, suggestion: Suggestion) -> Trial:
     try:
-        status, value = task.run(override(config, suggestion.values), suggestion)
+        status, value = trial_lib.run(task, override(config, suggestion.values), suggestion)
     except BaseException as error:
-        search.abandon(suggestion)
+        search.abandon(suggestion, resumes=ending(error).get("resumable", True))
         error.add_note(
             f"This was trial {suggestion.number} of a study, with {suggestion.values}. Run the "
             "same program again to resume the study."
@@ -180,7 +240,7 @@ def _result(task: Task, config: Any, search: Search, monitor: Monitor) -> StudyR
     best_config = override(config, best.values)
     metrics = search.recall(f"test_{best.number}")
     if metrics is None and not others:
-        metrics = task.test(best_config, best)
+        metrics = trial_lib.test(task, best_config, best)
         search.remember(f"test_{best.number}", metrics)
     return StudyResult(best, best_config, metrics or {}, trials, search.study)
 

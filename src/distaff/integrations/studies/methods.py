@@ -1,0 +1,61 @@
+"""Optuna's samplers and pruners by name, and what a space that is a function returns."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution
+
+from distaff.tune.search import Draw
+from distaff.tune.space import SpaceFn
+
+
+@contextmanager
+def quiet() -> Generator[None]:
+    """Within the block, Optuna logs only warnings and errors."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)
+
+
+def probe(space: SpaceFn, num_draws: int = 32) -> list[Draw]:
+    """Returns what a space that is a function gives for random trials of no study."""
+    with quiet():
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    draws = []
+    for trial in [study.ask() for _ in range(num_draws)]:
+        values = dict(space(trial))
+        draws.append(
+            Draw(values, {n: partial(_accepts, x) for n, x in trial.distributions.items()})
+        )
+    return draws
+
+
+def _accepts(distribution: BaseDistribution, value: Any) -> bool:
+    try:
+        return distribution._contains(distribution.to_internal_repr(value))
+    except (TypeError, ValueError):  # of another kind
+        return False
+
+
+def sampler(name: str) -> optuna.samplers.BaseSampler | None:
+    """Returns a sampler by name: "random", or None for the default, "tpe"."""
+    return optuna.samplers.RandomSampler(seed=0) if name == "random" else None
+
+
+def pruner(name: str) -> optuna.pruners.BasePruner:
+    """Returns a pruner by name: "median", "halving" (ASHA), "hyperband" or "none"."""
+    kinds = {
+        "median": optuna.pruners.MedianPruner,
+        "halving": optuna.pruners.SuccessiveHalvingPruner,
+        "hyperband": optuna.pruners.HyperbandPruner,
+        "none": optuna.pruners.NopPruner,
+    }
+    return kinds[name]()
