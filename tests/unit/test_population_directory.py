@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from distaff import EarlyStopping, OptimizerConfig, TrainerModule, data, tune
+from distaff.cli import report as cli_report
 from distaff.errors import CheckpointError, ConfigError
 from distaff.report.facts import gather
 from distaff.report.summary import find_runs, newest_run
@@ -114,6 +115,7 @@ def test_each_member_is_a_run(written: Any, root: Path) -> None:
 
 def test_a_report_groups_members_by_their_settings(written: Any) -> None:
     paths = [each.path for each in written[0].members]
+    assert cli_report._paths([paths[0].parents[1]]) == paths
     facts = gather(paths, 0)
     assert [run["group"] for run in facts["runs"]] == [0, 0, 0, 1, 1, 1]
     assert facts["differs"] == [RATE, "seed"]
