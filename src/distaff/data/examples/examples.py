@@ -268,6 +268,8 @@ def _stacked_leaf(path: tuple[Any, ...], leaves: Sequence[Any]) -> np.ndarray:
 class _ExampleBatches:
     """Batches of stacked examples; the number of the batch is the position."""
 
+    has_one_order = True
+
     def __init__(self, examples: Examples, order: Order, batch_size: int, length: int) -> None:
         self._order, self._batch_size, self._length = order, batch_size, length
         self._read_batch = _reader_of(examples)

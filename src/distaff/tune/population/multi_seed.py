@@ -136,7 +136,7 @@ def _trained(
             "form='measured' and deterministic=True contradict each other: a choice by the clock "
             "may round differently next time. Pass form='auto', 'stacked' or 'in turn'."
         )
-    check_one_process()
+    check_one_process(owner)
     groups = grouped(settings)
     for group in groups:
         check_trainer(settings[group[0]].trainer, owner)
