@@ -107,8 +107,17 @@ def use(monkeypatch: pytest.MonkeyPatch, environ: dict[str, str]) -> None:
                 "initialization_timeout": 360,
             },
         ),
+        (
+            {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"},
+            {
+                "cluster_detection_method": None,
+                "local_device_ids": None,
+                "heartbeat_timeout_seconds": 10,
+                "initialization_timeout": 360,
+            },
+        ),
     ],
-    ids=["launch", "slurm", "open mpi", "open mpi with an address"],
+    ids=["launch", "slurm", "open mpi", "open mpi with an address", "kubernetes"],
 )
 def test_launcher_decides_the_arguments_of_jax(environ, expected, joined, monkeypatch, capsys):
     use(monkeypatch, environ)
