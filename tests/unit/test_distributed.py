@@ -15,6 +15,7 @@ from distaff.distributed import failure, joining
 from distaff.distributed.gpus import gpus_of, idle_gpus, visible_gpus
 from distaff.distributed.launchers import place_of
 from distaff.errors import ConfigError
+from distaff.run.identity.ending import ending
 from distaff.run.supervision.watchdog import Watchdog
 
 LAUNCH = {
@@ -280,3 +281,9 @@ def test_stalled_process_of_a_launcher_ends(monkeypatch, capfd):
     assert left == [124]
     assert "at step 7, a step has taken" in (err := capfd.readouterr().err)
     assert "the process ends with status 124." in err
+
+
+def test_run_that_lost_a_process_is_resumed():
+    lost = ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
+    assert ending(lost)["resumable"]
+    assert not ending(ValueError("UNKNOWN class 7"))["resumable"]
