@@ -55,6 +55,11 @@ class Supervisor:
         """Handles signals inside the block."""
         return self._interruption
 
+    @property
+    def reason(self) -> str | None:
+        """Reason to stop that this process was given last, even if the run has ended since."""
+        return self._interruption.reason
+
     @contextmanager
     def watching(self, directory: Path | None) -> Generator[None]:
         """Watches the progress of the run, and requests for a checkpoint.
