@@ -107,6 +107,9 @@ def child(request: dict[str, Any]) -> dict[str, Any]:
     """
     import jax
 
+    from distaff.execution.allocator import ignore_compilers
+
+    ignore_compilers()
     jax.devices()  # starts JAX with the devices of the environment, before the recipe does
     import distaff
     from distaff.cli.fit import run_recipe
