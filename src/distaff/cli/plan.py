@@ -115,7 +115,7 @@ def child(request: dict[str, Any]) -> dict[str, Any]:
     from distaff.cli.fit import run_recipe
     from distaff.cli.recipes import find
     from distaff.data import first_to_train
-    from distaff.execution.planned import Planned, planning
+    from distaff.mesh.planned import Planned, planning
     from distaff.plan import plan_training
     from distaff.plan.process import mesh_from
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from distaff.core.config.checks import whole
 from distaff.errors import ConfigError
-from distaff.execution.planned import planned_devices
+from distaff.mesh.planned import planned_devices
 
 AXES = ("data", "pipe", "fsdp", "tensor")
 """The axes of every mesh. An axis that is not used has the size 1."""

@@ -13,10 +13,10 @@ from distaff.core.config.options import Options, at_least, option, or_none
 from distaff.errors import ConfigError
 from distaff.execution.allocator import has_started
 from distaff.execution.placement import ONE_DEVICE, Placement
-from distaff.execution.planned import is_met
 from distaff.mesh.config import MeshConfig, MeshName, as_mesh, mesh_of
 from distaff.mesh.pins import PinnedModel
 from distaff.mesh.placement import OnMesh
+from distaff.mesh.planned import is_met
 from distaff.models import Model, model_of
 
 

@@ -17,8 +17,8 @@ from distaff.execution.dispatch.dispatcher import make_dispatcher
 from distaff.execution.dispatch.repetition import RepeatsSteps
 from distaff.execution.dispatch.steps_per_call import Expected
 from distaff.execution.placement import owned
-from distaff.execution.planned import unless_met
 from distaff.loggers.protocol import as_loggers, is_logger
+from distaff.mesh.planned import unless_met
 from distaff.metrics.monitor import as_monitor
 from distaff.models import precision_of, remat_of, without_remat
 from distaff.optim.gradients import check_trainable

@@ -9,8 +9,8 @@ from distaff.data import Loader, closing_made, first_to_train, loader_of, unlimi
 from distaff.data.loader import begin_new_epoch
 from distaff.errors import StateError
 from distaff.execution.determinism import check_backend
-from distaff.execution.planned import meet
 from distaff.execution.processes import check_one_process, is_first
+from distaff.mesh.planned import meet
 from distaff.metrics import as_numbers
 from distaff.metrics.monitor import as_monitor
 from distaff.report.saved import saved_report
