@@ -9,9 +9,9 @@
 #   make test-slow
 #
 # The contract tests against the real PyTorch, torchdata, datasets, TensorFlow, Haiku, metrax and
-# trackio, and against a local MLflow server:
+# trackio, against a local MLflow server, and XLA's compilers for GPUs and TPUs:
 #
-#   make test-peers                        makes .venv-test-peers, 5 GB; a skipped test is a failure
+#   make test-peers                        makes .venv-test-peers, 6 GB; a skipped test is a failure
 #
 # Export to ONNX with the real jax2onnx and onnxruntime, which need an environment of their own:
 #

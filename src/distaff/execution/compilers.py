@@ -30,7 +30,9 @@ _VENDORS = "/sys/bus/pci/devices/*/vendor"
 
 
 class _Idle(ModuleType):
-    """Stands for a plugin that has no device here."""
+    """Stands for a plugin that has no device here, so that JAX does not start it."""
+
+    is_loaded = False
 
     def initialize(self) -> None:
         """Registers nothing."""
@@ -75,11 +77,14 @@ def ignore_idle() -> None:
 
 def load_idle(name: str) -> None:
     """Starts a plugin that `ignore_idle` has kept from starting, to compile with it."""
-    if isinstance(sys.modules.get(name), _Idle):
-        del sys.modules[name]
-        with _silent(name):
-            os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-            importlib.import_module(name).initialize()
+    idle = sys.modules.get(name)
+    if not isinstance(idle, _Idle) or idle.is_loaded:
+        return
+    del sys.modules[name]
+    with _silent(name):
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+        importlib.import_module(name).initialize()
+    idle.is_loaded, sys.modules[name] = True, idle  # JAX may start later, and would load it twice
 
 
 @contextlib.contextmanager

@@ -25,9 +25,6 @@ _CHILD = "distaff.cli.plan"
 
 _COUNT = "--xla_force_host_platform_device_count="
 
-# Without it, XLA's CPU compiler undoes rematerialization on JAX 0.10.
-_KEEP_REMAT = "--xla_disable_hlo_passes=cse_barrier_expander"
-
 
 def plan_recipe(
     recipe: str,
@@ -109,6 +106,5 @@ def _environment(target: Target) -> dict[str, str]:
     flags = [flag for flag in known if not flag.startswith(_COUNT)]
     if target.chip.platform != "cuda":
         flags.append(f"{_COUNT}{target.num_devices}")
-        flags += [_KEEP_REMAT] if target.num_devices > 1 else []
     changes = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags), "DISTAFF_MALLOC": "off"}
     return {**os.environ, **changes}
