@@ -159,6 +159,37 @@ def test_an_interrupted_population_resumes_with_the_same_bits(
 
 
 @pytest.mark.slow
+def test_groups_resume_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_epoch, trained = training.PopulationRun._train_epoch, list[int]()
+
+    def fit(root: Path | None) -> tuple[Any, Any]:
+        (train, val), vary = loaders(), {"ema": [None, 0.5]}
+        trainer = noisy(root, callbacks=())
+        found = tune.train_population(trainer, train, val, val, vary=vary, seeds=[2], num_epochs=2)
+        return found, train.get_state()
+
+    def counted(self: Any, epoch: int) -> None:
+        trained.append(epoch)
+        if len(trained) == 6:  # the last epoch of the second group
+            raise KeyboardInterrupt
+        train_epoch(self, epoch)
+
+    monkeypatch.setattr("distaff.tune.population.directory._SAVE_SECONDS", 0.0)
+    whole, position = fit(None)
+    trained.extend([1, 2])
+    monkeypatch.setattr(training.PopulationRun, "_train_epoch", counted)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path)
+    found, own_position = fit(tmp_path)
+    assert trained == [1, 2, 1, 2, 1, 2, 2]
+    assert_same(found, whole)
+    assert position == own_position
+    folder = tmp_path / "noisy/population"
+    places = [each.path for each in found.members]
+    assert places == [folder / "0001/members/0000", folder / "0002/members/0001"]
+
+
+@pytest.mark.slow
 def test_another_length_or_another_seed_is_another_population(tmp_path: Path) -> None:
     trainer, (train, val) = noisy(tmp_path, callbacks=()), loaders()
     for seeds, num_epochs in (([2, 3], 1), ([2, 3], 2), ([2, 4], 1)):
