@@ -33,6 +33,7 @@ PLACEMENT = {"device_put", "committed", "sharding", "NamedSharding", "SingleDevi
 PLACEMENT |= {"addressable_shards", "device_set", "is_fully_replicated"}
 PLACERS = {
     "distaff.execution.placement",  # decides where arrays are
+    "distaff.execution.shards",  # the parts of arrays that other processes have
     "distaff.execution.compile.signature",  # what a program is compiled for
     *("distaff.checkpoint.arrays", "distaff.checkpoint.snapshot"),
     "distaff.plan.traced",  # of arrays that do not exist

@@ -15,6 +15,7 @@ from distaff.distributed import failure, joining
 from distaff.distributed.gpus import gpus_of, idle_gpus, visible_gpus
 from distaff.distributed.launchers import place_of
 from distaff.errors import ConfigError
+from distaff.run.identity.ending import ending
 from distaff.run.supervision.watchdog import Watchdog
 
 LAUNCH = {
@@ -107,8 +108,17 @@ def use(monkeypatch: pytest.MonkeyPatch, environ: dict[str, str]) -> None:
                 "initialization_timeout": 360,
             },
         ),
+        (
+            {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"},
+            {
+                "cluster_detection_method": None,
+                "local_device_ids": None,
+                "heartbeat_timeout_seconds": 10,
+                "initialization_timeout": 360,
+            },
+        ),
     ],
-    ids=["launch", "slurm", "open mpi", "open mpi with an address"],
+    ids=["launch", "slurm", "open mpi", "open mpi with an address", "kubernetes"],
 )
 def test_launcher_decides_the_arguments_of_jax(environ, expected, joined, monkeypatch, capsys):
     use(monkeypatch, environ)
@@ -271,3 +281,9 @@ def test_stalled_process_of_a_launcher_ends(monkeypatch, capfd):
     assert left == [124]
     assert "at step 7, a step has taken" in (err := capfd.readouterr().err)
     assert "the process ends with status 124." in err
+
+
+def test_run_that_lost_a_process_is_resumed():
+    lost = ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
+    assert ending(lost)["resumable"]
+    assert not ending(ValueError("UNKNOWN class 7"))["resumable"]

@@ -14,6 +14,7 @@ import pytest
 from distaff import Callback, EarlyStopping, OptimizerConfig, TrainerModule, data, tune
 from distaff.errors import BatchError, ConfigError, MetricError, StateError
 from distaff.optim import Plateau
+from distaff.tune.population import chosen_form
 from distaff.tune.population.result import spread
 
 RANDOM = np.random.default_rng(0)
@@ -245,6 +246,30 @@ def test_spread_is_known_for_two_values_or_more() -> None:
     assert np.isnan(one.deviation)
     assert str(one) == "1.5 (1)"
     assert np.isnan(spread([]).mean)
+
+
+@pytest.mark.slow
+def test_measured_form_is_the_faster_one_and_is_remembered(monkeypatch: Any) -> None:
+    def train(seeds: Any) -> Any:
+        return tune.multi_seed(
+            touchy(), *loaders(), seeds=seeds, num_epochs=1, form="measured"
+        ).form
+
+    def timed(stacked: float, in_turn: float) -> None:
+        times = iter([stacked, stacked, 9.0, in_turn, 9.0, in_turn])
+        monkeypatch.setattr(chosen_form, "timer", lambda *_: lambda size: next(times))
+
+    assert train([2, 3, 4]) in ("stacked", "in turn")  # by the clock
+    timed(stacked=1.0, in_turn=0.6)
+    assert train([2, 3]) == "stacked"
+    timed(stacked=0.0, in_turn=0.0)
+    assert train([5, 7]) == "stacked"
+    timed(stacked=1.0, in_turn=0.2)
+    assert train([2, 3, 4, 5]) == "in turn"
+    assert train([6, 7, 8, 9]) == "in turn"
+    trainer = touchy(deterministic=True)
+    with pytest.raises(ConfigError, match="'measured' and deterministic=True contradict"):
+        tune.multi_seed(trainer, *loaders(), seeds=2, num_epochs=1, form="measured")
 
 
 def test_without_survivors_there_is_no_best() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pytest
 import distaff
 from distaff import MeshConfig, cli, tasks, zoo
 from distaff.errors import ConfigError, DistaffError, MissingExtraError
+from distaff.execution import compilers
 from distaff.plan import TrainingPlan, plan_recipe, plan_training
 from distaff.plan.collectives import axes_of_group, collectives, group_of, source_of
 from distaff.plan.hlo import CompiledProgram
@@ -291,6 +294,43 @@ def test_missing_compiler_names_its_extra(
         plan_training(classifier(), SHAPES, target=target, mesh="fsdp")
 
 
+CUDA = "jax_plugins.xla_cuda12"
+
+
+@pytest.mark.parametrize(
+    ("plugins", "installed", "tpu", "expected"),
+    [
+        (set(), set(), False, False),
+        ({CUDA}, set(), False, False),
+        ({CUDA}, {"jax_cuda12_plugin"}, False, True),
+        (set(), {"libtpu"}, False, False),
+        (set(), {"libtpu"}, True, True),
+        ({CUDA, "jax_plugins.other"}, set(), False, True),
+    ],
+)
+def test_compilers_without_a_device_are_no_accelerators(
+    monkeypatch: pytest.MonkeyPatch,
+    plugins: set[str],
+    installed: set[str],
+    tpu: bool,
+    expected: bool,
+) -> None:
+    monkeypatch.setattr(compilers, "_plugins", lambda: plugins)
+    monkeypatch.setattr(compilers, "_is_installed", lambda name: name in installed)
+    monkeypatch.setattr(compilers, "has_tpu", lambda: tpu)
+    assert compilers.may_use_accelerator() == expected
+
+
+def test_plugin_without_a_device_is_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "jax_plugins.xla_cuda99"
+    monkeypatch.setattr(compilers, "_plugins", lambda: {name})
+    try:
+        compilers.ignore_idle()
+        assert sys.modules[name].initialize() is None
+    finally:
+        sys.modules.pop(name, None)
+
+
 def test_command_without_a_target_or_with_a_wrong_size(capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["plan", "digits"]) == 2
     assert "needs --target" in capsys.readouterr().err
@@ -361,3 +401,22 @@ def test_real_compilers_agree_with_the_counts_by_hand(target: str) -> None:
     assert made.times is not None
     assert made.times.step > 0
     assert made.traffic["all-gather over fsdp"] >= 4 * (KERNELS[0] + KERNELS[2])
+
+
+PRINTED = """
+import numpy as np
+from distaff import tasks, zoo
+from distaff.execution import allocator
+trainer = tasks.Classifier(zoo.MLP((4, 2)), root=None, enable_progress_bar=False)
+trainer.train_model((np.ones((8, 3), np.float32), np.arange(8) % 2), num_epochs=1)
+print(allocator.on_cpu_alone())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.peer("jax_plugins", "libtpu")
+def test_installed_compilers_leave_training_on_the_cpu_as_it_is() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    command = [sys.executable, "-c", PRINTED]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("True\n", "")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from distaff import EarlyStopping, OptimizerConfig, TrainerModule, data, tune
+from distaff.cli import report as cli_report
 from distaff.errors import CheckpointError, ConfigError
 from distaff.report.facts import gather
 from distaff.report.summary import find_runs, newest_run
@@ -114,6 +115,7 @@ def test_each_member_is_a_run(written: Any, root: Path) -> None:
 
 def test_a_report_groups_members_by_their_settings(written: Any) -> None:
     paths = [each.path for each in written[0].members]
+    assert cli_report._paths([paths[0].parents[1]]) == paths
     facts = gather(paths, 0)
     assert [run["group"] for run in facts["runs"]] == [0, 0, 0, 1, 1, 1]
     assert facts["differs"] == [RATE, "seed"]
@@ -154,6 +156,37 @@ def test_an_interrupted_population_resumes_with_the_same_bits(
     assert position == whole[1]
     assert "resuming" in (folder / "log.txt").read_text()
     assert json.loads((folder / "status.json").read_text())["starts"] == 2
+
+
+@pytest.mark.slow
+def test_groups_resume_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_epoch, trained = training.PopulationRun._train_epoch, list[int]()
+
+    def fit(root: Path | None) -> tuple[Any, Any]:
+        (train, val), vary = loaders(), {"ema": [None, 0.5]}
+        trainer = noisy(root, callbacks=())
+        found = tune.train_population(trainer, train, val, val, vary=vary, seeds=[2], num_epochs=2)
+        return found, train.get_state()
+
+    def counted(self: Any, epoch: int) -> None:
+        trained.append(epoch)
+        if len(trained) == 6:  # the last epoch of the second group
+            raise KeyboardInterrupt
+        train_epoch(self, epoch)
+
+    monkeypatch.setattr("distaff.tune.population.directory._SAVE_SECONDS", 0.0)
+    whole, position = fit(None)
+    trained.extend([1, 2])
+    monkeypatch.setattr(training.PopulationRun, "_train_epoch", counted)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path)
+    found, own_position = fit(tmp_path)
+    assert trained == [1, 2, 1, 2, 1, 2, 2]
+    assert_same(found, whole)
+    assert position == own_position
+    folder = tmp_path / "noisy/population"
+    places = [each.path for each in found.members]
+    assert places == [folder / "0001/members/0000", folder / "0002/members/0001"]
 
 
 @pytest.mark.slow

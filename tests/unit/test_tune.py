@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 import warnings
 from collections.abc import Iterator
 from functools import cache
@@ -437,6 +439,29 @@ def test_interrupted_trial_resumes_from_its_checkpoint():
     by_hand.train_model(*loaders(Config())[:2], num_epochs=2)
     assert by_hand.best.metrics["val/loss"] == resumed.value
     assert result.study.trials[1].intermediate_values.keys() == {1, 2}
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_the_last_step_ends_the_study_and_the_trial_counts():
+    class Pressing(Callback):
+        pressed = False
+
+        def on_training_end(self, info):
+            if not Pressing.pressed:
+                Pressing.pressed = True
+                os.kill(os.getpid(), signal.SIGINT)
+
+    def go_on() -> Any:
+        return search(lambda config: trainer(config, callbacks=[Pressing()]), num_trials=2)
+
+    with pytest.raises(KeyboardInterrupt):
+        go_on()
+    assert runs() == ["0001"]
+    assert read(Path("runs/line/0001"), "status.json")["status"] == "finished"
+    result = go_on()
+    assert [trial.seed for trial in result.trials] == [42, 44]
+    assert runs() == ["0001", "0002"]
+    assert read(Path("runs/line/0001"), "status.json")["starts"] == 1
 
 
 @pytest.mark.slow

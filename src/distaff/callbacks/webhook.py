@@ -15,6 +15,7 @@ from distaff.callbacks.callback import Callback, StepInfo
 from distaff.core.config.checks import as_float
 from distaff.core.warnings import warn
 from distaff.errors import ConfigError, nearest
+from distaff.execution.processes import is_first
 from distaff.metrics import as_json
 
 _log = logging.getLogger("distaff")
@@ -63,8 +64,11 @@ class Webhook(Callback):
         self._url, self._name, self._body, self._timeout = url, name, body, float(timeout)
 
     def on_training_end(self, info: StepInfo) -> None:
-        """Posts the outcome, and waits for the answer until the time-out."""
-        if ("failure" if info.status == "failed" else "end") not in self.on:
+        """Posts the outcome, and waits for the answer until the time-out.
+
+        With several processes, only the first one posts.
+        """
+        if not is_first() or ("failure" if info.status == "failed" else "end") not in self.on:
             return
         failures: list[str] = []
         # A socket's own time-out restarts with each byte, and name look-up has none.

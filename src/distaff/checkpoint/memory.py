@@ -14,6 +14,7 @@ from distaff.checkpoint.protocol import Store
 from distaff.checkpoint.retention import best_steps, named_best
 from distaff.core.typing import PyTree
 from distaff.errors import CheckpointError
+from distaff.execution.shards import HostParts, copied_parts
 
 
 class MemoryStore(Store):
@@ -56,11 +57,16 @@ class MemoryStore(Store):
 
 
 def _to_host(leaf: Any) -> Any:
+    is_here = getattr(leaf, "is_fully_addressable", True)
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return leaf.copy()
-    return np.array(leaf)
+        return leaf.copy() if is_here else copied_parts(leaf)
+    return np.array(leaf) if is_here else HostParts.of(leaf)
 
 
 def _restore(leaf: Any) -> jax.Array:
+    if isinstance(leaf, HostParts):
+        return leaf.restored()
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return copied_parts(leaf)
     # Copied, because the next step donates the returned arrays.
     return leaf.copy() if isinstance(leaf, jax.Array) else jnp.array(leaf)

@@ -111,7 +111,7 @@ class CheckpointStore(Store):
         step = operator.index(step)
         path = self._path(step)
         self.check_failure()
-        strict_info = _as_json(info)
+        strict_info = self._agreed(_as_json(info))
         newest = max((*self._undamaged(), *self._writer.steps()), default=None)
         if step == newest and self._is_saved(step, strict_info):
             return path
@@ -128,7 +128,7 @@ class CheckpointStore(Store):
         leaves = jax.tree.map_with_path(arrays.as_array, dict(tree))
         if self._writer.held_bytes > _MAX_HELD_BYTES:
             self.wait()
-        save = Save(step, taken(leaves), strict_info, num_bytes(leaves))
+        save = Save(step, self._snapshot(leaves), strict_info, num_bytes(leaves))
         self._provisional -= {step}
         if strict_info.get("provisional"):
             self._provisional |= {step}
@@ -286,7 +286,7 @@ class CheckpointStore(Store):
     def _write(self, save: Save) -> None:
         """Writes a checkpoint in the background, then removes expired ones."""
         if jax.process_index() > 0:  # only the first process manages the directory
-            arrays.write(self._unfinished(save.step), save.arrays, _marked(save.info))
+            self._write_arrays(self._unfinished(save.step), save)
             return
         folders.make(self.directory)
         self._is_tidy = self._is_tidy or folders.remove_leftovers(self.directory)
@@ -294,9 +294,7 @@ class CheckpointStore(Store):
         # Private to the owner until `seal` has removed world-writable modes.
         unfinished.parent.mkdir(0o700)
         try:
-            arrays.write(unfinished, save.arrays, _marked(save.info))
-            if not self._is_readable:
-                arrays.check_readable(unfinished, save.arrays)
+            self._write_arrays(unfinished, save)
             manifest.seal(unfinished, save.step)
             folders.put_in_place(unfinished, path, is_damaged=save.step in self._damaged)
             self._is_readable = True
@@ -307,6 +305,19 @@ class CheckpointStore(Store):
             shutil.rmtree(unfinished.parent, ignore_errors=True)
             self._is_tidy &= not unfinished.parent.exists()
         self._remove_expired(save)
+
+    def _write_arrays(self, folder: Path, save: Save) -> None:
+        arrays.write(folder, save.arrays, _marked(save.info))
+        if not self._is_readable and jax.process_count() == 1:
+            arrays.check_readable(folder, save.arrays)
+
+    def _snapshot(self, leaves: PyTree) -> PyTree:
+        """Returns arrays that later donations do not change."""
+        return taken(leaves)
+
+    def _agreed(self, info: dict[str, Any]) -> dict[str, Any]:
+        """Returns the info to save; the same in all processes."""
+        return info
 
     def _remove_expired(self, save: Save) -> None:
         for step in self.retention.expired(self._undamaged(), save.info, self._provisional):

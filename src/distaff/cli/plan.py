@@ -107,12 +107,15 @@ def child(request: dict[str, Any]) -> dict[str, Any]:
     """
     import jax
 
+    from distaff.execution.allocator import ignore_compilers
+
+    ignore_compilers()
     jax.devices()  # starts JAX with the devices of the environment, before the recipe does
     import distaff
     from distaff.cli.fit import run_recipe
     from distaff.cli.recipes import find
     from distaff.data import first_to_train
-    from distaff.execution.planned import Planned, planning
+    from distaff.mesh.planned import Planned, planning
     from distaff.plan import plan_training
     from distaff.plan.process import mesh_from
 

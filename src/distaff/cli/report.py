@@ -13,7 +13,7 @@ from distaff.core.paths import shown
 from distaff.core.views.amounts import byte_text
 from distaff.errors import ConfigError, DistaffError, RunDirectoryError
 from distaff.report import IMAGE_BYTES
-from distaff.report.summary import find_runs
+from distaff.report.summary import find_runs, is_run
 
 
 def report(
@@ -47,8 +47,8 @@ def _paths(given: Sequence[Path]) -> list[Path]:
     """Returns the directories of the runs at these paths, and below folders."""
     paths: list[Path] = []
     for path in given:
-        is_run = (path / "config.json").is_file() or not path.is_dir()
-        paths += [path] if is_run else [run.path for run in find_runs(path) if not run.archived]
+        is_one = is_run(path) or not path.is_dir()
+        paths += [path] if is_one else [run.path for run in find_runs(path) if not run.archived]
     return list(dict.fromkeys(path.absolute() for path in paths))
 
 

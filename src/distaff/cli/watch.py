@@ -13,7 +13,7 @@ from rich.console import Console
 
 from distaff.core.paths import shown
 from distaff.errors import RunDirectoryError
-from distaff.report.summary import newest_run
+from distaff.report.summary import is_run, newest_run
 
 _LATEST = "latest"
 
@@ -33,7 +33,7 @@ def watch(
     from distaff.report.follow import Follower, printable
 
     path = Path(run)
-    if run == _LATEST or not (path / "config.json").is_file():
+    if run == _LATEST or not is_run(path):
         path = _newest(root if run == _LATEST else path)
     clock = live.Clock()
     try:

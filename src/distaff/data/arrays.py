@@ -47,6 +47,8 @@ class ArrayLoader:
     [[0.0, 1.0], [2.0, 3.0], [4.0]]
     """
 
+    has_one_order = True
+
     def __init__(
         self,
         arrays: PyTree,

@@ -32,8 +32,9 @@ class Loader(Protocol):
     Optional members: `__len__`, the number of batches in an epoch; `num_shapes`, the number of
     distinct shapes of its batches; `peek()`, which returns the next batch without consuming it;
     `abandon()`, after which the next `iter()` begins a new epoch; and `close_made()`, which closes
-    loaders that it made itself, and returns whether there were any. A wrapper has its inner loaders
-    in an attribute: `loader`, or a tuple `loaders`.
+    loaders that it made itself, and returns whether there were any; and `has_one_order`, whether
+    equal loaders in several processes read the same batches in the same order. A wrapper has its
+    inner loaders in an attribute: `loader`, or a tuple `loaders`.
 
     `in_order()` returns a loader for evaluation, or None, and does not move this one. Each
     iteration of it yields every example exactly once, in the order of the data.
@@ -109,6 +110,14 @@ def sources(loader: Any) -> Iterator[Any]:
         return
     for each in inner:
         yield from sources(each)
+
+
+def has_one_order(loader: Any) -> bool:
+    """Whether equal loaders in several processes read the same batches in the same order.
+
+    This is the loader's attribute `has_one_order`, False without it.
+    """
+    return bool(getattr(loader, "has_one_order", False))
 
 
 def close_made(loader: Any) -> bool:

@@ -37,6 +37,7 @@ class FirstEpoch:
 
     def __init__(self, source: Restartable) -> None:
         self._source = source
+        self.has_one_order = bool(getattr(source, "has_one_order", False))
 
     def start(self, epoch: int, batch: int, saved: Any) -> Iterator[Batch]:
         """Returns the batches of the first epoch, or the rest of it."""
@@ -87,6 +88,11 @@ class Positioned:
         self._resumed = False
         while (batch := self._pull()) is not _EPOCH_END:
             yield batch
+
+    @property
+    def has_one_order(self) -> bool:
+        """Whether the source says that equal sources have the same order; see `Loader`."""
+        return bool(getattr(self._source, "has_one_order", False))
 
     def in_order(self) -> Any:
         """Returns a loader for evaluation, or None; see `Loader`."""

@@ -104,6 +104,11 @@ class Stream:
         return type(self)(self._source, length=self._length)
 
     @property
+    def has_one_order(self) -> bool:
+        """Whether the source is a list or tuple of batches; see `Loader`."""
+        return type(self._source) in (list, tuple)
+
+    @property
     def is_read_again(self) -> bool:
         """Whether restoring a position reads the source again, which may yield other batches."""
         is_own = self._in_order is None and type(self._source) not in (list, tuple)

@@ -18,7 +18,8 @@ class ProcessPlace(NamedTuple):
 
     Attributes:
         launcher: what has started the processes, for messages.
-        method: the name of JAX's own detection; "deactivate" if nothing is left to detect.
+        method: the name of JAX's own detection; "deactivate" if nothing is left to detect. JAX's
+            detection of Kubernetes has no name.
         address: host and port of process 0.
         count: number of processes.
         index: index of this process.
@@ -48,7 +49,7 @@ def place_of(environ: Mapping[str, str]) -> ProcessPlace | None:
     if "SLURM_JOB_ID" in environ:
         return _slurm(environ)
     if "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ:
-        return ProcessPlace("Kubernetes", "k8s", index=_number(environ, "JOB_COMPLETION_INDEX"))
+        return ProcessPlace("Kubernetes", index=_number(environ, "JOB_COMPLETION_INDEX"))
     if "JAX_COORDINATOR_ADDRESS" in environ:
         raise ConfigError(
             "JAX_COORDINATOR_ADDRESS is set, but no launcher says which process this is, and of "

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.metadata
-import importlib.util
 import logging
 import os
 import sys
@@ -20,6 +18,8 @@ from typing import Any
 
 import jax
 from jax.extend.core import jaxprs_in_params
+
+from distaff.execution.compilers import ignore_idle, may_use_accelerator
 
 _log = logging.getLogger("distaff")
 
@@ -142,9 +142,16 @@ def on_cpu_alone() -> bool:
     platforms = config.jax_platforms
     if platforms:
         return platforms == "cpu"
-    plugins = importlib.metadata.entry_points(group="jax_plugins")
-    packages = ("jax_plugins", "libtpu")
-    return not plugins and not any(importlib.util.find_spec(name) for name in packages)
+    return not may_use_accelerator()
+
+
+def ignore_compilers() -> None:
+    """Keeps JAX from starting compilers of accelerators that this machine does not have.
+
+    They are installed for `distaff plan`. Does nothing once JAX has started.
+    """
+    if not has_started():
+        ignore_idle()
 
 
 def has_started() -> bool:

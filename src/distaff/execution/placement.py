@@ -11,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 from distaff.core.typing import Batch, PyTree
+from distaff.execution.shards import copied_parts, put, whole
 from distaff.step.state import strongly_typed
 
 Place: TypeAlias = Callable[[PyTree], PyTree]
@@ -23,6 +24,11 @@ class Placement(Protocol):
     @property
     def gathers(self) -> bool:
         """Whether a loader's arrays stay on the device, and programs gather rows from them."""
+        ...
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether some of the devices belong to other processes."""
         ...
 
     def alongside(self, batch: Batch) -> Placement:
@@ -73,6 +79,11 @@ class OneDevice:
         XLA on the CPU gathers row by row, so NumPy gathers there while the device computes.
         """
         return jax.default_backend() != "cpu"
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether some of the devices belong to other processes."""
+        return False
 
     def alongside(self, batch: Batch) -> Placement:
         """Returns this placement, or one that follows a loader's own placement.
@@ -165,6 +176,8 @@ def copies(tree: PyTree) -> PyTree:
             return leaf
         if not isinstance(leaf, jax.Array):
             leaf = jnp.asarray(np.array(leaf, jax.dtypes.canonicalize_dtype(np.result_type(leaf))))
+        if not leaf.is_fully_addressable:
+            return copied_parts(leaf)
         # Unlike `leaf.copy()`, this does not compile a program per shape.
         return jax.device_put(leaf, leaf.sharding if leaf.committed else None, may_alias=False)
 
@@ -194,6 +207,8 @@ def _leaf_like(leaf: Any, example: Any) -> Any:
         return leaf
     if isinstance(leaf, jax.Array) and _is_alongside(leaf, example):
         return leaf
+    if not example.is_fully_addressable:
+        return put(leaf, example.sharding)
     if example.committed:
         return jax.device_put(leaf, example.sharding, may_alias=False)
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -210,8 +225,11 @@ def _is_alongside(leaf: jax.Array, example: jax.Array) -> bool:
 
 
 def to_host(tree: PyTree) -> PyTree:
-    """Converts arrays to NumPy arrays; waits for them."""
-    return jax.tree.map(np.asarray, tree)
+    """Converts arrays to NumPy arrays; waits for them.
+
+    Arrays of which this process holds only some values are gathered: every process must call this.
+    """
+    return jax.tree.map(np.asarray, whole(tree))
 
 
 def unplaced(tree: PyTree) -> PyTree:

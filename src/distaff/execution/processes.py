@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,20 +23,71 @@ MAX_CALLS_BETWEEN = 256
 """Most calls between two exchanges: calls may become slower, for example in an evaluation."""
 
 
-def check_one_process() -> None:
+_ROW_BYTES = 1024
+"""Least size of the messages that processes exchange, so that few programs are compiled."""
+
+
+_PLAIN = "Training without a mesh"
+
+
+def check_one_process(what: str = _PLAIN) -> None:
     """Checks that there is only one process. Starts JAX's backend.
+
+    Args:
+        what: what needs one process, for the error.
 
     Raises:
         ConfigError: `jax.distributed` has joined several processes.
     """
     number = jax.process_count()
     if number > 1:
+        mesh = ' Or pass mesh="dp" or mesh="fsdp" to train one model in all of them.'
         raise ConfigError(
-            f"Training runs in one process; jax.process_count() is {number} (this is process "
-            f"{jax.process_index()}). Each process would train its own model on all of the data. "
-            "Start one process without jax.distributed.initialize(). For independent runs, such "
-            "as one seed per GPU, start each without it and under its own name."
+            f"{what} runs in one process; jax.process_count() is {number} (this is process "
+            f"{jax.process_index()}). Each process would work on all of the data by itself. Start "
+            f"one process without jax.distributed.initialize().{mesh if what == _PLAIN else ''} "
+            "For independent runs, such as one seed per GPU, start each without it and under its "
+            "own name."
         )
+
+
+def check_not_joined(what: str) -> None:
+    """Checks that there is only one process, without starting JAX's backend.
+
+    Raises:
+        ConfigError: `jax.distributed` has joined several processes.
+    """
+    if jax.distributed.is_initialized():
+        check_one_process(what)
+
+
+def is_first() -> bool:
+    """Returns whether this process writes the files of a run, and its lines on the screen."""
+    return jax.process_index() == 0
+
+
+def gathered(value: Any) -> list[Any]:
+    """Returns the value of each process, in all of them. Every process must call this.
+
+    Args:
+        value: strict JSON; another one in each process.
+    """
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.array([len(text)], np.int32))
+    size = _ROW_BYTES
+    while size < lengths.max():
+        size *= 4
+    rows = multihost_utils.process_allgather(
+        np.pad(text, (0, size - len(text)), constant_values=32)
+    )
+    return [json.loads(row.tobytes()) for row in np.asarray(rows)]
+
+
+def told(value: Any) -> Any:
+    """Returns the value of the first process, strict JSON. Every process must call this."""
+    return gathered(value if is_first() else None)[0]
 
 
 def barrier(name: str, timeout: Duration = "10m") -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from distaff.core.config.checks import whole
 from distaff.errors import ConfigError
-from distaff.execution.planned import planned_devices
+from distaff.mesh.planned import planned_devices
 
 AXES = ("data", "pipe", "fsdp", "tensor")
 """The axes of every mesh. An axis that is not used has the size 1."""
@@ -96,13 +96,13 @@ class MeshConfig:
         """Returns the mesh.
 
         Args:
-            devices: the devices; all of this process by default.
+            devices: the devices; by default all devices of all processes.
 
         Raises:
             ConfigError: there are too few devices, or their number does not divide.
         """
         devices = planned_devices() if devices is None else devices
-        devices = jax.local_devices() if devices is None else devices
+        devices = jax.devices() if devices is None else devices
         sizes, count = self.sizes, len(devices)
         fixed = math.prod(size for size in sizes.values() if size != -1)
         if fixed > count or (-1 in sizes.values() and count % fixed):

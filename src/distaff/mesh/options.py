@@ -13,10 +13,10 @@ from distaff.core.config.options import Options, at_least, option, or_none
 from distaff.errors import ConfigError
 from distaff.execution.allocator import has_started
 from distaff.execution.placement import ONE_DEVICE, Placement
-from distaff.execution.planned import is_met
 from distaff.mesh.config import MeshConfig, MeshName, as_mesh, mesh_of
 from distaff.mesh.pins import PinnedModel
 from distaff.mesh.placement import OnMesh
+from distaff.mesh.planned import is_met
 from distaff.models import Model, model_of
 
 
@@ -26,8 +26,8 @@ class MeshOptions(Options):
 
     mesh: Argument[MeshName | MeshConfig | None] = option(
         None,
-        """Devices to train on: None for the first one; "dp" splits each batch over all devices of
-        this process, "fsdp" also splits the parameters and the optimizer's state, "tp" splits
+        """Devices to train on: None for the first one; "dp" splits each batch over all devices
+        of all processes, "fsdp" also splits the parameters and the optimizer's state, "tp" splits
         large products instead of the batch, and "fsdp+tp" does both, with two devices per product.
         A `MeshConfig` sets sizes and rules.""",
         check=as_mesh,
@@ -74,10 +74,10 @@ def simulate(options: MeshOptions) -> None:
         jax.config.update("jax_num_cpu_devices", number)
         # With fewer threads, collectives of simulated devices can wait for each other for ever.
         os.environ.setdefault("NPROC", str(2 * number))
-    elif jax.default_backend() != "cpu" or jax.device_count() < number:
+    elif jax.default_backend() != "cpu" or jax.local_device_count() < number:
         raise ConfigError(
             f"simulate_devices={number} must be set before JAX starts, but JAX has started with "
-            f"{jax.device_count()} {jax.default_backend()} device(s). Create the trainer before "
-            "any JAX array, or call jax.config.update('jax_num_cpu_devices', "
+            f"{jax.local_device_count()} {jax.default_backend()} device(s). Create the trainer "
+            "before any JAX array, or call jax.config.update('jax_num_cpu_devices', "
             f"{number}) at the top of the program."
         )

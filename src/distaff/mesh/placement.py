@@ -16,6 +16,7 @@ from distaff.data.loader import num_examples
 from distaff.errors import ConfigError
 from distaff.execution.feed.chunk import Stacked
 from distaff.execution.placement import OneDevice, Place, Placement
+from distaff.execution.shards import put
 from distaff.mesh.config import BATCH_AXES, MeshConfig
 from distaff.mesh.rules import ShardingRules
 from distaff.step.state import TrainState
@@ -41,6 +42,11 @@ class OnMesh(OneDevice):
         """The mesh, with the axes of `AXES`."""
         return self._mesh
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether some of the devices belong to other processes."""
+        return not self._whole.is_fully_addressable
+
     def alongside(self, batch: Batch) -> Placement:
         """Returns this placement, if the batch divides.
 
@@ -62,7 +68,7 @@ class OnMesh(OneDevice):
 
     def replicated(self, tree: PyTree) -> PyTree:
         """Returns arrays replicated on every device."""
-        return jax.device_put(tree, self._whole)
+        return jax.tree.map(lambda leaf: put(leaf, self._whole), tree)
 
     @property
     def batch(self) -> Place:
@@ -119,7 +125,7 @@ class OnMesh(OneDevice):
             shape = np.shape(leaf)
             divides = len(shape) > axis and not shape[axis] % self._num_parts
             spec = PartitionSpec(*before, BATCH_AXES) if divides else PartitionSpec()
-            return jax.device_put(leaf, NamedSharding(self._mesh, spec))
+            return put(leaf, NamedSharding(self._mesh, spec))
 
         return jax.tree.map(place, source)
 
@@ -132,4 +138,4 @@ def _moved(leaf: Any, sharding: NamedSharding) -> jax.Array:
     is_array = isinstance(leaf, jax.Array) and leaf.committed  # else one device is equivalent
     if is_array and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
         return leaf
-    return jax.device_put(leaf, sharding)
+    return put(leaf, sharding)

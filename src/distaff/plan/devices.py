@@ -11,8 +11,11 @@ import jax
 from jax.experimental import topologies
 
 from distaff.errors import ConfigError, MissingExtraError
+from distaff.execution.compilers import load_idle
 from distaff.plan.gpus import target_config
 from distaff.plan.targets import Target
+
+_CUDA = "jax_plugins.xla_cuda12"
 
 _TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -34,7 +37,8 @@ def devices_of(target: Target) -> list[Any]:
         return _simulated(target)
     try:
         if target.chip.platform == "cuda":
-            _require("jax_cuda12_pjrt", "jax_plugins.xla_cuda12", "plan-gpu")
+            _require("jax_cuda12_pjrt", _CUDA, "plan-gpu")
+            load_idle(_CUDA)
             return list(_gpus(target).devices)
         _require("libtpu", "libtpu", "plan-tpu")
         for name, value in _TPU_ENVIRONMENT.items():

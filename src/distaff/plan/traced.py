@@ -14,10 +14,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from distaff.core.typing import Batch, PyTree
 from distaff.errors import ConfigError, leaf_name
 from distaff.execution.execution import Compiled
-from distaff.execution.planned import Planned, planning
 from distaff.mesh import MeshConfig
 from distaff.mesh.config import BATCH_AXES, mesh_of
 from distaff.mesh.placement import OnMesh
+from distaff.mesh.planned import Planned, planning
 from distaff.plan.result import Parameter
 from distaff.run.display import NullDisplay
 from distaff.step.state import TrainState

@@ -115,9 +115,14 @@ def newest_run(root: Path) -> Path | None:
     return max(_paths(root), key=_last_change, default=None)
 
 
+def is_run(path: Path) -> bool:
+    """Whether this is a run directory, and not that of a population, whose members are runs."""
+    return (path / "config.json").is_file() and not (path / "population.json").is_file()
+
+
 def _paths(root: Path) -> Iterator[Path]:
-    for folder, folders, files in os.walk(root):
-        if "config.json" in files and "population.json" not in files:
+    for folder, folders, _ in os.walk(root):
+        if is_run(Path(folder)):
             folders.clear()
             yield Path(folder)
         folders[:] = sorted(each for each in folders if not each.startswith("."))

@@ -19,6 +19,7 @@ from distaff.execution.dispatch.packed_metrics import MetricLayout
 from distaff.execution.execution import Compiled, Execution
 from distaff.execution.feed.chunk import Chunk, ChunkData, One, pad
 from distaff.execution.placement import to_host
+from distaff.execution.shards import whole
 from distaff.metrics import Metric, PerExample
 from distaff.step.independence import keeps_apart
 from distaff.step.normalise import accumulating, reduced
@@ -164,10 +165,10 @@ def _merge_waiting(
 ) -> dict[str, Metric] | None:
     for num_rows, each in waiting:
         if isinstance(each, _Table):
-            rows = np.asarray(each.rows)[:num_rows]
+            rows = np.asarray(whole(each.rows))[:num_rows]
             fetched = metrics_lib.merge_rows(each.layout.metrics(rows))
         else:
-            fetched = metrics_lib.to_host(each)
+            fetched = metrics_lib.to_host(whole(each))
         total = fetched if total is None else metrics_lib.merge(total, fetched)
     return total
 

@@ -190,12 +190,14 @@ class Run:
             hook(*arguments)
         except StopTraining as stop:
             self.callbacks.stop(stop, self._owner)
+        self.supervisor.agree_on_stop()
 
     def emit(
         self, event: str, metrics: Mapping[str, Any] | None = None, *, is_best: bool = False
     ) -> None:
         """Calls the callbacks of an event."""
         self.recorder.emit(event, self.recorder.info(metrics or {}, is_best))
+        self.supervisor.agree_on_stop()
 
     def begin_epoch(self, epoch: int) -> None:
         """Begins or resumes an epoch."""
@@ -382,8 +384,7 @@ class Run:
         self.checkpointer.settle()
         self.recorder.update(interrupted_by=str(interrupted))
         remedy = "Run the same command again to resume." if self.path else "Nothing was saved."
-        advice = faster_data(self.plan.train_loader)
-        slow = self.recorder.step_times.slow
+        advice, slow = faster_data(self.plan.train_loader), self.recorder.step_times.slow
         for remark in Report(self.timers.read(), advice=advice, slow=slow).remarks():
             self.recorder.show(remark)
         self.recorder.show(f"interrupted by {interrupted} at step {self.workspace.step}. {remedy}")

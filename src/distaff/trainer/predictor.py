@@ -82,6 +82,7 @@ class Predictor:
         if self.config.deterministic:
             ask_backend()
         check_joined()
+        allocator.ignore_compilers()
         simulate(self.config)
         if self.config.tune_process:
             compile_cache.enable()

@@ -17,8 +17,8 @@ from distaff.execution.dispatch.dispatcher import make_dispatcher
 from distaff.execution.dispatch.repetition import RepeatsSteps
 from distaff.execution.dispatch.steps_per_call import Expected
 from distaff.execution.placement import owned
-from distaff.execution.planned import unless_met
 from distaff.loggers.protocol import as_loggers, is_logger
+from distaff.mesh.planned import unless_met
 from distaff.metrics.monitor import as_monitor
 from distaff.models import precision_of, remat_of, without_remat
 from distaff.optim.gradients import check_trainable
@@ -31,6 +31,8 @@ from distaff.run.directory.recording import DirectoryRecording, make_recording
 from distaff.run.evaluation import Evaluator
 from distaff.run.events import Plan
 from distaff.run.identity.identity import Subject
+from distaff.run.processes.recording import FollowingRecording, recording_kind
+from distaff.run.processes.support import quieten
 from distaff.run.run import Run
 from distaff.run.sanity import Sanity, check_monitors, check_plateau, check_ranking
 from distaff.step.averages import averaging, averaging_rest
@@ -77,6 +79,7 @@ class Preparation:
 
     Attributes:
         products: a line on the products of the training step; empty in float32.
+        first_batches: the first batch of each loader, by name, once a run is prepared.
     """
 
     products = ""
@@ -89,6 +92,7 @@ class Preparation:
     def set_up(self, example_batch: Batch, state: TrainState | None = None) -> None:
         """Calls the setup methods in order, but keeps a state that the user has set."""
         num_examples(example_batch)
+        quieten(self._here)
         self._trainer.example_batch = self._here.example_batch = example_batch
         self._here.table = None
         self._trainer.print_tabulate(example_batch)
@@ -183,8 +187,7 @@ class Preparation:
             self.set_up(batch, here.state)
         elif here.recording.path is not None:
             self.make_recording()
-        per_epoch = plan.epoch_length
-        self._per_epoch = per_epoch
+        per_epoch = self._per_epoch = plan.epoch_length
         total = self.total_steps = plan.steps_like(batch)
         run.recorder.updates_per_step = self._init_optimizer(total, batch)
         options = self._options
@@ -259,7 +262,7 @@ class Preparation:
         check_monitors(trainer.monitor, run.callbacks, of_training, of_validation, self._is_own)
         if test_loader is not None:
             sanity.check_evaluation(test_loader, "test")
-        self._first_batches = sanity.first_batches
+        self.first_batches = sanity.first_batches
 
     def _check_forward_passes(self, batch: Batch) -> None:
         """Checks that precision and rematerialization apply to the training step.
@@ -337,7 +340,7 @@ class Preparation:
     def _subject(self, run: Run, total_steps: int | None) -> Subject | None:
         """Returns the source of a run's identity; None for a run that writes nothing."""
         # Reads no data, which could change the position of a loader.
-        plan, here, first = run.plan, self._here, self._first_batches
+        plan, here, first = run.plan, self._here, self.first_batches
         if not isinstance(here.recording, DirectoryRecording):
             return None
         named = {"train": plan.train_loader, **plan.val_loaders}
@@ -377,4 +380,6 @@ def recording_of(trainer: Any, loggers: Any) -> Recording:
     # A trainer that has already trained need not resume anything.
     resume = "auto" if trainer.step and options.resume != "never" else options.resume
     name = options.name or type(trainer).__name__.lower()
-    return make_recording(options, name, loggers, resume=resume)
+    kind = recording_kind(has_mesh=options.mesh is not None)
+    loggers = [] if kind is FollowingRecording else loggers
+    return make_recording(options, name, loggers, resume=resume, kind=kind)

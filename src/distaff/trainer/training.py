@@ -9,8 +9,8 @@ from distaff.data import Loader, closing_made, first_to_train, loader_of, unlimi
 from distaff.data.loader import begin_new_epoch
 from distaff.errors import StateError
 from distaff.execution.determinism import check_backend
-from distaff.execution.planned import meet
-from distaff.execution.processes import check_one_process
+from distaff.execution.processes import check_one_process, is_first
+from distaff.mesh.planned import meet
 from distaff.metrics import as_numbers
 from distaff.metrics.monitor import as_monitor
 from distaff.report.saved import saved_report
@@ -19,6 +19,7 @@ from distaff.run.directory.protocol import recorded
 from distaff.run.display import as_text
 from distaff.run.events import Interrupted, Plan, PlanOptions, as_argument, shortened
 from distaff.run.identity.candidates import Candidate
+from distaff.run.processes.support import check_prepared, check_processes, quieten
 from distaff.run.result import TrainResult
 from distaff.run.run import Run
 from distaff.trainer.preparation import Preparation
@@ -59,6 +60,7 @@ class Training:
             with run.supervisor.listening():
                 preparation = Preparation(self._trainer, self._base)
                 preparation.prepare(run, inputs.test_loader)
+                check_prepared(run, preparation.first_batches)
                 recording, record = here.recording, run.recorder.record
                 subject = preparation.subject
                 done = recording.finished(record, subject, key=key, rerun=rerun)
@@ -66,9 +68,9 @@ class Training:
                     return self._load_finished(run, done, inputs)
                 texts = {} if here.table is None else {"model.txt": as_text(here.table)}
                 with (
-                    saved_report(recording, self._options.save_report),
+                    saved_report(recording, self._options.save_report and is_first()),
                     recorded(recording, record, texts, run.recorder.outcome, subject),
-                    run.recorder.drawing(self._options.save_curves),
+                    run.recorder.drawing(self._options.save_curves and is_first()),
                     run.supervisor.watching(recording.path),
                     run.recovery.explaining(),
                 ):
@@ -110,8 +112,11 @@ class Training:
             trainer._tune_process(first_to_train(plan.train_loader))
         if self._options.deterministic:
             check_backend()
-        check_one_process()
+        if self._options.mesh is None:
+            check_one_process()
+        quieten(here)
         run = self._make_run(plan)
+        check_processes(self._options, run)
         if run.plan.abandons:  # before its next batch identifies the data
             begin_new_epoch(run.plan.train_loader)
         trainer._run = run

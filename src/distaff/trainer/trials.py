@@ -112,6 +112,12 @@ def path_of(trainer: TrainerModule) -> Path | None:
     return trainer._workspace.recording.path
 
 
+def is_interrupted(trainer: TrainerModule) -> bool:
+    """Whether Ctrl-C was pressed during a trainer's last run, even if that has finished since."""
+    run = trainer._run
+    return run is not None and run.supervisor.reason == "Ctrl-C"
+
+
 class PreparedRun(NamedTuple):
     """A run of a copy of a trainer that is prepared and not started.
 

@@ -20,6 +20,7 @@ from distaff.core.warnings import warn
 from distaff.data import as_loader, first_batch, num_batches
 from distaff.errors import ConfigError, MetricError, NonFiniteError, nearest
 from distaff.execution import compile_cache
+from distaff.execution.processes import check_not_joined
 from distaff.metrics.monitor import Monitor, as_monitor
 from distaff.optim import OptimizerLike, build_optimizer, geometry, observed
 from distaff.run.display import make_display
@@ -80,6 +81,7 @@ def compare(
     whole("num_epochs", num_epochs)
     rates = _rates(optimizers, grid)
     _check_seeds(seeds)
+    check_not_joined("tune.compare")
     compile_cache.enable()
     contest = _Contest(make_trainer, make_loaders, num_epochs, as_monitor(monitor))
     total_steps = contest.check_loaders(seeds) * num_epochs

@@ -17,6 +17,7 @@ from distaff.core.config.checks import as_float, whole
 from distaff.core.typing import Batch, PyTree
 from distaff.data import Loader, epoch_of, first_to_train, num_examples
 from distaff.errors import ConfigError, MetricError, NonFiniteError
+from distaff.execution.processes import check_not_joined
 from distaff.metrics.accumulators import WeightedMean
 from distaff.optim import OptimizerConfig, OptimizerLike, build_optimizer, num_updates
 from distaff.optim.build import check_optimizer
@@ -91,6 +92,8 @@ def find_learning_rate(
     """
     rates = _checked(trainer, low, high, num_steps)
     smoothing = _factor(smoothing, num_steps)
+    if trainer.config.mesh is not None:
+        check_not_joined("find_learning_rate on a mesh")
     at_rate = _optimizer_at_rate(trainer, make_optimizer, num_steps)
     with training_batches(trainer, train_loader) as loader:
         batch = first_to_train(loader)

@@ -13,6 +13,7 @@ from distaff.core.config.encoding import diff, override, to_json
 from distaff.core.warnings import warn
 from distaff.errors import ConfigError, NonFiniteError, StateError
 from distaff.execution import compile_cache
+from distaff.execution.processes import check_not_joined
 from distaff.metrics.monitor import Monitor, as_monitor
 from distaff.run.display import make_display
 from distaff.run.identity.ending import ending
@@ -134,6 +135,7 @@ def run_study(
     """
     optuna = optional.load("optuna", extra="tune")
     whole("num_trials", num_trials)
+    check_not_joined("tune.study")
     if callable(space):
         own = _own_of_function(optional.load("studies.methods", extra="tune").probe(space), config)
     else:

@@ -21,7 +21,7 @@ from distaff.run.directory.run_directory import RunDirectory, read_status
 from distaff.run.events import make_plan
 from distaff.trainer import trials
 from distaff.trainer.module import TrainerModule
-from distaff.trainer.trials import as_trial, path_of, watch
+from distaff.trainer.trials import as_trial, is_interrupted, path_of, watch
 from distaff.tune.heart import Heart
 from distaff.tune.search import Suggestion, Trial
 
@@ -212,7 +212,7 @@ def _trained(
     finally:
         if (path := path_of(trainer)) is not None:
             suggestion.note(path=str(path))
-    if result.reason == "Ctrl-C":
+    if is_interrupted(trainer):  # the next start loads a trial that finished nevertheless
         raise KeyboardInterrupt
     if result.reason == "SIGTERM":
         raise SystemExit(143)

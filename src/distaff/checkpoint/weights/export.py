@@ -20,6 +20,7 @@ from distaff.core.files import FILE_MODE
 from distaff.core.paths import as_path
 from distaff.core.typing import PyTree
 from distaff.errors import CheckpointError
+from distaff.execution.shards import whole
 from distaff.models import Variables
 
 
@@ -78,7 +79,7 @@ def export_torch_weights(
         ConfigError: a pattern matches nothing, or PyTorch has no such layer.
     """
     plan = make_plan(variables, modules_of(model, init), rules)
-    arrays = {n: np.asarray(x) for n, x in named(variables).items() if not is_random_key(x)}
+    arrays = {n: np.asarray(whole(x)) for n, x in named(variables).items() if not is_random_key(x)}
     return write_weights(path, tensors_of(arrays, plan, rules), only, {"format": "pt"})
 
 
@@ -93,7 +94,9 @@ def write_weights(
     if target.suffix != SUFFIX:
         raise CheckpointError(f"export_weights writes a file that ends in {SUFFIX}; got {path}.")
     library = optional.load("safetensors", extra="safetensors")
-    arrays = {name: np.asarray(leaves[name]) for name in matching(list(leaves), as_patterns(only))}
+    arrays = {
+        name: np.asarray(whole(leaves[name])) for name in matching(list(leaves), as_patterns(only))
+    }
     if jax.process_index() > 0:
         return target
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")

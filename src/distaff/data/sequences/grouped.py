@@ -66,6 +66,8 @@ class Grouped:
     when the position is restored.
     """
 
+    has_one_order = True
+
     def __init__(self, examples: Examples, order: Order, grouping: Grouping) -> None:
         self._examples, self._order, self._grouping = examples, order, grouping
         self._groups: list[Group] = grouping.empty()

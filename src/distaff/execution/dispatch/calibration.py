@@ -93,7 +93,7 @@ def calibrate(
         choice = None if kept is None else kept._replace(why="remembered")
         if choice is None:
             batch, feed = first_batch(loader, name="train"), feeds.of(loader, name="train")
-            choice = _measure(measurement, _timer(dispatcher, state, feed, batch))
+            choice = _measure(measurement, timer(dispatcher, state, feed, batch))
         if choice.why == "measured":
             entry.write(choice.facts())
     if own is not None:
@@ -109,7 +109,7 @@ def _read(file: Path) -> FusionChoice | None:
     return None
 
 
-def _timer(
+def timer(
     dispatcher: Dispatcher, state: TrainState, feed: Feed, batch: Batch
 ) -> Callable[[ChunkSize], float]:
     """Returns a function that measures the seconds per step of a chunk size."""

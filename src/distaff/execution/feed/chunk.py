@@ -182,6 +182,30 @@ def gather(arrays: PyTree, rows: Sequence[np.ndarray], capacity: int) -> PyTree:
     return jax.tree.map(gather_leaf, arrays)
 
 
+class Rows:
+    """Rows of an array on the host, gathered when a part of them is read.
+
+    With several processes, each then gathers only the rows that its own devices hold.
+
+    Args:
+        array: `[examples, ...]`.
+        index: indices of examples, of any shape.
+
+    Attributes:
+        shape: the shape of `array[index]`.
+        dtype: the dtype of the array.
+    """
+
+    def __init__(self, array: np.ndarray, index: np.ndarray) -> None:
+        self._array, self._index = array, index
+        self.shape, self.dtype = (*index.shape, *array.shape[1:]), array.dtype
+
+    def __getitem__(self, part: tuple[slice, ...]) -> np.ndarray:
+        """Returns a part of the rows, given a slice of each axis."""
+        found = self._array[self._index[part[: self._index.ndim]]]
+        return found[(..., *part[self._index.ndim :])]
+
+
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Returns an empty array, aligned so that JAX on the CPU uses it without a copy."""
     num_bytes = math.prod(shape) * dtype.itemsize

@@ -23,6 +23,7 @@ from distaff.execution.feed.chunk import (
     ChunkSize,
     Gathered,
     One,
+    Rows,
     Stacked,
     gather,
     stack,
@@ -68,7 +69,7 @@ class Feed:
         if type(loader) is ArrayLoader:
             fits = resident and _is_in_memory(loader)
             arrays = placement.resident(loader.arrays) if fits else None
-            self._kind = _RowChunks(loader, placement.batch, arrays)
+            self._kind = _RowChunks(loader, placement, arrays)
         self._prefetch: Prefetch[Chunk] = Prefetch(lock=lock)
         self.handed_out: Mapping[str, Any] | None = None
         self._kept: _Kept | None = None
@@ -261,8 +262,9 @@ class _BatchChunks:
 class _RowChunks:
     """Builds chunks from rows of an array loader, gathered by NumPy or on the device."""
 
-    def __init__(self, loader: ArrayLoader, place: Place | None, on_device: PyTree | None) -> None:
-        self._loader, self._place, self._on_device = loader, place, on_device
+    def __init__(self, loader: ArrayLoader, placement: Placement, on_device: PyTree | None) -> None:
+        self._loader, self._place, self._on_device = loader, placement.batch, on_device
+        self._has_part = placement.is_shared
         self._row_bytes = max(1, _num_bytes(loader.arrays) // loader.num_examples)
 
     def most(self, item: np.ndarray) -> int:
@@ -281,11 +283,21 @@ class _RowChunks:
     def source(self, items: Sequence[np.ndarray], capacity: int) -> ChunkData:
         if self._on_device is not None:
             return Gathered(self._on_device, stack(items, capacity))
+        if self._has_part:
+            return self._parts(items, capacity)
         if capacity == 1:
             source: ChunkData = One(self._loader.gathered(items[0]))
         else:
             source = Stacked(gather(self._loader.arrays, items, capacity))
         return source if self._place is None else self._place(source)
+
+    def _parts(self, items: Sequence[np.ndarray], capacity: int) -> ChunkData:
+        """Returns batches of which this process gathers only its own rows."""
+        assert self._place is not None
+        index = np.stack([*items, *repeat(items[-1], capacity - len(items))])
+        rows = index[0] if capacity == 1 else index
+        batches = jax.tree.map(lambda leaf: Rows(leaf, rows), self._loader.arrays)
+        return self._place(One(batches) if capacity == 1 else Stacked(batches))
 
 
 class _Kept(NamedTuple):

@@ -108,7 +108,12 @@ class DirectoryRecording(Recording):
         resume: as in `TrainerConfig`.
         options: how a resumed run may differ.
         warns: whether a storage error, such as a full disk, is only a warning.
+
+    Attributes:
+        store_kind: the class of its checkpoint stores.
     """
+
+    store_kind: type[CheckpointStore] = CheckpointStore
 
     def __init__(
         self,
@@ -221,9 +226,21 @@ def _keep_every(options: RecordingOptions) -> int | None:
 
 
 def make_recording(
-    options: RecordingOptions, name: str, loggers: Sequence[Logger | str], *, resume: str | int
+    options: RecordingOptions,
+    name: str,
+    loggers: Sequence[Logger | str],
+    *,
+    resume: str | int,
+    kind: type[DirectoryRecording] = DirectoryRecording,
 ) -> Recording:
     """Returns the recording of a run below `root`, or one that writes no files.
+
+    Args:
+        options: the options of the run.
+        name: name of the run.
+        loggers: the user's loggers.
+        resume: as in `TrainerConfig`.
+        kind: the class of a recording in a directory.
 
     Raises:
         ConfigError: the report, or a logger given by name, needs a run directory, but `root` is
@@ -243,7 +260,7 @@ def make_recording(
     if directory is None:
         return NullRecording(outlets)
     make_store = partial(
-        CheckpointStore,
+        kind.store_kind,
         keep_last=options.keep_last,
         keep_best=options.keep_best,
         keep_every=_keep_every(options),
@@ -251,4 +268,4 @@ def make_recording(
     )
     warns = options.on_failed_save == "warn"
     parts = {"make_store": make_store, "resume": resume, "options": options, "warns": warns}
-    return DirectoryRecording(directory, outlets, **parts)
+    return kind(directory, outlets, **parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jax
@@ -16,6 +17,10 @@ from distaff.errors import (
 )
 
 _OF_THE_MACHINE = (OSError, MemoryError, jax.errors.JaxRuntimeError)
+_STATUS = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")
+"""How an error of XLA begins. JAX raises some as `ValueError`, such as "UNKNOWN: Gloo AllGather
+failed" if another process has died."""
+
 _OF_DISTAFF = (
     *(CheckpointError, RunDirectoryError, NonFiniteError),
     *(BarrierError, DataFileError, ReproducibilityError),
@@ -33,5 +38,6 @@ def ending(error: BaseException) -> dict[str, Any]:
         return {"status": "interrupted", **facts}
     if any(cls.__name__ == "TrialPruned" for cls in type(error).__mro__):  # Optuna's
         return {"status": "pruned", **facts}
-    is_cut = isinstance(error, (*_OF_THE_MACHINE, *_OF_DISTAFF))
+    is_of_xla = type(error) is ValueError and _STATUS.match(str(error)) is not None
+    is_cut = is_of_xla or isinstance(error, (*_OF_THE_MACHINE, *_OF_DISTAFF))
     return {"status": "failed", "resumable": is_cut, **facts}

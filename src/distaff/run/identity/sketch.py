@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distaff.execution.shards import whole
+
 _MAX_VALUES = 2**14
 _MAX_FAR_BYTES = 2**26
 _MAX_LEAVES = 4096
@@ -55,7 +57,7 @@ def _samples(leaves: list[Any]) -> list[np.ndarray]:
     )
     if is_far and sum(x.nbytes for x in leaves) > _MAX_FAR_BYTES:
         leaves = jax.jit(lambda many: [_some(x) for x in many])(leaves)
-    return [_some(np.asarray(leaf)) for leaf in leaves]
+    return [_some(np.asarray(whole(leaf))) for leaf in leaves]
 
 
 def _some(leaf: Any) -> Any:

@@ -34,7 +34,7 @@ _SAVE_SIGNAL = getattr(signal, "SIGUSR1", None)
 _SAVE_FILE_SECONDS = 1.0
 """Time between two looks for the file that asks for a checkpoint."""
 
-_SAVE, _MAX_TIME, _CTRL_C, _SIGTERM = 1, 2, 3, 4
+_SAVE, _MAX_TIME, _CTRL_C, _SIGTERM, _STOP = 1, 2, 3, 4, 5
 _CODES: dict[int, int] = {signal.SIGTERM: _SIGTERM, signal.SIGINT: _CTRL_C}
 
 _ENDING: dict[int, bytes] = {
@@ -123,6 +123,8 @@ class Interruption:
     Attributes:
         ending: the reason agreed on last, or None.
         is_save_due: whether all processes have agreed to save the run and continue.
+        is_stop_due: whether all have agreed to stop because of a callback of one of them.
+        is_alone: whether there is only one process.
         due_at: before this time of `clock`, `agreed` returns None and need not be called.
         is_save_requested: whether a signal or a file has requested a checkpoint in this process.
         save_file: path whose appearance requests a checkpoint; the file, or an empty folder, is
@@ -130,6 +132,7 @@ class Interruption:
     """
 
     save_file: Path | None = None
+    is_stop_due = False
 
     def __init__(
         self,
@@ -139,10 +142,10 @@ class Interruption:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         limit = "max_time" if max_time is None else f"max_time={max_time}"
-        self._reasons = (None, None, limit, "Ctrl-C", "SIGTERM")  # by increasing urgency
+        self._reasons = (None, None, limit, "Ctrl-C", "SIGTERM", None)  # by increasing urgency
         self.ending: str | None = None
         self._code = 0
-        self._is_alone = jax.process_count() == 1  # may start the backend: before the timers
+        self.is_alone = jax.process_count() == 1  # may start the backend: before the timers
         self.due_at, self.clock = -math.inf, clock
         self._deadline = clock() + _seconds(max_time, "max_time")
         self._save_seconds = _seconds(save_every, "save_every")
@@ -164,12 +167,15 @@ class Interruption:
             self._code = _MAX_TIME
         return self._reasons[self._code]
 
-    def agreed(self) -> str | None:
+    def agreed(self, *, is_stopped: bool = False) -> str | None:
         """Returns the reason to stop the run, the same in all processes at the same call.
 
         With one process this is `reason`. With several, each must call it equally often and at the
         same points of the run, such as after every chunk of steps. The reason of one process then
         reaches all of them, within seconds if the calls are frequent.
+
+        Args:
+            is_stopped: whether a callback of this process stops the run; see `is_stop_due`.
 
         Returns:
             The reason; None to continue.
@@ -183,8 +189,9 @@ class Interruption:
             if self.reason
             else _SAVE * (self.is_save_requested or now >= self._next_save)
         )
-        agreed = own if self._is_alone else self._agreement(own)
+        agreed = own if self.is_alone else self._agreement(_STOP if is_stopped else own)
         self.is_save_due, self.ending = agreed == _SAVE, self._reasons[agreed]
+        self.is_stop_due = agreed == _STOP
         if self.ending:
             self._code = max(self._code, agreed)
         self._schedule()
@@ -220,7 +227,7 @@ class Interruption:
         """Sets the time at which to ask next."""
         look = math.inf if self.save_file is None else self._next_look
         self.due_at = min(self._deadline, self._next_save, look)
-        if self._code or self.is_save_requested or not self._is_alone:  # last: signals may arrive
+        if self._code or self.is_save_requested or not self.is_alone:  # last: signals may arrive
             self.due_at = -math.inf
 
     def __enter__(self) -> Interruption:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from distaff.callbacks.callbacks import Callbacks
+from distaff.execution.processes import gathered
 from distaff.run.events import Interrupted
 from distaff.run.supervision.interruption import Interruption, SupervisionOptions
 from distaff.run.supervision.watchdog import COMPILING, Watchdog
@@ -54,6 +55,11 @@ class Supervisor:
         """Handles signals inside the block."""
         return self._interruption
 
+    @property
+    def reason(self) -> str | None:
+        """Reason to stop that this process was given last, even if the run has ended since."""
+        return self._interruption.reason
+
     @contextmanager
     def watching(self, directory: Path | None) -> Generator[None]:
         """Watches the progress of the run, and requests for a checkpoint.
@@ -78,13 +84,30 @@ class Supervisor:
 
     def verdict(self) -> Verdict:
         """Returns what to do after a chunk of steps, the same in all processes."""
-        if self._callbacks.stop_reason is not None:
+        interruption, is_stopped = self._interruption, self._callbacks.stop_reason is not None
+        if is_stopped and interruption.is_alone:
             return Verdict.STOP
-        interruption = self._interruption
         if interruption.clock() < interruption.due_at:
             return Verdict.CONTINUE
-        is_due = interruption.agreed() is not None or interruption.is_save_due
+        is_due = interruption.agreed(is_stopped=is_stopped) is not None or interruption.is_save_due
+        if interruption.is_stop_due:
+            self.agree_on_stop()
+            return Verdict.STOP
         return Verdict.SAVE if is_due else Verdict.CONTINUE
+
+    def agree_on_stop(self) -> None:
+        """Stops the run in all processes if a callback of one of them has stopped it.
+
+        With several processes, each calls this after the same events.
+        """
+        callbacks = self._callbacks
+        if self._interruption.is_alone:
+            return
+        found = gathered([callbacks.stop_reason, callbacks.stop_status])
+        for reason, status in found:
+            if reason is not None:
+                callbacks.stop_reason, callbacks.stop_status = reason, status
+                return
 
     def raise_if_interrupted(self) -> None:
         """Stops a run that was just saved, if all processes agreed to stop.

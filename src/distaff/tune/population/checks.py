@@ -1,18 +1,14 @@
-"""Checks what a population of trainers supports, and chooses the form of its training."""
+"""Checks what a population of trainers supports."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import jax
-
 from distaff.callbacks import Callback, EarlyStopping
 from distaff.data import is_on_policy
 from distaff.errors import ConfigError
-from distaff.execution.dispatch.work import work_of
 from distaff.run.events import Plan
 from distaff.trainer.module import TrainerModule
-from distaff.trainer.trials import PreparedRun
 
 _NOT_CALLED = (
     *("train_epoch", "save_model", "load_model", "save_metrics"),
@@ -88,19 +84,3 @@ def check_plan(plan: Plan, owner: str) -> None:
             f"{owner} gives all members the same batches, but the batches of an OnPolicy "
             "loader depend on the state of one trainer. Train one run per seed."
         )
-
-
-def choose_form(prepared: PreparedRun) -> str:
-    """Returns the form that suits a step: "stacked" or "in turn".
-
-    A stacked convolution is several times slower on a CPU.
-    """
-    here = prepared.workspace
-    if here.own_step is not None or prepared.run.dispatcher.checks:
-        return "in turn"
-    if jax.default_backend() != "cpu":
-        return "stacked"
-    example = here.ready_state(), here.example_batch
-    return (
-        "in turn" if work_of(jax.make_jaxpr(here.measured_step)(*example)).convolves else "stacked"
-    )

@@ -23,7 +23,7 @@ from distaff.tune.population.training import PopulationRun
 
 _log = logging.getLogger("distaff")
 
-_FORMS = ("auto", "stacked", "in turn")
+_FORMS = ("auto", "stacked", "in turn", "measured")
 
 
 def multi_seed(
@@ -59,7 +59,8 @@ def multi_seed(
         form: `"stacked"` trains all members in one program, whose results may differ from
             a run alone by float32 rounding. `"in turn"` runs the program of one run for each
             member, bit for bit. `"auto"` chooses `"stacked"`, except on a CPU with convolutions,
-            which are slower there when they are stacked.
+            which are slower there when they are stacked. `"measured"` compiles both, times a few
+            steps of each, and remembers the faster one on this machine.
 
     Returns:
         The members, their statistics, and a table.
@@ -130,7 +131,12 @@ def _trained(
     """Trains the members, group by group."""
     if form not in _FORMS:
         raise ConfigError(f"form must be one of {', '.join(map(repr, _FORMS))}; got {form!r}.")
-    check_one_process()
+    if form == "measured" and trainer.config.deterministic:
+        raise ConfigError(
+            "form='measured' and deterministic=True contradict each other: a choice by the clock "
+            "may round differently next time. Pass form='auto', 'stacked' or 'in turn'."
+        )
+    check_one_process(owner)
     groups = grouped(settings)
     for group in groups:
         check_trainer(settings[group[0]].trainer, owner)
@@ -195,7 +201,9 @@ class _Job(NamedTuple):
         inputs = Inputs(plan, loaders, trainer.config)
         with closing_made(*inputs.made):
             prepared = prepared_run(trainer, plan, inputs.test_loader, recording_of(trainer))
-            run = PopulationRun(prepared, settings, None if self.form == "auto" else self.form)
+            run = PopulationRun(prepared, settings, self.form)
+            if run.remark:
+                self.show(run.remark)
             length = {"num_epochs": plan.length}
             directory = PopulationDirectory(prepared, run, settings, indices, length)
             with directory.opened(self.show):

@@ -6,17 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
-import jax
-
 from distaff.callbacks import EarlyStopping
 from distaff.callbacks.callbacks import Callbacks
 from distaff.core.typing import PyTree
-from distaff.data import num_shapes
 from distaff.errors import ConfigError
-from distaff.execution.dispatch.calibration import calibrate
-from distaff.execution.dispatch.dispatcher import Dispatcher, make_dispatcher
 from distaff.execution.dispatch.packed_metrics import MetricLayout, MetricWindows
-from distaff.execution.dispatch.steps_per_call import Expected, continued
+from distaff.execution.dispatch.steps_per_call import continued
 from distaff.execution.placement import num_devices
 from distaff.run.events import Plan
 from distaff.run.result import Best
@@ -27,50 +22,24 @@ from distaff.step.normalise import StepFn
 from distaff.step.remainder import may_have_rest
 from distaff.step.state import TrainState
 from distaff.trainer.trials import PreparedRun
-from distaff.tune.population.checks import choose_form
+from distaff.tune.population.chosen_form import choose_form, fastest, make_members
 from distaff.tune.population.forms import (
     Members,
-    MembersInTurn,
-    StackedMembers,
     stack,
-    stacked,
     take,
 )
 from distaff.tune.population.member import RunningMember, TrainedMember
 from distaff.tune.population.settings import Setting, TracedOptimizer, state_in
 
 
-def make_members(
+def _made(
     prepared: PreparedRun, states: Sequence[Any], form: str, step: StepFn | None
-) -> tuple[Members, MetricLayout]:
-    """Returns the members of a population in a form, and the layout of a member's metrics.
-
-    Args:
-        prepared: the prepared run of one member.
-        states: the states of the members.
-        form: `"stacked"` or `"in turn"`.
-        step: a step of such a state; None for that of the prepared run.
-    """
-    here, run, config = prepared.workspace, prepared.run, prepared.trainer.config
-    layout, plan, execution = run.dispatcher.layout, run.plan, here.execution
-
-    def dispatcher_of(step: StepFn, state: Any) -> Dispatcher:
-        loader, length = plan.train_loader, plan.epoch_length
-        expected = Expected(length, plan.total_steps, num_shapes(loader))
-        parts = execution, step, (state, here.example_batch), config, expected
-        return make_dispatcher(*parts, watched=False, watch=here.make_watch())
-
-    if form == "in turn":
-        dispatcher = run.dispatcher if step is None else dispatcher_of(step, states[0])
-        members: Members = MembersInTurn(execution, dispatcher, states)
-    else:
-        of_all = stacked(here.measured_step if step is None else step, layout)
-        dispatcher = dispatcher_of(of_all, jax.eval_shape(stack, *states))
-        members = StackedMembers(execution, dispatcher, states)
-    # A choice by the clock needs a state like those that are trained.
-    calibrate(dispatcher, members.example(), here.feeds, plan.train_loader, None, remember=False)
-    here.capacity = dispatcher.forms.capacity
-    return members, layout
+) -> tuple[Members, MetricLayout, str]:
+    """Returns the members, the layout of a member's metrics, and a line on a measured form."""
+    if form == "measured":
+        return fastest(prepared, states, step)
+    form = choose_form(prepared) if form == "auto" else form
+    return *make_members(prepared, states, form, step), ""
 
 
 class PopulationRun:
@@ -79,22 +48,20 @@ class PopulationRun:
     Args:
         prepared: the prepared run of one member.
         settings: the settings of the members, which differ in nothing that is static.
-        form: the form of the members; None to choose it.
+        form: the form of the members, "auto" to choose it by rule, or "measured".
 
     Attributes:
         form: the form of the members.
+        remark: a line on how the form was measured; empty otherwise.
         members: what the members have recorded.
         step: completed steps.
         epoch: completed epochs.
     """
 
-    def __init__(
-        self, prepared: PreparedRun, settings: Sequence[Setting], form: str | None
-    ) -> None:
+    def __init__(self, prepared: PreparedRun, settings: Sequence[Setting], form: str) -> None:
         self._prepared, self._trainer, self._run = prepared, prepared.trainer, prepared.run
         self._here, self._options = prepared.workspace, prepared.trainer.config
         self._check()
-        self.form = form or choose_form(prepared)
         self._settings, self.step, self.epoch = settings, 0, 0
         callbacks = settings[0].trainer.callbacks.callbacks
         followed = Callbacks([x for x in callbacks if isinstance(x, EarlyStopping)])
@@ -112,7 +79,8 @@ class PopulationRun:
             states = [self._traced.carried(*pair) for pair in pairs]
             self._rest, self._averaged = self._traced.rest, self._traced.averaged
             step = self._traced.step()
-        self._states, self._layout = make_members(prepared, states, self.form, step)
+        self._states, self._layout, self.remark = _made(prepared, states, form, step)
+        self.form = self._states.form
         self._stack = self._here.execution.program(lambda *trees: stack(*trees))
         self._take = self._here.execution.program(lambda trees, index: take(trees, index))
         for member in self.members:
