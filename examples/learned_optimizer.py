@@ -54,7 +54,7 @@ def meta_train(images: jax.Array, labels: jax.Array, steps: int) -> tuple[jax.Ar
     def meta_step(carry, key):
         (weights, state), keys = carry, jax.random.split(key, 8)
         noise = sigma * jax.random.normal(key, (8, len(weights)))
-        up, down = (jax.vmap(training)(weights + each, keys) for each in (noise, -noise))
+        up, down = (jax.vmap(training)(weights[None] + each, keys) for each in (noise, -noise))
         updates, state = meta.update((up - down) @ noise / (16 * sigma**2), state)
         return (optax.apply_updates(weights, updates), state), (up + down).mean() / 2
 
