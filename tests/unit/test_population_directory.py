@@ -43,7 +43,7 @@ def noisy(root: Path | None, **options: Any) -> Noisy:
         # Of the seeds 1 to 3, only the first one has more.
         return {"w": jax.random.normal(key, (4,)), "unlucky": jax.random.normal(key) - 0.4}
 
-    stop = EarlyStopping(patience=1, min_delta=0.2)
+    stop = EarlyStopping(patience=2, min_delta=0.35)
     optimizer = OptimizerConfig("adamw", learning_rate=0.02, warmup_steps=1, accumulate=2)
     options = {"optimizer": optimizer, "callbacks": [stop], "ema": 0.5, **options}
     model = init, lambda params, x: x @ params["w"]
