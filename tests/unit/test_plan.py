@@ -414,7 +414,7 @@ print(allocator.on_cpu_alone())
 
 
 @pytest.mark.slow
-@pytest.mark.peer("jax_plugins", "libtpu")
+@pytest.mark.compiler("jax_plugins.xla_cuda12", "libtpu")
 def test_installed_compilers_leave_training_on_the_cpu_as_it_is() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
     command = [sys.executable, "-c", PRINTED]
