@@ -9,9 +9,9 @@
 #   make test-slow
 #
 # The contract tests against the real PyTorch, torchdata, datasets, TensorFlow, Haiku, metrax and
-# trackio, against a local MLflow server, and XLA's compilers for GPUs and TPUs:
+# trackio, and against a local MLflow server:
 #
-#   make test-peers                        makes .venv-test-peers, 6 GB; a skipped test is a failure
+#   make test-peers                        makes .venv-test-peers, 5 GB; a skipped test is a failure
 #
 # Export to ONNX with the real jax2onnx and onnxruntime, which need an environment of their own:
 #
@@ -53,7 +53,7 @@ bin := .venv/bin
 pinned := pyproject.toml $(wildcard constraints/*.txt)
 
 .NOTPARALLEL:
-.PHONY: digits test test-slow test-peers test-onnx lint format clean chaos fuzz soak bench
+.PHONY: digits test test-slow test-peers test-onnx test-plan lint format clean chaos fuzz soak bench
 .PHONY: bench-quick bench-peers bench-many docs tutorials
 
 digits: .venv/.digits
@@ -72,6 +72,10 @@ test-peers: .venv-test-peers/.made
 test-onnx: export DISTAFF_REQUIRE_PEERS := 1
 test-onnx: .venv-test-onnx/.made
 	.venv-test-onnx/bin/pytest tests/contract/test_onnx.py --timeout 1200 $(ARGS)
+
+test-plan: export DISTAFF_REQUIRE_PEERS := 1
+test-plan: .venv-test-plan/.made
+	.venv-test-plan/bin/pytest -m compiler --timeout 1200 $(ARGS)
 
 lint: .venv/.test
 	$(bin)/ruff format --check
@@ -110,7 +114,7 @@ tutorials: .venv/.test
 	@$(bin)/python site/tutorials.py $(ARGS)
 
 clean:
-	rm -rf .venv .venv-peers .venv-docs .site .venv-test-peers .venv-test-onnx .cache .pytest_cache .ruff_cache .hypothesis dist
+	rm -rf .venv .venv-peers .venv-docs .site .venv-test-peers .venv-test-onnx .venv-test-plan .cache .pytest_cache .ruff_cache .hypothesis dist
 	find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # The extra `test` holds the other two, so that neither command installs what the other has installed.
@@ -140,6 +144,13 @@ clean:
 	@$(PYTHON) -m venv --clear $(@D)
 	@$(@D)/bin/python -m pip install -q --disable-pip-version-check -r $< -e '.[export]'
 	@$(@D)/bin/python -m pip install -q --disable-pip-version-check --no-deps jax2onnx==0.17.1
+	@touch $@
+
+.venv-test-plan/.made: $(pinned)
+	@echo "Making $(@D)"
+	@$(PYTHON) -m venv --clear $(@D)
+	@pins=constraints/$$($(@D)/bin/python -c '$(pins_of)').txt; \
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check -c $$pins -e '.[test,plan-gpu,plan-tpu]'
 	@touch $@
 
 define make_peers

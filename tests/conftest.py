@@ -52,10 +52,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips a test against a real package that is not installed."""
-    packages = [name for mark in item.iter_markers("peer") for name in mark.args]
-    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
-        pytest.skip(f"needs {', '.join(missing)}: make test-peers")
+    """Skips a test against a real package, or with a compiler, that is not installed."""
+    for kind, command in (("peer", "test-peers"), ("compiler", "test-plan")):
+        packages = [name for mark in item.iter_markers(kind) for name in mark.args]
+        if missing := [name for name in packages if not _is_installed(name)]:
+            pytest.skip(f"needs {', '.join(missing)}: make {command}")
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # not even the package around it
+        return False
 
 
 @pytest.hookimpl(wrapper=True)

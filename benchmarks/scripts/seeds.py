@@ -39,7 +39,7 @@ def loaders() -> Any:
     return [train, *(data.ArrayLoader(each, BATCH) for each in arrays[1:])]
 
 
-def trainer(root: Path | None, seed: int = 0) -> Any:
+def trainer(root: Path, seed: int = 0) -> Any:
     """Returns a trainer of Distaff."""
     from distaff import OptimizerConfig, tasks, zoo
 
@@ -50,15 +50,15 @@ def trainer(root: Path | None, seed: int = 0) -> Any:
 
 
 def population(num_seeds: int, num_epochs: int, folder: Path) -> list[float]:
-    """All seeds in one program."""
+    """All seeds in one program, with logs and checkpoints."""
     from distaff import tune
 
-    found = tune.multi_seed(trainer(None), *loaders(), seeds=num_seeds, num_epochs=num_epochs)
+    found = tune.multi_seed(trainer(folder), *loaders(), seeds=num_seeds, num_epochs=num_epochs)
     return [member.metrics["test/accuracy"] for member in found.members]
 
 
 def distaff(num_seeds: int, num_epochs: int, folder: Path) -> list[float]:
-    """One run after the other, with log and checkpoints."""
+    """One run after the other, with logs and checkpoints."""
     runs = (
         trainer(folder, seed).train_model(*loaders(), num_epochs=num_epochs)
         for seed in range(num_seeds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
@@ -103,7 +104,7 @@ def terminate() -> None:
 
 
 def refused(train: Any) -> str:
-    """Returns the error of a training that is refused."""
+    """Returns the error of a training that is not possible."""
     try:
         train()
     except distaff.errors.ConfigError as error:
@@ -131,7 +132,7 @@ def show(facts: dict[str, Any]) -> None:
 
 
 def first(rank: int, root: str) -> None:
-    """Trains and evaluates; is refused what is not supported."""
+    """Trains and evaluates; tries what needs one process."""
     parts: set[int] = set()
     gather = chunk.Rows.__getitem__
 
@@ -185,6 +186,7 @@ def third(rank: int, root: str) -> None:
 
 def main() -> None:
     """Runs a part in one of the two processes."""
+    faulthandler.enable()
     rank, address, root, part = sys.argv[1:]
     join(int(rank), address)
     {"first": first, "second": second, "third": third}[part](int(rank), root)

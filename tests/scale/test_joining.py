@@ -8,10 +8,13 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 import distaff.cli
+from distaff import History, MeshConfig
 
 TIMEOUT = 300
 SCRIPT = """
@@ -117,3 +120,48 @@ def test_process_that_waits_in_vain_says_for_what(script, capsys):
     err = capsys.readouterr().err
     assert re.search(r"process 1 of 2 failed first", err)
     assert re.search(r"Process 1 waited 1 s for the others at 127\.0\.0\.1:\d+\. Check", err)
+
+
+TRAIN = """
+import numpy as np
+from distaff import Callback, data, tasks, zoo
+
+def train(**options):
+    random = np.random.default_rng(0)
+    rows = {
+        "image": random.normal(size=(32, 8)).astype(np.float32),
+        "label": random.integers(4, size=32).astype(np.int32),
+    }
+    loader = data.ArrayLoader(rows, 8, shuffle=True)
+    trainer = tasks.Classifier(zoo.MLP((16, 4)), recompile="error", **options)
+    return trainer.train_model(loader, data.ArrayLoader(rows, 8), num_epochs=4)
+"""
+LAUNCHED = """
+import os, pathlib, signal, jax
+
+class Dies(Callback):
+    def on_epoch_end(self, info):
+        if jax.process_index() == 1 and info.epoch == 3 and not pathlib.Path("died").exists():
+            pathlib.Path("died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+train(name="launched", mesh="dp", callbacks=[Dies()])
+"""
+
+
+@pytest.mark.slow
+def test_launched_training_resumes_after_a_kill_with_the_losses_of_one_process(capsys):
+    join = "from distaff.distributed import initialize\ninitialize(heartbeat='60s')\n"
+    Path("script.py").write_text(join + TRAIN + LAUNCHED)
+    words = ("launch", "--processes", "2", "--restarts", "1", "--logs", "logs", "script.py")
+    status = distaff.cli.main(words)
+    out, err = capsys.readouterr()
+    assert status == 0, err
+    assert "process 1 of 2 failed first (killed by SIGKILL)" in err
+    assert "restart 1 of 1" in err
+    assert re.search(r"launched/0001 from its checkpoint of step \d+, epoch \d", out), out
+    namespace: dict[str, Any] = {}
+    exec(TRAIN, namespace)
+    expected = namespace["train"](name="alone", mesh=MeshConfig(2)).history["train/loss"]
+    launched = History.read("runs/launched/0001")["train/loss"]
+    np.testing.assert_allclose(launched, expected, rtol=2e-6)

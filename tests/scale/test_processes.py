@@ -40,6 +40,16 @@ class Pair(NamedTuple):
     errors: list[str]
 
 
+def output(process: subprocess.Popen[str], pair: list[subprocess.Popen[str]]) -> tuple[str, str]:
+    """Returns what a process prints. If it is late, both end with the stacks of their threads."""
+    try:
+        return process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        for each in pair:
+            each.send_signal(signal.SIGABRT)
+        return process.communicate(timeout=SECONDS)
+
+
 def run_pair(root: Path, part: str) -> Pair:
     """Runs a part of the script in two processes."""
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -56,7 +66,7 @@ def run_pair(root: Path, part: str) -> Pair:
         for rank in range(2)
     ]
     try:
-        ends = [process.communicate(timeout=SECONDS) for process in pair]
+        ends = [output(process, pair) for process in pair]
     finally:
         for process in pair:
             process.kill()

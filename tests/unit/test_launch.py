@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -85,6 +86,7 @@ def test_process_that_does_not_end_is_killed_after_the_grace(capsys):
     script = """
 if index == 0:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    print(os.getpid(), flush=True)
     pathlib.Path("ready").touch()
     while True:
         signal.pause()
@@ -96,6 +98,8 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert done.status == 137
     assert "process 1 of 2 failed first (killed by SIGKILL)" in done.err
     assert done.err.endswith("  the last line\n")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(done.out), 0)
 
 
 def test_failed_job_starts_again_at_another_address(capsys):

@@ -406,7 +406,7 @@ ME = f"{__name__}:Options"
         (to_json(Anonymous(activation=NAMELESS[1])), "<lambda>"),
         ({"$class": "os:system", "command": "touch hacked"}, "'os:system'"),
         ({"$class": "builtins:eval"}, "'builtins:eval'"),
-        ({"$class": f"{__name__}:Variables"}, "no module class of that name is imported"),
+        ({"$class": f"{__name__}:Variables"}, "is imported. Import it first; for a command, name"),
         ({"$class": ["a"]}, "no module class"),
         ({"widths": [1]}, "'None'"),
         ("text", "'None'"),

@@ -43,7 +43,7 @@ def noisy(root: Path | None, **options: Any) -> Noisy:
         # Of the seeds 1 to 3, only the first one has more.
         return {"w": jax.random.normal(key, (4,)), "unlucky": jax.random.normal(key) - 0.4}
 
-    stop = EarlyStopping(patience=1, min_delta=0.2)
+    stop = EarlyStopping(patience=2, min_delta=0.35)
     optimizer = OptimizerConfig("adamw", learning_rate=0.02, warmup_steps=1, accumulate=2)
     options = {"optimizer": optimizer, "callbacks": [stop], "ema": 0.5, **options}
     model = init, lambda params, x: x @ params["w"]
@@ -156,6 +156,37 @@ def test_an_interrupted_population_resumes_with_the_same_bits(
     assert position == whole[1]
     assert "resuming" in (folder / "log.txt").read_text()
     assert json.loads((folder / "status.json").read_text())["starts"] == 2
+
+
+@pytest.mark.slow
+def test_groups_resume_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_epoch, trained = training.PopulationRun._train_epoch, list[int]()
+
+    def fit(root: Path | None) -> tuple[Any, Any]:
+        (train, val), vary = loaders(), {"ema": [None, 0.5]}
+        trainer = noisy(root, callbacks=())
+        found = tune.train_population(trainer, train, val, val, vary=vary, seeds=[2], num_epochs=2)
+        return found, train.get_state()
+
+    def counted(self: Any, epoch: int) -> None:
+        trained.append(epoch)
+        if len(trained) == 6:  # the last epoch of the second group
+            raise KeyboardInterrupt
+        train_epoch(self, epoch)
+
+    monkeypatch.setattr("distaff.tune.population.directory._SAVE_SECONDS", 0.0)
+    whole, position = fit(None)
+    trained.extend([1, 2])
+    monkeypatch.setattr(training.PopulationRun, "_train_epoch", counted)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path)
+    found, own_position = fit(tmp_path)
+    assert trained == [1, 2, 1, 2, 1, 2, 2]
+    assert_same(found, whole)
+    assert position == own_position
+    folder = tmp_path / "noisy/population"
+    places = [each.path for each in found.members]
+    assert places == [folder / "0001/members/0000", folder / "0002/members/0001"]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -25,6 +26,8 @@ from distaff import (
 from distaff.core.config.encoding import from_json, to_json
 from distaff.errors import ConfigError
 from distaff.models import Variables, as_model, in_precision
+from distaff.plan.devices import devices_of
+from distaff.plan.targets import target_of
 from distaff.run.diagnosis.products import products, summary
 from distaff.trainer.config import TrainerConfig
 from model_kinds import KINDS
@@ -283,6 +286,29 @@ def test_gradients_on_a_mesh_are_added_up_in_float32(model, batch, loss):
         traced(model, batch, PrecisionConfig(gradient_sums="half"), loss, on_mesh=True),
     ):
         assert set(dtypes_of_results(alone.jaxpr)) == {"bfloat16"}
+
+
+@pytest.mark.slow
+@pytest.mark.compiler("jax_plugins.xla_cuda12")
+@pytest.mark.parametrize(("sums", "dtype"), [("float32", "f32"), ("half", "bf16")])
+def test_gpus_add_up_gradients_in_that_dtype(sums, dtype):
+    mesh = jax.sharding.Mesh(devices_of(target_of("h100:1x8")), "data")
+    placed = functools.partial(jax.NamedSharding, mesh)
+    config = PrecisionConfig("bf16", gradient_sums=sums)
+    model = in_precision(as_model(zoo.MLP((256, 128))), config, on_mesh=True)
+
+    def shape_of(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed(jax.P()))
+
+    def loss(params, x):
+        outputs, _ = model.apply(Variables(params), x, train=False, key=None)
+        return jnp.square(outputs).mean()
+
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.ones((1, 256)))).params
+    x = jax.ShapeDtypeStruct((1024, 256), jnp.float32, sharding=placed(jax.P("data")))
+    program = jax.jit(jax.grad(loss)).lower(jax.tree.map(shape_of, params), x).compile()
+    sizes = re.findall(r"= (\w+)\[(\d+)\]\S* all-reduce-start", program.as_text())
+    assert max(sizes, key=lambda each: int(each[1]))[0] == dtype
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Iterator
 from functools import cache
@@ -441,20 +442,31 @@ def test_interrupted_trial_resumes_from_its_checkpoint():
     assert result.study.trials[1].intermediate_values.keys() == {1, 2}
 
 
+@pytest.fixture
+def exits_at_sigterm() -> Iterator[None]:
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    yield
+    signal.signal(signal.SIGTERM, previous)
+
+
 @pytest.mark.slow
-def test_ctrl_c_at_the_last_step_ends_the_study_and_the_trial_counts():
+@pytest.mark.usefixtures("exits_at_sigterm")
+@pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+)
+def test_signal_at_the_last_step_ends_the_study_and_the_trial_counts(number, error):
     class Pressing(Callback):
         pressed = False
 
         def on_training_end(self, info):
             if not Pressing.pressed:
                 Pressing.pressed = True
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), number)
 
     def go_on() -> Any:
         return search(lambda config: trainer(config, callbacks=[Pressing()]), num_trials=2)
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(error):
         go_on()
     assert runs() == ["0001"]
     assert read(Path("runs/line/0001"), "status.json")["status"] == "finished"

@@ -90,7 +90,7 @@ class Callbacks:
         reason: str,
         error: BaseException | None = None,
     ) -> None:
-        """Calls `on_training_end` once of every callback whose `on_training_start` was called.
+        """Calls `on_training_end` once on every callback whose `on_training_start` was called.
 
         Args:
             info: the state of the run; after an error, its arrays may have been donated.

@@ -32,6 +32,8 @@ class EarlyStopping(Callback):
 
     Raises:
         ConfigError: an argument is out of its range.
+
+    >>> stopping = EarlyStopping("val/loss", patience=10)  # pass callbacks=[stopping] to a trainer
     """
 
     @spelled(STOPPING)

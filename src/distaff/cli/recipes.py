@@ -91,6 +91,11 @@ RECIPES = {
         "Trains a small GPT on Python source, byte by byte.",
         ("plots",),
     ),
+    "learned-optimizer": Recipe(
+        "learned_optimizer.py",
+        "Trains a learned optimizer, then a network with it.",
+        ("digits",),
+    ),
     "linear-probe": Recipe(
         "linear_probe.py",
         "Trains a linear layer on the codes of an autoencoder.",

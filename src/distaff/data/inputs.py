@@ -66,7 +66,7 @@ class InputOptions(Options):
 
 
 def loader_of(data: Any, options: InputOptions, *, name: str) -> Loader:
-    """Returns a loader over arrays, in their order; other data as `as_loader` does.
+    """Returns a loader over arrays, in their order, or what `as_loader` returns for other data.
 
     Args:
         data: a loader, an iterable of batches, arrays (see `whole_arrays`), or a data frame.
@@ -83,7 +83,7 @@ def loader_of(data: Any, options: InputOptions, *, name: str) -> Loader:
 
 
 def training_loader_of(data: Any, options: InputOptions, *, seed: int, epoch: int = 0) -> Loader:
-    """Returns a loader over arrays, shuffled; other data as `as_loader` does.
+    """Returns a shuffled loader over arrays, or what `as_loader` returns for other data.
 
     Args:
         data: a loader, an iterable of batches, arrays (see `whole_arrays`), or a data frame.

@@ -11,14 +11,19 @@ import jax
 
 from distaff.errors import ConfigError
 
+_installed: list[object] = []
+
 
 def leave_on_errors() -> None:
     """Makes an exception that nobody catches end the process at once, after its traceback.
 
     Otherwise the process would wait in JAX's shutdown for the others, which wait for it in a
-    collective: 300 s by default.
+    collective: 300 s by default. `finally` and `with` blocks run first; functions of `atexit` do
+    not. Can be called again.
     """
     previous = sys.excepthook
+    if previous in _installed:
+        return
 
     def leave_after(
         kind: type[BaseException], error: BaseException, traceback: TracebackType | None
@@ -26,6 +31,7 @@ def leave_on_errors() -> None:
         previous(kind, error, traceback)
         leave(status_of(error))
 
+    _installed.append(leave_after)
     sys.excepthook = leave_after
 
 

@@ -16,7 +16,13 @@ from distaff.loggers.protocol import JSON
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One call of `log_metrics`."""
+    """One call of `log_metrics`.
+
+    Attributes:
+        step: completed optimizer updates.
+        epoch: the epoch that the metrics belong to.
+        metrics: values by name.
+    """
 
     step: int
     epoch: int

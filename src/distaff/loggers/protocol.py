@@ -84,7 +84,13 @@ class MediaLogger(Protocol):
         ...
 
     def log_text(self, name: str, text: str, *, step: int) -> None:
-        """Records a text, such as a sample of a language model."""
+        """Records a text, such as a sample of a language model.
+
+        Args:
+            name: such as `val/sample`.
+            text: the text, of any length.
+            step: completed optimizer updates.
+        """
         ...
 
 

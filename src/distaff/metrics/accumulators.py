@@ -317,7 +317,7 @@ Metrics = Mapping[str, Metric]
 
 
 def merge(first: Metrics, second: Metrics) -> dict[str, Metric]:
-    """Merges two dicts of metrics name by name.
+    """Returns the metrics over the examples of two dicts of metrics, name by name.
 
     Raises:
         MetricError: the names differ, or the kinds of one name.
@@ -353,7 +353,7 @@ def merge_rows(metrics: Metrics) -> dict[str, Metric]:
 
 
 def to_host(metrics: Metrics) -> dict[str, Metric]:
-    """Transfers metrics to the host at once, as float64 so that merging stays exact."""
+    """Copies metrics to the host in one transfer, as float64, so that merging stays exact."""
     fetched = jax.device_get(dict(metrics))
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), fetched)
 

@@ -24,7 +24,10 @@ def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_numbers(value: Any) -> Any:
-    """Inverts `as_json`: lists become float64 arrays, strings become NaN or infinity."""
+    """Converts a value back that `as_json` has converted.
+
+    Lists become float64 arrays, and the strings `"nan"`, `"inf"` and `"-inf"` numbers.
+    """
     if isinstance(value, Mapping):
         return {name: as_numbers(each) for name, each in value.items()}
     if isinstance(value, list):

@@ -67,7 +67,7 @@ class _CountTable(_Counts):
     def per_example(
         cls, labels: Any, predictions: Any, *, num_classes: int | None = None, weight: Any = None
     ) -> PerExample:
-        """Counts labels and predictions.
+        """Counts how often each label meets each prediction.
 
         Args:
             labels: int or bool, `[batch]`, or `[batch, ...]` for one label per pixel or token.
@@ -76,6 +76,10 @@ class _CountTable(_Counts):
                 makes the metric NaN, unless its weight is 0.
             weight: numbers or bool, with the leading axes of `labels`; 1 by default. Labels of
                 weight 0 are ignored, whatever their value: `weight=labels != 255`.
+
+        Returns:
+            Values per example. Return them from `loss_fn` among its metrics, by name; outside of a
+            step, `compute()` returns their value.
 
         Raises:
             ConfigError: `num_classes` is missing or less than 2.
@@ -102,10 +106,10 @@ class ConfusionMatrix(_CountTable):
 
 @pytree
 class BalancedAccuracy(_CountTable):
-    """The mean over the classes of the fraction of their examples that are predicted right.
+    """The mean recall of the classes, which counts rare classes as much as frequent ones.
 
-    Classes without examples are left out, as in `sklearn.metrics.balanced_accuracy_score`; it is
-    NaN without examples.
+    Classes without examples are left out, as in `sklearn.metrics.balanced_accuracy_score`. Without
+    any examples it is NaN.
     """
 
     def compute(self) -> Any:
@@ -137,10 +141,10 @@ class _Score(_Counts):
         average: Average = "binary",
         weight: Any = None,
     ) -> PerExample:
-        """Scores predictions.
+        """Compares predicted classes with labels.
 
-        The value equals scikit-learn's with `labels=range(num_classes)` and `zero_division=0`; it
-        is NaN without examples.
+        The value equals that of scikit-learn's function with `labels=range(num_classes)` and
+        `zero_division=0`. Without examples it is NaN.
 
         Args:
             labels: int or bool, `[batch]`, or `[batch, ...]` for one label per pixel or token.
@@ -152,6 +156,10 @@ class _Score(_Counts):
                 examples; `"weighted"`, the mean weighted by examples; None, the scores `[classes]`.
             weight: numbers or bool, with the leading axes of `labels`; 1 by default. Labels of
                 weight 0 are ignored, whatever their value: `weight=labels != 255`.
+
+        Returns:
+            Values per example. Return them from `loss_fn` among its metrics, by name; outside of a
+            step, `compute()` returns their value.
 
         Raises:
             ConfigError: `num_classes` is missing or less than 2, `average` is unknown, or
@@ -193,7 +201,12 @@ class _Score(_Counts):
 
 @pytree
 class Precision(_Score):
-    """The fraction of predictions of a class that are right."""
+    """The fraction of the predictions of a class that are right.
+
+    >>> score = Precision.per_example([0, 1, 1, 1], [1, 1, 1, 0], num_classes=2)
+    >>> round(score.compute(), 4)
+    0.6667
+    """
 
     @staticmethod
     def _fraction(hits: Any, predicted: Any, actual: Any) -> tuple[Any, Any]:
@@ -202,7 +215,7 @@ class Precision(_Score):
 
 @pytree
 class Recall(_Score):
-    """The fraction of examples of a class that are predicted as such."""
+    """The fraction of the examples of a class that are predicted as this class."""
 
     @staticmethod
     def _fraction(hits: Any, predicted: Any, actual: Any) -> tuple[Any, Any]:

@@ -40,6 +40,10 @@ class MAE(WeightedMean):
             weight: numbers or bool, with the leading axes of `targets`; 1 by default. Values of
                 weight 0 are ignored, even NaN.
 
+        Returns:
+            Values per example. Return them from `loss_fn` among its metrics, by name; outside of a
+            step, `compute()` returns their value.
+
         Raises:
             LossError: the shapes differ.
         """
@@ -55,7 +59,21 @@ class RMSE(WeightedMean):
 
     @classmethod
     def per_example(cls, targets: Any, outputs: Any, *, weight: Any = None) -> PerExample:
-        """Compares outputs with targets; see `MAE`."""
+        """Compares outputs with targets.
+
+        Args:
+            targets: numbers `[batch, ...]`.
+            outputs: numbers, with the shape of `targets`.
+            weight: numbers or bool, with the leading axes of `targets`; 1 by default. Values of
+                weight 0 are ignored, even NaN.
+
+        Returns:
+            Values per example. Return them from `loss_fn` among its metrics, by name; outside of a
+            step, `compute()` returns their value.
+
+        Raises:
+            LossError: the shapes differ.
+        """
         targets, outputs = _pair(cls, targets, outputs)
         return mean_over_all(cls, jnp.square(outputs - targets), weight)
 
@@ -67,9 +85,9 @@ class RMSE(WeightedMean):
 class R2(Metric):
     """The coefficient of determination: 1 minus the squared error over the spread of the targets.
 
-    The value equals that of `sklearn.metrics.r2_score`: of several outputs it is the mean; of
-    constant targets 1 if they are met exactly, else 0; and NaN of fewer than two targets. It sums
-    distances from the mean of a batch, so that targets far from 0 lose no digits.
+    The value equals that of `sklearn.metrics.r2_score`. For several outputs it is their mean. For
+    constant targets it is 1 if all outputs are exact, else 0; for fewer than two targets it is NaN.
+    It sums distances from the mean of a batch, so that targets far from 0 lose no digits.
 
     Args:
         count: number of targets with a weight, `[outputs]`, as all other arrays.
@@ -103,6 +121,10 @@ class R2(Metric):
             weight: numbers or bool, with the leading axes of `targets`; 1 by default. Values of
                 weight 0 are ignored, even NaN.
             average: False to return one value per output, `[outputs]`.
+
+        Returns:
+            Values per example. Return them from `loss_fn` among its metrics, by name; outside of a
+            step, `compute()` returns their value.
 
         Raises:
             LossError: the shapes differ.

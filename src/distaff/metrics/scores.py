@@ -202,7 +202,7 @@ class AveragePrecision(_Scores):
 class TopK(WeightedMean):
     """The fraction of examples whose class has one of the `k` highest scores.
 
-    Among equal scores that of the lower class counts as higher, as in `argmax`, so that `k=1` is
+    Of equal scores, that of the lower class counts as the higher one, as in `argmax`. So `k=1` is
     the accuracy.
     """
 
@@ -219,6 +219,10 @@ class TopK(WeightedMean):
             k: number of classes, less than the number of scores.
             weight: numbers or bool, with the leading axes of `labels`; 1 by default. Labels of
                 weight 0 are ignored, whatever their value.
+
+        Returns:
+            Values per example. Return them from `loss_fn` among its metrics, by name; outside of a
+            step, `compute()` returns their value.
 
         Raises:
             ConfigError: `k` is less than 1, or not less than the number of classes.
@@ -272,6 +276,10 @@ class CalibrationError(Metric):
             bins: number of bins.
             weight: numbers or bool, with the leading axes of `labels`; 1 by default. Labels of
                 weight 0 are ignored, whatever their value.
+
+        Returns:
+            Values per example. Return them from `loss_fn` among its metrics, by name; outside of a
+            step, `compute()` returns their value.
 
         Raises:
             ConfigError: `bins` is less than 1.

@@ -76,6 +76,9 @@ def as_model(source: Any) -> Model:
             `(module, state)`, or a function `f(key)` that returns either; a pair `(init, apply)` of
             functions, such as Haiku's; or a `Model`.
 
+    Returns:
+        The model as pure functions; a `Model` is returned unchanged.
+
     Raises:
         ConfigError: it is something else, such as a class whose constructor has other arguments.
         MissingExtraError: a function `f(key)` is passed, and Equinox is not installed.

@@ -49,7 +49,7 @@ class Lora:
         pattern: shell pattern for the paths of kernels, as in parameter groups: `"*/query/kernel"`,
             or `"*weight"` for Equinox. Matching arrays that do not have two axes stay unchanged.
         rank: rank of the updates.
-        alpha: scale of the updates, times `rank`.
+        alpha: scale of the updates: they are multiplied by `alpha / rank`.
 
     Raises:
         ConfigError: an option is out of its range, or the model is a `Lora` itself.

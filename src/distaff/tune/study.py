@@ -221,7 +221,8 @@ def _run(task: Task, config: Any, search: Search, suggestion: Suggestion) -> Tri
     try:
         status, value = trial_lib.run(task, override(config, suggestion.values), suggestion)
     except BaseException as error:
-        search.abandon(suggestion, resumes=ending(error).get("resumable", True))
+        is_cut = not isinstance(error, Exception) or ending(error)["resumable"]
+        search.abandon(suggestion, resumes=is_cut)
         error.add_note(
             f"This was trial {suggestion.number} of a study, with {suggestion.values}. Run the "
             "same program again to resume the study."

@@ -33,7 +33,12 @@ class GaussianRing:
         return (self.radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)).astype(np.float32)
 
     def sample(self, number: int, seed: int | np.random.Generator) -> np.ndarray:
-        """Returns samples of the mixture, float32 `[number, 2]`."""
+        """Returns samples of the mixture, float32 `[number, 2]`.
+
+        Args:
+            number: number of samples.
+            seed: a seed, or a generator, which it advances.
+        """
         random = np.random.default_rng(seed)
         centres = self.centres[random.integers(self.modes, size=number)]
         return (centres + self.sigma * random.normal(size=(number, 2))).astype(np.float32)

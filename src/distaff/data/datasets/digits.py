@@ -24,6 +24,8 @@ def digits(batch_size: int = 64, seed: int = 0) -> tuple[ArrayLoader, ArrayLoade
         "label": int32 [batch] in 0..9}`. Only `train` is shuffled and drops a short last batch.
 
     Raises:
+        BatchError: `batch_size` is larger than the training set.
+        ConfigError: `batch_size` or `seed` is not an integer, or out of range.
         MissingExtraError: scikit-learn is not installed.
     """
     images, labels = optional.load("sklearn", extra="digits").digits()

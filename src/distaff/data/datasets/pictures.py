@@ -77,6 +77,8 @@ def mnist(folder: Folder, batch_size: int = 64, seed: int = 0) -> Loaders:
         "label": int32 [batch] in 0..9}`. Only `train` is shuffled and drops a short last batch.
 
     Raises:
+        BatchError: `batch_size` is larger than the training set.
+        ConfigError: `batch_size` or `seed` is not an integer, or out of range.
         DataFileError: a file is missing, has another format, or does not match the others.
     """
     train_images, train_labels, test_images, test_labels = find(folder, _MNIST)
@@ -103,6 +105,8 @@ def cifar10(folder: Folder, batch_size: int = 64, seed: int = 0) -> Loaders:
         "label": int32 [batch] in 0..9}`. Only `train` is shuffled and drops a short last batch.
 
     Raises:
+        BatchError: `batch_size` is larger than the training set.
+        ConfigError: `batch_size` or `seed` is not an integer, or out of range.
         DataFileError: a file is missing, or has another format. The Python version, which consists
             of pickles, is not read.
     """
@@ -126,6 +130,8 @@ def cifar100(folder: Folder, batch_size: int = 64, seed: int = 0) -> Loaders:
         shuffled and drops a short last batch.
 
     Raises:
+        BatchError: `batch_size` is larger than the training set.
+        ConfigError: `batch_size` or `seed` is not an integer, or out of range.
         DataFileError: see `cifar10`.
     """
     names = ("image", "label", "coarse_label")

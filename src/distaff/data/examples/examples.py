@@ -28,16 +28,17 @@ class Examples(Protocol):
 
     An example is a pytree of arrays and numbers, without a batch axis.
 
-    Data in blocks, which are read whole, also have `starts`, int64 `[blocks + 1]`: the index of the
-    first example of each block, then the number of examples; and `blocks_in_memory`, the number of
-    cached blocks. A shuffled epoch then never needs more blocks at once.
+    Four attributes are optional:
 
-    Two more attributes are optional. `fingerprint`, an int, identifies the data: a position is only
-    restored if it is equal. `read_batch(indices)` returns the stacked examples, faster than
-    stacking them one by one.
+    * `starts`, int64 `[blocks + 1]`, for data in blocks that are read whole: the index of the first
+      example of each block, then the number of examples.
+    * `blocks_in_memory`, the number of blocks that are cached. A shuffled epoch never needs more at
+      once. 1 by default.
+    * `fingerprint`, an int that identifies the data. A position is only restored if it is equal.
+    * `read_batch(indices)`, which returns the stacked examples, faster than one by one.
 
-    All four must be attributes of the object itself: those found by `__getattr__` are ignored, as
-    is a `read_batch` if a subclass overrides only `__getitem__`.
+    They must be attributes of the object itself: those found by `__getattr__` are ignored, as is a
+    `read_batch` if a subclass overrides only `__getitem__`.
     """
 
     def __len__(self) -> int:
@@ -89,7 +90,14 @@ class BlockExamples(ABC):
 
     @abstractmethod
     def read_block(self, block: int) -> Examples:
-        """Reads the examples of a block."""
+        """Reads the examples of a block.
+
+        Args:
+            block: number of the block, from 0.
+
+        Returns:
+            The examples, read by index, in their order.
+        """
 
 
 class MappedExamples:

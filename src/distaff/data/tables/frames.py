@@ -46,14 +46,17 @@ def from_frame(
 ) -> FrameTable:
     """Turns a data frame of pandas or polars into arrays, and keeps the coding of its columns.
 
-    Columns of numbers and bools become one float matrix. Columns of texts, and of pandas' and
-    polars' types of categories, are coded as integers: in the order of the type, or sorted.
+    Columns of numbers and bools become one float matrix. Columns of texts, and of the category
+    types of pandas and polars, become integer codes: in the order of the type, or sorted.
 
     Args:
         frame: a data frame.
         target: the column of the targets; a list of columns of numbers gives `[rows, targets]`.
         columns: the columns of the inputs, in their order; None for all but the target.
         categories: columns to code although they hold integers or bools, such as postal codes.
+
+    Returns:
+        The arrays, to train on, and the coding, to pass to the trainer.
 
     Raises:
         BatchError: a column is unknown, has missing values, or holds neither numbers nor

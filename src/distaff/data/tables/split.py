@@ -84,6 +84,9 @@ def k_fold(
         stratify: the class of each example `[examples]`; see `split`.
         groups: the group of each example `[examples]`; see `split`.
 
+    Returns:
+        An iterator over the pairs `(train, val)`, each part with the structure of `arrays`.
+
     Raises:
         BatchError: the arrays differ in length, or have too few examples, classes or groups.
         ConfigError: `k` or `seed` is out of range.

@@ -57,12 +57,11 @@ class Standardize:
 
     @classmethod
     def fit(cls, train: Any, *, axis: int | Sequence[int] = 0) -> Standardize:
-        """Computes mean and standard deviation of the inputs, in float64, in one pass.
+        """Returns the mean and standard deviation of the inputs, computed in one pass in float64.
 
         Args:
-            train: the training data: arrays such as `(x, y)`, the inputs alone, or a loader, which
-                does not move if it has `in_order`. Nothing else: what is fitted on validation or
-                test data has seen them.
+            train: the training data alone, so that validation and test data stay unseen: arrays
+                such as `(x, y)`, the inputs, or a loader, which does not move if it has `in_order`.
             axis: the axes to average over, of `[examples, ...]`; always with the first. For one
                 mean per channel of images `[examples, height, width, channels]`, `(0, 1, 2)`.
 
@@ -91,7 +90,7 @@ class Standardize:
 
     @classmethod
     def from_sklearn(cls, scaler: Any, *, name: str = "inputs") -> Standardize:
-        """Takes the numbers of a fitted scaler of scikit-learn.
+        """Returns the same scaling as a fitted scaler of scikit-learn.
 
         Args:
             scaler: a `StandardScaler`, `MinMaxScaler`, `MaxAbsScaler` or `RobustScaler`, or a

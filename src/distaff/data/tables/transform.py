@@ -49,7 +49,7 @@ class Transform:
 
     @classmethod
     def from_sklearn(cls, transformer: Any, *, name: str = "inputs") -> Transform:
-        """Takes the numbers of a fitted transformer of scikit-learn.
+        """Returns the same steps as a fitted transformer of scikit-learn.
 
         Args:
             transformer: a `PCA`, `TruncatedSVD`, `PowerTransformer`, `SimpleImputer`, `Normalizer`,

@@ -104,7 +104,7 @@ class Limited:
 
 
 def limited(loader: Loader, num_batches: int | None) -> Loader:
-    """Limits the number of batches in an epoch; None for no limit."""
+    """Returns a loader whose epochs have at most `num_batches` batches; None for no limit."""
     return loader if num_batches is None else Limited(loader, num_batches)
 
 

@@ -30,4 +30,6 @@ def figures(study: optuna.Study) -> dict[str, Any]:
             except (RuntimeError, ValueError):  # such as importances of equal values
                 continue
             found[name] = axes.figure
+            axes.figure.set_size_inches(9, 6)
+            axes.figure.tight_layout()  # else long names are cut off
     return found

@@ -47,7 +47,7 @@ def soap(
     precondition_frequency: int = 10,
     max_preconditioned: int = 10_000,
 ) -> optax.GradientTransformationExtraArgs:
-    """SOAP as an optimizer with decoupled weight decay.
+    """Returns the optimizer SOAP, with decoupled weight decay; see `scale_by_soap`.
 
     Args:
         learning_rate: a number, or a schedule.

@@ -12,10 +12,10 @@ from distaff.core.digest import digest, sample_digest
 from distaff.core.typing import Batch
 from distaff.data import Loader
 from distaff.data.loader import has_one_order, num_batches, sources
+from distaff.distributed.failure import leave_on_errors
 from distaff.errors import ConfigError
 from distaff.execution.processes import check_one_process, gathered, is_first
 from distaff.run.display import make_display
-from distaff.run.processes.failure import leave_on_errors
 from distaff.run.run import Run, RunOptions
 from distaff.run.workspace import Workspace
 
