@@ -23,6 +23,10 @@ def wait_for(name):
     while not pathlib.Path(name).exists():
         time.sleep(0.01)
 
+def rest():  # not signal.pause(): a signal right before it is handled after it
+    for _ in range(30_000):
+        time.sleep(0.01)
+
 """
 TIMEOUT = 120
 
@@ -68,7 +72,7 @@ def end(number, frame):
 if index == 0:
     signal.signal(signal.SIGTERM, end)
     pathlib.Path("ready").touch()
-    signal.pause()
+    rest()
 wait_for("ready")
 raise ValueError("boom")
 """
@@ -88,8 +92,7 @@ if index == 0:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     print(os.getpid(), flush=True)
     pathlib.Path("ready").touch()
-    while True:
-        signal.pause()
+    rest()
 wait_for("ready")
 print("the last line", flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
@@ -115,7 +118,7 @@ if starts == 1 and index == 1:
 if starts == 2 and index == 0:
     sys.exit(124)
 if starts == 2:
-    signal.pause()
+    rest()
 """
     done = launch(capsys, script, "--restarts", "5")
     assert done.status == 0
@@ -139,7 +142,7 @@ def test_only_failures_that_may_pass_start_again(status, starts, capsys):
 if index == 0:
     print("start", flush=True)
     sys.exit({status})
-signal.pause()
+rest()
 """
     done = launch(capsys, script, "--restarts", "1")
     assert (done.status, done.out) == (status, "start\n" * starts)
@@ -196,7 +199,7 @@ def end(number, frame):
 signal.signal(stop, end)
 """
     )
-    launcher = started(script + READY + "while True: signal.pause()\n", "--restarts", "3")
+    launcher = started(script + READY + "rest()\n", "--restarts", "3")
     try:
         launcher.send_signal(signal.SIGUSR1)
         wait_for_both("saved-{}")
@@ -218,7 +221,7 @@ def ignore(number, frame):
 
 signal.signal(signal.SIGTERM, ignore)
 """
-    launcher = started(script + READY + "while True: signal.pause()\n", "--grace", "0.1s")
+    launcher = started(script + READY + "rest()\n", "--grace", "0.1s")
     try:
         for count in range(2):
             launcher.send_signal(signal.SIGTERM)
@@ -240,7 +243,7 @@ def end(number, frame):
 
 signal.signal(signal.SIGTERM, end)
 """
-    launcher = started(script + READY + "while True: signal.pause()\n")
+    launcher = started(script + READY + "rest()\n")
     launcher.kill()
     launcher.communicate()
     wait_for_both("ended-{}")
