@@ -58,9 +58,9 @@ def multi_seed(
         num_epochs: as for `train_model`.
         form: `"stacked"` trains all members in one program, whose results may differ from
             a run alone by float32 rounding. `"in turn"` runs the program of one run for each
-            member, bit for bit. `"auto"` chooses `"stacked"`, except on a CPU with convolutions,
-            which are slower there when they are stacked. `"measured"` compiles both, times a few
-            steps of each, and remembers the faster one on this machine.
+            member, bit for bit. `"auto"` chooses `"stacked"`, except on a CPU with convolutions
+            or fewer than 16 members, which are slower there when they are stacked. `"measured"`
+            compiles both, times a few steps of each, and remembers the faster one on this machine.
 
     Returns:
         The members, their statistics, and a table.

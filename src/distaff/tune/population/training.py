@@ -38,7 +38,7 @@ def _made(
     """Returns the members, the layout of a member's metrics, and a line on a measured form."""
     if form == "measured":
         return fastest(prepared, states, step)
-    form = choose_form(prepared) if form == "auto" else form
+    form = choose_form(prepared, len(states)) if form == "auto" else form
     return *make_members(prepared, states, form, step), ""
 
 
