@@ -150,7 +150,8 @@ clean:
 	@echo "Making $(@D)"
 	@$(PYTHON) -m venv --clear $(@D)
 	@pins=constraints/$$($(@D)/bin/python -c '$(pins_of)').txt; \
-	$(@D)/bin/python -m pip install -q --disable-pip-version-check -c $$pins -e '.[test,plan-gpu,plan-tpu]'
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check -c $$pins -e '.[test,plan-gpu,plan-tpu]' \
+	"jax-cuda12-pjrt==$$(sed -n 's/^jax==//p' $$pins)"
 	@touch $@
 
 define make_peers

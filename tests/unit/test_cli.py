@@ -95,7 +95,8 @@ def test_examples_are_in_the_wheel_where_recipes_are_looked_for():
 def test_recipe_by_name_is_the_example_and_names_a_missing_extra(capsys, monkeypatch):
     recipe = find("text-classification")
     assert Path(inspect.getfile(recipe)) == ROOT / "examples" / "text_classification.py"
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in {each for each in sys.modules if each.startswith("matplotlib.")} | {"matplotlib"}:
+        monkeypatch.setitem(sys.modules, name, None)
     printed = typed(capsys, "fit", "sine-regression")
     assert printed.status == 2
     assert 'pip install "distaff[plots]"' in printed.err

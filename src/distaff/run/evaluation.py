@@ -165,12 +165,16 @@ def _merge_waiting(
 ) -> dict[str, Metric] | None:
     for num_rows, each in waiting:
         if isinstance(each, _Table):
-            rows = np.asarray(whole(each.rows))[:num_rows]
+            rows = np.asarray(_readable(each.rows))[:num_rows]
             fetched = metrics_lib.merge_rows(each.layout.metrics(rows))
         else:
-            fetched = metrics_lib.to_host(whole(each))
+            fetched = metrics_lib.to_host(_readable(each))
         total = fetched if total is None else metrics_lib.merge(total, fetched)
     return total
+
+
+def _readable(tree: PyTree) -> PyTree:
+    return tree if jax.process_count() == 1 else whole(tree)
 
 
 class Padding:
