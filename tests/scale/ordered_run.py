@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 import distaff
-from distaff import MeshConfig, data, zoo
+from distaff import MeshConfig, data, metrics, zoo
 from distaff.execution.feed import chunk
 from distaff.run.processes.support import check_same_batches
 
@@ -41,7 +41,10 @@ class Ordered(distaff.TrainerModule):
         logits = ctx.apply(params, batch["image"])
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         places = jnp.arange(1, len(logits) + 1, dtype=jnp.float32)
-        return loss, {"order": (batch["id"] * places).sum()} if ctx.train else {}
+        if ctx.train:
+            return loss, {"order": (batch["id"] * places).sum()}
+        # A metric whose state is one value per example, on the device of the example.
+        return loss, {"auroc": metrics.AUROC.per_example(batch["label"] == 0, logits[:, 0])}
 
 
 class At(distaff.Callback):

@@ -247,6 +247,8 @@ signal.signal(signal.SIGTERM, end)
     launcher.kill()
     launcher.communicate()
     wait_for_both("ended-{}")
+    assert launcher.returncode == -signal.SIGKILL
+    assert sorted(path.name for path in Path().glob("ended-*")) == ["ended-0", "ended-1"]
 
 
 @pytest.mark.parametrize(
