@@ -67,6 +67,11 @@ RECIPES = {
         "Trains a ResNet on digits, or on the images of MNIST or CIFAR.",
         ("digits", "plots"),
     ),
+    "ensemble": Recipe(
+        "ensemble.py",
+        "Trains 100 small networks at once, each on its own bootstrap sample.",
+        ("plots",),
+    ),
     "finder": Recipe(
         "finder.py",
         "Finds a learning rate and a batch size before a training.",
