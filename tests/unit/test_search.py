@@ -12,6 +12,7 @@ import pytest
 from optuna import pruners, samplers, storages
 
 from distaff.core import optional
+from distaff.errors import ConfigError
 from distaff.integrations import optuna as integration
 from distaff.run.directory.process import this_process
 from distaff.tune import Choice, Float, Int
@@ -145,6 +146,42 @@ def test_default_sampler_draws_by_the_seed():
     one, same, other = (values(play(12, wide, seed=seed)) for seed in (1, 1, 2))
     assert one == same
     assert one != other
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+@pytest.mark.parametrize("ends", ["interrupted", "killed", "between"])
+def test_resumed_search_draws_the_values_of_one_that_was_not_interrupted(sampler, ends):
+    wide = {"x": Float(0, 1), "n": Int(1, 100), "c": Choice("a", "b", "c")}
+
+    def made(storage: Any, seed: int = 3) -> Any:
+        options = {"storage": storage, "sampler": sampler}
+        return integration.OptunaSearch(
+            wide, {"mode": "min"}, first=None, seed=seed, root="runs", options=options
+        )
+
+    def go_on(storage: Any, num_trials: int, seed: int = 3) -> list[dict[str, Any]]:
+        search = made(storage, seed)
+        while (suggestion := search.ask(num_trials)) is not None:
+            value = abs(suggestion.values["x"] - 0.3)
+            suggestion.report(value, 1)
+            search.tell(suggestion, "finished", value)
+        return [trial.values for trial in search.trials()]
+
+    whole = go_on(storages.InMemoryStorage(), 16)  # after ten trials, TPE looks at their results
+    storage = storages.InMemoryStorage()
+    for num_trials in (3, 12):
+        go_on(storage, num_trials)
+        if ends != "between":
+            search = made(storage)
+            suggestion = search.ask(16)
+            search.abandon(suggestion) if ends == "interrupted" else lost(suggestion)
+    assert go_on(storage, 16) == whole
+    assert go_on(storages.InMemoryStorage(), 16, seed=4) != whole
+
+
+def test_unknown_sampler_is_an_error():
+    with pytest.raises(ConfigError, match=r"got 'tpee'\. Did you mean 'tpe'"):
+        play(sampler="tpee")
 
 
 def of_sqlite() -> storages.RDBStorage:
@@ -369,7 +406,7 @@ def test_values_queued_by_two_processes_are_tried_once():
     search._recover()
     search.study.add_trial(search._retry(search.study.trials[0]))
     first, second = search.ask(3), search.ask(3)
-    assert (first.origin, second.origin) == (0, 3)
+    assert (first.origin, second.origin) == (0, 1)
     for suggestion in (first, second):
         search.tell(suggestion, "finished", 1.0)
     assert [trial.number for trial in search.trials()] == [1, 3]

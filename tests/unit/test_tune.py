@@ -282,7 +282,7 @@ REFUSED = {
     "no trials": refused(num_trials=0, complaint="num_trials"),
     "no epochs": refused(num_epochs=0, complaint="num_epochs"),
     "option": refused(sampler=None, prune=None, complaint="option 'prune'.*'pruner'"),
-    "sampler": refused(sampler="tpe", complaint="'sampler' of a study is a BaseSampler; got 'tpe'"),
+    "sampler": refused(sampler="tpee", complaint=r"got 'tpee'\. Did you mean 'tpe'"),
     "pruner": refused(pruner=pruners.NopPruner, complaint="'pruner' of a study is a BasePruner"),
     "name": refused(study_name="", complaint="'study_name' of a study is a str; got ''"),
 }
@@ -442,6 +442,25 @@ def test_interrupted_trial_resumes_from_its_checkpoint():
     assert result.study.trials[1].intermediate_values.keys() == {1, 2}
 
 
+@pytest.mark.slow
+def test_interrupted_study_equals_one_that_was_not():
+    def results(name: str, result: Any) -> list[Any]:
+        records = [lines(trial.path) for trial in result.trials]
+        timeless = [[{n: x for n, x in line.items() if n != "time"} for line in r] for r in records]
+        return [[trial[1:5] for trial in result.trials], timeless, result.best[1:5], result.metrics]
+
+    options = {"num_trials": 6, "space": {**SPACE, "batch_size": Int(2, 8)}}
+    whole = results("whole", search(**options, study_name="whole"))
+    once = Once(3, KeyboardInterrupt())
+    once.get_state, once.set_state = dict, lambda state: None
+    search(**{**options, "num_trials": 3}, study_name="cut")
+    with pytest.raises(KeyboardInterrupt):
+        search(lambda config: trainer(config, callbacks=[once]), **options, study_name="cut")
+    cut = search(lambda config: trainer(config, callbacks=[once]), **options, study_name="cut")
+    assert [trial.number for trial in cut.trials] == [0, 1, 2, 4, 5, 6]
+    assert results("cut", cut) == whole
+
+
 @pytest.fixture
 def exits_at_sigterm() -> Iterator[None]:
     previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
@@ -471,7 +490,7 @@ def test_signal_at_the_last_step_ends_the_study_and_the_trial_counts(number, err
     assert runs() == ["0001"]
     assert read(Path("runs/line/0001"), "status.json")["status"] == "finished"
     result = go_on()
-    assert [trial.seed for trial in result.trials] == [42, 44]
+    assert [trial.seed for trial in result.trials] == [42, 43]
     assert runs() == ["0001", "0002"]
     assert read(Path("runs/line/0001"), "status.json")["starts"] == 1
 

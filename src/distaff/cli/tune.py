@@ -154,7 +154,7 @@ def _study(
             options={
                 "study_name": study_name,
                 "storage": options.storage,
-                "sampler": methods.sampler(options.sampler),
+                "sampler": options.sampler,
                 "pruner": methods.pruner(options.pruner),
             },
             begun=begun,

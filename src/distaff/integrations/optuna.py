@@ -10,18 +10,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
 from optuna.pruners import BasePruner
-from optuna.samplers import BaseSampler, GridSampler, TPESampler
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.samplers import BaseSampler, GridSampler
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from distaff.core import optional
 from distaff.core.config.encoding import diff, to_json
-from distaff.core.files import drop_partial_line
 from distaff.core.paths import as_path
-from distaff.errors import ConfigError, RunDirectoryError
+from distaff.errors import ConfigError
 from distaff.run.directory.process import is_alive, this_process
 from distaff.tune.dimension import Choice, Dimension, Int
 from distaff.tune.search import Trial, checked_options, described, listed
@@ -42,7 +42,7 @@ _STATES = {
 }
 _OPTIONS = {
     "storage": (str, Path, BaseStorage),
-    "sampler": (BaseSampler,),
+    "sampler": (str, BaseSampler),
     "pruner": (BasePruner,),
     "study_name": (str,),
 }
@@ -55,14 +55,15 @@ class OptunaSuggestion:
 
     Args:
         trial: the trial from `Study.ask`.
+        place: its number, if the study had never been interrupted.
         root: the folder of all runs.
     """
 
-    def __init__(self, trial: optuna.Trial, root: str) -> None:
+    def __init__(self, trial: optuna.Trial, place: int, root: str) -> None:
         self.trial, self._root, self.number = trial, root, trial.number
         self.values: dict[str, Any] = {}
         left = trial.user_attrs.get("left")
-        self.origin: int = trial.user_attrs.get("origin", trial.number)
+        self.origin: int = trial.user_attrs.get("origin", place)
         self.left = None if left is None else Path(root) / left
         self.key = f"{trial.study.study_name}/trial-{self.origin}"
         self._reported = set(trial.storage.get_trial(trial._trial_id).intermediate_values)
@@ -100,7 +101,7 @@ class OptunaSearch:
         form: the settings that must be equal for trials to be comparable, as strict JSON; `"mode"`
             is `"min"` or `"max"`.
         first: values of the first trial; None to leave them to the sampler.
-        seed: seed of the default sampler.
+        seed: seed of a sampler that is given by name.
         root: the folder of all runs, and of the default storage.
         options: `storage`, `sampler`, `pruner`, `study_name`, see `distaff.tune.study`.
 
@@ -122,21 +123,25 @@ class OptunaSearch:
         options = checked_options(options, _OPTIONS)
         name = options.get("study_name", "study")
         root = str(as_path(root, "root"))
-        self._space, self._root = space, root
+        self._space, self._root, self._seed = space, root, seed
         direction = "minimize" if form["mode"] == "min" else "maximize"
-        sampler = options.get("sampler")
+        sampler = options.get("sampler", "tpe")
+        methods = optional.load("studies.methods", extra="tune")
+        self._make_sampler = methods.sampler(sampler) if isinstance(sampler, str) else None
+        storages = optional.load("studies.storages", extra="tune")
         study: dict[str, Any] = {
-            "storage": _storage(options.get("storage", Path(root) / f"{name}.journal")),
+            "storage": storages.opened(options.get("storage", Path(root) / f"{name}.journal")),
             "study_name": name,
-            "sampler": sampler or TPESampler(seed=seed),
+            "sampler": sampler if self._make_sampler is None else self._make_sampler(seed),
             "pruner": options.get("pruner"),
         }
         try:
             self.study = optuna.create_study(direction=direction, **study)
         except DuplicatedStudyError:
             self.study = optuna.load_study(**study)
-            # With the same seed, all processes would start with the same draws.
-            self.study.sampler.reseed_rng()
+            if self._make_sampler is None:
+                # With the same seed, all processes would start with the same draws.
+                self.study.sampler.reseed_rng()
         else:
             # A grid cannot have values that are not on it.
             if first is not None and not isinstance(sampler, GridSampler):
@@ -164,9 +169,10 @@ class OptunaSearch:
         self._recover()
         if self._is_exhausted() or len(self._counted()) >= num_trials:
             return None
-        suggestion = OptunaSuggestion(self.study.ask(), self._root)
+        trial = self.study.ask()
+        suggestion = OptunaSuggestion(trial, self._place(trial.number), self._root)
         try:
-            suggestion.note(owner=this_process())
+            suggestion.note(owner=this_process(), origin=suggestion.origin)
             suggestion.beat()
             # If several processes start the last trial at once, all but the first withdraw.
             numbers = [trial.number for trial in self._counted()]
@@ -184,7 +190,11 @@ class OptunaSearch:
         return suggestion
 
     def _fill(self, suggestion: OptunaSuggestion) -> None:
-        """Gives a trial its values."""
+        """Gives a trial its values, which depend on the seed and its place in the study."""
+        if self._make_sampler is not None:
+            seeds = np.random.SeedSequence([self._seed % 2**64, suggestion.origin])
+            # Optuna draws the values as they are suggested, after the trial has its number.
+            self.study.sampler = self._make_sampler(int(seeds.generate_state(1)[0]))
         if callable(self._space):
             found: Any = self._space(suggestion.trial)
             suggestion.values = dict(found)
@@ -225,6 +235,11 @@ class OptunaSearch:
 
     def _find(self, number: int) -> FrozenTrial:
         return self.study.get_trials(deepcopy=False)[number]
+
+    def _place(self, number: int) -> int:
+        """Returns the number of a trial without the earlier ones that repeat others."""
+        earlier = self.study.get_trials(deepcopy=False)[:number]
+        return sum("retry_of" not in trial.user_attrs for trial in earlier)
 
     def _counted(self) -> list[FrozenTrial]:
         """Returns the completed and running trials."""
@@ -298,7 +313,7 @@ class OptunaSearch:
         facts = {
             "attempt": 1 if has_advanced else _num_attempts(trial) + 1,
             "inherited": len(values),
-            "origin": trial.user_attrs.get("origin", trial.number),
+            "origin": trial.user_attrs.get("origin", self._place(trial.number)),
             "retry_of": trial.number,
             "left": path if resumes else None,
         }
@@ -327,44 +342,6 @@ class OptunaSearch:
         if callable(self._space):
             return {n: with_tuples(x) for n, x in trial.user_attrs.get("values", {}).items()}
         return restored(self._space, trial.params)
-
-
-def _storage(storage: str | Path | BaseStorage) -> BaseStorage:
-    if isinstance(storage, BaseStorage):
-        return storage
-    is_url = isinstance(storage, str) and "://" in storage
-    try:
-        return _database(str(storage)) if is_url else _journal(as_path(storage, "storage"))
-    except Exception as error:  # each database has its own exceptions
-        place = str(storage).rpartition("@")[2]  # without a password
-        raise RunDirectoryError(
-            f"The storage of a study must be possible to open; {place!r} cannot: "
-            f"{str(error).splitlines()[0]}. Check the path, or choose another storage."
-        ) from error
-
-
-def _database(url: str) -> BaseStorage:
-    if url.startswith("sqlite:///"):
-        file, mark, options = url.removeprefix("sqlite:///").partition("?")
-        if file.startswith("~"):
-            url = f"sqlite:///{as_path(file, 'storage')}{mark}{options}"
-        as_path(file, "storage").parent.mkdir(parents=True, exist_ok=True)
-    return RDBStorage(url)
-
-
-def _journal(path: Path) -> BaseStorage:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = str(path.absolute())
-    # Optuna's default lock is a link to the journal. If the link dangles, for example because of a
-    # relative path, and its process was killed, the next process would wait forever.
-    lock = JournalFileOpenLock(file)
-    backend = JournalFileBackend(file, lock_obj=lock)
-    lock.acquire()
-    try:
-        drop_partial_line(path)
-    finally:
-        lock.release()
-    return JournalStorage(backend)
 
 
 def _suggest(trial: optuna.Trial, path: str, dimension: Dimension) -> Any:

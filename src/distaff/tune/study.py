@@ -66,8 +66,10 @@ def study(
     To resume a study, call this again with the same storage and name: `num_trials` includes the
     existing trials. A trial that was interrupted or killed resumes from its last checkpoint. The
     values of one that was ended by an error in your code are tried again. After three attempts
-    without progress, a trial counts as failed. Several processes can work on one study. Each takes
-    over the trials of killed ones: at once on the same machine, else after five minutes.
+    without progress, a trial counts as failed. With one process and a sampler by name, an
+    interrupted study gets the values and results of an uninterrupted one: the values of a trial
+    depend on the seed, the number of trials before it, and their results. Several processes can work on one study.
+    Each takes over the trials of killed ones: at once on the same machine, else after five minutes.
 
     Compiled programs are cached on disk for all trials: see
     `distaff.execution.compile_cache.enable`.
@@ -83,12 +85,13 @@ def study(
         num_trials: number of trials of the whole study.
         num_epochs: epochs per trial.
         steps_per_epoch: steps per epoch; required for loaders without a length.
-        **options: options of `optuna.create_study`: `sampler` (defaults to TPE with the trainer's
-            seed; a grid does not try the config's own values, and ends the study when exhausted),
+        **options: options of `optuna.create_study`: `sampler` (`"tpe"`, the default, or `"random"`,
+            with the trainer's seed; or an Optuna sampler: a grid does not try the config's own
+            values, and ends the study when exhausted),
             `pruner` (defaults to the median rule), `study_name` (defaults to `"study"`), and
             `storage`: an Optuna storage, a URL such as `"sqlite:///runs/study.db"`, or the path of
-            a journal file (defaults to `<root>/<study_name>.journal`). A sampler's own seed only
-            has an effect when the study is created.
+            a journal file (defaults to `<root>/<study_name>.journal`). The seed of your own sampler
+            object only has an effect when the study is created.
 
     Returns:
         The best trial, its test metrics, all trials, and Optuna's study.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution
 
+from distaff.errors import ConfigError, nearest
 from distaff.tune.search import Draw
 from distaff.tune.space import SpaceFn
 
@@ -45,9 +46,22 @@ def _accepts(distribution: BaseDistribution, value: Any) -> bool:
         return False
 
 
-def sampler(name: str) -> optuna.samplers.BaseSampler | None:
-    """Returns a sampler by name: "random", or None for the default, "tpe"."""
-    return optuna.samplers.RandomSampler(seed=0) if name == "random" else None
+def sampler(name: str) -> Callable[[int], optuna.samplers.BaseSampler]:
+    """Returns a function that makes a sampler from a seed, by its name: "tpe" or "random".
+
+    Raises:
+        ConfigError: the name is unknown.
+    """
+    kinds: dict[str, Any] = {
+        "tpe": optuna.samplers.TPESampler,
+        "random": optuna.samplers.RandomSampler,
+    }
+    if name not in kinds:
+        raise ConfigError(
+            f"The option 'sampler' of a study is the name of one, or an Optuna sampler; got "
+            f"{name!r}. {nearest(name, kinds)}"
+        )
+    return lambda seed: kinds[name](seed=seed)
 
 
 def pruner(name: str) -> optuna.pruners.BasePruner:
