@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeAlias
 
 import jax
@@ -50,6 +50,14 @@ class Placement(Protocol):
 
     def resident(self, tree: PyTree) -> PyTree:
         """Returns copies of arrays on the device, to be used by many programs."""
+        ...
+
+    def name_axes(self, find: Callable[[], Mapping[str, Any]]) -> None:
+        """Receives what finds the axis names of the parameters, before the first state is created.
+
+        Args:
+            find: returns the names by path of each parameter; creates no arrays.
+        """
         ...
 
     def out_shardings(self, function: Callable[..., PyTree], *args: Any) -> PyTree | None:
@@ -116,6 +124,9 @@ class OneDevice:
         """Returns copies on the device that share no memory with the host's arrays."""
         # `device_put` may alias the memory of a NumPy array, even with `may_alias=False`.
         return jax.tree.map(jnp.array, tree)
+
+    def name_axes(self, find: Callable[[], Mapping[str, Any]]) -> None:
+        """Does nothing: names do not matter on one device."""
 
     def out_shardings(self, function: Callable[..., PyTree], *args: Any) -> PyTree | None:
         """Returns None: arrays are created on the default device."""

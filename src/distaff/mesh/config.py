@@ -26,6 +26,9 @@ MeshName: TypeAlias = Literal["dp", "fsdp", "tp", "fsdp+tp"]
 Spec: TypeAlias = tuple[str | tuple[str, ...] | None, ...]
 """The mesh axes of each axis of an array, as in `jax.sharding.PartitionSpec`."""
 
+AxisRule: TypeAlias = str | tuple[str, ...] | None
+"""The mesh axes of an array axis of some name; None leaves it whole."""
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
@@ -49,6 +52,12 @@ class MeshConfig:
             mesh axis of each array axis, such as `(None, "tensor")`. The first pattern that
             matches decides; `()` replicates. Parameters without a rule are split automatically:
             the last axis over `tensor`, and the largest axis that divides over `fsdp`.
+        axis_rules: the mesh axis of each axis name of the model, such as `{"embed": "fsdp", "mlp":
+            "tensor", "heads": None}`, or pairs; None leaves an axis whole. Names come from
+            `nn.with_logical_partitioning`, `nn.with_partitioning` or `nnx.with_partitioning`.
+            Earlier rules come first: each mesh axis splits one axis of a parameter, and a second
+            rule for a name applies where the first one's mesh axis is in use. `rules` come before
+            names. Empty to ignore names.
         min_size: number of values from which a parameter without a rule is split.
         max_replicated: the largest share of the parameters' bytes that may stay whole on each
             device under `fsdp`. It does not apply to less than 1 MiB.
@@ -56,7 +65,8 @@ class MeshConfig:
             may gather whole activations on every device.
 
     Raises:
-        ConfigError: a value is out of range, or a rule is not a pair of a pattern and axes.
+        ConfigError: a value is out of range, or a rule is not a pair of a pattern, or a name, and
+            axes.
     """
 
     data: int = -1
@@ -65,6 +75,7 @@ class MeshConfig:
     tensor: int = 1
     pipe: int = 1
     rules: tuple[tuple[str, Spec], ...] = ()
+    axis_rules: tuple[tuple[str, AxisRule], ...] = ()
     min_size: int = 1024
     max_replicated: float = 0.05
     pin: bool = True
@@ -85,7 +96,10 @@ class MeshConfig:
                 "max_replicated of a MeshConfig must be a share from 0 to 1; got "
                 f"{self.max_replicated!r}."
             )
-        object.__setattr__(self, "rules", tuple(_rule(each) for each in _items(self.rules)))
+        rules = tuple(_rule(each) for each in _items("rules", self.rules))
+        by_name = tuple(_axis_rule(each) for each in _items("axis_rules", self.axis_rules))
+        object.__setattr__(self, "rules", rules)
+        object.__setattr__(self, "axis_rules", by_name)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -132,15 +146,30 @@ def mesh_of(value: MeshName | MeshConfig) -> MeshConfig:
     return value if isinstance(value, MeshConfig) else _PRESETS[value]
 
 
-def _items(rules: Any) -> Sequence[Any]:
+_EXAMPLES = {
+    "rules": "pairs of a pattern and mesh axes, such as (('*/kernel', (None, 'tensor')),)",
+    "axis_rules": "a dict of axis names and mesh axes, such as {'embed': 'fsdp', 'mlp': 'tensor'}",
+}
+
+
+def _items(name: str, rules: Any) -> Sequence[Any]:
     if isinstance(rules, Mapping):
         return list(rules.items())
     if not isinstance(rules, tuple | list):
-        raise ConfigError(
-            "rules of a MeshConfig must be pairs of a pattern and mesh axes, such as "
-            f"(('*/kernel', (None, 'tensor')),); got {rules!r}."
-        )
+        raise ConfigError(f"{name} of a MeshConfig must be {_EXAMPLES[name]}; got {rules!r}.")
     return rules
+
+
+def _axis_rule(rule: Any) -> tuple[str, AxisRule]:
+    is_pair = isinstance(rule, tuple | list) and len(rule) == 2
+    name, axes = rule if is_pair else (None, None)
+    axes = tuple(axes) if isinstance(axes, list) else axes
+    if not isinstance(name, str) or not isinstance(axes, str | tuple | None):
+        raise ConfigError(
+            f"axis_rules of a MeshConfig must be {_EXAMPLES['axis_rules']}; got {rule!r} in it."
+        )
+    _rule((name, (axes,)))
+    return name, axes
 
 
 def _rule(rule: Any) -> tuple[str, Spec]:

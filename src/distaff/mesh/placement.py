@@ -17,6 +17,7 @@ from distaff.errors import ConfigError
 from distaff.execution.feed.chunk import Stacked
 from distaff.execution.placement import OneDevice, Place, Placement
 from distaff.execution.shards import put
+from distaff.mesh.axis_names import Names
 from distaff.mesh.config import BATCH_AXES, MeshConfig
 from distaff.mesh.rules import ShardingRules
 from distaff.step.state import TrainState
@@ -33,7 +34,7 @@ class OnMesh(OneDevice):
 
     def __init__(self, config: MeshConfig) -> None:
         mesh = config.mesh()
-        self._rules, self._mesh = ShardingRules(config, mesh), mesh
+        self._config, self._rules, self._mesh = config, ShardingRules(config, mesh), mesh
         self._whole = NamedSharding(mesh, PartitionSpec())
         self._num_parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
@@ -78,6 +79,11 @@ class OnMesh(OneDevice):
     def resident(self, tree: PyTree) -> PyTree:
         """Returns batches on the devices that share no memory with the host's arrays."""
         return self._split(jax.tree.map(np.array, tree))
+
+    def name_axes(self, find: Callable[[], Names]) -> None:
+        """Uses the names of the parameters' axes, if there are rules for them."""
+        if self._config.axis_rules:
+            self._rules = ShardingRules(self._config, self._mesh, find())
 
     def out_shardings(self, function: Callable[..., PyTree], *args: Any) -> PyTree:
         """Returns the shardings of a new state, which is then never whole on one device."""

@@ -12,13 +12,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from distaff.core.typing import PyTree
 from distaff.errors import ConfigError, leaf_name
+from distaff.mesh.axis_names import AxisRules, Names
 from distaff.mesh.config import MeshConfig, Spec, axes_of
 
 _SMALL_BYTES = 2**20
 
 
 class ShardingRules:
-    """Decides how arrays are split, by their path and shape.
+    """Decides how arrays are split, by their path, the names of their axes, and their shape.
 
     Optimizers and averages keep arrays under the paths of their parameters. A rule for a parameter
     therefore also holds for an array whose path ends with the parameter's, and an array without a
@@ -27,10 +28,14 @@ class ShardingRules:
     Args:
         config: the rules.
         mesh: the mesh.
+        names: the axis names of the parameters, if the config has rules for them.
     """
 
-    def __init__(self, config: MeshConfig, mesh: jax.sharding.Mesh) -> None:
+    def __init__(
+        self, config: MeshConfig, mesh: jax.sharding.Mesh, names: Names | None = None
+    ) -> None:
         self._config, self.mesh = config, mesh
+        self._by_name = AxisRules(config.axis_rules, names or {})
         self._sizes: Mapping[str, int] = dict(mesh.shape)
 
     def shardings(self, tree: PyTree) -> PyTree:
@@ -52,11 +57,12 @@ class ShardingRules:
         """Checks the rules against the parameters.
 
         Raises:
-            ConfigError: a rule matches no parameter or does not fit one, or more bytes than
-                `max_replicated` stay whole under `fsdp`.
+            ConfigError: a rule matches no parameter or does not fit one, an axis name has no rule,
+                or more bytes than `max_replicated` stay whole under `fsdp`.
         """
         named = jax.tree.leaves_with_path({"params": params})
         leaves = [(leaf_name(path), leaf) for path, leaf in named]
+        self._check_names(leaves)
         for pattern, rule in self._config.rules:
             if not any(_matches(path, pattern) for path, _ in leaves):
                 raise ConfigError(
@@ -64,7 +70,7 @@ class ShardingRules:
                     f"are {', '.join(repr(path) for path, _ in leaves[:8])}."
                 )
             for path, leaf in leaves:
-                misfit = self._misfit(rule, leaf.shape) if self._rule(path) is rule else None
+                misfit = self._misfit(rule, leaf.shape) if self._of_path(path) is rule else None
                 if misfit:
                     raise ConfigError(
                         f"The rule {(pattern, rule)!r} of MeshConfig.rules does not fit {path!r} "
@@ -73,6 +79,19 @@ class ShardingRules:
                     )
         if self._sizes["fsdp"] > 1:
             self._check_replicated(leaves)
+
+    def _check_names(self, leaves: list[tuple[str, Any]]) -> None:
+        named = [(path, leaf) for path, leaf in leaves if self._of_path(path) is None]
+        self._by_name.check(path.removeprefix("params/") for path, _ in named)
+        for path, leaf in named:
+            rule = self._by_name.spec(path)
+            misfit = None if rule is None else self._misfit(rule, leaf.shape)
+            if misfit:
+                raise ConfigError(
+                    f"MeshConfig.axis_rules split {path!r} of shape {tuple(leaf.shape)} as "
+                    f"{rule!r}, which does not fit: {misfit}. Change a rule, or give this "
+                    "parameter one in MeshConfig.rules."
+                )
 
     def _check_replicated(self, leaves: list[tuple[str, Any]]) -> None:
         whole = [(path, leaf) for path, leaf in leaves if not self._is_split(path, leaf.shape)]
@@ -94,6 +113,10 @@ class ShardingRules:
         return any(self._sizes[axis] > 1 for axis in used if axis != "data")
 
     def _rule(self, path: str) -> Spec | None:
+        rule = self._of_path(path)
+        return self._by_name.spec(path) if rule is None else rule
+
+    def _of_path(self, path: str) -> Spec | None:
         for pattern, rule in self._config.rules:
             if _matches(path, pattern):
                 return rule

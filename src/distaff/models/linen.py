@@ -18,6 +18,7 @@ from distaff.models.linen_collections import (
     is_requested,
     join_filters,
     matches,
+    opened,
     state_collections,
     without_added,
 )
@@ -59,7 +60,7 @@ class LinenModel:
         if self._variables is None:
             return None
         held = {name: x for name, x in self._variables.items() if name != "intermediates"}
-        return Variables.of(nn.unbox(held))
+        return Variables.of(opened(held))
 
     @property
     def apply_fn(self) -> Callable[..., Any]:
@@ -82,7 +83,7 @@ class LinenModel:
         """
         if kwargs or isinstance(key, Mapping):
             return self.module.init(key, *inputs, **kwargs)
-        collections = nn.unbox(dict(self._init(key, *inputs)))
+        collections = opened(dict(self._init(key, *inputs)))
 
         def run(collections: Mapping[str, Any], train: bool, mutable: Any) -> Any:
             return self._call(collections, inputs, {}, train, key, mutable)

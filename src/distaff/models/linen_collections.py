@@ -1,19 +1,70 @@
-"""Collections of a Linen module: selects those that are state, and those to return."""
+"""Collections of a Linen module: opens boxes, selects those that are state or to be returned."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, TypeAlias
 
 import jax
-from flax.core import DenyList
+from flax.core import DenyList, meta
 from flax.errors import ModifyScopeVariableError
 
+from distaff.errors import leaf_name
 from distaff.models.observed import statistics_in_evaluation
 
 _ADDRESS = re.compile(r"0x[0-9a-f]+")
 _WHERE = re.compile(r'in "/?([^"]*)" because')
+
+AxisNames: TypeAlias = tuple[str | None, ...]
+"""What a module calls the axes of a parameter; None for an axis without a name."""
+
+_recorded: ContextVar[dict[str, AxisNames | None] | None] = ContextVar("axes", default=None)
+
+
+@contextmanager
+def recording_axis_names() -> Generator[dict[str, AxisNames | None]]:
+    """Returns a context that records the axis names of the parameters that are created in it.
+
+    Its value has a key for the path of each parameter, such as `Dense_0/kernel`, and None for one
+    without names.
+    """
+    found: dict[str, AxisNames | None] = {}
+    token = _recorded.set(found)
+    try:
+        yield found
+    finally:
+        _recorded.reset(token)
+
+
+def record_axis_names(names: Mapping[str, AxisNames | None]) -> None:
+    """Records names, within `recording_axis_names`."""
+    found = _recorded.get()
+    if found is not None:
+        found.update({path: each for path, each in names.items() if each or path not in found})
+
+
+def opened(collections: Any) -> Any:
+    """Returns collections without boxes (`nn.with_partitioning`), whose names are recorded.
+
+    Args:
+        collections: collections by name, or a named tuple of them.
+    """
+    if _recorded.get() is not None:
+        by_name = collections if isinstance(collections, Mapping) else collections._asdict()
+        record_axis_names(_names(by_name.get("params")))
+    return meta.unbox(collections)
+
+
+def _names(params: Any) -> dict[str, AxisNames | None]:
+    leaves = jax.tree.leaves_with_path(params, is_leaf=_is_box)
+    return {leaf_name(path): getattr(box, "names", None) for path, box in leaves}
+
+
+def _is_box(node: Any) -> bool:
+    return isinstance(node, meta.AxisMetadata)
 
 
 def state_collections(collections: Mapping[str, Any], run: Callable[..., Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from distaff.models.adapter import (
 )
 from distaff.models.flags import method_of, mode_flag, parameters
 from distaff.models.layers import Library, OpenModule, Path, trace_layers
-from distaff.models.linen_collections import is_requested
+from distaff.models.linen_collections import AxisNames, is_requested, record_axis_names
 from distaff.models.nnx_modules import Snapshot, set_mode, sown_values, without_sown
 from distaff.models.observed import Observed
 from distaff.models.remat.nnx import rematerialize
@@ -98,7 +98,7 @@ class NnxModel(Adapter):
         """Returns the variables of a ready-made module, or None."""
         if not isinstance(self._source, nnx.Module):
             return None
-        return self._read(nnx.split(self._source)[1])
+        return self._initial(self._source)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -116,7 +116,7 @@ class NnxModel(Adapter):
 
     def init(self, key: Key, *inputs: Any) -> Variables:
         """Creates the variables; ignores the inputs, since NNX modules have fixed shapes."""
-        return self.ready(key) or self._read(nnx.split(self._create(key))[1])
+        return self.ready(key) or self._initial(self._create(key))
 
     @accepts_collections
     def apply(
@@ -180,7 +180,8 @@ class NnxModel(Adapter):
 
     def _create(self, key: Key) -> nnx.Module:
         source: Any = self._source
-        module = source(rngs=nnx.Rngs(key))
+        with nnx.use_eager_sharding(False):  # else names of axes require a mesh of Flax
+            module = source(rngs=nnx.Rngs(key))
         if not isinstance(module, nnx.Module):
             raise ConfigError(
                 "A model given as a function f(rngs) must return a flax.nnx.Module; "
@@ -197,6 +198,11 @@ class NnxModel(Adapter):
             for path, leaf in nnx.to_flat_state(state)
         ]
         return _NnxParts(graph, state, tuple(slots))
+
+    def _initial(self, module: nnx.Module) -> Variables:
+        slots = [slot for slot in self._parts.slots if slot.collection == "params"]
+        record_axis_names({"/".join(slot.names): _axis_names(slot.leaf) for slot in slots})
+        return self._read(nnx.split(module)[1])
 
     def _read(self, state: Any) -> Variables:
         leaves = dict(nnx.to_flat_state(state))
@@ -267,6 +273,12 @@ def _collection(leaf: Any) -> str | None:
 def _split(module: Any) -> tuple[Any, Callable[[Any], Any]]:
     graph, state = nnx.split(module)
     return state, lambda state: nnx.merge(graph, state)
+
+
+def _axis_names(leaf: nnx.Variable) -> AxisNames | None:
+    """Returns the names that `nnx.with_partitioning` gave to the axes of a parameter."""
+    found = leaf.get_metadata("out_sharding", None)
+    return tuple(found) if found else None
 
 
 def _value(leaf: Any) -> Any:

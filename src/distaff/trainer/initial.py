@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict, unfreeze
 
+from distaff.core.seeds import folded
 from distaff.core.typing import Batch, Key
 from distaff.errors import ConfigError, StateError
 from distaff.mesh import pinned
@@ -21,8 +22,11 @@ from distaff.models import (
     in_precision,
     rematerialized,
     standardized,
+    stored,
 )
 from distaff.models.layers import layer_rows
+from distaff.models.linen_collections import opened, recording_axis_names
+from distaff.step.state import TrainState
 
 
 def normalized(variables: Any) -> Variables:
@@ -45,7 +49,7 @@ def normalized(variables: Any) -> Variables:
             f"of module.init, {{'params': ...}}; got {type(variables).__name__}."
         )
     thawed = Variables(*(unfreeze(x) if isinstance(x, FrozenDict) else x for x in variables))
-    return jax.tree.map(_canonical, nn.unbox(thawed))
+    return jax.tree.map(_canonical, opened(thawed))
 
 
 def _canonical(leaf: Any) -> Any:
@@ -66,6 +70,42 @@ def on_host(function: Callable[..., Any], traced: Callable[..., Any], *args: Any
         return traced(*args)
     except jax.errors.JAXTypeError:
         return function(*args)
+
+
+def initial_state(trainer: Any, batch: Batch) -> TrainState:
+    """Creates the initial state of a trainer on its devices, without an optimizer.
+
+    Raises:
+        ConfigError: the parameters do not fit the devices.
+    """
+    config, execution = trainer.config, trainer._workspace.execution
+    name_axes(trainer, batch)
+    init_key, root_key = execution.once(_two_keys)(folded(config.seed))
+    variables = trainer._initial(batch, init_key)
+    variables = variables._replace(params=stored(variables.params, config.precision))
+    apply_fn = trained_model(trainer.model, config).apply_fn
+    state = trainer.state_class.create(apply_fn=apply_fn, rng=root_key, **variables._asdict())
+    execution.placement.check(state.params)
+    return execution.placement.state(state)
+
+
+def _two_keys(seed: Any) -> tuple[Key, Key]:
+    first, second = jax.random.split(jax.random.key(seed))
+    return first, second
+
+
+def name_axes(trainer: Any, batch: Batch) -> None:
+    """Gives the placement of a trainer what finds the axis names of the model's parameters."""
+
+    def init(key: Key, batch: Batch) -> Any:
+        return trainer._initial(batch, key)
+
+    def find() -> dict[str, Any]:
+        with recording_axis_names() as names:
+            on_host(init, partial(jax.eval_shape, init), jax.random.key(0), batch)
+        return names
+
+    trainer._workspace.execution.placement.name_axes(find)
 
 
 def rows_of(variables: Variables, kind: str) -> list[LayerRow]:

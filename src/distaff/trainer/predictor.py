@@ -19,7 +19,6 @@ from distaff.checkpoint.weights import (
 )
 from distaff.checkpoint.weights.names import as_variables
 from distaff.core.config.options import with_options
-from distaff.core.seeds import folded
 from distaff.core.typing import Batch, Key, Params, PyTree
 from distaff.core.views import html
 from distaff.core.views.brief import brief, fields_table, num_values
@@ -29,12 +28,7 @@ from distaff.distributed.joining import check_joined
 from distaff.execution import allocator, compile_cache
 from distaff.execution.determinism import ask_backend
 from distaff.mesh import simulate
-from distaff.models import (
-    LoraModel,
-    Variables,
-    as_model,
-    stored,
-)
+from distaff.models import LoraModel, Variables, as_model
 from distaff.models.standardized import initial_inputs
 from distaff.run.display import as_text, make_display
 from distaff.run.display.model_table import model_table
@@ -44,7 +38,7 @@ from distaff.step.context import Context
 from distaff.step.state import TrainState
 from distaff.trainer.config import TrainerConfig, make_config
 from distaff.trainer.constructor import call_of, rebuild_trainer, recorded_options
-from distaff.trainer.initial import normalized, on_host, rows_of, traced_init, trained_model
+from distaff.trainer.initial import initial_state, normalized, on_host, rows_of, traced_init
 from distaff.trainer.loading import explained, load, restore
 
 T = TypeVar("T")
@@ -170,14 +164,7 @@ class Predictor:
 
     def init_model(self, example_batch: Batch) -> None:
         """Creates the initial state: the variables and the root key, without an optimizer."""
-        init_key, root_key = self._workspace.execution.once(_two_keys)(folded(self.config.seed))
-        variables = self._initial(example_batch, init_key)
-        variables = variables._replace(params=stored(variables.params, self.config.precision))
-        apply_fn = trained_model(self.model, self.config).apply_fn
-        state = self.state_class.create(apply_fn=apply_fn, rng=root_key, **variables._asdict())
-        placement = self._workspace.execution.placement
-        placement.check(state.params)
-        self.state = placement.state(state)
+        self.state = initial_state(self, example_batch)
 
     def _initial(self, example_batch: Batch, key: Key) -> Variables:
         return normalized(self.run_model_init(example_batch, key))
@@ -393,8 +380,3 @@ class Predictor:
         with feeds.one_pass(self._workspace.loader(loader, name), name) as view:
             total, batches = num_batches(view), feeds.batches(view, name)
             yield from self.tracker(batches, description=name, total=total)
-
-
-def _two_keys(seed: Any) -> tuple[Key, Key]:
-    first, second = jax.random.split(jax.random.key(seed))
-    return first, second

@@ -43,7 +43,7 @@ from distaff.step.normalise import measured
 from distaff.step.norms import check_norms
 from distaff.step.state import TrainState
 from distaff.trainer.constructor import constructed
-from distaff.trainer.initial import traced_init
+from distaff.trainer.initial import name_axes, traced_init
 from distaff.trainer.overrides import check_averaging
 
 
@@ -118,6 +118,8 @@ class Preparation:
         if state is None:
             self._trainer.init_model(example_batch)
             self.load_init_from()
+        else:
+            name_axes(self._trainer, example_batch)
 
     def _take_programs(self) -> None:
         trainer, here = self._trainer, self._here
@@ -212,9 +214,8 @@ class Preparation:
 
     def _step_checks(self, run: Run) -> list[RepeatsSteps]:
         """Returns what decides which steps to repeat: the trainer's option, and callbacks."""
-        deterministic = self._options.deterministic
-        first = [FirstSteps(deterministic)] if deterministic else []
-        return [*first, *run.callbacks.step_checks]
+        found = self._options.deterministic
+        return [*([FirstSteps(found)] if found else []), *run.callbacks.step_checks]
 
     def _check_averages(self, plan: Plan) -> None:
         """Checks that the averages of the weights can be made and validated.
@@ -279,8 +280,7 @@ class Preparation:
             check_recomputed(here.plain_step, state, batch, remat_of(self._options.remat))
 
     def _is_own(self, *names: str) -> bool:
-        kind = type(self._trainer)
-        return any(getattr(kind, name) is not getattr(self._base, name) for name in names)
+        return any(getattr(type(self._trainer), x) is not getattr(self._base, x) for x in names)
 
     def _init_optimizer(self, total_steps: int | None, batch: Batch) -> int:
         """Initializes the optimizer, and returns the number of updates per step."""
