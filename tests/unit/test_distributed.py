@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
+import types
 from typing import Any
 
 import jax
@@ -189,6 +191,60 @@ def test_variables_that_cannot_be_right_are_an_error(environ, message, joined, m
     with pytest.raises(ConfigError, match=message):
         distributed.initialize()
     assert joined == {}
+
+
+class FakeRay:
+    """The parts of Ray Train that a worker asks."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, count: int, index: int) -> None:
+        self.sent: list[str | None] = []
+        self.count, self.index = count, index
+        names = ("ray", "ray.train", "ray.train.collective", "ray.util")
+        ray, train, collective, util = (types.ModuleType(name) for name in names)
+        vars(ray)["train"], vars(train)["get_context"] = train, lambda: self
+        vars(collective)["broadcast_from_rank_zero"] = self.broadcast
+        vars(util)["get_node_ip_address"] = lambda: "10.0.0.7"
+        for module in (ray, train, collective, util):
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.delitem(sys.modules, "distaff.integrations.ray", raising=False)
+
+    def get_world_size(self) -> int:
+        if not self.count:
+            raise RuntimeError("not in a worker")
+        return self.count
+
+    def get_world_rank(self) -> int:
+        return self.index
+
+    def broadcast(self, address: str | None) -> str:
+        self.sent.append(address)
+        return address or "10.0.0.7:4321"
+
+
+def test_workers_of_ray_join_at_an_address_of_the_first(joined, monkeypatch, capsys):
+    use(monkeypatch, SLURM)  # on which the cluster of Ray may run
+    ray = FakeRay(monkeypatch, count=2, index=1)
+    distributed.initialize()
+    assert ray.sent == [None]
+    names = ("coordinator_address", "num_processes", "process_id", "local_device_ids")
+    assert [joined[name] for name in names] == ["10.0.0.7:4321", 2, 1, list(range(8))]
+
+    ray = FakeRay(monkeypatch, count=2, index=0)
+    distributed.initialize()
+    assert joined["coordinator_address"] == ray.sent[0]
+    assert re.fullmatch(r"10\.0\.0\.7:\d+", joined["coordinator_address"])
+    assert "process 0 of 2" in capsys.readouterr().err
+
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    distributed.initialize()  # as JaxTrainer has done for workers with GPUs
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_program_that_only_imports_ray_joins_nobody(count, joined, monkeypatch, capsys):
+    FakeRay(monkeypatch, count=count, index=0)
+    distributed.initialize()
+    assert not joined
+    assert "one process" in capsys.readouterr().err
 
 
 def test_what_jax_cannot_detect_is_an_error_with_a_remedy(joined, monkeypatch, capsys):

@@ -13,11 +13,12 @@ from typing import Any
 
 import jax
 
+from distaff.core import optional
 from distaff.core.config.durations import Duration, seconds_of
 from distaff.core.launched import COUNT, HEARTBEAT, INDEX, START_TIMEOUT
 from distaff.distributed.failure import leave_on_errors
 from distaff.distributed.gpus import gpus_of, idle_gpus, visible_gpus
-from distaff.distributed.launchers import LAUNCHER, ProcessPlace, checked, place_of
+from distaff.distributed.launchers import LAUNCHER, RAY, ProcessPlace, checked, place_of
 from distaff.errors import ConfigError
 from distaff.execution.allocator import has_started, on_cpu_alone
 
@@ -36,8 +37,8 @@ def initialize(
     """Makes this process one of several that train together, through `jax.distributed`.
 
     Call it first in the program, before anything that starts JAX, in every process. It needs no
-    arguments under `distaff launch`, Slurm, Open MPI, Kubernetes and on TPU pods. Without a
-    launcher, the program runs in one process.
+    arguments under `distaff launch`, Slurm, Open MPI, Kubernetes and Ray Train, and on TPU pods.
+    Without a launcher, the program runs in one process.
 
     It prints which process this is, and a warning if GPUs of the machine stay idle. From then on,
     an exception that nobody catches ends the process right after its traceback: otherwise all
@@ -60,10 +61,11 @@ def initialize(
             incomplete or left over.
     """
     given = coordinator_address, num_processes, process_id
-    place = _given(*given) if any(each is not None for each in given) else place_of(os.environ)
+    is_given = any(each is not None for each in given)
+    place = _given(*given) if is_given else _in_ray() or place_of(os.environ)
     if jax.distributed.is_initialized():
-        if place is not None and place.launcher == LAUNCHER:
-            return  # the command has done it before it called the recipe
+        if place is not None and place.launcher in (LAUNCHER, RAY):
+            return  # the command has done it before it called the recipe; so has Ray's JaxTrainer
         raise ConfigError(
             "This process has joined the others already. Call distaff.distributed.initialize() or "
             "jax.distributed.initialize() once, at the start of the program."
@@ -90,6 +92,13 @@ def check_joined() -> None:
         f"This is process {os.environ.get(INDEX)} of {os.environ[COUNT]}, but it has not joined "
         "the others. Call distaff.distributed.initialize() at the start of the program."
     )
+
+
+def _in_ray() -> ProcessPlace | None:
+    """Returns the place of a worker of Ray Train; None outside of it."""
+    if "ray.train" not in sys.modules:
+        return None
+    return optional.load("ray", extra="ray").place()
 
 
 def _given(address: str | None, count: int | None, index: int | None) -> ProcessPlace:

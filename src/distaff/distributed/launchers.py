@@ -12,6 +12,8 @@ from distaff.errors import ConfigError
 LAUNCHER = "distaff launch"
 """The launcher of this package, for messages."""
 
+RAY = "Ray Train"
+
 
 class ProcessPlace(NamedTuple):
     """The place of a process in its job; a field is None if JAX finds it.
