@@ -68,8 +68,9 @@ def study(
     values of one that was ended by an error in your code are tried again. After three attempts
     without progress, a trial counts as failed. With one process and a sampler by name, an
     interrupted study gets the values and results of an uninterrupted one: the values of a trial
-    depend on the seed, the number of trials before it, and their results. Several processes can work on one study.
-    Each takes over the trials of killed ones: at once on the same machine, else after five minutes.
+    depend on the seed, the number of trials before it, and their results. Several processes can
+    work on one study. Each takes over the trials of killed ones: at once on the same machine, else
+    after five minutes.
 
     Compiled programs are cached on disk for all trials: see
     `distaff.execution.compile_cache.enable`.
