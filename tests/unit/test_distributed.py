@@ -206,7 +206,7 @@ class FakeRay:
         vars(util)["get_node_ip_address"] = lambda: "10.0.0.7"
         for module in (ray, train, collective, util):
             monkeypatch.setitem(sys.modules, module.__name__, module)
-        monkeypatch.delitem(sys.modules, "distaff.integrations.ray", raising=False)
+        monkeypatch.delitem(sys.modules, "distaff.integrations.deployment.ray", raising=False)
 
     def get_world_size(self) -> int:
         if not self.count:

@@ -98,7 +98,7 @@ def _in_ray() -> ProcessPlace | None:
     """Returns the place of a worker of Ray Train; None outside of it."""
     if "ray.train" not in sys.modules:
         return None
-    return optional.load("ray", extra="ray").place()
+    return optional.load("deployment.ray", extra="ray").place()
 
 
 def _given(address: str | None, count: int | None, index: int | None) -> ProcessPlace:

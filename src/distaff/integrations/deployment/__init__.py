@@ -1,1 +1,1 @@
-"""Integrations that take a model elsewhere."""
+"""Integrations that take a model, or its training, elsewhere."""
