@@ -63,6 +63,11 @@ class Watch:
         self._watched: list[Watched] = []
         self._reasons: list[object] = []
 
+    @property
+    def num_compiles(self) -> int:
+        """The number of compiles of the watched programs."""
+        return sum(watched.num_compiles for watched in self._watched)
+
     def over(self, program: Any, what: str, arguments: Sequence[str]) -> Watched:
         """Wraps a program to watch its compiles.
 
@@ -137,7 +142,7 @@ class Watched:
         self._signatures: deque[Signature] = deque(maxlen=_MAX_REMEMBERED)
         self._name = f"jit({getattr(program, '__name__', '')})"
         self._had_end = False
-        self.num_expected, self.num_reshapes = 1, 0
+        self.num_expected, self.num_reshapes, self.num_compiles = 1, 0, 0
 
     def __call__(self, *args: Any) -> Any:
         before = _COMPILES.count
@@ -150,7 +155,7 @@ class Watched:
         recent = [c for c in list(_COMPILES.recent)[-num_compiles:] if c.name in ("", self._name)]
         if not recent:
             return
-        compiled = recent[-1]
+        compiled, self.num_compiles = recent[-1], self.num_compiles + 1
         _log.info("compiled %s in %s", self._what, compiled)
         new = signature(dict(zip(self._arguments, args, strict=False)))
         is_expected = self.num_expected > 0 or not self._signatures

@@ -243,6 +243,7 @@ class Dispatcher:
         example: shapes of a state and a batch; None if they are unknown.
         own_step: the user's own program of a step; None to use `step`.
         checks: decide which steps to repeat, to compare their bits.
+        watch: detects recompiles.
     """
 
     example: tuple[TrainState, Batch] | None = None
@@ -268,7 +269,7 @@ class Dispatcher:
         self.blank = MetricTable(0, 0, self.placement.replicated(rows), True)
         self.timers, self._watched, self._limit = Timers(), watched, InFlightLimit()
         kept, watch = metrics if watched else {}, watch or Watch()
-        self._guard = execution.guard
+        self._guard, self.watch = execution.guard, watch
         keeping = self.placement.keeping
         one = keeping(single(step, self.layout, watched=watched))
         self._one = execution.program(one, donate=0)

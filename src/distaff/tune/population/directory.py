@@ -73,18 +73,19 @@ class PopulationDirectory:
         }
 
     @contextmanager
-    def opened(self, show: Callable[[str], None]) -> Generator[None]:
+    def opened(self, show: Callable[[str], None], key: str = KEY) -> Generator[None]:
         """Opens the directory, and restores a population that was interrupted or has finished.
 
         Args:
             show: shows a line.
+            key: the name by which a later start finds it.
 
         Raises:
             CheckpointError: its checkpoint cannot be read.
             RunDirectoryError: the directory cannot be written.
         """
         recording, subject = self._recording, self._prepared.preparation.subject
-        done = recording.finished(self.record, subject, key=KEY, rerun=False)
+        done = recording.finished(self.record, subject, key=key, rerun=False)
         if done is not None:
             self._restore(recording.store.latest())
             self._read_logs()
@@ -117,6 +118,12 @@ class PopulationDirectory:
         self._read_logs()
         for member, log in zip(self._run.members, logs, strict=True):
             member.log = log
+
+    @property
+    def paths(self) -> list[Path] | None:
+        """The directories of the members once it is open; None if nothing is written."""
+        path = self._recording.path
+        return None if path is None else self._places(path)
 
     def _places(self, path: Path) -> list[Path]:
         return [path / "members" / f"{index:04d}" for index in self._indices]

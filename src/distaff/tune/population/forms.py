@@ -66,6 +66,10 @@ class Members(Protocol):
         """Replaces the arrays of all states by some that `arrays` has returned."""
         ...
 
+    def replace(self, states: Sequence[PyTree]) -> None:
+        """Replaces the members by others, which the same programs train."""
+        ...
+
 
 class MembersInTurn:
     """Trains one member after the other on each chunk, with the same program.
@@ -128,6 +132,10 @@ class MembersInTurn:
         for index, state in enumerate(self._states):
             self._states[index] = with_arrays(state, self._take(arrays, np.int32(index)))
 
+    def replace(self, states: Sequence[PyTree]) -> None:
+        """Replaces the members by any number of others."""
+        self._states = list(states)
+
 
 class StackedMembers:
     """Trains all members in one program: each array of the state is `[members, ...]`.
@@ -146,7 +154,8 @@ class StackedMembers:
         self, execution: Execution, dispatcher: Dispatcher, states: Sequence[PyTree]
     ) -> None:
         self.dispatcher, self._execution, self._num = dispatcher, execution, len(states)
-        self._state = execution.once(stack)(*states)
+        self._stack = execution.program(lambda *states: stack(*states))
+        self._room, self._state = len(states), self._stack(*states)
         self._width = dispatcher.layout.width // len(states)
         self._take = execution.program(lambda trees, index: take(trees, index))
         self._programs: dict[Any, Any] = {}
@@ -181,11 +190,23 @@ class StackedMembers:
 
     def arrays(self) -> dict[str, PyTree]:
         """Returns the arrays of the stacked states."""
-        return state_in(self._state).arrays()
+        arrays = state_in(self._state).arrays()
+        return arrays if self._num == self._room else self._take(arrays, np.arange(self._num))
 
     def restore(self, arrays: Mapping[str, PyTree]) -> None:
         """Replaces the arrays of the stacked states."""
+        if self._num < self._room:
+            arrays = self._take(arrays, np.minimum(np.arange(self._room), self._num - 1))
         self._state = with_arrays(self._state, arrays)
+
+    def replace(self, states: Sequence[PyTree]) -> None:
+        """Replaces the members by others, at most as many as at first.
+
+        If there are fewer, copies of the last one fill the program.
+        """
+        self._num = len(states)
+        rest = [states[-1]] * (self._room - self._num)
+        self._state = self._stack(*states, *rest)
 
 
 def stacked(step: StepFn, layout: MetricLayout) -> StepFn:
@@ -211,8 +232,8 @@ def stack(*states: PyTree) -> PyTree:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
 
-def take(trees: PyTree, index: jax.Array | np.int32) -> PyTree:
-    """Returns the tree of one member from arrays `[members, ...]`."""
+def take(trees: PyTree, index: jax.Array | np.ndarray | np.int32) -> PyTree:
+    """Returns the tree of one member, or of several, from arrays `[members, ...]`."""
     return jax.tree.map(lambda leaf: leaf[index], trees)
 
 

@@ -165,15 +165,22 @@ class TracedOptimizer:
     Args:
         prepared: the prepared run of the first member.
         settings: the settings of the members.
+        traced: the fields that are traced; by default, those in which the settings differ.
     """
 
-    def __init__(self, prepared: PreparedRun, settings: Sequence[Setting]) -> None:
+    def __init__(
+        self,
+        prepared: PreparedRun,
+        settings: Sequence[Setting],
+        traced: Sequence[str] | None = None,
+    ) -> None:
         self._here, self._options = prepared.workspace, prepared.trainer.config
         self._config: OptimizerConfig = prepared.trainer.optimizer
         self._prepared = prepared
         paths = traced_paths(settings[0].trainer)
         names = [path.removeprefix(_PREFIX) for path in paths]
-        self.names = [n for n in names if len({_number(each, n) for each in settings}) > 1]
+        differ = [n for n in names if len({_number(each, n) for each in settings}) > 1]
+        self.names = differ if traced is None else [n for n in names if n in traced]
 
     def carried(self, state: TrainState, setting: Setting) -> Varied:
         """Returns a member before its first step."""

@@ -49,6 +49,8 @@ class PopulationRun:
         prepared: the prepared run of one member.
         settings: the settings of the members, which differ in nothing that is static.
         form: the form of the members, "auto" to choose it by rule, or "measured".
+        traced: fields of the optimizer that are arguments of the step; by default, those in which
+            the settings differ.
 
     Attributes:
         form: the form of the members.
@@ -58,10 +60,48 @@ class PopulationRun:
         epoch: completed epochs.
     """
 
-    def __init__(self, prepared: PreparedRun, settings: Sequence[Setting], form: str) -> None:
+    def __init__(
+        self,
+        prepared: PreparedRun,
+        settings: Sequence[Setting],
+        form: str,
+        traced: Sequence[str] | None = None,
+    ) -> None:
         self._prepared, self._trainer, self._run = prepared, prepared.trainer, prepared.run
         self._here, self._options = prepared.workspace, prepared.trainer.config
         self._check()
+        self._rest, self._averaged, step = self._here.with_rest, self._here.with_epoch, None
+        self._traced = TracedOptimizer(prepared, settings, traced)
+        self._tx = self._here.ready_state().tx
+        if self._traced.names:
+            self._rest, self._averaged = self._traced.rest, self._traced.averaged
+            step = self._traced.step()
+        self._set(settings)
+        states = self._new_states()
+        self._has_rest = may_have_rest(state_in(states[0]))
+        self._states, self._layout, self.remark = _made(prepared, states, form, step)
+        self.form = self._states.form
+        self._stack = self._here.execution.program(lambda *trees: stack(*trees))
+        self._take = self._here.execution.program(lambda trees, index: take(trees, index))
+
+    def again(self, settings: Sequence[Setting]) -> None:
+        """Begins again with other members, which the programs compiled so far train.
+
+        Args:
+            settings: the settings of the members, with the static values of the first ones. If the
+                members are stacked, there are no more than at first.
+        """
+        self._set(settings)
+        self._states.replace(self._new_states())
+
+    @property
+    def num_programs(self) -> int:
+        """The number of compiled programs that train or evaluate the members."""
+        watches = self._states.dispatcher.watch, self._here.evaluation_watch
+        return sum(watch.num_compiles for watch in watches)
+
+    def _set(self, settings: Sequence[Setting]) -> None:
+        """Begins the records of the members."""
         self._settings, self.step, self.epoch = settings, 0, 0
         callbacks = settings[0].trainer.callbacks.callbacks
         followed = Callbacks([x for x in callbacks if isinstance(x, EarlyStopping)])
@@ -69,22 +109,16 @@ class PopulationRun:
             RunningMember(each.seed, self._trainer.monitor, followed, self._options)
             for each in settings
         ]
-        self._tx = self._here.ready_state().tx
-        states: list[Any] = [prepared.state_of(each.seed) for each in settings]
-        self._has_rest = may_have_rest(states[0])
-        self._rest, self._averaged, step = self._here.with_rest, self._here.with_epoch, None
-        self._traced = TracedOptimizer(prepared, settings)
-        if self._traced.names:
-            pairs = zip(states, settings, strict=True)
-            states = [self._traced.carried(*pair) for pair in pairs]
-            self._rest, self._averaged = self._traced.rest, self._traced.averaged
-            step = self._traced.step()
-        self._states, self._layout, self.remark = _made(prepared, states, form, step)
-        self.form = self._states.form
-        self._stack = self._here.execution.program(lambda *trees: stack(*trees))
-        self._take = self._here.execution.program(lambda trees, index: take(trees, index))
         for member in self.members:
             member.notify("on_training_start", {})
+
+    def _new_states(self) -> list[Any]:
+        """Returns the states of the members before their first step."""
+        states: list[Any] = [self._prepared.state_of(each.seed) for each in self._settings]
+        if not self._traced.names:
+            return states
+        pairs = zip(states, self._settings, strict=True)
+        return [self._traced.carried(*pair) for pair in pairs]
 
     def _check(self) -> None:
         tx = self._here.ready_state().tx

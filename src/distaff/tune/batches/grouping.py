@@ -1,0 +1,121 @@
+"""Finds the trials whose programs differ in nothing but their arguments."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from distaff.core.config.encoding import diff, override, to_json
+from distaff.errors import ConfigError
+from distaff.optim import OptimizerConfig
+from distaff.trainer.module import TrainerModule
+from distaff.tune.population.settings import traced_paths
+from distaff.tune.trial import Task, TrainingCall
+
+
+class Kind(NamedTuple):
+    """What trials have in common that share their programs.
+
+    Attributes:
+        key: differs between trials that share none.
+        static: their values that are built into the programs, by path of the config.
+        traced: the paths of their other values in the trainer, such as `optimizer.learning_rate`.
+    """
+
+    key: str
+    static: dict[str, Any]
+    traced: tuple[str, ...]
+
+
+class Grouping:
+    """Finds out which searched values are arguments of the programs of a population.
+
+    A value is one if changing it alone changes a single field of the trainer that a population can
+    trace, and nothing else that is visible in the trainer.
+
+    Args:
+        task: turns a config into a training.
+        config: the config of the study.
+    """
+
+    def __init__(self, task: Task, config: Any) -> None:
+        self._task, self._config = task, config
+        self._places: dict[str, str | None] = {}
+
+    def kind_of(self, values: Mapping[str, Any], trainer: TrainerModule) -> Kind:
+        """Returns what a trial shares with others.
+
+        Args:
+            values: the values of the trial, by path of the config.
+            trainer: its trainer.
+        """
+        allowed, seen = traced_paths(trainer), described(trainer)
+        traced: dict[str, str] = {}
+        for path, value in values.items():
+            if not isinstance(value, float):
+                continue
+            if path not in self._places:
+                self._places[path] = self._place_of(path, value, values, trainer)
+            place = self._places[path]
+            if place in allowed and _found(seen, place) == value:
+                traced[path] = place
+        static = {path: value for path, value in values.items() if path not in traced}
+        places = tuple(sorted(traced.values()))
+        for place in places:
+            _remove(seen, place)
+        if not isinstance(trainer.optimizer, OptimizerConfig):
+            del seen["optimizer"]  # an object of which the values are all that is known
+        key = repr((type(trainer).__qualname__, sorted(static.items()), places, seen))
+        return Kind(key, static, places)
+
+    def _place_of(
+        self, path: str, value: float, values: Mapping[str, Any], trainer: TrainerModule
+    ) -> str | None:
+        """Returns the path in the trainer of a value of the config, if it is there only."""
+        near = math.nextafter(value, 0.0 if value else 1.0)
+        try:
+            config = override(self._config, {**values, path: near})
+        except ConfigError:
+            return None
+        other = self._task.using(config, lambda call: call.trainer)
+        changes = diff(described(trainer), described(other))
+        if list(changes.values()) != [(value, near)] or not _is_same_model(trainer, other):
+            return None
+        return next(iter(changes))
+
+
+def described(trainer: TrainerModule) -> dict[str, Any]:
+    """Returns the options and the optimizer of a trainer as strict JSON, by path."""
+    return {**copy.deepcopy(to_json(trainer.config)), "optimizer": to_json(trainer.optimizer)}
+
+
+def trainer_of(call: TrainingCall) -> TrainerModule:
+    """Returns the trainer of a training."""
+    return call.trainer
+
+
+def _is_same_model(one: TrainerModule, other: TrainerModule) -> bool:
+    """Whether two models are equal, as far as they can be compared."""
+    models = one.model, other.model
+    if not dataclasses.is_dataclass(models[0]):
+        return True
+    try:
+        return bool(models[0] == models[1])
+    except (TypeError, ValueError):  # of arrays, or objects that do not compare
+        return False
+
+
+def _found(tree: Any, path: str) -> Any:
+    for name in path.split("."):
+        tree = tree.get(name) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def _remove(tree: dict[str, Any], path: str) -> None:
+    *parents, name = path.split(".")
+    for parent in parents:
+        tree = tree[parent]
+    del tree[name]
