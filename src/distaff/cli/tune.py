@@ -58,6 +58,8 @@ class TuneOptions:
         trials: number of trials of the whole study, with those it has already.
         name: name of the study; by default that of the recipe.
         workers: number of processes that train trials at the same time.
+        batch: number of trials to ask for at once. Those that differ in values such as the learning
+            rate only are trained as one population.
         sampler: how Optuna chooses values.
         pruner: how Optuna ends bad trials early.
         storage: journal file or URL of a database, such as sqlite:///runs/study.db; by default
@@ -70,6 +72,7 @@ class TuneOptions:
     trials: int = 32
     name: str | None = None
     workers: int = 1
+    batch: int = 1
     sampler: Literal["tpe", "random"] = "tpe"
     pruner: Literal["median", "halving", "hyperband", "none"] = "median"
     storage: str | None = None
@@ -78,6 +81,7 @@ class TuneOptions:
     def __post_init__(self) -> None:
         whole("trials", self.trials)
         whole("workers", self.workers)
+        whole("batch", self.batch)
 
 
 class _Recipe(NamedTuple):
@@ -151,6 +155,7 @@ def _study(
             _space(options.space),
             recipe.config,
             num_trials=options.trials,
+            batch=options.batch,
             options={
                 "study_name": study_name,
                 "storage": options.storage,

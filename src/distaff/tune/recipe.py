@@ -47,6 +47,14 @@ class RecipeTask(NamedTuple):
             "compare. Train with a TrainerModule, such as tasks.Classifier."
         )
 
+    def trainer(self, config: Any) -> TrainerModule:
+        """Returns the trainer of a config; the recipe reads its data, too.
+
+        Raises:
+            ConfigError: see `using`.
+        """
+        return self.using(config, lambda call: call.trainer)
+
     def check_fresh(self, one: Any, other: Any) -> None:
         """Checks that two calls of the recipe have different train loaders, or arrays.
 

@@ -19,6 +19,8 @@ from distaff.run.display import make_display
 from distaff.run.identity.ending import ending
 from distaff.trainer.module import TrainerModule
 from distaff.tune import trial as trial_lib
+from distaff.tune.batches.group import check as check_batches
+from distaff.tune.batches.loop import Batches
 from distaff.tune.search import Draw, Search, Suggestion, Trial, listed
 from distaff.tune.space import Space, SpaceFn, check_space, own_values, space_to_json, value_at
 from distaff.tune.trial import FactoryTask, Task
@@ -52,6 +54,7 @@ def study(
     num_trials: int,
     num_epochs: int,
     steps_per_epoch: int | None = None,
+    batch: int = 1,
     **options: Any,
 ) -> StudyResult:
     """Searches for the best values of some options.
@@ -86,6 +89,9 @@ def study(
         num_trials: number of trials of the whole study.
         num_epochs: epochs per trial.
         steps_per_epoch: steps per epoch; required for loaders without a length.
+        batch: trials to ask for at once. Those that differ in traced values only, such as the
+            learning rate, are trained as one population, as by `tune.train_population`, and are
+            members in its directory.
         **options: options of `optuna.create_study`: `sampler` (`"tpe"`, the default, or `"random"`,
             with the trainer's seed; or an Optuna sampler: a grid does not try the config's own
             values, and ends the study when exhausted),
@@ -112,7 +118,7 @@ def study(
         num_epochs=num_epochs,
         steps_per_epoch=steps_per_epoch,
     )
-    return run_study(task, space, config, num_trials=num_trials, options=options)
+    return run_study(task, space, config, num_trials=num_trials, batch=batch, options=options)
 
 
 def run_study(
@@ -121,6 +127,7 @@ def run_study(
     config: Any,
     *,
     num_trials: int,
+    batch: int = 1,
     options: Mapping[str, Any],
     begun: Callable[[TrainerModule], None] = lambda trainer: None,
 ) -> StudyResult:
@@ -131,6 +138,7 @@ def run_study(
         space: ranges by path, or a function of the trial.
         config: the config.
         num_trials: number of trials of the whole study.
+        batch: trials per batch; see `study`.
         options: options of the search.
         begun: called when the storage has the study, before its first trial.
 
@@ -139,6 +147,7 @@ def run_study(
     """
     optuna = optional.load("optuna", extra="tune")
     whole("num_trials", num_trials)
+    whole("batch", batch)
     check_not_joined("tune.study")
     if callable(space):
         own = _own_of_function(optional.load("studies.methods", extra="tune").probe(space), config)
@@ -147,6 +156,8 @@ def run_study(
         own = own_values(config, space)
     compile_cache.enable()
     call = trial_lib.check(task, config)
+    if batch > 1:
+        check_batches(call)
     trainer, monitor = call.trainer, as_monitor(call.trainer.monitor)
     search: Search = optuna.OptunaSearch(
         space,
@@ -159,12 +170,19 @@ def run_study(
     _check_config(search, config, () if callable(space) else space)
     begun(trainer)
     with closing(make_display(trainer.config.enable_progress_bar)) as display:
+
+        def ended(trial: Trial, taken: str = "") -> None:
+            place = f"trial {trial.number} ({len(search.trials())} of {num_trials})"
+            display.print(f"{place}  {_described(trial, monitor)}{taken}")
+
+        if batch > 1:
+            batches = Batches(task, config, search, monitor, display.print)
+            batches.train(batch, num_trials, ended)
+            display.print(batches.summary())
         while (suggestion := search.ask(num_trials)) is not None:
             start = time.perf_counter()
             trial = _run(task, config, search, suggestion)
-            place = f"trial {trial.number} ({len(search.trials())} of {num_trials})"
-            seconds = time.perf_counter() - start
-            display.print(f"{place}  {_described(trial, monitor)}  {seconds:.1f}s")
+            ended(trial, f"  {time.perf_counter() - start:.1f}s")
         if others := search.underway():
             display.print(f"running in other processes: {', '.join(others)}")
         return _result(task, config, search, monitor)

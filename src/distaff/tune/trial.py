@@ -50,6 +50,9 @@ class Task(Protocol):
     def using(self, config: Any, act: Callable[[TrainingCall], T]) -> T:
         """Returns what a function returns for the training of a config."""
 
+    def trainer(self, config: Any) -> TrainerModule:
+        """Returns the trainer of a config."""
+
     def check_fresh(self, one: Any, other: Any) -> None:
         """Checks that two calls have different train loaders, each with its own position.
 
@@ -81,7 +84,22 @@ class FactoryTask:
             ConfigError: a function returned something else than a new trainer or three loaders.
         """
         lengths = {"num_epochs": self.num_epochs, "steps_per_epoch": self.steps_per_epoch}
-        return act(TrainingCall(self._trainer(config), self._loaders(config), lengths))
+        return act(TrainingCall(self.trainer(config), self._loaders(config), lengths))
+
+    def trainer(self, config: Any) -> TrainerModule:
+        """Returns the trainer of a config.
+
+        Raises:
+            ConfigError: the function returned something else than a new trainer.
+        """
+        trainer = self.make_trainer(config) if callable(self.make_trainer) else None
+        if not isinstance(trainer, TrainerModule):
+            raise ConfigError(
+                "make_trainer must be a function of the config that returns a TrainerModule; "
+                f"{self.make_trainer!r} returned {trainer!r}."
+            )
+        check_trainer(trainer, "make_trainer returned")
+        return trainer
 
     def check_fresh(self, one: Any, other: Any) -> None:
         """Checks that two calls have different train loaders.
@@ -95,16 +113,6 @@ class FactoryTask:
                 "trial would see the examples in another order. Create a new loader in each call: "
                 "data.ArrayLoader(arrays, ...) copies no array."
             )
-
-    def _trainer(self, config: Any) -> TrainerModule:
-        trainer = self.make_trainer(config) if callable(self.make_trainer) else None
-        if not isinstance(trainer, TrainerModule):
-            raise ConfigError(
-                "make_trainer must be a function of the config that returns a TrainerModule; "
-                f"{self.make_trainer!r} returned {trainer!r}."
-            )
-        check_trainer(trainer, "make_trainer returned")
-        return trainer
 
     def _loaders(self, config: Any) -> tuple[Any, Any, Any]:
         loaders = self.make_loaders(config) if callable(self.make_loaders) else None

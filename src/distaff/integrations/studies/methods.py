@@ -53,7 +53,8 @@ def sampler(name: str) -> Callable[[int], optuna.samplers.BaseSampler]:
         ConfigError: the name is unknown.
     """
     kinds: dict[str, Any] = {
-        "tpe": optuna.samplers.TPESampler,
+        # The liar counts on running trials, of this batch and of other processes, as bad ones.
+        "tpe": partial(optuna.samplers.TPESampler, constant_liar=True),
         "random": optuna.samplers.RandomSampler,
     }
     if name not in kinds:

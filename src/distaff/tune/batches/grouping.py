@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -13,7 +11,7 @@ from distaff.errors import ConfigError
 from distaff.optim import OptimizerConfig
 from distaff.trainer.module import TrainerModule
 from distaff.tune.population.settings import traced_paths
-from distaff.tune.trial import Task, TrainingCall
+from distaff.tune.trial import Task
 
 
 class Kind(NamedTuple):
@@ -22,12 +20,13 @@ class Kind(NamedTuple):
     Attributes:
         key: differs between trials that share none.
         static: their values that are built into the programs, by path of the config.
-        traced: the paths of their other values in the trainer, such as `optimizer.learning_rate`.
+        traced: the paths in the trainer, such as `optimizer.learning_rate`, of their other values,
+            by path of the config.
     """
 
     key: str
     static: dict[str, Any]
-    traced: tuple[str, ...]
+    traced: dict[str, str]
 
 
 class Grouping:
@@ -63,49 +62,33 @@ class Grouping:
             if place in allowed and _found(seen, place) == value:
                 traced[path] = place
         static = {path: value for path, value in values.items() if path not in traced}
-        places = tuple(sorted(traced.values()))
+        places = sorted(traced.values())
         for place in places:
             _remove(seen, place)
         if not isinstance(trainer.optimizer, OptimizerConfig):
             del seen["optimizer"]  # an object of which the values are all that is known
         key = repr((type(trainer).__qualname__, sorted(static.items()), places, seen))
-        return Kind(key, static, places)
+        return Kind(key, static, traced)
 
     def _place_of(
         self, path: str, value: float, values: Mapping[str, Any], trainer: TrainerModule
     ) -> str | None:
         """Returns the path in the trainer of a value of the config, if it is there only."""
-        near = math.nextafter(value, 0.0 if value else 1.0)
+        near = 0.999 * value if value else 0.001
         try:
             config = override(self._config, {**values, path: near})
         except ConfigError:
             return None
-        other = self._task.using(config, lambda call: call.trainer)
+        other = self._task.trainer(config)
         changes = diff(described(trainer), described(other))
-        if list(changes.values()) != [(value, near)] or not _is_same_model(trainer, other):
-            return None
-        return next(iter(changes))
+        is_alone = list(changes.values()) == [(value, near)]
+        return next(iter(changes)) if is_alone else None
 
 
 def described(trainer: TrainerModule) -> dict[str, Any]:
-    """Returns the options and the optimizer of a trainer as strict JSON, by path."""
-    return {**copy.deepcopy(to_json(trainer.config)), "optimizer": to_json(trainer.optimizer)}
-
-
-def trainer_of(call: TrainingCall) -> TrainerModule:
-    """Returns the trainer of a training."""
-    return call.trainer
-
-
-def _is_same_model(one: TrainerModule, other: TrainerModule) -> bool:
-    """Whether two models are equal, as far as they can be compared."""
-    models = one.model, other.model
-    if not dataclasses.is_dataclass(models[0]):
-        return True
-    try:
-        return bool(models[0] == models[1])
-    except (TypeError, ValueError):  # of arrays, or objects that do not compare
-        return False
+    """Returns the options, the model and the optimizer of a trainer as strict JSON, by path."""
+    parts = {"optimizer": trainer.optimizer, "model": trainer.model.record}
+    return copy.deepcopy(to_json({**to_json(trainer.config), **parts}))
 
 
 def _found(tree: Any, path: str) -> Any:
