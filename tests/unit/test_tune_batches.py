@@ -18,11 +18,13 @@ from distaff import Callback, Monitor, OptimizerConfig, TrainerModule, data
 from distaff.core.config.encoding import override
 from distaff.errors import ConfigError
 from distaff.tune import Choice, Float, study
-from distaff.tune.batches.grouping import Grouping
+from distaff.tune.batches.grouping import TrialGrouping
 from distaff.tune.batches.loop import Batches
 from distaff.tune.population import training
 from distaff.tune.population.directory import PopulationDirectory
 from distaff.tune.population.training import PopulationRun
+from distaff.tune.recipe import RecipeTask
+from distaff.tune.study import run_study
 from distaff.tune.trial import FactoryTask
 
 RATE, DECAY = "optimizer.learning_rate", "optimizer.weight_decay"
@@ -209,7 +211,7 @@ def test_what_a_batch_does_not_support_names_the_remedy(options: dict[str, Any])
 
 def grouping() -> Any:
     task = FactoryTask(make_trainer=line, make_loaders=loaders, num_epochs=2)
-    return task, Grouping(task, Config())
+    return task, TrialGrouping(task, Config())
 
 
 def test_values_that_change_one_traced_field_only_share_programs() -> None:
@@ -232,5 +234,32 @@ def test_value_that_is_used_twice_is_static() -> None:
         return line(config, spike_threshold=2 + config.optimizer.learning_rate)
 
     task = FactoryTask(make_trainer=twice, make_loaders=loaders, num_epochs=2)
-    found = Grouping(task, Config()).kind_of({RATE: 0.02}, twice(Config()))
+    found = TrialGrouping(task, Config()).kind_of({RATE: 0.02}, twice(Config()))
     assert found.static == {RATE: 0.02}
+
+
+@pytest.mark.slow
+def test_recipe_is_tuned_in_batches_by_an_argument_of_any_name() -> None:
+    def recipe(config: dict[str, Any]) -> None:
+        trainer = line(Config(OptimizerConfig("adamw", learning_rate=config["lr"])))
+        train, val, _ = loaders(Config())
+        trainer.train_model(train, val, num_epochs=2)
+
+    space = {"lr": Float(1e-3, 0.1, log=True)}
+    options = {"sampler": "random", "pruner": pruners.NopPruner()}
+    task = RecipeTask(recipe, "recipe")
+    found = run_study(task, space, {"lr": 0.01}, num_trials=4, batch=2, options=options)
+    places = [path.relative_to(Path.cwd()).parts[-4:] for path in (x.path for x in found.trials)]
+    assert places == [
+        ("population", f"000{n}", "members", f"000{index}") for n in (1, 2) for index in (0, 1)
+    ]
+
+
+def test_arrays_are_not_shared_by_the_trials_of_a_batch() -> None:
+    def recipe(config: dict[str, Any]) -> None:
+        trainer = line(Config(OptimizerConfig("adamw", learning_rate=config["lr"])))
+        trainer.train_model({"x": X[:48]}, {"x": X[48:]}, num_epochs=2)
+
+    task, space = RecipeTask(recipe, "recipe"), {"lr": Float(1e-3, 0.1, log=True)}
+    with pytest.raises(ConfigError, match=r"shuffled by the seed of each trial.*batch=1"):
+        run_study(task, space, {"lr": 0.01}, num_trials=4, batch=2, options={})

@@ -80,7 +80,7 @@ def _plan(call: TrainingCall, trainer: TrainerModule) -> Any:
     return make_plan(*call.loaders[:2], options=options, seed=seed, **call.lengths)
 
 
-class Group:
+class TrialGroup:
     """Trains trials that differ in seeds and traced values only, and keeps their programs.
 
     Args:

@@ -29,7 +29,7 @@ class Kind(NamedTuple):
     traced: dict[str, str]
 
 
-class Grouping:
+class TrialGrouping:
     """Finds out which searched values are arguments of the programs of a population.
 
     A value is one if changing it alone changes a single field of the trainer that a population can

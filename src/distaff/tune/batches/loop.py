@@ -14,13 +14,13 @@ from distaff.execution.device_memory import is_out_of_memory
 from distaff.metrics.monitor import Monitor
 from distaff.run.identity.ending import ending
 from distaff.tune import trial as trial_lib
-from distaff.tune.batches.group import BatchTrial, Group, Outcome, outcome_left
-from distaff.tune.batches.grouping import Grouping, Kind
+from distaff.tune.batches.group import BatchTrial, Outcome, TrialGroup, outcome_left
+from distaff.tune.batches.grouping import Kind, TrialGrouping
 from distaff.tune.search import Search, Suggestion, Trial
 from distaff.tune.trial import Task
 
 _MOST_GROUPS = 8
-"""Static configurations whose programs are kept; those of older ones are compiled again."""
+"""Static configurations whose programs are kept. Older ones compile again."""
 
 
 class Batches:
@@ -44,8 +44,8 @@ class Batches:
     ) -> None:
         self._task, self._config, self._search = task, config, search
         self._monitor, self._show = monitor, show
-        self._grouping = Grouping(task, config)
-        self._groups: dict[str, Group] = {}
+        self._grouping = TrialGrouping(task, config)
+        self._groups: dict[str, TrialGroup] = {}
         self._seen: set[str] = set()
         self._num_trials = self._num_batches = self._num_dropped = 0
 
@@ -84,7 +84,7 @@ class Batches:
         return found
 
     def _train(self, batch: Sequence[Suggestion], ended: Callable[[Trial], None]) -> None:
-        """Trains a batch, and tells all results together.
+        """Trains a batch, and then records all results.
 
         If it is interrupted, the next batch has the same trials.
         """
@@ -136,7 +136,7 @@ class Batches:
 
     def _together(self, kind: Kind, trials: Sequence[BatchTrial]) -> Sequence[Outcome]:
         """Trains the trials of a group as one population."""
-        group = self._groups.pop(kind.key, None) or Group(self._show)
+        group = self._groups.pop(kind.key, None) or TrialGroup(self._show)
         self._groups[kind.key] = group  # the newest is last
         self._seen.add(kind.key)
         if len(self._groups) > _MOST_GROUPS:
