@@ -19,6 +19,7 @@ from distaff.cli.tune import _recipe, _with_trials
 RECIPE = '''
 from pathlib import Path
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import distaff
@@ -35,7 +36,8 @@ def as_function(trial):
 
 class Line(distaff.TrainerModule):
     def loss_fn(self, params, batch, ctx):
-        return jnp.square(ctx.apply(params, batch["x"])[:, 0] - batch["y"])
+        size = sum(jnp.abs(leaf).sum() for leaf in jax.tree.leaves(params))
+        return jnp.square(ctx.apply(params, batch["x"])[:, 0] - batch["y"]), {"size": size}
 
 class Interrupting(distaff.Callback):
     def on_step_end(self, info):
@@ -217,6 +219,26 @@ def test_interrupted_command_resumes_with_a_space_that_is_a_function():
     ]
     assert starts == [2, 1]
     assert not Path("runs/line").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("here")
+def test_several_objectives_print_and_draw_the_front():
+    words = ("tuned_line.py:main", "--space", "tuned_line.py:RATE", "--trials", "3")
+    printed = typed(*words, "--objective", "val/loss", "val/size:min", "--name", "two")
+    assert printed.status == 0, printed.err
+    lines = printed.out.splitlines()
+    assert "  val/size " in lines[0]
+    (start,) = (place for place, line in enumerate(lines) if line == "Pareto front:")
+    assert lines[start + 1].startswith("  trial ")
+    assert "val/size=" in lines[start + 1]
+    assert Path("runs/two.study/front.png").stat().st_size > 5_000
+    assert Path("runs/two.study/history_val_size.png").exists()
+    wrong = typed(*words, "--objective", "val/loss", "val/siz", "--name", "wrong")
+    assert wrong.status == 2
+    assert "Did you mean 'val/size'" in wrong.err
+    pruned = typed(*words, "--objective", "val/loss", "val/size", "--pruner", "median")
+    assert (pruned.status, "cannot be pruned" in pruned.err) == (2, True)
 
 
 def process(*words: str) -> subprocess.CompletedProcess[str]:

@@ -17,6 +17,7 @@ from distaff.integrations import optuna as integration
 from distaff.run.directory.process import this_process
 from distaff.tune import Choice, Float, Int
 from distaff.tune.heart import Heart
+from distaff.tune.objectives import as_objectives
 
 
 def play(num_trials: int = 8, space: Any = None, first: Any = None, **options: Any) -> Any:
@@ -341,6 +342,96 @@ def test_space_may_be_a_function_of_the_trial():
     assert {len(draw.values["widths"]) for draw in draws} == {1, 2}
     accepts = draws[0].parameters["depth"]
     assert [accepts(value) for value in (1, 3, "a")] == [True, False, False]
+
+
+TRADE = {"mode": "min", "objectives": {"val/b": "max", "val/a": "min"}}
+
+
+def trading(storage: Any, form: Any = None, **options: Any) -> Any:
+    return integration.OptunaSearch(
+        {"x": Float(0, 1), "y": Float(0, 1)},
+        form or TRADE,
+        first=None,
+        seed=0,
+        root="runs",
+        options={"storage": storage, **options},
+    )
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsgaii"])
+def test_several_objectives_have_a_front_and_one_order(sampler):
+    storage = storages.InMemoryStorage()
+    for num_trials in (5, 70):  # more than a generation of NSGA-II
+        # The order of directions is that of the first call.
+        swapped = {"mode": "min", "objectives": {"val/a": "min", "val/b": "max"}}
+        search = trading(storage, TRADE if num_trials == 5 else swapped, sampler=sampler)
+        while (suggestion := search.ask(num_trials)) is not None:
+            assert suggestion.objectives == ("val/b", "val/a")
+            x, y = suggestion.values["x"], suggestion.values["y"]
+            suggestion.note(objectives={"val/a": x + y, "val/b": x - y})
+            suggestion.report(x, 1)
+            assert not suggestion.should_prune()
+            told = search.tell(suggestion, "finished", x)
+            assert (told.value, told.objectives) == (x, {"val/a": x + y, "val/b": x - y})
+    scores = {t.number: t.objectives for t in search.trials()}
+    front = [
+        number
+        for number, own in scores.items()
+        if not any(
+            other != own and other["val/a"] <= own["val/a"] and other["val/b"] >= own["val/b"]
+            for other in scores.values()
+        )
+    ]
+    assert [trial.number for trial in search.front()] == front
+    assert 1 <= len(front) < 70
+    assert [each.name for each in search.study.directions] == ["MAXIMIZE", "MINIMIZE"]
+
+
+def test_several_objectives_are_not_pruned_and_not_changed():
+    storage = storages.InMemoryStorage()
+    with pytest.raises(ConfigError, match=r"val/b, val/a\) cannot be pruned.*MedianPruner"):
+        trading(storage, pruner=pruners.MedianPruner())
+    trading(storage, pruner=pruners.NopPruner())
+    with pytest.raises(ConfigError, match=r"objectives\.val/b: 'max', now absent"):
+        trading(storage, {"mode": "min", "objectives": {"val/a": "min", "val/c": "max"}})
+
+
+def test_killed_trial_of_several_objectives_that_advances_does_not_count_as_one_that_crashes():
+    search = trading(storages.InMemoryStorage())
+    suggestion = search.ask(1)
+    for epoch in range(1, 5):
+        suggestion.report(1.0, epoch)
+        suggestion.note(path="runs/line/0001")
+        lost(suggestion)
+        suggestion = search.ask(1)
+        assert suggestion.origin == 0
+    for _ in range(3):
+        lost(suggestion)
+        suggestion = search.ask(1)
+    assert suggestion is None
+    assert [trial.status for trial in search.trials()] == ["failed"]
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        ("val/loss", "must be metrics of a study; got 'val/loss'"),
+        (["val/loss"], "two or more"),
+        (["val/loss", "val/loss"], "two or more different"),
+        ({"val/loss": "max", "val/a": "min"}, "insist=True"),
+        (["val/loss", "train/loss"], "'train/loss' is one of training"),
+        (["val/loss", 3], "monitor must be"),
+    ],
+)
+def test_wrong_objectives_are_an_error(given, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        as_objectives(given)
+
+
+def test_objectives_have_the_directions_of_monitors():
+    modes = [each.mode for each in as_objectives(("val/loss", "val/accuracy"))]
+    assert modes == ["min", "max"]
+    assert [each.mode for each in as_objectives({"val/x": "max", "val/y": "min"})] == ["max", "min"]
 
 
 def lost(suggestion: Any) -> None:

@@ -135,6 +135,7 @@ def test_trials_are_ordinary_runs_and_only_the_best_is_tested():
     space = {**SPACE, "optimizer.name": Choice("sgd", "adam")}
     result = search(space=space, make_loaders=lambda config: (*loaders(config)[:2], test))
     assert [trial.number for trial in result.trials] == [0, 1, 2]
+    assert result.front == (result.best,)
     assert [trial.path for trial in result.trials] == [
         Path(f"runs/line/000{n}").absolute() for n in (1, 2, 3)
     ]
@@ -239,6 +240,52 @@ def test_early_stopping_is_an_end_like_any_other():
     assert (result.best.status, result.best.value) == ("stopped", 1.0)
 
 
+class TwoScores(Line):
+    """Has a second metric that a smaller learning rate makes better."""
+
+    def loss_fn(self, params, batch, ctx):
+        size = sum(jnp.abs(leaf).sum() for leaf in jax.tree.leaves(params))
+        return super().loss_fn(params, batch, ctx), {"size": size}
+
+
+TWO = {"val/size": "min", "val/loss": "min"}
+
+
+@pytest.mark.slow
+def test_several_objectives_are_values_of_one_model_and_only_the_best_is_tested():
+    test = Counted(loader(2))
+    result = search(
+        lambda config: trainer(config, TwoScores),
+        make_loaders=lambda config: (*loaders(config)[:2], test),
+        num_trials=4,
+        objectives=TWO,
+    )
+    for trial in result.trials:
+        found = TwoScores.load_from_checkpoint(trial.path).eval_model(loader(1), "val/")
+        assert trial.objectives == {name: found[name] for name in TWO}
+        assert trial.value == trial.objectives["val/loss"]
+        stored = result.study.trials[trial.number]
+        assert (stored.values, stored.intermediate_values) == ([*trial.objectives.values()], {})
+        assert (trial.path / "metrics" / "test.json").exists() == (trial == result.best)
+    assert test.count == 1
+    assert result.best == min(result.trials, key=lambda trial: trial.value)
+    assert result.best in result.front
+    assert all(trial in result.trials for trial in result.front)
+    again = search(lambda config: trainer(config, TwoScores), num_trials=4, objectives=TWO)
+    assert again[:4] == result[:4]
+    assert again.front == result.front
+
+
+@pytest.mark.slow
+def test_several_objectives_of_trials_in_batches():
+    made = lambda config: trainer(config, TwoScores)  # noqa: E731
+    result = search(made, num_trials=2, num_epochs=1, batch=2, objectives=TWO)
+    for trial in result.trials:
+        assert trial.objectives.keys() == TWO.keys()
+        (line,) = (line for line in lines(trial.path) if "val/loss" in line)
+        assert trial.objectives == {name: line[name] for name in TWO}
+
+
 def refused(make_trainer: Any = trainer, error: type[Exception] = ConfigError, **options: Any):
     options.setdefault("complaint", "")
     return make_trainer, error, options
@@ -284,6 +331,16 @@ REFUSED = {
     "option": refused(sampler=None, prune=None, complaint="option 'prune'.*'pruner'"),
     "sampler": refused(sampler="tpee", complaint=r"got 'tpee'\. Did you mean 'tpe'"),
     "pruner": refused(pruner=pruners.NopPruner, complaint="'pruner' of a study is a BasePruner"),
+    "objective": refused(
+        objectives=("val/loss", "val/accurracy"), error=MetricError, complaint="'val/accurracy'"
+    ),
+    "one objective": refused(objectives=("val/loss",), complaint="two or more"),
+    "pruned objectives": refused(
+        lambda config: trainer(config, TwoScores),
+        objectives=TWO,
+        pruner=pruners.MedianPruner(),
+        complaint="cannot be pruned",
+    ),
     "name": refused(study_name="", complaint="'study_name' of a study is a str; got ''"),
 }
 

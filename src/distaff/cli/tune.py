@@ -60,8 +60,11 @@ class TuneOptions:
         workers: number of processes that train trials at the same time.
         batch: number of trials to ask for at once. Those that differ in values such as the learning
             rate only are trained as one population.
+        objective: validation metrics to optimize at once, such as val/loss val/accuracy; by default
+            the monitored metric of the recipe's trainer. val/cost:min gives a direction.
         sampler: how Optuna chooses values.
-        pruner: how Optuna ends bad trials early.
+        pruner: how Optuna ends bad trials early; by default the median rule, or none with several
+            objectives.
         storage: journal file or URL of a database, such as sqlite:///runs/study.db; by default
             <root>/<name>.journal.
         figures: draw importances, parallel coordinates and the trials' curves at the end, if
@@ -73,8 +76,9 @@ class TuneOptions:
     name: str | None = None
     workers: int = 1
     batch: int = 1
-    sampler: Literal["tpe", "random"] = "tpe"
-    pruner: Literal["median", "halving", "hyperband", "none"] = "median"
+    objective: tuple[str, ...] = ()
+    sampler: Literal["tpe", "random", "nsgaii"] = "tpe"
+    pruner: Literal["median", "halving", "hyperband", "none"] | None = None
     storage: str | None = None
     figures: bool = True
 
@@ -159,8 +163,9 @@ def _study(
             options={
                 "study_name": study_name,
                 "storage": options.storage,
+                "objectives": _objectives(options.objective),
                 "sampler": options.sampler,
-                "pruner": methods.pruner(options.pruner),
+                "pruner": None if options.pruner is None else methods.pruner(options.pruner),
             },
             begun=begun,
         )
@@ -216,6 +221,14 @@ def _space(place: str) -> Any:
     return found
 
 
+def _objectives(words: Sequence[str]) -> list[Any] | None:
+    """Returns the objectives of the command line as monitors; None without one."""
+    from distaff.metrics.monitor import Monitor
+
+    pairs = [word.rpartition(":") if ":" in word else (word, "", None) for word in words]
+    return [Monitor(name, mode, insist=True) for name, _, mode in pairs] or None  # ty: ignore[invalid-argument-type]  # which it checks
+
+
 def _start(words: Sequence[str]) -> subprocess.Popen[bytes]:
     """Starts a worker, in a session of its own: Ctrl-C reaches it once, through this process."""
     code = "import sys; from distaff.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -253,12 +266,20 @@ def _print(result: Any, metric: str, command: str) -> None:
     print(f"best: trial {best.number}, {metric} {best.value:.6g}{place}")
     width = max(map(len, best.values), default=0)
     for path, value in best.values.items():
-        text = f"{value:.6g}" if isinstance(value, float) else str(value)
-        print(f"  {path:<{width}}  {text}")
+        print(f"  {path:<{width}}  {_text(value)}")
     tested = (f"{n}={x:.4f}" for n, x in result.metrics.items() if isinstance(x, int | float))
     if line := " ".join(tested):
         print(line)
+    if best.objectives is not None:
+        print("Pareto front:")
+        for trial in result.front:
+            found = {**trial.objectives, **trial.values}
+            print(f"  trial {trial.number}  {'  '.join(f'{n}={_text(found[n])}' for n in found)}")
     print(f"To continue the study, run: {command}")
+
+
+def _text(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _with_trials(words: Sequence[str], trials: int) -> str:
@@ -282,7 +303,9 @@ def _draw(result: Any, folder: Path) -> None:
         plots = optional.load("matplotlib", extra="plots")
     except DistaffError:
         return
-    figures = optional.load("studies.figures", extra="tune").figures(result.study)
+    figures = optional.load("studies.figures", extra="tune").figures(
+        result.study, list(result.best.objectives or ())
+    )
     for name, figure in figures.items():
         plots.save(figure, folder / f"{name}.png")
     if figures:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -23,7 +23,7 @@ from distaff.core.config.encoding import diff, to_json
 from distaff.core.paths import as_path
 from distaff.errors import ConfigError
 from distaff.run.directory.process import is_alive, this_process
-from distaff.tune.dimension import Choice, Dimension, Int
+from distaff.tune.objectives import directions
 from distaff.tune.search import Trial, checked_options, described, listed
 from distaff.tune.space import Space, SpaceFn, drawn, restored, stored, with_tuples
 
@@ -57,10 +57,14 @@ class OptunaSuggestion:
         trial: the trial from `Study.ask`.
         place: its number, if the study had never been interrupted.
         root: the folder of all runs.
+        objectives: names of the objectives, if there are several.
     """
 
-    def __init__(self, trial: optuna.Trial, place: int, root: str) -> None:
+    def __init__(
+        self, trial: optuna.Trial, place: int, root: str, objectives: Sequence[str] = ()
+    ) -> None:
         self.trial, self._root, self.number = trial, root, trial.number
+        self.objectives = tuple(objectives)
         self.values: dict[str, Any] = {}
         left = trial.user_attrs.get("left")
         self.origin: int = trial.user_attrs.get("origin", place)
@@ -70,6 +74,9 @@ class OptunaSuggestion:
 
     def report(self, value: float, epoch: int) -> None:
         """Reports a value to the pruner, unless an earlier attempt has reported it."""
+        if self.objectives:  # of which Optuna stores no intermediate values
+            self.note(reached=epoch)
+            return
         if epoch in self._reported:
             return
         with suppress(UpdateFinishedTrialError):
@@ -77,6 +84,8 @@ class OptunaSuggestion:
 
     def should_prune(self) -> bool:
         """Returns whether the pruner ends the trial."""
+        if self.objectives:
+            return False
         with suppress(UpdateFinishedTrialError):
             return self.trial.should_prune()
         return False
@@ -99,14 +108,15 @@ class OptunaSearch:
     Args:
         space: the search space, by dotted path, or as a function of the trial.
         form: the settings that must be equal for trials to be comparable, as strict JSON; `"mode"`
-            is `"min"` or `"max"`.
+            is `"min"` or `"max"`, `"objectives"` has the modes of several objectives by name.
         first: values of the first trial; None to leave them to the sampler.
         seed: seed of a sampler that is given by name.
         root: the folder of all runs, and of the default storage.
         options: `storage`, `sampler`, `pruner`, `study_name`, see `distaff.tune.study`.
 
     Raises:
-        ConfigError: an option is unknown or of the wrong type, or the study has another form.
+        ConfigError: an option is unknown or of the wrong type, a pruner is given for several
+            objectives, or the study has another form.
         RunDirectoryError: the storage cannot be opened.
     """
 
@@ -124,9 +134,12 @@ class OptunaSearch:
         name = options.get("study_name", "study")
         root = str(as_path(root, "root"))
         self._space, self._root, self._seed = space, root, seed
-        direction = "minimize" if form["mode"] == "min" else "maximize"
+        self._objectives = directions(form)
+        modes = self._objectives.values() or [form["mode"]]
+        ways: list[Any] = ["minimize" if mode == "min" else "maximize" for mode in modes]
         sampler = options.get("sampler", "tpe")
         methods = optional.load("studies.methods", extra="tune")
+        methods.check_pruner(options.get("pruner"), list(self._objectives))
         self._make_sampler = methods.sampler(sampler) if isinstance(sampler, str) else None
         storages = optional.load("studies.storages", extra="tune")
         study: dict[str, Any] = {
@@ -136,7 +149,7 @@ class OptunaSearch:
             "pruner": options.get("pruner"),
         }
         try:
-            self.study = optuna.create_study(direction=direction, **study)
+            self.study = optuna.create_study(directions=ways, **study)
         except DuplicatedStudyError:
             self.study = optuna.load_study(**study)
             if self._make_sampler is None:
@@ -146,15 +159,17 @@ class OptunaSearch:
             # A grid cannot have values that are not on it.
             if first is not None and not isinstance(sampler, GridSampler):
                 self.study.enqueue_trial(stored(first))
-        self._check_form(form, direction)
+        self._check_form(form, ways)
+        self._objectives = directions(self.recall("form"))  # in the order of their directions
 
-    def _check_form(self, form: Mapping[str, Any], direction: str) -> None:
+    def _check_form(self, form: Mapping[str, Any], ways: list[str]) -> None:
         begun = self.recall("form")
         name = self.study.study_name
-        if begun is None and self.study.direction.name.lower() != direction:
+        found = [way.name.lower() for way in self.study.directions]
+        if begun is None and found != ways:
             raise ConfigError(
                 f"The study {name!r} was not created by distaff.tune.study: its direction is "
-                f"{self.study.direction.name.lower()}, not {direction}. Choose another study_name."
+                f"{', '.join(found)}, not {', '.join(ways)}. Choose another study_name."
             )
         if begun is None:
             self.remember("form", form)
@@ -170,7 +185,8 @@ class OptunaSearch:
         if self._is_exhausted() or len(self._counted()) >= num_trials:
             return None
         trial = self.study.ask()
-        suggestion = OptunaSuggestion(trial, self._place(trial.number), self._root)
+        place = self._place(trial.number)
+        suggestion = OptunaSuggestion(trial, place, self._root, tuple(self._objectives))
         try:
             suggestion.note(owner=this_process(), origin=suggestion.origin)
             suggestion.beat()
@@ -200,13 +216,18 @@ class OptunaSearch:
             suggestion.values = dict(found)
             suggestion.note(values=to_json(suggestion.values))
         else:
-            suggestion.values = drawn(self._space, partial(_suggest, suggestion.trial))
+            suggest = optional.load("studies.methods", extra="tune").suggest
+            suggestion.values = drawn(self._space, partial(suggest, suggestion.trial))
 
     def tell(self, suggestion: OptunaSuggestion, status: str, value: float | None) -> Trial:
         """Ends a trial."""
         suggestion.note(status=status)
-        state = _STATES[status]
-        self._end(suggestion.number, state, value if state == TrialState.COMPLETE else None)
+        state, values = _STATES[status], [value]
+        if self._objectives:
+            suggestion.note(monitored=value)
+            noted = self._find(suggestion.number).user_attrs.get("objectives", {})
+            values = [noted.get(name) for name in self._objectives]
+        self._end(suggestion.number, state, values if state == TrialState.COMPLETE else None)
         return self._as_trial(self._find(suggestion.number))
 
     def abandon(self, suggestion: OptunaSuggestion, *, resumes: bool = True) -> None:
@@ -219,6 +240,11 @@ class OptunaSearch:
     def trials(self) -> list[Trial]:
         """Returns all completed trials, by number."""
         return [self._as_trial(trial) for trial in self._counted() if trial.state.is_finished()]
+
+    def front(self) -> list[Trial]:
+        """Returns the trials of the Pareto front, by number."""
+        numbers = {trial.number for trial in self.study.best_trials}
+        return [trial for trial in self.trials() if trial.number in numbers]
 
     def underway(self) -> list[str]:
         """Returns descriptions of the running trials."""
@@ -257,10 +283,10 @@ class OptunaSearch:
             return sampler.is_exhausted(self.study)
         return self.recall("exhausted") == type(sampler).__name__
 
-    def _end(self, number: int, state: TrialState, value: float | None = None) -> None:
+    def _end(self, number: int, state: TrialState, values: Any = None) -> None:
         """Ends a trial, unless another process has ended it already."""
         try:
-            self.study.tell(number, value, state=state)
+            self.study.tell(number, values, state=state)
         except (ValueError, RuntimeError) as error:
             trial = self._find(number)
             if not trial.state.is_finished():
@@ -309,10 +335,12 @@ class OptunaSearch:
         # Rungs are the state of a halving pruner for a run that starts again.
         is_kept = {n: resumes or not n.startswith("completed_rung") for n in trial.system_attrs}
         values = trial.intermediate_values if resumes else {}
-        has_advanced = len(values) > trial.user_attrs.get("inherited", 0)
+        reached = max(len(values), trial.user_attrs.get("reached", 0)) if resumes else 0
+        has_advanced = reached > trial.user_attrs.get("inherited", 0)
         facts = {
             "attempt": 1 if has_advanced else _num_attempts(trial) + 1,
-            "inherited": len(values),
+            "inherited": reached,
+            "reached": reached,
             "origin": trial.user_attrs.get("origin", self._place(trial.number)),
             "retry_of": trial.number,
             "left": path if resumes else None,
@@ -332,26 +360,17 @@ class OptunaSearch:
         return Trial(
             number=trial.number,
             status=_status(trial) or "abandoned",
-            value=trial.value,
+            value=facts.get("monitored") if self._objectives else trial.value,
             values=self._values_of(trial),
             seed=facts.get("seed"),
             path=None if path is None else Path(self._root) / path,
+            objectives=facts.get("objectives"),
         )
 
     def _values_of(self, trial: FrozenTrial) -> dict[str, Any]:
         if callable(self._space):
             return {n: with_tuples(x) for n, x in trial.user_attrs.get("values", {}).items()}
         return restored(self._space, trial.params)
-
-
-def _suggest(trial: optuna.Trial, path: str, dimension: Dimension) -> Any:
-    if isinstance(dimension, Choice):
-        labels = dimension.labels()
-        return labels[trial.suggest_categorical(path, list(labels))]
-    low, high = dimension.ends()
-    if isinstance(dimension, Int):
-        return trial.suggest_int(path, int(low), int(high), log=dimension.log)
-    return trial.suggest_float(path, low, high, log=dimension.log)
 
 
 def _status(trial: FrozenTrial) -> str | None:

@@ -98,13 +98,21 @@ def set_up(trainer: TrainerModule, example_batch: Batch) -> None:
     Preparation(trainer, TrainerModule).set_up(example_batch)
 
 
-def check(trainer: TrainerModule, plan: Plan) -> None:
+def check(trainer: TrainerModule, plan: Plan, callbacks: Sequence[Callback] = ()) -> None:
     """Checks everything that can be checked without writing.
+
+    Args:
+        trainer: the trainer.
+        plan: the loaders and epochs.
+        callbacks: further callbacks of the run, which the trainer does not keep.
 
     Raises:
         DistaffError: an input is invalid (the subclass says which).
     """
+    own = trainer.callbacks
+    watch(trainer, callbacks)
     Training(trainer, TrainerModule).check(plan)
+    vars(trainer)["callbacks"] = own
 
 
 def path_of(trainer: TrainerModule) -> Path | None:

@@ -21,6 +21,8 @@ class Trial(NamedTuple):
         values: values of the searched options, by dotted path.
         seed: seed of the model; None if the trial failed before it had one.
         path: absolute path of the run directory; None if the trial failed before it had one.
+        objectives: metrics of the best model that the study optimizes, by name; None if it has one
+            objective, the monitored metric, or if the trial failed.
     """
 
     number: int
@@ -29,6 +31,7 @@ class Trial(NamedTuple):
     values: dict[str, Any]
     seed: int | None = None
     path: Path | None = None
+    objectives: dict[str, float] | None = None
 
 
 class Draw(NamedTuple):
@@ -54,6 +57,8 @@ class Suggestion(Protocol):
     """Name of its run within the study."""
     left: Path | None
     """Run directory of an interrupted attempt, to resume."""
+    objectives: tuple[str, ...]
+    """Metrics of its best model to note as `objectives`, by name; empty with one objective."""
 
     def report(self, value: float, epoch: int) -> None:
         """Reports the monitored metric after a validation, unless it is reported already."""
@@ -62,7 +67,7 @@ class Suggestion(Protocol):
         """Whether to prune the trial, given the reports so far."""
 
     def note(self, **facts: Any) -> None:
-        """Records facts about the trial as strict JSON: `seed`, `path`, `reason`.
+        """Records facts about the trial as strict JSON: `seed`, `path`, `reason`, `objectives`.
 
         A path is stored relative to the root of all runs, which may be moved.
         """
@@ -96,6 +101,12 @@ class Search(Protocol):
 
     def trials(self) -> list[Trial]:
         """Returns all trials that were not interrupted, by number."""
+
+    def front(self) -> list[Trial]:
+        """Returns the trials of the Pareto front, by number.
+
+        No other trial is at least as good in all objectives and better in one.
+        """
 
     def underway(self) -> list[str]:
         """Returns the trials of other processes, such as `"trial 3 (process 71 on node2)"`."""

@@ -21,6 +21,7 @@ from distaff.trainer.module import TrainerModule
 from distaff.tune import trial as trial_lib
 from distaff.tune.batches.group import check as check_batches
 from distaff.tune.batches.loop import Batches
+from distaff.tune.objectives import as_objectives
 from distaff.tune.search import Draw, Search, Suggestion, Trial, listed
 from distaff.tune.space import Space, SpaceFn, check_space, own_values, space_to_json, value_at
 from distaff.tune.trial import FactoryTask, Task
@@ -30,12 +31,15 @@ class StudyResult(NamedTuple):
     """The result of a search.
 
     Attributes:
-        best: the best trial that was not pruned.
+        best: the best trial by the trainer's monitor that was not pruned.
         config: the config of the best trial.
         metrics: test metrics of its best model as `test/...`; empty without a test loader, or while
             other processes are running trials (the last one to end tests).
         trials: all trials that were not interrupted, by number.
         study: the `optuna.Study`, with its plots and tables.
+        front: with several objectives, the trials of the Pareto front: no other one is at least as
+            good in all objectives and better in one. They are not tested, except for `best`. Else
+            the best trial alone.
     """
 
     best: Trial
@@ -43,6 +47,7 @@ class StudyResult(NamedTuple):
     metrics: dict[str, Any]
     trials: tuple[Trial, ...]
     study: Any
+    front: tuple[Trial, ...] = ()
 
 
 def study(
@@ -75,6 +80,9 @@ def study(
     work on one study. Each takes over the trials of killed ones: at once on the same machine, else
     after five minutes.
 
+    To optimize several metrics at once, name them as `objectives`. The values of a trial are those
+    of one model, its best by the trainer's monitor. Such trials are not pruned.
+
     Compiled programs are cached on disk for all trials: see
     `distaff.execution.compile_cache.enable`.
 
@@ -92,9 +100,11 @@ def study(
         batch: trials to ask for at once. Those that differ in traced values only, such as the
             learning rate, are trained as one population, as by `tune.train_population`, and are
             members in its directory.
-        **options: options of `optuna.create_study`: `sampler` (`"tpe"`, the default, or `"random"`,
-            with the trainer's seed; or an Optuna sampler: a grid does not try the config's own
-            values, and ends the study when exhausted),
+        **options: options of `optuna.create_study`: `sampler` (`"tpe"`, the default, `"random"` or
+            `"nsgaii"`, with the trainer's seed; or an Optuna sampler: a grid does not try the
+            config's own values, and ends the study when exhausted),
+            `objectives` (validation metrics, such as `("val/loss", "val/accuracy")`, or their
+            directions by name, `{"val/cost": "min", ...}`; by default the trainer's monitor),
             `pruner` (defaults to the median rule), `study_name` (defaults to `"study"`), and
             `storage`: an Optuna storage, a URL such as `"sqlite:///runs/study.db"`, or the path of
             a journal file (defaults to `<root>/<study_name>.journal`). The seed of your own sampler
@@ -104,9 +114,10 @@ def study(
         The best trial, its test metrics, all trials, and Optuna's study.
 
     Raises:
-        ConfigError: a path of the space is unknown, a bound is out of range, or the study was
-            created with another space, monitor or number of epochs.
-        MetricError: the monitored metric is not a validation metric.
+        ConfigError: a path of the space is unknown, a bound is out of range, several objectives
+            have a pruner, or the study was created with another space, monitor, objectives or
+            number of epochs.
+        MetricError: the monitored metric or an objective is not a validation metric.
         MissingExtraError: Optuna is not installed.
         NonFiniteError: every trial failed.
         RunDirectoryError: the storage cannot be opened.
@@ -148,6 +159,8 @@ def run_study(
     optuna = optional.load("optuna", extra="tune")
     whole("num_trials", num_trials)
     whole("batch", batch)
+    objectives = as_objectives(options.get("objectives"))
+    options = {name: option for name, option in options.items() if name != "objectives"}
     check_not_joined("tune.study")
     if callable(space):
         own = _own_of_function(optional.load("studies.methods", extra="tune").probe(space), config)
@@ -155,13 +168,13 @@ def run_study(
         check_space(config, space)
         own = own_values(config, space)
     compile_cache.enable()
-    call = trial_lib.check(task, config)
+    call = trial_lib.check(task, config, objectives)
     if batch > 1:
         check_batches(call)
     trainer, monitor = call.trainer, as_monitor(call.trainer.monitor)
     search: Search = optuna.OptunaSearch(
         space,
-        _signature(space, monitor, call.lengths),
+        _signature(space, monitor, objectives, call.lengths),
         first=own,
         seed=trainer.config.seed,
         root=trainer.config.root,
@@ -213,9 +226,16 @@ def _own_of_function(draws: Sequence[Draw], config: Any) -> dict[str, Any] | Non
     return own or None
 
 
-def _signature(space: Space | SpaceFn, monitor: Monitor, lengths: Mapping[str, Any]) -> Any:
+def _signature(
+    space: Space | SpaceFn,
+    monitor: Monitor,
+    objectives: Sequence[Monitor],
+    lengths: Mapping[str, Any],
+) -> Any:
     """Returns what must be equal for all trials of a study."""
+    several = {"objectives": {each.name: each.mode for each in objectives}} if objectives else {}
     return {
+        **several,
         "space": to_json(space) if callable(space) else space_to_json(space),
         "monitor": monitor.name,
         "mode": monitor.mode,
@@ -254,7 +274,9 @@ def _run(task: Task, config: Any, search: Search, suggestion: Suggestion) -> Tri
 
 
 def _described(trial: Trial, monitor: Monitor) -> str:
-    value = "" if trial.value is None else f"{monitor.name} {trial.value:.6g}  "
+    values = {} if trial.value is None else {monitor.name: trial.value}
+    values.update(trial.objectives or {})
+    value = "".join(f"{name} {number:.6g}  " for name, number in values.items())
     shown = {n: f"{x:.4g}" if isinstance(x, float) else x for n, x in trial.values.items()}
     return f"{value}{trial.status}  " + "  ".join(f"{path}={x}" for path, x in shown.items())
 
@@ -267,7 +289,8 @@ def _result(task: Task, config: Any, search: Search, monitor: Monitor) -> StudyR
     if metrics is None and not others:
         metrics = trial_lib.test(task, best_config, best)
         search.remember(f"test_{best.number}", metrics)
-    return StudyResult(best, best_config, metrics or {}, trials, search.study)
+    front = (best,) if best.objectives is None else tuple(search.front())
+    return StudyResult(best, best_config, metrics or {}, trials, search.study, front)
 
 
 def _best(trials: tuple[Trial, ...], monitor: Monitor) -> Trial:

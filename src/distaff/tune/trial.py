@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -16,13 +16,14 @@ from distaff.data import as_loader, first_to_train, training_loader_of
 from distaff.errors import CheckpointError, ConfigError, NonFiniteError
 from distaff.execution.device_memory import is_out_of_memory
 from distaff.metrics import as_json
-from distaff.metrics.monitor import as_monitor
+from distaff.metrics.monitor import Monitor, as_monitor
 from distaff.run.directory.run_directory import RunDirectory, read_status
 from distaff.run.events import make_plan
 from distaff.trainer import trials
 from distaff.trainer.module import TrainerModule
 from distaff.trainer.trials import as_trial, is_interrupted, path_of, watch
 from distaff.tune.heart import Heart
+from distaff.tune.objectives import Objective
 from distaff.tune.search import Suggestion, Trial
 
 T = TypeVar("T")
@@ -144,23 +145,23 @@ def check_trainer(trainer: TrainerModule, giver: str) -> None:
         )
 
 
-def check(task: Task, config: Any) -> TrainingCall:
+def check(task: Task, config: Any, objectives: Sequence[Monitor] = ()) -> TrainingCall:
     """Checks everything that can be checked without writing, and returns the training.
 
     Raises:
         DistaffError: an input is invalid (the subclass says which).
     """
-    call = task.using(config, _checked)
+    call = task.using(config, partial(_checked, objectives=objectives))
     again = task.using(config, lambda call: call)
     task.check_fresh(again.loaders[0], call.loaders[0])
     return call
 
 
-def _checked(call: TrainingCall) -> TrainingCall:
+def _checked(call: TrainingCall, objectives: Sequence[Monitor]) -> TrainingCall:
     trainer = as_trial(call.trainer, seed=call.trainer.config.seed)
     train, val, _ = call.loaders
     plan = make_plan(train, val, options=trainer.config, seed=trainer.config.seed, **call.lengths)
-    trials.check(trainer, plan)
+    trials.check(trainer, plan, list(map(Objective, objectives)))
     every, num_epochs = plan.val_every, call.lengths["num_epochs"]
     if every.unit != "epochs":
         raise ConfigError(
@@ -224,11 +225,34 @@ def _trained(
         raise KeyboardInterrupt
     if result.reason == "SIGTERM":
         raise SystemExit(143)
-    value = None if result.best is None else trainer.monitor.value(result.best.metrics)
-    if value is None or not math.isfinite(value):
-        suggestion.note(reason=f"the best {trainer.monitor.name} is {value}")
+    status = "stopped" if result.status == "interrupted" else result.status
+    metrics = None if result.best is None else result.best.metrics
+    return outcome(suggestion, status, metrics, trainer.monitor)
+
+
+def outcome(
+    suggestion: Suggestion, status: str, metrics: Mapping[str, Any] | None, monitor: Monitor
+) -> tuple[str, float | None]:
+    """Returns the outcome of a training that has ended, and notes its objectives.
+
+    Args:
+        suggestion: the trial.
+        status: how it ended.
+        metrics: validation metrics of its best model; None without one.
+        monitor: the metric that ranks models.
+    """
+    if metrics is None:
+        suggestion.note(reason=f"no model has a {monitor.name}")
         return "failed", None
-    return ("stopped" if result.status == "interrupted" else result.status), value
+    names = suggestion.objectives
+    found = {monitor.name: monitor.value(metrics), **{n: Monitor(n).value(metrics) for n in names}}
+    for name, value in found.items():
+        if not math.isfinite(value):
+            suggestion.note(reason=f"the {name} of the best model is {value}")
+            return "failed", None
+    if names:
+        suggestion.note(objectives={name: found[name] for name in names})
+    return status, found[monitor.name]
 
 
 def test(task: Task, config: Any, trial: Trial) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ import optuna
 from optuna.distributions import BaseDistribution
 
 from distaff.errors import ConfigError, nearest
+from distaff.tune.dimension import Choice, Dimension, Int
 from distaff.tune.search import Draw
 from distaff.tune.space import SpaceFn
 
@@ -47,7 +48,10 @@ def _accepts(distribution: BaseDistribution, value: Any) -> bool:
 
 
 def sampler(name: str) -> Callable[[int], optuna.samplers.BaseSampler]:
-    """Returns a function that makes a sampler from a seed, by its name: "tpe" or "random".
+    """Returns a function that makes a sampler from a seed, by its name.
+
+    Args:
+        name: `"tpe"`, `"random"` or `"nsgaii"`.
 
     Raises:
         ConfigError: the name is unknown.
@@ -56,6 +60,7 @@ def sampler(name: str) -> Callable[[int], optuna.samplers.BaseSampler]:
         # The liar counts on running trials, of this batch and of other processes, as bad ones.
         "tpe": partial(optuna.samplers.TPESampler, constant_liar=True),
         "random": optuna.samplers.RandomSampler,
+        "nsgaii": optuna.samplers.NSGAIISampler,
     }
     if name not in kinds:
         raise ConfigError(
@@ -74,3 +79,27 @@ def pruner(name: str) -> optuna.pruners.BasePruner:
         "none": optuna.pruners.NopPruner,
     }
     return kinds[name]()
+
+
+def check_pruner(given: optuna.pruners.BasePruner | None, objectives: Sequence[str]) -> None:
+    """Checks that trials with several objectives have no pruner.
+
+    Raises:
+        ConfigError: they have one.
+    """
+    if objectives and not isinstance(given, optuna.pruners.NopPruner | None):
+        raise ConfigError(
+            f"Trials with several objectives ({', '.join(objectives)}) cannot be pruned, since "
+            f"Optuna prunes by one value; got {type(given).__name__}. Omit pruner (--pruner)."
+        )
+
+
+def suggest(trial: optuna.Trial, path: str, dimension: Dimension) -> Any:
+    """Returns the value of an option in a trial, drawn from its range."""
+    if isinstance(dimension, Choice):
+        labels = dimension.labels()
+        return labels[trial.suggest_categorical(path, list(labels))]
+    low, high = dimension.ends()
+    if isinstance(dimension, Int):
+        return trial.suggest_int(path, int(low), int(high), log=dimension.log)
+    return trial.suggest_float(path, low, high, log=dimension.log)

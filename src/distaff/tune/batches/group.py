@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from distaff.callbacks.callbacks import Callbacks
 from distaff.data import as_loader, closing_made
@@ -26,7 +22,7 @@ from distaff.tune.population.member import TrainedMember
 from distaff.tune.population.settings import Setting
 from distaff.tune.population.training import PopulationRun
 from distaff.tune.search import Suggestion
-from distaff.tune.trial import Reporting, TrainingCall
+from distaff.tune.trial import Reporting, TrainingCall, outcome
 
 _OWNER = "A study in batches"
 _REMEDY = "Or train one trial after the other, with batch=1 (--batch 1)."
@@ -191,16 +187,16 @@ def _setting(trial: BatchTrial, options: Any) -> Setting:
 def _outcome(suggestion: Suggestion, member: TrainedMember, monitor: Monitor) -> Outcome:
     if member.status == "pruned":
         return "pruned", None
-    value = None if member.best is None else monitor.value(member.best.metrics)
-    if member.status == "diverged" or value is None or not math.isfinite(value):
-        suggestion.note(reason=member.reason or f"the best {monitor.name} is {value}")
+    if member.status == "diverged":
+        suggestion.note(reason=member.reason)
         return "failed", None
-    return member.status, value
+    metrics = None if member.best is None else member.best.metrics
+    return outcome(suggestion, member.status, metrics, monitor)
 
 
-def outcome_left(path: Path, monitor: Monitor) -> Outcome | None:
+def outcome_left(suggestion: Suggestion, monitor: Monitor) -> Outcome | None:
     """Returns the outcome of a trial whose process was killed after its end, from its directory."""
-    status = read_status(path)
+    status = None if suggestion.left is None else read_status(suggestion.left)
     if status is None or status["status"] not in ("finished", "stopped", "pruned", "failed"):
         return None
     if status["status"] == "failed":
@@ -208,5 +204,5 @@ def outcome_left(path: Path, monitor: Monitor) -> Outcome | None:
     if status["status"] == "pruned":
         return "pruned", None
     best = status.get("best")
-    value = np.nan if best is None else monitor.value(as_numbers(best["metrics"]))
-    return (status["status"], value) if math.isfinite(value) else ("failed", None)
+    metrics = None if best is None else as_numbers(best["metrics"])
+    return outcome(suggestion, status["status"], metrics, monitor)

@@ -115,7 +115,7 @@ class Batches:
             if each.left is not None and not is_member(each.left):
                 yield [each], [self._alone(each)]  # the run that an earlier call has begun
                 continue
-            done = None if each.left is None else outcome_left(each.left, self._monitor)
+            done = outcome_left(each, self._monitor)
             if done is not None:
                 yield [each], [done]
                 continue
