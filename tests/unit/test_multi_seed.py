@@ -51,14 +51,14 @@ class Touchy(TrainerModule):
         return jnp.where(is_bad, jnp.nan, loss)
 
 
-def touchy(**options: Any) -> Touchy:
+def touchy(kind: type[Touchy] = Touchy, **options: Any) -> Touchy:
     def init(key: Any, x: Any) -> Any:
         # Of the seeds 1 to 3, only the first one has more.
         return {"w": jax.random.normal(key, (4,)), "unlucky": jax.random.normal(key) - 0.4}
 
     options = {"optimizer": OptimizerConfig("sgd"), **options}
     model = init, lambda params, x: x @ params["w"]
-    return Touchy(model, root=None, enable_progress_bar=False, **options)
+    return kind(model, root=None, enable_progress_bar=False, **options)
 
 
 def loaders() -> tuple[Any, Any]:
@@ -180,6 +180,29 @@ def test_member_that_diverges_is_reported_and_disturbs_no_other(form: str) -> No
             assert each.metrics == pytest.approx(result.metrics, rel=1e-5)
     assert found.summary()["val/loss"].count == 2
     assert found.best.status == "finished"
+
+
+class Graded(Touchy):
+    """Adds the seed to what it validates, so that each member has to be asked."""
+
+    def eval_model(self, loader: Any, prefix: str = "", **weights: Any) -> dict[str, Any]:
+        return {**super().eval_model(loader, prefix, **weights), f"{prefix}seed": self.config.seed}
+
+
+@pytest.mark.parametrize("kind", [Touchy, pytest.param(Graded, marks=pytest.mark.slow)])
+def test_stacked_members_are_validated_in_one_pass_over_the_data(kind: Any) -> None:
+    trainer, passes = touchy(kind), []
+
+    def val() -> Any:
+        passes.append(len(passes))
+        yield {"x": X[48:], "y": Y[48:]}
+
+    found = tune.multi_seed(trainer, loaders()[0], val, seeds=[2, 3], num_epochs=2, form="stacked")
+    assert [each.step for each in found.members] == [6, 6]
+    if kind is Graded:
+        assert [each.metrics["val/seed"] for each in found.members] == [2, 3]
+    else:
+        assert len(passes) == 2  # one after each epoch
 
 
 def test_early_stopping_ends_each_member_by_itself() -> None:

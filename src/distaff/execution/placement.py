@@ -123,7 +123,7 @@ class OneDevice:
     def resident(self, tree: PyTree) -> PyTree:
         """Returns copies on the device that share no memory with the host's arrays."""
         # `device_put` may alias the memory of a NumPy array, even with `may_alias=False`.
-        return jax.tree.map(jnp.array, tree)
+        return copies(tree)
 
     def name_axes(self, find: Callable[[], Mapping[str, Any]]) -> None:
         """Does nothing: names do not matter on one device."""
@@ -186,7 +186,10 @@ def copies(tree: PyTree) -> PyTree:
         if isinstance(leaf, Tracer):  # of a plan: it has no buffer
             return leaf
         if not isinstance(leaf, jax.Array):
-            leaf = jnp.asarray(np.array(leaf, jax.dtypes.canonicalize_dtype(np.result_type(leaf))))
+            # Unlike `jnp.asarray`, this compiles nothing.
+            leaf = jax.device_put(
+                np.array(leaf, jax.dtypes.canonicalize_dtype(np.result_type(leaf)))
+            )
         if not leaf.is_fully_addressable:
             return copied_parts(leaf)
         # Unlike `leaf.copy()`, this does not compile a program per shape.

@@ -58,7 +58,7 @@ class Evaluator:
         self.outputs = execution.part(getattr(eval_step, "outputs", eval_step))
         if isinstance(eval_step, EvalStep):
             self._padding = Padding(execution, self._per_example)
-        self._one = execution.part(self._accumulating_one)
+        self._one = execution.part(self.metrics_of)
         self._run = execution.program(self._accumulating)
         watch, arguments = watch or Watch(), ("state", "source", "mask", "num_steps")
         many = execution.program(self._accumulating_each)
@@ -118,9 +118,14 @@ class Evaluator:
     def _per_example(self, state: TrainState, batch: Batch) -> dict[str, PerExample]:
         return per_example(self.outputs(state, batch))
 
-    def _accumulating_one(
-        self, state: TrainState, batch: Batch, mask: jax.Array | None
-    ) -> dict[str, Metric]:
+    def metrics_of(self, state: TrainState, batch: Batch, mask: jax.Array | None) -> dict[str, Any]:
+        """Returns the metrics of one batch; for use inside a program.
+
+        Args:
+            state: the state to evaluate.
+            batch: the batch.
+            mask: bool `[batch]`, false for examples that pad it; None if nothing does.
+        """
         size = num_examples(batch)
         if self._padding is None:
             return accumulating(self.outputs(state, batch), size)

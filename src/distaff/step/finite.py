@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -73,7 +74,7 @@ def _without_sums(opt_state: PyTree) -> PyTree:
 
 
 def _fingerprints(leaves: list[jax.Array]) -> np.ndarray:
-    if not _are_near(leaves):
+    if not are_near(leaves):
         return np.asarray(_sums_of_bits(leaves))
     bits = [np.ascontiguousarray(leaf).view(np.uint8) for leaf in leaves]
     return np.array([zlib.crc32(x.data) if x.any() else 0 for x in bits], np.uint32)
@@ -105,9 +106,24 @@ def _floats(tree: PyTree) -> list[jax.Array]:
 def all_finite(tree: PyTree) -> bool:
     """Returns whether every float in a tree is finite; waits for the device."""
     leaves = _floats(tree)
-    if not _are_near(leaves):
+    if not are_near(leaves):
         return bool(_all_finite(leaves))
     return all(bool(np.isfinite(leaf).all()) for leaf in leaves)
+
+
+def finite_rows(tree: PyTree) -> np.ndarray:
+    """Returns which rows of a tree, whose arrays are `[rows, ...]`, are finite: bool `[rows]`."""
+    leaves = _floats(tree)
+    if not are_near(leaves):
+        return np.asarray(_finite_rows(leaves))
+    rows = [np.isfinite(leaf).reshape(len(leaf), -1).all(axis=1) for leaf in leaves]
+    return np.all(rows, axis=0)
+
+
+@jax.jit
+def _finite_rows(leaves: list[jax.Array]) -> jax.Array:
+    rows = [jnp.isfinite(leaf).reshape(len(leaf), -1).all(axis=1) for leaf in leaves]
+    return jnp.stack(rows).all(axis=0)
 
 
 @jax.jit
@@ -115,7 +131,7 @@ def _all_finite(leaves: list[jax.Array]) -> jax.Array:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
 
 
-def _are_near(leaves: list[jax.Array]) -> bool:
+def are_near(leaves: Sequence[jax.Array]) -> bool:
     """Returns whether reading arrays with NumPy is faster than compiling a program for them.
 
     On the CPU, NumPy reads them without a copy.

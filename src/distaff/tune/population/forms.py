@@ -14,9 +14,12 @@ from distaff.execution.dispatch.dispatcher import Dispatcher
 from distaff.execution.dispatch.packed_metrics import MetricLayout, MetricTable
 from distaff.execution.execution import Execution
 from distaff.execution.feed.chunk import Chunk
-from distaff.execution.placement import copies
+from distaff.execution.placement import copies, like
 from distaff.metrics import Metric, Sum
+from distaff.metrics.accumulators import aligned
+from distaff.step.finite import all_finite, are_near, finite_rows
 from distaff.step.normalise import StepFn
+from distaff.step.state import TrainState
 from distaff.tune.population.settings import state_in, with_arrays
 
 _ROWS = "members"
@@ -50,16 +53,27 @@ class Members(Protocol):
         """Replaces the states by `function(state)`; a function is compiled once."""
         ...
 
-    def state(self, index: int) -> PyTree:
-        """Returns the state of a member. Training on may free its arrays."""
+    def state(self, index: int) -> TrainState:
+        """Returns the present state of a member. Training on may free its arrays."""
         ...
 
-    def kept(self, index: int) -> PyTree:
-        """Returns the state of a member, whose arrays stay."""
+    def is_finite(self, index: int) -> bool:
+        """Whether all parameters of a member are finite."""
+        ...
+
+    def keep(self, which: Sequence[int]) -> None:
+        """Keeps the present states of some members, instead of those kept before."""
+        ...
+
+    def kept(self, index: int) -> TrainState:
+        """Returns the state that was kept of a member."""
         ...
 
     def arrays(self) -> dict[str, PyTree]:
-        """Returns the arrays of all states, each `[members, ...]`. Training on may free them."""
+        """Returns arrays `[members, ...]`: `members` of all states, and `best` of the kept ones.
+
+        The state of each member must have been kept. Training on may free the arrays.
+        """
         ...
 
     def restore(self, arrays: Mapping[str, PyTree]) -> None:
@@ -88,9 +102,8 @@ class MembersInTurn:
         self, execution: Execution, dispatcher: Dispatcher, states: Sequence[PyTree]
     ) -> None:
         self.dispatcher, self._execution, self._states = dispatcher, execution, list(states)
+        self._kept: dict[int, TrainState] = {}
         self._programs: dict[Any, Any] = {}
-        self._stack = execution.program(lambda *trees: stack(*trees))
-        self._take = execution.program(lambda trees, index: take(trees, index))
 
     def example(self) -> PyTree:
         """Returns the state of the first member."""
@@ -115,26 +128,41 @@ class MembersInTurn:
         for index in running:
             self._states[index] = self._programs[function](self._states[index])
 
-    def state(self, index: int) -> PyTree:
+    def state(self, index: int) -> TrainState:
         """Returns the state of a member; its next step donates it."""
-        return self._states[index]
+        return state_in(self._states[index])
 
-    def kept(self, index: int) -> PyTree:
-        """Returns a copy of the state of a member."""
-        return copies(self._states[index])
+    def is_finite(self, index: int) -> bool:
+        """Whether all parameters of a member are finite."""
+        return all_finite(self.state(index).params)
+
+    def keep(self, which: Sequence[int]) -> None:
+        """Keeps copies of the present states of some members."""
+        self._kept.update((index, copies(self.state(index))) for index in which)
+
+    def kept(self, index: int) -> TrainState:
+        """Returns the state that was kept of a member."""
+        return self._kept[index]
 
     def arrays(self) -> dict[str, PyTree]:
-        """Returns copies of the arrays of all states."""
-        return self._stack(*(state_in(each).arrays() for each in self._states))
+        """Returns copies of all states and of the kept ones, on the host."""
+        indices = range(len(self._states))
+        return {
+            "members": joined([self.state(index).arrays() for index in indices]),
+            "best": joined([self._kept[index].arrays() for index in indices]),
+        }
 
     def restore(self, arrays: Mapping[str, PyTree]) -> None:
         """Gives each member its own arrays."""
         for index, state in enumerate(self._states):
-            self._states[index] = with_arrays(state, self._take(arrays, np.int32(index)))
+            own = state_in(state).arrays()
+            found = {name: like(row(each, index), own) for name, each in arrays.items()}
+            self._states[index] = with_arrays(state, found["members"])
+            self._kept[index] = state_in(state).replace(**found["best"])
 
     def replace(self, states: Sequence[PyTree]) -> None:
         """Replaces the members by any number of others."""
-        self._states = list(states)
+        self._states, self._kept = list(states), {}
 
 
 class StackedMembers:
@@ -153,16 +181,29 @@ class StackedMembers:
     def __init__(
         self, execution: Execution, dispatcher: Dispatcher, states: Sequence[PyTree]
     ) -> None:
-        self.dispatcher, self._execution, self._num = dispatcher, execution, len(states)
-        self._stack = execution.program(lambda *states: stack(*states))
-        self._room, self._state = len(states), self._stack(*states)
+        self.dispatcher, self._execution = dispatcher, execution
+        self._num = self._room = len(states)
         self._width = dispatcher.layout.width // len(states)
-        self._take = execution.program(lambda trees, index: take(trees, index))
+        self._state = like(joined(states), states[0])
+        self._best: TrainState | None = None
+        self._finite: np.ndarray | None = None
+        self._replace = execution.program(replaced, donate=0)
         self._programs: dict[Any, Any] = {}
 
     def example(self) -> PyTree:
         """Returns the stacked states."""
         return self._state
+
+    @property
+    def states(self) -> TrainState:
+        """The states of all members; training on may free the arrays."""
+        return state_in(self._state)
+
+    @property
+    def best(self) -> TrainState:
+        """The kept states of all members; `keep` may free the arrays."""
+        assert self._best is not None
+        return self._best
 
     def begin_epoch(self) -> None:
         """Begins a new table of metrics."""
@@ -171,7 +212,7 @@ class StackedMembers:
     def train(self, chunk: Chunk, step: int, running: Sequence[int]) -> Iterator[MetricTable]:
         """Trains all members, and yields the metrics of those that are running."""
         self._state, table, _ = self.dispatcher(self._state, self._table, chunk, step)
-        self._table = table
+        self._table, self._finite = table, None
         for index in running:
             columns: Any = _Columns(table.rows, index * self._width, (index + 1) * self._width)
             yield table._replace(rows=columns)
@@ -180,24 +221,44 @@ class StackedMembers:
         """Replaces the states of all members; that of one that has ended is no longer read."""
         if function not in self._programs:
             self._programs[function] = self._execution.program(jax.vmap(function), donate=0)
-        self._state = self._programs[function](self._state)
+        self._state, self._finite = self._programs[function](self._state), None
 
-    def state(self, index: int) -> PyTree:
+    def state(self, index: int) -> TrainState:
         """Returns a copy of the state of a member."""
-        return self._take(self._state, np.int32(index))
+        return like(row(self.states, index), self.states)
 
-    kept = state
+    def is_finite(self, index: int) -> bool:
+        """Whether all parameters of a member are finite; found for all members at once."""
+        if self._finite is None:
+            self._finite = finite_rows(self.states.params)
+        return bool(self._finite[index])
+
+    def keep(self, which: Sequence[int]) -> None:
+        """Keeps the present states of some members, in one program."""
+        if self._best is None:
+            self._best = copies(self.states)
+        elif which:
+            mask = np.isin(np.arange(self._room), which)
+            is_near = are_near(jax.tree.leaves(self.states))
+            replace = replaced_on_host if is_near else self._replace
+            self._best = replace(self._best, self.states, mask)
+
+    def kept(self, index: int) -> TrainState:
+        """Returns a copy of the state that was kept of a member."""
+        return like(row(self.best, index), self.states)
 
     def arrays(self) -> dict[str, PyTree]:
         """Returns the arrays of the stacked states."""
-        arrays = state_in(self._state).arrays()
-        return arrays if self._num == self._room else self._take(arrays, np.arange(self._num))
+        arrays = {"members": self.states.arrays(), "best": self.best.arrays()}
+        return arrays if self._num == self._room else row(arrays, np.arange(self._num))
 
     def restore(self, arrays: Mapping[str, PyTree]) -> None:
         """Replaces the arrays of the stacked states."""
         if self._num < self._room:
-            arrays = self._take(arrays, np.minimum(np.arange(self._room), self._num - 1))
-        self._state = with_arrays(self._state, arrays)
+            arrays = row(arrays, np.minimum(np.arange(self._room), self._num - 1))
+        own = self.states.arrays()
+        self._state = with_arrays(self._state, like(arrays["members"], own))
+        self._best, self._finite = self.states.replace(**arrays["best"]), None
 
     def replace(self, states: Sequence[PyTree]) -> None:
         """Replaces the members by others, at most as many as at first.
@@ -206,7 +267,8 @@ class StackedMembers:
         """
         self._num = len(states)
         rest = [states[-1]] * (self._room - self._num)
-        self._state = self._stack(*states, *rest)
+        self._state = like(joined([*states, *rest]), states[0])
+        self._best = self._finite = None
 
 
 def stacked(step: StepFn, layout: MetricLayout) -> StepFn:
@@ -232,9 +294,40 @@ def stack(*states: PyTree) -> PyTree:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
 
-def take(trees: PyTree, index: jax.Array | np.ndarray | np.int32) -> PyTree:
-    """Returns the tree of one member, or of several, from arrays `[members, ...]`."""
-    return jax.tree.map(lambda leaf: leaf[index], trees)
+def joined(trees: Sequence[PyTree]) -> PyTree:
+    """Returns the trees of all members as one, with NumPy arrays `[members, ...]`."""
+    return jax.tree.map(lambda *leaves: _of_host(np.stack, *leaves), *trees)
+
+
+def row(tree: PyTree, index: int | np.ndarray) -> PyTree:
+    """Returns the tree of one member, or of several, from arrays `[members, ...]`, in NumPy."""
+    return jax.tree.map(
+        lambda leaf: _of_host(lambda leaves: np.array(leaves[0][index]), leaf), tree
+    )
+
+
+def _of_host(function: Callable[[list[np.ndarray]], np.ndarray], *leaves: jax.Array) -> Any:
+    """Returns a function of arrays on the host, which compiles nothing; keys stay keys."""
+    first = leaves[0]
+    if not jnp.issubdtype(first.dtype, jax.dtypes.prng_key):
+        return function([np.asarray(leaf) for leaf in leaves])
+    bits = [jax.random.key_data(leaf) for leaf in leaves]
+    found = like(function([np.asarray(each) for each in bits]), bits[0])
+    return jax.random.wrap_key_data(found, impl=jax.random.key_impl(first))
+
+
+def replaced(old: PyTree, new: PyTree, mask: jax.Array) -> PyTree:
+    """Returns arrays `[members, ...]` with the new values where `mask` `[members]` is true."""
+    return jax.tree.map(lambda *pair: jnp.where(aligned(mask, pair[0]), *pair[::-1]), old, new)
+
+
+def replaced_on_host(old: PyTree, new: PyTree, mask: np.ndarray) -> PyTree:
+    """Returns what `replaced` returns, as NumPy arrays."""
+
+    def chosen(pair: list[np.ndarray]) -> np.ndarray:
+        return np.where(aligned(mask, pair[0]), *pair[::-1])
+
+    return jax.tree.map(lambda *pair: _of_host(chosen, *pair), old, new)
 
 
 class _Columns:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,7 +72,7 @@ class RunningMember:
 
     Attributes:
         status: `"running"`, until it ends.
-        best_state: the state of its best model.
+        has_state: whether a state of it is kept: that of its best model, or its last one.
         windows: reads the metrics of the current epoch; set by the loop.
         log: writes its metrics to a file; None if nothing is written.
     """
@@ -90,7 +90,7 @@ class RunningMember:
         self.step = self.epoch = 0
         self.last_metrics: dict[str, Any] = {}
         self.best: Best | None = None
-        self.state: TrainState | None = None
+        self.has_state = False
         self._columns, self._progress = ColumnLogger(), EpochProgress(1)
 
     @property
@@ -131,6 +131,28 @@ class RunningMember:
         self.last_metrics = dict(metrics)
         self._log(metrics, self.step)
 
+    def is_best(
+        self,
+        metrics: Mapping[str, Any],
+        validation: Mapping[str, Any],
+        is_better: Callable[..., bool],
+    ) -> bool:
+        """Notes a validation; returns whether it is the best so far.
+
+        Args:
+            metrics: the metrics of the training epoch.
+            validation: the metrics of the validation.
+            is_better: see `TrainerModule.is_new_model_better`.
+        """
+        if validation:
+            self.notify("on_validation_end", validation)
+        judged = self.monitor.judged(metrics, validation)
+        old = None if self.best is None else self.best.metrics
+        if not judged or not is_better(judged, old):
+            return False
+        self.best = Best(self.step, self.epoch, dict(judged))
+        return True
+
     def notify(self, event: str, metrics: Mapping[str, Any], *, is_best: bool = False) -> None:
         """Calls the member's early stopping."""
         if self.callbacks.callbacks:
@@ -147,16 +169,17 @@ class RunningMember:
             "epoch": self.epoch,
             "last_metrics": as_json(self.last_metrics),
             "best": None if self.best is None else best_json(self.best),
-            "has_state": self.state is not None,
+            "has_state": self.has_state,
             "stop": [callbacks.stop_reason, callbacks.stop_status],
             "callbacks": [each.get_state() for each in callbacks.callbacks],
             "log": None if self.log is None else self.log.position(),
         }
 
-    def restore(self, value: Mapping[str, Any], state: TrainState | None) -> None:
-        """Restores a member from the result of `to_json`, and the state that it keeps."""
+    def restore(self, value: Mapping[str, Any]) -> None:
+        """Restores a member from the result of `to_json`."""
         self.status, self.reason = str(value["status"]), str(value["reason"])
-        self.step, self.epoch, self.state = int(value["step"]), int(value["epoch"]), state
+        self.step, self.epoch = int(value["step"]), int(value["epoch"])
+        self.has_state = bool(value["has_state"])
         self.last_metrics = dict(as_numbers(value["last_metrics"]))
         best, callbacks = value["best"], self.callbacks
         if best is not None:
@@ -172,12 +195,12 @@ class RunningMember:
             self._columns.add({n: x for n, x in row.items() if not n.startswith("test")})
 
     def finished(
-        self, last: TrainState, tested: Mapping[str, Any], settings: Mapping[str, Any]
+        self, state: TrainState, tested: Mapping[str, Any], settings: Mapping[str, Any]
     ) -> TrainedMember:
         """Returns the member after its training.
 
         Args:
-            last: its last state.
+            state: the state that was kept of it.
             tested: the metrics of its test.
             settings: the values by which it differs from the trainer.
         """
@@ -193,7 +216,7 @@ class RunningMember:
             epoch=self.epoch,
             metrics=Named({**self.last_metrics, **of_best, **tested}),
             best=self.best,
-            state=last if self.state is None else self.state,
+            state=state,
             history=History(self._columns, best_epoch=self.best and self.best.epoch),
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -14,20 +14,15 @@ from distaff.execution.dispatch.packed_metrics import MetricLayout, MetricWindow
 from distaff.execution.dispatch.steps_per_call import continued
 from distaff.execution.placement import num_devices
 from distaff.run.events import Plan
-from distaff.run.result import Best
 from distaff.run.sanity import report_breach
 from distaff.step.averages import is_averaged
-from distaff.step.finite import all_finite
 from distaff.step.normalise import StepFn
 from distaff.step.remainder import may_have_rest
 from distaff.step.state import TrainState
 from distaff.trainer.trials import PreparedRun
 from distaff.tune.population.chosen_form import choose_form, fastest, make_members
-from distaff.tune.population.forms import (
-    Members,
-    stack,
-    take,
-)
+from distaff.tune.population.evaluation import MemberEvaluation
+from distaff.tune.population.forms import Members
 from distaff.tune.population.member import RunningMember, TrainedMember
 from distaff.tune.population.settings import Setting, TracedOptimizer, state_in
 
@@ -72,7 +67,6 @@ class PopulationRun:
         self._check()
         self._rest, self._averaged, step = self._here.with_rest, self._here.with_epoch, None
         self._traced = TracedOptimizer(prepared, settings, traced)
-        self._tx = self._here.ready_state().tx
         if self._traced.names:
             self._rest, self._averaged = self._traced.rest, self._traced.averaged
             step = self._traced.step()
@@ -81,8 +75,7 @@ class PopulationRun:
         self._has_rest = may_have_rest(state_in(states[0]))
         self._states, self._layout, self.remark = _made(prepared, states, form, step)
         self.form = self._states.form
-        self._stack = self._here.execution.program(lambda *trees: stack(*trees))
-        self._take = self._here.execution.program(lambda trees, index: take(trees, index))
+        self._evaluate = MemberEvaluation(prepared, self._states)
 
     def again(self, settings: Sequence[Setting]) -> None:
         """Begins again with other members, which the programs compiled so far train.
@@ -149,7 +142,7 @@ class PopulationRun:
             self._train_epoch(epoch)
             self._end_epoch(epoch, plan)
             self.epoch = epoch
-            show(self._line(epoch, plan))
+            show(_line(self.members, self._trainer.monitor.name, epoch, plan))
             save(is_last=epoch == last or not self._running)
 
     def tested(self, test_loader: Any) -> tuple[TrainedMember, ...]:
@@ -158,7 +151,18 @@ class PopulationRun:
         Args:
             test_loader: data for the test; None for no test.
         """
-        return tuple(self._finished(index, test_loader) for index in range(len(self.members)))
+        self._keep_rest(range(len(self.members)))
+        which = {  # one that diverged before it had a best model is not tested
+            index: member
+            for index, member in enumerate(self.members)
+            if member.best is not None or member.status != "diverged"
+        }
+        loaders = {} if test_loader is None else {"test": test_loader}
+        found = self._evaluate(which, loaders, kept=True)
+        return tuple(
+            member.finished(self._kept(index), found.get(index, {}), self._settings[index].values)
+            for index, member in enumerate(self.members)
+        )
 
     def arrays(self) -> dict[str, PyTree]:
         """Returns the arrays that a resume needs, each `[members, ...]`.
@@ -166,12 +170,8 @@ class PopulationRun:
         They are the states of all members as `members`, and as `best` the states to keep. A member
         that has none yet is there with its current state.
         """
-        kept = (
-            state_in(self._states.state(n)) if each.state is None else each.state
-            for n, each in enumerate(self.members)
-        )
-        best = self._stack(*(state.arrays() for state in kept))
-        return {"members": self._states.arrays(), "best": best}
+        self._states.keep([n for n, each in enumerate(self.members) if not each.has_state])
+        return self._states.arrays()
 
     def facts(self) -> dict[str, Any]:
         """Returns what a resume needs in addition to the arrays, as strict JSON."""
@@ -189,10 +189,9 @@ class PopulationRun:
         """Restores what `facts` and `arrays` have returned."""
         plan, seek = self._run.plan, self._run.checkpointer.seek
         self.step, self.epoch = int(facts["step"]), int(facts["epoch"])
-        self._states.restore(arrays["members"])
-        for index, (member, saved) in enumerate(zip(self.members, facts["members"], strict=True)):
-            own = self._take(arrays["best"], index)
-            member.restore(saved, self._kept(index).replace(**own) if saved["has_state"] else None)
+        self._states.restore(arrays)
+        for member, saved in zip(self.members, facts["members"], strict=True):
+            member.restore(saved)
         seek(facts["loader"], plan.train_loader, "train")
         for name, loader in plan.val_loaders.items():
             seek(facts["val_loaders"][name], loader, name)
@@ -243,66 +242,55 @@ class PopulationRun:
         if is_averaged(self._options, epoch):
             self._states.apply(self._averaged, running)
         is_due = epoch == plan.last_epoch or plan.val_every.is_due("epochs", epoch)
+        metrics = {index: self.members[index].end_steps(self.step) for index in running}
+        for index, found in metrics.items():
+            self.members[index].notify("on_epoch_end", found)
+        due = [n for n in running if is_due or self.members[n].callbacks.stop_reason]
+        self._validate(due, metrics)
         for index in running:
-            member = self.members[index]
-            metrics = member.end_steps(self.step)
-            member.notify("on_epoch_end", metrics)
-            if is_due or member.callbacks.stop_reason:
-                metrics = self._validated(index, metrics)
+            member, stop = self.members[index], self.members[index].callbacks
             if member.is_running:
-                member.record(metrics)
-            if member.is_running and member.callbacks.stop_reason:
-                stop = member.callbacks
-                member.end(stop.stop_status, stop.stop_reason or "", self.step)
-            if not member.is_running and member.state is None:
-                member.state = self._kept(index)
+                member.record(metrics[index])
+            if member.is_running and stop.stop_reason:
+                member.end(stop.stop_status, stop.stop_reason, self.step)
+        self._keep_rest([index for index in running if not self.members[index].is_running])
 
-    def _validated(self, index: int, metrics: dict[str, Any]) -> dict[str, Any]:
-        """Validates a member, and keeps its state if it is the best so far."""
-        member, trainer = self.members[index], self._trainer
-        self._take_on(index, state_in(self._states.state(index)))
-        if not all_finite(self._here.ready_state().params):
-            where = f"by step {self.step} (epoch {member.epoch})"
-            reason = f"a parameter became NaN or infinite {where}"
-            member.end("diverged", reason, self.step)
-            return metrics
-        validation = self._run.evaluate(trainer.eval_model)
-        if validation:
-            member.notify("on_validation_end", validation)
-        judged = member.monitor.judged(metrics, validation)
-        old = None if member.best is None else member.best.metrics
-        if judged and trainer.is_new_model_better(judged, old):
-            member.best = Best(self.step, member.epoch, dict(judged))
-            member.state = self._kept(index)
-        return {**metrics, **validation}
+    def _validate(self, due: Sequence[int], metrics: dict[int, dict[str, Any]]) -> None:
+        """Validates members, adds to their metrics, and keeps their states if they are the best."""
+        for index in due:
+            if not self._states.is_finite(index):
+                where = f"by step {self.step} (epoch {self.members[index].epoch})"
+                reason = f"a parameter became NaN or infinite {where}"
+                self.members[index].end("diverged", reason, self.step)
+        running = {n: self.members[n] for n in due if self.members[n].is_running}
+        found = self._evaluate(running, self._run.plan.val_loaders)
+        is_better = self._trainer.is_new_model_better
+        better = [n for n, x in running.items() if x.is_best(metrics[n], found[n], is_better)]
+        self._states.keep(better)
+        for index in better:
+            self.members[index].has_state = True
+        for index in running:
+            metrics[index] = {**metrics[index], **found[index]}
 
-    def _take_on(self, index: int, state: TrainState) -> None:
-        """Gives the trainer the state of a member."""
-        member = self.members[index]
-        self._prepared.take_on(state, step=self.step, epoch=member.epoch, seed=member.seed)
-
-    def _finished(self, index: int, test_loader: Any) -> TrainedMember:
-        """Returns a trained member; tests its best model, unless it diverged before it had one."""
-        member, tested = self.members[index], {}
-        last = self._kept(index) if member.state is None else member.state
-        if test_loader is not None and (member.best is not None or member.status != "diverged"):
-            self._take_on(index, last.replace(tx=self._tx))  # an own one would compile again
-            for name, weights in self._options.evaluations("test"):
-                tested.update(self._trainer.eval_model(test_loader, f"{name}/", **weights))
-        return member.finished(last, tested, self._settings[index].values)
+    def _keep_rest(self, which: Iterable[int]) -> None:
+        """Keeps the last states of members of which none is kept yet."""
+        rest = [index for index in which if not self.members[index].has_state]
+        self._states.keep(rest)
+        for index in rest:
+            self.members[index].has_state = True
 
     def _kept(self, index: int) -> TrainState:
-        """Returns a copy of the state of a member, with its own optimizer."""
-        state = state_in(self._states.kept(index))
+        """Returns the state that was kept of a member, with its own optimizer."""
+        state = self._states.kept(index)
         if not self._traced.names:
             return state
         return state.replace(tx=self._traced.own(self._settings[index]))
 
-    def _line(self, epoch: int, plan: Plan) -> str:
-        """Returns a line about an epoch."""
-        name = self._trainer.monitor.name
-        found = [member.last_metrics.get(name) for member in self.members if member.is_running]
-        values = [f"{value:.4g}" for value in found if value is not None]
-        ended = len(self.members) - len(self._running)
-        rest = f"; {ended} ended" if ended else ""
-        return f"epoch {epoch}/{plan.last_epoch}  {name} {' '.join(values)}{rest}"
+
+def _line(members: Sequence[RunningMember], name: str, epoch: int, plan: Plan) -> str:
+    """Returns a line about an epoch."""
+    found = [member.last_metrics.get(name) for member in members if member.is_running]
+    values = [f"{value:.4g}" for value in found if value is not None]
+    ended = sum(not member.is_running for member in members)
+    rest = f"; {ended} ended" if ended else ""
+    return f"epoch {epoch}/{plan.last_epoch}  {name} {' '.join(values)}{rest}"
