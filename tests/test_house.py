@@ -37,6 +37,7 @@ PLACERS = {
     "distaff.execution.compile.signature",  # what a program is compiled for
     *("distaff.checkpoint.arrays", "distaff.checkpoint.snapshot"),
     "distaff.plan.traced",  # of arrays that do not exist
+    "distaff.mesh.shapes",  # of arrays that do not exist
     *("distaff.mesh.config", "distaff.mesh.pins", "distaff.mesh.placement", "distaff.mesh.rules"),
 }
 """Modules that may look at where arrays are, and put them there."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any, NoReturn
 
+from distaff.core.config.sizes import bytes_of
 from distaff.errors import ConfigError, DistaffError
 
 _USAGE = """usage: distaff plan RECIPE --target TARGET [OPTIONS] [OPTIONS OF THE RECIPE]
@@ -30,7 +29,6 @@ GPU targets need pip install "distaff[plan-gpu]", TPU targets pip install "dista
 """
 
 _OPTIONS = ("--target", "--mesh", "--global-batch", "--memory", "--out")
-_UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "GB": 10**9, "MB": 10**6}
 
 
 def main(words: Sequence[str]) -> int:
@@ -53,7 +51,7 @@ def main(words: Sequence[str]) -> int:
         rest,
         target=options["--target"],
         mesh=options.get("--mesh"),
-        memory=_bytes(options["--memory"]) if "--memory" in options else None,
+        memory=bytes_of(options["--memory"], "--memory") if "--memory" in options else None,
         batch_size=None if size is None else _number(size),
     )
     print(plan)
@@ -76,17 +74,6 @@ def _parsed(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
             raise ConfigError(f"{name} needs a value. See `distaff plan --help`.")
         options[name] = value if equals else left.pop(0)
     return options, rest
-
-
-def _bytes(text: str) -> int:
-    found = re.fullmatch(r"([\d.]+) ?([A-Za-z]*)", text)
-    unit = (
-        None if found is None else next((u for u in _UNITS if u.lower() == found[2].lower()), None)
-    )
-    with suppress(ValueError):
-        if found is not None and unit is not None:
-            return int(float(found[1]) * _UNITS[unit])
-    raise ConfigError(f"--memory must be a size such as 24GiB; got {text!r}.")
 
 
 def _number(text: str) -> int:

@@ -2,16 +2,68 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from distaff.core.config.argument import Argument
+from distaff.core.config.options import Options, option
+from distaff.core.config.sizes import bytes_of
 from distaff.errors import ConfigError
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
+
+
+_SHARE = 0.9
+"""Share of the free memory that a step may need; batches are read ahead into the rest."""
+
+
+def _fit_memory(name: str, value: Any) -> Any:
+    if not isinstance(value, bool):
+        bytes_of(value, name)
+    return value
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FitOptions(Options):
+    """Whether a run makes its step fit into memory."""
+
+    fit_memory: Argument[bool | int | str] = option(
+        False,
+        """Whether to make the training step fit into the memory of each device, before the first
+        step: if it needs more, as the compiler says, the run sets `remat`, and then `micro_batch`,
+        unless you set them yourself. What it chose is shown and recorded, and a resumed run keeps
+        it. True takes the memory that is free; a size such as "12 GiB" takes that.""",
+        check=_fit_memory,
+        resume="same run",
+    )
+
+
+def bytes_for_a_step(fit_memory: bool | int | str, held: int = 0) -> int:
+    """Returns the bytes that a training step may need on each device.
+
+    Args:
+        fit_memory: as in `FitOptions`; False for the memory that is free.
+        held: bytes on a device that the step reuses, such as the bytes of the state.
+
+    Raises:
+        ConfigError: the backend does not say how much memory it has.
+    """
+    if not isinstance(fit_memory, bool):
+        return bytes_of(fit_memory)
+    devices = jax.local_devices()
+    # Simulated devices share the memory of the host.
+    shared_by = len(devices) if devices[0].platform == "cpu" else 1
+    return max(int(_SHARE * (free_bytes() + held)) // shared_by, 1)
+
+
+def device_name() -> str:
+    """Returns the number and the kind of all devices, such as `"8 x NVIDIA H100"`."""
+    return f"{jax.device_count()} x {jax.local_devices()[0].device_kind}"
 
 
 def free_bytes() -> int:
@@ -29,8 +81,8 @@ def free_bytes() -> int:
     found = _host_bytes() if device.platform == "cpu" else []
     if not found:
         raise ConfigError(
-            f"The memory of this {device.platform} device is not known. Pass limit_bytes, such as "
-            "limit_bytes=8 * 2**30 for 8 GiB."
+            f"The memory of this {device.platform} device is not known. Pass it: "
+            "limit_bytes=8 * 2**30 to find_batch_size, or fit_memory='8 GiB' to a trainer."
         )
     return min(found)
 

@@ -31,6 +31,11 @@ class Placement(Protocol):
         """Whether some of the devices belong to other processes."""
         ...
 
+    @property
+    def num_parts(self) -> int:
+        """Number of devices over which each batch is split."""
+        ...
+
     def alongside(self, batch: Batch) -> Placement:
         """Returns the placement for a run whose loader yields batches like this one."""
         ...
@@ -92,6 +97,11 @@ class OneDevice:
     def is_shared(self) -> bool:
         """Whether some of the devices belong to other processes."""
         return False
+
+    @property
+    def num_parts(self) -> int:
+        """One: each device has the whole batch."""
+        return 1
 
     def alongside(self, batch: Batch) -> Placement:
         """Returns this placement, or one that follows a loader's own placement.
@@ -260,6 +270,12 @@ def num_devices(batch: Batch) -> int:
     """Returns the number of devices of a batch's arrays; 1 for arrays on the host."""
     arrays = [leaf for leaf in jax.tree.leaves(batch) if isinstance(leaf, jax.Array)]
     return max((len(array.sharding.device_set) for array in arrays), default=1)
+
+
+def bytes_on_a_device(tree: PyTree) -> int:
+    """Returns the bytes of arrays on the first device of each."""
+    arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+    return sum(array.addressable_shards[0].data.nbytes for array in arrays)
 
 
 def idle_devices(batch: Batch) -> str:

@@ -48,6 +48,11 @@ class OnMesh(OneDevice):
         """Whether some of the devices belong to other processes."""
         return not self._whole.is_fully_addressable
 
+    @property
+    def num_parts(self) -> int:
+        """Number of devices over which each batch is split."""
+        return self._num_parts
+
     def alongside(self, batch: Batch) -> Placement:
         """Returns this placement, if the batch divides.
 

@@ -74,6 +74,7 @@ class Workspace:
         warned: pairs of loader and rule with an earlier warning about bad input.
         origin: a line on the source of the initial weights.
         not_loaded: why the initial weights could not be loaded; a resumed run ignores it.
+        fit: how the step was made to fit into memory, for the record; None if it was not asked for.
     """
 
     state: TrainState | None
@@ -98,6 +99,7 @@ class Workspace:
         self.schedule: Schedule | None = None
         self.explains = True
         self.origin, self.not_loaded = "", None
+        self.fit: dict[str, Any] | None = None
         self.warned: set[tuple[str, str]] = set()
         self._programs: dict[str, Any] = {}
         self._evaluator: Evaluator | None = None

@@ -9,16 +9,20 @@ from typing import Any, TypeVar
 from distaff.core.config.options import described, descriptions, integer, option
 from distaff.core.config.other_frameworks import OPTIONS, remedy
 from distaff.errors import ConfigError
+from distaff.execution.device_memory import FitOptions
 from distaff.models import PrecisionOptions, RematOptions
 from distaff.run.display.protocol import DisplayOptions
 from distaff.run.run import RunOptions
+from distaff.step.accumulation.micro_batches import MicroBatchOptions
 
 C = TypeVar("C", bound="TrainerConfig")
 
 
 @described
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainerConfig(DisplayOptions, PrecisionOptions, RematOptions, RunOptions):
+class TrainerConfig(
+    DisplayOptions, PrecisionOptions, RematOptions, MicroBatchOptions, FitOptions, RunOptions
+):
     """The options of every trainer. Subclass it to add your own.
 
     Raises:

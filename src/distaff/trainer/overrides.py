@@ -6,6 +6,10 @@ from typing import Any
 
 from distaff.core.config.other_frameworks import METHODS, check_methods
 from distaff.core.config.overrides import check_overrides
+from distaff.errors import ConfigError
+from distaff.step.accumulation.micro_batches import in_micro_batches
+from distaff.step.normalise import StepFn
+from distaff.step.norms import norms_of
 from distaff.step.step import AugmentFn
 
 HOOKS = ("on_training_start", "on_training_epoch_end", "on_validation_epoch_end")
@@ -37,6 +41,35 @@ def check_averaging(trainer: Any, base: type) -> None:
         ConfigError: it does not accept the argument `weights`.
     """
     check_overrides(trainer, base, ("eval_model",))
+
+
+def split(step: StepFn, trainer: Any, base: type) -> StepFn:
+    """Returns a training step that splits its batch as the option `micro_batch` of a trainer says.
+
+    Args:
+        step: the step of the trainer.
+        trainer: the trainer.
+        base: the class whose training step can be split.
+
+    Raises:
+        ConfigError: the step is the user's own, or a micro-batch does not divide over the devices.
+    """
+    size = trainer.config.micro_batch
+    if not isinstance(size, int):
+        return step
+    if type(trainer).create_functions is not getattr(base, "create_functions", None):
+        raise ConfigError(
+            f"micro_batch={size} splits the batches of Distaff's training step, but "
+            f"{type(trainer).__name__} overrides create_functions. Split them in your own step, or "
+            "pass micro_batch=None."
+        )
+    num_parts = trainer._workspace.execution.placement.num_parts
+    if size % num_parts:
+        raise ConfigError(
+            f"micro_batch={size} does not divide over the {num_parts} devices that split a batch. "
+            f"Use a multiple of {num_parts}."
+        )
+    return in_micro_batches(step, size, norms_of(trainer.config))
 
 
 def augmentation_of(trainer: Any, base: type) -> AugmentFn | None:

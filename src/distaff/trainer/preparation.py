@@ -44,7 +44,7 @@ from distaff.step.norms import check_norms
 from distaff.step.state import TrainState
 from distaff.trainer.constructor import constructed
 from distaff.trainer.initial import name_axes, traced_init
-from distaff.trainer.overrides import check_averaging
+from distaff.trainer.overrides import check_averaging, split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +112,7 @@ class Preparation:
     def _begin(self, example_batch: Batch, state: TrainState | None) -> None:
         """Creates the programs of a training and an evaluation step, and the state."""
         train_step, eval_step = self._trainer.create_functions()
+        train_step = split(train_step, self._trainer, self._base)
         self._trainer.create_jitted_functions(averaging(train_step, self._options), eval_step)
         self._take_programs()
         self._here.state = state
@@ -320,9 +321,6 @@ class Preparation:
         plan, trainer = run.plan, self._trainer
         self.subject = self._subject(run, total_steps)
         identity = None if self.subject is None else self.subject.identity()
-        arguments = constructed(trainer._made_by, self._options)
-        if trainer.init_from is not None:
-            arguments["init_from"] = trainer.init_from.record()
         run.recorder.record = make_record(
             trainer=type(trainer),
             model=trainer.model.record,
@@ -334,7 +332,7 @@ class Preparation:
             num_epochs=plan.length,
             steps_per_epoch=plan.steps_per_epoch,
             identity=identity,
-            **arguments,
+            **_further_parts(trainer),
         )
 
     def _subject(self, run: Run, total_steps: int | None) -> Subject | None:
@@ -367,6 +365,16 @@ class Preparation:
             return _in_identity(state)
         finally:
             here.state, here.schedule = state, schedule
+
+
+def _further_parts(trainer: Any) -> dict[str, Any]:
+    """Returns the parts of the record that not every run has."""
+    parts = constructed(trainer._made_by, trainer.config)
+    if trainer.init_from is not None:
+        parts["init_from"] = trainer.init_from.record()
+    if trainer._workspace.fit is not None:
+        parts["fit"] = trainer._workspace.fit
+    return parts
 
 
 def _in_identity(state: TrainState) -> TrainState:

@@ -10,7 +10,7 @@ from distaff.data.loader import begin_new_epoch
 from distaff.errors import StateError
 from distaff.execution.determinism import check_backend
 from distaff.execution.processes import check_one_process, is_first
-from distaff.mesh.planned import meet
+from distaff.mesh.planned import is_met, meet
 from distaff.metrics import as_numbers
 from distaff.metrics.monitor import as_monitor
 from distaff.report.saved import saved_report
@@ -22,6 +22,7 @@ from distaff.run.identity.candidates import Candidate
 from distaff.run.processes.support import check_prepared, check_processes, quieten
 from distaff.run.result import TrainResult
 from distaff.run.run import Run
+from distaff.trainer.memory.ladder import fit, line_of
 from distaff.trainer.preparation import Preparation
 
 
@@ -115,6 +116,9 @@ class Training:
         if self._options.mesh is None:
             check_one_process()
         quieten(here)
+        if not is_met():
+            fit(trainer, self._base, plan.train_loader)
+            self._options = trainer.config
         run = self._make_run(plan)
         check_processes(self._options, run)
         if run.plan.abandons:  # before its next batch identifies the data
@@ -125,6 +129,8 @@ class Training:
 
     def _train(self, run: Run, test_loader: Any, preparation: Preparation) -> None:
         """Runs the loop, notifies callbacks of its end, and tests the best model."""
+        if self._here.fit is not None:
+            self._here.show(line_of(self._here.fit))
         if preparation.products:
             self._here.show(preparation.products)
         try:

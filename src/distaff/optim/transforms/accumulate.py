@@ -82,14 +82,7 @@ class _Accumulation:
     tail: bool
 
     def init(self, params: Params) -> AccumulateState:
-        return AccumulateState(
-            count=jnp.zeros([], jnp.int32),
-            grads=jax.tree.map(_zeros, params),
-            value=jnp.zeros([], jnp.float32),
-            weight=jnp.zeros([], jnp.float32),
-            num_updates=jnp.zeros([], jnp.int32),
-            inner=self.inner.init(params),
-        )
+        return nothing_accumulated(params, self.inner.init(params))
 
     def update(
         self, updates: Params, state: PyTree, params: Params | None = None, **extra_args: Any
@@ -113,9 +106,7 @@ class _Accumulation:
 
         def wait(sums: tuple[Any, ...], num_updates: jax.Array, inner_state: PyTree) -> Any:
             changes, *_ = jax.eval_shape(step, sums, num_updates, inner_state)
-            # -0.0 + 0.0 is 0.0, but x + -0.0 is x for every x.
-            nothing = jax.tree.map(lambda leaf: jnp.full(leaf.shape, -0.0, leaf.dtype), changes)
-            return nothing, sums, num_updates, inner_state
+            return jax.tree.map(_no_update, changes), sums, num_updates, inner_state
 
         changes, sums, num_updates, inner_state = jax.lax.cond(
             is_due, step, wait, sums, state.num_updates, state.inner
@@ -132,15 +123,65 @@ class _Accumulation:
         extra_args: dict[str, Any],
     ) -> tuple[Params, PyTree]:
         """Returns the updates and the inner state for the averages of a window."""
-        total, value, weight = sums
-        divisor = jnp.where(weight == 0, 1, weight)
-        mean = jax.tree.map(
-            lambda leaf, new: (leaf / divisor.astype(leaf.dtype)).astype(new.dtype), total, like
-        )
-        averages = {"grad": mean, "value": value / divisor}
+        mean, value = _means(sums, like)
+        averages = {"grad": mean, "value": value}
         averages.update(value_fn=_loss_of_window, obj_fn=_loss_of_window)
         arguments = {n: averages.get(n, arg) for n, arg in extra_args.items() if arg is not None}
         return self.inner.update(mean, inner_state, params, **arguments)
+
+
+def collecting(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Wraps an optimizer so that it only adds up gradients, for `collected`.
+
+    Args:
+        tx: any Optax optimizer.
+
+    Returns:
+        The optimizer; its state is an `AccumulateState`, as `nothing_accumulated` returns it.
+    """
+    inner = with_known_args(tx)
+
+    def update(
+        updates: Params, state: PyTree, params: Params | None = None, **extra_args: Any
+    ) -> tuple[Params, AccumulateState]:
+        if extra_args.get(FLUSH) is not None:  # as `decays` asks
+            changes, inner_state = inner.update(updates, state.inner, params, **extra_args)
+            return changes, state._replace(inner=inner_state)
+        sums = state.grads, state.value, state.weight
+        sums = _add(sums, updates, extra_args.get("value"), extra_args.get("weight"))
+        nothing = jax.tree.map(_no_update, updates)
+        return nothing, AccumulateState(state.count + 1, *sums, state.num_updates, state.inner)
+
+    def init(params: Params) -> AccumulateState:
+        return nothing_accumulated(params, inner.init(params))
+
+    return with_description(optax.GradientTransformationExtraArgs(init, update), tx, rates=None)
+
+
+def nothing_accumulated(params: Params, inner: PyTree) -> AccumulateState:
+    """Returns the state of an optimizer that accumulates, before its first micro-step.
+
+    Args:
+        params: the parameters.
+        inner: the state of the optimizer itself.
+    """
+    zero = jnp.zeros([], jnp.float32)
+    count = jnp.zeros([], jnp.int32)
+    return AccumulateState(count, jax.tree.map(_zeros, params), zero, zero, count, inner)
+
+
+def collected(state: AccumulateState, params: Params) -> tuple[Params, dict[str, Any]]:
+    """Returns the mean gradient of the micro-steps, and further arguments of an optimizer's update.
+
+    Args:
+        state: the state of an optimizer of `collecting`.
+        params: the parameters, whose dtypes the gradient gets.
+    """
+    grads, value = _means((state.grads, state.value, state.weight), params)
+    args: dict[str, Any] = {"value": value, "value_fn": _loss_of_window}
+    if contains(state.inner, AccumulateState):
+        args["weight"] = state.weight
+    return grads, args
 
 
 def num_updates(opt_state: PyTree) -> jax.Array | None:
@@ -158,6 +199,21 @@ def num_updates(opt_state: PyTree) -> jax.Array | None:
         for state in states
     ]
     return jnp.min(jnp.stack(counts)) if counts else None
+
+
+def _means(sums: tuple[Params, jax.Array, jax.Array], like: Params) -> tuple[Params, jax.Array]:
+    """Returns the mean gradient, in the dtypes of `like`, and the mean loss."""
+    total, value, weight = sums
+    divisor = jnp.where(weight == 0, 1, weight)
+    mean = jax.tree.map(
+        lambda leaf, new: (leaf / divisor.astype(leaf.dtype)).astype(new.dtype), total, like
+    )
+    return mean, value / divisor
+
+
+def _no_update(leaf: Any) -> jax.Array:
+    """Returns -0.0: x + -0.0 is x for every x, but -0.0 + 0.0 is 0.0."""
+    return jnp.full(leaf.shape, -0.0, leaf.dtype)
 
 
 def _add(
@@ -184,7 +240,7 @@ def _loss_of_window(*_: Any, **__: Any) -> Any:
     raise ConfigError(
         "An optimizer that evaluates the loss at other parameters (a line search, lbfgs, sam, "
         "sophia) cannot accumulate, since only the last batch is still available then. Use "
-        "accumulate=1 with larger batches, or another optimizer."
+        "accumulate=1 and micro_batch=None, or another optimizer."
     )
 
 

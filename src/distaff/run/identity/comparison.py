@@ -16,6 +16,9 @@ from distaff.run.identity.sketch import is_near
 _ALWAYS_IGNORED = ("distaff", "constructor.given")
 """Entries of the record that may change without a note."""
 
+_NOT_COMPARED = ("identity", "fit")
+"""Entries that are compared in another way: `fit` chose options, which are."""
+
 _LABELS = {REST: "the training step"}
 _DIGESTS = ("values", "batches")
 _UNKNOWN = "were not recorded and could not be compared"
@@ -89,7 +92,7 @@ def _options(
             # A field that the old version did not have counts as its default.
             known = encoding.to_json(default)
             old = {**old, part: {**{n: known[n] for n in now if n in known}, **was}}
-    pair = [{n: x for n, x in each.items() if n != "identity"} for each in (old, new)]
+    pair = [{n: x for n, x in each.items() if n not in _NOT_COMPARED} for each in (old, new)]
     ignored = {*_ALWAYS_IGNORED, *(f"options.{name}" for name in options.names("ignored"))}
     found = encoding.diff(pair[0], encoding.to_json(pair[1]))
     return {

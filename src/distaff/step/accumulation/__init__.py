@@ -1,0 +1,1 @@
+"""Gradient accumulation within a step."""

@@ -1,0 +1,1 @@
+"""Makes the training step of a run fit into memory."""
