@@ -1,8 +1,9 @@
-"""A small run that logs the order of its examples, alone or as one of two processes."""
+"""A small run that logs the order of its examples, alone or as one of several processes."""
 
 from __future__ import annotations
 
 import faulthandler
+import itertools
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -19,7 +21,8 @@ import numpy as np
 import optax
 
 import distaff
-from distaff import MeshConfig, data, metrics, zoo
+from distaff import MeshConfig, data, metrics, tasks, zoo
+from distaff.execution.dispatch import calibration
 from distaff.execution.feed import chunk
 from distaff.run.processes.support import check_same_batches
 
@@ -77,20 +80,20 @@ class Stop(distaff.Callback):
             raise distaff.StopTraining("enough")
 
 
-def make(root: Any, *callbacks: distaff.Callback, **options: Any) -> Ordered:
+def make(root: Any, *callbacks: distaff.Callback, width: int = 16, **options: Any) -> Ordered:
     """Returns a trainer."""
     return Ordered(
-        zoo.MLP((16, 4)),
+        zoo.MLP((width, 4)),
         callbacks=callbacks,
         optimizer=distaff.OptimizerConfig("adamw", learning_rate=1e-2),
         **{"mesh": MESH, "root": root, "log_every_n_steps": 1, "recompile": "error", **options},
     )
 
 
-def train(trainer: Ordered, num_epochs: int) -> Any:
+def train(trainer: Ordered, num_epochs: int, batch: int = BATCH) -> Any:
     """Trains on the rows."""
-    loader = data.ArrayLoader(ROWS, BATCH, shuffle=True)
-    return trainer.train_model(loader, data.ArrayLoader(ROWS, BATCH), num_epochs=num_epochs)
+    loader = data.ArrayLoader(ROWS, batch, shuffle=True)
+    return trainer.train_model(loader, data.ArrayLoader(ROWS, batch), num_epochs=num_epochs)
 
 
 NEVER = At(10**6, lambda: None)
@@ -101,9 +104,46 @@ def moved(root: Any, *callbacks: At, **options: Any) -> Any:
     return train(make(root, *callbacks, name="moved", steps_per_call=2, **options), 30)
 
 
+def growing(root: Any, *callbacks: distaff.Callback, **options: Any) -> Any:
+    """Trains the run that moves from two processes to three, and to one, with a device each."""
+    mesh = {"mesh": MeshConfig(1, fsdp=-1, min_size=16), **options}
+    trainer = make(root, *callbacks, width=12, name="growing", save_every="7 steps", **mesh)
+    return train(trainer, 25, batch=12)
+
+
+def measured(rank: int, root: Any) -> dict[str, Any]:
+    """Trains with a form that is measured, by clocks on which the processes do not agree."""
+    ticks = itertools.count(0.0, 0.04 if rank else 0.004)
+    calibration.time = SimpleNamespace(perf_counter=ticks.__next__)
+    options = {"name": "measured", "steps_per_call": "measure", "enable_progress_bar": False}
+    trainer = make(root, **options)
+    losses = [float(x) for x in train(trainer, 1).history["step/loss"]]
+    forms = trainer.last_run.forms
+    return {"loss": losses, "why": forms.why, "num_steps": forms.chunk_size.num_steps}
+
+
+def packed(root: Any, **options: Any) -> dict[str, Any]:
+    """Trains a language model on packed sequences."""
+    random = np.random.default_rng(1)
+    sequences = [random.integers(1, 16, size=random.integers(2, 9)) for _ in range(150)]
+    trainer = tasks.LanguageModel(
+        zoo.GPT(16, num_layers=1, num_heads=2, features=16, max_length=12),
+        optimizer=distaff.OptimizerConfig("adamw", learning_rate=1e-2),
+        **{"mesh": MESH, "root": root, "log_every_n_steps": 1, "name": "packed", **options},
+    )
+    loader = data.packed(sequences, 12, BATCH, shuffle=True)
+    result = trainer.train_model(loader, num_epochs=3)
+    return {"packed": [float(x) for x in result.history["step/loss"]]}
+
+
 def terminate() -> None:
     """Asks this process to end."""
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def interrupt() -> None:
+    """Acts as Ctrl-C does."""
+    raise KeyboardInterrupt
 
 
 def refused(train: Any) -> str:
@@ -159,6 +199,7 @@ def first(rank: int, root: str) -> None:
             "evaluated": float(trainer.eval_model(loader)["loss"]),
             "predicted": trainer.predict(loader).tolist(),
             "parts": sorted(parts),
+            "measured": [measured(rank, root), measured(rank, root)],
             "errors": [
                 refused(lambda: train(make(None, mesh=None), 1)),
                 refused(lambda: train(make(None, debug=True), 1)),
@@ -180,6 +221,7 @@ def third(rank: int, root: str) -> None:
     """Resumes; then one of the processes fails."""
     result = moved(root, NEVER, NEVER)
     show({"status": result.status, "first_step": result.first_step, "path": str(result.path)})
+    show(packed(root))
 
     def fail() -> None:
         raise ValueError("broken")

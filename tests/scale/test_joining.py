@@ -12,10 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.scale import ordered_run
+from tests.scale.ordered_run import NEVER, growing
 
 import distaff.cli
 from distaff import History, MeshConfig
 
+CHECKOUT = Path(ordered_run.__file__).parents[2]
 TIMEOUT = 300
 SCRIPT = """
 import sys
@@ -165,3 +168,34 @@ def test_launched_training_resumes_after_a_kill_with_the_losses_of_one_process(c
     expected = namespace["train"](name="alone", mesh=MeshConfig(2)).history["train/loss"]
     launched = History.read("runs/launched/0001")["train/loss"]
     np.testing.assert_allclose(launched, expected, rtol=2e-6)
+
+
+GROWING = """
+import sys
+from distaff import distributed
+
+distributed.initialize()
+
+from tests.scale.ordered_run import At, growing, interrupt
+
+growing("runs", At(int(sys.argv[1]), interrupt))
+"""
+
+
+@pytest.mark.slow
+def test_run_moves_from_two_processes_to_three_and_to_one(monkeypatch, capsys):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(CHECKOUT), *sys.path]))
+    Path("script.py").write_text(GROWING)
+    for processes, step in (("2", "30"), ("3", "65")):
+        words = ("--processes", processes, "--devices-per-process", "1", "--logs", "logs")
+        status = distaff.cli.main(("launch", *words, "script.py", step))
+        out, err = capsys.readouterr()
+        assert status == 130, err
+        assert f"{processes} cpu devices: fsdp={processes}" in out
+    one = MeshConfig(1)
+    moved = growing("runs", NEVER, mesh=one)
+    assert moved.first_step in range(58, 66)
+    whole = growing(None, NEVER, mesh=one).history
+    found = History.read(moved.path)
+    np.testing.assert_array_equal(found["step/order"], whole["step/order"])
+    np.testing.assert_allclose(found["step/loss"], whole["step/loss"], rtol=2e-6)

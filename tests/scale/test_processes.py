@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from tests.scale import ordered_run
-from tests.scale.ordered_run import BATCH, NEVER, ROWS, At, make, moved, train
+from tests.scale.ordered_run import BATCH, NEVER, ROWS, At, interrupt, make, moved, packed, train
 
 from distaff import data
 from distaff.execution.feed.chunk import Rows
@@ -115,6 +115,14 @@ def test_two_processes_train_as_one(pair: Pair) -> None:
     assert one["parts"] == [BATCH // 4]  # of one device
 
 
+def test_first_process_measures_a_form_that_all_use(pair: Pair) -> None:
+    (one,), (other,) = pair.facts
+    fresh, again = one["measured"]
+    assert other["measured"] == one["measured"]
+    assert (fresh["why"], fresh["num_steps"]) == ("measured", 6)
+    assert again == {**fresh, "why": "remembered"}
+
+
 def rows_of(path: str) -> list[dict[str, Any]]:
     """Returns the logged windows of a run."""
     lines = (Path(path) / "metrics.jsonl").read_text("utf-8").splitlines()
@@ -161,11 +169,6 @@ def test_sigterm_to_one_process_ends_both_at_one_step(ended: Pair, root: Path) -
     assert saved[-1].name == f"step_{status['step']:08d}"
 
 
-def interrupt() -> None:
-    """Acts as Ctrl-C does."""
-    raise KeyboardInterrupt
-
-
 @pytest.mark.slow
 def test_run_moves_from_two_processes_to_one_and_back(ended: Pair, root: Path) -> None:
     assert ended.codes == [-signal.SIGTERM] * 2, ended.text
@@ -175,7 +178,7 @@ def test_run_moves_from_two_processes_to_one_and_back(ended: Pair, root: Path) -
     close_all()  # as the end of this process does: it no longer has the run
     again = run_pair(root, "third")
     assert all(again.facts), again.text
-    (one,), (other,) = again.facts
+    (one, sequences), (other, same_sequences) = again.facts
     assert one == other
     assert one["status"] == "finished"
     assert one["first_step"] > 18
@@ -185,6 +188,8 @@ def test_run_moves_from_two_processes_to_one_and_back(ended: Pair, root: Path) -
     np.testing.assert_allclose(
         [row["step/loss"] for row in rows], whole.history["step/loss"], rtol=2e-6
     )
+    assert sequences == same_sequences
+    np.testing.assert_allclose(sequences["packed"], packed(None)["packed"], rtol=2e-6)
     # The process that fails shows its error last; the other one does not wait for it.
     assert again.codes[1] == 1, again.text
     assert again.codes[0] != 0, again.text

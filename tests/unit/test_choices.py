@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from distaff import MeshConfig
 from distaff.execution.compile import measured_choices
 from distaff.execution.compile.measured_choices import Entry, program_key
+from distaff.mesh.placement import OnMesh
 
 DAY = 24 * 3600.0
 
@@ -151,7 +153,15 @@ def test_program_key_is_that_of_the_program_the_machine_and_the_software(monkeyp
         keys.append(program_key(jaxpr(), 4))
         patched.setenv("XLA_FLAGS", "--one")
         keys.append(program_key(jaxpr(), 4))
+        patched.setattr(jax, "process_count", lambda: 2)
+        keys.append(program_key(jaxpr(), 4))
     assert len(set(keys)) == len(keys)
+
+
+def test_program_key_is_that_of_the_mesh():
+    meshes = MeshConfig(1, fsdp=4), MeshConfig(1, fsdp=2), MeshConfig(4)
+    steps = [OnMesh(mesh).keeping(lambda x: 2 * x) for mesh in meshes]
+    assert len({program_key(jax.make_jaxpr(step)(jnp.zeros(8))) for step in steps}) == 3
 
 
 def test_program_key_does_not_hold_addresses():

@@ -12,8 +12,11 @@ from collections.abc import Callable
 
 import pytest
 
+import distaff
+from distaff.checkpoint import CheckpointStore
 from distaff.errors import ConfigError
 from distaff.run.supervision.watchdog import Watchdog
+from line import Line, loader
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -120,3 +123,52 @@ def test_thread_keeps_no_process_alive():
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )
     assert (finished.returncode, finished.stdout) == (0, "end\n"), finished.stderr
+
+
+class Watched(Line):
+    """Notes how many watchdogs there are when its loss is traced."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.num_watchdogs: set[int] = set()
+
+    def loss_fn(self, params, batch, ctx):
+        self.num_watchdogs.add(watchdogs())
+        return super().loss_fn(params, batch, ctx)
+
+
+def test_each_part_of_a_run_has_a_deadline_of_its_own(monkeypatch):
+    found: dict[str, set[tuple[str, float]]] = {"save": set(), "load": set(), "step": set()}
+
+    def note(where: str) -> None:
+        what, _, patience = trainer.last_run.supervisor._watchdog.latest
+        found[where].add((what, patience))
+
+    def noting(name: str) -> None:
+        function = getattr(CheckpointStore, name)
+
+        def noted(self, *args, **options):
+            note(name)
+            return function(self, *args, **options)
+
+        monkeypatch.setattr(CheckpointStore, name, noted)
+
+    class Stops(distaff.Callback):
+        def on_step_end(self, info):
+            note("step")
+            if info.step == 7 and len(found["save"]) and not found["load"]:
+                raise KeyboardInterrupt
+
+    noting("save")
+    noting("load")
+    trainer = Watched(callbacks=[Stops()], save_every="3 steps")
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train_model(loader(), num_epochs=2)
+    trainer = Watched(callbacks=[Stops()], save_every="3 steps")
+    assert trainer.train_model(loader(), num_epochs=2).first_step == 6
+    assert found["save"] == {("a checkpoint", 3.0)}
+    assert found["load"] == {("the restore of a checkpoint", 3.0)}
+    # The first step after a save has the patience of a step again.
+    assert found["step"] == {("the first step of an epoch", 6.0), ("a step", 1.0)}
+    assert trainer.num_watchdogs == {1}  # from the first trace on
+    assert watchdogs() == 0

@@ -23,6 +23,10 @@ _EMPTY = "$empty"
 """The metadata entry with the names and shapes of arrays of size 0, which Orbax cannot store."""
 
 
+_LONGEST_SAVE = 3600
+"""Seconds after which a save fails; a run reports a slow one before."""
+
+
 def import_early() -> None:
     """Imports Orbax in the background: it takes a third of the time of JAX."""
     if "orbax.checkpoint" not in sys.modules:
@@ -142,6 +146,8 @@ def _with_empty(loaded: Any, target: Any) -> Any:
 def check_readable(path: Path, arrays: Mapping[str, PyTree]) -> None:
     """Reads back the metadata of all arrays, and the values of the smallest member.
 
+    With several processes, each compares the parts on its own devices; all must call this.
+
     Args:
         path: the folder.
         arrays: the arrays that were written.
@@ -156,16 +162,29 @@ def check_readable(path: Path, arrays: Mapping[str, PyTree]) -> None:
     sizes = {name: _num_bytes(tree) for name, tree in arrays.items()}
     for name in sorted((name for name in sizes if sizes[name]), key=sizes.__getitem__)[:1]:
         found = read(path, {name: arrays[name]})[name]
-        same = jax.tree.map(lambda a, b: a.tobytes() == b.tobytes(), found, arrays[name])
-        if not jax.tree.all(same):
+        if not jax.tree.all(jax.tree.map(_are_same, found, arrays[name])):
             raise ValueError(f"reading {name!r} back gives other values")
 
 
 def _num_bytes(tree: PyTree) -> int:
-    """Returns the size of a tree on the host; 0 if a leaf is on a device."""
+    """Returns the size of a tree; 0 if a leaf is a random key, or on a device of this process."""
     leaves = jax.tree.leaves(tree)
-    on_host = all(isinstance(leaf, np.ndarray) for leaf in leaves)
-    return sum(leaf.nbytes for leaf in leaves) if on_host else 0
+    return sum(leaf.nbytes for leaf in leaves) if all(map(_is_comparable, leaves)) else 0
+
+
+def _is_comparable(leaf: Any) -> bool:
+    if isinstance(leaf, np.ndarray):
+        return True
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return not is_key and not leaf.is_fully_addressable  # such a snapshot is not on the host
+
+
+def _are_same(found: Any, leaf: Any) -> bool:
+    """Whether two arrays have the same bits, as far as they are on devices of this process."""
+    if isinstance(leaf, np.ndarray):
+        return found.tobytes() == leaf.tobytes()
+    pairs = zip(found.addressable_shards, leaf.addressable_shards, strict=True)
+    return all(np.asarray(a.data).tobytes() == np.asarray(b.data).tobytes() for a, b in pairs)
 
 
 def _check_chunks(name: str, leaf: Any) -> None:
@@ -207,4 +226,5 @@ def _context() -> Any:
     context.pytree.loading.partial_load = True
     # If a folder cannot be created in the background, Orbax's other threads wait for it forever.
     context.asynchronous.create_directories_asynchronously = False
+    context.asynchronous.timeout_secs = _LONGEST_SAVE
     return context

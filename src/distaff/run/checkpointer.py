@@ -27,6 +27,7 @@ from distaff.run.ranking import Better, insert, retain
 from distaff.run.recorder import Recorder
 from distaff.run.result import Best
 from distaff.run.supervision.supervisor import Supervisor
+from distaff.run.supervision.watchdog import SAVING
 from distaff.step.finite import all_finite
 from distaff.step.guard import form_of
 from distaff.step.state import TrainState, is_intact
@@ -79,11 +80,11 @@ class Checkpointer:
         if not all_finite(state.params):
             raise BadNumbers("A parameter", BadStep(workspace.step, is_spike=False))
         self._supervisor.saved()
-        self._supervisor.beat("a checkpoint", workspace.step)
         evaluated = workspace.evaluation_state()
         differ = evaluated is not state
         arrays = {EVALUATION_PARAMS: evaluated.params} if differ else {}
-        with self._recorder.timers.spent("checkpoint"):
+        watched = self._supervisor.patience("a checkpoint", workspace.step, SAVING)
+        with watched, self._recorder.timers.spent("checkpoint"):
             info = {**facts, EVALUATION_PARAMS: differ}
             self.store.save(workspace.step, {**state.arrays(), **arrays}, info)
         self.boundary, self._last_save, self.origin = None, workspace.step, _NOTHING
@@ -160,7 +161,12 @@ class Checkpointer:
                 "only in the memory of this process."
             )
         elif step is not None:
-            workspace.restore(store, step, self.saved_members(store.info(step)))
+            self._load(store, step)
+
+    def _load(self, store: Store, step: int) -> None:
+        """Loads the arrays of a checkpoint into the state."""
+        with self._supervisor.patience("the restore of a checkpoint", step, SAVING):
+            self._workspace.restore(store, step, self.saved_members(store.info(step)))
 
     def settle(self) -> None:
         """Waits for pending saves, and drops best models whose save failed.
@@ -199,9 +205,7 @@ class Checkpointer:
         """
         found, workspace = self._recorder.recording.found, self._workspace
         if found is not None:
-            workspace.restore(
-                self.store, found.step, self.saved_members(self.store.info(found.step))
-            )
+            self._load(self.store, found.step)
             self._loaded = (workspace.ready_state(), workspace.step, workspace.epoch)
 
     def resume(self) -> StepInfo | None:
@@ -253,7 +257,7 @@ class Checkpointer:
         if loaded is not None and is_intact(loaded[0]):
             workspace.state, workspace.step, workspace.epoch = loaded
         else:
-            workspace.restore(store, step, self.saved_members(info))
+            self._load(store, step)
         plan, dispatcher = recorder.plan, recorder.dispatcher
         with _naming_step(step):
             recorder.state = recorder.state.from_json(

@@ -60,11 +60,12 @@ class Training:
             run = self._begin(inputs.plan)
             with run.supervisor.listening():
                 preparation = Preparation(self._trainer, self._base)
-                preparation.prepare(run, inputs.test_loader)
-                check_prepared(run, preparation.first_batches)
-                recording, record = here.recording, run.recorder.record
-                subject = preparation.subject
-                done = recording.finished(record, subject, key=key, rerun=rerun)
+                with run.supervisor.watching(None):
+                    preparation.prepare(run, inputs.test_loader)
+                    check_prepared(run, preparation.first_batches)
+                    recording, record = here.recording, run.recorder.record
+                    subject = preparation.subject
+                    done = recording.finished(record, subject, key=key, rerun=rerun)
                 if done is not None:
                     return self._load_finished(run, done, inputs)
                 texts = {} if here.table is None else {"model.txt": as_text(here.table)}

@@ -77,13 +77,14 @@ def program_key(jaxpr: Any, *further: Any) -> str:
     """Returns a digest of a program, this machine, and the versions of the software involved.
 
     Args:
-        jaxpr: the program; its text includes the shapes and dtypes of all arrays.
+        jaxpr: the program; its text includes the shapes and dtypes of all arrays, and the mesh.
         *further: other values on which the choice depends, as JSON.
     """
     device = jax.devices()[0]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    processes = jax.process_count(), jax.device_count()
     versions = [importlib.metadata.version(name) for name in ("distaff", "jax", "jaxlib")]
-    machine = [device.platform, device.device_kind, os.cpu_count(), cores, _processor()]
+    machine = [device.platform, device.device_kind, os.cpu_count(), cores, _processor(), processes]
     flags = os.environ.get("XLA_FLAGS", "")
     parts = [_ADDRESS.sub("0x", str(jaxpr)), versions, machine, flags, further]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

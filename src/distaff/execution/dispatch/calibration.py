@@ -1,7 +1,8 @@
 """Calibration: `steps_per_call="measure"` times single and fused steps before the first step.
 
 It repeats the first batch on a copy of the state. The run then uses one chunk size from its first
-step to its last, so two runs with the same recorded choice are equal bit for bit.
+step to its last, so two runs with the same recorded choice are equal bit for bit. Several processes
+run each trial together; the first one has the clock and the files, and the others follow it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 
@@ -34,6 +35,7 @@ from distaff.execution.feed.chunk import SINGLE, ChunkSize
 from distaff.execution.feed.feed import Feed
 from distaff.execution.feed.feeds import Feeds
 from distaff.execution.placement import owned
+from distaff.execution.processes import is_first, told
 from distaff.step.state import TrainState
 
 _FILE = "steps_per_call.json"
@@ -83,36 +85,45 @@ def calibrate(
     if measurement is None:
         return dispatcher.forms
     own = None if directory is None else directory / _FILE
-    choice = None if own is None else _read(own)
+    entry = _entry(measurement, remember=remember)
+    choice = recorded(told(_known(own, entry) if is_first() else None))
     if choice is None:
-        home = compile_cache.home() if remember else None
-        file = None if home is None else home / "forms.json"
-        key = "" if file is None else program_key(measurement.step, measurement.capacity)
-        entry = Entry(file, key)
-        kept = recorded(entry.read())
-        choice = None if kept is None else kept._replace(why="remembered")
-        if choice is None:
-            batch, feed = first_batch(loader, name="train"), feeds.of(loader, name="train")
-            choice = _measure(measurement, timer(dispatcher, state, feed, batch))
-        if choice.why == "measured":
+        batch, feed = first_batch(loader, name="train"), feeds.of(loader, name="train")
+        choice = _measure(measurement, timer(dispatcher, state, feed, batch))
+        if is_first():
             entry.write(choice.facts())
-    if own is not None:
+    if own is not None and is_first():
         with suppress(OSError):  # such as a full disk; every checkpoint has the choice, too
             write_whole(own, json.dumps(choice.facts(), indent=2) + "\n")
     dispatcher.forms = choice
     return choice
 
 
-def _read(file: Path) -> FusionChoice | None:
-    with suppress(OSError, ValueError, RecursionError):
-        return recorded(json.loads(file.read_bytes()))
-    return None
+def _entry(measurement: Measurement, *, remember: bool) -> Entry:
+    """Returns the entry of a choice in the file of this machine."""
+    home = compile_cache.home() if remember else None
+    if home is None:
+        return Entry(None, "")
+    return Entry(home / "forms.json", program_key(measurement.step, measurement.capacity))
+
+
+def _known(own: Path | None, entry: Entry) -> Any:
+    """Returns the choice of this run, or else of an earlier one, as JSON; None without either."""
+    if own is not None:
+        with suppress(OSError, ValueError, RecursionError):
+            if (choice := recorded(json.loads(own.read_bytes()))) is not None:
+                return choice.facts()
+    remembered = recorded(entry.read())
+    return remembered and remembered._replace(why="remembered").facts()
 
 
 def timer(
     dispatcher: Dispatcher, state: TrainState, feed: Feed, batch: Batch
 ) -> Callable[[ChunkSize], float]:
-    """Returns a function that measures the seconds per step of a chunk size."""
+    """Returns a function that measures the seconds per step of a chunk size.
+
+    Every process must call it; all get the seconds of the first one.
+    """
     carried = dispatcher.placement.state(owned(state))
 
     def seconds(size: ChunkSize) -> float:
@@ -122,8 +133,10 @@ def timer(
             start, num_compiled = time.perf_counter(), recompiles.count()
             carried, _, _ = dispatcher(carried, dispatcher.blank, chunk, 0)
             jax.block_until_ready(carried)
-            if recompiles.count() == num_compiled:
-                return (time.perf_counter() - start) / chunk.num_steps
+            duration = time.perf_counter() - start
+            has_compiled, duration = told([recompiles.count() > num_compiled, duration])
+            if not has_compiled:
+                return duration / chunk.num_steps
 
     return seconds
 

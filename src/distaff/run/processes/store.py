@@ -10,9 +10,14 @@ import jax
 import numpy as np
 
 from distaff.checkpoint import CheckpointStore
+from distaff.checkpoint.arrays import check_readable
 from distaff.checkpoint.writer import Save, Writer
 from distaff.core.typing import PyTree
 from distaff.execution.processes import barrier, is_first, told
+
+_LONGEST = "1h"
+"""Longest time that a process may take longer than another to write its parts, or the first one to
+put them in place."""
 
 
 class SharedStore(CheckpointStore):
@@ -59,11 +64,15 @@ class SharedStore(CheckpointStore):
             super()._write(save)
         else:
             self._write_arrays(self._unfinished(save.step), save)
-        barrier(f"checkpoint of step {save.step} in place")
+        barrier(f"checkpoint of step {save.step} in place", _LONGEST)
 
     def _write_arrays(self, folder: Path, save: Save) -> None:
         super()._write_arrays(folder, save)
-        barrier(f"arrays of step {save.step} written")
+        barrier(f"arrays of step {save.step} written", _LONGEST)
+        if not self._is_readable:
+            check_readable(folder, save.arrays)
+            self._is_readable = True
+            barrier(f"arrays of step {save.step} read back", _LONGEST)
 
 
 class _Now(Writer):

@@ -115,7 +115,6 @@ def _unsupported(options: RunOptions, run: Run) -> list[tuple[str, Any]]:
     needs = {
         "debug": options.debug,
         "deterministic": options.deterministic,
-        "steps_per_call": options.steps_per_call == "measure",
         "on_bad_numbers": options.on_bad_numbers == "rollback",
         "on_loss_spike": options.on_loss_spike == "rollback",
         "on_failed_save": options.on_failed_save == "warn",

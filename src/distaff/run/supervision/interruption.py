@@ -76,7 +76,7 @@ class SupervisionOptions(Options):
     stuck_after: str | float | None = option(
         "10m",
         """Longest time without progress before the stacks of all threads are logged. None to
-        disable. Compiling may take six times as long.""",
+        disable. Starting and compiling may take six times as long, a checkpoint three times.""",
         check=or_none(checked_time),
         resume="same run",
     )

@@ -78,6 +78,22 @@ class Supervisor:
         """Records progress; see `Watchdog.beat`."""
         self._watchdog.latest = (what, step, patience)
 
+    @contextmanager
+    def patience(self, what: str, step: int, factor: float) -> Generator[None]:
+        """Watches the block as an activity of its own; the earlier one then starts again.
+
+        Args:
+            what: see `Watchdog.beat`.
+            step: see `Watchdog.beat`.
+            factor: factor for `stuck_after` inside the block.
+        """
+        earlier = self._watchdog.latest
+        self.beat(what, step, factor)
+        try:
+            yield
+        finally:
+            self.beat(*earlier)
+
     def saved(self) -> None:
         """Restarts the timer of `save_every`."""
         self._interruption.saved()

@@ -25,6 +25,9 @@ costs a page of log; an unnoticed hang costs a night."""
 COMPILING = 6.0
 """Factor for compiling: large models compile for half an hour."""
 
+SAVING = 3.0
+"""Factor for saving and restoring: checkpoints are large, and file systems are shared."""
+
 _MAX_WAIT = 60.0
 
 
