@@ -22,8 +22,10 @@ import optax
 
 import distaff
 from distaff import MeshConfig, data, metrics, tasks, zoo
+from distaff.checkpoint import arrays
 from distaff.execution.dispatch import calibration
 from distaff.execution.feed import chunk
+from distaff.run.processes.store import SharedStore
 from distaff.run.processes.support import check_same_batches
 
 BATCH = 8
@@ -128,12 +130,25 @@ def packed(root: Any, **options: Any) -> dict[str, Any]:
     sequences = [random.integers(1, 16, size=random.integers(2, 9)) for _ in range(150)]
     trainer = tasks.LanguageModel(
         zoo.GPT(16, num_layers=1, num_heads=2, features=16, max_length=12),
-        optimizer=distaff.OptimizerConfig("adamw", learning_rate=1e-2),
+        optimizer=distaff.OptimizerConfig("adamw", learning_rate=1e-2, schedule="constant"),
         **{"mesh": MESH, "root": root, "log_every_n_steps": 1, "name": "packed", **options},
     )
     loader = data.packed(sequences, 12, BATCH, shuffle=True)
     result = trainer.train_model(loader, num_epochs=3)
     return {"packed": [float(x) for x in result.history["step/loss"]]}
+
+
+def tampered(root: Any, params: Any) -> str:
+    """Returns the error of a save whose arrays are not those on the disk."""
+    write = arrays.write
+    arrays.write = lambda path, tree, info: write(path, jax.tree.map(lambda x: 2 * x, tree), info)
+    try:
+        SharedStore(Path(root, "tampered")).save(1, {"params": params}, {})
+    except distaff.errors.CheckpointError as error:
+        return str(error)
+    finally:
+        arrays.write = write
+    return ""
 
 
 def terminate() -> None:
@@ -199,6 +214,7 @@ def first(rank: int, root: str) -> None:
             "evaluated": float(trainer.eval_model(loader)["loss"]),
             "predicted": trainer.predict(loader).tolist(),
             "parts": sorted(parts),
+            "tampered": tampered(root, trainer.state.params),
             "measured": [measured(rank, root), measured(rank, root)],
             "errors": [
                 refused(lambda: train(make(None, mesh=None), 1)),

@@ -123,6 +123,11 @@ def test_first_process_measures_a_form_that_all_use(pair: Pair) -> None:
     assert again == {**fresh, "why": "remembered"}
 
 
+def test_first_save_is_read_back_by_all(pair: Pair) -> None:
+    for rank in range(2):
+        assert "reading 'params' back gives other values" in pair.facts[rank][0]["tampered"]
+
+
 def rows_of(path: str) -> list[dict[str, Any]]:
     """Returns the logged windows of a run."""
     lines = (Path(path) / "metrics.jsonl").read_text("utf-8").splitlines()

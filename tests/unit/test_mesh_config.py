@@ -14,10 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
-from distaff import MeshConfig, tasks, zoo
+from distaff import MeshConfig, TrainerConfig, tasks, zoo
+from distaff.core.config.encoding import to_json
+from distaff.core.digest import program_digest
 from distaff.errors import ConfigError
+from distaff.execution.placement import unplaced
 from distaff.mesh.options import MeshOptions, simulate
+from distaff.mesh.placement import OnMesh
 from distaff.mesh.rules import ShardingRules
+from distaff.run.identity.comparison import compare_records
 
 
 def layout(**options: object) -> ShardingRules:
@@ -133,3 +138,25 @@ def test_devices_are_simulated_if_jax_has_not_started():
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.stdout == "4 8\n", done.stderr
+
+
+def test_identity_of_a_run_does_not_depend_on_its_mesh():
+    tree = {"w": jnp.ones(4)}
+    places = [OnMesh(MeshConfig(size)).state for size in (1, 2)]
+
+    def loss(tree):
+        return jnp.where(tree["w"] > 0, tree["w"], 0.0).sum()
+
+    digests = [
+        program_digest(jax.grad(loss), *unplaced((each,))).whole
+        for each in (tree, *(place(tree) for place in places))
+    ]
+    assert len(set(digests)) == 1
+
+
+def test_size_of_a_mesh_does_not_make_another_run():
+    configs = [TrainerConfig(mesh=MeshConfig(1, fsdp=size)) for size in (2, 4)]
+    old, new = ({"options": to_json(config)} for config in configs)
+    found = compare_records(old, new, None, inexact=False, options=TrainerConfig)
+    assert found.changes == []
+    assert found.notes[0] == "changed: options.mesh.fsdp: 2 -> 4"

@@ -257,11 +257,12 @@ def to_host(tree: PyTree) -> PyTree:
 
 
 def unplaced(tree: PyTree) -> PyTree:
-    """Returns shapes for arrays on several devices, which would be part of a jaxpr."""
+    """Returns shapes for arrays on a mesh, which would be part of a jaxpr."""
 
     def shape_of(leaf: Any) -> Any:
-        is_split = isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_split else leaf
+        is_array = isinstance(leaf, jax.Array)
+        is_on_mesh = is_array and not isinstance(leaf.sharding, jax.sharding.SingleDeviceSharding)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_on_mesh else leaf
 
     return jax.tree.map(shape_of, tree)
 

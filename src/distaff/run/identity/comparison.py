@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import MISSING
 from typing import Any, NamedTuple
 
@@ -64,8 +64,8 @@ def compare_records(
     found = _options(old, new, options)
     same = {"num_epochs", *(f"options.{name}" for name in options.names("same run"))}
     was, now = old.get("identity"), new.get("identity")
-    changes = [text for name, text in found.items() if name not in same]
-    notes = [f"changed: {text}" for name, text in found.items() if name in same]
+    changes = [text for name, text in found.items() if not _is_of(name, same)]
+    notes = [f"changed: {text}" for name, text in found.items() if _is_of(name, same)]
     if not isinstance(was, Mapping) or not isinstance(now, Mapping):
         return RecordComparison(
             changes, [], [*notes, f"program, data and start weights {_UNKNOWN}"]
@@ -98,9 +98,14 @@ def _options(
     return {
         name: f"{name}: {_as_text(before)} -> {_as_text(after)}"
         for name, (before, after) in found.items()
-        if name not in ignored
+        if not _is_of(name, ignored)
         and not (before is MISSING and not after)  # an unused field of a newer version
     }
+
+
+def _is_of(name: str, options: Collection[str]) -> bool:
+    """Returns whether a name is of one of the options, or of a field of its value."""
+    return any(name == option or name.startswith(f"{option}.") for option in options)
 
 
 def _as_text(value: Any) -> str:
