@@ -208,13 +208,20 @@ def test_pruning_goes_by_the_monitored_metric_at_every_validation(mode):
 def test_pruned_trial_is_a_normal_end():
     loggers: list[MemoryLogger] = []
 
+    class Grouped(MemoryLogger):
+        group: str | None = None
+
+        def set_group(self, group: str) -> None:
+            self.group = group
+
     def make_trainer(config: Config) -> Any:
-        loggers.append(MemoryLogger())
+        loggers.append(Grouped())
         return trainer(config, loggers=loggers[-1:])
 
     with pytest.raises(StateError, match=r"No trial has finished: 0 pruned, 1 pruned"):
         search(make_trainer, num_trials=2, num_epochs=5, pruner=pruners.ThresholdPruner(upper=0.0))
     assert [logger.status for logger in loggers if logger.records] == ["pruned", "pruned"]
+    assert [logger.group for logger in loggers if logger.records] == ["study", "study"]
     for run in Path("runs/line").iterdir():
         status = read(run, "status.json")
         assert (status["status"], status["epoch"], status["step"]) == ("pruned", 1, 2)

@@ -19,6 +19,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from distaff.core.typing import Values
 from distaff.loggers import png
@@ -32,6 +33,7 @@ _STATUSES = {
     "interrupted": "KILLED",
 }
 # https://mlflow.org/docs/latest/rest-api.html, "Request Limits".
+_GROUP = "distaff.group"
 _MAX_METRICS, _MAX_PARAMS, _MAX_KEY = 1000, 100, 250
 
 
@@ -76,6 +78,7 @@ class MlflowLogger:
         self._clock = clock
         self._run: tuple[MlflowClient, str] | None = None
         self._resumed: str | None = None
+        self._group: str | None = None
 
     def log_metrics(self, metrics: Values, *, step: int, epoch: int) -> None:
         """Records the scalar metrics, and the epoch as the metric `epoch`.
@@ -136,6 +139,10 @@ class MlflowLogger:
             case {"run_id": str() as run} if run:
                 self._resumed = run
 
+    def set_group(self, group: str) -> None:
+        """Nests the next run below a parent run of this name, which is created if necessary."""
+        self._group = group
+
     def _opened(self) -> tuple[MlflowClient, str]:
         if self._run is None:
             uri = self._tracking_uri
@@ -153,7 +160,9 @@ class MlflowLogger:
                 if experiment
                 else client.create_experiment(self._experiment)
             )
-            run = client.create_run(identity, run_name=self._run_name)
+            parent = None if self._group is None else _parent(client, identity, self._group)
+            tags = None if parent is None else {MLFLOW_PARENT_RUN_ID: parent}
+            run = client.create_run(identity, run_name=self._run_name, tags=tags)
             self._run = client, run.info.run_id
         return self._run
 
@@ -174,6 +183,20 @@ class MlflowLogger:
         with tempfile.TemporaryDirectory() as directory:
             replace(Path(directory, name), content)
             client.log_artifacts(run, directory)
+
+
+def _parent(client: MlflowClient, experiment: str, group: str) -> str:
+    """Returns the run that represents a group, which is created if necessary."""
+
+    def found() -> list[str]:
+        runs = client.search_runs([experiment], f"tags.`{_GROUP}` LIKE '%'")
+        runs = [run for run in runs if run.data.tags[_GROUP] == group]  # with any characters
+        return [run.info.run_id for run in sorted(runs, key=lambda run: run.info.start_time)]
+
+    if not found():
+        run = client.create_run(experiment, run_name=group, tags={_GROUP: group})
+        client.set_terminated(run.info.run_id)
+    return found()[0]  # also if two processes have created one
 
 
 def _key(name: str) -> str:

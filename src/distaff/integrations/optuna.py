@@ -69,7 +69,8 @@ class OptunaSuggestion:
         left = trial.user_attrs.get("left")
         self.origin: int = trial.user_attrs.get("origin", place)
         self.left = None if left is None else Path(root) / left
-        self.key = f"{trial.study.study_name}/trial-{self.origin}"
+        self.study: str = trial.study.study_name
+        self.key = f"{self.study}/trial-{self.origin}"
         self._reported = set(trial.storage.get_trial(trial._trial_id).intermediate_values)
 
     def report(self, value: float, epoch: int) -> None:

@@ -104,6 +104,10 @@ class TrackioLogger:
             case {"name": str() as name} if name:
                 self._name = name
 
+    def set_group(self, group: str) -> None:
+        """Sets `group` of `trackio.init`, unless it is set."""
+        self._options.setdefault("group", group)
+
     def _log_png(self, name: str, content: bytes, step: int) -> None:
         with tempfile.TemporaryDirectory() as directory:  # trackio copies the file
             file = Path(directory, "image.png")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import os
 import secrets
 import string
 import tempfile
@@ -117,6 +118,11 @@ class WandbLogger:
         match state:
             case {"id": str() as identity} if identity:
                 self._id = identity
+
+    def set_group(self, group: str) -> None:
+        """Sets `group` of `wandb.init`, unless it or `WANDB_RUN_GROUP` is set."""
+        if "WANDB_RUN_GROUP" not in os.environ:
+            self._options.setdefault("group", group)
 
     @property
     def _run(self) -> wandb.Run:

@@ -17,6 +17,7 @@ from distaff.loggers.jsonl import JsonlLogger
 from distaff.loggers.many import ManyLoggers
 from distaff.loggers.memory import Medium, MemoryLogger, Record
 from distaff.loggers.protocol import (
+    GroupedLogger,
     Logger,
     MediaLogger,
     NullLogger,
@@ -29,6 +30,7 @@ __all__ = [
     "ConsoleLogger",
     "CsvLogger",
     "FilesLogger",
+    "GroupedLogger",
     "JsonlLogger",
     "Logger",
     "ManyLoggers",

@@ -80,6 +80,12 @@ class ManyLoggers:
             if key in known and hasattr(logger, "set_state"):
                 logger.set_state(known[key])
 
+    def set_group(self, group: str) -> None:
+        """Sets the group of the run in every logger that has groups; see `GroupedLogger`."""
+        for _, logger in self._named:
+            if hasattr(logger, "set_group"):
+                logger.set_group(group)
+
     def close(self, status: str) -> None:
         """Closes every logger, then raises the first failure, if any."""
         failures: list[Exception] = []

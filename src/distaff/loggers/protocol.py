@@ -136,6 +136,18 @@ class StatefulLogger(Protocol):
         ...
 
 
+class GroupedLogger(Protocol):
+    """Groups the trials of a study at a service. The method is optional."""
+
+    def set_group(self, group: str) -> None:
+        """Sets the group of the next run, unless the user has set one.
+
+        Args:
+            group: the name of the study.
+        """
+        ...
+
+
 class NullLogger:
     """Records nothing."""
 

@@ -72,6 +72,7 @@ class Workspace:
         schedule: the learning rate schedule of the optimizer; None if unknown.
         explains: whether to diagnose bad steps; False in a hyperparameter search.
         warned: pairs of loader and rule with an earlier warning about bad input.
+        group: the study of a trial, for its loggers; None for other runs.
         origin: a line on the source of the initial weights.
         not_loaded: why the initial weights could not be loaded; a resumed run ignores it.
         fit: how the step was made to fit into memory, for the record; None if it was not asked for.
@@ -100,6 +101,7 @@ class Workspace:
         self.explains = True
         self.origin, self.not_loaded = "", None
         self.fit: dict[str, Any] | None = None
+        self.group: str | None = None
         self.warned: set[tuple[str, str]] = set()
         self._programs: dict[str, Any] = {}
         self._evaluator: Evaluator | None = None

@@ -175,6 +175,8 @@ class Preparation:
                 f"init_logger must return a logger or a list of loggers; got {made!r}. Write "
                 "return [loggers.CsvLogger()], or remove init_logger and pass loggers=[...]."
             )
+        if self._here.group is not None:
+            made.logger.set_group(self._here.group)
         self._here.recording = made
 
     def prepare(self, run: Run, test_loader: Loader | None) -> None:

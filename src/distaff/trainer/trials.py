@@ -54,6 +54,11 @@ def as_trial(trainer: T, *, seed: int) -> T:
     return trainer
 
 
+def group(trainer: TrainerModule, name: str) -> None:
+    """Gives the loggers of a trainer that is not set up yet a group, in place."""
+    trainer._workspace.group = name
+
+
 def resume(trainer: TrainerModule) -> None:
     """Lets a trial resume the unfinished run of its key, in place."""
     vars(trainer)["config"] = dataclasses.replace(trainer.config, resume="auto")

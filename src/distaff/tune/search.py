@@ -53,6 +53,8 @@ class Suggestion(Protocol):
     values: dict[str, Any]
     origin: int
     """Number of the first attempt with these values, which decides the seed."""
+    study: str
+    """Name of the study."""
     key: str
     """Name of its run within the study."""
     left: Path | None

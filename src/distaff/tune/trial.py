@@ -213,6 +213,7 @@ def _trained(
     trainer = as_trial(call.trainer, seed=call.trainer.config.seed + suggestion.origin)
     if resumes:
         trials.resume(trainer)
+    trials.group(trainer, suggestion.study)
     watch(trainer, [Reporting(suggestion, trainer, call.lengths["num_epochs"])])
     suggestion.note(seed=trainer.config.seed)
     train, val, _ = call.loaders
