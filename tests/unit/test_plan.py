@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -18,11 +19,13 @@ import distaff
 from distaff import MeshConfig, cli, tasks, zoo
 from distaff.errors import ConfigError, DistaffError, MissingExtraError
 from distaff.execution import compilers
-from distaff.plan import TrainingPlan, plan_recipe, plan_training
-from distaff.plan.collectives import axes_of_group, collectives, group_of, source_of
+from distaff.plan import GrownPlan, StepBounds, TrainingPlan, plan_recipe, plan_training
+from distaff.plan.collectives import Collective, axes_of_group, collectives, group_of, source_of
+from distaff.plan.growth import first_to_grow
 from distaff.plan.hlo import CompiledProgram
 from distaff.plan.memory_traffic import memory_traffic
 from distaff.plan.operations import operations
+from distaff.plan.roofline import exchange_rate, step_bounds
 from distaff.plan.targets import target_of
 
 BATCH = 16
@@ -185,7 +188,7 @@ def test_loops_tuples_and_async_starts_are_counted() -> None:
     gather = found["all-gather"]
     assert (gather.count, gather.num_bytes) == (3, 3 * (128 * 128 * 4 + 16 * 2))
     assert gather.axes == ("fsdp", "tensor")
-    assert not gather.is_local  # eight devices of two hosts
+    assert gather.num_hosts == 2  # of four devices each
     assert (gather.source, gather.line) == ("GPT/up/dot_general", "/home/me/model.py:31")
     assert found["all-reduce"].num_bytes == 4 * 21
     assert found["all-reduce"].axes == ("tensor",)
@@ -195,6 +198,111 @@ def test_loops_tuples_and_async_starts_are_counted() -> None:
     assert scattered.sent_bytes == scattered.num_bytes * 3 / 4
     assert found["collective-permute"].num_bytes == 80
     assert len(found) == 4
+
+
+def test_times_are_bytes_and_operations_over_published_rates() -> None:
+    found = collectives(CompiledProgram(LOOP), {"fsdp": 4, "tensor": 2}, 4)
+    flops = {"bfloat16": 989e9, "float32": 494e9, "other": 1e15}
+    times = step_bounds(target_of("h100:2x4").chip, flops, 3.35e9, found)
+    assert times is not None
+    assert times.compute == pytest.approx(2e-3)
+    assert times.memory == pytest.approx(1e-3)
+    # Four network cards of a host share a gather; the pair of `tensor` and one device of each pair
+    # of `fsdp` are in one host, and the four of `fsdp` in two.
+    gather = 3 * (128 * 128 * 4 + 16 * 2) * 7 / 8 / (4 * 50e9)
+    tensor = (4 * 21 * 2 / 2 + 80) / 450e9
+    scattered = 4 * 4 * 10 * 3 / 4 / (2 * 50e9)
+    assert times.network_by_axis == pytest.approx(
+        {"fsdp+tensor": gather, "tensor": tensor, "fsdp": scattered}
+    )
+    assert times.network == pytest.approx(gather + tensor + scattered)
+    assert (times.bound, times.step) == ("compute", times.compute)
+    assert StepBounds.from_json(times.to_json()) == times
+    assert step_bounds(target_of("cpu:8").chip, flops, 1e9, found) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_devices", "num_hosts", "rate"),
+    [
+        ("all-gather", 8, 1, 450e9),
+        ("all-gather", 256, 32, 400e9),  # eight cards of 50 GB/s
+        ("all-gather", 32, 32, 50e9),
+        ("reduce-scatter", 64, 4, 450e9),  # the links are the limit
+        ("all-to-all", 256, 32, 50e9),
+    ],
+)
+def test_cards_of_a_host_add_up(kind: str, num_devices: int, num_hosts: int, rate: float) -> None:
+    each = Collective(kind, ("fsdp",), num_devices, num_hosts, 1, 100, "", "", "")
+    assert exchange_rate(target_of("h100").chip, each) == rate
+
+
+@pytest.mark.parametrize(
+    ("target", "doubled"),
+    [
+        ("cpu:3", "cpu:6"),
+        ("h100", "h100:1x2"),
+        ("H100:8", "h100:2x8"),
+        ("a100:3x6", "a100:6x6"),
+        ("v5e:4x4", "v5e:4x8"),
+        ("v5e:4x8", "v5e:8x8"),
+        ("v5p:4x4x8", "v5p:4x8x8"),
+    ],
+)
+def test_twice_the_devices(target: str, doubled: str) -> None:
+    assert target_of(target).doubled == target_of(doubled)
+
+
+def grown(axis: str, **changes: Any) -> GrownPlan:
+    fields = {"num_devices": 8, "num_examples": 16, "peak_bytes": 2**20, "fits": True}
+    return GrownPlan(axis=axis, size=2, target="h100:8", **{**fields, **changes})
+
+
+def in_time(seconds: float) -> dict[str, Any]:
+    return {"times": StepBounds(compute=seconds, memory=0, network=0)}
+
+
+def test_axis_to_grow_first_has_the_most_examples_per_second_of_those_that_fit() -> None:
+    slow, quick = grown("data", **in_time(0.2)), grown("fsdp", **in_time(0.1))
+    assert quick.examples_per_second == pytest.approx(20)
+    assert first_to_grow([slow, quick]) == quick
+    assert first_to_grow([slow, dataclasses.replace(quick, fits=False)]) == slow
+    assert first_to_grow([slow, dataclasses.replace(quick, failure="no such devices")]) == slow
+    assert first_to_grow([dataclasses.replace(slow, fits=False)]) is None
+    smaller = dataclasses.replace(quick, axis="tensor", peak_bytes=2**19)
+    assert first_to_grow([slow, quick, smaller]) == smaller
+    # Without rates, the fewest bytes for each example.
+    assert first_to_grow([grown("data", exchanged_bytes=9), grown("fsdp", exchanged_bytes=8)]) == (
+        grown("fsdp", exchanged_bytes=8)
+    )
+
+
+@pytest.mark.slow
+def test_doubled_axes_are_those_planned_by_themselves() -> None:
+    made = plan_training(classifier(), SHAPES, target="cpu:4", mesh="fsdp", double=True)
+    sizes = {"data": (2, 4, 1), "fsdp": (1, 8, 1), "tensor": (1, 4, 2)}
+    assert [each.axis for each in made.doubled] == list(sizes)
+    for each in made.doubled:
+        data, fsdp, tensor = sizes[each.axis]
+        alone = plan_training(
+            classifier(),
+            SHAPES,
+            target="cpu:8",
+            mesh=MeshConfig(data, fsdp=fsdp, tensor=tensor),
+            batch_size=BATCH if each.axis == "tensor" else 2 * BATCH,
+        )
+        assert each == alone.brief(each.axis)
+    text = str(made)
+    for part in ("as planned", "data=2", "fsdp=8", "tensor=2", "axis to grow first: "):
+        assert part in text
+    assert TrainingPlan.from_json(json.loads(json.dumps(made.to_json()))) == made
+
+
+@pytest.mark.slow
+def test_axis_that_cannot_be_doubled_says_why() -> None:
+    made = plan_training(classifier(), SHAPES, target="cpu:8", mesh="fsdp", double=True)
+    assert "started with 8" in made.doubled[0].failure
+    assert made.first_to_grow is None
+    assert "none of them fits" in str(made)
 
 
 def test_fusion_reads_the_slice_of_a_loop_and_not_the_whole_array() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import traceback
@@ -22,6 +23,7 @@ as for `distaff fit`; further options belong to the recipe.
   --mesh MESH        dp, fsdp, tp, fsdp+tp, or sizes such as fsdp=32,tensor=8; default: the recipe's
   --global-batch N   examples in a batch of all devices; default: the recipe's
   --memory SIZE      memory of each device, such as 24GiB; default: the target's
+  --double           also plan each mesh axis with twice its size, to show which to grow first
   --out FILE         where to write the plan as JSON; default: plan.json
   -h, --help         print this help
 
@@ -53,6 +55,7 @@ def main(words: Sequence[str]) -> int:
         mesh=options.get("--mesh"),
         memory=bytes_of(options["--memory"], "--memory") if "--memory" in options else None,
         batch_size=None if size is None else _number(size),
+        double="--double" in options,
     )
     print(plan)
     path = options.get("--out", "plan.json")
@@ -67,6 +70,9 @@ def _parsed(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     rest, left = [], list(words)
     while left:
         name, equals, value = left.pop(0).partition("=")
+        if name == "--double" and not equals:
+            options[name] = ""
+            continue
         if name not in _OPTIONS:
             rest.append(name + equals + value)
             continue
@@ -131,9 +137,9 @@ def child(request: dict[str, Any]) -> dict[str, Any]:
         memory=request["memory"],
         batch_size=request["batch_size"],
         steps=(events.steps_like(batch), events.epoch_length),
-        name=request["recipe"],
+        double=request["double"],
     )
-    return plan.to_json()
+    return dataclasses.replace(plan, name=request["recipe"]).to_json()
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:

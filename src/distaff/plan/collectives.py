@@ -47,7 +47,7 @@ class Collective(NamedTuple):
         kind: such as `"all-gather"`.
         axes: the mesh axes whose devices exchange; empty if they are unknown.
         num_devices: devices that exchange with each other.
-        is_local: whether these devices are in one host.
+        num_hosts: hosts that these devices are in.
         count: number of exchanges in one step.
         num_bytes: bytes per device in one step: what a gather returns, and what a sum takes.
         source: the operation of the model, such as `"GPT/head/dot_general (backward)"`.
@@ -58,12 +58,17 @@ class Collective(NamedTuple):
     kind: str
     axes: tuple[str, ...]
     num_devices: int
-    is_local: bool
+    num_hosts: int
     count: int
     num_bytes: int
     source: str
     line: str
     shape: str
+
+    @property
+    def over(self) -> str:
+        """The mesh axes as text, such as `"data+fsdp"`."""
+        return "+".join(self.axes) or "other groups"
 
     @property
     def sent_bytes(self) -> float:
@@ -95,12 +100,12 @@ def collectives(
         size = sum(shape.num_bytes for shape in shapes)
         size *= len(group) if kind == "reduce-scatter" else 1
         largest = max(shapes, key=lambda shape: shape.num_bytes)
-        is_local = len({device // per_host for device in group}) == 1
+        num_hosts = len({device // per_host for device in group})
         one = Collective(
             kind,
             axes_of_group(group, mesh),
             len(group),
-            is_local,
+            num_hosts,
             times,
             times * size,
             source_of(each.op_name),

@@ -34,6 +34,7 @@ def plan_recipe(
     mesh: str | MeshConfig | None = None,
     memory: float | None = None,
     batch_size: int | None = None,
+    double: bool = False,
 ) -> TrainingPlan:
     """Plans the training of a recipe on devices that this machine may not have.
 
@@ -48,6 +49,7 @@ def plan_recipe(
             the recipe's trainer.
         memory: bytes of memory of each device; the target's by default.
         batch_size: examples in a batch of all devices; the recipe's by default.
+        double: whether to plan the step again with each mesh axis of twice the size.
 
     Raises:
         ConfigError: the target, the mesh or the recipe is unknown or does not fit.
@@ -62,12 +64,17 @@ def plan_recipe(
         "mesh": dataclasses.asdict(config) if isinstance(config, MeshConfig) else config,
         "memory": memory,
         "batch_size": batch_size,
+        "double": double,
     }
     with tempfile.TemporaryDirectory(prefix="distaff-plan-") as folder:
         path = Path(folder) / "answer.json"
         command = [sys.executable, "-m", _CHILD, json.dumps({**request, "answer": str(path)})]
         # What the recipe prints is not part of the plan.
-        done = subprocess.run(command, env=_environment(there), stdout=sys.stderr.fileno())
+        done = subprocess.run(
+            command,
+            env=_environment(there.doubled if double else there),
+            stdout=sys.stderr.fileno(),
+        )
         if not path.exists():
             raise DistaffError(
                 f"The process that plans {recipe!r} ended with status {done.returncode}. Its error "

@@ -10,6 +10,8 @@ from typing import Any
 
 from distaff.core.files import write_whole
 from distaff.plan.collectives import Collective
+from distaff.plan.growth import GrownPlan, first_to_grow
+from distaff.plan.roofline import StepBounds
 from distaff.plan.text import as_tables
 
 VERSION = 1
@@ -36,32 +38,6 @@ class Parameter:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StepBounds:
-    """Lower bounds of the seconds of a step, from the published rates of the devices.
-
-    Attributes:
-        compute: if only the matrix products and convolutions took time.
-        memory: if only reading and writing the memory of a device took time.
-        network: if only the exchanges between devices took time.
-    """
-
-    compute: float
-    memory: float
-    network: float
-
-    @property
-    def step(self) -> float:
-        """The longest of them."""
-        return max(self.compute, self.memory, self.network)
-
-    @property
-    def bound(self) -> str:
-        """The name of the longest: `"compute"`, `"memory"` or `"network"`."""
-        times = dataclasses.asdict(self)
-        return max(times, key=lambda name: times[name])
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
     """What a training step needs on each device. All bytes and FLOPs are per device.
 
@@ -72,6 +48,7 @@ class TrainingPlan:
         num_devices: the devices of the mesh.
         mesh: sizes of the mesh axes.
         batch: shapes of a batch of all devices.
+        num_examples: its examples.
         num_parameters: values of all parameters.
         parameters: all parameters, the largest first.
         parameter_bytes: bytes of the parameters.
@@ -89,6 +66,7 @@ class TrainingPlan:
         flops: floating point operations of a step by dtype of the products, and `"other"`.
         times: lower bounds of the time of a step; None if the rates of the target are unknown.
         warnings: what to change.
+        doubled: the same step with each mesh axis of twice the size, if it was asked for.
         seconds: seconds to trace, lower, compile and read the program.
         host_bytes: peak memory of the process that planned.
         jax: the version of JAX.
@@ -100,6 +78,7 @@ class TrainingPlan:
     num_devices: int
     mesh: Mapping[str, int]
     batch: str
+    num_examples: int
     num_parameters: int
     parameters: tuple[Parameter, ...]
     parameter_bytes: int
@@ -118,6 +97,7 @@ class TrainingPlan:
     seconds: Mapping[str, float]
     host_bytes: int
     jax: str
+    doubled: tuple[GrownPlan, ...] = ()
 
     @property
     def fits(self) -> bool | None:
@@ -133,22 +113,47 @@ class TrainingPlan:
         """Bytes of each kind of exchange and its mesh axes: `{"all-gather over fsdp": 123}`."""
         found: dict[str, int] = {}
         for each in self.collectives:
-            name = f"{each.kind} over {'+'.join(each.axes) or 'other groups'}"
+            name = f"{each.kind} over {each.over}"
             found[name] = found.get(name, 0) + each.num_bytes
         return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+    def brief(self, axis: str = "") -> GrownPlan:
+        """Returns the plan in brief, to compare it with others.
+
+        Args:
+            axis: the mesh axis that differs from the others.
+        """
+        return GrownPlan(
+            axis=axis,
+            size=self.mesh.get(axis, 0),
+            target=self.target,
+            num_devices=self.num_devices,
+            num_examples=self.num_examples,
+            state_bytes=self.state_bytes,
+            peak_bytes=self.peak_bytes,
+            fits=self.fits,
+            exchanged_bytes=sum(each.num_bytes for each in self.collectives),
+            times=self.times,
+        )
+
+    @property
+    def first_to_grow(self) -> GrownPlan | None:
+        """The doubled mesh axis that serves best; None if none fits, or none was planned."""
+        return first_to_grow(self.doubled)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the plan as JSON."""
         fields = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
-        times = self.times
+        grown = self.first_to_grow
         return {
             "version": VERSION,
             **fields,
             "mesh": dict(self.mesh),
             "parameters": [dataclasses.asdict(each) for each in self.parameters],
             "collectives": [each._asdict() for each in self.collectives],
-            "times": times
-            and {**dataclasses.asdict(times), "step": times.step, "bound": times.bound},
+            "times": self.times and self.times.to_json(),
+            "doubled": [each.to_json() for each in self.doubled],
+            "first_to_grow": grown and grown.axis,
             "fits": self.fits,
             "traffic": self.traffic,
         }
@@ -168,8 +173,8 @@ class TrainingPlan:
             parameters=tuple(Parameter(**each) for each in parameters),
             collectives=tuple(Collective(**each) for each in collectives),
             warnings=tuple(data["warnings"]),
-            times=times
-            and StepBounds(**{name: times[name] for name in ("compute", "memory", "network")}),
+            times=times and StepBounds.from_json(times),
+            doubled=tuple(GrownPlan.from_json(each) for each in data["doubled"]),
         )
         return cls(**fields)
 

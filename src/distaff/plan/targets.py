@@ -123,6 +123,20 @@ class Target:
         cuda = self.chip.platform == "cuda"
         return self.shape[-1] if cuda else max(self.num_devices, self.chip.per_host)
 
+    @property
+    def doubled(self) -> Target:
+        """Twice the devices: GPUs of a host up to their usual number, else hosts.
+
+        The grid of a TPU grows along its shortest axis.
+        """
+        shape = list(self.shape)
+        if self.chip.platform == "tpu":
+            shape[max(range(len(shape)), key=lambda axis: (-shape[axis], axis))] *= 2
+        else:
+            shape[-1 if 2 * shape[-1] <= self.chip.per_host else 0] *= 2
+        name = self.text.strip().lower().partition(":")[0]
+        return Target(f"{name}:{'x'.join(map(str, shape))}", self.chip, tuple(shape))
+
 
 def target_of(text: str) -> Target:
     """Returns the target of a text, such as `"h100:32x8"`.

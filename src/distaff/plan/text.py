@@ -13,7 +13,14 @@ _MOST_EXCHANGES = 8
 
 def as_tables(plan: Any) -> str:
     """Returns the tables of a `TrainingPlan`."""
-    parts = [_head(plan), _parameters(plan), _memory(plan), _traffic(plan), _time(plan)]
+    parts = [
+        _head(plan),
+        _parameters(plan),
+        _memory(plan),
+        _traffic(plan),
+        _time(plan),
+        _grown(plan),
+    ]
     parts += [f"warning: {each}" for each in plan.warnings]
     return "\n\n".join(filter(None, parts))
 
@@ -82,13 +89,57 @@ def _time(plan: Any) -> str:
     rows = [("FLOPs", flops), ("memory traffic", byte_text(plan.memory_traffic))]
     times = plan.times
     if times is not None:
-        parts = [f"{name} {getattr(times, name) * 1e3:.3g} ms" for name in _TERMS]
-        rows.append(("time at full rates", ", ".join(parts)))
-        rows.append(("step at least", f"{times.step * 1e3:.3g} ms, bound by {times.bound}"))
+        rows += [
+            ("time of the products", _milliseconds(times.compute)),
+            ("time of the memory", _milliseconds(times.memory)),
+        ]
+        rows += [
+            (f"time over {name}", _milliseconds(size))
+            for name, size in times.network_by_axis.items()
+        ]
+        rows.append(("step at least", f"{_milliseconds(times.step)}, bound by {times.bound}"))
     return _table(("work", ""), rows)
 
 
-_TERMS = ("compute", "memory", "network")
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms"
+
+
+def _grown(plan: Any) -> str:
+    """Returns the table of doubled axes, and which one to grow first."""
+    if not plan.doubled:
+        return ""
+    rates = ("exchanged per example",)
+    if plan.times is not None:
+        rates = ("step at least", "bound by", "examples/s of a device at most")
+    head = ("twice the size", "devices", "state", "peak", "exchanged", *rates)
+    rows = [_grown_row("as planned", plan.brief(), len(head))]
+    rows += [_grown_row(f"{each.axis}={each.size}", each, len(head)) for each in plan.doubled]
+    failures = [f"{each.axis}={each.size}: {each.failure}" for each in plan.doubled if each.failure]
+    best = plan.first_to_grow
+    answer = "none of them fits" if best is None else _gain(plan, best)
+    return "\n".join([_table(head, rows), *failures, f"axis to grow first: {answer}"])
+
+
+def _grown_row(name: str, each: Any, num_columns: int) -> tuple[str, ...]:
+    cells = [name, str(each.num_devices)]
+    if not each.failure:
+        peak = "unknown" if each.peak_bytes is None else byte_text(each.peak_bytes)
+        peak += ", does not fit" if each.fits is False else ""
+        cells += [byte_text(each.state_bytes), peak, byte_text(each.exchanged_bytes)]
+        if each.times is None:
+            cells.append(byte_text(each.bytes_per_example))
+        else:
+            rate = each.examples_per_second or 0.0
+            cells += [_milliseconds(each.times.step), each.times.bound, f"{rate:.3g}"]
+    return (*cells, *[""] * (num_columns - len(cells)))
+
+
+def _gain(plan: Any, best: Any) -> str:
+    before, after = plan.brief().examples_per_second, best.examples_per_second
+    if not before or not after:
+        return f"{best.axis}, which exchanges the fewest bytes for each example"
+    return f"{best.axis}, which keeps {after / before:.0%} of the examples per second and device"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

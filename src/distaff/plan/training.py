@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 import time
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,17 +13,20 @@ import jax
 from distaff.core.typing import Batch
 from distaff.core.views.brief import spec
 from distaff.data import first_batch, num_examples, training_loader_of
-from distaff.errors import ConfigError
+from distaff.errors import ConfigError, DistaffError
 from distaff.execution.device_memory import is_out_of_memory, program_bytes
 from distaff.mesh import MeshConfig
-from distaff.mesh.config import MeshName
+from distaff.mesh.config import MeshName, mesh_of
+from distaff.mesh.planned import Planned, planning
 from distaff.plan import advice
 from distaff.plan.collectives import collectives
 from distaff.plan.devices import devices_of
+from distaff.plan.growth import GrownPlan, batch_of_all, doublings
 from distaff.plan.hlo import CompiledProgram
 from distaff.plan.memory_traffic import memory_traffic
 from distaff.plan.operations import operations
-from distaff.plan.result import StepBounds, TrainingPlan
+from distaff.plan.result import TrainingPlan
+from distaff.plan.roofline import step_bounds
 from distaff.plan.targets import Target, target_of
 from distaff.plan.traced import TracedStep, device_bytes, parameters_of, shapes_of, traced_step
 from distaff.trainer.module import TrainerModule
@@ -41,6 +44,15 @@ class _Compiled(NamedTuple):
     verdict: str
 
 
+class _Step(NamedTuple):
+    """A training step to plan: the trainer, shapes of its batch, and the steps for schedules."""
+
+    trainer: TrainerModule
+    batch: Batch
+    memory: float | None
+    steps: tuple[int, int]
+
+
 def plan_training(
     trainer: TrainerModule,
     data: Any,
@@ -50,7 +62,7 @@ def plan_training(
     memory: float | None = None,
     batch_size: int | None = None,
     steps: tuple[int | None, int | None] = (None, None),
-    name: str = "",
+    double: bool = False,
 ) -> TrainingPlan:
     """Plans the training of a trainer on devices that this machine may not have.
 
@@ -66,35 +78,73 @@ def plan_training(
         memory: bytes of memory of each device; the target's by default.
         batch_size: examples in a batch of all devices; as in `data` by default.
         steps: the steps of the run and of an epoch, for schedules; None if they are unknown.
-        name: shown as the name of the plan.
+        double: whether to plan the step again with each mesh axis of twice the size.
 
     Raises:
         DistaffError: the target is unknown, its compiler is missing, or the mesh does not fit.
     """
     there = target_of(target)
-    devices, start = devices_of(there), time.perf_counter()
-    if mesh is not None:
-        trainer = trainer.variant(mesh=mesh)
+    trainer = trainer if mesh is None else _on(trainer, mesh, there)
     found = _batch_of(trainer, data)
     batch = shapes_of(found, batch_size, num_examples(found))
     known = steps[0] or _MANY_STEPS, steps[1] or 1000
-    traced = traced_step(trainer, batch, devices, known)
-    seconds = {"trace": time.perf_counter() - start}
-    compiled = _compiled(traced, there, seconds)
-    source, program = _traffic(trainer, batch, there, compiled, known)
+    step = _Step(trainer, batch, memory, known)
+    plan = _planned(step, there)
+    return dataclasses.replace(plan, doubled=_doubled(step, there, plan)) if double else plan
+
+
+def _planned(step: _Step, target: Target) -> TrainingPlan:
+    trainer, batch, devices = step.trainer, step.batch, devices_of(target)
     start = time.perf_counter()
-    fields = _read(traced, compiled, program, there, source)
+    traced = traced_step(trainer, batch, devices, step.steps)
+    seconds = {"trace": time.perf_counter() - start}
+    compiled = _compiled(traced, target, seconds)
+    source, program = _traffic(step, target, compiled)
+    start = time.perf_counter()
+    fields = _read(traced, compiled, program, target, source)
     fields["warnings"] = (*_of_the_mesh(trainer, devices), *fields["warnings"])
     seconds["read"] = time.perf_counter() - start
     return TrainingPlan(
-        name=name or type(trainer).__name__,
+        name=type(trainer).__name__,
         batch=spec(batch),
-        memory_bytes=there.chip.memory if memory is None else int(memory),
+        num_examples=num_examples(batch),
+        memory_bytes=target.chip.memory if step.memory is None else int(step.memory),
         seconds=seconds,
         host_bytes=_host_bytes(),
         jax=jax.__version__,
         **fields,
     )
+
+
+def _doubled(step: _Step, target: Target, plan: TrainingPlan) -> tuple[GrownPlan, ...]:
+    """Returns the plans with one axis of twice the size, or why there is none."""
+    option = step.trainer.config.mesh
+    config = MeshConfig(1) if option is None else mesh_of(option)
+    found, there = [], target.doubled
+    for axis, mesh in doublings(config, plan.mesh):
+        size = batch_of_all(axis, plan.num_examples)
+        batch = shapes_of(step.batch, size, plan.num_examples)
+        try:
+            grown = step._replace(trainer=_on(step.trainer, mesh, there), batch=batch)
+            found.append(_planned(grown, there).brief(axis))
+        except DistaffError as error:
+            found.append(
+                GrownPlan(
+                    axis=axis,
+                    size=mesh.sizes[axis],
+                    target=there.text,
+                    num_devices=2 * plan.num_devices,
+                    num_examples=size,
+                    failure=str(error),
+                )
+            )
+    return tuple(found)
+
+
+def _on(trainer: TrainerModule, mesh: MeshName | MeshConfig, target: Target) -> TrainerModule:
+    """Returns the trainer with a mesh, which need not fit the devices of this machine."""
+    with planning(Planned(devices_of(target))):
+        return trainer.variant(mesh=mesh)
 
 
 def _batch_of(trainer: TrainerModule, data: Any) -> Batch:
@@ -146,11 +196,7 @@ def _verdict(text: str) -> str:
 
 
 def _traffic(
-    trainer: TrainerModule,
-    batch: Batch,
-    target: Target,
-    compiled: _Compiled,
-    steps: tuple[int, int],
+    step: _Step, target: Target, compiled: _Compiled
 ) -> tuple[str, CompiledProgram | None]:
     """Returns the program from which exchanges are read, and its target.
 
@@ -163,7 +209,7 @@ def _traffic(
         devices = devices_of(there)
     except ConfigError:
         return there.text, None
-    again = _compiled(traced_step(trainer, batch, devices, steps), there, {})
+    again = _compiled(traced_step(step.trainer, step.batch, devices, step.steps), there, {})
     return there.text, again.program
 
 
@@ -199,7 +245,7 @@ def _read(
         "traffic_from": source,
         "memory_traffic": moved,
         "flops": flops,
-        "times": _times(target, flops, moved, exchanges),
+        "times": step_bounds(target.chip, flops, moved, exchanges),
     }
     warnings = [*advice.whole_parameters(params, mesh)]
     warnings += advice.vocabulary_lookups(params, exchanges)
@@ -215,18 +261,6 @@ def _read(
                 "FLOPs, traffic and times are too low."
             )
     return {**fields, "warnings": warnings}
-
-
-def _times(
-    target: Target, flops: Mapping[str, float], moved: int, exchanges: list[Any]
-) -> StepBounds | None:
-    chip = target.chip
-    if chip.half is None:
-        return None
-    products = flops.get("bfloat16", 0) / chip.half + flops.get("float32", 0) / chip.single
-    rates = {True: chip.link_rate, False: chip.network_rate}
-    network = sum(each.sent_bytes / rates[each.is_local] for each in exchanges)
-    return StepBounds(compute=products, memory=moved / chip.memory_rate, network=network)
 
 
 def _host_bytes() -> int:
