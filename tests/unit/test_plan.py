@@ -20,11 +20,17 @@ from distaff import MeshConfig, cli, tasks, zoo
 from distaff.errors import ConfigError, DistaffError, MissingExtraError
 from distaff.execution import compilers
 from distaff.plan import GrownPlan, StepBounds, TrainingPlan, plan_recipe, plan_training
-from distaff.plan.collectives import Collective, axes_of_group, collectives, group_of, source_of
 from distaff.plan.growth import first_to_grow
-from distaff.plan.hlo import CompiledProgram
-from distaff.plan.memory_traffic import memory_traffic
-from distaff.plan.operations import operations
+from distaff.plan.program.collectives import (
+    Collective,
+    axes_of_group,
+    collectives,
+    group_of,
+    source_of,
+)
+from distaff.plan.program.hlo import CompiledProgram
+from distaff.plan.program.memory_traffic import memory_traffic
+from distaff.plan.program.operations import operations
 from distaff.plan.roofline import exchange_rate, step_bounds
 from distaff.plan.targets import target_of
 

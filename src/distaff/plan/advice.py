@@ -11,8 +11,8 @@ from jax.extend.core import jaxprs_in_params
 from distaff.core.views.amounts import byte_text
 from distaff.mesh import MeshConfig
 from distaff.mesh.config import BATCH_AXES
-from distaff.plan.collectives import Collective
-from distaff.plan.hlo import CompiledProgram
+from distaff.plan.program.collectives import Collective
+from distaff.plan.program.hlo import CompiledProgram
 from distaff.plan.result import Parameter
 
 LARGE = 2**20

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from distaff.core.files import write_whole
-from distaff.plan.collectives import Collective
 from distaff.plan.growth import GrownPlan, first_to_grow
+from distaff.plan.program.collectives import Collective
 from distaff.plan.roofline import StepBounds
 from distaff.plan.text import as_tables
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from distaff.plan.collectives import Collective
+from distaff.plan.program.collectives import Collective
 from distaff.plan.targets import Chip
 
 _ONE_TO_ONE = ("all-to-all", "ragged-all-to-all", "collective-permute")

@@ -19,12 +19,12 @@ from distaff.mesh import MeshConfig
 from distaff.mesh.config import MeshName, mesh_of
 from distaff.mesh.planned import Planned, planning
 from distaff.plan import advice
-from distaff.plan.collectives import collectives
 from distaff.plan.devices import devices_of
 from distaff.plan.growth import GrownPlan, batch_of_all, doublings
-from distaff.plan.hlo import CompiledProgram
-from distaff.plan.memory_traffic import memory_traffic
-from distaff.plan.operations import operations
+from distaff.plan.program.collectives import collectives
+from distaff.plan.program.hlo import CompiledProgram
+from distaff.plan.program.memory_traffic import memory_traffic
+from distaff.plan.program.operations import operations
 from distaff.plan.result import TrainingPlan
 from distaff.plan.roofline import step_bounds
 from distaff.plan.targets import Target, target_of

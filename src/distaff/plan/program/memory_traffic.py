@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from distaff.plan.collectives import KINDS
-from distaff.plan.hlo import CompiledProgram, Instruction, called
+from distaff.plan.program.collectives import KINDS
+from distaff.plan.program.hlo import CompiledProgram, Instruction, called
 
 _FREE = frozenset(
     (

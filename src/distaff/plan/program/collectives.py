@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import optax
 
-from distaff.plan.hlo import CompiledProgram, Instruction
+from distaff.plan.program.hlo import CompiledProgram, Instruction
 
 KINDS = (
     *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"),
@@ -32,7 +32,7 @@ _AXIS = re.compile(r"'(\w+)'=(\d+)")
 _DERIVATIVE = re.compile(r"(?:transpose\()?jvp\([\w.]*\)\)?/?")
 _CONTROL = ("while", "body", "cond", "closed_call", "branch_0_fun", "branch_1_fun", "shard_map")
 _MOST_LETTERS = 70
-_DISTAFF = Path(__file__).parents[1]
+_DISTAFF = Path(__file__).parents[2]
 _OWN_MODELS = tuple(str(_DISTAFF / name) + os.sep for name in ("zoo", "tasks"))
 _LIBRARIES = (
     *(str(Path(each.__file__).parent) + os.sep for each in (jax, flax, optax)),
