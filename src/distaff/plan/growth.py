@@ -68,9 +68,9 @@ class GrownPlan:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> GrownPlan:
         """Returns the plan that `to_json` wrote."""
-        fields = {each.name: data[each.name] for each in dataclasses.fields(cls)}
-        times = StepBounds.from_json(fields["times"]) if fields["times"] else None
-        return cls(**{**fields, "times": times})
+        fields: dict[str, Any] = {each.name: data[each.name] for each in dataclasses.fields(cls)}
+        fields["times"] = fields["times"] and StepBounds.from_json(fields["times"])
+        return cls(**fields)
 
 
 def doublings(config: MeshConfig, sizes: Mapping[str, int]) -> Iterator[tuple[str, MeshConfig]]:
