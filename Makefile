@@ -54,7 +54,7 @@ pinned := pyproject.toml $(wildcard constraints/*.txt)
 
 .NOTPARALLEL:
 .PHONY: digits test test-slow test-peers test-onnx test-plan lint format clean chaos fuzz soak bench
-.PHONY: bench-quick bench-peers bench-many docs tutorials
+.PHONY: bench-quick bench-peers bench-many bench-plans docs tutorials
 
 digits: .venv/.digits
 	@$(bin)/distaff fit digits $(ARGS)
@@ -103,6 +103,9 @@ bench-quick: .venv/.digits
 
 bench-many: .venv/.digits
 	@$(bin)/python -m benchmarks.many $(ARGS)
+
+bench-plans: .venv-test-plan/.made
+	@.venv-test-plan/bin/python -m benchmarks.plans $(ARGS)
 
 bench-peers: .venv-peers/.made
 

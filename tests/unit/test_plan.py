@@ -80,6 +80,7 @@ def test_peak_is_arguments_and_temporary_arrays(plan: TrainingPlan) -> None:
     assert plan.state_bytes + batch <= kept < plan.state_bytes + batch + 500  # and the metrics
     assert plan.fits
     assert plan.is_upper_bound
+    assert "too high: the program for CPUs" in str(plan)
 
 
 def test_exchanges_are_gathers_of_split_parameters_and_sums_of_gradients(
@@ -515,6 +516,39 @@ def test_real_compilers_agree_with_the_counts_by_hand(target: str) -> None:
     assert made.times is not None
     assert made.times.step > 0
     assert made.traffic["all-gather over fsdp"] >= 4 * (KERNELS[0] + KERNELS[2])
+    assert made.peak_bytes is not None
+    assert made.state_bytes < made.peak_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.compiler("jax_plugins.xla_cuda12", "libtpu")
+def test_compilers_of_gpus_and_tpus_agree_on_the_memory_of_a_gpt() -> None:
+    model = zoo.GPT(4096, 4, 4, 512, 512, scan_layers=True)
+    trainer = tasks.LanguageModel(
+        model, root=None, precision="bf16", remat="blocks", enable_progress_bar=False
+    )
+    tokens = jax.ShapeDtypeStruct((8, 513), np.int32)
+    gpu, tpu = (
+        plan_training(trainer, tokens, target=target, mesh="fsdp").peak_bytes
+        for target in ("h100:8", "v5e:2x4")
+    )
+    assert gpu is not None
+    assert tpu == pytest.approx(gpu, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.compiler("jax_plugins.xla_cuda12")
+def test_gpus_are_planned_for_meshes_larger_than_this_machine() -> None:
+    made = plan_training(
+        classifier(), SHAPES, target="h100:2x8", mesh=MeshConfig(1, fsdp=8, tensor=2), double=True
+    )
+    assert {each.axis: each.failure for each in made.doubled} == {
+        "data": "",
+        "fsdp": "",
+        "tensor": "",
+    }
+    assert all(each.examples_per_second for each in made.doubled)
+    assert "examples/s of a device" in str(made)
 
 
 PRINTED = """

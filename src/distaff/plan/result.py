@@ -54,7 +54,8 @@ class TrainingPlan:
         parameter_bytes: bytes of the parameters.
         state_bytes: bytes of the state: parameters, optimizer state, averages and statistics.
         peak_bytes: bytes during a step: arguments, results that are not in their memory, and
-            temporary arrays. None if the compiler gives up because they do not fit.
+            temporary arrays; on TPUs the compiler's own figure, which is less than their sum. None
+            if the compiler gives up because they do not fit.
         temporary_bytes: bytes of temporary arrays.
         memory_bytes: memory of a device; None if it is not known.
         verdict: the compiler's own words, if the step does not fit.
@@ -62,7 +63,9 @@ class TrainingPlan:
             memory and traffic than accelerators.
         collectives: exchanges between devices, the largest first.
         traffic_from: the target whose program they are read from.
-        memory_traffic: bytes that a step reads and writes in the memory of the device.
+        memory_traffic: bytes that a step reads and writes in the memory of the device, by the
+            program for `traffic_from`. Compilers for CPUs fuse fewer operations, so it is too high
+            in plans for TPUs and CPUs.
         flops: floating point operations of a step by dtype of the products, and `"other"`.
         times: lower bounds of the time of a step; None if the rates of the target are unknown.
         warnings: what to change.

@@ -78,9 +78,9 @@ def step_bounds(
 def exchange_rate(chip: Chip, each: Collective) -> float:
     """Returns the bytes per second that each device sends in an exchange, at most.
 
-    In a host, devices use its links. Between hosts, those of one host send different parts of what
-    all of them need, as NCCL does with one ring per network card, so their cards add up until the
-    links are the limit.
+    In a host, devices use its links. Between hosts, the devices of one host send different parts of
+    the exchange, as NCCL does with one ring per network card, so their cards add up until the links
+    are the limit.
     """
     if each.num_hosts == 1:
         return chip.link_rate

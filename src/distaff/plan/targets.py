@@ -16,7 +16,10 @@ GIB = 2**30
 class Chip:
     """A kind of device.
 
-    The rates are those that its maker publishes, without sparsity; programs reach less.
+    The rates are from the data sheets of the A100 80GB SXM, H100 SXM and H200 SXM (dense bfloat16
+    and TF32, NVLink in one direction; one ConnectX card per GPU, 200 Gb/s of the DGX A100 and
+    400 Gb/s of the DGX H100), and from the TPU pages of Google Cloud (bfloat16, HBM, all links of a
+    chip in one direction; the higher figure where the pages of v6e differ). Programs reach less.
 
     Attributes:
         platform: the compiler: `"cpu"`, `"cuda"` or `"tpu"`.

@@ -86,7 +86,10 @@ def _where(each: Any) -> str:
 
 def _time(plan: Any) -> str:
     flops = ", ".join(f"{count:.3g} in {dtype}" for dtype, count in plan.flops.items() if count)
-    rows = [("FLOPs", flops), ("memory traffic", byte_text(plan.memory_traffic))]
+    moved = byte_text(plan.memory_traffic)
+    if plan.traffic_from.startswith("cpu"):
+        moved += ", too high: the program for CPUs fuses fewer operations"
+    rows = [("FLOPs", flops), ("memory traffic", moved)]
     times = plan.times
     if times is not None:
         rows += [
