@@ -16,6 +16,7 @@ from distaff.core.config.sizes import bytes_of
 from distaff.errors import ConfigError
 from distaff.execution.device_memory import bytes_for_a_step
 from distaff.loggers import MemoryLogger
+from distaff.trainer.memory.ladder import Tried, worth_keeping
 from distaff.trainer.memory.measured import MeasuredStep
 from distaff.trainer.memory.rungs import Rung, block_patterns, micro_batches, remat_rungs
 
@@ -151,6 +152,17 @@ def test_scanned_blocks_are_computed_again_and_equal_the_option_set_by_hand():
     assert losses == by_hand
     needed = [each["bytes"] for each in trainer._workspace.fit["tried"]]
     assert needed[-1] < 0.5 * needed[0]
+
+
+def test_what_is_computed_again_saves_a_tenth_or_is_left_out():
+    rungs = [Rung(), Rung("dots_saveable"), Rung("Block_*")]
+
+    def kept(*needed):
+        return worth_keeping([Tried(*each) for each in zip(rungs, needed, strict=True)])
+
+    assert kept(100, 95, 91) == Rung()
+    assert kept(100, 89, 85) == Rung("dots_saveable")
+    assert kept(100, 120, 50) == kept(100, None, 50) == kept(None, None, 50) == rungs[2]
 
 
 def test_blocks_are_named_from_the_parameters():

@@ -28,6 +28,8 @@ from distaff.trainer.memory.measured import MeasuredStep
 from distaff.trainer.memory.rungs import AS_WRITTEN, Rung, micro_batches, remat_rungs
 from distaff.trainer.preparation import Preparation
 
+_WORTH = 0.9
+
 _MOST_RUNS = 32
 """Earlier runs whose records are read."""
 
@@ -133,12 +135,19 @@ def _rungs(trainer: Any, batch: Batch, written: MeasuredStep, tried: list[Tried]
         yield from remat_rungs(written.state.params)
     if isinstance(options.micro_batch, int) or counts_itself(batch):
         return
-    known = [each for each in tried if each.needed is not None]
-    # On the way up, what saves nothing is left out.
-    below = min(known, key=lambda each: each.needed or 0).rung if known else tried[-1].rung
+    base = worth_keeping(tried)
     parts = trainer._workspace.execution.placement.num_parts
     for size in micro_batches(num_examples(batch), parts):
-        yield below._replace(micro_batch=size)
+        yield base._replace(micro_batch=size)
+
+
+def worth_keeping(tried: list[Tried]) -> Rung:
+    """Returns the rung that needs the least memory; a later one only if it saves a tenth."""
+    best = tried[0]
+    for each in tried[1:]:
+        if best.needed is None or (each.needed or best.needed) < _WORTH * best.needed:
+            best = each
+    return best.rung
 
 
 def _fits(tried: Tried, limit: int) -> bool:

@@ -8,6 +8,7 @@ from distaff.callbacks import Callback, EarlyStopping
 from distaff.data import is_on_policy
 from distaff.errors import ConfigError
 from distaff.run.events import Plan
+from distaff.trainer.memory.ladder import asks_to_fit
 from distaff.trainer.module import TrainerModule
 
 _NOT_CALLED = (
@@ -39,6 +40,11 @@ def check_trainer(trainer: Any, owner: str) -> None:
         raise ConfigError(
             f"{owner} calls no callbacks but EarlyStopping, and this trainer has {names}. Pass "
             "trainer.variant(callbacks=[...]) with EarlyStopping only, or without callbacks."
+        )
+    if asks_to_fit(config):
+        raise ConfigError(
+            f"{owner} does not look for a micro-batch that fits into memory. Pass "
+            "trainer.variant(fit_memory=False, micro_batch=None), or a number for micro_batch."
         )
     limits = {
         "debug": (config.debug, False),
