@@ -39,6 +39,7 @@ PLACERS = {
     "distaff.plan.traced",  # of arrays that do not exist
     "distaff.mesh.shapes",  # of arrays that do not exist
     *("distaff.mesh.config", "distaff.mesh.pins", "distaff.mesh.placement", "distaff.mesh.rules"),
+    "distaff.mesh.host_memory",
 }
 """Modules that may look at where arrays are, and put them there."""
 

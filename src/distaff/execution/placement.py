@@ -73,6 +73,17 @@ class Placement(Protocol):
         """Returns a function for programs, whose results stay where its arguments are."""
         ...
 
+    def updating(self, function: Callable[..., PyTree]) -> Callable[..., PyTree]:
+        """Returns `keeping(function)` for a function that computes with all arrays of a state.
+
+        Apply it to a step, and `keeping` to a program that repeats the step.
+        """
+        ...
+
+    def fetched(self, tree: PyTree) -> PyTree:
+        """Returns arrays of a state with which any program can compute."""
+        ...
+
     def check(self, params: PyTree) -> None:
         """Checks that the parameters can be placed."""
         ...
@@ -145,6 +156,14 @@ class OneDevice:
     def keeping(self, function: Callable[..., PyTree]) -> Callable[..., PyTree]:
         """Returns the function itself."""
         return function
+
+    def updating(self, function: Callable[..., PyTree]) -> Callable[..., PyTree]:
+        """Returns the function itself."""
+        return function
+
+    def fetched(self, tree: PyTree) -> PyTree:
+        """Returns the arrays themselves."""
+        return tree
 
     def check(self, params: PyTree) -> None:
         """Does nothing: any array fits one device."""

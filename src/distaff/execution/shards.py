@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import SingleDeviceSharding
 
 from distaff.core.typing import PyTree
 
@@ -82,7 +83,11 @@ class HostParts:
 
     def restored(self) -> jax.Array:
         """Returns the array on its devices."""
-        parts = [jax.device_put(np.array(part), device) for part, device in self.parts]
+        kind = self.sharding.memory_kind
+        parts = [
+            jax.device_put(np.array(part), SingleDeviceSharding(device, memory_kind=kind))
+            for part, device in self.parts
+        ]
         return jax.make_array_from_single_device_arrays(self.shape, self.sharding, parts)
 
 

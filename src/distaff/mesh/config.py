@@ -61,6 +61,9 @@ class MeshConfig:
         min_size: number of values from which a parameter without a rule is split.
         max_replicated: the largest share of the parameters' bytes that may stay whole on each
             device under `fsdp`. It does not apply to less than 1 MiB.
+        offload: "optimizer" keeps the optimizer's state and averages of the weights in host memory
+            between steps, except arrays of fewer than `min_size` values. Each step copies them to
+            the device and back. None to disable.
         pin: whether the activations are kept split by batch in the forward pass. Without it, XLA
             may gather whole activations on every device.
 
@@ -78,6 +81,7 @@ class MeshConfig:
     axis_rules: tuple[tuple[str, AxisRule], ...] = ()
     min_size: int = 1024
     max_replicated: float = 0.05
+    offload: Literal["optimizer"] | None = None
     pin: bool = True
 
     def __post_init__(self) -> None:
@@ -95,6 +99,10 @@ class MeshConfig:
             raise ConfigError(
                 "max_replicated of a MeshConfig must be a share from 0 to 1; got "
                 f"{self.max_replicated!r}."
+            )
+        if self.offload not in (None, "optimizer"):
+            raise ConfigError(
+                f"offload of a MeshConfig must be 'optimizer' or None; got {self.offload!r}."
             )
         rules = tuple(_rule(each) for each in _items("rules", self.rules))
         by_name = tuple(_axis_rule(each) for each in _items("axis_rules", self.axis_rules))

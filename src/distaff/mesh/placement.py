@@ -19,6 +19,7 @@ from distaff.execution.placement import OneDevice, Place, Placement
 from distaff.execution.shards import put
 from distaff.mesh.axis_names import Names
 from distaff.mesh.config import BATCH_AXES, MeshConfig
+from distaff.mesh.host_memory import HostMemory, fetched
 from distaff.mesh.rules import ShardingRules
 from distaff.step.state import TrainState
 
@@ -35,6 +36,7 @@ class OnMesh(OneDevice):
     def __init__(self, config: MeshConfig) -> None:
         mesh = config.mesh()
         self._config, self._rules, self._mesh = config, ShardingRules(config, mesh), mesh
+        self._host_memory = HostMemory(config, mesh)
         self._whole = NamedSharding(mesh, PartitionSpec())
         self._num_parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
@@ -70,7 +72,11 @@ class OnMesh(OneDevice):
 
     def state(self, tree: PyTree) -> PyTree:
         """Returns a state split by the rules. Does not copy arrays already in their place."""
-        return jax.tree.map(_moved, tree, self._rules.shardings(tree))
+        return jax.tree.map(_moved, tree, self._shardings(tree))
+
+    def fetched(self, tree: PyTree) -> PyTree:
+        """Returns arrays in the memory of their devices. Copies those in host memory."""
+        return fetched(tree) if self._host_memory.is_on else tree
 
     def replicated(self, tree: PyTree) -> PyTree:
         """Returns arrays replicated on every device."""
@@ -92,23 +98,50 @@ class OnMesh(OneDevice):
 
     def out_shardings(self, function: Callable[..., PyTree], *args: Any) -> PyTree:
         """Returns the shardings of a new state, which is then never whole on one device."""
-        return self._rules.shardings(jax.eval_shape(function, *args))
+        return self._shardings(jax.eval_shape(function, *args))
 
     def keeping(self, function: Callable[..., PyTree]) -> Callable[..., PyTree]:
         """Returns a function whose states are split by the rules, and other results replicated.
 
         A program whose results are where its arguments were does not compile again.
         """
+        return self._constrained(function, self._host_memory.holds)
+
+    def updating(self, function: Callable[..., PyTree]) -> Callable[..., PyTree]:
+        """Returns `keeping(function)`, which computes with arrays that are in host memory."""
+        near, host = self._constrained(function, None), self._host_memory
+
+        @functools.wraps(function)
+        def run(*args: Any) -> PyTree:
+            return host.moved(
+                near(*host.moved(args, jax.memory.Space.Device)), jax.memory.Space.Host
+            )
+
+        return run if host.is_on else near
+
+    def _constrained(
+        self, function: Callable[..., PyTree], but: Callable[..., bool] | None
+    ) -> Callable[..., PyTree]:
+        """Constrains results to their shardings, except the arrays of a state that `but` is for."""
+
+        def constrain_leaf(path: tuple[Any, ...], leaf: Any, place: NamedSharding) -> Any:
+            is_left = but is not None and but(path, leaf)
+            return leaf if is_left else jax.lax.with_sharding_constraint(leaf, place)
 
         def constrain(node: Any) -> Any:
-            place = self._rules.shardings(node) if _is_state(node) else self._whole
-            return jax.lax.with_sharding_constraint(node, place)
+            if not _is_state(node):
+                return jax.lax.with_sharding_constraint(node, self._whole)
+            return jax.tree.map_with_path(constrain_leaf, node, self._rules.shardings(node))
 
         @functools.wraps(function)
         def run(*args: Any) -> PyTree:
             return jax.tree.map(constrain, function(*args), is_leaf=_is_state)
 
         return run
+
+    def _shardings(self, tree: PyTree) -> PyTree:
+        places = self._rules.shardings(tree)
+        return self._host_memory.shardings(tree, places) if _is_state(tree) else places
 
     def check(self, params: PyTree) -> None:
         """Checks the rules against the parameters.
@@ -121,7 +154,8 @@ class OnMesh(OneDevice):
     def describe(self, batch: Batch) -> str:
         """Returns a line on the mesh."""
         devices = self._mesh.devices.flat
-        return f"{len(devices)} {devices[0].platform} devices: {self._shape(self._mesh.axis_names)}"
+        line = f"{len(devices)} {devices[0].platform} devices: {self._shape(self._mesh.axis_names)}"
+        return f"{line}, optimizer state in host memory" if self._host_memory.is_on else line
 
     def _shape(self, axes: tuple[str, ...]) -> str:
         sizes = {axis: self._mesh.shape[axis] for axis in axes}

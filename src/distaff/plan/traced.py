@@ -100,7 +100,7 @@ def traced_step(
         here.counted.count(state, batch)
         state = _placed(state, placement.out_shardings(lambda state: state, state))
         batch = _split(batch, placement.mesh)
-        step = jax.jit(placement.keeping(here.measured_step), donate_argnums=0)
+        step = jax.jit(placement.updating(here.measured_step), donate_argnums=0)
         return TracedStep(placement.mesh, config, state, batch, step.trace(state, batch))
 
 
@@ -147,7 +147,7 @@ def _spec_text(sharding: NamedSharding) -> str:
 
 def device_bytes(tree: PyTree) -> int:
     """Returns the bytes of traced arrays on each device."""
-    leaves = jax.tree.leaves(tree)
+    leaves = [x for x in jax.tree.leaves(tree) if x.sharding.memory_kind != "pinned_host"]
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 

@@ -146,9 +146,9 @@ class Recorder:
         self._epoch_start = time.perf_counter()
         if self.workspace.step == self.state.first_step:
             state = self.workspace.ready_state()
-            self._check_learning = LearningCheck(state)
-            self._rates = host_rates(state.tx, state.params, self.workspace.schedule)
             placement = self.dispatcher.placement
+            self._check_learning = LearningCheck(placement.fetched(state))
+            self._rates = host_rates(state.tx, state.params, self.workspace.schedule)
             if line := placement.describe(self.workspace.example_batch):
                 self.show(line)
             self.display.compiling("the step")
@@ -210,7 +210,7 @@ class Recorder:
     def _check_that_it_learns(self, check: LearningCheck) -> None:
         state = self.state
         num_steps = self.workspace.step - state.first_step - state.num_skipped
-        if check(self.workspace.ready_state(), num_steps):
+        if check(self.dispatcher.placement.fetched(self.workspace.ready_state()), num_steps):
             self._check_learning = None
 
     def _log_window(self, event: WindowEnd) -> None:

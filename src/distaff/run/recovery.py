@@ -219,7 +219,8 @@ class Recovery:
             self._plan.train_loader.set_state(info["loader"])
             with closing(self._batches(info)) as batches:
                 some = islice(batches, bad.step - step)
-                state, plain_step = workspace.ready_state(), workspace.plain_step
+                plain_step = workspace.plain_step
+                state = workspace.execution.placement.fetched(workspace.ready_state())
                 first = replay(plain_step, state, some, max_seconds=limit)
             if first is None:
                 return "Repeated one at a time, no step was bad, or the time was too short. "

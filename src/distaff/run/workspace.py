@@ -108,7 +108,7 @@ class Workspace:
         self._has_evaluation_params: dict[Any, bool] = {}
         self.predict_step = self.execution.program(predict)
         self.judged = RAW
-        ended = placement.keeping(lambda state: with_epoch(state))
+        ended = placement.updating(lambda state: with_epoch(state))
         self.with_epoch = self.execution.program(ended, donate=0)
         # A lambda per trainer, because a program lives as long as its function.
         self._evaluation_params = self.execution.program(
@@ -187,7 +187,7 @@ class Workspace:
             names: names of the averages; without any, the state has none.
             keep: whether to keep averages that the state has already.
         """
-        state = self.ready_state()
+        state = self.execution.placement.fetched(self.ready_state())
         kept = (state.averages or {}) if keep else {}
         kept = {name: kept[name] for name in names if fits(kept.get(name), state)}
         state = state.replace(averages=None)
@@ -214,11 +214,13 @@ class Workspace:
         state = self.ready_state()
         if weights is None:
             weights = self.default_weights()
-        if weights != RAW:
-            return self.program("averaged", averaged)(find(state, weights), state)
-        kind = jax.tree.structure(state.opt_state)
+        kind, fetched = jax.tree.structure(state.opt_state), self.execution.placement.fetched
         if kind not in self._has_evaluation_params:
             self._has_evaluation_params[kind] = has_evaluation_params(state.opt_state)
+        if self._has_evaluation_params[kind]:
+            state = state.replace(opt_state=fetched(state.opt_state))
+        if weights != RAW:
+            return self.program("averaged", averaged)(fetched(find(state, weights)), state)
         if not self._has_evaluation_params[kind]:
             return state
         return state.replace(params=self._evaluation_params(state.opt_state, state.params))

@@ -139,7 +139,7 @@ class Preparation:
         here.measured_step = here.execution.part(guarded_step)
         # A guard makes it a part of another program.
         here.own_step = step if is_own and not is_needed(self._options) else None
-        rest = here.execution.placement.keeping(averaging_rest(self._options))
+        rest = here.execution.placement.updating(averaging_rest(self._options))
         here.with_rest = here.execution.program(rest, donate=0)
         here.evaluator = Evaluator(evaluation, here.execution, here.evaluation_watch)
 

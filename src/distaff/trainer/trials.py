@@ -299,7 +299,8 @@ def _set_up_alone(trainer: T, batch: Batch, **changes: Any) -> tuple[Preparation
 
 
 def _alone(step: StepFn, here: Workspace, batch: Batch) -> StepAlone:
-    state = here.execution.placement.alongside(batch).state(owned(here.ready_state()))
+    placement = here.execution.placement.alongside(batch)
+    state = placement.fetched(placement.state(owned(here.ready_state())))
     here.state = None  # which the step keeps alive
     return StepAlone(step, state, here.execution)
 

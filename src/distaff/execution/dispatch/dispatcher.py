@@ -120,7 +120,7 @@ def make_dispatcher(
         MetricError: a metric cannot be used in training.
     """
     placement = execution.placement.alongside(example[1])
-    step = placement.keeping(step)
+    step = placement.updating(step)
     _, metrics = execution.shapes(step, *example)
     for metric in metrics.values():
         if metric.refused_in_training:
