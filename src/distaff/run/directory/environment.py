@@ -12,17 +12,18 @@ _MOST_STARTS = 999
 _PACKAGES = ("distaff", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-def with_start(before: Any, time: str) -> dict[str, Any]:
+def with_start(before: Any, time: str, now: dict[str, Any] | None = None) -> dict[str, Any]:
     """Returns the content of `env.json` after one more start of a run.
 
     Args:
         before: the previous content; any value if it could not be read.
         time: time of the start.
+        now: the present environment; None to find it out.
 
     Returns:
         The present environment, and in `starts` the environments of all starts, oldest first.
     """
-    now = describe()
+    now = describe() if now is None else now
     return {**now, "starts": [*_starts(before)[-_MOST_STARTS:], {"time": time, **now}]}
 
 

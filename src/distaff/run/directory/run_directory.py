@@ -152,10 +152,15 @@ class RunDirectory:
                 f"A run's file must be JSON; {str(target)!r} is not: {error}. Remove it."
             ) from error
 
-    def write_environment(self) -> Path:
-        """Adds the present environment to `env.json`, after the ones of earlier starts."""
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        return self.write_json("env.json", environment.with_start(self._environment(), now))
+    def write_environment(self, now: dict[str, Any] | None = None) -> Path:
+        """Adds the present environment to `env.json`, after the ones of earlier starts.
+
+        Args:
+            now: what `environment.describe` returns, for many runs that start together.
+        """
+        time = datetime.now(UTC).isoformat(timespec="seconds")
+        content = environment.with_start(self._environment(), time, now)
+        return self.write_json("env.json", content)
 
     def environment_changes(self) -> list[str]:
         """Returns the differences to the environment of the previous start, by name."""

@@ -13,6 +13,7 @@ import numpy as np
 from distaff.core.config.encoding import to_json
 from distaff.execution.placement import like
 from distaff.metrics import as_json
+from distaff.run.directory.environment import describe
 from distaff.run.directory.protocol import Recording, recorded
 from distaff.run.directory.recording import make_recording
 from distaff.run.directory.run_directory import RunDirectory
@@ -105,7 +106,8 @@ class PopulationDirectory:
             place.mkdir(parents=True, exist_ok=True)
             files = MemberFiles(RunDirectory.open(place), setting, self.record)
             self._files.append(files)
-        logs = [files.begin() for files in self._files]
+        environment = describe()
+        logs = [files.begin(environment) for files in self._files]
         found, positions = self._recording.found, [0] * len(logs)
         if found is not None:
             positions = self._restore(found.step)

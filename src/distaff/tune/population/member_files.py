@@ -58,10 +58,14 @@ class MemberFiles:
         """The run directory."""
         return self.directory.path
 
-    def begin(self) -> JsonlLogger:
-        """Writes the first files, and returns the logger of its metrics."""
+    def begin(self, environment: dict[str, Any] | None = None) -> JsonlLogger:
+        """Writes the first files, and returns the logger of its metrics.
+
+        Args:
+            environment: the environment of all members; None to find it out.
+        """
         self.directory.write_json("config.json", self._record)
-        self.directory.write_environment()
+        self.directory.write_environment(environment)
         self.directory.set_status("running")
         return JsonlLogger(lambda: self.path / LOG)
 
