@@ -48,9 +48,7 @@ def in_batches(num_trials: int, num_epochs: int, folder: Path, batch: int = 16) 
             save_curves=False,
         )
 
-    start = OptimizerConfig(
-        "adamw", learning_rate=1e-3, weight_decay=1e-3, schedule="constant"
-    )
+    start = OptimizerConfig("adamw", learning_rate=1e-3, weight_decay=1e-3, schedule="constant")
     space = {
         "optimizer.learning_rate": tune.Float(*RATES, log=True),
         "optimizer.weight_decay": tune.Float(*DECAYS, log=True),

@@ -61,6 +61,8 @@ class CheckpointStore(Store):
         keep_every: also keep checkpoints whose step is a multiple of this, at least 1; None to
             disable.
         on_failed_save: whether a save that cannot be written raises or warns.
+        reads_back: whether to read the first save back; False if another store of this process has
+            read arrays of the same kind.
 
     Raises:
         ConfigError: a number is less than 1.
@@ -74,13 +76,14 @@ class CheckpointStore(Store):
         keep_best: int | None = None,
         keep_every: int | None = None,
         on_failed_save: Literal["raise", "warn"] = "raise",
+        reads_back: bool = True,
     ) -> None:
         self.directory = as_path(directory, "directory")
         self.retention = Retention(keep_last=keep_last, keep_best=keep_best, keep_every=keep_every)
         self._goes_on = on_failed_save == "warn"
         self._damaged: frozenset[int] = frozenset()
         self._provisional: frozenset[int] = frozenset()
-        self._is_tidy = self._is_readable = False
+        self._is_tidy, self._is_readable = False, not reads_back
         self._whole: set[tuple[str, int]] = set()
         self._own: frozenset[int] | None = None
         self._writer = Writer(self._write, goes_on=self._goes_on)

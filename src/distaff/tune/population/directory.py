@@ -104,8 +104,8 @@ class PopulationDirectory:
         RunDirectory.open(path).write_json(_FILE, about)
         for setting, place in zip(self._settings, self._places(path), strict=True):
             place.mkdir(parents=True, exist_ok=True)
-            files = MemberFiles(RunDirectory.open(place), setting, self.record)
-            self._files.append(files)
+            directory, is_first = RunDirectory.open(place), not self._files
+            self._files.append(MemberFiles(directory, setting, self.record, is_first=is_first))
         environment = describe()
         logs = [files.begin(environment) for files in self._files]
         found, positions = self._recording.found, [0] * len(logs)

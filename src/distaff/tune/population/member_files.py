@@ -37,13 +37,19 @@ class MemberFiles:
         directory: the directory, which exists.
         setting: the member.
         record: the record of the run that its population has prepared.
+        is_first: whether no other member is written before.
     """
 
     def __init__(
-        self, directory: RunDirectory, setting: Setting, record: Mapping[str, Any]
+        self,
+        directory: RunDirectory,
+        setting: Setting,
+        record: Mapping[str, Any],
+        *,
+        is_first: bool = True,
     ) -> None:
         self.directory, self._trainer = directory, setting.trainer
-        self._store = CheckpointStore(directory.path / "checkpoints")
+        self._store = CheckpointStore(directory.path / "checkpoints", reads_back=is_first)
         options = to_json(setting.trainer.config)
         own = {"seed": setting.seed, "name": name_of(setting.trainer)}
         self._record = {
