@@ -1,4 +1,4 @@
-"""A process that trains trials in batches is killed: the batch resumes, and each trial counts once."""
+"""A process that trains batches of trials is killed: they resume, and each trial counts once."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def train_epoch(self, epoch):
         seeds = [member.seed for member in self.members]
         file.write("".join(f"{seed} {epoch}" + chr(10) for seed in seeds))
 
-PopulationDirectory.save, PopulationRun._train_epoch = save_and_die, train_epoch
+if save.__module__.startswith("distaff."):  # this file is read twice
+    PopulationDirectory.save, PopulationRun._train_epoch = save_and_die, train_epoch
 
 class Line(distaff.TrainerModule):
     def loss_fn(self, params, batch, ctx):

@@ -337,9 +337,10 @@ class OptunaSearch:
         is_kept = {n: resumes or not n.startswith("completed_rung") for n in trial.system_attrs}
         values = trial.intermediate_values if resumes else {}
         reached = max(len(values), trial.user_attrs.get("reached", 0)) if resumes else 0
+        has_waited = trial.user_attrs.get("waits", False)
         has_advanced = reached > trial.user_attrs.get("inherited", 0)
         facts = {
-            "attempt": 1 if has_advanced else _num_attempts(trial) + 1,
+            "attempt": 1 if has_advanced else _num_attempts(trial) + (not has_waited),
             "inherited": reached,
             "reached": reached,
             "origin": trial.user_attrs.get("origin", self._place(trial.number)),

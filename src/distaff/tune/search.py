@@ -71,6 +71,8 @@ class Suggestion(Protocol):
     def note(self, **facts: Any) -> None:
         """Records facts about the trial as strict JSON: `seed`, `path`, `reason`, `objectives`.
 
+        A trial that `waits` has not begun, so its end is not an attempt.
+
         A path is stored relative to the root of all runs, which may be moved.
         """
 

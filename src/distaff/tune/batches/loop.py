@@ -125,10 +125,19 @@ class Batches:
             together = kind.key if each.left is None else f"{kind.key} {each.left.parent}"
             trial = BatchTrial(each, trainer, values)
             units.setdefault(together, (kind, []))[1].append(trial)
-        for kind, trials in units.values():
+        for _, trials in units.values():
             trials.sort(key=lambda trial: trial.suggestion.origin)
-            for some in _parts(trials, self._room(kind)):
-                yield [each.suggestion for each in some], self._together(kind, some)
+        parts = [
+            (kind, some)
+            for kind, trials in units.values()
+            for some in _parts(trials, self._room(kind))
+        ]
+        for _, some in parts[1:]:
+            _note(some, waits=True)
+        for number, (kind, some) in enumerate(parts):
+            if number:
+                _note(some, waits=False)
+            yield [each.suggestion for each in some], self._together(kind, some)
 
     def _room(self, kind: Kind) -> int | None:
         """Returns the number of trials that the programs of a group can train; None for any."""
@@ -163,6 +172,12 @@ class Batches:
 def is_member(path: Path) -> bool:
     """Whether a run directory is that of a member of a population."""
     return (path.parent.parent / "population.json").exists()
+
+
+def _note(trials: Sequence[BatchTrial], **facts: Any) -> None:
+    """Records facts about trials, such as that they have not begun."""
+    for each in trials:
+        each.suggestion.note(**facts)
 
 
 def _parts(trials: list[BatchTrial], size: int | None) -> Iterator[list[BatchTrial]]:
