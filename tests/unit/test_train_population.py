@@ -129,7 +129,7 @@ def test_one_rate_that_is_too_high_diverges_alone() -> None:
         ({"vary": {RATE: 0.1}}, "values of 'optimizer.learning_rate' must be a list; got 0.1"),
         ({"vary": {"optimizer.rate": [1]}}, "no path 'optimizer.rate'"),
         ({"vary": {"seed": [1, 2]}}, "no path 'seed'. Pass seeds="),
-        ({"vary": {"model.width": [1]}}, "no path 'model.width'"),
+        ({"vary": {"model.width": [1]}}, "'model.width', which needs a Flax Linen module"),
         ({"vary": {"emu": [0.5]}}, "emu"),
         ({"vary": {RATE: [-1.0]}}, "learning_rate must be a finite"),
         ({"vary": [{}]}, "or a list of settings"),

@@ -11,7 +11,9 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
+from distaff.core.config.checks import is_traced, is_zero
 from distaff.core.typing import Key
 from distaff.errors import ConfigError
 from distaff.models.flags import mode_flag, switched
@@ -207,16 +209,40 @@ class LayerObserver:
         module = context.module
         if context.method_name == "__call__":
             name = "/".join(module.path)
-            if isinstance(module, nn.Dropout) and module.rate > 0:
+            if isinstance(module, nn.Dropout) and not is_zero(module.rate):
                 is_off = _flag_of("deterministic", module, args, kwargs)
                 self._observed.dropout(name, is_on=not _is_true(is_off))
             elif isinstance(module, nn.BatchNorm):
                 is_off = _flag_of("use_running_average", module, args, kwargs)
                 self._observed.statistics(name, is_on=not _is_true(is_off))
-            elif isinstance(module, nn.MultiHeadDotProductAttention) and module.dropout_rate > 0:
+            elif isinstance(module, nn.MultiHeadDotProductAttention) and not is_zero(
+                module.dropout_rate
+            ):
                 is_off = module.deterministic or kwargs.get("deterministic")
                 self._observed.dropout(name, is_on=not _is_true(is_off))
         return call(*args, **kwargs)
+
+
+def drop_at_traced_rate(call: Any, args: Any, kwargs: Mapping[str, Any], context: Any) -> Any:
+    """An interceptor for `nn.intercept_methods` that lets `nn.Dropout` have a traced rate.
+
+    The layer compares its rate with 0 and 1 in Python. It draws the same numbers here.
+    """
+    module = context.module
+    is_layer = isinstance(module, nn.Dropout) and context.method_name == "__call__"
+    if not is_layer or not is_traced(module.rate):
+        return call(*args, **kwargs)
+    bound = inspect.signature(nn.Dropout.__call__).bind(module, *args, **kwargs).arguments
+    inputs, key = bound["inputs"], bound.get("rng")
+    if _flag_of("deterministic", module, args, kwargs):
+        return inputs
+    key = module.make_rng(module.rng_collection) if key is None else key
+    axes = module.broadcast_dims
+    shape = [1 if n in axes or n - inputs.ndim in axes else x for n, x in enumerate(inputs.shape)]
+    kept = 1 - module.rate
+    is_kept = jax.random.bernoulli(key, kept, shape)
+    # At rate 1 nothing is kept, and a division by 0 would make the gradient NaN.
+    return jnp.where(is_kept, inputs / jnp.where(kept == 0, 1, kept).astype(inputs.dtype), 0)
 
 
 def _flag_of(name: str, module: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:

@@ -6,14 +6,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
-from distaff.core.config.checks import whole
+from distaff.core.config.checks import is_traced, whole
 from distaff.errors import ConfigError, nearest
 from distaff.optim import catalog
 from distaff.optim.factory import check_name, is_factory
 from distaff.optim.options import (
     check_options,
     is_finite,
-    is_traced,
     may_decay,
     no_decay_remedy,
     plain,
@@ -116,7 +115,9 @@ def _check_numbers(config: Any) -> None:
         )
     for name in ("clip_norm", "clip_value"):
         value = getattr(config, name)
-        if value is not None and (not is_finite(value) or value <= 0):
+        if value is None or is_traced(value):
+            continue
+        if not is_finite(value) or value <= 0:
             raise ConfigError(
                 f"{name} must be a finite int or float > 0; got {value!r}. "
                 "Use None to disable clipping."

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
+from distaff.core.config.checks import is_traced
 from distaff.errors import ConfigError, nearest
 from distaff.optim import catalog
 from distaff.optim.factory import is_factory
@@ -37,11 +37,6 @@ def plain(value: Any) -> Any:
     return value
 
 
-def is_traced(value: object) -> bool:
-    """Returns whether a value is a number inside a program: its size is not known."""
-    return isinstance(value, Tracer) and value.ndim == 0
-
-
 def may_decay(weight_decay: Any) -> bool:
     """Returns whether weights decay, or may decay: the strength is traced."""
     return is_traced(weight_decay) or weight_decay > 0
@@ -58,7 +53,8 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: one is unknown, missing, of another type than Optax's default, or out of range.
     """
-    for option, value in options.items():
+    numbers = {option: x for option, x in options.items() if not is_traced(x)}
+    for option, value in numbers.items():
         if not isinstance(value, bool | int | float | str | None) or (
             isinstance(value, float) and not math.isfinite(value)
         ):
@@ -70,7 +66,7 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
     if is_factory(name):  # its own arguments are known once it is imported
         return
     known = catalog.options_of(name)
-    for option, value in options.items():
+    for option, value in numbers.items():
         _check_owner(name, option)
         if option not in known:
             raise ConfigError(

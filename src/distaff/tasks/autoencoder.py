@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distaff.core.config.checks import is_zero
+from distaff.core.config.options import traced
 from distaff.core.typing import Batch, Key, Params
 from distaff.errors import ConfigError, LossError
 from distaff.metrics import Mean, filled
@@ -35,8 +37,8 @@ class AutoencoderConfig(TrainerConfig):
         ConfigError: an option is out of its range.
     """
 
-    noise: float = 0.0
-    data_range: float = 1.0
+    noise: float = traced(0.0)
+    data_range: float = traced(1.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,7 +82,7 @@ class Autoencoder(WeighingTask):
             The inputs with Gaussian noise of standard deviation `noise`, unclipped.
         """
         noise = self.config.noise
-        if noise == 0:
+        if is_zero(noise):
             return inputs
         return inputs + noise * jax.random.normal(rng, inputs.shape, inputs.dtype)
 

@@ -53,12 +53,14 @@ class ClassifierConfig(TrainerConfig):
         It multiplies the sample weight, and the loss is divided by the sum of the products. Metrics
         ignore it. `tasks.balanced_weights(labels)` returns weights that balance the classes.""",
         check=or_none(class_weights),
+        traced="always",
     )
     label_smoothing: float = option(
         0.0,
         """Probability, in [0, 1), that is taken from each label and spread evenly over all classes,
         in the loss of training and evaluation; 0 to disable.""",
         check=fraction,
+        traced="always",
     )
     focal: float = option(
         0.0,
@@ -66,6 +68,7 @@ class ClassifierConfig(TrainerConfig):
         Lin et al., Focal Loss for Dense Object Detection, ICCV 2017); 0 for cross-entropy. Its
         alpha is `class_weights`. It needs class indices as labels.""",
         check=focusing,
+        traced="unless zero",
     )
 
     def __post_init__(self) -> None:

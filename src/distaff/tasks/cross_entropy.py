@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from distaff.core.config.checks import as_float
+from distaff.core.config.checks import as_float, is_zero
 from distaff.errors import ConfigError, LossError
 
 
@@ -28,7 +28,7 @@ def cross_entropy(
         LossError: `focal` with probabilities.
     """
     are_soft = labels.ndim == logits.ndim
-    if focal:
+    if not is_zero(focal):
         if are_soft:
             raise LossError(
                 "The focal loss needs one class per example, int [batch]; the labels are "
@@ -39,7 +39,7 @@ def cross_entropy(
         loss = optax.softmax_cross_entropy(logits, labels)
     else:
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return smoothed(loss, logits, smoothing) if smoothing else loss
+    return loss if is_zero(smoothing) else smoothed(loss, logits, smoothing)
 
 
 def smoothed(loss: jax.Array, logits: jax.Array, smoothing: float) -> jax.Array:

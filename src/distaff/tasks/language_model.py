@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from distaff.callbacks import Callback, StepInfo
-from distaff.core.config.checks import whole
+from distaff.core.config.checks import is_zero, whole
 from distaff.core.config.options import at_least, described, option, or_none
 from distaff.core.typing import Batch, Key, Params
 from distaff.data.inspection import unknown_tokens
@@ -79,8 +79,9 @@ class LanguageModelConfig(TrainerConfig):
     label_smoothing: float = option(
         0.0,
         """Probability, in [0, 1), that is taken from each token and spread evenly over all tokens,
-        in the loss of training and evaluation; 0 to disable. Perplexity and bits ignore it.""",
+        in the loss; 0 to disable. Perplexity and bits ignore it.""",
         check=fraction,
+        traced="always",
     )
     sample_every_n_steps: int | None = option(
         None,
@@ -262,12 +263,11 @@ class LanguageModel(WeighingTask):
         what = with_entry_name("token", self.tokens(batch), batch)
         ctx.check_indices(what, tokens, logits.shape[-1], where=is_known, advice=_ADVICE)
         logits, smoothing = floating(logits), self.config.label_smoothing
-        losses = optax.softmax_cross_entropy_with_integer_labels(
-            logits, jnp.where(is_known[:, 1:], targets, 0)
-        )
+        known = jnp.where(is_known[:, 1:], targets, 0)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, known)
         counts = weight.sum(axis=1)
         nats = objective = _per_token(losses, weight, counts)
-        if smoothing:
+        if not is_zero(smoothing):
             objective = _per_token(smoothed(losses, logits, smoothing), weight, counts)
         bits = "bits_per_byte" if logits.shape[-1] == _BYTES else "bits_per_token"
         return Mean.per_example(objective, weight=counts), {

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from distaff.core.config.checks import is_zero
 from distaff.core.config.options import described, option, or_none
 from distaff.core.typing import Batch, Params
 from distaff.data import entry
@@ -48,24 +49,28 @@ class MultiLabelClassifierConfig(TrainerConfig):
         """Weight of each label in the loss, one per class; None for equal weights. It multiplies
         the sample weight; the loss is divided by the sum of the products. Metrics ignore it.""",
         check=or_none(class_weights),
+        traced="always",
     )
     positive_weights: Sequence[float] | None = option(
         None,
         """Weight of the examples that have a label, relative to those that do not, one per class;
         None for 1. It multiplies the other weights of the loss.""",
         check=or_none(class_weights),
+        traced="always",
     )
     label_smoothing: float = option(
         0.0,
         """Probability, in [0, 1): labels become `(1 - label_smoothing) * label + label_smoothing /
         2` in the loss of training and evaluation; 0 to disable.""",
         check=fraction,
+        traced="always",
     )
     focal: float = option(
         0.0,
         """Focusing parameter gamma of the focal loss, such as 2 (T.-Y. Lin et al., Focal Loss for
         Dense Object Detection, ICCV 2017); 0 for cross-entropy.""",
         check=focusing,
+        traced="unless zero",
     )
 
     def __post_init__(self) -> None:
@@ -144,9 +149,9 @@ class MultiLabelClassifier(WeighingTask):
     def _losses(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
         """Returns the loss of each label, `[batch, classes]`."""
         gamma, smoothing = self.config.focal, self.config.label_smoothing
-        if gamma:
+        if not is_zero(gamma):
             return labels * _focal(logits, gamma) + (1 - labels) * _focal(-logits, gamma)
-        if smoothing:
+        if not is_zero(smoothing):
             labels = (1 - smoothing) * labels + smoothing / 2
         return optax.sigmoid_binary_cross_entropy(logits, labels)
 

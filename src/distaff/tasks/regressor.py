@@ -63,6 +63,7 @@ class RegressorConfig(TrainerConfig):
         1.0,
         "Error from which the Huber loss is linear, in the unit of the targets.",
         check=positive,
+        traced="always",
     )
     quantiles: Sequence[float] | None = option(
         None,

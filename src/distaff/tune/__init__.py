@@ -1,5 +1,6 @@
 """Finds learning rates and batch sizes, searches, compares, and trains several seeds at once."""
 
+from distaff.core.config.options import traced
 from distaff.tune.batch_size import BatchSizeSearch, TriedBatch, find_batch_size
 from distaff.tune.compare import compare
 from distaff.tune.comparison import Comparison, OptimizerResult, OptimizerRun
@@ -33,5 +34,6 @@ __all__ = [
     "find_learning_rate",
     "multi_seed",
     "study",
+    "traced",
     "train_population",
 ]

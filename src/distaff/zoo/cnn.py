@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 
+from distaff.core.config.options import traced
 from distaff.errors import BatchError, ConfigError
 
 
@@ -25,7 +26,7 @@ class CNN(nn.Module):
 
     num_classes: int = 10
     features: Sequence[int] = (32, 32, 64)
-    dropout: float = 0.5
+    dropout: float = traced(0.5)
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:

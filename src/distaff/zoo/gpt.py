@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from distaff.core.config.options import traced
 from distaff.errors import BatchError, ConfigError
 from distaff.zoo.attention import Attention, attend, check_attention
 from distaff.zoo.attention import causal_attention as causal_attention  # its name here stays
@@ -49,7 +50,7 @@ class GPT(nn.Module):
     num_heads: int = 4
     features: int = 128
     max_length: int = 128
-    dropout: float = 0.0
+    dropout: float = traced(0.0)
     scan_layers: bool = False
     attention: Attention = None
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 
+from distaff.core.config.checks import is_zero
+from distaff.core.config.options import traced
 from distaff.errors import ConfigError
 
 
@@ -23,7 +25,7 @@ class MLP(nn.Module):
     """
 
     features: Sequence[int]
-    dropout: float = 0.0
+    dropout: float = traced(0.0)
     batch_norm: bool = False
 
     @nn.compact
@@ -49,6 +51,6 @@ class MLP(nn.Module):
             if self.batch_norm:
                 x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
             x = nn.relu(x)
-            if self.dropout:
+            if not is_zero(self.dropout):
                 x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return nn.Dense(outputs)(x)

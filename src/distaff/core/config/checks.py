@@ -7,6 +7,8 @@ import operator
 from numbers import Real
 from typing import Any
 
+from jax.core import Tracer
+
 from distaff.errors import ConfigError
 
 
@@ -39,3 +41,13 @@ def as_float(value: Any) -> float:
         return float(value)
     except OverflowError:
         return math.inf if value > 0 else -math.inf
+
+
+def is_traced(value: object) -> bool:
+    """Returns whether a value is a number inside a program: its size is not known."""
+    return isinstance(value, Tracer) and value.ndim == 0
+
+
+def is_zero(value: Any) -> bool:
+    """Returns whether a number is known to be 0; a traced one is not."""
+    return not is_traced(value) and value == 0

@@ -28,9 +28,20 @@ Check: TypeAlias = Callable[[str, Any], Any]
 Resume: TypeAlias = Literal["same run", "another run", "ignored"]
 """Whether a run with a changed value is the same run, another run, or the same without a note."""
 
+Tracing: TypeAlias = Literal["never", "always", "unless zero"]
+"""Whether a value may be an argument of a program, which then serves all values.
+
+"unless zero" is for a value that turns something off at 0, with another program.
+"""
+
 
 def option(
-    default: Any, doc: str, *, check: Check | None = None, resume: Resume = "another run"
+    default: Any,
+    doc: str,
+    *,
+    check: Check | None = None,
+    resume: Resume = "another run",
+    traced: Tracing = "never",
 ) -> Any:
     """Declares an option, a field of a dataclass of `Options`.
 
@@ -39,10 +50,34 @@ def option(
         doc: one paragraph for `help`, editors and the command line.
         check: function that returns the value to store, or raises ConfigError.
         resume: whether a run with a changed value is the same run.
+        traced: whether the members of a population share a program for all values.
     """
     doc = " ".join(doc.split())
-    metadata = {"doc": doc, "check": check, "resume": resume}
+    metadata = {"doc": doc, "check": check, "resume": resume, "traced": traced}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def traced(default: Any) -> Any:
+    """Marks a number, a field of a config or a Flax Linen module, as an argument of the step.
+
+    `tune.train_population(vary={"alpha": [0.1, 0.5]})` then compiles one program for all values:
+    in a loss, `self.config.alpha` is a traced float32. In a run of its own it is a plain number.
+    A value that decides in Python, as in `if self.config.alpha > 0`, cannot be traced; the members
+    are then grouped by it, as by any field without this mark.
+
+    >>> class Config(TrainerConfig):
+    ...     alpha: float = tune.traced(0.5)
+
+    Args:
+        default: the default: a number, a tuple of numbers, or None.
+    """
+    return dataclasses.field(default=default, metadata={"traced": "always"})
+
+
+def tracing_of(cls: Any) -> dict[str, Tracing]:
+    """Returns the fields of a dataclass that may be traced, by name."""
+    found = {field.name: field.metadata.get("traced", "never") for field in dataclasses.fields(cls)}
+    return {name: rule for name, rule in found.items() if rule != "never"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

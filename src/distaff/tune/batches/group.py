@@ -21,6 +21,7 @@ from distaff.tune.population.directory import PopulationDirectory, recording_of
 from distaff.tune.population.member import TrainedMember
 from distaff.tune.population.settings import Setting
 from distaff.tune.population.training import PopulationRun
+from distaff.tune.population.varied import TracedValues
 from distaff.tune.search import Suggestion
 from distaff.tune.trial import Reporting, TrainingCall, outcome
 
@@ -141,8 +142,8 @@ class TrialGroup:
         # A study has checked a validation, which would be a program more.
         checked = trainer.variant(check_validation=False)
         self._prepared = prepared_run(checked, plan, None, recording_of(trainer))
-        names = [path.rpartition(".")[2] for path in trials[0].values]
-        self._run = PopulationRun(self._prepared, settings, "auto", names)
+        traced = TracedValues(self._prepared, list(trials[0].values))
+        self._run = PopulationRun(self._prepared, settings, "auto", traced)
         self._most = len(settings)
         return self._run
 

@@ -10,7 +10,7 @@ from distaff.core.config.encoding import diff, override, to_json
 from distaff.errors import ConfigError
 from distaff.optim import OptimizerConfig
 from distaff.trainer.module import TrainerModule
-from distaff.tune.population.settings import traced_paths
+from distaff.tune.population.paths import known_paths
 from distaff.tune.trial import Task
 
 
@@ -51,7 +51,7 @@ class TrialGrouping:
             values: the values of the trial, by path of the config.
             trainer: its trainer.
         """
-        allowed, seen = traced_paths(trainer), described(trainer)
+        allowed, seen = known_paths(trainer), described(trainer)
         traced: dict[str, str] = {}
         for path, value in values.items():
             if not isinstance(value, float):

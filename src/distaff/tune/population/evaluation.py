@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from distaff.trainer.preparation import StepProgram
 from distaff.trainer.trials import PreparedRun
 from distaff.tune.population.forms import Members, StackedMembers
 from distaff.tune.population.member import RunningMember
+from distaff.tune.population.varied import TracedValues, Varied
 
 _ALL = "members"
 
@@ -35,14 +36,23 @@ class MemberEvaluation:
     Args:
         prepared: the prepared run of one member.
         states: the states of the members.
+        traced: the values by which they differ.
+        take_on: gives the trainer the state of the member with an index.
     """
 
-    def __init__(self, prepared: PreparedRun, states: Members) -> None:
-        self._prepared, self._trainer, self._states = prepared, prepared.trainer, states
+    def __init__(
+        self,
+        prepared: PreparedRun,
+        states: Members,
+        traced: TracedValues,
+        take_on: Callable[[int, TrainState], None],
+    ) -> None:
+        self._trainer, self._states, self._take_on = prepared.trainer, states, take_on
         is_own = type(self._trainer).eval_model is not TrainerModule.eval_model
         by_step = isinstance(self._trainer.eval_step, StepProgram) and not is_own
-        is_stacked = isinstance(states, StackedMembers)
-        self._together = _EvaluatesTogether(prepared) if by_step and is_stacked else None
+        self._together = None
+        if by_step and isinstance(states, StackedMembers):
+            self._together = _EvaluatesTogether(prepared, states, traced)
 
     def __call__(
         self,
@@ -80,9 +90,8 @@ class MemberEvaluation:
         if self._together is not None and isinstance(states, StackedMembers):
             of_all = states.best if kept else states.states
             return self._together(of_all, list(members), loader, prefix, **weights)
-        for index, member in members.items():
-            state = states.kept(index) if kept else states.state(index)
-            self._prepared.take_on(state, step=member.step, epoch=member.epoch, seed=member.seed)
+        for index in members:
+            self._take_on(index, states.kept(index) if kept else states.state(index))
             found[index] = self._trainer.eval_model(loader, prefix, **weights)
         return found
 
@@ -94,11 +103,18 @@ class _EvaluatesTogether:
 
     Args:
         prepared: the prepared run of one member.
+        members: the members.
+        traced: the values by which they differ.
     """
 
-    def __init__(self, prepared: PreparedRun) -> None:
+    def __init__(
+        self, prepared: PreparedRun, members: StackedMembers, traced: TracedValues
+    ) -> None:
         self._trainer, self._here = prepared.trainer, prepared.workspace
+        self._members, self._traced = members, traced
         step, execution = prepared.trainer.eval_step.function, self._here.execution
+        if traced.is_seen:
+            step = traced.eval_step()
         self._evaluator = _StackedEvaluator(step, execution, self._here.evaluation_watch)
         self._programs: dict[str, Any] = {}
 
@@ -121,14 +137,20 @@ class _EvaluatesTogether:
         """
         here = self._here
         with here.timers.spent("evaluation"):
-            name, states = here.loader_name(prefix), self._shown(states, weights)
-            may_pad = self._evaluator.may_pad(states)
+            name = here.loader_name(prefix)
+            shown = self._with_values(self._shown(states, weights))
+            may_pad = self._evaluator.may_pad(shown)
             with here.chunks(loader, name, may_pad, self._trainer.tracker) as chunks:
-                found: Any = self._evaluator(states, chunks)[_ALL]
+                found: Any = self._evaluator(shown, chunks)[_ALL]
             members = found.split()
             for index in which:
                 check_values(members[index], name, here.warned, self._trainer.config)
             return {index: metrics_lib.compute(members[index], prefix) for index in which}
+
+    def _with_values(self, states: TrainState) -> Any:
+        """Returns the states with the values of the members, if a step of evaluation sees them."""
+        members: Any = self._members.example()
+        return Varied(members.values, states) if self._traced.is_seen else states
 
     def _shown(self, states: TrainState, weights: str) -> TrainState:
         """Returns the states with the parameters to evaluate; see `Workspace.evaluation_state`."""
@@ -163,7 +185,7 @@ class _StackedEvaluator(Evaluator):
 
 
 def _member(leaf: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+    return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, weak_type=leaf.weak_type)
 
 
 @jax.tree_util.register_dataclass

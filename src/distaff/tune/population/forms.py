@@ -20,7 +20,7 @@ from distaff.metrics.accumulators import aligned
 from distaff.step.finite import all_finite, are_near, finite_rows
 from distaff.step.normalise import StepFn
 from distaff.step.state import TrainState
-from distaff.tune.population.settings import state_in, with_arrays
+from distaff.tune.population.varied import Varied, state_in, with_arrays
 
 _ROWS = "members"
 
@@ -184,7 +184,7 @@ class StackedMembers:
         self.dispatcher, self._execution = dispatcher, execution
         self._num = self._room = len(states)
         self._width = dispatcher.layout.width // len(states)
-        self._state = like(joined(states), states[0])
+        self._state = _stacked_states(states)
         self._best: TrainState | None = None
         self._finite: np.ndarray | None = None
         self._replace = execution.program(replaced, donate=0)
@@ -267,7 +267,7 @@ class StackedMembers:
         """
         self._num = len(states)
         rest = [states[-1]] * (self._room - self._num)
-        self._state = like(joined([*states, *rest]), states[0])
+        self._state = _stacked_states([*states, *rest])
         self._best = self._finite = None
 
 
@@ -292,6 +292,15 @@ def stacked(step: StepFn, layout: MetricLayout) -> StepFn:
 def stack(*states: PyTree) -> PyTree:
     """Returns the states of all members as one, each array `[members, ...]`."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+
+
+def _stacked_states(states: Sequence[PyTree]) -> PyTree:
+    """Returns the states of all members as one, on the device of the first one."""
+    found = like(joined(states), states[0])
+    if not isinstance(found, Varied):
+        return found
+    # The values are weakly typed, which NumPy arrays are not.
+    return found._replace(values=stack(*(each.values for each in states)))
 
 
 def joined(trees: Sequence[PyTree]) -> PyTree:

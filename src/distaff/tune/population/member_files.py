@@ -54,6 +54,7 @@ class MemberFiles:
         own = {"seed": setting.seed, "name": name_of(setting.trainer)}
         self._record = {
             **{name: x for name, x in record.items() if name != "population"},
+            "model": to_json(setting.trainer.model.record),
             "optimizer": to_json(setting.trainer.optimizer),
             "options": {**options, **own},
             "identity": None,  # that of the population is of another seed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from distaff.core.config.checks import whole
@@ -14,12 +14,15 @@ from distaff.run.display import make_display
 from distaff.run.events import make_plan
 from distaff.trainer.module import TrainerModule
 from distaff.trainer.training import Inputs
-from distaff.trainer.trials import prepared_run
+from distaff.trainer.trials import PreparedRun, prepared_run
 from distaff.tune.population.checks import check_plan, check_trainer
 from distaff.tune.population.directory import PopulationDirectory, recording_of
+from distaff.tune.population.member import TrainedMember
 from distaff.tune.population.result import Population
-from distaff.tune.population.settings import Setting, grouped, make_settings
+from distaff.tune.population.settings import Setting, grouped, make_settings, traced_paths
+from distaff.tune.population.traceable import untraceable
 from distaff.tune.population.training import PopulationRun
+from distaff.tune.population.varied import TracedValues
 
 _log = logging.getLogger("distaff")
 
@@ -89,9 +92,11 @@ def train_population(
 ) -> Population:
     """Trains one trainer with several settings, and several seeds of each; see `multi_seed`.
 
-    Members that differ only in `optimizer.learning_rate`, `optimizer.weight_decay` and their seeds
-    share their programs: these numbers are arguments of the step. Other values are static: members
-    are grouped by them, and the groups are trained one after the other.
+    Members that differ only in their seeds and in numbers that are arguments of the step share
+    their programs: learning rate, weight decay, clipping and numeric options of the optimizer; the
+    label smoothing and the weights of a task's loss; the dropout rate of a zoo model; and fields of
+    your own that you mark with `tune.traced`. Other values are static: members are grouped by them,
+    and the groups are trained one after the other.
 
     Args:
         trainer: as for `multi_seed`.
@@ -99,8 +104,9 @@ def train_population(
         val_loader: as for `train_model`.
         test_loader: as for `train_model`.
         vary: lists of values by path, all of whose combinations are trained; or a list of settings,
-            each a dict of values by path. A path is an option such as `"label_smoothing"`, or
-            `"optimizer.<field>"` for a field of the trainer's `OptimizerConfig`.
+            each a dict of values by path. A path is an option such as `"label_smoothing"`,
+            `"optimizer.<field>"` for a field of the trainer's `OptimizerConfig`,
+            `"optimizer.options.<name>"`, or `"model.<field>"` for a field of a Flax Linen module.
         seeds: as for `multi_seed`; one by default.
         num_epochs: as for `train_model`.
         form: as for `multi_seed`. With traced numbers, also `"in turn"` may differ from a run
@@ -137,28 +143,21 @@ def _trained(
             "may round differently next time. Pass form='auto', 'stacked' or 'in turn'."
         )
     check_one_process(owner)
-    groups = grouped(settings)
-    for group in groups:
-        check_trainer(settings[group[0]].trainer, owner)
+    for each in grouped(settings):
+        check_trainer(settings[each.indices[0]].trainer, owner)
     display = make_display(trainer.config.enable_progress_bar)
 
     def show(line: str) -> None:
         _log.info("%s", line)
         display.print(line)
 
-    position = loaders[0].get_state() if hasattr(loaders[0], "get_state") else None
+    job = _Job(owner, loaders, num_epochs, form, show)
     members, records, forms, prepared = {}, {}, [], None
-    for number, group in enumerate(groups, 1):
-        own = [settings[index] for index in group]
-        if len(groups) > 1:
-            show(f"group {number} of {len(groups)}: {own[0].values} ({len(group)} members)")
-        if number > 1 and position is not None:
-            loaders[0].set_state(position)
-        job = _Job(owner, loaders, num_epochs, form, show)
-        prepared, run, record, found = job.train(own, group)
-        members.update(zip(group, found, strict=True))
-        records.update(dict.fromkeys(group, record))
-        forms.append(run.form)
+    for group in _trained_groups(job, settings):
+        members.update(zip(group.indices, group.members, strict=True))
+        records.update(dict.fromkeys(group.indices, group.record))
+        forms.append(group.run.form)
+        prepared = group.prepared
     assert prepared is not None
     return Population(
         members=tuple(members[index] for index in range(len(settings))),
@@ -168,6 +167,52 @@ def _trained(
         _records=tuple(records[index] for index in range(len(settings))),
         _batch=prepared.workspace.example_batch,
     )
+
+
+def _trained_groups(job: _Job, settings: Sequence[Setting]) -> Iterator[_Trained]:
+    """Trains the members group by group.
+
+    A group is divided by values that turn out not to be traceable.
+    """
+    loader, static = job.loaders[0], {}
+    position = loader.get_state() if hasattr(loader, "get_state") else None
+    waiting, done, is_used = grouped(settings), 0, False
+    while waiting:
+        group = waiting.pop(0)
+        own = [settings[index] for index in group.indices]
+        if is_used and position is not None:
+            loader.set_state(position)
+        num_groups, is_used = done + 1 + len(waiting), True
+        values = f": {group.values}" if group.values else ""
+        title = f"group {done + 1} of {num_groups}{values} ({len(own)} members)"
+        trained = job.train(own, group.indices, static, title if num_groups > 1 else "")
+        if isinstance(trained, _Trained):
+            done += 1
+            yield trained
+            continue
+        static.update(trained)
+        for path, reason in trained.items():
+            job.show(f"{path} is static, and its values form groups: {reason}")
+        parts = grouped(own, static)
+        waiting[:0] = [x._replace(indices=[group.indices[n] for n in x.indices]) for x in parts]
+
+
+class _Trained(NamedTuple):
+    """A group after its training.
+
+    Attributes:
+        prepared: the prepared run of its first member.
+        run: the training.
+        indices: the indices of its members among all members.
+        members: its members.
+        record: the record of its directory.
+    """
+
+    prepared: PreparedRun
+    run: PopulationRun
+    indices: Sequence[int]
+    members: tuple[TrainedMember, ...]
+    record: Mapping[str, Any]
 
 
 class _Job(NamedTuple):
@@ -187,8 +232,24 @@ class _Job(NamedTuple):
     form: str
     show: Callable[[str], None]
 
-    def train(self, settings: Sequence[Setting], indices: Sequence[int]) -> Any:
-        """Trains the members, and returns the prepared run, the training, its record, and them."""
+    def train(
+        self,
+        settings: Sequence[Setting],
+        indices: Sequence[int],
+        static: Collection[str],
+        title: str,
+    ) -> _Trained | dict[str, str]:
+        """Trains the members of a group.
+
+        Args:
+            settings: the members.
+            indices: their indices among all members.
+            static: paths whose values cannot be traced.
+            title: a line on the group, which is shown before; may be empty.
+
+        Returns:
+            The group; or, before any training, values that must be static, with reasons by path.
+        """
         trainer, loaders = settings[0].trainer, self.loaders
         plan = make_plan(
             *loaders[:2],
@@ -201,15 +262,20 @@ class _Job(NamedTuple):
         inputs = Inputs(plan, loaders, trainer.config)
         with closing_made(*inputs.made):
             prepared = prepared_run(trainer, plan, inputs.test_loader, recording_of(trainer))
-            run = PopulationRun(prepared, settings, self.form)
-            if run.remark:
-                self.show(run.remark)
+            paths = traced_paths(settings, static)
+            reasons = untraceable(prepared, settings, paths)
+            if reasons:
+                return reasons
+            run = PopulationRun(prepared, settings, self.form, TracedValues(prepared, paths))
+            for line in (title, run.remark):
+                if line:
+                    self.show(line)
             length = {"num_epochs": plan.length}
             directory = PopulationDirectory(prepared, run, settings, indices, length)
             with directory.opened(self.show):
                 run.train(self.show, directory.save)
                 found = directory.write(run.tested(inputs.test_loader))
-            return prepared, run, directory.record, found
+            return _Trained(prepared, run, indices, found, directory.record)
 
 
 def as_seeds(seeds: int | Sequence[int], first: int) -> list[int]:

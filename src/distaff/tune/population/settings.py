@@ -1,31 +1,21 @@
-"""The settings by which the members of a population differ, and which of them are traced."""
+"""The settings by which the members of a population differ, and their groups."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
-import jax.numpy as jnp
-import optax
 
-from distaff.core.typing import PyTree
 from distaff.errors import ConfigError, nearest
-from distaff.optim import OptimizerConfig, build_optimizer, catalog
-from distaff.optim.factory import is_factory
-from distaff.optim.precision import for_precision
-from distaff.step.averages import averaging_rest, with_epoch
-from distaff.step.guard import guarded
-from distaff.step.logged_rates import reporting
-from distaff.step.normalise import StepFn
-from distaff.step.state import TrainState
+from distaff.models import as_model
+from distaff.models.linen import LinenModel
+from distaff.optim import OptimizerConfig
 from distaff.trainer.module import TrainerModule
-from distaff.trainer.trials import PreparedRun
-
-_PREFIX = "optimizer."
-_TRACED = ("learning_rate", "weight_decay")
+from distaff.tune.population.paths import MODEL, OPTIMIZER, OPTIONS, form_of, value_of
 
 
 class Setting(NamedTuple):
@@ -42,16 +32,16 @@ class Setting(NamedTuple):
     trainer: TrainerModule
 
 
-class Varied(NamedTuple):
-    """A member whose optimizer has traced values.
+class MemberGroup(NamedTuple):
+    """Members that one program trains.
 
     Attributes:
-        values: the values by field of the `OptimizerConfig`, float32 `[]`.
-        state: its state, whose `tx` has other values.
+        indices: their indices among all members.
+        values: the static values by which they differ from other groups, by path.
     """
 
-    values: Mapping[str, jax.Array]
-    state: TrainState
+    indices: list[int]
+    values: Mapping[str, Any]
 
 
 def make_settings(trainer: TrainerModule, vary: Any, seeds: Sequence[int]) -> list[Setting]:
@@ -94,135 +84,105 @@ def _with_values(trainer: TrainerModule, values: Mapping[str, Any]) -> TrainerMo
     Raises:
         ConfigError: a path is unknown, or a value is out of range.
     """
-    own = {path.removeprefix(_PREFIX): x for path, x in values.items() if path.startswith(_PREFIX)}
-    rest = {path: x for path, x in values.items() if not path.startswith(_PREFIX)}
-    for path in rest:
-        if path == "seed" or "." in path:
-            remedy = (
-                "Pass seeds=." if path == "seed" else "Paths are an option, or optimizer.<field>."
+    own, fields, rest = {}, {}, {}
+    for path, value in values.items():
+        if path.startswith(OPTIMIZER):
+            own[path.removeprefix(OPTIMIZER)] = value
+        elif path.startswith(MODEL):
+            fields[path.removeprefix(MODEL)] = value
+        elif path == "seed":
+            raise ConfigError("vary has no path 'seed'. Pass seeds=.")
+        elif "." in path:
+            raise ConfigError(
+                f"vary has no path {path!r}. A path is an option, optimizer.<field>, "
+                "optimizer.options.<name>, or model.<field>."
             )
-            raise ConfigError(f"vary has no path {path!r}. {remedy}")
-    optimizer: Any = trainer.optimizer
-    if own and not isinstance(optimizer, OptimizerConfig):
+        else:
+            rest[path] = value
+    if own:
+        rest["optimizer"] = _optimizer(trainer.optimizer, own)
+    other = trainer.variant(**rest)
+    if fields:
+        vars(other)["model"] = as_model(_module(trainer.model, fields))
+    return other
+
+
+def _optimizer(config: Any, values: Mapping[str, Any]) -> OptimizerConfig:
+    """Returns the config of an optimizer with values by field, or by `options.<name>`."""
+    if not isinstance(config, OptimizerConfig):
         raise ConfigError(
-            f"vary has {_PREFIX}{next(iter(own))!s}, which needs an OptimizerConfig; the trainer "
-            f"has {optimizer!r}. Pass OptimizerConfig('adamw', ...) to the trainer, or vary "
+            f"vary has {OPTIMIZER}{next(iter(values))!s}, which needs an OptimizerConfig; the "
+            f"trainer has {config!r}. Pass OptimizerConfig('adamw', ...) to the trainer, or vary "
             "'optimizer' with a list of optimizers."
         )
-    if own:
-        known = [field.name for field in dataclasses.fields(OptimizerConfig)]
-        for name in own:
-            if name not in known:
-                raise ConfigError(f"vary has no path {_PREFIX + name!r}. {nearest(name, known)}")
-        rest["optimizer"] = dataclasses.replace(optimizer, **own)
-    return trainer.variant(**rest)
+    known = [field.name for field in dataclasses.fields(OptimizerConfig)]
+    options = {n.removeprefix(OPTIONS): x for n, x in values.items() if n.startswith(OPTIONS)}
+    fields = {name: x for name, x in values.items() if not name.startswith(OPTIONS)}
+    for name in fields:
+        if name not in known:
+            raise ConfigError(f"vary has no path {OPTIMIZER + name!r}. {nearest(name, known)}")
+    if options:
+        fields["options"] = {**fields.get("options", config.options), **options}
+    return dataclasses.replace(config, **fields)
 
 
-def grouped(settings: Sequence[Setting]) -> list[list[int]]:
-    """Returns the indices of settings that one program trains, group by group.
+def _module(model: Any, fields: Mapping[str, Any]) -> nn.Module:
+    """Returns the module of a model with other values of its fields."""
+    name = MODEL + next(iter(fields))
+    if not isinstance(model, LinenModel) or model.ready(jax.random.key(0)) is not None:
+        raise ConfigError(
+            f"vary has the path {name!r}, which needs a Flax Linen module without variables; the "
+            f"model is {type(model.module).__name__}. Train one population per model."
+        )
+    hidden = ("parent", "name")
+    known = [each.name for each in dataclasses.fields(type(model.module)) if each.init]
+    for field in fields:
+        if field not in known or field in hidden:
+            others = [each for each in known if each not in hidden]
+            raise ConfigError(f"vary has no path {MODEL + field!r}. {nearest(field, others)}")
+    return model.module.clone(**fields)
 
-    They differ in their seeds, and in values that are traced.
+
+def grouped(settings: Sequence[Setting], static: Collection[str] = ()) -> list[MemberGroup]:
+    """Returns the groups of settings that one program trains.
+
+    The members of a group differ in their seeds, and in values that are traced.
+
+    Args:
+        settings: all members.
+        static: paths whose values cannot be traced.
     """
-    groups: dict[str, list[int]] = {}
+    paths, groups = varied_paths(settings), {}
     for index, setting in enumerate(settings):
-        static = {p: x for p, x in setting.values.items() if p not in traced_paths(setting.trainer)}
-        groups.setdefault(repr(static), []).append(index)
+        trainer, fixed, forms = setting.trainer, {}, {}
+        for path in paths:
+            value = _value(setting, path)
+            forms[path] = repr(value) if path in static else form_of(trainer, path, value)
+            if forms[path] == repr(value):
+                fixed[path] = value
+        groups.setdefault(repr(forms), MemberGroup([], fixed)).indices.append(index)
     return list(groups.values())
 
 
-def traced_paths(trainer: TrainerModule) -> list[str]:
-    """Returns the paths whose values a program takes as arguments."""
-    config = trainer.optimizer
-    is_own = type(trainer).init_optimizer is not TrainerModule.init_optimizer
-    if is_own or not isinstance(config, OptimizerConfig):
-        return []
-    if config.name in catalog.LEARNED or is_factory(config.name) or config.plateau is not None:
-        return []
-    names = [*_TRACED] if catalog.takes_weight_decay(config.name) else [_TRACED[0]]
-    fixed = [_TRACED[0]] if config.name in catalog.FIXED_RATE else []
-    return [_PREFIX + name for name in names if name not in fixed]
+def varied_paths(settings: Sequence[Setting]) -> list[str]:
+    """Returns the paths that any of the settings names."""
+    return list(dict.fromkeys(path for each in settings for path in each.values))
 
 
-def state_in(member: Any) -> TrainState:
-    """Returns the state of a member, which may be a `Varied`."""
-    return member.state if isinstance(member, Varied) else member
-
-
-def with_arrays(member: Any, arrays: Mapping[str, PyTree]) -> Any:
-    """Returns a member, which may be a `Varied`, whose state has other arrays."""
-    state = state_in(member).replace(**arrays)
-    return member._replace(state=state) if isinstance(member, Varied) else state
-
-
-def _number(setting: Setting, name: str) -> float:
-    """Returns a field of the optimizer of a member, which its values need not name."""
-    return getattr(setting.trainer.optimizer, name)
-
-
-class TracedOptimizer:
-    """Makes the step of members whose optimizers differ in traced values.
-
-    Args:
-        prepared: the prepared run of the first member.
-        settings: the settings of the members.
-        traced: the fields that are traced; by default, those in which the settings differ.
-    """
-
-    def __init__(
-        self,
-        prepared: PreparedRun,
-        settings: Sequence[Setting],
-        traced: Sequence[str] | None = None,
-    ) -> None:
-        self._here, self._options = prepared.workspace, prepared.trainer.config
-        self._config: OptimizerConfig = prepared.trainer.optimizer
-        self._prepared = prepared
-        paths = traced_paths(settings[0].trainer)
-        names = [path.removeprefix(_PREFIX) for path in paths]
-        differ = [n for n in names if len({_number(each, n) for each in settings}) > 1]
-        self.names = differ if traced is None else [n for n in names if n in traced]
-
-    def carried(self, state: TrainState, setting: Setting) -> Varied:
-        """Returns a member before its first step."""
-        numbers = {n: jnp.float32(_number(setting, n)) for n in self.names}
-
-        def init(values: Mapping[str, jax.Array], params: PyTree) -> PyTree:
-            return self._tx(values).init(params)
-
-        return Varied(
-            numbers, state.replace(opt_state=self._here.execution.once(init)(numbers, state.params))
+def traced_paths(settings: Sequence[Setting], static: Collection[str] = ()) -> list[str]:
+    """Returns the paths of the traced values by which the members of a group differ."""
+    found = []
+    for path in varied_paths(settings):
+        values = [_value(each, path) for each in settings]
+        is_static = path in static or form_of(settings[0].trainer, path, values[0]) == repr(
+            values[0]
         )
+        if not is_static and len(set(map(repr, values))) > 1:
+            found.append(path)
+    return found
 
-    def step(self) -> StepFn:
-        """Returns the training step of a `Varied`."""
-        inner: Any = guarded(reporting(self._here.plain_step), self._options)
 
-        def varied_step(member: Any, batch: Any) -> Any:
-            after, metrics = inner(self._state(member), batch)
-            return self._carried(member, after), metrics
-
-        return varied_step
-
-    def rest(self, member: Varied) -> Varied:
-        """Applies the gradients that are left at the end of an epoch."""
-        return self._carried(member, averaging_rest(self._options)(self._state(member)))
-
-    def averaged(self, member: Varied) -> Varied:
-        """Adds the weights at the end of an epoch to their average."""
-        return member._replace(state=with_epoch(member.state))
-
-    def own(self, setting: Setting) -> optax.GradientTransformation:
-        """Returns the optimizer of one member, with its values."""
-        return self._tx({name: _number(setting, name) for name in self.names})
-
-    def _state(self, member: Varied) -> TrainState:
-        return member.state.replace(tx=self._tx(member.values))
-
-    def _carried(self, member: Varied, after: TrainState) -> Varied:
-        return member._replace(state=after.replace(tx=member.state.tx))
-
-    def _tx(self, values: Mapping[str, Any]) -> optax.GradientTransformation:
-        config = dataclasses.replace(self._config, **values)
-        total = self._prepared.total_steps
-        built = build_optimizer(config, total, steps_per_epoch=self._here.steps_per_epoch)
-        return for_precision(built.tx, self._options.precision)
+def _value(setting: Setting, path: str) -> Any:
+    """Returns the value of a member at a path, which its own values need not name."""
+    is_field = "." in path or hasattr(setting.trainer.config, path)
+    return value_of(setting.trainer, path) if is_field else setting.values.get(path)

@@ -24,7 +24,8 @@ from distaff.tune.population.chosen_form import choose_form, fastest, make_membe
 from distaff.tune.population.evaluation import MemberEvaluation
 from distaff.tune.population.forms import Members
 from distaff.tune.population.member import RunningMember, TrainedMember
-from distaff.tune.population.settings import Setting, TracedOptimizer, state_in
+from distaff.tune.population.settings import Setting
+from distaff.tune.population.varied import TracedValues, state_in
 
 
 def _made(
@@ -44,8 +45,7 @@ class PopulationRun:
         prepared: the prepared run of one member.
         settings: the settings of the members, which differ in nothing that is static.
         form: the form of the members, "auto" to choose it by rule, or "measured".
-        traced: fields of the optimizer that are arguments of the step; by default, those in which
-            the settings differ.
+        traced: the values by which the members differ, which are arguments of their program.
 
     Attributes:
         form: the form of the members.
@@ -56,26 +56,21 @@ class PopulationRun:
     """
 
     def __init__(
-        self,
-        prepared: PreparedRun,
-        settings: Sequence[Setting],
-        form: str,
-        traced: Sequence[str] | None = None,
+        self, prepared: PreparedRun, settings: Sequence[Setting], form: str, traced: TracedValues
     ) -> None:
         self._prepared, self._trainer, self._run = prepared, prepared.trainer, prepared.run
         self._here, self._options = prepared.workspace, prepared.trainer.config
         self._check()
         self._rest, self._averaged, step = self._here.with_rest, self._here.with_epoch, None
-        self._traced = TracedOptimizer(prepared, settings, traced)
-        if self._traced.names:
-            self._rest, self._averaged = self._traced.rest, self._traced.averaged
-            step = self._traced.step()
+        self._traced = traced
+        if traced.paths:
+            self._rest, self._averaged, step = traced.rest, traced.averaged, traced.step()
         self._set(settings)
         states = self._new_states()
         self._has_rest = may_have_rest(state_in(states[0]))
         self._states, self._layout, self.remark = _made(prepared, states, form, step)
         self.form = self._states.form
-        self._evaluate = MemberEvaluation(prepared, self._states)
+        self._evaluate = MemberEvaluation(prepared, self._states, traced, self._take_on)
 
     def again(self, settings: Sequence[Setting]) -> None:
         """Begins again with other members, which the programs compiled so far train.
@@ -108,7 +103,7 @@ class PopulationRun:
     def _new_states(self) -> list[Any]:
         """Returns the states of the members before their first step."""
         states: list[Any] = [self._prepared.state_of(each.seed) for each in self._settings]
-        if not self._traced.names:
+        if not self._traced.paths:
             return states
         pairs = zip(states, self._settings, strict=True)
         return [self._traced.carried(*pair) for pair in pairs]
@@ -280,11 +275,13 @@ class PopulationRun:
             self.members[index].has_state = True
 
     def _kept(self, index: int) -> TrainState:
-        """Returns the state that was kept of a member, with its own optimizer."""
-        state = self._states.kept(index)
-        if not self._traced.names:
-            return state
-        return state.replace(tx=self._traced.own(self._settings[index]))
+        """Returns the state that was kept of a member, with its own optimizer and model."""
+        return self._traced.own(self._states.kept(index), self._settings[index])
+
+    def _take_on(self, index: int, state: TrainState) -> None:
+        """Gives the trainer the state and the values of a member, to evaluate it."""
+        member, setting = self.members[index], self._settings[index]
+        self._traced.take_on(state, setting, step=member.step, epoch=member.epoch)
 
 
 def _line(members: Sequence[RunningMember], name: str, epoch: int, plan: Plan) -> str:
