@@ -185,7 +185,8 @@ class _StackedEvaluator(Evaluator):
 
 
 def _member(leaf: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, weak_type=leaf.weak_type)
+    is_weak = getattr(leaf, "weak_type", False)  # keys have none
+    return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, weak_type=is_weak)
 
 
 @jax.tree_util.register_dataclass
