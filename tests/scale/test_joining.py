@@ -170,6 +170,33 @@ def test_launched_training_resumes_after_a_kill_with_the_losses_of_one_process(c
     np.testing.assert_allclose(launched, expected, rtol=2e-6)
 
 
+UNEVEN = """
+import time
+from distaff import distributed
+
+distributed.initialize(heartbeat="60s")
+
+import jax
+from tests.scale.ordered_run import At, make, train
+
+for run in range(10):
+    slow = At(0, lambda: time.sleep(0.1 * jax.process_index()))
+    result = train(make(None, slow, enable_progress_bar=False), 2)
+    print("run", run, result.status, result.step, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_ten_runs_with_default_options_end_though_one_process_is_slow(monkeypatch, capsys):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(CHECKOUT), *sys.path]))
+    Path("script.py").write_text(UNEVEN)
+    words = ("--processes", "2", "--devices-per-process", "2", "--logs", "logs", "script.py")
+    assert distaff.cli.main(("launch", *words)) == 0, capsys.readouterr().err
+    for log in Path("logs").iterdir():
+        ends = [line for line in log.read_text().splitlines() if line.startswith("run ")]
+        assert ends == [f"run {run} finished 12" for run in range(10)]
+
+
 GROWING = """
 import sys
 from distaff import distributed
