@@ -387,6 +387,21 @@ def test_several_objectives_have_a_front_and_one_order(sampler):
     assert [each.name for each in search.study.directions] == ["MAXIMIZE", "MINIMIZE"]
 
 
+def test_table_has_the_running_trials_and_changes_are_told():
+    search, changes = play(2), []
+    search.on_change = lambda: changes.append(search.table()[-1])
+    suggestion = search.ask(3)
+    suggestion.report(2.0, 1)
+    suggestion.report(1.0, 2)
+    suggestion.report(3.0, 3)
+    shown = [(x.number, x.status, x.value, x.epoch) for x in changes]
+    assert shown == [
+        (2, "running", value, epoch) for value, epoch in ((None, None), (2, 1), (1, 2), (1, 3))
+    ]
+    search.tell(suggestion, "finished", 1.0)
+    assert search.table() == search.trials()
+
+
 def test_several_objectives_are_not_pruned_and_not_changed():
     storage = storages.InMemoryStorage()
     with pytest.raises(ConfigError, match=r"val/b, val/a\) cannot be pruned.*MedianPruner"):

@@ -168,6 +168,7 @@ def _study(
                 "pruner": None if options.pruner is None else methods.pruner(options.pruner),
             },
             begun=begun,
+            busy=lambda: any(worker.poll() is None for worker in workers),
         )
 
     workers: list[subprocess.Popen[bytes]] = []
@@ -231,9 +232,13 @@ def _objectives(words: Sequence[str]) -> list[Any] | None:
 
 def _start(words: Sequence[str]) -> subprocess.Popen[bytes]:
     """Starts a worker, in a session of its own: Ctrl-C reaches it once, through this process."""
+    from distaff.run.display import terminal
+
     code = "import sys; from distaff.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "tune", _WORKER, *words]
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    # Its lines would break the table of this process, which shows all trials.
+    out = None if terminal(sys.stdout) is None else subprocess.DEVNULL
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, start_new_session=True)
 
 
 @contextlib.contextmanager

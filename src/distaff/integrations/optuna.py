@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -72,16 +72,16 @@ class OptunaSuggestion:
         self.study: str = trial.study.study_name
         self.key = f"{self.study}/trial-{self.origin}"
         self._reported = set(trial.storage.get_trial(trial._trial_id).intermediate_values)
+        self.on_report: Callable[[], object] = lambda: None
 
     def report(self, value: float, epoch: int) -> None:
         """Reports a value to the pruner, unless an earlier attempt has reported it."""
         if self.objectives:  # of which Optuna stores no intermediate values
             self.note(reached=epoch)
-            return
-        if epoch in self._reported:
-            return
-        with suppress(UpdateFinishedTrialError):
-            self.trial.report(value, epoch)
+        elif epoch not in self._reported:
+            with suppress(UpdateFinishedTrialError):
+                self.trial.report(value, epoch)
+        self.on_report()
 
     def should_prune(self) -> bool:
         """Returns whether the pruner ends the trial."""
@@ -135,7 +135,8 @@ class OptunaSearch:
         name = options.get("study_name", "study")
         root = str(as_path(root, "root"))
         self._space, self._root, self._seed = space, root, seed
-        self._objectives = directions(form)
+        self.on_change: Callable[[], object] = lambda: None
+        self._objectives, self._mode = directions(form), form["mode"]
         modes = self._objectives.values() or [form["mode"]]
         ways: list[Any] = ["minimize" if mode == "min" else "maximize" for mode in modes]
         sampler = options.get("sampler", "tpe")
@@ -204,6 +205,8 @@ class OptunaSearch:
         except BaseException:
             self.abandon(suggestion)
             raise
+        suggestion.on_report = self.on_change
+        self.on_change()
         return suggestion
 
     def _fill(self, suggestion: OptunaSuggestion) -> None:
@@ -241,6 +244,10 @@ class OptunaSearch:
     def trials(self) -> list[Trial]:
         """Returns all completed trials, by number."""
         return [self._as_trial(trial) for trial in self._counted() if trial.state.is_finished()]
+
+    def table(self) -> list[Trial]:
+        """Returns all completed and running trials, by number."""
+        return [self._as_trial(trial) for trial in self._counted()]
 
     def front(self) -> list[Trial]:
         """Returns the trials of the Pareto front, by number."""
@@ -327,46 +334,24 @@ class OptunaSearch:
         return source is not None and min(same) < number
 
     def _retry(self, trial: FrozenTrial) -> FrozenTrial:
-        """Returns a waiting trial with the same values, which Optuna tries first.
-
-        It resumes the run of the abandoned one, unless the user's code ended that.
-        """
-        path = trial.user_attrs.get("path", trial.user_attrs.get("left"))
-        resumes = path is not None and "restart" not in trial.user_attrs
-        # Rungs are the state of a halving pruner for a run that starts again.
-        is_kept = {n: resumes or not n.startswith("completed_rung") for n in trial.system_attrs}
-        values = trial.intermediate_values if resumes else {}
-        reached = max(len(values), trial.user_attrs.get("reached", 0)) if resumes else 0
-        has_waited = trial.user_attrs.get("waits", False)
-        has_advanced = reached > trial.user_attrs.get("inherited", 0)
-        facts = {
-            "attempt": 1 if has_advanced else _num_attempts(trial) + (not has_waited),
-            "inherited": reached,
-            "reached": reached,
-            "origin": trial.user_attrs.get("origin", self._place(trial.number)),
-            "retry_of": trial.number,
-            "left": path if resumes else None,
-        }
-        return optuna.trial.create_trial(
-            state=TrialState.WAITING,
-            params=trial.params,
-            distributions=trial.distributions,
-            system_attrs={n: x for n, x in trial.system_attrs.items() if is_kept[n]},
-            user_attrs=facts,
-            intermediate_values=values,
-        )
+        attempts = optional.load("studies.attempts", extra="tune")
+        return attempts.retry(trial, self._place(trial.number), _num_attempts(trial))
 
     def _as_trial(self, trial: FrozenTrial) -> Trial:
-        facts = trial.user_attrs
-        path = facts.get("path")
+        facts, reports = trial.user_attrs, trial.intermediate_values
+        path, is_running = facts.get("path"), trial.state == TrialState.RUNNING
+        value = facts.get("monitored") if self._objectives else trial.value
+        if is_running and reports:
+            value = (min if self._mode == "min" else max)(reports.values())
         return Trial(
             number=trial.number,
-            status=_status(trial) or "abandoned",
-            value=facts.get("monitored") if self._objectives else trial.value,
+            status="running" if is_running else _status(trial) or "abandoned",
+            value=value,
             values=self._values_of(trial),
             seed=facts.get("seed"),
             path=None if path is None else Path(self._root) / path,
             objectives=facts.get("objectives"),
+            epoch=max(reports, default=facts.get("reached")),
         )
 
     def _values_of(self, trial: FrozenTrial) -> dict[str, Any]:

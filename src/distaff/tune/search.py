@@ -23,6 +23,7 @@ class Trial(NamedTuple):
         path: absolute path of the run directory; None if the trial failed before it had one.
         objectives: metrics of the best model that the study optimizes, by name; None if it has one
             objective, the monitored metric, or if the trial failed.
+        epoch: epochs up to its last validation; None before the first.
     """
 
     number: int
@@ -32,6 +33,7 @@ class Trial(NamedTuple):
     seed: int | None = None
     path: Path | None = None
     objectives: dict[str, float] | None = None
+    epoch: int | None = None
 
 
 class Draw(NamedTuple):
@@ -84,6 +86,8 @@ class Search(Protocol):
     """Suggests values, and records every trial in a storage that outlives the process."""
 
     study: Any
+    on_change: Callable[[], object]
+    """Called after each start and report of a trial of this process."""
 
     def ask(self, num_trials: int) -> Suggestion | None:
         """Starts a trial, first those left by processes that died.
@@ -105,6 +109,9 @@ class Search(Protocol):
 
     def trials(self) -> list[Trial]:
         """Returns all trials that were not interrupted, by number."""
+
+    def table(self) -> list[Trial]:
+        """Returns `trials` and the running ones, whose status is `"running"`, by number."""
 
     def front(self) -> list[Trial]:
         """Returns the trials of the Pareto front, by number.

@@ -15,7 +15,7 @@ from distaff.errors import ConfigError, NonFiniteError, StateError
 from distaff.execution import compile_cache
 from distaff.execution.processes import check_not_joined
 from distaff.metrics.monitor import Monitor, as_monitor
-from distaff.run.display import make_display
+from distaff.run.display import best_of, make_trials_display
 from distaff.run.identity.ending import ending
 from distaff.trainer.module import TrainerModule
 from distaff.tune import trial as trial_lib
@@ -141,6 +141,7 @@ def run_study(
     batch: int = 1,
     options: Mapping[str, Any],
     begun: Callable[[TrainerModule], None] = lambda trainer: None,
+    busy: Callable[[], bool] = lambda: False,
 ) -> StudyResult:
     """Runs a study of any task; see `study`.
 
@@ -152,6 +153,7 @@ def run_study(
         batch: trials per batch; see `study`.
         options: options of the search.
         begun: called when the storage has the study, before its first trial.
+        busy: whether to wait, after the last trial of this process, while others train.
 
     Raises:
         DistaffError: an input is invalid, or no trial has finished (the subclass says which).
@@ -182,11 +184,13 @@ def run_study(
     )
     _check_config(search, config, () if callable(space) else space)
     begun(trainer)
-    with closing(make_display(trainer.config.enable_progress_bar)) as display:
+    shows = trainer.config.enable_progress_bar
+    with closing(make_trials_display(shows, search.table, monitor, num_trials)) as display:
+        search.on_change = display.refresh
 
         def ended(trial: Trial, taken: str = "") -> None:
             place = f"trial {trial.number} ({len(search.trials())} of {num_trials})"
-            display.print(f"{place}  {_described(trial, monitor)}{taken}")
+            display.ended(f"{place}  {_described(trial, monitor)}{taken}")
 
         if batch > 1:
             batches = Batches(task, config, search, monitor, display.print)
@@ -196,6 +200,9 @@ def run_study(
             start = time.perf_counter()
             trial = _run(task, config, search, suggestion)
             ended(trial, f"  {time.perf_counter() - start:.1f}s")
+        while busy():
+            display.refresh()
+            time.sleep(0.2)
         if others := search.underway():
             display.print(f"running in other processes: {', '.join(others)}")
         return _result(task, config, search, monitor)
@@ -294,11 +301,7 @@ def _result(task: Task, config: Any, search: Search, monitor: Monitor) -> StudyR
 
 
 def _best(trials: tuple[Trial, ...], monitor: Monitor) -> Trial:
-    best, best_value = None, None
-    for trial in trials:
-        value = trial.value if trial.status in ("finished", "stopped") else None
-        if value is not None and monitor.better(value, best_value):
-            best, best_value = trial, value
+    best = best_of(trials, monitor)
     if best is not None:
         return best
     statuses = [f"{trial.number} {trial.status}" for trial in trials]
