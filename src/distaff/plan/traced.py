@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from distaff.core.typing import Batch, PyTree
 from distaff.errors import ConfigError, leaf_name
-from distaff.execution.execution import Compiled
 from distaff.mesh import MeshConfig
-from distaff.mesh.config import BATCH_AXES, mesh_of
-from distaff.mesh.placement import OnMesh
+from distaff.mesh.config import mesh_of
 from distaff.mesh.planned import Planned, planning
+from distaff.mesh.shapes import OnlyTraced, ShapesOnMesh
 from distaff.plan.result import Parameter
 from distaff.run.display import NullDisplay
 from distaff.step.state import TrainState
@@ -43,27 +41,6 @@ class TracedStep(NamedTuple):
     traced: Any
 
 
-class _OfShapes(OnMesh):
-    """Leaves shapes where they are."""
-
-    def state(self, tree: PyTree) -> PyTree:
-        """Returns the shapes."""
-        return tree
-
-    def replicated(self, tree: PyTree) -> PyTree:
-        """Returns the shapes."""
-        return tree
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Traces(Compiled):
-    """Traces the programs that create a state."""
-
-    def once(self, function: Callable[..., Any]) -> Any:
-        """Returns `jax.jit(function)`."""
-        return jax.jit(function)
-
-
 def traced_step(
     trainer: TrainerModule, batch: Batch, devices: Sequence[Any], steps: tuple[int, int]
 ) -> TracedStep:
@@ -85,8 +62,8 @@ def traced_step(
         other = trainer.variant(
             loggers=(), callbacks=(), root=None, init_from=None, debug=False, mesh=config
         )
-        here, placement = other._workspace, _OfShapes(config)
-        here.execution, here.display, here.explains = _Traces(placement), NullDisplay(), False
+        here, placement = other._workspace, ShapesOnMesh(config)
+        here.execution, here.display, here.explains = OnlyTraced(placement), NullDisplay(), False
 
         def begin(batch: Batch) -> TrainState:
             preparation = Preparation(other, TrainerModule)
@@ -98,8 +75,7 @@ def traced_step(
         placement.alongside(batch)
         state = _shapes(begin, batch)
         here.counted.count(state, batch)
-        state = _placed(state, placement.out_shardings(lambda state: state, state))
-        batch = _split(batch, placement.mesh)
+        state, batch = placement.placed_state(state), placement.placed_batch(batch)
         step = jax.jit(placement.updating(here.measured_step), donate_argnums=0)
         return TracedStep(placement.mesh, config, state, batch, step.trace(state, batch))
 
@@ -159,25 +135,6 @@ def _shapes(begin: Callable[[Batch], TrainState], batch: Batch) -> TrainState:
             "The state of this trainer cannot be planned, because creating it needs values, not "
             f"shapes: {str(error).splitlines()[0]} Use initializers of JAX instead of NumPy."
         ) from error
-
-
-def _placed(state: TrainState, places: PyTree) -> TrainState:
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        state,
-        places,
-    )
-
-
-def _split(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
-    parts = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
-
-    def place(leaf: Any) -> jax.ShapeDtypeStruct:
-        divides = bool(leaf.shape) and not leaf.shape[0] % parts
-        spec = PartitionSpec(BATCH_AXES) if divides else PartitionSpec()
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
-
-    return jax.tree.map(place, batch)
 
 
 def _refuse(trainer: Any, plan: Any) -> Any:

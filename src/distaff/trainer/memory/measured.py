@@ -95,7 +95,7 @@ class MeasuredStep:
         None if the compiler itself runs out of memory.
         """
         place = self._placement
-        step = jax.jit(place.keeping(self._here.measured_step), donate_argnums=0)
+        step = jax.jit(place.updating(self._here.measured_step), donate_argnums=0)
         try:
             lowered = step.lower(place.placed_state(self.state), place.placed_batch(self._batch))
             return program_bytes(lowered.compile())
