@@ -63,7 +63,7 @@ def test_run_has_the_bits_of_one_without(
     sizes: Any, options: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As on an accelerator, which computes on arrays instead of reading them.
-    monkeypatch.setattr("distaff.step.finite._are_near", lambda leaves: False)
+    monkeypatch.setattr("distaff.step.finite.are_near", lambda leaves: False)
     plain, expected = trained(sizes, None, **options)
     trainer, result = trained(sizes, "optimizer", **options)
     assert not in_host_memory(plain)

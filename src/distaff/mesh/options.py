@@ -56,8 +56,15 @@ def pinned(model: Model, options: MeshOptions) -> Model:
     if options.mesh is None:
         return model
     config = mesh_of(options.mesh)
+    mesh = config.mesh()
     # Its forward function must not hold the arrays of a ready-made module.
-    return PinnedModel(model_of(model.apply_fn), config.mesh()) if config.pin else model
+    is_due = config.pin and mesh.size > 1
+    return PinnedModel(model_of(model.apply_fn), mesh) if is_due else model
+
+
+def has_several_devices(options: MeshOptions) -> bool:
+    """Returns whether the options ask for a mesh of more than one device."""
+    return options.mesh is not None and mesh_of(options.mesh).mesh().size > 1
 
 
 def simulate(options: MeshOptions) -> None:

@@ -137,7 +137,7 @@ class OnMesh(OneDevice):
         def run(*args: Any) -> PyTree:
             return jax.tree.map(constrain, function(*args), is_leaf=_is_state)
 
-        return run
+        return function if self._mesh.size == 1 else run  # one device needs no constraint
 
     def _shardings(self, tree: PyTree) -> PyTree:
         places = self._rules.shardings(tree)

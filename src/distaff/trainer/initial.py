@@ -14,7 +14,7 @@ from flax.core import FrozenDict, unfreeze
 from distaff.core.seeds import folded
 from distaff.core.typing import Batch, Key
 from distaff.errors import ConfigError, StateError
-from distaff.mesh import pinned
+from distaff.mesh import has_several_devices, pinned
 from distaff.models import (
     LayerRow,
     Model,
@@ -61,7 +61,8 @@ def _canonical(leaf: Any) -> Any:
 def trained_model(model: Model, config: Any) -> Model:
     """Returns a model whose passes follow the options of a trainer."""
     model = rematerialized(standardized(model, config.standardize), config.remat)
-    return in_precision(pinned(model, config), config.precision, on_mesh=config.mesh is not None)
+    on_mesh = has_several_devices(config)
+    return in_precision(pinned(model, config), config.precision, on_mesh=on_mesh)
 
 
 def on_host(function: Callable[..., Any], traced: Callable[..., Any], *args: Any) -> Any:
