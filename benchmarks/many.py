@@ -3,7 +3,8 @@
     .venv/bin/python -m benchmarks.many [--seeds 16] [--epochs 20] [--rounds 3] [--only population]
 
 Each system trains all seeds in one process; see `benchmarks/scripts/seeds.py`. Processes take
-turns, so that a slow minute affects all. No cache of compiled programs is kept between them. Keras
+turns, so that a slow minute affects all. `by_hand` compiles its programs for each seed, and
+`by_hand_once` once for all. No cache of compiled programs is kept between them. Keras
 and Lightning need `make bench-peers`.
 """
 
@@ -23,6 +24,7 @@ ENVIRONMENTS = {
     "population": "core",
     "distaff": "core",
     "by_hand": "core",
+    "by_hand_once": "core",
     "keras": "peers",
     "lightning": "peers",
 }

@@ -9,6 +9,7 @@ data in memory, so it includes what the process compiles.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -22,6 +23,7 @@ from sklearn.datasets import load_digits
 BATCH = 64
 
 
+@functools.cache
 def splits() -> list[tuple[np.ndarray, np.ndarray]]:
     """Returns images `[n, 64]` and labels `[n]` for training, validation and test."""
     digits = load_digits()
@@ -67,7 +69,18 @@ def distaff(num_seeds: int, num_epochs: int, folder: Path) -> list[float]:
 
 
 def by_hand(num_seeds: int, num_epochs: int, folder: Path) -> list[float]:
-    """A hand-written loop whose program is compiled once for all seeds."""
+    """A hand-written loop, one run per seed, whose function makes the programs of its run."""
+    return [_trained_by_hand(_programs_by_hand(), seed, num_epochs) for seed in range(num_seeds)]
+
+
+def by_hand_once(num_seeds: int, num_epochs: int, folder: Path) -> list[float]:
+    """The same loop with programs that are compiled once for all seeds."""
+    programs = _programs_by_hand()
+    return [_trained_by_hand(programs, seed, num_epochs) for seed in range(num_seeds)]
+
+
+def _programs_by_hand() -> tuple[Any, ...]:
+    """Returns what initializes a model and its optimizer, a training step, and an evaluation."""
     from functools import partial
 
     import flax.linen as nn
@@ -77,8 +90,6 @@ def by_hand(num_seeds: int, num_epochs: int, folder: Path) -> list[float]:
 
     model = nn.Sequential([nn.Dense(128), nn.relu, nn.Dense(10)])
     tx = optax.adam(1e-3)
-    (x, y), val, test = splits()
-    init, start = jax.jit(model.init), jax.jit(tx.init)
 
     def loss_fn(params: Any, x: Any, y: Any) -> Any:
         logits = model.apply(params, x)
@@ -91,23 +102,29 @@ def by_hand(num_seeds: int, num_epochs: int, folder: Path) -> list[float]:
         updates, opt_state = tx.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, jnp.stack(metrics)
 
-    evaluate, results = jax.jit(loss_fn), []
-    for seed in range(num_seeds):
-        params = init(jax.random.key(seed), x[:1])
-        opt_state, best = start(params), (0.0, params)
-        for epoch in range(num_epochs):
-            rows = np.random.default_rng([seed, epoch]).permutation(len(x))
-            metrics = []
-            for first in range(0, len(rows), BATCH):
-                batch = rows[first : first + BATCH]
-                params, opt_state, last = step(params, opt_state, x[batch], y[batch])
-                metrics.append(last)
-            print(epoch, np.mean(jax.device_get(metrics), axis=0))
-            accuracy = float(evaluate(params, *val)[1])
-            if accuracy > best[0]:
-                best = accuracy, jax.tree.map(np.asarray, params)
-        results.append(float(evaluate(best[1], *test)[1]))
-    return results
+    return jax.jit(model.init), jax.jit(tx.init), step, jax.jit(loss_fn)
+
+
+def _trained_by_hand(programs: tuple[Any, ...], seed: int, num_epochs: int) -> float:
+    """Trains one seed, and returns the test accuracy of its best weights."""
+    import jax
+
+    init, start, step, evaluate = programs
+    (x, y), val, test = splits()
+    params = init(jax.random.key(seed), x[:1])
+    opt_state, best = start(params), (0.0, params)
+    for epoch in range(num_epochs):
+        rows = np.random.default_rng([seed, epoch]).permutation(len(x))
+        metrics = []
+        for first in range(0, len(rows), BATCH):
+            batch = rows[first : first + BATCH]
+            params, opt_state, last = step(params, opt_state, x[batch], y[batch])
+            metrics.append(last)
+        print(epoch, np.mean(jax.device_get(metrics), axis=0))
+        accuracy = float(evaluate(params, *val)[1])
+        if accuracy > best[0]:
+            best = accuracy, jax.tree.map(np.asarray, params)
+    return float(evaluate(best[1], *test)[1])
 
 
 def keras(num_seeds: int, num_epochs: int, folder: Path) -> list[float]:
@@ -180,11 +197,13 @@ def lightning(num_seeds: int, num_epochs: int, folder: Path) -> list[float]:
     return results
 
 
-SYSTEMS = {each.__name__: each for each in (population, distaff, by_hand, keras, lightning)}
+_ALL = population, distaff, by_hand, by_hand_once, keras, lightning
+SYSTEMS = {each.__name__: each for each in _ALL}
 _IMPORTS = {
     "population": "distaff.tasks",
     "distaff": "distaff.tasks",
     "by_hand": "flax.linen",
+    "by_hand_once": "flax.linen",
     "keras": "keras",
     "lightning": "lightning",
 }
@@ -197,6 +216,7 @@ def main(system: str, num_seeds: int, num_epochs: int, folder: Path) -> None:
     os.environ["KERAS_BACKEND"] = "jax"
     importlib.import_module(_IMPORTS[system])
     folder.mkdir(parents=True, exist_ok=True)
+    splits()
     start = time.perf_counter()
     accuracies = SYSTEMS[system](num_seeds, num_epochs, folder)
     seconds = time.perf_counter() - start

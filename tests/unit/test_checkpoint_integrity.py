@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from distaff import tasks
-from distaff.checkpoint import CheckpointStore, find, manifest
+from distaff.checkpoint import CheckpointStore, arrays, find, manifest
 from distaff.errors import CheckpointError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoints"
@@ -53,6 +53,18 @@ def test_checkpoints_of_every_format_load(version: int, tmp_path: Path) -> None:
     assert store.newest_valid() == (2, [])
     assert store.info(2)["epoch"] == 1
     assert manifest.FORMAT_KEY not in store.info(2)
+
+
+def test_first_checkpoint_is_read_back_unless_it_need_not_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("it holds something else")
+
+    monkeypatch.setattr(arrays, "check_readable", fail)
+    save(CheckpointStore(tmp_path / "beside", reads_back=False), 1)
+    with pytest.raises(CheckpointError, match="it holds something else"):
+        save(CheckpointStore(tmp_path / "alone"), 1)
 
 
 @pytest.mark.parametrize("harm", [flip_a_bit, shorten, Path.unlink])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from distaff import EarlyStopping, OptimizerConfig, TrainerModule, data, tune
+from distaff.checkpoint import arrays as stored
 from distaff.cli import report as cli_report
 from distaff.errors import CheckpointError, ConfigError
 from distaff.report.facts import gather
@@ -190,12 +191,17 @@ def test_groups_resume_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.slow
-def test_another_length_or_another_seed_is_another_population(tmp_path: Path) -> None:
+def test_another_length_or_another_seed_is_another_population(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_back, check = [], stored.check_readable
+    monkeypatch.setattr(stored, "check_readable", lambda *x: read_back.append(x) or check(*x))
     trainer, (train, val) = noisy(tmp_path, callbacks=()), loaders()
     for seeds, num_epochs in (([2, 3], 1), ([2, 3], 2), ([2, 4], 1)):
         tune.multi_seed(trainer, train, val, seeds=seeds, num_epochs=num_epochs)
         train, val = loaders()
     assert len(list((tmp_path / "noisy/population").iterdir())) == 3
+    assert len(read_back) == 3 * 2  # a checkpoint of the population, and of one of its members
     found = tune.multi_seed(noisy(None), train, val, seeds=[2, 3], num_epochs=1)
     assert [each.path for each in found.members] == [None, None]
     with pytest.raises(ConfigError, match="the trainer has root=None"):
