@@ -26,7 +26,7 @@ PLANS = (
     *(("1B", "h100:8", 8, 1), ("1B", "h100:8x8", 64, 1), ("1B", "h100:64x8", 512, 1)),
     *(("7B", "h100:8x8", 64, 1), ("7B", "h100:32x8", 256, 1), ("7B", "h100:512x8", 512, 8)),
     *(("70B", "h100:32x8", 256, 1), ("70B", "h100:512x8", 512, 8)),
-    *(("1B", "v5e:2x4", 8, 1), ("7B", "v5e:16x16", 256, 1), ("70B", "v5p:16x16x16", 512, 8)),
+    *(("1B", "v5e:4x4", 16, 1), ("7B", "v5e:16x16", 256, 1), ("70B", "v5p:16x16x16", 512, 8)),
 )
 """The size of the model, the target, and the sizes of `fsdp` and `tensor`."""
 
@@ -50,8 +50,9 @@ def row(size: str, plan: TrainingPlan) -> list[str]:
     """Returns the cells of a plan."""
     axes = " x ".join(f"{name} {number}" for name, number in plan.mesh.items() if number > 1)
     exchanged = sum(each.num_bytes for each in plan.collectives)
-    source = "" if plan.traffic_from == plan.target else " (CPU)"
-    bound = plan.times.bound if plan.times else ""
+    is_own = plan.traffic_from == plan.target  # else from a program for CPUs, an upper bound
+    source = "" if is_own else " (CPU)"
+    bound = plan.times.bound if plan.times and is_own else "unknown"
     grow = "not planned"
     if plan.doubled:
         kept = [gain(plan, each) for each in plan.doubled]

@@ -482,9 +482,8 @@ def test_command_plans_a_recipe_and_trains_nothing(
 ) -> None:
     Path("recipe.py").write_text(RECIPE)
     words = ["recipe.py:main", "--width", "16", "--target", "cpu:2", "--mesh", "fsdp"]
-    assert (
-        cli.main(["plan", *words, "--global-batch=8", "--memory", "1 KiB", "--out", "p.json"]) == 0
-    )
+    options = ["--global-batch=8", "--memory", "1 KiB", "--double", "--out", "p.json"]
+    assert cli.main(["plan", *words, *options]) == 0
     out, err = capfd.readouterr()
     assert "does not fit" in out
     assert "before" not in out
@@ -493,6 +492,10 @@ def test_command_plans_a_recipe_and_trains_nothing(
     plan = TrainingPlan.from_json(json.loads(Path("p.json").read_text()))
     assert plan.num_parameters == 3 * 16 + 16 + 16 * 4 + 4
     assert plan.batch.startswith("0 float32[8, 3]")
+    assert [(each.axis, each.num_examples) for each in plan.doubled] == [
+        *(("data", 16), ("fsdp", 16), ("tensor", 8))
+    ]
+    assert plan.first_to_grow is None  # none of them fits 1 KiB
     assert not Path("runs").exists()
     with pytest.raises(ConfigError, match="without calling train_model"):
         plan_recipe("recipe.py:nothing", target="cpu:1")
@@ -523,14 +526,14 @@ def test_real_compilers_agree_with_the_counts_by_hand(target: str) -> None:
 @pytest.mark.slow
 @pytest.mark.compiler("jax_plugins.xla_cuda12", "libtpu")
 def test_compilers_of_gpus_and_tpus_agree_on_the_memory_of_a_gpt() -> None:
-    model = zoo.GPT(4096, 4, 4, 512, 512, scan_layers=True)
+    model = zoo.GPT(32_768, 16, 16, 2048, 2048, scan_layers=True)  # as in decision 59
     trainer = tasks.LanguageModel(
         model, root=None, precision="bf16", remat="blocks", enable_progress_bar=False
     )
-    tokens = jax.ShapeDtypeStruct((8, 513), np.int32)
+    tokens = jax.ShapeDtypeStruct((16, 2049), np.int32)
     gpu, tpu = (
         plan_training(trainer, tokens, target=target, mesh="fsdp").peak_bytes
-        for target in ("h100:8", "v5e:2x4")
+        for target in ("h100:2x8", "v5e:4x4")
     )
     assert gpu is not None
     assert tpu == pytest.approx(gpu, rel=0.1)

@@ -54,8 +54,8 @@ class TrainingPlan:
         parameter_bytes: bytes of the parameters.
         state_bytes: bytes of the state: parameters, optimizer state, averages and statistics.
         peak_bytes: bytes during a step: arguments, results that are not in their memory, and
-            temporary arrays; on TPUs the compiler's own figure, which is less than their sum. None
-            if the compiler gives up because they do not fit.
+            temporary arrays; on TPUs the compiler's own figure. None if the compiler gives up
+            because they do not fit.
         temporary_bytes: bytes of temporary arrays.
         memory_bytes: memory of a device; None if it is not known.
         verdict: the compiler's own words, if the step does not fit.

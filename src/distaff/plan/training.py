@@ -178,7 +178,7 @@ def _compiled(traced: TracedStep, target: Target, seconds: dict[str, float]) -> 
         seconds["compile"] = time.perf_counter() - start
     memory, peak = compiled.memory_analysis(), program_bytes(compiled)
     if target.chip.platform == "tpu":
-        # By this figure the compiler decides whether a program fits; the sum is up to 28 % more.
+        # By this figure the compiler decides whether a program fits; the sum may be 28 % more.
         peak = memory.peak_memory_in_bytes
     temporary = memory.temp_size_in_bytes
     return _Compiled(CompiledProgram(compiled.as_text()), peak, temporary, "")
