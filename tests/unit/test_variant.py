@@ -36,6 +36,8 @@ def test_variant_refuses_what_is_no_option():
         Line().variant(sead=3)
     with pytest.raises(ConfigError, match="keep_last must be an integer, at least 1; got 0"):
         Line().variant(keep_last=0)
+    with pytest.raises(ConfigError, match="takes no example_batch"):
+        Line().variant(example_batch=None)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from distaff.callbacks.callbacks import Callbacks
 from distaff.checkpoint.weights import as_init_from
-from distaff.errors import FixedAttributeError
+from distaff.errors import ConfigError, FixedAttributeError
 from distaff.loggers.protocol import as_loggers
 from distaff.metrics.monitor import as_monitor
 from distaff.optim.build import as_optimizer
@@ -53,6 +53,11 @@ def variant_of(trainer: T, changes: dict[str, Any]) -> T:
     Raises:
         ConfigError: an argument is unknown or out of range.
     """
+    if "example_batch" in changes:
+        raise ConfigError(
+            "variant returns an uninitialized copy, so it takes no example_batch. Train the copy, "
+            f"or create a {type(trainer).__name__} with example_batch."
+        )
     arguments = {name: _CHECKS[name](x) for name, x in changes.items() if name in _CHECKS}
     options = {name: x for name, x in changes.items() if name not in _CHECKS}
     other = copy.copy(trainer)
