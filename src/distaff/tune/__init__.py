@@ -5,6 +5,7 @@ from distaff.tune.batch_size import BatchSizeSearch, TriedBatch, find_batch_size
 from distaff.tune.compare import compare
 from distaff.tune.comparison import Comparison, OptimizerResult, OptimizerRun
 from distaff.tune.dimension import Choice, Float, Int
+from distaff.tune.evolution.training import population_based_training
 from distaff.tune.learning_rate import find_learning_rate
 from distaff.tune.population.member import TrainedMember
 from distaff.tune.population.multi_seed import multi_seed, train_population
@@ -33,6 +34,7 @@ __all__ = [
     "find_batch_size",
     "find_learning_rate",
     "multi_seed",
+    "population_based_training",
     "study",
     "traced",
     "train_population",

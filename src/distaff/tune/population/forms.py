@@ -84,6 +84,16 @@ class Members(Protocol):
         """Replaces the members by others, which the same programs train."""
         ...
 
+    def exchange(self, sources: Sequence[int], values: Sequence[Mapping[str, Any]]) -> None:
+        """Gives each member the state of another, or its own, and other traced values.
+
+        Args:
+            sources: for each member, the index of the one whose state it gets. Its random key
+                stays.
+            values: for each member, its values.
+        """
+        ...
+
 
 class MembersInTurn:
     """Trains one member after the other on each chunk, with the same program.
@@ -101,7 +111,8 @@ class MembersInTurn:
     def __init__(
         self, execution: Execution, dispatcher: Dispatcher, states: Sequence[PyTree]
     ) -> None:
-        self.dispatcher, self._execution, self._states = dispatcher, execution, list(states)
+        self.dispatcher, self._execution = dispatcher, execution
+        self._states: list[Any] = list(states)
         self._kept: dict[int, TrainState] = {}
         self._programs: dict[Any, Any] = {}
 
@@ -164,6 +175,15 @@ class MembersInTurn:
         """Replaces the members by any number of others."""
         self._states, self._kept = list(states), {}
 
+    def exchange(self, sources: Sequence[int], values: Sequence[Mapping[str, Any]]) -> None:
+        """Gives each member a copy of the state of another, or its own, and other values."""
+        own = [state_in(each) for each in self._states]
+        found = [own[n] if n == source else copies(own[source]) for n, source in enumerate(sources)]
+        self._states = [
+            Varied(each, state.replace(rng=before.rng))
+            for each, state, before in zip(values, found, own, strict=True)
+        ]
+
 
 class StackedMembers:
     """Trains all members in one program: each array of the state is `[members, ...]`.
@@ -184,7 +204,7 @@ class StackedMembers:
         self.dispatcher, self._execution = dispatcher, execution
         self._num = self._room = len(states)
         self._width = dispatcher.layout.width // len(states)
-        self._state = _stacked_states(states)
+        self._state: Any = _stacked_states(states)
         self._best: TrainState | None = None
         self._finite: np.ndarray | None = None
         self._replace = execution.program(replaced, donate=0)
@@ -270,6 +290,15 @@ class StackedMembers:
         self._state = _stacked_states([*states, *rest])
         self._best = self._finite = None
 
+    def exchange(self, sources: Sequence[int], values: Sequence[Mapping[str, Any]]) -> None:
+        """Gathers the states of the members in one program, and replaces their values."""
+        if gathered not in self._programs:
+            self._programs[gathered] = self._execution.program(gathered, donate=0)
+        rest = range(self._num, self._room)
+        states = self._programs[gathered](self.states, np.array([*sources, *rest], np.int32))
+        found = [*values, *[values[-1]] * len(rest)]
+        self._state, self._finite = Varied(stack(*found), states), None
+
 
 def stacked(step: StepFn, layout: MetricLayout) -> StepFn:
     """Returns the step of all members as one; the batch is shared.
@@ -323,6 +352,12 @@ def _of_host(function: Callable[[list[np.ndarray]], np.ndarray], *leaves: jax.Ar
     bits = [jax.random.key_data(leaf) for leaf in leaves]
     found = like(function([np.asarray(each) for each in bits]), bits[0])
     return jax.random.wrap_key_data(found, impl=jax.random.key_impl(first))
+
+
+def gathered(states: TrainState, sources: jax.Array) -> TrainState:
+    """Returns the states of some members, `[members]`, each with the random key of its place."""
+    found = jax.tree.map(lambda leaf: leaf[sources], states)
+    return found.replace(rng=states.rng)
 
 
 def replaced(old: PyTree, new: PyTree, mask: jax.Array) -> PyTree:

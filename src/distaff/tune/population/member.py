@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -75,10 +76,12 @@ class RunningMember:
         has_state: whether a state of it is kept: that of its best model, or its last one.
         windows: reads the metrics of the current epoch; set by the loop.
         log: writes its metrics to a file; None if nothing is written.
+        values: values by path that change while it trains; logged with each epoch.
     """
 
     windows: MetricWindows
     log: JsonlLogger | None = None
+    values: Mapping[str, float] = MappingProxyType({})
 
     def __init__(
         self, seed: int, monitor: Monitor, callbacks: Callbacks, options: RecoveryOptions
@@ -121,6 +124,10 @@ class RunningMember:
         """Ends the member."""
         self.status, self.reason, self.step = status, reason, step
 
+    def revive(self) -> None:
+        """Lets the member train on, from another state."""
+        self.status, self.reason = "running", ""
+
     def end_steps(self, step: int) -> dict[str, Any]:
         """Ends the steps of an epoch; returns their metrics as `train/...`."""
         self.step = step
@@ -129,7 +136,7 @@ class RunningMember:
     def record(self, metrics: Mapping[str, Any]) -> None:
         """Records the metrics of an epoch."""
         self.last_metrics = dict(metrics)
-        self._log(metrics, self.step)
+        self._log({**metrics, **self.values}, self.step)
 
     def is_best(
         self,

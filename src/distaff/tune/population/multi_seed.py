@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from distaff.core.config.checks import whole
 from distaff.data import closing_made
 from distaff.errors import ConfigError
 from distaff.execution.processes import check_one_process
 from distaff.run.display import make_display
-from distaff.run.events import make_plan
+from distaff.run.events import Plan, make_plan
 from distaff.trainer.module import TrainerModule
 from distaff.trainer.training import Inputs
 from distaff.trainer.trials import PreparedRun, prepared_run
@@ -21,10 +21,12 @@ from distaff.tune.population.member import TrainedMember
 from distaff.tune.population.result import Population
 from distaff.tune.population.settings import Setting, grouped, make_settings, traced_paths
 from distaff.tune.population.traceable import untraceable
-from distaff.tune.population.training import PopulationRun
+from distaff.tune.population.training import BetweenEpochs, PopulationRun
 from distaff.tune.population.varied import TracedValues
 
 _log = logging.getLogger("distaff")
+
+MakeBetween: TypeAlias = Callable[[PopulationRun, Plan], BetweenEpochs]
 
 _FORMS = ("auto", "stacked", "in turn", "measured")
 
@@ -76,7 +78,7 @@ def multi_seed(
     found = as_seeds(seeds, trainer.config.seed)
     settings = [Setting(seed, {}, trainer) for seed in found]
     loaders = train_loader, val_loader, test_loader
-    return _trained("multi_seed", trainer, settings, loaders, num_epochs, form)
+    return trained_population("multi_seed", trainer, settings, loaders, num_epochs, form)
 
 
 def train_population(
@@ -123,18 +125,32 @@ def train_population(
     found = as_seeds(seeds, trainer.config.seed)
     settings = make_settings(trainer, vary, found)
     loaders = train_loader, val_loader, test_loader
-    return _trained("train_population", trainer, settings, loaders, num_epochs, form)
+    return trained_population("train_population", trainer, settings, loaders, num_epochs, form)
 
 
-def _trained(
+def trained_population(
     owner: str,
     trainer: TrainerModule,
     settings: Sequence[Setting],
     loaders: tuple[Any, Any, Any],
     num_epochs: int | str,
     form: str,
+    between: MakeBetween | None = None,
 ) -> Population:
-    """Trains the members, group by group."""
+    """Trains the members, group by group.
+
+    Args:
+        owner: the function that was called, for errors.
+        trainer: the trainer from which they differ.
+        settings: the members.
+        loaders: the data of training, validation and test.
+        num_epochs: as for `train_model`.
+        form: as for `multi_seed`.
+        between: makes what happens between two epochs; None for nothing.
+
+    Raises:
+        DistaffError: an input is invalid (the subclass says which).
+    """
     if form not in _FORMS:
         raise ConfigError(f"form must be one of {', '.join(map(repr, _FORMS))}; got {form!r}.")
     if form == "measured" and trainer.config.deterministic:
@@ -151,7 +167,7 @@ def _trained(
         _log.info("%s", line)
         display.print(line)
 
-    job = _Job(owner, loaders, num_epochs, form, show)
+    job = _Job(owner, loaders, num_epochs, form, show, between)
     members, records, forms, prepared = {}, {}, [], None
     for group in _trained_groups(job, settings):
         members.update(zip(group.indices, group.members, strict=True))
@@ -224,6 +240,7 @@ class _Job(NamedTuple):
         num_epochs: the length of the training.
         form: the form of the members, or "auto".
         show: shows a line.
+        between: makes what happens between two epochs; None for nothing.
     """
 
     owner: str
@@ -231,6 +248,7 @@ class _Job(NamedTuple):
     num_epochs: int | str
     form: str
     show: Callable[[str], None]
+    between: MakeBetween | None
 
     def train(
         self,
@@ -267,11 +285,14 @@ class _Job(NamedTuple):
             if reasons:
                 return reasons
             run = PopulationRun(prepared, settings, self.form, TracedValues(prepared, paths))
+            facts: dict[str, Any] = {"num_epochs": plan.length}
+            if self.between is not None:
+                run.between = self.between(run, plan)
+                facts["between"] = run.between.record()
             for line in (title, run.remark):
                 if line:
                     self.show(line)
-            length = {"num_epochs": plan.length}
-            directory = PopulationDirectory(prepared, run, settings, indices, length)
+            directory = PopulationDirectory(prepared, run, settings, indices, facts)
             with directory.opened(self.show):
                 run.train(self.show, directory.save)
                 found = directory.write(run.tested(inputs.test_loader))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from typing import Any
+from typing import Any, Protocol
 
 from distaff.callbacks import EarlyStopping
 from distaff.callbacks.callbacks import Callbacks
@@ -38,6 +38,26 @@ def _made(
     return *make_members(prepared, states, form, step), ""
 
 
+class BetweenEpochs(Protocol):
+    """What happens to the members between two epochs, before they are saved."""
+
+    def record(self) -> dict[str, Any]:
+        """Returns what must be equal to resume, as strict JSON."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """Returns what a resume needs, as strict JSON."""
+        ...
+
+    def restore(self, facts: Mapping[str, Any]) -> None:
+        """Restores what `facts` has returned."""
+        ...
+
+    def __call__(self, epoch: int) -> None:
+        """Changes the members after an epoch that is not the last one."""
+        ...
+
+
 class PopulationRun:
     """Trains the members of a population, and validates each after an epoch.
 
@@ -51,9 +71,13 @@ class PopulationRun:
         form: the form of the members.
         remark: a line on how the form was measured; empty otherwise.
         members: what the members have recorded.
+        settings: the settings of the members.
         step: completed steps.
         epoch: completed epochs.
+        between: what happens between two epochs; None for nothing.
     """
+
+    between: BetweenEpochs | None = None
 
     def __init__(
         self, prepared: PreparedRun, settings: Sequence[Setting], form: str, traced: TracedValues
@@ -90,7 +114,7 @@ class PopulationRun:
 
     def _set(self, settings: Sequence[Setting]) -> None:
         """Begins the records of the members."""
-        self._settings, self.step, self.epoch = settings, 0, 0
+        self.settings, self.step, self.epoch = settings, 0, 0
         callbacks = settings[0].trainer.callbacks.callbacks
         followed = Callbacks([x for x in callbacks if isinstance(x, EarlyStopping)])
         self.members = [
@@ -102,10 +126,10 @@ class PopulationRun:
 
     def _new_states(self) -> list[Any]:
         """Returns the states of the members before their first step."""
-        states: list[Any] = [self._prepared.state_of(each.seed) for each in self._settings]
+        states: list[Any] = [self._prepared.state_of(each.seed) for each in self.settings]
         if not self._traced.paths:
             return states
-        pairs = zip(states, self._settings, strict=True)
+        pairs = zip(states, self.settings, strict=True)
         return [self._traced.carried(*pair) for pair in pairs]
 
     def _check(self) -> None:
@@ -137,8 +161,23 @@ class PopulationRun:
             self._train_epoch(epoch)
             self._end_epoch(epoch, plan)
             self.epoch = epoch
+            if self.between is not None and epoch < last:
+                self.between(epoch)
             show(_line(self.members, self._trainer.monitor.name, epoch, plan))
             save(is_last=epoch == last or not self._running)
+
+    def exchange(self, sources: Sequence[int], settings: Sequence[Setting]) -> None:
+        """Continues each member from the state of another, or its own, with other values.
+
+        Args:
+            sources: for each member, the index of the one whose state it takes over.
+            settings: the new settings of the members, which differ in traced values only.
+        """
+        self.settings = settings
+        self._states.exchange(sources, [self._traced.values(each) for each in settings])
+        for index, source in enumerate(sources):
+            if source != index:
+                self.members[index].revive()
 
     def tested(self, test_loader: Any) -> tuple[TrainedMember, ...]:
         """Tests the best model of each member, and returns the members after their training.
@@ -155,7 +194,7 @@ class PopulationRun:
         loaders = {} if test_loader is None else {"test": test_loader}
         found = self._evaluate(which, loaders, kept=True)
         return tuple(
-            member.finished(self._kept(index), found.get(index, {}), self._settings[index].values)
+            member.finished(self._kept(index), found.get(index, {}), self.settings[index].values)
             for index, member in enumerate(self.members)
         )
 
@@ -178,6 +217,7 @@ class PopulationRun:
             "loader": dict(position(plan.train_loader)),
             "val_loaders": {name: dict(position(x)) for name, x in plan.val_loaders.items()},
             "steps_per_call": self._states.dispatcher.forms.facts(),
+            "between": None if self.between is None else self.between.facts(),
         }
 
     def restore(self, facts: Mapping[str, Any], arrays: Mapping[str, PyTree]) -> None:
@@ -187,6 +227,8 @@ class PopulationRun:
         self._states.restore(arrays)
         for member, saved in zip(self.members, facts["members"], strict=True):
             member.restore(saved)
+        if self.between is not None:
+            self.between.restore(facts["between"])
         seek(facts["loader"], plan.train_loader, "train")
         for name, loader in plan.val_loaders.items():
             seek(facts["val_loaders"][name], loader, name)
@@ -276,11 +318,11 @@ class PopulationRun:
 
     def _kept(self, index: int) -> TrainState:
         """Returns the state that was kept of a member, with its own optimizer and model."""
-        return self._traced.own(self._states.kept(index), self._settings[index])
+        return self._traced.own(self._states.kept(index), self.settings[index])
 
     def _take_on(self, index: int, state: TrainState) -> None:
         """Gives the trainer the state and the values of a member, to evaluate it."""
-        member, setting = self.members[index], self._settings[index]
+        member, setting = self.members[index], self.settings[index]
         self._traced.take_on(state, setting, step=member.step, epoch=member.epoch)
 
 
