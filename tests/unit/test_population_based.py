@@ -60,7 +60,6 @@ def by_hand(first: list[np.ndarray], num_epochs: int, every: int) -> tuple[Any, 
         rates.append([each[RATE] for each in values])
         if rules.is_due(epoch) and epoch < num_epochs:
             sources, values = rules.next(values, [-loss for loss in losses[-1]], epoch)
-            rates[-1] = [each[RATE] for each in values]
             weights = [weights[source] for source in sources]
     return weights, np.array(losses), np.array(rates)
 
@@ -102,7 +101,8 @@ def test_a_member_that_diverged_continues_from_a_good_one(
     assert first.best.epoch > 1
 
 
-@pytest.mark.parametrize("form", ["stacked", pytest.param("in turn", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["stacked", "in turn"])
 def test_an_interrupted_population_resumes_exactly(
     form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
