@@ -44,7 +44,7 @@ def population_based_training(
     4). A member that diverged is replaced, too. All members train in the same program.
 
     The history of a member has its values at each epoch, by path: the schedule that was found. Its
-    `settings` are its last values. Files and resuming are those of `train_population`.
+    `settings` are its last values. It is saved and resumed like any population.
 
     Args:
         trainer: as for `multi_seed`, without `EarlyStopping`. Its seed decides all draws.
