@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from optuna import pruners, samplers
 
-from distaff import Callback, Monitor, OptimizerConfig, TrainerModule, data
+from distaff import Callback, Monitor, OptimizerConfig, TrainerModule, data, tasks, zoo
 from distaff.core.config.encoding import override
 from distaff.errors import ConfigError
-from distaff.tune import Choice, Float, study
+from distaff.tune import Choice, Float, study, traced
 from distaff.tune.batches.grouping import TrialGrouping
 from distaff.tune.batches.loop import Batches
 from distaff.tune.population import training
@@ -104,6 +104,66 @@ def test_programs_are_compiled_once_per_static_group(capsys: Any) -> None:
     assert summary(capsys.readouterr().out) == (
         "10 trials in 3 batches, 2 static groups, 4 programs compiled"
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Many:
+    optimizer: OptimizerConfig = OPTIMIZER
+    dropout: float = 0.1
+    smoothing: float = 0.1
+    shift: float = 0.1
+
+
+class Shifted(tasks.Classifier):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Config(tasks.Classifier.Config):
+        shift: float = traced(0.0)
+
+    def loss_fn(self, params: Any, batch: Any, ctx: Any) -> Any:
+        loss, metrics = super().loss_fn(params, batch, ctx)
+        return (loss + 1 if self.config.shift > 0.5 else loss), metrics  # decides in Python
+
+
+def classifier(config: Many, **options: Any) -> Shifted:
+    options = {"name": "many", "save_curves": False, **options}
+    model = zoo.MLP((4, 2), dropout=config.dropout)
+    values = {"label_smoothing": config.smoothing, "shift": config.shift}
+    return Shifted(model, optimizer=config.optimizer, **values, **options)
+
+
+def classes(config: Many) -> tuple[Any, Any, Any]:
+    arrays = {"x": X, "label": (X[:, 0] > 0).astype(np.int32)}
+    return data.ArrayLoader(arrays, 14, shuffle=True, seed=5), data.ArrayLoader(arrays, 28), None
+
+
+@pytest.mark.slow
+def test_values_of_the_model_and_the_loss_share_programs(capsys: Any) -> None:
+    ranges = {"dropout": Float(0.1, 0.5), "smoothing": Float(0.05, 0.2)}
+    space = {**ranges, "optimizer.clip_norm": Float(0.5, 2.0), RATE: SPACE[RATE]}
+    config = Many(OptimizerConfig("adamw", learning_rate=0.02, clip_norm=1.0))
+    common = {"num_trials": 4, "num_epochs": 2, "sampler": "random", "pruner": pruners.NopPruner()}
+    found = [
+        study(classifier, space, config, classes, batch=size, study_name=f"by-{size}", **common)
+        for size in (4, 1)
+    ]
+    assert "4 trials in 1 batch, 1 static group, 2 programs compiled" in capsys.readouterr().out
+    for one, other in zip(*(each.trials for each in found), strict=True):
+        assert one.values == other.values
+        assert one.value == pytest.approx(other.value, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_value_that_cannot_be_traced_forms_groups(capsys: Any) -> None:
+    space = {"shift": Float(0.0, 1.0), RATE: SPACE[RATE]}
+    common = {"num_trials": 3, "num_epochs": 1, "sampler": "random", "pruner": pruners.NopPruner()}
+    found = study(classifier, space, Many(), classes, batch=3, study_name="shift", **common)
+    shown = capsys.readouterr().out
+    assert "shift is static, and its values form groups: it decides in Python" in shown
+    assert "3 trials in 1 batch, 3 static groups, 6 programs compiled" in shown
+    for each in found.trials:
+        config = json.loads((each.path / "config.json").read_text())
+        assert config["options"]["shift"] == each.values["shift"]
+        assert each.status == "finished"
 
 
 class Scripted(Line):

@@ -20,6 +20,7 @@ from distaff.tune.population import checks
 from distaff.tune.population.directory import PopulationDirectory, recording_of
 from distaff.tune.population.member import TrainedMember
 from distaff.tune.population.settings import Setting
+from distaff.tune.population.traceable import untraceable
 from distaff.tune.population.training import PopulationRun
 from distaff.tune.population.varied import TracedValues
 from distaff.tune.search import Suggestion
@@ -30,6 +31,18 @@ _REMEDY = "Or train one trial after the other, with batch=1 (--batch 1)."
 
 Outcome = tuple[str, float | None]
 """The status of a trial, and the monitored metric of its best model."""
+
+
+class UntraceableError(Exception):
+    """Values of trials cannot be arguments of their programs.
+
+    Args:
+        reasons: the reasons by path of the trainer.
+    """
+
+    def __init__(self, reasons: Mapping[str, str]) -> None:
+        super().__init__(str(reasons))
+        self.reasons = reasons
 
 
 class BatchTrial(NamedTuple):
@@ -107,6 +120,9 @@ class TrialGroup:
 
         Returns:
             The outcome of each trial.
+
+        Raises:
+            UntraceableError: values must be static; nothing has been trained or written.
         """
         trainer = as_trial(call.trainer, seed=call.trainer.config.seed)
         if trials[0].suggestion.left is not None:
@@ -142,7 +158,10 @@ class TrialGroup:
         # A study has checked a validation, which would be a program more.
         checked = trainer.variant(check_validation=False)
         self._prepared = prepared_run(checked, plan, None, recording_of(trainer))
-        traced = TracedValues(self._prepared, list(trials[0].values))
+        paths = list(trials[0].values)
+        if reasons := untraceable(self._prepared, settings, paths):
+            raise UntraceableError(reasons)
+        traced = TracedValues(self._prepared, paths)
         self._run = PopulationRun(self._prepared, settings, "auto", traced)
         self._most = len(settings)
         return self._run

@@ -10,7 +10,7 @@ from distaff.core.config.encoding import diff, override, to_json
 from distaff.errors import ConfigError
 from distaff.optim import OptimizerConfig
 from distaff.trainer.module import TrainerModule
-from distaff.tune.population.paths import known_paths
+from distaff.tune.population.paths import form_of
 from distaff.tune.trial import Task
 
 
@@ -38,10 +38,13 @@ class TrialGrouping:
     Args:
         task: turns a config into a training.
         config: the config of the study.
+
+    Attributes:
+        static: paths in the trainer whose values turned out not to be traceable.
     """
 
     def __init__(self, task: Task, config: Any) -> None:
-        self._task, self._config = task, config
+        self._task, self._config, self.static = task, config, set[str]()
         self._places: dict[str, str | None] = {}
 
     def kind_of(self, values: Mapping[str, Any], trainer: TrainerModule) -> Kind:
@@ -51,15 +54,16 @@ class TrialGrouping:
             values: the values of the trial, by path of the config.
             trainer: its trainer.
         """
-        allowed, seen = known_paths(trainer), described(trainer)
-        traced: dict[str, str] = {}
+        seen, traced = described(trainer), dict[str, str]()
         for path, value in values.items():
             if not isinstance(value, float):
                 continue
             if path not in self._places:
                 self._places[path] = self._place_of(path, value, values, trainer)
             place = self._places[path]
-            if place in allowed and _found(seen, place) == value:
+            if place is None or place in self.static or _found(seen, place) != value:
+                continue
+            if form_of(trainer, place, value) != repr(value):
                 traced[path] = place
         static = {path: value for path, value in values.items() if path not in traced}
         places = sorted(traced.values())

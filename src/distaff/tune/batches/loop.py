@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,13 @@ from distaff.execution.device_memory import is_out_of_memory
 from distaff.metrics.monitor import Monitor
 from distaff.run.identity.ending import ending
 from distaff.tune import trial as trial_lib
-from distaff.tune.batches.group import BatchTrial, Outcome, TrialGroup, outcome_left
+from distaff.tune.batches.group import (
+    BatchTrial,
+    Outcome,
+    TrialGroup,
+    UntraceableError,
+    outcome_left,
+)
 from distaff.tune.batches.grouping import Kind, TrialGrouping
 from distaff.tune.search import Search, Suggestion, Trial
 from distaff.tune.trial import Task
@@ -137,7 +143,22 @@ class Batches:
         for number, (kind, some) in enumerate(parts):
             if number:
                 _note(some, waits=False)
-            yield [each.suggestion for each in some], self._together(kind, some)
+            suggestions = [each.suggestion for each in some]
+            try:
+                found = self._together(kind, some)
+            except UntraceableError as error:
+                self._make_static(kind, error.reasons)
+                yield from self._outcomes(suggestions)
+                continue
+            yield suggestions, found
+
+    def _make_static(self, kind: Kind, reasons: Mapping[str, str]) -> None:
+        """Lets values form groups, which cannot be arguments of a program."""
+        del self._groups[kind.key]
+        self._seen.remove(kind.key)
+        self._grouping.static.update(reasons)
+        for path, reason in reasons.items():
+            self._show(f"{path} is static, and its values form groups: {reason}")
 
     def _room(self, kind: Kind) -> int | None:
         """Returns the number of trials that the programs of a group can train; None for any."""

@@ -53,11 +53,6 @@ def form_of(trainer: TrainerModule, path: str, value: Any) -> str:
     return repr(value)
 
 
-def known_paths(trainer: TrainerModule) -> list[str]:
-    """Returns the paths whose numbers can be traced without a trial."""
-    return [path for path in KNOWN if _rule(trainer, path) != "never"]
-
-
 def _rule(trainer: TrainerModule, path: str) -> Tracing:
     """Returns whether a program may take the values at a path as arguments."""
     if path.startswith(OPTIMIZER):
