@@ -56,7 +56,9 @@ class HostMemory:
         """Returns a tree whose states have these arrays in a memory, also within a program."""
 
         def one(path: tuple[Any, ...], leaf: Any) -> Any:
-            return jax.device_put(leaf, space) if self.holds(path, leaf) else leaf
+            # To put an array where it is would commit an uncommitted one to the first device.
+            is_there = jax.typeof(leaf).memory_space == space
+            return leaf if is_there or not self.holds(path, leaf) else jax.device_put(leaf, space)
 
         def of_state(node: Any) -> Any:
             return jax.tree.map_with_path(one, node) if isinstance(node, TrainState) else node
