@@ -126,7 +126,7 @@ def ways(tmp_path_factory: pytest.TempPathFactory) -> Ways:
         # The display is updated by the clock: here with the first step only.
         patch.setattr("distaff.run.recorder._PROGRESS_SECONDS", math.inf)
         try:
-            result = trainer.train_model(loader, loader, num_epochs=3)
+            result = trainer.train_model(loader, loader, num_epochs=5)
         finally:
             sys.setprofile(before)
     assert result.status == "finished"
@@ -135,7 +135,7 @@ def ways(tmp_path_factory: pytest.TempPathFactory) -> Ways:
 
 def test_ways_are_those_of_a_run(ways):
     counts = {name: len(noted) for name, noted in ways.files.items()}
-    assert counts == {"step": 20, "window": 2, "evaluation": 2, "save": 2}
+    assert counts == {"step": 40, "window": 4, "evaluation": 4, "save": 4}
     assert ways.fewest("step") < ways.fewest("window")
 
 
