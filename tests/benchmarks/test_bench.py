@@ -158,7 +158,7 @@ def test_options_take_turns_and_train_the_same() -> None:
 def test_systems_of_many_seeds_train_the_same(benchmarks: Any) -> None:
     import benchmarks.many
 
-    found = benchmarks.many.measure(["population", "distaff", "by_hand_once"], 2, 3, 1)
+    found = benchmarks.many.measure(["population", "distaff", "by_hand_once"], 2, 3, 1, "seeds")
     together, alone, by_hand = (found[name]["accuracies"] for name in found)
     assert together == pytest.approx(alone)
     assert statistics.mean(by_hand) == pytest.approx(statistics.mean(alone), abs=0.08)
