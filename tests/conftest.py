@@ -23,6 +23,10 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 import jax
 import pytest
+from hypothesis import settings
+
+settings.register_profile("distaff", deadline=None)  # no test depends on the clock
+settings.load_profile("distaff")
 
 # Set here, not in the environment: a process that a test starts sees one device, as a user does.
 jax.config.update("jax_num_cpu_devices", 8)

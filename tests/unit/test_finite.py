@@ -19,7 +19,7 @@ from distaff.step.finite import all_finite, evidence_of_learning, what_is_missin
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """On the CPU, NumPy reads all arrays; large ones of an accelerator are read by programs."""
     if request.param == "device":
-        monkeypatch.setattr(finite, "_are_near", lambda leaves: not leaves)
+        monkeypatch.setattr(finite, "are_near", lambda leaves: not leaves)
     return request.param
 
 
@@ -85,8 +85,8 @@ def test_small_arrays_of_an_accelerator_are_fetched_and_large_ones_are_not(
 ):
     monkeypatch.undo()
     leaves = [jnp.zeros(2**10)]
-    assert finite._are_near(leaves)
+    assert finite.are_near(leaves)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert finite._are_near(leaves)
+    assert finite.are_near(leaves)
     monkeypatch.setattr(finite, "_SMALL_BYTES", 2**11)
-    assert not finite._are_near(leaves)
+    assert not finite.are_near(leaves)

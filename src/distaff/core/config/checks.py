@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from numbers import Real
 from typing import Any
-
-from jax.core import Tracer
 
 from distaff.errors import ConfigError
 
@@ -45,7 +44,8 @@ def as_float(value: Any) -> float:
 
 def is_traced(value: object) -> bool:
     """Returns whether a value is a number inside a program: its size is not known."""
-    return isinstance(value, Tracer) and value.ndim == 0
+    jax = sys.modules.get("jax")  # help texts of the command line start without JAX
+    return jax is not None and isinstance(value, jax.core.Tracer) and value.ndim == 0
 
 
 def is_zero(value: Any) -> bool:
