@@ -34,7 +34,10 @@ def save_and_die(self, *, is_last):
     token = Path(f"kill-{self._run.epoch}")
     if token.exists():
         self._recording.store.wait()
-        token.unlink()
+        try:
+            token.unlink()
+        except FileNotFoundError:  # another process was first
+            return
         os.kill(os.getpid(), signal.SIGKILL)
 
 def train_epoch(self, epoch):
