@@ -16,6 +16,7 @@ from optuna import storages
 from optuna.storages.journal import JournalFileOpenLock, JournalFileSymlinkLock
 
 from distaff.integrations import optuna as integration
+from distaff.integrations.studies import storages as opening
 
 # Run by the test, and by processes that it starts. Each of these stops in the trial of its own that
 # `block_at` counts, in the middle of an epoch, until it is killed or hears the end of its input.
@@ -113,7 +114,7 @@ def databases(monkeypatch) -> Iterator[None]:
             super().__init__(url)
             opened.append(self)
 
-    monkeypatch.setattr(integration, "RDBStorage", Recorded)
+    monkeypatch.setattr(opening, "RDBStorage", Recorded)
     yield
     for database in opened:
         database.remove_session()
