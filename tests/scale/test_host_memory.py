@@ -51,6 +51,7 @@ def assert_same_bits(one: Any, other: Any) -> None:
     ("sizes", "options"),
     [
         pytest.param(ONE, {"steps_per_call": 3}, id="one"),
+        pytest.param(ONE, {"debug": True}, id="debug"),
         pytest.param(MANY, {"debug": True}, id="debug many"),
         pytest.param(MANY, {"steps_per_call": 3}, id="many"),
         pytest.param(MANY, {"steps_per_call": 1, "on_bad_numbers": "skip"}, id="skip"),
