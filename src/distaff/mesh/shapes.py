@@ -50,7 +50,7 @@ class ShapesOnMesh(OnMesh):
 
 
 class ShapesOnOneDevice(OneDevice):
-    """Leaves shapes where they are: on the default device, or on that of a batch."""
+    """Leaves shapes where they are: on the default device, or on the device of a batch."""
 
     def replicated(self, tree: PyTree) -> PyTree:
         """Returns the shapes."""

@@ -191,7 +191,7 @@ class Batches:
 
 
 def is_member(path: Path) -> bool:
-    """Whether a run directory is that of a member of a population."""
+    """Whether a run directory belongs to a member of a population."""
     return (path.parent.parent / "population.json").exists()
 
 
