@@ -105,6 +105,27 @@ def _programs_by_hand() -> tuple[Any, ...]:
     return jax.jit(model.init), jax.jit(tx.init), step, jax.jit(loss_fn)
 
 
+def epoch_by_hand(step: Any, state: Any, data: tuple[Any, Any], seed: list[int]) -> Any:
+    """Trains an epoch in a random order, prints its mean metrics, and returns the state.
+
+    Args:
+        step: `(params, opt_state, x, y) -> (params, opt_state, metrics)`.
+        state: parameters and the state of the optimizer.
+        data: images `[n, 64]` and labels `[n]`.
+        seed: seed and epoch; they decide the order.
+    """
+    import jax
+
+    (params, opt_state), (x, y) = state, data
+    rows, metrics = np.random.default_rng(seed).permutation(len(x)), []
+    for first in range(0, len(rows), BATCH):
+        batch = rows[first : first + BATCH]
+        params, opt_state, last = step(params, opt_state, x[batch], y[batch])
+        metrics.append(last)
+    print(seed[-1], np.mean(jax.device_get(metrics), axis=0))
+    return params, opt_state
+
+
 def _trained_by_hand(programs: tuple[Any, ...], seed: int, num_epochs: int) -> float:
     """Trains one seed, and returns the test accuracy of its best weights."""
     import jax
@@ -114,13 +135,7 @@ def _trained_by_hand(programs: tuple[Any, ...], seed: int, num_epochs: int) -> f
     params = init(jax.random.key(seed), x[:1])
     opt_state, best = start(params), (0.0, params)
     for epoch in range(num_epochs):
-        rows = np.random.default_rng([seed, epoch]).permutation(len(x))
-        metrics = []
-        for first in range(0, len(rows), BATCH):
-            batch = rows[first : first + BATCH]
-            params, opt_state, last = step(params, opt_state, x[batch], y[batch])
-            metrics.append(last)
-        print(epoch, np.mean(jax.device_get(metrics), axis=0))
+        params, opt_state = epoch_by_hand(step, (params, opt_state), (x, y), [seed, epoch])
         accuracy = float(evaluate(params, *val)[1])
         if accuracy > best[0]:
             best = accuracy, jax.tree.map(np.asarray, params)

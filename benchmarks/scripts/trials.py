@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.scripts.seeds import BATCH, loaders, splits
+from benchmarks.scripts.seeds import epoch_by_hand, loaders, splits
 
 RATES, DECAYS = (1e-4, 1e-1), (1e-6, 1e-1)
 
@@ -114,13 +114,8 @@ def by_hand(num_trials: int, num_epochs: int, folder: Path, *, once: bool = Fals
             values = {"learning_rate": rate, "weight_decay": decay}
             opt_state.hyperparams.update({n: jnp.float32(value) for n, value in values.items()})
         for epoch in range(num_epochs):
-            rows = np.random.default_rng([trial.number, epoch]).permutation(len(x))
-            metrics = []
-            for first in range(0, len(rows), BATCH):
-                batch = rows[first : first + BATCH]
-                params, opt_state, last = step(params, opt_state, x[batch], y[batch])
-                metrics.append(last)
-            print(epoch, np.mean(jax.device_get(metrics), axis=0))
+            state, order = (params, opt_state), [trial.number, epoch]
+            params, opt_state = epoch_by_hand(step, state, (x, y), order)
             best = max(best, float(evaluate(params, *val)[1]))
             trial.report(best, epoch)
         return best

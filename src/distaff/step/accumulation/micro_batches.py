@@ -50,7 +50,7 @@ class MicroBatchOptions(Options):
 def in_micro_batches(step: StepFn, size: int | str | None, norms: Norms | None = None) -> StepFn:
     """Wraps a training step so that it computes the gradients of a batch in parts.
 
-    The update equals the update of the whole batch up to rounding, whatever the weights of the examples.
+    The update equals the update of the whole batch up to rounding, with any weights of examples.
     Batch normalization sees one micro-batch at a time, each of which has its own random key.
 
     Micro-batch `i` of `k` has the examples `i`, `i + k`, `i + 2 k` and so on, so that each device
