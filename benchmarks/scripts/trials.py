@@ -17,8 +17,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks.scripts.seeds import epoch_by_hand, loaders, splits
 
 RATES, DECAYS = (1e-4, 1e-1), (1e-6, 1e-1)
