@@ -131,6 +131,13 @@ def test_an_interrupted_population_resumes_exactly(
     assert len(list((tmp_path / "cut").rglob("population.json"))) == 2
 
 
+@pytest.mark.parametrize("form", ["in turn", "stacked"])
+def test_a_range_of_one_value_leaves_it_to_the_seeds(form: str) -> None:
+    found = evolve(line(), space={RATE: tune.Float(0.1, 0.1)}, form=form, num_epochs=2)
+    assert {each.settings[RATE] for each in found.members} == {0.1}
+    assert {each.status for each in found.members} == {"finished"}
+
+
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
@@ -142,6 +149,7 @@ def test_an_interrupted_population_resumes_exactly(
         ({}, {"size": 1}, "size=1"),
         ({}, {"fraction": 0.6}, "fraction must be"),
         ({}, {"every": 0}, "every"),
+        ({}, {"every": 4}, "no member would be replaced"),
         ({}, {"forms": "stacked"}, "no option 'forms'"),
         ({"val_every": "2 epochs"}, {}, "every=1 epochs"),
         ({"callbacks": [EarlyStopping()]}, {}, "EarlyStopping"),

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from distaff.core.config.options import Options, at_least, check_choice, option
+from distaff.core.config.options import Options, at_least, option
 from distaff.core.equations import named_scope
 from distaff.core.typing import Batch, PyTree
 from distaff.data import counts_itself, num_examples
-from distaff.errors import BatchError
+from distaff.errors import BatchError, ConfigError
 from distaff.metrics import Metric
 from distaff.optim.transforms import extra_args
 from distaff.optim.transforms.accumulate import collected, collecting, nothing_accumulated
@@ -28,8 +28,10 @@ _MICRO_BATCH = 0x6D696372
 def _micro_batch(name: str, value: Any) -> Any:
     if value is None:
         return None
+    if value == "auto":
+        return value
     if isinstance(value, str):
-        return check_choice(name, value, Literal["auto"])
+        raise ConfigError(f"{name} must be a number of examples, 'auto' or None; got {value!r}.")
     return at_least(1)(name, value)
 
 

@@ -103,7 +103,7 @@ class Replacing:
         evolution: decides which members are replaced.
 
     Raises:
-        ConfigError: members are not validated when they are replaced.
+        ConfigError: members are not validated when they are replaced, or are never replaced.
     """
 
     def __init__(
@@ -115,6 +115,11 @@ class Replacing:
             raise ConfigError(
                 f"every={evolution.every} epochs, members are compared by {self._monitor.name}, "
                 f"but they are validated every {plan.val_every}. Make one a multiple of the other."
+            )
+        if evolution.every >= (plan.num_epochs or 0):
+            raise ConfigError(
+                f"every={evolution.every} epochs is not less than the training of "
+                f"{plan.num_epochs}, so no member would be replaced. Lower every, or train longer."
             )
         self._log(run.settings)
 

@@ -179,10 +179,9 @@ class MembersInTurn:
         """Gives each member a copy of the state of another, or its own, and other values."""
         own = [state_in(each) for each in self._states]
         found = [own[n] if n == source else copies(own[source]) for n, source in enumerate(sources)]
-        self._states = [
-            Varied(each, state.replace(rng=before.rng))
-            for each, state, before in zip(values, found, own, strict=True)
-        ]
+        states = [x.replace(rng=before.rng) for x, before in zip(found, own, strict=True)]
+        triples = zip(self._states, states, values, strict=True)
+        self._states = [_exchanged(*each) for each in triples]
 
 
 class StackedMembers:
@@ -297,7 +296,7 @@ class StackedMembers:
         rest = range(self._num, self._room)
         states = self._programs[gathered](self.states, np.array([*sources, *rest], np.int32))
         found = [*values, *[values[-1]] * len(rest)]
-        self._state, self._finite = Varied(stack(*found), states), None
+        self._state, self._finite = _exchanged(self._state, states, stack(*found)), None
 
 
 def stacked(step: StepFn, layout: MetricLayout) -> StepFn:
@@ -352,6 +351,11 @@ def _of_host(function: Callable[[list[np.ndarray]], np.ndarray], *leaves: jax.Ar
     bits = [jax.random.key_data(leaf) for leaf in leaves]
     found = like(function([np.asarray(each) for each in bits]), bits[0])
     return jax.random.wrap_key_data(found, impl=jax.random.key_impl(first))
+
+
+def _exchanged(member: Any, state: TrainState, values: Mapping[str, Any]) -> Any:
+    """Returns a member with another state and other values, if it has any."""
+    return Varied(values, state) if isinstance(member, Varied) else state
 
 
 def gathered(states: TrainState, sources: jax.Array) -> TrainState:
